@@ -1,0 +1,56 @@
+"""What every actor and pool shares: logs of its own, waits with a deadline, threads that don't fight."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import TypeVar
+
+from grpo_ray.errors import DeadlineError
+
+T = TypeVar("T")
+
+# Large buffers are reused instead of going back to the kernel after every micro-batch.
+ALLOCATOR_ENV = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+
+
+def own_log(run_dir: str, name: str) -> Path:
+    """Send this process's output (and its children's) to `run_dir/logs/name.log`; the file that errors point to."""
+    path = Path(run_dir) / "logs" / f"{name}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
+    return path
+
+
+def log_tail(path: Path, lines: int = 15) -> str:
+    """The last lines of a log, for an error message."""
+    try:
+        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+    except OSError:
+        return f"(no log at {path})"
+
+
+async def within(work: Awaitable[T], seconds: float, what: str, option: str) -> T:
+    """Await `work`, at most `seconds`.
+
+    Raises:
+        DeadlineError: naming `what` was waited for and the `option` that sets the limit.
+    """
+    try:
+        return await asyncio.wait_for(work, seconds)
+    except TimeoutError as e:
+        if isinstance(e, DeadlineError):
+            raise
+        raise DeadlineError(f"{what} did not finish within {seconds:g} s; look for it in the logs, or raise {option}") from None

@@ -1,0 +1,490 @@
+"""The schema of a run. Every default exists here, once; `grpo-ray check` prints the resolved whole.
+
+Names follow TRL and verl where both mean the same. Times are in seconds (`_s`), sizes in bytes or GiB as named.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from grpo_ray.errors import ConfigError
+
+C = TypeVar("C", bound="Strict")
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegFloat = Annotated[float, Field(ge=0)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class TinyModelConfig(Strict):
+    """A randomly initialised Qwen2 with a character tokenizer, made on the spot: for laptops and tests."""
+
+    hidden_size: PositiveInt = 256
+    num_layers: PositiveInt = 4
+    num_heads: PositiveInt = 4
+    num_kv_heads: PositiveInt = 2
+    context: PositiveInt = 256
+    seed: int = 1
+
+
+class ModelConfig(Strict):
+    path: str | None = None
+    """A folder with a Hugging Face model, or a name on the hub."""
+    tiny: TinyModelConfig | None = None
+    """Instead of `path`: make one."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of sampler and learner. The learner keeps fp32 master weights in either case."""
+    attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
+    """`auto`: flash-attention where a GPU and the package are, else torch's attention per packed segment."""
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.tiny is None):
+            raise ValueError("give exactly one of model.path and model.tiny")
+        return self
+
+
+class DataSource(Strict):
+    path: str
+    """`file.jsonl`, `file.parquet`, a Hugging Face data set (name or folder), `reasoning_gym:TASK`, or
+    `python:module.function` that returns rows."""
+    name: str | None = None
+    """Subset (Hugging Face data sets)."""
+    split: str = "train"
+    args: dict[str, Any] = {}
+    """Passed to the generator (reasoning_gym, python)."""
+    columns: dict[str, str] = {}
+    """Name here -> name in the data, dots for nested ones: `{prompt: question, answer: metadata.answer}`."""
+    limit: PositiveInt | None = None
+    """Only the first rows."""
+
+
+class DataConfig(Strict):
+    train: DataSource
+    eval: DataSource | None = None
+    template: str = "chat"
+    """`chat` (the tokenizer's own), `raw` (the prompt as it is), `r1`, `r1_zero`, or the path of a Jinja file."""
+    system: str | None = None
+    """System message put before string prompts under a chat template."""
+    shuffle: bool = True
+    max_prompt_length: PositiveInt = 512
+    """Tokens."""
+    long_prompts: Literal["drop", "error"] = "drop"
+    """What becomes of longer ones: dropped and counted, or refused."""
+    exclude_eval: bool = True
+    """Drop training rows whose prompt is also in the evaluation set."""
+
+
+class RolloutConfig(Strict):
+    num_actors: PositiveInt = 1
+    num_cpus: NonNegFloat = 1
+    num_gpus: NonNegFloat | None = None
+    """Per actor. None: tensor_parallel_size on a cluster with GPUs, 0 elsewhere."""
+    tensor_parallel_size: PositiveInt = 1
+    num_generations: int = 8
+    """G, samples per prompt."""
+    max_completion_length: PositiveInt = 512
+    temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: NonNegInt = 0
+    """0: all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    stop: tuple[str, ...] = ()
+    max_num_seqs: PositiveInt = 256
+    """Sequences that one engine samples at once."""
+    kv_cache_gb: PositiveFloat | None = None
+    """None: 0.25 on CPU; on GPU what gpu_memory_utilization leaves."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    enforce_eager: bool | None = None
+    """None: True on CPU (compiling gains nothing there), False on GPU."""
+    num_threads: PositiveInt = 1
+    """CPU threads per engine. Threads that share a core spin against each other."""
+    env: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _group(self) -> Self:
+        if self.num_generations < 2:
+            raise ValueError(
+                f"rollout.num_generations is {self.num_generations}: a group of one has no baseline to compare with; use 2 or more"
+            )
+        return self
+
+
+class RewardFunctionConfig(Strict):
+    name: str
+    """A built-in (`grpo-ray check` lists them) or a function by dotted path, `package.module.function`."""
+    weight: float = 1.0
+    args: dict[str, Any] = {}
+    """Keyword arguments that every call gets besides the data."""
+
+
+class FailurePolicy(Strict):
+    """What becomes of a sample whose reward function timed out, crashed or raised."""
+
+    action: Literal["drop_group", "value"] = "drop_group"
+    value: float = 0.0
+    """The reward it gets under `action: value`."""
+    retries: NonNegInt = 1
+    """Tries more before the action."""
+    abort_above: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """End the run when more than this part of a step's samples failed."""
+
+
+class RewardConfig(Strict):
+    functions: tuple[RewardFunctionConfig, ...] = ()
+    num_actors: PositiveInt = 1
+    num_cpus: NonNegFloat = 1
+    timeout_s: PositiveFloat = 10.0
+    """For one function on one sample."""
+    unit: Literal["sample", "group"] = "sample"
+    """`group`: functions are called with the whole group at once, when it is complete."""
+    memory_gb: PositiveFloat = 4.0
+    """A scoring process that takes more gets a MemoryError."""
+    on_failure: FailurePolicy = FailurePolicy()
+    env: dict[str, str] = {}
+
+
+class AlgorithmConfig(Strict):
+    advantage: Literal["grpo", "dr_grpo"] = "grpo"
+    """grpo: (R - mean) / (std + eps), DeepSeekMath 2402.03300. dr_grpo: R - mean, 2503.20783."""
+    std_ddof: Literal[0, 1] = 1
+    std_eps: NonNegFloat = 1e-4
+    loss: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
+    """How token losses are summed: mean of sequence means, / (sequences x max length), or / all tokens."""
+    epsilon_low: NonNegFloat = 0.2
+    epsilon_high: NonNegFloat = 0.2
+    beta: NonNegFloat = 0.0
+    """Weight of the KL to the reference model; 0 keeps no reference model."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    num_iterations: PositiveInt = 1
+    """Passes over each batch (the paper's mu)."""
+    num_mini_batches: PositiveInt = 1
+    """Optimizer steps in one pass."""
+    max_staleness: NonNegInt = 0
+    """Policy updates between a sample's oldest token and its use. 0: on-policy."""
+
+    @model_validator(mode="after")
+    def _staleness(self) -> Self:
+        if self.max_staleness > 0:
+            raise ValueError("algorithm.max_staleness above 0 (asynchronous training) is not built yet; use 0")
+        return self
+
+
+class LearnerConfig(Strict):
+    num_actors: PositiveInt = 1
+    num_cpus: NonNegFloat = 1
+    num_gpus: NonNegFloat | None = None
+    """Per actor. None: 1 on a cluster with GPUs, 0 elsewhere."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    offload_optimizer: bool = False
+    offload_params: bool = False
+    learning_rate: PositiveFloat = 1e-6
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "cosine_with_min_lr"] = "constant"
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Of cosine_with_min_lr: its end, as a part of the learning rate."""
+    warmup_steps: NonNegInt = 0
+    weight_decay: NonNegFloat = 0.0
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: PositiveFloat = 1e-8
+    max_grad_norm: PositiveFloat = 1.0
+    micro_batch_tokens: PositiveInt = 8192
+    """Tokens (prompt and completion) of one forward and backward."""
+    logprob_chunk_tokens: PositiveInt = 1024
+    """Rows of logits that exist at once."""
+    num_threads: PositiveInt | None = None
+    """CPU threads per learner. None: 1 on CPU when there is more than one learner, else the machine's cores."""
+    env: dict[str, str] = {}
+
+
+class WeightsConfig(Strict):
+    backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
+    """auto: nccl with GPUs of their own, ipc where sampler and learner share one, gloo on CPU."""
+    bucket_mb: PositiveInt = 64
+    """Weights are gathered and sent in pieces of this size: the memory that a sync takes."""
+
+
+class DeadlineConfig(Strict):
+    """Nothing waits without one. Each error names what was waited for."""
+
+    resources_s: PositiveFloat = 30.0
+    """Cluster resources for the actors."""
+    start_s: PositiveFloat = 600.0
+    """Engine or learner start, model loading included."""
+    sample_s: PositiveFloat = 1800.0
+    """One sample."""
+    update_s: PositiveFloat = 3600.0
+    """One learner step."""
+    sync_s: PositiveFloat = 300.0
+    """One weight transfer."""
+    save_s: PositiveFloat = 1800.0
+    """One checkpoint."""
+
+
+class CheckpointConfig(Strict):
+    every_steps: PositiveInt = 50
+    keep: PositiveInt = 2
+    export: bool = True
+    """Each checkpoint also holds the policy as a Hugging Face model (`hf/`)."""
+
+
+class EvalConfig(Strict):
+    every_steps: NonNegInt = 0
+    """0: only before the first step and after the last one."""
+    num_samples: PositiveInt = 1
+    """k of pass@1 as the mean over k samples."""
+    temperature: NonNegFloat = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    accuracy: str | None = None
+    """Which reward function is the accuracy. None: the first of reward.functions."""
+    threshold: float = 1.0
+    """A sample counts as right when that function gives at least this."""
+
+
+class TrackingConfig(Strict):
+    tensorboard: bool = True
+    wandb: bool = False
+    mlflow: bool = False
+    project: str = "grpo-ray"
+    rollouts: bool = True
+    """Write every sample to rollouts/*.parquet."""
+
+
+class ClusterConfig(Strict):
+    address: str | None = None
+    """A running Ray cluster (`auto`, or host:port). None: start one on this machine."""
+    num_cpus: PositiveInt | None = None
+    """CPUs that a cluster started here counts. None: the machine's."""
+
+
+class RunConfig(Strict):
+    """A GRPO run: `grpo-ray train`."""
+
+    name: str | None = None
+    """Folder of the run under `dir`. None: the recipe's name and the time."""
+    dir: str = "runs"
+    seed: int = 1
+    num_steps: PositiveInt | None = None
+    num_epochs: PositiveFloat = 1.0
+    """Used when num_steps is not given."""
+    prompts_per_step: PositiveInt = 32
+    """P (verl's train_batch_size). A step trains on P x rollout.num_generations samples."""
+
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    learner: LearnerConfig = LearnerConfig()
+    weights: WeightsConfig = WeightsConfig()
+    deadlines: DeadlineConfig = DeadlineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if not self.reward.functions:
+            raise ValueError("reward.functions is empty: name at least one reward, e.g. [{name: accuracy}]")
+        names = [f.name for f in self.reward.functions]
+        if self.eval.accuracy is not None and self.eval.accuracy not in names:
+            raise ValueError(f"eval.accuracy is {self.eval.accuracy!r}, which is none of reward.functions: {names}")
+        samples = self.prompts_per_step * self.rollout.num_generations
+        if self.algorithm.num_mini_batches > self.prompts_per_step:
+            raise ValueError(
+                f"algorithm.num_mini_batches ({self.algorithm.num_mini_batches}) is more than "
+                f"prompts_per_step ({self.prompts_per_step}): a mini-batch holds at least one group"
+            )
+        if self.learner.num_actors > samples:
+            raise ValueError(
+                f"learner.num_actors ({self.learner.num_actors}) is more than the {samples} samples of a step; "
+                "lower it, or raise prompts_per_step"
+            )
+        longest = self.data.max_prompt_length + self.rollout.max_completion_length
+        if self.learner.micro_batch_tokens < longest:
+            raise ValueError(
+                f"learner.micro_batch_tokens ({self.learner.micro_batch_tokens}) can't hold one sample of up to {longest} tokens "
+                "(data.max_prompt_length + rollout.max_completion_length); raise it"
+            )
+        _check_precision(self.model, self.learner)
+        return self
+
+
+class SftConfig(Strict):
+    """Supervised fine-tuning with the same learner: `grpo-ray sft`."""
+
+    name: str | None = None
+    dir: str = "runs"
+    seed: int = 1
+    num_steps: PositiveInt | None = None
+    num_epochs: PositiveFloat = 1.0
+    examples_per_step: PositiveInt = 128
+    max_length: PositiveInt = 1024
+    """Prompt and completion; longer examples are dropped and counted, or refused (data.long_prompts)."""
+
+    model: ModelConfig
+    data: DataConfig
+    learner: LearnerConfig = LearnerConfig()
+    deadlines: DeadlineConfig = DeadlineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.learner.micro_batch_tokens < self.max_length:
+            raise ValueError(
+                f"learner.micro_batch_tokens ({self.learner.micro_batch_tokens}) can't hold one example of max_length "
+                f"({self.max_length}) tokens; raise it"
+            )
+        if self.learner.num_actors > self.examples_per_step:
+            raise ValueError(
+                f"learner.num_actors ({self.learner.num_actors}) is more than examples_per_step ({self.examples_per_step})"
+            )
+        _check_precision(self.model, self.learner)
+        return self
+
+
+def _check_precision(model: ModelConfig, learner: LearnerConfig) -> None:
+    if model.dtype == "bfloat16" and learner.zero_stage == 0:
+        raise ValueError(
+            "model.dtype bfloat16 with learner.zero_stage 0 has no fp32 master weights in DeepSpeed and drifts; "
+            "use zero_stage 1 or more, or float32"
+        )
+    if learner.offload_params and learner.zero_stage != 3:
+        raise ValueError(f"learner.offload_params needs zero_stage 3, not {learner.zero_stage}")
+    if learner.offload_optimizer and learner.zero_stage == 0:
+        raise ValueError("learner.offload_optimizer needs zero_stage 1 or more")
+
+
+def parse_overrides(items: list[str]) -> dict[str, Any]:
+    """`["learner.zero_stage=3", "reward.functions=[{name: accuracy}]"]` -> a nested dict. Values are YAML."""
+    out: dict[str, Any] = {}
+    for item in items:
+        key, eq, value = item.partition("=")
+        if not eq or not key.strip():
+            raise ConfigError(f"override {item!r} is not of the form key=value, e.g. learner.zero_stage=3")
+        try:
+            parsed = yaml.safe_load(value) if value else None
+        except yaml.YAMLError as e:
+            raise ConfigError(f"override {item!r}: the value is not YAML ({str(e).splitlines()[0]})") from None
+        if isinstance(parsed, str):
+            parsed = _number(parsed)
+        node = out
+        *parents, last = key.strip().split(".")
+        for part in parents:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"override {item!r}: {part!r} was already given a plain value")
+        node[last] = parsed
+    return out
+
+
+def _number(text: str) -> str | float:
+    """YAML 1.1 reads `1e-6` as a string; people mean the number."""
+    try:
+        return float(text) if "e" in text.lower() else text
+    except ValueError:
+        return text
+
+
+def deep_merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`top` over `base`; dicts merge, everything else is replaced."""
+    out = dict(base)
+    for key, value in top.items():
+        old = out.get(key)
+        out[key] = deep_merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return out
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{path}: not valid YAML: {e}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top, got {type(data).__name__}")
+    return _numbers(data)
+
+
+def _numbers(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {k: _numbers(v) for k, v in node.items()}
+    if isinstance(node, list):
+        return [_numbers(v) for v in node]
+    return _number(node) if isinstance(node, str) else node
+
+
+def build(schema: type[C], data: dict[str, Any], source: str) -> C:
+    """Validate; every problem becomes one line that names the key.
+
+    Raises:
+        ConfigError: with all problems, and "did you mean" for unknown keys.
+    """
+    try:
+        return schema.model_validate(data)
+    except ValidationError as e:
+        lines = [_explain(schema, err) for err in e.errors()]
+        raise ConfigError(f"{source} can't be used:\n" + "\n".join(f"  - {line}" for line in lines)) from None
+
+
+def _explain(schema: type[BaseModel], err: Any) -> str:
+    loc = [str(p) for p in err["loc"]]
+    key = ".".join(loc)
+    if err["type"] == "extra_forbidden":
+        known = _fields_at(schema, loc[:-1])
+        close = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.5)
+        everywhere = [p for p in all_keys(schema) if p.rsplit(".", 1)[-1] == loc[-1]]
+        guess = everywhere[0] if everywhere else ".".join([*loc[:-1], close[0]]) if close else None
+        hint = f"did you mean {guess}?" if guess else ""
+        return f"{key}: unknown key; {hint or 'known here: ' + ', '.join(known)}"
+    if err["type"] == "missing":
+        return f"{key}: required"
+    message = err["msg"].removeprefix("Value error, ")
+    return f"{key}: {message} (got {err['input']!r})" if loc and err["type"] != "value_error" else message
+
+
+def _fields_at(schema: type[BaseModel], loc: list[str]) -> list[str]:
+    node: Any = schema
+    for part in loc:
+        field = getattr(node, "model_fields", {}).get(part)
+        if field is None:
+            continue
+        node = _model_of(field.annotation) or node
+    return list(node.model_fields)
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for arg in getattr(annotation, "__args__", ()):
+        found = _model_of(arg)
+        if found is not None:
+            return found
+    return None
+
+
+def all_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key of the schema."""
+    out = []
+    for name, field in schema.model_fields.items():
+        out.append(prefix + name)
+        model = _model_of(field.annotation)
+        if model is not None:
+            out += all_keys(model, f"{prefix}{name}.")
+    return out
+
+
+def to_yaml(config: Strict) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

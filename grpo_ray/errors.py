@@ -1,0 +1,36 @@
+"""Errors that a user can mend. The command line prints their message alone; anything else is a bug and prints its traceback.
+
+Every message names the culprit, what it got, what it expected, and the mend.
+"""
+
+
+class GrpoRayError(Exception):
+    """Base of all errors with a message for the user."""
+
+
+class ConfigError(GrpoRayError, ValueError):
+    """A recipe, an override or a combination of options that can't run."""
+
+
+class DataError(GrpoRayError, ValueError):
+    """A data set that can't be read or used; names file, line and column."""
+
+
+class RewardError(GrpoRayError):
+    """A reward function that can't be imported, or fails too often; names the function."""
+
+
+class ResourceError(GrpoRayError):
+    """The cluster lacks what the run asks for; says what is missing."""
+
+
+class DeadlineError(GrpoRayError, TimeoutError):
+    """Something did not finish in time; names it and the option that sets the limit."""
+
+
+class WorkerError(GrpoRayError):
+    """An actor failed or died; names it, and the log file that tells more."""
+
+
+class CheckpointError(GrpoRayError):
+    """A checkpoint can't be written or read."""

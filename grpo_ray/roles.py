@@ -1,0 +1,82 @@
+"""What the loop needs of the machinery, and nothing more.
+
+`actors/pools.py` implements these over Ray; a test implements them over plain objects. Everything is a coroutine:
+the loop has hundreds of samples under way at once and reads as if it had one.
+
+Contract of every method: it ends, with a result or an exception, within the deadline that its owner was built with; the
+exception names what was waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from grpo_ray.types import Sample, SampleInfo, SampleRequest, Score, ScoreRequest, SyncReport, TrainBatch, UpdateReport
+
+
+class Sampler(Protocol):
+    """A pool of rollout engines. Chooses the engine, moves work when one dies."""
+
+    async def generate(self, request: SampleRequest) -> SampleInfo:
+        """Draw one sample. Many calls run at once."""
+        ...
+
+    def take_stats(self) -> dict[str, float]:
+        """Figures since the last call, e.g. tokens and busy seconds per engine."""
+        ...
+
+
+class Scorer(Protocol):
+    """A pool of reward workers."""
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        """Score samples (one, or a whole group for rewards that compare its members); one Score each, in order.
+
+        A failing reward function is a `Score` with that status. An exception means that the pool itself is broken.
+        """
+        ...
+
+
+class Learner(Protocol):
+    """All learner ranks as one."""
+
+    async def update(self, batch: TrainBatch) -> UpdateReport:
+        """Train on the batch: `num_iterations` passes in mini-batches, one optimizer step for each mini-batch."""
+        ...
+
+    async def save(self, folder: Path) -> None:
+        """Write everything that `load` needs (weights, optimizer, schedule, random state) into an existing folder."""
+        ...
+
+    async def load(self, folder: Path) -> None: ...
+
+    async def export(self, folder: Path) -> None:
+        """Write the policy as a Hugging Face model (safetensors, config, tokenizer)."""
+        ...
+
+
+class WeightSync(Protocol):
+    """The way from the learner to the samplers."""
+
+    async def sync(self, version: int) -> SyncReport:
+        """Give every live engine the learner's current weights under the name `version`; all of them, or an error."""
+        ...
+
+
+class Fetch(Protocol):
+    """Read samples behind their references (for Parquet and the report; never on the way to the learner)."""
+
+    async def __call__(self, infos: Sequence[SampleInfo]) -> list[Sample]: ...
+
+
+class Tracker(Protocol):
+    """Where metrics go: JSONL, TensorBoard, W&B, MLflow."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+Row = dict[str, Any]

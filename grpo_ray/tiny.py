@@ -1,0 +1,62 @@
+"""A whole small language model made on the spot: Qwen2's architecture, random weights, one token per character (per byte, beyond ASCII).
+
+It lets the real engine, learner and loop run on a laptop and in tests with nothing downloaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from grpo_ray.config import TinyModelConfig
+
+SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>")
+CHAT_TEMPLATE = (
+    "<bos>{% for m in messages %}"
+    "{% if m['role'] == 'assistant' %}<|assistant|>{% generation %}{{ m['content'] }}<eos>{% endgeneration %}"
+    "{% else %}<|{{ m['role'] }}|>{{ m['content'] }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def build_tiny_model(folder: Path, config: TinyModelConfig) -> Path:
+    """Write model (fp32 safetensors) and tokenizer in Hugging Face's layout. The same seed gives the same bytes."""
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+    # Byte-level BPE without a single merge: Transformers rebuilds the tokenizer of a qwen2 folder as Qwen2's own
+    # (a character tokenizer of another kind would silently lose its spaces), and any text can be encoded.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocab,
+        merges=[],
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        additional_special_tokens=list(SPECIAL_TOKENS[4:]),
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=config.context,
+        clean_up_tokenization_spaces=False,
+    )
+    ids = {"pad_token_id": vocab["<pad>"], "eos_token_id": vocab["<eos>"], "bos_token_id": vocab["<bos>"]}
+    model_config = Qwen2Config(
+        vocab_size=(len(vocab) + 63) // 64 * 64,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.hidden_size * 11 // 4,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        max_position_embeddings=config.context,
+        tie_word_embeddings=True,
+        **ids,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = Qwen2ForCausalLM(model_config).float()
+    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **ids)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,223 @@
+"""One typed record per arrow of the flow. Nothing here computes.
+
+    Prompt -> SampleRequest -> Sample -> Score -> Group -> TrainBatch -> UpdateReport -> SyncReport
+
+Sizes: P prompts a step, G samples a group, T completion tokens of one sample, N prompt tokens, S samples of a batch.
+Arrays are numpy (they travel through Ray's object store without a copy); the learner makes tensors of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a data set, ready to sample from. Made by `grpo_ray.prompts`."""
+
+    id: str
+    """`<data set>/<epoch>/<row>`: the same row has the same id in every run and after every resume."""
+    token_ids: list[int]
+    """[N]. What the engine gets; it is never made again from the text."""
+    text: str
+    """The templated text, for people."""
+    messages: list[dict[str, Any]] | None
+    """The conversation, when the row is conversational or a chat template wrapped it; None for raw text."""
+    columns: dict[str, Any]
+    """Every other column of the row under its (mapped) name: reward functions get them by keyword."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample, in vLLM's words. `temperature` 0 is greedy."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One sample to draw. Made by the loop, consumed by a rollout actor."""
+
+    prompt_id: str
+    index: int
+    """Place in its group, 0 .. G-1."""
+    prompt_token_ids: list[int]
+    """[N]."""
+    seed: int
+    """Of this one sample, derived from (run seed, prompt id, index): a rerun draws the same tokens."""
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class VersionSpan:
+    """Tokens [start, end) of a completion were sampled by policy `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion, whole. Made by a rollout actor; travels by reference to scorers and learners."""
+
+    prompt_id: str
+    index: int
+    prompt_token_ids: NDArray[np.int32]
+    """[N]."""
+    token_ids: NDArray[np.int32]
+    """[T], the end-of-sequence token included when the model wrote it."""
+    logprobs: NDArray[np.float32]
+    """[T], of the sampling policy after temperature: the `rollout` log-probabilities."""
+    versions: tuple[VersionSpan, ...]
+    """Covers [0, T)."""
+    finish_reason: str
+    """`stop` or `length`."""
+    text: str
+    """Decoded once, without special tokens. For rewards and people; never tokenized again."""
+
+
+@dataclass(frozen=True)
+class SampleInfo:
+    """What the loop needs to know of a sample; the tokens stay behind `ref`."""
+
+    prompt_id: str
+    index: int
+    num_prompt_tokens: int
+    num_tokens: int
+    """T."""
+    min_version: int
+    """The oldest policy that sampled one of its tokens."""
+    finish_reason: str
+    worker: str
+    """The rollout actor that drew it, e.g. `rollout-0`."""
+    ref: Any
+    """Handle on a list[Sample] (a Ray ObjectRef in a run; the list itself in a test)."""
+    row: int
+    """Its place in that list."""
+
+
+class ScoreStatus(StrEnum):
+    OK = "ok"
+    NOT_APPLICABLE = "not_applicable"
+    TIMEOUT = "timeout"
+    CRASHED = "crashed"
+    ERROR = "error"
+
+    @property
+    def failed(self) -> bool:
+        """Did the machinery fail, rather than the model?"""
+        return self in (ScoreStatus.TIMEOUT, ScoreStatus.CRASHED, ScoreStatus.ERROR)
+
+
+@dataclass(frozen=True)
+class RewardScore:
+    """What one reward function said of one sample."""
+
+    name: str
+    status: ScoreStatus
+    value: float
+    """Before its weight. NaN unless status is `ok`."""
+    detail: str = ""
+    """For a failure: what happened, in one line."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a sample is worth: the weighted sum of its rewards. A failure is a status, never a zero."""
+
+    status: ScoreStatus
+    """`ok`; `not_applicable` if no reward applied; otherwise the first failure among the parts."""
+    value: float
+    """sum_k weight_k * value_k over the parts that apply. NaN unless status is `ok`."""
+    parts: tuple[RewardScore, ...] = ()
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """One sample to score. The scorer fetches the text behind `sample.ref` itself."""
+
+    sample: SampleInfo
+    prompt_text: str
+    messages: list[dict[str, Any]] | None
+    columns: dict[str, Any]
+
+
+@dataclass
+class Group:
+    """G samples of one prompt, scored. Made by the loop."""
+
+    prompt: Prompt
+    order: int
+    """Dispatch order over the whole run: the batch is sorted by it, so that sums do not depend on timing."""
+    dispatched_version: int
+    samples: list[SampleInfo] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
+    advantages: list[float] = field(default_factory=list)
+
+    @property
+    def min_version(self) -> int:
+        return min(s.min_version for s in self.samples)
+
+
+@dataclass(frozen=True)
+class TrainSample:
+    """One sequence of a batch: where its tokens are, and what the loss needs besides."""
+
+    ref: Any
+    row: int
+    prompt_id: str
+    index: int
+    num_prompt_tokens: int
+    num_tokens: int
+    advantage: float
+    group: int
+    """Which group of the batch it belongs to."""
+    loss_mask: bool = True
+    """False: takes part in nothing (a failed score, a truncated sample under overlong filtering)."""
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """A whole batch, for all learner ranks; each rank takes its own micro-batches from `plan`."""
+
+    step: int
+    samples: list[TrainSample]
+    """[S]."""
+    temperature: float
+    """Log-probabilities are of logits / temperature, as the sampler's are."""
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """What the learner says of one step. Made by rank 0, already reduced over ranks."""
+
+    step: int
+    metrics: dict[str, float]
+    """Names as in `grpo_ray.metrics`."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """One transfer of weights to the samplers."""
+
+    version: int
+    seconds: float
+    pause_seconds: float
+    """How long generation stood still."""
+    num_bytes: int
+    checksum: str
+    num_engines: int

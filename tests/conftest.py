@@ -1,0 +1,41 @@
+"""Fixtures that more than one test file needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2 of 0.3 M parameters (fp32, tied embeddings, context 256) with a character tokenizer."""
+    from grpo_ray.config import TinyModelConfig
+    from grpo_ray.tiny import build_tiny_model
+
+    config = TinyModelConfig(hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, context=256, seed=7)
+    return build_tiny_model(tmp_path_factory.mktemp("tiny") / "model", config)
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A Ray cluster on this machine, counting 8 CPUs, for one test module."""
+    import ray
+
+    ray.init(
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=400 << 20,
+        configure_logging=True,
+        logging_level="ERROR",
+    )
+    yield
+    ray.shutdown()
