@@ -53,4 +53,6 @@ async def within(work: Awaitable[T], seconds: float, what: str, option: str) -> 
     except TimeoutError as e:
         if isinstance(e, DeadlineError):
             raise
-        raise DeadlineError(f"{what} did not finish within {seconds:g} s; look for it in the logs, or raise {option}") from None
+        raise DeadlineError(
+            f"{what} did not finish within {seconds:g} s; look for it in the logs, or raise {option}"
+        ) from None

@@ -35,6 +35,15 @@ class TinyModelConfig(Strict):
     context: PositiveInt = 256
     seed: int = 1
 
+    @model_validator(mode="after")
+    def _heads(self) -> Self:
+        if self.hidden_size % (32 * self.num_heads) or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} with {self.num_heads} heads and {self.num_kv_heads} key heads: vLLM's attention "
+                "on CPUs takes heads of 32, 64, .. dimensions, and key heads that divide the heads"
+            )
+        return self
+
 
 class ModelConfig(Strict):
     path: str | None = None

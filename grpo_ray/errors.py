@@ -34,3 +34,7 @@ class WorkerError(GrpoRayError):
 
 class CheckpointError(GrpoRayError):
     """A checkpoint can't be written or read."""
+
+
+class NonFiniteError(GrpoRayError):
+    """A loss or a gradient that is not a finite number; names the step, and the sample where it is known."""

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from grpo_ray.types import Sample, SampleInfo, SampleRequest, Score, ScoreRequest, SyncReport, TrainBatch, UpdateReport
+from grpo_ray.types import Group, SampleInfo, SampleRequest, Score, ScoreRequest, SyncReport, TrainBatch, UpdateReport
 
 
 class Sampler(Protocol):
@@ -65,10 +65,12 @@ class WeightSync(Protocol):
         ...
 
 
-class Fetch(Protocol):
-    """Read samples behind their references (for Parquet and the report; never on the way to the learner)."""
+class RolloutLog(Protocol):
+    """Where samples are written down for people: `rollouts/*.parquet`."""
 
-    async def __call__(self, infos: Sequence[SampleInfo]) -> list[Sample]: ...
+    async def write(self, step: int, groups: Sequence[Group]) -> None:
+        """May return before the file is there; the next call, or `close`, says what went wrong with it."""
+        ...
 
 
 class Tracker(Protocol):
@@ -77,6 +79,3 @@ class Tracker(Protocol):
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
 
     def close(self) -> None: ...
-
-
-Row = dict[str, Any]

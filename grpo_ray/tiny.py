@@ -1,4 +1,7 @@
-"""A whole small language model made on the spot: Qwen2's architecture, random weights, one token per character (per byte, beyond ASCII).
+"""A whole small language model made on the spot: Qwen2's architecture, random weights, one token per character.
+
+Beyond ASCII it is one token per byte. The four tags of R1's format are one token each, as `<think>` is in DeepSeek-R1's
+and Qwen3's tokenizers: spelled out they would be half of a short answer.
 
 It lets the real engine, learner and loop run on a laptop and in tests with nothing downloaded.
 """
@@ -10,6 +13,7 @@ from pathlib import Path
 from grpo_ray.config import TinyModelConfig
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>")
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 CHAT_TEMPLATE = (
     "<bos>{% for m in messages %}"
     "{% if m['role'] == 'assistant' %}<|assistant|>{% generation %}{{ m['content'] }}<eos>{% endgeneration %}"
@@ -21,8 +25,9 @@ CHAT_TEMPLATE = (
 def build_tiny_model(folder: Path, config: TinyModelConfig) -> Path:
     """Write model (fp32 safetensors) and tokenizer in Hugging Face's layout. The same seed gives the same bytes."""
     import torch
-    from tokenizers import pre_tokenizers
+    from tokenizers import AddedToken, pre_tokenizers
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+    from transformers.utils import logging
 
     # Byte-level BPE without a single merge: Transformers rebuilds the tokenizer of a qwen2 folder as Qwen2's own
     # (a character tokenizer of another kind would silently lose its spaces), and any text can be encoded.
@@ -40,9 +45,11 @@ def build_tiny_model(folder: Path, config: TinyModelConfig) -> Path:
         model_max_length=config.context,
         clean_up_tokenization_spaces=False,
     )
+    # Not special: decoding for rewards and people skips special tokens, and has to keep these.
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
     ids = {"pad_token_id": vocab["<pad>"], "eos_token_id": vocab["<eos>"], "bos_token_id": vocab["<bos>"]}
     model_config = Qwen2Config(
-        vocab_size=(len(vocab) + 63) // 64 * 64,
+        vocab_size=(len(tokenizer) + 63) // 64 * 64,
         hidden_size=config.hidden_size,
         intermediate_size=config.hidden_size * 11 // 4,
         num_hidden_layers=config.num_layers,
@@ -57,6 +64,10 @@ def build_tiny_model(folder: Path, config: TinyModelConfig) -> Path:
         model = Qwen2ForCausalLM(model_config).float()
     model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **ids)
     folder.mkdir(parents=True, exist_ok=True)
+    progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if progress:
+        logging.enable_progress_bar()
     return folder

@@ -20,7 +20,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from grpo_ray.config import TinyModelConfig
     from grpo_ray.tiny import build_tiny_model
 
-    config = TinyModelConfig(hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, context=256, seed=7)
+    config = TinyModelConfig(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, context=256, seed=7)
     return build_tiny_model(tmp_path_factory.mktemp("tiny") / "model", config)
 
 

@@ -1,0 +1,34 @@
+# make smoke   sets everything up and trains a tiny model for real, on any machine
+# make test    sets everything up and runs the tests
+# make bench   the tables of the README
+.PHONY: smoke test test-all lint bench lock help
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+
+.venv/.ready: pyproject.toml lock-cpu.txt lock-gpu.txt launch/install.sh
+	@bash launch/install.sh
+
+smoke: .venv/.ready  ## train a tiny model from a cold start to 90% of its task (a few minutes on two cores)
+	@$(BIN)/grpo-ray smoke
+
+test: .venv/.ready  ## the tests, on two cores in less than 15 minutes
+	@$(BIN)/pytest -m "not slow and not gpu"
+
+test-all: .venv/.ready  ## the slow tests too, and those for GPUs where there is one
+	@$(BIN)/pytest
+
+lint: .venv/.ready  ## ruff, mypy, import layers
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: .venv/.ready  ## the tables of the README
+	@$(BIN)/python -m tests.bench
+
+lock: .venv/.ready  ## resolve pyproject.toml into the lock files again
+	@$(BIN)/uv pip compile pyproject.toml -q --extra cpu --extra dev --python-version 3.11 --no-header --no-annotate -o lock-cpu.txt
+	@$(BIN)/uv pip compile pyproject.toml -q --no-config --extra gpu --extra dev --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate -o lock-gpu.txt
+
+help:
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12

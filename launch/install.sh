@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Everything that the project needs, into .venv, from the lock files. `make` calls it when something is missing or newer.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+stop() { echo "grpo-ray set-up: $*" >&2; exit 1; }
+
+# What is missing is said at once, before anything is downloaded.
+python=""
+for candidate in ${PYTHON:-} python3.11 python3 python; do
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then python=$candidate; break; fi
+done
+[ -n "$python" ] || stop "Python 3.11 with venv was not found (ray, vllm and deepspeed are pinned for it); install it, or name it: make PYTHON=/path/to/python3.11"
+command -v g++ >/dev/null || command -v c++ >/dev/null || stop "no C++ compiler; install g++ (Debian: apt-get install g++ python3-dev), DeepSpeed builds with it"
+gpu=no; if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then gpu=yes; fi
+need_gb=6; [ $gpu = yes ] && need_gb=16
+free_gb=$(df -Pk . | awk 'NR==2 {print int($4 / 1048576)}')
+[ "$free_gb" -ge $need_gb ] || stop "$free_gb GB free on this disk, $need_gb GB are needed for the packages"
+
+lock=lock-cpu.txt; [ $gpu = yes ] && lock=lock-gpu.txt
+echo "grpo-ray set-up: Python 3.11, $( [ $gpu = yes ] && echo 'vLLM for GPUs' || echo 'no GPU found: the CPU stack' ), packages of $lock into .venv (a few minutes the first time)"
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+.venv/bin/python -m pip --version >/dev/null 2>&1 || stop "the .venv here is broken; remove it (rm -rf .venv) and call make again"
+echo "  1/4 uv, the installer"
+.venv/bin/python -m pip install -q --disable-pip-version-check uv==0.13.9
+
+# uv does not read pip's find-links; a wheel of torch for CPUs may lie there.
+links=${PIP_FIND_LINKS:-$(.venv/bin/python -m pip config get global.find-links 2>/dev/null || true)}
+[ -z "$links" ] || export UV_FIND_LINKS=${UV_FIND_LINKS:-$(echo $links | tr ' ' ',')}
+install() { .venv/bin/uv pip install --python .venv/bin/python --no-deps --link-mode "${UV_LINK_MODE:-hardlink}" "$@"; }
+
+if [ $gpu = no ]; then
+    # A local version is not on the general index: what is configured here first, PyTorch's own index of CPU builds second.
+    echo "  2/4 torch for CPUs (200 MB)"
+    torch=$(grep '^torch==' $lock)
+    install -q "$torch" 2>/dev/null || install -q --index-url https://download.pytorch.org/whl/cpu "$torch" ||
+        stop "$torch was found neither in the configured indexes nor at download.pytorch.org"
+fi
+echo "  3/4 $(grep -c == $lock) packages, vLLM, Ray, DeepSpeed and Transformers among them (1.5 GB)"
+install -q -r $lock || stop "some packages of $lock could not be installed (see above); call make again to go on"
+echo "  4/4 this project"
+install -q --no-build-isolation -e .
+touch .venv/.ready
