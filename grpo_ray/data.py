@@ -1,0 +1,261 @@
+"""Rows from files, hubs and generators: `DataSource` -> `Table`. What a row means is `grpo_ray.prompts`' business."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from grpo_ray.config import DataSource
+from grpo_ray.errors import DataError
+
+Row = dict[str, Any]
+_MANY_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one source, columns not yet mapped."""
+
+    name: str
+    """Short and stable: the first part of every prompt id."""
+    label: str
+    """What errors call it: the path of the source."""
+    rows: Sequence[Row]
+    lines: Sequence[int] | None = None
+    """Line number of each row, for JSONL."""
+
+    def where(self, row: int) -> str:
+        """`file.jsonl, line 17` or `gym:task, row 16`."""
+        return f"{self.label}, line {self.lines[row]}" if self.lines is not None else f"{self.label}, row {row}"
+
+
+def load_table(source: DataSource, *, seed: int) -> Table:
+    """Read a source.
+
+    Args:
+        seed: for generators whose `args` name none.
+
+    Raises:
+        DataError: what can't be read, where, and the mend; also for a source without a single row.
+    """
+    scheme, colon, rest = source.path.partition(":")
+    if colon and scheme == "reasoning_gym":
+        table = _reasoning_gym(source, rest, seed)
+    elif colon and scheme == "python":
+        table = _python(source, rest)
+    elif source.path.endswith((".jsonl", ".ndjson")):
+        table = _jsonl(source)
+    elif source.path.endswith(".parquet"):
+        table = _parquet(source)
+    elif Path(source.path).is_file():
+        raise DataError(f"{source.path}: can't read this kind of file; expected .jsonl or .parquet")
+    else:
+        table = _hugging_face(source)
+    if len(table.rows) == 0:
+        raise DataError(f"{source.path}: the data set is empty; expected at least one row")
+    return table
+
+
+def _existing(path: str) -> Path:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        close = []
+        if file.parent.is_dir():
+            close = difflib.get_close_matches(file.name, os.listdir(file.parent), n=1)
+        hint = f"; did you mean {file.parent / close[0]}?" if close else f" (looked from {Path.cwd()})"
+        raise DataError(f"{path}: no such file{hint}")
+    return file
+
+
+def _jsonl(source: DataSource) -> Table:
+    file = _existing(source.path)
+    rows: list[Row] = []
+    lines: list[int] = []
+    with file.open("rb") as f:
+        for number, raw in enumerate(f, start=1):
+            if not raw.strip():
+                continue
+            try:
+                row = json.loads(raw)
+            except UnicodeDecodeError as e:
+                raise DataError(
+                    f"{source.path}, line {number}: not UTF-8 text ({e.reason} at byte {e.start})"
+                ) from None
+            except json.JSONDecodeError as e:
+                raise DataError(f"{source.path}, line {number}: not valid JSON: {e.msg} at column {e.colno}") from None
+            if not isinstance(row, dict):
+                raise DataError(
+                    f"{source.path}, line {number}: expected a JSON object such as "
+                    f'{{"prompt": "..."}}, got {type(row).__name__}'
+                )
+            rows.append(row)
+            lines.append(number)
+            if len(rows) == source.limit:
+                break
+    return Table(file.stem, source.path, rows, lines)
+
+
+def _parquet(source: DataSource) -> Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = _existing(source.path)
+    try:
+        with pq.ParquetFile(file) as f:
+            limit = f.metadata.num_rows if source.limit is None else source.limit
+            batches = (row for batch in f.iter_batches() for row in batch.to_pylist())
+            return Table(file.stem, source.path, list(islice(batches, limit)))
+    except (pa.ArrowException, OSError) as e:
+        raise DataError(f"{source.path}: not a readable Parquet file: {_first_line(e)}") from None
+
+
+def _hugging_face(source: DataSource) -> Table:
+    import datasets
+
+    folder = Path(source.path).expanduser()
+    saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+    options = f"name {source.name!r}, split {source.split!r}"
+    try:
+        found = (
+            datasets.load_from_disk(str(folder))
+            if saved
+            else datasets.load_dataset(str(folder) if folder.is_dir() else source.path, source.name, split=source.split)
+        )
+    # The library raises a dozen kinds of its own, of HTTP clients' and of Python's; all of them mean "can't be had".
+    except Exception as e:
+        raise DataError(
+            f"data set {source.path!r} ({options}) can't be loaded: {_first_line(e)}; expected a .jsonl or .parquet "
+            "file, a local folder, or a name on the Hugging Face hub (from there: a network, or an earlier download)"
+        ) from e
+    if isinstance(found, datasets.DatasetDict):
+        if source.split not in found:
+            raise DataError(f"data set {source.path!r} has no split {source.split!r}; it has: {', '.join(found)}")
+        found = found[source.split]
+    if source.limit is not None:
+        found = found.select(range(min(source.limit, len(found))))
+    parts = (folder.name, source.name, source.split)
+    return Table("-".join(p for p in parts if p), source.path, found)
+
+
+def _reasoning_gym(source: DataSource, task: str, seed: int) -> Table:
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if task not in DATASETS:
+        close = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.5)
+        hint = (
+            f"did you mean {', '.join(close)}?"
+            if close
+            else f"there are {len(DATASETS)}, among them chain_sum, countdown"
+        )
+        raise DataError(f"{source.path}: reasoning-gym has no task {task!r}; {hint}")
+    args = {"seed": seed, **source.args}
+    try:
+        dataset = reasoning_gym.create_dataset(task, **args)
+    except (TypeError, AssertionError, ValueError) as e:
+        fields = ", ".join(DATASETS[task][1].__dataclass_fields__)
+        raise DataError(f"{source.path}: args {args} are refused: {_first_line(e)}; it takes: {fields}") from None
+    rows = []
+    size = len(dataset) if source.limit is None else min(source.limit, len(dataset))
+    with progress(f"generating {source.path}", size) as advance:
+        for entry in islice(dataset, size):
+            columns = {"prompt": entry["question"], **entry}
+            rows.append({**columns, "reasoning_gym_entry": entry, "reasoning_gym_task": task})
+            advance(1)
+    return Table(task, source.path, rows)
+
+
+def _python(source: DataSource, dotted: str) -> Table:
+    module_name, dot, function_name = dotted.rpartition(".")
+    if not dot:
+        raise DataError(f"{source.path}: expected python:module.function")
+    with _importable_from_here():
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError as e:
+            raise DataError(f"{source.path}: can't import {module_name!r}: {e}") from e
+        function = getattr(module, function_name, None)
+        if not callable(function):
+            names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+            close = difflib.get_close_matches(function_name, names, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise DataError(f"{source.path}: {module_name} has no function {function_name!r}{hint}")
+        try:
+            rows = list(islice(_checked(function(**source.args), source.path), source.limit))
+        except TypeError as e:
+            raise DataError(f"{source.path}: calling it with args {source.args} failed: {e}") from e
+    return Table(function_name, source.path, rows)
+
+
+def _checked(rows: Iterable[Any], label: str) -> Iterator[Row]:
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{label}, row {i}: expected a dict such as {{'prompt': ...}}, got {type(row).__name__}")
+        yield row
+
+
+@contextmanager
+def _importable_from_here() -> Iterator[None]:
+    """Modules beside the user count, as they do for `python script.py`."""
+    here = str(Path.cwd())
+    if here in sys.path:
+        yield
+        return
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+def map_columns(row: Row, columns: dict[str, str], where: str) -> Row:
+    """Rename by `columns` (name here -> name in the data). A dotted name is looked up inside, and its parent stays.
+
+    Raises:
+        DataError: a column that isn't there; lists those that are.
+    """
+    values = {new: _lookup(row, old, new, where) for new, old in columns.items()}
+    kept = {k: v for k, v in row.items() if k not in columns.values()}
+    return {**kept, **values}
+
+
+def _lookup(row: Row, name: str, new: str, where: str) -> Any:
+    if name in row:
+        return row[name]
+    node: Any = row
+    for part in name.split("."):
+        if not isinstance(node, dict) or part not in node:
+            has = (
+                f"columns there: {', '.join(map(str, node))}"
+                if isinstance(node, dict)
+                else f"got {type(node).__name__}"
+            )
+            raise DataError(f"{where}: no column {name!r}, which data columns map to {new!r}; {has}")
+        node = node[part]
+    return node
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr while `total` rows are worked on, if they are many and someone watches; gives `advance(rows)`."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    shown = total >= _MANY_ROWS and sys.stderr.isatty()
+    with Progress(console=Console(stderr=True), transient=True, disable=not shown) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda rows: bar.advance(task, rows)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

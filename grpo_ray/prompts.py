@@ -1,0 +1,225 @@
+"""Data sets of prompts, for reinforcement learning, and of demonstrations, for SFT.
+
+    DataSource -> Table -> mapped columns -> templated text -> token ids -> PromptDataset -> Cursor.next() -> Prompt
+
+Rows that are over-long or also in the evaluation set are left out here and counted in `LoadReport`; what is left never
+changes, and its `fingerprint` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grpo_ray.config import DataConfig, DataSource
+from grpo_ray.cursor import Cursor
+from grpo_ray.data import Row, Table, load_table
+from grpo_ray.errors import DataError
+from grpo_ray.templates import Render, Rendered, make_template
+from grpo_ray.tokenized import LoadReport, TokenizedRow, TokenLists, fingerprint, tokenized_rows
+from grpo_ray.types import Prompt
+
+__all__ = [
+    "Cursor",
+    "LoadReport",
+    "PromptDataset",
+    "PromptSets",
+    "SftDataset",
+    "SftExample",
+    "load_demonstrations",
+    "load_prompts",
+]
+
+EVAL_SEED_OFFSET = 1 << 31
+"""reasoning-gym draws row i from `seed + i`: without a gap, train and eval of one task would share most rows."""
+
+
+@dataclass(frozen=True)
+class SftExample:
+    """One demonstration. The loss is on the completion alone."""
+
+    id: str
+    """`<data set>/<epoch>/<row>`."""
+    prompt_ids: list[int]
+    """[N]. The very ids that reinforcement learning would sample from."""
+    completion_ids: list[int]
+    """[T], the end-of-sequence token last. Tokenized apart from the prompt: sampling meets the same seam."""
+
+
+class PromptDataset:
+    """The prompts of one source, tokenized. Made by `load_prompts`."""
+
+    def __init__(self, name: str, kept: list[TokenizedRow], report: LoadReport) -> None:
+        self.name = name
+        self.report = report
+        self._rows = [k.row for k in kept]
+        self._rendered: list[Rendered] = [k.rendered for k in kept]
+        self._columns: list[Row] = [k.columns for k in kept]
+        self._token_ids = TokenLists([k.token_ids for k in kept])
+        self.fingerprint = fingerprint(name, self._rows, self._columns, self._token_ids)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def item(self, index: int, epoch: int) -> Prompt:
+        """The index-th kept row, as the prompt of an epoch."""
+        rendered = self._rendered[index]
+        return Prompt(
+            id=f"{self.name}/{epoch}/{self._rows[index]}",
+            token_ids=self._token_ids[index],
+            text=rendered.text,
+            messages=rendered.messages,
+            columns=self._columns[index],
+        )
+
+    def __iter__(self) -> Iterator[Prompt]:
+        """Every prompt in the source's order, as of epoch 0: what evaluation walks over."""
+        return (self.item(i, 0) for i in range(len(self)))
+
+
+class SftDataset:
+    """The demonstrations of one source, tokenized. Made by `load_demonstrations`."""
+
+    def __init__(
+        self,
+        name: str,
+        rows: list[int],
+        prompt_ids: list[NDArray[np.int32]],
+        completion_ids: list[NDArray[np.int32]],
+        report: LoadReport,
+    ) -> None:
+        self.name = name
+        self.report = report
+        self._rows = rows
+        self._prompt_ids = TokenLists(prompt_ids)
+        self._completion_ids = TokenLists(completion_ids)
+        self.fingerprint = fingerprint(name, rows, [], self._prompt_ids, self._completion_ids)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def item(self, index: int, epoch: int) -> SftExample:
+        """The index-th kept row, as the example of an epoch."""
+        id = f"{self.name}/{epoch}/{self._rows[index]}"
+        return SftExample(id, self._prompt_ids[index], self._completion_ids[index])
+
+    def __iter__(self) -> Iterator[SftExample]:
+        return (self.item(i, 0) for i in range(len(self)))
+
+
+@dataclass(frozen=True)
+class PromptSets:
+    train: PromptDataset
+    eval: PromptDataset | None
+    """Its ids start with `eval-`: no prompt of the two has the other's id."""
+
+
+def load_prompts(data: DataConfig, tokenizer: Any, *, seed: int, max_context: int | None = None) -> PromptSets:
+    """Read, template and tokenize `data.train` and `data.eval`.
+
+    Args:
+        seed: for generators whose `args` name none.
+        max_context: tokens that the model can see; a prompt must leave room for one more.
+
+    Raises:
+        DataError: names source, line or row, and the mend.
+    """
+    render = make_template(data.template, tokenizer, data.system)
+    limit, option = data.max_prompt_length, "data.max_prompt_length"
+    if max_context is not None and max_context <= limit:
+        limit, option = max_context - 1, "what the model's context leaves"
+
+    def load(name: str, table: Table, source: DataSource, held_out: frozenset[str]) -> PromptDataset:
+        kept = []
+        num_too_long = num_in_eval = 0
+        for row in tokenized_rows(table, source, render, tokenizer, demonstrations=False):
+            if row.rendered.text in held_out:
+                num_in_eval += 1
+            elif len(row.token_ids) > limit:
+                _refuse_if_asked(data, f"{row.where}: the prompt is {len(row.token_ids)} tokens", limit, option)
+                num_too_long += 1
+            else:
+                kept.append(row)
+        report = LoadReport(len(table.rows), num_too_long, num_in_eval)
+        _check_any_left(report, table, limit, option)
+        return PromptDataset(name, kept, report)
+
+    evaluation = None
+    held_out: frozenset[str] = frozenset()
+    if data.eval is not None:
+        table = load_table(data.eval, seed=seed + EVAL_SEED_OFFSET)
+        evaluation = load(f"eval-{table.name}", table, data.eval, frozenset())
+        if data.exclude_eval:
+            held_out = frozenset(prompt.text for prompt in evaluation)
+    table = load_table(data.train, seed=seed)
+    return PromptSets(load(table.name, table, data.train, held_out), evaluation)
+
+
+def load_demonstrations(data: DataConfig, tokenizer: Any, *, seed: int, max_length: int) -> SftDataset:
+    """Read, template and tokenize `data.train` as demonstrations.
+
+    A row has `prompt` and `completion` (text or messages), or `messages` whose last turn is the completion.
+    `data.eval`, where given, is only kept out of it (data.exclude_eval): its rows need no completion.
+
+    Args:
+        seed: for generators whose `args` name none.
+        max_length: tokens of prompt and completion together.
+
+    Raises:
+        DataError: names source, line or row, and the mend.
+    """
+    eos: int | None = tokenizer.eos_token_id
+    if eos is None:
+        raise DataError(
+            "the tokenizer has no end-of-sequence token, so that no demonstration could end; set its eos_token"
+        )
+    render = make_template(data.template, tokenizer, data.system)
+    held_out = (
+        _texts(data.eval, render, tokenizer, seed) if data.eval is not None and data.exclude_eval else frozenset()
+    )
+    table = load_table(data.train, seed=seed)
+    rows, prompts, completions = [], [], []
+    num_too_long = num_in_eval = 0
+    for row in tokenized_rows(table, data.train, render, tokenizer, demonstrations=True):
+        if row.rendered.text in held_out:
+            num_in_eval += 1
+            continue
+        ids = [*tokenizer(row.completion, add_special_tokens=False)["input_ids"], eos]
+        length = len(row.token_ids) + len(ids)
+        if length > max_length:
+            _refuse_if_asked(data, f"{row.where}: prompt and completion are {length} tokens", max_length, "max_length")
+            num_too_long += 1
+            continue
+        rows.append(row.row)
+        prompts.append(row.token_ids)
+        completions.append(np.asarray(ids, np.int32))
+    report = LoadReport(len(table.rows), num_too_long, num_in_eval)
+    _check_any_left(report, table, max_length, "max_length")
+    return SftDataset(table.name, rows, prompts, completions, report)
+
+
+def _texts(source: DataSource, render: Render, tokenizer: Any, seed: int) -> frozenset[str]:
+    table = load_table(source, seed=seed + EVAL_SEED_OFFSET)
+    return frozenset(
+        row.rendered.text for row in tokenized_rows(table, source, render, tokenizer, demonstrations=False)
+    )
+
+
+def _refuse_if_asked(data: DataConfig, what: str, limit: int, option: str) -> None:
+    if data.long_prompts == "error":
+        raise DataError(
+            f"{what}, more than {option} ({limit}); raise it, shorten the row, or set data.long_prompts=drop"
+        )
+
+
+def _check_any_left(report: LoadReport, table: Table, limit: int, option: str) -> None:
+    if not report.num_kept:
+        raise DataError(
+            f"{table.label}: none of its {report.num_rows} rows is left: {report.num_too_long} are longer than "
+            f"{option} ({limit} tokens), {report.num_in_eval} are also in the evaluation set; "
+            "raise the limit, or set data.exclude_eval=false"
+        )

@@ -1,0 +1,159 @@
+"""Rows made into templated, tokenized prompts: the part that prompts and demonstrations share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grpo_ray.config import DataSource
+from grpo_ray.data import Row, Table, map_columns, progress
+from grpo_ray.errors import DataError
+from grpo_ray.templates import Render, Rendered
+
+_CHUNK = 1000
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of the rows of a source."""
+
+    num_rows: int
+    num_too_long: int
+    num_in_eval: int
+    """Left out because their prompt is in the evaluation set."""
+
+    @property
+    def num_kept(self) -> int:
+        return self.num_rows - self.num_too_long - self.num_in_eval
+
+
+class TokenLists:
+    """Lists of token ids, frozen into one flat array: four bytes a token."""
+
+    def __init__(self, lists: Sequence[NDArray[np.int32]]) -> None:
+        self._flat = np.concatenate([np.zeros(0, np.int32), *lists])
+        self._starts = np.cumsum([0, *(len(ids) for ids in lists)], dtype=np.int64)
+
+    def __getitem__(self, i: int) -> list[int]:
+        ids: list[int] = self._flat[self._starts[i] : self._starts[i + 1]].tolist()
+        return ids
+
+    def digest(self) -> bytes:
+        return hashlib.blake2b(self._flat.tobytes() + self._starts.tobytes(), digest_size=16).digest()
+
+
+@dataclass(frozen=True)
+class TokenizedRow:
+    """One row with its prompt templated and tokenized."""
+
+    row: int
+    where: str
+    rendered: Rendered
+    token_ids: NDArray[np.int32]
+    """[N]."""
+    columns: Row
+    """Mapped, without the prompt; for demonstrations also without the completion."""
+    completion: str | None
+
+
+def tokenized_rows(
+    table: Table, source: DataSource, render: Render, tokenizer: Any, *, demonstrations: bool
+) -> Iterator[TokenizedRow]:
+    """Every row of a table, in order.
+
+    Raises:
+        DataError: a row without what it needs; names file and line.
+    """
+    with progress(f"tokenizing {table.label}", len(table.rows)) as advance:
+        for start in range(0, len(table.rows), _CHUNK):
+            stop = min(start + _CHUNK, len(table.rows))
+            parts = []
+            for i in range(start, stop):
+                where = table.where(i)
+                row = map_columns(table.rows[i], source.columns, where)
+                prompt, completion, columns = _split(row, where, demonstrations)
+                try:
+                    parts.append((i, where, render(prompt, columns), columns, completion))
+                except DataError as e:
+                    raise DataError(f"{where}: {e}") from None
+            all_ids = tokenize(tokenizer, [rendered for _, _, rendered, _, _ in parts])
+            for (i, where, rendered, columns, completion), ids in zip(parts, all_ids, strict=True):
+                if not len(ids):
+                    raise DataError(f"{where}: the prompt is empty; expected text to continue")
+                yield TokenizedRow(i, where, rendered, ids, columns, completion)
+            advance(stop - start)
+
+
+def tokenize(tokenizer: Any, rendered: Sequence[Rendered]) -> list[NDArray[np.int32]]:
+    """Token ids of each text, [N] each."""
+    out: list[NDArray[np.int32]] = [np.zeros(0, np.int32)] * len(rendered)
+    for special in (False, True):
+        places = [i for i, r in enumerate(rendered) if r.add_special_tokens is special]
+        if places:
+            texts = [rendered[i].text for i in places]
+            ids = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+            for i, x in zip(places, ids, strict=True):
+                out[i] = np.asarray(x, np.int32)
+    return out
+
+
+def fingerprint(name: str, rows: Sequence[int], columns: Sequence[Row], *token_ids: TokenLists) -> str:
+    """Of everything that makes a prompt what it is: 32 hexadecimal digits, the same on every machine."""
+    h = hashlib.blake2b(name.encode(), digest_size=16)
+    h.update(np.asarray(rows, np.int64).tobytes())
+    for lists in token_ids:
+        h.update(lists.digest())
+    for row in columns:
+        # Values that JSON doesn't know count by their type: their `repr` may hold an address.
+        h.update(json.dumps(row, default=lambda o: type(o).__name__, skipkeys=True).encode())
+    return h.hexdigest()
+
+
+def _split(row: Row, where: str, demonstrations: bool) -> tuple[Any, str | None, Row]:
+    """(prompt, completion, other columns)."""
+    used = {"prompt", "messages"} if row.get("prompt") is None else {"prompt"}
+    prompt = row["prompt"] if row.get("prompt") is not None else row.get("messages")
+    if prompt is None:
+        there = ", ".join(map(str, row))
+        raise DataError(
+            f"{where}: no column 'prompt' or 'messages'; columns there: {there}; "
+            "name the one to use: columns: {prompt: NAME}"
+        )
+    if not isinstance(prompt, str):
+        _check_messages(prompt, where)
+    if not demonstrations:
+        if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+            raise DataError(
+                f"{where}: the conversation ends with an assistant's turn; a prompt ends with what is to be answered"
+            )
+        return prompt, None, {k: v for k, v in row.items() if k not in used}
+    completion = row.get("completion")
+    if completion is None and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant" and len(prompt) > 1:
+        prompt, completion = prompt[:-1], prompt[-1]["content"]
+    elif not isinstance(completion, str | None):
+        _check_messages(completion, where)
+        if len(completion) != 1 or completion[0]["role"] != "assistant":
+            raise DataError(
+                f"{where}: expected 'completion' to be text or one assistant message, got {len(completion)} messages"
+            )
+        completion = completion[0]["content"]
+    if completion is None:
+        raise DataError(
+            f"{where}: no completion; expected a column 'completion', or 'messages' that end with an assistant's turn; "
+            f"columns there: {', '.join(map(str, row))}"
+        )
+    return prompt, completion, {k: v for k, v in row.items() if k not in used | {"completion"}}
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: expected text or a list of messages, got {type(messages).__name__} {messages!r:.60}")
+    for i, m in enumerate(messages):
+        if not (isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)):
+            raise DataError(f"{where}, message {i}: expected {{role: ..., content: text}}, got {m!r:.80}")

@@ -1,0 +1,466 @@
+"""Data sets, templates and the cursor: what comes out is exact, and what can't be used says where and why."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo_ray.config import DataConfig, DataSource
+from grpo_ray.cursor import Cursor
+from grpo_ray.data import load_table
+from grpo_ray.errors import DataError
+from grpo_ray.prompts import load_demonstrations, load_prompts
+from grpo_ray.templates import R1_SYSTEM
+from grpo_ray.tokenized import TokenLists
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Callable[..., str]:
+    def write(rows: list[dict[str, Any]], name: str = "sums.jsonl") -> str:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+def sums(n: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"{i}+{i}", "answer": str(2 * i)} for i in range(n)]
+
+
+def config(path: str, **other: Any) -> DataConfig:
+    train = DataSource(path=path, columns=other.pop("columns", {}), limit=other.pop("limit", None))
+    return DataConfig(train=train, **{"template": "raw", **other})
+
+
+class Numbers:
+    """The smallest data set that a cursor can walk over."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.fingerprint = f"numbers-{size}"
+
+    def __len__(self) -> int:
+        return self.size
+
+    def item(self, index: int, epoch: int) -> tuple[int, int]:
+        return epoch, index
+
+
+def take(cursor: Cursor[Any], n: int) -> list[Any]:
+    return [cursor.next() for _ in range(n)]
+
+
+# The cursor
+
+
+@given(size=st.integers(1, 40), cut=st.integers(0, 130), seed=st.integers(-5, 2**63), shuffle=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_a_resumed_cursor_goes_on_as_if_never_stopped(size: int, cut: int, seed: int, shuffle: bool) -> None:
+    whole = take(Cursor(Numbers(size), seed=seed, shuffle=shuffle), 130 + 3 * size)
+    first = Cursor(Numbers(size), seed=seed, shuffle=shuffle)
+    before = take(first, cut)
+    state = json.loads(json.dumps(first.state_dict()))
+    second = Cursor(Numbers(size), seed=seed, shuffle=shuffle)
+    second.load_state_dict(state)
+    assert second.num_taken == cut
+    assert before + take(second, len(whole) - cut) == whole
+
+
+def test_every_epoch_is_a_permutation_and_no_two_are_alike() -> None:
+    cursor = Cursor(Numbers(50), seed=3)
+    epochs = [take(cursor, 50) for _ in range(4)]
+    for number, epoch in enumerate(epochs):
+        assert [e for e, _ in epoch] == [number] * 50
+        assert sorted(i for _, i in epoch) == list(range(50))
+    orders = {tuple(i for _, i in epoch) for epoch in epochs}
+    assert len(orders) == 4
+    other_seed = [i for _, i in take(Cursor(Numbers(50), seed=4), 50)]
+    assert tuple(other_seed) not in orders
+
+
+def test_the_order_of_a_seed_is_the_same_on_every_machine() -> None:
+    assert [i for _, i in take(Cursor(Numbers(8), seed=1), 16)] == [2, 4, 7, 5, 0, 6, 3, 1, 5, 6, 3, 0, 7, 2, 1, 4]
+
+
+def test_without_shuffling_the_order_is_the_file_s() -> None:
+    assert take(Cursor(Numbers(3), seed=1, shuffle=False), 5) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+
+
+def test_resuming_with_other_data_is_refused(tokenizer: Any, jsonl: Callable[..., str]) -> None:
+    def cursor(rows: list[dict[str, Any]], seed: int = 1) -> Cursor[Any]:
+        return Cursor(load_prompts(config(jsonl(rows)), tokenizer, seed=1).train, seed=seed)
+
+    state = cursor(sums(5)).state_dict()
+    cursor(sums(5)).load_state_dict(state)
+    changed_answer = [*sums(4), {"prompt": "4+4", "answer": "9"}]
+    changed_prompt = [*sums(4), {"prompt": "4+5", "answer": "8"}]
+    for rows in (sums(6), changed_answer, changed_prompt, sums(5)[::-1]):
+        with pytest.raises(DataError, match=r"not those of the saved run.*fingerprint was"):
+            cursor(rows).load_state_dict(state)
+    with pytest.raises(DataError, match="seed was 1, is 2"):
+        cursor(sums(5), seed=2).load_state_dict(state)
+
+
+# Sources
+
+
+def test_a_malformed_line_is_named_by_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    lines = [json.dumps(row) for row in sums(20)]
+    lines[16] = '{"prompt": "8+8", "answer" "16"}'
+    path.write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 17: not valid JSON: Expecting ':' delimiter at column 28"):
+        load_table(DataSource(path=str(path)), seed=1)
+
+
+def test_blank_lines_are_allowed_and_still_count_as_lines(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "gaps.jsonl"
+    path.write_text('\n{"prompt": "a"}\n   \n\n{"question": "b"}\n')
+    assert len(load_table(DataSource(path=str(path)), seed=1).rows) == 2
+    with pytest.raises(
+        DataError, match=r"gaps\.jsonl, line 5: no column 'prompt' or 'messages'; columns there: question"
+    ):
+        load_prompts(config(str(path)), tokenizer, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"prompt": "a"}\n["b"]\n', r"line 2: expected a JSON object .* got list"),
+        (b'{"prompt": "a"}\n{"prompt": "\xff"}\n', r"line 2: not UTF-8"),
+        (b"", r"the data set is empty"),
+        (b"\n\n", r"the data set is empty"),
+    ],
+)
+def test_an_unusable_file_says_where(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_table(DataSource(path=str(path)), seed=1)
+
+
+def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"trian\.jsonl: no such file; did you mean .*train\.jsonl"):
+        load_table(DataSource(path=str(tmp_path / "trian.jsonl")), seed=1)
+    (tmp_path / "train.txt").write_text("x")
+    with pytest.raises(DataError, match=r"can't read this kind of file; expected \.jsonl or \.parquet"):
+        load_table(DataSource(path=str(tmp_path / "train.txt")), seed=1)
+
+
+def test_parquet_and_saved_hugging_face_data_give_the_same_rows_as_jsonl(
+    tmp_path: Path, jsonl: Callable[..., str]
+) -> None:
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"prompt": f"p{i}", "metadata": {"answer": i}, "tags": ["x", "y"]} for i in range(7)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    data = datasets.Dataset.from_list(rows)
+    data.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"train": data, "test": data.select([6])}).save_to_disk(str(tmp_path / "splits"))
+    for path in (jsonl(rows), str(tmp_path / "rows.parquet"), str(tmp_path / "saved"), str(tmp_path / "splits")):
+        table = load_table(DataSource(path=path, limit=5), seed=1)
+        assert list(table.rows) == rows[:5], path
+    assert list(load_table(DataSource(path=str(tmp_path / "splits"), split="test"), seed=1).rows) == [rows[6]]
+    with pytest.raises(DataError, match="no split 'validation'; it has: train, test"):
+        load_table(DataSource(path=str(tmp_path / "splits"), split="validation"), seed=1)
+
+
+def test_broken_parquet_and_unreachable_hub_data_are_data_errors(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"not parquet")
+    with pytest.raises(DataError, match=r"x\.parquet: not a readable Parquet file"):
+        load_table(DataSource(path=str(tmp_path / "x.parquet")), seed=1)
+    with pytest.raises(DataError, match=r"data set 'nobody/no-such-data' .* can't be loaded: .*from there: a network"):
+        load_table(DataSource(path="nobody/no-such-data"), seed=1)
+
+
+def test_reasoning_gym_rows_carry_their_entry_and_task(tokenizer: Any) -> None:
+    source = DataSource(
+        path="reasoning_gym:chain_sum",
+        args={"size": 9, "seed": 5, "min_terms": 2, "max_terms": 2},
+        columns={"prompt": "metadata.expression", "gold": "metadata.source_index"},
+    )
+    prompts = list(load_prompts(DataConfig(train=source, template="raw"), tokenizer, seed=1).train)
+    assert [p.id for p in prompts] == [f"chain_sum/0/{i}" for i in range(9)]
+    for i, p in enumerate(prompts):
+        assert p.columns["reasoning_gym_task"] == "chain_sum"
+        assert p.columns["reasoning_gym_entry"]["answer"] == p.columns["answer"]
+        assert p.columns["metadata"]["expression"] == p.text
+        assert p.columns["gold"] == i
+        assert "prompt" not in p.columns
+
+
+def test_a_generator_without_a_seed_follows_the_run_s_and_eval_is_other_rows(tokenizer: Any) -> None:
+    def load(seed: int) -> tuple[list[str], list[str]]:
+        source = DataSource(path="reasoning_gym:chain_sum", args={"size": 50})
+        data = DataConfig(train=source, eval=source, template="raw", exclude_eval=False)
+        sets = load_prompts(data, tokenizer, seed=seed)
+        assert sets.eval is not None
+        return [p.text for p in sets.train], [p.text for p in sets.eval]
+
+    train, held_out = load(1)
+    assert load(1) == (train, held_out)
+    assert load(2)[0] != train
+    assert len(set(train) & set(held_out)) <= 2
+
+
+@pytest.mark.parametrize(
+    ("path", "args", "message"),
+    [
+        ("reasoning_gym:chain_sums", {}, "no task 'chain_sums'; did you mean chain_sum"),
+        ("reasoning_gym:chain_sum", {"terms": 2}, "refused.*it takes: min_terms, max_terms"),
+        ("reasoning_gym:chain_sum", {"min_terms": 5, "max_terms": 2}, "refused"),
+        ("python:flawed", {}, "expected python:module.function"),
+        ("python:no.such.module", {}, "can't import 'no.such'"),
+        ("python:grpo_ray.tiny_arithmetic.flawed_demonstration", {}, "did you mean flawed_demonstrations?"),
+        ("python:grpo_ray.tiny_arithmetic.flawed_demonstrations", {"sice": 3}, "unexpected keyword argument 'sice'"),
+    ],
+)
+def test_a_generator_that_can_t_run_says_what_to_change(path: str, args: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_table(DataSource(path=path, args=args), seed=1)
+
+
+def test_a_function_beside_the_user_gives_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_rows_here.py").write_text("def rows(n):\n    return ({'prompt': str(i)} for i in range(n))\n")
+    monkeypatch.chdir(tmp_path)
+    table = load_table(DataSource(path="python:my_rows_here.rows", args={"n": 10}, limit=4), seed=1)
+    assert (table.name, list(table.rows)) == ("rows", [{"prompt": str(i)} for i in range(4)])
+
+
+# Columns
+
+
+def test_columns_are_renamed_and_nested_ones_pulled_out(tokenizer: Any, jsonl: Callable[..., str]) -> None:
+    path = jsonl([{"question": "1+1", "metadata": {"answer": "2"}, "level": 3}])
+    data = config(path, columns={"prompt": "question", "answer": "metadata.answer"})
+    (prompt,) = load_prompts(data, tokenizer, seed=1).train
+    assert prompt.text == "1+1"
+    assert prompt.columns == {"answer": "2", "metadata": {"answer": "2"}, "level": 3}
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"prompt": "quest"}, r"line 1: no column 'quest', .* to 'prompt'; columns there: question, metadata"),
+        ({"prompt": "metadata.ans"}, r"no column 'metadata\.ans', .* columns there: answer"),
+        ({}, r"no column 'prompt' or 'messages'; columns there: question, metadata; .*columns: \{prompt: NAME\}"),
+    ],
+)
+def test_a_missing_column_lists_those_that_exist(
+    tokenizer: Any, jsonl: Callable[..., str], columns: dict[str, str], message: str
+) -> None:
+    path = jsonl([{"question": "1+1", "metadata": {"answer": "2"}}])
+    with pytest.raises(DataError, match=message):
+        load_prompts(config(path, columns=columns), tokenizer, seed=1)
+
+
+# Prompts and templates
+
+
+def test_token_ids_are_those_of_the_text(tokenizer: Any, jsonl: Callable[..., str]) -> None:
+    rows = [{"prompt": text} for text in ("1 + 1 =", " two  spaces ", "größer 数 🙂", "<think>\n")]
+    for template in ("raw", "chat", "r1_zero", "r1"):
+        for prompt in load_prompts(config(jsonl(rows), template=template), tokenizer, seed=1).train:
+            assert tokenizer.decode(prompt.token_ids) == prompt.text
+            assert all(type(i) is int for i in prompt.token_ids)
+
+
+def test_templates_give_the_papers_text(tokenizer: Any, jsonl: Callable[..., str]) -> None:
+    path = jsonl([{"prompt": "What is {1+1}?"}])
+
+    def text(template: str, system: str | None = None) -> str:
+        (prompt,) = load_prompts(config(path, template=template, system=system), tokenizer, seed=1).train
+        return prompt.text
+
+    assert text("raw") == "What is {1+1}?"
+    assert text("chat") == "<bos><|user|>What is {1+1}?<|assistant|>"
+    assert text("chat", system="Be brief.") == "<bos><|system|>Be brief.<|user|>What is {1+1}?<|assistant|>"
+    assert text("r1") == f"<bos><|system|>{R1_SYSTEM}<|user|>What is {{1+1}}?<|assistant|>"
+    assert text("r1_zero") == (
+        "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
+        "The assistant first thinks about the reasoning process in the mind and then provides the user with the "
+        "answer. The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, "
+        "respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>. "
+        "User: What is {1+1}?. Assistant:"
+    )
+
+
+def test_a_chat_template_gives_the_ids_that_transformers_gives(tokenizer: Any, jsonl: Callable[..., str]) -> None:
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "1+1"}]
+    (prompt,) = load_prompts(
+        config(jsonl([{"messages": messages, "answer": 2}]), template="chat"), tokenizer, seed=1
+    ).train
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert prompt.token_ids == expected["input_ids"]
+    assert prompt.messages == messages
+    assert prompt.columns == {"answer": 2}
+
+
+def test_a_jinja_file_sees_prompt_and_columns(tokenizer: Any, jsonl: Callable[..., str], tmp_path: Path) -> None:
+    path = jsonl([{"prompt": "1+1", "unit": "m"}])
+    file = tmp_path / "t.jinja"
+    file.write_text("{{ bos_token }}{{ prompt }} in {{ columns.unit }}:\n")
+    (prompt,) = load_prompts(config(path, template=str(file)), tokenizer, seed=1).train
+    assert prompt.text == "<bos>1+1 in m:"
+    assert prompt.token_ids[0] == tokenizer.bos_token_id
+    file.write_text("{{ prompt }}{{ questoin }}")
+    with pytest.raises(DataError, match=r"line 1: .*'questoin' is undefined; known names: prompt"):
+        load_prompts(config(path, template=str(file)), tokenizer, seed=1)
+    file.write_text("{{ prompt }}\n{% if %}")
+    with pytest.raises(DataError, match=r"t\.jinja, line 2: not a valid Jinja template"):
+        load_prompts(config(path, template=str(file)), tokenizer, seed=1)
+
+
+def test_a_prompt_has_one_bos_whoever_puts_it_there(
+    tiny_model: Path, jsonl: Callable[..., str], tmp_path: Path
+) -> None:
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    adds_bos = AutoTokenizer.from_pretrained(tiny_model)
+    bos = adds_bos.bos_token_id
+    adds_bos.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    file = tmp_path / "t.jinja"
+    file.write_text("{{ bos_token }}{{ prompt }}")
+    path = jsonl([{"prompt": "1+1"}])
+    for template in ("raw", "chat", "r1_zero", str(file)):
+        (prompt,) = load_prompts(config(path, template=template), adds_bos, seed=1).train
+        assert prompt.token_ids[0] == bos
+        assert prompt.token_ids.count(bos) == 1, template
+
+
+def test_templates_that_don_t_fit_are_refused_with_the_mend(
+    tokenizer: Any, jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = jsonl([{"prompt": [{"role": "user", "content": "1+1"}]}], "chat.jsonl")
+    with pytest.raises(DataError, match=r"line 1: the prompt is a conversation.*data\.template=chat"):
+        load_prompts(config(chat, template="raw"), tokenizer, seed=1)
+    with pytest.raises(DataError, match=r"'chta' is neither a file nor one of chat, raw, r1, r1_zero"):
+        load_prompts(config(chat, template="chta"), tokenizer, seed=1)
+    with pytest.raises(DataError, match=r"no place for data\.system"):
+        load_prompts(config(chat, template="raw", system="s"), tokenizer, seed=1)
+    ends = jsonl(
+        [{"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}], "ends.jsonl"
+    )
+    with pytest.raises(DataError, match="ends with an assistant's turn"):
+        load_prompts(config(ends, template="chat"), tokenizer, seed=1)
+    for messages in ([], [{"role": "user"}], ["hi"], 3):
+        with pytest.raises(DataError, match=r"odd\.jsonl, line 1"):
+            load_prompts(config(jsonl([{"prompt": messages}], "odd.jsonl"), template="chat"), tokenizer, seed=1)
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(DataError, match=r"has no chat template.*data\.template=raw"):
+        load_prompts(config(chat, template="chat"), tokenizer, seed=1)
+
+
+# What is left out
+
+
+def test_long_prompts_are_dropped_and_counted_or_refused(tokenizer: Any, jsonl: Callable[..., str]) -> None:
+    path = jsonl([{"prompt": "x" * n} for n in (3, 11, 10, 12)])
+    kept = load_prompts(config(path, max_prompt_length=10), tokenizer, seed=1).train
+    assert [p.id for p in kept] == ["sums/0/0", "sums/0/2"]
+    assert (kept.report.num_rows, kept.report.num_too_long, kept.report.num_kept) == (4, 2, 2)
+    with pytest.raises(DataError, match=r"sums\.jsonl, line 2: the prompt is 11 tokens, more than .* \(10\)"):
+        load_prompts(config(path, max_prompt_length=10, long_prompts="error"), tokenizer, seed=1)
+    with pytest.raises(DataError, match="none of its 4 rows is left: 4 are longer"):
+        load_prompts(config(path, max_prompt_length=2), tokenizer, seed=1)
+    assert len(load_prompts(config(path, max_prompt_length=10), tokenizer, seed=1, max_context=10).train) == 1
+
+
+def test_prompts_of_the_evaluation_set_are_kept_out_of_training(tokenizer: Any, jsonl: Callable[..., str]) -> None:
+    path, held_out = jsonl(sums(10)), jsonl([sums(10)[3], sums(10)[7], {"prompt": "new"}], "test.jsonl")
+    data = config(path, eval=DataSource(path=held_out))
+    sets = load_prompts(data, tokenizer, seed=1)
+    assert sets.eval is not None
+    assert [p.id for p in sets.eval] == ["eval-test/0/0", "eval-test/0/1", "eval-test/0/2"]
+    assert [p.id for p in sets.train] == [f"sums/0/{i}" for i in (0, 1, 2, 4, 5, 6, 8, 9)]
+    assert sets.train.report.num_in_eval == 2
+    both = load_prompts(data.model_copy(update={"exclude_eval": False}), tokenizer, seed=1)
+    assert len(both.train) == 10
+
+
+def test_ids_are_stable_over_loads_and_epochs(tokenizer: Any, jsonl: Callable[..., str]) -> None:
+    data = config(jsonl(sums(6)))
+    one = take(Cursor(load_prompts(data, tokenizer, seed=1).train, seed=9), 12)
+    two = take(Cursor(load_prompts(data, tokenizer, seed=1).train, seed=9), 12)
+    assert one == two
+    assert sorted(p.id for p in one) == sorted(f"sums/{e}/{i}" for e in (0, 1) for i in range(6))
+    for p in one:
+        row = int(p.id.rsplit("/", 1)[1])
+        assert (p.text, p.columns) == (f"{row}+{row}", {"answer": str(2 * row)})
+
+
+# Demonstrations
+
+
+def test_a_completion_decodes_back_exactly_and_ends_with_eos(tokenizer: Any, jsonl: Callable[..., str]) -> None:
+    texts = ["<think>8+6+0=14</think>\n<answer>84</answer>", " leading and trailing ", "größer 数 🙂", ""]
+    rows: list[dict[str, Any]] = [{"prompt": "1+1", "completion": t} for t in texts]
+    rows += [
+        {"prompt": [{"role": "user", "content": "1+1"}], "completion": [{"role": "assistant", "content": t}]}
+        for t in texts
+    ]
+    rows += [{"messages": [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": t}]} for t in texts]
+    data = config(jsonl(rows), template="chat")
+    examples = list(load_demonstrations(data, tokenizer, seed=1, max_length=200))
+    assert len(examples) == 12
+    for example, text in zip(examples, texts * 3, strict=True):
+        assert example.completion_ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(example.completion_ids[:-1]) == text
+        assert tokenizer.decode(example.prompt_ids) == "<bos><|user|>1+1<|assistant|>"
+
+
+def test_earlier_assistant_turns_belong_to_the_prompt(tokenizer: Any, jsonl: Callable[..., str]) -> None:
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    path = jsonl([{"messages": [{"role": r, "content": c} for r, c in turns]}])
+    (example,) = load_demonstrations(config(path, template="chat"), tokenizer, seed=1, max_length=200)
+    assert tokenizer.decode(example.prompt_ids) == "<bos><|user|>a<|assistant|>b<eos><|user|>c<|assistant|>"
+    assert tokenizer.decode(example.completion_ids) == "d<eos>"
+
+
+def test_demonstrations_without_completion_or_too_long_are_named(tokenizer: Any, jsonl: Callable[..., str]) -> None:
+    path = jsonl([{"prompt": "1+1", "completion": "x" * 5}, {"prompt": "1+1", "completion": "x" * 7}])
+    kept = load_demonstrations(config(path), tokenizer, seed=1, max_length=10)
+    assert ([e.id for e in kept], kept.report.num_too_long) == (["sums/0/0"], 1)
+    with pytest.raises(DataError, match=r"line 2: prompt and completion are 11 tokens, more than max_length \(10\)"):
+        load_demonstrations(config(path, long_prompts="error"), tokenizer, seed=1, max_length=10)
+    with pytest.raises(
+        DataError, match=r"line 1: no completion; expected a column 'completion'.*there: prompt, answer"
+    ):
+        load_demonstrations(config(jsonl(sums(1))), tokenizer, seed=1, max_length=10)
+
+
+def test_a_hundred_thousand_rows_load_in_seconds(tokenizer: Any, jsonl: Callable[..., str]) -> None:
+    path = jsonl([{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(100_000)])
+    start = time.perf_counter()
+    data = load_prompts(config(path), tokenizer, seed=1).train
+    cursor = Cursor(data, seed=1)
+    ids = {p.id for p in take(cursor, len(data))}
+    assert len(ids) == 100_000
+    assert time.perf_counter() - start < 60
+
+
+def test_token_lists_come_back_as_they_went_in() -> None:
+    lists = TokenLists([np.arange(n, dtype=np.int32) for n in (3, 0, 5)])
+    assert [lists[i] for i in range(3)] == [[0, 1, 2], [], [0, 1, 2, 3, 4]]
