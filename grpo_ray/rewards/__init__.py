@@ -1,0 +1,92 @@
+"""What a sample is worth. One file per reward; `BUILTINS` is the list that recipes choose from by name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from grpo_ray.config import RewardFunctionConfig
+from grpo_ray.errors import RewardError
+from grpo_ray.rewards.accuracy import accuracy
+from grpo_ray.rewards.countdown import countdown
+from grpo_ray.rewards.exact_match import exact_match
+from grpo_ray.rewards.function import RewardFunction, ScoreInputs, inspect_function
+from grpo_ray.rewards.r1_format import r1_format
+from grpo_ray.rewards.reasoning_gym_task import reasoning_gym
+from grpo_ray.rewards.repetition_penalty import repetition_penalty
+from grpo_ray.rewards.scoring import call_reward, score_samples, weighted_sum
+from grpo_ray.rewards.soft_overlong import soft_overlong
+from grpo_ray.rewards.think_format import think_format
+
+__all__ = ["BUILTINS", "RewardFunction", "ScoreInputs", "call_reward", "resolve", "score_samples", "weighted_sum"]
+
+BUILTINS: dict[str, Callable[..., Any]] = {
+    "accuracy": accuracy,
+    "think_format": think_format,
+    "r1_format": r1_format,
+    "countdown": countdown,
+    "reasoning_gym": reasoning_gym,
+    "soft_overlong": soft_overlong,
+    "repetition_penalty": repetition_penalty,
+    "exact_match": exact_match,
+}
+# Imported when the function is resolved: at the first sample it would count against the sample's deadline.
+_LIBRARIES = {"accuracy": "math_verify", "reasoning_gym": "reasoning_gym"}
+
+
+def resolve(config: RewardFunctionConfig) -> RewardFunction:
+    """Find the function that a recipe names: a built-in, or `package.module.function`, the current folder included.
+
+    Raises:
+        RewardError: it does not exist, can't be imported, or does not take the `args` given.
+    """
+    call = BUILTINS.get(config.name)
+    if call is None:
+        call = _import(config.name) if "." in config.name else _unknown(config.name)
+    if config.name in _LIBRARIES:
+        importlib.import_module(_LIBRARIES[config.name])
+    return inspect_function(config.name, call, config.weight, config.args)
+
+
+def _unknown(name: str) -> Callable[..., Any]:
+    close = difflib.get_close_matches(name, BUILTINS, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else f"built in: {', '.join(BUILTINS)};"
+    raise RewardError(
+        f"no reward is called {name!r}; {hint} A function of yours is named by its path, package.module.function"
+    )
+
+
+def _import(path: str) -> Callable[..., Any]:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    module_name, _, attribute = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as e:
+        if e.name is not None and (module_name == e.name or module_name.startswith(f"{e.name}.")):
+            raise RewardError(
+                f"reward {path!r}: there is no module {e.name!r} in {os.getcwd()} or on PYTHONPATH; start the run from "
+                "the folder that holds it, or install it"
+            ) from None
+        raise RewardError(
+            f"reward {path!r}: its module {module_name!r} imports {e.name!r}, which is not installed"
+        ) from e
+    except (Exception, SystemExit) as e:
+        first_line = (str(e).splitlines() or [""])[0]
+        raise RewardError(
+            f"reward {path!r}: importing {module_name!r} failed with {type(e).__name__}: {first_line}"
+        ) from e
+    try:
+        found = getattr(module, attribute)
+    except AttributeError:
+        names = [n for n in vars(module) if not n.startswith("_") and callable(getattr(module, n))]
+        close = difflib.get_close_matches(attribute, names, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(sorted(names)) or 'no functions'}"
+        raise RewardError(f"reward {path!r}: module {module_name!r} has no {attribute!r}; {hint}") from None
+    if not callable(found):
+        raise RewardError(f"reward {path!r} is a {type(found).__name__}, expected a function")
+    return found

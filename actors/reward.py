@@ -1,0 +1,136 @@
+"""One CPU scorer: fetches the texts, has them scored in a process that it can kill, and sums up.
+
+ScoreRequest -> (ray.get) Sample -> ScoreInputs -> [scoring process] -> RewardScore -> Score
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ray
+
+from actors.reward_process import ScoringProcess
+from actors.runtime import own_log
+from grpo_ray.config import RewardConfig
+from grpo_ray.errors import RewardError
+from grpo_ray.rewards.function import NOT_COLUMNS, Conversation, ScoreInputs
+from grpo_ray.rewards.scoring import weighted_sum
+from grpo_ray.types import RewardScore, Sample, Score, ScoreRequest, ScoreStatus
+
+FETCH_TIMEOUT_S = 60.0
+
+
+class RewardActor:
+    """Made into a Ray actor by `RewardPool`. `start` has to be called first."""
+
+    def __init__(self, config: RewardConfig, run_dir: str, name: str, start_timeout_s: float) -> None:
+        self._config = config
+        self._weights = [f.weight for f in config.functions]
+        self._log = own_log(run_dir, name)
+        self._process = ScoringProcess(config, start_timeout_s)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring")
+        self._turn = asyncio.Lock()
+
+    async def start(self) -> int:
+        """Import every reward function; gives this actor's process id.
+
+        Raises:
+            RewardError: naming the function that can't be imported.
+        """
+        try:
+            await self._on_thread(self._process.start)
+        except RewardError as e:
+            raise RewardError(f"{e} (log: {self._log})") from None
+        return os.getpid()
+
+    async def score(self, groups: list[list[ScoreRequest]]) -> list[list[Score]]:
+        """Score each list of requests: sample by sample, or each list in one call under `reward.unit: group`.
+
+        A failing function, or a sample whose object is lost, is a `Score` with that status.
+
+        Raises:
+            RewardError: the scoring process can't be started again.
+        """
+        texts = await self._fetch([request for group in groups for request in group])
+        async with self._turn:
+            return await self._on_thread(self._score, groups, texts)
+
+    async def stop(self) -> None:
+        """Kill the scoring process and all that it started, also in the middle of a call."""
+        self._process.stop()
+        async with self._turn:
+            await self._on_thread(self._process.kill)
+
+    async def _on_thread(self, function: Any, *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+    async def _fetch(self, requests: Sequence[ScoreRequest]) -> dict[int, list[Sample] | str]:
+        """id of the reference -> its samples, or why they can't be had. Each object is fetched once."""
+        refs = {id(r.sample.ref): r.sample.ref for r in requests}
+        unique = {ref: ref for ref in refs.values() if isinstance(ref, ray.ObjectRef)}
+        fetched = dict(zip(unique, await asyncio.gather(*(_get(ref) for ref in unique)), strict=True))
+        return {key: fetched[ref] if isinstance(ref, ray.ObjectRef) else ref for key, ref in refs.items()}
+
+    def _score(self, groups: list[list[ScoreRequest]], texts: dict[int, list[Sample] | str]) -> list[list[Score]]:
+        whole = self._config.unit == "group"
+        units = [unit for group in groups for unit in ([group] if whole else [[request] for request in group])]
+        lost = [_first_loss(unit, texts) for unit in units]
+        inputs = [None if lost[u] else build_inputs(unit, texts) for u, unit in enumerate(units)]
+        calls = [(f, x) for x in inputs if x is not None for f in range(len(self._weights))]
+        results = iter(self._process.run(calls))
+        scores: list[Score] = []
+        for u, unit in enumerate(units):
+            if lost[u]:
+                scores += [Score(ScoreStatus.CRASHED, math.nan, (), lost[u]) for _ in unit]
+                continue
+            parts = [next(results) for _ in self._weights]
+            scores += [self._sum([p[s] for p in parts]) for s in range(len(unit))]
+        rest = iter(scores)
+        return [[next(rest) for _ in group] for group in groups]
+
+    def _sum(self, parts: list[RewardScore]) -> Score:
+        return weighted_sum(parts, self._weights)
+
+
+async def _get(ref: Any) -> list[Sample] | str:
+    try:
+        samples: list[Sample] = await asyncio.wait_for(ref, FETCH_TIMEOUT_S)
+        return samples
+    except (ray.exceptions.RayError, TimeoutError) as e:
+        return f"the sample's object could not be fetched ({type(e).__name__}): its rollout actor may have died"
+
+
+def _first_loss(unit: list[ScoreRequest], texts: dict[int, list[Sample] | str]) -> str:
+    for request in unit:
+        found = texts[id(request.sample.ref)]
+        if isinstance(found, str):
+            return f"{request.sample.prompt_id}#{request.sample.index} from {request.sample.worker}: {found}"
+    return ""
+
+
+def build_inputs(unit: Sequence[ScoreRequest], texts: dict[int, list[Sample] | str]) -> ScoreInputs:
+    """What the functions see of these samples, in TRL's form.
+
+    A conversation that ends with an assistant message is a prefill: as in TRL, it moves from prompt to completion.
+    """
+    samples = [texts[id(r.sample.ref)][r.sample.row] for r in unit]
+    texts_of_samples = [s.text if isinstance(s, Sample) else s for s in samples]
+    ids = [s.token_ids.tolist() if isinstance(s, Sample) else [] for s in samples]
+    names = {name: None for r in unit for name in r.columns if name not in NOT_COLUMNS}
+    columns = {name: [r.columns.get(name) for r in unit] for name in names}
+    conversations = [r.messages for r in unit]
+    if any(messages is None for messages in conversations):
+        return ScoreInputs([r.prompt_text for r in unit], texts_of_samples, ids, columns)
+    turns = [_conversation(m or [], text) for m, text in zip(conversations, texts_of_samples, strict=True)]
+    return ScoreInputs([prompt for prompt, _ in turns], [completion for _, completion in turns], ids, columns)
+
+
+def _conversation(messages: Conversation, text: str) -> tuple[Conversation, Conversation]:
+    prefilled = bool(messages) and messages[-1]["role"] == "assistant"
+    prefix = str(messages[-1]["content"]) if prefilled else ""
+    return (messages[:-1] if prefilled else messages), [{"role": "assistant", "content": prefix + text}]

@@ -1,0 +1,238 @@
+"""All reward workers as one: implements `grpo_ray.roles.Scorer`.
+
+Waiting groups of requests sit in one queue. Each worker has a task that takes its share of what waits, calls the
+worker, and comes back for more: the least loaded worker is the one that asks. What a dying worker held goes back to the
+head of the queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from actors.reward import FETCH_TIMEOUT_S, RewardActor
+from actors.runtime import within
+from grpo_ray.config import RewardConfig
+from grpo_ray.errors import DeadlineError, RewardError, WorkerError
+from grpo_ray.types import Score, ScoreRequest
+
+MAX_BATCH = 64
+"""Samples in one call: enough to make Ray's share of the cost small, few enough to spread over the workers."""
+STOP_TIMEOUT_S = 10.0
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Waiting:
+    requests: list[ScoreRequest]
+    done: asyncio.Future[list[Score]]
+
+
+class RewardPool:
+    """Make one with `create`."""
+
+    def __init__(
+        self, config: RewardConfig, run_dir: str, *, name: str, start_timeout_s: float, max_restarts: int
+    ) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._name = name
+        self._start_timeout_s = start_timeout_s
+        self._restarts_left = max_restarts
+        self._queue: deque[_Waiting] = deque()
+        self._news = asyncio.Condition()
+        self._actors: dict[str, Any] = {}
+        self.pids: dict[str, int] = {}
+        """Name of each worker -> its process, for people and chaos tests."""
+        self._tasks: list[asyncio.Task[None]] = []
+        self._broken: Exception | None = None
+        self._stats = {"scored": 0.0, "busy_s": 0.0, "restarts": 0.0}
+
+    @classmethod
+    async def create(
+        cls,
+        config: RewardConfig,
+        run_dir: str,
+        *,
+        name: str = "reward",
+        start_timeout_s: float = 600.0,
+        max_restarts: int = 8,
+    ) -> RewardPool:
+        """Start `config.num_actors` workers, named `{name}-0` and so on, and import every reward function in each.
+
+        `max_restarts`: how often a dead worker is replaced, over all of them and the whole run.
+
+        Raises:
+            RewardError: naming the function that can't be imported.
+            DeadlineError: the workers did not start in time.
+            WorkerError: a worker died while starting.
+        """
+        pool = cls(config, run_dir, name=name, start_timeout_s=start_timeout_s, max_restarts=max_restarts)
+        names = [f"{name}-{i}" for i in range(config.num_actors)]
+        try:
+            await asyncio.gather(*(pool._start(n) for n in names))
+        except BaseException:
+            await pool.close()
+            raise
+        pool._tasks = [asyncio.create_task(pool._serve(n), name=f"{n} queue") for n in names]
+        return pool
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        """Score samples; one Score each, in order. See `roles.Scorer`.
+
+        Raises:
+            WorkerError: workers died more often than `max_restarts`, or the pool is closed.
+            RewardError: a reward function can no longer be imported.
+        """
+        if self._broken is not None:
+            raise self._broken
+        if not requests:
+            return []
+        done: asyncio.Future[list[Score]] = asyncio.get_running_loop().create_future()
+        self._queue.append(_Waiting(list(requests), done))
+        async with self._news:
+            self._news.notify()
+        return await done
+
+    def take_stats(self) -> dict[str, float]:
+        """Since the last call: samples scored, seconds that workers were busy, workers restarted."""
+        stats, self._stats = self._stats, dict.fromkeys(self._stats, 0.0)
+        return stats
+
+    async def close(self) -> None:
+        """End every worker and its scoring process. Calls still waiting get a WorkerError."""
+        self._fail(WorkerError(f"the {self._name} pool is closed"))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(self._stop(actor) for actor in self._actors.values()))
+        self._actors.clear()
+
+    async def _serve(self, name: str) -> None:
+        """One worker's life: take, score, repeat; replace it when it dies."""
+        while self._broken is None:
+            batch = await self._take()
+            start = time.monotonic()
+            try:
+                results = await self._call(name, batch)
+            except BaseException as e:
+                self._queue.extendleft(reversed(batch))
+                if isinstance(e, ray.exceptions.RayActorError | TimeoutError) and self._broken is None:
+                    await self._replace(name, e)
+                else:
+                    self._fail(self._broken or _cause(e, name))
+                if not isinstance(e, Exception):
+                    raise
+                continue
+            for waiting, scores in zip(batch, results, strict=True):
+                if not waiting.done.done():
+                    waiting.done.set_result(scores)
+            self._stats["scored"] += sum(len(w.requests) for w in batch)
+            self._stats["busy_s"] += time.monotonic() - start
+
+    async def _take(self) -> list[_Waiting]:
+        """This worker's share of what waits, at least one item, up to MAX_BATCH samples."""
+        async with self._news:
+            await self._news.wait_for(lambda: bool(self._queue))
+        # Everything that was put in during this turn of the event loop is there after the next one.
+        await asyncio.sleep(0)
+        waiting = sum(len(w.requests) for w in self._queue)
+        share = min(MAX_BATCH, -(-waiting // self._config.num_actors))
+        batch: list[_Waiting] = []
+        taken = 0
+        while self._queue and (not batch or taken + len(self._queue[0].requests) <= share):
+            item = self._queue.popleft()
+            if item.done.cancelled():
+                continue
+            batch.append(item)
+            taken += len(item.requests)
+        return batch if batch else await self._take()
+
+    async def _call(self, name: str, batch: list[_Waiting]) -> list[list[Score]]:
+        """Within the longest that the worker may take: every call to its deadline, with every retry and restart."""
+        calls = sum(len(w.requests) for w in batch) * len(self._config.functions)
+        tries = calls * (1 + self._config.on_failure.retries)
+        limit_s = FETCH_TIMEOUT_S + tries * (self._config.timeout_s + self._start_timeout_s)
+        reference = self._actors[name].score.remote([w.requests for w in batch])
+        results: list[list[Score]] = await within(reference, limit_s, f"{name} scoring", "reward.timeout_s")
+        return results
+
+    async def _start(self, name: str) -> None:
+        actor = await self._named_actor(name)
+        self._actors[name] = actor
+        try:
+            self.pids[name] = await within(
+                actor.start.remote(), self._start_timeout_s + 60, f"start of {name}", "deadlines.start_s"
+            )
+        except ray.exceptions.RayError as e:
+            raise _cause(e, name) from None
+
+    async def _named_actor(self, name: str) -> Any:
+        """The name of a dead actor is free only when the cluster has noticed its death."""
+        options = {"name": name, "num_cpus": self._config.num_cpus, "max_restarts": 0}
+        deadline = time.monotonic() + self._start_timeout_s
+        while True:
+            try:
+                return (
+                    ray.remote(RewardActor)
+                    .options(**options)
+                    .remote(self._config, self._run_dir, name, self._start_timeout_s)
+                )
+            except ValueError as e:
+                if time.monotonic() > deadline:
+                    raise WorkerError(f"{name} can't be started: {e}") from None
+                await asyncio.sleep(0.2)
+
+    async def _replace(self, name: str, cause: BaseException) -> None:
+        """Start another worker under the same name, as often as the budget allows; else the pool fails."""
+        while self._restarts_left > 0:
+            self._restarts_left -= 1
+            self._stats["restarts"] += 1
+            log.warning("%s died (%s); starting another", name, _first_line(cause))
+            ray.kill(self._actors[name])
+            try:
+                return await self._start(name)
+            except WorkerError as e:
+                cause = e
+            except (RewardError, DeadlineError) as e:
+                return self._fail(e)
+        return self._fail(
+            WorkerError(
+                f"{name} died ({_first_line(cause)}) and the pool's budget of restarts is used up; "
+                f"see {self._run_dir}/logs/{name}.log"
+            )
+        )
+
+    def _fail(self, error: Exception) -> None:
+        """The pool is of no more use: tell everyone who waits."""
+        self._broken = self._broken or error
+        while self._queue:
+            waiting = self._queue.popleft()
+            if not waiting.done.done():
+                waiting.done.set_exception(error)
+
+    async def _stop(self, actor: Any) -> None:
+        try:
+            await asyncio.wait_for(actor.stop.remote(), STOP_TIMEOUT_S)
+        except (ray.exceptions.RayError, TimeoutError):
+            log.debug("a reward worker did not stop by itself; killing it")
+        ray.kill(actor)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _cause(error: BaseException, name: str) -> Exception:
+    """Ray's wrapping holds a remote traceback; users get the message alone."""
+    inner = getattr(error, "cause", error)
+    if isinstance(inner, RewardError):
+        return RewardError(str(inner))
+    return WorkerError(f"{name} failed: {type(inner).__name__}: {inner}")

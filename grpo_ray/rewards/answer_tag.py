@@ -1,0 +1,13 @@
+"""Where the answer of a completion is."""
+
+from __future__ import annotations
+
+import re
+
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+def answer_of(text: str) -> str:
+    """What the last `<answer>...</answer>` holds, else the whole text; stripped."""
+    found = _ANSWER.findall(text)
+    return (found[-1] if found else text).strip()

@@ -1,0 +1,23 @@
+"""R1-Zero's form: reasoning, then the answer, and nothing else."""
+
+from __future__ import annotations
+
+import re
+
+from grpo_ray.rewards.function import Completions, text_of
+
+_R1 = re.compile(r"\s*<think>(?P<think>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
+_TAG = re.compile(r"</?(?:think|answer)>")
+
+
+def r1_format(completions: Completions, prefilled: bool = False) -> list[float]:
+    """1 if the whole completion is `<think>...</think>`, then `<answer>...</answer>`, each tag once, else 0.
+
+    Range {0, 1}. `prefilled`: the prompt's template already wrote `<think>`, so the completion starts behind it.
+    Source: DeepSeek-R1-Zero's format reward (2501.12948, section 2.2.2 and its Table 1).
+    """
+    return [_is_r1(("<think>" if prefilled else "") + text_of(c)) for c in completions]
+
+
+def _is_r1(text: str) -> float:
+    return float(_R1.fullmatch(text) is not None and len(_TAG.findall(text)) == 4)

@@ -1,0 +1,549 @@
+"""Reward workers: whatever a function does, its sample gets a typed result in time and the next sample is scored."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from actors.reward_process import TAG, ScoringProcess
+from grpo_ray.config import FailurePolicy, RewardConfig, RewardFunctionConfig
+from grpo_ray.errors import RewardError, WorkerError
+from grpo_ray.rewards import ScoreInputs
+from grpo_ray.types import Sample, SampleInfo, ScoreRequest, ScoreStatus, VersionSpan
+
+TIMEOUT_S = 1.0
+FUNCTIONS = '''
+import ctypes, os, re, signal, subprocess, sys, time
+
+def _each(completions, misbehave):
+    """1.0 for a good completion; `bad` ones misbehave."""
+    return [misbehave() if c == "bad" else 1.0 for c in completions]
+
+def raises(completions, **kwargs):
+    def bad(): raise ValueError("no digits in it\\nsecond line")
+    return _each(completions, bad)
+
+def too_few(completions, **kwargs):
+    return [] if "bad" in completions else [1.0] * len(completions)
+
+def not_a_number(completions, **kwargs):
+    return _each(completions, lambda: float("nan"))
+
+def infinite(completions, **kwargs):
+    return _each(completions, lambda: float("inf"))
+
+def text(completions, **kwargs):
+    return _each(completions, lambda: "0.5")
+
+def hangs_in_python(completions, **kwargs):
+    def bad():
+        while True: pass
+    return _each(completions, bad)
+
+def hangs_and_catches_everything(completions, **kwargs):
+    def bad():
+        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM): signal.signal(s, signal.SIG_IGN)
+        while True:
+            try: time.sleep(1)
+            except BaseException: pass
+    return _each(completions, bad)
+
+def hangs_in_c(completions, **kwargs):
+    return _each(completions, lambda: re.match(r"(a+)+$", "a" * 64 + "b"))
+
+def forks_and_both_return(completions, **kwargs):
+    os.fork()
+    return [float(c) for c in completions]
+
+def leaves_children_and_hangs(completions, pids, **kwargs):
+    def bad():
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            if os.fork() == 0: time.sleep(600)
+            os._exit(0)
+        os.waitpid(child, 0)
+        subprocess.Popen(["sleep", "600"], start_new_session=True)
+        time.sleep(600)
+    return _each(completions, bad)
+
+def leaves_an_orphan_and_exits(completions, **kwargs):
+    def bad():
+        if os.fork() == 0:
+            os.setsid()
+            time.sleep(600)
+        os._exit(3)
+    return _each(completions, bad)
+
+def leaks_a_child(completions, **kwargs):
+    subprocess.Popen(["sleep", "600"])
+    return [1.0] * len(completions)
+
+def exits(completions, **kwargs):
+    return _each(completions, lambda: os._exit(7))
+
+def sys_exits(completions, **kwargs):
+    return _each(completions, lambda: sys.exit(7))
+
+def segfaults(completions, **kwargs):
+    return _each(completions, lambda: ctypes.string_at(0))
+
+held = []
+def eats_memory(completions, **kwargs):
+    def bad():
+        while True: held.append(bytearray(16 << 20))
+    return _each(completions, bad)
+
+def prints_a_lot(completions, **kwargs):
+    def bad():
+        for _ in range(200): print("x" * 10_000)
+        os.write(1, b"raw\\n"); os.write(2, b"raw\\n")
+        return 0.5
+    return _each(completions, bad)
+
+def writes_to_every_pipe(completions, **kwargs):
+    def bad():
+        for fd in range(3, 64):
+            try: os.write(fd, b"not an answer\\n")
+            except OSError: pass
+        return 1.0
+    return _each(completions, bad)
+
+async def asynchronous(completions, **kwargs):
+    import asyncio
+    await asyncio.sleep(0.01)
+    return [0.25] * len(completions)
+
+tries = {}
+def fails_at_first(completions, **kwargs):
+    key = completions[0]
+    tries[key] = tries.get(key, 0) + 1
+    if tries[key] == 1: raise RuntimeError("not yet")
+    return [1.0]
+
+def environment(completions, **kwargs):
+    return [float(os.environ.get(c, "0") != "0") for c in completions]
+
+def group_rank(completions, completion_ids, **kwargs):
+    best = max(len(ids) for ids in completion_ids)
+    return [float(len(ids) == best) + len(completions) / 100 for ids in completion_ids]
+
+def process_id(completions, **kwargs):
+    return [float(os.getpid())] * len(completions)
+
+not_a_function = 3
+'''
+
+
+@pytest.fixture(scope="module")
+def functions(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the user's modules."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "bad_rewards.py").write_text(FUNCTIONS)
+    (folder / "broken_rewards.py").write_text("def f(:\n")
+    (folder / "needs_missing.py").write_text("import surely_not_installed\n")
+    (folder / "exits_on_import.py").write_text("import os\nos._exit(5)\n")
+    (folder / "hangs_on_import.py").write_text("import time\ntime.sleep(600)\n")
+    return str(folder)
+
+
+def config_of(folder: str, *names: str, retries: int = 0, **options: object) -> RewardConfig:
+    entries = tuple(RewardFunctionConfig(name=n if "." in n else f"bad_rewards.{n}") for n in names)
+    settings = {"timeout_s": TIMEOUT_S, "memory_gb": 0.15, "env": {"PYTHONPATH": folder}, **options}
+    return RewardConfig(functions=entries, on_failure=FailurePolicy(retries=retries), **settings)
+
+
+def one(completion: str, **columns: object) -> ScoreInputs:
+    return ScoreInputs(["p"], [completion], [[1, 2, 3]], {k: [v] for k, v in columns.items()})
+
+
+@pytest.fixture
+def started(functions: str) -> Iterator[object]:
+    """Start scoring processes; all of them end with the test."""
+    processes: list[ScoringProcess] = []
+
+    def start(*names: str, **options: object) -> ScoringProcess:
+        process = ScoringProcess(config_of(functions, *names, **options), start_timeout_s=60)
+        processes.append(process)
+        process.start()
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+
+
+def marked(tag: str) -> list[int]:
+    """Living processes with this scorer's mark."""
+    found = []
+    for p in psutil.process_iter():
+        try:
+            if p.status() != psutil.STATUS_ZOMBIE and p.environ().get(TAG) == tag:
+                found.append(p.pid)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "words"),
+    [
+        ("raises", ScoreStatus.ERROR, "ValueError: no digits in it (bad_rewards.py:"),
+        ("too_few", ScoreStatus.ERROR, "returned 0 values, expected 1"),
+        ("not_a_number", ScoreStatus.ERROR, "returned nan, expected a finite number"),
+        ("infinite", ScoreStatus.ERROR, "returned inf"),
+        ("text", ScoreStatus.ERROR, "returned '0.5'"),
+        ("hangs_in_python", ScoreStatus.TIMEOUT, "did not return within 1 s"),
+        ("hangs_and_catches_everything", ScoreStatus.TIMEOUT, "did not return within 1 s"),
+        ("hangs_in_c", ScoreStatus.TIMEOUT, "did not return within 1 s"),
+        ("exits", ScoreStatus.CRASHED, "ended with exit code 7"),
+        ("leaves_an_orphan_and_exits", ScoreStatus.CRASHED, "ended with exit code 3"),
+        ("sys_exits", ScoreStatus.ERROR, "SystemExit: 7"),
+        ("segfaults", ScoreStatus.CRASHED, "was killed by SIGSEGV"),
+        ("eats_memory", ScoreStatus.ERROR, "MemoryError"),
+        ("writes_to_every_pipe", ScoreStatus.CRASHED, "wrote something that is no answer"),
+    ],
+)
+@pytest.mark.timeout(60)
+def test_a_bad_call_gets_a_typed_result_in_time_and_its_neighbours_are_scored(
+    started, name: str, status: ScoreStatus, words: str
+) -> None:
+    process = started(name)
+    start = time.monotonic()
+    before, bad, after = process.run([(0, one("good")), (0, one("bad")), (0, one("good"))])
+    assert time.monotonic() - start < TIMEOUT_S + 15
+    assert (before[0].status, before[0].value) == (ScoreStatus.OK, 1.0)
+    assert bad[0].status is status
+    assert np.isnan(bad[0].value)
+    assert words in bad[0].detail
+    assert name in bad[0].detail or status is ScoreStatus.ERROR
+    assert (after[0].status, after[0].value) == (ScoreStatus.OK, 1.0)
+
+
+@pytest.mark.timeout(60)
+def test_output_does_not_disturb_the_protocol(started) -> None:
+    process = started("prints_a_lot")
+    results = process.run([(0, one("bad")), (0, one("good")), (0, one("bad")), (0, one("good"))])
+    assert [r[0].value for r in results] == [0.5, 1.0, 0.5, 1.0]
+    assert process.restarts == 0
+
+
+@pytest.mark.timeout(60)
+def test_a_forked_copy_of_the_process_does_not_answer_in_its_name(started) -> None:
+    process = started("forks_and_both_return")
+    for numbers in ([1.0, 2.0, 3.0, 4.0], [5.0, 6.0]):
+        results = process.run([(0, one(str(n))) for n in numbers])
+        assert [r[0].value for r in results] == numbers
+    assert process.restarts == 0
+
+
+@pytest.mark.timeout(60)
+def test_an_async_function_is_awaited(started) -> None:
+    results = started("asynchronous").run([(0, one("x"))] * 3)
+    assert [r[0].value for r in results] == [0.25] * 3
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["leaves_children_and_hangs", "leaves_an_orphan_and_exits"])
+def test_children_die_with_the_scoring_process_even_in_sessions_of_their_own(started, name: str) -> None:
+    process = started(name)
+    (result,) = process.run([(0, one("bad", pids=0))])
+    assert result[0].status.failed
+    assert marked(process._tag) == []
+
+
+@pytest.mark.timeout(60)
+def test_a_process_that_collects_children_is_replaced(started) -> None:
+    process = started("leaks_a_child")
+    results = process.run([(0, one("x"))] * 60)
+    assert [r[0].value for r in results] == [1.0] * 60
+    assert process.restarts >= 1
+    assert len(marked(process._tag)) < 60
+    process.kill()
+    assert marked(process._tag) == []
+
+
+@pytest.mark.timeout(60)
+def test_a_failed_call_is_tried_again_with_the_same_sample(started) -> None:
+    assert started("fails_at_first", retries=1).run([(0, one("a"))])[0][0].value == 1.0
+    assert started("fails_at_first", retries=0).run([(0, one("a"))])[0][0].status is ScoreStatus.ERROR
+
+
+@pytest.mark.timeout(60)
+def test_one_process_serves_all_calls(started) -> None:
+    process = started("process_id")
+    pids = {r[0].value for r in process.run([(0, one("x"))] * 20)}
+    assert pids == {float(process.pid)}
+
+
+@pytest.mark.timeout(60)
+def test_the_environment_is_scrubbed_but_for_the_recipes(functions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    config = config_of(functions, "environment", env={"PYTHONPATH": functions, "MINE": "1"})
+    process = ScoringProcess(config, 60)
+    process.start()
+    try:
+        results = process.run([(0, one("WANDB_API_KEY")), (0, one("MINE")), (0, one("PATH"))])
+    finally:
+        process.kill()
+    assert [r[0].value for r in results] == [0.0, 1.0, 1.0]
+
+
+@pytest.mark.timeout(60)
+def test_three_thousand_cheap_scores_a_second(functions: str) -> None:
+    process = ScoringProcess(config_of(functions, "group_rank"), 60)
+    process.start()
+    try:
+        x = ScoreInputs(["p"], ["word " * 50], [list(range(60))], {"answer": ["4"]})
+        rates = []
+        for _ in range(3):
+            start = time.perf_counter()
+            results = process.run([(0, x)] * 2000)
+            rates.append(len(results) / (time.perf_counter() - start))
+    finally:
+        process.kill()
+    assert max(rates) >= 3000
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("bad_rewards.rises", "did you mean 'raises'?"),
+        ("bad_rewards.not_a_function", "is a int, expected a function"),
+        ("no_such_module_here.f", "there is no module 'no_such_module_here'"),
+        ("broken_rewards.f", "SyntaxError"),
+        ("needs_missing.f", "imports 'surely_not_installed', which is not installed"),
+        ("exits_on_import.f", "ended with exit code 5 while importing reward 'exits_on_import.f'"),
+    ],
+)
+def test_a_function_that_cannot_be_imported_is_named_at_the_start(functions: str, path: str, words: str) -> None:
+    process = ScoringProcess(config_of(functions, path), 60)
+    with pytest.raises(RewardError) as error:
+        process.start()
+    assert path in str(error.value)
+    assert words in str(error.value)
+    assert process.pid is None
+
+
+@pytest.mark.timeout(60)
+def test_an_import_that_never_ends_is_named_at_its_deadline(functions: str) -> None:
+    process = ScoringProcess(config_of(functions, "hangs_on_import.f"), start_timeout_s=4)
+    with pytest.raises(RewardError, match=r"'hangs_on_import\.f' was not imported within 4 s"):
+        process.start()
+    assert marked(process._tag) == []
+
+
+@pytest.mark.timeout(60)
+def test_the_scoring_process_dies_with_its_parent(functions: str) -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, time\nfrom tests.actors.test_reward_actor import config_of, one\n"
+        "from actors.reward_process import ScoringProcess\n"
+        "p = ScoringProcess(config_of(sys.argv[1], 'hangs_in_c', timeout_s=600.0), 60)\n"
+        "p.start(); print(p.pid, flush=True)\n"
+        "p.run([(0, one('bad'))])\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, functions], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], text=True
+    )
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    time.sleep(0.5)
+    assert child.is_running()
+    parent.kill()
+    parent.wait(timeout=10)
+    child.wait(timeout=10)
+
+
+# ---- through Ray
+
+
+def requests_of(texts: list[str], ref: object = None, **columns: object) -> list[ScoreRequest]:
+    samples = [
+        Sample(
+            prompt_id="d/0/0",
+            index=i,
+            prompt_token_ids=np.arange(3, dtype=np.int32),
+            token_ids=np.arange(len(text), dtype=np.int32),
+            logprobs=np.zeros(len(text), dtype=np.float32),
+            versions=(VersionSpan(0, 0, len(text)),),
+            finish_reason="stop",
+            text=text,
+        )
+        for i, text in enumerate(texts)
+    ]
+    held = samples if ref is None else ref
+    return [
+        ScoreRequest(SampleInfo("d/0/0", i, 3, len(text), 0, "stop", "rollout-0", held, i), "p", None, dict(columns))
+        for i, text in enumerate(texts)
+    ]
+
+
+def put(requests: list[ScoreRequest]) -> list[ScoreRequest]:
+    """The same requests with their samples in the object store."""
+    import dataclasses
+
+    import ray
+
+    ref = ray.put(requests[0].sample.ref)
+    return [dataclasses.replace(r, sample=dataclasses.replace(r.sample, ref=ref)) for r in requests]
+
+
+async def with_pool(config: RewardConfig, folder: Path, use, **options):
+    from actors.reward_pool import RewardPool
+
+    pool = await RewardPool.create(config, str(folder), start_timeout_s=60, **options)
+    try:
+        return await asyncio.wait_for(use(pool), 90)
+    finally:
+        await pool.close()
+
+
+@pytest.mark.timeout(120)
+def test_the_pool_scores_samples_in_order_with_weights(local_ray, functions: str, tmp_path: Path) -> None:
+    entries = (
+        RewardFunctionConfig(name="exact_match", weight=2.0),
+        RewardFunctionConfig(name="bad_rewards.asynchronous", weight=0.5),
+    )
+    config = config_of(functions, "raises", num_actors=2, num_cpus=0.5).model_copy(update={"functions": entries})
+    texts = [str(i % 3) for i in range(50)]
+
+    async def use(pool):
+        whole = await pool.score(put(requests_of(texts, answer="1")))
+        singles = await asyncio.gather(*(pool.score([r]) for r in put(requests_of(texts, answer="1"))))
+        return whole, [s[0] for s in singles], pool.take_stats()
+
+    whole, singles, stats = asyncio.run(with_pool(config, tmp_path, use))
+    expected = [2.0 * (t == "1") + 0.125 for t in texts]
+    assert [s.value for s in whole] == expected
+    assert [s.value for s in singles] == expected
+    assert [p.name for p in whole[0].parts] == ["exact_match", "bad_rewards.asynchronous"]
+    assert stats["scored"] == 100
+    assert (tmp_path / "logs" / "reward-0.log").exists()
+    assert (tmp_path / "logs" / "reward-1.log").exists()
+
+
+@pytest.mark.timeout(120)
+def test_unit_group_gives_the_function_the_whole_group(local_ray, functions: str, tmp_path: Path) -> None:
+    config = config_of(functions, "group_rank", num_cpus=0.5, unit="group")
+    groups = [["a", "bbb", "cc"], ["dddd", "e"]]
+
+    async def use(pool):
+        return await asyncio.gather(*(pool.score(put(requests_of(g))) for g in groups))
+
+    first, second = asyncio.run(with_pool(config, tmp_path, use))
+    assert [s.value for s in first] == pytest.approx([0.03, 1.03, 0.03])
+    assert [s.value for s in second] == pytest.approx([1.02, 0.02])
+
+
+@pytest.mark.timeout(120)
+def test_a_hanging_sample_fails_alone(local_ray, functions: str, tmp_path: Path) -> None:
+    config = config_of(functions, "hangs_in_c", num_cpus=0.5)
+
+    async def use(pool):
+        return await pool.score(put(requests_of(["good", "bad", "good"])))
+
+    scores = asyncio.run(with_pool(config, tmp_path, use))
+    assert [s.status for s in scores] == [ScoreStatus.OK, ScoreStatus.TIMEOUT, ScoreStatus.OK]
+    assert np.isnan(scores[1].value)
+    assert "hangs_in_c" in scores[1].detail
+
+
+@pytest.mark.timeout(120)
+def test_a_worker_killed_while_scoring_loses_nothing(local_ray, functions: str, tmp_path: Path) -> None:
+    """SIGKILL of the actor's own process, with calls under way; its scoring process must not outlive it either."""
+    config = config_of(functions, "asynchronous", "process_id", num_actors=2, num_cpus=0.5)
+
+    async def use(pool):
+        first = await pool.score(put(requests_of(["x"] * 40)))
+        children = {int(s.parts[1].value) for s in first}
+        work = asyncio.gather(*(pool.score(put(requests_of(["x"] * 20))) for _ in range(10)))
+        await asyncio.sleep(0.3)
+        victim = pool.pids["reward-0"]
+        os.kill(victim, signal.SIGKILL)
+        results = await work
+        await asyncio.sleep(0.5)
+        return [s for scores in results for s in scores], children, pool.take_stats()
+
+    scores, children, stats = asyncio.run(with_pool(config, tmp_path, use))
+    assert len(scores) == 200
+    assert all(s.status is ScoreStatus.OK and s.parts[0].value == 0.25 for s in scores)
+    assert stats["restarts"] == 1
+    assert len([pid for pid in children if psutil.pid_exists(pid)]) == 0
+
+
+@pytest.mark.timeout(120)
+def test_an_unimportable_function_fails_the_start_of_the_pool(local_ray, functions: str, tmp_path: Path) -> None:
+    async def use(pool):
+        raise AssertionError("the pool started")
+
+    with pytest.raises(RewardError, match=r"bad_rewards\.rises.*did you mean 'raises'"):
+        asyncio.run(with_pool(config_of(functions, "rises", num_cpus=0.5), tmp_path, use))
+
+
+@pytest.mark.timeout(120)
+def test_a_used_up_restart_budget_is_an_error_for_everyone_who_waits(local_ray, functions: str, tmp_path: Path) -> None:
+    config = config_of(functions, "asynchronous", num_cpus=0.5)
+
+    async def use(pool):
+        work = asyncio.gather(*(pool.score(put(requests_of(["x"] * 50))) for _ in range(4)), return_exceptions=True)
+        await asyncio.sleep(0.3)
+        os.kill(pool.pids["reward-0"], signal.SIGKILL)
+        outcomes = await work
+        with pytest.raises(WorkerError, match="reward-0 died"):
+            await pool.score(put(requests_of(["x"])))
+        return outcomes
+
+    outcomes = asyncio.run(with_pool(config, tmp_path, use, max_restarts=0))
+    assert any(isinstance(o, WorkerError) and "budget" in str(o) for o in outcomes)
+
+
+@pytest.mark.timeout(120)
+def test_closing_the_pool_answers_those_who_wait(local_ray, functions: str, tmp_path: Path) -> None:
+    config = config_of(functions, "hangs_in_c", num_cpus=0.5, timeout_s=600.0)
+
+    async def use(pool):
+        work = asyncio.create_task(pool.score(put(requests_of(["bad"]))))
+        await asyncio.sleep(1.0)
+        start = time.monotonic()
+        await pool.close()
+        with pytest.raises(WorkerError, match="closed"):
+            await work
+        return time.monotonic() - start
+
+    assert asyncio.run(with_pool(config, tmp_path, use)) < 8
+
+
+@pytest.mark.timeout(120)
+def test_a_lost_object_is_a_crashed_score_and_not_a_zero(local_ray, functions: str, tmp_path: Path) -> None:
+    import ray
+
+    @ray.remote(num_cpus=0.5)
+    class Owner:
+        def make(self, samples):
+            return [ray.put(samples)]
+
+    owner = Owner.remote()
+    good = requests_of(["x"])
+    ref = ray.get(owner.make.remote(good[0].sample.ref), timeout=60)[0]
+    lost = requests_of(["x"], ref=ref)
+    ray.kill(owner)
+
+    async def use(pool):
+        return await asyncio.gather(pool.score(lost), pool.score(put(good)))
+
+    gone, kept = asyncio.run(with_pool(config_of(functions, "asynchronous", num_cpus=0.5), tmp_path, use))
+    assert gone[0].status is ScoreStatus.CRASHED
+    assert "rollout-0" in gone[0].detail
+    assert kept[0].value == 0.25

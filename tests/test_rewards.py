@@ -1,0 +1,366 @@
+"""Reward functions: what they are worth, and TRL's contract."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo_ray.config import RewardFunctionConfig
+from grpo_ray.errors import RewardError
+from grpo_ray.rewards import BUILTINS, ScoreInputs, call_reward, resolve, score_samples
+from grpo_ray.rewards.countdown import evaluate
+from grpo_ray.rewards.function import RewardFunction, inspect_function
+from grpo_ray.types import ScoreStatus
+
+
+def inputs_of(completions: list[Any], ids: list[list[int]] | None = None, **columns: list[Any]) -> ScoreInputs:
+    return ScoreInputs(["p"] * len(completions), completions, ids or [[1, 2, 3]] * len(completions), columns)
+
+
+def values(name: str, completions: list[Any], ids: list[list[int]] | None = None, args=None, **columns) -> list[float]:
+    function = resolve(RewardFunctionConfig(name=name, args=args or {}))
+    return [s.value for s in score_samples([function], inputs_of(completions, ids, **columns))]
+
+
+def function_of(call: Any, weight: float = 1.0, **args: Any) -> RewardFunction:
+    return inspect_function(call.__name__, call, weight, args)
+
+
+# ---- TRL's contract
+
+
+def test_a_function_written_for_trl_gets_what_trl_gives_it() -> None:
+    seen: dict[str, Any] = {}
+
+    def trl_reward(prompts, completions, completion_ids, answer, **kwargs):
+        seen.update(prompts=prompts, completions=completions, ids=completion_ids, answer=answer, rest=kwargs)
+        return [float(c[0]["content"] == a) for c, a in zip(completions, answer, strict=True)]
+
+    prompts = [[{"role": "user", "content": "1+1?"}], [{"role": "user", "content": "1+2?"}]]
+    completions = [[{"role": "assistant", "content": "2"}], [{"role": "assistant", "content": "4"}]]
+    columns = {"answer": ["2", "3"], "level": [1, 2], "prompt": ["not", "these"]}
+    scores = score_samples([function_of(trl_reward)], ScoreInputs(prompts, completions, [[5], [6, 7]], columns))
+    assert [s.value for s in scores] == [1.0, 0.0]
+    assert seen == {
+        "prompts": prompts,
+        "completions": completions,
+        "ids": [[5], [6, 7]],
+        "answer": ["2", "3"],
+        "rest": {"level": [1, 2]},
+    }
+
+
+def test_a_function_without_kwargs_gets_only_what_it_names() -> None:
+    def picky(completions, level):
+        return [float(x) for x in level]
+
+    scores = score_samples([function_of(picky)], inputs_of(["a", "b"], level=[3, 4], other=[0, 0]))
+    assert [s.value for s in scores] == [3.0, 4.0]
+
+
+def test_none_means_does_not_apply_and_the_others_are_weighted() -> None:
+    def even_only(completions, n, **kwargs):
+        return [1.0 if x % 2 == 0 else None for x in n]
+
+    def always(completions, **kwargs):
+        return [True] * len(completions)
+
+    both = [function_of(even_only, weight=2.0), function_of(always, weight=0.5)]
+    scores = score_samples(both, inputs_of(["a", "b"], n=[2, 3]))
+    assert [s.value for s in scores] == [2.5, 0.5]
+    assert [p.status for p in scores[1].parts] == [ScoreStatus.NOT_APPLICABLE, ScoreStatus.OK]
+    alone = score_samples(both[:1], inputs_of(["a", "b"], n=[2, 3]))
+    assert [s.status for s in alone] == [ScoreStatus.OK, ScoreStatus.NOT_APPLICABLE]
+    assert math.isnan(alone[1].value)
+
+
+async def slow_reward(completions, **kwargs):
+    import asyncio
+
+    await asyncio.sleep(0)
+    return [0.25] * len(completions)
+
+
+def test_async_functions_are_awaited_also_a_second_time() -> None:
+    for _ in range(2):
+        assert [s.value for s in score_samples([function_of(slow_reward)], inputs_of(["a", "b"]))] == [0.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        ([1.0], "returned 1 values, expected 2"),
+        (None, "returned NoneType, expected a list of 2"),
+        (1.0, "returned float, expected a list of 2"),
+        ([1.0, "1"], "returned '1', expected a finite number"),
+        ([1.0, float("nan")], "returned nan"),
+        ([1.0, float("-inf")], "returned -inf"),
+        ([1.0, [0.0]], "returned [0.0]"),
+    ],
+)
+def test_a_wrong_return_value_is_an_error_and_never_a_zero(returned: Any, words: str) -> None:
+    def bad(completions, **kwargs):
+        return returned
+
+    scores = score_samples([function_of(bad)], inputs_of(["a", "b"]))
+    assert scores[1].status is ScoreStatus.ERROR
+    assert math.isnan(scores[1].value)
+    assert "'bad'" in scores[1].detail
+    assert words in scores[1].detail
+
+
+def test_one_bad_value_fails_its_own_sample_only() -> None:
+    def half_bad(completions, **kwargs):
+        return np.array([1.0, np.nan])
+
+    scores = score_samples([function_of(half_bad)], inputs_of(["a", "b"]))
+    assert [s.status for s in scores] == [ScoreStatus.OK, ScoreStatus.ERROR]
+
+
+def test_a_failed_part_fails_the_whole_and_says_where() -> None:
+    def fine(completions, **kwargs):
+        return np.ones(len(completions), dtype=np.float32)
+
+    def raising(completions, **kwargs):
+        raise KeyError("no such key\nand more")
+
+    (score,) = score_samples([function_of(fine), function_of(raising)], inputs_of(["a"]))
+    assert score.status is ScoreStatus.ERROR
+    assert math.isnan(score.value)
+    assert score.parts[0].value == 1.0
+    assert "KeyError" in score.detail
+    assert "test_rewards.py:" in score.detail
+
+
+def test_a_missing_column_is_named() -> None:
+    (part,) = call_reward(resolve(RewardFunctionConfig(name="countdown")), inputs_of(["1+1"], answer=["2"]))
+    assert part.status is ScoreStatus.ERROR
+    assert "needs the column 'target'; the row has ['answer']" in part.detail
+
+
+# ---- finding functions
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"name": "acuracy"}, "no reward is called 'acuracy'; did you mean 'accuracy'?"),
+        ({"name": "zzz"}, "built in: accuracy, think_format"),
+        ({"name": "nowhere.at.all"}, "there is no module 'nowhere'"),
+        ({"name": "json.dump_s"}, "module 'json' has no 'dump_s'; did you mean 'dumps'?"),
+        ({"name": "math.pi"}, "'math.pi' is a float, expected a function"),
+        (
+            {"name": "soft_overlong", "args": {"max_lenght": 3}},
+            "takes no argument 'max_lenght'; did you mean 'max_length'?",
+        ),
+        ({"name": "accuracy", "args": {"completions": 3}}, "args can't hold 'completions'"),
+    ],
+)
+def test_what_cannot_be_resolved_is_named_with_a_hint(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(RewardError) as error:
+        resolve(RewardFunctionConfig(**config))
+    assert words in str(error.value)
+
+
+def test_a_function_of_the_current_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_own_rewards.py").write_text("def f(completions, k, **kwargs): return [k] * len(completions)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["/nonexistent"])
+    function = resolve(RewardFunctionConfig(name="my_own_rewards.f", weight=3.0, args={"k": 0.5}))
+    assert [s.value for s in score_samples([function], inputs_of(["a"]))] == [1.5]
+
+
+def test_parameters_that_only_trls_trainer_fills_are_refused_unless_they_have_a_default() -> None:
+    def wants(completions, trainer_state):
+        return [0.0]
+
+    def may_have(completions, log_extra=None, **kwargs):
+        return [0.0]
+
+    with pytest.raises(RewardError, match="'trainer_state', which only TRL's trainer passes"):
+        function_of(wants)
+    assert call_reward(function_of(may_have), inputs_of(["a"]))[0].value == 0.0
+
+
+@pytest.mark.parametrize("name", list(BUILTINS))
+def test_built_in_docstrings_say_the_range(name: str) -> None:
+    assert "Range" in (BUILTINS[name].__doc__ or "")
+
+
+# ---- accuracy
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "value"),
+    [
+        ("so\n#### 1,234", "reasoning\n#### 1,234", 1.0),
+        ("so\n#### 1234", "reasoning\n#### 1,234", 1.0),
+        ("so\n#### $1,234.00", "reasoning\n#### 1,234", 1.0),
+        ("so\n#### 1235", "reasoning\n#### 1,234", 0.0),
+        ("#### 5\nno, wait\n#### 6", "#### 6", 1.0),
+        ("#### 6\nno, wait\n#### 5", "#### 6", 0.0),
+        ("#### Step 6\nthe answer is \\boxed{7}", "#### 7", 1.0),
+        ("\\boxed{7}, or was it 6", "#### 6", 0.0),
+        ("the answer is -7", "#### -7", 1.0),
+        ("the answer is 7", "#### -7", 0.0),
+        ("\\boxed{\\frac{1}{2}}", "0.5", 1.0),
+        ("\\boxed{\\frac{1}{3}}", "0.5", 0.0),
+        ("<think>is it 7?</think>\n<answer>6</answer>", "#### 6", 1.0),
+        ("<think>is it 6?</think>\n<answer>7</answer>", "#### 6", 0.0),
+        ("<think>it is \\boxed{6}</think> I can't say", "#### 6", 0.0),
+        ("I do not know", "#### 6", 0.0),
+        ("", "#### 6", 0.0),
+        ("anything", "", None),
+        ("6", 6, 1.0),
+    ],
+)
+def test_accuracy(completion: str, answer: Any, value: float | None) -> None:
+    for form in (completion, [{"role": "assistant", "content": completion}]):
+        (part,) = call_reward(resolve(RewardFunctionConfig(name="accuracy")), inputs_of([form], answer=[answer]))
+        if value is None:
+            assert part.status is ScoreStatus.NOT_APPLICABLE
+        else:
+            assert part.value == value
+
+
+def test_accuracy_takes_the_column_solution_too_and_says_when_there_is_neither() -> None:
+    assert values("accuracy", ["\\boxed{4}"], solution=["4"]) == [1.0]
+    (part,) = call_reward(resolve(RewardFunctionConfig(name="accuracy")), inputs_of(["4"], gold=["4"]))
+    assert "needs a column 'answer' or 'solution'" in part.detail
+
+
+@pytest.mark.timeout(60)
+def test_an_answer_that_cannot_be_computed_is_wrong_and_quick() -> None:
+    start = time.monotonic()
+    assert values("accuracy", ["\\boxed{9^{9^{9}}}"], args={"timeout_s": 1}, answer=["42"]) == [0.0]
+    assert time.monotonic() - start < 8
+
+
+# ---- format
+
+
+@pytest.mark.parametrize(
+    ("text", "think", "r1"),
+    [
+        ("<think>a</think><answer>b</answer>", 1.0, 1.0),
+        ("<think>\na\n</think>\n<answer>\nb\n</answer>\n", 1.0, 1.0),
+        ("<think>a</think>b", 1.0, 0.0),
+        ("<think>a</think><answer>b</answer> and more", 1.0, 0.0),
+        ("well <think>a</think><answer>b</answer>", 0.0, 0.0),
+        ("<think>a<think>b</think><answer>c</answer>", 0.0, 0.0),
+        ("<think>a</think><answer>b</answer><answer>c</answer>", 1.0, 0.0),
+        ("<think>a</think><answer>b</think></answer>", 1.0, 0.0),
+        ("<answer>b</answer><think>a</think>", 0.0, 0.0),
+        ("<think>a<answer>b</answer>", 0.0, 0.0),
+        ("", 0.0, 0.0),
+    ],
+)
+def test_formats(text: str, think: float, r1: float) -> None:
+    assert values("think_format", [text]) == [think]
+    assert values("r1_format", [text]) == [r1]
+
+
+def test_r1_format_behind_a_template_that_opens_the_thinking() -> None:
+    assert values("r1_format", ["a</think><answer>b</answer>"], args={"prefilled": True}) == [1.0]
+
+
+def test_exact_match() -> None:
+    assert values("exact_match", [" 12\n", "12.0", "Yes"], answer=[12, 12, "yes"]) == [1.0, 0.0, 0.0]
+
+
+# ---- countdown
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("<answer>(44 - 19) * 2 + 3</answer>", 1.0),
+        ("<answer>(44 - 19) * 2 + 3 = 53</answer>", 1.0),
+        ("(44 - 19) * 2 + 3", 1.0),
+        ("<answer>(44 - 19) * 2 + 3 = 54</answer>", 0.0),
+        ("<answer>44 + 3 + 2 * 3</answer>", 0.0),
+        ("<answer>50 + 3</answer>", 0.0),
+        ("<answer>(44 - 19) * 2 + 3 + 0</answer>", 0.0),
+        ("<answer>44 - 19 * 2 + 3</answer>", 0.0),
+        ("<answer>53</answer>", 0.0),
+        ("<answer>44 / (19 - 19)</answer>", 0.0),
+        ("<answer>__import__('os').getpid()</answer>", 0.0),
+        ("<answer></answer>", 0.0),
+        ("<answer>" + "(" * 100 + "</answer>", 0.0),
+        ("<answer>44 +\x00 19</answer>", 0.0),
+        ("<answer>" + "1+" * 200_000 + "1</answer>", 0.0),
+    ],
+)
+def test_countdown(text: str, value: float) -> None:
+    assert values("countdown", [text], target=[53], nums=[[19, 44, 3, 2]]) == [value]
+
+
+@pytest.mark.timeout(20)
+def test_countdown_refuses_powers_at_once() -> None:
+    start = time.monotonic()
+    assert values("countdown", ["<answer>9**9**9</answer>"], target=[1], nums=[[9, 9, 9]]) == [0.0]
+    assert time.monotonic() - start < 1.0
+
+
+def test_countdown_is_exact_in_fractions_and_pays_for_form_only_when_asked() -> None:
+    assert values("countdown", ["1 / 3 * 3"], target=[1], nums=[[1, 3, 3]]) == [1.0]
+    got = values("countdown", ["1 + 1", "one"], args={"format_score": 0.1}, target=[3, 3], nums=[[1, 1], [1, 1]])
+    assert got == [0.1, 0.0]
+
+
+@given(st.text(alphabet="0123456789+-*/() .=", max_size=60))
+def test_countdown_never_does_more_than_arithmetic(text: str) -> None:
+    try:
+        value, used = evaluate(text)
+    except ValueError:
+        return
+    assert float(value) == pytest.approx(eval(text.strip()))  # the text is the test's own
+    assert len(used) >= 1
+
+
+# ---- lengths
+
+
+def test_soft_overlong_is_dapos_formula() -> None:
+    ids = [[0] * n for n in (0, 80, 81, 90, 100, 101, 500)]
+    got = values("soft_overlong", ["x"] * 7, ids, args={"max_length": 100, "cache_length": 20})
+    assert got == pytest.approx([0, 0, -0.05, -0.5, -1, -1, -1])
+
+
+def test_repetition_penalty_counts_distinct_ngrams() -> None:
+    texts = ["a b c d", "a b c A B C", "x x x x x", "a b", ""]
+    assert values("repetition_penalty", texts) == pytest.approx([0.0, -(1 - 3 / 4), -(1 - 1 / 3), 0.0, 0.0])
+    assert values("repetition_penalty", ["x x x"], args={"ngram_size": 1, "max_penalty": -0.3}) == pytest.approx([-0.2])
+
+
+# ---- reasoning-gym
+
+
+@pytest.mark.timeout(120)
+def test_reasoning_gym_uses_the_tasks_own_verifier() -> None:
+    import reasoning_gym
+
+    name = "basic_arithmetic"
+    entries = list(reasoning_gym.create_dataset(name, seed=3, size=8))
+    right = [f"<think>hm</think><answer> {e['answer']} </answer>" for e in entries]
+    wrong = [f"<answer>{e['answer']}1</answer>" for e in entries]
+    columns = {"reasoning_gym_entry": entries, "reasoning_gym_task": [name] * 8}
+    assert values("reasoning_gym", right, **columns) == [1.0] * 8
+    assert values("reasoning_gym", [str(e["answer"]) for e in entries], **columns) == [1.0] * 8
+    assert max(values("reasoning_gym", wrong, **columns)) < 1.0
+    assert values("reasoning_gym", wrong, args={"strict": True}, **columns) == [0.0] * 8
+
+
+@pytest.mark.timeout(120)
+def test_reasoning_gym_names_an_unknown_task() -> None:
+    columns = {"reasoning_gym_entry": [{}], "reasoning_gym_task": ["no_such_task"]}
+    (part,) = call_reward(resolve(RewardFunctionConfig(name="reasoning_gym")), inputs_of(["x"], **columns))
+    assert part.status is ScoreStatus.ERROR
+    assert "no task 'no_such_task'" in part.detail
