@@ -1,0 +1,190 @@
+"""Samples -> mini-batches -> learner ranks -> packed micro-batches. Pure and deterministic: every rank makes the same
+plan.
+
+S samples of a batch, N tokens of one micro-batch, C completion tokens of one micro-batch.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grpo_ray.errors import ConfigError
+
+MicroBatch = tuple[int, ...]
+"""Indices into the samples, by length; empty where a rank has less to do than another."""
+
+
+@dataclass(frozen=True)
+class MiniBatchPlan:
+    """One optimizer step: `ranks[r]` are the micro-batches of rank r, equally many on each."""
+
+    ranks: tuple[tuple[MicroBatch, ...], ...]
+
+    @property
+    def samples(self) -> list[int]:
+        return sorted(i for rank in self.ranks for micro in rank for i in micro)
+
+
+def plan_batch(
+    lengths_S: Sequence[int], groups_S: Sequence[int], *, num_ranks: int, num_mini_batches: int, micro_batch_tokens: int
+) -> list[MiniBatchPlan]:
+    """Split a batch into mini-batches of whole groups, in order; each mini-batch over ranks, and each rank's part into
+    micro-batches, balanced by tokens.
+
+    Unequal numbers of micro-batches would make DeepSpeed's ranks wait for each other for ever, so the shorter lists are
+    filled with empty ones.
+
+    Args:
+        lengths_S: [S] tokens, prompt and completion.
+        groups_S: [S] number of each sample's group; groups come in the order in which they first appear.
+        num_ranks: learners.
+        num_mini_batches: optimizer steps in one pass; fewer come back when there are fewer groups.
+        micro_batch_tokens: most tokens of one micro-batch.
+
+    Raises:
+        ConfigError: a sample alone is longer than `micro_batch_tokens`.
+    """
+    for i, length in enumerate(lengths_S):
+        if length > micro_batch_tokens:
+            raise ConfigError(
+                f"sample {i} of the batch has {length} tokens, more than learner.micro_batch_tokens "
+                f"({micro_batch_tokens}); raise it, or lower data.max_prompt_length or rollout.max_completion_length"
+            )
+    members: dict[int, list[int]] = {}
+    for i, group in enumerate(groups_S):
+        members.setdefault(group, []).append(i)
+    in_order = list(members.values())
+    count = min(num_mini_batches, len(in_order))
+    cuts = [len(in_order) * k // count for k in range(count + 1)] if count else []
+    return [
+        _plan_mini_batch([i for group in in_order[a:b] for i in group], lengths_S, num_ranks, micro_batch_tokens)
+        for a, b in pairwise(cuts)
+    ]
+
+
+def _plan_mini_batch(samples: list[int], lengths_S: Sequence[int], num_ranks: int, budget: int) -> MiniBatchPlan:
+    per_rank = _spread(samples, lengths_S, num_ranks)
+    count = max(1, *(-(-sum(lengths_S[i] for i in part) // budget) for part in per_rank))
+    while True:
+        packed = [_pack_into(part, lengths_S, count, budget) for part in per_rank]
+        if all(p is not None for p in packed):
+            break
+        count += 1
+    return MiniBatchPlan(
+        tuple(tuple(tuple(sorted(m, key=lambda i: (lengths_S[i], i))) for m in p) for p in packed if p is not None)
+    )
+
+
+def _spread(samples: Sequence[int], lengths_S: Sequence[int], num_bins: int) -> list[list[int]]:
+    """Longest first, each to the bin with the fewest tokens: at most 4/3 of the best possible largest bin (Graham
+    1969).
+    """
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    heap = [(0, k) for k in range(num_bins)]
+    for i in sorted(samples, key=lambda i: (-lengths_S[i], i)):
+        tokens, k = heap[0]
+        bins[k].append(i)
+        heapq.heapreplace(heap, (tokens + lengths_S[i], k))
+    return bins
+
+
+def _pack_into(samples: Sequence[int], lengths_S: Sequence[int], count: int, budget: int) -> list[list[int]] | None:
+    """`count` micro-batches within the budget: of even size if that fits, else filled best-fit; None if neither
+    does.
+    """
+    bins = _spread(samples, lengths_S, count)
+    if max(sum(lengths_S[i] for i in b) for b in bins) <= budget:
+        return bins
+    bins = [[] for _ in range(count)]
+    room = [budget] * count
+    for i in sorted(samples, key=lambda i: (-lengths_S[i], i)):
+        fitting = [k for k in range(count) if room[k] >= lengths_S[i]]
+        if not fitting:
+            return None
+        k = min(fitting, key=lambda k: room[k])
+        bins[k].append(i)
+        room[k] -= lengths_S[i]
+    return bins
+
+
+@dataclass(frozen=True)
+class PackItem:
+    """One sequence on its way into a micro-batch."""
+
+    prompt_ids: NDArray[np.integer]
+    """At least one."""
+    completion_ids: NDArray[np.integer]
+    """[T], at least one."""
+    rollout_logprobs: NDArray[np.float32]
+    """[T]."""
+    advantage: float
+    weight: float
+    """Of each of its tokens in the loss: the global normalizer is in it."""
+    sample: int
+    """Which sample of the batch it is."""
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch: sequences end to end, without padding. The last token of each is only a target, never an
+    input.
+    """
+
+    input_ids: NDArray[np.int64]
+    """[N]."""
+    position_ids: NDArray[np.int64]
+    """[N], from 0 in each sequence."""
+    lengths: list[int]
+    """Of each sequence, in `input_ids`."""
+    target_rows: NDArray[np.int64]
+    """[C]: which positions predict a completion token."""
+    targets: NDArray[np.int64]
+    """[C]: that token."""
+    rollout_logprobs: NDArray[np.float32]
+    """[C]."""
+    advantages: NDArray[np.float32]
+    """[C]."""
+    weights: NDArray[np.float32]
+    """[C], 0 in a dummy."""
+    samples: NDArray[np.int64]
+    """[C]: which sample of the batch the token belongs to; -1 in a dummy."""
+
+    @property
+    def is_dummy(self) -> bool:
+        return bool(self.samples[0] < 0)
+
+    @property
+    def num_tokens(self) -> int:
+        """Inputs, 0 for a dummy."""
+        return 0 if self.is_dummy else len(self.input_ids)
+
+
+def pack(items: Sequence[PackItem]) -> PackedBatch:
+    """Lay sequences end to end. Without any: a dummy of one token with weight 0, which keeps a rank in step with the
+    others.
+    """
+    if not items:
+        items = [PackItem(np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.float32), 0.0, 0.0, -1)]
+    lengths = [len(i.prompt_ids) + len(i.completion_ids) - 1 for i in items]
+    num_targets = [len(i.completion_ids) for i in items]
+    starts = np.cumsum([0, *lengths[:-1]])
+    inputs = [part for i in items for part in (i.prompt_ids, i.completion_ids[:-1])]
+    return PackedBatch(
+        input_ids=np.concatenate(inputs).astype(np.int64),
+        position_ids=np.concatenate([np.arange(n) for n in lengths]),
+        lengths=lengths,
+        target_rows=np.concatenate(
+            [np.arange(a + n - t, a + n) for a, n, t in zip(starts, lengths, num_targets, strict=True)]
+        ),
+        targets=np.concatenate([i.completion_ids for i in items]).astype(np.int64),
+        rollout_logprobs=np.concatenate([i.rollout_logprobs for i in items]).astype(np.float32),
+        advantages=np.repeat(np.array([i.advantage for i in items], dtype=np.float32), num_targets),
+        weights=np.repeat(np.array([i.weight for i in items], dtype=np.float32), num_targets),
+        samples=np.repeat(np.array([i.sample for i in items], dtype=np.int64), num_targets),
+    )

@@ -1,0 +1,154 @@
+"""Hidden states -> log-probabilities and entropy, without the logits of all tokens ever existing at once.
+
+N tokens, H hidden size, V vocabulary, C rows of a chunk. Peak memory is a few [C, V] buffers in fp32 plus the gradient
+of the weight; the plain way holds several [N, V] (at V = 152k and N = 4,096: 7 GB against 1).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """Recomputes the logits of a chunk in the backward pass.
+
+    The weight stays on `ctx` as a Parameter and is not saved for backward: ZeRO-3 swaps `param.data` between the
+    passes, and a saved tensor would keep the gathered weight alive, or be the empty one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        temperature: float,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        num = hidden_NH.shape[0]
+        logp_N = torch.empty(num, dtype=torch.float32, device=hidden_NH.device)
+        lse_N, entropy_N = torch.empty_like(logp_N), torch.empty_like(logp_N)
+        for a in range(0, num, chunk):
+            rows = slice(a, min(a + chunk, num))
+            logits_CV = _logits(hidden_NH[rows], weight_VH, bias_V, temperature)
+            lse_C = logits_CV.logsumexp(-1)
+            lse_N[rows] = lse_C
+            logp_CV = logits_CV.sub_(lse_C[:, None])
+            logp_N[rows] = logp_CV.gather(-1, targets_N[rows, None]).squeeze(-1)
+            entropy_N[rows] = -logp_CV.exp().mul_(logp_CV).sum(-1)
+        ctx.save_for_backward(hidden_NH, targets_N, lse_N, entropy_N)
+        ctx.weight, ctx.bias, ctx.temperature, ctx.chunk = weight_VH, bias_V, temperature, chunk
+        ctx.set_materialize_grads(False)
+        return logp_N, entropy_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_logp_N, grad_entropy_N = grads
+        hidden_NH, targets_N, lse_N, entropy_N = ctx.saved_tensors
+        weight, bias = ctx.weight, ctx.bias
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden_NH) if need_hidden else None
+        # Summed over chunks in fp32: bf16 would lose the small addends.
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        grad_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if need_bias else None
+        for a in range(0, hidden_NH.shape[0], ctx.chunk):
+            rows = slice(a, min(a + ctx.chunk, hidden_NH.shape[0]))
+            logits_CV = _logits(hidden_NH[rows], weight, bias, ctx.temperature)
+            grad_CV = _grad_logits(
+                logits_CV,
+                targets_N[rows],
+                lse_N[rows],
+                entropy_N[rows],
+                None if grad_logp_N is None else grad_logp_N[rows],
+                None if grad_entropy_N is None else grad_entropy_N[rows],
+            )
+            if ctx.temperature != 1.0:
+                grad_CV.div_(ctx.temperature)
+            if grad_bias is not None:
+                grad_bias += grad_CV.sum(0)
+            grad_CV = grad_CV.to(hidden_NH.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_CV, weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight += grad_CV.t() @ hidden_NH[rows]
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _logits(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, temperature: float) -> Tensor:
+    logits_CV = nn.functional.linear(hidden_CH, weight_VH, bias_V).float()
+    return logits_CV if temperature == 1.0 else logits_CV / temperature
+
+
+def _grad_logits(
+    logits_CV: Tensor,
+    targets_C: Tensor,
+    lse_C: Tensor,
+    entropy_C: Tensor,
+    grad_logp_C: Tensor | None,
+    grad_entropy_C: Tensor | None,
+) -> Tensor:
+    """d logp / d l_j = [j = target] - p_j and d H / d l_j = -p_j (log p_j + H). Overwrites `logits_CV`."""
+    logp_CV = logits_CV.sub_(lse_C[:, None])
+    if grad_entropy_C is None:
+        grad_CV = logp_CV.exp_().mul_(0.0 if grad_logp_C is None else -grad_logp_C[:, None])
+    else:
+        probs_CV = logp_CV.exp()
+        slope_CV = logp_CV.add_(entropy_C[:, None]).mul_(grad_entropy_C[:, None])
+        if grad_logp_C is not None:
+            slope_CV.add_(grad_logp_C[:, None])
+        grad_CV = slope_CV.mul_(probs_CV).neg_()
+    if grad_logp_C is not None:
+        grad_CV.scatter_add_(1, targets_C[:, None], grad_logp_C[:, None])
+    return grad_CV
+
+
+def chunked_logprobs(
+    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, *, temperature: float, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target, and the entropy of each distribution.
+
+    Logits are computed in the dtype of the model, as the sampler does, then everything is fp32.
+
+    Args:
+        hidden_NH: [N, H].
+        weight_VH: [V, H], of the output layer.
+        bias_V: [V] or None.
+        targets_N: [N] token ids.
+        temperature: the logits are divided by it first.
+        chunk: rows of logits that exist at once.
+
+    Returns:
+        log-probabilities [N] and entropies [N] in nats, both fp32 and differentiable.
+    """
+    return _ChunkedLogprobs.apply(hidden_NH, weight_VH, bias_V, targets_N, temperature, chunk)
+
+
+class LogprobHead(nn.Module):
+    """In the place of a model's `lm_head`, over the same Parameter (tied to the embedding or not).
+
+    Called with targets it gives log-probabilities; without, logits as before. It is a module, so that ZeRO-3's hooks
+    gather its weight for the forward and again for the backward pass.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+
+    def forward(
+        self, hidden: Tensor, targets_N: Tensor | None = None, temperature: float = 1.0, chunk: int = 1024
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if targets_N is None:
+            return nn.functional.linear(hidden, self.weight, self.bias)
+        return chunked_logprobs(hidden, self.weight, self.bias, targets_N, temperature=temperature, chunk=chunk)

@@ -1,0 +1,15 @@
+"""Cross-entropy of demonstrated tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def sft_loss(theta_N: Tensor, weights_N: Tensor) -> Tensor:
+    """sum_t w_t * -log p_t, w_t = 1 / completion tokens of the whole step (`aggregation.dapo`).
+
+    Args:
+        theta_N: [N] log-probabilities of the demonstrated tokens.
+        weights_N: [N], with the global normalizer inside.
+    """
+    return -(weights_N * theta_N).sum()

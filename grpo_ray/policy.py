@@ -1,0 +1,48 @@
+"""A Hugging Face causal language model that takes packed micro-batches and gives log-probabilities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grpo_ray.attention import attention_kwargs
+from grpo_ray.batching import PackedBatch
+from grpo_ray.logprobs import LogprobHead
+
+_HEAD_FEATURES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+class PolicyModel(nn.Module):
+    """`hf` keeps its parameter names (with `hf.` before them); its output layer becomes a `LogprobHead` over the same
+    weight.
+
+    Raises:
+        ValueError: the model does something to its logits that the head would leave out.
+    """
+
+    def __init__(self, hf: nn.Module, *, chunk: int) -> None:
+        super().__init__()
+        config: Any = hf.config
+        odd = [name for name in _HEAD_FEATURES if getattr(config, name, None) not in (None, 1.0)]
+        if odd:
+            raise ValueError(f"{type(hf).__name__} changes its logits ({', '.join(odd)} in its config): not supported")
+        hf.set_output_embeddings(LogprobHead(hf.get_output_embeddings()))  # type: ignore[operator]
+        self.hf = hf
+        self.chunk = chunk
+
+    def forward(self, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [C] of the batch's targets and entropies [C], fp32."""
+        hf: Any = self.hf
+        device = hf.get_output_embeddings().weight.device
+        hidden = hf.base_model(
+            input_ids=torch.from_numpy(batch.input_ids).to(device)[None],
+            position_ids=torch.from_numpy(batch.position_ids).to(device)[None],
+            use_cache=False,
+            **attention_kwargs(batch.lengths, hf.config._attn_implementation, device),
+        ).last_hidden_state[0]
+        rows = torch.from_numpy(batch.target_rows).to(device)
+        targets = torch.from_numpy(batch.targets).to(device)
+        logp_C, entropy_C = hf.get_output_embeddings()(hidden[rows], targets, temperature, self.chunk)
+        return logp_C, entropy_C

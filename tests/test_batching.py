@@ -1,0 +1,183 @@
+"""Plans: nothing lost, nothing over the budget, ranks in step; and packing that keeps neighbours apart."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo_ray.attention import attention_kwargs, choose_attention
+from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch
+from grpo_ray.errors import ConfigError
+from grpo_ray.policy import PolicyModel
+
+BUDGET = 100
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[list[int], list[int], int, int]:
+    group_sizes = draw(st.lists(st.integers(1, 6), min_size=1, max_size=10))
+    lengths = [draw(st.integers(2, BUDGET)) for size in group_sizes for _ in range(size)]
+    groups = [g for g, size in enumerate(group_sizes) for _ in range(size)]
+    return lengths, groups, draw(st.integers(1, 4)), draw(st.integers(1, 4))
+
+
+def make(problem: tuple[list[int], list[int], int, int]) -> list[MiniBatchPlan]:
+    lengths, groups, ranks, minis = problem
+    return plan_batch(lengths, groups, num_ranks=ranks, num_mini_batches=minis, micro_batch_tokens=BUDGET)
+
+
+@settings(deadline=None)
+@given(problem=problems())
+def test_every_sample_is_in_the_plan_once_and_mini_batches_are_whole_groups_in_order(
+    problem: tuple[list[int], list[int], int, int],
+) -> None:
+    lengths, groups, _, minis = problem
+    plan = make(problem)
+    assert sorted(i for step in plan for rank in step.ranks for micro in rank for i in micro) == list(
+        range(len(lengths))
+    )
+    assert len(plan) == min(minis, len(set(groups)))
+    spans = [[groups[i] for i in step.samples] for step in plan]
+    for before, after in pairwise(spans):
+        assert max(before) < min(after)
+    sizes = [len(set(s)) for s in spans]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@settings(deadline=None)
+@given(problem=problems())
+def test_budget_is_kept_and_every_rank_has_as_many_micro_batches(
+    problem: tuple[list[int], list[int], int, int],
+) -> None:
+    lengths, _, ranks, _ = problem
+    for step in make(problem):
+        assert len(step.ranks) == ranks
+        assert len({len(rank) for rank in step.ranks}) == 1
+        for rank in step.ranks:
+            for micro in rank:
+                assert sum(lengths[i] for i in micro) <= BUDGET
+                assert [lengths[i] for i in micro] == sorted(lengths[i] for i in micro)
+
+
+@settings(deadline=None)
+@given(problem=problems())
+def test_ranks_differ_by_less_than_the_longest_sample(problem: tuple[list[int], list[int], int, int]) -> None:
+    lengths = problem[0]
+    for step in make(problem):
+        tokens = [sum(lengths[i] for micro in rank for i in micro) for rank in step.ranks]
+        assert max(tokens) - min(tokens) <= max(lengths[i] for i in step.samples)
+
+
+@settings(deadline=None)
+@given(problem=problems())
+def test_the_number_of_micro_batches_is_near_the_least_possible(problem: tuple[list[int], list[int], int, int]) -> None:
+    lengths = problem[0]
+    for step in make(problem):
+        fullest = max(sum(lengths[i] for micro in rank for i in micro) for rank in step.ranks)
+        # Two micro-batches that fit into one would be one: more than half of the budget is used, but for the last.
+        assert len(step.ranks[0]) <= 2 * fullest / BUDGET + 1
+
+
+def test_the_same_batch_gives_the_same_plan() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, BUDGET, 200).tolist()
+    groups = [i // 8 for i in range(200)]
+    assert make((lengths, groups, 3, 2)) == make((lengths, groups, 3, 2))
+
+
+def test_a_sample_over_the_budget_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"sample 1 .* 101 tokens.*micro_batch_tokens \(100\)"):
+        plan_batch([5, 101], [0, 0], num_ranks=1, num_mini_batches=1, micro_batch_tokens=BUDGET)
+
+
+def item(prompt: list[int], completion: list[int], sample: int = 0) -> PackItem:
+    return PackItem(
+        np.array(prompt),
+        np.array(completion),
+        np.arange(len(completion), dtype=np.float32) + sample,
+        0.5 + sample,
+        0.25,
+        sample,
+    )
+
+
+def test_packing_lays_sequences_end_to_end_without_their_last_token() -> None:
+    p = pack([item([1, 2], [3, 4]), item([5], [6, 7, 8], sample=1)])
+    assert p.input_ids.tolist() == [1, 2, 3, 5, 6, 7]
+    assert p.position_ids.tolist() == [0, 1, 2, 0, 1, 2]
+    assert p.lengths == [3, 3]
+    assert p.target_rows.tolist() == [1, 2, 3, 4, 5]
+    assert p.targets.tolist() == [3, 4, 6, 7, 8]
+    assert p.samples.tolist() == [0, 0, 1, 1, 1]
+    assert p.advantages.tolist() == [0.5, 0.5, 1.5, 1.5, 1.5]
+    assert p.rollout_logprobs.tolist() == [0, 1, 1, 2, 3]
+
+
+def test_nothing_packed_is_a_dummy_of_no_weight() -> None:
+    p = pack([])
+    assert p.is_dummy
+    assert p.num_tokens == 0
+    assert p.weights.tolist() == [0.0]
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model: Path) -> PolicyModel:
+    from transformers import AutoModelForCausalLM
+
+    implementation = choose_attention("sdpa", torch.device("cpu"))
+    hf = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation=implementation)
+    return PolicyModel(hf, chunk=16).eval()
+
+
+def random_items(seed: int = 0) -> list[PackItem]:
+    rng = np.random.default_rng(seed)
+    sizes = [(4, 9), (7, 6), (1, 1), (3, 30), (12, 1), (5, 8)]
+    return [
+        item(rng.integers(8, 200, n).tolist(), rng.integers(8, 200, t).tolist(), i) for i, (n, t) in enumerate(sizes)
+    ]
+
+
+@torch.no_grad()
+def test_packed_log_probabilities_are_those_of_plain_transformers(policy: PolicyModel, tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager").eval()
+    items = random_items()
+    want = []
+    for i in items:
+        ids = torch.from_numpy(np.concatenate([i.prompt_ids, i.completion_ids]))[None]
+        logp = (plain(ids, use_cache=False).logits[0] / 0.8).log_softmax(-1)
+        want.append(logp[len(i.prompt_ids) - 1 : -1].gather(-1, torch.from_numpy(i.completion_ids)[:, None])[:, 0])
+    got, _ = policy(pack(items), 0.8)
+    torch.testing.assert_close(got, torch.cat(want), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_changing_one_sample_changes_no_other(policy: PolicyModel) -> None:
+    items = random_items()
+    before, _ = policy(pack(items), 1.0)
+    for changed in range(len(items)):
+        other = [*items]
+        other[changed] = item(
+            (items[changed].prompt_ids + 1).tolist(), (items[changed].completion_ids + 1).tolist(), changed
+        )
+        after, _ = policy(pack(other), 1.0)
+        mine = torch.from_numpy(pack(items).samples == changed)
+        assert (after - before)[~mine].abs().max() <= 1e-6
+        assert (after - before)[mine].abs().max() > 1e-3
+
+
+def test_equal_neighbours_are_attended_as_one_batch() -> None:
+    kwargs = attention_kwargs([3, 5, 5, 5, 9], choose_attention("sdpa", torch.device("cpu")), torch.device("cpu"))
+    assert kwargs == {"packed_runs": [(1, 3), (3, 5), (1, 9)]}
+
+
+def test_flash_attention_without_a_gpu_is_refused() -> None:
+    with pytest.raises(ValueError, match="flash_attention_2, which needs a GPU"):
+        choose_attention("flash_attention_2", torch.device("cpu"))
