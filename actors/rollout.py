@@ -1,0 +1,338 @@
+"""One vLLM engine as a Ray actor. Requests go in in batches, samples come out in batches; tokens in, tokens out.
+
+    submit([(ticket, SampleRequest), ..])             starts them
+    poll(max_wait_s) -> [Outcome, ..], [Sample, ..]   what finished since the last poll
+
+The samples that a poll returns are an object of the caller's, so they outlive this actor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from actors.runtime import own_log
+from grpo_ray.config import RolloutConfig
+from grpo_ray.errors import WorkerError
+from grpo_ray.types import Sample, SampleInfo, SampleRequest, VersionSpan
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.outputs import RequestOutput
+    from vllm.sampling_params import SamplingParams as VllmSamplingParams
+
+POLL_LINGER_S = 0.01
+"""Samples that finish together travel together."""
+DEATH_CHECK_S = 0.5
+"""How often an idle engine is looked at."""
+CPU_KV_CACHE_GB = 0.25
+CPU_BATCHED_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one request."""
+
+    ticket: int
+    info: SampleInfo | None
+    """With `ref` None and `row` its place in the list of samples that came along; None if there is no sample."""
+    problem: Literal["", "refused", "aborted"] = ""
+    """`refused`: the engine won't take this request, ever. `aborted`: something else ended it; it may be asked again."""
+    detail: str = ""
+
+
+def rollout_env(config: RolloutConfig, *, on_gpu: bool, backend: str) -> dict[str, str]:
+    """Environment of the actor's process. It must be there before vllm is imported."""
+    env = {"OMP_NUM_THREADS": str(config.num_threads), "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
+    if not on_gpu:
+        # One process less, and 4 s of start-up: the worker lives in the engine's process.
+        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if backend == "ipc":
+        # CUDA IPC handles are not plain data; they travel between processes of this run only.
+        env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    return env | config.env
+
+
+def engine_args(
+    config: RolloutConfig,
+    model: str,
+    dtype: str,
+    max_model_len: int,
+    seed: int,
+    backend: str,
+    *,
+    trust_remote_code: bool,
+) -> AsyncEngineArgs:
+    """The engine's options, for the device that vLLM finds."""
+    from vllm.config.weight_transfer import WeightTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    from actors.weight_backend import WORKER_BACKENDS
+
+    on_cpu = current_platform.is_cpu()
+    kv_cache_gb = config.kv_cache_gb or (CPU_KV_CACHE_GB if on_cpu else None)
+    device: dict[str, Any] = {}
+    if on_cpu:
+        # vLLM's CPU sampler dies of a seeded request whose prompt is prefilled in pieces, so prompts are prefilled whole. The
+        # default block of 128 tokens would keep shorter prompts out of the prefix cache.
+        device = {
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_model_len, config.max_num_seqs),
+            "block_size": 32,
+        }
+    elif config.tensor_parallel_size > 1:
+        # Inside a Ray actor vLLM would otherwise ask Ray for GPUs of its own.
+        device = {"distributed_executor_backend": "mp"}
+    return AsyncEngineArgs(
+        model=model,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        tensor_parallel_size=config.tensor_parallel_size,
+        max_num_seqs=config.max_num_seqs,
+        kv_cache_memory_bytes=None if kv_cache_gb is None else int(kv_cache_gb * 2**30),
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        enforce_eager=on_cpu if config.enforce_eager is None else config.enforce_eager,
+        enable_prefix_caching=True,
+        logprobs_mode="processed_logprobs",
+        disable_log_stats=True,
+        weight_transfer_config=WeightTransferConfig(backend=WORKER_BACKENDS[backend]),
+        worker_extension_cls="actors.weight_backend.DigestExtension",
+        **device,
+    )
+
+
+class RolloutActor:
+    """An async Ray actor around one AsyncLLM. It never restarts its engine: when that dies, every method says so."""
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        model: str,
+        dtype: str,
+        max_model_len: int,
+        run_dir: str,
+        index: int,
+        seed: int,
+        backend: str,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.name = f"rollout-{index}"
+        own_log(run_dir, self.name)
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        args = engine_args(config, model, dtype, max_model_len, seed, backend, trust_remote_code=trust_remote_code)
+        self.engine: Any = AsyncLLM.from_engine_args(args)
+        self.tokenizer: Any = self.engine.get_tokenizer()
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._outcomes: list[Outcome] = []
+        self._samples: list[Sample] = []
+        self._arrived = asyncio.Event()
+        self._num_tokens = 0
+        self._num_samples = 0
+        self._busy_s = 0.0
+        self._busy_since = 0.0
+
+    async def ready(self) -> dict[str, int]:
+        """The engine answers, and what it samples now is labelled version 0.
+
+        Returns:
+            `pid` of this process, and of the engine's core (`core_pid`).
+        """
+        await self.engine.check_health()
+        await self.engine.update_weight_version("0")
+        return {"pid": os.getpid(), "core_pid": self._core_pid()}
+
+    # Sampling
+
+    async def submit(self, requests: Sequence[tuple[int, SampleRequest]]) -> None:
+        """Start drawing; the outcomes come by `poll`. Returns at once."""
+        if not self._tasks:
+            self._busy_since = time.monotonic()
+        for ticket, request in requests:
+            self._tasks[ticket] = asyncio.create_task(self._draw(ticket, request))
+
+    async def cancel(self, tickets: Sequence[int]) -> None:
+        """Stop drawing these; nothing more is heard of them."""
+        for ticket in tickets:
+            task = self._tasks.get(ticket)
+            if task is not None:
+                task.cancel()
+
+    async def poll(self, max_wait_s: float) -> tuple[list[Outcome], list[Sample]]:
+        """What finished since the last poll. Waits for something to finish, at most `max_wait_s`.
+
+        Raises:
+            WorkerError: the engine is dead. What had finished before was handed out by then.
+        """
+        deadline = time.monotonic() + max_wait_s
+        while not self._outcomes:
+            self._check_alive()
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return [], []
+            self._arrived.clear()
+            try:
+                await asyncio.wait_for(self._arrived.wait(), min(left, DEATH_CHECK_S))
+            except TimeoutError:
+                continue
+        await asyncio.sleep(POLL_LINGER_S)
+        outcomes, samples = self._outcomes, self._samples
+        self._outcomes, self._samples = [], []
+        return outcomes, samples
+
+    async def _draw(self, ticket: int, request: SampleRequest) -> None:
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        final: RequestOutput | None = None
+        try:
+            prompt = {"prompt_token_ids": request.prompt_token_ids}
+            async for output in self.engine.generate(prompt, _vllm_params(request), str(ticket)):
+                final = output
+            assert final is not None
+            self._finish(ticket, request, final)
+        except EngineDeadError:
+            self._arrived.set()
+        except VLLMClientError as e:
+            self._add(Outcome(ticket, None, "refused", str(e)))
+        except Exception as e:
+            # Whatever it is belongs to this request alone; unsaid, the pool would wait for it until its deadline.
+            self._add(Outcome(ticket, None, "aborted", f"{type(e).__name__}: {e} ({e.__cause__})"))
+        finally:
+            del self._tasks[ticket]
+            if not self._tasks:
+                self._busy_s += time.monotonic() - self._busy_since
+
+    def _finish(self, ticket: int, request: SampleRequest, final: RequestOutput) -> None:
+        completion = final.outputs[0]
+        if completion.finish_reason not in ("stop", "length"):
+            self._add(Outcome(ticket, None, "aborted", f"finish_reason {completion.finish_reason}"))
+            return
+        token_ids = list(completion.token_ids)
+        versions = tuple(VersionSpan(int(s.version), s.start, s.end) for s in completion.weight_versions or ())
+        sample = Sample(
+            prompt_id=request.prompt_id,
+            index=request.index,
+            prompt_token_ids=np.asarray(request.prompt_token_ids, dtype=np.int32),
+            token_ids=np.asarray(token_ids, dtype=np.int32),
+            logprobs=_sampled_logprobs(completion.logprobs, len(token_ids), self.name),
+            versions=versions,
+            finish_reason=completion.finish_reason,
+            text=self.tokenizer.decode(token_ids, skip_special_tokens=True),
+        )
+        info = SampleInfo(
+            prompt_id=sample.prompt_id,
+            index=sample.index,
+            num_prompt_tokens=len(sample.prompt_token_ids),
+            num_tokens=len(token_ids),
+            min_version=min(v.version for v in versions),
+            finish_reason=sample.finish_reason,
+            worker=self.name,
+            ref=None,
+            row=len(self._samples),
+        )
+        self._num_tokens += len(token_ids)
+        self._num_samples += 1
+        self._samples.append(sample)
+        self._add(Outcome(ticket, info))
+
+    def _add(self, outcome: Outcome) -> None:
+        self._outcomes.append(outcome)
+        self._arrived.set()
+
+    # Weights: the far end of `weight_sender.EngineClient`, and the pause around it
+
+    async def pause(self, mode: Literal["keep", "wait", "abort"], clear_cache: bool) -> None:
+        """Stop sampling. `keep` freezes what is under way; `clear_cache` makes it go on under the new weights alone, so that the
+        learner can recompute each token's log-probability."""
+        self._check_alive()
+        await self.engine.pause_generation(mode=mode, clear_cache=clear_cache)
+
+    async def resume(self) -> None:
+        await self.engine.resume_generation()
+
+    async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
+
+    async def start_weight_update(self) -> None:
+        await self.engine.start_weight_update()
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self.engine.update_weights(WeightTransferUpdateRequest(update_info))
+
+    async def finish_weight_update(self, version: int, checksum: str) -> None:
+        """Take the new weights into use as `version`.
+
+        Raises:
+            WorkerError: what a vLLM worker received has not the sender's checksum. The engine is then not usable any more.
+        """
+        received = await self.engine.collective_rpc("weight_transfer_digest")
+        if set(received) != {checksum}:
+            raise WorkerError(f"{self.name} received weights with checksum {received}, the learner sent {checksum}")
+        await self.engine.finish_weight_update(str(version))
+
+    # Care
+
+    async def health(self) -> None:
+        """Raises WorkerError if the engine is dead."""
+        self._check_alive()
+        await self.engine.check_health()
+
+    async def stats(self) -> dict[str, float]:
+        """Since the start: samples, tokens, and seconds with something to do."""
+        busy = self._busy_s + (time.monotonic() - self._busy_since if self._tasks else 0.0)
+        return {"samples": self._num_samples, "tokens": self._num_tokens, "busy_s": busy}
+
+    async def shutdown(self) -> None:
+        """End the engine's processes."""
+        await asyncio.to_thread(self.engine.shutdown)
+
+    def _check_alive(self) -> None:
+        if self.engine.errored:
+            raise WorkerError(f"{self.name}: the engine core died; logs/{self.name}.log tells more")
+
+    def _core_pid(self) -> int:
+        processes = self.engine.engine_core.resources.engine_manager.processes
+        return int(processes[0].pid)
+
+
+def _vllm_params(request: SampleRequest) -> VllmSamplingParams:
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    p = request.params
+    return SamplingParams(
+        temperature=p.temperature,
+        top_p=p.top_p,
+        top_k=p.top_k,
+        min_p=p.min_p,
+        max_tokens=p.max_tokens,
+        seed=request.seed,
+        stop=list(p.stop),
+        # Stop strings are found in text; without them the text is made once, at the end.
+        detokenize=bool(p.stop),
+        include_stop_str_in_output=True,
+        logprobs=0,
+        flat_logprobs=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _sampled_logprobs(logprobs: Any, num_tokens: int, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """[T] of the sampled tokens, which vLLM puts first at each position."""
+    if len(logprobs) != num_tokens:
+        raise WorkerError(f"{name}: vLLM gave {len(logprobs)} log-probabilities for {num_tokens} tokens")
+    flat = np.asarray(logprobs.logprobs, dtype=np.float32)
+    return flat[np.asarray(logprobs.start_indices, dtype=np.int64)]

@@ -1,0 +1,510 @@
+"""All rollout engines as one `roles.Sampler`: chooses the engine, moves work when one dies, restarts it.
+
+    generate -> queue -> least loaded usable engine -> submit ... poll -> future
+                  ^                                      |
+                  +---------- the engine died -----------+
+
+An engine is usable while it is alive and holds the current policy version. A restarted one loads the first weights and is stale
+until a weight sync has reached it; `on_stale` asks for one when samples wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import ray
+from ray.exceptions import RayError
+
+from actors.rollout import Outcome, RolloutActor, rollout_env
+from actors.runtime import log_tail, within
+from actors.weights import EngineTarget, last_line, resolve_backend
+from grpo_ray.config import RunConfig
+from grpo_ray.errors import DataError, DeadlineError, GrpoRayError, WorkerError
+from grpo_ray.models import context_length, load_config
+from grpo_ray.types import SampleInfo, SampleRequest
+
+POLL_S = 10.0
+POLL_SLACK_S = 60.0
+"""An actor whose poll is this much late is taken for dead."""
+QUEUE_FACTOR = 1.25
+"""Requests at an engine over what it samples at once: the next ones are there when a place gets free."""
+MAX_RESTARTS = 3
+"""Of one engine, without a finished sample in between."""
+BACKOFF_S = 1.0
+SHARED_DEATHS = 2
+"""A request that was at this many engines when they died is next tried alone on an engine, which shows whether it is the cause."""
+MAX_ABORTS = 3
+CLOSE_S = 5.0
+
+
+@dataclass(eq=False)
+class _Ticket:
+    id: int
+    request: SampleRequest
+    future: asyncio.Future[SampleInfo]
+    since: float
+    """When it was last handed to an engine, or queued."""
+    deaths: int = 0
+    aborts: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"sample {self.request.index} of prompt {self.request.prompt_id}"
+
+    @property
+    def alone(self) -> bool:
+        return self.deaths >= SHARED_DEATHS
+
+
+@dataclass(eq=False)
+class _Engine:
+    """One place in the pool, through the lives of its actor."""
+
+    index: int
+    incarnation: int = 0
+    handle: Any = None
+    pids: dict[str, int] = field(default_factory=dict)
+    alive: bool = False
+    gone: str = ""
+    """Why it is not restarted any more."""
+    version: int | None = None
+    """Of the weights it holds."""
+    work: dict[int, _Ticket] = field(default_factory=dict)
+    restarts: int = 0
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    samples: int = 0
+    tokens: int = 0
+    busy_s: float = 0.0
+    busy_since: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"rollout-{self.index}"
+
+
+class RolloutPool:
+    """Make it with `RolloutPool.create`; all methods belong to the event loop that made it."""
+
+    def __init__(self, config: RunConfig, model: str, run_dir: str, *, has_gpus: bool) -> None:
+        self._config = config
+        self._model = model
+        self._run_dir = run_dir
+        self._on_gpu = has_gpus
+        self._context = context_length(load_config(model, trust_remote_code=config.model.trust_remote_code))
+        self._backend = resolve_backend(config, has_gpus=has_gpus)
+        self._engines = [_Engine(i) for i in range(config.rollout.num_actors)]
+        self._tickets: dict[int, _Ticket] = {}
+        self._queue: deque[_Ticket] = deque()
+        self._ids = itertools.count()
+        self._dispatching = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stale_sync: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        self._progress = time.monotonic()
+        self._stats_since = time.monotonic()
+        self._num_restarts = 0
+        self._closed = False
+        self.version = 0
+        """What usable engines hold. Engines start with the model as it was given, which is version 0."""
+        self.on_stale: Callable[[], Awaitable[None]] | None = None
+        """Called when samples wait and there are engines alive with old weights."""
+        self.on_trouble: Callable[[str], None] = partial(print, "rollout:", flush=True)
+        """Told what went wrong and is being mended."""
+
+    @classmethod
+    async def create(cls, config: RunConfig, model: str, run_dir: str, *, has_gpus: bool) -> Self:
+        """Start all engines side by side.
+
+        Raises:
+            WorkerError: an engine does not start; with the end of its log.
+            DeadlineError: it takes longer than deadlines.start_s.
+        """
+        pool = cls(config, model, run_dir, has_gpus=has_gpus)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for engine in pool._engines:
+                    tasks.create_task(pool._start(engine))
+        except BaseExceptionGroup as group:
+            await pool.close()
+            raise group.exceptions[0] from None
+        except BaseException:
+            await pool.close()
+            raise
+        pool._spawn(pool._watch())
+        return pool
+
+    # Sampling
+
+    @property
+    def num_unfinished(self) -> int:
+        """Samples asked for and not there yet."""
+        return len(self._tickets)
+
+    async def generate(self, request: SampleRequest) -> SampleInfo:
+        """Draw one sample. Cancelling it frees its place in the engine.
+
+        Raises:
+            DataError: the engine refuses the prompt (too long, a token out of its vocabulary).
+            DeadlineError: an engine works on it for longer than deadlines.sample_s.
+            WorkerError: it ends engines, or no engine is left.
+        """
+        if self._closed:
+            raise WorkerError("the rollout pool is closed")
+        ticket = _Ticket(next(self._ids), request, asyncio.get_running_loop().create_future(), time.monotonic())
+        self._tickets[ticket.id] = ticket
+        self._queue.append(ticket)
+        self._kick()
+        try:
+            return await ticket.future
+        except BaseException:
+            self._withdraw(ticket)
+            raise
+        finally:
+            del self._tickets[ticket.id]
+
+    def take_stats(self) -> dict[str, float]:
+        """Since the last call: restarts, and for each engine its samples, tokens, seconds with work and their part of the time."""
+        now = time.monotonic()
+        elapsed = max(now - self._stats_since, 1e-9)
+        out = {"restarts": float(self._num_restarts)}
+        for engine in self._engines:
+            busy = engine.busy_s + (now - engine.busy_since if engine.work else 0.0)
+            out[f"rollout/{engine.index}/samples"] = float(engine.samples)
+            out[f"rollout/{engine.index}/tokens"] = float(engine.tokens)
+            out[f"rollout/{engine.index}/busy_s"] = busy
+            out[f"rollout/{engine.index}/busy"] = busy / elapsed
+            engine.samples, engine.tokens, engine.busy_s, engine.busy_since = 0, 0, 0.0, now
+        self._stats_since, self._num_restarts = now, 0
+        return out
+
+    def _kick(self) -> None:
+        """Dispatch once at the end of this turn of the event loop, so that requests made together travel together."""
+        if not self._dispatching:
+            self._dispatching = True
+            asyncio.get_running_loop().call_soon(self._dispatch)
+
+    def _dispatch(self) -> None:
+        self._dispatching = False
+        outboxes: dict[_Engine, list[_Ticket]] = {}
+        held: list[_Ticket] = []
+        while self._queue:
+            engine = self._place(self._queue[0])
+            if engine is None and not self._queue[0].alone:
+                break
+            ticket = self._queue.popleft()
+            if engine is None:
+                held.append(ticket)
+                continue
+            if not engine.work:
+                engine.busy_since = time.monotonic()
+            ticket.since = time.monotonic()
+            engine.work[ticket.id] = ticket
+            outboxes.setdefault(engine, []).append(ticket)
+        self._queue.extendleft(reversed(held))
+        for engine, tickets in outboxes.items():
+            # If the engine dies of it, or before it, its poll says so.
+            engine.handle.submit.remote([(t.id, t.request) for t in tickets])
+        if self._tickets and self.engines(stale_only=True):
+            self._ask_for_sync()
+
+    def _place(self, ticket: _Ticket) -> _Engine | None:
+        """The least loaded usable engine with room."""
+        capacity = int(self._config.rollout.max_num_seqs * QUEUE_FACTOR)
+        free = [
+            e
+            for e in self._engines
+            if e.alive
+            and e.version == self.version
+            and (not e.work if ticket.alone else len(e.work) < capacity and not any(t.alone for t in e.work.values()))
+        ]
+        return min(free, key=lambda e: len(e.work), default=None)
+
+    async def _poll(self, engine: _Engine, incarnation: int) -> None:
+        while engine.incarnation == incarnation and engine.alive and not self._closed:
+            outcomes_ref, samples_ref = engine.handle.poll.options(num_returns=2).remote(POLL_S)
+            try:
+                outcomes = await asyncio.wait_for(_answer(outcomes_ref), POLL_S + POLL_SLACK_S)
+            except TimeoutError:
+                self._died(engine, incarnation, f"it did not answer for {POLL_S + POLL_SLACK_S:g} s")
+                return
+            except (RayError, GrpoRayError) as e:
+                # The other half of the answer holds the same error; left unread, Ray prints it on every screen.
+                await asyncio.gather(asyncio.wait_for(_answer(samples_ref), 1.0), return_exceptions=True)
+                self._died(engine, incarnation, last_line(e))
+                return
+            for outcome in outcomes:
+                self._settle(engine, outcome, samples_ref)
+            if outcomes:
+                self._kick()
+
+    def _settle(self, engine: _Engine, outcome: Outcome, samples_ref: Any) -> None:
+        ticket = self._take_back(engine, outcome.ticket)
+        if ticket is None or ticket.future.done():
+            return
+        if outcome.info is not None:
+            engine.samples += 1
+            engine.tokens += outcome.info.num_tokens
+            engine.restarts = 0
+            self._progress = time.monotonic()
+            ticket.future.set_result(replace(outcome.info, ref=samples_ref))
+        elif outcome.problem == "refused":
+            ticket.future.set_exception(DataError(f"{engine.name} refuses {ticket.name}: {outcome.detail}"))
+        else:
+            ticket.aborts += 1
+            if ticket.aborts >= MAX_ABORTS:
+                reason = f"{ticket.name} ended {ticket.aborts} times without a sample, last on {engine.name}: {outcome.detail}"
+                ticket.future.set_exception(WorkerError(reason))
+            else:
+                self._requeue([ticket])
+
+    def _take_back(self, engine: _Engine, ticket_id: int) -> _Ticket | None:
+        ticket = engine.work.pop(ticket_id, None)
+        if ticket is not None and not engine.work:
+            engine.busy_s += time.monotonic() - engine.busy_since
+        return ticket
+
+    def _requeue(self, tickets: Sequence[_Ticket]) -> None:
+        for ticket in tickets:
+            ticket.since = time.monotonic()
+        self._queue.extendleft(reversed(tickets))
+        self._kick()
+
+    def _withdraw(self, ticket: _Ticket) -> None:
+        """Stop the work on a ticket that nobody waits for any more."""
+        if ticket in self._queue:
+            self._queue.remove(ticket)
+        for engine in self._engines:
+            if self._take_back(engine, ticket.id) is not None:
+                engine.handle.cancel.remote([ticket.id])
+                self._kick()
+
+    # Weights
+
+    def engines(self, *, stale_only: bool = False) -> list[EngineTarget]:
+        """The engines that are alive."""
+        size = self._config.rollout.tensor_parallel_size
+        return [
+            EngineTarget(e.name, e.incarnation, e.handle, size)
+            for e in self._engines
+            if e.alive and not (stale_only and e.version == self.version)
+        ]
+
+    async def wait_for_engines(self) -> list[EngineTarget]:
+        """The engines that are alive; waits for a restart under way while there is none.
+
+        Raises:
+            WorkerError: none is alive, and none will be.
+            DeadlineError: none within deadlines.start_s.
+        """
+        deadline = time.monotonic() + self._config.deadlines.start_s
+        while not (targets := self.engines()):
+            if all(e.gone for e in self._engines):
+                raise WorkerError(self._all_gone())
+            self._changed.clear()
+            left = max(deadline - time.monotonic(), 0.0)
+            await within(self._changed.wait(), left, "the restart of any rollout engine", "deadlines.start_s")
+        return targets
+
+    def mark_synced(self, targets: Sequence[EngineTarget], version: int) -> None:
+        """These engines now hold `version`, which becomes the current one."""
+        self.version = version
+        for target in targets:
+            engine = self._engine_of(target)
+            if engine is not None:
+                engine.version = version
+        self._kick()
+
+    def engine_failed(self, target: EngineTarget, reason: str, *, blame_work: bool) -> None:
+        """Treat an engine as dead: end it, move its work, restart it. `blame_work`: its requests may be the cause."""
+        engine = self._engine_of(target)
+        if engine is not None:
+            self._died(engine, target.incarnation, reason, blame_work=blame_work)
+
+    def _engine_of(self, target: EngineTarget) -> _Engine | None:
+        """None when that life of the engine is over."""
+        return next(
+            (e for e in self._engines if (e.name, e.incarnation) == (target.name, target.incarnation) and e.alive), None
+        )
+
+    def _ask_for_sync(self) -> None:
+        if self.on_stale is None or (self._stale_sync is not None and not self._stale_sync.done()):
+            return
+        self._stale_sync = self._spawn(self._sync_stale(self.on_stale))
+
+    async def _sync_stale(self, sync: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await sync()
+        except (RayError, GrpoRayError) as e:
+            self.on_trouble(f"restarted rollout engines did not get the current weights, trying again: {e}")
+            await asyncio.sleep(BACKOFF_S)
+        self._stale_sync = None
+        self._kick()
+
+    # Life and death
+
+    def pids(self) -> dict[str, dict[str, int]]:
+        """Engine -> `pid` of its actor and `core_pid` of vLLM's engine process, of the engines that are alive."""
+        return {e.name: e.pids for e in self._engines if e.alive}
+
+    async def _start(self, engine: _Engine) -> None:
+        """Raises WorkerError or DeadlineError, with the end of the log."""
+        c = self._config
+        rollout = c.rollout
+        gpus = rollout.num_gpus if rollout.num_gpus is not None else rollout.tensor_parallel_size if self._on_gpu else 0
+        actor = ray.remote(RolloutActor).options(
+            num_cpus=rollout.num_cpus,
+            num_gpus=gpus,
+            max_restarts=0,
+            runtime_env={"env_vars": rollout_env(rollout, on_gpu=self._on_gpu, backend=self._backend)},
+        )
+        engine.handle = actor.remote(
+            rollout,
+            self._model,
+            c.model.dtype,
+            min(c.data.max_prompt_length + rollout.max_completion_length, self._context),
+            self._run_dir,
+            engine.index,
+            c.seed,
+            self._backend,
+            c.model.trust_remote_code,
+        )
+        log = Path(self._run_dir) / "logs" / f"{engine.name}.log"
+        try:
+            engine.pids = await within(
+                _answer(engine.handle.ready.remote()),
+                c.deadlines.start_s,
+                f"the start of {engine.name}",
+                "deadlines.start_s",
+            )
+        except DeadlineError as e:
+            raise DeadlineError(f"{e}; the end of {log}:\n{log_tail(log)}") from None
+        except (RayError, GrpoRayError) as e:
+            raise WorkerError(
+                f"{engine.name} does not start: {last_line(e)}; the end of {log}:\n{log_tail(log)}"
+            ) from None
+        engine.version = 0
+        engine.alive = True
+        task = asyncio.create_task(self._poll(engine, engine.incarnation))
+        engine.tasks.add(task)
+        task.add_done_callback(engine.tasks.discard)
+        self._changed.set()
+        self._kick()
+
+    def _died(self, engine: _Engine, incarnation: int, reason: str, *, blame_work: bool = True) -> None:
+        if engine.incarnation != incarnation or not engine.alive or self._closed:
+            return
+        self.on_trouble(f"{engine.name} died and is restarted: {reason}")
+        engine.alive = False
+        engine.version = None
+        ray.kill(engine.handle)
+        work = list(engine.work.values())
+        if work:
+            engine.busy_s += time.monotonic() - engine.busy_since
+        engine.work.clear()
+        moved = []
+        for ticket in work:
+            if ticket.future.done():
+                continue
+            ticket.deaths += blame_work
+            if blame_work and ticket.deaths > SHARED_DEATHS:
+                ticket.future.set_exception(
+                    WorkerError(
+                        f"{ticket.name} ends rollout engines: {ticket.deaths} died while they worked on it, the last one "
+                        f"on it alone ({reason}); look at this prompt, and at logs/{engine.name}.log"
+                    )
+                )
+            else:
+                moved.append(ticket)
+        self._requeue(moved)
+        self._spawn(self._restart(engine, reason))
+
+    async def _restart(self, engine: _Engine, reason: str) -> None:
+        while engine.restarts < MAX_RESTARTS and not self._closed:
+            engine.restarts += 1
+            engine.incarnation += 1
+            self._num_restarts += 1
+            await asyncio.sleep(BACKOFF_S * 2 ** (engine.restarts - 1))
+            try:
+                await self._start(engine)
+                return
+            except (WorkerError, DeadlineError) as e:
+                reason = str(e)
+                ray.kill(engine.handle)
+        engine.gone = (
+            f"{engine.name} died {MAX_RESTARTS + 1} times without a finished sample in between, the last time: {reason}"
+        )
+        self._changed.set()
+        if all(e.gone for e in self._engines):
+            for ticket in list(self._tickets.values()):
+                if not ticket.future.done():
+                    ticket.future.set_exception(WorkerError(self._all_gone()))
+
+    def _all_gone(self) -> str:
+        return "no rollout engine is left: " + "; ".join(e.gone for e in self._engines)
+
+    async def _watch(self) -> None:
+        """The deadline of every sample: from the moment an engine got it; while queued, from the last progress of any."""
+        limit = self._config.deadlines.sample_s
+        while True:
+            await asyncio.sleep(min(1.0, limit / 4))
+            now = time.monotonic()
+            for engine in self._engines:
+                for ticket in engine.work.values():
+                    if now - ticket.since > limit and not ticket.future.done():
+                        ticket.future.set_exception(
+                            DeadlineError(
+                                f"{engine.name} did not finish {ticket.name} within {limit:g} s (deadlines.sample_s)"
+                            )
+                        )
+            states = ", ".join(f"{e.name} {self._state(e)}" for e in self._engines)
+            for ticket in self._queue:
+                if now - max(ticket.since, self._progress) > limit and not ticket.future.done():
+                    ticket.future.set_exception(
+                        DeadlineError(f"no engine took {ticket.name} for {limit:g} s (deadlines.sample_s): {states}")
+                    )
+
+    def _state(self, engine: _Engine) -> str:
+        if engine.gone:
+            return "is gone"
+        if not engine.alive:
+            return "restarts"
+        return "is busy" if engine.version == self.version else "waits for the current weights"
+
+    def _spawn(self, work: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def close(self) -> None:
+        """End all engines; what is not finished fails."""
+        self._closed = True
+        tasks = [*self._tasks, *(t for e in self._engines for t in e.tasks)]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=CLOSE_S)
+        for ticket in self._tickets.values():
+            if not ticket.future.done():
+                ticket.future.set_exception(WorkerError("the rollout pool was closed"))
+        handles = [e.handle for e in self._engines if e.handle is not None]
+        ends = [asyncio.ensure_future(_answer(h.shutdown.remote())) for h in handles]
+        if ends:
+            await asyncio.wait(ends, timeout=CLOSE_S)
+        for end in ends:
+            end.cancel()
+        for engine, handle in zip(self._engines, handles, strict=False):
+            engine.alive = False
+            ray.kill(handle)
+
+
+async def _answer(ref: Any) -> Any:
+    return await ref

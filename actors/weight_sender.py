@@ -1,0 +1,268 @@
+"""The learner's end of a weight sync: a bounded-memory view of the weights under ZeRO, and the one who sends them."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayError
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    ParamMeta,
+    TrainerInitInfo,
+    TrainerWeightTransferEngine,
+    WeightSource,
+    WeightTransferUpdatePayload,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+from actors import weight_backend
+from actors.weights import EngineSyncError, EngineTarget, SendReport, last_line
+from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
+
+_NCCL_PORT_TRIES = 3
+_OWN_PART = 0.9
+"""Of the deadline, after which the sender gives up by itself: it knows which engine is late, its callers don't."""
+
+
+class ZeroWeightSource(WeightSource):
+    """A module's parameters under Hugging Face names, gathered bucket by bucket under ZeRO-3.
+
+    Args:
+        module: what the samplers run, e.g. `engine.module`. A tied lm_head is the embedding's own parameter and appears once.
+        zero_stage: 3 gathers with `deepspeed.zero.GatheredParameters`; every rank must then iterate, in step with the others.
+        bucket_bytes: whole parameters that exist at once, at their size on the learner.
+        dtype: of what is sent.
+        prefix: of the module's names, taken off (`hf.`).
+    """
+
+    def __init__(
+        self, module: torch.nn.Module, zero_stage: int, bucket_bytes: int, dtype: torch.dtype, prefix: str = ""
+    ) -> None:
+        self.dtype = dtype
+        self._sharded = zero_stage == 3
+        self._bucket_bytes = bucket_bytes
+        self._params = [(name.removeprefix(prefix), p) for name, p in module.named_parameters()]
+        self._pass: Iterator[tuple[str, Tensor]] | None = None
+
+    def metadata(self) -> list[ParamMeta]:
+        return [ParamMeta(name, self.dtype, self._shape(p)) for name, p in self._params]
+
+    def num_bytes(self) -> int:
+        """Of one transfer."""
+        return sum(torch.Size(self._shape(p)).numel() for _, p in self._params) * self.dtype.itemsize
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        self._pass = self._walk()
+        return self._pass
+
+    def finish_pass(self) -> None:
+        """Walk to the end what a failed transfer left half-way (or never began): the other ranks gather in the same order and
+        would wait for this one for ever."""
+        for _ in self._pass or self._walk():
+            pass
+        self._pass = None
+
+    def _walk(self) -> Iterator[tuple[str, Tensor]]:
+        for bucket in self._buckets():
+            with self._gathered([p for _, p in bucket]):
+                for name, param in bucket:
+                    yield name, param.detach().to(self.dtype)
+
+    def _buckets(self) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
+        bucket: list[tuple[str, torch.nn.Parameter]] = []
+        size = 0
+        for name, param in self._params:
+            num_bytes = torch.Size(self._shape(param)).numel() * param.element_size()
+            if bucket and size + num_bytes > self._bucket_bytes:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append((name, param))
+            size += num_bytes
+        if bucket:
+            yield bucket
+
+    def _gathered(self, params: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+        if not self._sharded:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(params, modifier_rank=None)
+
+    @staticmethod
+    def _shape(param: torch.nn.Parameter) -> tuple[int, ...]:
+        return tuple(getattr(param, "ds_shape", param.shape))
+
+
+class EngineClient:
+    """vLLM's `VLLMWeightSyncClient` over Ray handles. Each call goes to all engines; the first that fails, or does not answer
+    before the deadline, is named."""
+
+    def __init__(self, targets: list[EngineTarget], source: weight_backend.DigestSource) -> None:
+        self.targets = targets
+        self.source = source
+        self.version = 0
+        self.timeout_s = 0.0
+        self._deadline = 0.0
+
+    def start_clock(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._deadline = time.monotonic() + timeout_s
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        payloads = []
+        rank = init_info.get("rank_offset")
+        for target in self.targets:
+            payloads.append((init_info if rank is None else {**init_info, "rank_offset": rank},))
+            rank = None if rank is None else rank + target.world_size
+        self._call("init_weight_transfer_engine", payloads)
+
+    def start_weight_update(self) -> None:
+        self._call("start_weight_update", [()] * len(self.targets))
+
+    def update_weights(self, update_info: WeightTransferUpdatePayload) -> None:
+        self._call("update_weights", [(update_info,)] * len(self.targets))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """The version is the sync's own; vLLM's trainer engines don't pass one."""
+        self._call("finish_weight_update", [(self.version, self.source.digest.hex())] * len(self.targets))
+
+    def _call(self, method: str, arguments: list[tuple[Any, ...]]) -> None:
+        names = {
+            getattr(target.handle, method).remote(*args): target.name
+            for target, args in zip(self.targets, arguments, strict=True)
+        }
+        waiting = list(names)
+        while waiting:
+            left = self._deadline - time.monotonic()
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=max(left, 0.0))
+            if not done:
+                late = ", ".join(names[ref] for ref in waiting)
+                raise DeadlineError(
+                    f"weight sync: {late} did not answer {method} within {self.timeout_s:g} s; see logs/, or raise deadlines.sync_s"
+                )
+            for ref in done:
+                try:
+                    ray.get(ref)
+                except (RayError, WorkerError) as e:
+                    raise EngineSyncError(
+                        f"weight sync: {names[ref]} failed in {method}: {last_line(e)}; see logs/{names[ref]}.log"
+                    ) from None
+
+
+class WeightSender:
+    """Lives in every learner rank. Rank 0 sends; the others take part in gathering.
+
+    Under nccl the sender waits in the driver when an engine dies in mid-transfer, and under ipc the other ranks wait in a barrier:
+    there the deadline is the caller's, who then ends the learner. gloo fails by itself within `timeout_s`.
+    """
+
+    def __init__(self, source: ZeroWeightSource, rank: int, backend: str, bucket_bytes: int, timeout_s: float) -> None:
+        if backend not in weight_backend.WORKER_BACKENDS:
+            raise ValueError(f"weight backend is {backend!r}, expected one of {sorted(weight_backend.WORKER_BACKENDS)}")
+        weight_backend.register()
+        self.rank = rank
+        self.backend = backend
+        self._bucket_bytes = bucket_bytes
+        self._timeout_s = timeout_s * _OWN_PART
+        self._zero_source = source
+        self._source = weight_backend.DigestSource(source)
+        self._client: EngineClient | None = None
+        self._engine: TrainerWeightTransferEngine | None = None
+        self._generation = -1
+
+    def connect(self, targets: list[EngineTarget], generation: int) -> None:
+        """Form the transfer group with these engines, unless this generation is already joined.
+
+        Raises:
+            DeadlineError, WorkerError: naming the engine.
+        """
+        if generation == self._generation:
+            return
+        self.close()
+        self._client = EngineClient(targets, self._source)
+        self._client.start_clock(self._timeout_s)
+        world_size = 1 + sum(t.world_size for t in targets)
+        tries = _NCCL_PORT_TRIES if self.backend == "nccl" and self.rank == 0 else 1
+        for left in reversed(range(tries)):
+            try:
+                self._engine = WeightTransferTrainerFactory.trainer_init(
+                    self._init_info(world_size), client=self._client, source=self._source
+                )
+                break
+            except (OSError, RuntimeError) as e:
+                if isinstance(e, GrpoRayError):
+                    raise
+                if not left or "address already in use" not in str(e).lower():
+                    raise EngineSyncError(f"weight sync: no transfer group with {self._names()}: {e}") from e
+        self._generation = generation
+
+    def send(self, version: int) -> SendReport:
+        """Give every connected engine the weights as they are now, labelled `version`.
+
+        Raises:
+            DeadlineError, WorkerError: naming the engine. The engines it reached are then not usable any more.
+        """
+        if self._engine is None or self._client is None:
+            raise WorkerError("weights_send before weights_connect: no engine is connected")
+        self._client.version = version
+        self._client.start_clock(self._timeout_s)
+        started = time.monotonic()
+        try:
+            self._engine.send_weights()
+        except (OSError, RuntimeError) as e:
+            self.close()
+            if isinstance(e, GrpoRayError):
+                raise
+            raise EngineSyncError(f"weight sync: the transfer to {self._names()} broke: {e}") from e
+        finally:
+            self._zero_source.finish_pass()
+        return SendReport(
+            seconds=time.monotonic() - started,
+            bytes=self._zero_source.num_bytes() if self.rank == 0 else 0,
+            checksum=self._source.digest.hex(),
+        )
+
+    def close(self) -> None:
+        """Leave the transfer group."""
+        if self._engine is not None:
+            self._engine.shutdown()
+        self._engine = None
+        self._generation = -1
+
+    def _names(self) -> str:
+        return ", ".join(t.name for t in self._client.targets) if self._client else "no engine"
+
+    def _init_info(self, world_size: int) -> TrainerInitInfo:
+        host = ray.util.get_node_ip_address()
+        match self.backend:
+            case "gloo":
+                listen = _listening_socket() if self.rank == 0 else None
+                return weight_backend.GlooTrainerInitInfo(
+                    host, listen, world_size, self._bucket_bytes, self._timeout_s, rank=self.rank
+                )
+            case "nccl":
+                from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+                # vLLM opens the store itself and takes no socket, so the port can be lost between here and there: hence the tries.
+                with _listening_socket() as probe:
+                    port = probe.getsockname()[1]
+                return NCCLTrainerInitInfo(
+                    host, port, world_size, packed=True, packed_buffer_size_bytes=self._bucket_bytes, rank=self.rank
+                )
+            case _:
+                from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+                return IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=self._bucket_bytes, rank=self.rank)
+
+
+def _listening_socket() -> socket.socket:
+    listen = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listen.bind(("", 0))
+    listen.listen(128)
+    return listen

@@ -1,0 +1,248 @@
+"""The way of the weights, from the learner ranks to the rollout engines, on vLLM's own weight-transfer API.
+
+    RayWeightSync (controller)          WeightSender (every learner rank)          vLLM worker (in a rollout actor)
+      reconcile membership    ------>   weights_connect: rendezvous      <---->    init_weight_transfer_engine
+      pause every engine
+      send                    ------>   weights_send: gather, broadcast  ----->    start / update / finish(version)
+      resume, mark synced     <------   seconds, bytes, checksum
+
+What a learner actor has to offer (each by one line, to its `actors.weight_sender.WeightSender`), on every rank:
+
+    def weights_connect(self, targets: list[EngineTarget], generation: int) -> None:   self.sender.connect(targets, generation)
+    def weights_send(self, version: int) -> SendReport:                                return self.sender.send(version)
+
+    self.sender = WeightSender(
+        ZeroWeightSource(engine.module, zero_stage=..., bucket_bytes=config.weights.bucket_mb << 20, dtype=torch.bfloat16),
+        rank=rank, backend="gloo", bucket_bytes=config.weights.bucket_mb << 20, timeout_s=config.deadlines.sync_s)
+
+and what the learner group (all ranks as one) offers to `RayWeightSync` is the Protocol `LearnerWeights` below.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+
+from ray.exceptions import RayError
+
+from actors.runtime import within
+from grpo_ray.config import RunConfig
+from grpo_ray.errors import ConfigError, DeadlineError, GrpoRayError, WorkerError
+from grpo_ray.types import SyncReport
+
+if TYPE_CHECKING:
+    from actors.rollout_pool import RolloutPool
+
+
+_GENERATIONS = itertools.count(1)
+"""Of transfer groups: one more each time that one is formed."""
+
+
+@dataclass(frozen=True)
+class EngineTarget:
+    """One live rollout engine, as a weight sync sees it."""
+
+    name: str
+    """`rollout-0`."""
+    incarnation: int
+    """Counts the lives of this name: a restarted engine is another target."""
+    handle: Any
+    """Ray handle of its RolloutActor."""
+    world_size: int
+    """vLLM workers behind it (tensor parallelism): its ranks in the transfer group."""
+
+
+class SendReport(TypedDict):
+    """What rank 0 says of one transfer; the other ranks return the same with 0 bytes."""
+
+    seconds: float
+    bytes: int
+    checksum: str
+
+
+class LearnerWeights(Protocol):
+    """The learner group's side of a sync. Each method calls all ranks at once, in the same order, and gathers."""
+
+    async def connect_weights(self, targets: Sequence[EngineTarget], generation: int) -> None:
+        """`weights_connect(list(targets), generation)` on every rank. Errors of a rank are raised as they are."""
+        ...
+
+    async def send_weights(self, version: int) -> SendReport:
+        """`weights_send(version)` on every rank; the answer of rank 0.
+
+        Must hand its calls to the ranks before it first awaits: the order of this call and of `update` is what makes the
+        label `version` true.
+        """
+        ...
+
+
+class EngineSyncError(WorkerError):
+    """A transfer that failed on the engines' side; names the engine. Another try, without it, may succeed."""
+
+
+def last_line(error: BaseException) -> str:
+    """Of its message; Ray puts the actor's traceback before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def register() -> None:
+    """vLLM calls this in each of its processes (entry point `vllm.general_plugins`)."""
+    from actors import weight_backend
+
+    weight_backend.register()
+
+
+def resolve_backend(config: RunConfig, *, has_gpus: bool) -> Literal["gloo", "nccl", "ipc"]:
+    """What `weights.backend: auto` means here; rollout actors and learners both ask this.
+
+    Raises:
+        ConfigError: a backend that needs GPUs on a cluster without.
+    """
+    backend = config.weights.backend
+    if backend == "auto":
+        if not has_gpus:
+            return "gloo"
+        parts = (config.rollout.num_gpus, config.learner.num_gpus)
+        return "ipc" if any(p is not None and 0 < p < 1 for p in parts) else "nccl"
+    if backend != "gloo" and not has_gpus:
+        raise ConfigError(f"weights.backend is {backend}, which needs GPUs, and the cluster has none; use auto or gloo")
+    return backend
+
+
+class RayWeightSync:
+    """`roles.WeightSync` over a pool of rollout engines and a learner group.
+
+    A transfer that fails leaves the engines it reached without whole weights: the pool ends and restarts them, and the sync is
+    tried again with whatever engines are alive then.
+    """
+
+    TRIES = 3
+
+    def __init__(self, pool: RolloutPool, learner: LearnerWeights, timeout_s: float) -> None:
+        self._pool = pool
+        self._learner = learner
+        self._timeout_s = timeout_s
+        self._lock = asyncio.Lock()
+        self._connected: list[tuple[str, int]] = []
+        pool.on_stale = self._sync_stale
+
+    async def sync(self, version: int) -> SyncReport:
+        """Give every live engine the learner's weights under the name `version`.
+
+        Raises:
+            WorkerError: no engine could be brought up to date; names the last one that failed, or the learner.
+        """
+        async with self._lock:
+            started = time.monotonic()
+            for left in reversed(range(self.TRIES)):
+                targets = await self._pool.wait_for_engines()
+                try:
+                    report = await self._transfer(targets, version, started)
+                except (EngineSyncError, DeadlineError) as e:
+                    if not left:
+                        raise WorkerError(
+                            f"weights of version {version} reached no engine in {self.TRIES} tries; the last: {e}"
+                        ) from e
+                else:
+                    if report is not None:
+                        return report
+            raise WorkerError(
+                f"weights of version {version} reached no engine in {self.TRIES} tries: each died when it was paused"
+            )
+
+    async def _sync_stale(self) -> None:
+        """Bring restarted engines up to date while samples wait for them.
+
+        Only then: the loop does not update the learner while it waits for samples, so the learner still holds that version.
+        """
+        async with self._lock:
+            targets = self._pool.engines(stale_only=True)
+            if targets and self._pool.num_unfinished:
+                await self._transfer(
+                    targets, self._pool.version, time.monotonic(), wanted=lambda: self._pool.num_unfinished > 0
+                )
+
+    async def _transfer(
+        self, targets: Sequence[EngineTarget], version: int, started: float, wanted: Callable[[], bool] = lambda: True
+    ) -> SyncReport | None:
+        """One try. None: no engine was left to send to, or it is not `wanted` any more."""
+        pause_started = time.monotonic()
+        # Pausing first also finds the engines that died unnoticed, while it costs only themselves.
+        targets = await self._each(targets, "pause", "keep", True)
+        if not targets:
+            return None
+        try:
+            await self._connect(targets)
+            if not wanted():
+                await self._each(targets, "resume")
+                return None
+            # The sender's own deadline comes first and knows the engine; this one is for a learner that hangs.
+            report = await within(
+                self._learner.send_weights(version),
+                self._timeout_s + 30,
+                f"the learner's transfer of weights {version} to {_names(targets)}",
+                "deadlines.sync_s",
+            )
+        except BaseException as e:
+            self._connected = []
+            for target in targets:
+                self._pool.engine_failed(
+                    target, f"its weight sync to version {version} failed: {last_line(e)}", blame_work=False
+                )
+            raise
+        targets = await self._each(targets, "resume")
+        pause_seconds = time.monotonic() - pause_started
+        self._pool.mark_synced(targets, version)
+        return SyncReport(
+            version=version,
+            seconds=time.monotonic() - started,
+            pause_seconds=pause_seconds,
+            num_bytes=report["bytes"],
+            checksum=report["checksum"],
+            num_engines=len(targets),
+        )
+
+    async def _connect(self, targets: Sequence[EngineTarget]) -> None:
+        """Form the transfer group anew when its members changed."""
+        members = [(t.name, t.incarnation) for t in targets]
+        if members == self._connected:
+            return
+        await within(
+            self._learner.connect_weights(targets, next(_GENERATIONS)),
+            self._timeout_s + 30,
+            f"connecting the learner with {_names(targets)}",
+            "deadlines.sync_s",
+        )
+        self._connected = members
+
+    async def _each(self, targets: Sequence[EngineTarget], method: str, *args: Any) -> list[EngineTarget]:
+        """Call a method of all engines; those that fail or don't answer are given to the pool as dead, the others returned."""
+
+        async def call(target: EngineTarget) -> bool:
+            try:
+                await within(
+                    _answer(getattr(target.handle, method).remote(*args)),
+                    self._timeout_s,
+                    f"{method} of {target.name} for a weight sync",
+                    "deadlines.sync_s",
+                )
+            except (RayError, GrpoRayError) as e:
+                self._pool.engine_failed(target, f"it failed in {method}: {last_line(e)}", blame_work=False)
+                return False
+            return True
+
+        answered = await asyncio.gather(*(call(t) for t in targets))
+        return [t for t, ok in zip(targets, answered, strict=True) if ok]
+
+
+async def _answer(ref: Any) -> Any:
+    return await ref
+
+
+def _names(targets: Sequence[EngineTarget]) -> str:
+    return ", ".join(t.name for t in targets)

@@ -1,0 +1,257 @@
+"""Two real vLLM engines behind the pool, against Transformers as the reference."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from actors.rollout_pool import RolloutPool
+from grpo_ray.config import RunConfig, build
+from grpo_ray.errors import DataError, DeadlineError, WorkerError
+from grpo_ray.types import Sample, SampleInfo, SampleRequest, SamplingParams
+
+pytestmark = pytest.mark.timeout(600)
+T = TypeVar("T")
+SAMPLE_S = 12.0
+SAMPLING = SamplingParams(temperature=0.7, top_p=1.0, top_k=0, min_p=0.0, max_tokens=24)
+GREEDY = replace(SAMPLING, temperature=0.0)
+LONG = replace(SAMPLING, max_tokens=200)
+
+
+def run_config(model: Path | str, **overrides: Any) -> RunConfig:
+    data = {
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"train": {"path": "unused.jsonl"}, "max_prompt_length": 56},
+        "rollout": {"num_actors": 2, "max_completion_length": 200, "max_num_seqs": 32, "kv_cache_gb": 0.05},
+        "reward": {"functions": [{"name": "accuracy"}]},
+        "deadlines": {"start_s": 150, "sample_s": SAMPLE_S},
+        **overrides,
+    }
+    return build(RunConfig, data, "test")
+
+
+def prompt(number: int) -> list[int]:
+    return [10 + (5 + number * 7 + k * 3) % 80 for k in range(20)]
+
+
+def requests(count: int, params: SamplingParams, seed: int = 0) -> list[SampleRequest]:
+    return [SampleRequest(f"p{i}", 0, prompt(i), seed + i, params) for i in range(count)]
+
+
+@dataclass
+class Bench:
+    """A pool, and the event loop that it lives in."""
+
+    runner: asyncio.Runner
+    pool: RolloutPool
+
+    def run(self, work: Coroutine[Any, Any, T], timeout_s: float = 100) -> T:
+        async def limited() -> T:
+            return await asyncio.wait_for(work, timeout_s)
+
+        return self.runner.run(limited())
+
+    def draw(self, wanted: list[SampleRequest], timeout_s: float = 100) -> tuple[list[SampleInfo], list[Sample]]:
+        async def all_of_them() -> list[SampleInfo]:
+            return await asyncio.gather(*(self.pool.generate(r) for r in wanted))
+
+        infos = self.run(all_of_them(), timeout_s)
+        return infos, [ray.get(i.ref, timeout=10)[i.row] for i in infos]
+
+
+@pytest.fixture(scope="module")
+def bench(local_ray: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    run_dir = str(tmp_path_factory.mktemp("run"))
+    with asyncio.Runner() as runner:
+        pool = runner.run(RolloutPool.create(run_config(tiny_model), str(tiny_model), run_dir, has_gpus=False))
+        yield Bench(runner, pool)
+        runner.run(pool.close())
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+
+
+def reference_logprobs(model: Any, sample: Sample, temperature: float) -> np.ndarray[Any, Any]:
+    """[T] of the sample's tokens under a Transformers model."""
+    tokens = torch.tensor(np.concatenate([sample.prompt_token_ids, sample.token_ids])[None], dtype=torch.long)
+    with torch.no_grad():
+        logps = torch.log_softmax(model(tokens).logits[0].float() / temperature, dim=-1)
+    at = len(sample.prompt_token_ids) - 1
+    completion = tokens[0, at + 1 :]
+    return logps[at : at + len(completion)].gather(1, completion[:, None])[:, 0].numpy()
+
+
+def test_logprobs_are_those_of_transformers_at_the_sampling_temperature(bench: Bench, reference: Any) -> None:
+    infos, samples = bench.draw(requests(16, SAMPLING))
+    for info, sample in zip(infos, samples, strict=True):
+        assert info.num_tokens == len(sample.token_ids) == len(sample.logprobs) > 0
+        assert [(v.version, v.start, v.end) for v in sample.versions] == [(0, 0, info.num_tokens)]
+        np.testing.assert_allclose(sample.logprobs, reference_logprobs(reference, sample, 0.7), atol=1e-5)
+    assert any(np.abs(s.logprobs - reference_logprobs(reference, s, 1.0)).max() > 0.01 for s in samples)
+
+
+def test_samples_keep_prompt_ids_and_text_is_decoded_from_the_tokens(bench: Bench, tiny_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    wanted = requests(4, SAMPLING)
+    for request, sample in zip(wanted, bench.draw(wanted)[1], strict=True):
+        assert sample.prompt_token_ids.tolist() == request.prompt_token_ids
+        assert sample.text == tokenizer.decode(sample.token_ids.tolist(), skip_special_tokens=True)
+        ended = sample.token_ids[-1] == tokenizer.eos_token_id
+        assert sample.finish_reason == ("stop" if ended else "length")
+
+
+def test_greedy_is_the_argmax_of_transformers(bench: Bench, reference: Any) -> None:
+    for sample in bench.draw(requests(4, GREEDY))[1]:
+        tokens = torch.tensor(np.concatenate([sample.prompt_token_ids, sample.token_ids])[None], dtype=torch.long)
+        with torch.no_grad():
+            best = reference(tokens).logits[0].argmax(-1)
+        assert best[len(sample.prompt_token_ids) - 1 : -1].tolist() == sample.token_ids.tolist()
+
+
+def test_a_stop_string_ends_the_sample_and_stays_in_it(bench: Bench) -> None:
+    (_, (whole,)) = bench.draw(requests(1, GREEDY))
+    stop = whole.text[5:7]
+    (_, (cut,)) = bench.draw(requests(1, replace(GREEDY, stop=(stop,))))
+    assert cut.finish_reason == "stop"
+    assert cut.text == whole.text[: whole.text.index(stop) + len(stop)]
+    assert whole.token_ids[: len(cut.token_ids)].tolist() == cut.token_ids.tolist()
+
+
+def test_same_seeds_draw_the_same_tokens_in_any_order_on_any_engine(bench: Bench) -> None:
+    wanted = requests(24, SAMPLING, seed=100)
+    infos, samples = bench.draw(wanted)
+    again, repeated = bench.draw([*requests(2, SAMPLING, seed=7), *reversed(wanted)])
+    again, repeated = again[:1:-1], repeated[:1:-1]
+    assert all(a.worker != b.worker for a, b in zip(infos, again, strict=True))
+    for a, b in zip(samples, repeated, strict=True):
+        assert a.token_ids.tolist() == b.token_ids.tolist()
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-6)
+    (_, others) = bench.draw(requests(24, SAMPLING, seed=500))
+    assert sum(a.token_ids.tolist() != b.token_ids.tolist() for a, b in zip(samples, others, strict=True)) >= 20
+
+
+def test_work_is_shared_evenly_and_counted(bench: Bench) -> None:
+    bench.pool.take_stats()
+    infos, samples = bench.draw(requests(32, SAMPLING))
+    assert sorted(i.worker for i in infos) == ["rollout-0"] * 16 + ["rollout-1"] * 16
+    stats = bench.pool.take_stats()
+    assert stats["rollout/0/samples"] + stats["rollout/1/samples"] == 32
+    assert stats["rollout/0/tokens"] + stats["rollout/1/tokens"] == sum(len(s.token_ids) for s in samples)
+    assert 0 < stats["rollout/0/busy"] <= 1
+    assert bench.pool.take_stats()["rollout/0/samples"] == 0
+
+
+def test_more_samples_than_places_all_come_back_once(bench: Bench) -> None:
+    wanted = requests(300, replace(SAMPLING, max_tokens=4))
+    infos, samples = bench.draw(wanted)
+    assert [i.prompt_id for i in infos] == [s.prompt_id for s in samples] == [r.prompt_id for r in wanted]
+    assert bench.pool.num_unfinished == 0
+
+
+def test_a_refused_prompt_is_named_and_harms_no_other(bench: Bench) -> None:
+    good = requests(4, SAMPLING)
+    too_long = SampleRequest("too-long", 3, [11] * 400, 1, SAMPLING)
+
+    async def both() -> list[SampleInfo | BaseException]:
+        return await asyncio.gather(*(bench.pool.generate(r) for r in [*good, too_long]), return_exceptions=True)
+
+    *fine, refused = bench.run(both())
+    assert all(isinstance(i, SampleInfo) for i in fine)
+    assert isinstance(refused, DataError)
+    assert "too-long" in str(refused)
+    assert "400" in str(refused)
+
+
+def test_a_cancelled_sample_leaves_the_engine(bench: Bench) -> None:
+    async def cancel() -> list[float]:
+        tasks = [asyncio.create_task(bench.pool.generate(r)) for r in requests(60, LONG)]
+        await asyncio.sleep(0.1)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0.3)
+        first = [(await e.handle.stats.remote())["busy_s"] for e in bench.pool.engines()]
+        await asyncio.sleep(0.3)
+        return [(await e.handle.stats.remote())["busy_s"] - s for e, s in zip(bench.pool.engines(), first, strict=True)]
+
+    assert bench.run(cancel()) == [0.0, 0.0]
+    assert bench.pool.num_unfinished == 0
+
+
+def test_a_hung_engine_ends_in_a_deadline_that_names_it(bench: Bench) -> None:
+    cores = [pids["core_pid"] for pids in bench.pool.pids().values()]
+    for pid in cores:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(
+            DeadlineError, match=r"rollout-\d did not finish sample 0 of prompt p0 .*deadlines.sample_s"
+        ):
+            bench.draw(requests(1, SAMPLING), timeout_s=SAMPLE_S + 20)
+    finally:
+        for pid in cores:
+            os.kill(pid, signal.SIGCONT)
+    assert len(bench.draw(requests(4, SAMPLING))[1]) == 4
+
+
+def test_killed_engine_cores_lose_no_sample_and_come_back(bench: Bench) -> None:
+    wanted = requests(80, LONG)
+    _, before = bench.draw(wanted)
+    bench.pool.take_stats()
+
+    async def kill_while_drawing() -> list[SampleInfo]:
+        tasks = [asyncio.create_task(bench.pool.generate(r)) for r in wanted]
+        await asyncio.sleep(0.15)
+        assert bench.pool.num_unfinished > 20
+        os.kill(bench.pool.pids()["rollout-0"]["core_pid"], signal.SIGKILL)
+        infos = await asyncio.gather(*tasks)
+        while len(bench.pool.engines()) < 2:
+            await asyncio.sleep(0.1)
+        return infos
+
+    infos = bench.run(kill_while_drawing())
+    after = [ray.get(i.ref, timeout=10)[i.row] for i in infos]
+    assert [s.token_ids.tolist() for s in after] == [s.token_ids.tolist() for s in before]
+    assert bench.pool.take_stats()["restarts"] == 1
+    assert {i.worker for i in bench.draw(requests(8, SAMPLING))[0]} == {"rollout-0", "rollout-1"}
+
+
+def test_samples_outlive_the_actor_that_drew_them(bench: Bench) -> None:
+    infos, drawn = bench.draw(requests(32, LONG))
+    os.kill(bench.pool.pids()["rollout-1"]["pid"], signal.SIGKILL)
+    core = bench.pool.pids()["rollout-1"]["core_pid"]
+    (_, moved) = bench.draw(requests(8, SAMPLING))
+    assert len(moved) == 8
+    again = [ray.get(i.ref, timeout=10)[i.row] for i in infos]
+    assert [s.token_ids.tolist() for s in again] == [s.token_ids.tolist() for s in drawn]
+
+    async def orphan_ends() -> None:
+        while os.path.exists(f"/proc/{core}") and "Z" not in Path(f"/proc/{core}/stat").read_text().split()[2]:
+            await asyncio.sleep(0.1)
+
+    bench.run(orphan_ends(), timeout_s=10)
+
+
+def test_a_model_without_weights_says_so_with_the_log(local_ray: None, tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = run_config(tmp_path / "model", rollout={"num_actors": 1})
+    with pytest.raises(WorkerError, match="rollout-0 does not start") as error:
+        asyncio.run(RolloutPool.create(config, str(tmp_path / "model"), str(tmp_path), has_gpus=False))
+    assert "model weights" in str(error.value)

@@ -1,0 +1,81 @@
+"""vLLM's own nccl and ipc transfers, driven by our sender, into a real engine on a GPU. Needs CUDA builds of torch and vllm."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from actors.rollout_pool import RolloutPool
+from actors.weights import EngineTarget, RayWeightSync, SendReport
+from grpo_ray.config import TinyModelConfig
+from grpo_ray.tiny import build_tiny_model
+from grpo_ray.types import Sample
+from tests.actors.test_rollout import SAMPLING, reference_logprobs, requests, run_config
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+
+
+@ray.remote(num_cpus=1, num_gpus=0.3)
+class GpuLearner:
+    def __init__(self, folder: str, backend: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        from actors.weight_sender import WeightSender, ZeroWeightSource
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda()
+        self.sender = WeightSender(ZeroWeightSource(model, 0, 1 << 20, torch.float32), 0, backend, 1 << 20, 120.0)
+
+    def weights_connect(self, targets: list[EngineTarget], generation: int) -> None:
+        self.sender.connect(targets, generation)
+
+    def weights_send(self, version: int) -> SendReport:
+        return self.sender.send(version)
+
+
+class OneRank:
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    async def connect_weights(self, targets: Sequence[EngineTarget], generation: int) -> None:
+        await self.actor.weights_connect.remote(list(targets), generation)
+
+    async def send_weights(self, version: int) -> SendReport:
+        return await self.actor.weights_send.remote(version)
+
+
+@pytest.mark.parametrize(("backend", "gpus"), [("ipc", 0.4), ("nccl", 1)])
+def test_an_engine_samples_with_the_weights_it_was_sent(
+    local_ray: None, tiny_model: Path, tmp_path: Path, backend: str, gpus: float
+) -> None:
+    if torch.cuda.device_count() < (2 if backend == "nccl" else 1):
+        pytest.skip(f"{backend} needs more GPUs than the {torch.cuda.device_count()} here")
+    tiny = TinyModelConfig(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, context=256, seed=21)
+    new = build_tiny_model(tmp_path / "new", tiny)
+    rollout = {"num_actors": 1, "num_gpus": gpus, "max_completion_length": 64, "gpu_memory_utilization": 0.3}
+    config = run_config(tiny_model, rollout=rollout | {"enforce_eager": True}, weights={"backend": backend})
+
+    async def sync_and_draw() -> tuple[int, list[Sample]]:
+        pool = await RolloutPool.create(config, str(tiny_model), str(tmp_path), has_gpus=True)
+        try:
+            learner = GpuLearner.options(num_gpus=1 if backend == "nccl" else 0.3).remote(str(new), backend)
+            report = await RayWeightSync(pool, OneRank(learner), timeout_s=120).sync(5)
+            infos = await asyncio.gather(*(pool.generate(r) for r in requests(8, SAMPLING)))
+            return report.num_bytes, [(await i.ref)[i.row] for i in infos]
+        finally:
+            await pool.close()
+
+    from transformers import AutoModelForCausalLM
+
+    num_bytes, samples = asyncio.run(sync_and_draw())
+    model = AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32).eval()
+    assert num_bytes == 4 * sum(p.numel() for p in model.parameters())
+    for sample in samples:
+        assert {v.version for v in sample.versions} == {5}
+        np.testing.assert_allclose(sample.logprobs, reference_logprobs(model, sample, SAMPLING.temperature), atol=5e-3)
