@@ -1,0 +1,173 @@
+"""Config -> DeepSpeed engine: its settings, the model, the optimizer and the schedule. No update happens here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from grpo_ray.attention import choose_attention
+from grpo_ray.config import AlgorithmConfig, LearnerConfig, ModelConfig, WeightsConfig
+from grpo_ray.errors import ConfigError
+from grpo_ray.policy import PolicyModel
+
+_DROPOUTS = ("attention_dropout", "hidden_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop")
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """What a learner rank is made from: its slices of the run's config, and a few facts that the group works out."""
+
+    model_path: str
+    run_dir: str
+    seed: int
+    model: ModelConfig
+    learner: LearnerConfig
+    algorithm: AlgorithmConfig | None
+    """None: supervised fine-tuning."""
+    weights: WeightsConfig | None
+    """None: no weight syncs."""
+    weights_backend: str
+    """`gloo`, `nccl` or `ipc`."""
+    max_completion_length: int
+    """The sampler's limit, for dr_grpo."""
+    num_optimizer_steps: int | None
+    """Of the whole run, for schedules that need an end."""
+    collective_timeout_s: float
+    sync_timeout_s: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.model.dtype == "bfloat16" else torch.float32
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.algorithm is not None and self.algorithm.beta > 0
+
+
+def deepspeed_config(model: ModelConfig, learner: LearnerConfig) -> dict[str, Any]:
+    """DeepSpeed's settings. Losses come already normalised and one `step()` follows any number of `backward()`."""
+    zero: dict[str, Any] = {"stage": learner.zero_stage, "overlap_comm": False}
+    if learner.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if learner.offload_params:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": learner.max_grad_norm,
+        "steps_per_print": 1 << 30,
+        "zero_optimization": zero,
+        # Our optimizer is torch's: it needs no compiler, and its fused form is as fast as DeepSpeed's.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if model.dtype == "bfloat16":
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def build_engine(spec: LearnerSpec, device: torch.device) -> Any:
+    """The policy in a DeepSpeed engine, with fp32 master weights that hold the checkpoint exactly."""
+    import deepspeed
+
+    policy = PolicyModel(load_hf(spec, device, trained=True), chunk=spec.learner.logprob_chunk_tokens).train()
+    optimizer = torch.optim.AdamW(
+        parameter_groups(policy, spec.learner.weight_decay),
+        lr=spec.learner.learning_rate,
+        betas=spec.learner.adam_betas,
+        eps=spec.learner.adam_eps,
+        fused=True,
+    )
+    exact = {} if spec.dtype == torch.float32 else {p: p.data for p in policy.parameters()}
+    engine, *_ = deepspeed.initialize(
+        model=policy,
+        optimizer=optimizer,
+        lr_scheduler=make_schedule(optimizer, spec.learner, spec.num_optimizer_steps),
+        config=deepspeed_config(spec.model, spec.learner),
+        dist_init_required=False,
+    )
+    # DeepSpeed makes the masters from the weights that it has just rounded to bf16.
+    for param, value in exact.items():
+        deepspeed.utils.safe_set_full_fp32_param(param, value.to(device))
+    return engine
+
+
+def build_reference(spec: LearnerSpec, device: torch.device) -> nn.Module:
+    """The frozen policy as it was at the start; sharded under ZeRO-3."""
+    import deepspeed
+
+    policy = PolicyModel(load_hf(spec, device, trained=False), chunk=spec.learner.logprob_chunk_tokens).eval()
+    policy.requires_grad_(False)
+    if spec.learner.zero_stage < 3:
+        return policy.to(device)
+    config = deepspeed_config(spec.model, spec.learner)
+    config["zero_optimization"].pop("offload_optimizer", None)
+    engine, *_ = deepspeed.initialize(model=policy, config=config, dist_init_required=False)
+    return engine
+
+
+def load_hf(spec: LearnerSpec, device: torch.device, *, trained: bool) -> Any:
+    """The checkpoint, in fp32 when it is to be trained, without dropout.
+
+    Raises:
+        ConfigError: it can't be loaded, or its attention or head can't be packed.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path, code = spec.model_path, spec.model.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=code)
+        # With dropout, old and current log-probabilities of the same weights would differ.
+        for name in _DROPOUTS:
+            if getattr(config, name, None):
+                setattr(config, name, 0.0)
+        hf = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=torch.float32 if trained else spec.dtype,
+            attn_implementation=choose_attention(spec.model.attention, device),
+            trust_remote_code=code,
+        )
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"the learner can't load model {path}: {e}") from None
+    if trained and spec.model.gradient_checkpointing:
+        # ZeRO-3 releases weights between the passes, which the non-reentrant kind takes for changed tensors.
+        hf.gradient_checkpointing_enable({"use_reentrant": spec.learner.zero_stage == 3})
+        hf.enable_input_require_grads()
+    return hf
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with weight decay; norms and biases without."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    if weight_decay == 0:
+        return [{"params": params, "weight_decay": 0.0}]
+    groups = [([p for p in params if p.ndim >= 2], weight_decay), ([p for p in params if p.ndim < 2], 0.0)]
+    return [{"params": members, "weight_decay": decay} for members, decay in groups if members]
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, learner: LearnerConfig, num_steps: int | None) -> Any:
+    """The learning rate over optimizer steps.
+
+    Raises:
+        ConfigError: the schedule has an end, and nobody knows how many steps there will be.
+    """
+    from transformers import get_scheduler
+
+    kind = learner.lr_scheduler_type
+    if kind != "constant" and num_steps is None:
+        raise ConfigError(f"learner.lr_scheduler_type {kind} needs to know its end: give num_steps")
+    if kind == "constant" and learner.warmup_steps:
+        return get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=learner.warmup_steps)
+    return get_scheduler(
+        kind,
+        optimizer,
+        num_warmup_steps=learner.warmup_steps,
+        num_training_steps=num_steps,
+        scheduler_specific_kwargs={"min_lr_rate": learner.min_lr_ratio} if kind == "cosine_with_min_lr" else None,
+    )

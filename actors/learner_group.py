@@ -1,0 +1,221 @@
+"""All learner ranks as one: implements `grpo_ray.roles.Learner`, and the learner's side of a weight sync.
+
+Every call goes to all ranks at once. When one of them dies, hangs or falls out of step, the others wait for it inside a
+collective; so the whole group is ended, and the error names the rank and shows the end of its log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from actors.learner import LearnerActor
+from actors.learner_engine import LearnerSpec
+from actors.runtime import ALLOCATOR_ENV, log_tail
+from actors.weights import resolve_backend
+from grpo_ray.config import DeadlineConfig, RunConfig, SftConfig
+from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
+from grpo_ray.types import TrainBatch, UpdateReport
+
+if TYPE_CHECKING:
+    from actors.weights import EngineTarget, SendReport
+
+GRACE_S = 5.0
+"""After one rank failed: for the others to fail with it, or finish."""
+
+
+class LearnerGroup:
+    """Make one with `create`."""
+
+    def __init__(self, actors: list[Any], spec: LearnerSpec, deadlines: DeadlineConfig) -> None:
+        self._actors = actors
+        self._spec = spec
+        self._deadlines = deadlines
+        self._broken: str | None = None
+        self.num_parameters = 0
+
+    @classmethod
+    async def create(
+        cls,
+        config: RunConfig | SftConfig,
+        model_path: str,
+        run_dir: str,
+        *,
+        has_gpus: bool = False,
+        num_steps: int | None = None,
+    ) -> LearnerGroup:
+        """Start the ranks side by side, `learner-0` and so on, with the model loaded.
+
+        Args:
+            model_path: a folder or a name on the hub; `model.tiny` is already made.
+            has_gpus: the cluster has GPUs, so each rank gets one unless `learner.num_gpus` says otherwise.
+            num_steps: of the whole run, for a schedule that needs an end. None: `config.num_steps`.
+
+        Raises:
+            ConfigError: the model can't be loaded, or the schedule's end is not known.
+            DeadlineError: not started within `deadlines.start_s`.
+            WorkerError: a rank died.
+        """
+        spec = _spec(config, model_path, run_dir, has_gpus, config.num_steps if num_steps is None else num_steps)
+        learner = config.learner
+        num_gpus = learner.num_gpus if learner.num_gpus is not None else float(has_gpus)
+        remote = ray.remote(LearnerActor).options(
+            num_cpus=learner.num_cpus,
+            num_gpus=num_gpus,
+            max_restarts=0,
+            runtime_env={"env_vars": _env(config, on_gpu=num_gpus > 0)},
+        )
+        actors = [remote.remote(spec, rank, learner.num_actors) for rank in range(learner.num_actors)]
+        group = cls(actors, spec, config.deadlines)
+        give_up = time.monotonic() + config.deadlines.start_s
+        try:
+            (host, port), *_ = await group._call("rendezvous", deadline="start_s", only_first=True)
+            left = max(give_up - time.monotonic(), 0.1)
+            group.num_parameters, *_ = await group._call("start", host, port, deadline="start_s", seconds=left)
+        except BaseException:
+            await group.close()
+            raise
+        return group
+
+    async def update(self, batch: TrainBatch) -> UpdateReport:
+        """See `LearnerActor.update`. References that are plain lists are put into the object store first.
+
+        Raises:
+            NonFiniteError: a loss is not a number; the group lives on.
+            DeadlineError: not done within `deadlines.update_s`; the group is ended.
+            WorkerError: a rank died; the group is ended.
+        """
+        report: UpdateReport
+        report, *_ = await self._call("update", ray.put(_with_refs(batch)), deadline="update_s")
+        return report
+
+    async def save(self, folder: Path) -> None:
+        await self._call("save", str(folder), deadline="save_s")
+
+    async def load(self, folder: Path) -> None:
+        await self._call("load", str(folder), deadline="save_s")
+
+    async def export(self, folder: Path) -> None:
+        await self._call("export", str(folder), deadline="save_s")
+
+    async def connect_weights(self, targets: Sequence[EngineTarget], generation: int) -> None:
+        """See `actors.weights.LearnerWeights`."""
+        await self._call("weights_connect", list(targets), generation, deadline="sync_s")
+
+    async def send_weights(self, version: int) -> SendReport:
+        """See `actors.weights.LearnerWeights`. The ranks have the call before this first awaits."""
+        report: SendReport
+        report, *_ = await self._call("weights_send", version, deadline="sync_s")
+        return report
+
+    async def close(self) -> None:
+        """End every rank at once."""
+        self._end("it is closed")
+
+    async def _call(
+        self, method: str, *args: Any, deadline: str, seconds: float | None = None, only_first: bool = False
+    ) -> list[Any]:
+        """`method` on every rank; the answers in order of rank."""
+        if self._broken is not None:
+            raise WorkerError(f"the learner group can't {method}: {self._broken}")
+        limit = getattr(self._deadlines, deadline) if seconds is None else seconds
+        actors = self._actors[:1] if only_first else self._actors
+        calls = [asyncio.wrap_future(getattr(actor, method).remote(*args).future()) for actor in actors]
+        done, pending = await asyncio.wait(calls, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
+        failed = any(c.exception() is not None for c in done)
+        if failed and pending:
+            _, pending = await asyncio.wait(calls, timeout=min(GRACE_S, limit))
+        errors = {rank: e for rank, c in enumerate(calls) if c.done() and (e := c.exception()) is not None}
+        waiting = [f"learner-{rank}" for rank, c in enumerate(calls) if not c.done()]
+        for call in pending:
+            call.cancel()
+        if errors:
+            raise self._failure(method, errors, in_step=not waiting)
+        if waiting:
+            names = ", ".join(waiting)
+            self._end(f"{names} did not finish {method} in time")
+            raise DeadlineError(
+                f"{names} did not finish {method} within {limit:g} s, and the learners were ended; raise "
+                f"deadlines.{deadline}, or see why in {self._log(int(waiting[0].rpartition('-')[2]))}"
+            )
+        return [c.result() for c in calls]
+
+    def _failure(self, method: str, errors: dict[int, BaseException], *, in_step: bool) -> BaseException:
+        """The error to raise. The group survives only if all ranks came back, and every failure is one that says so."""
+        died = {rank: e for rank, e in errors.items() if isinstance(e, RayActorError)}
+        for rank in died:
+            self._end(f"learner-{rank} died")
+            log = self._log(rank)
+            return WorkerError(f"learner-{rank} died during {method}; the end of {log}:\n{log_tail(log)}")
+        # What a rank says by itself comes before what the others say of the broken connection to it.
+        causes = {rank: e.cause if isinstance(e, RayTaskError) else e for rank, e in errors.items()}
+        typed = [e for e in causes.values() if isinstance(e, GrpoRayError)]
+        if not in_step or len(typed) < len(causes):
+            self._end(f"{method} failed on {', '.join(f'learner-{r}' for r in errors)}")
+        if typed:
+            return typed[0]
+        rank, cause = next(iter(causes.items()))
+        return WorkerError(
+            f"learner-{rank} failed in {method}: {type(cause).__name__}: {cause}; more in {self._log(rank)}"
+        )
+
+    def _end(self, why: str) -> None:
+        if self._broken is None:
+            self._broken = why
+        for actor in self._actors:
+            ray.kill(actor, no_restart=True)
+
+    def _log(self, rank: int) -> Path:
+        return Path(self._spec.run_dir) / "logs" / f"learner-{rank}.log"
+
+
+def _spec(
+    config: RunConfig | SftConfig, model_path: str, run_dir: str, has_gpus: bool, num_steps: int | None
+) -> LearnerSpec:
+    grpo = config if isinstance(config, RunConfig) else None
+    algorithm = grpo.algorithm if grpo else None
+    backend = resolve_backend(grpo, has_gpus=has_gpus) if grpo else "gloo"
+    per_step = algorithm.num_iterations * algorithm.num_mini_batches if algorithm else 1
+    return LearnerSpec(
+        model_path=model_path,
+        run_dir=run_dir,
+        seed=config.seed,
+        model=config.model,
+        learner=config.learner,
+        algorithm=algorithm,
+        weights=grpo.weights if grpo else None,
+        weights_backend=backend,
+        max_completion_length=grpo.rollout.max_completion_length if grpo else 0,
+        num_optimizer_steps=None if num_steps is None else num_steps * per_step,
+        collective_timeout_s=max(config.deadlines.update_s, config.deadlines.save_s),
+        sync_timeout_s=config.deadlines.sync_s,
+    )
+
+
+def _env(config: RunConfig | SftConfig, *, on_gpu: bool) -> dict[str, str]:
+    learner = config.learner
+    env = dict(ALLOCATOR_ENV) | {"TOKENIZERS_PARALLELISM": "false"}
+    if not on_gpu:
+        # Threads that wait must sleep: the cores are shared with the samplers.
+        env |= {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
+    threads = learner.num_threads or (1 if learner.num_actors > 1 else os.cpu_count() or 1)
+    return env | {"OMP_NUM_THREADS": str(threads)} | learner.env
+
+
+def _with_refs(batch: TrainBatch) -> TrainBatch:
+    """Each distinct list of samples put once, in the place of itself."""
+    put: dict[int, Any] = {}
+    for sample in batch.samples:
+        if not isinstance(sample.ref, ray.ObjectRef) and id(sample.ref) not in put:
+            put[id(sample.ref)] = ray.put(sample.ref)
+    if not put:
+        return batch
+    return replace(batch, samples=[replace(s, ref=put.get(id(s.ref), s.ref)) for s in batch.samples])

@@ -1,0 +1,462 @@
+"""Real DeepSpeed ranks under a real Ray, against plain Transformers and PyTorch.
+
+Adam's eps is set to 1 here: the step is then nearly proportional to the gradient, so that equal gradients can be told
+from equal signs of gradients.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import resource
+import signal
+from collections.abc import Awaitable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from actors.learner_engine import deepspeed_config
+from actors.learner_group import LearnerGroup
+from grpo_ray.config import LearnerConfig, ModelConfig, RunConfig, SftConfig, build
+from grpo_ray.errors import CheckpointError, ConfigError, DeadlineError, NonFiniteError, WorkerError
+from grpo_ray.types import Sample, TrainBatch, TrainSample, VersionSpan
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+T = TypeVar("T")
+MAX_COMPLETION = 40
+LR = 0.5
+TEMPERATURE = 0.8
+
+
+def run(work: Awaitable[T], seconds: float = 150.0) -> T:
+    async def bounded() -> T:
+        return await asyncio.wait_for(work, seconds)
+
+    return asyncio.run(bounded())
+
+
+def make_config(path: Path, /, *, ranks: int, stage: int, **overrides: dict[str, Any]) -> RunConfig:
+    learner = {
+        "num_actors": ranks,
+        "zero_stage": stage,
+        "learning_rate": LR,
+        "adam_eps": 1.0,
+        "max_grad_norm": 1e6,
+        "micro_batch_tokens": 150,
+        "logprob_chunk_tokens": 64,
+        "num_threads": 1,
+    }
+    return build(
+        RunConfig,
+        {
+            "num_steps": 10,
+            "model": {"path": str(path), "dtype": "float32", **overrides.get("model", {})},
+            "data": {"train": {"path": "unused"}, "max_prompt_length": 10},
+            "rollout": {"max_completion_length": MAX_COMPLETION, "temperature": TEMPERATURE},
+            "reward": {"functions": [{"name": "accuracy"}]},
+            "learner": learner | overrides.get("learner", {}),
+            "algorithm": overrides.get("algorithm", {}),
+            "deadlines": {"start_s": 120, "update_s": 60, "save_s": 60} | overrides.get("deadlines", {}),
+        },
+        "test",
+    )
+
+
+def start(config: RunConfig | SftConfig, run_dir: Path) -> LearnerGroup:
+    assert config.model.path is not None
+    return run(LearnerGroup.create(config, config.model.path, str(run_dir)))
+
+
+@pytest.fixture
+def groups() -> Iterator[list[LearnerGroup]]:
+    """What a test starts and puts here is ended, whatever happens."""
+    started: list[LearnerGroup] = []
+    yield started
+    for group in started:
+        run(group.close())
+
+
+def make_batch(num_groups: int = 4, group_size: int = 3, seed: int = 0, step: int = 0) -> TrainBatch:
+    """Groups of samples of very different length; the last sample of the batch is masked out."""
+    rng = np.random.default_rng(seed)
+    rows, samples = [], []
+    for g in range(num_groups):
+        prompt = rng.integers(8, 200, int(rng.integers(2, 9))).astype(np.int32)
+        for i in range(group_size):
+            length = int(rng.integers(1, MAX_COMPLETION))
+            name = f"test/0/{g}"
+            ids = rng.integers(8, 200, length).astype(np.int32)
+            rows.append(
+                Sample(
+                    name,
+                    i,
+                    prompt,
+                    ids,
+                    rng.normal(-5.0, 0.1, length).astype(np.float32),
+                    (VersionSpan(0, 0, length),),
+                    "stop",
+                    "",
+                )
+            )
+            last = (g, i) == (num_groups - 1, group_size - 1)
+            advantage = 1e3 if last else float(rng.standard_normal())
+            samples.append(
+                TrainSample(rows, len(rows) - 1, name, i, len(prompt), length, advantage, g, loss_mask=not last)
+            )
+    return TrainBatch(step, samples, TEMPERATURE)
+
+
+def plain_logprobs(model: Any, sample: Sample, temperature: float = TEMPERATURE) -> Tensor:
+    ids = torch.from_numpy(np.concatenate([sample.prompt_token_ids, sample.token_ids]).astype(np.int64))[None]
+    logp = (model(ids, use_cache=False).logits[0].float() / temperature).log_softmax(-1)
+    n = len(sample.prompt_token_ids)
+    return logp[n - 1 : -1].gather(-1, ids[0, n:, None])[:, 0]
+
+
+def plain_model(path: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+
+
+def plain_step(path: Path, batch: TrainBatch) -> tuple[dict[str, Tensor], float, float]:
+    """One GRPO step, sequence by sequence: the weights after it, the gradient norm, the mean |rollout - old|."""
+    model = plain_model(path)
+    optimizer = torch.optim.AdamW(model.parameters(), LR, eps=1.0, weight_decay=0.0)
+    members = [s for s in batch.samples if s.loss_mask]
+    gaps = []
+    for s in members:
+        logp = plain_logprobs(model, s.ref[s.row])
+        gaps.append((logp.detach() - torch.from_numpy(s.ref[s.row].logprobs)).abs())
+        ratio = (logp - logp.detach()).exp()
+        (-(ratio * s.advantage).mean() / len(members)).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e6)
+    optimizer.step()
+    return {n: p.detach() for n, p in model.named_parameters()}, norm.item(), torch.cat(gaps).mean().item()
+
+
+def exported(group: LearnerGroup, folder: Path) -> dict[str, Tensor]:
+    folder.mkdir()
+    run(group.export(folder))
+    return load_file(folder / "model.safetensors")
+
+
+def moved_apart(a: dict[str, Tensor], b: dict[str, Tensor], origin: dict[str, Tensor]) -> float:
+    """|a - b| relative to how far a has come from the origin, over all parameters."""
+    assert a.keys() == b.keys() == origin.keys()
+    apart = sum((a[n] - b[n]).double().square().sum() for n in a)
+    moved = sum((a[n] - origin[n]).double().square().sum() for n in a)
+    assert moved > 0
+    return float((apart / moved).sqrt())
+
+
+def assert_one_step_equals_plain_pytorch(
+    config: RunConfig, model: Path, tmp_path: Path, groups: list[LearnerGroup]
+) -> LearnerGroup:
+    batch = make_batch()
+    want, want_norm, want_mismatch = plain_step(model, batch)
+    group = start(config, tmp_path)
+    groups.append(group)
+    report = run(group.update(batch))
+    assert report.metrics["grad_norm"] == pytest.approx(want_norm, rel=1e-5)
+    assert report.metrics["mismatch/mean_abs"] == pytest.approx(want_mismatch, rel=1e-5)
+    assert report.metrics["ratio/mean"] == pytest.approx(1.0, abs=1e-6)
+    trained = [s for s in batch.samples if s.loss_mask]
+    assert report.metrics["tokens/trained"] == sum(s.num_tokens for s in trained)
+    assert report.metrics["tokens/processed"] == sum(s.num_prompt_tokens + s.num_tokens - 1 for s in trained)
+    got = exported(group, tmp_path / "hf")
+    assert moved_apart(got, want, load_file(model / "model.safetensors")) < 1e-5
+    return group
+
+
+def test_two_ranks_under_zero_3_with_tied_embeddings_step_like_plain_pytorch_and_resume_bitwise(
+    tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup]
+) -> None:
+    config = make_config(tiny_model, ranks=2, stage=3, learner={"lr_scheduler_type": "linear"})
+    group = assert_one_step_equals_plain_pytorch(config, tiny_model, tmp_path, groups)
+
+    saved = tmp_path / "learner"
+    saved.mkdir()
+    run(group.save(saved))
+    first = [run(group.update(make_batch(seed=s, step=s))).metrics for s in (1, 2)]
+    after = exported(group, tmp_path / "after")
+    run(group.load(saved))
+    again = [run(group.update(make_batch(seed=s, step=s))).metrics for s in (1, 2)]
+    assert [m["grad_norm"] for m in again] == [m["grad_norm"] for m in first]
+    assert [m["lr"] for m in again] == [m["lr"] for m in first] == pytest.approx([LR * 0.9, LR * 0.8])
+    resumed = exported(group, tmp_path / "resumed")
+    assert all(torch.equal(after[n], resumed[n]) for n in after)
+
+
+def test_one_rank_under_zero_0_steps_like_plain_pytorch_and_exports_what_it_computes_with(
+    tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup]
+) -> None:
+    config = make_config(tiny_model, ranks=1, stage=0, learner={"micro_batch_tokens": 60})
+    group = assert_one_step_equals_plain_pytorch(config, tiny_model, tmp_path, groups)
+
+    # The exported model says what the learner says: no mismatch when its own log-probabilities come back as the
+    # sampler's.
+    model, batch = plain_model(tmp_path / "hf"), make_batch(seed=5)
+    with torch.no_grad():
+        for sample in batch.samples[0].ref:
+            sample.logprobs[:] = plain_logprobs(model, sample).numpy()
+    metrics = run(group.update(batch)).metrics
+    assert metrics["mismatch/max_abs"] < 2e-5
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["tie_word_embeddings"] is True
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= {
+        p.name for p in (tmp_path / "hf").iterdir()
+    }
+
+    # A sample that breaks the loss is named, nothing is stepped, and the learner goes on.
+    before = exported(group, tmp_path / "before")
+    batch.samples[0].ref[4].logprobs[:] = 0
+    bad = batch.samples[4]
+    broken = TrainBatch(
+        9, [s if s is not bad else TrainSample(**{**vars(bad), "advantage": float("nan")}) for s in batch.samples], 1.0
+    )
+    with pytest.raises(NonFiniteError, match=rf"step 9: the loss of sample {bad.prompt_id}\[{bad.index}\]"):
+        run(group.update(broken))
+    after = exported(group, tmp_path / "after")
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert run(group.update(batch)).metrics["grad_norm"] > 0
+
+
+def test_several_updates_per_batch_keep_the_old_log_probabilities(
+    tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup]
+) -> None:
+    algorithm = {"num_iterations": 2, "num_mini_batches": 2, "beta": 0.04, "loss": "dapo"}
+    config = make_config(tiny_model, ranks=2, stage=2, algorithm=algorithm, learner={"learning_rate": 0.3})
+    group = start(config, tmp_path)
+    groups.append(group)
+    batch = make_batch()
+    got = run(group.update(batch)).metrics
+    want = plain_updates(tiny_model, batch, lr=0.3, beta=0.04)
+    assert got["update/num_steps"] == 4
+    assert abs(want["ratio/mean"] - 1) > 1e-3
+    for name, value in want.items():
+        assert got[name] == pytest.approx(value, rel=2e-3, abs=2e-5), name
+    # Nothing waits for a dead rank: the error names it, and later calls say so at once.
+    pids = ray.get([a.__ray_call__.remote(lambda _: os.getpid()) for a in group._actors], timeout=30)
+    os.kill(pids[1], signal.SIGKILL)
+    with pytest.raises(WorkerError, match="learner-1 died during update"):
+        run(group.update(batch), 30)
+    with pytest.raises(WorkerError, match="learner-1 died"):
+        run(group.update(batch), 5)
+
+
+def plain_updates(path: Path, batch: TrainBatch, *, lr: float, beta: float) -> dict[str, float]:
+    """Two passes in two mini-batches with the loss of DAPO and the KL of GRPO, in plain PyTorch."""
+    model, reference = plain_model(path), plain_model(path)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, eps=1.0, weight_decay=0.0)
+    members = [s for s in batch.samples if s.loss_mask]
+    with torch.no_grad():
+        old = [plain_logprobs(model, s.ref[s.row]) for s in members]
+        ref = [plain_logprobs(reference, s.ref[s.row]) for s in members]
+    ratios, kls, norms, losses = [], [], [], []
+    for _ in range(2):
+        for half in ((0, 1), (2, 3)):
+            chosen = [k for k, s in enumerate(members) if s.group in half]
+            tokens = sum(members[k].num_tokens for k in chosen)
+            optimizer.zero_grad()
+            step_loss = 0.0
+            for k in chosen:
+                s = members[k]
+                theta = plain_logprobs(model, s.ref[s.row])
+                ratio = (theta - old[k]).exp()
+                policy = -torch.min(ratio * s.advantage, ratio.clamp(0.8, 1.2) * s.advantage).sum() / tokens
+                kl = (ref[k] - theta).exp() - (ref[k] - theta) - 1
+                (policy + beta * kl.sum() / tokens).backward()
+                ratios.append(ratio.detach())
+                kls.append(kl.detach())
+                step_loss += policy.item()
+            losses.append(step_loss)
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1e6).item())
+            optimizer.step()
+    return {
+        "ratio/mean": torch.cat(ratios).mean().item(),
+        "kl/ref": torch.cat(kls).mean().item(),
+        "grad_norm": float(np.mean(norms)),
+        "loss/policy": float(np.mean(losses)),
+    }
+
+
+def test_sft_in_bf16_descends_from_the_plain_cross_entropy_and_a_full_disk_is_told(
+    tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup]
+) -> None:
+    config = build(
+        SftConfig,
+        {
+            "num_steps": 10,
+            "examples_per_step": 12,
+            "max_length": 60,
+            "model": {"path": str(tiny_model), "dtype": "bfloat16"},
+            "data": {"train": {"path": "unused"}},
+            "learner": {"learning_rate": 1e-3, "micro_batch_tokens": 100, "num_threads": 1, "weight_decay": 0.01},
+            "deadlines": {"start_s": 120, "update_s": 60, "save_s": 60},
+        },
+        "test",
+    )
+    group = start(config, tmp_path)
+    groups.append(group)
+    batch = make_batch()
+    batch = TrainBatch(0, batch.samples, 1.0)
+    model = plain_model(tiny_model)
+    with torch.no_grad():
+        logps = torch.cat([plain_logprobs(model, s.ref[s.row], 1.0) for s in batch.samples if s.loss_mask])
+    losses = [run(group.update(batch)).metrics["loss/sft"] for _ in range(6)]
+    assert losses[0] == pytest.approx(-logps.mean().item(), abs=5e-3)
+    assert losses[5] < losses[0] - 0.1
+
+    held = ray.get(group._actors[0].__ray_call__.remote(what_is_held), timeout=60)
+    assert held["reference"] is None
+    assert held["inv_freq"] == "torch.float32"
+
+    (pid,) = ray.get([a.__ray_call__.remote(lambda _: os.getpid()) for a in group._actors], timeout=30)
+    saved = tmp_path / "full"
+    saved.mkdir()
+    limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    with pytest.raises(CheckpointError, match=r"can't write the checkpoint in .*full .*GiB free"):
+        run(group.save(saved))
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
+    run(group.save(saved))
+    with pytest.raises(CheckpointError, match="holds no learner checkpoint"):
+        run(group.load(tmp_path))
+    facts = saved / "learner.json"
+    facts.write_text(facts.read_text().replace('"learner.num_actors": 1', '"learner.num_actors": 2'))
+    with pytest.raises(CheckpointError, match=r"learner\.num_actors 1 instead of 2"):
+        run(group.load(saved))
+
+
+def what_is_held(actor: Any) -> dict[str, Any]:
+    buffers = dict(actor._engine.module.hf.named_buffers())
+    return {
+        "reference": actor._reference,
+        "inv_freq": str(next(b for n, b in buffers.items() if "inv_freq" in n).dtype),
+    }
+
+
+def fp32_masters(actor: Any) -> dict[str, Tensor]:
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {n: safe_get_full_fp32_param(p).clone() for n, p in actor._engine.module.hf.named_parameters()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 2), (2, 3)])
+def test_bf16_masters_hold_the_fp32_checkpoint_exactly(
+    ranks: int, stage: int, tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup]
+) -> None:
+    group = start(make_config(tiny_model, ranks=ranks, stage=stage, model={"dtype": "bfloat16"}), tmp_path)
+    groups.append(group)
+    masters = ray.get([a.__ray_call__.remote(fp32_masters) for a in group._actors], timeout=60)[0]
+    want = load_file(tiny_model / "model.safetensors")
+    assert all(torch.equal(masters[n], want[n]) for n in want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "stage", "budget", "checkpointing"),
+    [
+        (1, 1, 60, False),
+        (2, 0, 1000, False),
+        (2, 1, 60, False),
+        (1, 2, 1000, True),
+        (1, 3, 60, True),
+        (2, 2, 75, False),
+    ],
+)
+def test_one_step_is_the_same_for_any_stage_ranks_and_budget(
+    ranks: int,
+    stage: int,
+    budget: int,
+    checkpointing: bool,
+    tiny_model: Path,
+    tmp_path: Path,
+    groups: list[LearnerGroup],
+) -> None:
+    config = make_config(
+        tiny_model,
+        ranks=ranks,
+        stage=stage,
+        learner={"micro_batch_tokens": budget},
+        model={"gradient_checkpointing": checkpointing},
+    )
+    assert_one_step_equals_plain_pytorch(config, tiny_model, tmp_path, groups)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_ranks_resume_bitwise(stage: int, tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup]) -> None:
+    """In a new process, too: the second group has never seen the first one's weights."""
+    config = make_config(tiny_model, ranks=2, stage=stage, model={"dtype": "bfloat16"})
+    saved = tmp_path / "learner"
+    saved.mkdir()
+    results = []
+    for restored in (False, True):
+        group = start(config, tmp_path)
+        groups.append(group)
+        if restored:
+            run(group.load(saved))
+        else:
+            run(group.update(make_batch()))
+            run(group.save(saved))
+        run(group.update(make_batch(seed=1, step=1)))
+        results.append(exported(group, tmp_path / f"hf-{restored}"))
+        run(group.close())
+    assert all(torch.equal(results[0][n], results[1][n]) for n in results[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
+def test_the_reference_stays_while_the_policy_moves(
+    stage: int, tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup]
+) -> None:
+    config = make_config(tiny_model, ranks=2, stage=stage, algorithm={"beta": 0.1}, learner={"learning_rate": 0.3})
+    group = start(config, tmp_path)
+    groups.append(group)
+    kls = [run(group.update(make_batch(step=s))).metrics["kl/ref"] for s in range(3)]
+    assert kls[0] == pytest.approx(0.0, abs=1e-6)
+    assert kls[1] > 1e-4
+    assert kls[2] > kls[1]
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named_at_the_deadline(
+    tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup]
+) -> None:
+    group = start(make_config(tiny_model, ranks=2, stage=2, deadlines={"update_s": 8}), tmp_path)
+    groups.append(group)
+    pids = ray.get([a.__ray_call__.remote(lambda _: os.getpid()) for a in group._actors], timeout=30)
+    os.kill(pids[1], signal.SIGSTOP)
+    with pytest.raises(DeadlineError, match=r"learner-1 did not finish update within 8 s.*deadlines.update_s"):
+        run(group.update(make_batch()), 30)
+    with pytest.raises(WorkerError, match="did not finish update in time"):
+        run(group.update(make_batch()), 5)
+
+
+def test_settings_of_deepspeed_follow_the_config() -> None:
+    bf16, fp32 = ModelConfig(path="x"), ModelConfig(path="x", dtype="float32")
+    config = deepspeed_config(bf16, LearnerConfig(zero_stage=3, offload_optimizer=True, max_grad_norm=0.5))
+    assert config["zero_optimization"]["stage"] == 3
+    assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert config["bf16"] == {"enabled": True}
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert config["gradient_clipping"] == 0.5
+    assert config["managed_gradient_accumulation"] is False
+    assert "bf16" not in deepspeed_config(fp32, LearnerConfig(zero_stage=0))
+
+
+@pytest.mark.slow
+def test_a_model_that_is_not_there_is_told(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "nothing", ranks=1, stage=2)
+    with pytest.raises(ConfigError, match=r"the learner can't load model .*nothing"):
+        start(config, tmp_path)

@@ -1,0 +1,60 @@
+"""A learner rank on a CUDA device: the same step as on the CPU, and attention kernels that agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo_ray.attention import FLASH, choose_attention
+from grpo_ray.batching import pack
+from grpo_ray.policy import PolicyModel
+from tests.actors.test_learner import make_batch, make_config, plain_step, run
+from tests.test_batching import random_items
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def policy_with(path: Path, attention: str, dtype: torch.dtype) -> PolicyModel:
+    from transformers import AutoModelForCausalLM
+
+    hf = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+    return PolicyModel(hf.to("cuda"), chunk=16).eval()
+
+
+@torch.no_grad()
+def test_packed_attention_on_the_gpu_equals_the_cpu(tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    name = choose_attention("sdpa", torch.device("cuda"))
+    on_cpu = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation=name)
+    want, _ = PolicyModel(on_cpu, chunk=16).eval()(pack(random_items()), 1.0)
+    got, _ = policy_with(tiny_model, name, torch.float32)(pack(random_items()), 1.0)
+    torch.testing.assert_close(got.cpu(), want, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_flash_attention_equals_packed_attention(tiny_model: Path) -> None:
+    pytest.importorskip("flash_attn")
+    batch = pack(random_items())
+    flash, _ = policy_with(tiny_model, FLASH, torch.bfloat16)(batch, 1.0)
+    packed, _ = policy_with(tiny_model, choose_attention("sdpa", torch.device("cuda")), torch.bfloat16)(batch, 1.0)
+    assert (flash - packed).abs().mean() < 0.02
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_one_step_on_a_gpu_equals_plain_pytorch(stage: int, tiny_model: Path, tmp_path: Path) -> None:
+    from actors.learner_group import LearnerGroup
+
+    config = make_config(tiny_model, ranks=1, stage=stage)
+    group = run(LearnerGroup.create(config, str(tiny_model), str(tmp_path), has_gpus=True))
+    try:
+        batch = make_batch()
+        _, want_norm, want_mismatch = plain_step(tiny_model, batch)
+        metrics = run(group.update(batch)).metrics
+        assert metrics["grad_norm"] == pytest.approx(want_norm, rel=1e-3)
+        assert metrics["mismatch/mean_abs"] == pytest.approx(want_mismatch, rel=1e-3)
+    finally:
+        run(group.close())
