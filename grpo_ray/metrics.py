@@ -1,0 +1,287 @@
+"""The one place where typed reports become metric names.
+
+    Groups + UpdateReport + SyncReport + seconds  ->  {"reward/mean": 0.41, "time/update": 1.3, ...}
+
+A figure without data in a step (no score was `ok`, no sample ended by itself) is left out, rather than written as 0.
+A score that failed or does not apply has no part in any mean of rewards.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from grpo_ray.evaluate import EvalResult
+from grpo_ray.types import Group, ScoreStatus, SyncReport, UpdateReport
+
+ROLES = ("rollout", "reward", "update", "sync", "log", "other", "eval", "checkpoint")
+"""What a run's time can go to, in the order in which a step meets it."""
+
+METRICS: dict[str, tuple[str, str]] = {
+    "reward/mean": ("Reward: weighted sum of the functions, mean over the scored samples", ""),
+    "reward/std": ("Reward: standard deviation over all scored samples of the step (n - 1)", ""),
+    "reward/group_std": ("Reward: standard deviation within a group (n - 1), mean over groups", ""),
+    "reward/*/mean": ("Reward function *: mean over the samples it applies to, before its weight", ""),
+    "reward/*/std": ("Reward function *: standard deviation over those samples (n - 1)", ""),
+    "reward/failed": ("Scores that failed (timeout, crash, error), dropped groups included", "scores"),
+    "reward/*/failed": ("Scores of function * that failed", "scores"),
+    "reward/busy_s": ("Time that the reward functions took, summed over workers", "s"),
+    "completions/mean_length": ("Completion length, mean", "tokens"),
+    "completions/min_length": ("Completion length, shortest", "tokens"),
+    "completions/max_length": ("Completion length, longest", "tokens"),
+    "completions/mean_terminated_length": ("Completion length, mean of those that ended by themselves", "tokens"),
+    "completions/clipped_ratio": ("Part of the completions that were cut at max_completion_length", ""),
+    "prompts/mean_length": ("Prompt length, mean", "tokens"),
+    "groups/count": ("Groups in the batch", "groups"),
+    "groups/no_signal_fraction": ("Part of the groups whose rewards are all equal: they move nothing", ""),
+    "groups/dropped": ("Groups dropped while the batch was collected", "groups"),
+    "groups/dropped/*": ("Groups dropped because of *", "groups"),
+    "staleness/mean": ("Steps between a sample's oldest token and its training, mean", "steps"),
+    "staleness/max": ("Steps between a sample's oldest token and its training, most", "steps"),
+    "loss/policy": ("Policy objective (near 0 with one update per batch and no KL: watch reward and gradient)", ""),
+    "loss/sft": ("Cross-entropy of the demonstrated tokens", "nats/token"),
+    "loss/kl": ("KL term of the loss, beta included", ""),
+    "kl/ref": ("KL divergence from the reference model", "nats/token"),
+    "kl/old": ("KL divergence from the policy at the start of the update, estimated", "nats/token"),
+    "ratio/mean": ("Probability ratio of the policy to the one at the start of the update, mean over the tokens", ""),
+    "clip/low": ("Part of the tokens whose ratio was clipped from below", ""),
+    "clip/high": ("Part of the tokens whose ratio was clipped from above", ""),
+    "entropy": ("Entropy of the policy at the sampled tokens", "nats/token"),
+    "grad_norm": ("Gradient norm before clipping", ""),
+    "lr": ("Learning rate", ""),
+    "mismatch/mean_abs": (
+        "Sampler against learner: mean |difference of log-probabilities| over the tokens",
+        "nats",
+    ),
+    "mismatch/max_abs": ("Sampler against learner: largest |difference of log-probabilities|", "nats"),
+    "eval/accuracy": ("Held-out accuracy (pass@1, mean over the samples of each prompt)", ""),
+    "eval/standard_error": ("Standard error of the held-out accuracy, over prompts", ""),
+    "eval/reward": ("Held-out reward, mean", ""),
+    "eval/mean_length": ("Held-out completion length, mean", "tokens"),
+    "time/step": ("One step, evaluation and checkpoint apart", "s"),
+    "time/rollout": ("Waiting for samples (and their scores, which overlap)", "s"),
+    "time/reward": ("Waiting for scores alone", "s"),
+    "time/update": ("Learner: forward, backward, optimizer", "s"),
+    "time/sync": ("Weights to the samplers", "s"),
+    "time/log": ("Writing samples and metrics", "s"),
+    "time/other": ("The rest of the step", "s"),
+    "time/eval": ("Evaluation after the step", "s"),
+    "time/checkpoint": ("Checkpoint after the step", "s"),
+    "update/*_s": ("Learner: * on rank 0", "s"),
+    "update/num_steps": ("Optimizer steps of the update", "steps"),
+    "update/micro_batches": ("Micro-batches of the update on rank 0", ""),
+    "update/dummies": ("Empty micro-batches that keep the ranks in step", ""),
+    "update/imbalance": ("Tokens of the fullest rank by the mean over ranks (1: even)", ""),
+    "tokens/trained": ("Completion tokens that took part in the loss", "tokens"),
+    "tokens/processed": ("Tokens that went through the learner, prompts included", "tokens"),
+    "sync/pause_s": ("Generation stood still for a sync", "s"),
+    "sync/bytes": ("Weights sent to each engine", "bytes"),
+    "sync/engines": ("Engines that took part in the sync", "engines"),
+    "rollout/*": ("Samplers: *", ""),
+    "throughput/tokens_per_s": ("Completion tokens of the step by its whole time (SFT: all tokens)", "tokens/s"),
+    "throughput/rollout_tokens_per_s": ("Completion tokens of the step by the time waited for samples", "tokens/s"),
+    "throughput/samples_per_s": ("Samples of the step by its whole time", "samples/s"),
+}
+"""Name -> (what it is, unit). `*` stands for the name of a function, a reason or a figure."""
+
+
+def describe(name: str) -> tuple[str, str]:
+    """(what, unit) of a metric; a name that METRICS does not know describes itself."""
+    if name in METRICS:
+        return METRICS[name]
+    for pattern, (what, unit) in METRICS.items():
+        if "*" in pattern and matches(name, pattern):
+            head, _, tail = pattern.partition("*")
+            return what.replace("*", name[len(head) : len(name) - len(tail)]), unit
+    return name, ""
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Is this metric meant by the pattern? A `*` stands for one character or more."""
+    head, star, tail = pattern.partition("*")
+    if not star:
+        return name == pattern
+    return len(name) > len(head) + len(tail) and name.startswith(head) and name.endswith(tail)
+
+
+def duration(seconds: float) -> str:
+    """`5.8s`, `41s`, `4m41s`, `3h07m`: for people."""
+    if seconds < 10:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def step_metrics(
+    groups: Sequence[Group],
+    update: UpdateReport,
+    sync: SyncReport | None,
+    *,
+    sampler_stats: Mapping[str, float],
+    seconds: Mapping[str, float],
+    dropped: Mapping[str, int],
+    failed: Mapping[str, int],
+) -> dict[str, float]:
+    """Everything that one step has to say, flat.
+
+    Args:
+        groups: the batch: P groups of G samples, scored, with advantages.
+        update: its `step` is the policy version that was trained, the base of staleness; its metrics are taken as is.
+        sync: None for a step without a transfer.
+        sampler_stats: figures of the samplers; a name without a slash goes under `rollout/`.
+        seconds: of `TimeKeeper.end_step()`.
+        dropped: reason -> groups, while this batch was collected.
+        failed: reward function -> scores that failed, dropped groups included.
+    """
+    out = {
+        **_reward_metrics(groups),
+        **_completion_metrics(groups),
+        "groups/count": float(len(groups)),
+        "groups/dropped": float(sum(dropped.values())),
+        **{f"groups/dropped/{reason}": float(n) for reason, n in dropped.items()},
+        "reward/failed": float(sum(failed.values())),
+        **{f"reward/{name}/failed": float(n) for name, n in failed.items()},
+        **{name if "/" in name else f"rollout/{name}": float(value) for name, value in sampler_stats.items()},
+        **update.metrics,
+        **{f"time/{phase}": s for phase, s in seconds.items()},
+    }
+    ages = [update.step - info.min_version for g in groups for info in g.samples]
+    if ages:
+        out |= {"staleness/mean": _mean(ages), "staleness/max": float(max(ages))}
+    if sync is not None:
+        out |= {
+            "sync/pause_s": sync.pause_seconds,
+            "sync/bytes": float(sync.num_bytes),
+            "sync/engines": float(sync.num_engines),
+        }
+    num_tokens = sum(info.num_tokens for g in groups for info in g.samples)
+    if seconds.get("step", 0) > 0:
+        out["throughput/tokens_per_s"] = num_tokens / seconds["step"]
+        out["throughput/samples_per_s"] = sum(len(g.samples) for g in groups) / seconds["step"]
+    if seconds.get("rollout", 0) > 0:
+        out["throughput/rollout_tokens_per_s"] = num_tokens / seconds["rollout"]
+    return out
+
+
+def eval_metrics(result: EvalResult, seconds: float | None = None) -> dict[str, float]:
+    """Of one evaluation that took `seconds`."""
+    out = {
+        "eval/accuracy": result.accuracy,
+        "eval/standard_error": result.standard_error,
+        "eval/reward": result.mean_reward,
+        "eval/mean_length": result.mean_length,
+    }
+    return out if seconds is None else {**out, "time/eval": seconds}
+
+
+def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    per_group = [[s.value for s in g.scores if s.status is ScoreStatus.OK] for g in groups]
+    rewards = [value for group in per_group for value in group]
+    out = _mean_and_std("reward", rewards)
+    spreads = [_std(group) for group in per_group if len(group) > 1]
+    if spreads:
+        out["reward/group_std"] = _mean(spreads)
+    if groups:
+        out["groups/no_signal_fraction"] = _mean([len(set(group)) < 2 for group in per_group])
+    parts = [part for g in groups for s in g.scores for part in s.parts]
+    for name in dict.fromkeys(part.name for part in parts):
+        values = [p.value for p in parts if p.name == name and p.status is ScoreStatus.OK]
+        out |= _mean_and_std(f"reward/{name}", values)
+    if parts:
+        out["reward/busy_s"] = sum(part.seconds for part in parts)
+    return out
+
+
+def _completion_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    infos = [info for g in groups for info in g.samples]
+    if not infos:
+        return {}
+    lengths = [info.num_tokens for info in infos]
+    out = {
+        "completions/mean_length": _mean(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": _mean([info.finish_reason == "length" for info in infos]),
+        "prompts/mean_length": _mean([info.num_prompt_tokens for info in infos]),
+    }
+    ended = [info.num_tokens for info in infos if info.finish_reason != "length"]
+    if ended:
+        out["completions/mean_terminated_length"] = _mean(ended)
+    return out
+
+
+def _mean_and_std(prefix: str, values: Sequence[float]) -> dict[str, float]:
+    out = {}
+    if values:
+        out[f"{prefix}/mean"] = _mean(values)
+    if len(values) > 1:
+        out[f"{prefix}/std"] = _std(values)
+    return out
+
+
+def _mean(values: Iterable[float]) -> float:
+    items = list(values)
+    return math.fsum(items) / len(items)
+
+
+def _std(values: Sequence[float]) -> float:
+    """With n - 1, as torch.std and TRL's `reward_std`."""
+    mean = _mean(values)
+    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+
+
+@dataclass
+class Span:
+    """The time of one phase; final when the phase has ended."""
+
+    seconds: float = 0.0
+
+
+class TimeKeeper:
+    """Where the time of a step went. A phase inside a phase is taken out of the outer one: parts add up to the whole.
+
+    keeper.start_step()
+    with keeper.phase("rollout"): ...
+    keeper.end_step()  # {"rollout": 1.9, "other": 0.1, "step": 2.0}
+
+    A phase between two steps (an evaluation, a checkpoint) is measured too, but belongs to no step: take its `Span`.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._open: list[float] = []
+        """For each phase under way, the seconds of the phases inside it."""
+        self._spent: dict[str, float] = {}
+        self._began: float | None = None
+
+    def start_step(self) -> None:
+        self._spent = {}
+        self._began = self._clock()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[Span]:
+        span = Span()
+        began = self._clock()
+        self._open.append(0.0)
+        try:
+            yield span
+        finally:
+            whole = self._clock() - began
+            span.seconds = whole - self._open.pop()
+            if self._open:
+                self._open[-1] += whole
+            self._spent[name] = self._spent.get(name, 0.0) + span.seconds
+
+    def end_step(self) -> dict[str, float]:
+        """Seconds by phase, `other` for what no phase covers, and `step` for the whole."""
+        assert self._began is not None, "end_step without start_step"
+        whole = self._clock() - self._began
+        self._began = None
+        return {**self._spent, "other": max(0.0, whole - sum(self._spent.values())), "step": whole}

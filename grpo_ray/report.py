@@ -1,0 +1,240 @@
+"""report.html: what a run did, in one file that stands alone. Curves, where the time went, samples to read.
+
+Nothing in it comes from the network: plotly's JavaScript is inside (4.8 MB of the file). Data is inert JSON, and what a
+model or a data set wrote is escaped by Jinja.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from grpo_ray.metrics import describe, duration
+from grpo_ray.report_charts import inert_json, metric_charts, time_charts, time_shares
+from grpo_ray.rollout_log import read_rollouts, rollout_steps
+from grpo_ray.tracking import read_metrics
+
+SAMPLE_COLUMNS = (
+    "prompt_id",
+    "index",
+    "prompt",
+    "completion",
+    "completion_ids",
+    "advantage",
+    "reward",
+    "reward_status",
+    "rewards",
+    "versions",
+    "finish_reason",
+    "worker",
+)
+GROUPS_SHOWN = 2
+"""Of each step shown: those with the widest spread of rewards, which is where something was learned."""
+NOTHING = "n/a"
+TEXT_LIMIT = 20_000
+"""Characters of one text in the report; the whole is in the Parquet file."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One headline number."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+def write_report(run_dir: Path, ledger: Mapping[str, Any] | None = None) -> Path:
+    """Write `run_dir/report.html` from whatever the run has left: config.yaml, metrics.jsonl, rollouts/.
+
+    Args:
+        ledger: figures to show as they are, e.g. `asdict(Ledger(...).summary())`.
+    """
+    config = _read_config(run_dir / "config.yaml")
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    steps = rollout_steps(run_dir / "rollouts")
+    curves, timings = metric_charts(lines), time_charts(lines)
+    charts = [*curves, *timings]
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string((files("grpo_ray") / "report_template.html").read_text()).render(
+        title=config.get("name") or run_dir.resolve().name,
+        subtitle=_subtitle(config),
+        figures=_headlines(lines, config),
+        curves=curves,
+        timings=timings,
+        shares=[(role, what, duration(s), f"{part:.0%}") for role, what, s, part in time_shares(lines)],
+        data=inert_json([asdict(c) for c in charts]),
+        plotly=Markup(get_plotlyjs() if charts else ""),
+        sampled=[_step_samples(step, steps[step]) for step in first_middle_last(list(steps))],
+        ledger=_flat_ledger(ledger or {}),
+        config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
+        failures=_failures(lines),
+    )
+    path = run_dir / "report.html"
+    aside = run_dir / "report.html.new"
+    aside.write_text(page, encoding="utf-8", errors="replace")
+    aside.replace(path)
+    return path
+
+
+def first_middle_last(steps: Sequence[int]) -> list[int]:
+    """Each once, in order; the middle is the step nearest to half-way."""
+    if not steps:
+        return []
+    half = (steps[0] + steps[-1]) / 2
+    return sorted({steps[0], min(steps, key=lambda step: abs(step - half)), steps[-1]})
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    loaded = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _subtitle(config: Mapping[str, Any]) -> str:
+    model = config.get("model") or {}
+    tiny = model.get("tiny")
+    name = model.get("path") or (f"tiny model, {tiny['num_layers']} layers of {tiny['hidden_size']}" if tiny else None)
+    data = ((config.get("data") or {}).get("train") or {}).get("path")
+    return " · ".join(str(part) for part in (name, data) if part)
+
+
+# Headline figures.
+
+
+def _headlines(lines: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> list[Figure]:
+    trained = [line for line in lines if line["step"] > 0 and "time/step" in line]
+    out = []
+    evals = [line for line in lines if line.get("eval/accuracy") is not None]
+    if evals:
+        first, last = evals[0], evals[-1]
+        error = last.get("eval/standard_error")
+        note = f"step {first['step']} → {last['step']}" + (f", last ± {100 * error:.1f}" if error is not None else "")
+        value = (
+            f"{first['eval/accuracy']:.1%} → {last['eval/accuracy']:.1%}"
+            if len(evals) > 1
+            else f"{last['eval/accuracy']:.1%}"
+        )
+        out.append(Figure("Held-out accuracy", value, note))
+    elif rewards := [line["reward/mean"] for line in trained if line.get("reward/mean") is not None]:
+        out.append(Figure("Reward", f"{rewards[0]:.3f} → {rewards[-1]:.3f}", "first and last step"))
+    losses = [line[k] for line in trained for k in ("loss/sft", "loss") if line.get(k) is not None]
+    if losses:
+        out.append(Figure("Loss", f"{losses[0]:.3f} → {losses[-1]:.3f}", "first and last step"))
+    planned = config.get("num_steps")
+    last_step = lines[-1]["step"] if lines else 0
+    out.append(Figure("Steps", f"{last_step:,}", f"of {planned:,} planned" if planned and planned != last_step else ""))
+    samples = sum(_samples_of(line) for line in trained)
+    if samples:
+        out.append(Figure("Samples", f"{samples:,.0f}", f"{samples / len(trained):,.0f} a step"))
+    total = sum(line.get(f"time/{part}") or 0.0 for line in lines for part in ("step", "eval", "checkpoint"))
+    if total:
+        per_step = sum(line["time/step"] or 0.0 for line in trained) / max(1, len(trained))
+        out.append(Figure("Time", duration(total), f"{per_step:.2f} s a step" if trained else ""))
+    tokens = sum((line.get("throughput/tokens_per_s") or 0.0) * (line["time/step"] or 0.0) for line in trained)
+    in_steps = sum(line["time/step"] or 0.0 for line in trained)
+    if tokens and in_steps:
+        out.append(
+            Figure("Tokens per second", f"{tokens / in_steps:,.0f}", f"{tokens:,.0f} tokens, whole step counted")
+        )
+    return out
+
+
+def _samples_of(line: Mapping[str, Any]) -> float:
+    return round((line.get("throughput/samples_per_s") or 0.0) * (line.get("time/step") or 0.0))
+
+
+def _failures(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
+    """Failed scores and dropped groups of the whole run, by name."""
+    totals: dict[str, float] = {}
+    for line in lines:
+        for name, value in line.items():
+            counts = name.startswith("groups/dropped/") or (name.startswith("reward/") and name.endswith("/failed"))
+            if counts and value:
+                totals[describe(name)[0]] = totals.get(describe(name)[0], 0.0) + value
+    return list(totals.items())
+
+
+def _flat_ledger(ledger: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    out: list[tuple[str, Any]] = []
+    for key, value in ledger.items():
+        label = f"{prefix}{key.replace('_', ' ')}"
+        out += _flat_ledger(value, f"{label}: ") if isinstance(value, Mapping) else [(label, value)]
+    return out
+
+
+# Samples.
+
+
+def _step_samples(step: int, path: Path) -> dict[str, Any]:
+    rows = read_rollouts(path, SAMPLE_COLUMNS)
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["prompt_id"], []).append(row)
+    widest = sorted(groups.values(), key=_spread, reverse=True)[:GROUPS_SHOWN]
+    return {"step": step, "num_groups": len(groups), "num_samples": len(rows), "groups": [_group(g) for g in widest]}
+
+
+def _spread(rows: Sequence[Mapping[str, Any]]) -> float:
+    values = [row["reward"] for row in rows if row["reward"] is not None]
+    return max(values) - min(values) if values else -1.0
+
+
+def _group(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The best and the worst of a group; a sample whose score failed is neither, unless all did."""
+    scored = [row for row in rows if row["reward"] is not None] or list(rows)
+    best = max(scored, key=_worth)
+    worst = min(scored, key=_worth)
+    picked = [("best", best)] if best is worst else [("best", best), ("worst", worst)]
+    rewards = [f"{row['reward']:.2f}" if row["reward"] is not None else NOTHING for row in rows]
+    return {
+        "prompt_id": rows[0]["prompt_id"],
+        "prompt": _shorten(rows[0]["prompt"]),
+        "rewards": rewards,
+        "samples": [_sample(label, row) for label, row in picked],
+    }
+
+
+def _worth(row: Mapping[str, Any]) -> float:
+    return row["reward"] if row["reward"] is not None else 0.0
+
+
+def _sample(label: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    versions = sorted({span["version"] for span in row["versions"]})
+    return {
+        "label": label,
+        "completion": _shorten(row["completion"]),
+        "reward": _signed(row["reward"], sign=False) if row["reward"] is not None else row["reward_status"],
+        "advantage": _signed(row["advantage"], sign=True),
+        "scores": [
+            (
+                part["name"],
+                _signed(part["value"], sign=False) if part["value"] is not None else part["status"],
+                part["detail"],
+            )
+            for part in row["rewards"]
+        ],
+        "facts": [
+            f"{len(row['completion_ids'])} tokens",
+            "cut at the limit" if row["finish_reason"] == "length" else "ended by itself",
+            f"policy {', '.join(map(str, versions))}",
+            f"sample {row['index']} by {row['worker']}",
+        ],
+    }
+
+
+def _signed(value: float | None, *, sign: bool) -> str:
+    if value is None:
+        return NOTHING
+    return f"{value:+.3f}" if sign else f"{value:.3f}"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= TEXT_LIMIT else f"{text[:TEXT_LIMIT]}\n… {len(text) - TEXT_LIMIT:,} more characters"

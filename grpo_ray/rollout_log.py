@@ -1,0 +1,179 @@
+"""What was sampled, for people and for later training: `rollouts/step-000012.parquet`, one row a sample.
+
+Readable by anything that reads Parquet: `pandas.read_parquet(folder)`, `load_dataset("parquet", data_dir=folder)`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from grpo_ray.seeds import sample_seed
+from grpo_ray.types import Group, Sample, SampleInfo, Score
+
+_PART = pa.struct(
+    [
+        ("name", pa.string()),
+        ("status", pa.string()),
+        ("value", pa.float64()),
+        ("detail", pa.string()),
+        ("seconds", pa.float64()),
+    ]
+)
+_SPAN = pa.struct([("version", pa.int64()), ("start", pa.int64()), ("end", pa.int64())])
+
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("prompt_id", pa.string()),
+        ("index", pa.int32()),
+        ("prompt", pa.string()),
+        ("completion", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("completion_ids", pa.list_(pa.int32())),
+        ("rollout_logprobs", pa.list_(pa.float32())),
+        ("advantage", pa.float64()),
+        ("reward", pa.float64()),
+        ("reward_status", pa.string()),
+        ("rewards", pa.list_(_PART)),
+        ("versions", pa.list_(_SPAN)),
+        ("finish_reason", pa.string()),
+        ("worker", pa.string()),
+        ("seed", pa.int64()),
+    ]
+)
+"""`completion_ids` and `rollout_logprobs` are [T], `prompt_ids` [N]. A reward or advantage that is no number: null."""
+
+_NAME = re.compile(r"step-(\d+)\.parquet")
+
+
+class ParquetRolloutLog:
+    """`roles.RolloutLog` for samples that can be had here: writes in a thread while the loop goes on."""
+
+    def __init__(
+        self, folder: Path, run_seed: int, fetch: Callable[[list[Any]], Awaitable[list[Sequence[Sample]]]]
+    ) -> None:
+        """`fetch`: handles (`SampleInfo.ref`, each once) -> the lists of samples behind them, in order."""
+        self._folder = folder
+        self._run_seed = run_seed
+        self._fetch = fetch
+        self._writing: asyncio.Task[None] | None = None
+
+    async def write(self, step: int, groups: Sequence[Group]) -> None:
+        await self._settle()
+        self._writing = asyncio.create_task(self._write(step, list(groups)))
+
+    async def close(self) -> None:
+        await self._settle()
+
+    async def _settle(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            await writing
+
+    async def _write(self, step: int, groups: list[Group]) -> None:
+        refs = distinct_refs(groups)
+        samples = await self._fetch(refs)
+        await asyncio.to_thread(write_rollouts, self._folder, step, groups, samples, self._run_seed)
+
+
+def distinct_refs(groups: Sequence[Group]) -> list[Any]:
+    """The handles of all samples, each once, in the order that `write_rollouts` expects their lists in."""
+    return list({id(info.ref): info.ref for g in groups for info in g.samples}.values())
+
+
+def write_rollouts(
+    folder: Path, step: int, groups: Sequence[Group], samples: Sequence[Sequence[Sample]], run_seed: int
+) -> Path:
+    """Write the groups of one step; the file is there whole or not at all.
+
+    Args:
+        samples: the lists behind `distinct_refs(groups)`, in that order.
+    """
+    lists = {id(ref): rows for ref, rows in zip(distinct_refs(groups), samples, strict=True)}
+    rows = []
+    for group in groups:
+        advantages = group.advantages or [math.nan] * len(group.samples)
+        for info, score, advantage in zip(group.samples, group.scores, advantages, strict=True):
+            sample = lists[id(info.ref)][info.row]
+            assert (sample.prompt_id, sample.index) == (info.prompt_id, info.index), (
+                f"row {info.row} is not that of {info}"
+            )
+            rows.append(_row(step, group, info, sample, score, advantage, run_seed))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:06d}.parquet"
+    aside = path.with_suffix(".parquet.new")
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), aside, compression="zstd")
+    aside.replace(path)
+    return path
+
+
+def _row(
+    step: int, group: Group, info: SampleInfo, sample: Sample, score: Score, advantage: float, run_seed: int
+) -> dict[str, Any]:
+    return {
+        "step": step,
+        "prompt_id": sample.prompt_id,
+        "index": sample.index,
+        "prompt": _utf8(group.prompt.text),
+        "completion": _utf8(sample.text),
+        "prompt_ids": np.asarray(sample.prompt_token_ids, dtype=np.int32),
+        "completion_ids": np.asarray(sample.token_ids, dtype=np.int32),
+        "rollout_logprobs": np.asarray(sample.logprobs, dtype=np.float32),
+        "advantage": _number(advantage),
+        "reward": _number(score.value),
+        "reward_status": str(score.status),
+        "rewards": [
+            {
+                "name": p.name,
+                "status": str(p.status),
+                "value": _number(p.value),
+                "detail": _utf8(p.detail),
+                "seconds": p.seconds,
+            }
+            for p in score.parts
+        ],
+        "versions": [{"version": v.version, "start": v.start, "end": v.end} for v in sample.versions],
+        "finish_reason": sample.finish_reason,
+        "worker": info.worker,
+        "seed": sample_seed(run_seed, sample.prompt_id, sample.index),
+    }
+
+
+def rollout_steps(folder: Path) -> dict[int, Path]:
+    """Step -> its file, in order of steps."""
+    found = [(_NAME.fullmatch(p.name), p) for p in folder.glob("step-*.parquet")]
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+def read_rollouts(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of one step as plain Python; only `columns` where given."""
+    rows: list[dict[str, Any]] = pq.read_table(path, columns=list(columns) if columns else None).to_pylist()
+    return rows
+
+
+def remove_after(folder: Path, step: int) -> int:
+    """Remove what a resumed run writes again: the steps after `step`, and unfinished files. Returns how many steps."""
+    for unfinished in folder.glob("step-*.parquet.new"):
+        unfinished.unlink()
+    late = [path for number, path in rollout_steps(folder).items() if number > step]
+    for path in late:
+        path.unlink()
+    return len(late)
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _utf8(text: str) -> str:
+    """A lone surrogate, which a model's bytes can decode to, is no valid text for Arrow."""
+    return text.encode("utf-8", "replace").decode("utf-8")

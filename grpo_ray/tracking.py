@@ -1,0 +1,250 @@
+"""Where metrics go. `metrics.jsonl` always: it is the run's own record, which the report reads; others as asked.
+
+A tracker other than that one never ends a run: its first failure is told, and the run goes on without its figures.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import math
+import os
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from grpo_ray.config import TrackingConfig
+from grpo_ray.errors import ConfigError
+from grpo_ray.roles import Tracker
+
+log = logging.getLogger(__name__)
+
+
+class JsonlTracker:
+    """One JSON object a line and a step: `{"step": 3, "time": 1700000000.0, "reward/mean": 0.5, ...}`.
+
+    What is logged twice for a step (training, then its evaluation) joins into one line. Not-a-number becomes null.
+    """
+
+    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+        """`resume_step`: forget the lines after it. None: a torn last line is cut off, everything else stays."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        truncate_after(path, resume_step)
+        self._file = path.open("r+b" if path.exists() else "w+b")
+        self._file.seek(0, os.SEEK_END)
+        self._last: dict[str, Any] = {}
+        self._last_start = 0
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        new = {"step": step, "time": time.time(), **{k: _finite(v) for k, v in metrics.items()}}
+        if self._last.get("step") == step:
+            # Padded to the length of what it replaces, so that nothing of the old line stays behind it.
+            self._last = {**self._last, **new, "time": self._last["time"]}
+            line = _line(self._last).ljust(self._file.tell() - self._last_start - 1)
+            self._file.seek(self._last_start)
+        else:
+            self._last, self._last_start = new, self._file.tell()
+            line = _line(new)
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, one a step, in order of steps. A torn line is passed over; no file, no lines."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        record = _parse(line)
+        if record is not None:
+            by_step[record["step"]] = {**by_step.get(record["step"], {}), **record}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def truncate_after(path: Path, step: int | None) -> None:
+    """Drop torn lines and those of steps after `step` (None: of no step); the others stay as is. All or nothing."""
+    if not path.exists():
+        return
+    old = path.read_bytes()
+    kept = []
+    for line in old.splitlines(keepends=True):
+        record = _parse(line) if line.endswith(b"\n") else None
+        if record is not None and (step is None or record["step"] <= step):
+            kept.append(line)
+    new = b"".join(kept)
+    if new == old:
+        return
+    aside = path.with_suffix(".jsonl.new")
+    with aside.open("wb") as file:
+        file.write(new)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False)
+
+
+def _finite(value: float) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+class TensorBoardTracker:
+    """Event files under `folder`, for `tensorboard --logdir`."""
+
+    def __init__(self, folder: Path, resume_step: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = None if resume_step is None else resume_step + 1
+        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbTracker:
+    """A W&B run with the id kept in the run directory, so that a resumed run goes on in the same curves.
+
+    W&B takes no step back: after a resume the steps since the checkpoint appear twice over the axis `step`.
+    """
+
+    def __init__(self, project: str, run_dir: Path, config: dict[str, Any]) -> None:
+        wandb = _package("wandb", "wandb")
+        id_file = run_dir / "wandb-run-id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:12])
+        self._run = wandb.init(
+            project=project, name=run_dir.name, id=id_file.read_text(), resume="allow", dir=str(run_dir), config=config
+        )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._run.log({**metrics, "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MlflowTracker:
+    """An MLflow run on the server at MLFLOW_TRACKING_URI, in the experiment `project`; its id is in the run folder."""
+
+    def __init__(self, project: str, run_dir: Path, config: dict[str, Any]) -> None:
+        _package("mlflow", "mlflow")
+        tracking = importlib.import_module("mlflow.tracking")
+        self._param = importlib.import_module("mlflow.entities").Param
+        self._metric = importlib.import_module("mlflow.entities").Metric
+        self._client = tracking.MlflowClient()
+        id_file = run_dir / "mlflow-run-id"
+        if id_file.exists():
+            self._run_id = id_file.read_text()
+            return
+        experiment = self._client.get_experiment_by_name(project)
+        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(project)
+        self._run_id = self._client.create_run(experiment_id, run_name=run_dir.name).info.run_id
+        params = [self._param(k, str(v)[:MLFLOW_VALUE_LIMIT]) for k, v in _flat(config).items()]
+        for start in range(0, len(params), MLFLOW_PARAMS_A_CALL):
+            self._client.log_batch(self._run_id, params=params[start : start + MLFLOW_PARAMS_A_CALL])
+        id_file.write_text(self._run_id)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        now = int(time.time() * 1000)
+        figures = [self._metric(k, float(v), now, step) for k, v in metrics.items() if math.isfinite(v)]
+        self._client.log_batch(self._run_id, metrics=figures)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run_id)
+
+
+MLFLOW_PARAMS_A_CALL = 100
+MLFLOW_VALUE_LIMIT = 500
+
+
+class Tolerant:
+    """A tracker whose failures are told once and otherwise passed over: figures elsewhere are not worth a run."""
+
+    def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
+        """Raises ConfigError when the package is missing: that is known before anything has run."""
+        self._name = name
+        self._told = False
+        self._inner: Tracker | None = None
+        self._try(lambda: setattr(self, "_inner", make()))
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        inner = self._inner
+        if inner is not None:
+            self._try(lambda: inner.log(step, metrics))
+
+    def close(self) -> None:
+        inner = self._inner
+        if inner is not None:
+            self._try(inner.close)
+
+    def _try(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except ConfigError:
+            raise
+        except Exception as e:
+            if not self._told:
+                log.warning("tracking to %s failed, the run goes on: %s: %s", self._name, type(e).__name__, e)
+            self._told = True
+
+
+def make_trackers(
+    config: TrackingConfig, run_dir: Path, resume_step: int | None, config_dict: dict[str, Any]
+) -> list[Tracker]:
+    """Every tracker that the config asks for; `metrics.jsonl` is the first.
+
+    Args:
+        resume_step: go on after this step, forgetting later ones. None: a fresh run.
+        config_dict: the resolved config, for trackers that show it.
+
+    Raises:
+        ConfigError: the package of an asked-for tracker is not installed.
+    """
+    trackers: list[Tracker] = [JsonlTracker(run_dir / "metrics.jsonl", resume_step)]
+    if config.tensorboard:
+        trackers.append(Tolerant("TensorBoard", lambda: TensorBoardTracker(run_dir / "tensorboard", resume_step)))
+    if config.wandb:
+        trackers.append(Tolerant("W&B", lambda: WandbTracker(config.project, run_dir, config_dict)))
+    if config.mlflow:
+        trackers.append(Tolerant("MLflow", lambda: MlflowTracker(config.project, run_dir, config_dict)))
+    return trackers
+
+
+def _package(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        if e.name != module:
+            raise
+        raise ConfigError(
+            f"tracking.{extra} is true, but the package {module} is not installed; "
+            f"pip install grpo-ray[{extra}], or set tracking.{extra} to false"
+        ) from None
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
