@@ -1,0 +1,147 @@
+"""What became of every prompt: one row a group, in SQLite, readable while the run goes on.
+
+    dispatched -> sampled -> trained (at which step) | dropped (at which step, why)
+
+The ledger and the checkpoint agree: `roll_back(step)` forgets everything after a checkpoint, so a resumed run ends with
+the same rows as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from grpo_ray.types import Group, Score
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS groups (
+    prompt_id          TEXT PRIMARY KEY,
+    dispatch_order     INTEGER NOT NULL UNIQUE,
+    state              TEXT NOT NULL CHECK (state IN ('dispatched', 'sampled', 'trained', 'dropped')),
+    dispatched_version INTEGER NOT NULL,
+    min_version        INTEGER,
+    step               INTEGER,
+    num_samples        INTEGER,
+    num_tokens         INTEGER,
+    num_failed_scores  INTEGER,
+    mean_reward        REAL,
+    drop_reason        TEXT,
+    dispatched_at      REAL NOT NULL,
+    finished_at        REAL
+);
+CREATE INDEX IF NOT EXISTS groups_by_step ON groups (step);
+"""
+
+
+@dataclass(frozen=True)
+class LedgerSummary:
+    trained: int
+    dropped: int
+    in_flight: int
+    steps: int
+    """Steps that trained at least one group."""
+    drop_reasons: dict[str, int]
+
+
+class Ledger:
+    """One writer (the controller); any number of readers."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._db = sqlite3.connect(path, isolation_level=None)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.executescript(_SCHEMA)
+
+    def dispatched(self, groups: Iterable[Group]) -> None:
+        """Raises sqlite3.IntegrityError when a prompt is dispatched twice: the invariant that the ledger is for."""
+        now = time.time()
+        self._db.executemany(
+            "INSERT INTO groups (prompt_id, dispatch_order, state, dispatched_version, dispatched_at) "
+            "VALUES (?, ?, 'dispatched', ?, ?)",
+            [(g.prompt.id, g.order, g.dispatched_version, now) for g in groups],
+        )
+
+    def sampled(self, group: Group) -> None:
+        values = [s.value for s in group.scores if not s.status.failed and s.value == s.value]
+        self._update(
+            "UPDATE groups SET state = 'sampled', min_version = ?, num_samples = ?, num_tokens = ?, num_failed_scores = ?, "
+            "mean_reward = ?, finished_at = ? WHERE prompt_id = ? AND state = 'dispatched'",
+            (
+                group.min_version,
+                len(group.samples),
+                sum(s.num_tokens for s in group.samples),
+                _num_failed(group.scores),
+                sum(values) / len(values) if values else None,
+                time.time(),
+                group.prompt.id,
+            ),
+        )
+
+    def dropped(self, group: Group, step: int, reason: str) -> None:
+        self._update(
+            "UPDATE groups SET state = 'dropped', step = ?, drop_reason = ? "
+            "WHERE prompt_id = ? AND state IN ('dispatched', 'sampled')",
+            (step, reason, group.prompt.id),
+        )
+
+    def trained(self, groups: Iterable[Group], step: int) -> None:
+        """All of a step or none."""
+        self._db.execute("BEGIN")
+        try:
+            for group in groups:
+                self._update(
+                    "UPDATE groups SET state = 'trained', step = ? WHERE prompt_id = ? AND state = 'sampled'",
+                    (step, group.prompt.id),
+                )
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def roll_back(self, step: int) -> int:
+        """Forget what happened after `step` was trained, work under way included. Returns how many groups that were."""
+        return self._db.execute("DELETE FROM groups WHERE step IS NULL OR step > ?", (step,)).rowcount
+
+    def next_order(self) -> int:
+        (top,) = self._db.execute("SELECT MAX(dispatch_order) FROM groups").fetchone()
+        return 0 if top is None else int(top) + 1
+
+    def summary(self) -> LedgerSummary:
+        counts = dict(self._db.execute("SELECT state, COUNT(*) FROM groups GROUP BY state"))
+        (steps,) = self._db.execute("SELECT COUNT(DISTINCT step) FROM groups WHERE state = 'trained'").fetchone()
+        reasons = dict(
+            self._db.execute("SELECT drop_reason, COUNT(*) FROM groups WHERE state = 'dropped' GROUP BY drop_reason")
+        )
+        return LedgerSummary(
+            trained=counts.get("trained", 0),
+            dropped=counts.get("dropped", 0),
+            in_flight=counts.get("dispatched", 0) + counts.get("sampled", 0),
+            steps=steps,
+            drop_reasons=reasons,
+        )
+
+    def rows(self) -> list[tuple[str, int, str, int | None, str | None]]:
+        """(prompt id, dispatch order, state, step, drop reason), in dispatch order: what two runs must have in common."""
+        return list(
+            self._db.execute(
+                "SELECT prompt_id, dispatch_order, state, step, drop_reason FROM groups ORDER BY dispatch_order"
+            )
+        )
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _update(self, sql: str, args: tuple[object, ...]) -> None:
+        changed = self._db.execute(sql, args).rowcount
+        if changed != 1:
+            raise AssertionError(
+                f"ledger: {changed} rows instead of one took the transition of {args[-1]!r}: {sql.split(' WHERE ')[0]}"
+            )
+
+
+def _num_failed(scores: Iterable[Score]) -> int:
+    return sum(s.status.failed for s in scores)

@@ -1,0 +1,134 @@
+"""Supervised fine-tuning with the learner of the RL loop: batches of demonstrations, the same checkpoints and metrics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grpo_ray.checkpoint import RunDir, save_checkpoint
+from grpo_ray.config import SftConfig
+from grpo_ray.cursor import Cursor
+from grpo_ray.events import CheckpointEvent, Event, PhaseEvent, StepEvent
+from grpo_ray.prompts import SftExample
+from grpo_ray.roles import Learner, Tracker
+from grpo_ray.types import Sample, TrainBatch, TrainSample, VersionSpan
+
+
+class SftLoop:
+    """One run from its first step, or from a checkpoint, to its last."""
+
+    def __init__(
+        self,
+        config: SftConfig,
+        learner: Learner,
+        cursor: Cursor[SftExample],
+        run: RunDir,
+        trackers: Sequence[Tracker],
+        emit: Callable[[Event], None],
+    ) -> None:
+        self.config = config
+        self.learner = learner
+        self.cursor = cursor
+        self.run_dir = run
+        self.trackers = trackers
+        self.emit = emit
+        self.step = 0
+        self.total_steps = sft_steps(config, len(cursor))
+        self._saved_step = -1
+        self._stop_reason: str | None = None
+
+    def stop(self, reason: str) -> None:
+        """End after the step under way, with a checkpoint."""
+        self._stop_reason = reason
+
+    async def restore(self, step: int) -> None:
+        state = self.run_dir.load_state(step)
+        await self.learner.load(self.run_dir.step_folder(step) / "learner")
+        self.cursor.load_state_dict(state["cursor"])
+        self.step = self._saved_step = step
+
+    async def run(self) -> str:
+        """Train to the end, or until `stop`. Returns how it ended: `finished`, or the reason of the stop."""
+        while self.step < self.total_steps and self._stop_reason is None:
+            await self._one_step()
+            if self.step < self.total_steps and self.step % self.config.checkpoint.every_steps == 0:
+                await self._checkpoint(export=self.config.checkpoint.export)
+        if self.step != self._saved_step:
+            await self._checkpoint(export=True)
+        return self._stop_reason if self.step < self.total_steps and self._stop_reason else "finished"
+
+    async def _one_step(self) -> None:
+        started = time.monotonic()
+        examples = [self.cursor.next() for _ in range(self.config.examples_per_step)]
+        update = await self.learner.update(sft_batch(self.step, examples))
+        self.step += 1
+        seconds = time.monotonic() - started
+        tokens = sum(len(e.prompt_ids) + len(e.completion_ids) for e in examples)
+        metrics = {
+            **update.metrics,
+            "completions/mean_length": sum(len(e.completion_ids) for e in examples) / len(examples),
+            "time/step": seconds,
+            "time/update": seconds,
+            "throughput/tokens_per_s": tokens / seconds,
+        }
+        for tracker in self.trackers:
+            tracker.log(self.step, metrics)
+        self.emit(StepEvent(self.step, self.total_steps, metrics))
+
+    async def _checkpoint(self, *, export: bool) -> None:
+        started = time.monotonic()
+        self.emit(PhaseEvent("checkpoint", "", 0, 0))
+
+        async def write(folder: Path) -> None:
+            (folder / "learner").mkdir()
+            await self.learner.save(folder / "learner")
+            if export:
+                (folder / "hf").mkdir()
+                await self.learner.export(folder / "hf")
+
+        state: dict[str, Any] = {"step": self.step, "cursor": self.cursor.state_dict()}
+        path = await save_checkpoint(self.run_dir, self.step, state, write, keep=self.config.checkpoint.keep)
+        self._saved_step = self.step
+        seconds = time.monotonic() - started
+        for tracker in self.trackers:
+            tracker.log(self.step, {"time/checkpoint": seconds})
+        self.emit(CheckpointEvent(self.step, str(path), seconds))
+
+
+def sft_steps(config: SftConfig, num_examples: int) -> int:
+    return config.num_steps or max(1, int(config.num_epochs * num_examples / config.examples_per_step))
+
+
+def sft_batch(step: int, examples: Sequence[SftExample]) -> TrainBatch:
+    """Demonstrations in the form of samples: the completion is what was written down instead of drawn."""
+    rows = [
+        Sample(
+            prompt_id=e.id,
+            index=0,
+            prompt_token_ids=np.asarray(e.prompt_ids, dtype=np.int32),
+            token_ids=np.asarray(e.completion_ids, dtype=np.int32),
+            logprobs=np.zeros(len(e.completion_ids), dtype=np.float32),
+            versions=(VersionSpan(step, 0, len(e.completion_ids)),),
+            finish_reason="stop",
+            text="",
+        )
+        for e in examples
+    ]
+    samples = [
+        TrainSample(
+            ref=rows,
+            row=i,
+            prompt_id=e.id,
+            index=0,
+            num_prompt_tokens=len(e.prompt_ids),
+            num_tokens=len(e.completion_ids),
+            advantage=1.0,
+            group=i,
+        )
+        for i, e in enumerate(examples)
+    ]
+    return TrainBatch(step=step, samples=samples, temperature=1.0)

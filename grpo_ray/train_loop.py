@@ -1,0 +1,361 @@
+"""The loop, over `roles.py`: it knows no Ray, no vLLM and no DeepSpeed, and runs over plain objects in a test.
+
+    cursor -> dispatch -> sample x G -> score -> group complete ----+
+       ^        (each sample scored the moment it is finished)      |
+       |                                                            v
+    new policy version <- weights <- learner <- batch of P groups <- advantages
+                                                 (sorted by dispatch order)
+
+`max_staleness` k paces dispatch: at most (k + 1) x P groups are under way beyond what is trained. k = 0 is on-policy:
+a batch is trained only by the version that sampled it, which is asserted when the batch is cut.
+
+Policy versions and steps are one count: version v is the policy after v steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo_ray.advantages import group_advantages
+from grpo_ray.checkpoint import RunDir, save_checkpoint
+from grpo_ray.config import RunConfig
+from grpo_ray.cursor import Cursor
+from grpo_ray.errors import RewardError
+from grpo_ray.evaluate import EvalResult, evaluate
+from grpo_ray.events import CheckpointEvent, EvalEvent, Event, MessageEvent, PhaseEvent, StepEvent
+from grpo_ray.ledger import Ledger
+from grpo_ray.metrics import TimeKeeper, eval_metrics, step_metrics
+from grpo_ray.roles import Learner, RolloutLog, Sampler, Scorer, Tracker, WeightSync
+from grpo_ray.seeds import sample_seed
+from grpo_ray.types import (
+    Group,
+    Prompt,
+    SampleInfo,
+    SampleRequest,
+    SamplingParams,
+    Score,
+    ScoreRequest,
+    SyncReport,
+    TrainBatch,
+    TrainSample,
+    UpdateReport,
+)
+
+MISMATCH_WARNING = 0.01
+"""Mean |log-probability of sampler - of learner| above which the two engines disagree more than bf16 explains."""
+
+
+@dataclass(frozen=True)
+class Roles:
+    sampler: Sampler
+    scorer: Scorer
+    learner: Learner
+    weights: WeightSync
+    rollout_log: RolloutLog
+
+
+@dataclass
+class StepCounts:
+    """What happened while the batch of one step was collected."""
+
+    scored: int = 0
+    failed: dict[str, int] = field(default_factory=dict)
+    """Reward function -> failed scores."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Reason -> groups."""
+    last_failure: str = ""
+
+
+class TrainLoop:
+    """One run from its first step, or from a checkpoint, to its last."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        roles: Roles,
+        cursor: Cursor,
+        eval_prompts: Sequence[Prompt],
+        ledger: Ledger,
+        run: RunDir,
+        trackers: Sequence[Tracker],
+        emit: Callable[[Event], None],
+    ) -> None:
+        self.config = config
+        self.roles = roles
+        self.cursor = cursor
+        self.eval_prompts = eval_prompts
+        self.ledger = ledger
+        self.run_dir = run
+        self.trackers = trackers
+        self.emit = emit
+        self.step = 0
+        """Steps done; also the policy version of the learner."""
+        self.total_steps = total_steps(config, len(cursor))
+        self._order = 0
+        self._groups: set[asyncio.Task[Group]] = set()
+        self._counts = StepCounts()
+        self._stop_reason: str | None = None
+        self._saved_step = -1
+        self._time = TimeKeeper()
+        self._params = SamplingParams(
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            top_k=config.rollout.top_k,
+            min_p=config.rollout.min_p,
+            max_tokens=config.rollout.max_completion_length,
+            stop=config.rollout.stop,
+        )
+
+    def stop(self, reason: str) -> None:
+        """End after the step under way, with a checkpoint."""
+        self._stop_reason = reason
+
+    async def restore(self, step: int) -> None:
+        """Go on from a checkpoint: the learner, the samplers, the cursor and the ledger are as they were after `step`."""
+        state = self.run_dir.load_state(step)
+        await self.roles.learner.load(self.run_dir.step_folder(step) / "learner")
+        self.cursor.load_state_dict(state["cursor"])
+        self.step = self._saved_step = step
+        self._order = state["order"]
+        forgotten = self.ledger.roll_back(step)
+        if forgotten:
+            self.emit(MessageEvent("info", f"{forgotten} groups after step {step} will be sampled again"))
+        await self.roles.weights.sync(step)
+
+    async def run(self) -> str:
+        """Train to the end, or until `stop`. Returns how it ended: `finished`, or the reason of the stop."""
+        try:
+            if self.step == 0:
+                await self._evaluate()
+            while self.step < self.total_steps and self._stop_reason is None:
+                await self._one_step()
+                if self._due(self.config.eval.every_steps):
+                    await self._evaluate()
+                if self._due(self.config.checkpoint.every_steps):
+                    await self._checkpoint(export=self.config.checkpoint.export)
+            if self.step != self._saved_step:
+                await self._checkpoint(export=True)
+        finally:
+            for task in self._groups:
+                task.cancel()
+            await asyncio.gather(*self._groups, return_exceptions=True)
+        return self._stop_reason if self.step < self.total_steps and self._stop_reason else "finished"
+
+    def _due(self, every: int) -> bool:
+        last = self.step == self.total_steps
+        return last or (every > 0 and self.step % every == 0)
+
+    # One step, top to bottom.
+
+    async def _one_step(self) -> None:
+        self._time.start_step()
+        self._counts = StepCounts()
+        with self._time.phase("rollout"):
+            groups = await self._collect()
+        self._set_advantages(groups)
+        batch = self._cut(groups)
+        with self._time.phase("update"):
+            self.emit(PhaseEvent("update", "", 0, 0))
+            update = await self.roles.learner.update(batch)
+        self.step += 1
+        self.ledger.trained(groups, self.step)
+        with self._time.phase("sync"):
+            sync = await self.roles.weights.sync(self.step)
+        with self._time.phase("log"):
+            await self.roles.rollout_log.write(self.step, groups)
+        self._record(groups, update, sync)
+
+    async def _collect(self) -> list[Group]:
+        """P complete groups, in dispatch order."""
+        wanted = self.config.prompts_per_step
+        ready: list[Group] = []
+        while len(ready) < wanted:
+            self._dispatch(ready)
+            done, _ = await asyncio.wait(self._groups, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                self._groups.discard(task)
+                group = task.result()
+                self.ledger.sampled(group)
+                if self._keep(group):
+                    ready.append(group)
+            self.emit(PhaseEvent("rollout", "", len(ready), wanted))
+        ready.sort(key=lambda g: g.order)
+        return ready
+
+    def _dispatch(self, ready: list[Group]) -> None:
+        """Start as many groups as the staleness bound allows: those that a later step would train too late are not begun."""
+        allowed = (self.config.algorithm.max_staleness + 1) * self.config.prompts_per_step
+        fresh = []
+        for _ in range(allowed - len(ready) - len(self._groups)):
+            fresh.append(Group(prompt=self.cursor.next(), order=self._order, dispatched_version=self.step))
+            self._order += 1
+        self.ledger.dispatched(fresh)
+        self._groups |= {asyncio.create_task(self._fill(group)) for group in fresh}
+
+    async def _fill(self, group: Group) -> Group:
+        """Sample G completions of the prompt and score them."""
+        size = self.config.rollout.num_generations
+        if self.config.reward.unit == "sample":
+            async with asyncio.TaskGroup() as tasks:
+                pairs = [tasks.create_task(self._sample_and_score(group.prompt, i)) for i in range(size)]
+            group.samples = [p.result()[0] for p in pairs]
+            group.scores = [p.result()[1] for p in pairs]
+        else:
+            async with asyncio.TaskGroup() as tasks:
+                drawn = [tasks.create_task(self._sample(group.prompt, i)) for i in range(size)]
+            group.samples = [d.result() for d in drawn]
+            group.scores = await self.roles.scorer.score([_score_request(group.prompt, s) for s in group.samples])
+        return group
+
+    async def _sample_and_score(self, prompt: Prompt, index: int) -> tuple[SampleInfo, Score]:
+        info = await self._sample(prompt, index)
+        (score,) = await self.roles.scorer.score([_score_request(prompt, info)])
+        return info, score
+
+    async def _sample(self, prompt: Prompt, index: int) -> SampleInfo:
+        seed = sample_seed(self.config.seed, prompt.id, index)
+        return await self.roles.sampler.generate(SampleRequest(prompt.id, index, prompt.token_ids, seed, self._params))
+
+    def _keep(self, group: Group) -> bool:
+        """Apply the failure policy. A dropped group is replaced by the next prompt.
+
+        Raises:
+            RewardError: more scores failed than `reward.on_failure.abort_above` allows.
+        """
+        policy = self.config.reward.on_failure
+        counts = self._counts
+        counts.scored += len(group.scores)
+        failed = [s for s in group.scores if s.status.failed]
+        for score in failed:
+            part = next((p for p in score.parts if p.status.failed), None)
+            name = part.name if part else "reward"
+            counts.failed[name] = counts.failed.get(name, 0) + 1
+            counts.last_failure = f"{name}: {score.status}: {score.detail}"
+        num_failed = sum(counts.failed.values())
+        # Four groups at least: one poisoned prompt is no reason to end, and a function that always hangs is found soon.
+        enough = min(self.config.prompts_per_step, 4) * self.config.rollout.num_generations
+        if num_failed > policy.abort_above * max(counts.scored, enough):
+            raise RewardError(
+                f"{num_failed} of {counts.scored} scores of step {self.step + 1} failed, more than reward.on_failure.abort_above "
+                f"({policy.abort_above:g}) allows; the last one: {counts.last_failure}"
+            )
+        if not failed:
+            return True
+        if policy.action == "value":
+            group.scores = [
+                Score(status=s.status, value=policy.value, parts=s.parts, detail=s.detail) if s.status.failed else s
+                for s in group.scores
+            ]
+            return True
+        self.ledger.dropped(group, self.step + 1, f"reward_{failed[0].status}")
+        counts.dropped["reward_failed"] = counts.dropped.get("reward_failed", 0) + 1
+        return False
+
+    def _set_advantages(self, groups: list[Group]) -> None:
+        a = self.config.algorithm
+        rewards_PG = torch.tensor([[s.value for s in g.scores] for g in groups], dtype=torch.float64)
+        advantages_PG = group_advantages(
+            rewards_PG,
+            mask_PG=~rewards_PG.isnan(),
+            normalize_std=a.advantage == "grpo",
+            ddof=a.std_ddof,
+            eps=a.std_eps,
+        )
+        for group, row in zip(groups, advantages_PG.tolist(), strict=True):
+            group.advantages = row
+
+    def _cut(self, groups: list[Group]) -> TrainBatch:
+        """The batch of this step. Nothing older than `max_staleness` may be in it."""
+        bound = self.step - self.config.algorithm.max_staleness
+        for g in groups:
+            assert g.min_version >= bound, (
+                f"group {g.prompt.id} holds tokens of version {g.min_version}, the bound is {bound}"
+            )
+        samples = [
+            TrainSample(
+                ref=info.ref,
+                row=info.row,
+                prompt_id=info.prompt_id,
+                index=info.index,
+                num_prompt_tokens=info.num_prompt_tokens,
+                num_tokens=info.num_tokens,
+                advantage=advantage,
+                group=number,
+                loss_mask=score.value == score.value,
+            )
+            for number, g in enumerate(groups)
+            for info, score, advantage in zip(g.samples, g.scores, g.advantages, strict=True)
+        ]
+        return TrainBatch(step=self.step, samples=samples, temperature=self.config.rollout.temperature)
+
+    # What is written down.
+
+    def _record(self, groups: list[Group], update: UpdateReport, sync: SyncReport) -> None:
+        metrics = step_metrics(
+            groups,
+            update,
+            sync,
+            sampler_stats=self.roles.sampler.take_stats(),
+            seconds=self._time.end_step(),
+            dropped=self._counts.dropped,
+            failed=self._counts.failed,
+        )
+        mismatch = metrics.get("mismatch/mean_abs", 0.0)
+        if mismatch > MISMATCH_WARNING and self.config.model.dtype == "float32":
+            self.emit(
+                MessageEvent(
+                    "warning", f"sampler and learner disagree: mean |log-probability difference| {mismatch:.4f}"
+                )
+            )
+        self._track(metrics)
+        self.emit(StepEvent(self.step, self.total_steps, metrics))
+
+    def _track(self, metrics: dict[str, float]) -> None:
+        for tracker in self.trackers:
+            tracker.log(self.step, metrics)
+
+    async def _evaluate(self) -> EvalResult | None:
+        if not self.eval_prompts:
+            return None
+        with self._time.phase("eval") as span:
+            result = await evaluate(
+                self.eval_prompts,
+                self.roles.sampler,
+                self.roles.scorer,
+                self.config,
+                progress=lambda done, total: self.emit(PhaseEvent("eval", "", done, total)),
+            )
+        self._track(eval_metrics(result, span.seconds))
+        self.emit(EvalEvent(self.step, result.accuracy, result.num_prompts * result.num_samples, result.standard_error))
+        return result
+
+    async def _checkpoint(self, *, export: bool) -> None:
+        assert not self._groups, "a checkpoint is taken between steps, with nothing under way"
+
+        async def write(folder: Path) -> None:
+            (folder / "learner").mkdir()
+            await self.roles.learner.save(folder / "learner")
+            if export:
+                (folder / "hf").mkdir()
+                await self.roles.learner.export(folder / "hf")
+
+        state: dict[str, Any] = {"step": self.step, "order": self._order, "cursor": self.cursor.state_dict()}
+        with self._time.phase("checkpoint") as span:
+            path = await save_checkpoint(self.run_dir, self.step, state, write, keep=self.config.checkpoint.keep)
+        self._saved_step = self.step
+        self._track({"time/checkpoint": span.seconds})
+        self.emit(CheckpointEvent(self.step, str(path), span.seconds))
+
+
+def total_steps(config: RunConfig, num_prompts: int) -> int:
+    return config.num_steps or max(1, int(config.num_epochs * num_prompts / config.prompts_per_step))
+
+
+def _score_request(prompt: Prompt, info: SampleInfo) -> ScoreRequest:
+    return ScoreRequest(info, prompt.text, prompt.messages, prompt.columns)

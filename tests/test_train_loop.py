@@ -1,0 +1,268 @@
+"""The loop over plain objects: what it guarantees whatever the machinery's timing and failures."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_ray.checkpoint import RunDir
+from grpo_ray.config import RunConfig, build, deep_merge, parse_overrides
+from grpo_ray.cursor import Cursor
+from grpo_ray.errors import RewardError
+from grpo_ray.events import EvalEvent, StepEvent
+from grpo_ray.ledger import Ledger
+from grpo_ray.train_loop import Roles, TrainLoop
+from grpo_ray.types import (
+    Group,
+    Prompt,
+    RewardScore,
+    SampleInfo,
+    SampleRequest,
+    Score,
+    ScoreRequest,
+    ScoreStatus,
+    SyncReport,
+    TrainBatch,
+    UpdateReport,
+)
+
+ROWS = 10
+
+
+class Rows:
+    """A data set of ten prompts."""
+
+    fingerprint = "ten rows"
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def item(self, row: int, epoch: int) -> Prompt:
+        return Prompt(f"ten/{epoch}/{row}", [1, 2, 3], f"prompt {row}", None, {"answer": row})
+
+
+class World:
+    """Sampler, scorer, learner, weights and log in one, with random delays and a record of everything."""
+
+    def __init__(self, jitter: int) -> None:
+        self.rng = random.Random(jitter)
+        self.version = 0
+        self.under_way: set[str] = set()
+        self.most_under_way = 0
+        self.batches: list[TrainBatch] = []
+        self.written: list[tuple[int, list[str]]] = []
+        self.broken: dict[str, ScoreStatus] = {}
+        self.on_update: Any = None
+
+    async def generate(self, request: SampleRequest) -> SampleInfo:
+        self.under_way.add(request.prompt_id)
+        self.most_under_way = max(self.most_under_way, len(self.under_way))
+        version = self.version
+        await asyncio.sleep(self.rng.random() * 0.002)
+        length = request.seed % 7 + 1
+        return SampleInfo(
+            request.prompt_id, request.index, 3, length, version, "stop", "w-0", ref=[request.seed], row=0
+        )
+
+    def take_stats(self) -> dict[str, float]:
+        return {}
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        await asyncio.sleep(self.rng.random() * 0.002)
+        return [self._score(r) for r in requests]
+
+    def _score(self, request: ScoreRequest) -> Score:
+        status = self.broken.get(request.sample.prompt_id, ScoreStatus.OK)
+        if status is not ScoreStatus.OK:
+            part = RewardScore("r", status, float("nan"), "broken on purpose")
+            return Score(status, float("nan"), (part,), part.detail)
+        value = float(request.sample.ref[0] % 3)
+        return Score(status, value, (RewardScore("r", status, value),))
+
+    async def update(self, batch: TrainBatch) -> UpdateReport:
+        self.under_way.clear()
+        self.batches.append(batch)
+        if self.on_update is not None:
+            self.on_update(batch.step)
+        return UpdateReport(batch.step, {"loss/policy": 0.0, "grad_norm": 1.0}, 0.0)
+
+    async def sync(self, version: int) -> SyncReport:
+        self.version = version
+        return SyncReport(version, 0.01, 0.005, 10, "0", 1)
+
+    async def save(self, folder: Path) -> None:
+        (folder / "state.json").write_text(json.dumps(self.version))
+
+    async def load(self, folder: Path) -> None:
+        self.version = json.loads((folder / "state.json").read_text())
+
+    async def export(self, folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+
+    async def write(self, step: int, groups: Sequence[Group]) -> None:
+        self.written.append((step, [g.prompt.id for g in groups]))
+
+
+def config(*overrides: str) -> RunConfig:
+    base = {
+        "model": {"tiny": {}, "dtype": "float32"},
+        "data": {"train": {"path": "x"}},
+        "rollout": {"num_generations": 4, "max_completion_length": 8},
+        "reward": {"functions": [{"name": "r"}]},
+        "prompts_per_step": 3,
+        "num_steps": 7,
+        "checkpoint": {"every_steps": 100},
+    }
+    return build(RunConfig, deep_merge(base, parse_overrides(list(overrides))), "test")
+
+
+class Session:
+    """One process's worth of a run."""
+
+    def __init__(self, folder: Path, cfg: RunConfig, jitter: int = 0, eval_prompts: Sequence[Prompt] = ()) -> None:
+        self.world = World(jitter)
+        self.events: list[Any] = []
+        self.run_dir = RunDir(folder)
+        self.ledger = Ledger(self.run_dir.ledger)
+        world = self.world
+        self.loop = TrainLoop(
+            cfg,
+            Roles(world, world, world, world, world),
+            Cursor(Rows(), seed=cfg.seed, shuffle=True),
+            eval_prompts,
+            self.ledger,
+            self.run_dir,
+            [],
+            self.events.append,
+        )
+
+    def go(self) -> str:
+        async def work() -> str:
+            steps = self.run_dir.steps()
+            if steps:
+                await self.loop.restore(steps[-1])
+            return await asyncio.wait_for(self.loop.run(), 20)
+
+        try:
+            return asyncio.run(work())
+        finally:
+            self.ledger_rows = self.ledger.rows()
+            self.ledger.close()
+
+
+def essence(batch: TrainBatch) -> list[tuple[str, int, int, float]]:
+    return [(s.prompt_id, s.index, s.num_tokens, s.advantage) for s in batch.samples]
+
+
+def test_every_prompt_is_trained_exactly_once_in_each_epoch(tmp_path):
+    session = Session(tmp_path, config("num_steps=10"))
+    assert session.go() == "finished"
+    trained = [row[0] for row in session.ledger_rows if row[2] == "trained"]
+    assert len(trained) == 30
+    for epoch in range(3):
+        assert sorted(p for p in trained if p.startswith(f"ten/{epoch}/")) == sorted(
+            f"ten/{epoch}/{r}" for r in range(ROWS)
+        )
+
+
+def test_a_batch_does_not_depend_on_timing(tmp_path):
+    runs = []
+    for jitter in range(3):
+        session = Session(tmp_path / str(jitter), config(), jitter)
+        session.go()
+        runs.append([essence(b) for b in session.world.batches])
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_no_more_groups_are_begun_than_one_version_trains(tmp_path):
+    session = Session(tmp_path, config())
+    session.go()
+    assert session.world.most_under_way == 3
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 5])
+def test_a_stopped_and_resumed_run_equals_one_never_stopped(tmp_path, stop_at):
+    whole = Session(tmp_path / "whole", config())
+    whole.go()
+    first = Session(tmp_path / "cut", config(), jitter=1)
+    first.world.on_update = lambda step: first.loop.stop("SIGTERM") if step == stop_at - 1 else None
+    assert first.go() == "SIGTERM"
+    second = Session(tmp_path / "cut", config(), jitter=2)
+    assert second.go() == "finished"
+    assert second.ledger_rows == whole.ledger_rows
+    halves = first.world.batches + second.world.batches
+    assert [essence(b) for b in halves] == [essence(b) for b in whole.world.batches]
+    assert [b.step for b in halves] == list(range(7))
+
+
+def test_a_run_that_died_after_its_checkpoint_trains_the_lost_steps_again(tmp_path):
+    whole = Session(tmp_path / "whole", config())
+    whole.go()
+
+    def die(step: int) -> None:
+        if step == 5:
+            raise RuntimeError("killed")
+
+    first = Session(tmp_path / "cut", config("checkpoint.every_steps=2"))
+    first.world.on_update = die
+    with pytest.raises(RuntimeError, match="killed"):
+        first.go()
+    second = Session(tmp_path / "cut", config("checkpoint.every_steps=2"))
+    assert second.go() == "finished"
+    assert second.world.batches[0].step == 4
+    assert second.ledger_rows == whole.ledger_rows
+
+
+def test_a_failed_score_drops_its_group_and_the_next_prompt_takes_its_place(tmp_path):
+    whole = Session(tmp_path / "whole", config("num_steps=1"))
+    whole.go()
+    victim = whole.world.batches[0].samples[0].prompt_id
+    session = Session(tmp_path / "cut", config("num_steps=1"))
+    session.world.broken[victim] = ScoreStatus.TIMEOUT
+    session.go()
+    (batch,) = session.world.batches
+    assert len(batch.samples) == 12
+    assert victim not in {s.prompt_id for s in batch.samples}
+    assert (victim, "dropped", "reward_timeout") in [(r[0], r[2], r[4]) for r in session.ledger_rows]
+
+
+def test_under_the_value_policy_a_failed_score_gets_the_value_and_keeps_its_status(tmp_path):
+    cfg = config("num_steps=1", "reward.on_failure={action: value, value: -5, abort_above: 1}")
+    session = Session(tmp_path, cfg)
+    session.world.broken = {f"ten/0/{r}": ScoreStatus.CRASHED for r in range(ROWS)}
+    assert session.go() == "finished"
+    assert all(s.advantage == 0 for s in session.world.batches[0].samples)
+
+
+def test_too_many_failures_end_the_run_and_name_the_function(tmp_path):
+    session = Session(tmp_path, config())
+    session.world.broken = {f"ten/{e}/{r}": ScoreStatus.ERROR for e in range(9) for r in range(ROWS)}
+    with pytest.raises(RewardError, match=r"abort_above.*r: error: broken on purpose"):
+        session.go()
+
+
+def test_advantages_have_mean_zero_in_every_group(tmp_path):
+    session = Session(tmp_path, config())
+    session.go()
+    for batch in session.world.batches:
+        for number in range(3):
+            values = [s.advantage for s in batch.samples if s.group == number]
+            assert abs(sum(values)) < 1e-9
+
+
+def test_accuracy_is_measured_before_the_first_step_and_after_the_last(tmp_path):
+    prompts = [Rows().item(r, 0) for r in range(4)]
+    session = Session(tmp_path, config("num_steps=2", "eval.threshold=2"), eval_prompts=prompts)
+    session.go()
+    steps = [e.step for e in session.events if isinstance(e, EvalEvent)]
+    assert steps == [0, 2]
+    assert [e.step for e in session.events if isinstance(e, StepEvent)] == [1, 2]
+    for event in session.events:
+        if isinstance(event, EvalEvent):
+            assert event.accuracy in (0, 0.25, 0.5, 0.75, 1)
