@@ -1,0 +1,131 @@
+"""The Ray cluster under a run: start one or join one, and see that it has what the run asks for before waiting for it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.errors import ResourceError
+
+NAMESPACE = "grpo-ray"
+LOCAL_START_TRIES = 2
+
+
+def connect(config: RunConfig | SftConfig) -> None:
+    """Join `cluster.address`, or start a cluster on this machine.
+
+    Raises:
+        ResourceError: the address does not answer.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_agent_register_timeout_ms", "100000")
+    cluster = config.cluster
+    common = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
+    if cluster.address is None and "RAY_ADDRESS" not in os.environ:
+        _start_local(cluster.num_cpus, common)
+        return
+    # A client of a cluster that runs already uses the token only when told to.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    import ray
+
+    address = cluster.address or os.environ["RAY_ADDRESS"]
+    try:
+        ray.init(address=address, **common)
+    except (ConnectionError, ValueError, RuntimeError) as e:
+        raise ResourceError(
+            f"no Ray cluster answers at cluster.address {address} ({e}); is its head started?"
+        ) from None
+
+
+def _start_local(num_cpus: int | None, common: dict[str, Any]) -> None:
+    """Ray gives its own processes 30 s, which a busy machine's first, cold start can miss; the second finds warm files."""
+    import ray
+
+    for left in reversed(range(LOCAL_START_TRIES)):
+        try:
+            # A cluster started here turns Ray's token authentication on by itself, and makes the token.
+            ray.init(num_cpus=num_cpus, include_dashboard=False, **common)
+            return
+        except Exception as e:
+            ray.shutdown()
+            if not left:
+                raise ResourceError(
+                    f"Ray did not start on this machine in {LOCAL_START_TRIES} tries ({e}); is it very busy, or out of memory or "
+                    "disk? Its logs are in the session_latest folder of Ray's temporary directory"
+                ) from None
+
+
+def has_gpus() -> bool:
+    """Does any node of the cluster offer GPUs?"""
+    import ray
+
+    return ray.cluster_resources().get("GPU", 0) > 0
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one kind of worker asks of the cluster."""
+
+    option: str
+    """The config section, e.g. `rollout`."""
+    num_actors: int
+    num_cpus: float
+    """Per actor."""
+    num_gpus: float
+    """Per actor."""
+
+
+def demands(config: RunConfig | SftConfig, gpus: bool) -> list[Demand]:
+    learner = config.learner
+    out = []
+    if isinstance(config, RunConfig):
+        rollout = config.rollout
+        per_engine = rollout.num_gpus if rollout.num_gpus is not None else rollout.tensor_parallel_size if gpus else 0
+        out.append(Demand("rollout", rollout.num_actors, rollout.num_cpus, per_engine))
+        out.append(Demand("reward", config.reward.num_actors, config.reward.num_cpus, 0))
+    per_rank = learner.num_gpus if learner.num_gpus is not None else 1 if gpus else 0
+    out.append(Demand("learner", learner.num_actors, learner.num_cpus, per_rank))
+    return out
+
+
+def missing(wanted: list[Demand], offered: dict[str, float]) -> str | None:
+    """One line saying what is asked for beyond what there is; None when everything fits.
+
+    Sums only: whether single nodes can hold single actors shows when they are placed.
+    """
+    lines = []
+    for kind, per_actor in (("CPU", lambda d: d.num_cpus), ("GPU", lambda d: d.num_gpus)):
+        asked = sum(d.num_actors * per_actor(d) for d in wanted)
+        have = offered.get(kind, 0)
+        if asked > have + 1e-9:
+            parts = " + ".join(f"{d.option} {d.num_actors} x {per_actor(d):g}" for d in wanted if per_actor(d))
+            lines.append(f"{asked:g} {kind}s are asked for ({parts}), {have:g} are there")
+    if not lines:
+        return None
+    return (
+        "; ".join(lines) + ". Lower num_actors, num_cpus or num_gpus of those, add nodes, "
+        "or on this machine alone let more actors share its cores with cluster.num_cpus"
+    )
+
+
+async def await_resources(wanted: list[Demand], deadline_s: float) -> None:
+    """Wait until the cluster is large enough, for nodes may still be joining.
+
+    Raises:
+        ResourceError: after `deadline_s`, saying what is missing. At once when no autoscaler or other node can bring more.
+    """
+    import ray
+
+    alone = len([n for n in ray.nodes() if n["Alive"]]) == 1 and "RAY_ADDRESS" not in os.environ
+    give_up = time.monotonic() + (0 if alone else deadline_s)
+    while True:
+        lacking = missing(wanted, ray.cluster_resources())
+        if lacking is None:
+            return
+        if time.monotonic() >= give_up:
+            raise ResourceError(f"the cluster is too small: {lacking}")
+        await asyncio.sleep(0.5)

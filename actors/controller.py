@@ -1,0 +1,337 @@
+"""The named actor that owns a run: it builds the pools, runs the loop, keeps what it has to tell, and takes commands.
+
+    driver (launch/follow.py)  -- run, events, stop -->  Controller  --> pools --> actors
+
+The driver may vanish and come back; the run is here. Only references and small records pass through it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+
+from actors.cluster import has_gpus
+from actors.learner_group import LearnerGroup
+from actors.reward_pool import RewardPool
+from actors.rollout_pool import RolloutPool
+from actors.runtime import own_log, within
+from actors.weights import RayWeightSync
+from grpo_ray.attention import cpu_has_bf16
+from grpo_ray.checkpoint import RunDir
+from grpo_ray.config import RunConfig, SftConfig, Strict
+from grpo_ray.cursor import Cursor
+from grpo_ray.errors import ConfigError, GrpoRayError
+from grpo_ray.evaluate import evaluate
+from grpo_ray.events import EndEvent, EvalEvent, Event, MessageEvent, PhaseEvent
+from grpo_ray.ledger import Ledger
+from grpo_ray.models import context_length, load_config, load_tokenizer, prepare_model
+from grpo_ray.prompts import PromptSets, load_demonstrations, load_prompts
+from grpo_ray.rollout_log import ParquetRolloutLog, remove_after
+from grpo_ray.sft_loop import SftLoop, sft_steps
+from grpo_ray.tokenized import LoadReport
+from grpo_ray.tracking import make_trackers
+from grpo_ray.train_loop import Roles, TrainLoop, total_steps
+from grpo_ray.types import Group, Sample
+
+P = TypeVar("P", RolloutPool, RewardPool, LearnerGroup)
+
+LOG_NAME = "controller"
+
+
+def start_controller(kind: str, config: RunConfig | SftConfig, run_dir: Path, resume_step: int | None) -> Any:
+    """The handle of a new controller for this run, on this node. It does nothing before `run`."""
+    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=False
+    )
+    actor = ray.remote(Controller).options(
+        name=f"controller:{run_dir.name}",
+        num_cpus=0,
+        scheduling_strategy=here,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}},
+    )
+    return actor.remote(kind, config, str(run_dir.resolve()), resume_step)
+
+
+class Controller:
+    """One run. Its methods are coroutines on one event loop: `stop` and `events` answer while `run` is under way."""
+
+    def __init__(self, kind: str, config: RunConfig | SftConfig, run_dir: str, resume_step: int | None) -> None:
+        own_log(run_dir, LOG_NAME)
+        self._kind = kind
+        self._config: Strict = config
+        self._run = RunDir(Path(run_dir))
+        self._resume_step = resume_step
+        self._events: list[Event] = []
+        self._news = asyncio.Event()
+        self._stop_reason: str | None = None
+        self._loop: Any = None
+        self._work: asyncio.Task[str] | None = None
+
+    async def run(self) -> None:
+        """The whole run. How it ended is the last event; this never raises."""
+        self._work = asyncio.create_task(self._run_kind())
+        try:
+            reason = await self._work
+            end = EndEvent(reason, "")
+        except asyncio.CancelledError:
+            end = EndEvent(self._stop_reason or "cancelled", "")
+        except BaseException as e:
+            end = EndEvent("failed", _message(e))
+            traceback.print_exc()
+        self._emit(end)
+
+    async def events(self, after: int, wait_s: float) -> list[Event]:
+        """What happened since event number `after`; waits up to `wait_s` for something."""
+        if len(self._events) <= after:
+            self._news.clear()
+            try:
+                await asyncio.wait_for(self._news.wait(), wait_s)
+            except TimeoutError:
+                return []
+        return self._events[after:]
+
+    async def stop(self, reason: str) -> None:
+        """End after the step under way, with a checkpoint; before the first step, at once."""
+        self._stop_reason = reason
+        if self._loop is not None:
+            self._loop.stop(reason)
+        elif self._work is not None:
+            self._work.cancel()
+
+    def _emit(self, event: Event) -> None:
+        self._events.append(event)
+        self._news.set()
+
+    def _phase(self, phase: str, detail: str = "") -> None:
+        self._emit(PhaseEvent(phase, detail, 0, 0))
+
+    def _warn(self, text: str) -> None:
+        self._emit(MessageEvent("warning", text))
+
+    async def _run_kind(self) -> str:
+        match self._config, self._kind:
+            case RunConfig() as config, "grpo":
+                return await self._grpo(config)
+            case RunConfig() as config, "eval":
+                return await self._eval(config)
+            case SftConfig() as config, "sft":
+                return await self._sft(config)
+        raise ConfigError(f"no run of kind {self._kind} with a {type(self._config).__name__}")
+
+    # The three kinds of run. What can be wrong with data and rewards shows before an engine is started.
+
+    async def _grpo(self, config: RunConfig) -> str:
+        model = await self._prepare_model(config)
+        prompts = await self._load_prompts(config, model)
+        steps = total_steps(config, len(prompts.train))
+        async with _Workers(config, self._run, model, self._phase, self._warn, steps) as workers:
+            roles = await workers.start_all()
+            rollout_log = await self._rollout_log(config)
+            trackers = make_trackers(config.tracking, self._run.path, self._resume_step, config.model_dump(mode="json"))
+            ledger = Ledger(self._run.ledger)
+            if self._resume_step is None:
+                ledger.roll_back(0)
+            self._loop = loop = TrainLoop(
+                config,
+                Roles(roles.sampler, roles.scorer, roles.learner, roles.weights, rollout_log),
+                Cursor(prompts.train, seed=config.seed, shuffle=config.data.shuffle),
+                list(prompts.eval) if prompts.eval is not None else [],
+                ledger,
+                self._run,
+                trackers,
+                self._emit,
+            )
+            try:
+                if self._stop_reason is not None:
+                    loop.stop(self._stop_reason)
+                if self._resume_step is not None:
+                    self._phase("restoring", f"step {self._resume_step}")
+                    await loop.restore(self._resume_step)
+                return await loop.run()
+            finally:
+                await rollout_log.close()
+                ledger.close()
+                for tracker in trackers:
+                    tracker.close()
+
+    async def _sft(self, config: SftConfig) -> str:
+        model = await self._prepare_model(config)
+        self._phase("data")
+        tokenizer = await asyncio.to_thread(load_tokenizer, model, trust_remote_code=config.model.trust_remote_code)
+        examples = await asyncio.to_thread(
+            load_demonstrations, config.data, tokenizer, seed=config.seed, max_length=config.max_length
+        )
+        self._tell_what_was_left_out(examples.report)
+        steps = sft_steps(config, len(examples))
+        async with _Workers(config, self._run, model, self._phase, self._warn, steps) as workers:
+            learner = await workers.start_learner()
+            trackers = make_trackers(config.tracking, self._run.path, self._resume_step, config.model_dump(mode="json"))
+            self._loop = loop = SftLoop(
+                config,
+                learner,
+                Cursor(examples, seed=config.seed, shuffle=config.data.shuffle),
+                self._run,
+                trackers,
+                self._emit,
+            )
+            try:
+                if self._stop_reason is not None:
+                    loop.stop(self._stop_reason)
+                if self._resume_step is not None:
+                    await loop.restore(self._resume_step)
+                return await loop.run()
+            finally:
+                for tracker in trackers:
+                    tracker.close()
+
+    async def _eval(self, config: RunConfig) -> str:
+        model = await self._prepare_model(config)
+        prompts = await self._load_prompts(config, model)
+        assert prompts.eval is not None
+        async with _Workers(config, self._run, model, self._phase, self._warn) as workers:
+            sampler, scorer = await asyncio.gather(workers.start_sampler(), workers.start_scorer())
+            result = await evaluate(
+                list(prompts.eval),
+                sampler,
+                scorer,
+                config,
+                progress=lambda n, total: self._emit(PhaseEvent("eval", "", n, total)),
+            )
+        self._emit(EvalEvent(0, result.accuracy, result.num_prompts * result.num_samples, result.standard_error))
+        return "finished"
+
+    async def _prepare_model(self, config: RunConfig | SftConfig) -> str:
+        self._phase("model")
+        if config.model.dtype == "bfloat16" and not has_gpus() and not cpu_has_bf16():
+            self._warn(
+                "this CPU has no bfloat16 instructions and takes 50 times as long without; use model.dtype=float32"
+            )
+        return await asyncio.to_thread(prepare_model, config.model, self._run.path)
+
+    async def _load_prompts(self, config: RunConfig, model: str) -> PromptSets:
+        self._phase("data")
+        code = config.model.trust_remote_code
+        context = context_length(await asyncio.to_thread(load_config, model, trust_remote_code=code))
+        tokenizer = await asyncio.to_thread(load_tokenizer, model, trust_remote_code=code)
+        prompts = await asyncio.to_thread(load_prompts, config.data, tokenizer, seed=config.seed, max_context=context)
+        self._tell_what_was_left_out(prompts.train.report)
+        return prompts
+
+    def _tell_what_was_left_out(self, report: LoadReport) -> None:
+        if report.num_too_long:
+            self._emit(
+                MessageEvent(
+                    "warning", f"{report.num_too_long} of {report.num_rows} rows are too long and were left out"
+                )
+            )
+        if report.num_in_eval:
+            self._emit(
+                MessageEvent(
+                    "info", f"{report.num_in_eval} of {report.num_rows} rows are also in data.eval and were left out"
+                )
+            )
+
+    async def _rollout_log(self, config: RunConfig) -> ParquetRolloutLog | NoRolloutLog:
+        if not config.tracking.rollouts:
+            return NoRolloutLog()
+        folder = self._run.path / "rollouts"
+        folder.mkdir(exist_ok=True)
+        remove_after(folder, self._resume_step or 0)
+
+        async def fetch(refs: list[Any]) -> list[Sequence[Sample]]:
+            return list(await within(asyncio.gather(*refs), 60, "reading samples for rollouts/", "tracking.rollouts"))
+
+        return ParquetRolloutLog(folder, config.seed, fetch)
+
+
+class NoRolloutLog:
+    """`tracking.rollouts: false`."""
+
+    async def write(self, step: int, groups: Sequence[Group]) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class _Started:
+    sampler: RolloutPool
+    scorer: RewardPool
+    learner: LearnerGroup
+    weights: RayWeightSync
+
+
+class _Workers:
+    """The pools of a run, started side by side and ended together, whatever happens in between."""
+
+    def __init__(
+        self,
+        config: RunConfig | SftConfig,
+        run: RunDir,
+        model: str,
+        phase: Callable[[str, str], None],
+        warn: Callable[[str], None],
+        num_steps: int | None = None,
+    ) -> None:
+        self._config = config
+        self._run_dir = str(run.path)
+        self._model = model
+        self._phase = phase
+        self._warn = warn
+        self._num_steps = num_steps
+        self._gpus = has_gpus()
+        self._pools: list[RolloutPool | RewardPool | LearnerGroup] = []
+
+    async def __aenter__(self) -> _Workers:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.gather(*(p.close() for p in self._pools), return_exceptions=True)
+
+    async def start_all(self) -> _Started:
+        async with asyncio.TaskGroup() as tasks:
+            scorer = tasks.create_task(self.start_scorer())
+            sampler = tasks.create_task(self.start_sampler())
+            learner = tasks.create_task(self.start_learner())
+        weights = RayWeightSync(sampler.result(), learner.result(), timeout_s=self._config.deadlines.sync_s)
+        return _Started(sampler.result(), scorer.result(), learner.result(), weights)
+
+    async def start_scorer(self) -> RewardPool:
+        assert isinstance(self._config, RunConfig)
+        pool = await RewardPool.create(
+            self._config.reward, self._run_dir, start_timeout_s=self._config.deadlines.start_s
+        )
+        return self._opened(pool, "rewards")
+
+    async def start_sampler(self) -> RolloutPool:
+        assert isinstance(self._config, RunConfig)
+        pool = await RolloutPool.create(self._config, self._model, self._run_dir, has_gpus=self._gpus)
+        pool.on_trouble = self._warn
+        return self._opened(pool, "rollout")
+
+    async def start_learner(self) -> LearnerGroup:
+        pool = await LearnerGroup.create(
+            self._config, self._model, self._run_dir, has_gpus=self._gpus, num_steps=self._num_steps
+        )
+        return self._opened(pool, "learner")
+
+    def _opened(self, pool: P, what: str) -> P:
+        self._pools.append(pool)
+        self._phase("started", what)
+        return pool
+
+
+def _message(error: BaseException) -> str:
+    """One message for the user: of the first error that has one, through the groups that asyncio wraps them in."""
+    if isinstance(error, BaseExceptionGroup):
+        return _message(next((e for e in error.exceptions if isinstance(e, GrpoRayError)), error.exceptions[0]))
+    if isinstance(error, GrpoRayError):
+        return str(error)
+    return f"{type(error).__name__}: {error} (the traceback is in logs/{LOG_NAME}.log)"

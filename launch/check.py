@@ -1,0 +1,162 @@
+"""Everything that can be validated without loading a model; prints the plan of a run."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from actors.cluster import demands, missing
+from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.errors import ResourceError
+from grpo_ray.memory import count_parameters, learner_memory
+from grpo_ray.models import check_model_path, context_length, load_config, load_tokenizer, prepare_model
+from grpo_ray.rewards import BUILTINS, resolve
+from launch.recipe import find_recipe, is_sft, load_recipe, recipe_names
+
+console = Console(highlight=False)
+
+
+def preflight(config: RunConfig | SftConfig) -> None:
+    """What takes no time and should fail before a cluster is started: the model's folder, and the names of rewards."""
+    if config.model.path is not None:
+        check_model_path(config.model.path)
+    if isinstance(config, RunConfig):
+        for function in config.reward.functions:
+            resolve(function)
+
+
+def check_recipe(recipe: str, overrides: list[str]) -> None:
+    """Raises GrpoRayError at the first thing that would keep the run from working."""
+    sft = is_sft(find_recipe(recipe))
+    config = load_recipe(SftConfig, recipe, overrides) if sft else load_recipe(RunConfig, recipe, overrides)
+    preflight(config)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    with console.status("reading model config and data ..."), tempfile.TemporaryDirectory() as scratch:
+        model = prepare_model(config.model, Path(scratch))
+        for name, text in [
+            *_model_rows(config, model),
+            *_data_rows(config, model),
+            *_step_rows(config),
+            *_cluster_rows(config),
+        ]:
+            table.add_row(name, text)
+    console.print(table)
+    console.print(f"[green]ok[/]     grpo-ray {'sft' if sft else 'train'} {' '.join([recipe, *overrides])}")
+
+
+def _model_rows(config: RunConfig | SftConfig, model: str) -> list[tuple[str, str]]:
+    model_config = load_config(model, trust_remote_code=config.model.trust_remote_code)
+    params = count_parameters(model_config)
+    reference = isinstance(config, RunConfig) and config.algorithm.beta > 0
+    memory = learner_memory(params, model_config.vocab_size, config.model, config.learner, reference=reference)
+    parts = ", ".join(
+        f"{what} {_gib(n)}"
+        for what, n in (
+            ("weights", memory.weights),
+            ("gradients", memory.gradients),
+            ("optimizer", memory.optimizer),
+            ("reference", memory.reference),
+            ("one chunk of logits", memory.logits),
+        )
+        if n
+    )
+    source = config.model.path or "tiny, made on the spot"
+    return [
+        (
+            "model",
+            f"{source}: {params / 1e6:,.1f} M parameters, {config.model.dtype}, context {context_length(model_config)}",
+        ),
+        ("memory", f"each learner {_gib(memory.total)} and activations ({parts})"),
+    ]
+
+
+def _data_rows(config: RunConfig | SftConfig, model: str) -> list[tuple[str, str]]:
+    from grpo_ray.prompts import load_demonstrations, load_prompts
+
+    tokenizer = load_tokenizer(model, trust_remote_code=config.model.trust_remote_code)
+    if isinstance(config, SftConfig):
+        examples = load_demonstrations(config.data, tokenizer, seed=config.seed, max_length=config.max_length)
+        return [
+            ("data", f"{config.data.train.path}: {examples.report.num_kept} of {examples.report.num_rows} examples")
+        ]
+    context = context_length(load_config(model, trust_remote_code=config.model.trust_remote_code))
+    prompts = load_prompts(config.data, tokenizer, seed=config.seed, max_context=context)
+    report = prompts.train.report
+    left_out = (
+        f" ({report.num_too_long} too long, {report.num_in_eval} also in data.eval)"
+        if report.num_kept < report.num_rows
+        else ""
+    )
+    rows = [("data", f"{config.data.train.path}: {report.num_kept} of {report.num_rows} prompts{left_out}")]
+    if prompts.eval is not None and config.data.eval is not None:
+        rows.append(("held out", f"{config.data.eval.path}: {len(prompts.eval)} prompts x {config.eval.num_samples}"))
+    first = prompts.train.item(0, 0)
+    rows.append(("prompt", repr(first.text if len(first.text) < 300 else first.text[:297] + "...")))
+    return rows
+
+
+def _step_rows(config: RunConfig | SftConfig) -> list[tuple[str, str]]:
+    if isinstance(config, SftConfig):
+        return [("step", f"{config.examples_per_step} examples")]
+    a, r = config.algorithm, config.rollout
+    updates = a.num_iterations * a.num_mini_batches
+    rewards = " + ".join(f"{f.weight:g} x {f.name}" for f in config.reward.functions)
+    return [
+        (
+            "step",
+            f"{config.prompts_per_step} prompts x {r.num_generations} samples of up to {r.max_completion_length} tokens, "
+            f"{updates} optimizer step{'s' * (updates > 1)}",
+        ),
+        ("reward", rewards),
+        (
+            "loss",
+            f"{a.loss}, advantage {a.advantage}, clip {a.epsilon_low:g}/{a.epsilon_high:g}, beta {a.beta:g}, "
+            f"lr {config.learner.learning_rate:g}",
+        ),
+    ]
+
+
+def _cluster_rows(config: RunConfig | SftConfig) -> list[tuple[str, str]]:
+    """Raises ResourceError when this machine, or the cluster at `cluster.address`, is too small."""
+    offered, where = _offered(config)
+    wanted = demands(config, offered.get("GPU", 0) > 0)
+    lacking = missing(wanted, offered)
+    if lacking is not None:
+        raise ResourceError(f"{where} is too small: {lacking}")
+    asked = ", ".join(
+        f"{d.num_actors} {d.option} x ({d.num_cpus:g} CPU{f', {d.num_gpus:g} GPU' if d.num_gpus else ''})"
+        for d in wanted
+    )
+    return [("cluster", f"{where} ({offered.get('CPU', 0):g} CPUs, {offered.get('GPU', 0):g} GPUs): {asked}")]
+
+
+def _offered(config: RunConfig | SftConfig) -> tuple[dict[str, float], str]:
+    if config.cluster.address is not None:
+        import ray
+
+        from actors.cluster import connect
+
+        connect(config)
+        try:
+            return dict(ray.cluster_resources()), f"the cluster at {config.cluster.address}"
+        finally:
+            ray.shutdown()
+    import os
+
+    import torch
+
+    return {"CPU": config.cluster.num_cpus or os.cpu_count() or 1, "GPU": torch.cuda.device_count()}, "this machine"
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def print_lists() -> None:
+    console.print("recipes  " + ", ".join(recipe_names()))
+    console.print("rewards  " + ", ".join(sorted(BUILTINS)) + ", or any function by its dotted path")

@@ -1,0 +1,146 @@
+"""The command line: `grpo-ray --help`. Imports of the machinery happen inside the commands, so that help is instant."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from grpo_ray.errors import ConfigError, GrpoRayError
+
+app = typer.Typer(
+    name="grpo-ray",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train reasoning language models by reinforcement learning on a Ray cluster, or on this machine.",
+)
+Recipe = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe's name (see `grpo-ray check --list`) or a .yaml file")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, e.g. learner.zero_stage=3")
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, e.g. runs/smoke")]
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+
+@app.command()
+def train(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Train by GRPO. Ctrl-C ends after the step under way and leaves a run that `resume` continues."""
+    from launch.jobs import start_grpo
+
+    start_grpo(recipe, overrides or [])
+
+
+@app.command()
+def sft(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Fine-tune on demonstrations (the cold start): the same learner with a cross-entropy objective."""
+    from launch.jobs import start_sft
+
+    start_sft(recipe, overrides or [])
+
+
+@app.command()
+def resume(run: Run) -> None:
+    """Go on with a run from its newest checkpoint: no prompt is skipped or trained twice."""
+    from launch.jobs import resume_run
+
+    resume_run(run)
+
+
+@app.command(name="eval")
+def eval_(
+    target: Annotated[str, typer.Argument(metavar="RUN|RECIPE", help="A run (its newest exported model) or a recipe")],
+    overrides: Overrides = None,
+) -> None:
+    """Held-out accuracy: pass@1 as the mean over eval.num_samples samples, with its standard error."""
+    from launch.jobs import evaluate_target
+
+    evaluate_target(target, overrides or [])
+
+
+@app.command()
+def check(
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name or a .yaml file")] = None,
+    overrides: Overrides = None,
+    list_: Annotated[bool, typer.Option("--list", help="Name the shipped recipes and the built-in rewards")] = False,
+) -> None:
+    """Everything that can be known without loading a model: schema, data, rewards, memory, resources. Prints the plan."""
+    from launch.check import check_recipe, print_lists
+
+    if list_:
+        print_lists()
+    elif recipe is None:
+        raise ConfigError("name a recipe to check, or ask for --list")
+    else:
+        check_recipe(recipe, overrides or [])
+
+
+@app.command()
+def report(run: Run) -> None:
+    """Write RUN/report.html: curves, timings and samples in one file that stands alone."""
+    from grpo_ray.checkpoint import RunDir
+    from launch.jobs import make_report
+
+    print(make_report(RunDir.open(run)))
+
+
+@app.command()
+def smoke(overrides: Overrides = None) -> None:
+    """A tiny model from a cold start to 90% of an arithmetic task, with the real engines, on this machine."""
+    from launch.smoke import run_smoke
+
+    run_smoke(overrides or [])
+
+
+def main() -> NoReturn:
+    """Entry point: errors for the user are one message on stderr and an exit code, without a traceback."""
+    # Shown once, at the first import after an installation, by packages that reasoning-gym brings.
+    warnings.filterwarnings("ignore", category=SyntaxWarning)
+    try:
+        check_one_root()
+        app(standalone_mode=False)
+    except GrpoRayError as e:
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escape(str(e))}", soft_wrap=True)
+        sys.exit(EXIT_USAGE if isinstance(e, ConfigError) else EXIT_FAILED)
+    except typer.Exit as e:
+        sys.exit(e.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as e:
+        if hasattr(e, "format_message") and hasattr(e, "exit_code"):  # click's usage errors
+            Console(stderr=True, highlight=False).print(
+                f"[bold red]error:[/] {_escape(e.format_message())}; see grpo-ray --help", soft_wrap=True
+            )
+            sys.exit(e.exit_code)
+        raise
+    sys.exit(0)
+
+
+def check_one_root() -> None:
+    """Raises ConfigError when the three packages come from different checkouts: their records would not fit together."""
+    import actors
+    import grpo_ray
+    import launch
+
+    roots = {p.__name__: Path(p.__file__ or "").parent.parent for p in (grpo_ray, actors, launch)}
+    if len(set(roots.values())) != 1:
+        found = ", ".join(f"{name} from {root}" for name, root in roots.items())
+        raise ConfigError(
+            f"the packages of grpo-ray come from different places ({found}); install one checkout: pip install -e ."
+        )
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

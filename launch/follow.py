@@ -1,0 +1,96 @@
+"""Start a run's controller and stay with it: draw what it tells, pass signals on, say how it ended."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from actors.cluster import await_resources, connect, demands, has_gpus
+from actors.runtime import log_tail
+from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.errors import WorkerError
+from grpo_ray.events import EndEvent
+from launch.live import LiveView
+
+POLL_S = 0.5
+SILENCE_S = 60.0
+"""A controller that does not answer for so long is taken for dead."""
+
+
+def run_and_follow(kind: str, config: RunConfig | SftConfig, run_dir: Path, resume_step: int | None) -> EndEvent:
+    """Run `kind` (grpo, sft, eval) in a controller actor until it ends.
+
+    Raises:
+        GrpoRayError: the cluster is too small, or the controller died.
+    """
+    import asyncio
+
+    import ray
+
+    began = time.monotonic()
+    connect(config)
+    try:
+        gpus = has_gpus()
+        asyncio.run(await_resources(demands(config, gpus), config.deadlines.resources_s))
+        from actors.controller import start_controller
+
+        controller = start_controller(kind, config, run_dir, resume_step)
+        with LiveView(run_dir=run_dir, began=began) as view, _signals_to(controller, view):
+            return _follow(controller, view, run_dir)
+    finally:
+        ray.shutdown()
+
+
+def _follow(controller: Any, view: LiveView, run_dir: Path) -> EndEvent:
+    import ray
+
+    finished = controller.run.remote()
+    seen = 0
+    while True:
+        try:
+            events = ray.get(controller.events.remote(seen, POLL_S), timeout=SILENCE_S)
+        except ray.exceptions.RayActorError as e:
+            raise WorkerError(
+                f"the controller died ({e}); `grpo-ray resume {run_dir}` goes on.\n{log_tail(run_dir / 'logs' / 'controller.log')}"
+            ) from None
+        except ray.exceptions.GetTimeoutError:
+            raise WorkerError(
+                f"the controller did not answer for {SILENCE_S:g} s; `grpo-ray resume {run_dir}` goes on from its checkpoint"
+            ) from None
+        for event in events:
+            view.handle(event)
+            if isinstance(event, EndEvent):
+                ray.get(finished, timeout=SILENCE_S)
+                return event
+        seen += len(events)
+
+
+class Interrupted(SystemExit):
+    """A second signal: end at once, from the checkpoint that there is."""
+
+
+@contextmanager
+def _signals_to(controller: Any, view: LiveView) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks for a graceful end; the second ends at once."""
+    asked = False
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        name = signal.Signals(number).name
+        if asked:
+            raise Interrupted(128 + number)
+        asked = True
+        controller.stop.remote(name)
+        view.note(f"{name}: ending after this step, with a checkpoint (once more: end now)")
+
+    old = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)

@@ -1,0 +1,133 @@
+"""What the commands do: make or open a run's folder, run it, say what came of it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from grpo_ray.checkpoint import RunDir
+from grpo_ray.config import RunConfig, SftConfig, to_yaml
+from grpo_ray.errors import ConfigError, WorkerError
+from grpo_ray.events import EndEvent
+from grpo_ray.ledger import Ledger
+from launch.recipe import is_sft, load_recipe, load_run_config, run_folder
+
+console = Console(highlight=False, soft_wrap=True)
+SIGNAL_EXITS = {"SIGINT": 130, "SIGTERM": 143}
+
+
+def start_grpo(recipe: str, overrides: list[str]) -> Path:
+    config = load_recipe(RunConfig, recipe, overrides)
+    return _start("grpo", config, run_folder(config, recipe))
+
+
+def start_sft(recipe: str, overrides: list[str]) -> Path:
+    config = load_recipe(SftConfig, recipe, overrides)
+    return _start("sft", config, run_folder(config, recipe))
+
+
+def _start(kind: str, config: RunConfig | SftConfig, folder: Path) -> Path:
+    from launch.check import preflight
+
+    preflight(config)
+    run = RunDir.create(folder)
+    try:
+        _write_config(run, config)
+        _finish(run, _run(kind, config, run, None))
+    except BaseException:
+        _remove_if_nothing_happened(run)
+        raise
+    return folder
+
+
+def resume_run(path: Path) -> None:
+    run = RunDir.open(path)
+    sft = is_sft(run.config)
+    config = load_run_config(SftConfig, run.config) if sft else load_run_config(RunConfig, run.config)
+    steps = run.steps()
+    step = steps[-1] if steps else None
+    console.print(
+        f"resuming {run.path} "
+        + (f"after step {step}" if step is not None else "from its beginning: it has no checkpoint yet")
+    )
+    _finish(run, _run("sft" if sft else "grpo", config, run, step))
+
+
+def evaluate_target(target: str, overrides: list[str]) -> None:
+    folder = Path(target)
+    if (folder / "config.yaml").is_file():
+        run = RunDir.open(folder)
+        if is_sft(run.config):
+            raise ConfigError(
+                f"{target} is an SFT run: it has no rewards to measure by; evaluate its model with a recipe: "
+                f"grpo-ray eval RECIPE model.path={target}/hf"
+            )
+        if not run.exported.is_dir():
+            raise ConfigError(f"{target} has no exported model yet (hf/ comes with its first checkpoint)")
+        config = load_recipe(RunConfig, str(run.config), [f"model.path={run.exported}", "model.tiny=null", *overrides])
+    else:
+        config = load_recipe(RunConfig, target, overrides)
+    if config.data.eval is None:
+        raise ConfigError(f"{target} has no data.eval to measure on; add data.eval.path=...")
+    from launch.check import preflight
+
+    preflight(config)
+    scratch = Path(config.dir) / ".eval"
+    scratch.mkdir(parents=True, exist_ok=True)
+    _exit_unless_finished(_run("eval", config, RunDir(scratch), None))
+
+
+def _run(kind: str, config: RunConfig | SftConfig, run: RunDir, resume_step: int | None) -> EndEvent:
+    from launch.follow import run_and_follow
+
+    return run_and_follow(kind, config, run.path, resume_step)
+
+
+def _finish(run: RunDir, end: EndEvent) -> None:
+    console.print(f"report   {make_report(run)}")
+    if run.exported.is_dir():
+        console.print(f"model    {run.exported}")
+    if end.status != "finished" and run.steps():
+        console.print(f"go on    grpo-ray resume {run.path}")
+    _exit_unless_finished(end)
+
+
+def make_report(run: RunDir) -> Path:
+    """`report.html` of a run, with what its ledger says."""
+    from grpo_ray.report import write_report
+
+    if not run.ledger.is_file():
+        return write_report(run.path)
+    ledger = Ledger(run.ledger)
+    try:
+        return write_report(run.path, asdict(ledger.summary()))
+    finally:
+        ledger.close()
+
+
+def _exit_unless_finished(end: EndEvent) -> None:
+    """Raises WorkerError for a run that failed, SystemExit with the signal's code for one that was stopped."""
+    if end.status == "failed":
+        raise WorkerError(end.text)
+    if end.status != "finished":
+        raise SystemExit(SIGNAL_EXITS.get(end.status, 1))
+
+
+def _write_config(run: RunDir, config: RunConfig | SftConfig) -> None:
+    run.config.write_text(to_yaml(config))
+
+
+def _remove_if_nothing_happened(run: RunDir) -> None:
+    """A run that ended before its first step leaves its logs and nothing else: its name is free again."""
+    if run.steps() or (run.path / "metrics.jsonl").exists():
+        return
+    for entry in run.path.iterdir():
+        if entry.name == RunDir.LOGS:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)

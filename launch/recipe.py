@@ -1,0 +1,62 @@
+"""From a recipe's name and dotted overrides to a validated config."""
+
+from __future__ import annotations
+
+import difflib
+import time
+from pathlib import Path
+from typing import TypeVar
+
+from grpo_ray.config import RunConfig, SftConfig, build, deep_merge, load_yaml, parse_overrides
+from grpo_ray.errors import ConfigError
+
+RECIPES = Path(__file__).parent / "recipes"
+Config = TypeVar("Config", RunConfig, SftConfig)
+
+
+def recipe_names() -> list[str]:
+    return sorted(p.stem for p in RECIPES.glob("*.yaml"))
+
+
+def find_recipe(recipe: str) -> Path:
+    """A YAML file, or the name of a recipe that ships with the project.
+
+    Raises:
+        ConfigError: neither; with "did you mean".
+    """
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ConfigError(f"recipe file {path} does not exist")
+        return path
+    shipped = RECIPES / f"{recipe}.yaml"
+    if shipped.is_file():
+        return shipped
+    close = difflib.get_close_matches(recipe, recipe_names(), n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise ConfigError(
+        f"there is no recipe {recipe!r}; {hint}shipped are {', '.join(recipe_names())}; or give a .yaml file"
+    )
+
+
+def load_recipe(schema: type[Config], recipe: str, overrides: list[str]) -> Config:
+    """Raises ConfigError with every problem, one a line."""
+    path = find_recipe(recipe)
+    data = deep_merge(load_yaml(path), parse_overrides(overrides))
+    return build(schema, data, f"recipe {recipe}" + (f" with {' '.join(overrides)}" if overrides else ""))
+
+
+def load_run_config(schema: type[Config], path: Path) -> Config:
+    return build(schema, load_yaml(path), str(path))
+
+
+def is_sft(path: Path) -> bool:
+    """A recipe or a config.yaml without rewards trains on demonstrations."""
+    return "reward" not in load_yaml(path)
+
+
+def run_folder(config: RunConfig | SftConfig, recipe: str) -> Path:
+    name = config.name or f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not name or any(c in name for c in "/\\\0") or name.startswith("."):
+        raise ConfigError(f"name {name!r} can't be a folder's name; use letters, digits, - and _")
+    return Path(config.dir) / name

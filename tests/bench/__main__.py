@@ -1,0 +1,146 @@
+"""`make bench`: the tables of the README. Each row is a process of its own; compare rows of one run, machines differ."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+REPEATS = 3
+
+
+def packed_step() -> dict[str, float]:
+    """Forward and backward of 256 samples of 16 to 100 tokens, packed as the learner does."""
+    import numpy as np
+
+    from grpo_ray.batching import PackItem, pack, plan_batch
+
+    model, lengths = _policy(), _lengths()
+    rng = np.random.default_rng(0)
+
+    def step() -> None:
+        (plan,) = plan_batch(lengths, list(range(256)), num_ranks=1, num_mini_batches=1, micro_batch_tokens=4096)
+        for micro in plan.ranks[0]:
+            items = [
+                PackItem(
+                    rng.integers(8, 200, 8),
+                    rng.integers(8, 200, lengths[i] - 8),
+                    np.zeros(lengths[i] - 8, np.float32),
+                    1,
+                    1,
+                    i,
+                )
+                for i in micro
+            ]
+            model(pack(items), 1.0)[0].sum().backward()
+
+    return _timed(step)
+
+
+def padded_step() -> dict[str, float]:
+    """The same samples as padded rows of Transformers, 64 a micro-batch, with a log-softmax over all logits."""
+    import torch
+
+    model, lengths = _policy().hf, _lengths()
+    model.set_attn_implementation("sdpa")
+
+    def step() -> None:
+        for start in range(0, 256, 64):
+            part = lengths[start : start + 64]
+            ids = torch.randint(8, 200, (64, max(part)))
+            mask = torch.arange(max(part))[None] < torch.tensor(part)[:, None]
+            logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, 7:-1]
+            logp = logits.float().log_softmax(-1).gather(-1, ids[:, 8:, None])[..., 0]
+            (logp * mask[:, 8:]).sum().backward()
+
+    return _timed(step)
+
+
+def chunked_logprobs() -> dict[str, float]:
+    """Log-probabilities and their gradient, 2,048 tokens, vocabulary 151,936, hidden 512, 256 rows of logits at a time."""
+    return _logprob_memory(256)
+
+
+def plain_logprobs() -> dict[str, float]:
+    """The same with all logits at once."""
+    return _logprob_memory(2048)
+
+
+def _logprob_memory(chunk: int) -> dict[str, float]:
+    import torch
+
+    from grpo_ray.logprobs import chunked_logprobs as compute
+
+    hidden = torch.randn(2048, 512, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(151_936, 512) / 22)
+    targets = torch.randint(0, 151_936, (2048,))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.process_time()
+    compute(hidden, weight, None, targets, temperature=1.0, chunk=chunk)[0].sum().backward()
+    seconds = time.process_time() - started
+    return {"cpu_s": seconds, "peak_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
+
+
+def _policy() -> Any:
+    import tempfile
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from grpo_ray.attention import choose_attention
+    from grpo_ray.config import TinyModelConfig
+    from grpo_ray.policy import PolicyModel
+    from grpo_ray.tiny import build_tiny_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = build_tiny_model(Path(folder), TinyModelConfig(num_layers=3))
+        attention = choose_attention("auto", torch.device("cpu"))
+        hf = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
+    return PolicyModel(hf, chunk=1024).train()
+
+
+def _lengths() -> list[int]:
+    import numpy as np
+
+    return np.random.default_rng(1).integers(16, 100, 256).tolist()
+
+
+def _timed(step: Callable[[], None]) -> dict[str, float]:
+    import torch
+
+    torch.set_num_threads(1)
+    step()
+    times = []
+    for _ in range(REPEATS):
+        started = time.process_time()
+        step()
+        times.append(time.process_time() - started)
+    return {"cpu_s": min(times)}
+
+
+CASES = {f.__name__: f for f in (padded_step, packed_step, plain_logprobs, chunked_logprobs)}
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        print(json.dumps(CASES[sys.argv[1]]()))
+        return
+    table = Table("case", "CPU seconds", "peak MiB", title=f"best of {REPEATS}, one thread, fp32")
+    for name in CASES:
+        command = [sys.executable, "-W", "ignore", "-m", "tests.bench", name]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+        result = json.loads(done.stdout.splitlines()[-1])
+        table.add_row(name, f"{result['cpu_s']:.2f}", f"{result['peak_mib']:,.0f}" if "peak_mib" in result else "")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Reward functions for whole runs, in TRL's form; some of them bad on purpose."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+
+def share_of_digits(completions: list[Any], **columns: Any) -> list[float]:
+    """Part of the characters that are digits: a signal that even a random model has."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [sum(ch.isdigit() for ch in t) / max(1, len(t)) for t in texts]
+
+
+def raises(completions: list[Any], **columns: Any) -> list[float]:
+    raise KeyError("no such column")
+
+
+def too_few(completions: list[Any], **columns: Any) -> list[float]:
+    return []
+
+
+def nan(completions: list[Any], **columns: Any) -> list[float]:
+    return [float("nan")] * len(completions)
+
+
+def hangs(completions: list[Any], **columns: Any) -> list[float]:
+    time.sleep(3600)
+    return [0.0] * len(completions)
+
+
+def forks(completions: list[Any], **columns: Any) -> list[float]:
+    if os.fork() == 0:
+        time.sleep(3600)
+    return [1.0] * len(completions)
+
+
+def exits(completions: list[Any], **columns: Any) -> list[float]:
+    os._exit(3)

@@ -1,0 +1,114 @@
+"""The command line on bad input: one clear message, an exit code, no traceback, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+RECIPE = {
+    "model": {"tiny": {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}, "dtype": "float32"},
+    "data": {"train": {"path": "rows.jsonl"}, "max_prompt_length": 64},
+    "rollout": {"max_completion_length": 16},
+    "reward": {"functions": [{"name": "accuracy"}], "num_cpus": 0},
+    "num_steps": 1,
+    "cluster": {"num_cpus": 2},
+}
+
+
+def grpo_ray(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"}
+    return subprocess.run(
+        [sys.executable, "-m", "launch", *args],
+        cwd=folder,
+        env=env | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    rows = [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "expected"),
+    [
+        ("learner.zero_stge=3", 2, "did you mean learner.zero_stage?"),
+        ("rollout.num_generations=1", 2, "a group of one has no baseline"),
+        ("model={path: ./nowhere, tiny: null}", 2, "model.path ./nowhere does not exist"),
+        ("name=taken", 2, "grpo-ray resume"),
+        ("reward.functions=[{name: acuracy}]", 1, "accuracy"),
+        ("reward.functions=[{name: no_such_module.reward}]", 1, "no_such_module"),
+        ("nonsense", 2, "key=value"),
+    ],
+)
+def test_train_refuses_before_anything_is_started(folder: Path, override: str, code: int, expected: str) -> None:
+    (folder / "runs" / "taken").mkdir(parents=True)
+    (folder / "runs" / "taken" / "config.yaml").write_text("{}")
+    result = grpo_ray(folder, "train", "recipe.yaml", "name=run", override)
+    assert result.returncode == code, result.stderr
+    assert expected in result.stderr
+    assert "Traceback" not in result.stderr
+    assert sorted(p.name for p in (folder / "runs").iterdir()) == ["taken"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (["data.train.columns={prompt: question}"], "question"),
+        (["data.train.path=empty.jsonl"], "empty.jsonl"),
+        (["data.train.path=torn.jsonl"], "line 17"),
+        (["data.long_prompts=error", "data.max_prompt_length=3"], "3"),
+        (["rollout.num_actors=9"], "10 CPUs are asked for (rollout 9 x 1 + learner 1 x 1), 2 are there"),
+        (["data.train.path=reasoning_gym:chain_sun"], "chain_sum"),
+    ],
+)
+def test_check_names_the_culprit_in_data_and_resources(folder: Path, change: list[str], expected: str) -> None:
+    (folder / "empty.jsonl").write_text("")
+    lines = (folder / "rows.jsonl").read_text().splitlines()
+    lines[16] = lines[16][:-3]
+    (folder / "torn.jsonl").write_text("\n".join(lines))
+    result = grpo_ray(folder, "check", "recipe.yaml", *change)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert expected in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_check_prints_the_plan(folder: Path) -> None:
+    result = grpo_ray(folder, "check", "recipe.yaml", "learner.num_cpus=0.5")
+    assert result.returncode == 0, result.stderr
+    for part in ("20 of 20 prompts", "32 prompts x 8 samples", "this machine (2 CPUs", "ok"):
+        assert part in result.stdout
+
+
+def test_more_actors_than_cpus_are_told_without_waiting(folder: Path) -> None:
+    result = grpo_ray(folder, "train", "recipe.yaml", "name=run", "learner.num_actors=3")
+    assert result.returncode == 1
+    assert "4 CPUs are asked for (rollout 1 x 1 + learner 3 x 1), 2 are there" in result.stderr
+    assert not any(p.name != "logs" for p in (folder / "runs" / "run").iterdir())
+
+
+@pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["check", "--list"]])
+def test_help_helps(folder: Path, args: list[str]) -> None:
+    result = grpo_ray(folder, *args)
+    assert result.returncode == 0
+    assert "RECIPE" in result.stdout or "resume" in result.stdout or "reasoning_gym" in result.stdout
+
+
+def test_an_unknown_recipe_is_told_with_a_guess(folder: Path) -> None:
+    result = grpo_ray(folder, "train", "smok")
+    assert result.returncode == 2
+    assert "did you mean smoke" in result.stderr

@@ -1,0 +1,36 @@
+"""The three packages belong together: one root, one environment."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import actors
+import grpo_ray
+import launch
+from grpo_ray.errors import ConfigError
+from launch.cli import check_one_root
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_all_three_packages_come_from_this_checkout():
+    assert {Path(p.__file__).parent.parent for p in (grpo_ray, actors, launch)} == {ROOT}
+    check_one_root()
+
+
+def test_a_package_of_another_root_is_refused_by_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(actors, "__file__", str(tmp_path / "actors" / "__init__.py"))
+    with pytest.raises(ConfigError, match="actors"):
+        check_one_root()
+
+
+def test_both_lock_files_pin_what_pyproject_asks_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for lock, extra in (("lock-cpu.txt", "cpu"), ("lock-gpu.txt", "gpu")):
+        pins = dict(line.split("==") for line in (ROOT / lock).read_text().splitlines() if "==" in line)
+        for requirement in project["dependencies"] + project["optional-dependencies"][extra]:
+            name, _, version = requirement.split(";")[0].strip().partition("==")
+            assert pins[name.split("[")[0]].split("+")[0] == version, requirement
