@@ -4,6 +4,8 @@
 .PHONY: smoke test test-all lint bench lock help
 .DEFAULT_GOAL := help
 BIN := .venv/bin
+# Set in many images; without bytecode every worker process compiles its packages again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .venv/.ready: pyproject.toml lock-cpu.txt lock-gpu.txt launch/install.sh
 	@bash launch/install.sh

@@ -24,7 +24,7 @@ import ray
 from ray.exceptions import RayError
 
 from actors.rollout import Outcome, RolloutActor, rollout_env
-from actors.runtime import log_tail, within
+from actors.runtime import core_error, log_tail, within
 from actors.weights import EngineTarget, last_line, resolve_backend
 from grpo_ray.config import RunConfig
 from grpo_ray.errors import DataError, DeadlineError, GrpoRayError, WorkerError
@@ -388,7 +388,7 @@ class RolloutPool:
             raise DeadlineError(f"{e}; the end of {log}:\n{log_tail(log)}") from None
         except (RayError, GrpoRayError) as e:
             raise WorkerError(
-                f"{engine.name} does not start: {last_line(e)}; the end of {log}:\n{log_tail(log)}"
+                f"{engine.name} does not start: {core_error(log, last_line(e))}; the end of {log}:\n{log_tail(log)}"
             ) from None
         engine.version = 0
         engine.alive = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 from collections.abc import Awaitable
 from pathlib import Path
@@ -40,6 +41,12 @@ def log_tail(path: Path, lines: int = 15) -> str:
         return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
     except OSError:
         return f"(no log at {path})"
+
+
+def core_error(path: Path, otherwise: str) -> str:
+    """What vLLM's engine core died of, by its log; the actor itself only learns that it is gone."""
+    errors = re.findall(r"EngineCore.*?\b((?:\w+\.)*\w*(?:Error|Exception): .+)", log_tail(path, lines=1000))
+    return str(errors[-1]).strip() if errors else otherwise
 
 
 async def within(work: Awaitable[T], seconds: float, what: str, option: str) -> T:

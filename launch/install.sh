@@ -37,6 +37,15 @@ if [ $gpu = no ]; then
 fi
 echo "  3/4 $(grep -c == $lock) packages, vLLM, Ray, DeepSpeed and Transformers among them (1.5 GB)"
 install -q -r $lock || stop "some packages of $lock could not be installed (see above); call make again to go on"
-echo "  4/4 this project"
+echo "  4/4 this project, and a first import of everything"
 install -q --no-build-isolation -e .
+# Imported once with bytecode written, whatever the environment says of it: else every process of every run compiles vLLM
+# and torch anew, which takes longer than all the rest of its start.
+warm() {
+    env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -W ignore -c "import $1" >.venv/import-"$2".log 2>&1 ||
+        stop "$2 does not import; .venv/import-$2.log says why"
+}
+warm "vllm.v1.engine.async_llm, vllm.v1.engine.core, vllm.v1.worker.$( [ $gpu = yes ] && echo gpu_worker || echo cpu_worker ), actors.weight_backend" vllm &
+warm "deepspeed, datasets, reasoning_gym, math_verify, transformers.models.qwen2, actors.controller, actors.learner, launch.follow" deepspeed
+wait $!
 touch .venv/.ready
