@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -124,14 +124,15 @@ class Controller:
                 return await self._sft(config)
         raise ConfigError(f"no run of kind {self._kind} with a {type(self._config).__name__}")
 
-    # The three kinds of run. What can be wrong with data and rewards shows before an engine is started.
+    # The three kinds of run. Data are read while the workers start; what is wrong with them ends the start.
 
     async def _grpo(self, config: RunConfig) -> str:
         model = await self._prepare_model(config)
-        prompts = await self._load_prompts(config, model)
-        steps = total_steps(config, len(prompts.train))
-        async with _Workers(config, self._run, model, self._phase, self._warn, steps) as workers:
-            roles = await workers.start_all()
+        async with _Workers(config, self._run, model, self._phase, self._warn) as workers:
+            async with asyncio.TaskGroup() as tasks:
+                loading = tasks.create_task(self._load_prompts(config, model))
+                starting = tasks.create_task(workers.start_all(self._num_steps(config, loading)))
+            prompts, roles = loading.result(), starting.result()
             rollout_log = await self._rollout_log(config)
             trackers = make_trackers(config.tracking, self._run.path, self._resume_step, config.model_dump(mode="json"))
             ledger = Ledger(self._run.ledger)
@@ -160,6 +161,11 @@ class Controller:
                 for tracker in trackers:
                     tracker.close()
 
+    @staticmethod
+    async def _num_steps(config: RunConfig, loading: asyncio.Task[PromptSets]) -> int:
+        """What the learning rate's schedule needs to know; the data have to be there only if it is not given."""
+        return config.num_steps or total_steps(config, len((await loading).train))
+
     async def _sft(self, config: SftConfig) -> str:
         model = await self._prepare_model(config)
         self._phase("data")
@@ -169,8 +175,8 @@ class Controller:
         )
         self._tell_what_was_left_out(examples.report)
         steps = sft_steps(config, len(examples))
-        async with _Workers(config, self._run, model, self._phase, self._warn, steps) as workers:
-            learner = await workers.start_learner()
+        async with _Workers(config, self._run, model, self._phase, self._warn) as workers:
+            learner = await workers.start_learner(steps)
             trackers = make_trackers(config.tracking, self._run.path, self._resume_step, config.model_dump(mode="json"))
             self._loop = loop = SftLoop(
                 config,
@@ -192,10 +198,13 @@ class Controller:
 
     async def _eval(self, config: RunConfig) -> str:
         model = await self._prepare_model(config)
-        prompts = await self._load_prompts(config, model)
-        assert prompts.eval is not None
         async with _Workers(config, self._run, model, self._phase, self._warn) as workers:
-            sampler, scorer = await asyncio.gather(workers.start_sampler(), workers.start_scorer())
+            async with asyncio.TaskGroup() as tasks:
+                loading = tasks.create_task(self._load_prompts(config, model))
+                sampling = tasks.create_task(workers.start_sampler())
+                scoring = tasks.create_task(workers.start_scorer())
+            prompts, sampler, scorer = loading.result(), sampling.result(), scoring.result()
+            assert prompts.eval is not None
             result = await evaluate(
                 list(prompts.eval),
                 sampler,
@@ -278,14 +287,12 @@ class _Workers:
         model: str,
         phase: Callable[[str, str], None],
         warn: Callable[[str], None],
-        num_steps: int | None = None,
     ) -> None:
         self._config = config
         self._run_dir = str(run.path)
         self._model = model
         self._phase = phase
         self._warn = warn
-        self._num_steps = num_steps
         self._gpus = has_gpus()
         self._pools: list[RolloutPool | RewardPool | LearnerGroup] = []
 
@@ -295,11 +302,16 @@ class _Workers:
     async def __aexit__(self, *_: object) -> None:
         await asyncio.gather(*(p.close() for p in self._pools), return_exceptions=True)
 
-    async def start_all(self) -> _Started:
+    async def start_all(self, num_steps: Awaitable[int]) -> _Started:
+        async def start_learner() -> LearnerGroup:
+            return await self.start_learner(await num_steps)
+
         async with asyncio.TaskGroup() as tasks:
-            scorer = tasks.create_task(self.start_scorer())
+            # The slowest first: all that start share this machine's cores.
             sampler = tasks.create_task(self.start_sampler())
-            learner = tasks.create_task(self.start_learner())
+            learner = tasks.create_task(start_learner())
+            scorer = tasks.create_task(self.start_scorer())
+        learner.result().prepare_weights()
         weights = RayWeightSync(sampler.result(), learner.result(), timeout_s=self._config.deadlines.sync_s)
         return _Started(sampler.result(), scorer.result(), learner.result(), weights)
 
@@ -316,9 +328,9 @@ class _Workers:
         pool.on_trouble = self._warn
         return self._opened(pool, "rollout")
 
-    async def start_learner(self) -> LearnerGroup:
+    async def start_learner(self, num_steps: int) -> LearnerGroup:
         pool = await LearnerGroup.create(
-            self._config, self._model, self._run_dir, has_gpus=self._gpus, num_steps=self._num_steps
+            self._config, self._model, self._run_dir, has_gpus=self._gpus, num_steps=num_steps
         )
         return self._opened(pool, "learner")
 

@@ -321,6 +321,10 @@ class LearnerActor:
 
     # Weights.
 
+    def prepare_weights(self) -> None:
+        """Import what sends weights, vLLM with it: seconds that the first sync would spend while the engines are paused."""
+        from actors import weight_sender  # noqa: F401
+
     def weights_connect(self, targets: list[EngineTarget], generation: int) -> None:
         if self._sender is None:
             self._sender = self._make_sender()

@@ -106,6 +106,12 @@ class LearnerGroup:
     async def export(self, folder: Path) -> None:
         await self._call("export", str(folder), deadline="save_s")
 
+    def prepare_weights(self) -> None:
+        """Let the ranks get ready to send weights while the engines sample for the first time. Nobody waits for it: what is
+        wrong shows when they connect."""
+        for actor in self._actors:
+            actor.prepare_weights.remote()
+
     async def connect_weights(self, targets: Sequence[EngineTarget], generation: int) -> None:
         """See `actors.weights.LearnerWeights`."""
         await self._call("weights_connect", list(targets), generation, deadline="sync_s")

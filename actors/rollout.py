@@ -20,6 +20,7 @@ import numpy as np
 from actors.runtime import own_log
 from grpo_ray.config import RolloutConfig
 from grpo_ray.errors import WorkerError
+from grpo_ray.models import context_length, load_config
 from grpo_ray.types import Sample, SampleInfo, SampleRequest, VersionSpan
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class RolloutActor:
         config: RolloutConfig,
         model: str,
         dtype: str,
-        max_model_len: int,
+        max_length: int,
         run_dir: str,
         index: int,
         seed: int,
@@ -129,6 +130,8 @@ class RolloutActor:
         own_log(run_dir, self.name)
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        # Of the longest sample, prompt and completion; the model may have been made for less.
+        max_model_len = min(max_length, context_length(load_config(model, trust_remote_code=trust_remote_code)))
         args = engine_args(config, model, dtype, max_model_len, seed, backend, trust_remote_code=trust_remote_code)
         self.engine: Any = AsyncLLM.from_engine_args(args)
         self.tokenizer: Any = self.engine.get_tokenizer()

@@ -28,7 +28,6 @@ from actors.runtime import core_error, log_tail, within
 from actors.weights import EngineTarget, last_line, resolve_backend
 from grpo_ray.config import RunConfig
 from grpo_ray.errors import DataError, DeadlineError, GrpoRayError, WorkerError
-from grpo_ray.models import context_length, load_config
 from grpo_ray.types import SampleInfo, SampleRequest
 
 POLL_S = 10.0
@@ -98,7 +97,6 @@ class RolloutPool:
         self._model = model
         self._run_dir = run_dir
         self._on_gpu = has_gpus
-        self._context = context_length(load_config(model, trust_remote_code=config.model.trust_remote_code))
         self._backend = resolve_backend(config, has_gpus=has_gpus)
         self._engines = [_Engine(i) for i in range(config.rollout.num_actors)]
         self._tickets: dict[int, _Ticket] = {}
@@ -369,7 +367,7 @@ class RolloutPool:
             rollout,
             self._model,
             c.model.dtype,
-            min(c.data.max_prompt_length + rollout.max_completion_length, self._context),
+            c.data.max_prompt_length + rollout.max_completion_length,
             self._run_dir,
             engine.index,
             c.seed,

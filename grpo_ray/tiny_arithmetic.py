@@ -28,9 +28,9 @@ class Flaws:
 
     wrong_column: float = 0.12
     """A column's result is random. Per column."""
-    ignored_carry: float = 0.6
-    """The carry (or borrow) is written and then left out of the sum. Per column with one. Above 0.5 it is a habit: the
-    likeliest continuation, so that greedy decoding is wrong wherever there is a carry."""
+    forgotten_carry: float = 0.8
+    """0 is written in the place of the carry (or borrow), and the column worked with that. Per column with one. Above 0.5 it
+    is a habit: the likeliest continuation, so that greedy decoding is wrong wherever there is a carry."""
     broken_format: float = 0.12
     """A tag is missing. Per demonstration."""
 
@@ -41,7 +41,7 @@ def flawed_demonstrations(
     min_digits: int = 2,
     max_digits: int = 2,
     wrong_column: float = Flaws.wrong_column,
-    ignored_carry: float = Flaws.ignored_carry,
+    forgotten_carry: float = Flaws.forgotten_carry,
     broken_format: float = Flaws.broken_format,
 ) -> Iterator[dict[str, str]]:
     """Rows {prompt, completion} over two-term `chain_sum` of reasoning-gym; the prompt is its `metadata.expression`.
@@ -52,7 +52,7 @@ def flawed_demonstrations(
     Raises:
         DataError: a probability outside [0, 1].
     """
-    flaws = Flaws(wrong_column, ignored_carry, broken_format)
+    flaws = Flaws(wrong_column, forgotten_carry, broken_format)
     for name, value in vars(flaws).items():
         if not 0 <= value <= 1:
             raise DataError(f"flawed_demonstrations: {name} is {value}, expected a probability between 0 and 1")
@@ -76,7 +76,7 @@ def demonstrate(left: int, sign: str, right: int, flaws: Flaws, rng: random.Rand
     digits = ""
     carry = 0
     for a, b in zip(str(upper).zfill(width)[::-1], str(lower).zfill(width)[::-1], strict=True):
-        used = 0 if carry and rng.random() < flaws.ignored_carry else carry
+        used = 0 if carry and rng.random() < flaws.forgotten_carry else carry
         if rng.random() < flaws.wrong_column:
             carry_out, digit = rng.randrange(2), rng.randrange(10)
         elif sign == "+":
@@ -84,7 +84,7 @@ def demonstrate(left: int, sign: str, right: int, flaws: Flaws, rng: random.Rand
         else:
             borrowed, digit = divmod(int(a) - int(b) - used, 10)
             carry_out = -borrowed
-        columns.append(f"{a}{sign}{b}{sign}{carry}={carry_out}{digit}")
+        columns.append(f"{a}{sign}{b}{sign}{used}={carry_out}{digit}")
         digits = f"{digit}{digits}"
         carry = carry_out
     if sign == "+":

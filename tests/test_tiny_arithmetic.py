@@ -49,16 +49,22 @@ def test_the_working_goes_column_by_column(left: int, sign: str, right_term: int
     assert demonstrate(left, sign, right_term, NONE, random.Random(1)) == completion
 
 
+def test_a_forgotten_carry_is_a_zero_in_its_place_and_the_column_is_right_with_it() -> None:
+    flaws = Flaws(wrong_column=0.0, forgotten_carry=1.0, broken_format=0.0)
+    text = demonstrate(58, "+", 26, flaws, random.Random(1))
+    assert text == "<think>8+6+0=14,5+2+0=07</think><answer>74</answer>"
+
+
 @pytest.mark.parametrize("digits", [1, 2, 3])
 def test_clean_demonstrations_are_all_right_by_reasoning_gyms_verifier(digits: int) -> None:
-    none = {"wrong_column": 0.0, "ignored_carry": 0.0, "broken_format": 0.0}
+    none = {"wrong_column": 0.0, "forgotten_carry": 0.0, "broken_format": 0.0}
     assert all(right(1500, 7, digits, **none))
     texts = [row["completion"] for row in flawed_demonstrations(1500, 7, digits, digits, **none)]
     assert r1_format(texts) == [1.0] * 1500
 
 
-def test_ignoring_every_carry_is_wrong_exactly_where_there_is_one() -> None:
-    results = right(3000, 11, wrong_column=0.0, ignored_carry=1.0, broken_format=0.0)
+def test_forgetting_every_carry_is_wrong_exactly_where_there_is_one() -> None:
+    results = right(3000, 11, wrong_column=0.0, forgotten_carry=1.0, broken_format=0.0)
     for ok, entry in zip(results, entries(3000, 11, 2), strict=True):
         left, sign, right_term = entry["metadata"]["expression"].split(" ")
         a, b = sorted((int(left), int(right_term)), reverse=True)
@@ -68,10 +74,10 @@ def test_ignoring_every_carry_is_wrong_exactly_where_there_is_one() -> None:
 
 def test_the_share_of_right_and_well_formed_demonstrations_follows_the_flaws() -> None:
     size = 6000
-    share = sum(right(size, 50_000_000, wrong_column=0.2, ignored_carry=0.5, broken_format=0.0)) / size
-    # A column stays right with 0.8 + 0.2 / 20; half of the 45% with a carry ignore it.
+    share = sum(right(size, 50_000_000, wrong_column=0.2, forgotten_carry=0.5, broken_format=0.0)) / size
+    # A column stays right with 0.8 + 0.2 / 20; half of the 45% with a carry forget it.
     assert share == pytest.approx(0.81**2 * (1 - 0.5 * 0.45), abs=0.03)
-    broken = flawed_demonstrations(size, 50_000_000, wrong_column=0.2, ignored_carry=0.5, broken_format=0.15)
+    broken = flawed_demonstrations(size, 50_000_000, wrong_column=0.2, forgotten_carry=0.5, broken_format=0.15)
     assert sum(r1_format([row["completion"] for row in broken])) / size == pytest.approx(0.85, abs=0.02)
 
 
@@ -83,5 +89,5 @@ def test_completions_are_short_and_the_same_in_every_run() -> None:
 
 
 def test_a_flaw_that_is_no_probability_is_refused() -> None:
-    with pytest.raises(DataError, match=r"ignored_carry is 65, expected a probability between 0 and 1"):
-        list(flawed_demonstrations(1, 1, ignored_carry=65))
+    with pytest.raises(DataError, match=r"forgotten_carry is 65, expected a probability between 0 and 1"):
+        list(flawed_demonstrations(1, 1, forgotten_carry=65))

@@ -17,6 +17,12 @@ def raises(completions: list[Any], **columns: Any) -> list[float]:
     raise KeyError("no such column")
 
 
+def fails_on_even_sums(completions: list[Any], answer: list[Any], **columns: Any) -> list[float]:
+    if int(answer[0]) % 2 == 0:
+        raise ValueError("even")
+    return share_of_digits(completions)
+
+
 def too_few(completions: list[Any], **columns: Any) -> list[float]:
     return []
 

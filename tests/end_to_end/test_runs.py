@@ -3,109 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import sqlite3
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import urllib.request
 from pathlib import Path
 
 import pytest
-import yaml
 
-GRPO_RAY = [sys.executable, "-m", "launch"]
-LIMIT_S = 420
-RECIPE = {
-    "model": {
-        "tiny": {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "seed": 3},
-        "dtype": "float32",
-    },
-    "data": {
-        "train": {"path": "reasoning_gym:chain_sum", "args": {"size": 64, "seed": 1}},
-        "eval": {"path": "reasoning_gym:chain_sum", "args": {"size": 8, "seed": 2}},
-        "max_prompt_length": 120,
-    },
-    "rollout": {"num_generations": 4, "max_completion_length": 24, "num_cpus": 0.5},
-    "reward": {"functions": [{"name": "tests.end_to_end.rewards.share_of_digits"}], "num_cpus": 0},
-    "learner": {"zero_stage": 2, "learning_rate": 1e-3, "num_cpus": 0.5, "micro_batch_tokens": 2048},
-    "prompts_per_step": 4,
-    "num_steps": 4,
-    "eval": {"threshold": 0.5},
-}
+from tests.end_to_end.runs import LIMIT_S, finish, launch, ledger, metrics, run, train, write_recipe
 
-
-started: list[subprocess.Popen[str]] = []
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left_behind() -> Iterator[None]:
-    yield
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    started.clear()
-
-
-def launch(folder: Path, *args: str) -> subprocess.Popen[str]:
-    env = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"} | {"COLUMNS": "150"}
-    process = subprocess.Popen(
-        [*GRPO_RAY, *args],
-        cwd=Path(__file__).parent.parent.parent,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    started.append(process)
-    return process
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    try:
-        output, _ = process.communicate(timeout=LIMIT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"no end within {LIMIT_S} s:\n{output}")
-    return process.returncode, output
-
-
-def run(folder: Path, *args: str) -> tuple[int, str]:
-    return finish(launch(folder, *args))
+pytestmark = pytest.mark.timeout(3 * LIMIT_S)
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
-    path.write_text(yaml.safe_dump(RECIPE))
-    return path
-
-
-def train(recipe: Path, name: str, *overrides: str) -> tuple[list[str], Path]:
-    folder = recipe.parent
-    return ["train", str(recipe), f"dir={folder}", f"name={name}", *overrides], folder / name
-
-
-def metrics(run_dir: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss/policy" in line]
-
-
-def ledger(run_dir: Path) -> list[tuple[object, ...]]:
-    with sqlite3.connect(run_dir / "ledger.sqlite") as db:
-        return list(
-            db.execute("SELECT prompt_id, dispatch_order, state, step, drop_reason FROM groups ORDER BY dispatch_order")
-        )
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
 
 
 @pytest.fixture(scope="module")
 def whole_run(recipe) -> Path:
     """One that is never stopped: one rollout actor, one learner, fp32."""
     args, run_dir = train(recipe, "whole")
-    code, output = run(recipe.parent, *args)
+    code, output = run(*args)
     assert code == 0, output
     return run_dir
 
@@ -151,12 +73,57 @@ def test_the_exported_model_is_the_trained_one_in_plain_transformers(whole_run):
     assert not torch.allclose(logprobs(trained, rows[0]), recorded, atol=1e-3)
 
 
+@pytest.mark.slow
+def test_vllm_serve_takes_the_exported_model_and_continues_as_transformers_does(whole_run):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = str(whole_run / "hf")
+    options = ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "64"]
+    server = subprocess.Popen(
+        [
+            Path(sys.executable).parent / "vllm",
+            "serve",
+            folder,
+            *options,
+            "--enforce-eager",
+            "--no-enable-chunked-prefill",
+        ]
+    )
+    try:
+        deadline = time.monotonic() + LIMIT_S
+        while True:
+            assert server.poll() is None
+            assert time.monotonic() < deadline
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(0.5)
+        prompt = [20, 30, 40, 50]
+        body = {"model": folder, "prompt": prompt, "max_tokens": 8, "temperature": 0, "return_token_ids": True}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            served = json.load(answer)["choices"][0]["token_ids"]
+    finally:
+        server.terminate()
+        server.wait(30)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, 4:].tolist()
+    assert served == expected
+
+
 @pytest.mark.parametrize(
     "stop_after", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
 )
 def test_a_run_stopped_by_sigterm_and_resumed_equals_one_never_stopped(recipe, whole_run, stop_after):
     args, run_dir = train(recipe, f"cut-{stop_after}")
-    process = launch(recipe.parent, *args)
+    process = launch(*args)
     deadline = time.monotonic() + LIMIT_S
     while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < stop_after:
         assert process.poll() is None, process.communicate()[0]
@@ -167,7 +134,7 @@ def test_a_run_stopped_by_sigterm_and_resumed_equals_one_never_stopped(recipe, w
     assert code == 143, output
     assert "grpo-ray resume" in output
     assert stop_after <= len(metrics(run_dir)) < 4
-    code, output = run(recipe.parent, "resume", str(run_dir))
+    code, output = run("resume", str(run_dir))
     assert code == 0, output
     assert ledger(run_dir) == ledger(whole_run)
     for cut, never_cut in zip(metrics(run_dir), metrics(whole_run), strict=True):
@@ -180,7 +147,7 @@ def test_a_run_stopped_by_sigterm_and_resumed_equals_one_never_stopped(recipe, w
 def test_two_rollout_actors_and_two_zero_3_learners_learn_the_same(recipe, whole_run):
     overrides = ["rollout.num_actors=2", "learner.num_actors=2", "learner.zero_stage=3", "reward.num_actors=2"]
     args, run_dir = train(recipe, "wide", *overrides)
-    code, output = run(recipe.parent, *args)
+    code, output = run(*args)
     assert code == 0, output
     assert ledger(run_dir) == ledger(whole_run)
     for wide, narrow in zip(metrics(run_dir), metrics(whole_run), strict=True):
