@@ -28,6 +28,8 @@ lint: .venv/.ready  ## ruff, mypy, import layers
 bench: .venv/.ready  ## the tables of the README
 	@$(BIN)/python -m tests.bench
 
+# uv does not read pip's find-links, where torch's build for CPUs may lie.
+lock: export UV_FIND_LINKS ?= $(shell $(BIN)/python -m pip config get global.find-links 2>/dev/null | tr ' ' ',')
 lock: .venv/.ready  ## resolve pyproject.toml into the lock files again
 	@$(BIN)/uv pip compile pyproject.toml -q --extra cpu --extra dev --python-version 3.11 --no-header --no-annotate -o lock-cpu.txt
 	@$(BIN)/uv pip compile pyproject.toml -q --no-config --extra gpu --extra dev --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate -o lock-gpu.txt
