@@ -10,7 +10,7 @@ import json
 import random
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ import torch.distributed as dist
 
 from actors.learner_engine import LearnerSpec
 from grpo_ray.errors import CheckpointError
+from grpo_ray.lora import adapter_tensors, write_adapter
+from grpo_ray.named_weights import buckets, named_weights
 
 _TAG = "deepspeed"
 _FACTS = "learner.json"
@@ -71,11 +73,14 @@ def load(engine: Any, spec: LearnerSpec, folder: Path) -> None:
 
 def export(engine: Any, spec: LearnerSpec, folder: Path) -> None:
     """Write the policy as a Hugging Face model in the model's dtype, with tokenizer; all ranks together, rank 0 writes.
+    Adapters are merged in, and also written by themselves (`lora/`).
 
     Raises:
         CheckpointError: the write failed.
     """
-    weights = _gather(engine, spec)
+    lora = spec.model.lora
+    weights = _gather(engine)
+    adapter = _gather_adapter(engine) if lora else {}
     if dist.get_rank() != 0:
         return
     from grpo_ray.models import load_tokenizer
@@ -83,35 +88,39 @@ def export(engine: Any, spec: LearnerSpec, folder: Path) -> None:
     with _writing(folder):
         engine.module.hf.save_pretrained(folder, state_dict=weights)
         load_tokenizer(spec.model_path, trust_remote_code=spec.model.trust_remote_code).save_pretrained(folder)
+        if lora:
+            write_adapter(adapter, lora, spec.model_path, folder / "lora")
 
 
-def _gather(engine: Any, spec: LearnerSpec) -> dict[str, torch.Tensor]:
-    """All weights in CPU memory of rank 0, under Hugging Face names (a tied weight once); empty on the other ranks."""
-    import deepspeed
-
-    unique = {id(t): (n, t) for n, t in reversed(engine.module.hf.state_dict(keep_vars=True).items())}
-    named = list(reversed(unique.values()))
-    out: dict[str, torch.Tensor] = {}
-    for bucket in _buckets(named):
-        sharded = [t for _, t in bucket if hasattr(t, "ds_id")]
-        with deepspeed.zero.GatheredParameters(sharded, modifier_rank=None) if sharded else nullcontext():
+def _gather(engine: Any) -> dict[str, torch.Tensor]:
+    """All weights in CPU memory of rank 0, adapters merged in, under Hugging Face names; empty on the other ranks."""
+    hf = engine.module.hf
+    params = {id(p) for p in hf.parameters()}
+    buffers = {n: t for n, t in hf.state_dict(keep_vars=True).items() if id(t) not in params}
+    out = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in buffers.items() if dist.get_rank() == 0}
+    for bucket in buckets(named_weights(hf), _EXPORT_BUCKET_BYTES):
+        with gathered([p for w in bucket for p in w.parts]):
             if dist.get_rank() == 0:
-                out |= {name: t.detach().to("cpu", copy=True).contiguous() for name, t in bucket}
+                out |= {w.name: w.value().to("cpu", copy=True).contiguous() for w in bucket}
     return out
 
 
-def _buckets(named: list[tuple[str, torch.Tensor]]) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    bucket: list[tuple[str, torch.Tensor]] = []
-    size = 0
-    for name, tensor in named:
-        num_bytes = getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
-        if bucket and size + num_bytes > _EXPORT_BUCKET_BYTES:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += num_bytes
-    if bucket:
-        yield bucket
+def _gather_adapter(engine: Any) -> dict[str, torch.Tensor]:
+    """The adapters alone, on rank 0."""
+    tensors = adapter_tensors(engine.module.hf)
+    with gathered(list(tensors.values())):
+        first = dist.get_rank() == 0
+        return {n: p.detach().to("cpu", copy=True).contiguous() for n, p in tensors.items() if first}
+
+
+def gathered(params: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+    """Whole parameters inside, whatever ZeRO-3 has split; all ranks together."""
+    sharded = [p for p in params if hasattr(p, "ds_id")]
+    if not sharded:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=None)
 
 
 def _facts(spec: LearnerSpec) -> dict[str, Any]:
@@ -119,6 +128,7 @@ def _facts(spec: LearnerSpec) -> dict[str, Any]:
         "learner.num_actors": dist.get_world_size(),
         "learner.zero_stage": spec.learner.zero_stage,
         "model.dtype": spec.model.dtype,
+        "model.lora": spec.model.lora.model_dump(mode="json") if spec.model.lora else None,
     }
 
 

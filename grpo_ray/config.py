@@ -45,6 +45,16 @@ class TinyModelConfig(Strict):
         return self
 
 
+class LoraConfig(Strict):
+    """Low-rank adapters, 2106.09685. Samplers get merged weights."""
+
+    r: PositiveInt = 32
+    alpha: PositiveInt = 64
+    """The product is scaled by alpha / r."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Names of linear layers, e.g. [q_proj, v_proj]; `all-linear`: every one but the output layer."""
+
+
 class ModelConfig(Strict):
     path: str | None = None
     """A folder with a Hugging Face model, or a name on the hub."""
@@ -55,6 +65,8 @@ class ModelConfig(Strict):
     attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
     """`auto`: flash-attention where a GPU and the package are, else torch's attention per packed segment."""
     gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    """Train adapters on the frozen model. The reference model then costs no memory."""
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
@@ -209,6 +221,8 @@ class LearnerConfig(Strict):
     max_grad_norm: PositiveFloat = 1.0
     micro_batch_tokens: PositiveInt = 8192
     """Tokens (prompt and completion) of one forward and backward."""
+    packing: bool = True
+    """Sequences end to end. False: filled up to the longest of a micro-batch (same gradient, more work)."""
     logprob_chunk_tokens: PositiveInt = 1024
     """Rows of logits that exist at once."""
     num_threads: PositiveInt | None = None
