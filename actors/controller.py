@@ -11,6 +11,7 @@ import asyncio
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,8 +28,8 @@ from grpo_ray.checkpoint import RunDir
 from grpo_ray.config import RunConfig, SftConfig, Strict
 from grpo_ray.cursor import Cursor
 from grpo_ray.errors import ConfigError, GrpoRayError
-from grpo_ray.evaluate import evaluate
-from grpo_ray.events import EndEvent, EvalEvent, Event, MessageEvent, PhaseEvent
+from grpo_ray.evaluate import eval_event, evaluate, vote_config
+from grpo_ray.events import EndEvent, Event, MessageEvent, PhaseEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.models import context_length, load_config, load_tokenizer, prepare_model
 from grpo_ray.prompts import PromptSets, load_demonstrations, load_prompts
@@ -108,8 +109,8 @@ class Controller:
         self._events.append(event)
         self._news.set()
 
-    def _phase(self, phase: str, detail: str = "") -> None:
-        self._emit(PhaseEvent(phase, detail, 0, 0))
+    def _phase(self, phase: str, detail: str = "", done: int = 0, total: int = 0) -> None:
+        self._emit(PhaseEvent(phase, detail, done, total))
 
     def _warn(self, text: str) -> None:
         self._emit(MessageEvent("warning", text))
@@ -140,9 +141,9 @@ class Controller:
                 ledger.roll_back(0)
             self._loop = loop = TrainLoop(
                 config,
-                Roles(roles.sampler, roles.scorer, roles.learner, roles.weights, rollout_log),
+                Roles(roles.sampler, roles.scorer, roles.learner, roles.weights, rollout_log, roles.voter),
                 Cursor(prompts.train, seed=config.seed, shuffle=config.data.shuffle),
-                list(prompts.eval) if prompts.eval is not None else [],
+                {name: list(held_out) for name, held_out in prompts.eval.items()},
                 ledger,
                 self._run,
                 trackers,
@@ -203,16 +204,17 @@ class Controller:
                 loading = tasks.create_task(self._load_prompts(config, model))
                 sampling = tasks.create_task(workers.start_sampler())
                 scoring = tasks.create_task(workers.start_scorer())
-            prompts, sampler, scorer = loading.result(), sampling.result(), scoring.result()
-            assert prompts.eval is not None
-            result = await evaluate(
-                list(prompts.eval),
-                sampler,
-                scorer,
-                config,
-                progress=lambda n, total: self._emit(PhaseEvent("eval", "", n, total)),
-            )
-        self._emit(EvalEvent(0, result.accuracy, result.num_prompts * result.num_samples, result.standard_error))
+                voting = tasks.create_task(workers.start_voter())
+            for name, prompts in loading.result().eval.items():
+                result = await evaluate(
+                    list(prompts),
+                    sampling.result(),
+                    scoring.result(),
+                    voting.result(),
+                    config,
+                    progress=partial(self._phase, "eval", name),
+                )
+                self._emit(eval_event(0, name, result))
         return "finished"
 
     async def _prepare_model(self, config: RunConfig | SftConfig) -> str:
@@ -275,6 +277,7 @@ class _Started:
     scorer: RewardPool
     learner: LearnerGroup
     weights: RayWeightSync
+    voter: RewardPool | None
 
 
 class _Workers:
@@ -311,9 +314,10 @@ class _Workers:
             sampler = tasks.create_task(self.start_sampler())
             learner = tasks.create_task(start_learner())
             scorer = tasks.create_task(self.start_scorer())
+            voter = tasks.create_task(self.start_voter())
         learner.result().prepare_weights()
         weights = RayWeightSync(sampler.result(), learner.result(), timeout_s=self._config.deadlines.sync_s)
-        return _Started(sampler.result(), scorer.result(), learner.result(), weights)
+        return _Started(sampler.result(), scorer.result(), learner.result(), weights, voter.result())
 
     async def start_scorer(self) -> RewardPool:
         assert isinstance(self._config, RunConfig)
@@ -321,6 +325,16 @@ class _Workers:
             self._config.reward, self._run_dir, start_timeout_s=self._config.deadlines.start_s
         )
         return self._opened(pool, "rewards")
+
+    async def start_voter(self) -> RewardPool | None:
+        assert isinstance(self._config, RunConfig)
+        votes = vote_config(self._config)
+        if votes is None:
+            return None
+        pool = await RewardPool.create(
+            votes, self._run_dir, name="votes", start_timeout_s=self._config.deadlines.start_s
+        )
+        return self._opened(pool, "votes")
 
     async def start_sampler(self) -> RolloutPool:
         assert isinstance(self._config, RunConfig)

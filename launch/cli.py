@@ -60,7 +60,7 @@ def eval_(
     target: Annotated[str, typer.Argument(metavar="RUN|RECIPE", help="A run (its newest exported model) or a recipe")],
     overrides: Overrides = None,
 ) -> None:
-    """Held-out accuracy: pass@1 as the mean over eval.num_samples samples, with its standard error."""
+    """Held-out accuracy: pass@1 as the mean over eval.num_samples samples, pass@k and the vote cons@k, with standard errors."""
     from launch.jobs import evaluate_target
 
     evaluate_target(target, overrides or [])

@@ -135,7 +135,7 @@ class Session:
             cfg,
             Roles(world, world, world, world, world),
             Cursor(Rows(), seed=cfg.seed, shuffle=True),
-            eval_prompts,
+            {"": eval_prompts} if eval_prompts else {},
             self.ledger,
             self.run_dir,
             [],
