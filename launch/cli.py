@@ -93,6 +93,35 @@ def report(run: Run) -> None:
 
 
 @app.command()
+def decontaminate(
+    train: Annotated[
+        str, typer.Argument(metavar="TRAIN", help="What data.train.path takes: a file, a data set's name, ..")
+    ],
+    against: Annotated[
+        list[str], typer.Option(metavar="TEST", help="A test set, likewise; may be given several times")
+    ],
+    ngram: Annotated[int, typer.Option(min=1, help="Words in a row that make a row contaminated")] = 10,
+    out: Annotated[
+        Path | None, typer.Option(help="File for the kept rows [default: NAME.decontaminated.jsonl]")
+    ] = None,
+    column: Annotated[
+        str | None, typer.Option(help="Where TRAIN has its prompt [default: prompt, or messages]")
+    ] = None,
+    against_column: Annotated[str | None, typer.Option(help="Where TEST has it [default: as in TRAIN]")] = None,
+    name: Annotated[str | None, typer.Option(help="Subset of both, for data sets on the hub")] = None,
+    split: Annotated[str, typer.Option(help="Of TRAIN, for data sets on the hub")] = "train",
+    against_split: Annotated[str, typer.Option(help="Of TEST, likewise")] = "test",
+) -> None:
+    """Leave out the training rows that share ten words in a row with a test prompt, and write the others as JSONL."""
+    from grpo_ray.config import DataSource
+    from launch.decontaminate import decontaminate as run
+
+    tests = [DataSource(path=path, name=name, split=against_split) for path in against]
+    source = DataSource(path=train, name=name, split=split)
+    run(source, tests, column, against_column or column, ngram, out)
+
+
+@app.command()
 def smoke(overrides: Overrides = None) -> None:
     """A tiny model from a cold start to 90% of an arithmetic task, with the real engines, on this machine."""
     from launch.smoke import run_smoke
