@@ -33,12 +33,13 @@ from grpo_ray.events import EndEvent, Event, MessageEvent, PhaseEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.models import context_length, load_config, load_tokenizer, prepare_model
 from grpo_ray.prompts import PromptSets, load_demonstrations, load_prompts
-from grpo_ray.rollout_log import ParquetRolloutLog, remove_after
+from grpo_ray.replay import TOLERANCE, compare, read_batch
+from grpo_ray.rollout_log import ParquetRolloutLog, remove_after, rollout_path
 from grpo_ray.sft_loop import SftLoop, sft_steps
 from grpo_ray.tokenized import LoadReport
-from grpo_ray.tracking import make_trackers
+from grpo_ray.tracking import make_trackers, read_metrics
 from grpo_ray.train_loop import Roles, TrainLoop, total_steps
-from grpo_ray.types import Group, Sample
+from grpo_ray.types import Group, Sample, TrainBatch
 
 P = TypeVar("P", RolloutPool, RewardPool, LearnerGroup)
 
@@ -121,11 +122,13 @@ class Controller:
                 return await self._grpo(config)
             case RunConfig() as config, "eval":
                 return await self._eval(config)
+            case RunConfig() as config, "replay":
+                return await self._replay(config)
             case SftConfig() as config, "sft":
                 return await self._sft(config)
         raise ConfigError(f"no run of kind {self._kind} with a {type(self._config).__name__}")
 
-    # The three kinds of run. Data are read while the workers start; what is wrong with them ends the start.
+    # The kinds of run. Data are read while the workers start; what is wrong with them ends the start.
 
     async def _grpo(self, config: RunConfig) -> str:
         model = await self._prepare_model(config)
@@ -217,6 +220,27 @@ class Controller:
                 self._emit(eval_event(0, name, result))
         return "finished"
 
+    async def _replay(self, config: RunConfig) -> str:
+        """The learner's part of the step after `resume_step` once more, with nothing written but logs."""
+        assert self._resume_step is not None
+        step = self._resume_step + 1
+        model = await self._prepare_model(config)
+        batch = await asyncio.to_thread(read_batch, rollout_path(self._run.rollouts, step))
+        num_steps = config.num_steps or total_steps(config, len((await self._load_prompts(config, model)).train))
+        async with _Workers(config, self._run, model, self._phase, self._warn) as workers:
+            learner = await workers.start_learner(num_steps)
+            if self._resume_step > 0:
+                self._phase("restoring", f"step {self._resume_step}")
+                await learner.load(self._run.step_folder(self._resume_step) / "learner")
+            self._phase("update")
+            report = await learner.update(batch)
+        lines = await asyncio.to_thread(read_metrics, self._run.path / "metrics.jsonl")
+        recorded = next((line for line in lines if line["step"] == step), {})
+        figures = compare(recorded, report.metrics, tolerance=TOLERANCE[config.model.dtype])
+        for figure in figures:
+            self._emit(MessageEvent("info" if figure.agrees else "error", str(figure)))
+        return "finished" if all(figure.agrees for figure in figures) else "not repeated"
+
     async def _prepare_model(self, config: RunConfig | SftConfig) -> str:
         self._phase("model")
         if config.model.dtype == "bfloat16" and not has_gpus() and not cpu_has_bf16():
@@ -251,7 +275,7 @@ class Controller:
     async def _rollout_log(self, config: RunConfig) -> ParquetRolloutLog | NoRolloutLog:
         if not config.tracking.rollouts:
             return NoRolloutLog()
-        folder = self._run.path / "rollouts"
+        folder = self._run.rollouts
         folder.mkdir(exist_ok=True)
         remove_after(folder, self._resume_step or 0)
 
@@ -264,7 +288,7 @@ class Controller:
 class NoRolloutLog:
     """`tracking.rollouts: false`."""
 
-    async def write(self, step: int, groups: Sequence[Group]) -> None:
+    async def write(self, step: int, groups: Sequence[Group], batch: TrainBatch) -> None:
         pass
 
     async def close(self) -> None:

@@ -27,11 +27,12 @@ from grpo_ray.advantages import group_advantages
 from grpo_ray.checkpoint import RunDir, save_checkpoint
 from grpo_ray.config import RunConfig
 from grpo_ray.cursor import Cursor
-from grpo_ray.errors import RewardError
+from grpo_ray.errors import NonFiniteError, RewardError
 from grpo_ray.evaluate import eval_event, evaluate
 from grpo_ray.events import CheckpointEvent, Event, MessageEvent, PhaseEvent, StepEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.metrics import TimeKeeper, eval_metrics, step_metrics
+from grpo_ray.replay import how_to_replay
 from grpo_ray.roles import Learner, RolloutLog, Sampler, Scorer, Tracker, WeightSync
 from grpo_ray.seeds import sample_seed
 from grpo_ray.types import (
@@ -165,13 +166,13 @@ class TrainLoop:
         batch = self._cut(groups)
         with self._time.phase("update"):
             self.emit(PhaseEvent("update", "", 0, 0))
-            update = await self.roles.learner.update(batch)
+            update = await self._update(groups, batch)
         self.step += 1
         self.ledger.trained(groups, self.step)
         with self._time.phase("sync"):
             sync = await self.roles.weights.sync(self.step)
         with self._time.phase("log"):
-            await self.roles.rollout_log.write(self.step, groups)
+            await self.roles.rollout_log.write(self.step, groups, batch)
         self._record(groups, update, sync)
 
     async def _collect(self) -> list[Group]:
@@ -296,6 +297,17 @@ class TrainLoop:
             for info, score, advantage in zip(g.samples, g.scores, g.advantages, strict=True)
         ]
         return TrainBatch(step=self.step, samples=samples, temperature=self.config.rollout.temperature)
+
+    async def _update(self, groups: list[Group], batch: TrainBatch) -> UpdateReport:
+        """Raises NonFiniteError when the batch that caused it is on disk."""
+        try:
+            return await self.roles.learner.update(batch)
+        except NonFiniteError as e:
+            step = batch.step + 1
+            await self.roles.rollout_log.write(step, groups, batch)
+            await self.roles.rollout_log.close()
+            how = how_to_replay(self.run_dir, step, recorded=self.config.tracking.rollouts)
+            raise NonFiniteError(f"{e}. {how}") from None
 
     # What is written down.
 

@@ -93,6 +93,14 @@ def report(run: Run) -> None:
 
 
 @app.command()
+def replay(run: Run, step: Annotated[int, typer.Option(min=1, help="The step to repeat")]) -> None:
+    """Repeat a recorded step of the learner alone: the same batch, the same loss and gradient norm, or exit code 1."""
+    from launch.jobs import replay_step
+
+    replay_step(run, step)
+
+
+@app.command()
 def decontaminate(
     train: Annotated[
         str, typer.Argument(metavar="TRAIN", help="What data.train.path takes: a file, a data set's name, ..")
@@ -101,13 +109,9 @@ def decontaminate(
         list[str], typer.Option(metavar="TEST", help="A test set, likewise; may be given several times")
     ],
     ngram: Annotated[int, typer.Option(min=1, help="Words in a row that make a row contaminated")] = 10,
-    out: Annotated[
-        Path | None, typer.Option(help="File for the kept rows [default: NAME.decontaminated.jsonl]")
-    ] = None,
-    column: Annotated[
-        str | None, typer.Option(help="Where TRAIN has its prompt [default: prompt, or messages]")
-    ] = None,
-    against_column: Annotated[str | None, typer.Option(help="Where TEST has it [default: as in TRAIN]")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the kept rows; else NAME.decontaminated.jsonl")] = None,
+    column: Annotated[str | None, typer.Option(help="Where TRAIN has its prompt; else prompt, or messages")] = None,
+    against_column: Annotated[str | None, typer.Option(help="Where TEST has it; else as in TRAIN")] = None,
     name: Annotated[str | None, typer.Option(help="Subset of both, for data sets on the hub")] = None,
     split: Annotated[str, typer.Option(help="Of TRAIN, for data sets on the hub")] = "train",
     against_split: Annotated[str, typer.Option(help="Of TEST, likewise")] = "test",
