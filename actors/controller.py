@@ -11,6 +11,7 @@ import asyncio
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,17 +28,18 @@ from grpo_ray.checkpoint import RunDir
 from grpo_ray.config import RunConfig, SftConfig, Strict
 from grpo_ray.cursor import Cursor
 from grpo_ray.errors import ConfigError, GrpoRayError
-from grpo_ray.evaluate import evaluate
-from grpo_ray.events import EndEvent, EvalEvent, Event, MessageEvent, PhaseEvent
+from grpo_ray.evaluate import eval_event, evaluate, vote_config
+from grpo_ray.events import EndEvent, Event, MessageEvent, PhaseEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.models import context_length, load_config, load_tokenizer, prepare_model
 from grpo_ray.prompts import PromptSets, load_demonstrations, load_prompts
-from grpo_ray.rollout_log import ParquetRolloutLog, remove_after
+from grpo_ray.replay import TOLERANCE, compare, read_batch
+from grpo_ray.rollout_log import ParquetRolloutLog, remove_after, rollout_path
 from grpo_ray.sft_loop import SftLoop, sft_steps
 from grpo_ray.tokenized import LoadReport
-from grpo_ray.tracking import make_trackers
+from grpo_ray.tracking import make_trackers, read_metrics
 from grpo_ray.train_loop import Roles, TrainLoop, total_steps
-from grpo_ray.types import Group, Sample
+from grpo_ray.types import Group, Sample, TrainBatch
 
 P = TypeVar("P", RolloutPool, RewardPool, LearnerGroup)
 
@@ -108,8 +110,8 @@ class Controller:
         self._events.append(event)
         self._news.set()
 
-    def _phase(self, phase: str, detail: str = "") -> None:
-        self._emit(PhaseEvent(phase, detail, 0, 0))
+    def _phase(self, phase: str, detail: str = "", done: int = 0, total: int = 0) -> None:
+        self._emit(PhaseEvent(phase, detail, done, total))
 
     def _warn(self, text: str) -> None:
         self._emit(MessageEvent("warning", text))
@@ -120,11 +122,13 @@ class Controller:
                 return await self._grpo(config)
             case RunConfig() as config, "eval":
                 return await self._eval(config)
+            case RunConfig() as config, "replay":
+                return await self._replay(config)
             case SftConfig() as config, "sft":
                 return await self._sft(config)
         raise ConfigError(f"no run of kind {self._kind} with a {type(self._config).__name__}")
 
-    # The three kinds of run. Data are read while the workers start; what is wrong with them ends the start.
+    # The kinds of run. Data are read while the workers start; what is wrong with them ends the start.
 
     async def _grpo(self, config: RunConfig) -> str:
         model = await self._prepare_model(config)
@@ -140,9 +144,9 @@ class Controller:
                 ledger.roll_back(0)
             self._loop = loop = TrainLoop(
                 config,
-                Roles(roles.sampler, roles.scorer, roles.learner, roles.weights, rollout_log),
+                Roles(roles.sampler, roles.scorer, roles.learner, roles.weights, rollout_log, roles.voter),
                 Cursor(prompts.train, seed=config.seed, shuffle=config.data.shuffle),
-                list(prompts.eval) if prompts.eval is not None else [],
+                {name: list(held_out) for name, held_out in prompts.eval.items()},
                 ledger,
                 self._run,
                 trackers,
@@ -203,17 +207,39 @@ class Controller:
                 loading = tasks.create_task(self._load_prompts(config, model))
                 sampling = tasks.create_task(workers.start_sampler())
                 scoring = tasks.create_task(workers.start_scorer())
-            prompts, sampler, scorer = loading.result(), sampling.result(), scoring.result()
-            assert prompts.eval is not None
-            result = await evaluate(
-                list(prompts.eval),
-                sampler,
-                scorer,
-                config,
-                progress=lambda n, total: self._emit(PhaseEvent("eval", "", n, total)),
-            )
-        self._emit(EvalEvent(0, result.accuracy, result.num_prompts * result.num_samples, result.standard_error))
+                voting = tasks.create_task(workers.start_voter())
+            for name, prompts in loading.result().eval.items():
+                result = await evaluate(
+                    list(prompts),
+                    sampling.result(),
+                    scoring.result(),
+                    voting.result(),
+                    config,
+                    progress=partial(self._phase, "eval", name),
+                )
+                self._emit(eval_event(0, name, result))
         return "finished"
+
+    async def _replay(self, config: RunConfig) -> str:
+        """The learner's part of the step after `resume_step` once more, with nothing written but logs."""
+        assert self._resume_step is not None
+        step = self._resume_step + 1
+        model = await self._prepare_model(config)
+        batch = await asyncio.to_thread(read_batch, rollout_path(self._run.rollouts, step))
+        num_steps = config.num_steps or total_steps(config, len((await self._load_prompts(config, model)).train))
+        async with _Workers(config, self._run, model, self._phase, self._warn) as workers:
+            learner = await workers.start_learner(num_steps)
+            if self._resume_step > 0:
+                self._phase("restoring", f"step {self._resume_step}")
+                await learner.load(self._run.step_folder(self._resume_step) / "learner")
+            self._phase("update")
+            report = await learner.update(batch)
+        lines = await asyncio.to_thread(read_metrics, self._run.path / "metrics.jsonl")
+        recorded = next((line for line in lines if line["step"] == step), {})
+        figures = compare(recorded, report.metrics, tolerance=TOLERANCE[config.model.dtype])
+        for figure in figures:
+            self._emit(MessageEvent("info" if figure.agrees else "error", str(figure)))
+        return "finished" if all(figure.agrees for figure in figures) else "not repeated"
 
     async def _prepare_model(self, config: RunConfig | SftConfig) -> str:
         self._phase("model")
@@ -249,7 +275,7 @@ class Controller:
     async def _rollout_log(self, config: RunConfig) -> ParquetRolloutLog | NoRolloutLog:
         if not config.tracking.rollouts:
             return NoRolloutLog()
-        folder = self._run.path / "rollouts"
+        folder = self._run.rollouts
         folder.mkdir(exist_ok=True)
         remove_after(folder, self._resume_step or 0)
 
@@ -262,7 +288,7 @@ class Controller:
 class NoRolloutLog:
     """`tracking.rollouts: false`."""
 
-    async def write(self, step: int, groups: Sequence[Group]) -> None:
+    async def write(self, step: int, groups: Sequence[Group], batch: TrainBatch) -> None:
         pass
 
     async def close(self) -> None:
@@ -275,6 +301,7 @@ class _Started:
     scorer: RewardPool
     learner: LearnerGroup
     weights: RayWeightSync
+    voter: RewardPool | None
 
 
 class _Workers:
@@ -311,9 +338,10 @@ class _Workers:
             sampler = tasks.create_task(self.start_sampler())
             learner = tasks.create_task(start_learner())
             scorer = tasks.create_task(self.start_scorer())
+            voter = tasks.create_task(self.start_voter())
         learner.result().prepare_weights()
         weights = RayWeightSync(sampler.result(), learner.result(), timeout_s=self._config.deadlines.sync_s)
-        return _Started(sampler.result(), scorer.result(), learner.result(), weights)
+        return _Started(sampler.result(), scorer.result(), learner.result(), weights, voter.result())
 
     async def start_scorer(self) -> RewardPool:
         assert isinstance(self._config, RunConfig)
@@ -321,6 +349,16 @@ class _Workers:
             self._config.reward, self._run_dir, start_timeout_s=self._config.deadlines.start_s
         )
         return self._opened(pool, "rewards")
+
+    async def start_voter(self) -> RewardPool | None:
+        assert isinstance(self._config, RunConfig)
+        votes = vote_config(self._config)
+        if votes is None:
+            return None
+        pool = await RewardPool.create(
+            votes, self._run_dir, name="votes", start_timeout_s=self._config.deadlines.start_s
+        )
+        return self._opened(pool, "votes")
 
     async def start_sampler(self) -> RolloutPool:
         assert isinstance(self._config, RunConfig)

@@ -238,8 +238,8 @@ class LearnerActor:
         self._discard_gradients()
         culprit = next(n for n in names if n)
         raise NonFiniteError(
-            f"step {batch.step}: the loss of sample {culprit} is not a finite number; the weights were left as they "
-            "are. Lower learner.learning_rate, or look at this sample in rollouts/"
+            f"step {batch.step + 1}: the loss of sample {culprit} is not a finite number; the weights were left as they "
+            "are. Lower learner.learning_rate, or look at this sample"
         )
 
     @staticmethod
@@ -264,7 +264,7 @@ class LearnerActor:
         norm = float(self._engine.get_global_grad_norm())
         if not self._engine.was_step_applied() or norm != norm or norm == float("inf"):
             raise NonFiniteError(
-                f"step {batch.step}: the gradient is not finite (norm {norm}), though every loss is; the weights "
+                f"step {batch.step + 1}: the gradient is not finite (norm {norm}), though every loss is; the weights "
                 "were left as they are. Lower learner.learning_rate"
             )
         return norm

@@ -57,6 +57,10 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def rollouts(self) -> Path:
+        return self.path / "rollouts"
+
+    @property
     def exported(self) -> Path:
         """The newest exported policy: a link to the `hf/` of a checkpoint."""
         return self.path / "hf"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from grpo_ray.errors import ConfigError
 
@@ -91,9 +91,27 @@ class DataSource(Strict):
     """Only the first rows."""
 
 
+def _one_or_named(value: Any) -> str:
+    """Which form `data.eval` has. The tags are in angle brackets: `_explain` leaves them out of what a user reads."""
+    named = (
+        isinstance(value, dict)
+        and "path" not in value
+        and any(isinstance(v, dict | DataSource) for v in value.values())
+    )
+    return "<named>" if named else "<one>"
+
+
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+EvalSources = Annotated[
+    Annotated[DataSource, Tag("<one>")] | Annotated[dict[SetName, DataSource], Tag("<named>")],
+    Discriminator(_one_or_named),
+]
+
+
 class DataConfig(Strict):
     train: DataSource
-    eval: DataSource | None = None
+    eval: EvalSources | None = None
+    """One source (`eval/accuracy`), or several by name (`eval/NAME/accuracy`): `{math: {path: ..}, aime: {path: ..}}`."""
     template: str = "chat"
     """`chat` (the tokenizer's own), `raw` (the prompt as it is), `r1`, `r1_zero`, or the path of a Jinja file."""
     system: str | None = None
@@ -105,6 +123,13 @@ class DataConfig(Strict):
     """What becomes of longer ones: dropped and counted, or refused."""
     exclude_eval: bool = True
     """Drop training rows whose prompt is also in the evaluation set."""
+
+    @property
+    def eval_sets(self) -> dict[str, DataSource]:
+        """Name -> source; a single one has the name ''."""
+        if self.eval is None:
+            return {}
+        return self.eval if isinstance(self.eval, dict) else {"": self.eval}
 
 
 class RolloutConfig(Strict):
@@ -265,7 +290,8 @@ class EvalConfig(Strict):
     every_steps: NonNegInt = 0
     """0: only before the first step and after the last one."""
     num_samples: PositiveInt = 1
-    """k of pass@1 as the mean over k samples."""
+    """k of pass@1 as the mean over k samples; above 1 also pass@k and cons@k. DeepSeek-R1: 64 on AIME, temperature 0.6,
+    top_p 0.95. At temperature 0 all samples of a prompt are the same."""
     temperature: NonNegFloat = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     accuracy: str | None = None
@@ -463,7 +489,7 @@ def build(schema: type[C], data: dict[str, Any], source: str) -> C:
 
 
 def _explain(schema: type[BaseModel], err: Any) -> str:
-    loc = [str(p) for p in err["loc"]]
+    loc = [str(p) for p in err["loc"] if not str(p).startswith("<")]
     key = ".".join(loc)
     if err["type"] == "extra_forbidden":
         known = _fields_at(schema, loc[:-1])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from grpo_ray.measures import Estimate
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ class EvalEvent:
     n: int
     """Samples behind it."""
     standard_error: float
+    name: str = ""
+    """Of the evaluation set, where there are several."""
+    measures: dict[str, Estimate] = field(default_factory=dict)
+    """What several samples of each prompt say besides: `pass@8`, `cons@8`."""
 
 
 @dataclass(frozen=True)

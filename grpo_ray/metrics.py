@@ -58,9 +58,16 @@ METRICS: dict[str, tuple[str, str]] = {
     ),
     "mismatch/max_abs": ("Sampler against learner: largest |difference of log-probabilities|", "nats"),
     "eval/accuracy": ("Held-out accuracy (pass@1, mean over the samples of each prompt)", ""),
+    "eval/pass@1": ("Held-out accuracy: the mean over the samples of each prompt", ""),
+    "eval/pass@*": ("Held-out: the chance that * samples hold a right one", ""),
+    "eval/cons@*": ("Held-out accuracy of the majority vote over * samples", ""),
     "eval/standard_error": ("Standard error of the held-out accuracy, over prompts", ""),
+    "eval/standard_error/*": ("Standard error of the held-out *, over prompts", ""),
     "eval/reward": ("Held-out reward, mean", ""),
     "eval/mean_length": ("Held-out completion length, mean", "tokens"),
+    "eval/*/accuracy": ("Held-out accuracy on * (pass@1, mean over the samples of each prompt)", ""),
+    "eval/*/mean_length": ("Held-out completion length on *, mean", "tokens"),
+    "eval/*": ("Held-out: *", ""),
     "time/step": ("One step, evaluation and checkpoint apart", "s"),
     "time/rollout": ("Waiting for samples (and their scores, which overlap)", "s"),
     "time/reward": ("Waiting for scores alone", "s"),
@@ -170,15 +177,18 @@ def step_metrics(
     return out
 
 
-def eval_metrics(result: EvalResult, seconds: float | None = None) -> dict[str, float]:
-    """Of one evaluation that took `seconds`."""
+def eval_metrics(result: EvalResult, name: str = "") -> dict[str, float]:
+    """Of one evaluation; `name` of its set where there are several."""
+    prefix = f"eval/{name}" if name else "eval"
     out = {
-        "eval/accuracy": result.accuracy,
-        "eval/standard_error": result.standard_error,
-        "eval/reward": result.mean_reward,
-        "eval/mean_length": result.mean_length,
+        f"{prefix}/accuracy": result.accuracy.mean,
+        f"{prefix}/standard_error": result.accuracy.standard_error,
+        f"{prefix}/reward": result.mean_reward,
+        f"{prefix}/mean_length": result.mean_length,
     }
-    return out if seconds is None else {**out, "time/eval": seconds}
+    for measure, value in result.measures.items():
+        out |= {f"{prefix}/{measure}": value.mean, f"{prefix}/standard_error/{measure}": value.standard_error}
+    return out
 
 
 def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:

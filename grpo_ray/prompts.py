@@ -114,8 +114,8 @@ class SftDataset:
 @dataclass(frozen=True)
 class PromptSets:
     train: PromptDataset
-    eval: PromptDataset | None
-    """Its ids start with `eval-`: no prompt of the two has the other's id."""
+    eval: dict[str, PromptDataset]
+    """By name, '' for a single one. Ids start with `eval-`: no prompt has the id of another set's."""
 
 
 def load_prompts(data: DataConfig, tokenizer: Any, *, seed: int, max_context: int | None = None) -> PromptSets:
@@ -148,13 +148,13 @@ def load_prompts(data: DataConfig, tokenizer: Any, *, seed: int, max_context: in
         _check_any_left(report, table, limit, option)
         return PromptDataset(name, kept, report)
 
-    evaluation = None
-    held_out: frozenset[str] = frozenset()
-    if data.eval is not None:
-        table = load_table(data.eval, seed=seed + EVAL_SEED_OFFSET)
-        evaluation = load(f"eval-{table.name}", table, data.eval, frozenset())
-        if data.exclude_eval:
-            held_out = frozenset(prompt.text for prompt in evaluation)
+    evaluation = {}
+    for name, source in data.eval_sets.items():
+        table = load_table(source, seed=seed + EVAL_SEED_OFFSET)
+        evaluation[name] = load(f"eval-{name or table.name}", table, source, frozenset())
+    held_out = (
+        frozenset(p.text for prompts in evaluation.values() for p in prompts) if data.exclude_eval else frozenset()
+    )
     table = load_table(data.train, seed=seed)
     return PromptSets(load(table.name, table, data.train, held_out), evaluation)
 
@@ -178,9 +178,8 @@ def load_demonstrations(data: DataConfig, tokenizer: Any, *, seed: int, max_leng
             "the tokenizer has no end-of-sequence token, so that no demonstration could end; set its eos_token"
         )
     render = make_template(data.template, tokenizer, data.system)
-    held_out = (
-        _texts(data.eval, render, tokenizer, seed) if data.eval is not None and data.exclude_eval else frozenset()
-    )
+    sources = data.eval_sets.values() if data.exclude_eval else ()
+    held_out = frozenset(text for source in sources for text in _texts(source, render, tokenizer, seed))
     table = load_table(data.train, seed=seed)
     rows, prompts, completions = [], [], []
     num_too_long = num_in_eval = 0
@@ -202,11 +201,9 @@ def load_demonstrations(data: DataConfig, tokenizer: Any, *, seed: int, max_leng
     return SftDataset(table.name, rows, prompts, completions, report)
 
 
-def _texts(source: DataSource, render: Render, tokenizer: Any, seed: int) -> frozenset[str]:
+def _texts(source: DataSource, render: Render, tokenizer: Any, seed: int) -> Iterator[str]:
     table = load_table(source, seed=seed + EVAL_SEED_OFFSET)
-    return frozenset(
-        row.rendered.text for row in tokenized_rows(table, source, render, tokenizer, demonstrations=False)
-    )
+    return (row.rendered.text for row in tokenized_rows(table, source, render, tokenizer, demonstrations=False))
 
 
 def _refuse_if_asked(data: DataConfig, what: str, limit: int, option: str) -> None:

@@ -111,19 +111,10 @@ def _subtitle(config: Mapping[str, Any]) -> str:
 
 def _headlines(lines: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> list[Figure]:
     trained = [line for line in lines if line["step"] > 0 and "time/step" in line]
-    out = []
-    evals = [line for line in lines if line.get("eval/accuracy") is not None]
-    if evals:
-        first, last = evals[0], evals[-1]
-        error = last.get("eval/standard_error")
-        note = f"step {first['step']} → {last['step']}" + (f", last ± {100 * error:.1f}" if error is not None else "")
-        value = (
-            f"{first['eval/accuracy']:.1%} → {last['eval/accuracy']:.1%}"
-            if len(evals) > 1
-            else f"{last['eval/accuracy']:.1%}"
-        )
-        out.append(Figure("Held-out accuracy", value, note))
-    elif rewards := [line["reward/mean"] for line in trained if line.get("reward/mean") is not None]:
+    out: list[Figure] = []
+    names = {name: None for line in lines for name in line if name.startswith("eval/") and name.endswith("/accuracy")}
+    out += [_accuracy(lines, name) for name in names if any(line.get(name) is not None for line in lines)]
+    if not out and (rewards := [line["reward/mean"] for line in trained if line.get("reward/mean") is not None]):
         out.append(Figure("Reward", f"{rewards[0]:.3f} → {rewards[-1]:.3f}", "first and last step"))
     losses = [line[k] for line in trained for k in ("loss/sft", "loss") if line.get(k) is not None]
     if losses:
@@ -145,6 +136,17 @@ def _headlines(lines: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) ->
             Figure("Tokens per second", f"{tokens / in_steps:,.0f}", f"{tokens:,.0f} tokens, whole step counted")
         )
     return out
+
+
+def _accuracy(lines: Sequence[Mapping[str, Any]], name: str) -> Figure:
+    """Of one evaluation set: `eval/accuracy`, or `eval/NAME/accuracy`."""
+    evals = [line for line in lines if line.get(name) is not None]
+    first, last = evals[0], evals[-1]
+    error = last.get(name.removesuffix("accuracy") + "standard_error")
+    note = f"step {first['step']} → {last['step']}" + (f", last ± {100 * error:.1f}" if error is not None else "")
+    value = f"{first[name]:.1%} → {last[name]:.1%}" if len(evals) > 1 else f"{last[name]:.1%}"
+    of = name.removeprefix("eval/").removesuffix("accuracy").strip("/")
+    return Figure(f"Held-out accuracy, {of}" if of else "Held-out accuracy", value, note)
 
 
 def _samples_of(line: Mapping[str, Any]) -> float:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from grpo_ray.metrics import ROLES, describe, matches
 
 CHARTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("Held-out accuracy", ("eval/accuracy",), "percent"),
+    ("Held-out accuracy", ("eval/accuracy", "eval/*/accuracy", "eval/pass@*", "eval/cons@*"), "percent"),
     ("Reward", ("reward/mean", "reward/*/mean"), ""),
     ("Loss", ("loss/sft", "loss"), ""),
     ("Completion length", ("completions/mean_length", "completions/mean_terminated_length"), ""),
@@ -96,8 +96,9 @@ def _series(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any] | N
         return None
     series: dict[str, Any] = {"name": name, "what": describe(name)[0]}
     series |= {"x": [line["step"] for line in points], "y": [_short(line[name]) for line in points]}
-    if name == "eval/accuracy":
-        series["error"] = [_short(line.get("eval/standard_error") or 0.0) for line in points]
+    if matches(name, "eval/accuracy") or matches(name, "eval/*/accuracy"):
+        error = name.removesuffix("accuracy") + "standard_error"
+        series["error"] = [_short(line.get(error) or 0.0) for line in points]
     return series
 
 

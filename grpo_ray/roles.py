@@ -68,8 +68,15 @@ class WeightSync(Protocol):
 class RolloutLog(Protocol):
     """Where samples are written down for people: `rollouts/*.parquet`."""
 
-    async def write(self, step: int, groups: Sequence[Group]) -> None:
-        """May return before the file is there; the next call, or `close`, says what went wrong with it."""
+    async def write(self, step: int, groups: Sequence[Group], batch: TrainBatch) -> None:
+        """May return before the file is there; the next call, or `close`, says what went wrong with it.
+
+        `batch`: what the learner gets of these groups.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Everything is on disk when it returns; a later `write` opens it again."""
         ...
 
 

@@ -1,4 +1,5 @@
-"""What was sampled, for people and for later training: `rollouts/step-000012.parquet`, one row a sample.
+"""What was sampled, for people, for later training and for `replay`: `rollouts/step-000012.parquet`, one row a sample, in
+the order of the batch.
 
 Readable by anything that reads Parquet: `pandas.read_parquet(folder)`, `load_dataset("parquet", data_dir=folder)`.
 """
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grpo_ray.seeds import sample_seed
-from grpo_ray.types import Group, Sample, SampleInfo, Score
+from grpo_ray.types import Group, Sample, SampleInfo, Score, TrainBatch, TrainSample
 
 _PART = pa.struct(
     [
@@ -48,9 +49,13 @@ SCHEMA = pa.schema(
         ("finish_reason", pa.string()),
         ("worker", pa.string()),
         ("seed", pa.int64()),
+        ("group", pa.int32()),
+        ("loss_mask", pa.bool_()),
+        ("temperature", pa.float64()),
     ]
 )
-"""`completion_ids` and `rollout_logprobs` are [T], `prompt_ids` [N]. A reward or advantage that is no number: null."""
+"""`completion_ids` and `rollout_logprobs` are [T], `prompt_ids` [N]. A reward or advantage that is no number: null. `group`
+and `loss_mask` as in `types.TrainSample`; `temperature` of the whole batch."""
 
 _NAME = re.compile(r"step-(\d+)\.parquet")
 
@@ -67,9 +72,9 @@ class ParquetRolloutLog:
         self._fetch = fetch
         self._writing: asyncio.Task[None] | None = None
 
-    async def write(self, step: int, groups: Sequence[Group]) -> None:
+    async def write(self, step: int, groups: Sequence[Group], batch: TrainBatch) -> None:
         await self._settle()
-        self._writing = asyncio.create_task(self._write(step, list(groups)))
+        self._writing = asyncio.create_task(self._write(step, list(groups), batch))
 
     async def close(self) -> None:
         await self._settle()
@@ -79,10 +84,10 @@ class ParquetRolloutLog:
         if writing is not None:
             await writing
 
-    async def _write(self, step: int, groups: list[Group]) -> None:
+    async def _write(self, step: int, groups: list[Group], batch: TrainBatch) -> None:
         refs = distinct_refs(groups)
         samples = await self._fetch(refs)
-        await asyncio.to_thread(write_rollouts, self._folder, step, groups, samples, self._run_seed)
+        await asyncio.to_thread(write_rollouts, self._folder, step, groups, batch, samples, self._run_seed)
 
 
 def distinct_refs(groups: Sequence[Group]) -> list[Any]:
@@ -90,26 +95,35 @@ def distinct_refs(groups: Sequence[Group]) -> list[Any]:
     return list({id(info.ref): info.ref for g in groups for info in g.samples}.values())
 
 
+def rollout_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}.parquet"
+
+
 def write_rollouts(
-    folder: Path, step: int, groups: Sequence[Group], samples: Sequence[Sequence[Sample]], run_seed: int
+    folder: Path,
+    step: int,
+    groups: Sequence[Group],
+    batch: TrainBatch,
+    samples: Sequence[Sequence[Sample]],
+    run_seed: int,
 ) -> Path:
     """Write the groups of one step; the file is there whole or not at all.
 
     Args:
+        batch: what the learner got of them: all their samples, in order.
         samples: the lists behind `distinct_refs(groups)`, in that order.
     """
     lists = {id(ref): rows for ref, rows in zip(distinct_refs(groups), samples, strict=True)}
+    scored = [(group, *pair) for group in groups for pair in zip(group.samples, group.scores, strict=True)]
     rows = []
-    for group in groups:
-        advantages = group.advantages or [math.nan] * len(group.samples)
-        for info, score, advantage in zip(group.samples, group.scores, advantages, strict=True):
-            sample = lists[id(info.ref)][info.row]
-            assert (sample.prompt_id, sample.index) == (info.prompt_id, info.index), (
-                f"row {info.row} is not that of {info}"
-            )
-            rows.append(_row(step, group, info, sample, score, advantage, run_seed))
+    for (group, info, score), trained in zip(scored, batch.samples, strict=True):
+        sample = lists[id(info.ref)][info.row]
+        names = {(s.prompt_id, s.index) for s in (sample, info, trained)}
+        assert len(names) == 1, f"row {info.row} is not that of {info}, or not that of {trained}"
+        row = _row(step, group, info, sample, score, trained, run_seed)
+        rows.append({**row, "temperature": batch.temperature})
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step:06d}.parquet"
+    path = rollout_path(folder, step)
     aside = path.with_suffix(".parquet.new")
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), aside, compression="zstd")
     aside.replace(path)
@@ -117,7 +131,7 @@ def write_rollouts(
 
 
 def _row(
-    step: int, group: Group, info: SampleInfo, sample: Sample, score: Score, advantage: float, run_seed: int
+    step: int, group: Group, info: SampleInfo, sample: Sample, score: Score, trained: TrainSample, run_seed: int
 ) -> dict[str, Any]:
     return {
         "step": step,
@@ -128,7 +142,7 @@ def _row(
         "prompt_ids": np.asarray(sample.prompt_token_ids, dtype=np.int32),
         "completion_ids": np.asarray(sample.token_ids, dtype=np.int32),
         "rollout_logprobs": np.asarray(sample.logprobs, dtype=np.float32),
-        "advantage": _number(advantage),
+        "advantage": _number(trained.advantage),
         "reward": _number(score.value),
         "reward_status": str(score.status),
         "rewards": [
@@ -145,6 +159,8 @@ def _row(
         "finish_reason": sample.finish_reason,
         "worker": info.worker,
         "seed": sample_seed(run_seed, sample.prompt_id, sample.index),
+        "group": trained.group,
+        "loss_mask": trained.loss_mask,
     }
 
 

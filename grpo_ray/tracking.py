@@ -167,7 +167,10 @@ class MlflowTracker:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         now = int(time.time() * 1000)
-        figures = [self._metric(k, float(v), now, step) for k, v in metrics.items() if math.isfinite(v)]
+        # MLflow refuses a name with an `@`: pass@8.
+        figures = [
+            self._metric(k.replace("@", "_at_"), float(v), now, step) for k, v in metrics.items() if math.isfinite(v)
+        ]
         self._client.log_batch(self._run_id, metrics=figures)
 
     def close(self) -> None:

@@ -15,8 +15,9 @@ Policy versions and steps are one count: version v is the policy after v steps.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ from grpo_ray.advantages import group_advantages
 from grpo_ray.checkpoint import RunDir, save_checkpoint
 from grpo_ray.config import RunConfig
 from grpo_ray.cursor import Cursor
-from grpo_ray.errors import RewardError
-from grpo_ray.evaluate import EvalResult, evaluate
-from grpo_ray.events import CheckpointEvent, EvalEvent, Event, MessageEvent, PhaseEvent, StepEvent
+from grpo_ray.errors import NonFiniteError, RewardError
+from grpo_ray.evaluate import eval_event, evaluate
+from grpo_ray.events import CheckpointEvent, Event, MessageEvent, PhaseEvent, StepEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.metrics import TimeKeeper, eval_metrics, step_metrics
+from grpo_ray.replay import how_to_replay
 from grpo_ray.roles import Learner, RolloutLog, Sampler, Scorer, Tracker, WeightSync
 from grpo_ray.seeds import sample_seed
 from grpo_ray.types import (
@@ -58,6 +60,8 @@ class Roles:
     learner: Learner
     weights: WeightSync
     rollout_log: RolloutLog
+    voter: Scorer | None = None
+    """Tells which answers of an evaluation are the same; see `grpo_ray.evaluate.vote_config`."""
 
 
 @dataclass
@@ -80,7 +84,7 @@ class TrainLoop:
         config: RunConfig,
         roles: Roles,
         cursor: Cursor,
-        eval_prompts: Sequence[Prompt],
+        eval_prompts: Mapping[str, Sequence[Prompt]],
         ledger: Ledger,
         run: RunDir,
         trackers: Sequence[Tracker],
@@ -162,13 +166,13 @@ class TrainLoop:
         batch = self._cut(groups)
         with self._time.phase("update"):
             self.emit(PhaseEvent("update", "", 0, 0))
-            update = await self.roles.learner.update(batch)
+            update = await self._update(groups, batch)
         self.step += 1
         self.ledger.trained(groups, self.step)
         with self._time.phase("sync"):
             sync = await self.roles.weights.sync(self.step)
         with self._time.phase("log"):
-            await self.roles.rollout_log.write(self.step, groups)
+            await self.roles.rollout_log.write(self.step, groups, batch)
         self._record(groups, update, sync)
 
     async def _collect(self) -> list[Group]:
@@ -294,6 +298,17 @@ class TrainLoop:
         ]
         return TrainBatch(step=self.step, samples=samples, temperature=self.config.rollout.temperature)
 
+    async def _update(self, groups: list[Group], batch: TrainBatch) -> UpdateReport:
+        """Raises NonFiniteError when the batch that caused it is on disk."""
+        try:
+            return await self.roles.learner.update(batch)
+        except NonFiniteError as e:
+            step = batch.step + 1
+            await self.roles.rollout_log.write(step, groups, batch)
+            await self.roles.rollout_log.close()
+            how = how_to_replay(self.run_dir, step, recorded=self.config.tracking.rollouts)
+            raise NonFiniteError(f"{e}. {how}") from None
+
     # What is written down.
 
     def _record(self, groups: list[Group], update: UpdateReport, sync: SyncReport) -> None:
@@ -320,20 +335,26 @@ class TrainLoop:
         for tracker in self.trackers:
             tracker.log(self.step, metrics)
 
-    async def _evaluate(self) -> EvalResult | None:
-        if not self.eval_prompts:
-            return None
-        with self._time.phase("eval") as span:
-            result = await evaluate(
-                self.eval_prompts,
-                self.roles.sampler,
-                self.roles.scorer,
-                self.config,
-                progress=lambda done, total: self.emit(PhaseEvent("eval", "", done, total)),
-            )
-        self._track(eval_metrics(result, span.seconds))
-        self.emit(EvalEvent(self.step, result.accuracy, result.num_prompts * result.num_samples, result.standard_error))
-        return result
+    async def _evaluate(self) -> None:
+        """Every evaluation set in turn."""
+        metrics = {"time/eval": 0.0}
+        for name, prompts in self.eval_prompts.items():
+            with self._time.phase("eval") as span:
+                result = await evaluate(
+                    prompts,
+                    self.roles.sampler,
+                    self.roles.scorer,
+                    self.roles.voter,
+                    self.config,
+                    progress=partial(self._tell, "eval", name),
+                )
+            metrics |= eval_metrics(result, name) | {"time/eval": metrics["time/eval"] + span.seconds}
+            self.emit(eval_event(self.step, name, result))
+        if self.eval_prompts:
+            self._track(metrics)
+
+    def _tell(self, phase: str, detail: str, done: int, total: int) -> None:
+        self.emit(PhaseEvent(phase, detail, done, total))
 
     async def _checkpoint(self, *, export: bool) -> None:
         assert not self._groups, "a checkpoint is taken between steps, with nothing under way"

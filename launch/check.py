@@ -93,8 +93,9 @@ def _data_rows(config: RunConfig | SftConfig, model: str) -> list[tuple[str, str
         else ""
     )
     rows = [("data", f"{config.data.train.path}: {report.num_kept} of {report.num_rows} prompts{left_out}")]
-    if prompts.eval is not None and config.data.eval is not None:
-        rows.append(("held out", f"{config.data.eval.path}: {len(prompts.eval)} prompts x {config.eval.num_samples}"))
+    for name, source in config.data.eval_sets.items():
+        what = f"{name}, {source.path}" if name else source.path
+        rows.append(("held out", f"{what}: {len(prompts.eval[name])} prompts x {config.eval.num_samples}"))
     first = prompts.train.item(0, 0)
     rows.append(("prompt", repr(first.text if len(first.text) < 300 else first.text[:297] + "...")))
     return rows

@@ -60,7 +60,7 @@ def eval_(
     target: Annotated[str, typer.Argument(metavar="RUN|RECIPE", help="A run (its newest exported model) or a recipe")],
     overrides: Overrides = None,
 ) -> None:
-    """Held-out accuracy: pass@1 as the mean over eval.num_samples samples, with its standard error."""
+    """Held-out accuracy: pass@1 as the mean over eval.num_samples samples, pass@k and the vote cons@k, with standard errors."""
     from launch.jobs import evaluate_target
 
     evaluate_target(target, overrides or [])
@@ -90,6 +90,39 @@ def report(run: Run) -> None:
     from launch.jobs import make_report
 
     print(make_report(RunDir.open(run)))
+
+
+@app.command()
+def replay(run: Run, step: Annotated[int, typer.Option(min=1, help="The step to repeat")]) -> None:
+    """Repeat a recorded step of the learner alone: the same batch, the same loss and gradient norm, or exit code 1."""
+    from launch.jobs import replay_step
+
+    replay_step(run, step)
+
+
+@app.command()
+def decontaminate(
+    train: Annotated[
+        str, typer.Argument(metavar="TRAIN", help="What data.train.path takes: a file, a data set's name, ..")
+    ],
+    against: Annotated[
+        list[str], typer.Option(metavar="TEST", help="A test set, likewise; may be given several times")
+    ],
+    ngram: Annotated[int, typer.Option(min=1, help="Words in a row that make a row contaminated")] = 10,
+    out: Annotated[Path | None, typer.Option(help="File for the kept rows; else NAME.decontaminated.jsonl")] = None,
+    column: Annotated[str | None, typer.Option(help="Where TRAIN has its prompt; else prompt, or messages")] = None,
+    against_column: Annotated[str | None, typer.Option(help="Where TEST has it; else as in TRAIN")] = None,
+    name: Annotated[str | None, typer.Option(help="Subset of both, for data sets on the hub")] = None,
+    split: Annotated[str, typer.Option(help="Of TRAIN, for data sets on the hub")] = "train",
+    against_split: Annotated[str, typer.Option(help="Of TEST, likewise")] = "test",
+) -> None:
+    """Leave out the training rows that share ten words in a row with a test prompt, and write the others as JSONL."""
+    from grpo_ray.config import DataSource
+    from launch.decontaminate import decontaminate as run
+
+    tests = [DataSource(path=path, name=name, split=against_split) for path in against]
+    source = DataSource(path=train, name=name, split=split)
+    run(source, tests, column, against_column or column, ngram, out)
 
 
 @app.command()

@@ -23,7 +23,7 @@ SILENCE_S = 60.0
 
 
 def run_and_follow(kind: str, config: RunConfig | SftConfig, run_dir: Path, resume_step: int | None) -> EndEvent:
-    """Run `kind` (grpo, sft, eval) in a controller actor until it ends.
+    """Run `kind` (grpo, sft, eval, replay) in a controller actor until it ends.
 
     Raises:
         GrpoRayError: the cluster is too small, or the controller died.
@@ -36,7 +36,8 @@ def run_and_follow(kind: str, config: RunConfig | SftConfig, run_dir: Path, resu
     connect(config)
     try:
         gpus = has_gpus()
-        asyncio.run(await_resources(demands(config, gpus), config.deadlines.resources_s))
+        wanted = [d for d in demands(config, gpus) if kind != "replay" or d.option == "learner"]
+        asyncio.run(await_resources(wanted, config.deadlines.resources_s))
         from actors.controller import start_controller
 
         controller = start_controller(kind, config, run_dir, resume_step)

@@ -56,6 +56,21 @@ def resume_run(path: Path) -> None:
     _finish(run, _run("sft" if sft else "grpo", config, run, step))
 
 
+def replay_step(path: Path, step: int) -> None:
+    from grpo_ray.replay import check_replayable
+
+    run = RunDir.open(path)
+    if is_sft(run.config):
+        raise ConfigError(
+            f"{path} is an SFT run: it records no batches; only steps of `grpo-ray train` can be replayed"
+        )
+    config = load_run_config(RunConfig, run.config)
+    check_replayable(run, step)
+    start = f"its checkpoint of step {step - 1}" if step > 1 else "the starting model"
+    console.print(f"replaying step {step} of {run.path} from {start}")
+    _exit_unless_finished(_run("replay", config, run, step - 1))
+
+
 def evaluate_target(target: str, overrides: list[str]) -> None:
     folder = Path(target)
     if (folder / "config.yaml").is_file():

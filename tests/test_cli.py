@@ -112,3 +112,22 @@ def test_an_unknown_recipe_is_told_with_a_guess(folder: Path) -> None:
     result = grpo_ray(folder, "train", "smok")
     assert result.returncode == 2
     assert "did you mean smoke" in result.stderr
+
+
+def test_replay_says_why_a_step_cannot_be_replayed(folder: Path) -> None:
+    run = folder / "runs" / "done"
+    (run / "rollouts").mkdir(parents=True)
+    (run / "rollouts" / "step-000001.parquet").touch()
+    (run / "config.yaml").write_text(yaml.safe_dump(RECIPE))
+    sft = {"model": RECIPE["model"], "data": RECIPE["data"]}
+    (folder / "runs" / "sft").mkdir()
+    (folder / "runs" / "sft" / "config.yaml").write_text(yaml.safe_dump(sft))
+    for name, code, expected in (
+        ("done", 1, "rollouts/ has no batch of step 2. Steps that can: 1;"),
+        ("sft", 2, "only steps of `grpo-ray train` can be replayed"),
+        ("nowhere", 2, "is not a run"),
+    ):
+        result = grpo_ray(folder, "replay", f"runs/{name}", "--step", "2")
+        assert result.returncode == code, result.stderr
+        assert expected in result.stderr
+        assert "Traceback" not in result.stderr

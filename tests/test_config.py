@@ -79,6 +79,30 @@ def test_a_resolved_config_reads_back_as_itself():
     assert again == config
 
 
+def test_held_out_data_are_one_source_or_several_by_name():
+    assert make().data.eval_sets == {}
+    assert list(make("data.eval.path=a.jsonl").data.eval_sets) == [""]
+    several = make("data.eval={math: {path: a.jsonl}, aime: {path: b.jsonl, limit: 3}}")
+    assert {name: s.path for name, s in several.data.eval_sets.items()} == {"math": "a.jsonl", "aime": "b.jsonl"}
+    assert build(RunConfig, yaml.safe_load(to_yaml(several)), "again") == several
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.eval={pth: a.jsonl}", "data.eval.pth: unknown key; did you mean data.eval.path?"),
+        ("data.eval={math: {pth: a.jsonl}}", "data.eval.math.pth: unknown key; did you mean data.eval.math.path?"),
+        ("data.eval={a/b: {path: a.jsonl}}", "data.eval.a/b"),
+        ("data.eval=3", "data.eval"),
+    ],
+)
+def test_bad_held_out_data_are_named_without_the_schemas_own_words(override, expected):
+    with pytest.raises(ConfigError) as e:
+        make(override)
+    assert expected in str(e.value)
+    assert "<" not in str(e.value)
+
+
 def test_every_key_of_the_schema_can_be_overridden_by_its_dotted_name():
     keys = all_keys(RunConfig)
     assert {"learner.zero_stage", "reward.on_failure.retries", "data.train.path"} <= set(keys)

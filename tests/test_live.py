@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from grpo_ray.events import CheckpointEvent, EndEvent, EvalEvent, Event, MessageEvent, PhaseEvent, StepEvent
+from grpo_ray.measures import Estimate
 from launch.live import LiveView, printable, sparkline, step_line
 
 
@@ -68,6 +69,7 @@ def test_a_log_gets_start_up_evaluation_checkpoint_and_end() -> None:
         PhaseEvent("rollout", "", 3, 32),
         PhaseEvent("eval", "", 7, 200),
         EvalEvent(0, 0.375, 200, 0.034),
+        EvalEvent(0, 0.25, 800, 0.021, "aime", {"pass@4": Estimate(0.5, 0.03), "cons@4": Estimate(0.3, 0.04)}),
         CheckpointEvent(10, "runs/x/checkpoints/step-10", 0.61),
         MessageEvent("warning", "sampler and learner disagree"),
         MessageEvent("info", "2 groups will be sampled again"),
@@ -77,14 +79,15 @@ def test_a_log_gets_start_up_evaluation_checkpoint_and_end() -> None:
         "[   T] start: rollout-0",
         "[   T] start: learner-0",
     ]
-    assert lines[2:6] == [
+    assert lines[2:7] == [
         "step 0: held-out accuracy 37.5% ± 3.4 (200 samples)",
+        "step 0: held-out accuracy on aime 25.0% ± 2.1 (800 samples), pass@4 50.0% ± 3.0, cons@4 30.0% ± 4.0",
         "step 10: checkpoint in 0.6 s, runs/x/checkpoints/step-10",
         "warning: sampler and learner disagree",
         "2 groups will be sampled again",
     ]
-    assert re.fullmatch(r"finished after \d\.\ds", lines[6])
-    assert len(lines) == 7
+    assert re.fullmatch(r"finished after \d\.\ds", lines[7])
+    assert len(lines) == 8
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from grpo_ray.evaluate import EvalResult
+from grpo_ray.measures import Estimate
 from grpo_ray.metrics import METRICS, TimeKeeper, describe, eval_metrics, step_metrics
 from grpo_ray.types import Group, Prompt, RewardScore, SampleInfo, Score, ScoreStatus, SyncReport, UpdateReport
 
@@ -112,11 +113,16 @@ def test_a_figure_without_data_is_left_out() -> None:
 
 
 def test_every_name_is_documented(metrics: dict[str, float]) -> None:
-    out = metrics | eval_metrics(EvalResult(0.5, 0.1, 25, 1, 0.4, 30.0), seconds=2.0)
+    result = EvalResult({"pass@1": Estimate(0.5, 0.1), "cons@8": Estimate(0.75, 0.2)}, 25, 8, 0.4, 30.0)
+    out = metrics | eval_metrics(result) | eval_metrics(result, "math")
     assert [name for name in out if describe(name)[0] == name] == []
     assert describe("reward/style/mean")[0] == METRICS["reward/*/mean"][0].replace("*", "style")
     assert describe("nobody/knows") == ("nobody/knows", "")
-    assert (out["eval/accuracy"], out["eval/standard_error"], out["time/eval"]) == (0.5, 0.1, 2.0)
+    for prefix in ("eval", "eval/math"):
+        assert (out[f"{prefix}/accuracy"], out[f"{prefix}/standard_error"]) == (0.5, 0.1)
+        assert (out[f"{prefix}/pass@1"], out[f"{prefix}/cons@8"]) == (0.5, 0.75)
+        assert out[f"{prefix}/standard_error/cons@8"] == 0.2
+    assert describe("eval/cons@8")[0] == "Held-out accuracy of the majority vote over 8 samples"
 
 
 class Clock:

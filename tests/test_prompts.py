@@ -215,8 +215,7 @@ def test_a_generator_without_a_seed_follows_the_run_s_and_eval_is_other_rows(tok
         source = DataSource(path="reasoning_gym:chain_sum", args={"size": 50})
         data = DataConfig(train=source, eval=source, template="raw", exclude_eval=False)
         sets = load_prompts(data, tokenizer, seed=seed)
-        assert sets.eval is not None
-        return [p.text for p in sets.train], [p.text for p in sets.eval]
+        return [p.text for p in sets.train], [p.text for p in sets.eval[""]]
 
     train, held_out = load(1)
     assert load(1) == (train, held_out)
@@ -392,12 +391,24 @@ def test_prompts_of_the_evaluation_set_are_kept_out_of_training(tokenizer: Any, 
     path, held_out = jsonl(sums(10)), jsonl([sums(10)[3], sums(10)[7], {"prompt": "new"}], "test.jsonl")
     data = config(path, eval=DataSource(path=held_out))
     sets = load_prompts(data, tokenizer, seed=1)
-    assert sets.eval is not None
-    assert [p.id for p in sets.eval] == ["eval-test/0/0", "eval-test/0/1", "eval-test/0/2"]
+    assert [p.id for p in sets.eval[""]] == ["eval-test/0/0", "eval-test/0/1", "eval-test/0/2"]
     assert [p.id for p in sets.train] == [f"sums/0/{i}" for i in (0, 1, 2, 4, 5, 6, 8, 9)]
     assert sets.train.report.num_in_eval == 2
     both = load_prompts(data.model_copy(update={"exclude_eval": False}), tokenizer, seed=1)
     assert len(both.train) == 10
+
+
+def test_several_evaluation_sets_have_ids_of_their_own_and_are_all_kept_out(
+    tokenizer: Any, jsonl: Callable[..., str]
+) -> None:
+    first, second = jsonl([sums(10)[3]], "a.jsonl"), jsonl([sums(10)[7]], "b.jsonl")
+    data = config(jsonl(sums(10)), eval={"one": DataSource(path=first), "two": DataSource(path=second)})
+    sets = load_prompts(data, tokenizer, seed=1)
+    assert {name: [p.id for p in prompts] for name, prompts in sets.eval.items()} == {
+        "one": ["eval-one/0/0"],
+        "two": ["eval-two/0/0"],
+    }
+    assert [p.id for p in sets.train] == [f"sums/0/{i}" for i in (0, 1, 2, 4, 5, 6, 8, 9)]
 
 
 def test_ids_are_stable_over_loads_and_epochs(tokenizer: Any, jsonl: Callable[..., str]) -> None:

@@ -15,6 +15,7 @@ from grpo_ray.report_charts import POINTS_SHOWN, metric_charts, time_charts, tim
 from grpo_ray.rollout_log import distinct_refs, write_rollouts
 from grpo_ray.tracking import JsonlTracker
 from grpo_ray.types import Group, Prompt, RewardScore, Sample, SampleInfo, Score, ScoreStatus, VersionSpan
+from tests.batches import batch_of
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}\n\tkept   spaces & "quotes" \''
 
@@ -110,7 +111,7 @@ def write_step(run: Path, step: int, rewards: list[list[float]], text: str = "an
             for v in values
         ]
         groups.append(Group(prompt, number, step - 1, infos, scores, [v - 0.5 for v in values]))
-    write_rollouts(run / "rollouts", step, groups, distinct_refs(groups), run_seed=1)
+    write_rollouts(run / "rollouts", step, groups, batch_of(groups, step - 1), distinct_refs(groups), run_seed=1)
 
 
 def test_headline_figures_are_those_of_the_run(tmp_path: Path) -> None:

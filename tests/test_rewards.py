@@ -17,6 +17,7 @@ from grpo_ray.errors import RewardError
 from grpo_ray.rewards import BUILTINS, ScoreInputs, call_reward, resolve, score_samples
 from grpo_ray.rewards.countdown import evaluate
 from grpo_ray.rewards.function import RewardFunction, inspect_function
+from grpo_ray.rewards.votes import math_votes, text_votes
 from grpo_ray.types import ScoreStatus
 
 
@@ -228,6 +229,37 @@ def test_accuracy(completion: str, answer: Any, value: float | None) -> None:
             assert part.status is ScoreStatus.NOT_APPLICABLE
         else:
             assert part.value == value
+
+
+MATH_ANSWERS = [
+    r"\left( 3, \frac{\pi}{2} \right)", r"\frac{14}{3}", r"\text{Evelyn}", r"90^\circ", r"3\sqrt{13}", "6 - 5i", r"\pi",
+    "1,-2", "x=5", r"\text{(C)}", "52_8", "(3,4]", r"\frac12", r"\frac 59", r"11,\! 111,\! 111,\! 100", r"\$18.90",
+    r"33\%", r"(-\infty, 2) \cup (3, \infty)", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "x^2-2x+1", r"5 \text{ cm}",
+    r"\dfrac{1}{2}", "p - q", "-125", "13535",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", MATH_ANSWERS)
+@pytest.mark.parametrize("gold", ["{}", "${}$", "so it is $\\boxed{{{}}}$."])
+def test_accuracy_reads_the_answers_of_math(answer: str, gold: str) -> None:
+    forms = [rf"so \boxed{{{answer}}}.", f"The answer is ${answer}$.", f"<think>17</think> <answer>{answer}</answer>"]
+    assert values("accuracy", forms, answer=[gold.format(answer)] * 3) == [1.0] * 3
+    assert values("accuracy", [r"so \boxed{17}"], answer=[gold.format(answer)]) == [0.0]
+
+
+# ---- votes
+
+
+def test_math_votes_count_equal_values_as_one_answer() -> None:
+    texts = [r"\boxed{\frac{1}{2}}", "so 0.5.", r"\boxed{3}", "no idea", "<think>3</think> $\\frac12$"]
+    assert math_votes(texts, answer=["1/2"] * 5) == [0.0, 0.0, 1.0, None, 0.0]
+    assert math_votes(["18 in all\n#### 1,234", "1234", "#### 12"], solution=["#### 7"] * 3) == [0.0, 0.0, 1.0]
+    assert math_votes(["5", "6"]) == [0.0, 1.0]
+
+
+def test_text_votes_go_by_the_answer_alone() -> None:
+    texts = ["<answer>A  b</answer>", "<think>c</think>a B", "", "c"]
+    assert text_votes(texts) == [0.0, 0.0, None, 1.0]
 
 
 def test_accuracy_takes_the_column_solution_too_and_says_when_there_is_neither() -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from grpo_ray.rollout_log import (
 from grpo_ray.seeds import sample_seed
 from grpo_ray.tracking import JsonlTracker, MlflowTracker, Tolerant, WandbTracker, make_trackers, read_metrics
 from grpo_ray.types import Group, Prompt, RewardScore, Sample, SampleInfo, Score, ScoreStatus, VersionSpan
+from tests.batches import batch_of
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -245,7 +247,7 @@ def two_groups() -> list[Group]:
 
 def test_rollouts_come_back_from_parquet_as_they_went_in(tmp_path: Path) -> None:
     groups = two_groups()
-    path = write_rollouts(tmp_path, 12, groups, distinct_refs(groups), run_seed=3)
+    path = write_rollouts(tmp_path, 12, groups, batch_of(groups, 11, 0.7), distinct_refs(groups), run_seed=3)
     assert path.name == "step-000012.parquet"
     rows = read_rollouts(path)
     infos = [(g, info) for g in groups for info in g.samples]
@@ -267,6 +269,7 @@ def test_rollouts_come_back_from_parquet_as_they_went_in(tmp_path: Path) -> None
             info.worker,
         )
         assert row["seed"] == sample_seed(3, g.prompt.id, info.index)
+        assert (row["group"], row["loss_mask"], row["temperature"]) == (groups.index(g), g is groups[1], 0.7)
     assert [(r["reward"], r["reward_status"]) for r in rows] == [(None, "timeout")] * 2 + [(1.0, "ok")] * 2
     assert rows[0]["rewards"][1] == {
         "name": "style",
@@ -283,7 +286,8 @@ def test_rollouts_open_with_pandas_and_datasets(tmp_path: Path) -> None:
 
     groups = two_groups()
     for step in (1, 2):
-        write_rollouts(tmp_path / "rollouts", step, groups, distinct_refs(groups), run_seed=3)
+        batch = batch_of(groups, step - 1)
+        write_rollouts(tmp_path / "rollouts", step, groups, batch, distinct_refs(groups), run_seed=3)
     frame = pd.read_parquet(tmp_path / "rollouts")
     assert frame.groupby("step")["advantage"].sum().to_dict() == {1: 0.0, 2: 0.0}
     data = datasets.load_dataset(
@@ -295,8 +299,11 @@ def test_rollouts_open_with_pandas_and_datasets(tmp_path: Path) -> None:
 
 def test_a_sample_of_another_place_is_refused(tmp_path: Path) -> None:
     groups = two_groups()
-    with pytest.raises(AssertionError, match="is not that of"):
-        write_rollouts(tmp_path, 1, groups, distinct_refs(groups)[::-1], run_seed=3)
+    batch, refs = batch_of(groups, 0), distinct_refs(groups)
+    other_order = replace(batch, samples=batch.samples[::-1])
+    for wrong in ((batch, refs[::-1]), (other_order, refs)):
+        with pytest.raises(AssertionError, match="is not that of"):
+            write_rollouts(tmp_path, 1, groups, *wrong, run_seed=3)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -323,12 +330,13 @@ def test_the_log_writes_aside_and_the_next_call_says_what_went_wrong(tmp_path: P
 
     async def main() -> None:
         log = ParquetRolloutLog(tmp_path, 3, fetch)
-        await log.write(1, groups)
-        await log.write(2, groups)
+        batch = batch_of(groups, 0)
+        await log.write(1, groups, batch)
+        await log.write(2, groups, batch)
         assert list(rollout_steps(tmp_path)) == [1]
         with pytest.raises(ConnectionError, match="object lost"):
             await log.close()
-        await log.write(3, groups)
+        await log.write(3, groups, batch)
         await log.close()
 
     asyncio.run(asyncio.wait_for(main(), 30))

@@ -14,7 +14,7 @@ import pytest
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.config import RunConfig, build, deep_merge, parse_overrides
 from grpo_ray.cursor import Cursor
-from grpo_ray.errors import RewardError
+from grpo_ray.errors import NonFiniteError, RewardError
 from grpo_ray.events import EvalEvent, StepEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.train_loop import Roles, TrainLoop
@@ -59,6 +59,7 @@ class World:
         self.written: list[tuple[int, list[str]]] = []
         self.broken: dict[str, ScoreStatus] = {}
         self.on_update: Any = None
+        self.closed = False
 
     async def generate(self, request: SampleRequest) -> SampleInfo:
         self.under_way.add(request.prompt_id)
@@ -105,8 +106,12 @@ class World:
     async def export(self, folder: Path) -> None:
         (folder / "config.json").write_text("{}")
 
-    async def write(self, step: int, groups: Sequence[Group]) -> None:
+    async def write(self, step: int, groups: Sequence[Group], batch: TrainBatch) -> None:
+        assert [s.prompt_id for s in batch.samples] == [s.prompt_id for g in groups for s in g.samples]
         self.written.append((step, [g.prompt.id for g in groups]))
+
+    async def close(self) -> None:
+        self.closed = True
 
 
 def config(*overrides: str) -> RunConfig:
@@ -135,7 +140,7 @@ class Session:
             cfg,
             Roles(world, world, world, world, world),
             Cursor(Rows(), seed=cfg.seed, shuffle=True),
-            eval_prompts,
+            {"": eval_prompts} if eval_prompts else {},
             self.ledger,
             self.run_dir,
             [],
@@ -217,6 +222,34 @@ def test_a_run_that_died_after_its_checkpoint_trains_the_lost_steps_again(tmp_pa
     assert second.go() == "finished"
     assert second.world.batches[0].step == 4
     assert second.ledger_rows == whole.ledger_rows
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["checkpoint.every_steps=1"], "step-000003.parquet; `grpo-ray replay {run} --step 3` repeats the step"),
+        (["checkpoint.every_steps=5"], "with a checkpoint of step 2 (checkpoint.every_steps=1) `grpo-ray replay"),
+        (["tracking.rollouts=false"], "not kept, since tracking.rollouts is false"),
+    ],
+)
+def test_the_batch_of_a_step_that_is_no_number_is_on_disk_before_the_run_ends(tmp_path, overrides, expected):
+    session = Session(tmp_path, config(*overrides))
+
+    def explode(step: int) -> None:
+        if step == 2:
+            (tmp_path / "rollouts").mkdir()
+            (tmp_path / "rollouts" / "step-000003.parquet").touch()
+            raise NonFiniteError("step 3: the loss is not a finite number")
+
+    session.world.on_update = explode
+    with pytest.raises(NonFiniteError) as e:
+        session.go()
+    assert str(e.value).startswith("step 3: the loss is not a finite number. Its batch ")
+    assert expected.format(run=tmp_path) in str(e.value)
+    assert session.world.closed
+    step, prompts = session.world.written[-1]
+    assert (step, len(prompts)) == (3, 3)
+    assert [row[2] for row in session.ledger_rows[6:]] == ["sampled"] * 3
 
 
 def test_a_failed_score_drops_its_group_and_the_next_prompt_takes_its_place(tmp_path):

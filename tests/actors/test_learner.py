@@ -222,7 +222,7 @@ def test_one_rank_under_zero_0_steps_like_plain_pytorch_and_exports_what_it_comp
     broken = TrainBatch(
         9, [s if s is not bad else TrainSample(**{**vars(bad), "advantage": float("nan")}) for s in batch.samples], 1.0
     )
-    with pytest.raises(NonFiniteError, match=rf"step 9: the loss of sample {bad.prompt_id}\[{bad.index}\]"):
+    with pytest.raises(NonFiniteError, match=rf"step 10: the loss of sample {bad.prompt_id}\[{bad.index}\]"):
         run(group.update(broken))
     after = exported(group, tmp_path / "after")
     assert all(torch.equal(before[n], after[n]) for n in before)

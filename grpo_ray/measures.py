@@ -1,0 +1,61 @@
+"""What several samples of each prompt say of a model: pass@1, pass@k and cons@k, each with its standard error.
+
+P prompts, n samples of each, c of them right. Every measure is a mean over prompts, so its standard error is that of the
+P values: the n samples of one prompt are not independent of each other and count as one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Estimate:
+    mean: float
+    standard_error: float
+    """Of the mean, over prompts; 0 for a single prompt, where it can't be known."""
+
+
+def estimate(values_P: Sequence[float]) -> Estimate:
+    """Mean over prompts, with the standard deviation over them (n - 1) / sqrt(P)."""
+    count = len(values_P)
+    mean = math.fsum(values_P) / count
+    variance = math.fsum((v - mean) ** 2 for v in values_P) / max(1, count - 1)
+    return Estimate(mean, math.sqrt(variance / count))
+
+
+def pass_at(k: int, num_samples: int, num_right: int) -> float:
+    """The chance that k of the n samples, drawn without putting back, hold a right one: 1 - C(n-c, k) / C(n, k).
+
+    Unbiased for every k <= n (2107.03374, equation 1); k = 1 is the mean.
+    """
+    return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
+
+
+def consensus(votes: Sequence[float | None], right: Sequence[bool]) -> float:
+    """Is the answer that most samples give right? DeepSeek-R1's cons@k (2501.12948).
+
+    Args:
+        votes: [n] which answer each sample gives: equal numbers, equal answers. None: it gives none, and has no vote.
+        right: [n].
+
+    Returns:
+        1 or 0. A tie counts by the part of the tied answers that is right, so that no order decides it; without any
+        vote 0.
+    """
+    camps: dict[float, list[bool]] = {}
+    for vote, is_right in zip(votes, right, strict=True):
+        if vote is not None:
+            camps.setdefault(vote, []).append(is_right)
+    if not camps:
+        return 0.0
+    most = max(len(camp) for camp in camps.values())
+    winners = [camp for camp in camps.values() if len(camp) == most]
+    return sum(sum(camp) / len(camp) for camp in winners) / len(winners)
+
+
+def pass_ks(num_samples: int) -> list[int]:
+    """The k of pass@k worth telling: powers of two, and n itself."""
+    return sorted({1 << i for i in range(num_samples.bit_length())} | {num_samples})

@@ -1,0 +1,157 @@
+"""A recorded step once more: the batch as the learner got it, from where the step started, and what came of it then.
+
+rollouts/step-000005.parquet -> TrainBatch     checkpoints/step-000004 -> learner     metrics.jsonl -> what to compare with
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from grpo_ray.checkpoint import RunDir
+from grpo_ray.errors import CheckpointError
+from grpo_ray.rollout_log import rollout_path, rollout_steps
+from grpo_ray.types import Sample, TrainBatch, TrainSample, VersionSpan
+
+COMPARED = ("loss/policy", "grad_norm")
+TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3}
+"""By model.dtype. The same hardware gives the same bits; other hardware sums in another order."""
+_NEEDED = ("group", "loss_mask", "temperature")
+_ADVICE = (
+    "a step needs its rollouts/ file (tracking.rollouts) and a checkpoint of exactly the step before it; "
+    "checkpoint.every_steps=1 and a checkpoint.keep as large as num_steps make every step replayable"
+)
+
+
+def replayable_steps(run: RunDir) -> list[int]:
+    """Steps whose batch is on disk and whose start is known: a checkpoint, or for step 1 the starting model."""
+    starts = {0, *run.steps()}
+    return [step for step in rollout_steps(run.rollouts) if step - 1 in starts]
+
+
+def check_replayable(run: RunDir, step: int) -> None:
+    """Raises CheckpointError saying what is missing for this step, and which steps can be replayed."""
+    possible = replayable_steps(run)
+    if step in possible:
+        return
+    has_batch = step in rollout_steps(run.rollouts)
+    lacking = f"there is no checkpoint of step {step - 1}" if has_batch else f"rollouts/ has no batch of step {step}"
+    raise CheckpointError(
+        f"step {step} of {run.path} can't be replayed: {lacking}. Steps that can: "
+        f"{', '.join(map(str, possible)) or 'none'}; {_ADVICE}"
+    )
+
+
+def how_to_replay(run: RunDir, step: int, *, recorded: bool) -> str:
+    """One sentence for the error of a step that failed."""
+    if not recorded:
+        return "Its batch was not kept, since tracking.rollouts is false"
+    where = f"Its batch is in {rollout_path(run.rollouts, step)}"
+    command = f"`grpo-ray replay {run.path} --step {step}`"
+    if step in replayable_steps(run):
+        return f"{where}; {command} repeats the step"
+    return f"{where}; with a checkpoint of step {step - 1} (checkpoint.every_steps=1) {command} would repeat the step"
+
+
+def read_batch(path: Path) -> TrainBatch:
+    """The batch that `rollout_log.write_rollouts` was given, its samples in one list: token for token and bit for bit.
+
+    Raises:
+        CheckpointError: the file can't be read, or was written before batches were recorded whole.
+    """
+    try:
+        table = pq.read_table(path)
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path} can't be read: {str(e).splitlines()[0]}") from None
+    missing = [name for name in _NEEDED if name not in table.column_names]
+    if missing or not table.num_rows:
+        what = f"has no column {missing[0]!r}: an earlier version of grpo-ray wrote it" if missing else "is empty"
+        raise CheckpointError(f"{path} {what}; the step can't be replayed")
+    rows = table.drop_columns(["prompt_ids", "completion_ids", "rollout_logprobs"]).to_pylist()
+    arrays = zip(*(_arrays(table[name]) for name in ("prompt_ids", "completion_ids", "rollout_logprobs")), strict=True)
+    samples = [_sample(row, *lists) for row, lists in zip(rows, arrays, strict=True)]
+    return TrainBatch(
+        step=rows[0]["step"] - 1,
+        samples=[_train_sample(row, samples, i) for i, row in enumerate(rows)],
+        temperature=rows[0]["temperature"],
+    )
+
+
+def _arrays(column: Any) -> list[NDArray[Any]]:
+    return [scalar.values.to_numpy() for scalar in column]
+
+
+def _sample(
+    row: Mapping[str, Any],
+    prompt_ids: NDArray[np.int32],
+    completion_ids: NDArray[np.int32],
+    logprobs: NDArray[np.float32],
+) -> Sample:
+    return Sample(
+        prompt_id=row["prompt_id"],
+        index=row["index"],
+        prompt_token_ids=prompt_ids,
+        token_ids=completion_ids,
+        logprobs=logprobs,
+        versions=tuple(VersionSpan(**span) for span in row["versions"]),
+        finish_reason=row["finish_reason"],
+        text=row["completion"],
+    )
+
+
+def _train_sample(row: Mapping[str, Any], samples: list[Sample], place: int) -> TrainSample:
+    sample = samples[place]
+    return TrainSample(
+        ref=samples,
+        row=place,
+        prompt_id=sample.prompt_id,
+        index=sample.index,
+        num_prompt_tokens=len(sample.prompt_token_ids),
+        num_tokens=len(sample.token_ids),
+        advantage=math.nan if row["advantage"] is None else row["advantage"],
+        group=row["group"],
+        loss_mask=row["loss_mask"],
+    )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One figure of the step, then and now."""
+
+    name: str
+    recorded: float | None
+    replayed: float
+    agrees: bool
+
+    def __str__(self) -> str:
+        """`grad_norm    recorded 1.25  replayed 1.25  the same bits`."""
+        now = f"replayed {self.replayed:.17g}"
+        if self.recorded is None:
+            return f"{self.name:<12} recorded nothing  {now}"
+        if self.recorded == self.replayed:
+            verdict = "the same bits"
+        else:
+            verdict = f"difference {self.replayed - self.recorded:.3g}" + ("" if self.agrees else ", too large")
+        return f"{self.name:<12} recorded {self.recorded:.17g}  {now}  {verdict}"
+
+
+def compare(recorded: Mapping[str, Any], replayed: Mapping[str, float], *, tolerance: float) -> list[Comparison]:
+    """Loss and gradient norm of a step, relative to the larger of the two.
+
+    The loss is a difference of terms of order one, and 0 but for rounding with one update per batch: it is also equal when
+    the two differ by less than `tolerance` itself. A figure that was not recorded (the step failed) agrees with nothing.
+    """
+    out = []
+    for name in COMPARED:
+        then, now = recorded.get(name), replayed[name]
+        floor = tolerance if name.startswith("loss") else 0.0
+        agrees = then is not None and math.isclose(then, now, rel_tol=tolerance, abs_tol=floor)
+        out.append(Comparison(name, then, now, agrees))
+    return out

@@ -1,0 +1,56 @@
+"""Which samples of a group give the same answer: for majority votes, not for training.
+
+A vote has the contract of a reward function and is called with a whole group, so it runs where rewards run, behind the
+same deadlines: the value of a completion is the number of its answer, None where it gives none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from grpo_ray.rewards.accuracy import extract
+from grpo_ray.rewards.answer_tag import answer_of
+from grpo_ray.rewards.function import Completions, text_of
+
+A = TypeVar("A")
+
+
+def math_votes(
+    completions: Completions,
+    answer: list[Any] | None = None,
+    solution: list[Any] | None = None,
+    timeout_s: int = 3,
+) -> list[float | None]:
+    """By the answers that `accuracy` finds; those that math-verify holds for equal (1/2 and 0.5) are one."""
+    from math_verify import verify
+
+    golds = answer if answer is not None else solution if solution is not None else [""] * len(completions)
+    found = [extract(text_of(c), "####" in str(g), timeout_s) for c, g in zip(completions, golds, strict=True)]
+
+    def same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+        # The texts are the last parts; most are equal, which needs no algebra.
+        return one[-1] == other[-1] or verify(list(one), list(other), timeout_seconds=timeout_s)
+
+    return number_answers([answer or None for answer in found], same)
+
+
+def text_votes(completions: Completions) -> list[float | None]:
+    """By the text in `<answer>`, else all that follows `</think>`, white space and case aside."""
+    texts = [" ".join(answer_of(text_of(c).rpartition("</think>")[2]).casefold().split()) for c in completions]
+    return number_answers([text or None for text in texts], lambda one, other: one == other)
+
+
+def number_answers(answers: Sequence[A | None], same: Callable[[A, A], bool]) -> list[float | None]:
+    """Each answer's number: that of the first one before it which is the same, else a new one."""
+    known: list[A] = []
+    numbers: list[float | None] = []
+    for answer in answers:
+        if answer is None:
+            numbers.append(None)
+            continue
+        number = next((i for i, one in enumerate(known) if same(one, answer)), len(known))
+        if number == len(known):
+            known.append(answer)
+        numbers.append(float(number))
+    return numbers

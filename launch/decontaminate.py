@@ -1,0 +1,64 @@
+"""`grpo-ray decontaminate`: write the training rows that share no words with a test set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from grpo_ray.config import DataSource
+from grpo_ray.data import Table, load_table
+from grpo_ray.decontaminate import Contaminated, find_contaminated, ngram_hashes, prompt_texts, write_jsonl
+from grpo_ray.errors import ConfigError, DataError
+
+EXAMPLES = 5
+SEED = 1
+"""Of generators that name none, as in a run."""
+console = Console(highlight=False, soft_wrap=True, markup=False)
+
+
+def decontaminate(
+    train: DataSource, tests: list[DataSource], column: str | None, test_column: str | None, n: int, out: Path | None
+) -> Path:
+    """Prints counts and examples; returns the file with the kept rows.
+
+    Raises:
+        ConfigError: `out` is one of the inputs.
+        DataError: something can't be read or written, or no row would be left.
+    """
+    known: set[int] = set()
+    for source in tests:
+        table = load_table(source, seed=SEED)
+        new = ngram_hashes(prompt_texts(table, test_column), n)
+        console.print(f"against  {table.label}: {len(table.rows):,} prompts, {len(new):,} different {n}-grams")
+        known |= new
+    table = load_table(train, seed=SEED)
+    target = out or _beside(train.path, table.name)
+    if any(target.resolve() == Path(source.path).resolve() for source in [train, *tests]):
+        raise ConfigError(f"--out {target} is one of the files to read; name another")
+    found = find_contaminated(table, column, known, n)
+    if len(found) == len(table.rows):
+        raise DataError(
+            f"every one of the {len(table.rows):,} rows of {table.label} shares {n} words with a test set, so nothing was "
+            "written; are they the same data, or do all prompts begin with the same instruction? Then raise --ngram"
+        )
+    removed = {c.row for c in found}
+    kept = write_jsonl(target, (table.rows[i] for i in range(len(table.rows)) if i not in removed))
+    _print_examples(table, found)
+    share = len(found) / len(table.rows)
+    console.print(f"removed  {len(found):,} of {len(table.rows):,} rows of {table.label} ({share:.2%})")
+    console.print(f"kept     {kept:,} rows in {target}")
+    return target
+
+
+def _beside(path: str, name: str) -> Path:
+    """Next to a file; in the current folder for what is none."""
+    file = Path(path).expanduser()
+    return (file.parent if file.is_file() else Path()) / f"{name}.decontaminated.jsonl"
+
+
+def _print_examples(table: Table, found: list[Contaminated]) -> None:
+    for one in found[:EXAMPLES]:
+        console.print(f"removed  {table.where(one.row)}: {one.shared!r}")
+    if len(found) > EXAMPLES:
+        console.print(f"         and {len(found) - EXAMPLES:,} more")
