@@ -3,7 +3,8 @@
     fetch own samples -> [old log-probabilities] -> [reference] -> for each mini-batch: micro-batches, then one
     optimizer step
 
-`old` costs a pass of its own only where the weights move before a sample's turn: for every mini-batch but the first.
+`old` costs a pass of its own only where the weights move before a sample's turn: for every mini-batch but the first (and
+for none where the sampler's own report is taken for it).
 """
 
 from __future__ import annotations
@@ -115,7 +116,8 @@ class LearnerActor:
         with self._timed("fetch"):
             steps = self._fetch(batch, plan)
         with self._timed("old"):
-            for data in (data for mini_batch in steps[1:] for data in mini_batch):
+            later = steps[1:] if self._algorithm.old_logprobs == "recompute" else []
+            for data in (data for mini_batch in later for data in mini_batch):
                 data.old_C = self._logprobs(self._engine, data, batch.temperature)
         if self._reference is not None:
             with self._timed("reference"):
