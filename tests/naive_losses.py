@@ -19,9 +19,9 @@ OPTIONS = LossOptions(
     dual_clip_c=None,
     cispo_max_ratio=1.6,
     sapo_temperature_pos=1.0,
-    sapo_temperature_neg=1.05,
+    sapo_temperature_neg=1.0625,
 )
-"""cispo's cap is low, so that it is met."""
+"""cispo's cap is low, so that it is met. TRL keeps sapo's temperatures in fp32, which holds these exactly."""
 MAX_LENGTH = 9
 Rows = Sequence[Tensor]
 """[T] of each sequence, float64."""

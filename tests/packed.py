@@ -24,6 +24,8 @@ def algorithm(loss: str, **values: Any) -> AlgorithmConfig:
         bounds = {"epsilon_low": OPTIONS.epsilon_low, "epsilon_high": OPTIONS.epsilon_high}
     if loss == "cispo":
         bounds = {"cispo_max_ratio": OPTIONS.cispo_max_ratio}
+    if loss == "sapo":
+        bounds = {"sapo_temperature_neg": OPTIONS.sapo_temperature_neg}
     return AlgorithmConfig(loss=loss, **bounds | values)
 
 
