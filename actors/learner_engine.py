@@ -46,6 +46,11 @@ class LearnerSpec:
     def needs_reference(self) -> bool:
         return self.algorithm is not None and self.algorithm.beta > 0
 
+    @property
+    def saves_reference(self) -> bool:
+        """It is no longer the model of `model_path`."""
+        return self.needs_reference and self.algorithm is not None and self.algorithm.ref_refresh_steps > 0
+
 
 def deepspeed_config(model: ModelConfig, learner: LearnerConfig) -> dict[str, Any]:
     """DeepSpeed's settings. Losses come already normalised and one `step()` follows any number of `backward()`."""
@@ -98,7 +103,7 @@ def build_engine(spec: LearnerSpec, device: torch.device) -> Any:
 
 
 def build_reference(spec: LearnerSpec, device: torch.device) -> nn.Module:
-    """The frozen policy as it was at the start; sharded under ZeRO-3."""
+    """The frozen policy as it was at the start; sharded under ZeRO-3. See actors/learner_reference.py for what follows."""
     import deepspeed
 
     policy = PolicyModel(load_hf(spec, device, trained=False), chunk=spec.learner.logprob_chunk_tokens).eval()

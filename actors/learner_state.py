@@ -9,21 +9,23 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from actors.learner_engine import LearnerSpec
 from grpo_ray.errors import CheckpointError
 
+T = TypeVar("T", bound=torch.Tensor)
 _TAG = "deepspeed"
 _FACTS = "learner.json"
-_EXPORT_BUCKET_BYTES = 256 << 20
+_BUCKET_BYTES = 256 << 20
 _ADAM_BYTES = 12
 """fp32 master, momentum and variance of one parameter."""
 
@@ -37,7 +39,7 @@ def save(engine: Any, spec: LearnerSpec, folder: Path) -> None:
     """
     rank = dist.get_rank()
     _check_room(engine, spec, folder)
-    with _writing(folder):
+    with writing(folder):
         torch.save(_random_state(), folder / f"random-{rank}.pt")
         if rank == 0:
             (folder / _FACTS).write_text(json.dumps(_facts(spec)))
@@ -75,37 +77,47 @@ def export(engine: Any, spec: LearnerSpec, folder: Path) -> None:
     Raises:
         CheckpointError: the write failed.
     """
-    weights = _gather(engine, spec)
+    weights = gather(engine.module.hf)
     if dist.get_rank() != 0:
         return
     from grpo_ray.models import load_tokenizer
 
-    with _writing(folder):
+    with writing(folder):
         engine.module.hf.save_pretrained(folder, state_dict=weights)
         load_tokenizer(spec.model_path, trust_remote_code=spec.model.trust_remote_code).save_pretrained(folder)
 
 
-def _gather(engine: Any, spec: LearnerSpec) -> dict[str, torch.Tensor]:
+def gather(hf: nn.Module) -> dict[str, torch.Tensor]:
     """All weights in CPU memory of rank 0, under Hugging Face names (a tied weight once); empty on the other ranks."""
-    import deepspeed
-
-    unique = {id(t): (n, t) for n, t in reversed(engine.module.hf.state_dict(keep_vars=True).items())}
+    unique = {id(t): (n, t) for n, t in reversed(hf.state_dict(keep_vars=True).items())}
     named = list(reversed(unique.values()))
     out: dict[str, torch.Tensor] = {}
-    for bucket in _buckets(named):
-        sharded = [t for _, t in bucket if hasattr(t, "ds_id")]
-        with deepspeed.zero.GatheredParameters(sharded, modifier_rank=None) if sharded else nullcontext():
+    for bucket in buckets(named):
+        with gathered([t for _, t in bucket]):
             if dist.get_rank() == 0:
                 out |= {name: t.detach().to("cpu", copy=True).contiguous() for name, t in bucket}
     return out
 
 
-def _buckets(named: list[tuple[str, torch.Tensor]]) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    bucket: list[tuple[str, torch.Tensor]] = []
+def gathered(params: Sequence[torch.Tensor], writer: int | None = None) -> AbstractContextManager[Any]:
+    """Whole for the time being, where ZeRO-3 has split them. `writer`: the rank whose changes all take over; None: nobody
+    changes anything.
+    """
+    sharded = [p for p in params if hasattr(p, "ds_id")]
+    if not sharded:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=writer)
+
+
+def buckets(named: Sequence[tuple[str, T]]) -> Iterator[list[tuple[str, T]]]:
+    """Of a size that may be whole at once."""
+    bucket: list[tuple[str, T]] = []
     size = 0
     for name, tensor in named:
         num_bytes = getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
-        if bucket and size + num_bytes > _EXPORT_BUCKET_BYTES:
+        if bucket and size + num_bytes > _BUCKET_BYTES:
             yield bucket
             bucket, size = [], 0
         bucket.append((name, tensor))
@@ -135,7 +147,8 @@ def _random_state() -> dict[str, Any]:
 def _check_room(engine: Any, spec: LearnerSpec, folder: Path) -> None:
     """All ranks agree before anyone writes: a rank that fails alone would leave the others waiting for it."""
     num_params = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-    needed = num_params * (spec.dtype.itemsize + _ADAM_BYTES)
+    copies = 1 + spec.saves_reference
+    needed = num_params * (copies * spec.dtype.itemsize + _ADAM_BYTES)
     free = torch.tensor([shutil.disk_usage(folder).free if folder.is_dir() else -1], dtype=torch.int64)
     dist.all_reduce(free, op=dist.ReduceOp.MIN)
     if free.item() < 0:
@@ -150,7 +163,7 @@ def _check_room(engine: Any, spec: LearnerSpec, folder: Path) -> None:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as e:
