@@ -25,6 +25,16 @@ IMPORTANCE_SAMPLING_DEFAULTS: dict[str, Values] = {
 }
 """TIS: 2. IcePop (Ring-1T 2510.18855): 0.5 and 5. Of a sequence: TRL's 3."""
 
+_OF_THE_LOSS = (
+    "epsilon_low",
+    "epsilon_high",
+    "dual_clip_c",
+    "cispo_max_ratio",
+    "sapo_temperature_pos",
+    "sapo_temperature_neg",
+)
+_OF_THE_REFERENCE = ("kl_estimator", "ref_refresh_steps", "ref_polyak_tau")
+
 _GRPO: Values = {"advantage": "grpo", "loss": "grpo", "epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.0}
 
 PRESETS: dict[str, Values] = {
@@ -59,9 +69,15 @@ PRESETS: dict[str, Values] = {
     # GSPO 2507.18071: the bounds are in LOSS_DEFAULTS; four mini-batches there.
     "gspo": {"advantage": "grpo", "loss": "gspo", "beta": 0.0},
     # CISPO, MiniMax-M1 2506.13585: no KL; the cap, which is not stated there, is ScaleRL's (2510.13786).
-    "cispo": _GRPO | {"loss": "cispo", "cispo_max_ratio": 5.0},
-    # SAPO 2511.20347, section 5.
-    "sapo": _GRPO | {"loss": "sapo", "sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05},
+    "cispo": {"advantage": "grpo", "loss": "cispo", "cispo_max_ratio": 5.0, "beta": 0.0},
+    # SAPO 2511.20347, section 5; beta is not stated.
+    "sapo": {
+        "advantage": "grpo",
+        "loss": "sapo",
+        "sapo_temperature_pos": 1.0,
+        "sapo_temperature_neg": 1.05,
+        "beta": 0.0,
+    },
     # GMPO 2507.20673: the bounds are in LOSS_DEFAULTS.
     "gmpo": {"advantage": "grpo", "loss": "gmpo", "beta": 0.0},
     # IcePop, Ring-1T 2510.18855: GRPO without tokens on which sampler and learner disagree; the bounds are in
@@ -82,7 +98,8 @@ PRESETS: dict[str, Values] = {
 
 
 def with_preset(data: Values) -> Values:
-    """What was given, over the preset that it names, over what its loss and its correction are usually run with.
+    """What was given, over the preset that it names, over what its loss and its correction are usually run with. With
+    another loss, the preset's bounds have no meaning; without a KL, its estimator and its reference have none.
 
     Raises:
         ValueError: there is no such preset.
@@ -92,7 +109,10 @@ def with_preset(data: Values) -> Values:
         close = difflib.get_close_matches(str(name), PRESETS, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise ValueError(f"algorithm.preset {name!r} is not known; {hint}known are {', '.join(PRESETS)}")
-    given = (PRESETS[name] if name is not None else {}) | data
+    preset = PRESETS[name] if name is not None else {}
+    without = _OF_THE_LOSS if data.get("loss", preset.get("loss")) != preset.get("loss") else ()
+    without += _OF_THE_REFERENCE if data.get("beta") == 0 else ()
+    given = {key: value for key, value in preset.items() if key not in without} | data
     usual = LOSS_DEFAULTS.get(str(given.get("loss")), {})
     usual = usual | IMPORTANCE_SAMPLING_DEFAULTS.get(str(given.get("importance_sampling")), {})
     return usual | given

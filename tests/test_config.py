@@ -152,6 +152,14 @@ def test_a_recipes_preset_can_be_overridden_key_by_key_and_whole():
     assert (a.beta, a.epsilon_low, a.epsilon_high) == (0, 0.1, 0.28)
 
 
+def test_what_belongs_to_a_presets_loss_or_reference_goes_with_it():
+    a = make("algorithm=dapo", "algorithm.loss=gspo").algorithm
+    assert (a.epsilon_low, a.epsilon_high, a.dynamic_sampling) == (3e-4, 4e-4, True)
+    assert make("algorithm=dapo", "algorithm.loss=cispo").algorithm.cispo_max_ratio == 5
+    a = make("algorithm=r1", "algorithm.beta=0").algorithm
+    assert (a.ref_refresh_steps, a.epsilon_high) == (0, 10)
+
+
 def test_losses_and_corrections_bring_their_usual_bounds():
     assert make("algorithm.loss=gspo").algorithm.epsilon_low == 3e-4
     assert make("algorithm.loss=gspo", "algorithm.epsilon_low=0.1").algorithm.epsilon_low == 0.1
