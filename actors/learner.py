@@ -1,9 +1,10 @@
 """One DeepSpeed rank. All ranks get the same batch, make the same plan, and each takes its own micro-batches from it.
 
     fetch own samples -> [old log-probabilities] -> [reference] -> for each mini-batch: micro-batches, then one
-    optimizer step
+    optimizer step; then, where it is due, the reference takes over the new weights
 
-`old` costs a pass of its own only where the weights move before a sample's turn: for every mini-batch but the first.
+`old` costs a pass of its own only where the weights move before a sample's turn: for every mini-batch but the first (and
+for none where the sampler's own report is taken for it).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import ray
 import torch
 import torch.distributed as dist
 
-from actors import learner_state
+from actors import learner_reference, learner_state
 from actors.learner_engine import LearnerSpec, build_engine, build_reference
 from actors.runtime import own_log
 from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch
@@ -29,6 +30,7 @@ from grpo_ray.errors import NonFiniteError, WorkerError
 from grpo_ray.lora import adapters_off
 from grpo_ray.losses.aggregation import Normalizers
 from grpo_ray.objectives import GrpoObjective, MicroBatchData, Objective, SftObjective
+from grpo_ray.policy import PolicyModel
 from grpo_ray.types import Sample, TrainBatch, UpdateReport
 
 if TYPE_CHECKING:
@@ -116,7 +118,8 @@ class LearnerActor:
         with self._timed("fetch"):
             steps = self._fetch(batch, plan)
         with self._timed("old"):
-            for data in (data for mini_batch in steps[1:] for data in mini_batch):
+            later = steps[1:] if self._algorithm.old_logprobs == "recompute" else []
+            for data in (data for mini_batch in later for data in mini_batch):
                 data.old_C = self._logprobs(self._engine, data, batch.temperature)
         if self.spec.needs_reference:
             with self._timed("reference"), self._reference_policy() as reference:
@@ -134,6 +137,10 @@ class LearnerActor:
                 with self._timed("step"):
                     learning_rates.append(float(self._engine.get_lr()[0]))
                     grad_norms.append(self._step(batch))
+        every = self._algorithm.ref_refresh_steps
+        if self._reference is not None and every and (batch.step + 1) % every == 0:
+            with self._timed("reference"):
+                learner_reference.follow(self._reference_model, self._engine.module, self._algorithm.ref_polyak_tau)
         metrics = self._metrics(sums, largest, steps, grad_norms, learning_rates)
         return UpdateReport(step=batch.step, metrics=metrics, seconds=time.monotonic() - started)
 
@@ -323,9 +330,18 @@ class LearnerActor:
 
     def save(self, folder: str) -> None:
         learner_state.save(self._engine, self.spec, Path(folder))
+        if self.spec.saves_reference:
+            learner_reference.save(self._reference_model, Path(folder))
 
     def load(self, folder: str) -> None:
         learner_state.load(self._engine, self.spec, Path(folder))
+        if self.spec.saves_reference:
+            learner_reference.load(self._reference_model, Path(folder))
+
+    @property
+    def _reference_model(self) -> PolicyModel:
+        model: PolicyModel = self._reference.module if self.spec.learner.zero_stage == 3 else self._reference
+        return model
 
     def export(self, folder: str) -> None:
         learner_state.export(self._engine, self.spec, Path(folder))

@@ -52,6 +52,11 @@ class LearnerSpec:
         """With adapters the policy without them is the reference."""
         return self.needs_reference and self.model.lora is None
 
+    @property
+    def saves_reference(self) -> bool:
+        """It is no longer the model of `model_path`."""
+        return self.needs_reference and self.algorithm is not None and self.algorithm.ref_refresh_steps > 0
+
 
 def deepspeed_config(model: ModelConfig, learner: LearnerConfig) -> dict[str, Any]:
     """DeepSpeed's settings. Losses come already normalised and one `step()` follows any number of `backward()`."""
@@ -104,7 +109,7 @@ def build_engine(spec: LearnerSpec, device: torch.device) -> Any:
 
 
 def build_reference(spec: LearnerSpec, device: torch.device) -> nn.Module:
-    """The frozen policy as it was at the start; sharded under ZeRO-3."""
+    """The frozen policy as it was at the start; sharded under ZeRO-3. See actors/learner_reference.py for what follows."""
     import deepspeed
 
     policy = PolicyModel(load_hf(spec, device, trained=False), chunk=spec.learner.logprob_chunk_tokens).eval()

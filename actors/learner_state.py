@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from actors.learner_engine import LearnerSpec
 from grpo_ray.errors import CheckpointError
@@ -25,7 +26,7 @@ from grpo_ray.named_weights import buckets, named_weights
 
 _TAG = "deepspeed"
 _FACTS = "learner.json"
-_EXPORT_BUCKET_BYTES = 256 << 20
+BUCKET_BYTES = 256 << 20
 _ADAM_BYTES = 12
 """fp32 master, momentum and variance of one parameter."""
 
@@ -39,7 +40,7 @@ def save(engine: Any, spec: LearnerSpec, folder: Path) -> None:
     """
     rank = dist.get_rank()
     _check_room(engine, spec, folder)
-    with _writing(folder):
+    with writing(folder):
         torch.save(_random_state(), folder / f"random-{rank}.pt")
         if rank == 0:
             (folder / _FACTS).write_text(json.dumps(_facts(spec)))
@@ -79,26 +80,25 @@ def export(engine: Any, spec: LearnerSpec, folder: Path) -> None:
         CheckpointError: the write failed.
     """
     lora = spec.model.lora
-    weights = _gather(engine)
+    weights = gather(engine.module.hf)
     adapter = _gather_adapter(engine) if lora else {}
     if dist.get_rank() != 0:
         return
     from grpo_ray.models import load_tokenizer
 
-    with _writing(folder):
+    with writing(folder):
         engine.module.hf.save_pretrained(folder, state_dict=weights)
         load_tokenizer(spec.model_path, trust_remote_code=spec.model.trust_remote_code).save_pretrained(folder)
         if lora:
             write_adapter(adapter, lora, spec.model_path, folder / "lora")
 
 
-def _gather(engine: Any) -> dict[str, torch.Tensor]:
+def gather(hf: nn.Module) -> dict[str, torch.Tensor]:
     """All weights in CPU memory of rank 0, adapters merged in, under Hugging Face names; empty on the other ranks."""
-    hf = engine.module.hf
     params = {id(p) for p in hf.parameters()}
     buffers = {n: t for n, t in hf.state_dict(keep_vars=True).items() if id(t) not in params}
     out = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in buffers.items() if dist.get_rank() == 0}
-    for bucket in buckets(named_weights(hf), _EXPORT_BUCKET_BYTES):
+    for bucket in buckets(named_weights(hf), BUCKET_BYTES):
         with gathered([p for w in bucket for p in w.parts]):
             if dist.get_rank() == 0:
                 out |= {w.name: w.value().to("cpu", copy=True).contiguous() for w in bucket}
@@ -113,14 +113,16 @@ def _gather_adapter(engine: Any) -> dict[str, torch.Tensor]:
         return {n: p.detach().to("cpu", copy=True).contiguous() for n, p in tensors.items() if first}
 
 
-def gathered(params: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
-    """Whole parameters inside, whatever ZeRO-3 has split; all ranks together."""
+def gathered(params: Sequence[torch.Tensor], writer: int | None = None) -> AbstractContextManager[Any]:
+    """Whole for the time being, where ZeRO-3 has split them. `writer`: the rank whose changes all take over; None: nobody
+    changes anything.
+    """
     sharded = [p for p in params if hasattr(p, "ds_id")]
     if not sharded:
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=None)
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=writer)
 
 
 def _facts(spec: LearnerSpec) -> dict[str, Any]:
@@ -145,7 +147,8 @@ def _random_state() -> dict[str, Any]:
 def _check_room(engine: Any, spec: LearnerSpec, folder: Path) -> None:
     """All ranks agree before anyone writes: a rank that fails alone would leave the others waiting for it."""
     num_params = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-    needed = num_params * (spec.dtype.itemsize + _ADAM_BYTES)
+    copies = 1 + spec.saves_reference
+    needed = num_params * (copies * spec.dtype.itemsize + _ADAM_BYTES)
     free = torch.tensor([shutil.disk_usage(folder).free if folder.is_dir() else -1], dtype=torch.int64)
     dist.all_reduce(free, op=dist.ReduceOp.MIN)
     if free.item() < 0:
@@ -160,7 +163,7 @@ def _check_room(engine: Any, spec: LearnerSpec, folder: Path) -> None:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as e:

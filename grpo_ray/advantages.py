@@ -1,22 +1,77 @@
-"""Rewards of a group -> advantages. Pure; P prompts, G samples of each."""
+"""Rewards -> advantages. Pure. P prompts, G samples of each; T tokens of one completion, B completions.
+
+`group_advantages` gives one number a sample, by the name in `algorithm.advantage`. Process supervision and GAE give one
+a token.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def group_advantages(
-    rewards_PG: Tensor, *, normalize_std: bool, ddof: int, eps: float, mask_PG: Tensor | None = None
-) -> Tensor:
+@dataclass(frozen=True)
+class _Rewards:
+    """What the kinds of advantage are made from. Where the mask is False, `raw` and `centred` are 0."""
+
+    raw_PG: Tensor
+    centred_PG: Tensor
+    """Minus the mean of the group."""
+    mask_PG: Tensor
+    num_P1: Tensor
+    """Samples of the group with a score."""
+    ddof: int
+    eps: float
+
+
+def _grpo(r: _Rewards) -> Tensor:
+    variance_P1 = r.centred_PG.square().sum(dim=1, keepdim=True) / (r.num_P1 - r.ddof).clamp(min=1)
+    return r.centred_PG / (variance_P1.sqrt() + r.eps)
+
+
+def _dr_grpo(r: _Rewards) -> Tensor:
+    return r.centred_PG
+
+
+def _rloo(r: _Rewards) -> Tensor:
+    return r.centred_PG * r.num_P1 / (r.num_P1 - 1).clamp(min=1)
+
+
+def _reinforce_pp_baseline(r: _Rewards) -> Tensor:
+    # Every group is centred already: the mean over the batch that whitening takes off is 0.
+    return r.centred_PG / (_std(r.centred_PG, r.mask_PG, r.ddof) + r.eps)
+
+
+def _batch_std(r: _Rewards) -> Tensor:
+    return r.centred_PG / (_std(r.raw_PG, r.mask_PG, r.ddof) + r.eps)
+
+
+ADVANTAGES: dict[str, Callable[[_Rewards], Tensor]] = {
+    "grpo": _grpo,
+    "dr_grpo": _dr_grpo,
+    "rloo": _rloo,
+    "reinforce_pp_baseline": _reinforce_pp_baseline,
+    "batch_std": _batch_std,
+}
+"""`algorithm.advantage`."""
+
+
+def group_advantages(rewards_PG: Tensor, *, kind: str, ddof: int, eps: float, mask_PG: Tensor | None = None) -> Tensor:
     """How much better each sample is than its group.
 
     grpo: (R - mean) / (std + eps), DeepSeekMath 2402.03300 section 4.1.2 (ddof and eps are not stated there).
-    dr_grpo (`normalize_std=False`): R - mean, 2503.20783.
+    dr_grpo: R - mean, 2503.20783.
+    rloo: R - mean of the others = n / (n - 1) (R - mean), 2402.14740.
+    reinforce_pp_baseline: R - mean, then divided by its std over the batch, 2501.03262 (there, as in verl, every token
+        of the batch counts; here every sample).
+    batch_std: (R - mean) / (std of all rewards of the batch + eps), Lite-PPO 2508.08221; TRL's `scale_rewards="batch"`.
 
     Args:
         rewards_PG: [P, G]. What is masked out may be NaN.
-        normalize_std: divide by the group's standard deviation.
+        kind: a name of ADVANTAGES.
         ddof: 1 for the sample's, 0 for the population's standard deviation.
         eps: added to the standard deviation.
         mask_PG: [P, G], False for samples without a score: no part in mean and std, advantage 0. None: all have one.
@@ -25,14 +80,96 @@ def group_advantages(
         [P, G] in the dtype of the rewards. A group whose scores are all equal (or fewer than two) is 0 exactly.
     """
     mask = torch.ones_like(rewards_PG, dtype=torch.bool) if mask_PG is None else mask_PG
-    rewards = rewards_PG.masked_fill(~mask, 0.0)
-    count_P1 = mask.sum(dim=1, keepdim=True)
-    centred = (rewards - rewards.sum(dim=1, keepdim=True) / count_P1.clamp(min=1)).masked_fill(~mask, 0.0)
+    raw = rewards_PG.masked_fill(~mask, 0.0)
+    num_P1 = mask.sum(dim=1, keepdim=True)
+    centred = (raw - raw.sum(dim=1, keepdim=True) / num_P1.clamp(min=1)).masked_fill(~mask, 0.0)
     # Compared, not computed: the rounded mean of equal rewards may differ from each of them, and eps would blow that
     # up.
-    highest = rewards.masked_fill(~mask, -torch.inf).amax(dim=1, keepdim=True)
-    lowest = rewards.masked_fill(~mask, torch.inf).amin(dim=1, keepdim=True)
-    if normalize_std:
-        variance = centred.square().sum(dim=1, keepdim=True) / (count_P1 - ddof).clamp(min=1)
-        centred = centred / (variance.sqrt() + eps)
-    return centred.masked_fill(highest <= lowest, 0.0)
+    highest = raw.masked_fill(~mask, -torch.inf).amax(dim=1, keepdim=True)
+    lowest = raw.masked_fill(~mask, torch.inf).amin(dim=1, keepdim=True)
+    flat = highest <= lowest
+    centred = centred.masked_fill(flat, 0.0)
+    return ADVANTAGES[kind](_Rewards(raw, centred, mask, num_P1, ddof, eps)).masked_fill(flat, 0.0)
+
+
+def _std(values: Tensor, mask: Tensor, ddof: int) -> Tensor:
+    """0-dim, over what the mask lets through."""
+    num = mask.sum()
+    off = (values - values.sum() / num.clamp(min=1)).masked_fill(~mask, 0.0)
+    return (off.square().sum() / (num - ddof).clamp(min=1)).sqrt()
+
+
+def process_advantages(
+    step_rewards: Sequence[Tensor], step_ends: Sequence[Tensor], lengths: Sequence[int], *, ddof: int, eps: float
+) -> list[Tensor]:
+    """Process supervision, DeepSeekMath 2402.03300 section 4.1.3: the rewards of all steps of a group's outputs are
+    normalised together; a token's advantage is the sum over the steps that end at it or after it.
+
+    Args:
+        step_rewards: of each output of the group, [number of its steps].
+        step_ends: of each output, [number of its steps]: index of the step's last token.
+        lengths: of each output, in tokens.
+        ddof: 1 for the sample's, 0 for the population's standard deviation.
+        eps: added to it.
+
+    Returns:
+        Of each output, [T]. All 0 when all rewards are equal.
+    """
+    pooled = torch.cat(list(step_rewards))
+    spread = bool(pooled.max() > pooled.min())
+    scale = 1 / (_std(pooled, torch.ones_like(pooled, dtype=torch.bool), ddof) + eps) if spread else 0.0
+    out = []
+    for rewards, ends, length in zip(step_rewards, step_ends, lengths, strict=True):
+        per_token_T = rewards.new_zeros(length).index_add(0, ends, (rewards - pooled.mean()) * scale)
+        out.append(per_token_T.flip(0).cumsum(0).flip(0))
+    return out
+
+
+def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation, 1506.02438 eq. 16, in verl's masked form.
+
+        delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}
+
+    A masked token (padding, a tool's output) is stepped over: the token before it sees the value and the advantage of
+    the next token that counts. Nothing follows the last one.
+
+    Args:
+        rewards_BT: [B, T]; an outcome reward stands at the last token.
+        values_BT: [B, T], the critic's.
+        mask_BT: [B, T], True for tokens of the policy.
+        gamma: discount.
+        lam: lambda; 1 makes the advantage the return minus the value.
+
+    Returns:
+        Advantages and returns (advantages + values), [B, T] each, 0 where masked.
+    """
+    advantage_B = torch.zeros_like(values_BT[:, 0])
+    next_value_B = torch.zeros_like(advantage_B)
+    columns = []
+    for t in reversed(range(values_BT.shape[1])):
+        mask_B, value_B = mask_BT[:, t], values_BT[:, t]
+        delta_B = rewards_BT[:, t] + gamma * next_value_B - value_B
+        advantage_B = torch.where(mask_B, delta_B + gamma * lam * advantage_B, advantage_B)
+        next_value_B = torch.where(mask_B, value_B, next_value_B)
+        columns.append(advantage_B)
+    advantages_BT = torch.stack(columns[::-1], dim=1)
+    return advantages_BT.masked_fill(~mask_BT, 0.0), (advantages_BT + values_BT).masked_fill(~mask_BT, 0.0)
+
+
+def kl_in_reward(scores_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, *, beta: float) -> Tensor:
+    """PPO's and RLOO's place for the KL: every token's reward is -beta KL_t, and the last one's has the score besides.
+    1909.08593 eq. 2; summed over tokens it is the reward of the whole completion.
+
+    Args:
+        scores_B: [B].
+        kl_BT: [B, T], of a policy that is not being trained right now: no gradient goes through rewards.
+        mask_BT: [B, T], True for tokens of the policy; at least one in each row.
+        beta: weight of the KL.
+
+    Returns:
+        [B, T] token rewards, 0 where masked.
+    """
+    places_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
+    last_B = places_T.where(mask_BT, -1).amax(dim=1)
+    is_last_BT = places_T == last_B[:, None]
+    return torch.where(mask_BT, -beta * kl_BT.detach(), 0.0) + torch.where(is_last_BT, scores_B[:, None], 0.0)

@@ -175,6 +175,8 @@ class PackedBatch:
     """[C], 0 in a dummy."""
     samples: NDArray[np.int64]
     """[C]: which sample of the batch the token belongs to; -1 in a dummy."""
+    segments: NDArray[np.int64]
+    """[C]: which sequence of the micro-batch the token belongs to, 0, 1, .. in order."""
 
     @property
     def is_dummy(self) -> bool:
@@ -214,4 +216,5 @@ def pack(items: Sequence[PackItem], *, padded: bool = False) -> PackedBatch:
         advantages=np.repeat(np.array([i.advantage for i in items], dtype=np.float32), num_targets),
         weights=np.repeat(np.array([i.weight for i in items], dtype=np.float32), num_targets),
         samples=np.repeat(np.array([i.sample for i in items], dtype=np.int64), num_targets),
+        segments=np.repeat(np.arange(len(items), dtype=np.int64), num_targets),
     )

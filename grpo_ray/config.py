@@ -1,6 +1,7 @@
 """The schema of a run. Every default exists here, once; `grpo-ray check` prints the resolved whole.
 
-Names follow TRL and verl where both mean the same. Times are in seconds (`_s`), sizes in bytes or GiB as named.
+`algorithm` is in `config_algorithm.py`. Names follow TRL and verl where both mean the same. Times are in seconds (`_s`),
+sizes in bytes or GiB as named.
 """
 
 from __future__ import annotations
@@ -10,19 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
+from grpo_ray.config_algorithm import AlgorithmConfig
+from grpo_ray.config_base import NonNegFloat, NonNegInt, PositiveFloat, PositiveInt, Strict
 from grpo_ray.errors import ConfigError
 
 C = TypeVar("C", bound="Strict")
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegFloat = Annotated[float, Field(ge=0)]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class TinyModelConfig(Strict):
@@ -201,32 +196,6 @@ class RewardConfig(Strict):
     env: dict[str, str] = {}
 
 
-class AlgorithmConfig(Strict):
-    advantage: Literal["grpo", "dr_grpo"] = "grpo"
-    """grpo: (R - mean) / (std + eps), DeepSeekMath 2402.03300. dr_grpo: R - mean, 2503.20783."""
-    std_ddof: Literal[0, 1] = 1
-    std_eps: NonNegFloat = 1e-4
-    loss: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
-    """How token losses are summed: mean of sequence means, / (sequences x max length), or / all tokens."""
-    epsilon_low: NonNegFloat = 0.2
-    epsilon_high: NonNegFloat = 0.2
-    beta: NonNegFloat = 0.0
-    """Weight of the KL to the reference model; 0 keeps no reference model."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    num_iterations: PositiveInt = 1
-    """Passes over each batch (the paper's mu)."""
-    num_mini_batches: PositiveInt = 1
-    """Optimizer steps in one pass."""
-    max_staleness: NonNegInt = 0
-    """Policy updates between a sample's oldest token and its use. 0: on-policy."""
-
-    @model_validator(mode="after")
-    def _staleness(self) -> Self:
-        if self.max_staleness > 0:
-            raise ValueError("algorithm.max_staleness above 0 (asynchronous training) is not built yet; use 0")
-        return self
-
-
 class LearnerConfig(Strict):
     num_actors: PositiveInt = 1
     num_cpus: NonNegFloat = 1
@@ -366,6 +335,16 @@ class RunConfig(Strict):
                 f"learner.micro_batch_tokens ({self.learner.micro_batch_tokens}) can't hold one sample of up to {longest} tokens "
                 "(data.max_prompt_length + rollout.max_completion_length); raise it"
             )
+        if self.algorithm.ref_polyak_tau < 1 and self.model.dtype == "bfloat16":
+            raise ValueError(
+                "algorithm.ref_polyak_tau below 1 moves the reference by steps that model.dtype bfloat16 rounds away; use "
+                "float32, or take the policy over whole (tau 1) every algorithm.ref_refresh_steps"
+            )
+        if self.model.lora is not None and self.algorithm.ref_refresh_steps:
+            raise ValueError(
+                "algorithm.ref_refresh_steps moves a reference model, and with model.lora the reference is the bare model; "
+                "take one of them out"
+            )
         _check_precision(self.model, self.learner)
         return self
 
@@ -430,6 +409,8 @@ def parse_overrides(items: list[str]) -> dict[str, Any]:
             raise ConfigError(f"override {item!r}: the value is not YAML ({str(e).splitlines()[0]})") from None
         if isinstance(parsed, str):
             parsed = _number(parsed)
+        if key.strip() == "algorithm" and isinstance(parsed, str):
+            key = "algorithm.preset"
         node = out
         *parents, last = key.strip().split(".")
         for part in parents:
@@ -449,11 +430,17 @@ def _number(text: str) -> str | float:
 
 
 def deep_merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """`top` over `base`; dicts merge, everything else is replaced."""
+    """`top` over `base`; dicts merge, everything else is replaced. So is a section for which `top` names a preset: what
+    `base` says there belongs to another algorithm.
+    """
     out = dict(base)
     for key, value in top.items():
         old = out.get(key)
-        out[key] = deep_merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        if key == "algorithm" and isinstance(old, str):
+            old = {"preset": old}
+        if isinstance(old, dict) and isinstance(value, dict) and "preset" not in value:
+            value = deep_merge(old, value)
+        out[key] = value
     return out
 
 

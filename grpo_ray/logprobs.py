@@ -30,7 +30,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         num = hidden_NH.shape[0]
-        logp_N = torch.empty(num, dtype=torch.float32, device=hidden_NH.device)
+        logp_N = torch.empty(num, dtype=_precision(hidden_NH), device=hidden_NH.device)
         lse_N, entropy_N = torch.empty_like(logp_N), torch.empty_like(logp_N)
         for a in range(0, num, chunk):
             rows = slice(a, min(a + chunk, num))
@@ -53,8 +53,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden_NH) if need_hidden else None
         # Summed over chunks in fp32: bf16 would lose the small addends.
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        grad_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if need_bias else None
+        grad_weight = torch.zeros(weight.shape, dtype=_precision(weight), device=weight.device) if need_weight else None
+        grad_bias = torch.zeros(bias.shape, dtype=_precision(bias), device=bias.device) if need_bias else None
         for a in range(0, hidden_NH.shape[0], ctx.chunk):
             rows = slice(a, min(a + ctx.chunk, hidden_NH.shape[0]))
             logits_CV = _logits(hidden_NH[rows], weight, bias, ctx.temperature)
@@ -85,8 +85,13 @@ class _ChunkedLogprobs(torch.autograd.Function):
         )
 
 
+def _precision(x: Tensor) -> torch.dtype:
+    """Of everything after the logits: fp32, or the model's own where that is finer."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def _logits(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, temperature: float) -> Tensor:
-    logits_CV = nn.functional.linear(hidden_CH, weight_VH, bias_V).float()
+    logits_CV = nn.functional.linear(hidden_CH, weight_VH, bias_V).to(_precision(hidden_CH))
     return logits_CV if temperature == 1.0 else logits_CV / temperature
 
 
@@ -118,7 +123,8 @@ def chunked_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target, and the entropy of each distribution.
 
-    Logits are computed in the dtype of the model, as the sampler does, then everything is fp32.
+    Logits are computed in the dtype of the model, as the sampler does, then everything is fp32 (float64
+    for a model in float64).
 
     Args:
         hidden_NH: [N, H].
@@ -129,7 +135,7 @@ def chunked_logprobs(
         chunk: rows of logits that exist at once.
 
     Returns:
-        log-probabilities [N] and entropies [N] in nats, both fp32 and differentiable.
+        log-probabilities [N] and entropies [N] in nats, both differentiable.
     """
     return _ChunkedLogprobs.apply(hidden_NH, weight_VH, bias_V, targets_N, temperature, chunk)
 

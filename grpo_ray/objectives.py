@@ -14,10 +14,13 @@ from torch import Tensor
 
 from grpo_ray.batching import PackedBatch
 from grpo_ray.config import AlgorithmConfig
-from grpo_ray.losses.aggregation import AGGREGATIONS, Normalizers
+from grpo_ray.losses.aggregation import Normalizers, token_mean
+from grpo_ray.losses.correction import CorrectionOptions, correction_sums, correction_weights
 from grpo_ray.losses.kl import kl_loss
-from grpo_ray.losses.policy import policy_loss
+from grpo_ray.losses.policy import LossOptions, PolicyInputs, TokenLosses
+from grpo_ray.losses.segments import Segments
 from grpo_ray.losses.sft import sft_loss
+from grpo_ray.losses.table import POLICY_LOSSES
 
 
 @dataclass
@@ -28,6 +31,7 @@ class MicroBatchData:
     rollout_C: Tensor
     advantages_C: Tensor
     weights_C: Tensor
+    segments: Segments
     old_C: Tensor | None = None
     """Log-probabilities of the learner for the version that sampled. None: the pass under way is that version."""
     ref_C: Tensor | None = None
@@ -35,10 +39,11 @@ class MicroBatchData:
 
     @classmethod
     def of(cls, packed: PackedBatch, device: torch.device) -> MicroBatchData:
-        rollout, advantages, weights = (
-            torch.from_numpy(x).to(device) for x in (packed.rollout_logprobs, packed.advantages, packed.weights)
+        rollout, advantages, weights, index = (
+            torch.from_numpy(x).to(device)
+            for x in (packed.rollout_logprobs, packed.advantages, packed.weights, packed.segments)
         )
-        return cls(packed, rollout, advantages, weights)
+        return cls(packed, rollout, advantages, weights, Segments.of(index))
 
 
 class Objective(Protocol):
@@ -62,57 +67,83 @@ class Objective(Protocol):
 
 
 class GrpoObjective:
-    """The clipped policy objective, plus beta x KL to the reference."""
+    """The policy loss, corrected for the sampler, plus beta x KL to the reference, minus a bonus for entropy.
+
+    The correction weighs the policy loss alone; KL and entropy have the weights of the tokens and nothing else.
+    """
 
     sum_names = (
         "tokens",
+        "sequences",
         "entropy",
         "loss",
         "kl_loss",
         "kl_ref",
+        "bonus",
         "ratio",
         "clip_low",
         "clip_high",
         "approx_kl",
         "mismatch",
+        "mismatch_kl",
+        "weight",
+        "weight_squared",
+        "masked_tokens",
+        "masked_sequences",
     )
 
     def __init__(self, algorithm: AlgorithmConfig) -> None:
-        self.algorithm = algorithm
-        self.weight = AGGREGATIONS[algorithm.loss]
+        self.algorithm = a = algorithm
+        policy = POLICY_LOSSES[a.loss]
+        self.token_loss = policy.token_loss
+        self.weight = policy.weight
+        self.options = LossOptions(
+            epsilon_low=a.epsilon_low,
+            epsilon_high=a.epsilon_high,
+            dual_clip_c=a.dual_clip_c,
+            cispo_max_ratio=a.cispo_max_ratio,
+            sapo_temperature_pos=a.sapo_temperature_pos,
+            sapo_temperature_neg=a.sapo_temperature_neg,
+        )
+        self.correction = CorrectionOptions(
+            importance_sampling=a.importance_sampling,
+            clip_min=a.importance_sampling_clip_min,
+            clip_max=a.importance_sampling_clip_max,
+            geometric_mask=a.geometric_mask,
+            off_policy_mask_threshold=a.off_policy_mask_threshold,
+        )
 
     def loss(self, data: MicroBatchData, theta_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        a = self.algorithm
+        a, weights_C = self.algorithm, data.weights_C
         if data.old_C is None:
-            data.old_C = theta_C.detach()
-        loss, stats = policy_loss(
-            theta_C,
-            data.old_C,
-            data.rollout_C,
-            data.advantages_C,
-            data.weights_C,
-            clip_low=a.epsilon_low,
-            clip_high=a.epsilon_high,
-        )
-        kl, kl_sum = loss.new_zeros(()), loss.new_zeros(())
+            data.old_C = data.rollout_C if a.old_logprobs == "rollout" else theta_C.detach()
+        policy = self.token_loss(PolicyInputs(theta_C, data.old_C, data.advantages_C, data.segments), self.options)
+        # With the sampler's report as `old`, the learner's own value is that of the pass under way.
+        log_w_C = (theta_C.detach() if a.old_logprobs == "rollout" else data.old_C) - data.rollout_C
+        sums = _token_sums(theta_C.detach() - data.old_C, log_w_C, policy, data.segments)
+        sums["entropy"] = entropy_C.detach().sum()
+        per_token_C = policy.loss_N
+        if self.correction.any:
+            correction_C = correction_weights(
+                theta_C.detach(), data.old_C, data.rollout_C, data.advantages_C, data.segments, self.correction
+            )
+            per_token_C = correction_C * per_token_C
+            sums |= correction_sums(correction_C, data.segments)
+        loss = (weights_C * per_token_C).sum()
+        sums["loss"] = loss.detach()
         if data.ref_C is not None:
-            kl, kl_sum = kl_loss(theta_C, data.ref_C, data.weights_C, estimator=a.kl_estimator)
+            kl, sums["kl_ref"] = kl_loss(theta_C, data.ref_C, data.old_C, weights_C, estimator=a.kl_estimator)
             loss = loss + a.beta * kl
-        sums = [
-            loss.new_tensor(len(theta_C)),
-            entropy_C.detach().sum(),
-            stats.loss,
-            kl.detach(),
-            kl_sum,
-            stats.ratio,
-            stats.clip_low,
-            stats.clip_high,
-            stats.approx_kl,
-            stats.mismatch_abs,
-        ]
-        return loss, torch.stack(sums), stats.mismatch_max
+            sums["kl_loss"] = kl.detach()
+        if a.entropy_coef > 0:
+            bonus = (weights_C * entropy_C).sum()
+            loss = loss - a.entropy_coef * bonus
+            sums["bonus"] = bonus.detach()
+        zero = loss.new_zeros(())
+        return loss, torch.stack([sums.get(name, zero) for name in self.sum_names]), log_w_C.abs().max()
 
     def metrics(self, sums: dict[str, float], largest_mismatch: float, num_steps: int) -> dict[str, float]:
+        a = self.algorithm
         tokens = max(sums["tokens"], 1.0)
         out = {
             "loss/policy": sums["loss"] / num_steps,
@@ -123,10 +154,36 @@ class GrpoObjective:
             "kl/old": sums["approx_kl"] / tokens,
             "mismatch/mean_abs": sums["mismatch"] / tokens,
             "mismatch/max_abs": largest_mismatch,
+            "mismatch/kl": sums["mismatch_kl"] / tokens,
         }
-        if self.algorithm.beta > 0:
-            out |= {"loss/kl": self.algorithm.beta * sums["kl_loss"] / num_steps, "kl/ref": sums["kl_ref"] / tokens}
+        if a.beta > 0:
+            out |= {"loss/kl": a.beta * sums["kl_loss"] / num_steps, "kl/ref": sums["kl_ref"] / tokens}
+        if a.entropy_coef > 0:
+            out["loss/entropy"] = -a.entropy_coef * sums["bonus"] / num_steps
+        if self.correction.any:
+            squares = sums["weight_squared"]
+            out |= {
+                "correction/mean_weight": sums["weight"] / tokens,
+                "correction/ess": sums["weight"] ** 2 / (tokens * squares) if squares > 0 else 0.0,
+                "correction/masked_tokens": sums["masked_tokens"] / tokens,
+                "correction/masked_sequences": sums["masked_sequences"] / max(sums["sequences"], 1.0),
+            }
         return out
+
+
+@torch.no_grad()
+def _token_sums(log_ratio_C: Tensor, log_w_C: Tensor, policy: TokenLosses, segments: Segments) -> dict[str, Tensor]:
+    dtype = log_ratio_C.dtype
+    return {
+        "tokens": log_ratio_C.new_tensor(len(log_ratio_C)),
+        "sequences": log_ratio_C.new_tensor(len(segments.lengths_S)),
+        "ratio": policy.ratio_N.sum(),
+        "clip_low": policy.clip_low_N.sum().to(dtype),
+        "clip_high": policy.clip_high_N.sum().to(dtype),
+        "approx_kl": (log_ratio_C.exp() - 1 - log_ratio_C).sum(),
+        "mismatch": log_w_C.abs().sum(),
+        "mismatch_kl": (log_w_C.exp() - 1 - log_w_C).sum(),
+    }
 
 
 class SftObjective:
@@ -135,7 +192,7 @@ class SftObjective:
     sum_names = ("tokens", "entropy", "loss")
 
     def __init__(self) -> None:
-        self.weight = AGGREGATIONS["dapo"]
+        self.weight = token_mean
 
     def loss(self, data: MicroBatchData, theta_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         loss = sft_loss(theta_C, data.weights_C)

@@ -6,6 +6,8 @@
     new policy version <- weights <- learner <- batch of P groups <- advantages
                                                  (sorted by dispatch order)
 
+With dynamic sampling a group whose rewards are all equal is dropped there, and the next prompt dispatched in its place.
+
 `max_staleness` k paces dispatch: at most (k + 1) x P groups are under way beyond what is trained. k = 0 is on-policy:
 a batch is trained only by the version that sampled it, which is asserted when the batch is cut.
 
@@ -51,6 +53,9 @@ from grpo_ray.types import (
 
 MISMATCH_WARNING = 0.01
 """Mean |log-probability of sampler - of learner| above which the two engines disagree more than bf16 explains."""
+
+NO_SIGNAL = "no_signal"
+"""Why dynamic sampling dropped a group."""
 
 
 @dataclass(frozen=True)
@@ -176,27 +181,39 @@ class TrainLoop:
         self._record(groups, update, sync)
 
     async def _collect(self) -> list[Group]:
-        """P complete groups, in dispatch order."""
-        wanted = self.config.prompts_per_step
+        """P complete groups, in dispatch order; fewer, but at least one, when the budget of dynamic sampling is spent."""
         ready: list[Group] = []
-        while len(ready) < wanted:
-            self._dispatch(ready)
+        while len(ready) < (wanted := self._wanted()):
+            self._dispatch(wanted - len(ready))
             done, _ = await asyncio.wait(self._groups, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 self._groups.discard(task)
                 group = task.result()
                 self.ledger.sampled(group)
-                if self._keep(group):
+                if self._keep(group) and self._has_signal(group):
                     ready.append(group)
             self.emit(PhaseEvent("rollout", "", len(ready), wanted))
+        if not ready:
+            raise RewardError(
+                f"step {self.step + 1}: none of {self._counts.dropped[NO_SIGNAL]} groups has two different rewards; the prompts "
+                "are all too hard or all too easy for this policy: change the data or the rewards, raise "
+                "rollout.num_generations, or switch algorithm.dynamic_sampling off"
+            )
         ready.sort(key=lambda g: g.order)
         return ready
 
-    def _dispatch(self, ready: list[Group]) -> None:
+    def _wanted(self) -> int:
+        """Groups of this step's batch. Each group without signal beyond the budget of dynamic sampling makes it one smaller
+        instead of being replaced; which groups are in it never depends on the order in which they were finished."""
+        a, size = self.config.algorithm, self.config.prompts_per_step
+        unreplaced = self._counts.dropped.get(NO_SIGNAL, 0) - (a.max_sampling_rounds - 1) * size
+        return size - max(0, unreplaced)
+
+    def _dispatch(self, missing: int) -> None:
         """Start as many groups as the staleness bound allows: those that a later step would train too late are not begun."""
-        allowed = (self.config.algorithm.max_staleness + 1) * self.config.prompts_per_step
+        allowed = self.config.algorithm.max_staleness * self.config.prompts_per_step + missing
         fresh = []
-        for _ in range(allowed - len(ready) - len(self._groups)):
+        for _ in range(allowed - len(self._groups)):
             fresh.append(Group(prompt=self.cursor.next(), order=self._order, dispatched_version=self.step))
             self._order += 1
         self.ledger.dispatched(fresh)
@@ -261,13 +278,22 @@ class TrainLoop:
         counts.dropped["reward_failed"] = counts.dropped.get("reward_failed", 0) + 1
         return False
 
+    def _has_signal(self, group: Group) -> bool:
+        """Dynamic sampling: a group whose rewards are all equal moves nothing, and the next prompt takes its place."""
+        values = {s.value for s in group.scores if s.value == s.value}
+        if not self.config.algorithm.dynamic_sampling or len(values) > 1:
+            return True
+        self.ledger.dropped(group, self.step + 1, NO_SIGNAL)
+        self._counts.dropped[NO_SIGNAL] = self._counts.dropped.get(NO_SIGNAL, 0) + 1
+        return False
+
     def _set_advantages(self, groups: list[Group]) -> None:
         a = self.config.algorithm
         rewards_PG = torch.tensor([[s.value for s in g.scores] for g in groups], dtype=torch.float64)
         advantages_PG = group_advantages(
             rewards_PG,
             mask_PG=~rewards_PG.isnan(),
-            normalize_std=a.advantage == "grpo",
+            kind=a.advantage,
             ddof=a.std_ddof,
             eps=a.std_eps,
         )
@@ -281,6 +307,7 @@ class TrainLoop:
             assert g.min_version >= bound, (
                 f"group {g.prompt.id} holds tokens of version {g.min_version}, the bound is {bound}"
             )
+        mask_truncated = self.config.algorithm.mask_truncated
         samples = [
             TrainSample(
                 ref=info.ref,
@@ -291,7 +318,7 @@ class TrainLoop:
                 num_tokens=info.num_tokens,
                 advantage=advantage,
                 group=number,
-                loss_mask=score.value == score.value,
+                loss_mask=score.value == score.value and not (mask_truncated and info.finish_reason == "length"),
             )
             for number, g in enumerate(groups)
             for info, score, advantage in zip(g.samples, g.scores, g.advantages, strict=True)

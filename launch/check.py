@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.cluster import demands, missing
-from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.config import AlgorithmConfig, RunConfig, SftConfig
 from grpo_ray.errors import ResourceError
 from grpo_ray.memory import count_parameters, learner_memory
 from grpo_ray.models import check_model_path, context_length, load_config, load_tokenizer, prepare_model
@@ -107,6 +107,16 @@ def _step_rows(config: RunConfig | SftConfig) -> list[tuple[str, str]]:
     a, r = config.algorithm, config.rollout
     updates = a.num_iterations * a.num_mini_batches
     rewards = " + ".join(f"{f.weight:g} x {f.name}" for f in config.reward.functions)
+    correction = [
+        f"{name} {value}"
+        for name, value in (
+            ("old_logprobs", a.old_logprobs if a.old_logprobs == "rollout" else None),
+            ("importance_sampling", a.importance_sampling),
+            ("geometric_mask", a.geometric_mask),
+            ("off_policy_mask_threshold", a.off_policy_mask_threshold),
+        )
+        if value is not None
+    ]
     return [
         (
             "step",
@@ -116,10 +126,19 @@ def _step_rows(config: RunConfig | SftConfig) -> list[tuple[str, str]]:
         ("reward", rewards),
         (
             "loss",
-            f"{a.loss}, advantage {a.advantage}, clip {a.epsilon_low:g}/{a.epsilon_high:g}, beta {a.beta:g}, "
-            f"lr {config.learner.learning_rate:g}",
+            f"{a.loss}, advantage {a.advantage}, {_bounds(a)}, beta {a.beta:g}, lr {config.learner.learning_rate:g}",
         ),
+        *([("correction", ", ".join(correction))] if correction else []),
     ]
+
+
+def _bounds(a: AlgorithmConfig) -> str:
+    """What keeps the ratio near 1."""
+    if a.loss == "cispo":
+        return f"ratio up to {a.cispo_max_ratio:g}"
+    if a.loss == "sapo":
+        return f"temperatures {a.sapo_temperature_pos:g}/{a.sapo_temperature_neg:g}"
+    return f"clip {a.epsilon_low:g}/{a.epsilon_high:g}" + (f", dual {a.dual_clip_c:g}" if a.dual_clip_c else "")
 
 
 def _cluster_rows(config: RunConfig | SftConfig) -> list[tuple[str, str]]:

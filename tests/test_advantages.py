@@ -10,64 +10,160 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_ray.advantages import group_advantages
+from grpo_ray.advantages import ADVANTAGES, gae, group_advantages, kl_in_reward, process_advantages
+
+KINDS = list(ADVANTAGES)
+Groups = list[list[float]]
 
 
-def naive(rewards: list[float], ok: list[bool], normalize: bool, ddof: int, eps: float) -> list[float]:
-    scored = [r for r, o in zip(rewards, ok, strict=True) if o]
-    if len(set(scored)) < 2:
-        return [0.0] * len(rewards)
-    mean = statistics.fmean(scored)
-    std = math.sqrt(sum((r - mean) ** 2 for r in scored) / (len(scored) - ddof))
-    return [
-        ((r - mean) / (std + eps) if normalize else r - mean) if o else 0.0 for r, o in zip(rewards, ok, strict=True)
-    ]
+def spread(values: list[float], ddof: int) -> float:
+    if len(values) <= ddof:
+        return 0.0
+    mean = statistics.fmean(values)
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - ddof))
 
 
-@pytest.mark.parametrize(("normalize", "ddof", "expected"), [(True, 1, 1.7889), (True, 0, 2.0), (False, 1, 0.8)])
-def test_the_published_vector(normalize: bool, ddof: int, expected: float) -> None:
-    rewards = torch.tensor([[1.0, 0, 0, 0, 0]], dtype=torch.float64)
-    got = group_advantages(rewards, normalize_std=normalize, ddof=ddof, eps=0.0)
+def naive(groups: Groups, kind: str, ddof: int, eps: float) -> Groups:
+    """NaN: no score."""
+    scored = [[r for r in g if r == r] for g in groups]
+    every = [r for g in scored for r in g]
+    centred = [r - statistics.fmean(g) if len(set(g)) > 1 else 0.0 for g in scored for r in g]
+    out = []
+    for group, known in zip(groups, scored, strict=True):
+        row = []
+        for r in group:
+            if r != r or len(set(known)) < 2:
+                row.append(0.0)
+                continue
+            others = list(known)
+            others.remove(r)
+            above = r - statistics.fmean(known)
+            row.append(
+                {
+                    "grpo": lambda a=above, k=known: a / (spread(k, ddof) + eps),
+                    "dr_grpo": lambda a=above: a,
+                    "rloo": lambda r=r, o=others: r - statistics.fmean(o),
+                    "reinforce_pp_baseline": lambda a=above: (
+                        (a - statistics.fmean(centred)) / (spread(centred, ddof) + eps)
+                    ),
+                    "batch_std": lambda a=above: a / (spread(every, ddof) + eps),
+                }[kind]()
+            )
+        out.append(row)
+    return out
+
+
+def advantages(groups: Groups, kind: str, ddof: int = 1, eps: float = 1e-4) -> torch.Tensor:
+    rewards = torch.tensor(groups, dtype=torch.float64)
+    return group_advantages(rewards, kind=kind, ddof=ddof, eps=eps, mask_PG=~rewards.isnan())
+
+
+@pytest.mark.parametrize(
+    ("kind", "ddof", "expected"), [("grpo", 1, 1.7889), ("grpo", 0, 2.0), ("dr_grpo", 1, 0.8), ("rloo", 1, 1.0)]
+)
+def test_the_published_vector(kind: str, ddof: int, expected: float) -> None:
+    got = advantages([[1.0, 0, 0, 0, 0]], kind, ddof, 0.0)
     assert got[0, 0].item() == pytest.approx(expected, abs=5e-5)
     assert got.sum().item() == pytest.approx(0.0, abs=1e-12)
 
 
-@settings(deadline=None)
-@given(
-    groups=st.integers(2, 6).flatmap(
-        lambda g: st.lists(
-            st.lists(st.tuples(st.floats(-5, 5).map(lambda x: round(x, 3)), st.booleans()), min_size=g, max_size=g),
-            min_size=1,
-            max_size=4,
-        )
-    ),
-    normalize=st.booleans(),
-    ddof=st.sampled_from([0, 1]),
+rewards = st.one_of(st.floats(-5, 5).map(lambda x: round(x, 3)), st.just(math.nan))
+batches = st.integers(2, 6).flatmap(
+    lambda size: st.lists(st.lists(rewards, min_size=size, max_size=size), min_size=1, max_size=4)
 )
-def test_equals_the_plain_loop_with_missing_scores(
-    groups: list[list[tuple[float, bool]]], normalize: bool, ddof: int
-) -> None:
-    rewards = torch.tensor([[r if ok else math.nan for r, ok in g] for g in groups], dtype=torch.float64)
-    mask = torch.tensor([[ok for _, ok in g] for g in groups])
-    got = group_advantages(rewards, mask_PG=mask, normalize_std=normalize, ddof=ddof, eps=1e-4)
-    want = [naive([r for r, _ in g], [ok for _, ok in g], normalize, ddof, 1e-4) for g in groups]
-    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), atol=1e-6, rtol=1e-6)
 
 
-def test_a_group_without_spread_is_exactly_zero() -> None:
-    rewards = torch.full((1, 7), 0.1)
-    for normalize in (True, False):
-        assert group_advantages(rewards, normalize_std=normalize, ddof=1, eps=0.0).tolist() == [[0.0] * 7]
+@settings(deadline=None)
+@given(groups=batches, kind=st.sampled_from(KINDS), ddof=st.sampled_from([0, 1]))
+def test_equals_the_plain_loop_with_missing_scores(groups: Groups, kind: str, ddof: int) -> None:
+    want = torch.tensor(naive(groups, kind, ddof, 1e-4), dtype=torch.float64)
+    torch.testing.assert_close(advantages(groups, kind, ddof), want, atol=1e-9, rtol=1e-6)
 
 
-def test_a_failed_score_moves_no_other_sample() -> None:
-    three = group_advantages(torch.tensor([[1.0, 0.0, 0.5]]), normalize_std=True, ddof=1, eps=1e-4)
-    four = group_advantages(
-        torch.tensor([[1.0, 0.0, 0.5, math.nan]]),
-        mask_PG=torch.tensor([[True, True, True, False]]),
-        normalize_std=True,
-        ddof=1,
-        eps=1e-4,
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_group_without_spread_is_exactly_zero(kind: str) -> None:
+    got = advantages([[0.1] * 7, [0.1, 0.3, 0.1, 0.1, 0.1, 0.1, 0.7]], kind, eps=0.0)
+    assert got[0].tolist() == [0.0] * 7
+    assert got[1].all()
+    assert not advantages([[0.1] * 7], kind, eps=0.0).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_failed_score_moves_no_other_sample(kind: str) -> None:
+    three = advantages([[1.0, 0.0, 0.5]], kind)
+    four = advantages([[1.0, 0.0, 0.5, math.nan]], kind)
+    assert four[0].tolist() == [*three[0].tolist(), 0.0]
+
+
+@settings(deadline=None)
+@given(groups=batches, scale=st.floats(0.01, 100), kind=st.sampled_from(KINDS))
+def test_scaled_rewards_give_the_same_advantages_where_a_std_divides(groups: Groups, scale: float, kind: str) -> None:
+    factor = scale if kind in ("dr_grpo", "rloo") else 1.0
+    scaled = [[r * scale for r in g] for g in groups]
+    torch.testing.assert_close(
+        advantages(scaled, kind, eps=0.0), factor * advantages(groups, kind, eps=0.0), atol=1e-6, rtol=1e-6
     )
-    assert four[0, :3].tolist() == three[0].tolist()
-    assert four[0, 3].item() == 0.0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_process_supervision_sums_the_normalised_rewards_of_the_steps_to_come(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    step_rewards, step_ends, lengths = [], [], []
+    for num in torch.randint(1, 5, (4,), generator=g).tolist():
+        sizes = torch.randint(1, 4, (num,), generator=g)
+        step_rewards.append(torch.rand(num, generator=g, dtype=torch.float64))
+        step_ends.append(sizes.cumsum(0) - 1)
+        lengths.append(int(sizes.sum()) + seed % 2)
+    got = process_advantages(step_rewards, step_ends, lengths, ddof=1, eps=1e-4)
+    pooled = torch.cat(step_rewards).tolist()
+    mean, std = statistics.fmean(pooled), statistics.stdev(pooled)
+    for mine, rewards_K, ends_K, length in zip(got, step_rewards, step_ends, lengths, strict=True):
+        steps = list(zip(rewards_K.tolist(), ends_K.tolist(), strict=True))
+        want = [sum((r - mean) / (std + 1e-4) for r, end in steps if end >= t) for t in range(length)]
+        assert mine.tolist() == pytest.approx(want, rel=1e-6, abs=1e-9)
+
+
+def test_equal_step_rewards_have_no_signal() -> None:
+    step = torch.full((2,), 0.3)
+    got = process_advantages([step, step], [torch.tensor([0, 2])] * 2, [3, 3], ddof=1, eps=0.0)
+    assert all(not x.any() for x in got)
+
+
+def naive_gae(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
+    """1506.02438 eq. 16, term by term."""
+    follow = [*values[1:], 0.0]
+    deltas = [r + gamma * n - v for r, n, v in zip(rewards, follow, values, strict=True)]
+    return [sum((gamma * lam) ** k * d for k, d in enumerate(deltas[t:])) for t in range(len(deltas))]
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (1.0, 0.95), (0.9, 0.5)])
+@pytest.mark.parametrize("seed", range(5))
+def test_gae_steps_over_masked_tokens(seed: int, gamma: float, lam: float) -> None:
+    g = torch.Generator().manual_seed(seed)
+    rewards_BT, values_BT = (torch.randn(4, 9, generator=g, dtype=torch.float64) for _ in range(2))
+    mask_BT = torch.rand(4, 9, generator=g) < 0.7
+    rewards_BT[~mask_BT] = values_BT[~mask_BT] = math.nan
+    got, returns = gae(rewards_BT, values_BT, mask_BT, gamma=gamma, lam=lam)
+    for b in range(4):
+        kept = mask_BT[b]
+        want = naive_gae(rewards_BT[b, kept].tolist(), values_BT[b, kept].tolist(), gamma, lam)
+        assert got[b, kept].tolist() == pytest.approx(want, rel=1e-6)
+        assert returns[b, kept].tolist() == pytest.approx((got[b, kept] + values_BT[b, kept]).tolist())
+    assert not got[~mask_BT].any()
+    assert not returns[~mask_BT].any()
+
+
+def test_lambda_one_is_the_return_minus_the_value() -> None:
+    score = torch.tensor([[0.0, 0.0, 1.0]])
+    values = torch.tensor([[0.2, 0.5, 0.9]])
+    got, returns = gae(score, values, torch.ones(1, 3, dtype=torch.bool), gamma=1.0, lam=1.0)
+    torch.testing.assert_close(returns, torch.ones(1, 3))
+    torch.testing.assert_close(got, 1 - values)
+
+
+def test_the_kl_in_the_reward_sums_to_the_penalised_score() -> None:
+    kl = torch.tensor([[0.5, 0.25, math.nan], [0.1, 0.2, 0.3]], requires_grad=True)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    got = kl_in_reward(torch.tensor([1.0, -1.0]), kl, mask, beta=0.1)
+    torch.testing.assert_close(got, torch.tensor([[-0.05, 0.975, 0.0], [-0.01, -0.02, -1.03]]))
+    assert not got.requires_grad

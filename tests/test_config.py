@@ -9,6 +9,7 @@ import yaml
 
 from grpo_ray.config import RunConfig, SftConfig, all_keys, build, deep_merge, load_yaml, parse_overrides, to_yaml
 from grpo_ray.errors import ConfigError
+from grpo_ray.presets import PRESETS
 
 MINIMAL: dict[str, Any] = {
     "model": {"tiny": {}},
@@ -51,13 +52,36 @@ def test_scientific_notation_in_a_recipe_is_a_number(tmp_path):
         ("learner.micro_batch_tokens=600", "can't hold one sample of up to 1024 tokens"),
         ("algorithm.num_mini_batches=64", "a mini-batch holds at least one group"),
         ("algorithm.max_staleness=2", "not built yet"),
+        ("algorithm.loss=cispo algorithm.epsilon_high=5", "whose cap is algorithm.cispo_max_ratio"),
+        ("algorithm.loss=sapo algorithm.epsilon_low=0.1", "sapo, which has no clip"),
+        ("algorithm.cispo_max_ratio=3", "is of loss cispo and does nothing with grpo"),
+        ("algorithm.sapo_temperature_neg=2", "is of loss sapo"),
+        ("algorithm.loss=gspo algorithm.dual_clip_c=3", "loss gspo has none: take it out"),
+        ("algorithm.loss=cispo algorithm.dual_clip_c=3", "loss cispo has none: take it out"),
+        ("algorithm.dual_clip_c=1.1", "undoes the clip"),
+        ("algorithm.dual_clip_c=1", "algorithm.dual_clip_c"),
+        ("algorithm.kl_estimator=k2", "does nothing with beta 0"),
+        ("algorithm.ref_refresh_steps=10", "does nothing with beta 0"),
+        ("algorithm.beta=0.1 algorithm.ref_polyak_tau=0.1", "needs algorithm.ref_refresh_steps"),
+        (
+            "algorithm.beta=0.1 algorithm.ref_refresh_steps=1 algorithm.ref_polyak_tau=0.1",
+            "steps that model.dtype bfloat16 rounds away",
+        ),
+        ("algorithm.importance_sampling_clip_max=3", "without algorithm.importance_sampling"),
+        ("algorithm.loss=gspo algorithm.importance_sampling=token_mask", "use geometric_mask, sequence_truncate"),
+        ("algorithm.old_logprobs=rollout algorithm.importance_sampling=token_mask", "use old_logprobs recompute"),
+        ("algorithm.old_logprobs=rollout algorithm.geometric_mask=[0.9,1.1]", "algorithm.geometric_mask compares"),
+        ("algorithm.geometric_mask=[1.1,1.2]", "must hold 1"),
+        ("algorithm.importance_sampling=token_mask algorithm.importance_sampling_clip_min=2", "must hold 1"),
+        ("algorithm.max_sampling_rounds=3", "set dynamic_sampling: true"),
+        ("algorithm=dappo", "'dappo' is not known; did you mean dapo?"),
         ("learner.num_actors=300", "more than the 256 samples"),
         ("learner.offload_params=true", "needs zero_stage 3"),
     ],
 )
 def test_bad_values_are_named_with_the_mend(override, expected):
     with pytest.raises(ConfigError) as e:
-        make(override)
+        make(*override.split())
     assert expected in str(e.value)
 
 
@@ -107,6 +131,66 @@ def test_every_key_of_the_schema_can_be_overridden_by_its_dotted_name():
     keys = all_keys(RunConfig)
     assert {"learner.zero_stage", "reward.on_failure.retries", "data.train.path"} <= set(keys)
     assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_a_preset_sets_its_values_and_reads_back_as_itself(name):
+    config = make(f"algorithm={name}")
+    assert config.algorithm.preset == name
+    for key, value in PRESETS[name].items():
+        assert getattr(config.algorithm, key) == value
+    assert build(RunConfig, yaml.safe_load(to_yaml(config)), "again") == config
+
+
+def test_the_presets_hold_the_papers_numbers():
+    def values(name, *keys):
+        return tuple(getattr(make(f"algorithm={name}").algorithm, key) for key in keys)
+
+    assert values("grpo", "beta", "epsilon_low", "epsilon_high") == (0.04, 0.2, 0.2)
+    assert values("r1", "beta", "epsilon_high", "ref_refresh_steps", "loss") == (0.001, 10, 400, "grpo_sequence")
+    assert values("dapo", "epsilon_low", "epsilon_high", "beta", "dynamic_sampling") == (0.2, 0.28, 0, True)
+    assert values("gspo", "epsilon_low", "epsilon_high") == (3e-4, 4e-4)
+    assert values("gmpo", "epsilon_low", "epsilon_high") == (0.4, 0.4)
+    assert values("icepop", "importance_sampling_clip_min", "importance_sampling_clip_max") == (0.5, 5.0)
+    assert values("sapo", "sapo_temperature_pos", "sapo_temperature_neg") == (1.0, 1.05)
+    assert values("v3_2", "kl_estimator", "advantage") == ("k3_unbiased", "dr_grpo")
+
+
+def test_what_is_given_goes_over_the_preset_in_any_order():
+    for overrides in (
+        ("algorithm=dapo", "algorithm.epsilon_high=0.3"),
+        ("algorithm.epsilon_high=0.3", "algorithm=dapo"),
+        ("algorithm={preset: dapo, epsilon_high: 0.3}",),
+    ):
+        a = make(*overrides).algorithm
+        assert (a.loss, a.epsilon_low, a.epsilon_high) == ("dapo", 0.2, 0.3)
+
+
+def test_a_recipes_preset_can_be_overridden_key_by_key_and_whole():
+    recipe = MINIMAL | {"algorithm": "dapo"}
+    merged = deep_merge(recipe, parse_overrides(["algorithm.epsilon_high=0.3"]))
+    assert build(RunConfig, merged, "r").algorithm.epsilon_high == 0.3
+    recipe = MINIMAL | {"algorithm": {"beta": 0.04, "epsilon_high": 0.5}}
+    merged = deep_merge(recipe, parse_overrides(["algorithm=dapo", "algorithm.epsilon_low=0.1"]))
+    a = build(RunConfig, merged, "r").algorithm
+    assert (a.beta, a.epsilon_low, a.epsilon_high) == (0, 0.1, 0.28)
+
+
+def test_what_belongs_to_a_presets_loss_or_reference_goes_with_it():
+    a = make("algorithm=dapo", "algorithm.loss=gspo").algorithm
+    assert (a.epsilon_low, a.epsilon_high, a.dynamic_sampling) == (3e-4, 4e-4, True)
+    assert make("algorithm=dapo", "algorithm.loss=cispo").algorithm.cispo_max_ratio == 5
+    a = make("algorithm=r1", "algorithm.beta=0").algorithm
+    assert (a.ref_refresh_steps, a.epsilon_high) == (0, 10)
+
+
+def test_losses_and_corrections_bring_their_usual_bounds():
+    assert make("algorithm.loss=gspo").algorithm.epsilon_low == 3e-4
+    assert make("algorithm.loss=gspo", "algorithm.epsilon_low=0.1").algorithm.epsilon_low == 0.1
+    a = make("algorithm.importance_sampling=token_truncate").algorithm
+    assert (a.importance_sampling_clip_min, a.importance_sampling_clip_max) == (0, 2)
+    a = make("algorithm.importance_sampling=token_mask", "algorithm.importance_sampling_clip_max=3").algorithm
+    assert (a.importance_sampling_clip_min, a.importance_sampling_clip_max) == (0.5, 3)
 
 
 def test_sft_refuses_a_micro_batch_that_holds_no_example():

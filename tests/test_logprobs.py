@@ -71,3 +71,14 @@ def test_the_head_shares_the_weight_and_still_gives_logits() -> None:
     hidden = torch.randn(2, 3, H)
     assert head.weight is linear.weight
     torch.testing.assert_close(head(hidden), linear(hidden))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradients_of_both_terms_are_those_of_finite_differences(temperature: float) -> None:
+    hidden, weight, bias, targets = inputs(torch.float64)
+    small = [x.detach()[:6].clone().requires_grad_() for x in (hidden, weight, bias)]
+
+    def both(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return chunked_logprobs(hidden, weight, bias, targets[:6] % 6, temperature=temperature, chunk=4)
+
+    assert torch.autograd.gradcheck(both, small)

@@ -1,145 +1,257 @@
-"""Losses against a plain loop in Python over lists of floats: values and gradients."""
+"""Every objective, correction and KL against the plain loops of `naive_losses.py`: values and gradients, in float64."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from grpo_ray.losses.aggregation import AGGREGATIONS, Normalizers
-from grpo_ray.losses.kl import KL_ESTIMATORS, kl_loss
-from grpo_ray.losses.policy import policy_loss
+from grpo_ray.config import AlgorithmConfig
+from grpo_ray.losses.aggregation import Normalizers, token_mean
+from grpo_ray.losses.correction import IMPORTANCE_SAMPLING
+from grpo_ray.losses.kl import KL_ESTIMATORS
 from grpo_ray.losses.sft import sft_loss
+from grpo_ray.losses.table import POLICY_LOSSES
+from grpo_ray.losses.value import value_loss
+from tests.naive_losses import OPTIONS, SEQUENCE, Batch, correction, kl_tokens, make_batch, number, policy_loss, reduce
+from tests.packed import algorithm, gradient, run
 
-LENGTHS = [3, 1, 5, 2]
-MAX_LENGTH = 8
-LOW, HIGH = 0.2, 0.28
-
-
-def batch() -> dict[str, list[list[float]]]:
-    g = torch.Generator().manual_seed(4)
-
-    def draw(scale: float, shift: float) -> list[list[float]]:
-        return [(torch.randn(n, generator=g, dtype=torch.float64) * scale + shift).tolist() for n in LENGTHS]
-
-    theta, moved = draw(1.0, -3.0), draw(0.8, 0.0)
-    old = [[t - m for t, m in zip(a, b, strict=True)] for a, b in zip(theta, moved, strict=True)]
-    return {"theta": theta, "old": old, "rollout": draw(1.0, -3.0), "ref": draw(1.0, -3.0)}
+LOSSES = list(POLICY_LOSSES)
+SEEDS = range(12)
 
 
-ADVANTAGES = [1.3, -0.7, -2.0, 0.0]
+def assert_same(got: Tensor, want: Tensor, b: Batch) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(gradient(got, b), gradient(want, b), rtol=1e-6, atol=1e-12)
 
 
-def naive_policy(theta: list[list[float]], old: list[list[float]], kind: str) -> float:
-    sums = []
-    for t, o, adv in zip(theta, old, ADVANTAGES, strict=True):
-        total = 0.0
-        for x, y in zip(t, o, strict=True):
-            r = math.exp(x - y)
-            total += -min(r * adv, min(max(r, 1 - LOW), 1 + HIGH) * adv)
-        sums.append(total)
-    if kind == "grpo":
-        return sum(s / len(t) for s, t in zip(sums, theta, strict=True)) / len(sums)
-    if kind == "dr_grpo":
-        return sum(sums) / (len(sums) * MAX_LENGTH)
-    return sum(sums) / sum(len(t) for t in theta)
-
-
-def flat(rows: list[list[float]]) -> Tensor:
-    return torch.tensor([x for row in rows for x in row], dtype=torch.float64)
-
-
-def weights(kind: str) -> Tensor:
-    n = Normalizers(num_sequences=len(LENGTHS), num_tokens=sum(LENGTHS), max_completion_length=MAX_LENGTH)
-    return torch.tensor(
-        [AGGREGATIONS[kind](length, n) for length in LENGTHS for _ in range(length)], dtype=torch.float64
-    )
-
-
-def per_token_advantages() -> Tensor:
-    return torch.tensor([a for a, n in zip(ADVANTAGES, LENGTHS, strict=True) for _ in range(n)], dtype=torch.float64)
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_loss_and_its_gradient_are_the_papers(kind: str, seed: int) -> None:
+    b = make_batch(seed)
+    got, metrics = run(algorithm(kind), b)
+    want = policy_loss(kind, b, OPTIONS)
+    assert_same(got, want, b)
+    assert metrics["loss/policy"] == pytest.approx(want.item(), rel=1e-6, abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "dapo"])
-def test_policy_loss_and_gradient_equal_the_plain_loop(kind: str) -> None:
-    b = batch()
-    theta = flat(b["theta"]).requires_grad_()
-    loss, _ = policy_loss(
-        theta, flat(b["old"]), flat(b["rollout"]), per_token_advantages(), weights(kind), clip_low=LOW, clip_high=HIGH
-    )
-    assert loss.item() == pytest.approx(naive_policy(b["theta"], b["old"], kind), abs=1e-9)
-    (grad,) = torch.autograd.grad(loss, theta)
-    h, k = 1e-6, 0
-    for i, row in enumerate(b["theta"]):
-        for j in range(len(row)):
-            up, down = ([list(r) for r in b["theta"]] for _ in range(2))
-            up[i][j] += h
-            down[i][j] -= h
-            slope = (naive_policy(up, b["old"], kind) - naive_policy(down, b["old"], kind)) / (2 * h)
-            assert grad[k].item() == pytest.approx(slope, abs=1e-6)
-            k += 1
+@pytest.mark.parametrize("seed", SEEDS)
+def test_dual_clip_bounds_the_loss_of_bad_samples(kind: str, seed: int) -> None:
+    b = make_batch(seed, drift=1.5)
+    got, _ = run(algorithm(kind, dual_clip_c=2.0), b)
+    want = policy_loss(kind, b, replace(OPTIONS, dual_clip_c=2.0))
+    assert_same(got, want, b)
+    plain, _ = run(algorithm(kind), b)
+    assert got.item() <= plain.item()
 
 
-def test_statistics_count_what_the_bounds_cut_off() -> None:
-    b = batch()
-    old, rollout, advantages = flat(b["old"]), flat(b["rollout"]), per_token_advantages()
-    _, stats = policy_loss(flat(b["theta"]), old, rollout, advantages, weights("dapo"), clip_low=LOW, clip_high=HIGH)
-    ratios = [math.exp(x - y) for x, y in zip(flat(b["theta"]).tolist(), old.tolist(), strict=True)]
-    pairs = list(zip(ratios, advantages.tolist(), strict=True))
-    low, high = sum(r < 1 - LOW and a < 0 for r, a in pairs), sum(r > 1 + HIGH and a > 0 for r, a in pairs)
-    assert low > 0
-    assert high > 0
-    assert (stats.clip_low.item(), stats.clip_high.item()) == (low, high)
-    assert stats.ratio.item() == pytest.approx(sum(ratios))
-    assert stats.approx_kl.item() == pytest.approx(sum(r - 1 - math.log(r) for r in ratios))
-    gaps = [abs(x - y) for x, y in zip(rollout.tolist(), old.tolist(), strict=True)]
-    assert stats.mismatch_abs.item() == pytest.approx(sum(gaps))
-    assert stats.mismatch_max.item() == pytest.approx(max(gaps))
+CORRECTIONS: dict[str, dict[str, Any]] = {
+    "tis": {"importance_sampling": "token_truncate"},
+    "icepop": {"importance_sampling": "token_mask"},
+    "sequence_truncate": {"importance_sampling": "sequence_truncate"},
+    "sequence_mask": {"importance_sampling": "sequence_mask"},
+    "geometric": {"geometric_mask": [0.8, 1.25]},
+    "off_policy": {"off_policy_mask_threshold": 0.05},
+    "several": {
+        "importance_sampling": "sequence_truncate",
+        "importance_sampling_clip_min": 0.5,
+        "importance_sampling_clip_max": 1.5,
+        "geometric_mask": [0.7, 1.4],
+        "off_policy_mask_threshold": 0.1,
+    },
+}
 
 
-def test_a_clipped_token_has_no_gradient() -> None:
-    theta = torch.tensor([0.5, -0.5, 0.0], requires_grad=True)
-    zeros, ones = torch.zeros(3), torch.ones(3)
-    loss, _ = policy_loss(theta, zeros, zeros, torch.tensor([1.0, -1.0, 1.0]), ones, clip_low=0.2, clip_high=0.2)
-    assert torch.autograd.grad(loss, theta)[0].tolist() == [0.0, 0.0, -1.0]
+@pytest.mark.parametrize("name", CORRECTIONS)
+@pytest.mark.parametrize("kind", LOSSES)
+def test_corrections_weigh_the_policy_loss_without_a_gradient_of_their_own(kind: str, name: str) -> None:
+    values = CORRECTIONS[name]
+    if kind in SEQUENCE and values.get("importance_sampling", "").startswith("token"):
+        pytest.skip("refused by the schema")
+    masked = 0
+    for seed in SEEDS:
+        b = make_batch(seed)
+        config = algorithm(kind, **values)
+        weights = correction(
+            b,
+            config.importance_sampling,
+            config.importance_sampling_clip_min,
+            config.importance_sampling_clip_max,
+            config.geometric_mask,
+            config.off_policy_mask_threshold,
+        )
+        got, metrics = run(config, b)
+        assert_same(got, policy_loss(kind, b, OPTIONS, weights), b)
+        w = torch.cat(weights)
+        masked += int((w == 0).sum())
+        assert metrics["correction/mean_weight"] == pytest.approx(w.mean().item())
+        assert metrics["correction/ess"] == pytest.approx(
+            (w.sum() ** 2 / (len(w) * w.square().sum().clamp(1e-9))).item()
+        )
+        assert metrics["correction/masked_tokens"] == pytest.approx((w == 0).double().mean().item())
+        assert metrics["correction/masked_sequences"] == pytest.approx(
+            sum(not row.any() for row in weights) / len(weights)
+        )
+    assert (masked > 0) == (name not in ("tis", "sequence_truncate"))
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "dapo"])
-def test_the_sum_over_any_split_is_the_whole(kind: str) -> None:
-    b = batch()
-    whole_args = (flat(b["theta"]), flat(b["old"]), flat(b["rollout"]), per_token_advantages(), weights(kind))
-    whole, _ = policy_loss(*whole_args, clip_low=LOW, clip_high=HIGH)
-    for cut in (1, 4, 10):
-        parts = [
-            policy_loss(*(x[s] for x in whole_args), clip_low=LOW, clip_high=HIGH)[0]
-            for s in (slice(cut), slice(cut, None))
-        ]
-        assert sum(p.item() for p in parts) == pytest.approx(whole.item(), abs=1e-12)
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "k3_unbiased"])
+@pytest.mark.parametrize("kind", LOSSES)
+def test_the_kl_is_added_to_the_loss(kind: str, estimator: str) -> None:
+    for seed in SEEDS:
+        b = make_batch(seed)
+        got, metrics = run(algorithm(kind, beta=0.3, kl_estimator=estimator), b)
+        tokens = kl_tokens(estimator, b)
+        kl = reduce(kind, tokens)
+        assert_same(got, policy_loss(kind, b, OPTIONS) + 0.3 * kl, b)
+        assert metrics["loss/kl"] == pytest.approx(0.3 * kl.item())
+        assert metrics["kl/ref"] == pytest.approx(sum(x.item() for row in tokens for x in row) / sum(b.lengths))
 
 
-@pytest.mark.parametrize("kind", list(KL_ESTIMATORS))
-def test_kl_equals_the_plain_loop(kind: str) -> None:
-    b = batch()
-    theta, w = flat(b["theta"]).requires_grad_(), weights("grpo")
-    loss, total = kl_loss(theta, flat(b["ref"]), w, estimator=kind)
-    values, slopes = [], []
-    for t, r in zip(flat(b["theta"]).tolist(), flat(b["ref"]).tolist(), strict=True):
-        d = t - r
-        value, slope = {"k1": (d, 1.0), "k2": (d * d / 2, d), "k3": (math.exp(-d) + d - 1, 1 - math.exp(-d))}[kind]
-        values.append(value)
-        slopes.append(slope)
-    assert loss.item() == pytest.approx(sum(a * v for a, v in zip(w.tolist(), values, strict=True)))
-    assert total.item() == pytest.approx(sum(values))
-    (grad,) = torch.autograd.grad(loss, theta)
-    assert grad.tolist() == pytest.approx([a * s for a, s in zip(w.tolist(), slopes, strict=True)])
+def test_k3_plus_has_the_value_of_k3_and_the_gradient_of_k2() -> None:
+    b = make_batch(3)
+    losses = {e: run(algorithm("grpo", beta=0.3, kl_estimator=e), b)[0] for e in ("k2", "k3", "k3+")}
+    torch.testing.assert_close(losses["k3+"], losses["k3"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient(losses["k3+"], b), gradient(losses["k2"], b), rtol=1e-12, atol=0)
+    assert (gradient(losses["k3"], b) - gradient(losses["k2"], b)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("estimator", list(KL_ESTIMATORS))
+def test_which_estimators_have_the_gradient_of_the_divergence(estimator: str) -> None:
+    """Over all tokens of a small vocabulary, so that the expectation is exact."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, generator=g, dtype=torch.float64).requires_grad_()
+    theta = logits.log_softmax(-1)
+    ref, other = (torch.randn(5, generator=g, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    (true,) = torch.autograd.grad((theta.exp() * (theta - ref)).sum(), logits, retain_graph=True)
+
+    def right(old: Tensor) -> bool:
+        """Samples are from `old`; an estimator without r takes them for samples of theta."""
+        value = (old.exp() * KL_ESTIMATORS[estimator](theta - ref, theta - old)).sum()
+        (got,) = torch.autograd.grad(value, logits, retain_graph=True)
+        return torch.allclose(got, true, atol=1e-9)
+
+    assert right(theta.detach()) == (estimator in ("k2", "k3+", "k3_unbiased"))
+    assert right(other) == (estimator == "k3_unbiased")
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_the_entropy_bonus_has_the_weights_of_the_loss(kind: str) -> None:
+    b = make_batch(5)
+    got, metrics = run(algorithm(kind, entropy_coef=0.02), b)
+    bonus = reduce(kind, b.entropy)
+    assert_same(got, policy_loss(kind, b, OPTIONS) - 0.02 * bonus, b)
+    assert metrics["loss/entropy"] == pytest.approx(-0.02 * bonus.item())
+
+
+EVERYTHING: dict[str, Any] = {
+    "beta": 0.1,
+    "kl_estimator": "k3_unbiased",
+    "entropy_coef": 0.01,
+    "importance_sampling": "sequence_truncate",
+    "geometric_mask": [0.7, 1.4],
+    "off_policy_mask_threshold": 0.1,
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize(
+    "split", [[[0, 1, 2], [3, 4, 5]], [[5], [0, 3], [4, 2, 1]], [[0], [1], [2], [3], [4], [5]], [[5, 4, 3, 2, 1, 0]]]
+)
+def test_the_loss_is_the_same_for_any_split_into_micro_batches(kind: str, split: list[list[int]]) -> None:
+    for values in ({}, EVERYTHING):
+        b = make_batch(7)
+        whole, metrics = run(algorithm(kind, **values), b)
+        parts, again = run(algorithm(kind, **values), b, split)
+        assert_same(parts, whole, b)
+        assert again == pytest.approx(metrics, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_without_advantages_there_is_no_gradient(kind: str) -> None:
+    b = replace(make_batch(2), advantages=[0.0] * 6)
+    loss, _ = run(algorithm(kind), b)
+    assert loss.item() == 0
+    assert not gradient(loss, b).any()
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_before_the_first_update_the_gradient_is_reinforces(kind: str) -> None:
+    """theta = old: every ratio is 1, whatever becomes of it later; only the normalizers differ."""
+    b = make_batch(4)
+    b = replace(b, old=[t.detach() for t in b.theta])
+    loss, metrics = run(algorithm(kind), b)
+    rows = [[-a * x for x in t] for t, a in zip(b.theta, b.advantages, strict=True)]
+    torch.testing.assert_close(gradient(loss, b), gradient(reduce(kind, rows), b), rtol=1e-9, atol=1e-12)
+    assert metrics["ratio/mean"] == pytest.approx(1.0)
+    assert metrics["clip/low"] == metrics["clip/high"] == metrics["kl/old"] == 0
+
+
+def test_a_clipped_token_has_no_gradient_and_is_counted() -> None:
+    ratios = torch.tensor([math.e, 1 / math.e, 1.0, math.e, 1 / math.e], dtype=torch.float64)
+    signs = [1.0, -1.0, 1.0, -1.0, 1.0]
+    one = [torch.zeros(1, dtype=torch.float64) for _ in signs]
+    theta = [r.log().reshape(1).requires_grad_() for r in ratios]
+    b = Batch(theta, one, one, one, [x.clone().requires_grad_() for x in one], signs)
+    loss, metrics = run(algorithm("dapo"), b)
+    want = torch.tensor([0, 0, -1, math.e, -1 / math.e], dtype=torch.float64) / 5
+    torch.testing.assert_close(gradient(loss, b)[:5], want)
+    assert (metrics["clip/low"], metrics["clip/high"]) == (0.2, 0.2)
+
+
+def test_the_mismatch_is_between_rollout_and_old() -> None:
+    b = make_batch(9)
+    _, metrics = run(algorithm("grpo"), b)
+    gaps = [p - q for p, q in zip(torch.cat(b.old).tolist(), torch.cat(b.rollout).tolist(), strict=True)]
+    assert metrics["mismatch/mean_abs"] == pytest.approx(sum(map(abs, gaps)) / len(gaps))
+    assert metrics["mismatch/max_abs"] == pytest.approx(max(map(abs, gaps)))
+    assert metrics["mismatch/kl"] == pytest.approx(sum(math.exp(x) - 1 - x for x in gaps) / len(gaps))
+    ratios = [math.exp(t - p) for t, p in zip(torch.cat(b.theta).tolist(), torch.cat(b.old).tolist(), strict=True)]
+    assert metrics["kl/old"] == pytest.approx(sum(r - 1 - math.log(r) for r in ratios) / len(ratios))
+
+
+def test_old_can_be_the_samplers_own_report() -> None:
+    b = make_batch(6)
+    got, metrics = run(algorithm("dapo", old_logprobs="rollout"), b)
+    assert_same(got, policy_loss("dapo", replace(b, old=b.rollout), OPTIONS), b)
+    gaps = (torch.cat(b.theta) - torch.cat(b.rollout)).abs()
+    assert metrics["mismatch/mean_abs"] == pytest.approx(gaps.mean().item())
+
+
+def test_the_table_and_the_schema_know_the_same_names() -> None:
+    def names(field: str) -> set[Any]:
+        annotation = AlgorithmConfig.model_fields[field].annotation
+        return {x for arg in get_args(annotation) for x in (get_args(arg) or (arg,))} - {type(None)}
+
+    assert names("loss") == set(POLICY_LOSSES)
+    assert names("kl_estimator") == set(KL_ESTIMATORS)
+    assert names("importance_sampling") == set(IMPORTANCE_SAMPLING)
+
+
+def test_the_values_loss_is_the_worse_of_clipped_and_unclipped() -> None:
+    g = torch.Generator().manual_seed(0)
+    values, old, returns, weights = (torch.randn(40, generator=g, dtype=torch.float64) for _ in range(4))
+    values.requires_grad_()
+    got = value_loss(values, old, returns, weights, clip_range=0.3)
+    want = number(0.0)
+    for v, o, r, w in zip(values, old.tolist(), returns.tolist(), weights.tolist(), strict=True):
+        bounded = min(max(v, number(o - 0.3)), number(o + 0.3))
+        want = want + w * 0.5 * max((v - r) ** 2, (bounded - r) ** 2)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    slopes = [torch.autograd.grad(x, values)[0] for x in (got, want)]
+    torch.testing.assert_close(*slopes, rtol=1e-6, atol=1e-12)
 
 
 def test_sft_is_the_mean_cross_entropy_of_all_completion_tokens() -> None:
     g = torch.Generator().manual_seed(1)
-    logits = torch.randn(sum(LENGTHS), 9, generator=g, dtype=torch.float64)
-    targets = torch.randint(0, 9, (sum(LENGTHS),), generator=g)
+    logits = torch.randn(11, 9, generator=g, dtype=torch.float64)
+    targets = torch.randint(0, 9, (11,), generator=g)
     logp = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
-    got = sft_loss(logp, weights("dapo"))
+    weight = token_mean(5, Normalizers(num_sequences=3, num_tokens=11, max_completion_length=8))
+    got = sft_loss(logp, torch.full_like(logp, weight))
     assert got.item() == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), abs=1e-12)

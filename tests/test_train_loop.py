@@ -58,6 +58,12 @@ class World:
         self.batches: list[TrainBatch] = []
         self.written: list[tuple[int, list[str]]] = []
         self.broken: dict[str, ScoreStatus] = {}
+        self.same: set[str] = set()
+        """Prompts whose samples all score the same."""
+        self.distinct = False
+        """The samples of all others score differently."""
+        self.truncate_above = 100
+        """Tokens."""
         self.on_update: Any = None
         self.closed = False
 
@@ -67,8 +73,9 @@ class World:
         version = self.version
         await asyncio.sleep(self.rng.random() * 0.002)
         length = request.seed % 7 + 1
+        reason = "length" if length > self.truncate_above else "stop"
         return SampleInfo(
-            request.prompt_id, request.index, 3, length, version, "stop", "w-0", ref=[request.seed], row=0
+            request.prompt_id, request.index, 3, length, version, reason, "w-0", ref=[request.seed], row=0
         )
 
     def take_stats(self) -> dict[str, float]:
@@ -83,7 +90,8 @@ class World:
         if status is not ScoreStatus.OK:
             part = RewardScore("r", status, float("nan"), "broken on purpose")
             return Score(status, float("nan"), (part,), part.detail)
-        value = float(request.sample.ref[0] % 3)
+        value = float(request.sample.index if self.distinct else request.sample.ref[0] % 3)
+        value = 1.0 if request.sample.prompt_id in self.same else value
         return Score(status, value, (RewardScore("r", status, value),))
 
     async def update(self, batch: TrainBatch) -> UpdateReport:
@@ -278,6 +286,87 @@ def test_too_many_failures_end_the_run_and_name_the_function(tmp_path):
     session.world.broken = {f"ten/{e}/{r}": ScoreStatus.ERROR for e in range(9) for r in range(ROWS)}
     with pytest.raises(RewardError, match=r"abort_above.*r: error: broken on purpose"):
         session.go()
+
+
+def test_dynamic_sampling_replaces_groups_without_signal_by_the_next_prompts(tmp_path):
+    runs = []
+    for jitter in range(3):
+        session = Session(tmp_path / str(jitter), config("algorithm.dynamic_sampling=true"), jitter)
+        session.world.same = {f"ten/{e}/{r}" for e in range(9) for r in (1, 4, 7)}
+        assert session.go() == "finished"
+        runs.append((session.ledger_rows, [essence(b) for b in session.world.batches]))
+    assert runs[0] == runs[1] == runs[2]
+    rows, batches = runs[0]
+    assert all(len(batch) == 12 for batch in batches)
+    assert {s[0] for batch in batches for s in batch}.isdisjoint(session.world.same)
+    dropped = [row for row in rows if row[2] == "dropped"]
+    assert {row[4] for row in dropped} == {"no_signal"}
+    assert {row[0] for row in dropped} >= session.world.same & {row[0] for row in rows}
+    assert [row[1] for row in rows] == list(range(len(rows)))
+    counts = [e.metrics.get("groups/dropped/no_signal", 0) for e in session.events if isinstance(e, StepEvent)]
+    assert sum(counts) == len(dropped)
+
+
+def test_groups_without_signal_are_kept_unless_dynamic_sampling_is_on(tmp_path):
+    session = Session(tmp_path, config("num_steps=1"))
+    session.world.same = {f"ten/0/{r}" for r in range(ROWS)}
+    session.go()
+    (batch,) = session.world.batches
+    assert len(batch.samples) == 12
+    assert all(s.advantage == 0 for s in batch.samples)
+
+
+@pytest.mark.parametrize(("rounds", "kept", "dropped"), [(1, [0], [1, 2]), (2, [0, 3], [1, 2, 4, 5])])
+def test_when_the_budget_is_spent_the_step_trains_on_what_it_has(tmp_path, rounds, kept, dropped):
+    cfg = config("num_steps=1", "algorithm.dynamic_sampling=true", f"algorithm.max_sampling_rounds={rounds}")
+    cursor = Cursor(Rows(), seed=cfg.seed, shuffle=True)
+    order = [cursor.next().id for _ in range(9)]
+    for jitter in range(4):
+        session = Session(tmp_path / str(jitter), cfg, jitter)
+        session.world.distinct = True
+        session.world.same = {p for i, p in enumerate(order) if i % 3}
+        assert session.go() == "finished"
+        (batch,) = session.world.batches
+        assert list(dict.fromkeys(s.prompt_id for s in batch.samples)) == [order[i] for i in kept]
+        assert [r[:3] for r in session.ledger_rows] == [
+            (order[i], i, "trained" if i in kept else "dropped") for i in sorted(kept + dropped)
+        ]
+
+
+def test_a_budget_spent_without_any_signal_ends_the_run_and_says_why(tmp_path):
+    session = Session(tmp_path, config("algorithm.dynamic_sampling=true", "algorithm.max_sampling_rounds=2"))
+    session.world.same = {f"ten/{e}/{r}" for e in range(9) for r in range(ROWS)}
+    with pytest.raises(RewardError, match="step 1: none of 6 groups has two different rewards"):
+        session.go()
+
+
+def test_a_resumed_run_with_dynamic_sampling_equals_one_never_stopped(tmp_path):
+    same = {f"ten/{e}/{r}" for e in range(9) for r in (0, 2, 3)}
+    whole = Session(tmp_path / "whole", config("algorithm.dynamic_sampling=true"))
+    whole.world.same = same
+    whole.go()
+    first = Session(tmp_path / "cut", config("algorithm.dynamic_sampling=true"), jitter=1)
+    first.world.same = same
+    first.world.on_update = lambda step: first.loop.stop("SIGTERM") if step == 2 else None
+    first.go()
+    second = Session(tmp_path / "cut", config("algorithm.dynamic_sampling=true"), jitter=2)
+    second.world.same = same
+    second.go()
+    assert second.ledger_rows == whole.ledger_rows
+    assert [essence(b) for b in first.world.batches + second.world.batches] == [essence(b) for b in whole.world.batches]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_truncated_samples_stay_in_the_baseline_and_may_be_left_out_of_the_loss(tmp_path, masked):
+    session = Session(tmp_path, config("num_steps=2", f"algorithm.mask_truncated={masked}"))
+    session.world.truncate_above = 4
+    session.go()
+    other = Session(tmp_path / "other", config("num_steps=2"))
+    other.go()
+    for batch, same in zip(session.world.batches, other.world.batches, strict=True):
+        assert essence(batch) == essence(same)
+        assert {s.loss_mask for s in batch.samples if s.num_tokens > 4} == {not masked}
+        assert all(s.loss_mask for s in batch.samples if s.num_tokens <= 4)
 
 
 def test_advantages_have_mean_zero_in_every_group(tmp_path):

@@ -1,7 +1,13 @@
 """What is minimised. Every loss is a plain sum over tokens of (weight of the token x its loss).
 
 The weight holds the *global* normalizer of the optimizer step (`aggregation.py`), so that the gradient is the same for
-any split into micro-batches, any packing and any number of learners. N: completion tokens of one packed micro-batch.
+any split into micro-batches, any packing and any number of learners. A sequence is never split: a loss of the whole
+sequence stands at each of its tokens. N: completion tokens of one packed micro-batch. S: its sequences.
+
+    table.py         `algorithm.loss` -> one of grpo, grpo_sequence, dr_grpo, dapo, gspo, cispo, sapo, gmpo
+    correction.py    the sampler's numerics and age, as weights of the tokens' losses
+    kl.py            the distance to the reference model
+    value.py, sft.py a critic's loss; cross-entropy
 
 Three log-probabilities, three names: `rollout` is what the sampler reported, `old` the learner's own value for the
 version that sampled, `theta` the one being trained.

@@ -1,8 +1,10 @@
-"""How token losses become one number: the weight of every token of a sequence, given the whole optimizer step."""
+"""How token losses become one number: the weight of every token of a sequence, given the whole optimizer step.
+
+The words in brackets are verl's `loss_agg_mode`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -20,22 +22,25 @@ class Normalizers:
     """The sampler's limit, in tokens."""
 
 
-def grpo(length: int, n: Normalizers) -> float:
-    """Mean over sequences of the mean over their tokens. DeepSeekMath 2402.03300, eq. 3."""
+def sequence_mean(length: int, n: Normalizers) -> float:
+    """Mean over sequences of the mean over their tokens [seq-mean-token-mean]. DeepSeekMath 2402.03300, eq. 3."""
     return 1.0 / (n.num_sequences * max(length, 1))
 
 
-def dr_grpo(length: int, n: Normalizers) -> float:
-    """Sum of tokens / (sequences x longest possible completion): no bias towards short answers. 2503.20783."""
+def sequence_sum(length: int, n: Normalizers) -> float:
+    """Mean over sequences of the sum over their tokens [seq-mean-token-sum]. DeepSeek-R1 2501.12948, eq. 1."""
+    return 1.0 / n.num_sequences
+
+
+def fixed_length(length: int, n: Normalizers) -> float:
+    """Sum of tokens / (sequences x longest possible completion) [seq-mean-token-sum-norm]: no bias towards short
+    answers. Dr. GRPO 2503.20783, section 3.2.
+    """
     return 1.0 / (n.num_sequences * n.max_completion_length)
 
 
-def dapo(length: int, n: Normalizers) -> float:
-    """Mean over all tokens of the step. 2503.14476, eq. 8 (there of a prompt's group; in verl, TRL and here of the
-    batch).
+def token_mean(length: int, n: Normalizers) -> float:
+    """Mean over all tokens of the step [token-mean]. DAPO 2503.14476, eq. 8 (there of a prompt's group; in verl, TRL
+    and here of the batch).
     """
     return 1.0 / n.num_tokens
-
-
-AGGREGATIONS: dict[str, Callable[[int, Normalizers], float]] = {"grpo": grpo, "dr_grpo": dr_grpo, "dapo": dapo}
-"""`algorithm.loss` -> weight of each token of a sequence of `length` completion tokens."""

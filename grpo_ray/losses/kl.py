@@ -1,7 +1,10 @@
-"""KL to the reference model, estimated from the sampled tokens. d = theta - ref; names after Schulman's note
-"Approximating KL".
+"""KL to the reference model, estimated from the sampled tokens. d = theta - ref, r = exp(theta - old); names after
+Schulman's note "Approximating KL" and verl.
 
-As a loss term k1 and k3 have a biased gradient; k2 has the right one on-policy.
+As a loss term k1 and k3 have a biased gradient: that of k1 is 0 on average, that of k3 belongs to the reverse
+divergence. k2 has the right one on-policy (2506.09477), `k3+` shows the value of k3 and has the gradient of k2, and
+`k3_unbiased` is right off-policy too, with a gradient through r (DeepSeek-V3.2 2512.02556, section 3.1; TRL's
+`use_bias_correction_kl`).
 """
 
 from __future__ import annotations
@@ -11,31 +14,49 @@ from collections.abc import Callable
 from torch import Tensor
 
 
-def k1(d_N: Tensor) -> Tensor:
+def k1(d_N: Tensor, log_ratio_N: Tensor) -> Tensor:
     return d_N
 
 
-def k2(d_N: Tensor) -> Tensor:
+def k2(d_N: Tensor, log_ratio_N: Tensor) -> Tensor:
     return 0.5 * d_N.square()
 
 
-def k3(d_N: Tensor) -> Tensor:
+def k3(d_N: Tensor, log_ratio_N: Tensor) -> Tensor:
     """DeepSeekMath 2402.03300, eq. 4."""
     return (-d_N).exp() + d_N - 1
 
 
-KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
-"""`algorithm.kl_estimator`."""
+def k3_plus(d_N: Tensor, log_ratio_N: Tensor) -> Tensor:
+    slope_N = k2(d_N, log_ratio_N)
+    return slope_N - slope_N.detach() + k3(d_N, log_ratio_N).detach()
 
 
-def kl_loss(theta_N: Tensor, ref_N: Tensor, weights_N: Tensor, *, estimator: str) -> tuple[Tensor, Tensor]:
+def k3_unbiased(d_N: Tensor, log_ratio_N: Tensor) -> Tensor:
+    return log_ratio_N.exp() * k3(d_N, log_ratio_N)
+
+
+KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "k1": k1,
+    "k2": k2,
+    "k3": k3,
+    "k3+": k3_plus,
+    "k3_unbiased": k3_unbiased,
+}
+"""`algorithm.kl_estimator`: (d [N], log r [N]) -> [N]."""
+
+
+def kl_loss(
+    theta_N: Tensor, ref_N: Tensor, old_N: Tensor, weights_N: Tensor, *, estimator: str
+) -> tuple[Tensor, Tensor]:
     """sum_t w_t KL_t, before beta; and the plain sum of KL_t over the tokens, detached, for the metrics.
 
     Args:
         theta_N: [N] log-probabilities under the weights being trained.
         ref_N: [N] those of the reference model, without gradient.
+        old_N: [N] those that the ratio is taken to, without gradient.
         weights_N: [N], with the global normalizer inside.
-        estimator: `k1`, `k2` or `k3`.
+        estimator: a name of KL_ESTIMATORS.
     """
-    kl_N = KL_ESTIMATORS[estimator](theta_N - ref_N)
+    kl_N = KL_ESTIMATORS[estimator](theta_N - ref_N, theta_N - old_N)
     return (weights_N * kl_N).sum(), kl_N.detach().sum()

@@ -1,69 +1,57 @@
-"""The clipped policy objective of PPO (1707.06347, eq. 7), per token, with DAPO's two bounds (2503.14476, eq. 10)."""
+"""What a policy loss is made of, and what it gives: the contract of the files that `table.py` lists."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from grpo_ray.losses.aggregation import Normalizers
+from grpo_ray.losses.segments import Segments
 
 
 @dataclass(frozen=True)
-class PolicyLossStats:
-    """Sums over the tokens of one micro-batch, 0-dim and detached, to be summed (the maximum: maximised) over the
-    others.
-    """
+class PolicyInputs:
+    """Tokens of one micro-batch."""
 
-    loss: Tensor
-    ratio: Tensor
-    clip_low: Tensor
-    """Tokens that the lower bound cut off (advantage < 0, ratio < 1 - clip_low)."""
-    clip_high: Tensor
-    """Tokens that the upper bound cut off (advantage > 0, ratio > 1 + clip_high)."""
-    approx_kl: Tensor
-    """k3 of (old || theta): how far this step's earlier updates have moved the policy."""
-    mismatch_abs: Tensor
-    """|rollout - old|: the engine's log-probability against the learner's for the same weights."""
-    mismatch_max: Tensor
+    theta_N: Tensor
+    """[N] log-probabilities under the weights being trained; the only one with a gradient."""
+    old_N: Tensor
+    """[N] those that the ratio is taken to."""
+    advantages_N: Tensor
+    """[N], the same at every token of a sequence."""
+    segments: Segments
 
 
-def policy_loss(
-    theta_N: Tensor,
-    old_N: Tensor,
-    rollout_N: Tensor,
-    advantages_N: Tensor,
-    weights_N: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-) -> tuple[Tensor, PolicyLossStats]:
-    """sum_t w_t * -min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t), r_t = exp(theta_t - old_t).
+@dataclass(frozen=True)
+class LossOptions:
+    """The numbers of `algorithm` that a policy loss may use. No defaults: those are in the schema."""
 
-    Args:
-        theta_N: [N] log-probabilities under the weights being trained; the only one with a gradient.
-        old_N: [N] those of the learner for the version that sampled.
-        rollout_N: [N] those that the sampler reported; for the statistics.
-        advantages_N: [N].
-        weights_N: [N], with the global normalizer inside (`aggregation.py`).
-        clip_low: how far the ratio may fall below 1.
-        clip_high: how far it may rise above 1.
+    epsilon_low: float
+    epsilon_high: float
+    dual_clip_c: float | None
+    cispo_max_ratio: float
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
 
-    Returns:
-        The loss (0-dim, fp32), and sums for the metrics.
-    """
-    log_ratio = theta_N - old_N
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = -(weights_N * torch.minimum(ratio * advantages_N, clipped * advantages_N)).sum()
-    with torch.no_grad():
-        mismatch = (rollout_N - old_N).abs()
-        stats = PolicyLossStats(
-            loss=loss.detach(),
-            ratio=ratio.sum(),
-            clip_low=((ratio < 1 - clip_low) & (advantages_N < 0)).sum().to(loss.dtype),
-            clip_high=((ratio > 1 + clip_high) & (advantages_N > 0)).sum().to(loss.dtype),
-            approx_kl=(ratio - 1 - log_ratio).sum(),
-            mismatch_abs=mismatch.sum(),
-            mismatch_max=mismatch.max(),
-        )
-    return loss, stats
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """[N] each."""
+
+    loss_N: Tensor
+    """Before the token's weight."""
+    ratio_N: Tensor
+    """The probability ratio that the objective uses, detached."""
+    clip_low_N: Tensor
+    """Bool: cut off by the lower bound (a negative advantage, and already less likely)."""
+    clip_high_N: Tensor
+    """Bool: cut off by the upper bound (a positive advantage, and already more likely)."""
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    token_loss: Callable[[PolicyInputs, LossOptions], TokenLosses]
+    weight: Callable[[int, Normalizers], float]
+    """Of each token of a sequence of so many completion tokens."""

@@ -472,6 +472,88 @@ def test_the_reference_stays_while_the_policy_moves(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_reference_follows_the_policy_and_is_resumed(
+    stage: int, tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup]
+) -> None:
+    algorithm = {"beta": 0.1, "ref_refresh_steps": 2}
+    config = make_config(tiny_model, ranks=2, stage=stage, algorithm=algorithm, learner={"learning_rate": 0.3})
+    group = start(config, tmp_path)
+    groups.append(group)
+    kls = [run(group.update(make_batch(step=s))).metrics["kl/ref"] for s in range(3)]
+    # Steps 0 and 1 are measured against the start; after step 1 the reference is the policy.
+    assert kls[1] > 1e-4
+    assert kls[0] == pytest.approx(0.0, abs=1e-6)
+    assert kls[2] == pytest.approx(0.0, abs=1e-6)
+    saved = tmp_path / "learner"
+    saved.mkdir()
+    run(group.save(saved))
+    first = [run(group.update(make_batch(step=s))).metrics["kl/ref"] for s in (3, 4)]
+    run(group.load(saved))
+    assert [run(group.update(make_batch(step=s))).metrics["kl/ref"] for s in (3, 4)] == first
+    assert first[0] > 1e-4
+    run(group.close())
+
+    fresh = start(config, tmp_path)
+    groups.append(fresh)
+    run(fresh.load(saved))
+    assert run(fresh.update(make_batch(step=3))).metrics["kl/ref"] == pytest.approx(first[0], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_polyak_reference_lies_between_the_start_and_the_policy(
+    stage: int, tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup]
+) -> None:
+    kls = {}
+    for tau in (0.0, 0.5, 1.0):
+        algorithm = {"beta": 0.1} | ({"ref_refresh_steps": 1, "ref_polyak_tau": tau} if tau else {})
+        config = make_config(tiny_model, ranks=2, stage=stage, algorithm=algorithm, learner={"learning_rate": 0.3})
+        group = start(config, tmp_path)
+        groups.append(group)
+        kls[tau] = [run(group.update(make_batch(step=s))).metrics["kl/ref"] for s in range(2)][1]
+        run(group.close())
+    # Near the policy the divergence is quadratic in the distance: half the way is a quarter of it.
+    assert kls[1.0] == pytest.approx(0.0, abs=1e-6)
+    assert kls[0.5] == pytest.approx(kls[0.0] / 4, rel=0.3)
+
+
+ALGORITHMS = [
+    {"preset": "r1", "ref_refresh_steps": 1},
+    {"preset": "dapo", "num_mini_batches": 2},
+    {"preset": "gspo", "num_mini_batches": 2, "geometric_mask": [0.01, 1000.0]},
+    {"preset": "cispo", "num_iterations": 2},
+    {"preset": "sapo", "entropy_coef": 0.01},
+    {"preset": "gmpo", "num_mini_batches": 2},
+    {"preset": "icepop", "num_mini_batches": 2, "importance_sampling_clip_min": 0.0},
+    {"preset": "v3_2", "num_mini_batches": 2},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a["preset"])
+def test_every_objective_is_the_same_for_any_ranks_and_micro_batches(
+    algorithm: dict[str, Any], tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup]
+) -> None:
+    results = []
+    for ranks, stage, budget in ((1, 1, 1000), (2, 3, 60)):
+        config = make_config(
+            tiny_model, ranks=ranks, stage=stage, algorithm=algorithm, learner={"micro_batch_tokens": budget}
+        )
+        group = start(config, tmp_path)
+        groups.append(group)
+        metrics = [run(group.update(make_batch(step=s, seed=s))).metrics for s in range(2)]
+        results.append((metrics, exported(group, tmp_path / f"hf-{ranks}")))
+        run(group.close())
+    (one, first), (two, second) = results
+    assert moved_apart(first, second, load_file(tiny_model / "model.safetensors")) < 1e-3
+    for a, b in zip(one, two, strict=True):
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+        assert b["loss/policy"] == pytest.approx(a["loss/policy"], rel=1e-3, abs=1e-5)
+        assert {n for n in a if n.startswith("correction/")} == {n for n in b if n.startswith("correction/")}
+
+
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_at_the_deadline(
     tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup]
 ) -> None:

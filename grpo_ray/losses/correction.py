@@ -1,0 +1,93 @@
+"""Samplers are not quite the policy that is trained: other kernels, older weights. What a token's loss is multiplied
+with to make up for it, all without gradient. w_t = exp(old_t - rollout_t).
+
+`algorithm.importance_sampling`, in TRL's words (`vllm_importance_sampling_mode`):
+
+    token_truncate     min(w_t, clip_max)                            TIS, Yao et al. 2025: clip_max 2
+    token_mask         w_t within [clip_min, clip_max], else 0       MIS; IcePop, Ring-1T 2510.18855: [0.5, 5]
+    sequence_truncate  the same two with prod_t w_t in the place of w_t. A product of many numbers near 1 is far from 1:
+    sequence_mask      on long answers this cuts off most sequences
+
+`algorithm.geometric_mask`: sequences whose geometric mean of w lies outside the bounds are dropped, [0.99, 1.01] (verl's
+`rollout_rs: geometric`; SkyRL).
+
+`algorithm.off_policy_mask_threshold` (TRL's name): sequences with A < 0 and mean_t(rollout_t - theta_t) above it are
+dropped, DeepSeek-V3.2 2512.02556, section 3.1. Its "old" policy is the sampler's own report, so that age and numerics
+both count.
+
+With `old` recomputed by the learner, a clip around `old` and a weight w is decoupled PPO (AReaL 2505.24298).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo_ray.losses.segments import Segments
+
+
+def truncate(w: Tensor, clip_min: float, clip_max: float) -> Tensor:
+    return w.clamp(clip_min, clip_max)
+
+
+def mask(w: Tensor, clip_min: float, clip_max: float) -> Tensor:
+    return w.masked_fill((w < clip_min) | (w > clip_max), 0.0)
+
+
+IMPORTANCE_SAMPLING: dict[str, tuple[bool, Callable[[Tensor, float, float], Tensor]]] = {
+    "token_truncate": (False, truncate),
+    "token_mask": (False, mask),
+    "sequence_truncate": (True, truncate),
+    "sequence_mask": (True, mask),
+}
+"""`algorithm.importance_sampling` -> (is it the product over the sequence?, what becomes of the weight)."""
+
+
+@dataclass(frozen=True)
+class CorrectionOptions:
+    importance_sampling: str | None
+    clip_min: float
+    clip_max: float
+    geometric_mask: tuple[float, float] | None
+    off_policy_mask_threshold: float | None
+
+    @property
+    def any(self) -> bool:
+        return any(
+            x is not None for x in (self.importance_sampling, self.geometric_mask, self.off_policy_mask_threshold)
+        )
+
+
+@torch.no_grad()
+def correction_weights(
+    theta_N: Tensor, old_N: Tensor, rollout_N: Tensor, advantages_N: Tensor, segments: Segments, o: CorrectionOptions
+) -> Tensor:
+    """[N], what each token's policy loss is multiplied with; 0 where it is masked. Arguments [N]."""
+    log_w_N = old_N - rollout_N
+    weights_N = torch.ones_like(log_w_N)
+    if o.importance_sampling is not None:
+        of_sequence, bound = IMPORTANCE_SAMPLING[o.importance_sampling]
+        raw_N = (segments.spread(segments.sum(log_w_N)) if of_sequence else log_w_N).exp()
+        weights_N = bound(raw_N, o.clip_min, o.clip_max)
+    if o.geometric_mask is not None:
+        low, high = o.geometric_mask
+        mean_S = segments.mean(log_w_N).exp()
+        weights_N = weights_N.masked_fill(segments.spread((mean_S < low) | (mean_S > high)), 0.0)
+    if o.off_policy_mask_threshold is not None:
+        gone_S = segments.mean(rollout_N - theta_N) > o.off_policy_mask_threshold
+        weights_N = weights_N.masked_fill(segments.spread(gone_S) & (advantages_N < 0), 0.0)
+    return weights_N
+
+
+@torch.no_grad()
+def correction_sums(weights_N: Tensor, segments: Segments) -> dict[str, Tensor]:
+    """Over one micro-batch, 0-dim; a masked sequence is one of which no token is left."""
+    return {
+        "weight": weights_N.sum(),
+        "weight_squared": weights_N.square().sum(),
+        "masked_tokens": (weights_N == 0).sum().to(weights_N.dtype),
+        "masked_sequences": (segments.sum(weights_N) == 0).sum().to(weights_N.dtype),
+    }

@@ -1,0 +1,17 @@
+"""GSPO, 2507.18071, eq. 5 and 7: the sequence's ratio by the token, s = exp(mean_t log r_t), clipped; a mean over
+sequences. TRL: `importance_sampling_level="sequence"` with `loss_type="grpo"`.
+"""
+
+from __future__ import annotations
+
+from grpo_ray.losses.aggregation import sequence_mean
+from grpo_ray.losses.policy import LossOptions, PolicyInputs, PolicyLoss, TokenLosses
+from grpo_ray.losses.ppo_clip import clipped
+
+
+def token_loss(x: PolicyInputs, o: LossOptions) -> TokenLosses:
+    ratio_N = x.segments.spread(x.segments.mean(x.theta_N - x.old_N).exp())
+    return clipped(ratio_N, x.advantages_N, o)
+
+
+LOSS = PolicyLoss(token_loss, sequence_mean)

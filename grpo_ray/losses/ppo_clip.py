@@ -1,0 +1,33 @@
+"""The clipped objective of PPO (1707.06347, eq. 7) with DAPO's two bounds (2503.14476, eq. 10), for any ratio."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_ray.losses.policy import LossOptions, PolicyInputs, TokenLosses
+
+
+def clipped(ratio_N: Tensor, advantages_N: Tensor, o: LossOptions) -> TokenLosses:
+    """-min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A).
+
+    With `dual_clip_c`, where A < 0 the loss is at most -c A (dual-clip PPO, 1912.09729, eq. 5): a sample that the policy
+    has come to like much more, and that was bad, pulls no harder than c. TRL's `delta` clamps r to it in the first
+    branch; with delta > 1 + epsilon_high that is the same function.
+    """
+    bounded_N = ratio_N.clamp(1 - o.epsilon_low, 1 + o.epsilon_high)
+    loss_N = -torch.minimum(ratio_N * advantages_N, bounded_N * advantages_N)
+    if o.dual_clip_c is not None:
+        loss_N = torch.where(advantages_N < 0, torch.minimum(loss_N, -o.dual_clip_c * advantages_N), loss_N)
+    ratio_N = ratio_N.detach()
+    return TokenLosses(
+        loss_N=loss_N,
+        ratio_N=ratio_N,
+        clip_low_N=(ratio_N < 1 - o.epsilon_low) & (advantages_N < 0),
+        clip_high_N=(ratio_N > 1 + o.epsilon_high) & (advantages_N > 0),
+    )
+
+
+def clipped_token_ratio(x: PolicyInputs, o: LossOptions) -> TokenLosses:
+    """`clipped`, with r_t = exp(theta_t - old_t)."""
+    return clipped((x.theta_N - x.old_N).exp(), x.advantages_N, o)
