@@ -1,7 +1,7 @@
 """One DeepSpeed rank. All ranks get the same batch, make the same plan, and each takes its own micro-batches from it.
 
-    fetch own samples -> [old log-probabilities] -> [reference] -> for each mini-batch: micro-batches, then one
-    optimizer step; then, where it is due, the reference takes over the new weights
+    fetch own samples -> [old log-probabilities] -> [reference] -> [critic: advantages] -> for each mini-batch:
+    micro-batches, then one optimizer step; then, where it is due, the reference takes over the new weights
 
 `old` costs a pass of its own only where the weights move before a sample's turn: for every mini-batch but the first (and
 for none where the sampler's own report is taken for it).
@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 
 from actors import learner_reference, learner_state
-from actors.learner_engine import LearnerSpec, build_engine, build_reference
+from actors.learner_critic import Critic
+from actors.learner_engine import LearnerSpec, build_engine, build_reference, step
 from actors.runtime import own_log
 from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch
 from grpo_ray.config import AlgorithmConfig
@@ -55,6 +56,7 @@ class LearnerActor:
         self._store: dist.TCPStore | None = None
         self._engine: Any = None
         self._reference: Any = None
+        self._critic: Critic | None = None
         self._sender: WeightSender | None = None
 
     # Start.
@@ -92,10 +94,10 @@ class LearnerActor:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", verbose=False)
         self._engine = build_engine(self.spec, self.device)
-        if learner.zero_stage == 0:
-            self._engine.clip_fp32_gradients = self._clip_at_stage_0
         if self.spec.needs_reference_model:
             self._reference = build_reference(self.spec, self.device)
+        if self.spec.needs_critic:
+            self._critic = Critic(self.spec, self.device)
         return sum(getattr(p, "ds_numel", p.numel()) for p in self._engine.module.parameters())
 
     def _open_store(self, host: str, port: int) -> dist.TCPStore:
@@ -113,7 +115,7 @@ class LearnerActor:
             WorkerError: samples could not be fetched.
         """
         started = time.monotonic()
-        self._seconds = dict.fromkeys(("fetch", "old", "reference", "forward_backward", "step"), 0.0)
+        self._seconds = dict.fromkeys(("fetch", "old", "reference", "critic", "forward_backward", "step"), 0.0)
         plan = self._plan(batch)
         with self._timed("fetch"):
             steps = self._fetch(batch, plan)
@@ -125,11 +127,14 @@ class LearnerActor:
             with self._timed("reference"), self._reference_policy() as reference:
                 for data in (data for mini_batch in steps for data in mini_batch):
                     data.ref_C = self._logprobs(reference, data, batch.temperature)
+        if self._critic is not None:
+            with self._timed("critic"):
+                self._critic.set_advantages([data for mini_batch in steps for data in mini_batch])
         sums = torch.zeros(len(self._objective.sum_names), device=self.device)
         largest = torch.zeros((), device=self.device)
         grad_norms, learning_rates = [], []
         for _ in range(self._algorithm.num_iterations):
-            for mini_batch in steps:
+            for mini_batch, planned in zip(steps, plan, strict=True):
                 with self._timed("forward_backward"):
                     new_sums, new_largest = self._forward_backward(mini_batch, batch)
                     sums += new_sums
@@ -137,11 +142,17 @@ class LearnerActor:
                 with self._timed("step"):
                     learning_rates.append(float(self._engine.get_lr()[0]))
                     grad_norms.append(self._step(batch))
+                if self._critic is not None:
+                    with self._timed("critic"):
+                        num_tokens = sum(batch.samples[i].num_tokens for i in planned.samples)
+                        self._critic.update(mini_batch, num_tokens, self.num_ranks)
         every = self._algorithm.ref_refresh_steps
         if self._reference is not None and every and (batch.step + 1) % every == 0:
             with self._timed("reference"):
                 learner_reference.follow(self._reference_model, self._engine.module, self._algorithm.ref_polyak_tau)
         metrics = self._metrics(sums, largest, steps, grad_norms, learning_rates)
+        if self._critic is not None:
+            metrics |= self._critic.take_metrics()
         return UpdateReport(step=batch.step, metrics=metrics, seconds=time.monotonic() - started)
 
     def _plan(self, batch: TrainBatch) -> list[MiniBatchPlan]:
@@ -266,23 +277,12 @@ class LearnerActor:
             self._engine.step()
 
     def _step(self, batch: TrainBatch) -> float:
-        """One optimizer step; the gradient's norm before clipping."""
-        self._engine.step()
-        norm = float(self._engine.get_global_grad_norm())
-        if not self._engine.was_step_applied() or norm != norm or norm == float("inf"):
+        try:
+            return step(self._engine)
+        except NonFiniteError as e:
             raise NonFiniteError(
-                f"step {batch.step + 1}: the gradient is not finite (norm {norm}), though every loss is; the weights "
-                "were left as they are. Lower learner.learning_rate"
-            )
-        return norm
-
-    def _clip_at_stage_0(self) -> None:
-        """In the place of the engine's own, which does not tell the norm and would apply one that is not finite."""
-        params = [p for p in self._engine.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(params, self.spec.learner.max_grad_norm)
-        self._engine._global_grad_norm = norm
-        if not norm.isfinite():
-            self._engine.zero_grad()
+                f"step {batch.step + 1}: {e}, though every loss is finite. Lower learner.learning_rate"
+            ) from None
 
     def _metrics(
         self,
@@ -332,11 +332,15 @@ class LearnerActor:
         learner_state.save(self._engine, self.spec, Path(folder))
         if self.spec.saves_reference:
             learner_reference.save(self._reference_model, Path(folder))
+        if self._critic is not None:
+            self._critic.save(Path(folder))
 
     def load(self, folder: str) -> None:
         learner_state.load(self._engine, self.spec, Path(folder))
         if self.spec.saves_reference:
             learner_reference.load(self._reference_model, Path(folder))
+        if self._critic is not None:
+            self._critic.load(Path(folder))
 
     @property
     def _reference_model(self) -> PolicyModel:

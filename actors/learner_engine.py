@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from grpo_ray.attention import choose_attention
-from grpo_ray.config import AlgorithmConfig, LearnerConfig, ModelConfig, WeightsConfig
-from grpo_ray.errors import ConfigError
+from grpo_ray.config import AlgorithmConfig, CriticConfig, LearnerConfig, ModelConfig, WeightsConfig
+from grpo_ray.errors import ConfigError, NonFiniteError
 from grpo_ray.lora import inject
 from grpo_ray.policy import PolicyModel
+from grpo_ray.value_model import ValueModel
 
 _DROPOUTS = ("attention_dropout", "hidden_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop")
 
@@ -28,6 +30,7 @@ class LearnerSpec:
     learner: LearnerConfig
     algorithm: AlgorithmConfig | None
     """None: supervised fine-tuning."""
+    critic: CriticConfig
     weights: WeightsConfig | None
     """None: no weight syncs."""
     weights_backend: str
@@ -42,6 +45,10 @@ class LearnerSpec:
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.model.dtype == "bfloat16" else torch.float32
+
+    @property
+    def needs_critic(self) -> bool:
+        return self.algorithm is not None and self.algorithm.advantage == "gae"
 
     @property
     def needs_reference(self) -> bool:
@@ -84,28 +91,75 @@ def deepspeed_config(model: ModelConfig, learner: LearnerConfig) -> dict[str, An
 
 def build_engine(spec: LearnerSpec, device: torch.device) -> Any:
     """The policy in a DeepSpeed engine, with fp32 master weights that hold the checkpoint exactly."""
-    import deepspeed
-
     policy = PolicyModel(load_hf(spec, device, trained=True), chunk=spec.learner.logprob_chunk_tokens).train()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(policy, spec.learner.weight_decay),
-        lr=spec.learner.learning_rate,
-        betas=spec.learner.adam_betas,
-        eps=spec.learner.adam_eps,
+    optimizer = _adamw(policy, spec.learner, spec.learner.learning_rate)
+    return _initialize(
+        spec, device, policy, optimizer, make_schedule(optimizer, spec.learner, spec.num_optimizer_steps)
+    )
+
+
+def build_critic(spec: LearnerSpec, device: torch.device) -> Any:
+    """The value model in an engine of its own, at a constant learning rate after its warm-up."""
+    from transformers import get_constant_schedule_with_warmup
+
+    whole = replace(spec, model=spec.model.model_copy(update={"lora": None}))
+    critic = ValueModel(load_hf(whole, device, trained=True)).train()
+    optimizer = _adamw(critic, spec.learner, spec.critic.learning_rate)
+    schedule = get_constant_schedule_with_warmup(optimizer, spec.critic.warmup_steps)
+    return _initialize(spec, device, critic, optimizer, schedule)
+
+
+def _adamw(model: nn.Module, learner: LearnerConfig, learning_rate: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameter_groups(model, learner.weight_decay),
+        lr=learning_rate,
+        betas=learner.adam_betas,
+        eps=learner.adam_eps,
         fused=True,
     )
-    exact = {} if spec.dtype == torch.float32 else {p: p.data for p in policy.parameters() if p.requires_grad}
+
+
+def _initialize(
+    spec: LearnerSpec, device: torch.device, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any
+) -> Any:
+    import deepspeed
+
+    exact = {} if spec.dtype == torch.float32 else {p: p.data for p in model.parameters() if p.requires_grad}
     engine, *_ = deepspeed.initialize(
-        model=policy,
+        model=model,
         optimizer=optimizer,
-        lr_scheduler=make_schedule(optimizer, spec.learner, spec.num_optimizer_steps),
+        lr_scheduler=schedule,
         config=deepspeed_config(spec.model, spec.learner),
         dist_init_required=False,
     )
     # DeepSpeed makes the masters from the weights that it has just rounded to bf16.
     for param, value in exact.items():
         deepspeed.utils.safe_set_full_fp32_param(param, value.to(device))
+    if spec.learner.zero_stage == 0:
+        engine.clip_fp32_gradients = partial(_clip_at_stage_0, engine, spec.learner.max_grad_norm)
     return engine
+
+
+def _clip_at_stage_0(engine: Any, max_norm: float) -> None:
+    """In the place of the engine's own, which does not tell the norm and would apply one that is not finite."""
+    params = [p for p in engine.module.parameters() if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
+    engine._global_grad_norm = norm
+    if not norm.isfinite():
+        engine.zero_grad()
+
+
+def step(engine: Any) -> float:
+    """One optimizer step; the gradient's norm before clipping.
+
+    Raises:
+        NonFiniteError: it is not finite; the weights are as they were.
+    """
+    engine.step()
+    norm = float(engine.get_global_grad_norm())
+    if not engine.was_step_applied() or norm != norm or norm == float("inf"):
+        raise NonFiniteError(f"the gradient is not finite (norm {norm}); the weights were left as they are")
+    return norm
 
 
 def build_reference(spec: LearnerSpec, device: torch.device) -> nn.Module:

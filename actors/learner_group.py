@@ -21,7 +21,7 @@ from actors.learner import LearnerActor
 from actors.learner_engine import LearnerSpec
 from actors.runtime import ALLOCATOR_ENV, log_tail
 from actors.weights import resolve_backend
-from grpo_ray.config import DeadlineConfig, RunConfig, SftConfig
+from grpo_ray.config import CriticConfig, DeadlineConfig, RunConfig, SftConfig
 from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
 from grpo_ray.types import TrainBatch, UpdateReport
 
@@ -197,6 +197,7 @@ def _spec(
         model=config.model,
         learner=config.learner,
         algorithm=algorithm,
+        critic=grpo.critic if grpo else CriticConfig(),
         weights=grpo.weights if grpo else None,
         weights_backend=backend,
         max_completion_length=grpo.rollout.max_completion_length if grpo else 0,

@@ -224,6 +224,15 @@ class LearnerConfig(Strict):
     env: dict[str, str] = {}
 
 
+class CriticConfig(Strict):
+    """The value model of `algorithm.advantage: gae`: the policy's architecture with one output, on the learners."""
+
+    learning_rate: PositiveFloat = 1e-5
+    warmup_steps: NonNegInt = 0
+    value_clip_range: PositiveFloat = 0.5
+    """How far a value may move from the one that made the advantages (verl's cliprange_value)."""
+
+
 class WeightsConfig(Strict):
     backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
     """auto: nccl with GPUs of their own, ipc where sampler and learner share one, gloo on CPU."""
@@ -304,6 +313,7 @@ class RunConfig(Strict):
     reward: RewardConfig
     algorithm: AlgorithmConfig = AlgorithmConfig()
     learner: LearnerConfig = LearnerConfig()
+    critic: CriticConfig = CriticConfig()
     weights: WeightsConfig = WeightsConfig()
     deadlines: DeadlineConfig = DeadlineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -345,6 +355,8 @@ class RunConfig(Strict):
                 "algorithm.ref_refresh_steps moves a reference model, and with model.lora the reference is the bare model; "
                 "take one of them out"
             )
+        if self.critic != CriticConfig() and self.algorithm.advantage != "gae":
+            raise ValueError("critic is PPO's value model: it needs algorithm.advantage gae (or algorithm: ppo)")
         _check_precision(self.model, self.learner)
         return self
 

@@ -36,6 +36,10 @@ class MicroBatchData:
     """Log-probabilities of the learner for the version that sampled. None: the pass under way is that version."""
     ref_C: Tensor | None = None
     """Log-probabilities of the reference model."""
+    values_C: Tensor | None = None
+    """The critic's, when the advantages were made."""
+    returns_C: Tensor | None = None
+    """What the critic learns."""
 
     @classmethod
     def of(cls, packed: PackedBatch, device: torch.device) -> MicroBatchData:

@@ -36,13 +36,18 @@ class PolicyModel(nn.Module):
         """Log-probabilities [C] of the batch's targets and entropies [C], fp32."""
         hf: Any = self.hf
         device = hf.get_output_embeddings().weight.device
-        hidden = hf.base_model(
-            input_ids=torch.from_numpy(batch.input_ids).to(device)[None],
-            position_ids=torch.from_numpy(batch.position_ids).to(device)[None],
-            use_cache=False,
-            **attention_kwargs(batch.lengths, hf.config._attn_implementation, device),
-        ).last_hidden_state[0]
-        rows = torch.from_numpy(batch.target_rows).to(device)
+        hidden_CH = target_states(hf.base_model, batch, hf.config._attn_implementation, device)
         targets = torch.from_numpy(batch.targets).to(device)
-        logp_C, entropy_C = hf.get_output_embeddings()(hidden[rows], targets, temperature, self.chunk)
+        logp_C, entropy_C = hf.get_output_embeddings()(hidden_CH, targets, temperature, self.chunk)
         return logp_C, entropy_C
+
+
+def target_states(body: Any, batch: PackedBatch, attention: str, device: torch.device) -> Tensor:
+    """Hidden states [C, H] of a Transformers model without its head, where they predict a completion token."""
+    hidden_NH: Tensor = body(
+        input_ids=torch.from_numpy(batch.input_ids).to(device)[None],
+        position_ids=torch.from_numpy(batch.position_ids).to(device)[None],
+        use_cache=False,
+        **attention_kwargs(batch.lengths, attention, device),
+    ).last_hidden_state[0]
+    return hidden_NH[torch.from_numpy(batch.target_rows).to(device)]

@@ -58,6 +58,8 @@ PRESETS: dict[str, Values] = {
     # DAPO 2503.14476, section 4.1: clip higher, token-level loss, dynamic sampling, no KL. 512 prompts x 16 samples in 16
     # mini-batches, lr 1e-6; the soft overlong punishment is a reward function, `soft_overlong`.
     "dapo": _GRPO | {"loss": "dapo", "epsilon_high": 0.28, "dynamic_sampling": True},
+    # PPO 1707.06347 with a critic, as it is run for reasoning (verl): token-level loss, lambda 1, several mini-batches.
+    "ppo": _GRPO | {"advantage": "gae", "gamma": 1.0, "lam": 1.0, "loss": "dapo", "num_mini_batches": 2},
     # RLOO 2402.14740: the others' mean as baseline, the sequence as one action. The paper's KL is in the reward; here
     # beta is 0.
     "rloo": _GRPO | {"advantage": "rloo", "loss": "grpo_sequence"},

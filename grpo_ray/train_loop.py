@@ -289,6 +289,10 @@ class TrainLoop:
 
     def _set_advantages(self, groups: list[Group]) -> None:
         a = self.config.algorithm
+        if a.advantage == "gae":
+            for group in groups:
+                group.advantages = [s.value for s in group.scores]
+            return
         rewards_PG = torch.tensor([[s.value for s in g.scores] for g in groups], dtype=torch.float64)
         advantages_PG = group_advantages(
             rewards_PG,

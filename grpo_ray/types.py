@@ -183,6 +183,7 @@ class TrainSample:
     num_prompt_tokens: int
     num_tokens: int
     advantage: float
+    """With `algorithm.advantage: gae` the reward, from which the learner makes one advantage a token."""
     group: int
     """Which group of the batch it belongs to."""
     loss_mask: bool = True

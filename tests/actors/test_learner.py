@@ -64,6 +64,7 @@ def make_config(path: Path, /, *, ranks: int, stage: int, **overrides: dict[str,
             "reward": {"functions": [{"name": "accuracy"}]},
             "learner": learner | overrides.get("learner", {}),
             "algorithm": overrides.get("algorithm", {}),
+            "critic": overrides.get("critic", {}),
             "deadlines": {"start_s": 120, "update_s": 60, "save_s": 60} | overrides.get("deadlines", {}),
         },
         "test",
@@ -292,6 +293,78 @@ def test_adapters_step_like_plain_peft_with_the_bare_model_as_reference(
     assert [m["kl/ref"] for m in got] == pytest.approx(kls, rel=1e-3, abs=1e-9)
     merged = dict(model.merge_and_unload().named_parameters())
     assert moved_apart(exported(group, tmp_path / "after"), {n: p.detach() for n, p in merged.items()}, origin) < 1e-4
+
+
+def test_ppo_trains_policy_and_critic_like_plain_pytorch_and_resumes(
+    tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup]
+) -> None:
+    algorithm = {"preset": "ppo", "num_mini_batches": 1, "gamma": 0.98, "lam": 0.9}
+    config = make_config(tiny_model, ranks=2, stage=2, algorithm=algorithm, critic={"learning_rate": 0.3})
+    group = start(config, tmp_path)
+    groups.append(group)
+    batch = make_batch()
+    want = plain_ppo(tiny_model, batch, updates=3)
+    got = [run(group.update(batch)).metrics for _ in range(2)]
+    (tmp_path / "saved").mkdir()
+    run(group.save(tmp_path / "saved"))
+    got.append(run(group.update(batch)).metrics)
+    for one, plain in zip(got, want, strict=True):
+        for name, value in plain.items():
+            assert one[name] == pytest.approx(value, rel=2e-4, abs=1e-6), name
+    assert want[2]["critic/loss"] < want[0]["critic/loss"]
+    run(group.load(tmp_path / "saved"))
+    again = run(group.update(batch)).metrics
+    assert all(again[name] == got[2][name] for name in want[2])
+
+
+def plain_ppo(path: Path, batch: TrainBatch, *, updates: int) -> list[dict[str, float]]:
+    """Policy and critic, sequence by sequence: GAE with an outcome reward, whitened, clipped values (range 0.5)."""
+    model, body = plain_model(path), plain_model(path).model
+    head = torch.nn.Linear(body.config.hidden_size, 1, bias=False)
+    torch.nn.init.zeros_(head.weight)
+    critic = [*body.parameters(), *head.parameters()]
+    optimizers = [torch.optim.AdamW(model.parameters(), LR, eps=1.0, weight_decay=0.0)]
+    optimizers.append(torch.optim.AdamW(critic, 0.3, eps=1.0, weight_decay=0.0))
+    members = [s for s in batch.samples if s.loss_mask]
+    tokens = sum(s.num_tokens for s in members)
+
+    def values_of(s: TrainSample) -> Tensor:
+        sample = s.ref[s.row]
+        ids = torch.from_numpy(np.concatenate([sample.prompt_token_ids, sample.token_ids]).astype(np.int64))[None]
+        return head(body(ids, use_cache=False).last_hidden_state[0])[s.num_prompt_tokens - 1 : -1, 0]
+
+    out = []
+    for _ in range(updates):
+        with torch.no_grad():
+            old_values = [values_of(s) for s in members]
+        advantages, returns = [], []
+        for s, values in zip(members, old_values, strict=True):
+            column = torch.zeros_like(values)
+            following = 0.0
+            for t in reversed(range(len(values))):
+                last = t == len(values) - 1
+                delta = (s.advantage if last else 0.98 * values[t + 1]) - values[t]
+                following = delta + 0.98 * 0.9 * following
+                column[t] = following
+            advantages.append(column)
+            returns.append(column + values)
+        pooled = torch.cat(advantages)
+        advantages = [(a - pooled.mean()) / (pooled.std(correction=0) + 1e-4) for a in advantages]
+        value_loss = 0.0
+        for s, a, ret, old in zip(members, advantages, returns, old_values, strict=True):
+            logp = plain_logprobs(model, s.ref[s.row])
+            (-((logp - logp.detach()).exp() * a).sum() / tokens).backward()
+            values = values_of(s)
+            bounded = old + (values - old).clamp(-0.5, 0.5)
+            loss = 0.5 * torch.max((values - ret).square(), (bounded - ret).square()).sum() / tokens
+            loss.backward()
+            value_loss += loss.item()
+        norms = [torch.nn.utils.clip_grad_norm_(p, 1e6).item() for p in (model.parameters(), critic)]
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        out.append({"grad_norm": norms[0], "critic/grad_norm": norms[1], "critic/loss": value_loss})
+    return out
 
 
 def plain_updates(path: Path, batch: TrainBatch, *, lr: float, beta: float) -> dict[str, float]:

@@ -1,0 +1,107 @@
+"""PPO's critic beside the policy: a DeepSpeed engine of its own on every rank, which makes the advantages.
+
+values -> GAE -> whitened over all tokens of the step and all ranks -> the policy's update
+            \-> returns -> the critic's own update, on the same micro-batches
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from actors.learner_engine import LearnerSpec, build_critic, step
+from grpo_ray.errors import CheckpointError
+from grpo_ray.losses.value import value_loss
+from grpo_ray.objectives import MicroBatchData
+from grpo_ray.value_model import gae_of_segments
+
+_TAG = "deepspeed"
+_FOLDER = "critic"
+_SUMS = ("tokens", "loss", "error", "value", "return", "return_squared")
+
+
+class Critic:
+    def __init__(self, spec: LearnerSpec, device: torch.device) -> None:
+        self.engine: Any = build_critic(spec, device)
+        self._spec = spec
+        assert spec.algorithm is not None
+        self._algorithm = spec.algorithm
+        self._sums = torch.zeros(len(_SUMS), device=device, dtype=torch.float64)
+        self._grad_norms: list[float] = []
+
+    @torch.no_grad()
+    def set_advantages(self, micro_batches: list[MicroBatchData]) -> None:
+        """Replace the rewards that stand in `advantages_C` by whitened advantages; add values and returns.
+
+        Whitened as in the PPO of RLHF: minus the mean, over the standard deviation of all tokens of the step.
+        """
+        a = self._algorithm
+        moments = torch.zeros(3, device=self._sums.device, dtype=torch.float64)
+        for data in micro_batches:
+            values_C: Tensor = self.engine(data.packed)
+            rewards_S = data.segments.mean(data.advantages_C)
+            advantages_C, returns_C = gae_of_segments(rewards_S, values_C, data.segments, gamma=a.gamma, lam=a.lam)
+            data.values_C, data.returns_C, data.advantages_C = values_C, returns_C, advantages_C
+            if not data.packed.is_dummy:
+                x = advantages_C.double()
+                moments += torch.stack([x.new_tensor(len(x)), x.sum(), x.square().sum()])
+        dist.all_reduce(moments)
+        num, total, squares = moments.tolist()
+        mean = total / max(num, 1.0)
+        std = max(squares / max(num, 1.0) - mean**2, 0.0) ** 0.5
+        for data in micro_batches:
+            data.advantages_C = (data.advantages_C - mean) / (std + a.std_eps)
+
+    def update(self, mini_batch: list[MicroBatchData], num_tokens: int, num_ranks: int) -> None:
+        """One optimizer step of the critic; a mean over the `num_tokens` of the mini-batch on all ranks."""
+        for data in mini_batch:
+            assert data.values_C is not None
+            assert data.returns_C is not None
+            values_C: Tensor = self.engine(data.packed)
+            weight = 0.0 if data.packed.is_dummy else 1 / num_tokens
+            loss = value_loss(
+                values_C,
+                data.values_C,
+                data.returns_C,
+                torch.full_like(values_C, weight),
+                clip_range=self._spec.critic.value_clip_range,
+            )
+            self.engine.backward(loss * num_ranks, scale_wrt_gas=False)
+            if not data.packed.is_dummy:
+                self._count(values_C.detach(), data.returns_C, loss.detach())
+        self._grad_norms.append(step(self.engine))
+
+    def _count(self, values_C: Tensor, returns_C: Tensor, loss: Tensor) -> None:
+        error = (values_C - returns_C).square().sum()
+        parts = (loss.new_tensor(len(values_C)), loss, error, values_C.sum(), returns_C.sum(), returns_C.square().sum())
+        self._sums += torch.stack(parts).double()
+
+    def take_metrics(self) -> dict[str, float]:
+        """Of the updates since the last call, over all ranks."""
+        dist.all_reduce(self._sums)
+        s = dict(zip(_SUMS, self._sums.tolist(), strict=True))
+        tokens, steps = max(s["tokens"], 1.0), max(len(self._grad_norms), 1)
+        variance = s["return_squared"] / tokens - (s["return"] / tokens) ** 2
+        out = {
+            "critic/loss": s["loss"] / steps,
+            "critic/value": s["value"] / tokens,
+            "critic/return": s["return"] / tokens,
+            "critic/explained_variance": 1 - s["error"] / tokens / variance if variance > 1e-12 else 0.0,
+            "critic/grad_norm": sum(self._grad_norms) / steps,
+        }
+        self._sums.zero_()
+        self._grad_norms = []
+        return out
+
+    def save(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder / _FOLDER), tag=_TAG)
+
+    def load(self, folder: Path) -> None:
+        """Raises CheckpointError when the checkpoint has no critic."""
+        path, _ = self.engine.load_checkpoint(str(folder / _FOLDER), tag=_TAG)
+        if path is None:
+            raise CheckpointError(f"{folder} holds no critic: it was not saved by a run with algorithm.advantage gae")

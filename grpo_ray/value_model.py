@@ -1,0 +1,61 @@
+"""PPO's critic: a language model's body with one output, and what becomes of its values.
+
+C completion tokens of one micro-batch, S sequences, T tokens of the longest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grpo_ray.advantages import gae
+from grpo_ray.batching import PackedBatch
+from grpo_ray.losses.segments import Segments
+from grpo_ray.policy import target_states
+
+
+class ValueModel(nn.Module):
+    """V of the text before each completion token. The head starts at zero, so every value does."""
+
+    def __init__(self, hf: nn.Module) -> None:
+        super().__init__()
+        config: Any = hf.config
+        self.body = hf.base_model
+        self.attention = config._attn_implementation
+        self.head = nn.Linear(config.get_text_config().hidden_size, 1, bias=False)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """[C], fp32."""
+        hidden_CH = target_states(self.body, batch, self.attention, self.head.weight.device)
+        values_C: Tensor = self.head(hidden_CH.to(self.head.weight.dtype))[:, 0].float()
+        return values_C
+
+
+def gae_of_segments(
+    rewards_S: Tensor, values_C: Tensor, segments: Segments, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """`advantages.gae` over packed sequences, each with its outcome reward at its last token.
+
+    Args:
+        rewards_S: [S].
+        values_C: [C].
+        segments: which token is of which sequence.
+        gamma: discount.
+        lam: lambda of GAE.
+
+    Returns:
+        Advantages and returns, [C] each.
+    """
+    lengths_S = segments.lengths_S
+    ends_S = lengths_S.cumsum(0)
+    places_C = torch.arange(len(values_C), device=values_C.device) - (ends_S - lengths_S)[segments.index_N]
+    shape = (len(lengths_S), int(lengths_S.max()))
+    values_ST, rewards_ST = values_C.new_zeros(shape), values_C.new_zeros(shape)
+    values_ST[segments.index_N, places_C] = values_C
+    rewards_ST[torch.arange(shape[0], device=values_C.device), lengths_S - 1] = rewards_S
+    mask_ST = torch.arange(shape[1], device=values_C.device)[None] < lengths_S[:, None]
+    advantages_ST, returns_ST = gae(rewards_ST, values_ST, mask_ST, gamma=gamma, lam=lam)
+    return advantages_ST[segments.index_N, places_C], returns_ST[segments.index_N, places_C]
