@@ -27,6 +27,7 @@ from actors.runtime import own_log
 from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch
 from grpo_ray.config import AlgorithmConfig
 from grpo_ray.errors import NonFiniteError, WorkerError
+from grpo_ray.lora import adapters_off
 from grpo_ray.losses.aggregation import Normalizers
 from grpo_ray.objectives import GrpoObjective, MicroBatchData, Objective, SftObjective
 from grpo_ray.policy import PolicyModel
@@ -93,7 +94,7 @@ class LearnerActor:
         self._engine = build_engine(self.spec, self.device)
         if learner.zero_stage == 0:
             self._engine.clip_fp32_gradients = self._clip_at_stage_0
-        if self.spec.needs_reference:
+        if self.spec.needs_reference_model:
             self._reference = build_reference(self.spec, self.device)
         return sum(getattr(p, "ds_numel", p.numel()) for p in self._engine.module.parameters())
 
@@ -120,10 +121,10 @@ class LearnerActor:
             later = steps[1:] if self._algorithm.old_logprobs == "recompute" else []
             for data in (data for mini_batch in later for data in mini_batch):
                 data.old_C = self._logprobs(self._engine, data, batch.temperature)
-        if self._reference is not None:
-            with self._timed("reference"):
+        if self.spec.needs_reference:
+            with self._timed("reference"), self._reference_policy() as reference:
                 for data in (data for mini_batch in steps for data in mini_batch):
-                    data.ref_C = self._logprobs(self._reference, data, batch.temperature)
+                    data.ref_C = self._logprobs(reference, data, batch.temperature)
         sums = torch.zeros(len(self._objective.sum_names), device=self.device)
         largest = torch.zeros((), device=self.device)
         grad_norms, learning_rates = [], []
@@ -152,6 +153,7 @@ class LearnerActor:
             num_ranks=self.num_ranks,
             num_mini_batches=self._algorithm.num_mini_batches,
             micro_batch_tokens=self.spec.learner.micro_batch_tokens,
+            padded=not self.spec.learner.packing,
         )
         return [
             MiniBatchPlan(tuple(tuple(tuple(trained[i] for i in micro) for micro in rank) for rank in plan.ranks))
@@ -176,7 +178,8 @@ class LearnerActor:
                 max_completion_length=self.spec.max_completion_length,
             )
             micros = mini_batch.ranks[self.rank]
-            packed = [pack([self._item(batch, i, rows, normalizers) for i in micro]) for micro in micros]
+            padded = not self.spec.learner.packing
+            packed = [pack([self._item(batch, i, rows, normalizers) for i in micro], padded=padded) for micro in micros]
             out.append([MicroBatchData.of(p, self.device) for p in packed])
         return out
 
@@ -196,6 +199,14 @@ class LearnerActor:
             weight=self._objective.weight(info.num_tokens, normalizers),
             sample=index,
         )
+
+    @contextmanager
+    def _reference_policy(self) -> Iterator[Any]:
+        if self._reference is not None:
+            yield self._reference
+            return
+        with adapters_off(self._engine.module.hf):
+            yield self._engine
 
     @torch.no_grad()
     def _logprobs(self, model: Any, data: MicroBatchData, temperature: float) -> torch.Tensor:
@@ -357,7 +368,7 @@ class LearnerActor:
 
         assert self.spec.weights is not None
         bucket_bytes = self.spec.weights.bucket_mb << 20
-        source = ZeroWeightSource(self._engine.module.hf, self.spec.learner.zero_stage, bucket_bytes, self.spec.dtype)
+        source = ZeroWeightSource(self._engine.module.hf, bucket_bytes, self.spec.dtype)
         return WeightSender(source, self.rank, self.spec.weights_backend, bucket_bytes, self.spec.sync_timeout_s)
 
 

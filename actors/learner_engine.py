@@ -11,6 +11,7 @@ from torch import nn
 from grpo_ray.attention import choose_attention
 from grpo_ray.config import AlgorithmConfig, LearnerConfig, ModelConfig, WeightsConfig
 from grpo_ray.errors import ConfigError
+from grpo_ray.lora import inject
 from grpo_ray.policy import PolicyModel
 
 _DROPOUTS = ("attention_dropout", "hidden_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop")
@@ -47,9 +48,14 @@ class LearnerSpec:
         return self.algorithm is not None and self.algorithm.beta > 0
 
     @property
+    def needs_reference_model(self) -> bool:
+        """With adapters the policy without them is the reference."""
+        return self.needs_reference and self.model.lora is None
+
+    @property
     def saves_reference(self) -> bool:
         """It is no longer the model of `model_path`."""
-        return self.needs_reference and self.algorithm is not None and self.algorithm.ref_refresh_steps > 0
+        return self.needs_reference_model and self.algorithm is not None and self.algorithm.ref_refresh_steps > 0
 
 
 def deepspeed_config(model: ModelConfig, learner: LearnerConfig) -> dict[str, Any]:
@@ -88,7 +94,7 @@ def build_engine(spec: LearnerSpec, device: torch.device) -> Any:
         eps=spec.learner.adam_eps,
         fused=True,
     )
-    exact = {} if spec.dtype == torch.float32 else {p: p.data for p in policy.parameters()}
+    exact = {} if spec.dtype == torch.float32 else {p: p.data for p in policy.parameters() if p.requires_grad}
     engine, *_ = deepspeed.initialize(
         model=policy,
         optimizer=optimizer,
@@ -140,6 +146,8 @@ def load_hf(spec: LearnerSpec, device: torch.device, *, trained: bool) -> Any:
         )
     except (OSError, ValueError) as e:
         raise ConfigError(f"the learner can't load model {path}: {e}") from None
+    if trained and spec.model.lora is not None:
+        inject(hf, spec.model.lora)
     if trained and spec.model.gradient_checkpointing:
         # ZeRO-3 releases weights between the passes, which the non-reentrant kind takes for changed tensors.
         hf.gradient_checkpointing_enable({"use_reentrant": spec.learner.zero_stage == 3})

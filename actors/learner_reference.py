@@ -11,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from actors.learner_state import buckets, gather, gathered, writing
+from actors.learner_state import BUCKET_BYTES, gather, gathered, writing
 from grpo_ray.errors import CheckpointError
+from grpo_ray.named_weights import buckets, named_weights
 
 _FILE = "reference.safetensors"
 
@@ -28,9 +29,9 @@ def follow(reference: nn.Module, policy: nn.Module, tau: float) -> None:
         policy: `engine.module`.
         tau: in (0, 1].
     """
-    own = dict(reference.named_parameters())
-    for bucket in buckets(list(policy.named_parameters())):
-        sources, targets = [p for _, p in bucket], [own[name] for name, _ in bucket]
+    own = {w.name: w.param for w in named_weights(reference)}
+    for bucket in buckets(named_weights(policy), BUCKET_BYTES):
+        sources, targets = [w.param for w in bucket], [own[w.name] for w in bucket]
         with gathered(sources), gathered(targets, writer=0):
             for source, target in zip(sources, targets, strict=True):
                 target.lerp_(source.to(target.dtype), tau)
@@ -57,10 +58,10 @@ def load(reference: Any, folder: Path) -> None:
     """
     try:
         with safe_open(folder / _FILE, "pt") as file:
-            for bucket in buckets(list(reference.hf.named_parameters())):
-                with gathered([p for _, p in bucket], writer=0):
-                    for name, param in bucket:
-                        param.copy_(file.get_tensor(name))
+            for bucket in buckets(named_weights(reference.hf), BUCKET_BYTES):
+                with gathered([w.param for w in bucket], writer=0):
+                    for weight in bucket:
+                        weight.param.copy_(file.get_tensor(weight.name))
     except (OSError, SafetensorError) as e:
         raise CheckpointError(
             f"{folder / _FILE} can't be read ({e}): the run was saved with algorithm.ref_refresh_steps 0, set that back, or "

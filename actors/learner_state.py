@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +21,12 @@ from torch import nn
 
 from actors.learner_engine import LearnerSpec
 from grpo_ray.errors import CheckpointError
+from grpo_ray.lora import adapter_tensors, write_adapter
+from grpo_ray.named_weights import buckets, named_weights
 
-T = TypeVar("T", bound=torch.Tensor)
 _TAG = "deepspeed"
 _FACTS = "learner.json"
-_BUCKET_BYTES = 256 << 20
+BUCKET_BYTES = 256 << 20
 _ADAM_BYTES = 12
 """fp32 master, momentum and variance of one parameter."""
 
@@ -73,11 +74,14 @@ def load(engine: Any, spec: LearnerSpec, folder: Path) -> None:
 
 def export(engine: Any, spec: LearnerSpec, folder: Path) -> None:
     """Write the policy as a Hugging Face model in the model's dtype, with tokenizer; all ranks together, rank 0 writes.
+    Adapters are merged in, and also written by themselves (`lora/`).
 
     Raises:
         CheckpointError: the write failed.
     """
+    lora = spec.model.lora
     weights = gather(engine.module.hf)
+    adapter = _gather_adapter(engine) if lora else {}
     if dist.get_rank() != 0:
         return
     from grpo_ray.models import load_tokenizer
@@ -85,23 +89,33 @@ def export(engine: Any, spec: LearnerSpec, folder: Path) -> None:
     with writing(folder):
         engine.module.hf.save_pretrained(folder, state_dict=weights)
         load_tokenizer(spec.model_path, trust_remote_code=spec.model.trust_remote_code).save_pretrained(folder)
+        if lora:
+            write_adapter(adapter, lora, spec.model_path, folder / "lora")
 
 
 def gather(hf: nn.Module) -> dict[str, torch.Tensor]:
-    """All weights in CPU memory of rank 0, under Hugging Face names (a tied weight once); empty on the other ranks."""
-    unique = {id(t): (n, t) for n, t in reversed(hf.state_dict(keep_vars=True).items())}
-    named = list(reversed(unique.values()))
-    out: dict[str, torch.Tensor] = {}
-    for bucket in buckets(named):
-        with gathered([t for _, t in bucket]):
+    """All weights in CPU memory of rank 0, adapters merged in, under Hugging Face names; empty on the other ranks."""
+    params = {id(p) for p in hf.parameters()}
+    buffers = {n: t for n, t in hf.state_dict(keep_vars=True).items() if id(t) not in params}
+    out = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in buffers.items() if dist.get_rank() == 0}
+    for bucket in buckets(named_weights(hf), BUCKET_BYTES):
+        with gathered([p for w in bucket for p in w.parts]):
             if dist.get_rank() == 0:
-                out |= {name: t.detach().to("cpu", copy=True).contiguous() for name, t in bucket}
+                out |= {w.name: w.value().to("cpu", copy=True).contiguous() for w in bucket}
     return out
 
 
-def gathered(params: Sequence[torch.Tensor], writer: int | None = None) -> AbstractContextManager[Any]:
-    """Whole for the time being, where ZeRO-3 has split them. `writer`: the rank whose changes all take over; None: nobody
-    changes anything.
+def _gather_adapter(engine: Any) -> dict[str, torch.Tensor]:
+    """The adapters alone, on rank 0."""
+    tensors = adapter_tensors(engine.module.hf)
+    with gathered(list(tensors.values())):
+        first = dist.get_rank() == 0
+        return {n: p.detach().to("cpu", copy=True).contiguous() for n, p in tensors.items() if first}
+
+
+def gathered(params: list[nn.Parameter], writer: int | None = None) -> AbstractContextManager[Any]:
+    """Whole parameters inside, whatever ZeRO-3 has split; all ranks together. `writer`: the rank whose changes all take over;
+    None: nobody changes anything.
     """
     sharded = [p for p in params if hasattr(p, "ds_id")]
     if not sharded:
@@ -111,26 +125,12 @@ def gathered(params: Sequence[torch.Tensor], writer: int | None = None) -> Abstr
     return deepspeed.zero.GatheredParameters(sharded, modifier_rank=writer)
 
 
-def buckets(named: Sequence[tuple[str, T]]) -> Iterator[list[tuple[str, T]]]:
-    """Of a size that may be whole at once."""
-    bucket: list[tuple[str, T]] = []
-    size = 0
-    for name, tensor in named:
-        num_bytes = getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
-        if bucket and size + num_bytes > _BUCKET_BYTES:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += num_bytes
-    if bucket:
-        yield bucket
-
-
 def _facts(spec: LearnerSpec) -> dict[str, Any]:
     return {
         "learner.num_actors": dist.get_world_size(),
         "learner.zero_stage": spec.learner.zero_stage,
         "model.dtype": spec.model.dtype,
+        "model.lora": spec.model.lora.model_dump(mode="json") if spec.model.lora else None,
     }
 
 

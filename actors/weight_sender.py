@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import ray
@@ -22,8 +21,10 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
 from actors import weight_backend
+from actors.learner_state import gathered
 from actors.weights import EngineSyncError, EngineTarget, SendReport, last_line
 from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
+from grpo_ray.named_weights import buckets, named_weights
 
 _NCCL_PORT_TRIES = 3
 _OWN_PART = 0.9
@@ -31,31 +32,27 @@ _OWN_PART = 0.9
 
 
 class ZeroWeightSource(WeightSource):
-    """A module's parameters under Hugging Face names, gathered bucket by bucket under ZeRO-3.
+    """A module's weights under Hugging Face names, adapters merged in, gathered bucket by bucket under ZeRO-3: every rank must
+    then iterate, in step with the others.
 
     Args:
         module: what the samplers run, e.g. `engine.module`. A tied lm_head is the embedding's own parameter and appears once.
-        zero_stage: 3 gathers with `deepspeed.zero.GatheredParameters`; every rank must then iterate, in step with the others.
         bucket_bytes: whole parameters that exist at once, at their size on the learner.
         dtype: of what is sent.
-        prefix: of the module's names, taken off (`hf.`).
     """
 
-    def __init__(
-        self, module: torch.nn.Module, zero_stage: int, bucket_bytes: int, dtype: torch.dtype, prefix: str = ""
-    ) -> None:
+    def __init__(self, module: torch.nn.Module, bucket_bytes: int, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._sharded = zero_stage == 3
         self._bucket_bytes = bucket_bytes
-        self._params = [(name.removeprefix(prefix), p) for name, p in module.named_parameters()]
+        self._weights = named_weights(module)
         self._pass: Iterator[tuple[str, Tensor]] | None = None
 
     def metadata(self) -> list[ParamMeta]:
-        return [ParamMeta(name, self.dtype, self._shape(p)) for name, p in self._params]
+        return [ParamMeta(w.name, self.dtype, w.shape) for w in self._weights]
 
     def num_bytes(self) -> int:
         """Of one transfer."""
-        return sum(torch.Size(self._shape(p)).numel() for _, p in self._params) * self.dtype.itemsize
+        return sum(w.shape.numel() for w in self._weights) * self.dtype.itemsize
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         self._pass = self._walk()
@@ -69,34 +66,10 @@ class ZeroWeightSource(WeightSource):
         self._pass = None
 
     def _walk(self) -> Iterator[tuple[str, Tensor]]:
-        for bucket in self._buckets():
-            with self._gathered([p for _, p in bucket]):
-                for name, param in bucket:
-                    yield name, param.detach().to(self.dtype)
-
-    def _buckets(self) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
-        bucket: list[tuple[str, torch.nn.Parameter]] = []
-        size = 0
-        for name, param in self._params:
-            num_bytes = torch.Size(self._shape(param)).numel() * param.element_size()
-            if bucket and size + num_bytes > self._bucket_bytes:
-                yield bucket
-                bucket, size = [], 0
-            bucket.append((name, param))
-            size += num_bytes
-        if bucket:
-            yield bucket
-
-    def _gathered(self, params: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
-        if not self._sharded:
-            return nullcontext()
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(params, modifier_rank=None)
-
-    @staticmethod
-    def _shape(param: torch.nn.Parameter) -> tuple[int, ...]:
-        return tuple(getattr(param, "ds_shape", param.shape))
+        for bucket in buckets(self._weights, self._bucket_bytes):
+            with gathered([p for w in bucket for p in w.parts]):
+                for weight in bucket:
+                    yield weight.name, weight.value().to(self.dtype)
 
 
 class EngineClient:

@@ -32,7 +32,13 @@ class MiniBatchPlan:
 
 
 def plan_batch(
-    lengths_S: Sequence[int], groups_S: Sequence[int], *, num_ranks: int, num_mini_batches: int, micro_batch_tokens: int
+    lengths_S: Sequence[int],
+    groups_S: Sequence[int],
+    *,
+    num_ranks: int,
+    num_mini_batches: int,
+    micro_batch_tokens: int,
+    padded: bool = False,
 ) -> list[MiniBatchPlan]:
     """Split a batch into mini-batches of whole groups, in order; each mini-batch over ranks, and each rank's part into
     micro-batches, balanced by tokens.
@@ -45,7 +51,8 @@ def plan_batch(
         groups_S: [S] number of each sample's group; groups come in the order in which they first appear.
         num_ranks: learners.
         num_mini_batches: optimizer steps in one pass; fewer come back when there are fewer groups.
-        micro_batch_tokens: most tokens of one micro-batch.
+        micro_batch_tokens: most tokens of one micro-batch, padding included.
+        padded: sequences of a micro-batch are filled up to its longest, so each holds sequences of similar length.
 
     Raises:
         ConfigError: a sample alone is longer than `micro_batch_tokens`.
@@ -63,16 +70,21 @@ def plan_batch(
     count = min(num_mini_batches, len(in_order))
     cuts = [len(in_order) * k // count for k in range(count + 1)] if count else []
     return [
-        _plan_mini_batch([i for group in in_order[a:b] for i in group], lengths_S, num_ranks, micro_batch_tokens)
+        _plan_mini_batch(
+            [i for group in in_order[a:b] for i in group], lengths_S, num_ranks, micro_batch_tokens, padded
+        )
         for a, b in pairwise(cuts)
     ]
 
 
-def _plan_mini_batch(samples: list[int], lengths_S: Sequence[int], num_ranks: int, budget: int) -> MiniBatchPlan:
+def _plan_mini_batch(
+    samples: list[int], lengths_S: Sequence[int], num_ranks: int, budget: int, padded: bool
+) -> MiniBatchPlan:
     per_rank = _spread(samples, lengths_S, num_ranks)
     count = max(1, *(-(-sum(lengths_S[i] for i in part) // budget) for part in per_rank))
+    fill = _pad_into if padded else _pack_into
     while True:
-        packed = [_pack_into(part, lengths_S, count, budget) for part in per_rank]
+        packed = [fill(part, lengths_S, count, budget) for part in per_rank]
         if all(p is not None for p in packed):
             break
         count += 1
@@ -113,6 +125,14 @@ def _pack_into(samples: Sequence[int], lengths_S: Sequence[int], count: int, bud
     return bins
 
 
+def _pad_into(samples: Sequence[int], lengths_S: Sequence[int], count: int, budget: int) -> list[list[int]] | None:
+    """`count` runs of the samples by length; None if one of them is over the budget when all are as long as its longest."""
+    in_order = sorted(samples, key=lambda i: (lengths_S[i], i))
+    cuts = [len(in_order) * k // count for k in range(count + 1)]
+    bins = [in_order[a:b] for a, b in pairwise(cuts)]
+    return bins if all(not b or len(b) * lengths_S[b[-1]] <= budget for b in bins) else None
+
+
 @dataclass(frozen=True)
 class PackItem:
     """One sequence on its way into a micro-batch."""
@@ -132,8 +152,9 @@ class PackItem:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch: sequences end to end, without padding. The last token of each is only a target, never an
-    input.
+    """One micro-batch: sequences end to end. The last token of each is only a target, never an input.
+
+    Padding, where it is asked for, comes after a sequence's own tokens, which are causal and never see it.
     """
 
     input_ids: NDArray[np.int64]
@@ -141,7 +162,7 @@ class PackedBatch:
     position_ids: NDArray[np.int64]
     """[N], from 0 in each sequence."""
     lengths: list[int]
-    """Of each sequence, in `input_ids`."""
+    """Of each sequence, in `input_ids`; its padding included."""
     target_rows: NDArray[np.int64]
     """[C]: which positions predict a completion token."""
     targets: NDArray[np.int64]
@@ -167,22 +188,28 @@ class PackedBatch:
         return 0 if self.is_dummy else len(self.input_ids)
 
 
-def pack(items: Sequence[PackItem]) -> PackedBatch:
-    """Lay sequences end to end. Without any: a dummy of one token with weight 0, which keeps a rank in step with the
-    others.
+def pack(items: Sequence[PackItem], *, padded: bool = False) -> PackedBatch:
+    """Lay sequences end to end; `padded`: each as long as the longest.
+
+    Without any: a dummy of one token with weight 0, which keeps a rank in step with the others.
     """
     if not items:
         items = [PackItem(np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.float32), 0.0, 0.0, -1)]
-    lengths = [len(i.prompt_ids) + len(i.completion_ids) - 1 for i in items]
+    own = [len(i.prompt_ids) + len(i.completion_ids) - 1 for i in items]
+    lengths = [max(own)] * len(own) if padded else own
     num_targets = [len(i.completion_ids) for i in items]
     starts = np.cumsum([0, *lengths[:-1]])
-    inputs = [part for i in items for part in (i.prompt_ids, i.completion_ids[:-1])]
+    inputs = [
+        part
+        for i, n, length in zip(items, own, lengths, strict=True)
+        for part in (i.prompt_ids, i.completion_ids[:-1], np.zeros(length - n, np.int64))
+    ]
     return PackedBatch(
         input_ids=np.concatenate(inputs).astype(np.int64),
         position_ids=np.concatenate([np.arange(n) for n in lengths]),
         lengths=lengths,
         target_rows=np.concatenate(
-            [np.arange(a + n - t, a + n) for a, n, t in zip(starts, lengths, num_targets, strict=True)]
+            [np.arange(a + n - t, a + n) for a, n, t in zip(starts, own, num_targets, strict=True)]
         ),
         targets=np.concatenate([i.completion_ids for i in items]).astype(np.int64),
         rollout_logprobs=np.concatenate([i.rollout_logprobs for i in items]).astype(np.float32),

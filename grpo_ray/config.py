@@ -40,6 +40,16 @@ class TinyModelConfig(Strict):
         return self
 
 
+class LoraConfig(Strict):
+    """Low-rank adapters, 2106.09685. Samplers get merged weights."""
+
+    r: PositiveInt = 32
+    alpha: PositiveInt = 64
+    """The product is scaled by alpha / r."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Names of linear layers, e.g. [q_proj, v_proj]; `all-linear`: every one but the output layer."""
+
+
 class ModelConfig(Strict):
     path: str | None = None
     """A folder with a Hugging Face model, or a name on the hub."""
@@ -50,6 +60,8 @@ class ModelConfig(Strict):
     attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
     """`auto`: flash-attention where a GPU and the package are, else torch's attention per packed segment."""
     gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    """Train adapters on the frozen model. The reference model then costs no memory."""
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
@@ -178,6 +190,8 @@ class LearnerConfig(Strict):
     max_grad_norm: PositiveFloat = 1.0
     micro_batch_tokens: PositiveInt = 8192
     """Tokens (prompt and completion) of one forward and backward."""
+    packing: bool = True
+    """Sequences end to end. False: filled up to the longest of a micro-batch (same gradient, more work)."""
     logprob_chunk_tokens: PositiveInt = 1024
     """Rows of logits that exist at once."""
     num_threads: PositiveInt | None = None
@@ -294,6 +308,11 @@ class RunConfig(Strict):
             raise ValueError(
                 f"learner.micro_batch_tokens ({self.learner.micro_batch_tokens}) can't hold one sample of up to {longest} tokens "
                 "(data.max_prompt_length + rollout.max_completion_length); raise it"
+            )
+        if self.algorithm.ref_refresh_steps and self.model.lora is not None:
+            raise ValueError(
+                "algorithm.ref_refresh_steps needs a reference model of its own, and with model.lora the policy without its "
+                "adapters is the reference: take one of them out"
             )
         if self.algorithm.ref_polyak_tau < 1 and self.model.dtype == "bfloat16":
             raise ValueError(

@@ -115,8 +115,31 @@ def test_packing_lays_sequences_end_to_end_without_their_last_token() -> None:
     assert p.target_rows.tolist() == [1, 2, 3, 4, 5]
     assert p.targets.tolist() == [3, 4, 6, 7, 8]
     assert p.samples.tolist() == [0, 0, 1, 1, 1]
+    assert p.segments.tolist() == [0, 0, 1, 1, 1]
     assert p.advantages.tolist() == [0.5, 0.5, 1.5, 1.5, 1.5]
     assert p.rollout_logprobs.tolist() == [0, 1, 1, 2, 3]
+
+
+def test_padding_comes_after_each_sequence_and_is_no_target() -> None:
+    items = [item([1, 2], [3, 4]), item([5], [6, 7, 8, 9], sample=1)]
+    p = pack(items, padded=True)
+    assert p.input_ids.tolist() == [1, 2, 3, 0, 5, 6, 7, 8]
+    assert p.lengths == [4, 4]
+    assert p.target_rows.tolist() == [1, 2, 4, 5, 6, 7]
+    assert p.targets.tolist() == pack(items).targets.tolist()
+
+
+@settings(deadline=None)
+@given(problem=problems())
+def test_padded_micro_batches_keep_the_budget_with_their_padding(
+    problem: tuple[list[int], list[int], int, int],
+) -> None:
+    lengths, groups, ranks, minis = problem
+    plan = plan_batch(lengths, groups, num_ranks=ranks, num_mini_batches=minis, micro_batch_tokens=BUDGET, padded=True)
+    micros = [m for step in plan for rank in step.ranks for m in rank]
+    assert sorted(i for m in micros for i in m) == list(range(len(lengths)))
+    assert all(len(m) * max(lengths[i] for i in m) <= BUDGET for m in micros if m)
+    assert all(len({len(rank) for rank in step.ranks}) == 1 for step in plan)
 
 
 def test_nothing_packed_is_a_dummy_of_no_weight() -> None:
@@ -143,8 +166,11 @@ def random_items(seed: int = 0) -> list[PackItem]:
     ]
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @torch.no_grad()
-def test_packed_log_probabilities_are_those_of_plain_transformers(policy: PolicyModel, tiny_model: Path) -> None:
+def test_packed_and_padded_log_probabilities_are_those_of_plain_transformers(
+    policy: PolicyModel, tiny_model: Path, padded: bool
+) -> None:
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager").eval()
@@ -154,7 +180,7 @@ def test_packed_log_probabilities_are_those_of_plain_transformers(policy: Policy
         ids = torch.from_numpy(np.concatenate([i.prompt_ids, i.completion_ids]))[None]
         logp = (plain(ids, use_cache=False).logits[0] / 0.8).log_softmax(-1)
         want.append(logp[len(i.prompt_ids) - 1 : -1].gather(-1, torch.from_numpy(i.completion_ids)[:, None])[:, 0])
-    got, _ = policy(pack(items), 0.8)
+    got, _ = policy(pack(items, padded=padded), 0.8)
     torch.testing.assert_close(got, torch.cat(want), atol=1e-5, rtol=1e-5)
 
 

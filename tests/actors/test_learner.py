@@ -252,6 +252,48 @@ def test_several_updates_per_batch_keep_the_old_log_probabilities(
         run(group.update(batch), 5)
 
 
+def test_adapters_step_like_plain_peft_with_the_bare_model_as_reference(
+    tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup]
+) -> None:
+    import peft
+
+    lora = {"r": 4, "alpha": 8}
+    config = make_config(
+        tiny_model, ranks=2, stage=3, model={"lora": lora}, algorithm={"beta": 0.04}, learner={"max_grad_norm": 1e6}
+    )
+    group = start(config, tmp_path)
+    groups.append(group)
+    first = exported(group, tmp_path / "first")
+    origin = load_file(tiny_model / "model.safetensors")
+    assert all(torch.equal(first[n], origin[n]) for n in origin), "B starts at zero"
+    model = peft.PeftModel.from_pretrained(plain_model(tiny_model), tmp_path / "first" / "lora", is_trainable=True)
+
+    batch = make_batch()
+    members = [s for s in batch.samples if s.loss_mask]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], LR, eps=1.0, weight_decay=0.0)
+    norms, kls = [], []
+    for _ in range(2):
+        optimizer.zero_grad()
+        tokens = []
+        for s in members:
+            logp = plain_logprobs(model, s.ref[s.row])
+            with torch.no_grad(), model.disable_adapter():
+                d = plain_logprobs(model, s.ref[s.row])
+            d = logp - d
+            kl = (-d).exp() + d - 1
+            tokens.append(kl.detach())
+            (((-(logp - logp.detach()).exp() * s.advantage) + 0.04 * kl).mean() / len(members)).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1e6).item())
+        kls.append(torch.cat(tokens).mean().item())
+        optimizer.step()
+    got = [run(group.update(batch)).metrics for _ in range(2)]
+    assert [m["grad_norm"] for m in got] == pytest.approx(norms, rel=1e-4)
+    assert kls[1] > 1e-6
+    assert [m["kl/ref"] for m in got] == pytest.approx(kls, rel=1e-3, abs=1e-9)
+    merged = dict(model.merge_and_unload().named_parameters())
+    assert moved_apart(exported(group, tmp_path / "after"), {n: p.detach() for n, p in merged.items()}, origin) < 1e-4
+
+
 def plain_updates(path: Path, batch: TrainBatch, *, lr: float, beta: float) -> dict[str, float]:
     """Two passes in two mini-batches with the loss of DAPO and the KL of GRPO, in plain PyTorch."""
     model, reference = plain_model(path), plain_model(path)

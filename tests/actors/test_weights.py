@@ -55,15 +55,17 @@ class LearnerRank:
             }
             optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
             self.model = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)[0].module
-        self.source = ZeroWeightSource(self.model, zero_stage, BUCKET_BYTES, torch.float32)
+        self.source = ZeroWeightSource(self.model, BUCKET_BYTES, torch.float32)
         self.sender = WeightSender(self.source, rank, "gloo", BUCKET_BYTES, SYNC_S)
 
     def load(self, folder: str) -> None:
         from safetensors.torch import load_file
 
+        from actors.learner_state import gathered
+
         weights = load_file(f"{folder}/model.safetensors")
         for name, param in self.model.named_parameters():
-            with self.source._gathered([param]):
+            with gathered([param]):
                 param.data.copy_(weights[name])
                 if self.zero_stage == 3:
                     param.partition([param], has_been_updated=True)

@@ -35,7 +35,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_reward_function_that_always_fails_ends_the_run_by_its_name(recipe: Path, name: str, expected: str) -> None:
-    args, run_dir = train(recipe, name, f"reward.functions=[{{name: {REWARDS}{name}}}]", "reward.timeout_s=1")
+    args, run_dir = train(
+        recipe, name, f"reward.functions=[{{name: {REWARDS}{name}}}]", "reward.timeout_s=1", "data.eval=null"
+    )
     code, output = run(*args)
     assert code == 1, output
     assert expected in output.replace("\n", " ")

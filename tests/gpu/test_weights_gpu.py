@@ -30,7 +30,7 @@ class GpuLearner:
         from actors.weight_sender import WeightSender, ZeroWeightSource
 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda()
-        self.sender = WeightSender(ZeroWeightSource(model, 0, 1 << 20, torch.float32), 0, backend, 1 << 20, 120.0)
+        self.sender = WeightSender(ZeroWeightSource(model, 1 << 20, torch.float32), 0, backend, 1 << 20, 120.0)
 
     def weights_connect(self, targets: list[EngineTarget], generation: int) -> None:
         self.sender.connect(targets, generation)
