@@ -70,12 +70,17 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CORRECTIONS)
-@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (kind, name)
+        for kind in LOSSES
+        for name in CORRECTIONS
+        if not (kind in SEQUENCE and CORRECTIONS[name].get("importance_sampling", "").startswith("token"))
+    ],
+)
 def test_corrections_weigh_the_policy_loss_without_a_gradient_of_their_own(kind: str, name: str) -> None:
     values = CORRECTIONS[name]
-    if kind in SEQUENCE and values.get("importance_sampling", "").startswith("token"):
-        pytest.skip("refused by the schema")
     masked = 0
     for seed in SEEDS:
         b = make_batch(seed)
