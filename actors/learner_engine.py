@@ -62,7 +62,7 @@ class LearnerSpec:
     @property
     def saves_reference(self) -> bool:
         """It is no longer the model of `model_path`."""
-        return self.needs_reference and self.algorithm is not None and self.algorithm.ref_refresh_steps > 0
+        return self.needs_reference_model and self.algorithm is not None and self.algorithm.ref_refresh_steps > 0
 
 
 def deepspeed_config(model: ModelConfig, learner: LearnerConfig) -> dict[str, Any]:

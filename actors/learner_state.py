@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -113,9 +113,9 @@ def _gather_adapter(engine: Any) -> dict[str, torch.Tensor]:
         return {n: p.detach().to("cpu", copy=True).contiguous() for n, p in tensors.items() if first}
 
 
-def gathered(params: Sequence[torch.Tensor], writer: int | None = None) -> AbstractContextManager[Any]:
-    """Whole for the time being, where ZeRO-3 has split them. `writer`: the rank whose changes all take over; None: nobody
-    changes anything.
+def gathered(params: list[nn.Parameter], writer: int | None = None) -> AbstractContextManager[Any]:
+    """Whole parameters inside, whatever ZeRO-3 has split; all ranks together. `writer`: the rank whose changes all take over;
+    None: nobody changes anything.
     """
     sharded = [p for p in params if hasattr(p, "ds_id")]
     if not sharded:

@@ -345,6 +345,11 @@ class RunConfig(Strict):
                 f"learner.micro_batch_tokens ({self.learner.micro_batch_tokens}) can't hold one sample of up to {longest} tokens "
                 "(data.max_prompt_length + rollout.max_completion_length); raise it"
             )
+        if self.algorithm.ref_refresh_steps and self.model.lora is not None:
+            raise ValueError(
+                "algorithm.ref_refresh_steps needs a reference model of its own, and with model.lora the policy without its "
+                "adapters is the reference: take one of them out"
+            )
         if self.algorithm.ref_polyak_tau < 1 and self.model.dtype == "bfloat16":
             raise ValueError(
                 "algorithm.ref_polyak_tau below 1 moves the reference by steps that model.dtype bfloat16 rounds away; use "

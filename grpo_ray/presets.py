@@ -112,7 +112,7 @@ def with_preset(data: Values) -> Values:
         hint = f"did you mean {close[0]}? " if close else ""
         raise ValueError(f"algorithm.preset {name!r} is not known; {hint}known are {', '.join(PRESETS)}")
     preset = PRESETS[name] if name is not None else {}
-    without = _OF_THE_LOSS if data.get("loss", preset.get("loss")) != preset.get("loss") else ()
+    without: tuple[str, ...] = _OF_THE_LOSS if data.get("loss", preset.get("loss")) != preset.get("loss") else ()
     without += _OF_THE_REFERENCE if data.get("beta") == 0 else ()
     given = {key: value for key, value in preset.items() if key not in without} | data
     usual = LOSS_DEFAULTS.get(str(given.get("loss")), {})

@@ -26,6 +26,11 @@ CHARTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("KL from the reference", ("kl/ref",), ""),
     ("Clipped tokens", ("clip/low", "clip/high"), "percent"),
     ("Sampler against learner", ("mismatch/mean_abs", "mismatch/max_abs"), "log"),
+    (
+        "Correction for the sampler",
+        ("correction/ess", "correction/masked_tokens", "correction/masked_sequences"),
+        "percent",
+    ),
     ("Gradient norm", ("grad_norm",), ""),
     ("Learning rate", ("lr",), "small"),
     ("Throughput", ("throughput/tokens_per_s", "throughput/rollout_tokens_per_s"), ""),

@@ -23,9 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from grpo_ray.advantages import group_advantages
 from grpo_ray.checkpoint import RunDir, save_checkpoint
 from grpo_ray.config import RunConfig
 from grpo_ray.cursor import Cursor
@@ -37,6 +34,7 @@ from grpo_ray.metrics import TimeKeeper, eval_metrics, step_metrics
 from grpo_ray.replay import how_to_replay
 from grpo_ray.roles import Learner, RolloutLog, Sampler, Scorer, Tracker, WeightSync
 from grpo_ray.seeds import sample_seed
+from grpo_ray.train_batch import cut_batch, has_spread, set_advantages
 from grpo_ray.types import (
     Group,
     Prompt,
@@ -47,7 +45,6 @@ from grpo_ray.types import (
     ScoreRequest,
     SyncReport,
     TrainBatch,
-    TrainSample,
     UpdateReport,
 )
 
@@ -167,8 +164,8 @@ class TrainLoop:
         self._counts = StepCounts()
         with self._time.phase("rollout"):
             groups = await self._collect()
-        self._set_advantages(groups)
-        batch = self._cut(groups)
+        set_advantages(groups, self.config.algorithm)
+        batch = cut_batch(groups, self.step, self.config)
         with self._time.phase("update"):
             self.emit(PhaseEvent("update", "", 0, 0))
             update = await self._update(groups, batch)
@@ -280,54 +277,11 @@ class TrainLoop:
 
     def _has_signal(self, group: Group) -> bool:
         """Dynamic sampling: a group whose rewards are all equal moves nothing, and the next prompt takes its place."""
-        values = {s.value for s in group.scores if s.value == s.value}
-        if not self.config.algorithm.dynamic_sampling or len(values) > 1:
+        if not self.config.algorithm.dynamic_sampling or has_spread(group):
             return True
         self.ledger.dropped(group, self.step + 1, NO_SIGNAL)
         self._counts.dropped[NO_SIGNAL] = self._counts.dropped.get(NO_SIGNAL, 0) + 1
         return False
-
-    def _set_advantages(self, groups: list[Group]) -> None:
-        a = self.config.algorithm
-        if a.advantage == "gae":
-            for group in groups:
-                group.advantages = [s.value for s in group.scores]
-            return
-        rewards_PG = torch.tensor([[s.value for s in g.scores] for g in groups], dtype=torch.float64)
-        advantages_PG = group_advantages(
-            rewards_PG,
-            mask_PG=~rewards_PG.isnan(),
-            kind=a.advantage,
-            ddof=a.std_ddof,
-            eps=a.std_eps,
-        )
-        for group, row in zip(groups, advantages_PG.tolist(), strict=True):
-            group.advantages = row
-
-    def _cut(self, groups: list[Group]) -> TrainBatch:
-        """The batch of this step. Nothing older than `max_staleness` may be in it."""
-        bound = self.step - self.config.algorithm.max_staleness
-        for g in groups:
-            assert g.min_version >= bound, (
-                f"group {g.prompt.id} holds tokens of version {g.min_version}, the bound is {bound}"
-            )
-        mask_truncated = self.config.algorithm.mask_truncated
-        samples = [
-            TrainSample(
-                ref=info.ref,
-                row=info.row,
-                prompt_id=info.prompt_id,
-                index=info.index,
-                num_prompt_tokens=info.num_prompt_tokens,
-                num_tokens=info.num_tokens,
-                advantage=advantage,
-                group=number,
-                loss_mask=score.value == score.value and not (mask_truncated and info.finish_reason == "length"),
-            )
-            for number, g in enumerate(groups)
-            for info, score, advantage in zip(g.samples, g.scores, g.advantages, strict=True)
-        ]
-        return TrainBatch(step=self.step, samples=samples, temperature=self.config.rollout.temperature)
 
     async def _update(self, groups: list[Group], batch: TrainBatch) -> UpdateReport:
         """Raises NonFiniteError when the batch that caused it is on disk."""

@@ -115,6 +115,7 @@ def test_packing_lays_sequences_end_to_end_without_their_last_token() -> None:
     assert p.target_rows.tolist() == [1, 2, 3, 4, 5]
     assert p.targets.tolist() == [3, 4, 6, 7, 8]
     assert p.samples.tolist() == [0, 0, 1, 1, 1]
+    assert p.segments.tolist() == [0, 0, 1, 1, 1]
     assert p.advantages.tolist() == [0.5, 0.5, 1.5, 1.5, 1.5]
     assert p.rollout_logprobs.tolist() == [0, 1, 1, 2, 3]
 

@@ -67,6 +67,7 @@ def test_scientific_notation_in_a_recipe_is_a_number(tmp_path):
             "algorithm.beta=0.1 algorithm.ref_refresh_steps=1 algorithm.ref_polyak_tau=0.1",
             "steps that model.dtype bfloat16 rounds away",
         ),
+        ("algorithm.beta=0.1 algorithm.ref_refresh_steps=5 model.lora={}", "without its adapters is the reference"),
         ("algorithm.importance_sampling_clip_max=3", "without algorithm.importance_sampling"),
         ("algorithm.loss=gspo algorithm.importance_sampling=token_mask", "use geometric_mask, sequence_truncate"),
         ("algorithm.old_logprobs=rollout algorithm.importance_sampling=token_mask", "use old_logprobs recompute"),

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from grpo_ray.advantages import ADVANTAGES, group_advantages
+from grpo_ray.batching import pack
 from grpo_ray.config import AlgorithmConfig
 from grpo_ray.losses.aggregation import Normalizers, token_mean
 from grpo_ray.losses.correction import IMPORTANCE_SAMPLING
@@ -17,6 +19,7 @@ from grpo_ray.losses.kl import KL_ESTIMATORS
 from grpo_ray.losses.sft import sft_loss
 from grpo_ray.losses.table import POLICY_LOSSES
 from grpo_ray.losses.value import value_loss
+from grpo_ray.objectives import GrpoObjective, MicroBatchData
 from tests.naive_losses import OPTIONS, SEQUENCE, Batch, correction, kl_tokens, make_batch, number, policy_loss, reduce
 from tests.packed import algorithm, gradient, run
 
@@ -67,12 +70,17 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CORRECTIONS)
-@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (kind, name)
+        for kind in LOSSES
+        for name in CORRECTIONS
+        if not (kind in SEQUENCE and CORRECTIONS[name].get("importance_sampling", "").startswith("token"))
+    ],
+)
 def test_corrections_weigh_the_policy_loss_without_a_gradient_of_their_own(kind: str, name: str) -> None:
     values = CORRECTIONS[name]
-    if kind in SEQUENCE and values.get("importance_sampling", "").startswith("token"):
-        pytest.skip("refused by the schema")
     masked = 0
     for seed in SEEDS:
         b = make_batch(seed)
@@ -192,6 +200,29 @@ def test_before_the_first_update_the_gradient_is_reinforces(kind: str) -> None:
     assert metrics["clip/low"] == metrics["clip/high"] == metrics["kl/old"] == 0
 
 
+@pytest.mark.parametrize("kind", LOSSES)
+def test_an_empty_micro_batch_adds_nothing(kind: str) -> None:
+    """What keeps a rank in step with the others; its one token is of no sample."""
+    objective = GrpoObjective(algorithm(kind, **EVERYTHING))
+    data = MicroBatchData.of(pack([]), torch.device("cpu"))
+    data.ref_C = torch.tensor([-9.0])
+    theta, entropy = torch.tensor([-7.0], requires_grad=True), torch.tensor([2.0], requires_grad=True)
+    loss, sums, _ = objective.loss(data, theta, entropy)
+    assert loss.item() == 0
+    assert sums.isfinite().all()
+    assert all(not g.any() for g in torch.autograd.grad(loss, (theta, entropy)))
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("advantage", list(ADVANTAGES))
+def test_rewards_that_are_all_equal_move_nothing(kind: str, advantage: str) -> None:
+    b = make_batch(8)
+    rewards = torch.full((2, 3), 0.7, dtype=torch.float64)
+    equal = group_advantages(rewards, kind=advantage, ddof=1, eps=0.0)
+    loss, _ = run(algorithm(kind), replace(b, advantages=equal.flatten().tolist()))
+    assert not gradient(loss, b).any()
+
+
 def test_a_clipped_token_has_no_gradient_and_is_counted() -> None:
     ratios = torch.tensor([math.e, 1 / math.e, 1.0, math.e, 1 / math.e], dtype=torch.float64)
     signs = [1.0, -1.0, 1.0, -1.0, 1.0]
@@ -228,6 +259,7 @@ def test_the_table_and_the_schema_know_the_same_names() -> None:
         annotation = AlgorithmConfig.model_fields[field].annotation
         return {x for arg in get_args(annotation) for x in (get_args(arg) or (arg,))} - {type(None)}
 
+    assert names("advantage") == {*ADVANTAGES, "gae"}, "gae is made by the learner"
     assert names("loss") == set(POLICY_LOSSES)
     assert names("kl_estimator") == set(KL_ESTIMATORS)
     assert names("importance_sampling") == set(IMPORTANCE_SAMPLING)
