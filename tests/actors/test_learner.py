@@ -478,37 +478,6 @@ def test_bf16_masters_hold_the_fp32_checkpoint_exactly(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("ranks", "stage", "budget", "checkpointing"),
-    [
-        (1, 1, 60, False),
-        (2, 0, 1000, False),
-        (2, 1, 60, False),
-        (1, 2, 1000, True),
-        (1, 3, 60, True),
-        (2, 2, 75, False),
-    ],
-)
-def test_one_step_is_the_same_for_any_stage_ranks_and_budget(
-    ranks: int,
-    stage: int,
-    budget: int,
-    checkpointing: bool,
-    tiny_model: Path,
-    tmp_path: Path,
-    groups: list[LearnerGroup],
-) -> None:
-    config = make_config(
-        tiny_model,
-        ranks=ranks,
-        stage=stage,
-        learner={"micro_batch_tokens": budget},
-        model={"gradient_checkpointing": checkpointing},
-    )
-    assert_one_step_equals_plain_pytorch(config, tiny_model, tmp_path, groups)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_two_ranks_resume_bitwise(stage: int, tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup]) -> None:
     """In a new process, too: the second group has never seen the first one's weights."""
