@@ -12,6 +12,7 @@ from torch import nn
 from grpo_ray.attention import choose_attention
 from grpo_ray.config import AlgorithmConfig, CriticConfig, LearnerConfig, ModelConfig, WeightsConfig
 from grpo_ray.errors import ConfigError, NonFiniteError
+from grpo_ray.logprobs import chunk_rows
 from grpo_ray.lora import inject
 from grpo_ray.policy import PolicyModel
 from grpo_ray.value_model import ValueModel
@@ -91,7 +92,7 @@ def deepspeed_config(model: ModelConfig, learner: LearnerConfig) -> dict[str, An
 
 def build_engine(spec: LearnerSpec, device: torch.device) -> Any:
     """The policy in a DeepSpeed engine, with fp32 master weights that hold the checkpoint exactly."""
-    policy = PolicyModel(load_hf(spec, device, trained=True), chunk=spec.learner.logprob_chunk_tokens).train()
+    policy = _policy(spec, device, trained=True).train()
     optimizer = _adamw(policy, spec.learner, spec.learner.learning_rate)
     return _initialize(
         spec, device, policy, optimizer, make_schedule(optimizer, spec.learner, spec.num_optimizer_steps)
@@ -166,7 +167,7 @@ def build_reference(spec: LearnerSpec, device: torch.device) -> nn.Module:
     """The frozen policy as it was at the start; sharded under ZeRO-3. See actors/learner_reference.py for what follows."""
     import deepspeed
 
-    policy = PolicyModel(load_hf(spec, device, trained=False), chunk=spec.learner.logprob_chunk_tokens).eval()
+    policy = _policy(spec, device, trained=False).eval()
     policy.requires_grad_(False)
     if spec.learner.zero_stage < 3:
         return policy.to(device)
@@ -174,6 +175,12 @@ def build_reference(spec: LearnerSpec, device: torch.device) -> nn.Module:
     config["zero_optimization"].pop("offload_optimizer", None)
     engine, *_ = deepspeed.initialize(model=policy, config=config, dist_init_required=False)
     return engine
+
+
+def _policy(spec: LearnerSpec, device: torch.device, *, trained: bool) -> PolicyModel:
+    hf = load_hf(spec, device, trained=trained)
+    rows = chunk_rows(hf.config.get_text_config().vocab_size, on_gpu=device.type == "cuda")
+    return PolicyModel(hf, chunk=spec.learner.logprob_chunk_tokens or rows)
 
 
 def load_hf(spec: LearnerSpec, device: torch.device, *, trained: bool) -> Any:

@@ -217,8 +217,8 @@ class LearnerConfig(Strict):
     """Tokens (prompt and completion) of one forward and backward."""
     packing: bool = True
     """Sequences end to end. False: filled up to the longest of a micro-batch (same gradient, more work)."""
-    logprob_chunk_tokens: PositiveInt = 1024
-    """Rows of logits that exist at once."""
+    logprob_chunk_tokens: PositiveInt | None = None
+    """Rows of logits that exist at once. None: as many as fit 64 MiB in fp32, on a GPU 256 MiB."""
     num_threads: PositiveInt | None = None
     """CPU threads per learner. None: 1 on CPU when there is more than one learner, else the machine's cores."""
     env: dict[str, str] = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from grpo_ray.config import LearnerConfig, ModelConfig
+from grpo_ray.logprobs import chunk_rows
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class LearnerMemory:
 
 
 def learner_memory(
-    num_params: int, vocab_size: int, model: ModelConfig, learner: LearnerConfig, *, reference: bool
+    num_params: int, vocab_size: int, model: ModelConfig, learner: LearnerConfig, *, reference: bool, on_gpu: bool
 ) -> LearnerMemory:
     """Without activations, which depend on micro_batch_tokens and gradient_checkpointing."""
     ranks, stage = learner.num_actors, learner.zero_stage
@@ -41,7 +42,7 @@ def learner_memory(
         gradients=num_params * 4 // split[1],
         optimizer=0 if learner.offload_optimizer else num_params * (master + 8) // split[2],
         reference=num_params * width // split[0] if reference else 0,
-        logits=2 * 4 * learner.logprob_chunk_tokens * vocab_size,
+        logits=2 * 4 * (learner.logprob_chunk_tokens or chunk_rows(vocab_size, on_gpu=on_gpu)) * vocab_size,
     )
 
 

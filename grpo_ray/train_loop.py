@@ -108,6 +108,7 @@ class TrainLoop:
         self._counts = StepCounts()
         self._stop_reason: str | None = None
         self._saved_step = -1
+        self._disagreed = False
         self._time = TimeKeeper()
         self._params = SamplingParams(
             temperature=config.rollout.temperature,
@@ -306,15 +307,22 @@ class TrainLoop:
             dropped=self._counts.dropped,
             failed=self._counts.failed,
         )
-        mismatch = metrics.get("mismatch/mean_abs", 0.0)
-        if mismatch > MISMATCH_WARNING and self.config.model.dtype == "float32":
-            self.emit(
-                MessageEvent(
-                    "warning", f"sampler and learner disagree: mean |log-probability difference| {mismatch:.4f}"
-                )
-            )
+        self._warn_of_mismatch(metrics.get("mismatch/mean_abs", 0.0))
         self._track(metrics)
         self.emit(StepEvent(self.step, self.total_steps, metrics))
+
+    def _warn_of_mismatch(self, mean_abs: float) -> None:
+        """Once each time that the bound is crossed, not at every step above it."""
+        above = mean_abs > MISMATCH_WARNING
+        if above and not self._disagreed:
+            self.emit(
+                MessageEvent(
+                    "warning",
+                    f"sampler and learner disagree: mean |log-probability difference| {mean_abs:.4f}, expected below "
+                    f"{MISMATCH_WARNING}; algorithm.importance_sampling=token_truncate corrects for it",
+                )
+            )
+        self._disagreed = above
 
     def _track(self, metrics: dict[str, float]) -> None:
         for tracker in self.trackers:

@@ -37,23 +37,26 @@ def check_recipe(recipe: str, overrides: list[str]) -> None:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     with console.status("reading model config and data ..."), tempfile.TemporaryDirectory() as scratch:
+        offered, where = _offered(config)
         model = prepare_model(config.model, Path(scratch))
         for name, text in [
-            *_model_rows(config, model),
+            *_model_rows(config, model, on_gpu=offered.get("GPU", 0) > 0),
             *_data_rows(config, model),
             *_step_rows(config),
-            *_cluster_rows(config),
+            *_cluster_rows(config, offered, where),
         ]:
             table.add_row(name, text)
     console.print(table)
     console.print(f"[green]ok[/]     grpo-ray {'sft' if sft else 'train'} {' '.join([recipe, *overrides])}")
 
 
-def _model_rows(config: RunConfig | SftConfig, model: str) -> list[tuple[str, str]]:
+def _model_rows(config: RunConfig | SftConfig, model: str, *, on_gpu: bool) -> list[tuple[str, str]]:
     model_config = load_config(model, trust_remote_code=config.model.trust_remote_code)
     params = count_parameters(model_config)
     reference = isinstance(config, RunConfig) and config.algorithm.beta > 0
-    memory = learner_memory(params, model_config.vocab_size, config.model, config.learner, reference=reference)
+    memory = learner_memory(
+        params, model_config.vocab_size, config.model, config.learner, reference=reference, on_gpu=on_gpu
+    )
     parts = ", ".join(
         f"{what} {_gib(n)}"
         for what, n in (
@@ -141,9 +144,8 @@ def _bounds(a: AlgorithmConfig) -> str:
     return f"clip {a.epsilon_low:g}/{a.epsilon_high:g}" + (f", dual {a.dual_clip_c:g}" if a.dual_clip_c else "")
 
 
-def _cluster_rows(config: RunConfig | SftConfig) -> list[tuple[str, str]]:
+def _cluster_rows(config: RunConfig | SftConfig, offered: dict[str, float], where: str) -> list[tuple[str, str]]:
     """Raises ResourceError when this machine, or the cluster at `cluster.address`, is too small."""
-    offered, where = _offered(config)
     wanted = demands(config, offered.get("GPU", 0) > 0)
     lacking = missing(wanted, offered)
     if lacking is not None:

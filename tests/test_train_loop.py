@@ -15,7 +15,7 @@ from grpo_ray.checkpoint import RunDir
 from grpo_ray.config import RunConfig, build, deep_merge, parse_overrides
 from grpo_ray.cursor import Cursor
 from grpo_ray.errors import NonFiniteError, RewardError
-from grpo_ray.events import EvalEvent, StepEvent
+from grpo_ray.events import EvalEvent, MessageEvent, StepEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.train_loop import Roles, TrainLoop
 from grpo_ray.types import (
@@ -65,6 +65,8 @@ class World:
         self.truncate_above = 100
         """Tokens."""
         self.on_update: Any = None
+        self.mismatch = [0.0] * 100
+        """Of each step, as the learner reports it."""
         self.closed = False
 
     async def generate(self, request: SampleRequest) -> SampleInfo:
@@ -99,7 +101,8 @@ class World:
         self.batches.append(batch)
         if self.on_update is not None:
             self.on_update(batch.step)
-        return UpdateReport(batch.step, {"loss/policy": 0.0, "grad_norm": 1.0}, 0.0)
+        metrics = {"loss/policy": 0.0, "grad_norm": 1.0, "mismatch/mean_abs": self.mismatch[batch.step]}
+        return UpdateReport(batch.step, metrics, 0.0)
 
     async def sync(self, version: int) -> SyncReport:
         self.version = version
@@ -182,6 +185,15 @@ def test_every_prompt_is_trained_exactly_once_in_each_epoch(tmp_path):
         assert sorted(p for p in trained if p.startswith(f"ten/{epoch}/")) == sorted(
             f"ten/{epoch}/{r}" for r in range(ROWS)
         )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_mismatch_above_a_hundredth_is_told_each_time_it_comes_up(tmp_path, dtype):
+    session = Session(tmp_path, config(f"model.dtype={dtype}"))
+    session.world.mismatch = [0.005, 0.02, 0.03, 0.009, 0.011, 0.01, 0.0]
+    session.go()
+    told = [e.text for e in session.events if isinstance(e, MessageEvent)]
+    assert [t.split("difference| ")[1].split(",")[0] for t in told] == ["0.0200", "0.0110"]
 
 
 def test_a_batch_does_not_depend_on_timing(tmp_path):
