@@ -102,7 +102,10 @@ def _run(kind: str, config: RunConfig | SftConfig, run: RunDir, resume_step: int
 
 
 def _finish(run: RunDir, end: EndEvent) -> None:
-    console.print(f"report   {make_report(run)}")
+    try:
+        console.print(f"report   {make_report(run)}")
+    except OSError as e:
+        console.print(f"report   not written: {e}; `grpo-ray report {run.path}` writes it")
     if run.exported.is_dir():
         console.print(f"model    {run.exported}")
     if end.status != "finished" and run.steps():

@@ -16,6 +16,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent.parent
 LIMIT_S = 300
+NUM_STEPS = 6
 RECIPE: dict[str, Any] = {
     "model": {
         "tiny": {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "seed": 3},
@@ -30,7 +31,7 @@ RECIPE: dict[str, Any] = {
     "reward": {"functions": [{"name": "tests.end_to_end.rewards.share_of_digits"}], "num_cpus": 0},
     "learner": {"zero_stage": 2, "learning_rate": 1e-3, "num_cpus": 0.5, "micro_batch_tokens": 2048},
     "prompts_per_step": 4,
-    "num_steps": 4,
+    "num_steps": NUM_STEPS,
     "eval": {"threshold": 0.5},
 }
 started: list[subprocess.Popen[str]] = []
