@@ -24,7 +24,7 @@ def files_of(run_dir: Path) -> dict[str, int]:
 
 def test_a_replayed_step_has_the_same_bits_and_a_changed_batch_has_not(tmp_path: Path) -> None:
     harder = ["algorithm.num_mini_batches=2", "algorithm.beta=0.04", "learner.lr_scheduler_type=cosine"]
-    args, run_dir = train(write_recipe(tmp_path), "whole", "checkpoint.every_steps=2", *harder)
+    args, run_dir = train(write_recipe(tmp_path), "whole", "num_steps=4", "checkpoint.every_steps=2", *harder)
     code, output = run(*args)
     assert code == 0, output
     before = files_of(run_dir)
