@@ -1,7 +1,7 @@
 # make smoke   sets everything up and trains a tiny model for real, on any machine
 # make test    sets everything up and runs the tests
 # make bench   the tables of the README
-.PHONY: smoke test test-all lint bench lock help
+.PHONY: smoke test test-all lint bench bench-learning lock help
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 # Set in many images; without bytecode every worker process compiles its packages again.
@@ -28,6 +28,9 @@ lint: .venv/.ready  ## ruff, mypy, import layers
 bench: .venv/.ready  ## the tables of the README
 	@$(BIN)/python -m tests.bench
 
+bench-learning: .venv/.ready  ## the smoke task by seven algorithms, three seeds each (two hours on two cores)
+	@$(BIN)/python -m tests.bench.learning
+
 # uv does not read pip's find-links, where torch's build for CPUs may lie.
 lock: export UV_FIND_LINKS ?= $(shell $(BIN)/python -m pip config get global.find-links 2>/dev/null | tr ' ' ',')
 lock: .venv/.ready  ## resolve pyproject.toml into the lock files again
@@ -35,4 +38,4 @@ lock: .venv/.ready  ## resolve pyproject.toml into the lock files again
 	@$(BIN)/uv pip compile pyproject.toml -q --no-config --extra gpu --extra dev --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate -o lock-gpu.txt
 
 help:
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
