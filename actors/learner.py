@@ -158,6 +158,7 @@ class LearnerActor:
     def _plan(self, batch: TrainBatch) -> list[MiniBatchPlan]:
         """Over the samples that are trained; the plan's indices point into `batch.samples`."""
         trained = [i for i, s in enumerate(batch.samples) if s.loss_mask and s.num_tokens > 0]
+        skip = self.spec.learner.skip_no_signal
         plans = plan_batch(
             [batch.samples[i].num_prompt_tokens + batch.samples[i].num_tokens for i in trained],
             [batch.samples[i].group for i in trained],
@@ -165,11 +166,9 @@ class LearnerActor:
             num_mini_batches=self._algorithm.num_mini_batches,
             micro_batch_tokens=self.spec.learner.micro_batch_tokens,
             padded=not self.spec.learner.packing,
+            idle={n for n, i in enumerate(trained) if skip and not self._objective.moves(batch.samples[i].advantage)},
         )
-        return [
-            MiniBatchPlan(tuple(tuple(tuple(trained[i] for i in micro) for micro in rank) for rank in plan.ranks))
-            for plan in plans
-        ]
+        return [plan.renumbered(trained) for plan in plans]
 
     def _fetch(self, batch: TrainBatch, plan: list[MiniBatchPlan]) -> list[list[MicroBatchData]]:
         mine = [micro for mini_batch in plan for micro in mini_batch.ranks[self.rank]]

@@ -7,7 +7,7 @@ S samples of a batch, N tokens of one micro-batch, C completion tokens of one mi
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,10 +25,17 @@ class MiniBatchPlan:
     """One optimizer step: `ranks[r]` are the micro-batches of rank r, equally many on each."""
 
     ranks: tuple[tuple[MicroBatch, ...], ...]
+    idle: tuple[int, ...] = ()
+    """Samples that count in the step's normalizers and add nothing to its gradient: no rank computes them."""
 
     @property
     def samples(self) -> list[int]:
-        return sorted(i for rank in self.ranks for micro in rank for i in micro)
+        return sorted([*self.idle, *(i for rank in self.ranks for micro in rank for i in micro)])
+
+    def renumbered(self, names: Sequence[int]) -> MiniBatchPlan:
+        """With `names[i]` in the place of i."""
+        ranks = tuple(tuple(tuple(names[i] for i in micro) for micro in rank) for rank in self.ranks)
+        return MiniBatchPlan(ranks, tuple(names[i] for i in self.idle))
 
 
 def plan_batch(
@@ -39,6 +46,7 @@ def plan_batch(
     num_mini_batches: int,
     micro_batch_tokens: int,
     padded: bool = False,
+    idle: Set[int] = frozenset(),
 ) -> list[MiniBatchPlan]:
     """Split a batch into mini-batches of whole groups, in order; each mini-batch over ranks, and each rank's part into
     micro-batches, balanced by tokens.
@@ -53,6 +61,7 @@ def plan_batch(
         num_mini_batches: optimizer steps in one pass; fewer come back when there are fewer groups.
         micro_batch_tokens: most tokens of one micro-batch, padding included.
         padded: sequences of a micro-batch are filled up to its longest, so each holds sequences of similar length.
+        idle: samples that need no pass; they belong to their mini-batch all the same.
 
     Raises:
         ConfigError: a sample alone is longer than `micro_batch_tokens`.
@@ -71,16 +80,16 @@ def plan_batch(
     cuts = [len(in_order) * k // count for k in range(count + 1)] if count else []
     return [
         _plan_mini_batch(
-            [i for group in in_order[a:b] for i in group], lengths_S, num_ranks, micro_batch_tokens, padded
+            [i for group in in_order[a:b] for i in group], lengths_S, num_ranks, micro_batch_tokens, padded, idle
         )
         for a, b in pairwise(cuts)
     ]
 
 
 def _plan_mini_batch(
-    samples: list[int], lengths_S: Sequence[int], num_ranks: int, budget: int, padded: bool
+    members: list[int], lengths_S: Sequence[int], num_ranks: int, budget: int, padded: bool, idle: Set[int]
 ) -> MiniBatchPlan:
-    per_rank = _spread(samples, lengths_S, num_ranks)
+    per_rank = _spread([i for i in members if i not in idle], lengths_S, num_ranks)
     count = max(1, *(-(-sum(lengths_S[i] for i in part) // budget) for part in per_rank))
     fill = _pad_into if padded else _pack_into
     while True:
@@ -89,7 +98,8 @@ def _plan_mini_batch(
             break
         count += 1
     return MiniBatchPlan(
-        tuple(tuple(tuple(sorted(m, key=lambda i: (lengths_S[i], i))) for m in p) for p in packed if p is not None)
+        tuple(tuple(tuple(sorted(m, key=lambda i: (lengths_S[i], i))) for m in p) for p in packed if p is not None),
+        tuple(i for i in members if i in idle),
     )
 
 

@@ -61,6 +61,10 @@ class Objective(Protocol):
         """Weight of each token of a sequence of so many completion tokens."""
         ...
 
+    def moves(self, advantage: float) -> bool:
+        """Can a sample with this advantage add anything to the gradient?"""
+        ...
+
     def loss(self, data: MicroBatchData, theta_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The micro-batch's part of the loss (0-dim), its sums [len(sum_names)], and its largest mismatch (0-dim)."""
         ...
@@ -116,6 +120,10 @@ class GrpoObjective:
             geometric_mask=a.geometric_mask,
             off_policy_mask_threshold=a.off_policy_mask_threshold,
         )
+
+    def moves(self, advantage: float) -> bool:
+        a = self.algorithm
+        return advantage != 0 or a.beta > 0 or a.entropy_coef > 0 or a.advantage == "gae"
 
     def loss(self, data: MicroBatchData, theta_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a, weights_C = self.algorithm, data.weights_C
@@ -197,6 +205,9 @@ class SftObjective:
 
     def __init__(self) -> None:
         self.weight = token_mean
+
+    def moves(self, advantage: float) -> bool:
+        return True
 
     def loss(self, data: MicroBatchData, theta_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         loss = sft_loss(theta_C, data.weights_C)

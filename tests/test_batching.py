@@ -142,6 +142,20 @@ def test_padded_micro_batches_keep_the_budget_with_their_padding(
     assert all(len({len(rank) for rank in step.ranks}) == 1 for step in plan)
 
 
+@settings(deadline=None)
+@given(problem=problems(), data=st.data())
+def test_idle_samples_stay_members_of_their_mini_batch_and_are_in_no_micro_batch(
+    problem: tuple[list[int], list[int], int, int], data: st.DataObject
+) -> None:
+    lengths, groups, ranks, minis = problem
+    idle = data.draw(st.sets(st.integers(0, len(lengths) - 1)))
+    plan = plan_batch(lengths, groups, num_ranks=ranks, num_mini_batches=minis, micro_batch_tokens=BUDGET, idle=idle)
+    assert [p.samples for p in plan] == [p.samples for p in make(problem)]
+    computed = [i for p in plan for rank in p.ranks for micro in rank for i in micro]
+    assert sorted(computed) == sorted(set(range(len(lengths))) - idle)
+    assert all(len({len(rank) for rank in p.ranks}) == 1 for p in plan)
+
+
 def test_nothing_packed_is_a_dummy_of_no_weight() -> None:
     p = pack([])
     assert p.is_dummy

@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 from collections.abc import Awaitable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -475,6 +476,27 @@ def test_bf16_masters_hold_the_fp32_checkpoint_exactly(
     masters = ray.get([a.__ray_call__.remote(fp32_masters) for a in group._actors], timeout=60)[0]
     want = load_file(tiny_model / "model.safetensors")
     assert all(torch.equal(masters[n], want[n]) for n in want)
+
+
+def test_samples_without_signal_cost_no_pass_and_leave_the_gradient_as_it_is(
+    tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup]
+) -> None:
+    batch = make_batch()
+    flat = [replace(s, advantage=0.0) if s.group < 2 else s for s in batch.samples]
+    nothing = [replace(s, advantage=0.0) for s in batch.samples]
+    norms, trained = [], []
+    for skip in (True, False):
+        config = make_config(tiny_model, ranks=2, stage=1, learner={"skip_no_signal": skip, "learning_rate": 1e-30})
+        group = start(config, tmp_path)
+        groups.append(group)
+        got = [run(group.update(TrainBatch(0, s, TEMPERATURE))).metrics for s in (flat, nothing)]
+        norms.append(got[0]["grad_norm"])
+        trained.append([m["tokens/trained"] for m in got])
+        assert got[1]["grad_norm"] == 0
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+    members = [s for s in batch.samples if s.loss_mask]
+    assert trained[1] == [sum(s.num_tokens for s in members)] * 2
+    assert trained[0] == [sum(s.num_tokens for s in members if s.group >= 2), 0]
 
 
 @pytest.mark.slow
