@@ -478,6 +478,7 @@ def test_bf16_masters_hold_the_fp32_checkpoint_exactly(
     assert all(torch.equal(masters[n], want[n]) for n in want)
 
 
+@pytest.mark.slow
 def test_samples_without_signal_cost_no_pass_and_leave_the_gradient_as_it_is(
     tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup]
 ) -> None:

@@ -31,7 +31,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param("too_few", "returned 0 values, expected 1, one for each completion", marks=SLOW),
         pytest.param("nan", "returned nan, expected a finite number, or None", marks=SLOW),
         pytest.param("hangs", "hangs: timeout: ", marks=SLOW),
-        ("exits", "exits: crashed: "),
+        pytest.param("exits", "exits: crashed: ", marks=SLOW),
     ],
 )
 def test_a_reward_function_that_always_fails_ends_the_run_by_its_name(recipe: Path, name: str, expected: str) -> None:
