@@ -141,7 +141,7 @@ class Controller:
             trackers = make_trackers(config.tracking, self._run.path, self._resume_step, config.model_dump(mode="json"))
             ledger = Ledger(self._run.ledger)
             if self._resume_step is None:
-                ledger.roll_back(0)
+                ledger.roll_back(0, 0)
             self._loop = loop = TrainLoop(
                 config,
                 Roles(roles.sampler, roles.scorer, roles.learner, roles.weights, rollout_log, roles.voter),

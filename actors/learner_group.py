@@ -40,6 +40,8 @@ class LearnerGroup:
         self._spec = spec
         self._deadlines = deadlines
         self._broken: str | None = None
+        self.updating = False
+        """See `actors.weights.LearnerWeights`."""
         self.num_parameters = 0
 
     @classmethod
@@ -94,7 +96,11 @@ class LearnerGroup:
             WorkerError: a rank died; the group is ended.
         """
         report: UpdateReport
-        report, *_ = await self._call("update", ray.put(_with_refs(batch)), deadline="update_s")
+        self.updating = True
+        try:
+            report, *_ = await self._call("update", ray.put(_with_refs(batch)), deadline="update_s")
+        finally:
+            self.updating = False
         return report
 
     async def save(self, folder: Path) -> None:

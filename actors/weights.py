@@ -67,6 +67,9 @@ class SendReport(TypedDict):
 class LearnerWeights(Protocol):
     """The learner group's side of a sync. Each method calls all ranks at once, in the same order, and gathers."""
 
+    updating: bool
+    """An update was handed to the ranks and is not done: what they would send next has no version yet."""
+
     async def connect_weights(self, targets: Sequence[EngineTarget], generation: int) -> None:
         """`weights_connect(list(targets), generation)` on every rank. Errors of a rank are raised as they are."""
         ...
@@ -158,14 +161,16 @@ class RayWeightSync:
     async def _sync_stale(self) -> None:
         """Bring restarted engines up to date while samples wait for them.
 
-        Only then: the loop does not update the learner while it waits for samples, so the learner still holds that version.
+        Not while the learner is updated: the sync that follows reaches them too.
         """
+
+        def wanted() -> bool:
+            return self._pool.num_unfinished > 0 and not self._learner.updating
+
         async with self._lock:
             targets = self._pool.engines(stale_only=True)
-            if targets and self._pool.num_unfinished:
-                await self._transfer(
-                    targets, self._pool.version, time.monotonic(), wanted=lambda: self._pool.num_unfinished > 0
-                )
+            if targets and wanted():
+                await self._transfer(targets, self._pool.version, time.monotonic(), wanted=wanted)
 
     async def _transfer(
         self, targets: Sequence[EngineTarget], version: int, started: float, wanted: Callable[[], bool] = lambda: True

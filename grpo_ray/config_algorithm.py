@@ -10,10 +10,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from grpo_ray.config_base import NonNegFloat, NonNegInt, PositiveFloat, PositiveInt, Strict
-from grpo_ray.presets import with_preset
+from grpo_ray.presets import SEQUENCE_LOSSES, with_preset
 
-SEQUENCE_LOSSES = ("grpo_sequence", "gspo", "gmpo")
-"""Their ratio is of the whole sequence."""
 TOKEN_CLIP_LOSSES = ("grpo", "dr_grpo", "dapo")
 
 
@@ -82,7 +80,9 @@ class AlgorithmConfig(Strict):
     num_mini_batches: PositiveInt = 1
     """Optimizer steps in one pass."""
     max_staleness: NonNegInt = 0
-    """Policy updates between a sample's oldest token and its use. 0: on-policy."""
+    """Policy updates between a sample's oldest token and its use: sampling runs so far ahead. 0: on-policy. Above 0 the default
+    of importance_sampling is token_truncate (sequence_truncate for losses with a sequence's ratio): decoupled PPO, whose ratio is
+    to the policy before the update, AReaL 2505.24298."""
 
     @model_validator(mode="before")
     @classmethod
@@ -90,12 +90,6 @@ class AlgorithmConfig(Strict):
         if isinstance(data, str):
             data = {"preset": data}
         return with_preset(data) if isinstance(data, dict) else data
-
-    @model_validator(mode="after")
-    def _staleness(self) -> Self:
-        if self.max_staleness > 0:
-            raise ValueError("algorithm.max_staleness above 0 (asynchronous training) is not built yet; use 0")
-        return self
 
     @model_validator(mode="after")
     def _loss(self) -> Self:

@@ -102,9 +102,10 @@ class Ledger:
             raise
         self._db.execute("COMMIT")
 
-    def roll_back(self, step: int) -> int:
-        """Forget what happened after `step` was trained, work under way included. Returns how many groups that were."""
-        return self._db.execute("DELETE FROM groups WHERE step IS NULL OR step > ?", (step,)).rowcount
+    def roll_back(self, step: int, order: int) -> int:
+        """Forget what happened after `step` was trained, and every group from `order` on. Returns how many groups that were."""
+        where = "step IS NULL OR step > ? OR dispatch_order >= ?"
+        return self._db.execute(f"DELETE FROM groups WHERE {where}", (step, order)).rowcount
 
     def next_order(self) -> int:
         (top,) = self._db.execute("SELECT MAX(dispatch_order) FROM groups").fetchone()

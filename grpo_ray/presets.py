@@ -11,6 +11,9 @@ from typing import Any
 
 Values = dict[str, Any]
 
+SEQUENCE_LOSSES = ("grpo_sequence", "gspo", "gmpo")
+"""Their ratio is of the whole sequence."""
+
 LOSS_DEFAULTS: dict[str, Values] = {
     "gspo": {"epsilon_low": 3e-4, "epsilon_high": 4e-4},
     "gmpo": {"epsilon_low": 0.4, "epsilon_high": 0.4},
@@ -115,6 +118,9 @@ def with_preset(data: Values) -> Values:
     without: tuple[str, ...] = _OF_THE_LOSS if data.get("loss", preset.get("loss")) != preset.get("loss") else ()
     without += _OF_THE_REFERENCE if data.get("beta") == 0 else ()
     given = {key: value for key, value in preset.items() if key not in without} | data
+    if (given.get("max_staleness") or 0) > 0 and given.get("old_logprobs") != "rollout":
+        sequence = given.get("loss") in SEQUENCE_LOSSES
+        given = {"importance_sampling": "sequence_truncate" if sequence else "token_truncate"} | given
     usual = LOSS_DEFAULTS.get(str(given.get("loss")), {})
     usual = usual | IMPORTANCE_SAMPLING_DEFAULTS.get(str(given.get("importance_sampling")), {})
     return usual | given

@@ -104,7 +104,11 @@ class TrainLoop:
         """Steps done; also the policy version of the learner."""
         self.total_steps = total_steps(config, len(cursor))
         self._order = 0
-        self._groups: set[asyncio.Task[Group]] = set()
+        self._under_way: dict[asyncio.Task[None], Group] = {}
+        self._ready: list[Group] = []
+        """Complete, and not yet in a batch."""
+        self._cursor_at: dict[int, dict[str, Any]] = {}
+        """Order of each group under way or ready -> the cursor just before it: where a resumed run begins again."""
         self._counts = StepCounts()
         self._stop_reason: str | None = None
         self._saved_step = -1
@@ -130,7 +134,7 @@ class TrainLoop:
         self.cursor.load_state_dict(state["cursor"])
         self.step = self._saved_step = step
         self._order = state["order"]
-        forgotten = self.ledger.roll_back(step)
+        forgotten = self.ledger.roll_back(step, self._order)
         if forgotten:
             self.emit(MessageEvent("info", f"{forgotten} groups after step {step} will be sampled again"))
         await self.roles.weights.sync(step)
@@ -149,9 +153,9 @@ class TrainLoop:
             if self.step != self._saved_step:
                 await self._checkpoint(export=True)
         finally:
-            for task in self._groups:
+            for task in self._under_way:
                 task.cancel()
-            await asyncio.gather(*self._groups, return_exceptions=True)
+            await asyncio.gather(*self._under_way, return_exceptions=True)
         return self._stop_reason if self.step < self.total_steps and self._stop_reason else "finished"
 
     def _due(self, every: int) -> bool:
@@ -179,26 +183,41 @@ class TrainLoop:
         self._record(groups, update, sync)
 
     async def _collect(self) -> list[Group]:
-        """P complete groups, in dispatch order; fewer, but at least one, when the budget of dynamic sampling is spent."""
-        ready: list[Group] = []
-        while len(ready) < (wanted := self._wanted()):
-            self._dispatch(wanted - len(ready))
-            done, _ = await asyncio.wait(self._groups, return_when=asyncio.FIRST_COMPLETED)
+        """The next P complete groups in dispatch order; fewer, but at least one, when the budget of dynamic sampling is spent.
+
+        Always the oldest: however samples overtake each other, batches are the same, and no group waits for more than
+        `max_staleness` steps.
+        """
+        while len(batch := self._oldest_ready()) < (wanted := self._wanted()):
+            self._dispatch(wanted)
+            done, _ = await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                self._groups.discard(task)
-                group = task.result()
-                self.ledger.sampled(group)
-                if self._keep(group) and self._has_signal(group):
-                    ready.append(group)
-            self.emit(PhaseEvent("rollout", "", len(ready), wanted))
-        if not ready:
+                self._settle(self._under_way.pop(task), task)
+            self.emit(PhaseEvent("rollout", "", min(len(self._ready), wanted), wanted))
+        if not wanted:
             raise RewardError(
                 f"step {self.step + 1}: none of {self._counts.dropped[NO_SIGNAL]} groups has two different rewards; the prompts "
                 "are all too hard or all too easy for this policy: change the data or the rewards, raise "
                 "rollout.num_generations, or switch algorithm.dynamic_sampling off"
             )
-        ready.sort(key=lambda g: g.order)
-        return ready
+        batch = batch[:wanted]
+        for group in batch:
+            self._ready.remove(group)
+            del self._cursor_at[group.order]
+        return batch
+
+    def _oldest_ready(self) -> list[Group]:
+        """Those that nothing under way was dispatched before."""
+        oldest = min((g.order for g in self._under_way.values()), default=self._order)
+        return sorted((g for g in self._ready if g.order < oldest), key=lambda g: g.order)
+
+    def _settle(self, group: Group, task: asyncio.Task[None]) -> None:
+        task.result()
+        self.ledger.sampled(group)
+        if self._keep(group) and self._has_signal(group):
+            self._ready.append(group)
+        else:
+            del self._cursor_at[group.order]
 
     def _wanted(self) -> int:
         """Groups of this step's batch. Each group without signal beyond the budget of dynamic sampling makes it one smaller
@@ -207,17 +226,20 @@ class TrainLoop:
         unreplaced = self._counts.dropped.get(NO_SIGNAL, 0) - (a.max_sampling_rounds - 1) * size
         return size - max(0, unreplaced)
 
-    def _dispatch(self, missing: int) -> None:
-        """Start as many groups as the staleness bound allows: those that a later step would train too late are not begun."""
-        allowed = self.config.algorithm.max_staleness * self.config.prompts_per_step + missing
+    def _dispatch(self, wanted: int) -> None:
+        """Start as many groups as the staleness bound allows: those that a later step would train too late are not begun, nor
+        those that no step would train."""
+        ahead = min(self.config.algorithm.max_staleness, self.total_steps - self.step - 1)
+        allowed = wanted + ahead * self.config.prompts_per_step
         fresh = []
-        for _ in range(allowed - len(self._groups)):
+        for _ in range(allowed - len(self._ready) - len(self._under_way)):
+            self._cursor_at[self._order] = self.cursor.state_dict()
             fresh.append(Group(prompt=self.cursor.next(), order=self._order, dispatched_version=self.step))
             self._order += 1
         self.ledger.dispatched(fresh)
-        self._groups |= {asyncio.create_task(self._fill(group)) for group in fresh}
+        self._under_way |= {asyncio.create_task(self._fill(group)): group for group in fresh}
 
-    async def _fill(self, group: Group) -> Group:
+    async def _fill(self, group: Group) -> None:
         """Sample G completions of the prompt and score them."""
         size = self.config.rollout.num_generations
         if self.config.reward.unit == "sample":
@@ -230,7 +252,6 @@ class TrainLoop:
                 drawn = [tasks.create_task(self._sample(group.prompt, i)) for i in range(size)]
             group.samples = [d.result() for d in drawn]
             group.scores = await self.roles.scorer.score([_score_request(group.prompt, s) for s in group.samples])
-        return group
 
     async def _sample_and_score(self, prompt: Prompt, index: int) -> tuple[SampleInfo, Score]:
         info = await self._sample(prompt, index)
@@ -350,8 +371,6 @@ class TrainLoop:
         self.emit(PhaseEvent(phase, detail, done, total))
 
     async def _checkpoint(self, *, export: bool) -> None:
-        assert not self._groups, "a checkpoint is taken between steps, with nothing under way"
-
         async def write(folder: Path) -> None:
             (folder / "learner").mkdir()
             await self.roles.learner.save(folder / "learner")
@@ -359,7 +378,10 @@ class TrainLoop:
                 (folder / "hf").mkdir()
                 await self.roles.learner.export(folder / "hf")
 
-        state: dict[str, Any] = {"step": self.step, "order": self._order, "cursor": self.cursor.state_dict()}
+        # What is under way, or ready, is sampled again by a resumed run.
+        order = min(self._cursor_at, default=self._order)
+        cursor = self._cursor_at.get(order, self.cursor.state_dict())
+        state: dict[str, Any] = {"step": self.step, "order": order, "cursor": cursor}
         with self._time.phase("checkpoint") as span:
             path = await save_checkpoint(self.run_dir, self.step, state, write, keep=self.config.checkpoint.keep)
         self._saved_step = self.step

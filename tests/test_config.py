@@ -51,7 +51,6 @@ def test_scientific_notation_in_a_recipe_is_a_number(tmp_path):
         ("learner.zero_stage=0", "no fp32 master weights"),
         ("learner.micro_batch_tokens=600", "can't hold one sample of up to 1024 tokens"),
         ("algorithm.num_mini_batches=64", "a mini-batch holds at least one group"),
-        ("algorithm.max_staleness=2", "not built yet"),
         ("algorithm.loss=cispo algorithm.epsilon_high=5", "whose cap is algorithm.cispo_max_ratio"),
         ("algorithm.loss=sapo algorithm.epsilon_low=0.1", "sapo, which has no clip"),
         ("algorithm.cispo_max_ratio=3", "is of loss cispo and does nothing with grpo"),
@@ -198,3 +197,19 @@ def test_sft_refuses_a_micro_batch_that_holds_no_example():
     data = {"model": {"tiny": {}}, "data": {"train": {"path": "x"}}, "max_length": 20000}
     with pytest.raises(ConfigError, match="max_length"):
         build(SftConfig, data, "r")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["algorithm.max_staleness=2"], ("token_truncate", 2.0)),
+        (["algorithm=gspo", "algorithm.max_staleness=2"], ("sequence_truncate", 3.0)),
+        (["algorithm.max_staleness=2", "algorithm.importance_sampling=token_mask"], ("token_mask", 5.0)),
+        (["algorithm.max_staleness=2", "algorithm.importance_sampling=null"], (None, 2.0)),
+        (["algorithm.max_staleness=2", "algorithm.old_logprobs=rollout"], (None, 2.0)),
+        ([], (None, 2.0)),
+    ],
+)
+def test_sampling_ahead_is_corrected_unless_it_is_said_how(overrides, expected):
+    a = make(*overrides).algorithm
+    assert (a.importance_sampling, a.importance_sampling_clip_max) == expected

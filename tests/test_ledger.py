@@ -83,8 +83,9 @@ def test_the_mean_reward_leaves_failed_scores_out(ledger):
     fates=st.lists(st.sampled_from(["dispatched", "sampled", "trained", "dropped"]), min_size=1, max_size=24),
     per_step=st.integers(1, 5),
     back_to=st.integers(0, 6),
+    back_order=st.integers(0, 30),
 )
-def test_rolling_back_and_doing_it_again_gives_the_same_ledger(fates, per_step, back_to):
+def test_rolling_back_and_doing_it_again_gives_the_same_ledger(fates, per_step, back_to, back_order):
     def play(ledger: Ledger, orders: range) -> None:
         for order in orders:
             g, step = group(order), order // per_step + 1
@@ -101,9 +102,9 @@ def test_rolling_back_and_doing_it_again_gives_the_same_ledger(fates, per_step, 
         ledger = Ledger(Path(folder) / "a.sqlite")
         play(ledger, range(len(fates)))
         before = ledger.rows()
-        ledger.roll_back(back_to)
+        ledger.roll_back(back_to, back_order)
         kept = ledger.rows()
-        assert all(step is not None and step <= back_to for *_, step, _ in kept)
+        assert all(step is not None and step <= back_to and row[1] < back_order for *row, step, _ in kept)
         known = {row[1] for row in kept}
         for order in (o for o in range(len(fates)) if o not in known):
             play(ledger, range(order, order + 1))

@@ -53,6 +53,7 @@ class World:
     def __init__(self, jitter: int) -> None:
         self.rng = random.Random(jitter)
         self.version = 0
+        self.version_of: dict[str, int] = {}
         self.under_way: set[str] = set()
         self.most_under_way = 0
         self.batches: list[TrainBatch] = []
@@ -72,7 +73,7 @@ class World:
     async def generate(self, request: SampleRequest) -> SampleInfo:
         self.under_way.add(request.prompt_id)
         self.most_under_way = max(self.most_under_way, len(self.under_way))
-        version = self.version
+        version = self.version_of[request.prompt_id] = self.version
         await asyncio.sleep(self.rng.random() * 0.002)
         length = request.seed % 7 + 1
         reason = "length" if length > self.truncate_above else "stop"
@@ -185,6 +186,51 @@ def test_every_prompt_is_trained_exactly_once_in_each_epoch(tmp_path):
         assert sorted(p for p in trained if p.startswith(f"ten/{epoch}/")) == sorted(
             f"ten/{epoch}/{r}" for r in range(ROWS)
         )
+
+
+@pytest.mark.parametrize("staleness", [1, 3])
+def test_sampling_ahead_keeps_its_bound_and_trains_the_same_prompts_in_the_same_order(tmp_path, staleness):
+    on_policy = Session(tmp_path / "on", config("num_steps=10"))
+    on_policy.go()
+    for jitter in range(3):
+        session = Session(
+            tmp_path / str(jitter), config("num_steps=10", f"algorithm.max_staleness={staleness}"), jitter
+        )
+        assert session.go() == "finished"
+        ages = [
+            batch.step - session.world.version_of[s.prompt_id] for batch in session.world.batches for s in batch.samples
+        ]
+        assert max(ages) == staleness
+        assert session.world.most_under_way <= 3 * (staleness + 1)
+        assert [[s.prompt_id for s in b.samples] for b in session.world.batches] == [
+            [s.prompt_id for s in b.samples] for b in on_policy.world.batches
+        ]
+        assert {row[2] for row in session.ledger_rows} == {"trained"}, "nothing is sampled that no step trains"
+
+
+@pytest.mark.parametrize("stop_at", [1, 4])
+def test_a_run_that_samples_ahead_resumes_without_skipping_or_repeating_a_prompt(tmp_path, stop_at):
+    settings = (
+        "num_steps=10",
+        "algorithm.max_staleness=2",
+        "algorithm.dynamic_sampling=true",
+        "reward.on_failure.abort_above=1",
+    )
+    trouble = {"ten/0/2": ScoreStatus.CRASHED, "ten/1/5": ScoreStatus.TIMEOUT}
+    whole = Session(tmp_path / "whole", config(*settings), 1)
+    whole.world.broken, whole.world.same = trouble, {"ten/0/7"}
+    whole.go()
+    for jitter in (2, 3):
+        cut = Session(tmp_path / str(jitter), config(*settings), jitter)
+        cut.world.broken, cut.world.same = trouble, {"ten/0/7"}
+        cut.world.on_update = lambda step, loop=cut.loop: loop.stop("SIGTERM") if step == stop_at else None
+        assert cut.go() == "SIGTERM"
+        again = Session(tmp_path / str(jitter), config(*settings), jitter + 10)
+        again.world.broken, again.world.same = trouble, {"ten/0/7"}
+        assert again.go() == "finished"
+        trained = [(row[0], row[3]) for row in again.ledger_rows if row[2] == "trained"]
+        assert trained == [(row[0], row[3]) for row in whole.ledger_rows if row[2] == "trained"]
+        assert len({prompt for prompt, _ in trained}) == 30
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
