@@ -156,7 +156,10 @@ class GrpoObjective:
 
     def metrics(self, sums: dict[str, float], largest_mismatch: float, num_steps: int) -> dict[str, float]:
         a = self.algorithm
-        tokens = max(sums["tokens"], 1.0)
+        tokens = sums["tokens"]
+        if not tokens:
+            # Nothing had a signal, so nothing was computed: a mean over no tokens is not 0.
+            return {"loss/policy": 0.0}
         out = {
             "loss/policy": sums["loss"] / num_steps,
             "entropy": sums["entropy"] / tokens,

@@ -75,3 +75,8 @@ def test_every_presets_gradient_is_the_same_for_any_packing(preset: str, policy:
         parts, again = weights_gradient(policy, config, split)
         assert again == pytest.approx(loss, rel=1e-4, abs=1e-6)
         assert (parts - whole).norm() < 1e-4 * whole.norm()
+
+
+def test_means_over_no_tokens_are_left_out_instead_of_zero() -> None:
+    objective = GrpoObjective(AlgorithmConfig())
+    assert objective.metrics(dict.fromkeys(objective.sum_names, 0.0), 0.0, 1) == {"loss/policy": 0.0}
