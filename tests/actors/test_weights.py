@@ -94,6 +94,8 @@ class LearnerRank:
 class Learner:
     """All ranks as one, as `LearnerWeights` asks."""
 
+    updating = False
+
     def __init__(self, folder: Path, num_ranks: int = 1, zero_stage: int = 0) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -162,3 +162,18 @@ def test_two_rollout_actors_and_two_zero_3_learners_learn_the_same(recipe, whole
         assert wide["reward/mean"] == pytest.approx(narrow["reward/mean"], abs=1e-6)
         assert wide["grad_norm"] == pytest.approx(narrow["grad_norm"], rel=1e-3)
         assert wide["mismatch/mean_abs"] < 1e-5
+
+
+@pytest.mark.slow
+def test_a_run_that_samples_ahead_keeps_its_bound_and_trains_every_prompt_once(recipe):
+    args, run_dir = train(
+        recipe, "ahead", "algorithm.max_staleness=2", "rollout.num_actors=2", "rollout.max_num_seqs=4"
+    )
+    code, output = run(*args)
+    assert code == 0, output
+    assert all(m["staleness/max"] <= 2 for m in metrics(run_dir))
+    assert metrics(run_dir)[-1]["staleness/mean"] > 0
+    assert [row[2:4] for row in ledger(run_dir)] == [("trained", s) for s in range(1, NUM_STEPS + 1) for _ in range(4)]
+    # The first batch is sampled and trained by one version: there sampler and learner still agree.
+    assert metrics(run_dir)[0]["mismatch/mean_abs"] < 1e-5
+    assert 0.5 < metrics(run_dir)[-1]["correction/ess"] <= 1
