@@ -40,6 +40,8 @@ class GpuLearner:
 
 
 class OneRank:
+    updating = False
+
     def __init__(self, actor: Any) -> None:
         self.actor = actor
 
