@@ -104,7 +104,7 @@ def test_ctrl_c_while_it_starts_leaves_the_name_free_and_no_process(recipe: Path
     assert code == 130, output
     assert "Traceback" not in output
     assert [p.name for p in run_dir.iterdir()] == ["logs"]
-    _, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert alive == []
 
 
