@@ -1,7 +1,7 @@
 """PPO's critic beside the policy: a DeepSpeed engine of its own on every rank, which makes the advantages.
 
-values -> GAE -> whitened over all tokens of the step and all ranks -> the policy's update
-            \-> returns -> the critic's own update, on the same micro-batches
+values -> GAE -> advantages, whitened over all tokens of the step and all ranks -> the policy's update
+              -> returns -> the critic's own update, on the same micro-batches
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from actors.learner_engine import LearnerSpec, build_critic, step
-from grpo_ray.errors import CheckpointError
+from grpo_ray.errors import CheckpointError, NonFiniteError
 from grpo_ray.losses.value import value_loss
 from grpo_ray.objectives import MicroBatchData
 from grpo_ray.value_model import gae_of_segments
@@ -73,7 +73,10 @@ class Critic:
             self.engine.backward(loss * num_ranks, scale_wrt_gas=False)
             if not data.packed.is_dummy:
                 self._count(values_C.detach(), data.returns_C, loss.detach())
-        self._grad_norms.append(step(self.engine))
+        try:
+            self._grad_norms.append(step(self.engine))
+        except NonFiniteError as e:
+            raise NonFiniteError(f"the critic: {e}. Lower critic.learning_rate") from None
 
     def _count(self, values_C: Tensor, returns_C: Tensor, loss: Tensor) -> None:
         error = (values_C - returns_C).square().sum()

@@ -40,7 +40,7 @@ class LearnerGroup:
         self._spec = spec
         self._deadlines = deadlines
         self._broken: str | None = None
-        self.updating = False
+        self.unsent = False
         """See `actors.weights.LearnerWeights`."""
         self.num_parameters = 0
 
@@ -96,11 +96,8 @@ class LearnerGroup:
             WorkerError: a rank died; the group is ended.
         """
         report: UpdateReport
-        self.updating = True
-        try:
-            report, *_ = await self._call("update", ray.put(_with_refs(batch)), deadline="update_s")
-        finally:
-            self.updating = False
+        self.unsent = True
+        report, *_ = await self._call("update", ray.put(_with_refs(batch)), deadline="update_s")
         return report
 
     async def save(self, folder: Path) -> None:
@@ -125,6 +122,7 @@ class LearnerGroup:
     async def send_weights(self, version: int) -> SendReport:
         """See `actors.weights.LearnerWeights`. The ranks have the call before this first awaits."""
         report: SendReport
+        self.unsent = False
         report, *_ = await self._call("weights_send", version, deadline="sync_s")
         return report
 

@@ -67,8 +67,8 @@ class SendReport(TypedDict):
 class LearnerWeights(Protocol):
     """The learner group's side of a sync. Each method calls all ranks at once, in the same order, and gathers."""
 
-    updating: bool
-    """An update was handed to the ranks and is not done: what they would send next has no version yet."""
+    unsent: bool
+    """An update was handed to the ranks since they last sent: what they would send now is not what the engines hold."""
 
     async def connect_weights(self, targets: Sequence[EngineTarget], generation: int) -> None:
         """`weights_connect(list(targets), generation)` on every rank. Errors of a rank are raised as they are."""
@@ -161,11 +161,11 @@ class RayWeightSync:
     async def _sync_stale(self) -> None:
         """Bring restarted engines up to date while samples wait for them.
 
-        Not while the learner is updated: the sync that follows reaches them too.
+        Not once the learner was updated: the sync that follows reaches them too.
         """
 
         def wanted() -> bool:
-            return self._pool.num_unfinished > 0 and not self._learner.updating
+            return self._pool.num_unfinished > 0 and not self._learner.unsent
 
         async with self._lock:
             targets = self._pool.engines(stale_only=True)

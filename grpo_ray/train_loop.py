@@ -224,7 +224,8 @@ class TrainLoop:
         instead of being replaced; which groups are in it never depends on the order in which they were finished."""
         a, size = self.config.algorithm, self.config.prompts_per_step
         unreplaced = self._counts.dropped.get(NO_SIGNAL, 0) - (a.max_sampling_rounds - 1) * size
-        return size - max(0, unreplaced)
+        # Sampling ahead may have spent the budget with groups for later steps complete: those are not lost.
+        return max(size - max(0, unreplaced), min(size, len(self._oldest_ready())))
 
     def _dispatch(self, wanted: int) -> None:
         """Start as many groups as the staleness bound allows: those that a later step would train too late are not begun, nor

@@ -233,6 +233,18 @@ def test_a_run_that_samples_ahead_resumes_without_skipping_or_repeating_a_prompt
         assert len({prompt for prompt, _ in trained}) == 30
 
 
+def test_a_spent_budget_of_dynamic_sampling_never_makes_an_empty_batch_while_sampling_ahead(tmp_path):
+    settings = ("algorithm.max_staleness=3", "algorithm.dynamic_sampling=true", "algorithm.max_sampling_rounds=1")
+    for jitter in range(5):
+        session = Session(tmp_path / str(jitter), config("num_steps=10", *settings), jitter)
+        session.world.same = {f"ten/{epoch}/{row}" for epoch in range(9) for row in range(ROWS)} - {"ten/0/3"}
+        with pytest.raises(RewardError, match="two different rewards"):
+            session.go()
+        trained = [row[0] for row in session.ledger_rows if row[2] == "trained"]
+        assert trained == ["ten/0/3"] * len(session.world.batches)
+        assert len(trained) <= 1
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_mismatch_above_a_hundredth_is_told_each_time_it_comes_up(tmp_path, dtype):
     session = Session(tmp_path, config(f"model.dtype={dtype}"))

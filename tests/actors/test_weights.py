@@ -94,7 +94,7 @@ class LearnerRank:
 class Learner:
     """All ranks as one, as `LearnerWeights` asks."""
 
-    updating = False
+    unsent = False
 
     def __init__(self, folder: Path, num_ranks: int = 1, zero_stage: int = 0) -> None:
         with socket.socket() as probe:

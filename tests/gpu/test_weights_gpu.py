@@ -40,7 +40,7 @@ class GpuLearner:
 
 
 class OneRank:
-    updating = False
+    unsent = False
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
