@@ -142,7 +142,7 @@ class Controller:
             ledger = Ledger(self._run.ledger)
             if self._resume_step is None:
                 ledger.roll_back(0, 0)
-            self._loop = loop = TrainLoop(
+            loop = TrainLoop(
                 config,
                 Roles(roles.sampler, roles.scorer, roles.learner, roles.weights, rollout_log, roles.voter),
                 Cursor(prompts.train, seed=config.seed, shuffle=config.data.shuffle),
@@ -153,12 +153,7 @@ class Controller:
                 self._emit,
             )
             try:
-                if self._stop_reason is not None:
-                    loop.stop(self._stop_reason)
-                if self._resume_step is not None:
-                    self._phase("restoring", f"step {self._resume_step}")
-                    await loop.restore(self._resume_step)
-                return await loop.run()
+                return await self._run_loop(loop)
             finally:
                 await rollout_log.close()
                 ledger.close()
@@ -182,7 +177,7 @@ class Controller:
         async with _Workers(config, self._run, model, self._phase, self._warn) as workers:
             learner = await workers.start_learner(steps)
             trackers = make_trackers(config.tracking, self._run.path, self._resume_step, config.model_dump(mode="json"))
-            self._loop = loop = SftLoop(
+            loop = SftLoop(
                 config,
                 learner,
                 Cursor(examples, seed=config.seed, shuffle=config.data.shuffle),
@@ -191,14 +186,19 @@ class Controller:
                 self._emit,
             )
             try:
-                if self._stop_reason is not None:
-                    loop.stop(self._stop_reason)
-                if self._resume_step is not None:
-                    await loop.restore(self._resume_step)
-                return await loop.run()
+                return await self._run_loop(loop)
             finally:
                 for tracker in trackers:
                     tracker.close()
+
+    async def _run_loop(self, loop: TrainLoop | SftLoop) -> str:
+        self._loop = loop
+        if self._stop_reason is not None:
+            loop.stop(self._stop_reason)
+        if self._resume_step is not None:
+            self._phase("restoring", f"step {self._resume_step}")
+            await loop.restore(self._resume_step)
+        return await loop.run()
 
     async def _eval(self, config: RunConfig) -> str:
         model = await self._prepare_model(config)

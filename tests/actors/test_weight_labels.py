@@ -1,0 +1,75 @@
+"""What a restarted engine is given between two syncs: the weights of the version it is told, or nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from actors.weights import EngineTarget, RayWeightSync, SendReport
+
+
+class Handle:
+    """Of a rollout actor that does what it is asked, and remembers it."""
+
+    def __init__(self, calls: list[str]) -> None:
+        self._calls = calls
+
+    def __getattr__(self, method: str) -> Any:
+        class Method:
+            @staticmethod
+            async def remote(*args: Any) -> None:
+                self._calls.append(method)
+
+        return Method
+
+
+class Pool:
+    version = 3
+    num_unfinished = 1
+    on_stale: Any = None
+
+    def __init__(self, calls: list[str]) -> None:
+        self.target = EngineTarget("rollout-1", 2, Handle(calls), 1)
+        self.synced: list[int] = []
+
+    def engines(self, *, stale_only: bool = False) -> list[EngineTarget]:
+        return [self.target]
+
+    def mark_synced(self, targets: Sequence[EngineTarget], version: int) -> None:
+        self.synced.append(version)
+
+
+class Learner:
+    def __init__(self, calls: list[str], unsent: bool, updated_while_connecting: bool) -> None:
+        self.calls = calls
+        self.unsent = unsent
+        self.updated_while_connecting = updated_while_connecting
+
+    async def connect_weights(self, targets: Sequence[EngineTarget], generation: int) -> None:
+        self.unsent |= self.updated_while_connecting
+
+    async def send_weights(self, version: int) -> SendReport:
+        self.calls.append(f"send {version}")
+        return {"seconds": 0.0, "bytes": 1, "checksum": "0"}
+
+
+@pytest.mark.parametrize(
+    ("unsent", "updated_while_connecting", "calls", "synced"),
+    [
+        (False, False, ["pause", "send 3", "resume"], [3]),
+        (True, False, [], []),
+        (False, True, ["pause", "resume"], []),
+    ],
+)
+def test_an_updated_learner_sends_nothing_under_the_old_version(
+    unsent: bool, updated_while_connecting: bool, calls: list[str], synced: list[int]
+) -> None:
+    seen: list[str] = []
+    pool: Any = Pool(seen)
+    RayWeightSync(pool, Learner(seen, unsent, updated_while_connecting), timeout_s=5)
+    asyncio.run(asyncio.wait_for(pool.on_stale(), 10))
+    assert seen == calls
+    assert pool.synced == synced
