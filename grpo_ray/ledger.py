@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,11 +60,12 @@ class Ledger:
     def dispatched(self, groups: Iterable[Group]) -> None:
         """Raises sqlite3.IntegrityError when a prompt is dispatched twice: the invariant that the ledger is for."""
         now = time.time()
-        self._db.executemany(
-            "INSERT INTO groups (prompt_id, dispatch_order, state, dispatched_version, dispatched_at) "
-            "VALUES (?, ?, 'dispatched', ?, ?)",
-            [(g.prompt.id, g.order, g.dispatched_version, now) for g in groups],
-        )
+        with self._transaction():
+            self._db.executemany(
+                "INSERT INTO groups (prompt_id, dispatch_order, state, dispatched_version, dispatched_at) "
+                "VALUES (?, ?, 'dispatched', ?, ?)",
+                [(g.prompt.id, g.order, g.dispatched_version, now) for g in groups],
+            )
 
     def sampled(self, group: Group) -> None:
         values = [s.value for s in group.scores if not s.status.failed and s.value == s.value]
@@ -90,17 +92,12 @@ class Ledger:
 
     def trained(self, groups: Iterable[Group], step: int) -> None:
         """All of a step or none."""
-        self._db.execute("BEGIN")
-        try:
+        with self._transaction():
             for group in groups:
                 self._update(
                     "UPDATE groups SET state = 'trained', step = ? WHERE prompt_id = ? AND state = 'sampled'",
                     (step, group.prompt.id),
                 )
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
 
     def roll_back(self, step: int, order: int) -> int:
         """Forget what happened after `step` was trained, and every group from `order` on. Returns how many groups that were."""
@@ -135,6 +132,17 @@ class Ledger:
 
     def close(self) -> None:
         self._db.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All of it or nothing."""
+        self._db.execute("BEGIN")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
 
     def _update(self, sql: str, args: tuple[object, ...]) -> None:
         changed = self._db.execute(sql, args).rowcount

@@ -17,6 +17,7 @@ Policy versions and steps are one count: version v is the policy after v steps.
 from __future__ import annotations
 
 import asyncio
+import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -105,8 +106,11 @@ class TrainLoop:
         self.total_steps = total_steps(config, len(cursor))
         self._order = 0
         self._under_way: dict[asyncio.Task[None], Group] = {}
+        """In dispatch order."""
+        self._finished: asyncio.Queue[asyncio.Task[None]] = asyncio.Queue()
+        """Those that ended and are not settled."""
         self._ready: list[Group] = []
-        """Complete, and not yet in a batch."""
+        """Complete, and not yet in a batch; in dispatch order."""
         self._cursor_at: dict[int, dict[str, Any]] = {}
         """Order of each group under way or ready -> the cursor just before it: where a resumed run begins again."""
         self._counts = StepCounts()
@@ -188,11 +192,10 @@ class TrainLoop:
         Always the oldest: however samples overtake each other, batches are the same, and no group waits for more than
         `max_staleness` steps.
         """
-        while len(batch := self._oldest_ready()) < (wanted := self._wanted()):
+        while self._num_oldest_ready() < (wanted := self._wanted()):
             self._dispatch(wanted)
-            done, _ = await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                self._settle(self._under_way.pop(task), task)
+            task = await self._finished.get()
+            self._settle(self._under_way.pop(task), task)
             self.emit(PhaseEvent("rollout", "", min(len(self._ready), wanted), wanted))
         if not wanted:
             raise RewardError(
@@ -200,22 +203,21 @@ class TrainLoop:
                 "are all too hard or all too easy for this policy: change the data or the rewards, raise "
                 "rollout.num_generations, or switch algorithm.dynamic_sampling off"
             )
-        batch = batch[:wanted]
+        batch, self._ready = self._ready[:wanted], self._ready[wanted:]
         for group in batch:
-            self._ready.remove(group)
             del self._cursor_at[group.order]
         return batch
 
-    def _oldest_ready(self) -> list[Group]:
-        """Those that nothing under way was dispatched before."""
-        oldest = min((g.order for g in self._under_way.values()), default=self._order)
-        return sorted((g for g in self._ready if g.order < oldest), key=lambda g: g.order)
+    def _num_oldest_ready(self) -> int:
+        """Those that nothing under way was dispatched before, which are the first of `_ready`."""
+        oldest = next((g.order for g in self._under_way.values()), self._order)
+        return bisect.bisect_left(self._ready, oldest, key=_order)
 
     def _settle(self, group: Group, task: asyncio.Task[None]) -> None:
         task.result()
         self.ledger.sampled(group)
         if self._keep(group) and self._has_signal(group):
-            self._ready.append(group)
+            bisect.insort(self._ready, group, key=_order)
         else:
             del self._cursor_at[group.order]
 
@@ -225,7 +227,7 @@ class TrainLoop:
         a, size = self.config.algorithm, self.config.prompts_per_step
         unreplaced = self._counts.dropped.get(NO_SIGNAL, 0) - (a.max_sampling_rounds - 1) * size
         # Sampling ahead may have spent the budget with groups for later steps complete: those are not lost.
-        return max(size - max(0, unreplaced), min(size, len(self._oldest_ready())))
+        return max(size - max(0, unreplaced), min(size, self._num_oldest_ready()))
 
     def _dispatch(self, wanted: int) -> None:
         """Start as many groups as the staleness bound allows: those that a later step would train too late are not begun, nor
@@ -238,7 +240,10 @@ class TrainLoop:
             fresh.append(Group(prompt=self.cursor.next(), order=self._order, dispatched_version=self.step))
             self._order += 1
         self.ledger.dispatched(fresh)
-        self._under_way |= {asyncio.create_task(self._fill(group)): group for group in fresh}
+        for group in fresh:
+            task = asyncio.create_task(self._fill(group))
+            task.add_done_callback(self._finished.put_nowait)
+            self._under_way[task] = group
 
     async def _fill(self, group: Group) -> None:
         """Sample G completions of the prompt and score them."""
@@ -392,6 +397,10 @@ class TrainLoop:
 
 def total_steps(config: RunConfig, num_prompts: int) -> int:
     return config.num_steps or max(1, int(config.num_epochs * num_prompts / config.prompts_per_step))
+
+
+def _order(group: Group) -> int:
+    return group.order
 
 
 def _score_request(prompt: Prompt, info: SampleInfo) -> ScoreRequest:
