@@ -8,6 +8,7 @@ The driver may vanish and come back; the run is here. Only references and small 
 from __future__ import annotations
 
 import asyncio
+import gc
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -198,6 +199,9 @@ class Controller:
         if self._resume_step is not None:
             self._phase("restoring", f"step {self._resume_step}")
             await loop.restore(self._resume_step)
+        # Modules and models stay to the end: the garbage collector need not look through them again and again.
+        gc.collect()
+        gc.freeze()
         return await loop.run()
 
     async def _eval(self, config: RunConfig) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import ray
 
 from actors.reward import FETCH_TIMEOUT_S, RewardActor
-from actors.runtime import within
+from actors.runtime import Actors, RayActors, within
 from grpo_ray.config import RewardConfig
 from grpo_ray.errors import DeadlineError, RewardError, WorkerError
 from grpo_ray.types import Score, ScoreRequest
@@ -39,15 +39,24 @@ class RewardPool:
     """Make one with `create`."""
 
     def __init__(
-        self, config: RewardConfig, run_dir: str, *, name: str, start_timeout_s: float, max_restarts: int
+        self,
+        config: RewardConfig,
+        run_dir: str,
+        *,
+        name: str,
+        start_timeout_s: float,
+        max_restarts: int,
+        actors: Actors,
     ) -> None:
         self._config = config
         self._run_dir = run_dir
         self._name = name
         self._start_timeout_s = start_timeout_s
         self._restarts_left = max_restarts
+        self._source = actors
         self._queue: deque[_Waiting] = deque()
-        self._news = asyncio.Condition()
+        self._idle: deque[asyncio.Future[None]] = deque()
+        """Of each worker that waits for work."""
         self._actors: dict[str, Any] = {}
         self.pids: dict[str, int] = {}
         """Name of each worker -> its process, for people and chaos tests."""
@@ -64,6 +73,7 @@ class RewardPool:
         name: str = "reward",
         start_timeout_s: float = 600.0,
         max_restarts: int = 8,
+        actors: Actors | None = None,
     ) -> RewardPool:
         """Start `config.num_actors` workers, named `{name}-0` and so on, and import every reward function in each.
 
@@ -74,7 +84,14 @@ class RewardPool:
             DeadlineError: the workers did not start in time.
             WorkerError: a worker died while starting.
         """
-        pool = cls(config, run_dir, name=name, start_timeout_s=start_timeout_s, max_restarts=max_restarts)
+        pool = cls(
+            config,
+            run_dir,
+            name=name,
+            start_timeout_s=start_timeout_s,
+            max_restarts=max_restarts,
+            actors=actors or RayActors(),
+        )
         names = [f"{name}-{i}" for i in range(config.num_actors)]
         try:
             await asyncio.gather(*(pool._start(n) for n in names))
@@ -97,8 +114,10 @@ class RewardPool:
             return []
         done: asyncio.Future[list[Score]] = asyncio.get_running_loop().create_future()
         self._queue.append(_Waiting(list(requests), done))
-        async with self._news:
-            self._news.notify()
+        while self._idle:
+            if not (idle := self._idle.popleft()).done():
+                idle.set_result(None)
+                break
         return await done
 
     def take_stats(self) -> dict[str, float]:
@@ -139,10 +158,10 @@ class RewardPool:
 
     async def _take(self) -> list[_Waiting]:
         """This worker's share of what waits, at least one item, up to MAX_BATCH samples."""
-        async with self._news:
-            await self._news.wait_for(lambda: bool(self._queue))
-        # Everything that was put in during this turn of the event loop is there after the next one.
-        await asyncio.sleep(0)
+        while not self._queue:
+            # It goes on in the next turn of the event loop; everything that is put in during this one is there by then.
+            self._idle.append(idle := asyncio.get_running_loop().create_future())
+            await idle
         waiting = sum(len(w.requests) for w in self._queue)
         share = min(MAX_BATCH, -(-waiting // self._config.num_actors))
         batch: list[_Waiting] = []
@@ -180,10 +199,8 @@ class RewardPool:
         deadline = time.monotonic() + self._start_timeout_s
         while True:
             try:
-                return (
-                    ray.remote(RewardActor)
-                    .options(**options)
-                    .remote(self._config, self._run_dir, name, self._start_timeout_s)
+                return self._source.start(
+                    RewardActor, self._config, self._run_dir, name, self._start_timeout_s, **options
                 )
             except ValueError as e:
                 if time.monotonic() > deadline:
@@ -196,7 +213,7 @@ class RewardPool:
             self._restarts_left -= 1
             self._stats["restarts"] += 1
             log.warning("%s died (%s); starting another", name, _first_line(cause))
-            ray.kill(self._actors[name])
+            self._source.kill(self._actors[name])
             try:
                 return await self._start(name)
             except WorkerError as e:
@@ -223,7 +240,7 @@ class RewardPool:
             await asyncio.wait_for(actor.stop.remote(), STOP_TIMEOUT_S)
         except (ray.exceptions.RayError, TimeoutError):
             log.debug("a reward worker did not stop by itself; killing it")
-        ray.kill(actor)
+        self._source.kill(actor)
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ until a weight sync has reached it; `on_stale` asks for one when samples wait.
 from __future__ import annotations
 
 import asyncio
+import bisect
 import itertools
 import time
 from collections import deque
@@ -20,17 +21,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-import ray
 from ray.exceptions import RayError
 
 from actors.rollout import Outcome, RolloutActor, rollout_env
-from actors.runtime import core_error, log_tail, within
+from actors.runtime import Actors, RayActors, core_error, log_tail, within
 from actors.weights import EngineTarget, last_line, resolve_backend
 from grpo_ray.config import RunConfig
 from grpo_ray.errors import DataError, DeadlineError, GrpoRayError, WorkerError
 from grpo_ray.types import SampleInfo, SampleRequest
 
 POLL_S = 10.0
+POLLS_PER_S = 10.0
+"""Of a large pool, which asks engines with nothing to tell less often."""
 POLL_SLACK_S = 60.0
 """An actor whose poll is this much late is taken for dead."""
 QUEUE_FACTOR = 1.25
@@ -53,6 +55,8 @@ class _Ticket:
     """When it was last handed to an engine, or queued."""
     deaths: int = 0
     aborts: int = 0
+    engine: _Engine | None = None
+    """That works on it."""
 
     @property
     def name(self) -> str:
@@ -68,15 +72,20 @@ class _Engine:
     """One place in the pool, through the lives of its actor."""
 
     index: int
+    name: str = field(init=False)
     incarnation: int = 0
     handle: Any = None
     pids: dict[str, int] = field(default_factory=dict)
     alive: bool = False
+    silent_s: float = 0.0
+    """Since it was last polled."""
     gone: str = ""
     """Why it is not restarted any more."""
     version: int | None = None
     """Of the weights it holds."""
     work: dict[int, _Ticket] = field(default_factory=dict)
+    place: tuple[int, int] | None = None
+    """Its entry in `RolloutPool._usable`."""
     restarts: int = 0
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     samples: int = 0
@@ -84,21 +93,28 @@ class _Engine:
     busy_s: float = 0.0
     busy_since: float = 0.0
 
-    @property
-    def name(self) -> str:
-        return f"rollout-{self.index}"
+    def __post_init__(self) -> None:
+        self.name = f"rollout-{self.index}"
 
 
 class RolloutPool:
     """Make it with `RolloutPool.create`; all methods belong to the event loop that made it."""
 
-    def __init__(self, config: RunConfig, model: str, run_dir: str, *, has_gpus: bool) -> None:
+    def __init__(self, config: RunConfig, model: str, run_dir: str, *, has_gpus: bool, actors: Actors) -> None:
         self._config = config
         self._model = model
         self._run_dir = run_dir
         self._on_gpu = has_gpus
+        self._source = actors
         self._backend = resolve_backend(config, has_gpus=has_gpus)
+        self._poll_s = max(POLL_S, config.rollout.num_actors / POLLS_PER_S)
+        self._capacity = int(config.rollout.max_num_seqs * QUEUE_FACTOR)
         self._engines = [_Engine(i) for i in range(config.rollout.num_actors)]
+        self._by_name = {e.name: e for e in self._engines}
+        self._usable: list[tuple[int, int]] = []
+        """(requests, index) of each engine that may get more, sorted: a pool of a thousand is not searched for every sample."""
+        self._stale: set[_Engine] = set()
+        """Alive, with old weights."""
         self._tickets: dict[int, _Ticket] = {}
         self._queue: deque[_Ticket] = deque()
         self._ids = itertools.count()
@@ -118,14 +134,16 @@ class RolloutPool:
         """Told what went wrong and is being mended."""
 
     @classmethod
-    async def create(cls, config: RunConfig, model: str, run_dir: str, *, has_gpus: bool) -> Self:
+    async def create(
+        cls, config: RunConfig, model: str, run_dir: str, *, has_gpus: bool, actors: Actors | None = None
+    ) -> Self:
         """Start all engines side by side.
 
         Raises:
             WorkerError: an engine does not start; with the end of its log.
             DeadlineError: it takes longer than deadlines.start_s.
         """
-        pool = cls(config, model, run_dir, has_gpus=has_gpus)
+        pool = cls(config, model, run_dir, has_gpus=has_gpus, actors=actors or RayActors())
         try:
             async with asyncio.TaskGroup() as tasks:
                 for engine in pool._engines:
@@ -198,41 +216,51 @@ class RolloutPool:
             if engine is None and not self._queue[0].alone:
                 break
             ticket = self._queue.popleft()
+            if ticket.future.done():
+                continue
             if engine is None:
                 held.append(ticket)
                 continue
-            if not engine.work:
-                engine.busy_since = time.monotonic()
             ticket.since = time.monotonic()
+            if not engine.work:
+                engine.busy_since = ticket.since
+            ticket.engine = engine
             engine.work[ticket.id] = ticket
+            self._reconsider(engine)
             outboxes.setdefault(engine, []).append(ticket)
         self._queue.extendleft(reversed(held))
         for engine, tickets in outboxes.items():
             # If the engine dies of it, or before it, its poll says so.
             engine.handle.submit.remote([(t.id, t.request) for t in tickets])
-        if self._tickets and self.engines(stale_only=True):
+        if self._tickets and self._stale:
             self._ask_for_sync()
 
     def _place(self, ticket: _Ticket) -> _Engine | None:
-        """The least loaded usable engine with room."""
-        capacity = int(self._config.rollout.max_num_seqs * QUEUE_FACTOR)
-        free = [
-            e
-            for e in self._engines
-            if e.alive
-            and e.version == self.version
-            and (not e.work if ticket.alone else len(e.work) < capacity and not any(t.alone for t in e.work.values()))
-        ]
-        return min(free, key=lambda e: len(e.work), default=None)
+        """The least loaded usable engine with room; of several the first."""
+        if not self._usable:
+            return None
+        load, index = self._usable[0]
+        return self._engines[index] if load < (1 if ticket.alone else self._capacity) else None
+
+    def _reconsider(self, engine: _Engine) -> None:
+        """After anything that decides whether an engine gets work: its life, its weights, what it works on."""
+        if engine.place is not None:
+            del self._usable[bisect.bisect_left(self._usable, engine.place)]
+        engine.place = None
+        self._stale.discard(engine)
+        if engine.alive and engine.version != self.version:
+            self._stale.add(engine)
+        elif engine.alive and not (len(engine.work) == 1 and next(iter(engine.work.values())).alone):
+            engine.place = (len(engine.work), engine.index)
+            bisect.insort(self._usable, engine.place)
 
     async def _poll(self, engine: _Engine, incarnation: int) -> None:
+        """Until the engine dies; `_watch` holds its deadline."""
         while engine.incarnation == incarnation and engine.alive and not self._closed:
-            outcomes_ref, samples_ref = engine.handle.poll.options(num_returns=2).remote(POLL_S)
+            engine.silent_s = 0.0
+            outcomes_ref, samples_ref = engine.handle.poll.options(num_returns=2).remote(self._poll_s)
             try:
-                outcomes = await asyncio.wait_for(_answer(outcomes_ref), POLL_S + POLL_SLACK_S)
-            except TimeoutError:
-                self._died(engine, incarnation, f"it did not answer for {POLL_S + POLL_SLACK_S:g} s")
-                return
+                outcomes = await outcomes_ref
             except (RayError, GrpoRayError) as e:
                 # The other half of the answer holds the same error; left unread, Ray prints it on every screen.
                 await asyncio.gather(asyncio.wait_for(_answer(samples_ref), 1.0), return_exceptions=True)
@@ -265,8 +293,11 @@ class RolloutPool:
 
     def _take_back(self, engine: _Engine, ticket_id: int) -> _Ticket | None:
         ticket = engine.work.pop(ticket_id, None)
-        if ticket is not None and not engine.work:
-            engine.busy_s += time.monotonic() - engine.busy_since
+        if ticket is not None:
+            ticket.engine = None
+            self._reconsider(engine)
+            if not engine.work:
+                engine.busy_s += time.monotonic() - engine.busy_since
         return ticket
 
     def _requeue(self, tickets: Sequence[_Ticket]) -> None:
@@ -277,12 +308,10 @@ class RolloutPool:
 
     def _withdraw(self, ticket: _Ticket) -> None:
         """Stop the work on a ticket that nobody waits for any more."""
-        if ticket in self._queue:
-            self._queue.remove(ticket)
-        for engine in self._engines:
-            if self._take_back(engine, ticket.id) is not None:
-                engine.handle.cancel.remote([ticket.id])
-                self._kick()
+        if (engine := ticket.engine) is not None:
+            self._take_back(engine, ticket.id)
+            engine.handle.cancel.remote([ticket.id])
+            self._kick()
 
     # Weights
 
@@ -318,6 +347,8 @@ class RolloutPool:
             engine = self._engine_of(target)
             if engine is not None:
                 engine.version = version
+        for engine in self._engines:
+            self._reconsider(engine)
         self._kick()
 
     def engine_failed(self, target: EngineTarget, reason: str, *, blame_work: bool) -> None:
@@ -328,9 +359,8 @@ class RolloutPool:
 
     def _engine_of(self, target: EngineTarget) -> _Engine | None:
         """None when that life of the engine is over."""
-        return next(
-            (e for e in self._engines if (e.name, e.incarnation) == (target.name, target.incarnation) and e.alive), None
-        )
+        engine = self._by_name[target.name]
+        return engine if engine.alive and engine.incarnation == target.incarnation else None
 
     def _ask_for_sync(self) -> None:
         if self.on_stale is None or (self._stale_sync is not None and not self._stale_sync.done()):
@@ -342,6 +372,8 @@ class RolloutPool:
             await sync()
         except (RayError, GrpoRayError) as e:
             self.on_trouble(f"restarted rollout engines did not get the current weights, trying again: {e}")
+        if self._stale:
+            # It failed, or the learner is updating: the sync that follows may be minutes away.
             await asyncio.sleep(BACKOFF_S)
         self._stale_sync = None
         self._kick()
@@ -357,13 +389,8 @@ class RolloutPool:
         c = self._config
         rollout = c.rollout
         gpus = rollout.num_gpus if rollout.num_gpus is not None else rollout.tensor_parallel_size if self._on_gpu else 0
-        actor = ray.remote(RolloutActor).options(
-            num_cpus=rollout.num_cpus,
-            num_gpus=gpus,
-            max_restarts=0,
-            runtime_env={"env_vars": rollout_env(rollout, on_gpu=self._on_gpu, backend=self._backend)},
-        )
-        engine.handle = actor.remote(
+        engine.handle = self._source.start(
+            RolloutActor,
             rollout,
             self._model,
             c.model.dtype,
@@ -373,6 +400,10 @@ class RolloutPool:
             c.seed,
             self._backend,
             c.model.trust_remote_code,
+            num_cpus=rollout.num_cpus,
+            num_gpus=gpus,
+            max_restarts=0,
+            runtime_env={"env_vars": rollout_env(rollout, on_gpu=self._on_gpu, backend=self._backend)},
         )
         log = Path(self._run_dir) / "logs" / f"{engine.name}.log"
         try:
@@ -390,6 +421,7 @@ class RolloutPool:
             ) from None
         engine.version = 0
         engine.alive = True
+        self._reconsider(engine)
         task = asyncio.create_task(self._poll(engine, engine.incarnation))
         engine.tasks.add(task)
         task.add_done_callback(engine.tasks.discard)
@@ -402,13 +434,15 @@ class RolloutPool:
         self.on_trouble(f"{engine.name} died and is restarted: {reason}")
         engine.alive = False
         engine.version = None
-        ray.kill(engine.handle)
+        self._source.kill(engine.handle)
         work = list(engine.work.values())
         if work:
             engine.busy_s += time.monotonic() - engine.busy_since
         engine.work.clear()
+        self._reconsider(engine)
         moved = []
         for ticket in work:
+            ticket.engine = None
             if ticket.future.done():
                 continue
             ticket.deaths += blame_work
@@ -435,7 +469,7 @@ class RolloutPool:
                 return
             except (WorkerError, DeadlineError) as e:
                 reason = str(e)
-                ray.kill(engine.handle)
+                self._source.kill(engine.handle)
         engine.gone = (
             f"{engine.name} died {MAX_RESTARTS + 1} times without a finished sample in between, the last time: {reason}"
         )
@@ -449,22 +483,31 @@ class RolloutPool:
         return "no rollout engine is left: " + "; ".join(e.gone for e in self._engines)
 
     async def _watch(self) -> None:
-        """The deadline of every sample: from the moment an engine got it; while queued, from the last progress of any."""
+        """The deadline of every poll, and of every sample: from the moment an engine got it; while queued, from the last progress
+        of any."""
         limit = self._config.deadlines.sample_s
+        late_s = self._poll_s + POLL_SLACK_S
+        period_s = min(POLL_S, limit / 50)
         while True:
-            await asyncio.sleep(min(1.0, limit / 4))
+            await asyncio.sleep(period_s)
             now = time.monotonic()
             for engine in self._engines:
+                # Counted, not measured: answers that came while this process stood still are not read yet.
+                engine.silent_s += period_s
+                if engine.alive and engine.silent_s > late_s:
+                    self._died(engine, engine.incarnation, f"it did not answer for {late_s:g} s")
                 for ticket in engine.work.values():
-                    if now - ticket.since > limit and not ticket.future.done():
+                    if now - ticket.since <= limit:
+                        break  # Those behind it came later.
+                    if not ticket.future.done():
                         ticket.future.set_exception(
                             DeadlineError(
                                 f"{engine.name} did not finish {ticket.name} within {limit:g} s (deadlines.sample_s)"
                             )
                         )
-            states = ", ".join(f"{e.name} {self._state(e)}" for e in self._engines)
-            for ticket in self._queue:
-                if now - max(ticket.since, self._progress) > limit and not ticket.future.done():
+            for ticket in self._queue if now - self._progress > limit else ():
+                if now - ticket.since > limit and not ticket.future.done():
+                    states = ", ".join(f"{e.name} {self._state(e)}" for e in self._engines)
                     ticket.future.set_exception(
                         DeadlineError(f"no engine took {ticket.name} for {limit:g} s (deadlines.sample_s): {states}")
                     )
@@ -501,7 +544,7 @@ class RolloutPool:
             end.cancel()
         for engine, handle in zip(self._engines, handles, strict=False):
             engine.alive = False
-            ray.kill(handle)
+            self._source.kill(handle)
 
 
 async def _answer(ref: Any) -> Any:

@@ -8,7 +8,9 @@ import re
 import sys
 from collections.abc import Awaitable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
+
+import ray
 
 from grpo_ray.errors import DeadlineError
 
@@ -20,6 +22,26 @@ ALLOCATOR_ENV = {
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
     "MALLOC_TOP_PAD_": "268435456",
 }
+
+
+class Actors(Protocol):
+    """Where a pool's actors come from, and how they end. Ray's in a run; a simulation of a cluster brings its own."""
+
+    def start(self, actor: type, *args: Any, **options: Any) -> Any:
+        """A handle of `actor(*args)`; `options` in Ray's words."""
+        ...
+
+    def kill(self, handle: Any) -> None:
+        """At once, whatever it is doing."""
+        ...
+
+
+class RayActors:
+    def start(self, actor: type, *args: Any, **options: Any) -> Any:
+        return ray.remote(actor).options(**options).remote(*args)
+
+    def kill(self, handle: Any) -> None:
+        ray.kill(handle)
 
 
 def own_log(run_dir: str, name: str) -> Path:
@@ -56,7 +78,8 @@ async def within(work: Awaitable[T], seconds: float, what: str, option: str) -> 
         DeadlineError: naming `what` was waited for and the `option` that sets the limit.
     """
     try:
-        return await asyncio.wait_for(work, seconds)
+        async with asyncio.timeout(seconds):
+            return await work
     except TimeoutError as e:
         if isinstance(e, DeadlineError):
             raise
