@@ -1,0 +1,732 @@
+"""A cluster on paper: the controller's own code over actors that take the time they are told instead of doing the work.
+
+    Cursor, TrainLoop, Ledger, RolloutPool, RewardPool, RayWeightSync        as in a run
+    rollout engines, reward workers, learner ranks                           simulated, behind what would be Ray handles
+
+Time is virtual: while there is something to do the clock stands still, then it jumps to the next timer. So a step of the
+cluster costs what the controller's code costs, and that is measured: the CPU time of this process outside the simulated actors
+(the event loop's own is in it; Ray's, which a real run adds for each call of an actor, is not).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import heapq
+import itertools
+import math
+import os
+import selectors
+import sqlite3
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from ray.exceptions import ActorDiedError
+
+from actors.reward_pool import RewardPool
+from actors.rollout import POLL_LINGER_S, Outcome, RolloutActor
+from actors.rollout_pool import RolloutPool
+from actors.weights import EngineTarget, RayWeightSync, SendReport
+from grpo_ray.batching import plan_batch
+from grpo_ray.checkpoint import RunDir
+from grpo_ray.config import RunConfig, build
+from grpo_ray.cursor import Cursor
+from grpo_ray.errors import WorkerError
+from grpo_ray.events import Event, StepEvent
+from grpo_ray.ledger import Ledger
+from grpo_ray.train_loop import Roles, TrainLoop
+from grpo_ray.types import (
+    Group,
+    Prompt,
+    RewardScore,
+    SampleInfo,
+    SampleRequest,
+    Score,
+    ScoreRequest,
+    ScoreStatus,
+    TrainBatch,
+    UpdateReport,
+)
+
+PROMPT_TOKENS = 256
+NUM_LENGTHS = 1 << 16
+MAX_TURNS = 10_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is simulated. Messages take what they took on this project's machines (a call of an actor, a poll's linger, pause and
+    resume, a scorer that forks); the speeds of engines and learners are free."""
+
+    samplers: int = 1024
+    learners: int = 256
+    scorers: int = 64
+    prompts: int = 1024
+    """P."""
+    group: int = 16
+    """G."""
+    staleness: int = 1
+    steps: int = 12
+    rows: int = 1_000_000
+    """Of the data set."""
+    max_num_seqs: int = 32
+    median_tokens: float = 2000.0
+    sigma: float = 1.2
+    """Of the logarithm of a completion's length."""
+    min_tokens: int = 16
+    max_tokens: int = 32_768
+    token_s: float = 0.010
+    """One token of all sequences of an engine that samples one."""
+    token_s_per_seq: float = 0.0001
+    """What each sequence adds to that."""
+    prefill_tokens_per_s: float = 20_000.0
+    """After a sync an engine reads again what it had written, under the new weights."""
+    learner_tokens_per_s: float = 500.0
+    """One rank, forward and backward, prompts included."""
+    optimizer_s: float = 1.0
+    sync_s: float = 3.0
+    call_s: float = 0.001
+    pause_s: float = 0.05
+    reward_s: float = 0.012
+    deaths: tuple[float, ...] = ()
+    """When an engine dies, virtual seconds."""
+
+    def config(self) -> RunConfig:
+        data = {
+            "model": {"tiny": {}, "dtype": "float32"},
+            "data": {"train": {"path": "none"}, "max_prompt_length": PROMPT_TOKENS},
+            "rollout": {
+                "num_actors": self.samplers,
+                "num_generations": self.group,
+                "max_completion_length": self.max_tokens,
+                "max_num_seqs": self.max_num_seqs,
+            },
+            "reward": {"functions": [{"name": "accuracy"}], "num_actors": self.scorers},
+            "learner": {"num_actors": self.learners, "micro_batch_tokens": PROMPT_TOKENS + self.max_tokens},
+            "algorithm": {"max_staleness": self.staleness},
+            "prompts_per_step": self.prompts,
+            "num_steps": self.steps,
+            "checkpoint": {"every_steps": self.steps},
+        }
+        return build(RunConfig, data, "simulation")
+
+    def with_(self, **changes: Any) -> Plan:
+        return replace(self, **changes)
+
+    def seconds_per_token(self, sequences: int) -> float:
+        return self.token_s + self.token_s_per_seq * sequences
+
+    @property
+    def sampling_tokens_per_s(self) -> float:
+        """Of all engines, full."""
+        return self.samplers * self.max_num_seqs / self.seconds_per_token(self.max_num_seqs)
+
+    @property
+    def longest_s(self) -> float:
+        """The longest sample, alone on its engine."""
+        return self.max_tokens * self.seconds_per_token(1)
+
+
+class Cluster:
+    """What happens outside the controller's process: actors that finish something, at a virtual time.
+
+    The event loop meets it where it meets the real world, in its selector: that is where time passes.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._numbers = itertools.count()
+        self.cpu_s = 0.0
+        """Of this process, in here and in the calls of actors."""
+
+    def at(self, when: float, what: Callable[..., None], *args: Any) -> None:
+        heapq.heappush(self._events, (when, next(self._numbers), what, args))
+
+    def wait(self, timeout: float | None) -> None:
+        """To the first event, or as long as the event loop can: its own next timer is then due."""
+        started = time.process_time()
+        until = math.inf if timeout is None else self.now + timeout
+        if self._events and self._events[0][0] <= until:
+            self.now = max(self.now, self._events[0][0])
+            while self._events and self._events[0][0] <= self.now:
+                _, _, what, args = heapq.heappop(self._events)
+                what(*args)
+        elif timeout is None:
+            raise AssertionError("everyone waits and nothing is under way: nothing would ever happen again")
+        else:
+            self.now = until
+        self.cpu_s += time.process_time() - started
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop in the time of a `Cluster`: it stands still while anything is ready."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        super().__init__(_Selector(cluster))
+
+    def time(self) -> float:
+        return self._cluster.now
+
+
+class _Selector(selectors.SelectSelector):
+    def __init__(self, cluster: Cluster) -> None:
+        super().__init__()
+        self._cluster = cluster
+        self._turns = 0
+        """Of the event loop since time last passed."""
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        self._turns += 1
+        if timeout is None or timeout > 0:
+            self._turns = 0
+            self._cluster.wait(timeout)
+        assert self._turns < MAX_TURNS, f"the controller spins: {MAX_TURNS} turns of the event loop without a wait"
+        return []
+
+
+def simulated(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A call of an actor: its CPU time is not the controller's."""
+
+    @functools.wraps(method)
+    def timed(self: Any, *args: Any) -> Any:
+        started = time.process_time()
+        try:
+            return method(self, *args)
+        finally:
+            self.world.cluster.cpu_s += time.process_time() - started
+            self.world.calls += 1
+
+    return timed
+
+
+class _Method:
+    """`handle.name`, as Ray has it."""
+
+    __slots__ = ("remote",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.remote = function
+
+    def options(self, **_: Any) -> Self:
+        return self
+
+
+class _Ref:
+    """Of the samples of one poll."""
+
+    __slots__ = ("__weakref__",)
+
+    def __await__(self) -> Iterator[Any]:
+        return iter(())
+
+
+@dataclass
+class Totals:
+    """Sums since the start, over all actors."""
+
+    now_s: float = 0.0
+    """Virtual."""
+    controller_cpu_s: float = 0.0
+    calls: int = 0
+    """Of actors: what each costs in Ray comes on top."""
+    engine_busy_s: float = 0.0
+    sequence_s: float = 0.0
+    sampled_tokens: int = 0
+    update_s: float = 0.0
+    rank_busy_s: float = 0.0
+    transfer_s: float = 0.0
+    late_s: float = 0.0
+    """Updates that began later than their last score and the sync before allowed."""
+    trained_tokens: int = 0
+    groups: int = 0
+
+    def __sub__(self, other: Totals) -> Totals:
+        return Totals(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+
+class World:
+    """The simulated actors; a `runtime.Actors` for the pools."""
+
+    def __init__(self, plan: Plan, cluster: Cluster) -> None:
+        self.plan = plan
+        self.cluster = cluster
+        rng = np.random.default_rng(0)
+        drawn = np.exp(np.log(plan.median_tokens) + plan.sigma * rng.standard_normal(NUM_LENGTHS))
+        self.lengths: list[int] = np.clip(drawn, plan.min_tokens, plan.max_tokens).astype(int).tolist()
+        self.engines: dict[int, Engine] = {}
+        self.sums = Totals()
+        self.calls = 0
+        self.scored_at: dict[str, float] = {}
+        """Prompt -> when the last of its samples was scored; until it is trained."""
+        self.num_queued = 0
+        """Samples that waited in an engine for a place."""
+        self.num_deaths = 0
+
+    def start(self, actor: type, *args: Any, **options: Any) -> Any:
+        if actor is not RolloutActor:
+            return Scorer(self)
+        index = args[5]
+        self.engines[index] = Engine(self, f"rollout-{index}")
+        return self.engines[index]
+
+    def kill(self, handle: Any) -> None:
+        handle.die()
+
+    def length(self, seed: int) -> int:
+        return self.lengths[seed % NUM_LENGTHS]
+
+    def answer(self, value: Any, seconds: float) -> asyncio.Future[Any]:
+        """To a call of an actor, after `seconds`."""
+        future = asyncio.get_running_loop().create_future()
+        self.cluster.at(self.cluster.now + seconds, _resolve, future, value)
+        return future
+
+    def totals(self) -> Totals:
+        for engine in self.engines.values():
+            engine.advance()
+        return replace(
+            self.sums,
+            now_s=self.cluster.now,
+            controller_cpu_s=time.process_time() - self.cluster.cpu_s,
+            calls=self.calls,
+        )
+
+    @contextmanager
+    def not_the_controllers(self) -> Iterator[None]:
+        started = time.process_time()
+        yield
+        self.cluster.cpu_s += time.process_time() - started
+
+
+def _resolve(future: asyncio.Future[Any], value: Any) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+class Engine:
+    """A rollout actor and its handle. Its sequences advance together, a token each per `Plan.seconds_per_token`."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world = world
+        self.name = name
+        self.version = 0
+        self.dead = False
+        self._paused = False
+        self._plan = world.plan
+        self._at = world.cluster.now
+        """Where `_ticks` was brought up to date; after a pause, when it samples again."""
+        self._ticks = 0.0
+        """Tokens that a sequence which was always there would have."""
+        self._running: list[tuple[float, int, SampleRequest, int, int]] = []
+        """Heap: (tick of its end, ticket, request, tokens, version that began it)."""
+        self._waiting: deque[tuple[int, SampleRequest]] = deque()
+        self._appointment = 0
+        """Number of the event that ends the next sequence; those before it are void."""
+        self._outcomes: list[Outcome] = []
+        self._poll: asyncio.Future[list[Outcome]] | None = None
+        self._lingering = False
+        self.submit = _Method(self._submit)
+        self.cancel = _Method(self._cancel)
+        self.poll = _Method(self._begin_poll)
+        self.ready = _Method(lambda: world.answer({"pid": 0, "core_pid": 0}, 1.0))
+        self.shutdown = _Method(lambda: world.answer(None, world.plan.call_s))
+        self.pause = _Method(self._pause)
+        self.resume = _Method(self._resume)
+
+    @property
+    def load(self) -> int:
+        return len(self._running) + len(self._waiting)
+
+    def advance(self) -> None:
+        """To the present."""
+        passed = self.world.cluster.now - self._at
+        if passed <= 0:
+            return
+        self._at = self.world.cluster.now
+        if self._running and not self._paused:
+            n = len(self._running)
+            self._ticks += passed / self._plan.seconds_per_token(n)
+            self.world.sums.engine_busy_s += passed
+            self.world.sums.sequence_s += passed * n
+
+    def die(self) -> None:
+        self.advance()
+        self.dead = True
+        self._appointment += 1
+        self._running.clear()
+        self._waiting.clear()
+        if self._poll is not None and not self._poll.done():
+            self._poll.set_exception(self._death())
+
+    def _death(self) -> WorkerError:
+        return WorkerError(f"{self.name}: the engine core died")
+
+    @simulated
+    def _submit(self, requests: Sequence[tuple[int, SampleRequest]]) -> None:
+        if self.dead:
+            return
+        self.advance()
+        self._waiting.extend(requests)
+        self._fill()
+        self.world.num_queued += len(self._waiting)
+
+    @simulated
+    def _cancel(self, tickets: Sequence[int]) -> None:
+        if self.dead:
+            return
+        self.advance()
+        gone = set(tickets)
+        self._running = [r for r in self._running if r[1] not in gone]
+        heapq.heapify(self._running)
+        self._waiting = deque(w for w in self._waiting if w[0] not in gone)
+        self._fill()
+
+    def _fill(self) -> None:
+        while self._waiting and len(self._running) < self._plan.max_num_seqs:
+            ticket, request = self._waiting.popleft()
+            tokens = self.world.length(request.seed)
+            heapq.heappush(self._running, (self._ticks + tokens, ticket, request, tokens, self.version))
+        self._appointment += 1
+        if self._running and not self._paused:
+            left = (self._running[0][0] - self._ticks) * self._plan.seconds_per_token(len(self._running))
+            self.world.cluster.at(self._at + max(left, 0.0), self._finish, self._appointment)
+
+    def _finish(self, appointment: int) -> None:
+        if appointment != self._appointment:
+            return
+        self.advance()
+        while self._running and self._running[0][0] <= self._ticks + 1e-3:
+            _, ticket, request, tokens, version = heapq.heappop(self._running)
+            reason = "length" if tokens == self._plan.max_tokens else "stop"
+            self.world.sums.sampled_tokens += tokens
+            row = len(self._outcomes)
+            info = SampleInfo(
+                request.prompt_id, request.index, PROMPT_TOKENS, tokens, version, reason, self.name, None, row
+            )
+            self._outcomes.append(Outcome(ticket, info))
+        self._fill()
+        self._linger()
+
+    @simulated
+    def _begin_poll(self, max_wait_s: float) -> tuple[asyncio.Future[list[Outcome]], _Ref]:
+        self._poll = poll = asyncio.get_running_loop().create_future()
+        self._lingering = False
+        if self.dead:
+            poll.set_exception(self._death())
+        elif self._outcomes:
+            self._linger()
+        else:
+            self.world.cluster.at(self.world.cluster.now + max_wait_s, self._end_poll, poll)
+        return poll, _Ref()
+
+    def _linger(self) -> None:
+        """What finishes together travels together, as in the actor."""
+        if self._outcomes and self._poll is not None and not self._lingering:
+            self._lingering = True
+            self.world.cluster.at(
+                self.world.cluster.now + POLL_LINGER_S + self._plan.call_s, self._end_poll, self._poll
+            )
+
+    def _end_poll(self, poll: asyncio.Future[list[Outcome]]) -> None:
+        if poll is self._poll and not poll.done():
+            self._poll = None
+            outcomes, self._outcomes = self._outcomes, []
+            poll.set_result(outcomes)
+
+    @simulated
+    def _pause(self, mode: str, clear_cache: bool) -> asyncio.Future[None]:
+        self.advance()
+        self._paused = True
+        self._appointment += 1
+        return self._reply(self._plan.pause_s)
+
+    @simulated
+    def _resume(self) -> asyncio.Future[None]:
+        self.advance()
+        self._paused = False
+        written = sum(tokens - (end - self._ticks) for end, _, _, tokens, _ in self._running)
+        self._at = self.world.cluster.now + written / self._plan.prefill_tokens_per_s
+        self._fill()
+        return self._reply(self._plan.call_s)
+
+    def _reply(self, seconds: float) -> asyncio.Future[None]:
+        if not self.dead:
+            return self.world.answer(None, seconds)
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        future.set_exception(self._death())
+        return future
+
+
+class Scorer:
+    """A reward worker and its handle: one sample after the other."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.dead = False
+        self.start = _Method(lambda: world.answer(0, 1.0))
+        self.stop = _Method(lambda: world.answer(None, world.plan.call_s))
+        self.score = _Method(self._score)
+
+    def die(self) -> None:
+        self.dead = True
+
+    @simulated
+    def _score(self, groups: list[list[ScoreRequest]]) -> asyncio.Future[Any]:
+        if self.dead:
+            raise ActorDiedError
+        scores = [[self._score_one(r) for r in requests] for requests in groups]
+        seconds = self.world.plan.call_s + self.world.plan.reward_s * sum(map(len, groups))
+        for requests in groups:
+            for request in requests:
+                self.world.scored_at[request.sample.prompt_id] = self.world.cluster.now + seconds
+        return self.world.answer(scores, seconds)
+
+    def _score_one(self, request: ScoreRequest) -> Score:
+        value = float(request.sample.num_tokens % 2)
+        return Score(ScoreStatus.OK, value, (RewardScore("accuracy", ScoreStatus.OK, value),))
+
+
+@dataclass
+class Learners:
+    """All ranks as one: `roles.Learner` and `weights.LearnerWeights`. A rank takes as long as the tokens that the product's own
+    plan gives it; the update, as long as the slowest."""
+
+    world: World
+    unsent: bool = False
+    targets: Sequence[EngineTarget] = ()
+    free_since: float = 0.0
+    on_update: Callable[[TrainBatch], None] | None = None
+
+    async def update(self, batch: TrainBatch) -> UpdateReport:
+        plan, sums = self.world.plan, self.world.sums
+        with self.world.not_the_controllers():
+            self.unsent = True
+            began = self.world.cluster.now
+            prompts = {s.prompt_id for s in batch.samples}
+            possible = max(self.free_since, *(self.world.scored_at.pop(p) for p in prompts))
+            sums.late_s += began - possible
+            lengths = [s.num_prompt_tokens + s.num_tokens for s in batch.samples]
+            (mini,) = plan_batch(
+                lengths,
+                [s.group for s in batch.samples],
+                num_ranks=plan.learners,
+                num_mini_batches=1,
+                micro_batch_tokens=PROMPT_TOKENS + plan.max_tokens,
+            )
+            ranks = [
+                sum(lengths[i] for micro in rank for i in micro) / plan.learner_tokens_per_s for rank in mini.ranks
+            ]
+            seconds = max(ranks) + plan.optimizer_s
+            sums.update_s += seconds
+            sums.rank_busy_s += sum(ranks) + plan.optimizer_s * len(ranks)
+            sums.trained_tokens += sum(s.num_tokens for s in batch.samples)
+            sums.groups += len(prompts)
+            if self.on_update is not None:
+                self.on_update(batch)
+        await self.world.answer(None, seconds)
+        return UpdateReport(batch.step, {"loss/policy": 0.0, "grad_norm": 1.0}, seconds)
+
+    async def connect_weights(self, targets: Sequence[EngineTarget], generation: int) -> None:
+        self.targets = targets
+        await self.world.answer(None, self.world.plan.call_s)
+
+    async def send_weights(self, version: int) -> SendReport:
+        self.unsent = False
+        await self.world.answer(None, self.world.plan.sync_s)
+        with self.world.not_the_controllers():
+            for target in self.targets:
+                target.handle.version = version
+        self.world.sums.transfer_s += self.world.plan.sync_s
+        return {"seconds": self.world.plan.sync_s, "bytes": 0, "checksum": ""}
+
+    async def save(self, folder: Path) -> None:
+        await self.world.answer(None, 1.0)
+
+    async def load(self, folder: Path) -> None:
+        raise NotImplementedError
+
+    async def export(self, folder: Path) -> None:
+        await self.world.answer(None, 1.0)
+
+
+class Rows:
+    """A data set of equal prompts."""
+
+    fingerprint = "simulated"
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._tokens = [1] * PROMPT_TOKENS
+        self._columns: dict[str, Any] = {"answer": "1"}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def item(self, row: int, epoch: int) -> Prompt:
+        return Prompt(f"rows/{epoch}/{row}", self._tokens, "prompt", None, self._columns)
+
+
+class _NoLog:
+    async def write(self, step: int, groups: Sequence[Group], batch: TrainBatch) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+
+@dataclass
+class Result:
+    plan: Plan
+    how: str
+    """What the loop returned."""
+    steady: Totals
+    """Between the steps `Simulation.window`: of a run that neither begins nor ends."""
+    num_steps: int
+    """Steps of that window."""
+    late_s: float
+    """Over the whole run: what the learners waited although their batch was scored and the sync before it done."""
+    num_queued: int
+    """Samples that waited in an engine."""
+    num_deaths: int
+    troubles: list[str]
+    """What the pool of samplers told of."""
+    trained: list[list[str]] = field(default_factory=list)
+    """Prompts of each step, where asked for."""
+
+    @property
+    def ideal_s(self) -> float:
+        """Of a step: its samples on samplers that are always full, or its updates; the slower of the two."""
+        return max(self.steady.trained_tokens / self.plan.sampling_tokens_per_s, self.steady.update_s) / self.num_steps
+
+    @property
+    def step_s(self) -> float:
+        return self.steady.now_s / self.num_steps
+
+    @property
+    def of_ideal(self) -> float:
+        return self.ideal_s / self.step_s
+
+    @property
+    def bound_s(self) -> float:
+        """Of a step, by the longest sample too: what is dispatched with one policy is trained at most `staleness` updates later,
+        so that it has the time of that many steps."""
+        k = self.plan.staleness
+        update_s = self.steady.update_s / self.num_steps
+        return max(self.ideal_s, self.plan.longest_s / k) if k else update_s + max(self.ideal_s, self.plan.longest_s)
+
+    @property
+    def learners_idle(self) -> float:
+        """Part of the time in which they neither learn nor send weights."""
+        return 1 - (self.steady.update_s + self.steady.transfer_s) / self.steady.now_s
+
+    @property
+    def samplers_idle(self) -> float:
+        """Part of the time of an engine without any sequence."""
+        return 1 - self.steady.engine_busy_s / (self.steady.now_s * self.plan.samplers)
+
+    @property
+    def places_taken(self) -> float:
+        """Part of `max_num_seqs`."""
+        return self.steady.sequence_s / (self.steady.now_s * self.plan.samplers * self.plan.max_num_seqs)
+
+    @property
+    def controller_ms(self) -> float:
+        """CPU of the controller for each group."""
+        return 1000 * self.steady.controller_cpu_s / self.steady.groups
+
+
+class Simulation:
+    """One run of `plan` in `folder`."""
+
+    def __init__(self, plan: Plan, folder: Path, *, on_step: Callable[[int, World], None] | None = None) -> None:
+        self.plan = plan
+        self.run_dir = RunDir(folder)
+        # Sampling ahead takes its time to fill up, and ends before the run does.
+        ahead = plan.staleness + 1
+        self.window = (ahead, plan.steps - ahead) if plan.steps > 3 * ahead else (1, plan.steps)
+        self._on_step = on_step
+        self._marks: list[Totals] = []
+        self._trained: list[list[str]] = []
+
+    def run(self, *, keep_batches: bool = False) -> Result:
+        cluster = Cluster()
+        with asyncio.Runner(loop_factory=lambda: VirtualLoop(cluster)) as runner:
+            return runner.run(self._run(World(self.plan, cluster), keep_batches))
+
+    async def _run(self, world: World, keep_batches: bool) -> Result:
+        config = self.plan.config()
+        learners = Learners(world)
+        if keep_batches:
+            learners.on_update = lambda b: self._trained.append(list(dict.fromkeys(s.prompt_id for s in b.samples)))
+        ledger = Ledger(self.run_dir.ledger)
+        run_dir = str(self.run_dir.path)
+        sampler = await RolloutPool.create(config, "none", run_dir, has_gpus=False, actors=world)
+        troubles: list[str] = []
+        sampler.on_trouble = troubles.append
+        scorer = await RewardPool.create(config.reward, run_dir, actors=world)
+        weights = RayWeightSync(sampler, learners, config.deadlines.sync_s)
+
+        def emit(event: Event) -> None:
+            if isinstance(event, StepEvent):
+                with world.not_the_controllers():
+                    learners.free_since = world.cluster.now
+                    if event.step in self.window:
+                        self._marks.append(world.totals())
+                    if self._on_step is not None:
+                        self._on_step(event.step, world)
+
+        loop = TrainLoop(
+            config,
+            Roles(sampler, scorer, learners, weights, _NoLog()),
+            Cursor(Rows(self.plan.rows), seed=config.seed, shuffle=True),
+            {},
+            ledger,
+            self.run_dir,
+            [],
+            emit,
+        )
+        for number, when in enumerate(self.plan.deaths):
+            world.cluster.at(when, self._kill, world, number)
+        try:
+            how = await loop.run()
+        finally:
+            await scorer.close()
+            await sampler.close()
+            ledger.close()
+        first, last = self._marks
+        return Result(
+            self.plan,
+            how,
+            last - first,
+            self.window[1] - self.window[0],
+            world.sums.late_s,
+            world.num_queued,
+            world.num_deaths,
+            troubles,
+            self._trained,
+        )
+
+    def _kill(self, world: World, number: int) -> None:
+        """The busiest of a few: one that has something to lose."""
+        engine = max((world.engines[(number * 7 + i) % len(world.engines)] for i in range(4)), key=lambda e: e.load)
+        world.num_deaths += not engine.dead
+        engine.die()
+
+
+def oldest_trained(ledger: Path) -> int:
+    """The staleness bound as the ledger has it: updates between a group's oldest token and its training, at most."""
+    with sqlite3.connect(ledger) as db:
+        (age,) = db.execute("SELECT MAX(step - 1 - min_version) FROM groups WHERE state = 'trained'").fetchone()
+    return int(age)
+
+
+def rss_mib() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
