@@ -33,7 +33,7 @@ from grpo_ray.events import EndEvent, Event, MessageEvent, PhaseEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.models import context_length, load_config, load_tokenizer, prepare_model
 from grpo_ray.prompts import PromptSets, load_demonstrations, load_prompts
-from grpo_ray.replay import TOLERANCE, compare, read_batch
+from grpo_ray.replay import TOLERANCE, compare, parts_of, read_batch
 from grpo_ray.rollout_log import ParquetRolloutLog, remove_after, rollout_path
 from grpo_ray.sft_loop import SftLoop, sft_steps
 from grpo_ray.tokenized import LoadReport
@@ -233,6 +233,8 @@ class Controller:
                 self._phase("restoring", f"step {self._resume_step}")
                 await learner.load(self._run.step_folder(self._resume_step) / "learner")
             self._phase("update")
+            for part in parts_of(batch):
+                await learner.accumulate(part)
             report = await learner.update(batch)
         lines = await asyncio.to_thread(read_metrics, self._run.path / "metrics.jsonl")
         recorded = next((line for line in lines if line["step"] == step), {})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -150,17 +152,41 @@ def _clip_at_stage_0(engine: Any, max_norm: float) -> None:
         engine.zero_grad()
 
 
-def step(engine: Any) -> float:
+def step(engine: Any, factor: float = 1.0) -> float:
     """One optimizer step; the gradient's norm before clipping.
+
+    Args:
+        factor: the gradient is what was accumulated times this.
 
     Raises:
         NonFiniteError: it is not finite; the weights are as they were.
     """
-    engine.step()
+    with _scaled(engine, factor):
+        engine.step()
     norm = float(engine.get_global_grad_norm())
     if not engine.was_step_applied() or norm != norm or norm == float("inf"):
         raise NonFiniteError(f"the gradient is not finite (norm {norm}); the weights were left as they are")
     return norm
+
+
+@contextmanager
+def _scaled(engine: Any, factor: float) -> Iterator[None]:
+    """Inside, `engine.step()` takes the accumulated gradient times `factor`, under any ZeRO stage and dtype."""
+    optimizer = engine.optimizer
+    if factor == 1.0:
+        yield
+    elif hasattr(optimizer, "override_loss_scale"):
+        # DeepSpeed divides by the scale of the loss, before the norm is taken.
+        optimizer.override_loss_scale(1 / factor)
+        try:
+            yield
+        finally:
+            optimizer.override_loss_scale(1.0)
+    else:
+        held = getattr(optimizer, "fp32_groups_gradients_flat", None)
+        for grad in held or [p.grad for p in engine.module.parameters() if p.grad is not None]:
+            grad.mul_(factor)
+        yield
 
 
 def build_reference(spec: LearnerSpec, device: torch.device) -> nn.Module:

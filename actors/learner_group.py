@@ -87,6 +87,15 @@ class LearnerGroup:
             raise
         return group
 
+    async def accumulate(self, part: TrainBatch) -> None:
+        """See `LearnerActor.accumulate`. The ranks have the call before this first awaits.
+
+        Raises:
+            DeadlineError: not done within `deadlines.update_s`; the group is ended.
+            WorkerError: a rank died; the group is ended.
+        """
+        await self._call("accumulate", ray.put(_with_refs(part)), deadline="update_s")
+
     async def update(self, batch: TrainBatch) -> UpdateReport:
         """See `LearnerActor.update`. References that are plain lists are put into the object store first.
 

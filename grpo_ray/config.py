@@ -220,6 +220,10 @@ class LearnerConfig(Strict):
     skip_no_signal: bool = True
     """Leave out the passes of samples whose advantage is exactly 0, where neither KL nor entropy moves them either. The gradient
     is the same; the metrics of tokens are those of the other samples."""
+    overlap: bool = True
+    """Groups go through forward and backward as they are finished, while the last ones are still sampled. The gradient is the
+    same but for the order of its sums, which depends on timing: switch it off to repeat a run bit for bit. Without effect
+    where a step needs its whole batch first (several mini-batches or iterations, a critic, a standard deviation of the batch)."""
     logprob_chunk_tokens: PositiveInt | None = None
     """Rows of logits that exist at once. None: as many as fit 64 MiB in fp32, on a GPU 256 MiB."""
     num_threads: PositiveInt | None = None

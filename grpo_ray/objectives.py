@@ -57,6 +57,11 @@ class Objective(Protocol):
         ...
 
     @property
+    def weighted_sums(self) -> Sequence[str]:
+        """Those of them that hold the weights of the tokens."""
+        ...
+
+    @property
     def weight(self) -> Callable[[int, Normalizers], float]:
         """Weight of each token of a sequence of so many completion tokens."""
         ...
@@ -99,6 +104,7 @@ class GrpoObjective:
         "masked_tokens",
         "masked_sequences",
     )
+    weighted_sums = ("loss", "kl_loss", "bonus")
 
     def __init__(self, algorithm: AlgorithmConfig) -> None:
         self.algorithm = a = algorithm
@@ -205,6 +211,7 @@ class SftObjective:
     """Cross-entropy, a mean over all completion tokens of the step."""
 
     sum_names = ("tokens", "entropy", "loss")
+    weighted_sums = ("loss",)
 
     def __init__(self) -> None:
         self.weight = token_mean

@@ -42,8 +42,13 @@ class Scorer(Protocol):
 class Learner(Protocol):
     """All learner ranks as one."""
 
+    async def accumulate(self, part: TrainBatch) -> None:
+        """Forward and backward of groups that will be in the batch of the next `update`, while it is not whole yet."""
+        ...
+
     async def update(self, batch: TrainBatch) -> UpdateReport:
-        """Train on the batch: `num_iterations` passes in mini-batches, one optimizer step for each mini-batch."""
+        """Train on the batch: `num_iterations` passes in mini-batches, one optimizer step for each mini-batch. What
+        `accumulate` has had of it is not computed again."""
         ...
 
     async def save(self, folder: Path) -> None:

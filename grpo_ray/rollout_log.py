@@ -51,11 +51,12 @@ SCHEMA = pa.schema(
         ("seed", pa.int64()),
         ("group", pa.int32()),
         ("loss_mask", pa.bool_()),
+        ("part", pa.int32()),
         ("temperature", pa.float64()),
     ]
 )
-"""`completion_ids` and `rollout_logprobs` are [T], `prompt_ids` [N]. A reward or advantage that is no number: null. `group`
-and `loss_mask` as in `types.TrainSample`; `temperature` of the whole batch."""
+"""`completion_ids` and `rollout_logprobs` are [T], `prompt_ids` [N]. A reward or advantage that is no number: null. `group`,
+`loss_mask` and `part` as in `types.TrainSample`; `temperature` of the whole batch."""
 
 _NAME = re.compile(r"step-(\d+)\.parquet")
 
@@ -161,6 +162,7 @@ def _row(
         "seed": sample_seed(run_seed, sample.prompt_id, sample.index),
         "group": trained.group,
         "loss_mask": trained.loss_mask,
+        "part": trained.part,
     }
 
 

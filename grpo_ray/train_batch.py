@@ -60,6 +60,7 @@ def cut_batch(groups: Sequence[Group], step: int, config: RunConfig) -> TrainBat
             advantage=advantage,
             group=number,
             loss_mask=score.value == score.value and info.finish_reason != masked_reason,
+            part=g.part,
         )
         for number, g in enumerate(groups)
         for info, score, advantage in zip(g.samples, g.scores, g.advantages, strict=True)

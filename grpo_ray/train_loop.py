@@ -6,6 +6,8 @@
     new policy version <- weights <- learner <- batch of P groups <- advantages
                                                  (sorted by dispatch order)
 
+While the last groups of a step are sampled, the learner is given the finished ones (`overlap.py`).
+
 With dynamic sampling a group whose rewards are all equal is dropped there, and the next prompt dispatched in its place.
 
 `max_staleness` k paces dispatch: at most (k + 1) x P groups are under way beyond what is trained. k = 0 is on-policy:
@@ -31,6 +33,7 @@ from grpo_ray.evaluate import eval_event, evaluate
 from grpo_ray.events import CheckpointEvent, Event, MessageEvent, PhaseEvent, StepEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.metrics import TimeKeeper, eval_metrics, step_metrics
+from grpo_ray.overlap import EarlyParts
 from grpo_ray.replay import how_to_replay
 from grpo_ray.roles import Learner, RolloutLog, Sampler, Scorer, Tracker, WeightSync
 from grpo_ray.seeds import sample_seed
@@ -110,6 +113,7 @@ class TrainLoop:
         self._cursor_at: dict[int, dict[str, Any]] = {}
         """Order of each group under way or ready -> the cursor just before it: where a resumed run begins again."""
         self._counts = StepCounts()
+        self._early = EarlyParts(config, roles.learner)
         self._stop_reason: str | None = None
         self._saved_step = -1
         self._disagreed = False
@@ -156,6 +160,7 @@ class TrainLoop:
             for task in self._under_way:
                 task.cancel()
             await asyncio.gather(*self._under_way, return_exceptions=True)
+            await self._early.cancel()
         return self._stop_reason if self.step < self.total_steps and self._stop_reason else "finished"
 
     def _due(self, every: int) -> bool:
@@ -184,14 +189,19 @@ class TrainLoop:
 
     async def _collect(self) -> list[Group]:
         """The next P complete groups in dispatch order; fewer, but at least one, when the budget of dynamic sampling is spent.
+        Meanwhile the learner works on those of them that are there.
 
         Always the oldest: however samples overtake each other, batches are the same, and no group waits for more than
         `max_staleness` steps.
         """
         while len(batch := self._oldest_ready()) < (wanted := self._wanted()):
             self._dispatch(wanted)
-            done, _ = await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
+            if self._early.wants_more:
+                self._early.offer(self._certain(wanted), self.step)
+            part = self._early.under_way
+            waiting = [*self._under_way, *([part] if part is not None and not part.done() else [])]
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done & self._under_way.keys():
                 self._settle(self._under_way.pop(task), task)
             self.emit(PhaseEvent("rollout", "", min(len(self._ready), wanted), wanted))
         if not wanted:
@@ -210,6 +220,11 @@ class TrainLoop:
         """Those that nothing under way was dispatched before."""
         oldest = min((g.order for g in self._under_way.values()), default=self._order)
         return sorted((g for g in self._ready if g.order < oldest), key=lambda g: g.order)
+
+    def _certain(self, wanted: int) -> list[Group]:
+        """Complete groups that this step's batch will hold: fewer than `wanted` can come before them."""
+        orders = sorted(g.order for g in (*self._ready, *self._under_way.values()))
+        return [g for g in self._ready if g.order <= orders[:wanted][-1]]
 
     def _settle(self, group: Group, task: asyncio.Task[None]) -> None:
         task.result()
@@ -308,6 +323,7 @@ class TrainLoop:
 
     async def _update(self, groups: list[Group], batch: TrainBatch) -> UpdateReport:
         """Raises NonFiniteError when the batch that caused it is on disk."""
+        await self._early.finish()
         try:
             return await self.roles.learner.update(batch)
         except NonFiniteError as e:

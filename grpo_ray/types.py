@@ -166,6 +166,8 @@ class Group:
     samples: list[SampleInfo] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
+    part: int | None = None
+    """Which of the parts that the learner was given before the batch was whole; None: it came with the batch."""
 
     @property
     def min_version(self) -> int:
@@ -188,6 +190,8 @@ class TrainSample:
     """Which group of the batch it belongs to."""
     loss_mask: bool = True
     """False: takes part in nothing (a failed score, a truncated sample under overlong filtering)."""
+    part: int | None = None
+    """As in `Group`."""
 
 
 @dataclass(frozen=True)
