@@ -16,6 +16,11 @@ from numpy.typing import NDArray
 
 from grpo_ray.errors import ConfigError
 
+_NEAR_BEST = 1.05
+_SEARCHED = 64
+"""Samples. With more, the longest first is within 5% unless a few are far longer than all others."""
+_NODES = 20_000
+
 MicroBatch = tuple[int, ...]
 """Indices into the samples, by length; empty where a rank has less to do than another."""
 
@@ -89,7 +94,7 @@ def plan_batch(
 def _plan_mini_batch(
     members: list[int], lengths_S: Sequence[int], num_ranks: int, budget: int, padded: bool, idle: Set[int]
 ) -> MiniBatchPlan:
-    per_rank = _spread([i for i in members if i not in idle], lengths_S, num_ranks)
+    per_rank = _balance([i for i in members if i not in idle], lengths_S, num_ranks)
     count = max(1, *(-(-sum(lengths_S[i] for i in part) // budget) for part in per_rank))
     fill = _pad_into if padded else _pack_into
     while True:
@@ -113,6 +118,46 @@ def _spread(samples: Sequence[int], lengths_S: Sequence[int], num_bins: int) -> 
         tokens, k = heap[0]
         bins[k].append(i)
         heapq.heapreplace(heap, (tokens + lengths_S[i], k))
+    return bins
+
+
+def _balance(samples: Sequence[int], lengths_S: Sequence[int], num_bins: int) -> list[list[int]]:
+    """Like `_spread`; where that may be more than 5% above the best possible, few samples of uneven length, a search goes on
+    until it is not (or its budget is spent, which takes tens of milliseconds)."""
+    bins = _spread(samples, lengths_S, num_bins)
+    longest = sorted((lengths_S[i] for i in samples), reverse=True)
+    # No bin can be shorter than the mean, the longest sample, or the two shortest of those that can't all be alone.
+    least = max(
+        -(-sum(longest) // num_bins),
+        *longest[:1],
+        sum(longest[num_bins - 1 : num_bins + 1]) * (len(longest) > num_bins),
+    )
+    good = least * _NEAR_BEST
+    fullest = max(sum(lengths_S[i] for i in b) for b in bins)
+    if fullest <= good or len(samples) > _SEARCHED:
+        return bins
+    order = sorted(samples, key=lambda i: (-lengths_S[i], i))
+    loads, place, nodes = [0] * num_bins, [0] * len(order), 0
+
+    def search(n: int) -> None:
+        """Places the samples from the n-th on, as LPT would at first; keeps the best of what it reaches."""
+        nonlocal fullest, bins, nodes
+        if n == len(order):
+            fullest = max(loads)
+            bins = [[i for i, b in zip(order, place, strict=True) if b == k] for k in range(num_bins)]
+            return
+        tried: set[int] = set()
+        for k in sorted(range(num_bins), key=loads.__getitem__):
+            after = loads[k] + lengths_S[order[n]]
+            if loads[k] in tried or after >= fullest or fullest <= good or nodes > _NODES:
+                continue
+            tried.add(loads[k])
+            nodes += 1
+            place[n], loads[k] = k, after
+            search(n + 1)
+            loads[k] = after - lengths_S[order[n]]
+
+    search(0)
     return bins
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from itertools import pairwise
 from pathlib import Path
 
@@ -140,6 +141,28 @@ def test_padded_micro_batches_keep_the_budget_with_their_padding(
     assert sorted(i for m in micros for i in m) == list(range(len(lengths)))
     assert all(len(m) * max(lengths[i] for i in m) <= BUDGET for m in micros if m)
     assert all(len({len(rank) for rank in step.ranks}) == 1 for step in plan)
+
+
+@settings(deadline=None, max_examples=300)
+@given(lengths=st.lists(st.integers(1, BUDGET), min_size=1, max_size=9), ranks=st.integers(1, 3))
+def test_the_fullest_rank_is_within_a_twentieth_of_the_best_possible(lengths: list[int], ranks: int) -> None:
+    (step,) = plan_batch(lengths, [0] * len(lengths), num_ranks=ranks, num_mini_batches=1, micro_batch_tokens=BUDGET)
+    fullest = max(sum(lengths[i] for micro in rank for i in micro) for rank in step.ranks)
+    loads = [
+        [sum(n for n, r in zip(lengths, places, strict=True) if r == rank) for rank in range(ranks)]
+        for places in itertools.product(range(ranks), repeat=len(lengths))
+    ]
+    assert fullest <= 1.05 * min(map(max, loads))
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8, 16])
+@pytest.mark.parametrize("num", [32, 64, 128, 512])
+def test_heavy_tailed_samples_are_spread_within_a_twentieth_of_even(num: int, ranks: int) -> None:
+    for seed in range(5):
+        lengths = np.clip(np.random.default_rng(seed).lognormal(4.2, 0.7, num), 16, 512).astype(int).tolist()
+        (step,) = plan_batch(lengths, list(range(num)), num_ranks=ranks, num_mini_batches=1, micro_batch_tokens=1024)
+        fullest = max(sum(lengths[i] for micro in rank for i in micro) for rank in step.ranks)
+        assert fullest <= 1.05 * max(sum(lengths) / ranks, max(lengths))
 
 
 @settings(deadline=None)
