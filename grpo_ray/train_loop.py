@@ -253,6 +253,10 @@ class TrainLoop:
             fresh.append(Group(prompt=self.cursor.next(), order=self._order, dispatched_version=self.step))
             self._order += 1
         self.ledger.dispatched(fresh)
+        if fresh and self.cursor.epoch > 0:
+            # The longest first: what is begun last ends last, and everything waits for it.
+            lengths = self.ledger.last_lengths(fresh)
+            fresh.sort(key=lambda g: -lengths.get(g.prompt.id, 0.0))
         self._under_way |= {asyncio.create_task(self._fill(group)): group for group in fresh}
 
     async def _fill(self, group: Group) -> None:
