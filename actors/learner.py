@@ -1,4 +1,5 @@
-"""One DeepSpeed rank. All ranks get the same batch, make the same plan, and each takes its own micro-batches from it.
+"""One DeepSpeed rank. All ranks get the same batch, make the same plan, and each takes its own micro-batches from it; under
+sequence parallelism the ranks that share their micro-batches take the same ones.
 
     fetch own samples -> [old log-probabilities] -> [reference] -> [critic: advantages] -> for each mini-batch:
     micro-batches, then one optimizer step; then, where it is due, the reference takes over the new weights
@@ -24,7 +25,7 @@ import ray
 import torch
 import torch.distributed as dist
 
-from actors import learner_reference, learner_state
+from actors import learner_reference, learner_sequence, learner_state
 from actors.learner_critic import Critic
 from actors.learner_engine import LearnerSpec, build_engine, build_reference, step
 from actors.runtime import own_log
@@ -35,6 +36,7 @@ from grpo_ray.lora import adapters_off
 from grpo_ray.losses.aggregation import Normalizers
 from grpo_ray.objectives import GrpoObjective, MicroBatchData, Objective, SftObjective
 from grpo_ray.policy import PolicyModel
+from grpo_ray.sequence import Alone, SequenceRanks
 from grpo_ray.types import Sample, TrainBatch, TrainSample, UpdateReport
 
 if TYPE_CHECKING:
@@ -83,6 +85,8 @@ class LearnerActor:
         self._early: _Pass | None = None
         """Of the step under way, while its batch is not whole."""
         self._store: dist.TCPStore | None = None
+        self._ranks: SequenceRanks = Alone()
+        """Those that share their micro-batches with this one."""
         self._engine: Any = None
         self._reference: Any = None
         self._critic: Critic | None = None
@@ -110,23 +114,25 @@ class LearnerActor:
             "MASTER_ADDR": host,
             "MASTER_PORT": str(port),
         }
+        timeout = timedelta(seconds=self.spec.collective_timeout_s)
         dist.init_process_group(
             "gloo" if on_cpu else "cpu:gloo,cuda:nccl",
             store=self._store or self._open_store(host, port),
             rank=self.rank,
             world_size=self.num_ranks,
-            timeout=timedelta(seconds=self.spec.collective_timeout_s),
+            timeout=timeout,
         )
         import deepspeed
 
         # Compiled at first use (18 s and more), for inference only.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", verbose=False)
-        self._engine = build_engine(self.spec, self.device)
+        self._ranks = learner_sequence.join(learner.sequence_parallel_size, timeout)
+        self._engine = build_engine(self.spec, self.device, self._ranks)
         if self.spec.needs_reference_model:
-            self._reference = build_reference(self.spec, self.device)
+            self._reference = build_reference(self.spec, self.device, self._ranks)
         if self.spec.needs_critic:
-            self._critic = Critic(self.spec, self.device)
+            self._critic = Critic(self.spec, self.device, self._ranks)
         return sum(getattr(p, "ds_numel", p.numel()) for p in self._engine.module.parameters())
 
     def _open_store(self, host: str, port: int) -> dist.TCPStore:
@@ -256,7 +262,7 @@ class LearnerActor:
         plans = plan_batch(
             [batch.samples[i].num_prompt_tokens + batch.samples[i].num_tokens for i in trained],
             [batch.samples[i].group for i in trained],
-            num_ranks=self.num_ranks,
+            num_ranks=self.spec.learner.data_parallel_size,
             num_mini_batches=self._algorithm.num_mini_batches,
             micro_batch_tokens=self.spec.learner.micro_batch_tokens,
             padded=not self.spec.learner.packing,
@@ -265,7 +271,7 @@ class LearnerActor:
         return [plan.renumbered(trained) for plan in plans]
 
     def _fetch(self, batch: TrainBatch, planned: MiniBatchPlan, normalizers: Normalizers) -> list[MicroBatchData]:
-        micros = planned.ranks[self.rank]
+        micros = planned.ranks[self.rank // self._ranks.size]
         refs = list({batch.samples[i].ref: None for micro in micros for i in micro})
         try:
             rows: dict[Any, list[Sample]] = dict(zip(refs, ray.get(refs, timeout=FETCH_TIMEOUT_S), strict=True))
@@ -311,7 +317,8 @@ class LearnerActor:
         for data in mini_batch:
             theta_C, entropy_C = self._engine(data.packed, batch.temperature)
             loss, new_sums, new_largest = self._objective.loss(data, theta_C, entropy_C)
-            # DeepSpeed averages gradients over the ranks; the weights in the loss already hold the global normalizer.
+            # DeepSpeed averages gradients over all ranks; the weights in the loss already hold the global normalizer, and a
+            # rank's gradient is that of its own slice.
             self._engine.backward(loss * self.num_ranks, scale_wrt_gas=False)
             into.micro_batches.append(data)
             if not data.packed.is_dummy:
@@ -368,6 +375,9 @@ class LearnerActor:
             float(sum(p.is_dummy for p in own)),
         ]
         totals = torch.cat([total.sums.double(), torch.tensor(counts, dtype=torch.float64, device=self.device)])
+        if self._ranks.rank > 0:
+            # What ranks share, the first of them counts.
+            totals.zero_()
         highest = torch.stack([total.largest.double(), torch.tensor(inputs, dtype=torch.float64, device=self.device)])
         dist.all_reduce(totals)
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
@@ -382,7 +392,7 @@ class LearnerActor:
             "update/num_steps": float(len(grad_norms)),
             "update/micro_batches": float(len(own)),
             "update/dummies": dummies,
-            "update/imbalance": most_inputs * self.num_ranks / max(all_inputs, 1.0),
+            "update/imbalance": most_inputs * self.spec.learner.data_parallel_size / max(all_inputs, 1.0),
             "tokens/trained": trained,
             "tokens/processed": all_inputs,
         }

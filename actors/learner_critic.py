@@ -17,6 +17,7 @@ from actors.learner_engine import LearnerSpec, build_critic, step
 from grpo_ray.errors import CheckpointError, NonFiniteError
 from grpo_ray.losses.value import value_loss
 from grpo_ray.objectives import MicroBatchData
+from grpo_ray.sequence import SequenceRanks
 from grpo_ray.value_model import gae_of_segments
 
 _TAG = "deepspeed"
@@ -25,8 +26,10 @@ _SUMS = ("tokens", "loss", "error", "value", "return", "return_squared")
 
 
 class Critic:
-    def __init__(self, spec: LearnerSpec, device: torch.device) -> None:
-        self.engine: Any = build_critic(spec, device)
+    def __init__(self, spec: LearnerSpec, device: torch.device, ranks: SequenceRanks) -> None:
+        self.engine: Any = build_critic(spec, device, ranks)
+        self._counts = ranks.rank == 0
+        """Of the ranks that share a micro-batch one counts it."""
         self._spec = spec
         assert spec.algorithm is not None
         self._algorithm = spec.algorithm
@@ -46,7 +49,7 @@ class Critic:
             rewards_S = data.segments.mean(data.advantages_C)
             advantages_C, returns_C = gae_of_segments(rewards_S, values_C, data.segments, gamma=a.gamma, lam=a.lam)
             data.values_C, data.returns_C, data.advantages_C = values_C, returns_C, advantages_C
-            if not data.packed.is_dummy:
+            if self._counts and not data.packed.is_dummy:
                 x = advantages_C.double()
                 moments += torch.stack([x.new_tensor(len(x)), x.sum(), x.square().sum()])
         dist.all_reduce(moments)
@@ -71,7 +74,7 @@ class Critic:
                 clip_range=self._spec.critic.value_clip_range,
             )
             self.engine.backward(loss * num_ranks, scale_wrt_gas=False)
-            if not data.packed.is_dummy:
+            if self._counts and not data.packed.is_dummy:
                 self._count(values_C.detach(), data.returns_C, loss.detach())
         try:
             self._grad_norms.append(step(self.engine))

@@ -201,6 +201,9 @@ class LearnerConfig(Strict):
     num_cpus: NonNegFloat = 1
     num_gpus: NonNegFloat | None = None
     """Per actor. None: 1 on a cluster with GPUs, 0 elsewhere."""
+    sequence_parallel_size: PositiveInt = 1
+    """So many learners share each micro-batch, every one with a slice of its tokens: for contexts beyond one GPU (Ulysses; verl's
+    ulysses_sequence_parallel_size). Divides num_actors and the model's attention heads."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload_optimizer: bool = False
     offload_params: bool = False
@@ -214,7 +217,7 @@ class LearnerConfig(Strict):
     adam_eps: PositiveFloat = 1e-8
     max_grad_norm: PositiveFloat = 1.0
     micro_batch_tokens: PositiveInt = 8192
-    """Tokens (prompt and completion) of one forward and backward."""
+    """Tokens (prompt and completion) of one forward and backward, over all learners that share it."""
     packing: bool = True
     """Sequences end to end. False: filled up to the longest of a micro-batch (same gradient, more work)."""
     skip_no_signal: bool = True
@@ -229,6 +232,21 @@ class LearnerConfig(Strict):
     num_threads: PositiveInt | None = None
     """CPU threads per learner. None: 1 on CPU when there is more than one learner, else the machine's cores."""
     env: dict[str, str] = {}
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Micro-batches that are computed at once."""
+        return self.num_actors // self.sequence_parallel_size
+
+    @model_validator(mode="after")
+    def _slices(self) -> Self:
+        size = self.sequence_parallel_size
+        if self.num_actors % size:
+            raise ValueError(
+                f"learner.num_actors ({self.num_actors}) is not a multiple of learner.sequence_parallel_size ({size}), the "
+                f"learners that share a micro-batch; use {-(-self.num_actors // size) * size} learners, or another size"
+            )
+        return self
 
 
 class CriticConfig(Strict):
@@ -341,10 +359,10 @@ class RunConfig(Strict):
                 f"algorithm.num_mini_batches ({self.algorithm.num_mini_batches}) is more than "
                 f"prompts_per_step ({self.prompts_per_step}): a mini-batch holds at least one group"
             )
-        if self.learner.num_actors > samples:
+        if self.learner.data_parallel_size > samples:
             raise ValueError(
                 f"learner.num_actors ({self.learner.num_actors}) is more than the {samples} samples of a step; "
-                "lower it, or raise prompts_per_step"
+                "lower it, or raise prompts_per_step or learner.sequence_parallel_size"
             )
         longest = self.data.max_prompt_length + self.rollout.max_completion_length
         if self.learner.micro_batch_tokens < longest:
@@ -400,7 +418,7 @@ class SftConfig(Strict):
                 f"learner.micro_batch_tokens ({self.learner.micro_batch_tokens}) can't hold one example of max_length "
                 f"({self.max_length}) tokens; raise it"
             )
-        if self.learner.num_actors > self.examples_per_step:
+        if self.learner.data_parallel_size > self.examples_per_step:
             raise ValueError(
                 f"learner.num_actors ({self.learner.num_actors}) is more than examples_per_step ({self.examples_per_step})"
             )

@@ -32,7 +32,7 @@ class EarlyParts:
     def __init__(self, config: RunConfig, learner: Learner) -> None:
         self._config = config
         self._learner = learner
-        self._enough = config.learner.micro_batch_tokens * config.learner.num_actors
+        self._enough = config.learner.micro_batch_tokens * config.learner.data_parallel_size
         """Tokens of a part: less would make micro-batches that are not full."""
         self._active = can_overlap(config)
         self._count = 0

@@ -14,13 +14,15 @@ from grpo_ray.advantages import gae
 from grpo_ray.batching import PackedBatch
 from grpo_ray.losses.segments import Segments
 from grpo_ray.policy import target_states
+from grpo_ray.sequence import Alone, SequenceRanks, slice_of
 
 
 class ValueModel(nn.Module):
     """V of the text before each completion token. The head starts at zero, so every value does."""
 
-    def __init__(self, hf: nn.Module) -> None:
+    def __init__(self, hf: nn.Module, ranks: SequenceRanks | None = None) -> None:
         super().__init__()
+        self.ranks = ranks or Alone()
         config: Any = hf.config
         self.body = hf.base_model
         self.attention = config._attn_implementation
@@ -29,8 +31,9 @@ class ValueModel(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """[C], fp32."""
-        hidden_CH = target_states(self.body, batch, self.attention, self.head.weight.device)
-        values_C: Tensor = self.head(hidden_CH.to(self.head.weight.dtype))[:, 0].float()
+        own = slice_of(batch, self.ranks.rank, self.ranks.size)
+        hidden_cH = target_states(self.body, own, self.attention, self.head.weight.device)
+        (values_C,) = self.ranks.gather(own.counts, self.head(hidden_cH.to(self.head.weight.dtype))[:, 0].float())
         return values_C
 
 

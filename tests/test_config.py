@@ -77,6 +77,11 @@ def test_scientific_notation_in_a_recipe_is_a_number(tmp_path):
         ("algorithm=dappo", "'dappo' is not known; did you mean dapo?"),
         ("learner.num_actors=300", "more than the 256 samples"),
         ("learner.offload_params=true", "needs zero_stage 3"),
+        (
+            "learner.num_actors=3 learner.sequence_parallel_size=2",
+            "learner.num_actors (3) is not a multiple of learner.sequence_parallel_size (2)",
+        ),
+        ("learner.num_actors=600 learner.sequence_parallel_size=2", "more than the 256 samples"),
     ],
 )
 def test_bad_values_are_named_with_the_mend(override, expected):
