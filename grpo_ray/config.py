@@ -218,8 +218,9 @@ class LearnerConfig(Strict):
     packing: bool = True
     """Sequences end to end. False: filled up to the longest of a micro-batch (same gradient, more work)."""
     skip_no_signal: bool = True
-    """Leave out the passes of samples whose advantage is exactly 0, where neither KL nor entropy moves them either. The gradient
-    is the same; the metrics of tokens are those of the other samples."""
+    """Leave out the passes of samples whose advantage is exactly 0, where neither KL nor entropy moves them either, and where
+    advantages are known before the passes (not with gae or kl_in reward). The gradient is the same; the metrics of tokens are
+    those of the other samples."""
     logprob_chunk_tokens: PositiveInt | None = None
     """Rows of logits that exist at once. None: as many as fit 64 MiB in fp32, on a GPU 256 MiB."""
     num_threads: PositiveInt | None = None

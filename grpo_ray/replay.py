@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.errors import CheckpointError
 from grpo_ray.rollout_log import rollout_path, rollout_steps
-from grpo_ray.types import Sample, TrainBatch, TrainSample, VersionSpan
+from grpo_ray.types import Sample, Step, TrainBatch, TrainSample, VersionSpan
 
 COMPARED = ("loss/policy", "grad_norm")
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3}
@@ -118,6 +118,8 @@ def _train_sample(row: Mapping[str, Any], samples: list[Sample], place: int) -> 
         advantage=math.nan if row["advantage"] is None else row["advantage"],
         group=row["group"],
         loss_mask=row["loss_mask"],
+        # Not in the files of earlier versions, which knew no process supervision.
+        steps=tuple(Step(**step) for step in row.get("advantage_steps", ())),
     )
 
 
