@@ -1,13 +1,14 @@
 """One DeepSpeed rank. All ranks get the same batch, make the same plan, and each takes its own micro-batches from it; under
 sequence parallelism the ranks that share their micro-batches take the same ones.
 
-    fetch own samples -> [old log-probabilities] -> [reference] -> [critic: advantages] -> for each mini-batch:
-    micro-batches, then one optimizer step; then, where it is due, the reference takes over the new weights
+    fetch own samples -> [old log-probabilities] -> [reference] -> [KL in the reward: advantages] -> [critic: advantages]
+    -> for each mini-batch: micro-batches, then one optimizer step; then, where it is due, the reference takes over the new
+    weights
 
 A step of one mini-batch may come in parts, as its groups are finished (`accumulate`); `update` then does what is left.
 
-`old` costs a pass of its own only where the weights move before a sample's turn: for every mini-batch but the first (and
-for none where the sampler's own report is taken for it).
+`old` costs a pass of its own only where the weights move before a sample's turn, for every mini-batch but the first, or
+where the advantages are made of it (and for none where the sampler's own report is taken for it).
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ import ray
 import torch
 import torch.distributed as dist
 
-from actors import learner_reference, learner_sequence, learner_state
+from actors import learner_kl, learner_reference, learner_sequence, learner_state
 from actors.learner_critic import Critic
 from actors.learner_engine import LearnerSpec, build_engine, build_reference, step
 from actors.runtime import own_log
-from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch
+from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch, token_values
 from grpo_ray.config import AlgorithmConfig
 from grpo_ray.errors import NonFiniteError, WorkerError
 from grpo_ray.lora import adapters_off
@@ -162,7 +163,8 @@ class LearnerActor:
         """Train on the batch: every pass, every mini-batch; less what `accumulate` has had of it.
 
         Raises:
-            NonFiniteError: on all ranks alike, naming the sample; the weights are as they were before that mini-batch.
+            NonFiniteError: on all ranks alike, naming the sample; the weights are as they were before that mini-batch, or before
+                the update, if it is a KL.
             ConfigError: a sample is longer than a micro-batch may be.
             WorkerError: samples could not be fetched, or what came in parts is not in the batch.
         """
@@ -200,17 +202,22 @@ class LearnerActor:
 
     def _whole(self, batch: TrainBatch) -> dict[str, float]:
         self._start_clock()
+        kl_in_reward = self._algorithm.kl_in == "reward"
         plan = self._plan(batch)
+        untrained = self._plan_untrained(batch) if kl_in_reward else []
         with self._timed("fetch"):
-            steps = [
+            fetched = [
                 self._fetch(batch, planned, self._normalizers([batch.samples[i] for i in planned.samples]))
-                for planned in plan
+                for planned in plan + untrained
             ]
+            steps = fetched[: len(plan)]
         with self._timed("old"):
-            later = steps[1:] if self._algorithm.old_logprobs == "recompute" else []
+            later = fetched if kl_in_reward else steps[1:]
             for data in (data for mini_batch in later for data in mini_batch):
-                data.old_C = self._logprobs(self._engine, data, batch.temperature)
-        self._set_reference(steps, batch)
+                if self._algorithm.old_logprobs == "recompute":
+                    data.old_C = self._logprobs(self._engine, data, batch.temperature)
+        self._set_reference(fetched, batch)
+        of_the_kl = self._take_kl_off(batch, plan + untrained, fetched) if kl_in_reward else {}
         if self._critic is not None:
             with self._timed("critic"):
                 self._critic.set_advantages([data for mini_batch in steps for data in mini_batch])
@@ -230,7 +237,7 @@ class LearnerActor:
                         num_tokens = sum(batch.samples[i].num_tokens for i in planned.samples)
                         self._critic.update(mini_batch, num_tokens, self.num_ranks)
         total.micro_batches = [data for mini_batch in steps for data in mini_batch]
-        metrics = self._metrics(total, grad_norms, learning_rates)
+        metrics = self._metrics(total, grad_norms, learning_rates) | of_the_kl
         if self._critic is not None:
             metrics |= self._critic.take_metrics()
         return metrics
@@ -266,9 +273,41 @@ class LearnerActor:
             num_mini_batches=self._algorithm.num_mini_batches,
             micro_batch_tokens=self.spec.learner.micro_batch_tokens,
             padded=not self.spec.learner.packing,
-            idle={n for n, i in enumerate(trained) if skip and not self._objective.moves(batch.samples[i].advantage)},
+            idle={
+                n
+                for n, i in enumerate(trained)
+                if skip and not any(map(self._objective.moves, batch.samples[i].advantages))
+            },
         )
         return [plan.renumbered(trained) for plan in plans]
+
+    def _plan_untrained(self, batch: TrainBatch) -> list[MiniBatchPlan]:
+        """Samples that are out of the loss and in their group's baseline: their KL counts there."""
+        if self._algorithm.advantage == "gae":
+            return []
+        members = [
+            i for i, s in enumerate(batch.samples) if not s.loss_mask and s.advantage == s.advantage and s.num_tokens
+        ]
+        plans = plan_batch(
+            [batch.samples[i].num_prompt_tokens + batch.samples[i].num_tokens for i in members],
+            [batch.samples[i].group for i in members],
+            num_ranks=self.spec.learner.data_parallel_size,
+            num_mini_batches=1,
+            micro_batch_tokens=self.spec.learner.micro_batch_tokens,
+            padded=not self.spec.learner.packing,
+        )
+        return [plan.renumbered(members) for plan in plans]
+
+    def _take_kl_off(
+        self, batch: TrainBatch, plan: list[MiniBatchPlan], fetched: list[list[MicroBatchData]]
+    ) -> dict[str, float]:
+        """Make the advantages of rewards less beta x KL; with a critic, leave the KL of the tokens to it. Metrics come back."""
+        every = [data for mini_batch in fetched for data in mini_batch]
+        kl_S = learner_kl.kl_of_samples(every, batch, self._algorithm, self._ranks, self.device)
+        if self._critic is None:
+            learner_kl.set_advantages(every, batch, kl_S, self._algorithm)
+        num_tokens = [batch.samples[i].num_tokens for mini_batch in plan for i in mini_batch.samples]
+        return learner_kl.metrics(num_tokens, kl_S, self._algorithm.beta)
 
     def _fetch(self, batch: TrainBatch, planned: MiniBatchPlan, normalizers: Normalizers) -> list[MicroBatchData]:
         micros = planned.ranks[self.rank // self._ranks.size]
@@ -295,7 +334,7 @@ class LearnerActor:
             prompt_ids=sample.prompt_token_ids,
             completion_ids=sample.token_ids,
             rollout_logprobs=sample.logprobs,
-            advantage=info.advantage,
+            advantage=token_values(info.steps, info.num_tokens) if info.steps else info.advantage,
             weight=self._objective.weight(info.num_tokens, normalizers),
             sample=index,
         )

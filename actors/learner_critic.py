@@ -38,7 +38,8 @@ class Critic:
 
     @torch.no_grad()
     def set_advantages(self, micro_batches: list[MicroBatchData]) -> None:
-        """Replace the rewards that stand in `advantages_C` by whitened advantages; add values and returns.
+        """Replace the rewards that stand in `advantages_C`, less the KL where there is one, by whitened advantages; add values
+        and returns.
 
         Whitened as in the PPO of RLHF: minus the mean, over the standard deviation of all tokens of the step.
         """
@@ -46,8 +47,10 @@ class Critic:
         moments = torch.zeros(3, device=self._sums.device, dtype=torch.float64)
         for data in micro_batches:
             values_C: Tensor = self.engine(data.packed)
-            rewards_S = data.segments.mean(data.advantages_C)
-            advantages_C, returns_C = gae_of_segments(rewards_S, values_C, data.segments, gamma=a.gamma, lam=a.lam)
+            scores_S = data.segments.mean(data.advantages_C)
+            advantages_C, returns_C = gae_of_segments(
+                scores_S, data.kl_C, values_C, data.segments, beta=a.beta, gamma=a.gamma, lam=a.lam
+            )
             data.values_C, data.returns_C, data.advantages_C = values_C, returns_C, advantages_C
             if self._counts and not data.packed.is_dummy:
                 x = advantages_C.double()

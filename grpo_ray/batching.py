@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grpo_ray.errors import ConfigError
+from grpo_ray.types import Step
 
 _NEAR_BEST = 1.05
 _SEARCHED = 64
@@ -198,11 +199,22 @@ class PackItem:
     """[T], at least one."""
     rollout_logprobs: NDArray[np.float32]
     """[T]."""
-    advantage: float
+    advantage: float | NDArray[np.floating]
+    """Of all its tokens, or [T]."""
     weight: float
     """Of each of its tokens in the loss: the global normalizer is in it."""
     sample: int
     """Which sample of the batch it is."""
+
+
+def token_values(steps: Sequence[Step], num_tokens: int) -> NDArray[np.float64]:
+    """[T]: each step's value at each of its tokens, 0 after the last step."""
+    out = np.zeros(num_tokens)
+    start = 0
+    for step in steps:
+        out[start : step.end + 1] = step.value
+        start = step.end + 1
+    return out
 
 
 @dataclass(frozen=True)
@@ -268,7 +280,9 @@ def pack(items: Sequence[PackItem], *, padded: bool = False) -> PackedBatch:
         ),
         targets=np.concatenate([i.completion_ids for i in items]).astype(np.int64),
         rollout_logprobs=np.concatenate([i.rollout_logprobs for i in items]).astype(np.float32),
-        advantages=np.repeat(np.array([i.advantage for i in items], dtype=np.float32), num_targets),
+        advantages=np.concatenate(
+            [np.broadcast_to(np.float32(i.advantage), n) for i, n in zip(items, num_targets, strict=True)]
+        ),
         weights=np.repeat(np.array([i.weight for i in items], dtype=np.float32), num_targets),
         samples=np.repeat(np.array([i.sample for i in items], dtype=np.int64), num_targets),
         segments=np.repeat(np.arange(len(items), dtype=np.int64), num_targets),

@@ -221,8 +221,9 @@ class LearnerConfig(Strict):
     packing: bool = True
     """Sequences end to end. False: filled up to the longest of a micro-batch (same gradient, more work)."""
     skip_no_signal: bool = True
-    """Leave out the passes of samples whose advantage is exactly 0, where neither KL nor entropy moves them either. The gradient
-    is the same; the metrics of tokens are those of the other samples."""
+    """Leave out the passes of samples whose advantage is exactly 0, where neither KL nor entropy moves them either, and where
+    advantages are known before the passes (not with gae or kl_in reward). The gradient is the same; the metrics of tokens are
+    those of the other samples."""
     overlap: bool = True
     """Groups go through forward and backward as they are finished, while the last ones are still sampled. The gradient is the
     same but for the order of its sums, which depends on timing: switch it off to repeat a run bit for bit. Without effect

@@ -26,6 +26,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "reward/group_std": ("Reward: standard deviation within a group (n - 1), mean over groups", ""),
     "reward/*/mean": ("Reward function *: mean over the samples it applies to, before its weight", ""),
     "reward/*/std": ("Reward function *: standard deviation over those samples (n - 1)", ""),
+    "reward/kl_penalty": ("What the KL took off the reward of a sample, beta included, mean (kl_in reward)", ""),
     "reward/failed": ("Scores that failed (timeout, crash, error), dropped groups included", "scores"),
     "reward/*/failed": ("Scores of function * that failed", "scores"),
     "reward/busy_s": ("Time that the reward functions took, summed over workers", "s"),
@@ -36,7 +37,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "completions/clipped_ratio": ("Part of the completions that were cut at max_completion_length", ""),
     "prompts/mean_length": ("Prompt length, mean", "tokens"),
     "groups/count": ("Groups in the batch", "groups"),
-    "groups/no_signal_fraction": ("Part of the groups whose rewards are all equal: they move nothing", ""),
+    "groups/no_signal_fraction": ("Part of the groups whose scores are all equal: they say nothing of the task", ""),
     "groups/dropped": ("Groups dropped while the batch was collected", "groups"),
     "groups/dropped/*": ("Groups dropped because of *", "groups"),
     "staleness/mean": ("Steps between a sample's oldest token and its training, mean", "steps"),
@@ -205,7 +206,8 @@ def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
     if spreads:
         out["reward/group_std"] = _mean(spreads)
     if groups:
-        out["groups/no_signal_fraction"] = _mean([len(set(group)) < 2 for group in per_group])
+        rewards_of = [{r for s in g.scores if s.status is ScoreStatus.OK for r in s.rewards} for g in groups]
+        out["groups/no_signal_fraction"] = _mean([len(distinct) < 2 for distinct in rewards_of])
     parts = [part for g in groups for s in g.scores for part in s.parts]
     for name in dict.fromkeys(part.name for part in parts):
         values = [p.value for p in parts if p.name == name and p.status is ScoreStatus.OK]

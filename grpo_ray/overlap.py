@@ -13,7 +13,7 @@ from grpo_ray.roles import Learner
 from grpo_ray.train_batch import cut_batch, set_advantages
 from grpo_ray.types import Group
 
-_OF_ONE_GROUP = ("grpo", "dr_grpo", "rloo")
+_OF_ONE_GROUP = ("grpo", "dr_grpo", "rloo", "process")
 """Advantages that no other group has a part in."""
 
 
@@ -23,7 +23,8 @@ def can_overlap(config: RunConfig) -> bool:
     one_step = a.num_mini_batches == 1 and a.num_iterations == 1
     # Sampling ahead with groups that drop out: which of the later ones this step gets is known only at its end.
     settled = not (a.dynamic_sampling and a.max_staleness > 0)
-    return config.learner.overlap and one_step and settled and a.advantage in _OF_ONE_GROUP
+    known = a.advantage in _OF_ONE_GROUP and not a.advantages_on_learner
+    return config.learner.overlap and one_step and settled and known
 
 
 class EarlyParts:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.errors import CheckpointError
 from grpo_ray.rollout_log import rollout_path, rollout_steps
-from grpo_ray.types import Sample, TrainBatch, TrainSample, VersionSpan
+from grpo_ray.types import Sample, Step, TrainBatch, TrainSample, VersionSpan
 
 COMPARED = ("loss/policy", "grad_norm")
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3}
@@ -125,6 +125,8 @@ def _train_sample(row: Mapping[str, Any], samples: list[Sample], place: int) -> 
         group=row["group"],
         loss_mask=row["loss_mask"],
         part=row.get("part"),
+        # Not in the files of earlier versions, which knew no process supervision.
+        steps=tuple(Step(**step) for step in row.get("advantage_steps", ())),
     )
 
 

@@ -286,9 +286,11 @@ class TrainLoop:
         """Apply the failure policy. A dropped group is replaced by the next prompt.
 
         Raises:
-            RewardError: more scores failed than `reward.on_failure.abort_above` allows.
+            RewardError: more scores failed than `reward.on_failure.abort_above` allows, or there are rewards of steps and no use
+                for them.
         """
         policy = self.config.reward.on_failure
+        self._refuse_steps(group)
         counts = self._counts
         counts.scored += len(group.scores)
         failed = [s for s in group.scores if s.status.failed]
@@ -316,6 +318,16 @@ class TrainLoop:
         self.ledger.dropped(group, self.step + 1, f"reward_{failed[0].status}")
         counts.dropped["reward_failed"] = counts.dropped.get("reward_failed", 0) + 1
         return False
+
+    def _refuse_steps(self, group: Group) -> None:
+        """Their sum would be trained on in silence, and a run of that is not what anybody wrote steps for."""
+        kind = self.config.algorithm.advantage
+        name = next((p.name for s in group.scores for p in s.parts if p.steps), None)
+        if name is not None and kind != "process":
+            raise RewardError(
+                f"reward {name!r} gives rewards of steps, and algorithm.advantage {kind} compares rewards of whole samples; use "
+                "algorithm.advantage process, or return the sum"
+            )
 
     def _has_signal(self, group: Group) -> bool:
         """Dynamic sampling: a group whose rewards are all equal moves nothing, and the next prompt takes its place."""

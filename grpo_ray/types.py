@@ -121,16 +121,28 @@ class ScoreStatus(StrEnum):
 
 
 @dataclass(frozen=True)
+class Step:
+    """Process supervision: a number for a part of a completion, from the end of the step before it."""
+
+    end: int
+    """Index of its last token, 0 .. T-1."""
+    value: float
+    """What it is worth; of a trained sample the advantage of its tokens."""
+
+
+@dataclass(frozen=True)
 class RewardScore:
     """What one reward function said of one sample."""
 
     name: str
     status: ScoreStatus
     value: float
-    """Before its weight. NaN unless status is `ok`."""
+    """Before its weight; the sum over its steps. NaN unless status is `ok`."""
     detail: str = ""
     """For a failure: what happened, in one line."""
     seconds: float = 0.0
+    steps: tuple[Step, ...] = ()
+    """Before their weight, by their ends. None: one number for the whole completion."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +155,14 @@ class Score:
     """sum_k weight_k * value_k over the parts that apply. NaN unless status is `ok`."""
     parts: tuple[RewardScore, ...] = ()
     detail: str = ""
+    steps: tuple[Step, ...] = ()
+    """Weighted, of all parts together, by their ends; a part without steps is one that ends at the last token. Empty where no
+    part has any."""
+
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        """Those of its steps, or the one of the whole."""
+        return tuple(step.value for step in self.steps) or (self.value,)
 
 
 @dataclass(frozen=True)
@@ -168,6 +188,8 @@ class Group:
     advantages: list[float] = field(default_factory=list)
     part: int | None = None
     """Which of the parts that the learner was given before the batch was whole; None: it came with the batch."""
+    steps: list[tuple[Step, ...]] = field(default_factory=list)
+    """Of each sample, as in `TrainSample`; empty but for `algorithm.advantage: process`."""
 
     @property
     def min_version(self) -> int:
@@ -185,13 +207,21 @@ class TrainSample:
     num_prompt_tokens: int
     num_tokens: int
     advantage: float
-    """With `algorithm.advantage: gae` the reward, from which the learner makes one advantage a token."""
+    """Where the learner makes the advantages (`AlgorithmConfig.advantages_on_learner`): the reward, NaN without a score. With
+    `algorithm.advantage: process` the mean over its tokens, for people."""
     group: int
     """Which group of the batch it belongs to."""
     loss_mask: bool = True
     """False: takes part in nothing (a failed score, a truncated sample under overlong filtering)."""
     part: int | None = None
     """As in `Group`."""
+    steps: tuple[Step, ...] = ()
+    """With `algorithm.advantage: process` the advantages of its tokens; 0 after the last step."""
+
+    @property
+    def advantages(self) -> tuple[float, ...]:
+        """All that its tokens have, but for 0."""
+        return tuple(step.value for step in self.steps) or (self.advantage,)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_ray.attention import attention_kwargs, choose_attention
-from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch
+from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch, token_values
 from grpo_ray.errors import ConfigError
 from grpo_ray.policy import PolicyModel
+from grpo_ray.types import Step
 
 BUDGET = 100
 
@@ -244,3 +246,13 @@ def test_equal_neighbours_are_attended_as_one_batch() -> None:
 def test_flash_attention_without_a_gpu_is_refused() -> None:
     with pytest.raises(ValueError, match="flash_attention_2, which needs a GPU"):
         choose_attention("flash_attention_2", torch.device("cpu"))
+
+
+def test_tokens_may_have_advantages_of_their_own() -> None:
+    def item(advantage: Any, sample: int) -> PackItem:
+        return PackItem(np.arange(2), np.arange(4), np.zeros(4, np.float32), advantage, 1.0, sample)
+
+    steps = (Step(0, 0.5), Step(2, -1.5))
+    packed = pack([item(token_values(steps, 4), 0), item(2.0, 1)])
+    assert packed.advantages.tolist() == [0.5, -1.5, -1.5, 0.0, 2.0, 2.0, 2.0, 2.0]
+    assert packed.advantages.dtype == np.float32

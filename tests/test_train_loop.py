@@ -27,6 +27,7 @@ from grpo_ray.types import (
     Score,
     ScoreRequest,
     ScoreStatus,
+    Step,
     SyncReport,
     TrainBatch,
     TrainSample,
@@ -69,6 +70,8 @@ class World:
         """Prompts whose samples all score the same."""
         self.distinct = False
         """The samples of all others score differently."""
+        self.steps: dict[str, tuple[Step, ...]] = {}
+        """Prompt, with or without `#index` -> rewards of steps."""
         self.truncate_above = 100
         """Tokens."""
         self.on_update: Any = None
@@ -103,6 +106,11 @@ class World:
             return Score(status, float("nan"), (part,), part.detail)
         value = float(request.sample.index if self.distinct else request.sample.ref[0] % 3)
         value = 1.0 if request.sample.prompt_id in self.same else value
+        name = request.sample.prompt_id
+        steps = self.steps.get(f"{name}#{request.sample.index}", self.steps.get(name, ()))
+        if steps:
+            value = sum(s.value for s in steps)
+            return Score(status, value, (RewardScore("r", status, value, steps=steps),), steps=steps)
         return Score(status, value, (RewardScore("r", status, value),))
 
     async def accumulate(self, part: TrainBatch) -> None:
@@ -539,3 +547,31 @@ def test_accuracy_is_measured_before_the_first_step_and_after_the_last(tmp_path)
     for event in session.events:
         if isinstance(event, EvalEvent):
             assert event.accuracy in (0, 0.25, 0.5, 0.75, 1)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "gae"])
+def test_rewards_of_steps_end_a_run_that_has_no_use_for_them(tmp_path, kind):
+    session = Session(tmp_path, config(f"algorithm.advantage={kind}"))
+    session.world.steps = {f"ten/0/{row}#2": (Step(0, 1.0),) for row in range(ROWS)}
+    with pytest.raises(
+        RewardError, match=rf"reward 'r' gives rewards of steps, .* {kind} .*use algorithm.advantage process"
+    ):
+        session.go()
+    assert session.world.batches == []
+
+
+def test_under_process_a_group_has_a_signal_when_two_steps_differ(tmp_path):
+    session = Session(tmp_path, config("algorithm.advantage=process", "algorithm.dynamic_sampling=true", "num_steps=3"))
+    # Row 1: all samples the same two different steps, and so the same sum. Row 2: all steps equal, more of them in one sample.
+    session.world.distinct = True
+    session.world.steps = {"ten/0/1": (Step(0, 1.0), Step(1, 0.0)), "ten/0/2": (Step(0, 0.5),)} | {
+        "ten/0/2#3": (Step(0, 0.5), Step(1, 0.5))
+    }
+    assert session.go() == "finished"
+    assert [row[0] for row in session.ledger_rows if row[2] == "dropped"] == ["ten/0/2"]
+    samples = [s for batch in session.world.batches for s in batch.samples]
+    assert all(s.steps for s in samples)
+    first, second = next(s for s in samples if s.prompt_id == "ten/0/1").steps
+    assert (first.end, second.end) == (0, 1)
+    assert second.value < 0
+    assert first.value == pytest.approx(0.0, abs=1e-9)
