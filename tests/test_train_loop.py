@@ -273,7 +273,7 @@ def test_a_budget_spent_on_groups_for_later_steps_leaves_no_group_behind_its_sta
         with suppress(RewardError):
             session.go()
         ages += [batch.step - world.version_of[s.prompt_id] for batch in world.batches for s in batch.samples]
-    assert len(ages) > 200
+    assert len(ages) > 50
     assert max(ages) == staleness
 
 
