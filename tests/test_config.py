@@ -68,7 +68,7 @@ def test_scientific_notation_in_a_recipe_is_a_number(tmp_path):
         ),
         ("algorithm.beta=0.1 algorithm.ref_refresh_steps=5 model.lora={}", "without its adapters is the reference"),
         (
-            "model.lora={r: 513, transfer: adapter}",
+            "model.lora.transfer=adapter model.lora.r=513",
             "through adapters of at most 512; lower it, or use model.lora.transfer merged",
         ),
         (
