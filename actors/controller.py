@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import ray
 
+from actors.adapter_sync import RayAdapterSync
 from actors.cluster import has_gpus
 from actors.learner_group import LearnerGroup
 from actors.reward_pool import RewardPool
@@ -201,6 +202,8 @@ class Controller:
         return await loop.run()
 
     async def _eval(self, config: RunConfig) -> str:
+        # Nothing is trained, and an exported model has its adapters in it: samplers need no room for any.
+        config = config.model_copy(update={"model": config.model.model_copy(update={"lora": None})})
         model = await self._prepare_model(config)
         async with _Workers(config, self._run, model, self._phase, self._warn) as workers:
             async with asyncio.TaskGroup() as tasks:
@@ -302,7 +305,7 @@ class _Started:
     sampler: RolloutPool
     scorer: RewardPool
     learner: LearnerGroup
-    weights: RayWeightSync
+    weights: RayWeightSync | RayAdapterSync
     voter: RewardPool | None
 
 
@@ -341,9 +344,15 @@ class _Workers:
             learner = tasks.create_task(start_learner())
             scorer = tasks.create_task(self.start_scorer())
             voter = tasks.create_task(self.start_voter())
-        learner.result().prepare_weights()
-        weights = RayWeightSync(sampler.result(), learner.result(), timeout_s=self._config.deadlines.sync_s)
+        weights = self._weight_sync(sampler.result(), learner.result())
         return _Started(sampler.result(), scorer.result(), learner.result(), weights, voter.result())
+
+    def _weight_sync(self, sampler: RolloutPool, learner: LearnerGroup) -> RayWeightSync | RayAdapterSync:
+        timeout_s = self._config.deadlines.sync_s
+        if self._config.model.sends_adapters:
+            return RayAdapterSync(sampler, learner, timeout_s)
+        learner.prepare_weights()
+        return RayWeightSync(sampler, learner, timeout_s)
 
     async def start_scorer(self) -> RewardPool:
         assert isinstance(self._config, RunConfig)

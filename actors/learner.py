@@ -33,7 +33,7 @@ from actors.runtime import own_log
 from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch, token_values
 from grpo_ray.config import AlgorithmConfig
 from grpo_ray.errors import NonFiniteError, WorkerError
-from grpo_ray.lora import adapters_off
+from grpo_ray.lora import adapter_bytes, adapter_checksum, adapters_off
 from grpo_ray.losses.aggregation import Normalizers
 from grpo_ray.objectives import GrpoObjective, MicroBatchData, Objective, SftObjective
 from grpo_ray.policy import PolicyModel
@@ -41,6 +41,7 @@ from grpo_ray.sequence import Alone, SequenceRanks
 from grpo_ray.types import Sample, TrainBatch, TrainSample, UpdateReport
 
 if TYPE_CHECKING:
+    from actors.adapter_sync import AdapterReport
     from actors.weight_sender import WeightSender
     from actors.weights import EngineTarget, SendReport
 
@@ -481,6 +482,16 @@ class LearnerActor:
         if self._sender is None:
             raise WorkerError(f"learner-{self.rank} was asked to send weights before it was connected to any engine")
         return self._sender.send(version)
+
+    def put_adapter(self) -> AdapterReport | None:
+        """Rank 0 puts the adapter as it is now into the object store; the others take part in gathering and return None."""
+        from actors.adapter_sync import AdapterReport
+
+        tensors = learner_state.gather_adapter(self._engine)
+        if self.rank != 0:
+            return None
+        data = adapter_bytes(tensors)
+        return AdapterReport(ref=ray.put(data), num_bytes=len(data), checksum=adapter_checksum(data))
 
     def _make_sender(self) -> WeightSender:
         # Imported here: it brings vLLM with it, which takes seconds that a run without samplers need not spend.

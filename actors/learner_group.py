@@ -26,6 +26,7 @@ from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
 from grpo_ray.types import TrainBatch, UpdateReport
 
 if TYPE_CHECKING:
+    from actors.adapter_sync import AdapterReport
     from actors.weights import EngineTarget, SendReport
 
 GRACE_S = 5.0
@@ -133,6 +134,13 @@ class LearnerGroup:
         report: SendReport
         self.unsent = False
         report, *_ = await self._call("weights_send", version, deadline="sync_s")
+        return report
+
+    async def put_adapter(self) -> AdapterReport:
+        """See `actors.adapter_sync.LearnerAdapters`. The ranks have the call before this first awaits."""
+        report: AdapterReport
+        self.unsent = False
+        report, *_ = await self._call("put_adapter", deadline="sync_s")
         return report
 
     async def close(self) -> None:

@@ -23,6 +23,7 @@ from typing import Any, Self
 import ray
 from ray.exceptions import RayError
 
+from actors.engine_adapters import AdapterOptions
 from actors.rollout import Outcome, RolloutActor, rollout_env
 from actors.runtime import core_error, log_tail, within
 from actors.weights import EngineTarget, last_line, resolve_backend
@@ -373,6 +374,7 @@ class RolloutPool:
             c.seed,
             self._backend,
             c.model.trust_remote_code,
+            AdapterOptions.of(c),
         )
         log = Path(self._run_dir) / "logs" / f"{engine.name}.log"
         try:

@@ -226,23 +226,37 @@ class RayWeightSync:
         self._connected = members
 
     async def _each(self, targets: Sequence[EngineTarget], method: str, *args: Any) -> list[EngineTarget]:
-        """Call a method of all engines; those that fail or don't answer are given to the pool as dead, the others returned."""
+        """Those that did it; see `ask_each`."""
+        answers, _ = await ask_each(self._pool, targets, self._timeout_s, method, *args)
+        return [target for target, _ in answers]
 
-        async def call(target: EngineTarget) -> bool:
-            try:
-                await within(
-                    _answer(getattr(target.handle, method).remote(*args)),
-                    self._timeout_s,
-                    f"{method} of {target.name} for a weight sync",
-                    "deadlines.sync_s",
-                )
-            except (RayError, GrpoRayError) as e:
-                self._pool.engine_failed(target, f"it failed in {method}: {last_line(e)}", blame_work=False)
-                return False
-            return True
 
-        answered = await asyncio.gather(*(call(t) for t in targets))
-        return [t for t, ok in zip(targets, answered, strict=True) if ok]
+async def ask_each(
+    pool: RolloutPool, targets: Sequence[EngineTarget], timeout_s: float, method: str, *args: Any
+) -> tuple[list[tuple[EngineTarget, Any]], list[str]]:
+    """Call a method of all engines at once. Those that fail or don't answer are given to the pool as dead.
+
+    Returns:
+        The others, each with its answer; and what went wrong with those.
+    """
+    failures: list[str] = []
+
+    async def call(target: EngineTarget) -> list[tuple[EngineTarget, Any]]:
+        try:
+            answer = await within(
+                _answer(getattr(target.handle, method).remote(*args)),
+                timeout_s,
+                f"{method} of {target.name} for a weight sync",
+                "deadlines.sync_s",
+            )
+        except (RayError, GrpoRayError) as e:
+            failures.append(f"{target.name} failed in {method}: {last_line(e)}")
+            pool.engine_failed(target, f"it failed in {method}: {last_line(e)}", blame_work=False)
+            return []
+        return [(target, answer)]
+
+    answered = await asyncio.gather(*(call(t) for t in targets))
+    return [pair for pairs in answered for pair in pairs], failures
 
 
 async def _answer(ref: Any) -> Any:

@@ -40,14 +40,32 @@ class TinyModelConfig(Strict):
         return self
 
 
+MAX_ADAPTER_RANK = 512
+"""The largest that vLLM samples through."""
+
+
 class LoraConfig(Strict):
-    """Low-rank adapters, 2106.09685. Samplers get merged weights."""
+    """Low-rank adapters, 2106.09685."""
 
     r: PositiveInt = 32
     alpha: PositiveInt = 64
     """The product is scaled by alpha / r."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Names of linear layers, e.g. [q_proj, v_proj]; `all-linear`: every one but the output layer."""
+    transfer: Literal["merged", "adapter"] = "merged"
+    """How they reach the samplers. `merged`: each sync sends the whole model with them added, and sampling is as fast as without
+    them. `adapter`: a sync sends them alone, a few MB instead of the model, and samples under way finish under the version they
+    began with; the samplers' base is never touched, so it can be quantised. But vLLM samples slower through adapters, on CPUs by
+    far. It pays for large models on GPUs, or on a slow network, where moving the model costs more than slower sampling."""
+
+    @model_validator(mode="after")
+    def _rank(self) -> Self:
+        if self.transfer == "adapter" and self.r > MAX_ADAPTER_RANK:
+            raise ValueError(
+                f"model.lora.r is {self.r}, and vLLM samples through adapters of at most {MAX_ADAPTER_RANK}; lower it, or use "
+                "model.lora.transfer merged"
+            )
+        return self
 
 
 class ModelConfig(Strict):
@@ -69,6 +87,11 @@ class ModelConfig(Strict):
         if (self.path is None) == (self.tiny is None):
             raise ValueError("give exactly one of model.path and model.tiny")
         return self
+
+    @property
+    def sends_adapters(self) -> bool:
+        """Samplers get the adapters, not merged weights."""
+        return self.lora is not None and self.lora.transfer == "adapter"
 
 
 class DataSource(Strict):
@@ -386,6 +409,11 @@ class RunConfig(Strict):
                 "algorithm.ref_refresh_steps moves a reference model, and with model.lora the reference is the bare model; "
                 "take one of them out"
             )
+        if self.model.sends_adapters and self.weights != WeightsConfig():
+            raise ValueError(
+                "weights is about sending the whole model, which model.lora.transfer adapter never does: take it out, or use "
+                "model.lora.transfer merged"
+            )
         if self.critic != CriticConfig() and self.algorithm.advantage != "gae":
             raise ValueError("critic is PPO's value model: it needs algorithm.advantage gae (or algorithm: ppo)")
         _check_precision(self.model, self.learner)
@@ -418,6 +446,10 @@ class SftConfig(Strict):
             raise ValueError(
                 f"learner.micro_batch_tokens ({self.learner.micro_batch_tokens}) can't hold one example of max_length "
                 f"({self.max_length}) tokens; raise it"
+            )
+        if self.model.sends_adapters:
+            raise ValueError(
+                "model.lora.transfer adapter is how samplers get the adapters, and fine-tuning has no samplers: take it out"
             )
         if self.learner.data_parallel_size > self.examples_per_step:
             raise ValueError(

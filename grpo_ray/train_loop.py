@@ -238,9 +238,18 @@ class TrainLoop:
         """Groups of this step's batch. Each group without signal beyond the budget of dynamic sampling makes it one smaller
         instead of being replaced; which groups are in it never depends on the order in which they were finished."""
         a, size = self.config.algorithm, self.config.prompts_per_step
+        if not a.dynamic_sampling:
+            return size
         unreplaced = self._counts.dropped.get(NO_SIGNAL, 0) - (a.max_sampling_rounds - 1) * size
         # Sampling ahead may have spent the budget with groups for later steps complete: those are not lost.
-        return max(size - max(0, unreplaced), min(size, len(self._oldest_ready())))
+        return max(size - max(0, unreplaced), min(size, len(self._oldest_ready())), self._num_due())
+
+    def _num_due(self) -> int:
+        """Groups that have to be in this step's batch, or some would be left when their staleness bound has come: j steps later
+        those dispatched at version step + j - `max_staleness`, or before, are due, and a step trains P at most."""
+        bound, size = self.config.algorithm.max_staleness, self.config.prompts_per_step
+        versions = [g.dispatched_version for g in (*self._ready, *self._under_way.values())]
+        return max(sum(v <= self.step + j - bound for v in versions) - j * size for j in range(bound + 1))
 
     def _dispatch(self, wanted: int) -> None:
         """Start as many groups as the staleness bound allows: those that a later step would train too late are not begun, nor

@@ -67,6 +67,14 @@ def test_scientific_notation_in_a_recipe_is_a_number(tmp_path):
             "steps that model.dtype bfloat16 rounds away",
         ),
         ("algorithm.beta=0.1 algorithm.ref_refresh_steps=5 model.lora={}", "without its adapters is the reference"),
+        (
+            "model.lora.transfer=adapter model.lora.r=513",
+            "through adapters of at most 512; lower it, or use model.lora.transfer merged",
+        ),
+        (
+            "model.lora.transfer=adapter weights.bucket_mb=8",
+            "sending the whole model, which model.lora.transfer adapter never",
+        ),
         ("algorithm.importance_sampling_clip_max=3", "without algorithm.importance_sampling"),
         ("algorithm.loss=gspo algorithm.importance_sampling=token_mask", "use geometric_mask, sequence_truncate"),
         ("algorithm.old_logprobs=rollout algorithm.importance_sampling=token_mask", "use old_logprobs recompute"),
@@ -102,6 +110,11 @@ def test_bad_values_are_named_with_the_mend(override, expected):
     with pytest.raises(ConfigError) as e:
         make(*override.split())
     assert expected in str(e.value)
+
+
+def test_fine_tuning_has_no_samplers_to_send_adapters_to():
+    with pytest.raises(ConfigError, match="fine-tuning has no samplers: take it out"):
+        build(SftConfig, {"model": {"tiny": {}, "lora": {"transfer": "adapter"}}, "data": MINIMAL["data"]}, "r")
 
 
 def test_every_problem_is_reported_at_once():

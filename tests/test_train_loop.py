@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,37 @@ def test_a_spent_budget_of_dynamic_sampling_never_makes_an_empty_batch_while_sam
         trained = [row[0] for row in session.ledger_rows if row[2] == "trained"]
         assert trained == ["ten/0/3"] * len(session.world.batches)
         assert len(trained) <= 1
+
+
+@pytest.mark.parametrize("staleness", [1, 2, 3])
+def test_a_budget_spent_on_groups_for_later_steps_leaves_no_group_behind_its_staleness_bound(tmp_path, staleness):
+    settings = (
+        "algorithm.dynamic_sampling=true",
+        "algorithm.max_sampling_rounds=1",
+        "prompts_per_step=4",
+        "num_steps=12",
+    )
+    ages = []
+    for jitter in range(12):
+        session = Session(tmp_path / str(jitter), config(f"algorithm.max_staleness={staleness}", *settings), jitter)
+        world = session.world
+        world.distinct = True
+        world.same = {f"ten/{e}/{r}" for e in range(40) for r in range(ROWS) if world.rng.random() < 0.3}
+        draw = world.generate
+
+        async def slow_where_there_is_signal(request, world=world, draw=draw):
+            info = await draw(request)
+            if request.prompt_id not in world.same:
+                await asyncio.sleep(world.rng.choice([0.002, 0.006]))
+            return info
+
+        world.generate = slow_where_there_is_signal
+        # Of a step none of whose groups has a signal the run ends.
+        with suppress(RewardError):
+            session.go()
+        ages += [batch.step - world.version_of[s.prompt_id] for batch in world.batches for s in batch.samples]
+    assert len(ages) > 50
+    assert max(ages) == staleness
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -29,7 +29,7 @@ GREEDY = replace(SAMPLING, temperature=0.0)
 LONG = replace(SAMPLING, max_tokens=200)
 
 
-def run_config(model: Path | str, **overrides: Any) -> RunConfig:
+def run_config(model: Path | str, /, **overrides: Any) -> RunConfig:
     data = {
         "model": {"path": str(model), "dtype": "float32"},
         "data": {"train": {"path": "unused.jsonl"}, "max_prompt_length": 56},
