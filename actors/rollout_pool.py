@@ -192,7 +192,7 @@ class RolloutPool:
             out[f"rollout/{engine.index}/samples"] = float(engine.samples)
             out[f"rollout/{engine.index}/tokens"] = float(engine.tokens)
             out[f"rollout/{engine.index}/busy_s"] = busy
-            out[f"rollout/{engine.index}/busy"] = busy / elapsed
+            out[f"rollout/{engine.index}/busy"] = min(1.0, busy / elapsed)
             engine.samples, engine.tokens, engine.told_busy_s = 0, 0, engine.told_busy_s + busy
         self._stats_since, self._num_restarts = now, 0
         return out

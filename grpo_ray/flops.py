@@ -54,10 +54,10 @@ class ModelShape:
 
 def model_shape(hf: nn.Module) -> ModelShape | None:
     """Of a Transformers model, also one that is sharded by ZeRO-3. None for a mixture of experts, of which a token meets a part
-    that its config does not tell in one way."""
+    that configs tell in no common way, and for a model without attention."""
     model: Any = hf
     config = model.config.get_text_config()
-    if any(getattr(config, name, None) for name in _EXPERTS):
+    if any(getattr(config, name, None) for name in _EXPERTS) or not getattr(config, "num_attention_heads", None):
         return None
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     rest = [p for p in hf.parameters() if p is not head and p is not embedding]
