@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import ray
 
 from actors.adapter_sync import RayAdapterSync
-from actors.cluster import has_gpus
+from actors.cluster import has_gpus, shares_devices
 from actors.learner_group import LearnerGroup
 from actors.reward_pool import RewardPool
 from actors.rollout_pool import RolloutPool
@@ -145,7 +145,15 @@ class Controller:
                 ledger.roll_back(0, 0)
             loop = TrainLoop(
                 config,
-                Roles(roles.sampler, roles.scorer, roles.learner, roles.weights, rollout_log, roles.voter),
+                Roles(
+                    roles.sampler,
+                    roles.scorer,
+                    roles.learner,
+                    roles.weights,
+                    rollout_log,
+                    roles.voter,
+                    shares_devices(config, has_gpus()),
+                ),
                 Cursor(prompts.train, seed=config.seed, shuffle=config.data.shuffle),
                 {name: list(held_out) for name, held_out in prompts.eval.items()},
                 ledger,

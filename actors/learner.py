@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 import torch
@@ -30,9 +31,11 @@ from actors import learner_kl, learner_reference, learner_sequence, learner_stat
 from actors.learner_critic import Critic
 from actors.learner_engine import LearnerSpec, build_engine, build_reference, step
 from actors.runtime import own_log
+from grpo_ray.activity import Activity
 from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch, token_values
 from grpo_ray.config import AlgorithmConfig
 from grpo_ray.errors import NonFiniteError, WorkerError
+from grpo_ray.flops import ModelShape, UpdatePasses, model_shape, throughput_metrics, update_flops
 from grpo_ray.lora import adapter_bytes, adapter_checksum, adapters_off
 from grpo_ray.losses.aggregation import Normalizers
 from grpo_ray.objectives import GrpoObjective, MicroBatchData, Objective, SftObjective
@@ -46,6 +49,24 @@ if TYPE_CHECKING:
     from actors.weights import EngineTarget, SendReport
 
 FETCH_TIMEOUT_S = 120.0
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _recorded(
+    name: str,
+) -> Callable[[Callable[Concatenate[LearnerActor, P], R]], Callable[Concatenate[LearnerActor, P], R]]:
+    """A method of the actor whose calls are spans of its activity."""
+
+    def decorate(method: Callable[Concatenate[LearnerActor, P], R]) -> Callable[Concatenate[LearnerActor, P], R]:
+        @wraps(method)
+        def call(self: LearnerActor, *args: P.args, **kwargs: P.kwargs) -> R:
+            with self._activity.span(name):
+                return method(self, *args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 @dataclass(frozen=True)
@@ -84,12 +105,14 @@ class LearnerActor:
         self._algorithm = spec.algorithm or AlgorithmConfig()
         self._objective = _objective(spec.algorithm)
         self._seconds: dict[str, float] = {}
+        self._activity = Activity(f"learner-{rank}")
         self._early: _Pass | None = None
         """Of the step under way, while its batch is not whole."""
         self._store: dist.TCPStore | None = None
         self._ranks: SequenceRanks = Alone()
         """Those that share their micro-batches with this one."""
         self._engine: Any = None
+        self._shape: ModelShape | None = None
         self._reference: Any = None
         self._critic: Critic | None = None
         self._sender: WeightSender | None = None
@@ -131,6 +154,7 @@ class LearnerActor:
         deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", verbose=False)
         self._ranks = learner_sequence.join(learner.sequence_parallel_size, timeout)
         self._engine = build_engine(self.spec, self.device, self._ranks)
+        self._shape = model_shape(self._engine.module.hf)
         if self.spec.needs_reference_model:
             self._reference = build_reference(self.spec, self.device, self._ranks)
         if self.spec.needs_critic:
@@ -143,6 +167,7 @@ class LearnerActor:
 
     # Update.
 
+    @_recorded("update")
     def accumulate(self, part: TrainBatch) -> None:
         """Forward and backward of groups that are sure to be in the step's batch, while others are still sampled.
 
@@ -160,6 +185,7 @@ class LearnerActor:
             with self._timed("forward_backward"):
                 self._forward_backward(mini_batch, part, self._early)
 
+    @_recorded("update")
     def update(self, batch: TrainBatch) -> UpdateReport:
         """Train on the batch: every pass, every mini-batch; less what `accumulate` has had of it.
 
@@ -176,7 +202,9 @@ class LearnerActor:
             with self._timed("reference"):
                 learner_reference.follow(self._reference_model, self._engine.module, self._algorithm.ref_polyak_tau)
         metrics |= {f"update/{name}_s": seconds for name, seconds in self._seconds.items()}
-        return UpdateReport(step=batch.step, metrics=metrics, seconds=time.monotonic() - started)
+        metrics |= self._throughput(batch, sum(self._seconds.values()), metrics["tokens/processed"])
+        seconds = time.monotonic() - started
+        return UpdateReport(step=batch.step, metrics=metrics, seconds=seconds, tracks=(self._activity.finish(),))
 
     def _finish(self, batch: TrainBatch, early: _Pass) -> dict[str, float]:
         """The rest of a batch that came in parts, and the optimizer step."""
@@ -262,6 +290,17 @@ class LearnerActor:
             with self._timed("reference"), self._reference_policy() as reference:
                 for data in (data for mini_batch in steps for data in mini_batch):
                     data.ref_C = self._logprobs(reference, data, batch.temperature)
+
+    def _throughput(self, batch: TrainBatch, seconds: float, num_tokens: float) -> dict[str, float]:
+        passes = UpdatePasses(
+            train=self._algorithm.num_iterations,
+            reference=self.spec.needs_reference,
+            old=self._algorithm.old_logprobs == "recompute",
+            critic=self._critic is not None,
+        )
+        flops = update_flops(self._shape, batch, self._plan(batch), passes) if self._shape else None
+        device = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
+        return throughput_metrics(flops, num_tokens, seconds, self.num_ranks, device, self.spec.model.dtype)
 
     def _plan(self, batch: TrainBatch) -> list[MiniBatchPlan]:
         """Over the samples that are trained; the plan's indices point into `batch.samples`."""
@@ -440,11 +479,13 @@ class LearnerActor:
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         started = time.monotonic()
-        yield
+        with self._activity.span(name):
+            yield
         self._seconds[name] += time.monotonic() - started
 
     # Checkpoints: all ranks together. See actors/learner_state.py for what can go wrong.
 
+    @_recorded("save")
     def save(self, folder: str) -> None:
         learner_state.save(self._engine, self.spec, Path(folder))
         if self.spec.saves_reference:
@@ -452,6 +493,7 @@ class LearnerActor:
         if self._critic is not None:
             self._critic.save(Path(folder))
 
+    @_recorded("load")
     def load(self, folder: str) -> None:
         learner_state.load(self._engine, self.spec, Path(folder))
         if self.spec.saves_reference:
@@ -464,6 +506,7 @@ class LearnerActor:
         model: PolicyModel = self._reference.module if self.spec.learner.zero_stage == 3 else self._reference
         return model
 
+    @_recorded("export")
     def export(self, folder: str) -> None:
         learner_state.export(self._engine, self.spec, Path(folder))
 
@@ -473,15 +516,18 @@ class LearnerActor:
         """Import what sends weights, vLLM with it: seconds that the first sync would spend while the engines are paused."""
         from actors import weight_sender  # noqa: F401
 
+    @_recorded("connect")
     def weights_connect(self, targets: list[EngineTarget], generation: int) -> None:
         if self._sender is None:
             self._sender = self._make_sender()
         self._sender.connect(targets, generation)
 
+    @_recorded("weights")
     def weights_send(self, version: int) -> SendReport:
         if self._sender is None:
             raise WorkerError(f"learner-{self.rank} was asked to send weights before it was connected to any engine")
-        return self._sender.send(version)
+        report = self._sender.send(version)
+        return {**report, "tracks": [self._activity.finish()]}
 
     def put_adapter(self) -> AdapterReport | None:
         """Rank 0 puts the adapter as it is now into the object store; the others take part in gathering and return None."""

@@ -105,10 +105,9 @@ class LearnerGroup:
             DeadlineError: not done within `deadlines.update_s`; the group is ended.
             WorkerError: a rank died; the group is ended.
         """
-        report: UpdateReport
         self.unsent = True
-        report, *_ = await self._call("update", ray.put(_with_refs(batch)), deadline="update_s")
-        return report
+        reports: list[UpdateReport] = await self._call("update", ray.put(_with_refs(batch)), deadline="update_s")
+        return replace(reports[0], tracks=tuple(t for r in reports for t in r.tracks))
 
     async def save(self, folder: Path) -> None:
         await self._call("save", str(folder), deadline="save_s")
@@ -131,10 +130,9 @@ class LearnerGroup:
 
     async def send_weights(self, version: int) -> SendReport:
         """See `actors.weights.LearnerWeights`. The ranks have the call before this first awaits."""
-        report: SendReport
         self.unsent = False
-        report, *_ = await self._call("weights_send", version, deadline="sync_s")
-        return report
+        reports: list[SendReport] = await self._call("weights_send", version, deadline="sync_s")
+        return {**reports[0], "tracks": [t for r in reports for t in r.get("tracks", ())]}
 
     async def put_adapter(self) -> AdapterReport:
         """See `actors.adapter_sync.LearnerAdapters`. The ranks have the call before this first awaits."""

@@ -334,6 +334,8 @@ class TrackingConfig(Strict):
     project: str = "grpo-ray"
     rollouts: bool = True
     """Write every sample to rollouts/*.parquet."""
+    trace: bool = True
+    """Write what every worker did to trace.json (at most 64 MiB, the newest steps), for ui.perfetto.dev and the report."""
 
 
 class ClusterConfig(Strict):

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from grpo_ray.activity import Activity
 from grpo_ray.evaluate import EvalResult
-from grpo_ray.types import Group, ScoreStatus, SyncReport, UpdateReport
+from grpo_ray.types import Group, ScoreStatus, SyncReport, TimeSpan, UpdateReport
 
 ROLES = ("rollout", "reward", "update", "sync", "log", "other", "eval", "checkpoint")
 """What a run's time can go to, in the order in which a step meets it."""
@@ -95,6 +96,22 @@ METRICS: dict[str, tuple[str, str]] = {
     "sync/bytes": ("Weights sent to each engine", "bytes"),
     "sync/engines": ("Engines that took part in the sync", "engines"),
     "rollout/*": ("Samplers: *", ""),
+    "busy/rollout": ("Samplers at work (a request under way, not paused), part of the step, mean over them", ""),
+    "busy/reward": ("Reward workers at work, part of the step, mean over them", ""),
+    "busy/learner": ("Learner ranks at work (sending weights too), part of the step, mean over them", ""),
+    "workers/*": ("Workers in the step: *", "workers"),
+    "workers/shared": ("1: samplers and learners share devices, so that working at once wins them nothing", ""),
+    "reward/alone_s": ("Scoring while no sampler and no learner was at work, mean over reward workers", "s"),
+    "throughput/sampler_tokens_per_s": (
+        "Completion tokens by the busy seconds of all samplers: of one of them",
+        "tokens/s",
+    ),
+    "throughput/learner_tokens_per_s": (
+        "Tokens through the learner (prompts too) by the seconds of its update",
+        "tokens/s",
+    ),
+    "throughput/learner_tflops": ("Model FLOPs of the update, of one learner (grpo_ray/flops.py)", "TFLOP/s"),
+    "throughput/mfu": ("Model FLOPs of the update by the peak of the learners' devices", ""),
     "throughput/tokens_per_s": ("Completion tokens of the step by its whole time (SFT: all tokens)", "tokens/s"),
     "throughput/rollout_tokens_per_s": ("Completion tokens of the step by the time waited for samples", "tokens/s"),
     "throughput/samples_per_s": ("Samples of the step by its whole time", "samples/s"),
@@ -272,16 +289,22 @@ class TimeKeeper:
     A phase between two steps (an evaluation, a checkpoint) is measured too, but belongs to no step: take its `Span`.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, activity: Activity | None = None) -> None:
+        """`activity`: gets each phase as a span."""
         self._clock = clock
+        self._activity = activity or Activity("controller")
         self._open: list[float] = []
         """For each phase under way, the seconds of the phases inside it."""
         self._spent: dict[str, float] = {}
         self._began: float | None = None
+        self._window_start = 0.0
+        self.window = TimeSpan("step", 0.0, 0.0)
+        """Of the last step that ended, on the clock of the tracks."""
 
     def start_step(self) -> None:
         self._spent = {}
         self._began = self._clock()
+        self._window_start = time.time()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Span]:
@@ -289,7 +312,8 @@ class TimeKeeper:
         began = self._clock()
         self._open.append(0.0)
         try:
-            yield span
+            with self._activity.span(name):
+                yield span
         finally:
             whole = self._clock() - began
             span.seconds = whole - self._open.pop()
@@ -302,4 +326,5 @@ class TimeKeeper:
         assert self._began is not None, "end_step without start_step"
         whole = self._clock() - self._began
         self._began = None
+        self.window = TimeSpan("step", self._window_start, self._window_start + whole)
         return {**self._spent, "other": max(0.0, whole - sum(self._spent.values())), "step": whole}

@@ -13,7 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from grpo_ray.types import Group, SampleInfo, SampleRequest, Score, ScoreRequest, SyncReport, TrainBatch, UpdateReport
+from grpo_ray.types import (
+    Group,
+    SampleInfo,
+    SampleRequest,
+    Score,
+    ScoreRequest,
+    SyncReport,
+    Track,
+    TrainBatch,
+    UpdateReport,
+)
 
 
 class Sampler(Protocol):
@@ -27,6 +37,10 @@ class Sampler(Protocol):
         """Figures since the last call, e.g. tokens and busy seconds per engine."""
         ...
 
+    def take_tracks(self) -> list[Track]:
+        """What each engine did since the last call."""
+        ...
+
 
 class Scorer(Protocol):
     """A pool of reward workers."""
@@ -36,6 +50,10 @@ class Scorer(Protocol):
 
         A failing reward function is a `Score` with that status. An exception means that the pool itself is broken.
         """
+        ...
+
+    def take_tracks(self) -> list[Track]:
+        """What each worker did since the last call."""
         ...
 
 

@@ -19,12 +19,15 @@ Policy versions and steps are one count: version v is the policy after v steps.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from grpo_ray.activity import Activity
+from grpo_ray.advice import STEPS_LOOKED_AT, advise, mean_step
 from grpo_ray.checkpoint import RunDir, save_checkpoint
 from grpo_ray.config import RunConfig
 from grpo_ray.cursor import Cursor
@@ -37,6 +40,7 @@ from grpo_ray.overlap import EarlyParts
 from grpo_ray.replay import how_to_replay
 from grpo_ray.roles import Learner, RolloutLog, Sampler, Scorer, Tracker, WeightSync
 from grpo_ray.seeds import sample_seed
+from grpo_ray.timeline import Timeline, sampler_tokens_per_s
 from grpo_ray.train_batch import cut_batch, has_spread, set_advantages
 from grpo_ray.types import (
     Group,
@@ -47,6 +51,7 @@ from grpo_ray.types import (
     Score,
     ScoreRequest,
     SyncReport,
+    Track,
     TrainBatch,
     UpdateReport,
 )
@@ -67,6 +72,8 @@ class Roles:
     rollout_log: RolloutLog
     voter: Scorer | None = None
     """Tells which answers of an evaluation are the same; see `grpo_ray.evaluate.vote_config`."""
+    shared_devices: bool = False
+    """Samplers and learners use the same ones: what one wins by working at the same time, the other loses."""
 
 
 @dataclass
@@ -117,7 +124,11 @@ class TrainLoop:
         self._stop_reason: str | None = None
         self._saved_step = -1
         self._disagreed = False
-        self._time = TimeKeeper()
+        self._activity = Activity("controller")
+        self._time = TimeKeeper(activity=self._activity)
+        self._timeline = Timeline(run.trace if config.tracking.trace else None)
+        self._lines: deque[dict[str, float]] = deque(maxlen=STEPS_LOOKED_AT + 1)
+        """The metrics of the last steps, for the advice."""
         self._params = SamplingParams(
             temperature=config.rollout.temperature,
             top_p=config.rollout.top_p,
@@ -134,6 +145,7 @@ class TrainLoop:
     async def restore(self, step: int) -> None:
         """Go on from a checkpoint: the learner, the samplers, the cursor and the ledger are as they were after `step`."""
         state = self.run_dir.load_state(step)
+        self._timeline.resume(step)
         await self.roles.learner.load(self.run_dir.step_folder(step) / "learner")
         self.cursor.load_state_dict(state["cursor"])
         self.step = self._saved_step = step
@@ -156,7 +168,9 @@ class TrainLoop:
                     await self._checkpoint(export=self.config.checkpoint.export)
             if self.step != self._saved_step:
                 await self._checkpoint(export=True)
+            self._advise()
         finally:
+            self._timeline.close(self.step, self._take_tracks())
             for task in self._under_way:
                 task.cancel()
             await asyncio.gather(*self._under_way, return_exceptions=True)
@@ -370,9 +384,31 @@ class TrainLoop:
             dropped=self._counts.dropped,
             failed=self._counts.failed,
         )
+        metrics |= self._busy_metrics(metrics, [*update.tracks, *sync.tracks])
         self._warn_of_mismatch(metrics.get("mismatch/mean_abs", 0.0))
         self._track(metrics)
+        self._lines.append({"step": self.step, **metrics})
         self.emit(StepEvent(self.step, self.total_steps, metrics))
+
+    def _busy_metrics(self, metrics: Mapping[str, float], learners: Sequence[Track]) -> dict[str, float]:
+        tracks = self._take_tracks() | {"learner": learners}
+        out = self._timeline.record(self.step, self._time.window, tracks)
+        return out | sampler_tokens_per_s(metrics) | {"workers/shared": float(self.roles.shared_devices)}
+
+    def _take_tracks(self) -> dict[str, Sequence[Track]]:
+        """What everyone did since the last call; the learners' come with their reports."""
+        return {
+            "controller": [self._activity.take()],
+            "rollout": self.roles.sampler.take_tracks(),
+            "reward": self.roles.scorer.take_tracks(),
+            "votes": self.roles.voter.take_tracks() if self.roles.voter else [],
+        }
+
+    def _advise(self) -> None:
+        times = mean_step(list(self._lines), self.config.model_dump())
+        advice = advise(times) if times else None
+        if advice is not None:
+            self.emit(MessageEvent("info", advice.text))
 
     def _warn_of_mismatch(self, mean_abs: float) -> None:
         """Once each time that the bound is crossed, not at every step above it."""

@@ -236,6 +236,29 @@ class TrainBatch:
 
 
 @dataclass(frozen=True)
+class TimeSpan:
+    """What a worker did from `start` to `end`, on the clock of its host (seconds since 1970)."""
+
+    name: str
+    start: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Track:
+    """What one worker did since it last told; see `grpo_ray.activity`. Idle all along, it has no spans."""
+
+    worker: str
+    """`rollout-0`."""
+    spans: tuple[TimeSpan, ...]
+    """In order, without overlaps."""
+
+
+@dataclass(frozen=True)
 class UpdateReport:
     """What the learner says of one step. Made by rank 0, already reduced over ranks."""
 
@@ -243,6 +266,8 @@ class UpdateReport:
     metrics: dict[str, float]
     """Names as in `grpo_ray.metrics`."""
     seconds: float
+    tracks: tuple[Track, ...] = ()
+    """One a rank, since its last report."""
 
 
 @dataclass(frozen=True)
@@ -256,3 +281,5 @@ class SyncReport:
     num_bytes: int
     checksum: str
     num_engines: int
+    tracks: tuple[Track, ...] = ()
+    """One a learner rank, since its last report."""

@@ -30,6 +30,7 @@ from grpo_ray.types import (
     ScoreStatus,
     Step,
     SyncReport,
+    Track,
     TrainBatch,
     TrainSample,
     UpdateReport,
@@ -95,6 +96,9 @@ class World:
 
     def take_stats(self) -> dict[str, float]:
         return {}
+
+    def take_tracks(self) -> list[Track]:
+        return []
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         await asyncio.sleep(self.rng.random() * 0.002)
@@ -403,6 +407,31 @@ def test_a_stopped_and_resumed_run_equals_one_never_stopped(tmp_path, stop_at):
     halves = first.world.batches + second.world.batches
     assert [essence(b) for b in halves] == [essence(b) for b in whole.world.batches]
     assert [b.step for b in halves] == list(range(7))
+
+
+def test_the_trace_of_a_resumed_run_holds_every_step_once(tmp_path):
+    def die(step: int) -> None:
+        if step == 5:
+            raise RuntimeError("killed")
+
+    first = Session(tmp_path, config("checkpoint.every_steps=2"))
+    first.world.on_update = die
+    with pytest.raises(RuntimeError, match="killed"):
+        first.go()
+    assert steps_in_trace(tmp_path) == [f"step {s}" for s in range(1, 6)]
+    assert Session(tmp_path, config("checkpoint.every_steps=2")).go() == "finished"
+    assert steps_in_trace(tmp_path) == [f"step {s}" for s in range(1, 8)]
+    named = [e["args"]["name"] for e in json.loads((tmp_path / "trace.json").read_text()) if e["name"] == "thread_name"]
+    assert sorted(named) == ["controller", "steps"]
+
+
+def steps_in_trace(folder: Path) -> list[str]:
+    return [e["name"] for e in json.loads((folder / "trace.json").read_text()) if e["name"].startswith("step ")]
+
+
+def test_without_tracking_trace_there_is_no_file(tmp_path):
+    assert Session(tmp_path, config("tracking.trace=false")).go() == "finished"
+    assert not (tmp_path / "trace.json").exists()
 
 
 def test_a_run_that_died_after_its_checkpoint_trains_the_lost_steps_again(tmp_path):

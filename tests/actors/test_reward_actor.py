@@ -430,14 +430,16 @@ def test_the_pool_scores_samples_in_order_with_weights(local_ray, functions: str
     async def use(pool):
         whole = await pool.score(put(requests_of(texts, answer="1")))
         singles = await asyncio.gather(*(pool.score([r]) for r in put(requests_of(texts, answer="1"))))
-        return whole, [s[0] for s in singles], pool.take_stats()
+        return whole, [s[0] for s in singles], pool.take_stats(), pool.take_tracks()
 
-    whole, singles, stats = asyncio.run(with_pool(config, tmp_path, use))
+    whole, singles, stats, tracks = asyncio.run(with_pool(config, tmp_path, use))
     expected = [2.0 * (t == "1") + 0.125 for t in texts]
     assert [s.value for s in whole] == expected
     assert [s.value for s in singles] == expected
     assert [p.name for p in whole[0].parts] == ["exact_match", "bad_rewards.asynchronous"]
     assert stats["scored"] == 100
+    assert {t.worker for t in tracks} == {"reward-0", "reward-1"}
+    assert sum(s.seconds for t in tracks for s in t.spans) == pytest.approx(stats["busy_s"], rel=0.05)
     assert (tmp_path / "logs" / "reward-0.log").exists()
     assert (tmp_path / "logs" / "reward-1.log").exists()
 
