@@ -11,7 +11,7 @@ import json
 import os
 import resource
 import signal
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,15 +75,6 @@ def make_config(path: Path, /, *, ranks: int, stage: int, **overrides: dict[str,
 def start(config: RunConfig | SftConfig, run_dir: Path) -> LearnerGroup:
     assert config.model.path is not None
     return run(LearnerGroup.create(config, config.model.path, str(run_dir)))
-
-
-@pytest.fixture
-def groups() -> Iterator[list[LearnerGroup]]:
-    """What a test starts and puts here is ended, whatever happens."""
-    started: list[LearnerGroup] = []
-    yield started
-    for group in started:
-        run(group.close())
 
 
 def make_batch(num_groups: int = 4, group_size: int = 3, seed: int = 0, step: int = 0) -> TrainBatch:

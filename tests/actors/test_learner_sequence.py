@@ -29,7 +29,6 @@ from tests.actors.test_learner import (
     TEMPERATURE,
     assert_one_step_equals_plain_pytorch,
     exported,
-    groups,  # noqa: F401
     make_batch,
     make_config,
     moved_apart,
@@ -86,7 +85,7 @@ def watch(actor: Any) -> None:
 def test_two_ranks_share_every_micro_batch_and_step_like_plain_pytorch(
     tiny_model: Path,
     tmp_path: Path,
-    groups: list[LearnerGroup],  # noqa: F811
+    groups: list[LearnerGroup],
 ) -> None:
     learner = {"sequence_parallel_size": 2, "micro_batch_tokens": BUDGET}
     config = make_config(tiny_model, ranks=2, stage=3, learner=learner)
@@ -138,7 +137,7 @@ def test_key_heads_shared_or_repeated_step_like_plain_pytorch(
     stage: int,
     four_heads: Path,
     tmp_path: Path,
-    groups: list[LearnerGroup],  # noqa: F811
+    groups: list[LearnerGroup],
 ) -> None:
     config = make_config(four_heads, ranks=ranks, stage=stage, learner={"sequence_parallel_size": size})
     assert_one_step_equals_plain_pytorch(config, four_heads, tmp_path, groups)
@@ -148,7 +147,7 @@ def test_key_heads_shared_or_repeated_step_like_plain_pytorch(
 def test_old_and_reference_log_probabilities_go_the_same_way(
     tiny_model: Path,
     tmp_path: Path,
-    groups: list[LearnerGroup],  # noqa: F811
+    groups: list[LearnerGroup],
 ) -> None:
     algorithm = {"num_iterations": 2, "num_mini_batches": 2, "beta": 0.04, "loss": "dapo"}
     learner = {"learning_rate": 0.3, "sequence_parallel_size": 2}
@@ -166,7 +165,7 @@ def test_the_critic_shares_its_micro_batches_too(
     stage: int,
     tiny_model: Path,
     tmp_path: Path,
-    groups: list[LearnerGroup],  # noqa: F811
+    groups: list[LearnerGroup],
 ) -> None:
     algorithm = {"preset": "ppo", "num_mini_batches": 1, "gamma": 0.98, "lam": 0.9}
     learner = {"sequence_parallel_size": 2}
@@ -191,7 +190,7 @@ def test_adapters_and_bf16_step_as_on_one_rank_and_the_checkpoint_is_free_of_the
     tolerance: float,
     tiny_model: Path,
     tmp_path: Path,
-    groups: list[LearnerGroup],  # noqa: F811
+    groups: list[LearnerGroup],
 ) -> None:
     results, saved = [], tmp_path / "saved"
     saved.mkdir()
