@@ -34,6 +34,7 @@ SKIPPED = 3
 """First steps, which compile kernels and fill caches."""
 SAMPLES = 256
 GOAL, GOAL_STEPS = 0.9, 200
+WIDTH = 120
 COLD_START_LIMIT_S = 3600.0
 PEER_ENV = {
     **ALLOCATOR_ENV,
@@ -268,7 +269,7 @@ def _print_speed(task: str) -> None:
             f"{middle / peer:.2f}" if peer else "",
             f"{middle / bound:.2f}" if bound else "",
         )
-    Console().print(out)
+    Console(width=WIDTH).print(out)
 
 
 def _print_sampling(task: str) -> None:
@@ -286,7 +287,7 @@ def _print_sampling(task: str) -> None:
         if rows:
             ours = sum(t for r in rows for t in r["engine_tokens"]) / sum(s for r in rows for s in r["busy_s"])
             out.add_row(case.label, f"{ours:,.0f}", f"{ours / rate:.2f}")
-    Console().print(out)
+    Console(width=WIDTH).print(out)
 
 
 def _print_accuracy(task: str) -> None:
@@ -296,7 +297,7 @@ def _print_accuracy(task: str) -> None:
     for row in _rows("accuracy", task):
         reached = "not reached" if row["reached"] is None else str(row["reached"])
         out.add_row(CASES[row["name"]].label, reached, f"{row['seconds']:.0f}", f"{row['last_accuracy']:.1%}")
-    Console().print(out)
+    Console(width=WIDTH).print(out)
 
 
 if __name__ == "__main__":
