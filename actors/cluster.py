@@ -66,6 +66,16 @@ def has_gpus() -> bool:
     return ray.cluster_resources().get("GPU", 0) > 0
 
 
+def shares_devices(config: RunConfig, gpus: bool) -> bool:
+    """Do samplers and learners take turns on the same devices: parts of one GPU, or more threads than this machine has cores?"""
+    rollout, learner = config.rollout, config.learner
+    if gpus:
+        return any(part is not None and part % 1 > 0 for part in (rollout.num_gpus, learner.num_gpus))
+    cores = os.cpu_count() or 1
+    threads = learner.num_threads or (1 if learner.num_actors > 1 else cores)
+    return rollout.num_actors * rollout.num_threads + learner.num_actors * threads > cores
+
+
 @dataclass(frozen=True)
 class Demand:
     """What one kind of worker asks of the cluster."""

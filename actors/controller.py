@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 import ray
 
-from actors.cluster import has_gpus
+from actors.adapter_sync import RayAdapterSync
+from actors.cluster import has_gpus, shares_devices
 from actors.learner_group import LearnerGroup
 from actors.reward_pool import RewardPool
 from actors.rollout_pool import RolloutPool
@@ -34,7 +35,7 @@ from grpo_ray.events import EndEvent, Event, MessageEvent, PhaseEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.models import context_length, load_config, load_tokenizer, prepare_model
 from grpo_ray.prompts import PromptSets, load_demonstrations, load_prompts
-from grpo_ray.replay import TOLERANCE, compare, read_batch
+from grpo_ray.replay import TOLERANCE, compare, parts_of, read_batch
 from grpo_ray.rollout_log import ParquetRolloutLog, remove_after, rollout_path
 from grpo_ray.sft_loop import SftLoop, sft_steps
 from grpo_ray.tokenized import LoadReport
@@ -145,7 +146,15 @@ class Controller:
                 ledger.roll_back(0, 0)
             loop = TrainLoop(
                 config,
-                Roles(roles.sampler, roles.scorer, roles.learner, roles.weights, rollout_log, roles.voter),
+                Roles(
+                    roles.sampler,
+                    roles.scorer,
+                    roles.learner,
+                    roles.weights,
+                    rollout_log,
+                    roles.voter,
+                    shares_devices(config, has_gpus()),
+                ),
                 Cursor(prompts.train, seed=config.seed, shuffle=config.data.shuffle),
                 {name: list(held_out) for name, held_out in prompts.eval.items()},
                 ledger,
@@ -205,6 +214,8 @@ class Controller:
         return await loop.run()
 
     async def _eval(self, config: RunConfig) -> str:
+        # Nothing is trained, and an exported model has its adapters in it: samplers need no room for any.
+        config = config.model_copy(update={"model": config.model.model_copy(update={"lora": None})})
         model = await self._prepare_model(config)
         async with _Workers(config, self._run, model, self._phase, self._warn) as workers:
             async with asyncio.TaskGroup() as tasks:
@@ -237,6 +248,8 @@ class Controller:
                 self._phase("restoring", f"step {self._resume_step}")
                 await learner.load(self._run.step_folder(self._resume_step) / "learner")
             self._phase("update")
+            for part in parts_of(batch):
+                await learner.accumulate(part)
             report = await learner.update(batch)
         lines = await asyncio.to_thread(read_metrics, self._run.path / "metrics.jsonl")
         recorded = next((line for line in lines if line["step"] == step), {})
@@ -304,7 +317,7 @@ class _Started:
     sampler: RolloutPool
     scorer: RewardPool
     learner: LearnerGroup
-    weights: RayWeightSync
+    weights: RayWeightSync | RayAdapterSync
     voter: RewardPool | None
 
 
@@ -343,9 +356,15 @@ class _Workers:
             learner = tasks.create_task(start_learner())
             scorer = tasks.create_task(self.start_scorer())
             voter = tasks.create_task(self.start_voter())
-        learner.result().prepare_weights()
-        weights = RayWeightSync(sampler.result(), learner.result(), timeout_s=self._config.deadlines.sync_s)
+        weights = self._weight_sync(sampler.result(), learner.result())
         return _Started(sampler.result(), scorer.result(), learner.result(), weights, voter.result())
+
+    def _weight_sync(self, sampler: RolloutPool, learner: LearnerGroup) -> RayWeightSync | RayAdapterSync:
+        timeout_s = self._config.deadlines.sync_s
+        if self._config.model.sends_adapters:
+            return RayAdapterSync(sampler, learner, timeout_s)
+        learner.prepare_weights()
+        return RayWeightSync(sampler, learner, timeout_s)
 
     async def start_scorer(self) -> RewardPool:
         assert isinstance(self._config, RunConfig)

@@ -1,44 +1,96 @@
-"""One DeepSpeed rank. All ranks get the same batch, make the same plan, and each takes its own micro-batches from it.
+"""One DeepSpeed rank. All ranks get the same batch, make the same plan, and each takes its own micro-batches from it; under
+sequence parallelism the ranks that share their micro-batches take the same ones.
 
-    fetch own samples -> [old log-probabilities] -> [reference] -> [critic: advantages] -> for each mini-batch:
-    micro-batches, then one optimizer step; then, where it is due, the reference takes over the new weights
+    fetch own samples -> [old log-probabilities] -> [reference] -> [KL in the reward: advantages] -> [critic: advantages]
+    -> for each mini-batch: micro-batches, then one optimizer step; then, where it is due, the reference takes over the new
+    weights
 
-`old` costs a pass of its own only where the weights move before a sample's turn: for every mini-batch but the first (and
-for none where the sampler's own report is taken for it).
+A step of one mini-batch may come in parts, as its groups are finished (`accumulate`); `update` then does what is left.
+
+`old` costs a pass of its own only where the weights move before a sample's turn, for every mini-batch but the first, or
+where the advantages are made of it (and for none where the sampler's own report is taken for it).
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 import torch
 import torch.distributed as dist
 
-from actors import learner_reference, learner_state
+from actors import learner_kl, learner_reference, learner_sequence, learner_state
 from actors.learner_critic import Critic
 from actors.learner_engine import LearnerSpec, build_engine, build_reference, step
 from actors.runtime import own_log
-from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch
+from grpo_ray.activity import Activity
+from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch, token_values
 from grpo_ray.config import AlgorithmConfig
 from grpo_ray.errors import NonFiniteError, WorkerError
-from grpo_ray.lora import adapters_off
+from grpo_ray.flops import ModelShape, UpdatePasses, model_shape, throughput_metrics, update_flops
+from grpo_ray.lora import adapter_bytes, adapter_checksum, adapters_off
 from grpo_ray.losses.aggregation import Normalizers
 from grpo_ray.objectives import GrpoObjective, MicroBatchData, Objective, SftObjective
 from grpo_ray.policy import PolicyModel
-from grpo_ray.types import Sample, TrainBatch, UpdateReport
+from grpo_ray.sequence import Alone, SequenceRanks
+from grpo_ray.types import Sample, TrainBatch, TrainSample, UpdateReport
 
 if TYPE_CHECKING:
+    from actors.adapter_sync import AdapterReport
     from actors.weight_sender import WeightSender
     from actors.weights import EngineTarget, SendReport
 
 FETCH_TIMEOUT_S = 120.0
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _recorded(
+    name: str,
+) -> Callable[[Callable[Concatenate[LearnerActor, P], R]], Callable[Concatenate[LearnerActor, P], R]]:
+    """A method of the actor whose calls are spans of its activity."""
+
+    def decorate(method: Callable[Concatenate[LearnerActor, P], R]) -> Callable[Concatenate[LearnerActor, P], R]:
+        @wraps(method)
+        def call(self: LearnerActor, *args: P.args, **kwargs: P.kwargs) -> R:
+            with self._activity.span(name):
+                return method(self, *args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A micro-batch that went forward and backward: what is asked of it when the batch is whole."""
+
+    data: MicroBatchData
+    batch: TrainBatch
+    """Its samples are rows of this one."""
+    theta_C: torch.Tensor
+    loss: torch.Tensor
+
+
+@dataclass
+class _Pass:
+    """What forward and backward of a step have added up so far, on this rank."""
+
+    sums: torch.Tensor
+    largest: torch.Tensor
+    done: list[_Done] = field(default_factory=list)
+    micro_batches: list[MicroBatchData] = field(default_factory=list)
+    """Dummies included."""
+    samples: set[tuple[str, int]] = field(default_factory=set)
+    """(prompt id, index) of those that came in parts."""
 
 
 class LearnerActor:
@@ -53,8 +105,14 @@ class LearnerActor:
         self._algorithm = spec.algorithm or AlgorithmConfig()
         self._objective = _objective(spec.algorithm)
         self._seconds: dict[str, float] = {}
+        self._activity = Activity(f"learner-{rank}")
+        self._early: _Pass | None = None
+        """Of the step under way, while its batch is not whole."""
         self._store: dist.TCPStore | None = None
+        self._ranks: SequenceRanks = Alone()
+        """Those that share their micro-batches with this one."""
         self._engine: Any = None
+        self._shape: ModelShape | None = None
         self._reference: Any = None
         self._critic: Critic | None = None
         self._sender: WeightSender | None = None
@@ -81,23 +139,26 @@ class LearnerActor:
             "MASTER_ADDR": host,
             "MASTER_PORT": str(port),
         }
+        timeout = timedelta(seconds=self.spec.collective_timeout_s)
         dist.init_process_group(
             "gloo" if on_cpu else "cpu:gloo,cuda:nccl",
             store=self._store or self._open_store(host, port),
             rank=self.rank,
             world_size=self.num_ranks,
-            timeout=timedelta(seconds=self.spec.collective_timeout_s),
+            timeout=timeout,
         )
         import deepspeed
 
         # Compiled at first use (18 s and more), for inference only.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", verbose=False)
-        self._engine = build_engine(self.spec, self.device)
+        self._ranks = learner_sequence.join(learner.sequence_parallel_size, timeout)
+        self._engine = build_engine(self.spec, self.device, self._ranks)
+        self._shape = model_shape(self._engine.module.hf)
         if self.spec.needs_reference_model:
-            self._reference = build_reference(self.spec, self.device)
+            self._reference = build_reference(self.spec, self.device, self._ranks)
         if self.spec.needs_critic:
-            self._critic = Critic(self.spec, self.device)
+            self._critic = Critic(self.spec, self.device, self._ranks)
         return sum(getattr(p, "ds_numel", p.numel()) for p in self._engine.module.parameters())
 
     def _open_store(self, host: str, port: int) -> dist.TCPStore:
@@ -106,39 +167,97 @@ class LearnerActor:
 
     # Update.
 
+    @_recorded("update")
+    def accumulate(self, part: TrainBatch) -> None:
+        """Forward and backward of groups that are sure to be in the step's batch, while others are still sampled.
+
+        The gradient is a sum: what is not known before the batch is whole, the normalizers, is a common factor of all of it,
+        and `update` multiplies by it.
+        """
+        if self._early is None:
+            self._start_clock()
+            self._early = self._new_pass()
+        self._early.samples |= {(s.prompt_id, s.index) for s in part.samples}
+        for planned in self._plan(part):
+            with self._timed("fetch"):
+                mini_batch = self._fetch(part, planned, Normalizers.unit(self.spec.max_completion_length))
+            self._set_reference([mini_batch], part)
+            with self._timed("forward_backward"):
+                self._forward_backward(mini_batch, part, self._early)
+
+    @_recorded("update")
     def update(self, batch: TrainBatch) -> UpdateReport:
-        """Train on the batch: every pass, every mini-batch.
+        """Train on the batch: every pass, every mini-batch; less what `accumulate` has had of it.
 
         Raises:
-            NonFiniteError: on all ranks alike, naming the sample; the weights are as they were before that mini-batch.
+            NonFiniteError: on all ranks alike, naming the sample; the weights are as they were before that mini-batch, or before
+                the update, if it is a KL.
             ConfigError: a sample is longer than a micro-batch may be.
-            WorkerError: samples could not be fetched.
+            WorkerError: samples could not be fetched, or what came in parts is not in the batch.
         """
         started = time.monotonic()
-        self._seconds = dict.fromkeys(("fetch", "old", "reference", "critic", "forward_backward", "step"), 0.0)
+        metrics = self._whole(batch) if self._early is None else self._finish(batch, self._early)
+        every = self._algorithm.ref_refresh_steps
+        if self._reference is not None and every and (batch.step + 1) % every == 0:
+            with self._timed("reference"):
+                learner_reference.follow(self._reference_model, self._engine.module, self._algorithm.ref_polyak_tau)
+        metrics |= {f"update/{name}_s": seconds for name, seconds in self._seconds.items()}
+        metrics |= self._throughput(batch, sum(self._seconds.values()), metrics["tokens/processed"])
+        seconds = time.monotonic() - started
+        return UpdateReport(step=batch.step, metrics=metrics, seconds=seconds, tracks=(self._activity.finish(),))
+
+    def _finish(self, batch: TrainBatch, early: _Pass) -> dict[str, float]:
+        """The rest of a batch that came in parts, and the optimizer step."""
+        rest = [s for s in batch.samples if (s.prompt_id, s.index) not in early.samples]
+        if len(batch.samples) - len(rest) != len(early.samples):
+            raise WorkerError(
+                f"step {batch.step + 1}: of {len(early.samples)} samples that came in parts, {len(batch.samples) - len(rest)} are "
+                "in the batch; their gradients can't be taken back"
+            )
+        self.accumulate(replace(batch, samples=rest))
+        self._early = None
+        self._check_finite(early, batch)
+        trained = [s for s in batch.samples if s.loss_mask and s.num_tokens > 0]
+        unit = Normalizers.unit(self.spec.max_completion_length)
+        factor = self._objective.weight(1, self._normalizers(trained)) / self._objective.weight(1, unit)
+        learning_rate = float(self._engine.get_lr()[0])
+        with self._timed("step"):
+            grad_norm = self._step(batch, factor)
+        early.sums *= torch.tensor(
+            [factor if name in self._objective.weighted_sums else 1.0 for name in self._objective.sum_names],
+            device=self.device,
+        )
+        return self._metrics(early, [grad_norm], [learning_rate])
+
+    def _whole(self, batch: TrainBatch) -> dict[str, float]:
+        self._start_clock()
+        kl_in_reward = self._algorithm.kl_in == "reward"
         plan = self._plan(batch)
+        untrained = self._plan_untrained(batch) if kl_in_reward else []
         with self._timed("fetch"):
-            steps = self._fetch(batch, plan)
+            fetched = [
+                self._fetch(batch, planned, self._normalizers([batch.samples[i] for i in planned.samples]))
+                for planned in plan + untrained
+            ]
+            steps = fetched[: len(plan)]
         with self._timed("old"):
-            later = steps[1:] if self._algorithm.old_logprobs == "recompute" else []
+            later = fetched if kl_in_reward else steps[1:]
             for data in (data for mini_batch in later for data in mini_batch):
-                data.old_C = self._logprobs(self._engine, data, batch.temperature)
-        if self.spec.needs_reference:
-            with self._timed("reference"), self._reference_policy() as reference:
-                for data in (data for mini_batch in steps for data in mini_batch):
-                    data.ref_C = self._logprobs(reference, data, batch.temperature)
+                if self._algorithm.old_logprobs == "recompute":
+                    data.old_C = self._logprobs(self._engine, data, batch.temperature)
+        self._set_reference(fetched, batch)
+        of_the_kl = self._take_kl_off(batch, plan + untrained, fetched) if kl_in_reward else {}
         if self._critic is not None:
             with self._timed("critic"):
                 self._critic.set_advantages([data for mini_batch in steps for data in mini_batch])
-        sums = torch.zeros(len(self._objective.sum_names), device=self.device)
-        largest = torch.zeros((), device=self.device)
+        total = self._new_pass()
         grad_norms, learning_rates = [], []
         for _ in range(self._algorithm.num_iterations):
             for mini_batch, planned in zip(steps, plan, strict=True):
                 with self._timed("forward_backward"):
-                    new_sums, new_largest = self._forward_backward(mini_batch, batch)
-                    sums += new_sums
-                    largest = torch.maximum(largest, new_largest)
+                    total.done.clear()
+                    self._forward_backward(mini_batch, batch, total)
+                    self._check_finite(total, batch)
                 with self._timed("step"):
                     learning_rates.append(float(self._engine.get_lr()[0]))
                     grad_norms.append(self._step(batch))
@@ -146,14 +265,42 @@ class LearnerActor:
                     with self._timed("critic"):
                         num_tokens = sum(batch.samples[i].num_tokens for i in planned.samples)
                         self._critic.update(mini_batch, num_tokens, self.num_ranks)
-        every = self._algorithm.ref_refresh_steps
-        if self._reference is not None and every and (batch.step + 1) % every == 0:
-            with self._timed("reference"):
-                learner_reference.follow(self._reference_model, self._engine.module, self._algorithm.ref_polyak_tau)
-        metrics = self._metrics(sums, largest, steps, grad_norms, learning_rates)
+        total.micro_batches = [data for mini_batch in steps for data in mini_batch]
+        metrics = self._metrics(total, grad_norms, learning_rates) | of_the_kl
         if self._critic is not None:
             metrics |= self._critic.take_metrics()
-        return UpdateReport(step=batch.step, metrics=metrics, seconds=time.monotonic() - started)
+        return metrics
+
+    def _start_clock(self) -> None:
+        self._seconds = dict.fromkeys(("fetch", "old", "reference", "critic", "forward_backward", "step"), 0.0)
+
+    def _new_pass(self) -> _Pass:
+        sums = torch.zeros(len(self._objective.sum_names), device=self.device)
+        return _Pass(sums, torch.zeros((), device=self.device))
+
+    def _normalizers(self, members: Sequence[TrainSample]) -> Normalizers:
+        return Normalizers(
+            num_sequences=len(members),
+            num_tokens=sum(s.num_tokens for s in members),
+            max_completion_length=self.spec.max_completion_length,
+        )
+
+    def _set_reference(self, steps: list[list[MicroBatchData]], batch: TrainBatch) -> None:
+        if self.spec.needs_reference:
+            with self._timed("reference"), self._reference_policy() as reference:
+                for data in (data for mini_batch in steps for data in mini_batch):
+                    data.ref_C = self._logprobs(reference, data, batch.temperature)
+
+    def _throughput(self, batch: TrainBatch, seconds: float, num_tokens: float) -> dict[str, float]:
+        passes = UpdatePasses(
+            train=self._algorithm.num_iterations,
+            reference=self.spec.needs_reference,
+            old=self._algorithm.old_logprobs == "recompute",
+            critic=self._critic is not None,
+        )
+        flops = update_flops(self._shape, batch, self._plan(batch), passes) if self._shape else None
+        device = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
+        return throughput_metrics(flops, num_tokens, seconds, self.num_ranks, device, self.spec.model.dtype)
 
     def _plan(self, batch: TrainBatch) -> list[MiniBatchPlan]:
         """Over the samples that are trained; the plan's indices point into `batch.samples`."""
@@ -162,36 +309,58 @@ class LearnerActor:
         plans = plan_batch(
             [batch.samples[i].num_prompt_tokens + batch.samples[i].num_tokens for i in trained],
             [batch.samples[i].group for i in trained],
-            num_ranks=self.num_ranks,
+            num_ranks=self.spec.learner.data_parallel_size,
             num_mini_batches=self._algorithm.num_mini_batches,
             micro_batch_tokens=self.spec.learner.micro_batch_tokens,
             padded=not self.spec.learner.packing,
-            idle={n for n, i in enumerate(trained) if skip and not self._objective.moves(batch.samples[i].advantage)},
+            idle={
+                n
+                for n, i in enumerate(trained)
+                if skip and not any(map(self._objective.moves, batch.samples[i].advantages))
+            },
         )
         return [plan.renumbered(trained) for plan in plans]
 
-    def _fetch(self, batch: TrainBatch, plan: list[MiniBatchPlan]) -> list[list[MicroBatchData]]:
-        mine = [micro for mini_batch in plan for micro in mini_batch.ranks[self.rank]]
-        refs = list({batch.samples[i].ref: None for micro in mine for i in micro})
+    def _plan_untrained(self, batch: TrainBatch) -> list[MiniBatchPlan]:
+        """Samples that are out of the loss and in their group's baseline: their KL counts there."""
+        if self._algorithm.advantage == "gae":
+            return []
+        members = [
+            i for i, s in enumerate(batch.samples) if not s.loss_mask and s.advantage == s.advantage and s.num_tokens
+        ]
+        plans = plan_batch(
+            [batch.samples[i].num_prompt_tokens + batch.samples[i].num_tokens for i in members],
+            [batch.samples[i].group for i in members],
+            num_ranks=self.spec.learner.data_parallel_size,
+            num_mini_batches=1,
+            micro_batch_tokens=self.spec.learner.micro_batch_tokens,
+            padded=not self.spec.learner.packing,
+        )
+        return [plan.renumbered(members) for plan in plans]
+
+    def _take_kl_off(
+        self, batch: TrainBatch, plan: list[MiniBatchPlan], fetched: list[list[MicroBatchData]]
+    ) -> dict[str, float]:
+        """Make the advantages of rewards less beta x KL; with a critic, leave the KL of the tokens to it. Metrics come back."""
+        every = [data for mini_batch in fetched for data in mini_batch]
+        kl_S = learner_kl.kl_of_samples(every, batch, self._algorithm, self._ranks, self.device)
+        if self._critic is None:
+            learner_kl.set_advantages(every, batch, kl_S, self._algorithm)
+        num_tokens = [batch.samples[i].num_tokens for mini_batch in plan for i in mini_batch.samples]
+        return learner_kl.metrics(num_tokens, kl_S, self._algorithm.beta)
+
+    def _fetch(self, batch: TrainBatch, planned: MiniBatchPlan, normalizers: Normalizers) -> list[MicroBatchData]:
+        micros = planned.ranks[self.rank // self._ranks.size]
+        refs = list({batch.samples[i].ref: None for micro in micros for i in micro})
         try:
             rows: dict[Any, list[Sample]] = dict(zip(refs, ray.get(refs, timeout=FETCH_TIMEOUT_S), strict=True))
         except ray.exceptions.RayError as e:
             raise WorkerError(
                 f"learner-{self.rank} can't fetch samples of step {batch.step} from the object store: {e}"
             ) from None
-        out = []
-        for mini_batch in plan:
-            members = [batch.samples[i] for i in mini_batch.samples]
-            normalizers = Normalizers(
-                num_sequences=len(members),
-                num_tokens=sum(s.num_tokens for s in members),
-                max_completion_length=self.spec.max_completion_length,
-            )
-            micros = mini_batch.ranks[self.rank]
-            padded = not self.spec.learner.packing
-            packed = [pack([self._item(batch, i, rows, normalizers) for i in micro], padded=padded) for micro in micros]
-            out.append([MicroBatchData.of(p, self.device) for p in packed])
-        return out
+        padded = not self.spec.learner.packing
+        packed = [pack([self._item(batch, i, rows, normalizers) for i in micro], padded=padded) for micro in micros]
+        return [MicroBatchData.of(p, self.device) for p in packed]
 
     def _item(self, batch: TrainBatch, index: int, rows: dict[Any, list[Sample]], normalizers: Normalizers) -> PackItem:
         info = batch.samples[index]
@@ -205,7 +374,7 @@ class LearnerActor:
             prompt_ids=sample.prompt_token_ids,
             completion_ids=sample.token_ids,
             rollout_logprobs=sample.logprobs,
-            advantage=info.advantage,
+            advantage=token_values(info.steps, info.num_tokens) if info.steps else info.advantage,
             weight=self._objective.weight(info.num_tokens, normalizers),
             sample=index,
         )
@@ -223,35 +392,28 @@ class LearnerActor:
         logp_C: torch.Tensor = model(data.packed, temperature)[0]
         return logp_C
 
-    def _forward_backward(
-        self, mini_batch: list[MicroBatchData], batch: TrainBatch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        sums = torch.zeros(len(self._objective.sum_names), device=self.device)
-        largest = torch.zeros((), device=self.device)
-        suspects = []
+    def _forward_backward(self, mini_batch: list[MicroBatchData], batch: TrainBatch, into: _Pass) -> None:
         for data in mini_batch:
             theta_C, entropy_C = self._engine(data.packed, batch.temperature)
             loss, new_sums, new_largest = self._objective.loss(data, theta_C, entropy_C)
-            # DeepSpeed averages gradients over the ranks; the weights in the loss already hold the global normalizer.
+            # DeepSpeed averages gradients over all ranks; the weights in the loss already hold the global normalizer, and a
+            # rank's gradient is that of its own slice.
             self._engine.backward(loss * self.num_ranks, scale_wrt_gas=False)
+            into.micro_batches.append(data)
             if not data.packed.is_dummy:
-                sums += new_sums
-                largest = torch.maximum(largest, new_largest)
-                suspects.append((data, theta_C.detach(), loss.detach()))
-        self._check_finite(suspects, batch)
-        return sums, largest
+                into.sums += new_sums
+                into.largest = torch.maximum(into.largest, new_largest)
+                into.done.append(_Done(data, batch, theta_C.detach(), loss.detach()))
 
-    def _check_finite(
-        self, suspects: list[tuple[MicroBatchData, torch.Tensor, torch.Tensor]], batch: TrainBatch
-    ) -> None:
+    def _check_finite(self, done: _Pass, batch: TrainBatch) -> None:
         """Before the step, all ranks agree whether every loss is a number."""
-        wrong = torch.stack([~loss.isfinite() for *_, loss in suspects]).any() if suspects else torch.tensor(False)
+        wrong = torch.stack([~d.loss.isfinite() for d in done.done]).any() if done.done else torch.tensor(False)
         flag = wrong.to(device=self.device, dtype=torch.float32).reshape(1)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         if flag.item() == 0:
             return
         names: list[str | None] = [None] * self.num_ranks
-        dist.all_gather_object(names, self._culprit(suspects, batch))
+        dist.all_gather_object(names, self._culprit(done.done))
         self._discard_gradients()
         culprit = next(n for n in names if n)
         raise NonFiniteError(
@@ -260,11 +422,11 @@ class LearnerActor:
         )
 
     @staticmethod
-    def _culprit(suspects: list[tuple[MicroBatchData, torch.Tensor, torch.Tensor]], batch: TrainBatch) -> str | None:
-        for data, theta_C, loss in suspects:
-            if not loss.isfinite():
-                tokens = ~(theta_C.isfinite() & data.rollout_C.isfinite() & data.advantages_C.isfinite())
-                sample = batch.samples[int(data.packed.samples[int(tokens.int().argmax())])]
+    def _culprit(done: list[_Done]) -> str | None:
+        for d in done:
+            if not d.loss.isfinite():
+                tokens = ~(d.theta_C.isfinite() & d.data.rollout_C.isfinite() & d.data.advantages_C.isfinite())
+                sample = d.batch.samples[int(d.data.packed.samples[int(tokens.int().argmax())])]
                 return f"{sample.prompt_id}[{sample.index}]"
         return None
 
@@ -275,31 +437,27 @@ class LearnerActor:
         else:
             self._engine.step()
 
-    def _step(self, batch: TrainBatch) -> float:
+    def _step(self, batch: TrainBatch, factor: float = 1.0) -> float:
         try:
-            return step(self._engine)
+            return step(self._engine, factor)
         except NonFiniteError as e:
             raise NonFiniteError(
                 f"step {batch.step + 1}: {e}, though every loss is finite. Lower learner.learning_rate"
             ) from None
 
-    def _metrics(
-        self,
-        sums: torch.Tensor,
-        largest: torch.Tensor,
-        steps: list[list[MicroBatchData]],
-        grad_norms: list[float],
-        learning_rates: list[float],
-    ) -> dict[str, float]:
-        own = [data.packed for mini_batch in steps for data in mini_batch]
+    def _metrics(self, total: _Pass, grad_norms: list[float], learning_rates: list[float]) -> dict[str, float]:
+        own = [data.packed for data in total.micro_batches]
         inputs = float(sum(p.num_tokens for p in own))
         counts = [
             float(sum(len(p.targets) for p in own if not p.is_dummy)),
             inputs,
             float(sum(p.is_dummy for p in own)),
         ]
-        totals = torch.cat([sums.double(), torch.tensor(counts, dtype=torch.float64, device=self.device)])
-        highest = torch.stack([largest.double(), torch.tensor(inputs, dtype=torch.float64, device=self.device)])
+        totals = torch.cat([total.sums.double(), torch.tensor(counts, dtype=torch.float64, device=self.device)])
+        if self._ranks.rank > 0:
+            # What ranks share, the first of them counts.
+            totals.zero_()
+        highest = torch.stack([total.largest.double(), torch.tensor(inputs, dtype=torch.float64, device=self.device)])
         dist.all_reduce(totals)
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         *reduced, trained, all_inputs, dummies = totals.tolist()
@@ -313,20 +471,21 @@ class LearnerActor:
             "update/num_steps": float(len(grad_norms)),
             "update/micro_batches": float(len(own)),
             "update/dummies": dummies,
-            "update/imbalance": most_inputs * self.num_ranks / max(all_inputs, 1.0),
+            "update/imbalance": most_inputs * self.spec.learner.data_parallel_size / max(all_inputs, 1.0),
             "tokens/trained": trained,
             "tokens/processed": all_inputs,
-            **{f"update/{name}_s": seconds for name, seconds in self._seconds.items()},
         }
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         started = time.monotonic()
-        yield
+        with self._activity.span(name):
+            yield
         self._seconds[name] += time.monotonic() - started
 
     # Checkpoints: all ranks together. See actors/learner_state.py for what can go wrong.
 
+    @_recorded("save")
     def save(self, folder: str) -> None:
         learner_state.save(self._engine, self.spec, Path(folder))
         if self.spec.saves_reference:
@@ -334,6 +493,7 @@ class LearnerActor:
         if self._critic is not None:
             self._critic.save(Path(folder))
 
+    @_recorded("load")
     def load(self, folder: str) -> None:
         learner_state.load(self._engine, self.spec, Path(folder))
         if self.spec.saves_reference:
@@ -346,6 +506,7 @@ class LearnerActor:
         model: PolicyModel = self._reference.module if self.spec.learner.zero_stage == 3 else self._reference
         return model
 
+    @_recorded("export")
     def export(self, folder: str) -> None:
         learner_state.export(self._engine, self.spec, Path(folder))
 
@@ -355,15 +516,28 @@ class LearnerActor:
         """Import what sends weights, vLLM with it: seconds that the first sync would spend while the engines are paused."""
         from actors import weight_sender  # noqa: F401
 
+    @_recorded("connect")
     def weights_connect(self, targets: list[EngineTarget], generation: int) -> None:
         if self._sender is None:
             self._sender = self._make_sender()
         self._sender.connect(targets, generation)
 
+    @_recorded("weights")
     def weights_send(self, version: int) -> SendReport:
         if self._sender is None:
             raise WorkerError(f"learner-{self.rank} was asked to send weights before it was connected to any engine")
-        return self._sender.send(version)
+        report = self._sender.send(version)
+        return {**report, "tracks": [self._activity.finish()]}
+
+    def put_adapter(self) -> AdapterReport | None:
+        """Rank 0 puts the adapter as it is now into the object store; the others take part in gathering and return None."""
+        from actors.adapter_sync import AdapterReport
+
+        tensors = learner_state.gather_adapter(self._engine)
+        if self.rank != 0:
+            return None
+        data = adapter_bytes(tensors)
+        return AdapterReport(ref=ray.put(data), num_bytes=len(data), checksum=adapter_checksum(data))
 
     def _make_sender(self) -> WeightSender:
         # Imported here: it brings vLLM with it, which takes seconds that a run without samplers need not spend.

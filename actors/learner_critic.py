@@ -17,6 +17,7 @@ from actors.learner_engine import LearnerSpec, build_critic, step
 from grpo_ray.errors import CheckpointError, NonFiniteError
 from grpo_ray.losses.value import value_loss
 from grpo_ray.objectives import MicroBatchData
+from grpo_ray.sequence import SequenceRanks
 from grpo_ray.value_model import gae_of_segments
 
 _TAG = "deepspeed"
@@ -25,8 +26,10 @@ _SUMS = ("tokens", "loss", "error", "value", "return", "return_squared")
 
 
 class Critic:
-    def __init__(self, spec: LearnerSpec, device: torch.device) -> None:
-        self.engine: Any = build_critic(spec, device)
+    def __init__(self, spec: LearnerSpec, device: torch.device, ranks: SequenceRanks) -> None:
+        self.engine: Any = build_critic(spec, device, ranks)
+        self._counts = ranks.rank == 0
+        """Of the ranks that share a micro-batch one counts it."""
         self._spec = spec
         assert spec.algorithm is not None
         self._algorithm = spec.algorithm
@@ -35,7 +38,8 @@ class Critic:
 
     @torch.no_grad()
     def set_advantages(self, micro_batches: list[MicroBatchData]) -> None:
-        """Replace the rewards that stand in `advantages_C` by whitened advantages; add values and returns.
+        """Replace the rewards that stand in `advantages_C`, less the KL where there is one, by whitened advantages; add values
+        and returns.
 
         Whitened as in the PPO of RLHF: minus the mean, over the standard deviation of all tokens of the step.
         """
@@ -43,10 +47,12 @@ class Critic:
         moments = torch.zeros(3, device=self._sums.device, dtype=torch.float64)
         for data in micro_batches:
             values_C: Tensor = self.engine(data.packed)
-            rewards_S = data.segments.mean(data.advantages_C)
-            advantages_C, returns_C = gae_of_segments(rewards_S, values_C, data.segments, gamma=a.gamma, lam=a.lam)
+            scores_S = data.segments.mean(data.advantages_C)
+            advantages_C, returns_C = gae_of_segments(
+                scores_S, data.kl_C, values_C, data.segments, beta=a.beta, gamma=a.gamma, lam=a.lam
+            )
             data.values_C, data.returns_C, data.advantages_C = values_C, returns_C, advantages_C
-            if not data.packed.is_dummy:
+            if self._counts and not data.packed.is_dummy:
                 x = advantages_C.double()
                 moments += torch.stack([x.new_tensor(len(x)), x.sum(), x.square().sum()])
         dist.all_reduce(moments)
@@ -71,7 +77,7 @@ class Critic:
                 clip_range=self._spec.critic.value_clip_range,
             )
             self.engine.backward(loss * num_ranks, scale_wrt_gas=False)
-            if not data.packed.is_dummy:
+            if self._counts and not data.packed.is_dummy:
                 self._count(values_C.detach(), data.returns_C, loss.detach())
         try:
             self._grad_norms.append(step(self.engine))

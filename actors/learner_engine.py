@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,6 +17,7 @@ from grpo_ray.errors import ConfigError, NonFiniteError
 from grpo_ray.logprobs import chunk_rows
 from grpo_ray.lora import inject
 from grpo_ray.policy import PolicyModel
+from grpo_ray.sequence import SequenceRanks
 from grpo_ray.value_model import ValueModel
 
 _DROPOUTS = ("attention_dropout", "hidden_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop")
@@ -90,21 +93,21 @@ def deepspeed_config(model: ModelConfig, learner: LearnerConfig) -> dict[str, An
     return config
 
 
-def build_engine(spec: LearnerSpec, device: torch.device) -> Any:
+def build_engine(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks) -> Any:
     """The policy in a DeepSpeed engine, with fp32 master weights that hold the checkpoint exactly."""
-    policy = _policy(spec, device, trained=True).train()
+    policy = _policy(spec, device, ranks, trained=True).train()
     optimizer = _adamw(policy, spec.learner, spec.learner.learning_rate)
     return _initialize(
         spec, device, policy, optimizer, make_schedule(optimizer, spec.learner, spec.num_optimizer_steps)
     )
 
 
-def build_critic(spec: LearnerSpec, device: torch.device) -> Any:
+def build_critic(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks) -> Any:
     """The value model in an engine of its own, at a constant learning rate after its warm-up."""
     from transformers import get_constant_schedule_with_warmup
 
     whole = replace(spec, model=spec.model.model_copy(update={"lora": None}))
-    critic = ValueModel(load_hf(whole, device, trained=True)).train()
+    critic = ValueModel(load_hf(whole, device, ranks, trained=True), ranks).train()
     optimizer = _adamw(critic, spec.learner, spec.critic.learning_rate)
     schedule = get_constant_schedule_with_warmup(optimizer, spec.critic.warmup_steps)
     return _initialize(spec, device, critic, optimizer, schedule)
@@ -150,24 +153,48 @@ def _clip_at_stage_0(engine: Any, max_norm: float) -> None:
         engine.zero_grad()
 
 
-def step(engine: Any) -> float:
+def step(engine: Any, factor: float = 1.0) -> float:
     """One optimizer step; the gradient's norm before clipping.
+
+    Args:
+        factor: the gradient is what was accumulated times this.
 
     Raises:
         NonFiniteError: it is not finite; the weights are as they were.
     """
-    engine.step()
+    with _scaled(engine, factor):
+        engine.step()
     norm = float(engine.get_global_grad_norm())
     if not engine.was_step_applied() or norm != norm or norm == float("inf"):
         raise NonFiniteError(f"the gradient is not finite (norm {norm}); the weights were left as they are")
     return norm
 
 
-def build_reference(spec: LearnerSpec, device: torch.device) -> nn.Module:
+@contextmanager
+def _scaled(engine: Any, factor: float) -> Iterator[None]:
+    """Inside, `engine.step()` takes the accumulated gradient times `factor`, under any ZeRO stage and dtype."""
+    optimizer = engine.optimizer
+    if factor == 1.0:
+        yield
+    elif hasattr(optimizer, "override_loss_scale"):
+        # DeepSpeed divides by the scale of the loss, before the norm is taken.
+        optimizer.override_loss_scale(1 / factor)
+        try:
+            yield
+        finally:
+            optimizer.override_loss_scale(1.0)
+    else:
+        held = getattr(optimizer, "fp32_groups_gradients_flat", None)
+        for grad in held or [p.grad for p in engine.module.parameters() if p.grad is not None]:
+            grad.mul_(factor)
+        yield
+
+
+def build_reference(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks) -> nn.Module:
     """The frozen policy as it was at the start; sharded under ZeRO-3. See actors/learner_reference.py for what follows."""
     import deepspeed
 
-    policy = _policy(spec, device, trained=False).eval()
+    policy = _policy(spec, device, ranks, trained=False).eval()
     policy.requires_grad_(False)
     if spec.learner.zero_stage < 3:
         return policy.to(device)
@@ -177,17 +204,17 @@ def build_reference(spec: LearnerSpec, device: torch.device) -> nn.Module:
     return engine
 
 
-def _policy(spec: LearnerSpec, device: torch.device, *, trained: bool) -> PolicyModel:
-    hf = load_hf(spec, device, trained=trained)
+def _policy(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, trained: bool) -> PolicyModel:
+    hf = load_hf(spec, device, ranks, trained=trained)
     rows = chunk_rows(hf.config.get_text_config().vocab_size, on_gpu=device.type == "cuda")
-    return PolicyModel(hf, chunk=spec.learner.logprob_chunk_tokens or rows)
+    return PolicyModel(hf, chunk=spec.learner.logprob_chunk_tokens or rows, ranks=ranks)
 
 
-def load_hf(spec: LearnerSpec, device: torch.device, *, trained: bool) -> Any:
+def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, trained: bool) -> Any:
     """The checkpoint, in fp32 when it is to be trained, without dropout.
 
     Raises:
-        ConfigError: it can't be loaded, or its attention or head can't be packed.
+        ConfigError: it can't be loaded, its attention or head can't be packed, or its sequences can't be split over ranks.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -207,6 +234,7 @@ def load_hf(spec: LearnerSpec, device: torch.device, *, trained: bool) -> Any:
         )
     except (OSError, ValueError) as e:
         raise ConfigError(f"the learner can't load model {path}: {e}") from None
+    ranks.split_heads(hf)
     if trained and spec.model.lora is not None:
         inject(hf, spec.model.lora)
     if trained and spec.model.gradient_checkpointing:

@@ -26,6 +26,7 @@ from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
 from grpo_ray.types import TrainBatch, UpdateReport
 
 if TYPE_CHECKING:
+    from actors.adapter_sync import AdapterReport
     from actors.weights import EngineTarget, SendReport
 
 GRACE_S = 5.0
@@ -87,6 +88,15 @@ class LearnerGroup:
             raise
         return group
 
+    async def accumulate(self, part: TrainBatch) -> None:
+        """See `LearnerActor.accumulate`. The ranks have the call before this first awaits.
+
+        Raises:
+            DeadlineError: not done within `deadlines.update_s`; the group is ended.
+            WorkerError: a rank died; the group is ended.
+        """
+        await self._call("accumulate", ray.put(_with_refs(part)), deadline="update_s")
+
     async def update(self, batch: TrainBatch) -> UpdateReport:
         """See `LearnerActor.update`. References that are plain lists are put into the object store first.
 
@@ -95,10 +105,9 @@ class LearnerGroup:
             DeadlineError: not done within `deadlines.update_s`; the group is ended.
             WorkerError: a rank died; the group is ended.
         """
-        report: UpdateReport
         self.unsent = True
-        report, *_ = await self._call("update", ray.put(_with_refs(batch)), deadline="update_s")
-        return report
+        reports: list[UpdateReport] = await self._call("update", ray.put(_with_refs(batch)), deadline="update_s")
+        return replace(reports[0], tracks=tuple(t for r in reports for t in r.tracks))
 
     async def save(self, folder: Path) -> None:
         await self._call("save", str(folder), deadline="save_s")
@@ -121,9 +130,15 @@ class LearnerGroup:
 
     async def send_weights(self, version: int) -> SendReport:
         """See `actors.weights.LearnerWeights`. The ranks have the call before this first awaits."""
-        report: SendReport
         self.unsent = False
-        report, *_ = await self._call("weights_send", version, deadline="sync_s")
+        reports: list[SendReport] = await self._call("weights_send", version, deadline="sync_s")
+        return {**reports[0], "tracks": [t for r in reports for t in r.get("tracks", ())]}
+
+    async def put_adapter(self) -> AdapterReport:
+        """See `actors.adapter_sync.LearnerAdapters`. The ranks have the call before this first awaits."""
+        report: AdapterReport
+        self.unsent = False
+        report, *_ = await self._call("put_adapter", deadline="sync_s")
         return report
 
     async def close(self) -> None:

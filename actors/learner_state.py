@@ -81,7 +81,7 @@ def export(engine: Any, spec: LearnerSpec, folder: Path) -> None:
     """
     lora = spec.model.lora
     weights = gather(engine.module.hf)
-    adapter = _gather_adapter(engine) if lora else {}
+    adapter = gather_adapter(engine) if lora else {}
     if dist.get_rank() != 0:
         return
     from grpo_ray.models import load_tokenizer
@@ -105,8 +105,8 @@ def gather(hf: nn.Module) -> dict[str, torch.Tensor]:
     return out
 
 
-def _gather_adapter(engine: Any) -> dict[str, torch.Tensor]:
-    """The adapters alone, on rank 0."""
+def gather_adapter(engine: Any) -> dict[str, torch.Tensor]:
+    """The adapters alone, in CPU memory of rank 0, under peft's names; empty on the other ranks. All ranks together."""
     tensors = adapter_tensors(engine.module.hf)
     with gathered(list(tensors.values())):
         first = dist.get_rank() == 0
@@ -130,7 +130,8 @@ def _facts(spec: LearnerSpec) -> dict[str, Any]:
         "learner.num_actors": dist.get_world_size(),
         "learner.zero_stage": spec.learner.zero_stage,
         "model.dtype": spec.model.dtype,
-        "model.lora": spec.model.lora.model_dump(mode="json") if spec.model.lora else None,
+        # How samplers get the adapters is no part of what is saved.
+        "model.lora": spec.model.lora.model_dump(mode="json", exclude={"transfer"}) if spec.model.lora else None,
     }
 
 

@@ -20,7 +20,7 @@ from grpo_ray.config import RewardConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.function import NOT_COLUMNS, Conversation, ScoreInputs
 from grpo_ray.rewards.scoring import weighted_sum
-from grpo_ray.types import RewardScore, Sample, Score, ScoreRequest, ScoreStatus
+from grpo_ray.types import Sample, Score, ScoreRequest, ScoreStatus
 
 FETCH_TIMEOUT_S = 60.0
 
@@ -89,12 +89,12 @@ class RewardActor:
                 scores += [Score(ScoreStatus.CRASHED, math.nan, (), lost[u]) for _ in unit]
                 continue
             parts = [next(results) for _ in self._weights]
-            scores += [self._sum([p[s] for p in parts]) for s in range(len(unit))]
+            scores += [
+                weighted_sum([p[s] for p in parts], self._weights, request.sample.num_tokens)
+                for s, request in enumerate(unit)
+            ]
         rest = iter(scores)
         return [[next(rest) for _ in group] for group in groups]
-
-    def _sum(self, parts: list[RewardScore]) -> Score:
-        return weighted_sum(parts, self._weights)
 
 
 async def _get(ref: Any) -> list[Sample] | str:

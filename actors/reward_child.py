@@ -50,7 +50,12 @@ class Call:
     function: int
     inputs: bytes
     """Pickled ScoreInputs, one copy per call: a function that changes its lists changes nobody else's."""
-    count: int
+    lengths: tuple[int, ...]
+    """Completion tokens of each sample."""
+
+    @property
+    def count(self) -> int:
+        return len(self.lengths)
 
 
 def main() -> None:
@@ -124,12 +129,13 @@ def too_many_children(calls_done: int) -> bool:
 
 
 def encode(result: RewardScore) -> list[Any]:
-    """[status, value, detail, seconds]; NaN has no JSON."""
+    """[status, value, detail, seconds, [[end, value], ..]]; NaN has no JSON."""
     return [
         result.status.value,
         result.value if result.status is ScoreStatus.OK else None,
         result.detail,
         result.seconds,
+        [[step.end, step.value] for step in result.steps],
     ]
 
 

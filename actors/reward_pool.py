@@ -19,9 +19,10 @@ import ray
 
 from actors.reward import FETCH_TIMEOUT_S, RewardActor
 from actors.runtime import Actors, RayActors, within
+from grpo_ray.activity import Activity
 from grpo_ray.config import RewardConfig
 from grpo_ray.errors import DeadlineError, RewardError, WorkerError
-from grpo_ray.types import Score, ScoreRequest
+from grpo_ray.types import Score, ScoreRequest, Track
 
 MAX_BATCH = 64
 """Samples in one call: enough to make Ray's share of the cost small, few enough to spread over the workers."""
@@ -58,6 +59,7 @@ class RewardPool:
         self._idle: deque[asyncio.Future[None]] = deque()
         """Of each worker that waits for work."""
         self._actors: dict[str, Any] = {}
+        self._activities: dict[str, Activity] = {}
         self.pids: dict[str, int] = {}
         """Name of each worker -> its process, for people and chaos tests."""
         self._tasks: list[asyncio.Task[None]] = []
@@ -125,6 +127,10 @@ class RewardPool:
         stats, self._stats = self._stats, dict.fromkeys(self._stats, 0.0)
         return stats
 
+    def take_tracks(self) -> list[Track]:
+        """Since the last call: when each worker was busy `scoring`, from the call to its answer."""
+        return [activity.take() for activity in self._activities.values()]
+
     async def close(self) -> None:
         """End every worker and its scoring process. Calls still waiting get a WorkerError."""
         self._fail(WorkerError(f"the {self._name} pool is closed"))
@@ -140,7 +146,8 @@ class RewardPool:
             batch = await self._take()
             start = time.monotonic()
             try:
-                results = await self._call(name, batch)
+                with self._activities[name].span("scoring"):
+                    results = await self._call(name, batch)
             except BaseException as e:
                 self._queue.extendleft(reversed(batch))
                 if isinstance(e, ray.exceptions.RayActorError | TimeoutError) and self._broken is None:
@@ -186,6 +193,7 @@ class RewardPool:
     async def _start(self, name: str) -> None:
         actor = await self._named_actor(name)
         self._actors[name] = actor
+        self._activities.setdefault(name, Activity(name))
         try:
             self.pids[name] = await within(
                 actor.start.remote(), self._start_timeout_s + 60, f"start of {name}", "deadlines.start_s"

@@ -18,6 +18,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,13 @@ from grpo_ray.config import RewardConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.function import ScoreInputs
 from grpo_ray.rewards.scoring import failures
-from grpo_ray.types import RewardScore, ScoreStatus
+from grpo_ray.types import RewardScore, ScoreStatus, Step
 
 # What a scoring process inherits; tokens and passwords of the environment stay here. The rest comes from `reward.env`.
 KEPT_ENV = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR", "TZ")
 TAG = "GRPO_RAY_SCORER"
-MAX_LINE_BYTES = 4 << 20
+MAX_LINE_BYTES = 64 << 20
+"""A whole group with a step at every token is some ten MiB."""
 WRITE_TIMEOUT_S = 30.0
 
 
@@ -172,7 +174,7 @@ class ScoringProcess:
                 while len(results) < len(calls):
                     call = calls[len(results)]
                     message = self._read(time.monotonic() + self._limit_s(call))
-                    results.append(_decode(self._names[call.function], call.count, message))
+                    results.append(_decode(self._names[call.function], call.lengths, message))
                     if message.get("spent"):
                         self.kill()
                         break
@@ -205,7 +207,7 @@ class ScoringProcess:
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
     def _pack(self, function: int, inputs: ScoreInputs) -> Call:
-        return Call(function, pickle.dumps(inputs, protocol=pickle.HIGHEST_PROTOCOL), len(inputs))
+        return Call(function, pickle.dumps(inputs, protocol=pickle.HIGHEST_PROTOCOL), inputs.lengths)
 
     def _environment(self) -> dict[str, str]:
         env = {k: os.environ[k] for k in KEPT_ENV if k in os.environ}
@@ -272,17 +274,32 @@ def _signal(pids: Iterable[int], number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
-def _decode(name: str, count: int, message: dict[str, Any]) -> list[RewardScore]:
+def _decode(name: str, lengths: Sequence[int], message: dict[str, Any]) -> list[RewardScore]:
     """Read an answer without believing it: the code that ran beside the writer is the user's."""
     try:
         scores = [
             RewardScore(
-                name, ScoreStatus(status), math.nan if value is None else float(value), str(detail), float(seconds)
+                name,
+                ScoreStatus(status),
+                math.nan if value is None else float(value),
+                str(detail),
+                float(seconds),
+                tuple(Step(int(end), float(reward)) for end, reward in steps),
             )
-            for status, value, detail, seconds in message["scores"]
+            for status, value, detail, seconds, steps in message["scores"]
         ]
     except (KeyError, TypeError, ValueError):
         raise _Ended from None
-    if len(scores) != count or any(math.isfinite(s.value) != (s.status is ScoreStatus.OK) for s in scores):
+    if len(scores) != len(lengths) or not all(map(_possible, scores, lengths)):
         raise _Ended
     return scores
+
+
+def _possible(score: RewardScore, length: int) -> bool:
+    ends = [-1, *(step.end for step in score.steps), length]
+    ok = score.status is ScoreStatus.OK
+    return (
+        math.isfinite(score.value) == ok
+        and all(math.isfinite(step.value) for step in score.steps)
+        and (not score.steps or (ok and all(a < b for a, b in pairwise(ends))))
+    )

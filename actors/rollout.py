@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from actors.engine_adapters import Adapter, AdapterOptions, EngineAdapters, lora_args
 from actors.runtime import own_log
 from grpo_ray.config import RolloutConfig
 from grpo_ray.errors import WorkerError
@@ -69,13 +70,11 @@ def engine_args(
     backend: str,
     *,
     trust_remote_code: bool,
+    adapters: AdapterOptions | None = None,
 ) -> AsyncEngineArgs:
     """The engine's options, for the device that vLLM finds."""
-    from vllm.config.weight_transfer import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
-
-    from actors.weight_backend import WORKER_BACKENDS
 
     on_cpu = current_platform.is_cpu()
     kv_cache_gb = config.kv_cache_gb or (CPU_KV_CACHE_GB if on_cpu else None)
@@ -105,10 +104,21 @@ def engine_args(
         enable_prefix_caching=True,
         logprobs_mode="processed_logprobs",
         disable_log_stats=True,
-        weight_transfer_config=WeightTransferConfig(backend=WORKER_BACKENDS[backend]),
-        worker_extension_cls="actors.weight_backend.DigestExtension",
         **device,
+        **(_transfer_args(backend) if adapters is None else lora_args(adapters)),
     )
+
+
+def _transfer_args(backend: str) -> dict[str, Any]:
+    """For an engine that takes whole weights."""
+    from vllm.config.weight_transfer import WeightTransferConfig
+
+    from actors.weight_backend import WORKER_BACKENDS
+
+    return {
+        "weight_transfer_config": WeightTransferConfig(backend=WORKER_BACKENDS[backend]),
+        "worker_extension_cls": "actors.weight_backend.DigestExtension",
+    }
 
 
 class RolloutActor:
@@ -125,6 +135,7 @@ class RolloutActor:
         seed: int,
         backend: str,
         trust_remote_code: bool = False,
+        adapters: AdapterOptions | None = None,
     ) -> None:
         self.name = f"rollout-{index}"
         own_log(run_dir, self.name)
@@ -132,8 +143,11 @@ class RolloutActor:
 
         # Of the longest sample, prompt and completion; the model may have been made for less.
         max_model_len = min(max_length, context_length(load_config(model, trust_remote_code=trust_remote_code)))
-        args = engine_args(config, model, dtype, max_model_len, seed, backend, trust_remote_code=trust_remote_code)
+        args = engine_args(
+            config, model, dtype, max_model_len, seed, backend, trust_remote_code=trust_remote_code, adapters=adapters
+        )
         self.engine: Any = AsyncLLM.from_engine_args(args)
+        self._adapters = EngineAdapters(self.engine, adapters, model, run_dir, self.name)
         self.tokenizer: Any = self.engine.get_tokenizer()
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._outcomes: list[Outcome] = []
@@ -199,10 +213,12 @@ class RolloutActor:
         final: RequestOutput | None = None
         try:
             prompt = {"prompt_token_ids": request.prompt_token_ids}
-            async for output in self.engine.generate(prompt, _vllm_params(request), str(ticket)):
-                final = output
+            with self._adapters.use() as adapter:
+                lora = adapter.request if adapter is not None else None
+                async for output in self.engine.generate(prompt, _vllm_params(request), str(ticket), lora_request=lora):
+                    final = output
             assert final is not None
-            self._finish(ticket, request, final)
+            self._finish(ticket, request, final, adapter)
         except EngineDeadError:
             self._arrived.set()
         except VLLMClientError as e:
@@ -215,13 +231,16 @@ class RolloutActor:
             if not self._tasks:
                 self._busy_s += time.monotonic() - self._busy_since
 
-    def _finish(self, ticket: int, request: SampleRequest, final: RequestOutput) -> None:
+    def _finish(self, ticket: int, request: SampleRequest, final: RequestOutput, adapter: Adapter | None) -> None:
         completion = final.outputs[0]
         if completion.finish_reason not in ("stop", "length"):
             self._add(Outcome(ticket, None, "aborted", f"finish_reason {completion.finish_reason}"))
             return
         token_ids = list(completion.token_ids)
-        versions = tuple(VersionSpan(int(s.version), s.start, s.end) for s in completion.weight_versions or ())
+        if adapter is not None:
+            versions: tuple[VersionSpan, ...] = (VersionSpan(adapter.version, 0, len(token_ids)),)
+        else:
+            versions = tuple(VersionSpan(int(s.version), s.start, s.end) for s in completion.weight_versions or ())
         sample = Sample(
             prompt_id=request.prompt_id,
             index=request.index,
@@ -286,6 +305,18 @@ class RolloutActor:
         if set(received) != {checksum}:
             raise WorkerError(f"{self.name} received weights with checksum {received}, the learner sent {checksum}")
         await self.engine.finish_weight_update(str(version))
+
+    async def load_adapter(self, version: int, checksum: str, data: Sequence[Any]) -> float:
+        """Take the adapter behind `data` (one reference, on `lora.adapter_bytes`) into use as `version`, without a pause.
+
+        Returns:
+            Seconds that the engine stood still for it.
+
+        Raises:
+            WorkerError: it arrived with another checksum, or the engine has no room for it.
+        """
+        self._check_alive()
+        return await self._adapters.load(version, checksum, await data[0])
 
     # Care
 

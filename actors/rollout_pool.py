@@ -23,12 +23,14 @@ from typing import Any, Self
 
 from ray.exceptions import RayError
 
+from actors.engine_adapters import AdapterOptions
 from actors.rollout import Outcome, RolloutActor, rollout_env
 from actors.runtime import Actors, RayActors, core_error, log_tail, within
 from actors.weights import EngineTarget, last_line, resolve_backend
+from grpo_ray.activity import IDLE, Activity
 from grpo_ray.config import RunConfig
 from grpo_ray.errors import DataError, DeadlineError, GrpoRayError, WorkerError
-from grpo_ray.types import SampleInfo, SampleRequest
+from grpo_ray.types import SampleInfo, SampleRequest, Track
 
 POLL_S = 10.0
 POLLS_PER_S = 10.0
@@ -90,11 +92,22 @@ class _Engine:
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     samples: int = 0
     tokens: int = 0
-    busy_s: float = 0.0
-    busy_since: float = 0.0
+    paused: bool = False
+    """For a weight sync."""
+    activity: Activity = field(init=False)
+    told_busy_s: float = 0.0
+    """Its busy seconds up to the last `take_stats`."""
 
     def __post_init__(self) -> None:
         self.name = f"rollout-{self.index}"
+        self.activity = Activity(self.name)
+
+    def show(self) -> None:
+        """Tell its activity what it does now: after every change of `alive`, `paused` and `work`."""
+        if not self.alive:
+            self.activity.enter(IDLE if self.gone else "restarting")
+        else:
+            self.activity.enter("paused" if self.paused else "sampling" if self.work else IDLE)
 
 
 class RolloutPool:
@@ -187,19 +200,23 @@ class RolloutPool:
             del self._tickets[ticket.id]
 
     def take_stats(self) -> dict[str, float]:
-        """Since the last call: restarts, and for each engine its samples, tokens, seconds with work and their part of the time."""
+        """Since the last call: restarts, and for each engine its samples, tokens, seconds at work and their part of the time."""
         now = time.monotonic()
         elapsed = max(now - self._stats_since, 1e-9)
         out = {"restarts": float(self._num_restarts)}
         for engine in self._engines:
-            busy = engine.busy_s + (now - engine.busy_since if engine.work else 0.0)
+            busy = engine.activity.busy_s - engine.told_busy_s
             out[f"rollout/{engine.index}/samples"] = float(engine.samples)
             out[f"rollout/{engine.index}/tokens"] = float(engine.tokens)
             out[f"rollout/{engine.index}/busy_s"] = busy
-            out[f"rollout/{engine.index}/busy"] = busy / elapsed
-            engine.samples, engine.tokens, engine.busy_s, engine.busy_since = 0, 0, 0.0, now
+            out[f"rollout/{engine.index}/busy"] = min(1.0, busy / elapsed)
+            engine.samples, engine.tokens, engine.told_busy_s = 0, 0, engine.told_busy_s + busy
         self._stats_since, self._num_restarts = now, 0
         return out
+
+    def take_tracks(self) -> list[Track]:
+        """Since the last call, of each engine: `sampling` (it has a request, and is not paused), `paused`, `restarting`."""
+        return [engine.activity.take() for engine in self._engines]
 
     def _kick(self) -> None:
         """Dispatch once at the end of this turn of the event loop, so that requests made together travel together."""
@@ -222,11 +239,10 @@ class RolloutPool:
                 held.append(ticket)
                 continue
             ticket.since = time.monotonic()
-            if not engine.work:
-                engine.busy_since = ticket.since
             ticket.engine = engine
             engine.work[ticket.id] = ticket
             self._reconsider(engine)
+            engine.show()
             outboxes.setdefault(engine, []).append(ticket)
         self._queue.extendleft(reversed(held))
         for engine, tickets in outboxes.items():
@@ -296,8 +312,7 @@ class RolloutPool:
         if ticket is not None:
             ticket.engine = None
             self._reconsider(engine)
-            if not engine.work:
-                engine.busy_s += time.monotonic() - engine.busy_since
+        engine.show()
         return ticket
 
     def _requeue(self, tickets: Sequence[_Ticket]) -> None:
@@ -339,6 +354,14 @@ class RolloutPool:
             left = max(deadline - time.monotonic(), 0.0)
             await within(self._changed.wait(), left, "the restart of any rollout engine", "deadlines.start_s")
         return targets
+
+    def mark_paused(self, targets: Sequence[EngineTarget], *, paused: bool) -> None:
+        """For a weight sync; an engine that dies meanwhile comes back unpaused."""
+        for target in targets:
+            engine = self._engine_of(target)
+            if engine is not None:
+                engine.paused = paused
+                engine.show()
 
     def mark_synced(self, targets: Sequence[EngineTarget], version: int) -> None:
         """These engines now hold `version`, which becomes the current one."""
@@ -400,6 +423,7 @@ class RolloutPool:
             c.seed,
             self._backend,
             c.model.trust_remote_code,
+            AdapterOptions.of(c),
             num_cpus=rollout.num_cpus,
             num_gpus=gpus,
             max_restarts=0,
@@ -421,6 +445,8 @@ class RolloutPool:
             ) from None
         engine.version = 0
         engine.alive = True
+        engine.paused = False
+        engine.show()
         self._reconsider(engine)
         task = asyncio.create_task(self._poll(engine, engine.incarnation))
         engine.tasks.add(task)
@@ -436,10 +462,9 @@ class RolloutPool:
         engine.version = None
         self._source.kill(engine.handle)
         work = list(engine.work.values())
-        if work:
-            engine.busy_s += time.monotonic() - engine.busy_since
         engine.work.clear()
         self._reconsider(engine)
+        engine.show()
         moved = []
         for ticket in work:
             ticket.engine = None
@@ -473,6 +498,7 @@ class RolloutPool:
         engine.gone = (
             f"{engine.name} died {MAX_RESTARTS + 1} times without a finished sample in between, the last time: {reason}"
         )
+        engine.show()
         self._changed.set()
         if all(e.gone for e in self._engines):
             for ticket in list(self._tickets.values()):

@@ -25,14 +25,14 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol, TypedDict
 
 from ray.exceptions import RayError
 
 from actors.runtime import within
 from grpo_ray.config import RunConfig
 from grpo_ray.errors import ConfigError, DeadlineError, GrpoRayError, WorkerError
-from grpo_ray.types import SyncReport
+from grpo_ray.types import SyncReport, Track
 
 if TYPE_CHECKING:
     from actors.rollout_pool import RolloutPool
@@ -62,6 +62,8 @@ class SendReport(TypedDict):
     seconds: float
     bytes: int
     checksum: str
+    tracks: NotRequired[list[Track]]
+    """What the rank did since its last report; of all ranks, once the group has gathered them."""
 
 
 class LearnerWeights(Protocol):
@@ -132,6 +134,8 @@ class RayWeightSync:
         self._timeout_s = timeout_s
         self._lock = asyncio.Lock()
         self._connected: list[tuple[str, int]] = []
+        self._tracks: list[Track] = []
+        """Of syncs for restarted engines, until the next report."""
         pool.on_stale = self._sync_stale
 
     async def sync(self, version: int) -> SyncReport:
@@ -170,13 +174,15 @@ class RayWeightSync:
         async with self._lock:
             targets = self._pool.engines(stale_only=True)
             if targets and wanted():
-                await self._transfer(targets, self._pool.version, time.monotonic(), wanted=wanted)
+                report = await self._transfer(targets, self._pool.version, time.monotonic(), wanted=wanted)
+                self._tracks = list(report.tracks) if report else self._tracks
 
     async def _transfer(
         self, targets: Sequence[EngineTarget], version: int, started: float, wanted: Callable[[], bool] = lambda: True
     ) -> SyncReport | None:
         """One try. None: no engine was left to send to, or it is not `wanted` any more."""
         pause_started = time.monotonic()
+        self._pool.mark_paused(targets, paused=True)
         # Pausing first also finds the engines that died unnoticed, while it costs only themselves.
         targets = await self._each(targets, "pause", "keep", True)
         if not targets:
@@ -184,7 +190,7 @@ class RayWeightSync:
         try:
             await self._connect(targets)
             if not wanted():
-                await self._each(targets, "resume")
+                self._pool.mark_paused(await self._each(targets, "resume"), paused=False)
                 return None
             # The sender's own deadline comes first and knows the engine; this one is for a learner that hangs.
             report = await within(
@@ -202,6 +208,8 @@ class RayWeightSync:
             raise
         targets = await self._each(targets, "resume")
         pause_seconds = time.monotonic() - pause_started
+        self._pool.mark_paused(targets, paused=False)
+        tracks, self._tracks = (*self._tracks, *report.get("tracks", ())), []
         self._pool.mark_synced(targets, version)
         return SyncReport(
             version=version,
@@ -210,6 +218,7 @@ class RayWeightSync:
             num_bytes=report["bytes"],
             checksum=report["checksum"],
             num_engines=len(targets),
+            tracks=tracks,
         )
 
     async def _connect(self, targets: Sequence[EngineTarget]) -> None:
@@ -226,23 +235,37 @@ class RayWeightSync:
         self._connected = members
 
     async def _each(self, targets: Sequence[EngineTarget], method: str, *args: Any) -> list[EngineTarget]:
-        """Call a method of all engines; those that fail or don't answer are given to the pool as dead, the others returned."""
+        """Those that did it; see `ask_each`."""
+        answers, _ = await ask_each(self._pool, targets, self._timeout_s, method, *args)
+        return [target for target, _ in answers]
 
-        async def call(target: EngineTarget) -> bool:
-            try:
-                await within(
-                    _answer(getattr(target.handle, method).remote(*args)),
-                    self._timeout_s,
-                    f"{method} of {target.name} for a weight sync",
-                    "deadlines.sync_s",
-                )
-            except (RayError, GrpoRayError) as e:
-                self._pool.engine_failed(target, f"it failed in {method}: {last_line(e)}", blame_work=False)
-                return False
-            return True
 
-        answered = await asyncio.gather(*(call(t) for t in targets))
-        return [t for t, ok in zip(targets, answered, strict=True) if ok]
+async def ask_each(
+    pool: RolloutPool, targets: Sequence[EngineTarget], timeout_s: float, method: str, *args: Any
+) -> tuple[list[tuple[EngineTarget, Any]], list[str]]:
+    """Call a method of all engines at once. Those that fail or don't answer are given to the pool as dead.
+
+    Returns:
+        The others, each with its answer; and what went wrong with those.
+    """
+    failures: list[str] = []
+
+    async def call(target: EngineTarget) -> list[tuple[EngineTarget, Any]]:
+        try:
+            answer = await within(
+                _answer(getattr(target.handle, method).remote(*args)),
+                timeout_s,
+                f"{method} of {target.name} for a weight sync",
+                "deadlines.sync_s",
+            )
+        except (RayError, GrpoRayError) as e:
+            failures.append(f"{target.name} failed in {method}: {last_line(e)}")
+            pool.engine_failed(target, f"it failed in {method}: {last_line(e)}", blame_work=False)
+            return []
+        return [(target, answer)]
+
+    answered = await asyncio.gather(*(call(t) for t in targets))
+    return [pair for pairs in answered for pair in pairs], failures
 
 
 async def _answer(ref: Any) -> Any:

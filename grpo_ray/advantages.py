@@ -1,7 +1,7 @@
 """Rewards -> advantages. Pure. P prompts, G samples of each; T tokens of one completion, B completions.
 
-`group_advantages` gives one number a sample, by the name in `algorithm.advantage`. Process supervision and GAE give one
-a token.
+`group_advantages` gives one number a sample, by the name in `algorithm.advantage`. Process supervision (`process`) and GAE
+(`gae`) give one a token.
 """
 
 from __future__ import annotations

@@ -15,6 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grpo_ray.errors import ConfigError
+from grpo_ray.types import Step
+
+_NEAR_BEST = 1.05
+_SEARCHED = 64
+"""Samples. With more, the longest first is within 5% unless a few are far longer than all others."""
+_NODES = 20_000
 
 MicroBatch = tuple[int, ...]
 """Indices into the samples, by length; empty where a rank has less to do than another."""
@@ -89,7 +95,7 @@ def plan_batch(
 def _plan_mini_batch(
     members: list[int], lengths_S: Sequence[int], num_ranks: int, budget: int, padded: bool, idle: Set[int]
 ) -> MiniBatchPlan:
-    per_rank = _spread([i for i in members if i not in idle], lengths_S, num_ranks)
+    per_rank = _balance([i for i in members if i not in idle], lengths_S, num_ranks)
     count = max(1, *(-(-sum(lengths_S[i] for i in part) // budget) for part in per_rank))
     fill = _pad_into if padded else _pack_into
     while True:
@@ -113,6 +119,46 @@ def _spread(samples: Sequence[int], lengths_S: Sequence[int], num_bins: int) -> 
         tokens, k = heap[0]
         bins[k].append(i)
         heapq.heapreplace(heap, (tokens + lengths_S[i], k))
+    return bins
+
+
+def _balance(samples: Sequence[int], lengths_S: Sequence[int], num_bins: int) -> list[list[int]]:
+    """Like `_spread`; where that may be more than 5% above the best possible, few samples of uneven length, a search goes on
+    until it is not (or its budget is spent, which takes tens of milliseconds)."""
+    bins = _spread(samples, lengths_S, num_bins)
+    longest = sorted((lengths_S[i] for i in samples), reverse=True)
+    # No bin can be shorter than the mean, the longest sample, or the two shortest of those that can't all be alone.
+    least = max(
+        -(-sum(longest) // num_bins),
+        *longest[:1],
+        sum(longest[num_bins - 1 : num_bins + 1]) * (len(longest) > num_bins),
+    )
+    good = least * _NEAR_BEST
+    fullest = max(sum(lengths_S[i] for i in b) for b in bins)
+    if fullest <= good or len(samples) > _SEARCHED:
+        return bins
+    order = sorted(samples, key=lambda i: (-lengths_S[i], i))
+    loads, place, nodes = [0] * num_bins, [0] * len(order), 0
+
+    def search(n: int) -> None:
+        """Places the samples from the n-th on, as LPT would at first; keeps the best of what it reaches."""
+        nonlocal fullest, bins, nodes
+        if n == len(order):
+            fullest = max(loads)
+            bins = [[i for i, b in zip(order, place, strict=True) if b == k] for k in range(num_bins)]
+            return
+        tried: set[int] = set()
+        for k in sorted(range(num_bins), key=loads.__getitem__):
+            after = loads[k] + lengths_S[order[n]]
+            if loads[k] in tried or after >= fullest or fullest <= good or nodes > _NODES:
+                continue
+            tried.add(loads[k])
+            nodes += 1
+            place[n], loads[k] = k, after
+            search(n + 1)
+            loads[k] = after - lengths_S[order[n]]
+
+    search(0)
     return bins
 
 
@@ -153,11 +199,22 @@ class PackItem:
     """[T], at least one."""
     rollout_logprobs: NDArray[np.float32]
     """[T]."""
-    advantage: float
+    advantage: float | NDArray[np.floating]
+    """Of all its tokens, or [T]."""
     weight: float
     """Of each of its tokens in the loss: the global normalizer is in it."""
     sample: int
     """Which sample of the batch it is."""
+
+
+def token_values(steps: Sequence[Step], num_tokens: int) -> NDArray[np.float64]:
+    """[T]: each step's value at each of its tokens, 0 after the last step."""
+    out = np.zeros(num_tokens)
+    start = 0
+    for step in steps:
+        out[start : step.end + 1] = step.value
+        start = step.end + 1
+    return out
 
 
 @dataclass(frozen=True)
@@ -223,7 +280,9 @@ def pack(items: Sequence[PackItem], *, padded: bool = False) -> PackedBatch:
         ),
         targets=np.concatenate([i.completion_ids for i in items]).astype(np.int64),
         rollout_logprobs=np.concatenate([i.rollout_logprobs for i in items]).astype(np.float32),
-        advantages=np.repeat(np.array([i.advantage for i in items], dtype=np.float32), num_targets),
+        advantages=np.concatenate(
+            [np.broadcast_to(np.float32(i.advantage), n) for i, n in zip(items, num_targets, strict=True)]
+        ),
         weights=np.repeat(np.array([i.weight for i in items], dtype=np.float32), num_targets),
         samples=np.repeat(np.array([i.sample for i in items], dtype=np.int64), num_targets),
         segments=np.repeat(np.arange(len(items), dtype=np.int64), num_targets),

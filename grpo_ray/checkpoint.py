@@ -61,6 +61,10 @@ class RunDir:
         return self.path / "rollouts"
 
     @property
+    def trace(self) -> Path:
+        return self.path / "trace.json"
+
+    @property
     def exported(self) -> Path:
         """The newest exported policy: a link to the `hf/` of a checkpoint."""
         return self.path / "hf"

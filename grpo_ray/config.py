@@ -40,14 +40,32 @@ class TinyModelConfig(Strict):
         return self
 
 
+MAX_ADAPTER_RANK = 512
+"""The largest that vLLM samples through."""
+
+
 class LoraConfig(Strict):
-    """Low-rank adapters, 2106.09685. Samplers get merged weights."""
+    """Low-rank adapters, 2106.09685."""
 
     r: PositiveInt = 32
     alpha: PositiveInt = 64
     """The product is scaled by alpha / r."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Names of linear layers, e.g. [q_proj, v_proj]; `all-linear`: every one but the output layer."""
+    transfer: Literal["merged", "adapter"] = "merged"
+    """How they reach the samplers. `merged`: each sync sends the whole model with them added, and sampling is as fast as without
+    them. `adapter`: a sync sends them alone, a few MB instead of the model, and samples under way finish under the version they
+    began with; the samplers' base is never touched, so it can be quantised. But vLLM samples slower through adapters, on CPUs by
+    far. It pays for large models on GPUs, or on a slow network, where moving the model costs more than slower sampling."""
+
+    @model_validator(mode="after")
+    def _rank(self) -> Self:
+        if self.transfer == "adapter" and self.r > MAX_ADAPTER_RANK:
+            raise ValueError(
+                f"model.lora.r is {self.r}, and vLLM samples through adapters of at most {MAX_ADAPTER_RANK}; lower it, or use "
+                "model.lora.transfer merged"
+            )
+        return self
 
 
 class ModelConfig(Strict):
@@ -69,6 +87,11 @@ class ModelConfig(Strict):
         if (self.path is None) == (self.tiny is None):
             raise ValueError("give exactly one of model.path and model.tiny")
         return self
+
+    @property
+    def sends_adapters(self) -> bool:
+        """Samplers get the adapters, not merged weights."""
+        return self.lora is not None and self.lora.transfer == "adapter"
 
 
 class DataSource(Strict):
@@ -201,6 +224,9 @@ class LearnerConfig(Strict):
     num_cpus: NonNegFloat = 1
     num_gpus: NonNegFloat | None = None
     """Per actor. None: 1 on a cluster with GPUs, 0 elsewhere."""
+    sequence_parallel_size: PositiveInt = 1
+    """So many learners share each micro-batch, every one with a slice of its tokens: for contexts beyond one GPU (Ulysses; verl's
+    ulysses_sequence_parallel_size). Divides num_actors and the model's attention heads."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload_optimizer: bool = False
     offload_params: bool = False
@@ -214,17 +240,37 @@ class LearnerConfig(Strict):
     adam_eps: PositiveFloat = 1e-8
     max_grad_norm: PositiveFloat = 1.0
     micro_batch_tokens: PositiveInt = 8192
-    """Tokens (prompt and completion) of one forward and backward."""
+    """Tokens (prompt and completion) of one forward and backward, over all learners that share it."""
     packing: bool = True
     """Sequences end to end. False: filled up to the longest of a micro-batch (same gradient, more work)."""
     skip_no_signal: bool = True
-    """Leave out the passes of samples whose advantage is exactly 0, where neither KL nor entropy moves them either. The gradient
-    is the same; the metrics of tokens are those of the other samples."""
+    """Leave out the passes of samples whose advantage is exactly 0, where neither KL nor entropy moves them either, and where
+    advantages are known before the passes (not with gae or kl_in reward). The gradient is the same; the metrics of tokens are
+    those of the other samples."""
+    overlap: bool = True
+    """Groups go through forward and backward as they are finished, while the last ones are still sampled. The gradient is the
+    same but for the order of its sums, which depends on timing: switch it off to repeat a run bit for bit. Without effect
+    where a step needs its whole batch first (several mini-batches or iterations, a critic, a standard deviation of the batch)."""
     logprob_chunk_tokens: PositiveInt | None = None
     """Rows of logits that exist at once. None: as many as fit 64 MiB in fp32, on a GPU 256 MiB."""
     num_threads: PositiveInt | None = None
     """CPU threads per learner. None: 1 on CPU when there is more than one learner, else the machine's cores."""
     env: dict[str, str] = {}
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Micro-batches that are computed at once."""
+        return self.num_actors // self.sequence_parallel_size
+
+    @model_validator(mode="after")
+    def _slices(self) -> Self:
+        size = self.sequence_parallel_size
+        if self.num_actors % size:
+            raise ValueError(
+                f"learner.num_actors ({self.num_actors}) is not a multiple of learner.sequence_parallel_size ({size}), the "
+                f"learners that share a micro-batch; use {-(-self.num_actors // size) * size} learners, or another size"
+            )
+        return self
 
 
 class CriticConfig(Strict):
@@ -288,6 +334,8 @@ class TrackingConfig(Strict):
     project: str = "grpo-ray"
     rollouts: bool = True
     """Write every sample to rollouts/*.parquet."""
+    trace: bool = True
+    """Write what every worker did to trace.json (at most 64 MiB, the newest steps), for ui.perfetto.dev and the report."""
 
 
 class ClusterConfig(Strict):
@@ -337,10 +385,10 @@ class RunConfig(Strict):
                 f"algorithm.num_mini_batches ({self.algorithm.num_mini_batches}) is more than "
                 f"prompts_per_step ({self.prompts_per_step}): a mini-batch holds at least one group"
             )
-        if self.learner.num_actors > samples:
+        if self.learner.data_parallel_size > samples:
             raise ValueError(
                 f"learner.num_actors ({self.learner.num_actors}) is more than the {samples} samples of a step; "
-                "lower it, or raise prompts_per_step"
+                "lower it, or raise prompts_per_step or learner.sequence_parallel_size"
             )
         longest = self.data.max_prompt_length + self.rollout.max_completion_length
         if self.learner.micro_batch_tokens < longest:
@@ -362,6 +410,11 @@ class RunConfig(Strict):
             raise ValueError(
                 "algorithm.ref_refresh_steps moves a reference model, and with model.lora the reference is the bare model; "
                 "take one of them out"
+            )
+        if self.model.sends_adapters and self.weights != WeightsConfig():
+            raise ValueError(
+                "weights is about sending the whole model, which model.lora.transfer adapter never does: take it out, or use "
+                "model.lora.transfer merged"
             )
         if self.critic != CriticConfig() and self.algorithm.advantage != "gae":
             raise ValueError("critic is PPO's value model: it needs algorithm.advantage gae (or algorithm: ppo)")
@@ -396,7 +449,11 @@ class SftConfig(Strict):
                 f"learner.micro_batch_tokens ({self.learner.micro_batch_tokens}) can't hold one example of max_length "
                 f"({self.max_length}) tokens; raise it"
             )
-        if self.learner.num_actors > self.examples_per_step:
+        if self.model.sends_adapters:
+            raise ValueError(
+                "model.lora.transfer adapter is how samplers get the adapters, and fine-tuning has no samplers: take it out"
+            )
+        if self.learner.data_parallel_size > self.examples_per_step:
             raise ValueError(
                 f"learner.num_actors ({self.learner.num_actors}) is more than examples_per_step ({self.examples_per_step})"
             )

@@ -19,9 +19,11 @@ class AlgorithmConfig(Strict):
     preset: str | None = None
     """A name of `grpo_ray.presets.PRESETS`; whatever else is given goes over its values."""
 
-    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "batch_std", "gae"] = "grpo"
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "batch_std", "process", "gae"] = "grpo"
     """R is compared with the mean of its group, and divided by: the group's std (grpo), nothing (dr_grpo, rloo), the
-    batch's std of what is left (reinforce_pp_baseline) or of the rewards (batch_std). gae: PPO's, by a critic."""
+    batch's std of what is left (reinforce_pp_baseline) or of the rewards (batch_std). process: the rewards of the steps of a
+    group are compared as in grpo, and a token has the sum over the steps that end at it or after it; reward functions may give
+    `[(end, reward), ..]` for a sample, which ends the run under any other kind. gae: PPO's, by a critic."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Discount of gae."""
     lam: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -48,7 +50,13 @@ class AlgorithmConfig(Strict):
 
     beta: NonNegFloat = 0.0
     """Weight of the KL to the reference model; 0 keeps no reference model."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """loss: a term of it, GRPO's. reward: beta x KL(old || reference) is taken off the reward before the advantages are made: off
+    each token's for gae (PPO 1909.08593), summed over its tokens off a sample's for the others (RLOO 2402.14740; TRL's
+    RLOOTrainer). verl's use_kl_in_reward. Truncated samples out of the loss have it too (TRL: not)."""
     kl_estimator: Literal["k1", "k2", "k3", "k3+", "k3_unbiased"] = "k3"
+    """The default of kl_in reward is k1, the papers' difference of log-probabilities. `k3+` and `k3_unbiased` are made for their
+    gradient, which a reward has none of."""
     ref_refresh_steps: NonNegInt = 0
     """Every so many steps the reference takes over the policy's weights. 0: it stays what it was at the start."""
     ref_polyak_tau: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -68,7 +76,8 @@ class AlgorithmConfig(Strict):
     """Drop sequences with A < 0 that the policy has come to like less than this allows (nats a token)."""
 
     dynamic_sampling: bool = False
-    """Groups whose rewards are all equal are dropped and replaced by the next prompts."""
+    """Groups whose scores (under process: of all steps) are all equal are dropped and replaced by the next prompts. A KL in the
+    reward does not count: it says nothing of the task."""
     max_sampling_rounds: PositiveInt = 10
     """A step's budget of dynamic sampling, in batches of prompts; when it is spent, the step trains on what it has."""
     mask_truncated: bool = False
@@ -129,10 +138,20 @@ class AlgorithmConfig(Strict):
 
     @model_validator(mode="after")
     def _reference(self) -> Self:
-        given = self._given("kl_estimator", "ref_refresh_steps", "ref_polyak_tau")
+        given = self._given("kl_in", "kl_estimator", "ref_refresh_steps", "ref_polyak_tau")
         if given and self.beta == 0:
             raise ValueError(
                 f"algorithm.{given} does nothing with beta 0, which keeps no reference model; set algorithm.beta, or take it out"
+            )
+        if self.kl_in == "reward" and self.kl_estimator in ("k3+", "k3_unbiased"):
+            raise ValueError(
+                f"algorithm.kl_estimator {self.kl_estimator} differs from k3 in its gradient alone, and with kl_in reward there is "
+                "none; use k1 (the papers'), k2 or k3"
+            )
+        if self.kl_in == "reward" and self.advantage == "process":
+            raise ValueError(
+                "algorithm.kl_in reward takes the KL off the reward of a sample or a token, and advantage process compares those "
+                "of steps; use kl_in loss"
             )
         if self.ref_polyak_tau < 1 and not self.ref_refresh_steps:
             raise ValueError(
@@ -179,10 +198,10 @@ class AlgorithmConfig(Strict):
             raise ValueError(
                 f"algorithm.{given} is of GAE and does nothing with advantage {self.advantage}; use advantage gae"
             )
-        if self.advantage == "gae" and self.loss in SEQUENCE_LOSSES:
+        if self.advantage in ("gae", "process") and self.loss in SEQUENCE_LOSSES:
             raise ValueError(
-                f"algorithm.advantage gae gives every token its own advantage, and loss {self.loss} has one ratio for the whole "
-                "sequence; use loss dapo or grpo"
+                f"algorithm.advantage {self.advantage} gives every token its own advantage, and loss {self.loss} has one ratio for "
+                "the whole sequence; use loss dapo or grpo"
             )
         if self.advantage == "gae" and self.dynamic_sampling:
             raise ValueError(
@@ -197,6 +216,11 @@ class AlgorithmConfig(Strict):
                 "algorithm.max_sampling_rounds is the budget of dynamic sampling; set dynamic_sampling: true"
             )
         return self
+
+    @property
+    def advantages_on_learner(self) -> bool:
+        """A critic, or the log-probabilities for a KL, are only there."""
+        return self.advantage == "gae" or self.kl_in == "reward"
 
     def _given(self, *names: str) -> str | None:
         """The first of these that is not at its default. (A resolved config names every key.)"""

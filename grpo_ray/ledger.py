@@ -104,6 +104,19 @@ class Ledger:
         where = "step IS NULL OR step > ? OR dispatch_order >= ?"
         return self._db.execute(f"DELETE FROM groups WHERE {where}", (step, order)).rowcount
 
+    def last_lengths(self, groups: Iterable[Group]) -> dict[str, float]:
+        """Prompt id -> tokens of a sample of the same row in the epoch before, mean; without those it does not know."""
+        out = {}
+        for group in groups:
+            data_set, epoch, row = group.prompt.id.rsplit("/", 2)
+            found = self._db.execute(
+                "SELECT 1.0 * num_tokens / num_samples FROM groups WHERE prompt_id = ? AND num_samples > 0",
+                (f"{data_set}/{int(epoch) - 1}/{row}",),
+            ).fetchone()
+            if found is not None:
+                out[group.prompt.id] = float(found[0])
+        return out
+
     def next_order(self) -> int:
         (top,) = self._db.execute("SELECT MAX(dispatch_order) FROM groups").fetchone()
         return 0 if top is None else int(top) + 1

@@ -6,6 +6,7 @@ W + alpha/r B A.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,6 +63,18 @@ def adapter_tensors(hf: nn.Module) -> dict[str, nn.Parameter]:
         for name, p in hf.named_parameters()
         if ".lora_A." in name or ".lora_B." in name
     }
+
+
+def adapter_bytes(tensors: dict[str, Tensor]) -> bytes:
+    """The content of adapter_model.safetensors; the same tensors give the same bytes."""
+    from safetensors.torch import save
+
+    return save(tensors)
+
+
+def adapter_checksum(data: bytes) -> str:
+    """Of `adapter_bytes`: 16 hexadecimal digits. It finds corruption and mix-ups; it is no defence against a forger."""
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def write_adapter(tensors: dict[str, Tensor], lora: LoraConfig, base_model: str, folder: Path) -> None:

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from grpo_ray.activity import Activity
 from grpo_ray.evaluate import EvalResult
-from grpo_ray.types import Group, ScoreStatus, SyncReport, UpdateReport
+from grpo_ray.types import Group, ScoreStatus, SyncReport, TimeSpan, UpdateReport
 
 ROLES = ("rollout", "reward", "update", "sync", "log", "other", "eval", "checkpoint")
 """What a run's time can go to, in the order in which a step meets it."""
@@ -26,6 +27,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "reward/group_std": ("Reward: standard deviation within a group (n - 1), mean over groups", ""),
     "reward/*/mean": ("Reward function *: mean over the samples it applies to, before its weight", ""),
     "reward/*/std": ("Reward function *: standard deviation over those samples (n - 1)", ""),
+    "reward/kl_penalty": ("What the KL took off the reward of a sample, beta included, mean (kl_in reward)", ""),
     "reward/failed": ("Scores that failed (timeout, crash, error), dropped groups included", "scores"),
     "reward/*/failed": ("Scores of function * that failed", "scores"),
     "reward/busy_s": ("Time that the reward functions took, summed over workers", "s"),
@@ -36,7 +38,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "completions/clipped_ratio": ("Part of the completions that were cut at max_completion_length", ""),
     "prompts/mean_length": ("Prompt length, mean", "tokens"),
     "groups/count": ("Groups in the batch", "groups"),
-    "groups/no_signal_fraction": ("Part of the groups whose rewards are all equal: they move nothing", ""),
+    "groups/no_signal_fraction": ("Part of the groups whose scores are all equal: they say nothing of the task", ""),
     "groups/dropped": ("Groups dropped while the batch was collected", "groups"),
     "groups/dropped/*": ("Groups dropped because of *", "groups"),
     "staleness/mean": ("Steps between a sample's oldest token and its training, mean", "steps"),
@@ -94,6 +96,22 @@ METRICS: dict[str, tuple[str, str]] = {
     "sync/bytes": ("Weights sent to each engine", "bytes"),
     "sync/engines": ("Engines that took part in the sync", "engines"),
     "rollout/*": ("Samplers: *", ""),
+    "busy/rollout": ("Samplers at work (a request under way, not paused), part of the step, mean over them", ""),
+    "busy/reward": ("Reward workers at work, part of the step, mean over them", ""),
+    "busy/learner": ("Learner ranks at work (sending weights too), part of the step, mean over them", ""),
+    "workers/*": ("Workers in the step: *", "workers"),
+    "workers/shared": ("1: samplers and learners share devices, so that working at once wins them nothing", ""),
+    "reward/alone_s": ("Scoring while no sampler and no learner was at work, mean over reward workers", "s"),
+    "throughput/sampler_tokens_per_s": (
+        "Completion tokens by the busy seconds of all samplers: of one of them",
+        "tokens/s",
+    ),
+    "throughput/learner_tokens_per_s": (
+        "Tokens through the learner (prompts too) by the seconds of its update",
+        "tokens/s",
+    ),
+    "throughput/learner_tflops": ("Model FLOPs of the update, of one learner (grpo_ray/flops.py)", "TFLOP/s"),
+    "throughput/mfu": ("Model FLOPs of the update by the peak of the learners' devices", ""),
     "throughput/tokens_per_s": ("Completion tokens of the step by its whole time (SFT: all tokens)", "tokens/s"),
     "throughput/rollout_tokens_per_s": ("Completion tokens of the step by the time waited for samples", "tokens/s"),
     "throughput/samples_per_s": ("Samples of the step by its whole time", "samples/s"),
@@ -205,7 +223,8 @@ def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
     if spreads:
         out["reward/group_std"] = _mean(spreads)
     if groups:
-        out["groups/no_signal_fraction"] = _mean([len(set(group)) < 2 for group in per_group])
+        rewards_of = [{r for s in g.scores if s.status is ScoreStatus.OK for r in s.rewards} for g in groups]
+        out["groups/no_signal_fraction"] = _mean([len(distinct) < 2 for distinct in rewards_of])
     parts = [part for g in groups for s in g.scores for part in s.parts]
     for name in dict.fromkeys(part.name for part in parts):
         values = [p.value for p in parts if p.name == name and p.status is ScoreStatus.OK]
@@ -270,16 +289,22 @@ class TimeKeeper:
     A phase between two steps (an evaluation, a checkpoint) is measured too, but belongs to no step: take its `Span`.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, activity: Activity | None = None) -> None:
+        """`activity`: gets each phase as a span."""
         self._clock = clock
+        self._activity = activity or Activity("controller")
         self._open: list[float] = []
         """For each phase under way, the seconds of the phases inside it."""
         self._spent: dict[str, float] = {}
         self._began: float | None = None
+        self._window_start = 0.0
+        self.window = TimeSpan("step", 0.0, 0.0)
+        """Of the last step that ended, on the clock of the tracks."""
 
     def start_step(self) -> None:
         self._spent = {}
         self._began = self._clock()
+        self._window_start = time.time()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Span]:
@@ -287,7 +312,8 @@ class TimeKeeper:
         began = self._clock()
         self._open.append(0.0)
         try:
-            yield span
+            with self._activity.span(name):
+                yield span
         finally:
             whole = self._clock() - began
             span.seconds = whole - self._open.pop()
@@ -300,4 +326,5 @@ class TimeKeeper:
         assert self._began is not None, "end_step without start_step"
         whole = self._clock() - self._began
         self._began = None
+        self.window = TimeSpan("step", self._window_start, self._window_start + whole)
         return {**self._spent, "other": max(0.0, whole - sum(self._spent.values())), "step": whole}

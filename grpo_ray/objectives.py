@@ -25,7 +25,7 @@ from grpo_ray.losses.table import POLICY_LOSSES
 
 @dataclass
 class MicroBatchData:
-    """One micro-batch on its device; `old_C` and `ref_C` are filled in on the way."""
+    """One micro-batch on its device; what may be None is filled in on the way."""
 
     packed: PackedBatch
     rollout_C: Tensor
@@ -36,6 +36,8 @@ class MicroBatchData:
     """Log-probabilities of the learner for the version that sampled. None: the pass under way is that version."""
     ref_C: Tensor | None = None
     """Log-probabilities of the reference model."""
+    kl_C: Tensor | None = None
+    """KL to the reference, of a policy that is not being trained right now; None: it is not taken off the reward."""
     values_C: Tensor | None = None
     """The critic's, when the advantages were made."""
     returns_C: Tensor | None = None
@@ -57,6 +59,11 @@ class Objective(Protocol):
         ...
 
     @property
+    def weighted_sums(self) -> Sequence[str]:
+        """Those of them that hold the weights of the tokens."""
+        ...
+
+    @property
     def weight(self) -> Callable[[int, Normalizers], float]:
         """Weight of each token of a sequence of so many completion tokens."""
         ...
@@ -75,7 +82,8 @@ class Objective(Protocol):
 
 
 class GrpoObjective:
-    """The policy loss, corrected for the sampler, plus beta x KL to the reference, minus a bonus for entropy.
+    """The policy loss, corrected for the sampler, plus beta x KL to the reference (unless it is in the reward), minus a bonus
+    for entropy.
 
     The correction weighs the policy loss alone; KL and entropy have the weights of the tokens and nothing else.
     """
@@ -99,6 +107,7 @@ class GrpoObjective:
         "masked_tokens",
         "masked_sequences",
     )
+    weighted_sums = ("loss", "kl_loss", "bonus")
 
     def __init__(self, algorithm: AlgorithmConfig) -> None:
         self.algorithm = a = algorithm
@@ -123,7 +132,7 @@ class GrpoObjective:
 
     def moves(self, advantage: float) -> bool:
         a = self.algorithm
-        return advantage != 0 or a.beta > 0 or a.entropy_coef > 0 or a.advantage == "gae"
+        return advantage != 0 or a.beta > 0 or a.entropy_coef > 0 or a.advantages_on_learner
 
     def loss(self, data: MicroBatchData, theta_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a, weights_C = self.algorithm, data.weights_C
@@ -143,7 +152,7 @@ class GrpoObjective:
             sums |= correction_sums(correction_C, data.segments)
         loss = (weights_C * per_token_C).sum()
         sums["loss"] = loss.detach()
-        if data.ref_C is not None:
+        if data.ref_C is not None and a.kl_in == "loss":
             kl, sums["kl_ref"] = kl_loss(theta_C, data.ref_C, data.old_C, weights_C, estimator=a.kl_estimator)
             loss = loss + a.beta * kl
             sums["kl_loss"] = kl.detach()
@@ -171,7 +180,7 @@ class GrpoObjective:
             "mismatch/max_abs": largest_mismatch,
             "mismatch/kl": sums["mismatch_kl"] / tokens,
         }
-        if a.beta > 0:
+        if a.beta > 0 and a.kl_in == "loss":
             out |= {"loss/kl": a.beta * sums["kl_loss"] / num_steps, "kl/ref": sums["kl_ref"] / tokens}
         if a.entropy_coef > 0:
             out["loss/entropy"] = -a.entropy_coef * sums["bonus"] / num_steps
@@ -205,6 +214,7 @@ class SftObjective:
     """Cross-entropy, a mean over all completion tokens of the step."""
 
     sum_names = ("tokens", "entropy", "loss")
+    weighted_sums = ("loss",)
 
     def __init__(self) -> None:
         self.weight = token_mean

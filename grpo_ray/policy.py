@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from grpo_ray.attention import attention_kwargs
 from grpo_ray.batching import PackedBatch
 from grpo_ray.logprobs import LogprobHead
+from grpo_ray.sequence import Alone, SequenceRanks, Slice, slice_of
 
 _HEAD_FEATURES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
@@ -22,7 +23,7 @@ class PolicyModel(nn.Module):
         ValueError: the model does something to its logits that the head would leave out.
     """
 
-    def __init__(self, hf: nn.Module, *, chunk: int) -> None:
+    def __init__(self, hf: nn.Module, *, chunk: int, ranks: SequenceRanks | None = None) -> None:
         super().__init__()
         config: Any = hf.config
         odd = [name for name in _HEAD_FEATURES if getattr(config, name, None) not in (None, 1.0)]
@@ -31,23 +32,26 @@ class PolicyModel(nn.Module):
         hf.set_output_embeddings(LogprobHead(hf.get_output_embeddings()))  # type: ignore[operator]
         self.hf = hf
         self.chunk = chunk
+        self.ranks = ranks or Alone()
 
     def forward(self, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probabilities [C] of the batch's targets and entropies [C], fp32."""
         hf: Any = self.hf
         device = hf.get_output_embeddings().weight.device
-        hidden_CH = target_states(hf.base_model, batch, hf.config._attn_implementation, device)
-        targets = torch.from_numpy(batch.targets).to(device)
-        logp_C, entropy_C = hf.get_output_embeddings()(hidden_CH, targets, temperature, self.chunk)
+        own = slice_of(batch, self.ranks.rank, self.ranks.size)
+        hidden_cH = target_states(hf.base_model, own, hf.config._attn_implementation, device)
+        targets = torch.from_numpy(own.targets).to(device)
+        logp_c, entropy_c = hf.get_output_embeddings()(hidden_cH, targets, temperature, self.chunk)
+        logp_C, entropy_C = self.ranks.gather(own.counts, logp_c, entropy_c)
         return logp_C, entropy_C
 
 
-def target_states(body: Any, batch: PackedBatch, attention: str, device: torch.device) -> Tensor:
-    """Hidden states [C, H] of a Transformers model without its head, where they predict a completion token."""
-    hidden_NH: Tensor = body(
-        input_ids=torch.from_numpy(batch.input_ids).to(device)[None],
-        position_ids=torch.from_numpy(batch.position_ids).to(device)[None],
+def target_states(body: Any, own: Slice, attention: str, device: torch.device) -> Tensor:
+    """Hidden states [c, H] of a Transformers model without its head, where they predict a completion token."""
+    hidden_nH: Tensor = body(
+        input_ids=torch.from_numpy(own.input_ids).to(device)[None],
+        position_ids=torch.from_numpy(own.position_ids).to(device)[None],
         use_cache=False,
-        **attention_kwargs(batch.lengths, attention, device),
+        **attention_kwargs(own.lengths, attention, device),
     ).last_hidden_state[0]
-    return hidden_NH[torch.from_numpy(batch.target_rows).to(device)]
+    return hidden_nH[torch.from_numpy(own.target_rows).to(device)]

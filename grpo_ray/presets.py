@@ -36,6 +36,9 @@ _OF_THE_LOSS = (
     "sapo_temperature_pos",
     "sapo_temperature_neg",
 )
+KL_IN_DEFAULTS: dict[str, Values] = {"reward": {"kl_estimator": "k1"}}
+"""PPO 1909.08593, RLOO 2402.14740; the estimators of the presets are those of a loss."""
+
 _OF_THE_REFERENCE = ("kl_estimator", "ref_refresh_steps", "ref_polyak_tau")
 
 _GRPO: Values = {"advantage": "grpo", "loss": "grpo", "epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.0}
@@ -61,10 +64,11 @@ PRESETS: dict[str, Values] = {
     # DAPO 2503.14476, section 4.1: clip higher, token-level loss, dynamic sampling, no KL. 512 prompts x 16 samples in 16
     # mini-batches, lr 1e-6; the soft overlong punishment is a reward function, `soft_overlong`.
     "dapo": _GRPO | {"loss": "dapo", "epsilon_high": 0.28, "dynamic_sampling": True},
-    # PPO 1707.06347 with a critic, as it is run for reasoning (verl): token-level loss, lambda 1, several mini-batches.
+    # PPO 1707.06347 with a critic, as it is run for reasoning (verl): token-level loss, lambda 1, several mini-batches. With
+    # a KL it was in the reward (1909.08593): `{preset: ppo, beta: 0.05, kl_in: reward}`.
     "ppo": _GRPO | {"advantage": "gae", "gamma": 1.0, "lam": 1.0, "loss": "dapo", "num_mini_batches": 2},
-    # RLOO 2402.14740: the others' mean as baseline, the sequence as one action. The paper's KL is in the reward; here
-    # beta is 0.
+    # RLOO 2402.14740: the others' mean as baseline, the sequence as one action. The paper's KL is in the reward, which is
+    # `{preset: rloo, beta: 0.05, kl_in: reward}`; here beta is 0.
     "rloo": _GRPO | {"advantage": "rloo", "loss": "grpo_sequence"},
     # REINFORCE++ with baseline 2501.03262, section 3: the group's mean, the batch's std, and the k2 estimator wherever a
     # KL is asked for; its weight is the one of OpenRLHF's script.
@@ -104,7 +108,8 @@ PRESETS: dict[str, Values] = {
 
 def with_preset(data: Values) -> Values:
     """What was given, over the preset that it names, over what its loss and its correction are usually run with. With
-    another loss, the preset's bounds have no meaning; without a KL, its estimator and its reference have none.
+    another loss, the preset's bounds have no meaning; without a KL, its estimator and its reference have none, and with a KL in
+    the reward its estimator has none.
 
     Raises:
         ValueError: there is no such preset.
@@ -117,10 +122,12 @@ def with_preset(data: Values) -> Values:
     preset = PRESETS[name] if name is not None else {}
     without: tuple[str, ...] = _OF_THE_LOSS if data.get("loss", preset.get("loss")) != preset.get("loss") else ()
     without += _OF_THE_REFERENCE if data.get("beta") == 0 else ()
+    without += ("kl_estimator",) if data.get("kl_in") == "reward" else ()
     given = {key: value for key, value in preset.items() if key not in without} | data
     if (given.get("max_staleness") or 0) > 0 and given.get("old_logprobs") != "rollout":
         sequence = given.get("loss") in SEQUENCE_LOSSES
         given = {"importance_sampling": "sequence_truncate" if sequence else "token_truncate"} | given
     usual = LOSS_DEFAULTS.get(str(given.get("loss")), {})
     usual = usual | IMPORTANCE_SAMPLING_DEFAULTS.get(str(given.get("importance_sampling")), {})
+    usual = usual | KL_IN_DEFAULTS.get(str(given.get("kl_in")), {})
     return usual | given

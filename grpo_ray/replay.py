@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.errors import CheckpointError
 from grpo_ray.rollout_log import rollout_path, rollout_steps
-from grpo_ray.types import Sample, TrainBatch, TrainSample, VersionSpan
+from grpo_ray.types import Sample, Step, TrainBatch, TrainSample, VersionSpan
 
 COMPARED = ("loss/policy", "grad_norm")
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3}
@@ -84,6 +84,12 @@ def read_batch(path: Path) -> TrainBatch:
     )
 
 
+def parts_of(batch: TrainBatch) -> list[TrainBatch]:
+    """What the learner was given before the batch was whole, in order: sums in another order would be other bits."""
+    numbers = sorted({s.part for s in batch.samples if s.part is not None})
+    return [replace(batch, samples=[s for s in batch.samples if s.part == number]) for number in numbers]
+
+
 def _arrays(column: Any) -> list[NDArray[Any]]:
     return [scalar.values.to_numpy() for scalar in column]
 
@@ -118,6 +124,9 @@ def _train_sample(row: Mapping[str, Any], samples: list[Sample], place: int) -> 
         advantage=math.nan if row["advantage"] is None else row["advantage"],
         group=row["group"],
         loss_mask=row["loss_mask"],
+        part=row.get("part"),
+        # Not in the files of earlier versions, which knew no process supervision.
+        steps=tuple(Step(**step) for step in row.get("advantage_steps", ())),
     )
 
 

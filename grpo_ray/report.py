@@ -17,8 +17,10 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from grpo_ray.advice import advise, mean_step
 from grpo_ray.metrics import describe, duration
 from grpo_ray.report_charts import inert_json, metric_charts, time_charts, time_shares
+from grpo_ray.report_timeline import busy_table, timeline_chart
 from grpo_ray.rollout_log import read_rollouts, rollout_steps
 from grpo_ray.tracking import read_metrics
 
@@ -53,7 +55,7 @@ class Figure:
 
 
 def write_report(run_dir: Path, ledger: Mapping[str, Any] | None = None) -> Path:
-    """Write `run_dir/report.html` from whatever the run has left: config.yaml, metrics.jsonl, rollouts/.
+    """Write `run_dir/report.html` from whatever the run has left: config.yaml, metrics.jsonl, rollouts/, trace.json.
 
     Args:
         ledger: figures to show as they are, e.g. `asdict(Ledger(...).summary())`.
@@ -62,7 +64,10 @@ def write_report(run_dir: Path, ledger: Mapping[str, Any] | None = None) -> Path
     lines = read_metrics(run_dir / "metrics.jsonl")
     steps = rollout_steps(run_dir / "rollouts")
     curves, timings = metric_charts(lines), time_charts(lines)
-    charts = [*curves, *timings]
+    timeline = timeline_chart(run_dir / "trace.json")
+    charts = [*curves, *timings, *([timeline] if timeline else [])]
+    times = mean_step(lines, config)
+    advice = advise(times) if times else None
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string((files("grpo_ray") / "report_template.html").read_text()).render(
         title=config.get("name") or run_dir.resolve().name,
@@ -70,6 +75,10 @@ def write_report(run_dir: Path, ledger: Mapping[str, Any] | None = None) -> Path
         figures=_headlines(lines, config),
         curves=curves,
         timings=timings,
+        timeline=timeline,
+        timeline_height=90 + 24 * len(timeline.rows) if timeline else 0,
+        busy=[(role, n, f"{busy:.0%}", f"{idle:.0%}") for role, n, busy, idle in busy_table(lines)],
+        advice=advice.text if advice else "",
         shares=[(role, what, duration(s), f"{part:.0%}") for role, what, s, part in time_shares(lines)],
         data=inert_json([asdict(c) for c in charts]),
         plotly=Markup(get_plotlyjs() if charts else ""),

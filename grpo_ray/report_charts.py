@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from markupsafe import Markup
@@ -35,6 +35,8 @@ CHARTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("Learning rate", ("lr",), "small"),
     ("Throughput", ("throughput/tokens_per_s", "throughput/rollout_tokens_per_s"), ""),
     ("Staleness", ("staleness/mean", "staleness/max"), ""),
+    ("Workers at work, part of the step", ("busy/rollout", "busy/reward", "busy/learner"), "percent"),
+    ("Learner: model FLOPs utilization", ("throughput/mfu",), "percent"),
 )
 """(title, metrics or patterns, kind of axis); one with no data in a run is not drawn."""
 
@@ -49,9 +51,14 @@ class Chart:
     id: str
     title: str
     kind: str
-    """"Empty, `percent`, `log`, `small` or `stack`."""
+    """"Empty, `percent`, `log`, `small`, `stack` or `timeline`."""
     unit: str
     series: list[dict[str, Any]]
+    """Of a `timeline`: a name of spans each, with `y` their workers, `base` where they begin, `x` how long they are."""
+    rows: list[str] = field(default_factory=list)
+    """Of a `timeline`: the workers, from top to bottom."""
+    marks: list[float] = field(default_factory=list)
+    """Of a `timeline`: where a step begins or ends."""
 
 
 def inert_json(data: Any) -> Markup:

@@ -13,7 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from grpo_ray.types import Group, SampleInfo, SampleRequest, Score, ScoreRequest, SyncReport, TrainBatch, UpdateReport
+from grpo_ray.types import (
+    Group,
+    SampleInfo,
+    SampleRequest,
+    Score,
+    ScoreRequest,
+    SyncReport,
+    Track,
+    TrainBatch,
+    UpdateReport,
+)
 
 
 class Sampler(Protocol):
@@ -27,6 +37,10 @@ class Sampler(Protocol):
         """Figures since the last call, e.g. tokens and busy seconds per engine."""
         ...
 
+    def take_tracks(self) -> list[Track]:
+        """What each engine did since the last call."""
+        ...
+
 
 class Scorer(Protocol):
     """A pool of reward workers."""
@@ -38,12 +52,21 @@ class Scorer(Protocol):
         """
         ...
 
+    def take_tracks(self) -> list[Track]:
+        """What each worker did since the last call."""
+        ...
+
 
 class Learner(Protocol):
     """All learner ranks as one."""
 
+    async def accumulate(self, part: TrainBatch) -> None:
+        """Forward and backward of groups that will be in the batch of the next `update`, while it is not whole yet."""
+        ...
+
     async def update(self, batch: TrainBatch) -> UpdateReport:
-        """Train on the batch: `num_iterations` passes in mini-batches, one optimizer step for each mini-batch."""
+        """Train on the batch: `num_iterations` passes in mini-batches, one optimizer step for each mini-batch. What
+        `accumulate` has had of it is not computed again."""
         ...
 
     async def save(self, folder: Path) -> None:

@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grpo_ray.seeds import sample_seed
-from grpo_ray.types import Group, Sample, SampleInfo, Score, TrainBatch, TrainSample
+from grpo_ray.types import Group, Sample, SampleInfo, Score, Step, TrainBatch, TrainSample
 
+_STEPS = pa.list_(pa.struct([("end", pa.int32()), ("value", pa.float64())]))
 _PART = pa.struct(
     [
         ("name", pa.string()),
@@ -27,6 +28,7 @@ _PART = pa.struct(
         ("value", pa.float64()),
         ("detail", pa.string()),
         ("seconds", pa.float64()),
+        ("steps", _STEPS),
     ]
 )
 _SPAN = pa.struct([("version", pa.int64()), ("start", pa.int64()), ("end", pa.int64())])
@@ -42,6 +44,7 @@ SCHEMA = pa.schema(
         ("completion_ids", pa.list_(pa.int32())),
         ("rollout_logprobs", pa.list_(pa.float32())),
         ("advantage", pa.float64()),
+        ("advantage_steps", _STEPS),
         ("reward", pa.float64()),
         ("reward_status", pa.string()),
         ("rewards", pa.list_(_PART)),
@@ -51,11 +54,16 @@ SCHEMA = pa.schema(
         ("seed", pa.int64()),
         ("group", pa.int32()),
         ("loss_mask", pa.bool_()),
+        ("part", pa.int32()),
         ("temperature", pa.float64()),
     ]
 )
-"""`completion_ids` and `rollout_logprobs` are [T], `prompt_ids` [N]. A reward or advantage that is no number: null. `group`
-and `loss_mask` as in `types.TrainSample`; `temperature` of the whole batch."""
+"""`completion_ids` and `rollout_logprobs` are [T], `prompt_ids` [N]. A reward or advantage that is no number: null. `group`,
+`loss_mask` and `part` as in `types.TrainSample`; `temperature` of the whole batch.
+
+`reward` and `rewards` are the scores, before a KL is taken off. `advantage` is what the learner was given: the reward itself
+where it makes the advantages (gae, kl_in reward); under process the mean over the tokens, whose own are in `advantage_steps`
+(`end`, and the value of each token from the end before it)."""
 
 _NAME = re.compile(r"step-(\d+)\.parquet")
 
@@ -143,6 +151,7 @@ def _row(
         "completion_ids": np.asarray(sample.token_ids, dtype=np.int32),
         "rollout_logprobs": np.asarray(sample.logprobs, dtype=np.float32),
         "advantage": _number(trained.advantage),
+        "advantage_steps": _steps(trained.steps),
         "reward": _number(score.value),
         "reward_status": str(score.status),
         "rewards": [
@@ -152,6 +161,7 @@ def _row(
                 "value": _number(p.value),
                 "detail": _utf8(p.detail),
                 "seconds": p.seconds,
+                "steps": _steps(p.steps),
             }
             for p in score.parts
         ],
@@ -161,6 +171,7 @@ def _row(
         "seed": sample_seed(run_seed, sample.prompt_id, sample.index),
         "group": trained.group,
         "loss_mask": trained.loss_mask,
+        "part": trained.part,
     }
 
 
@@ -184,6 +195,10 @@ def remove_after(folder: Path, step: int) -> int:
     for path in late:
         path.unlink()
     return len(late)
+
+
+def _steps(steps: Sequence[Step]) -> list[dict[str, Any]]:
+    return [{"end": step.end, "value": step.value} for step in steps]
 
 
 def _number(value: float) -> float | None:

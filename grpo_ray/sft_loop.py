@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from grpo_ray.activity import Activity
 from grpo_ray.checkpoint import RunDir, save_checkpoint
 from grpo_ray.config import SftConfig
 from grpo_ray.cursor import Cursor
 from grpo_ray.events import CheckpointEvent, Event, PhaseEvent, StepEvent
+from grpo_ray.metrics import TimeKeeper
 from grpo_ray.prompts import SftExample
 from grpo_ray.roles import Learner, Tracker
+from grpo_ray.timeline import Timeline
 from grpo_ray.types import Sample, TrainBatch, TrainSample, VersionSpan
 
 
@@ -40,6 +42,9 @@ class SftLoop:
         self.total_steps = sft_steps(config, len(cursor))
         self._saved_step = -1
         self._stop_reason: str | None = None
+        self._activity = Activity("controller")
+        self._time = TimeKeeper(activity=self._activity)
+        self._timeline = Timeline(run.trace if config.tracking.trace else None)
 
     def stop(self, reason: str) -> None:
         """End after the step under way, with a checkpoint."""
@@ -47,40 +52,46 @@ class SftLoop:
 
     async def restore(self, step: int) -> None:
         state = self.run_dir.load_state(step)
+        self._timeline.resume(step)
         await self.learner.load(self.run_dir.step_folder(step) / "learner")
         self.cursor.load_state_dict(state["cursor"])
         self.step = self._saved_step = step
 
     async def run(self) -> str:
         """Train to the end, or until `stop`. Returns how it ended: `finished`, or the reason of the stop."""
-        while self.step < self.total_steps and self._stop_reason is None:
-            await self._one_step()
-            if self.step < self.total_steps and self.step % self.config.checkpoint.every_steps == 0:
-                await self._checkpoint(export=self.config.checkpoint.export)
-        if self.step != self._saved_step:
-            await self._checkpoint(export=True)
+        try:
+            while self.step < self.total_steps and self._stop_reason is None:
+                await self._one_step()
+                if self.step < self.total_steps and self.step % self.config.checkpoint.every_steps == 0:
+                    await self._checkpoint(export=self.config.checkpoint.export)
+            if self.step != self._saved_step:
+                await self._checkpoint(export=True)
+        finally:
+            self._timeline.close(self.step, {"controller": [self._activity.take()]})
         return self._stop_reason if self.step < self.total_steps and self._stop_reason else "finished"
 
     async def _one_step(self) -> None:
-        started = time.monotonic()
-        examples = [self.cursor.next() for _ in range(self.config.examples_per_step)]
-        update = await self.learner.update(sft_batch(self.step, examples))
+        self._time.start_step()
+        with self._time.phase("update"):
+            examples = [self.cursor.next() for _ in range(self.config.examples_per_step)]
+            update = await self.learner.update(sft_batch(self.step, examples))
         self.step += 1
-        seconds = time.monotonic() - started
+        seconds = self._time.end_step()
         tokens = sum(len(e.prompt_ids) + len(e.completion_ids) for e in examples)
         metrics = {
             **update.metrics,
             "completions/mean_length": sum(len(e.completion_ids) for e in examples) / len(examples),
-            "time/step": seconds,
-            "time/update": seconds,
-            "throughput/tokens_per_s": tokens / seconds,
+            "time/step": seconds["step"],
+            "time/update": seconds["update"],
+            "throughput/tokens_per_s": tokens / seconds["step"],
         }
+        tracks = {"controller": [self._activity.take()], "learner": update.tracks}
+        metrics |= self._timeline.record(self.step, self._time.window, tracks)
         for tracker in self.trackers:
             tracker.log(self.step, metrics)
         self.emit(StepEvent(self.step, self.total_steps, metrics))
 
     async def _checkpoint(self, *, export: bool) -> None:
-        started = time.monotonic()
         self.emit(PhaseEvent("checkpoint", "", 0, 0))
 
         async def write(folder: Path) -> None:
@@ -91,12 +102,12 @@ class SftLoop:
                 await self.learner.export(folder / "hf")
 
         state: dict[str, Any] = {"step": self.step, "cursor": self.cursor.state_dict()}
-        path = await save_checkpoint(self.run_dir, self.step, state, write, keep=self.config.checkpoint.keep)
+        with self._time.phase("checkpoint") as span:
+            path = await save_checkpoint(self.run_dir, self.step, state, write, keep=self.config.checkpoint.keep)
         self._saved_step = self.step
-        seconds = time.monotonic() - started
         for tracker in self.trackers:
-            tracker.log(self.step, {"time/checkpoint": seconds})
-        self.emit(CheckpointEvent(self.step, str(path), seconds))
+            tracker.log(self.step, {"time/checkpoint": span.seconds})
+        self.emit(CheckpointEvent(self.step, str(path), span.seconds))
 
 
 def sft_steps(config: SftConfig, num_examples: int) -> int:

@@ -5,36 +5,94 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from grpo_ray.advantages import group_advantages
+from grpo_ray.advantages import group_advantages, process_advantages
 from grpo_ray.config import AlgorithmConfig, RunConfig
-from grpo_ray.types import Group, TrainBatch, TrainSample
+from grpo_ray.types import Group, Step, TrainBatch, TrainSample
 
 
 def has_spread(group: Group) -> bool:
-    """Do two of its rewards differ? DAPO 2503.14476, eq. 11 says so of right and wrong answers: 0 < right < G."""
-    return len({s.value for s in group.scores if s.value == s.value}) > 1
+    """Do two of its rewards differ (of its steps, where it has some)? DAPO 2503.14476, eq. 11 says so of right and wrong
+    answers: 0 < right < G.
+
+    Always of the scores, before a KL is taken off them: two wrong answers that are unequally far from the reference say
+    nothing of the task, and a batch of such groups would train on the KL alone.
+    """
+    return len({reward for s in group.scores for reward in s.rewards if reward == reward}) > 1
 
 
 def set_advantages(groups: Sequence[Group], algorithm: AlgorithmConfig) -> None:
-    """Fill in `advantages`. A sample without a score has 0, and no part in its group's baseline.
+    """Fill in `advantages`, and `steps` under `process`. A sample without a score has 0, and no part in its group's baseline.
 
-    Under `gae` they are the rewards: the learner's critic makes advantages of them, one a token.
+    Where the learner makes the advantages, since only it has what they are made of, they are the rewards.
     """
-    if algorithm.advantage == "gae":
+    if algorithm.advantages_on_learner:
         for group in groups:
             group.advantages = [s.value for s in group.scores]
         return
+    if algorithm.advantage == "process":
+        for group in groups:
+            _set_process_advantages(group, algorithm)
+        return
     rewards_PG = torch.tensor([[s.value for s in g.scores] for g in groups], dtype=torch.float64)
-    advantages_PG = group_advantages(
-        rewards_PG,
-        mask_PG=~rewards_PG.isnan(),
-        kind=algorithm.advantage,
+    for group, row in zip(groups, _compare(rewards_PG, ~rewards_PG.isnan(), algorithm).tolist(), strict=True):
+        group.advantages = row
+
+
+def _set_process_advantages(group: Group, algorithm: AlgorithmConfig) -> None:
+    group.advantages = [0.0] * len(group.scores)
+    group.steps = [()] * len(group.scores)
+    # An empty completion has a part in the baseline, as if it were of one token.
+    lengths = [max(info.num_tokens, 1) for info in group.samples]
+    steps = {
+        i: score.steps or (Step(lengths[i] - 1, score.value),)
+        for i, score in enumerate(group.scores)
+        if score.value == score.value
+    }
+    if not steps:
+        return
+    advantages = process_advantages(
+        [torch.tensor([s.value for s in own], dtype=torch.float64) for own in steps.values()],
+        [torch.tensor([s.end for s in own]) for own in steps.values()],
+        [lengths[i] for i in steps],
         ddof=algorithm.std_ddof,
         eps=algorithm.std_eps,
     )
-    for group, row in zip(groups, advantages_PG.tolist(), strict=True):
-        group.advantages = row
+    for (i, own), advantages_T in zip(steps.items(), advantages, strict=True):
+        group.steps[i] = tuple(Step(s.end, float(advantages_T[s.end])) for s in own)
+        group.advantages[i] = float(advantages_T.mean())
+
+
+def penalised_advantages(samples: Sequence[TrainSample], penalties_S: Tensor, algorithm: AlgorithmConfig) -> Tensor:
+    """The group advantages of rewards that something was taken off, RLOO 2402.14740.
+
+    Args:
+        samples: [S], a whole batch with the rewards in `advantage`; NaN has no part in the baseline.
+        penalties_S: [S] float64, beta x KL.
+        algorithm: says how rewards are compared.
+
+    Returns:
+        [S] float64.
+    """
+    groups: dict[int, list[int]] = {}
+    for i, sample in enumerate(samples):
+        groups.setdefault(sample.group, []).append(i)
+    size = max(map(len, groups.values()))
+    places_PG = torch.tensor([[*members, *[-1] * (size - len(members))] for members in groups.values()])
+    scores_S = torch.tensor([s.advantage for s in samples], dtype=torch.float64)
+    # By the scores alone: a KL that is no number must not pass for a missing score.
+    mask_PG = (places_PG >= 0) & ~scores_S[places_PG].isnan()
+    advantages_PG = _compare((scores_S - penalties_S)[places_PG], mask_PG, algorithm)
+    out_S = torch.zeros_like(scores_S)
+    out_S[places_PG[places_PG >= 0]] = advantages_PG[places_PG >= 0]
+    return out_S
+
+
+def _compare(rewards_PG: Tensor, mask_PG: Tensor, algorithm: AlgorithmConfig) -> Tensor:
+    return group_advantages(
+        rewards_PG, mask_PG=mask_PG, kind=algorithm.advantage, ddof=algorithm.std_ddof, eps=algorithm.std_eps
+    )
 
 
 def cut_batch(groups: Sequence[Group], step: int, config: RunConfig) -> TrainBatch:
@@ -60,8 +118,12 @@ def cut_batch(groups: Sequence[Group], step: int, config: RunConfig) -> TrainBat
             advantage=advantage,
             group=number,
             loss_mask=score.value == score.value and info.finish_reason != masked_reason,
+            part=g.part,
+            steps=steps,
         )
         for number, g in enumerate(groups)
-        for info, score, advantage in zip(g.samples, g.scores, g.advantages, strict=True)
+        for info, score, advantage, steps in zip(
+            g.samples, g.scores, g.advantages, g.steps or [()] * len(g.samples), strict=True
+        )
     ]
     return TrainBatch(step=step, samples=samples, temperature=config.rollout.temperature)

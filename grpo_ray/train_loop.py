@@ -6,6 +6,8 @@
     new policy version <- weights <- learner <- batch of P groups <- advantages
                                                  (sorted by dispatch order)
 
+While the last groups of a step are sampled, the learner is given the finished ones (`overlap.py`).
+
 With dynamic sampling a group whose rewards are all equal is dropped there, and the next prompt dispatched in its place.
 
 `max_staleness` k paces dispatch: at most (k + 1) x P groups are under way beyond what is trained. k = 0 is on-policy:
@@ -18,12 +20,15 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from grpo_ray.activity import Activity
+from grpo_ray.advice import STEPS_LOOKED_AT, advise, mean_step
 from grpo_ray.checkpoint import RunDir, save_checkpoint
 from grpo_ray.config import RunConfig
 from grpo_ray.cursor import Cursor
@@ -32,9 +37,11 @@ from grpo_ray.evaluate import eval_event, evaluate
 from grpo_ray.events import CheckpointEvent, Event, MessageEvent, PhaseEvent, StepEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.metrics import TimeKeeper, eval_metrics, step_metrics
+from grpo_ray.overlap import EarlyParts
 from grpo_ray.replay import how_to_replay
 from grpo_ray.roles import Learner, RolloutLog, Sampler, Scorer, Tracker, WeightSync
 from grpo_ray.seeds import sample_seed
+from grpo_ray.timeline import Timeline, sampler_tokens_per_s
 from grpo_ray.train_batch import cut_batch, has_spread, set_advantages
 from grpo_ray.types import (
     Group,
@@ -45,6 +52,7 @@ from grpo_ray.types import (
     Score,
     ScoreRequest,
     SyncReport,
+    Track,
     TrainBatch,
     UpdateReport,
 )
@@ -65,6 +73,8 @@ class Roles:
     rollout_log: RolloutLog
     voter: Scorer | None = None
     """Tells which answers of an evaluation are the same; see `grpo_ray.evaluate.vote_config`."""
+    shared_devices: bool = False
+    """Samplers and learners use the same ones: what one wins by working at the same time, the other loses."""
 
 
 @dataclass
@@ -108,7 +118,8 @@ class TrainLoop:
         self._under_way: dict[asyncio.Task[None], Group] = {}
         """In dispatch order."""
         self._finished: asyncio.Queue[asyncio.Task[None]] = asyncio.Queue()
-        """Those that ended and are not settled."""
+        """Those that ended and are not settled, and parts that the learner is through with."""
+        self._early = EarlyParts(config, roles.learner, self._finished.put_nowait)
         self._ready: list[Group] = []
         """Complete, and not yet in a batch; in dispatch order."""
         self._cursor_at: dict[int, dict[str, Any]] = {}
@@ -117,7 +128,11 @@ class TrainLoop:
         self._stop_reason: str | None = None
         self._saved_step = -1
         self._disagreed = False
-        self._time = TimeKeeper()
+        self._activity = Activity("controller")
+        self._time = TimeKeeper(activity=self._activity)
+        self._timeline = Timeline(run.trace if config.tracking.trace else None)
+        self._lines: deque[dict[str, float]] = deque(maxlen=STEPS_LOOKED_AT + 1)
+        """The metrics of the last steps, for the advice."""
         self._params = SamplingParams(
             temperature=config.rollout.temperature,
             top_p=config.rollout.top_p,
@@ -134,6 +149,7 @@ class TrainLoop:
     async def restore(self, step: int) -> None:
         """Go on from a checkpoint: the learner, the samplers, the cursor and the ledger are as they were after `step`."""
         state = self.run_dir.load_state(step)
+        self._timeline.resume(step)
         await self.roles.learner.load(self.run_dir.step_folder(step) / "learner")
         self.cursor.load_state_dict(state["cursor"])
         self.step = self._saved_step = step
@@ -156,10 +172,13 @@ class TrainLoop:
                     await self._checkpoint(export=self.config.checkpoint.export)
             if self.step != self._saved_step:
                 await self._checkpoint(export=True)
+            self._advise()
         finally:
+            self._timeline.close(self.step, self._take_tracks())
             for task in self._under_way:
                 task.cancel()
             await asyncio.gather(*self._under_way, return_exceptions=True)
+            await self._early.cancel()
         return self._stop_reason if self.step < self.total_steps and self._stop_reason else "finished"
 
     def _due(self, every: int) -> bool:
@@ -188,14 +207,18 @@ class TrainLoop:
 
     async def _collect(self) -> list[Group]:
         """The next P complete groups in dispatch order; fewer, but at least one, when the budget of dynamic sampling is spent.
+        Meanwhile the learner works on those of them that are there.
 
         Always the oldest: however samples overtake each other, batches are the same, and no group waits for more than
         `max_staleness` steps.
         """
         while self._num_oldest_ready() < (wanted := self._wanted()):
             self._dispatch(wanted)
+            if self._early.wants_more:
+                self._early.offer(self._certain(wanted), self.step)
             task = await self._finished.get()
-            self._settle(self._under_way.pop(task), task)
+            if task in self._under_way:
+                self._settle(self._under_way.pop(task), task)
             self.emit(PhaseEvent("rollout", "", min(len(self._ready), wanted), wanted))
         if not wanted:
             raise RewardError(
@@ -213,6 +236,11 @@ class TrainLoop:
         oldest = next((g.order for g in self._under_way.values()), self._order)
         return bisect.bisect_left(self._ready, oldest, key=_order)
 
+    def _certain(self, wanted: int) -> list[Group]:
+        """Complete groups that this step's batch will hold: fewer than `wanted` can come before them."""
+        orders = sorted(g.order for g in (*self._ready, *self._under_way.values()))
+        return [g for g in self._ready if g.order <= orders[:wanted][-1]]
+
     def _settle(self, group: Group, task: asyncio.Task[None]) -> None:
         task.result()
         self.ledger.sampled(group)
@@ -225,9 +253,18 @@ class TrainLoop:
         """Groups of this step's batch. Each group without signal beyond the budget of dynamic sampling makes it one smaller
         instead of being replaced; which groups are in it never depends on the order in which they were finished."""
         a, size = self.config.algorithm, self.config.prompts_per_step
+        if not a.dynamic_sampling:
+            return size
         unreplaced = self._counts.dropped.get(NO_SIGNAL, 0) - (a.max_sampling_rounds - 1) * size
         # Sampling ahead may have spent the budget with groups for later steps complete: those are not lost.
-        return max(size - max(0, unreplaced), min(size, self._num_oldest_ready()))
+        return max(size - max(0, unreplaced), min(size, self._num_oldest_ready()), self._num_due())
+
+    def _num_due(self) -> int:
+        """Groups that have to be in this step's batch, or some would be left when their staleness bound has come: j steps later
+        those dispatched at version step + j - `max_staleness`, or before, are due, and a step trains P at most."""
+        bound, size = self.config.algorithm.max_staleness, self.config.prompts_per_step
+        versions = [g.dispatched_version for g in (*self._ready, *self._under_way.values())]
+        return max(sum(v <= self.step + j - bound for v in versions) - j * size for j in range(bound + 1))
 
     def _dispatch(self, wanted: int) -> None:
         """Start as many groups as the staleness bound allows: those that a later step would train too late are not begun, nor
@@ -240,10 +277,15 @@ class TrainLoop:
             fresh.append(Group(prompt=self.cursor.next(), order=self._order, dispatched_version=self.step))
             self._order += 1
         self.ledger.dispatched(fresh)
+        begun = fresh
+        if fresh and self.cursor.epoch > 0:
+            # The longest first: what is begun last ends last, and everything waits for it.
+            lengths = self.ledger.last_lengths(fresh)
+            begun = sorted(fresh, key=lambda g: -lengths.get(g.prompt.id, 0.0))
+        tasks = {group.order: asyncio.create_task(self._fill(group)) for group in begun}
         for group in fresh:
-            task = asyncio.create_task(self._fill(group))
-            task.add_done_callback(self._finished.put_nowait)
-            self._under_way[task] = group
+            tasks[group.order].add_done_callback(self._finished.put_nowait)
+            self._under_way[tasks[group.order]] = group
 
     async def _fill(self, group: Group) -> None:
         """Sample G completions of the prompt and score them."""
@@ -272,9 +314,11 @@ class TrainLoop:
         """Apply the failure policy. A dropped group is replaced by the next prompt.
 
         Raises:
-            RewardError: more scores failed than `reward.on_failure.abort_above` allows.
+            RewardError: more scores failed than `reward.on_failure.abort_above` allows, or there are rewards of steps and no use
+                for them.
         """
         policy = self.config.reward.on_failure
+        self._refuse_steps(group)
         counts = self._counts
         counts.scored += len(group.scores)
         failed = [s for s in group.scores if s.status.failed]
@@ -303,6 +347,16 @@ class TrainLoop:
         counts.dropped["reward_failed"] = counts.dropped.get("reward_failed", 0) + 1
         return False
 
+    def _refuse_steps(self, group: Group) -> None:
+        """Their sum would be trained on in silence, and a run of that is not what anybody wrote steps for."""
+        kind = self.config.algorithm.advantage
+        name = next((p.name for s in group.scores for p in s.parts if p.steps), None)
+        if name is not None and kind != "process":
+            raise RewardError(
+                f"reward {name!r} gives rewards of steps, and algorithm.advantage {kind} compares rewards of whole samples; use "
+                "algorithm.advantage process, or return the sum"
+            )
+
     def _has_signal(self, group: Group) -> bool:
         """Dynamic sampling: a group whose rewards are all equal moves nothing, and the next prompt takes its place."""
         if not self.config.algorithm.dynamic_sampling or has_spread(group):
@@ -313,6 +367,7 @@ class TrainLoop:
 
     async def _update(self, groups: list[Group], batch: TrainBatch) -> UpdateReport:
         """Raises NonFiniteError when the batch that caused it is on disk."""
+        await self._early.finish()
         try:
             return await self.roles.learner.update(batch)
         except NonFiniteError as e:
@@ -334,9 +389,31 @@ class TrainLoop:
             dropped=self._counts.dropped,
             failed=self._counts.failed,
         )
+        metrics |= self._busy_metrics(metrics, [*update.tracks, *sync.tracks])
         self._warn_of_mismatch(metrics.get("mismatch/mean_abs", 0.0))
         self._track(metrics)
+        self._lines.append({"step": self.step, **metrics})
         self.emit(StepEvent(self.step, self.total_steps, metrics))
+
+    def _busy_metrics(self, metrics: Mapping[str, float], learners: Sequence[Track]) -> dict[str, float]:
+        tracks = self._take_tracks() | {"learner": learners}
+        out = self._timeline.record(self.step, self._time.window, tracks)
+        return out | sampler_tokens_per_s(metrics) | {"workers/shared": float(self.roles.shared_devices)}
+
+    def _take_tracks(self) -> dict[str, Sequence[Track]]:
+        """What everyone did since the last call; the learners' come with their reports."""
+        return {
+            "controller": [self._activity.take()],
+            "rollout": self.roles.sampler.take_tracks(),
+            "reward": self.roles.scorer.take_tracks(),
+            "votes": self.roles.voter.take_tracks() if self.roles.voter else [],
+        }
+
+    def _advise(self) -> None:
+        times = mean_step(list(self._lines), self.config.model_dump())
+        advice = advise(times) if times else None
+        if advice is not None:
+            self.emit(MessageEvent("info", advice.text))
 
     def _warn_of_mismatch(self, mean_abs: float) -> None:
         """Once each time that the bound is crossed, not at every step above it."""

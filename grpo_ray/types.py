@@ -121,16 +121,28 @@ class ScoreStatus(StrEnum):
 
 
 @dataclass(frozen=True)
+class Step:
+    """Process supervision: a number for a part of a completion, from the end of the step before it."""
+
+    end: int
+    """Index of its last token, 0 .. T-1."""
+    value: float
+    """What it is worth; of a trained sample the advantage of its tokens."""
+
+
+@dataclass(frozen=True)
 class RewardScore:
     """What one reward function said of one sample."""
 
     name: str
     status: ScoreStatus
     value: float
-    """Before its weight. NaN unless status is `ok`."""
+    """Before its weight; the sum over its steps. NaN unless status is `ok`."""
     detail: str = ""
     """For a failure: what happened, in one line."""
     seconds: float = 0.0
+    steps: tuple[Step, ...] = ()
+    """Before their weight, by their ends. None: one number for the whole completion."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +155,14 @@ class Score:
     """sum_k weight_k * value_k over the parts that apply. NaN unless status is `ok`."""
     parts: tuple[RewardScore, ...] = ()
     detail: str = ""
+    steps: tuple[Step, ...] = ()
+    """Weighted, of all parts together, by their ends; a part without steps is one that ends at the last token. Empty where no
+    part has any."""
+
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        """Those of its steps, or the one of the whole."""
+        return tuple(step.value for step in self.steps) or (self.value,)
 
 
 @dataclass(frozen=True)
@@ -166,6 +186,10 @@ class Group:
     samples: list[SampleInfo] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
+    part: int | None = None
+    """Which of the parts that the learner was given before the batch was whole; None: it came with the batch."""
+    steps: list[tuple[Step, ...]] = field(default_factory=list)
+    """Of each sample, as in `TrainSample`; empty but for `algorithm.advantage: process`."""
 
     @property
     def min_version(self) -> int:
@@ -183,11 +207,21 @@ class TrainSample:
     num_prompt_tokens: int
     num_tokens: int
     advantage: float
-    """With `algorithm.advantage: gae` the reward, from which the learner makes one advantage a token."""
+    """Where the learner makes the advantages (`AlgorithmConfig.advantages_on_learner`): the reward, NaN without a score. With
+    `algorithm.advantage: process` the mean over its tokens, for people."""
     group: int
     """Which group of the batch it belongs to."""
     loss_mask: bool = True
     """False: takes part in nothing (a failed score, a truncated sample under overlong filtering)."""
+    part: int | None = None
+    """As in `Group`."""
+    steps: tuple[Step, ...] = ()
+    """With `algorithm.advantage: process` the advantages of its tokens; 0 after the last step."""
+
+    @property
+    def advantages(self) -> tuple[float, ...]:
+        """All that its tokens have, but for 0."""
+        return tuple(step.value for step in self.steps) or (self.advantage,)
 
 
 @dataclass(frozen=True)
@@ -202,6 +236,29 @@ class TrainBatch:
 
 
 @dataclass(frozen=True)
+class TimeSpan:
+    """What a worker did from `start` to `end`, on the clock of its host (seconds since 1970)."""
+
+    name: str
+    start: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Track:
+    """What one worker did since it last told; see `grpo_ray.activity`. Idle all along, it has no spans."""
+
+    worker: str
+    """`rollout-0`."""
+    spans: tuple[TimeSpan, ...]
+    """In order, without overlaps."""
+
+
+@dataclass(frozen=True)
 class UpdateReport:
     """What the learner says of one step. Made by rank 0, already reduced over ranks."""
 
@@ -209,6 +266,8 @@ class UpdateReport:
     metrics: dict[str, float]
     """Names as in `grpo_ray.metrics`."""
     seconds: float
+    tracks: tuple[Track, ...] = ()
+    """One a rank, since its last report."""
 
 
 @dataclass(frozen=True)
@@ -222,3 +281,5 @@ class SyncReport:
     num_bytes: int
     checksum: str
     num_engines: int
+    tracks: tuple[Track, ...] = ()
+    """One a learner rank, since its last report."""

@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_ray.advantages import gae
+from grpo_ray.advantages import gae, kl_in_reward
 from grpo_ray.batching import PackedBatch
 from grpo_ray.losses.segments import Segments
 from grpo_ray.policy import target_states
+from grpo_ray.sequence import Alone, SequenceRanks, slice_of
 
 
 class ValueModel(nn.Module):
     """V of the text before each completion token. The head starts at zero, so every value does."""
 
-    def __init__(self, hf: nn.Module) -> None:
+    def __init__(self, hf: nn.Module, ranks: SequenceRanks | None = None) -> None:
         super().__init__()
+        self.ranks = ranks or Alone()
         config: Any = hf.config
         self.body = hf.base_model
         self.attention = config._attn_implementation
@@ -29,20 +31,30 @@ class ValueModel(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """[C], fp32."""
-        hidden_CH = target_states(self.body, batch, self.attention, self.head.weight.device)
-        values_C: Tensor = self.head(hidden_CH.to(self.head.weight.dtype))[:, 0].float()
+        own = slice_of(batch, self.ranks.rank, self.ranks.size)
+        hidden_cH = target_states(self.body, own, self.attention, self.head.weight.device)
+        (values_C,) = self.ranks.gather(own.counts, self.head(hidden_cH.to(self.head.weight.dtype))[:, 0].float())
         return values_C
 
 
 def gae_of_segments(
-    rewards_S: Tensor, values_C: Tensor, segments: Segments, *, gamma: float, lam: float
+    scores_S: Tensor,
+    kl_C: Tensor | None,
+    values_C: Tensor,
+    segments: Segments,
+    *,
+    beta: float,
+    gamma: float,
+    lam: float,
 ) -> tuple[Tensor, Tensor]:
-    """`advantages.gae` over packed sequences, each with its outcome reward at its last token.
+    """`advantages.gae` over packed sequences, each with its score at its last token, less the KL of every token.
 
     Args:
-        rewards_S: [S].
+        scores_S: [S].
+        kl_C: [C]; None: no KL in the reward.
         values_C: [C].
         segments: which token is of which sequence.
+        beta: weight of the KL.
         gamma: discount.
         lam: lambda of GAE.
 
@@ -53,9 +65,11 @@ def gae_of_segments(
     ends_S = lengths_S.cumsum(0)
     places_C = torch.arange(len(values_C), device=values_C.device) - (ends_S - lengths_S)[segments.index_N]
     shape = (len(lengths_S), int(lengths_S.max()))
-    values_ST, rewards_ST = values_C.new_zeros(shape), values_C.new_zeros(shape)
+    values_ST, kl_ST = values_C.new_zeros(shape), values_C.new_zeros(shape)
     values_ST[segments.index_N, places_C] = values_C
-    rewards_ST[torch.arange(shape[0], device=values_C.device), lengths_S - 1] = rewards_S
+    if kl_C is not None:
+        kl_ST[segments.index_N, places_C] = kl_C
     mask_ST = torch.arange(shape[1], device=values_C.device)[None] < lengths_S[:, None]
+    rewards_ST = kl_in_reward(scores_S, kl_ST, mask_ST, beta=beta)
     advantages_ST, returns_ST = gae(rewards_ST, values_ST, mask_ST, gamma=gamma, lam=lam)
     return advantages_ST[segments.index_N, places_C], returns_ST[segments.index_N, places_C]

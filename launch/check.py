@@ -129,7 +129,8 @@ def _step_rows(config: RunConfig | SftConfig) -> list[tuple[str, str]]:
         ("reward", rewards),
         (
             "loss",
-            f"{a.loss}, advantage {a.advantage}, {_bounds(a)}, beta {a.beta:g}, lr {config.learner.learning_rate:g}",
+            f"{a.loss}, advantage {a.advantage}, {_bounds(a)}, beta {a.beta:g}{' in the reward' * (a.kl_in == 'reward')}, "
+            f"lr {config.learner.learning_rate:g}",
         ),
         *([("correction", ", ".join(correction))] if correction else []),
     ]

@@ -20,8 +20,11 @@ def batch_of(groups: Sequence[Group], step: int, temperature: float = 1.0) -> Tr
             advantage,
             number,
             loss_mask=not math.isnan(score.value),
+            steps=steps,
         )
         for number, g in enumerate(groups)
-        for info, score, advantage in zip(g.samples, g.scores, g.advantages, strict=True)
+        for info, score, advantage, steps in zip(
+            g.samples, g.scores, g.advantages, g.steps or [()] * len(g.samples), strict=True
+        )
     ]
     return TrainBatch(step, samples, temperature)

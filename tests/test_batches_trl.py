@@ -1,5 +1,6 @@
-"""Advantages, weights for the sampler and overlong filtering against TRL's own `_generate_and_score_completions`, called
-for real on a trainer without a model: samples, scores and log-probabilities are handed to it.
+"""Advantages, weights for the sampler, overlong filtering and RLOO's KL in the reward against TRL's own
+`_generate_and_score_completions`, called for real on a trainer without a model: samples, scores and log-probabilities are
+handed to it.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.rloo_trainer import RLOOTrainer
 
 from grpo_ray.advantages import group_advantages
 from grpo_ray.config import AlgorithmConfig
 from grpo_ray.losses.correction import CorrectionOptions, correction_weights
+from grpo_ray.losses.kl import kl_of_tokens
 from grpo_ray.losses.segments import Segments
+from grpo_ray.train_batch import penalised_advantages
+from grpo_ray.types import TrainSample
 from tests.naive_losses import Batch, make_batch
 
 GROUP = 4
@@ -131,3 +136,55 @@ def test_truncated_samples_stay_in_trls_baseline_too() -> None:
     kept = torch.tensor([n if i % 2 else 0 for i, n in enumerate(b.lengths)])
     assert masked["completion_mask"].sum(dim=1).tolist() == kept.tolist()
     assert masked["num_items_in_batch"] == kept.sum()
+
+
+def trl_rloo(rewards: Tensor, b: Batch, beta: float) -> tuple[Tensor, float]:
+    """Advantages of TRL's RLOOTrainer, and its mean KL."""
+    trainer: Any = object.__new__(RLOOTrainer)
+    trainer.args = SimpleNamespace(per_device_train_batch_size=len(rewards), gradient_checkpointing_kwargs=None)
+    trainer.model = SimpleNamespace(training=True, is_gradient_checkpointing=False)
+    trainer.accelerator = SimpleNamespace(
+        device=torch.device("cpu"), process_index=0, gather=lambda x: x, reduce=lambda x, reduction: x
+    )
+    trainer.pad_to_multiple_of = trainer.reward_clip_range = None
+    trainer._tokenizer = SimpleNamespace(pad_token_id=PAD)
+    trainer.mask_truncated_completions = trainer.normalize_advantages = trainer.log_multimodal = False
+    trainer.beta, trainer.num_generations = beta, GROUP
+    trainer.reward_weights, trainer.reward_func_names = torch.ones(1, dtype=torch.float64), ["reward"]
+    trainer._metrics = {"train": defaultdict(list)}
+    trainer._logs = {"prompt": [], "completion": [], "rewards": defaultdict(list), "advantages": [], "extra": {}}
+    trainer._pending_extra_logs, trainer._pending_metrics = {}, {}
+    ids = [[7] * (n - 1) + [EOS] for n in b.lengths]
+    trainer._generate = lambda prompts: ([[5]] * len(ids), ids, ["text"] * len(ids))
+    trainer._calculate_rewards = lambda *args: rewards[:, None]
+    longest = max(b.lengths)
+    # What lies on the padding must not count.
+    padded = [
+        torch.stack([torch.cat([r, r.new_full((longest - len(r),), -9.0 - k)]) for r in rows])
+        for k, rows in enumerate((b.old, b.ref))
+    ]
+    trainer.ref_model = SimpleNamespace()
+    trainer._get_per_token_logps_and_entropies = lambda model, *args, **kwargs: (
+        padded[int(model is trainer.ref_model)],
+        None,
+        None,
+    )
+    output = RLOOTrainer._generate_and_score_completions(trainer, [{"prompt": "?"} for _ in ids])
+    return output["advantages"], trainer._metrics["train"]["kl"][0]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_kl_in_the_reward_of_rloo_is_trls(seed: int) -> None:
+    rewards, b, beta = rewards_of(seed), batch(seed), 0.05
+    theirs, their_kl = trl_rloo(rewards, b, beta)
+    index = torch.repeat_interleave(torch.arange(len(b.lengths)), torch.tensor(b.lengths))
+    kl_C = kl_of_tokens(torch.cat(b.old), torch.cat(b.ref), estimator="k1")
+    samples = [
+        TrainSample([], 0, "p", i, 1, n, r, i // GROUP)
+        for i, (n, r) in enumerate(zip(b.lengths, rewards.tolist(), strict=True))
+    ]
+    algorithm = AlgorithmConfig(preset="rloo", beta=beta, kl_in="reward")
+    ours = penalised_advantages(samples, beta * Segments.of(index).sum(kl_C), algorithm)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-12)
+    assert kl_C.mean().item() == pytest.approx(their_kl, rel=1e-6)
+    assert (ours - trl_rloo(rewards, b, 1e-9)[0]).abs().max() > 1e-2

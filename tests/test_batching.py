@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_ray.attention import attention_kwargs, choose_attention
-from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch
+from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch, token_values
 from grpo_ray.errors import ConfigError
 from grpo_ray.policy import PolicyModel
+from grpo_ray.types import Step
 
 BUDGET = 100
 
@@ -142,6 +145,28 @@ def test_padded_micro_batches_keep_the_budget_with_their_padding(
     assert all(len({len(rank) for rank in step.ranks}) == 1 for step in plan)
 
 
+@settings(deadline=None, max_examples=300)
+@given(lengths=st.lists(st.integers(1, BUDGET), min_size=1, max_size=9), ranks=st.integers(1, 3))
+def test_the_fullest_rank_is_within_a_twentieth_of_the_best_possible(lengths: list[int], ranks: int) -> None:
+    (step,) = plan_batch(lengths, [0] * len(lengths), num_ranks=ranks, num_mini_batches=1, micro_batch_tokens=BUDGET)
+    fullest = max(sum(lengths[i] for micro in rank for i in micro) for rank in step.ranks)
+    loads = [
+        [sum(n for n, r in zip(lengths, places, strict=True) if r == rank) for rank in range(ranks)]
+        for places in itertools.product(range(ranks), repeat=len(lengths))
+    ]
+    assert fullest <= 1.05 * min(map(max, loads))
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8, 16])
+@pytest.mark.parametrize("num", [32, 64, 128, 512])
+def test_heavy_tailed_samples_are_spread_within_a_twentieth_of_even(num: int, ranks: int) -> None:
+    for seed in range(5):
+        lengths = np.clip(np.random.default_rng(seed).lognormal(4.2, 0.7, num), 16, 512).astype(int).tolist()
+        (step,) = plan_batch(lengths, list(range(num)), num_ranks=ranks, num_mini_batches=1, micro_batch_tokens=1024)
+        fullest = max(sum(lengths[i] for micro in rank for i in micro) for rank in step.ranks)
+        assert fullest <= 1.05 * max(sum(lengths) / ranks, max(lengths))
+
+
 @settings(deadline=None)
 @given(problem=problems(), data=st.data())
 def test_idle_samples_stay_members_of_their_mini_batch_and_are_in_no_micro_batch(
@@ -221,3 +246,13 @@ def test_equal_neighbours_are_attended_as_one_batch() -> None:
 def test_flash_attention_without_a_gpu_is_refused() -> None:
     with pytest.raises(ValueError, match="flash_attention_2, which needs a GPU"):
         choose_attention("flash_attention_2", torch.device("cpu"))
+
+
+def test_tokens_may_have_advantages_of_their_own() -> None:
+    def item(advantage: Any, sample: int) -> PackItem:
+        return PackItem(np.arange(2), np.arange(4), np.zeros(4, np.float32), advantage, 1.0, sample)
+
+    steps = (Step(0, 0.5), Step(2, -1.5))
+    packed = pack([item(token_values(steps, 4), 0), item(2.0, 1)])
+    assert packed.advantages.tolist() == [0.5, -1.5, -1.5, 0.0, 2.0, 2.0, 2.0, 2.0]
+    assert packed.advantages.dtype == np.float32

@@ -67,22 +67,54 @@ def test_scientific_notation_in_a_recipe_is_a_number(tmp_path):
             "steps that model.dtype bfloat16 rounds away",
         ),
         ("algorithm.beta=0.1 algorithm.ref_refresh_steps=5 model.lora={}", "without its adapters is the reference"),
+        (
+            "model.lora.transfer=adapter model.lora.r=513",
+            "through adapters of at most 512; lower it, or use model.lora.transfer merged",
+        ),
+        (
+            "model.lora.transfer=adapter weights.bucket_mb=8",
+            "sending the whole model, which model.lora.transfer adapter never",
+        ),
         ("algorithm.importance_sampling_clip_max=3", "without algorithm.importance_sampling"),
         ("algorithm.loss=gspo algorithm.importance_sampling=token_mask", "use geometric_mask, sequence_truncate"),
         ("algorithm.old_logprobs=rollout algorithm.importance_sampling=token_mask", "use old_logprobs recompute"),
         ("algorithm.old_logprobs=rollout algorithm.geometric_mask=[0.9,1.1]", "algorithm.geometric_mask compares"),
         ("algorithm.geometric_mask=[1.1,1.2]", "must hold 1"),
         ("algorithm.importance_sampling=token_mask algorithm.importance_sampling_clip_min=2", "must hold 1"),
+        ("algorithm.kl_in=reward", "algorithm.kl_in does nothing with beta 0"),
+        ("algorithm.kl_in=rewards", "algorithm.kl_in"),
+        ("algorithm.beta=0.1 algorithm.kl_in=reward algorithm.kl_estimator=k3+", "use k1 (the papers'), k2 or k3"),
+        (
+            "algorithm=v3_2 algorithm.kl_in=reward algorithm.kl_estimator=k3_unbiased",
+            "differs from k3 in its gradient alone",
+        ),
+        (
+            "algorithm.beta=0.1 algorithm.kl_in=reward algorithm.advantage=process",
+            "compares those of steps; use kl_in loss",
+        ),
+        ("algorithm.advantage=process algorithm.loss=gspo", "process gives every token its own advantage"),
+        ("algorithm=rloo algorithm.advantage=process", "loss grpo_sequence has one ratio for the whole sequence"),
+        ("algorithm.advantage=process algorithm.lam=0.9", "is of GAE and does nothing with advantage process"),
         ("algorithm.max_sampling_rounds=3", "set dynamic_sampling: true"),
         ("algorithm=dappo", "'dappo' is not known; did you mean dapo?"),
         ("learner.num_actors=300", "more than the 256 samples"),
         ("learner.offload_params=true", "needs zero_stage 3"),
+        (
+            "learner.num_actors=3 learner.sequence_parallel_size=2",
+            "learner.num_actors (3) is not a multiple of learner.sequence_parallel_size (2)",
+        ),
+        ("learner.num_actors=600 learner.sequence_parallel_size=2", "more than the 256 samples"),
     ],
 )
 def test_bad_values_are_named_with_the_mend(override, expected):
     with pytest.raises(ConfigError) as e:
         make(*override.split())
     assert expected in str(e.value)
+
+
+def test_fine_tuning_has_no_samplers_to_send_adapters_to():
+    with pytest.raises(ConfigError, match="fine-tuning has no samplers: take it out"):
+        build(SftConfig, {"model": {"tiny": {}, "lora": {"transfer": "adapter"}}, "data": MINIMAL["data"]}, "r")
 
 
 def test_every_problem_is_reported_at_once():
@@ -213,3 +245,21 @@ def test_sft_refuses_a_micro_batch_that_holds_no_example():
 def test_sampling_ahead_is_corrected_unless_it_is_said_how(overrides, expected):
     a = make(*overrides).algorithm
     assert (a.importance_sampling, a.importance_sampling_clip_max) == expected
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "estimator"),
+    [
+        ("{preset: rloo, beta: 0.05, kl_in: reward}", "k1"),
+        ("{preset: ppo, beta: 0.05, kl_in: reward}", "k1"),
+        ("{preset: grpo, kl_in: reward}", "k1"),
+        ("{preset: v3_2, kl_in: reward}", "k1"),
+        ("{beta: 0.05, kl_in: reward, kl_estimator: k3}", "k3"),
+        ("{beta: 0.05, kl_in: loss}", "k3"),
+        ("reinforce_pp", "k2"),
+    ],
+)
+def test_a_kl_in_the_reward_is_the_papers_k1_unless_another_is_given(algorithm, estimator):
+    config = make(f"algorithm={algorithm}")
+    assert config.algorithm.kl_estimator == estimator
+    assert build(RunConfig, yaml.safe_load(to_yaml(config)), "again") == config

@@ -11,7 +11,7 @@ from grpo_ray.config import RewardConfig, RunConfig, build, deep_merge, parse_ov
 from grpo_ray.errors import RewardError
 from grpo_ray.evaluate import EvalResult, evaluate, vote_config
 from grpo_ray.rewards import ScoreInputs, resolve, score_samples
-from grpo_ray.types import Prompt, SampleInfo, SampleRequest, Score, ScoreRequest, ScoreStatus
+from grpo_ray.types import Prompt, SampleInfo, SampleRequest, Score, ScoreRequest, ScoreStatus, Track
 
 ANSWERS = {
     "a": ("\\boxed{\\frac{1}{2}}", "it is 0.5", "\\boxed{7}", "\\boxed{8}"),  # 2 right, a majority of equal values
@@ -30,6 +30,9 @@ class Sampler:
     def take_stats(self) -> dict[str, float]:
         return {}
 
+    def take_tracks(self) -> list[Track]:
+        return []
+
 
 class LocalScorer:
     """The real functions, in this process."""
@@ -41,6 +44,9 @@ class LocalScorer:
         texts = [r.sample.ref[0] for r in requests]
         columns = {"answer": [r.columns["answer"] for r in requests]}
         return score_samples(self.functions, ScoreInputs(["q"] * len(texts), texts, [[0]] * len(texts), columns))
+
+    def take_tracks(self) -> list[Track]:
+        return []
 
 
 def config(*overrides: str) -> RunConfig:

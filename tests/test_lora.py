@@ -8,11 +8,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load
 from transformers import AutoModelForCausalLM
 
 from grpo_ray.config import LoraConfig
 from grpo_ray.errors import ConfigError
-from grpo_ray.lora import adapter_tensors, adapters_off, inject, write_adapter
+from grpo_ray.lora import adapter_bytes, adapter_checksum, adapter_tensors, adapters_off, inject, write_adapter
 from grpo_ray.named_weights import buckets, named_weights
 
 LORA = LoraConfig(r=4, alpha=12)
@@ -63,6 +64,15 @@ def test_peft_loads_the_written_adapter(adapted: Any, tiny_model: Path, tmp_path
     write_adapter({n: p.detach() for n, p in adapter_tensors(adapted).items()}, LORA, str(tiny_model), tmp_path)
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path)
     assert torch.equal(logits(loaded), logits(adapted))
+
+
+def test_the_bytes_of_an_adapter_read_back_and_their_checksum_sees_one_bit(adapted: Any) -> None:
+    tensors = {n: p.detach() for n, p in adapter_tensors(adapted).items()}
+    data = adapter_bytes(tensors)
+    assert all(torch.equal(t, tensors[n]) for n, t in load(data).items())
+    assert adapter_bytes(dict(reversed(tensors.items()))) == data
+    flipped = data[:-1] + bytes([data[-1] ^ 1])
+    assert len({adapter_checksum(data), adapter_checksum(flipped)}) == 2
 
 
 def test_a_layer_that_is_not_there_is_named(tiny_model: Path) -> None:

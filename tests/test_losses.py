@@ -15,7 +15,7 @@ from grpo_ray.batching import pack
 from grpo_ray.config import AlgorithmConfig
 from grpo_ray.losses.aggregation import Normalizers, token_mean
 from grpo_ray.losses.correction import IMPORTANCE_SAMPLING
-from grpo_ray.losses.kl import KL_ESTIMATORS
+from grpo_ray.losses.kl import KL_ESTIMATORS, kl_of_tokens
 from grpo_ray.losses.sft import sft_loss
 from grpo_ray.losses.table import POLICY_LOSSES
 from grpo_ray.losses.value import value_loss
@@ -259,7 +259,7 @@ def test_the_table_and_the_schema_know_the_same_names() -> None:
         annotation = AlgorithmConfig.model_fields[field].annotation
         return {x for arg in get_args(annotation) for x in (get_args(arg) or (arg,))} - {type(None)}
 
-    assert names("advantage") == {*ADVANTAGES, "gae"}, "gae is made by the learner"
+    assert names("advantage") == {*ADVANTAGES, "process", "gae"}, "these two give one a token"
     assert names("loss") == set(POLICY_LOSSES)
     assert names("kl_estimator") == set(KL_ESTIMATORS)
     assert names("importance_sampling") == set(IMPORTANCE_SAMPLING)
@@ -287,3 +287,18 @@ def test_sft_is_the_mean_cross_entropy_of_all_completion_tokens() -> None:
     weight = token_mean(5, Normalizers(num_sequences=3, num_tokens=11, max_completion_length=8))
     got = sft_loss(logp, torch.full_like(logp, weight))
     assert got.item() == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_a_kl_in_the_reward_is_no_part_of_the_loss(estimator: str) -> None:
+    b = make_batch(3)
+    config = algorithm("dapo", beta=0.3, kl_in="reward", kl_estimator=estimator)
+    loss, metrics = run(config, b)
+    plain, _ = run(algorithm("dapo"), b)
+    assert torch.equal(gradient(loss, b), gradient(plain, b))
+    assert loss == plain
+    assert not {"loss/kl", "kl/ref"} & metrics.keys()
+    got = kl_of_tokens(torch.cat(b.theta), torch.cat(b.ref), estimator=estimator)
+    want = kl_tokens(estimator, b)
+    assert not got.requires_grad
+    assert got.tolist() == pytest.approx([x.item() for row in want for x in row], rel=1e-9)

@@ -9,7 +9,7 @@ import pytest
 from grpo_ray.evaluate import EvalResult
 from grpo_ray.measures import Estimate
 from grpo_ray.metrics import METRICS, TimeKeeper, describe, eval_metrics, step_metrics
-from grpo_ray.types import Group, Prompt, RewardScore, SampleInfo, Score, ScoreStatus, SyncReport, UpdateReport
+from grpo_ray.types import Group, Prompt, RewardScore, SampleInfo, Score, ScoreStatus, Step, SyncReport, UpdateReport
 
 
 def info(prompt: str, index: int, tokens: int, version: int = 4, finish: str = "stop") -> SampleInfo:
@@ -179,3 +179,13 @@ def test_a_phase_that_raises_is_still_closed() -> None:
     with keeper.phase("sync"):
         clock.now += 2.0
     assert keeper.end_step() == {"update": 1.0, "sync": 2.0, "other": 0.0, "step": 3.0}
+
+
+def test_a_group_with_two_different_steps_has_a_signal_though_its_sums_are_equal() -> None:
+    steps = (Step(1, 1.0), Step(3, 0.0))
+    scores = [Score(ScoreStatus.OK, 1.0, (RewardScore("r", ScoreStatus.OK, 1.0, steps=steps),), steps=steps)] * 2
+    plain = [Score(ScoreStatus.OK, 1.0, (RewardScore("r", ScoreStatus.OK, 1.0),))] * 2
+    groups = [group(name, [info(name, 0, 10), info(name, 1, 20)], own) for name, own in (("a", scores), ("b", plain))]
+    out = step_metrics(groups, UpdateReport(0, {}, 0.0), None, sampler_stats={}, seconds={}, dropped={}, failed={})
+    assert out["groups/no_signal_fraction"] == 0.5
+    assert out["reward/mean"] == out["reward/r/mean"] == 1.0

@@ -14,7 +14,18 @@ from grpo_ray.checkpoint import RunDir
 from grpo_ray.errors import CheckpointError
 from grpo_ray.replay import check_replayable, compare, how_to_replay, read_batch, replayable_steps
 from grpo_ray.rollout_log import distinct_refs, write_rollouts
-from grpo_ray.types import Group, Prompt, Sample, SampleInfo, Score, ScoreStatus, TrainBatch, TrainSample, VersionSpan
+from grpo_ray.types import (
+    Group,
+    Prompt,
+    Sample,
+    SampleInfo,
+    Score,
+    ScoreStatus,
+    Step,
+    TrainBatch,
+    TrainSample,
+    VersionSpan,
+)
 from tests.batches import batch_of
 
 
@@ -46,6 +57,7 @@ def odd_groups() -> list[Group]:
             value = math.nan if (number, index) == (1, 0) else 1.0
             g.scores.append(Score(ScoreStatus.OK if value == value else ScoreStatus.ERROR, value))
             g.advantages.append(0.1 / 3 * (index - 0.5) + number)
+            g.steps.append(tuple(Step(end, 0.1 / (3 + end)) for end in range(size) if end % 2))
         groups.append(g)
     return groups
 
@@ -71,6 +83,7 @@ def test_a_batch_comes_back_from_its_file_bit_for_bit(tmp_path: Path) -> None:
     batch = batch_of(groups, step=7, temperature=0.7)
     exploded = replace(batch, samples=[replace(batch.samples[0], advantage=math.nan), *batch.samples[1:]])
     assert [s.loss_mask for s in batch.samples] == [True, True, False, True, True, True]
+    assert [len(s.steps) for s in batch.samples] == [0, 0, 1, 1, 2, 2]
     for step, one in ((8, batch), (9, replace(exploded, step=8))):
         path = write_rollouts(tmp_path, step, groups, one, distinct_refs(groups), run_seed=1)
         assert_same_batch(read_batch(path), one)
@@ -82,6 +95,9 @@ def test_a_file_of_an_earlier_version_is_refused_by_name(tmp_path: Path) -> None
     pq.write_table(pq.read_table(path).drop_columns(["loss_mask"]), path)
     with pytest.raises(CheckpointError, match=r"step-000008.parquet has no column 'loss_mask'"):
         read_batch(path)
+    write_rollouts(tmp_path, 8, groups, batch_of(groups, 7), distinct_refs(groups), run_seed=1)
+    pq.write_table(pq.read_table(path).drop_columns(["advantage_steps"]), path)
+    assert all(s.steps == () for s in read_batch(path).samples), "before process supervision there were none"
     path.write_bytes(b"torn")
     with pytest.raises(CheckpointError, match="can't be read"):
         read_batch(path)

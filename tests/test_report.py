@@ -12,9 +12,22 @@ import pytest
 
 from grpo_ray.report import first_middle_last, write_report
 from grpo_ray.report_charts import POINTS_SHOWN, metric_charts, time_charts, time_shares
+from grpo_ray.report_timeline import timeline_chart
 from grpo_ray.rollout_log import distinct_refs, write_rollouts
+from grpo_ray.timeline import Timeline
 from grpo_ray.tracking import JsonlTracker
-from grpo_ray.types import Group, Prompt, RewardScore, Sample, SampleInfo, Score, ScoreStatus, VersionSpan
+from grpo_ray.types import (
+    Group,
+    Prompt,
+    RewardScore,
+    Sample,
+    SampleInfo,
+    Score,
+    ScoreStatus,
+    TimeSpan,
+    Track,
+    VersionSpan,
+)
 from tests.batches import batch_of
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}\n\tkept   spaces & "quotes" \''
@@ -218,6 +231,64 @@ def test_an_sft_run_shows_its_loss(tmp_path: Path) -> None:
     page = Page(write_report(tmp_path))
     assert page.text[page.text.index("Loss") + 2] == "3.000 → 1.500"
     assert [c["title"] for c in page.data] == ["Loss", "Throughput", "Seconds of each step"]
+
+
+def trace_steps(run: Path, steps: int) -> None:
+    """Steps of 10 s: 6 of sampling, 3 of learning; a reward worker that works for hardly a moment, twice."""
+    timeline = Timeline(run / "trace.json")
+    for step in range(1, steps + 1):
+        t = 1000.0 + 10 * step
+        spans = {
+            "controller": [("controller", ("rollout", t, t + 6), ("update", t + 6, t + 9))],
+            "rollout": [("rollout-0", ("sampling", t, t + 6), ("paused", t + 9, t + 9.5))],
+            "reward": [("reward-0", ("scoring", t + 3, t + 3.001), ("scoring", t + 5, t + 5.001))],
+            "learner": [("learner-0", ("forward_backward", t + 6, t + 7), ("forward_backward", t + 7.001, t + 9))],
+        }
+        tracks = {
+            role: [Track(w, tuple(TimeSpan(*s) for s in own)) for w, *own in workers] for role, workers in spans.items()
+        }
+        timeline.record(step, TimeSpan("step", t, t + 10), tracks)
+
+
+def test_the_timeline_shows_two_steps_of_every_worker(tmp_path: Path) -> None:
+    trace_steps(tmp_path, 5)
+    log_steps(
+        tmp_path,
+        5,
+        {
+            "time/step": 10.0, "time/rollout": 6.0, "time/update": 3.0,
+            "busy/rollout": 0.6, "busy/learner": 0.3, "workers/rollout": 1.0, "workers/learner": 1.0,
+        },
+    )  # fmt: skip
+    page = Page(write_report(tmp_path))
+    chart = next(c for c in page.data if c["kind"] == "timeline")
+    assert chart["title"] == "Steps 3 and 4"
+    assert chart["rows"] == ["controller", "rollout-0", "reward-0", "learner-0"]
+    assert chart["marks"] == [0.0, 10.0, 20.0]
+    drawn = {s["name"]: (s["y"], s["base"], s["x"]) for s in chart["series"]}
+    assert drawn == {
+        "rollout": (["controller"] * 2, [0.0, 10.0], [6.0, 6.0]),
+        "update": (["controller"] * 2, [6.0, 16.0], [3.0, 3.0]),
+        "sampling": (["rollout-0"] * 2, [0.0, 10.0], [6.0, 6.0]),
+        "paused": (["rollout-0"] * 2, [9.0, 19.0], [0.5, 0.5]),
+        # The gap of a millisecond is narrower than a pixel, and so are the scores.
+        "forward_backward": (["learner-0"] * 2, [6.0, 16.0], [3.0, 3.0]),
+    }
+    shown = " | ".join(t for t in page.text if t)
+    assert "rollout | 1 | 60% | 40% | learner | 1 | 30% | 70%" in shown
+    assert (
+        "learners idle 70% of the step, sampling is the bottleneck: algorithm.max_staleness=1 would overlap them: at most 1.7x"
+        in page.text
+    )
+
+
+@pytest.mark.parametrize(("steps", "title"), [(1, "Step 1"), (2, "Steps 1 and 2"), (3, "Steps 2 and 3")])
+def test_the_timeline_of_a_short_run(tmp_path: Path, steps: int, title: str) -> None:
+    assert timeline_chart(tmp_path / "trace.json") is None
+    trace_steps(tmp_path, steps)
+    chart = timeline_chart(tmp_path / "trace.json")
+    assert chart is not None
+    assert chart.title == title
 
 
 def test_a_line_of_nulls_is_no_obstacle(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from grpo_ray.rewards import BUILTINS, ScoreInputs, call_reward, resolve, score_
 from grpo_ray.rewards.countdown import evaluate
 from grpo_ray.rewards.function import RewardFunction, inspect_function
 from grpo_ray.rewards.votes import math_votes, text_votes
-from grpo_ray.types import ScoreStatus
+from grpo_ray.types import Score, ScoreStatus, Step
 
 
 def inputs_of(completions: list[Any], ids: list[list[int]] | None = None, **columns: list[Any]) -> ScoreInputs:
@@ -396,3 +396,60 @@ def test_reasoning_gym_names_an_unknown_task() -> None:
     (part,) = call_reward(resolve(RewardFunctionConfig(name="reasoning_gym")), inputs_of(["x"], **columns))
     assert part.status is ScoreStatus.ERROR
     assert "no task 'no_such_task'" in part.detail
+
+
+# ---- rewards of steps
+
+FOUR_TOKENS = [[1, 2, 3, 4]]
+
+
+def score_of_steps(*functions: tuple[Any, float]) -> Score:
+    """Of one completion of four tokens. `functions`: what each returns for it, and its weight."""
+
+    def returning(value: Any, weight: float) -> RewardFunction:
+        def f(completions, **columns):
+            return [value]
+
+        return function_of(f, weight)
+
+    (score,) = score_samples([returning(*f) for f in functions], inputs_of(["x"], FOUR_TOKENS))
+    return score
+
+
+def test_steps_come_back_as_records_and_their_sum_is_the_value() -> None:
+    score = score_of_steps(([(0, 0.5), (np.int64(2), True), [3, np.float32(0.25)]], 1.0))
+    assert score.steps == score.parts[0].steps == (Step(0, 0.5), Step(2, 1.0), Step(3, 0.25))
+    assert score.value == score.parts[0].value == 1.75
+    assert score.rewards == (0.5, 1.0, 0.25)
+
+
+def test_steps_of_all_functions_are_pooled_with_their_weights_and_a_number_is_a_step_at_the_end() -> None:
+    score = score_of_steps(([(1, 1.0), (3, 2.0)], 2.0), ([(0, 1.0), (1, 4.0)], 0.5), (1.0, 3.0), (None, 9.0))
+    assert score.steps == (Step(0, 0.5), Step(1, 4.0), Step(3, 7.0))
+    assert score.value == pytest.approx(sum(score.rewards)) == 11.5
+    outcomes = score_of_steps((1.0, 3.0), (2.0, 1.0))
+    assert (outcomes.steps, outcomes.rewards) == ((), (5.0,))
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        ([], "for each step: there is none"),
+        ([(4, 1.0)], "step 0 ends at 4, expected the index of a token from 0 to 3"),
+        ([(-1, 1.0)], "step 0 ends at -1"),
+        ([(1, 1.0), (1, 1.0)], "step 1 ends at 1, expected the index of a token from 2 to 3"),
+        ([(2, 1.0), (1, 1.0)], "step 1 ends at 1"),
+        ([(1.0, 1.0)], "step 0 ends at 1.0"),
+        ([(True, 1.0)], "step 0 ends at True"),
+        ([("1", 1.0)], "step 0 ends at '1'"),
+        ([(1, "1")], "a list of (end, reward)"),
+        ([(1, float("nan"))], "returned [(1, nan)]"),
+        ([(1, 2, 3)], "returned [(1, 2, 3)]"),
+        ([1, 2], "returned [1, 2]"),
+    ],
+)
+def test_steps_that_are_none_are_an_error_that_says_why(returned: Any, words: str) -> None:
+    score = score_of_steps((returned, 1.0))
+    assert score.status is ScoreStatus.ERROR
+    assert words in score.detail
+    assert (score.steps, score.parts[0].steps) == ((), ())

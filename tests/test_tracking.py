@@ -26,7 +26,7 @@ from grpo_ray.rollout_log import (
 )
 from grpo_ray.seeds import sample_seed
 from grpo_ray.tracking import JsonlTracker, MlflowTracker, Tolerant, WandbTracker, make_trackers, read_metrics
-from grpo_ray.types import Group, Prompt, RewardScore, Sample, SampleInfo, Score, ScoreStatus, VersionSpan
+from grpo_ray.types import Group, Prompt, RewardScore, Sample, SampleInfo, Score, ScoreStatus, Step, VersionSpan
 from tests.batches import batch_of
 
 
@@ -236,7 +236,7 @@ def two_groups() -> list[Group]:
                 )
             )
             g.samples.append(SampleInfo(g.prompt.id, index, 3, size, 1, "stop", f"rollout-{index}", ref, row))
-            good = RewardScore("accuracy", ScoreStatus.OK, 1.0, seconds=0.5)
+            good = RewardScore("accuracy", ScoreStatus.OK, 1.0, seconds=0.5, steps=(Step(0, 0.25), Step(2, 0.75)))
             bad = RewardScore("style", ScoreStatus.TIMEOUT, math.nan, "10 s are over", 10.0)
             g.scores.append(
                 Score(ScoreStatus.OK, 1.0, (good,)) if row else Score(ScoreStatus.TIMEOUT, math.nan, (good, bad))
@@ -277,7 +277,10 @@ def test_rollouts_come_back_from_parquet_as_they_went_in(tmp_path: Path) -> None
         "value": None,
         "detail": "10 s are over",
         "seconds": 10.0,
+        "steps": [],
     }
+    assert rows[0]["rewards"][0]["steps"] == [{"end": 0, "value": 0.25}, {"end": 2, "value": 0.75}]
+    assert rows[0]["advantage_steps"] == []
 
 
 def test_rollouts_open_with_pandas_and_datasets(tmp_path: Path) -> None:

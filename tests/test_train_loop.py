@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,11 @@ from grpo_ray.types import (
     Score,
     ScoreRequest,
     ScoreStatus,
+    Step,
     SyncReport,
+    Track,
     TrainBatch,
+    TrainSample,
     UpdateReport,
 )
 
@@ -55,14 +59,21 @@ class World:
         self.version = 0
         self.version_of: dict[str, int] = {}
         self.under_way: set[str] = set()
+        self.begun: list[str] = []
+        """Prompts, in the order in which their first samples were asked for."""
         self.most_under_way = 0
         self.batches: list[TrainBatch] = []
+        self.parts: list[TrainBatch] = []
+        """What came before the batch under way was whole."""
+        self.num_parts = 0
         self.written: list[tuple[int, list[str]]] = []
         self.broken: dict[str, ScoreStatus] = {}
         self.same: set[str] = set()
         """Prompts whose samples all score the same."""
         self.distinct = False
         """The samples of all others score differently."""
+        self.steps: dict[str, tuple[Step, ...]] = {}
+        """Prompt, with or without `#index` -> rewards of steps."""
         self.truncate_above = 100
         """Tokens."""
         self.on_update: Any = None
@@ -72,6 +83,8 @@ class World:
 
     async def generate(self, request: SampleRequest) -> SampleInfo:
         self.under_way.add(request.prompt_id)
+        if request.index == 0:
+            self.begun.append(request.prompt_id)
         self.most_under_way = max(self.most_under_way, len(self.under_way))
         version = self.version_of[request.prompt_id] = self.version
         await asyncio.sleep(self.rng.random() * 0.002)
@@ -84,6 +97,9 @@ class World:
     def take_stats(self) -> dict[str, float]:
         return {}
 
+    def take_tracks(self) -> list[Track]:
+        return []
+
     async def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         await asyncio.sleep(self.rng.random() * 0.002)
         return [self._score(r) for r in requests]
@@ -95,9 +111,24 @@ class World:
             return Score(status, float("nan"), (part,), part.detail)
         value = float(request.sample.index if self.distinct else request.sample.ref[0] % 3)
         value = 1.0 if request.sample.prompt_id in self.same else value
+        name = request.sample.prompt_id
+        steps = self.steps.get(f"{name}#{request.sample.index}", self.steps.get(name, ()))
+        if steps:
+            value = sum(s.value for s in steps)
+            return Score(status, value, (RewardScore("r", status, value, steps=steps),), steps=steps)
         return Score(status, value, (RewardScore("r", status, value),))
 
+    async def accumulate(self, part: TrainBatch) -> None:
+        self.parts.append(part)
+        await asyncio.sleep(self.rng.random() * 0.002)
+
     async def update(self, batch: TrainBatch) -> UpdateReport:
+        early = [essence_of(s) for part in self.parts for s in part.samples]
+        assert len(set(early)) == len(early), "no sample goes through the learner twice"
+        assert set(early) == {essence_of(s) for s in batch.samples if s.part is not None}
+        assert all(part.step == batch.step for part in self.parts)
+        self.num_parts += len(self.parts)
+        self.parts = []
         self.under_way.clear()
         self.batches.append(batch)
         if self.on_update is not None:
@@ -173,8 +204,12 @@ class Session:
             self.ledger.close()
 
 
+def essence_of(s: TrainSample) -> tuple[str, int, int, float]:
+    return s.prompt_id, s.index, s.num_tokens, s.advantage
+
+
 def essence(batch: TrainBatch) -> list[tuple[str, int, int, float]]:
-    return [(s.prompt_id, s.index, s.num_tokens, s.advantage) for s in batch.samples]
+    return [essence_of(s) for s in batch.samples]
 
 
 def test_every_prompt_is_trained_exactly_once_in_each_epoch(tmp_path):
@@ -245,6 +280,37 @@ def test_a_spent_budget_of_dynamic_sampling_never_makes_an_empty_batch_while_sam
         assert len(trained) <= 1
 
 
+@pytest.mark.parametrize("staleness", [1, 2, 3])
+def test_a_budget_spent_on_groups_for_later_steps_leaves_no_group_behind_its_staleness_bound(tmp_path, staleness):
+    settings = (
+        "algorithm.dynamic_sampling=true",
+        "algorithm.max_sampling_rounds=1",
+        "prompts_per_step=4",
+        "num_steps=12",
+    )
+    ages = []
+    for jitter in range(12):
+        session = Session(tmp_path / str(jitter), config(f"algorithm.max_staleness={staleness}", *settings), jitter)
+        world = session.world
+        world.distinct = True
+        world.same = {f"ten/{e}/{r}" for e in range(40) for r in range(ROWS) if world.rng.random() < 0.3}
+        draw = world.generate
+
+        async def slow_where_there_is_signal(request, world=world, draw=draw):
+            info = await draw(request)
+            if request.prompt_id not in world.same:
+                await asyncio.sleep(world.rng.choice([0.002, 0.006]))
+            return info
+
+        world.generate = slow_where_there_is_signal
+        # Of a step none of whose groups has a signal the run ends.
+        with suppress(RewardError):
+            session.go()
+        ages += [batch.step - world.version_of[s.prompt_id] for batch in world.batches for s in batch.samples]
+    assert len(ages) > 50
+    assert max(ages) == staleness
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_mismatch_above_a_hundredth_is_told_each_time_it_comes_up(tmp_path, dtype):
     session = Session(tmp_path, config(f"model.dtype={dtype}"))
@@ -261,6 +327,65 @@ def test_a_batch_does_not_depend_on_timing(tmp_path):
         session.go()
         runs.append([essence(b) for b in session.world.batches])
     assert runs[0] == runs[1] == runs[2]
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize("dynamic", ["true", "false"])
+def test_finished_groups_reach_the_learner_before_the_batch_is_whole_and_all_of_them_are_in_it(
+    tmp_path, staleness, dynamic
+):
+    small = ("data.max_prompt_length=8", "learner.micro_batch_tokens=16", "prompts_per_step=6", "num_steps=10")
+    sampling = (f"algorithm.max_staleness={staleness}", f"algorithm.dynamic_sampling={dynamic}")
+    plain = Session(tmp_path / "plain", config(*small, *sampling, "learner.overlap=false"))
+    plain.world.same = {"ten/0/7"}
+    plain.go()
+    assert plain.world.num_parts == 0
+    parts = 0
+    for jitter in range(5):
+        session = Session(tmp_path / str(jitter), config(*small, *sampling), jitter)
+        session.world.same = {"ten/0/7"}
+        assert session.go() == "finished"
+        parts += session.world.num_parts
+        assert [essence(b) for b in session.world.batches] == [essence(b) for b in plain.world.batches]
+    if staleness == 0:
+        assert parts > 0
+    elif dynamic == "true":
+        assert parts == 0, "a group of a later step that drops out would change what is certain"
+
+
+@pytest.mark.parametrize(
+    "needs_all",
+    ["algorithm.num_mini_batches=2", "algorithm.num_iterations=2", "algorithm=reinforce_pp", "algorithm=ppo"],
+)
+def test_a_step_that_needs_its_whole_batch_gets_no_parts(tmp_path, needs_all):
+    small = ("data.max_prompt_length=8", "learner.micro_batch_tokens=16", "prompts_per_step=6")
+    session = Session(tmp_path, config(*small, needs_all))
+    session.go()
+    assert session.world.num_parts == 0
+
+
+def test_a_part_that_fails_ends_the_run_with_its_error(tmp_path):
+    async def fail(part: TrainBatch) -> None:
+        raise RuntimeError("learner-1 died during accumulate")
+
+    session = Session(tmp_path, config("data.max_prompt_length=8", "learner.micro_batch_tokens=16"))
+    session.world.accumulate = fail
+    with pytest.raises(RuntimeError, match="died during accumulate"):
+        session.go()
+
+
+def test_prompts_that_were_long_the_epoch_before_are_begun_first(tmp_path):
+    session = Session(tmp_path, config("prompts_per_step=5", "num_steps=6"))
+    session.go()
+    length = {(s.prompt_id, s.index): s.num_tokens for batch in session.world.batches for s in batch.samples}
+    mean = {p: sum(n for (name, _), n in length.items() if name == p) for p in session.world.begun}
+    before = {p: mean.get(f"ten/{int(p.split('/')[1]) - 1}/{p.split('/')[2]}", 0) for p in session.world.begun}
+    in_order = [p for batch in session.world.batches for p in dict.fromkeys(s.prompt_id for s in batch.samples)]
+    steps = [session.world.begun[a : a + 5] for a in range(0, 30, 5)]
+    assert steps[:2] == [in_order[:5], in_order[5:10]]
+    for step in steps[2:]:
+        assert [before[p] for p in step] == sorted((before[p] for p in step), reverse=True)
+    assert steps[2:] != [in_order[a : a + 5] for a in range(10, 30, 5)]
 
 
 def test_no_more_groups_are_begun_than_one_version_trains(tmp_path):
@@ -282,6 +407,31 @@ def test_a_stopped_and_resumed_run_equals_one_never_stopped(tmp_path, stop_at):
     halves = first.world.batches + second.world.batches
     assert [essence(b) for b in halves] == [essence(b) for b in whole.world.batches]
     assert [b.step for b in halves] == list(range(7))
+
+
+def test_the_trace_of_a_resumed_run_holds_every_step_once(tmp_path):
+    def die(step: int) -> None:
+        if step == 5:
+            raise RuntimeError("killed")
+
+    first = Session(tmp_path, config("checkpoint.every_steps=2"))
+    first.world.on_update = die
+    with pytest.raises(RuntimeError, match="killed"):
+        first.go()
+    assert steps_in_trace(tmp_path) == [f"step {s}" for s in range(1, 6)]
+    assert Session(tmp_path, config("checkpoint.every_steps=2")).go() == "finished"
+    assert steps_in_trace(tmp_path) == [f"step {s}" for s in range(1, 8)]
+    named = [e["args"]["name"] for e in json.loads((tmp_path / "trace.json").read_text()) if e["name"] == "thread_name"]
+    assert sorted(named) == ["controller", "steps"]
+
+
+def steps_in_trace(folder: Path) -> list[str]:
+    return [e["name"] for e in json.loads((folder / "trace.json").read_text()) if e["name"].startswith("step ")]
+
+
+def test_without_tracking_trace_there_is_no_file(tmp_path):
+    assert Session(tmp_path, config("tracking.trace=false")).go() == "finished"
+    assert not (tmp_path / "trace.json").exists()
 
 
 def test_a_run_that_died_after_its_checkpoint_trains_the_lost_steps_again(tmp_path):
@@ -458,3 +608,31 @@ def test_accuracy_is_measured_before_the_first_step_and_after_the_last(tmp_path)
     for event in session.events:
         if isinstance(event, EvalEvent):
             assert event.accuracy in (0, 0.25, 0.5, 0.75, 1)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "gae"])
+def test_rewards_of_steps_end_a_run_that_has_no_use_for_them(tmp_path, kind):
+    session = Session(tmp_path, config(f"algorithm.advantage={kind}"))
+    session.world.steps = {f"ten/0/{row}#2": (Step(0, 1.0),) for row in range(ROWS)}
+    with pytest.raises(
+        RewardError, match=rf"reward 'r' gives rewards of steps, .* {kind} .*use algorithm.advantage process"
+    ):
+        session.go()
+    assert session.world.batches == []
+
+
+def test_under_process_a_group_has_a_signal_when_two_steps_differ(tmp_path):
+    session = Session(tmp_path, config("algorithm.advantage=process", "algorithm.dynamic_sampling=true", "num_steps=3"))
+    # Row 1: all samples the same two different steps, and so the same sum. Row 2: all steps equal, more of them in one sample.
+    session.world.distinct = True
+    session.world.steps = {"ten/0/1": (Step(0, 1.0), Step(1, 0.0)), "ten/0/2": (Step(0, 0.5),)} | {
+        "ten/0/2#3": (Step(0, 0.5), Step(1, 0.5))
+    }
+    assert session.go() == "finished"
+    assert [row[0] for row in session.ledger_rows if row[2] == "dropped"] == ["ten/0/2"]
+    samples = [s for batch in session.world.batches for s in batch.samples]
+    assert all(s.steps for s in samples)
+    first, second = next(s for s in samples if s.prompt_id == "ten/0/1").steps
+    assert (first.end, second.end) == (0, 1)
+    assert second.value < 0
+    assert first.value == pytest.approx(0.0, abs=1e-9)

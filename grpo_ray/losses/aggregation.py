@@ -21,6 +21,11 @@ class Normalizers:
     max_completion_length: int
     """The sampler's limit, in tokens."""
 
+    @classmethod
+    def unit(cls, max_completion_length: int) -> Normalizers:
+        """For a batch that is not whole: weights by it are those of any other times a factor common to all tokens."""
+        return cls(1, 1, max_completion_length)
+
 
 def sequence_mean(length: int, n: Normalizers) -> float:
     """Mean over sequences of the mean over their tokens [seq-mean-token-mean]. DeepSeekMath 2402.03300, eq. 3."""

@@ -4,13 +4,14 @@ Schulman's note "Approximating KL" and verl.
 As a loss term k1 and k3 have a biased gradient: that of k1 is 0 on average, that of k3 belongs to the reverse
 divergence. k2 has the right one on-policy (2506.09477), `k3+` shows the value of k3 and has the gradient of k2, and
 `k3_unbiased` is right off-policy too, with a gradient through r (DeepSeek-V3.2 2512.02556, section 3.1; TRL's
-`use_bias_correction_kl`).
+`use_bias_correction_kl`). In a reward (`algorithm.kl_in`) an estimate is only a number: k1 has the right mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 
@@ -44,6 +45,12 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "k3_unbiased": k3_unbiased,
 }
 """`algorithm.kl_estimator`: (d [N], log r [N]) -> [N]."""
+
+
+def kl_of_tokens(old_N: Tensor, ref_N: Tensor, *, estimator: str) -> Tensor:
+    """[N] KL(old || reference), to be taken off rewards. Arguments [N], of k1, k2 or k3."""
+    d_N = old_N - ref_N
+    return KL_ESTIMATORS[estimator](d_N, torch.zeros_like(d_N)).detach()
 
 
 def kl_loss(

@@ -7,6 +7,10 @@ or conversations (`[{"role": "assistant", "content": ...}]`) where the row is co
 tokens; then come all other columns of the data set, and the `args` of the recipe as they are. It gives one number per
 sample, or None where it does not apply. It may be `async def`. TRL's `trainer_state`, `log_extra` and `log_metric` are
 not passed.
+
+One thing more than TRL's: for `algorithm.advantage: process` it may give, instead of a number, what each step of the
+sample is worth, `[(end, reward), ..]`: `end` is the index in `completion_ids` of the step's last token, ascending. A number
+is one step, which ends at the last token. People, metrics and evaluations see the sum.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from grpo_ray.errors import RewardError
 
 Conversation = list[dict[str, Any]]
 Completions = Sequence[str | Conversation]
-Values = list[float | None]
+Values = Sequence[float | Sequence[tuple[int, float]] | None]
 RewardCallable = Callable[..., Values | Awaitable[Values]]
 
 RESERVED = ("prompts", "completions", "completion_ids")
@@ -45,6 +49,11 @@ class ScoreInputs:
 
     def __len__(self) -> int:
         return len(self.completions)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """[S] tokens."""
+        return tuple(len(ids) for ids in self.completion_ids)
 
 
 @dataclass(frozen=True)

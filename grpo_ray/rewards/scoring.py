@@ -6,13 +6,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import operator
 import time
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
 from grpo_ray.rewards.function import RewardFunction, ScoreInputs
-from grpo_ray.types import RewardScore, Score, ScoreStatus
+from grpo_ray.types import RewardScore, Score, ScoreStatus, Step
 
 MAX_DETAIL_CHARS = 500
 _runner: asyncio.Runner | None = None
@@ -25,8 +26,8 @@ def score_samples(functions: Sequence[RewardFunction], inputs: ScoreInputs) -> l
     """
     parts_by_function = [call_reward(function, inputs) for function in functions]
     return [
-        weighted_sum([parts[s] for parts in parts_by_function], [f.weight for f in functions])
-        for s in range(len(inputs))
+        weighted_sum([parts[s] for parts in parts_by_function], [f.weight for f in functions], length)
+        for s, length in enumerate(inputs.lengths)
     ]
 
 
@@ -41,15 +42,19 @@ def call_reward(function: RewardFunction, inputs: ScoreInputs) -> list[RewardSco
         raise
     except BaseException as e:  # SystemExit too: a reward function may not end the run
         return failures(function.name, len(inputs), ScoreStatus.ERROR, _explain(e), time.perf_counter() - start)
-    return check_values(function.name, values, len(inputs), time.perf_counter() - start)
+    return check_values(function.name, values, inputs.lengths, time.perf_counter() - start)
 
 
-def check_values(name: str, values: Any, expected: int, seconds: float) -> list[RewardScore]:
+def check_values(name: str, values: Any, lengths: Sequence[int], seconds: float) -> list[RewardScore]:
     """Turn a returned list into results.
 
-    None -> not_applicable; numbers (bool, numpy and torch scalars too) -> ok; NaN, infinities and anything else ->
-    error. A list of the wrong length is an error for all of them.
+    None -> not_applicable; numbers (bool, numpy and torch scalars too) and lists of steps -> ok; NaN, infinities and
+    anything else -> error. A list of the wrong length is an error for all of them.
+
+    Args:
+        lengths: T of each completion, which no step may leave.
     """
+    expected = len(lengths)
     if hasattr(values, "tolist"):
         values = values.tolist()
     if not isinstance(values, list | tuple):
@@ -58,21 +63,66 @@ def check_values(name: str, values: Any, expected: int, seconds: float) -> list[
     if len(values) != expected:
         detail = f"reward {name!r} returned {len(values)} values, expected {expected}, one for each completion"
         return failures(name, expected, ScoreStatus.ERROR, detail, seconds)
-    return [_check_value(name, value, seconds / max(expected, 1)) for value in values]
+    return [
+        _check_value(name, value, length, seconds / max(expected, 1))
+        for value, length in zip(values, lengths, strict=True)
+    ]
 
 
-def _check_value(name: str, value: Any, seconds: float) -> RewardScore:
+def _check_value(name: str, value: Any, length: int, seconds: float) -> RewardScore:
     if value is None:
         return RewardScore(name, ScoreStatus.NOT_APPLICABLE, math.nan, seconds=seconds)
+    steps: list[Step] = []
+    try:
+        if isinstance(value, list | tuple):
+            steps = _check_steps(value, length)
+            number = sum(step.value for step in steps)
+        else:
+            number = _finite(value)
+    except _WrongValue as e:
+        detail = (
+            f"reward {name!r} returned {_short(value)}, expected a finite number, None for 'does not apply', or a list of "
+            f"(end, reward), one for each step{e}"
+        )
+        return failures(name, 1, ScoreStatus.ERROR, detail, seconds)[0]
+    return RewardScore(name, ScoreStatus.OK, number, seconds=seconds, steps=tuple(steps))
+
+
+class _WrongValue(Exception):
+    """Its text is what is wrong with the steps, to be put at the end of a sentence."""
+
+
+def _finite(value: Any) -> float:
     try:
         # float("0.5") works, but a reward that is a string is a mistake somewhere else.
         number = math.nan if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         number = math.nan
     if not math.isfinite(number):
-        detail = f"reward {name!r} returned {_short(value)}, expected a finite number, or None for 'does not apply'"
-        return failures(name, 1, ScoreStatus.ERROR, detail, seconds)[0]
-    return RewardScore(name, ScoreStatus.OK, number, seconds=seconds)
+        raise _WrongValue
+    return number
+
+
+def _check_steps(value: Sequence[Any], length: int) -> list[Step]:
+    """`[(end, reward), ..]` of a completion of `length` tokens: ends ascend, and the last is one of its tokens."""
+    if not value:
+        raise _WrongValue(": there is none")
+    steps: list[Step] = []
+    for pair in value:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise _WrongValue
+        try:
+            end = -1 if isinstance(pair[0], bool) else operator.index(pair[0])
+        except TypeError:
+            end = -1
+        first = steps[-1].end + 1 if steps else 0
+        if not first <= end < length:
+            raise _WrongValue(
+                f": step {len(steps)} ends at {_short(pair[0])}, expected the index of a token from {first} to {length - 1}, the "
+                "last one of this completion"
+            )
+        steps.append(Step(end, _finite(pair[1])))
+    return steps
 
 
 def failures(name: str, count: int, status: ScoreStatus, detail: str, seconds: float) -> list[RewardScore]:
@@ -82,15 +132,25 @@ def failures(name: str, count: int, status: ScoreStatus, detail: str, seconds: f
     ]
 
 
-def weighted_sum(parts: Sequence[RewardScore], weights: Sequence[float]) -> Score:
-    """sum_k weight_k * value_k over the parts that apply (TRL's `reward_weights`); a failed part fails the whole."""
+def weighted_sum(parts: Sequence[RewardScore], weights: Sequence[float], num_tokens: int) -> Score:
+    """sum_k weight_k * value_k over the parts that apply (TRL's `reward_weights`); a failed part fails the whole.
+
+    Steps of several functions are pooled; what ends at the same of the completion's `num_tokens` tokens is one step.
+    """
     failed = next((part for part in parts if part.status.failed), None)
     if failed is not None:
         return Score(failed.status, math.nan, tuple(parts), failed.detail)
-    applying = [(p.value, w) for p, w in zip(parts, weights, strict=True) if p.status is ScoreStatus.OK]
+    applying = [(p, w) for p, w in zip(parts, weights, strict=True) if p.status is ScoreStatus.OK]
     if not applying:
         return Score(ScoreStatus.NOT_APPLICABLE, math.nan, tuple(parts), "no reward function applies to this sample")
-    return Score(ScoreStatus.OK, sum(value * weight for value, weight in applying), tuple(parts))
+    value = sum(part.value * weight for part, weight in applying)
+    if not any(part.steps for part, _ in applying):
+        return Score(ScoreStatus.OK, value, tuple(parts))
+    pooled: dict[int, float] = {}
+    for part, weight in applying:
+        for step in part.steps or (Step(num_tokens - 1, part.value),):
+            pooled[step.end] = pooled.get(step.end, 0.0) + step.value * weight
+    return Score(ScoreStatus.OK, value, tuple(parts), steps=tuple(Step(end, pooled[end]) for end in sorted(pooled)))
 
 
 def _run(awaitable: Any) -> Any:

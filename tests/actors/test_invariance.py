@@ -1,4 +1,5 @@
-"""One step is the same step however it is computed: for every loss, and any ranks, ZeRO stage, budget, packing, checkpointing."""
+"""One step is the same step however it is computed: for every loss, and any ranks, ZeRO stage, budget, packing, checkpointing, and
+sequences whole or in slices."""
 
 from __future__ import annotations
 
@@ -55,14 +56,19 @@ def plain(local_ray: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize(
-    ("ranks", "stage", "budget", "packing", "checkpointing"),
+    ("ranks", "stage", "budget", "packing", "checkpointing", "sequence"),
     [
-        pytest.param(1, 1, SMALL, True, False, id="one-sequence-a-micro-batch"),
-        pytest.param(2, 3, 2 * SMALL, True, True, id="zero-3-checkpointing"),
-        pytest.param(2, 2, 4 * SMALL, False, False, id="padded", marks=pytest.mark.slow),
-        pytest.param(4, 3, SMALL, True, False, id="four-ranks", marks=pytest.mark.slow),
-        pytest.param(2, 0, 8 * SMALL, True, True, id="no-zero", marks=pytest.mark.slow),
-        pytest.param(2, 1, ALL, False, True, id="padded-checkpointing", marks=pytest.mark.slow),
+        pytest.param(1, 1, SMALL, True, False, 1, id="one-sequence-a-micro-batch"),
+        pytest.param(2, 3, 2 * SMALL, True, True, 1, id="zero-3-checkpointing"),
+        pytest.param(2, 3, 2 * SMALL, True, False, 2, id="sequence-parallel"),
+        pytest.param(2, 2, 4 * SMALL, False, False, 1, id="padded", marks=pytest.mark.slow),
+        pytest.param(4, 3, SMALL, True, False, 1, id="four-ranks", marks=pytest.mark.slow),
+        pytest.param(2, 0, 8 * SMALL, True, True, 1, id="no-zero", marks=pytest.mark.slow),
+        pytest.param(2, 1, ALL, False, True, 1, id="padded-checkpointing", marks=pytest.mark.slow),
+        pytest.param(4, 1, 2 * SMALL, True, True, 2, id="sequence-parallel-checkpointing", marks=pytest.mark.slow),
+        pytest.param(4, 3, 4 * SMALL, False, True, 2, id="sequence-parallel-zero-3-padded", marks=pytest.mark.slow),
+        pytest.param(2, 2, ALL, False, False, 2, id="sequence-parallel-padded", marks=pytest.mark.slow),
+        pytest.param(2, 0, SMALL, True, False, 2, id="sequence-parallel-no-zero", marks=pytest.mark.slow),
     ],
 )
 def test_every_loss_takes_the_same_step(
@@ -74,12 +80,13 @@ def test_every_loss_takes_the_same_step(
     budget: int,
     packing: bool,
     checkpointing: bool,
+    sequence: int,
 ) -> None:
     config = make_config(
         tiny_model,
         ranks=ranks,
         stage=stage,
-        learner={"micro_batch_tokens": budget, "packing": packing},
+        learner={"micro_batch_tokens": budget, "packing": packing, "sequence_parallel_size": sequence},
         model={"gradient_checkpointing": checkpointing},
     )
     origin = load_file(tiny_model / "model.safetensors")

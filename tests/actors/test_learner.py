@@ -11,7 +11,7 @@ import json
 import os
 import resource
 import signal
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,15 +75,6 @@ def make_config(path: Path, /, *, ranks: int, stage: int, **overrides: dict[str,
 def start(config: RunConfig | SftConfig, run_dir: Path) -> LearnerGroup:
     assert config.model.path is not None
     return run(LearnerGroup.create(config, config.model.path, str(run_dir)))
-
-
-@pytest.fixture
-def groups() -> Iterator[list[LearnerGroup]]:
-    """What a test starts and puts here is ended, whatever happens."""
-    started: list[LearnerGroup] = []
-    yield started
-    for group in started:
-        run(group.close())
 
 
 def make_batch(num_groups: int = 4, group_size: int = 3, seed: int = 0, step: int = 0) -> TrainBatch:
@@ -296,15 +287,18 @@ def test_adapters_step_like_plain_peft_with_the_bare_model_as_reference(
     assert moved_apart(exported(group, tmp_path / "after"), {n: p.detach() for n, p in merged.items()}, origin) < 1e-4
 
 
+@pytest.mark.parametrize("beta", [0.0, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_ppo_trains_policy_and_critic_like_plain_pytorch_and_resumes(
-    tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup]
+    beta: float, tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup]
 ) -> None:
-    algorithm = {"preset": "ppo", "num_mini_batches": 1, "gamma": 0.98, "lam": 0.9}
+    """beta: of a KL in the reward."""
+    algorithm = {"preset": "ppo", "num_mini_batches": 1, "gamma": 0.98, "lam": 0.9, "beta": beta}
+    algorithm |= {"kl_in": "reward"} if beta else {}
     config = make_config(tiny_model, ranks=2, stage=2, algorithm=algorithm, critic={"learning_rate": 0.3})
     group = start(config, tmp_path)
     groups.append(group)
     batch = make_batch()
-    want = plain_ppo(tiny_model, batch, updates=3)
+    want = plain_ppo(tiny_model, batch, updates=3, beta=beta)
     got = [run(group.update(batch)).metrics for _ in range(2)]
     (tmp_path / "saved").mkdir()
     run(group.save(tmp_path / "saved"))
@@ -312,15 +306,20 @@ def test_ppo_trains_policy_and_critic_like_plain_pytorch_and_resumes(
     for one, plain in zip(got, want, strict=True):
         for name, value in plain.items():
             assert one[name] == pytest.approx(value, rel=2e-4, abs=1e-6), name
-    assert want[2]["critic/loss"] < want[0]["critic/loss"]
+    if beta:
+        assert abs(want[2]["reward/kl_penalty"]) > 0.01
+        assert "loss/kl" not in got[2]
+    else:
+        assert want[2]["critic/loss"] < want[0]["critic/loss"]
     run(group.load(tmp_path / "saved"))
     again = run(group.update(batch)).metrics
     assert all(again[name] == got[2][name] for name in want[2])
 
 
-def plain_ppo(path: Path, batch: TrainBatch, *, updates: int) -> list[dict[str, float]]:
-    """Policy and critic, sequence by sequence: GAE with an outcome reward, whitened, clipped values (range 0.5)."""
-    model, body = plain_model(path), plain_model(path).model
+def plain_ppo(path: Path, batch: TrainBatch, *, updates: int, beta: float) -> list[dict[str, float]]:
+    """Policy and critic, sequence by sequence: GAE with an outcome reward less beta KL at every token, whitened, clipped values
+    (range 0.5)."""
+    model, reference, body = plain_model(path), plain_model(path), plain_model(path).model
     head = torch.nn.Linear(body.config.hidden_size, 1, bias=False)
     torch.nn.init.zeros_(head.weight)
     critic = [*body.parameters(), *head.parameters()]
@@ -338,13 +337,14 @@ def plain_ppo(path: Path, batch: TrainBatch, *, updates: int) -> list[dict[str, 
     for _ in range(updates):
         with torch.no_grad():
             old_values = [values_of(s) for s in members]
+            kls = [plain_logprobs(model, s.ref[s.row]) - plain_logprobs(reference, s.ref[s.row]) for s in members]
         advantages, returns = [], []
-        for s, values in zip(members, old_values, strict=True):
+        for s, values, kl in zip(members, old_values, kls, strict=True):
             column = torch.zeros_like(values)
             following = 0.0
             for t in reversed(range(len(values))):
                 last = t == len(values) - 1
-                delta = (s.advantage if last else 0.98 * values[t + 1]) - values[t]
+                delta = (s.advantage if last else 0.98 * values[t + 1]) - values[t] - beta * kl[t]
                 following = delta + 0.98 * 0.9 * following
                 column[t] = following
             advantages.append(column)
@@ -365,6 +365,9 @@ def plain_ppo(path: Path, batch: TrainBatch, *, updates: int) -> list[dict[str, 
             optimizer.step()
             optimizer.zero_grad()
         out.append({"grad_norm": norms[0], "critic/grad_norm": norms[1], "critic/loss": value_loss})
+        if beta:
+            penalties = [beta * kl.sum().item() for kl in kls]
+            out[-1] |= {"reward/kl_penalty": float(np.mean(penalties)), "kl/ref": torch.cat(kls).mean().item()}
     return out
 
 
@@ -596,6 +599,9 @@ ALGORITHMS = [
     {"preset": "gmpo", "num_mini_batches": 2},
     {"preset": "icepop", "num_mini_batches": 2, "importance_sampling_clip_min": 0.0},
     {"preset": "v3_2", "num_mini_batches": 2},
+    {"preset": "rloo", "beta": 0.5, "kl_in": "reward", "num_mini_batches": 2},
+    {"preset": "ppo", "beta": 0.5, "kl_in": "reward"},
+    {"preset": "lite_ppo", "beta": 0.5, "kl_in": "reward", "kl_estimator": "k3", "num_iterations": 2},
 ]
 
 

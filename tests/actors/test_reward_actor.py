@@ -13,11 +13,11 @@ import numpy as np
 import psutil
 import pytest
 
-from actors.reward_process import TAG, ScoringProcess
+from actors.reward_process import TAG, ScoringProcess, _decode, _Ended
 from grpo_ray.config import FailurePolicy, RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import RewardError, WorkerError
 from grpo_ray.rewards import ScoreInputs
-from grpo_ray.types import Sample, SampleInfo, ScoreRequest, ScoreStatus, VersionSpan
+from grpo_ray.types import Sample, SampleInfo, ScoreRequest, ScoreStatus, Step, VersionSpan
 
 TIMEOUT_S = 1.0
 FUNCTIONS = '''
@@ -136,6 +136,13 @@ def group_rank(completions, completion_ids, **kwargs):
     best = max(len(ids) for ids in completion_ids)
     return [float(len(ids) == best) + len(completions) / 100 for ids in completion_ids]
 
+def half_and_whole(completions, completion_ids, **kwargs):
+    """A step at the middle and one at the end; a number for what is too short for two."""
+    return [[(n // 2 - 1, 1.0), (n - 1, 0.25)] if n > 1 else 0.5 for n in map(len, completion_ids)]
+
+def beyond_the_end(completions, completion_ids, **kwargs):
+    return [[(len(ids), 1.0)] if c == "bad" else 1.0 for c, ids in zip(completions, completion_ids)]
+
 def process_id(completions, **kwargs):
     return [float(os.getpid())] * len(completions)
 
@@ -201,6 +208,7 @@ def marked(tag: str) -> list[int]:
         ("not_a_number", ScoreStatus.ERROR, "returned nan, expected a finite number"),
         ("infinite", ScoreStatus.ERROR, "returned inf"),
         ("text", ScoreStatus.ERROR, "returned '0.5'"),
+        ("beyond_the_end", ScoreStatus.ERROR, "step 0 ends at 3, expected the index of a token from 0 to 2"),
         ("hangs_in_python", ScoreStatus.TIMEOUT, "did not return within 1 s"),
         ("hangs_and_catches_everything", ScoreStatus.TIMEOUT, "did not return within 1 s"),
         ("hangs_in_c", ScoreStatus.TIMEOUT, "did not return within 1 s"),
@@ -422,16 +430,58 @@ def test_the_pool_scores_samples_in_order_with_weights(local_ray, functions: str
     async def use(pool):
         whole = await pool.score(put(requests_of(texts, answer="1")))
         singles = await asyncio.gather(*(pool.score([r]) for r in put(requests_of(texts, answer="1"))))
-        return whole, [s[0] for s in singles], pool.take_stats()
+        return whole, [s[0] for s in singles], pool.take_stats(), pool.take_tracks()
 
-    whole, singles, stats = asyncio.run(with_pool(config, tmp_path, use))
+    whole, singles, stats, tracks = asyncio.run(with_pool(config, tmp_path, use))
     expected = [2.0 * (t == "1") + 0.125 for t in texts]
     assert [s.value for s in whole] == expected
     assert [s.value for s in singles] == expected
     assert [p.name for p in whole[0].parts] == ["exact_match", "bad_rewards.asynchronous"]
     assert stats["scored"] == 100
+    assert {t.worker for t in tracks} == {"reward-0", "reward-1"}
+    assert sum(s.seconds for t in tracks for s in t.spans) == pytest.approx(stats["busy_s"], rel=0.05)
     assert (tmp_path / "logs" / "reward-0.log").exists()
     assert (tmp_path / "logs" / "reward-1.log").exists()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "said",
+    [
+        ["ok", 1.0, "", 0.0, [[3, 1.0]]],
+        ["ok", 1.0, "", 0.0, [[1, 0.5], [1, 0.5]]],
+        ["ok", 1.0, "", 0.0, [[-1, 1.0]]],
+        ["ok", 1.0, "", 0.0, [[0, float("inf")]]],
+        ["error", None, "", 0.0, [[0, 1.0]]],
+        ["ok", 1.0, "", 0.0, [0]],
+        ["ok", 1.0, "", 0.0],
+    ],
+)
+def test_steps_that_no_completion_can_have_are_not_believed(said: list[object]) -> None:
+    good = ["ok", 1.5, "", 0.0, [[0, 1.0], [2, 0.5]]]
+    (score,) = _decode("f", [3], {"scores": [good]})
+    assert score.steps == (Step(0, 1.0), Step(2, 0.5))
+    with pytest.raises(_Ended):
+        _decode("f", [3, 3], {"scores": [good, said]})
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("unit", ["sample", "group"])
+def test_steps_come_through_the_pool_with_their_weights(local_ray, functions: str, tmp_path: Path, unit: str) -> None:
+    entries = (
+        RewardFunctionConfig(name="bad_rewards.half_and_whole", weight=2.0),
+        RewardFunctionConfig(name="bad_rewards.asynchronous", weight=4.0),
+    )
+    config = config_of(functions, "raises", num_cpus=0.5, unit=unit).model_copy(update={"functions": entries})
+
+    async def use(pool):
+        return await pool.score(put(requests_of(["abcdef", "z"])))
+
+    long, short = asyncio.run(with_pool(config, tmp_path, use))
+    assert long.steps == (Step(2, 2.0), Step(5, 1.5))
+    assert long.parts[0].steps == (Step(2, 1.0), Step(5, 0.25))
+    assert (long.value, long.parts[0].value) == (3.5, 1.25)
+    assert (short.steps, short.value) == ((), 2.0)
 
 
 @pytest.mark.timeout(120)

@@ -29,7 +29,7 @@ GREEDY = replace(SAMPLING, temperature=0.0)
 LONG = replace(SAMPLING, max_tokens=200)
 
 
-def run_config(model: Path | str, **overrides: Any) -> RunConfig:
+def run_config(model: Path | str, /, **overrides: Any) -> RunConfig:
     data = {
         "model": {"path": str(model), "dtype": "float32"},
         "data": {"train": {"path": "unused.jsonl"}, "max_prompt_length": 56},
@@ -150,13 +150,19 @@ def test_same_seeds_draw_the_same_tokens_in_any_order_on_any_engine(bench: Bench
 
 def test_work_is_shared_evenly_and_counted(bench: Bench) -> None:
     bench.pool.take_stats()
+    bench.pool.take_tracks()
     infos, samples = bench.draw(requests(32, SAMPLING))
     assert sorted(i.worker for i in infos) == ["rollout-0"] * 16 + ["rollout-1"] * 16
     stats = bench.pool.take_stats()
     assert stats["rollout/0/samples"] + stats["rollout/1/samples"] == 32
     assert stats["rollout/0/tokens"] + stats["rollout/1/tokens"] == sum(len(s.token_ids) for s in samples)
     assert 0 < stats["rollout/0/busy"] <= 1
-    assert bench.pool.take_stats()["rollout/0/samples"] == 0
+    for number, track in enumerate(bench.pool.take_tracks()):
+        assert track.worker == f"rollout-{number}"
+        assert {s.name for s in track.spans} == {"sampling"}
+        assert sum(s.seconds for s in track.spans) == pytest.approx(stats[f"rollout/{number}/busy_s"], abs=1e-3)
+    again = bench.pool.take_stats()
+    assert again["rollout/0/samples"] == again["rollout/0/busy_s"] == 0
 
 
 def test_more_samples_than_places_all_come_back_once(bench: Bench) -> None:
@@ -215,6 +221,7 @@ def test_killed_engine_cores_lose_no_sample_and_come_back(bench: Bench) -> None:
     wanted = requests(80, LONG)
     _, before = bench.draw(wanted)
     bench.pool.take_stats()
+    bench.pool.take_tracks()
 
     async def kill_while_drawing() -> list[SampleInfo]:
         tasks = [asyncio.create_task(bench.pool.generate(r)) for r in wanted]
@@ -230,6 +237,9 @@ def test_killed_engine_cores_lose_no_sample_and_come_back(bench: Bench) -> None:
     after = [ray.get(i.ref, timeout=10)[i.row] for i in infos]
     assert [s.token_ids.tolist() for s in after] == [s.token_ids.tolist() for s in before]
     assert bench.pool.take_stats()["restarts"] == 1
+    first, second = ([s.name for s in track.spans] for track in bench.pool.take_tracks())
+    assert first[:2] == ["sampling", "restarting"]
+    assert set(second) == {"sampling"}
     assert {i.worker for i in bench.draw(requests(8, SAMPLING))[0]} == {"rollout-0", "rollout-1"}
 
 

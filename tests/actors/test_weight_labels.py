@@ -38,6 +38,9 @@ class Pool:
     def engines(self, *, stale_only: bool = False) -> list[EngineTarget]:
         return [self.target]
 
+    def mark_paused(self, targets: Sequence[EngineTarget], *, paused: bool) -> None:
+        pass
+
     def mark_synced(self, targets: Sequence[EngineTarget], version: int) -> None:
         self.synced.append(version)
 

@@ -14,56 +14,25 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tests.bench.passes import packed_pass, padded_pass, policy
+
 REPEATS = 3
+PROMPT_LENGTH = 8
 TOKENS, VOCAB, HIDDEN = 4096, 151_936, 896
 """Of the log-probabilities: Qwen2.5-0.5B's."""
 
 
 def packed_step() -> dict[str, float]:
     """Forward and backward of 256 samples of 16 to 100 tokens, packed as the learner does."""
-    import numpy as np
-
-    from grpo_ray.batching import PackItem, pack, plan_batch
-
     model, lengths = _policy(), _lengths()
-    rng = np.random.default_rng(0)
-
-    def step() -> None:
-        (plan,) = plan_batch(lengths, list(range(256)), num_ranks=1, num_mini_batches=1, micro_batch_tokens=4096)
-        for micro in plan.ranks[0]:
-            items = [
-                PackItem(
-                    rng.integers(8, 200, 8),
-                    rng.integers(8, 200, lengths[i] - 8),
-                    np.zeros(lengths[i] - 8, np.float32),
-                    1,
-                    1,
-                    i,
-                )
-                for i in micro
-            ]
-            model(pack(items), 1.0)[0].sum().backward()
-
-    return _timed(step)
+    return _timed(lambda: packed_pass(model, PROMPT_LENGTH, lengths))
 
 
 def padded_step() -> dict[str, float]:
     """The same samples as padded rows of Transformers, 64 a micro-batch, with a log-softmax over all logits."""
-    import torch
-
     model, lengths = _policy().hf, _lengths()
     model.set_attn_implementation("sdpa")
-
-    def step() -> None:
-        for start in range(0, 256, 64):
-            part = lengths[start : start + 64]
-            ids = torch.randint(8, 200, (64, max(part)))
-            mask = torch.arange(max(part))[None] < torch.tensor(part)[:, None]
-            logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, 7:-1]
-            logp = logits.float().log_softmax(-1).gather(-1, ids[:, 8:, None])[..., 0]
-            (logp * mask[:, 8:]).sum().backward()
-
-    return _timed(step)
+    return _timed(lambda: padded_pass(model, PROMPT_LENGTH, lengths))
 
 
 def chunked_logprobs() -> dict[str, float]:
@@ -99,19 +68,11 @@ def _logprob_memory(chunk: int) -> dict[str, float]:
 def _policy() -> Any:
     import tempfile
 
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from grpo_ray.attention import choose_attention
     from grpo_ray.config import TinyModelConfig
-    from grpo_ray.policy import PolicyModel
     from grpo_ray.tiny import build_tiny_model
 
     with tempfile.TemporaryDirectory() as folder:
-        path = build_tiny_model(Path(folder), TinyModelConfig(num_layers=3))
-        attention = choose_attention("auto", torch.device("cpu"))
-        hf = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
-    return PolicyModel(hf, chunk=1024).train()
+        return policy(str(build_tiny_model(Path(folder), TinyModelConfig(num_layers=3))), chunk=1024)
 
 
 def _lengths() -> list[int]:

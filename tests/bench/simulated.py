@@ -108,7 +108,11 @@ class Plan:
                 "max_num_seqs": self.max_num_seqs,
             },
             "reward": {"functions": [{"name": "accuracy"}], "num_actors": self.scorers},
-            "learner": {"num_actors": self.learners, "micro_batch_tokens": PROMPT_TOKENS + self.max_tokens},
+            "learner": {
+                "num_actors": self.learners,
+                "micro_batch_tokens": PROMPT_TOKENS + self.max_tokens,
+                "overlap": False,
+            },
             "algorithm": {"max_staleness": self.staleness},
             "prompts_per_step": self.prompts,
             "num_steps": self.steps,

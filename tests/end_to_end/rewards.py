@@ -44,3 +44,18 @@ def forks(completions: list[Any], **columns: Any) -> list[float]:
 
 def exits(completions: list[Any], **columns: Any) -> list[float]:
     os._exit(3)
+
+
+def digits_by_half(completions: list[Any], completion_ids: list[list[int]], **columns: Any) -> list[Any]:
+    """A step at the middle and one at the end, each worth its part of characters that are digits; a number for what is too short
+    for two. (The test's tokenizer is one of characters.)"""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    out: list[Any] = []
+    for text, ids in zip(texts, completion_ids, strict=True):
+        if len(ids) < 2:
+            out.append(0.0)
+            continue
+        half = len(ids) // 2
+        shares = [sum(ch.isdigit() for ch in part) / half for part in (text[:half], text[half:])]
+        out.append([(half - 1, shares[0]), (len(ids) - 1, shares[1])])
+    return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -50,6 +51,38 @@ def test_a_run_leaves_what_it_promises(whole_run):
     assert [row[2:4] for row in ledger(whole_run)] == [
         ("trained", s) for s in range(1, NUM_STEPS + 1) for _ in range(4)
     ]
+
+
+def test_the_trace_tells_what_every_worker_did_in_every_step(whole_run):
+    events = json.loads((whole_run / "trace.json").read_text())
+    names = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert set(names.values()) == {"controller", "steps", "rollout-0", "reward-0", "learner-0"}
+    spans = {name: [] for name in names.values()}
+    for e in (e for e in events if e["ph"] == "X"):
+        spans[names[e["pid"], e["tid"]]].append(
+            (e["name"], e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6, e["args"]["step"])
+        )
+    for own in spans.values():
+        assert all(a[2] <= b[1] for a, b in itertools.pairwise(sorted(own, key=lambda s: s[1])))
+    assert [name for name, *_ in spans["steps"]] == [f"step {s}" for s in range(1, NUM_STEPS + 1)]
+    quiet = {"paused", "save", "export"}
+    paused = [b - a for name, a, b, _ in spans["rollout-0"] if name == "paused"]
+    assert paused == pytest.approx([line["sync/pause_s"] for line in metrics(whole_run)], abs=5e-3)
+    for line, (_, start, end, step) in zip(metrics(whole_run), spans["steps"], strict=True):
+        assert end - start == pytest.approx(line["time/step"], abs=1e-5)
+        within = {w: [s for s in own if s[3] == step and s[0] not in quiet] for w, own in spans.items()}
+        assert {s[0] for s in within["learner-0"]} >= {"fetch", "forward_backward", "step", "weights"}
+        assert all(start - 1e-3 <= a and b <= end + 1e-3 for _, a, b, _ in within["learner-0"])
+        for role in ("rollout", "reward", "learner"):
+            assert 0 < line[f"busy/{role}"] <= 1
+            inside = sum(max(0.0, min(b, end) - max(a, start)) for _, a, b, _ in within[f"{role}-0"])
+            assert line[f"busy/{role}"] * line["time/step"] == pytest.approx(inside, abs=2e-4)
+        # Nobody samples while the learner learns, and the other way round.
+        assert line["busy/rollout"] + line["busy/learner"] <= 1
+        assert line["throughput/sampler_tokens_per_s"] > 0
+        assert line["throughput/learner_tflops"] > 0
+        assert "throughput/mfu" not in line
+    assert "Who worked when" in (whole_run / "report.html").read_text()
 
 
 def test_sampler_and_learner_agree_in_fp32(whole_run):

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from grpo_ray.attention import FLASH, choose_attention
 from grpo_ray.batching import pack
 from grpo_ray.policy import PolicyModel
-from tests.actors.test_learner import make_batch, make_config, plain_step, run
+from tests.actors.test_learner import exported, make_batch, make_config, moved_apart, plain_step, run
 from tests.test_batching import random_items
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -58,3 +59,30 @@ def test_one_step_on_a_gpu_equals_plain_pytorch(stage: int, tiny_model: Path, tm
         assert metrics["mismatch/mean_abs"] == pytest.approx(want_mismatch, rel=1e-3)
     finally:
         run(group.close())
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(("attention", "dtype", "rel"), [("sdpa", "float32", 1e-3), (FLASH, "bfloat16", 3e-2)])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_two_gpus_share_a_micro_batch_and_step_as_one_does(
+    stage: int, attention: str, dtype: str, rel: float, tiny_model: Path, tmp_path: Path
+) -> None:
+    from actors.learner_group import LearnerGroup
+
+    if attention == FLASH:
+        pytest.importorskip("flash_attn")
+    model, batch, results = {"attention": attention, "dtype": dtype}, make_batch(), []
+    for size in (1, 2):
+        learner = {"sequence_parallel_size": size}
+        config = make_config(tiny_model, ranks=size, stage=stage, model=model, learner=learner)
+        group = run(LearnerGroup.create(config, str(tiny_model), str(tmp_path), has_gpus=True))
+        try:
+            metrics = run(group.update(batch)).metrics
+            results.append((metrics, exported(group, tmp_path / f"hf-{size}")))
+        finally:
+            run(group.close())
+    (want, want_weights), (got, weights) = results
+    for name in ("grad_norm", "mismatch/mean_abs", "entropy"):
+        assert got[name] == pytest.approx(want[name], rel=rel), name
+    assert moved_apart(weights, want_weights, load_file(tiny_model / "model.safetensors")) < rel

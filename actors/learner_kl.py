@@ -1,0 +1,85 @@
+"""A KL in the reward: what it takes off each sample, over all ranks, and the advantages of what is left.
+
+old and reference log-probabilities -> KL of every token -> summed over each sample, gathered over ranks -> rewards of the
+whole batch -> group advantages (PPO's critic takes the KL of the tokens instead)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grpo_ray.config import AlgorithmConfig
+from grpo_ray.errors import NonFiniteError
+from grpo_ray.losses.kl import kl_of_tokens
+from grpo_ray.objectives import MicroBatchData
+from grpo_ray.sequence import SequenceRanks
+from grpo_ray.train_batch import penalised_advantages
+from grpo_ray.types import TrainBatch
+
+
+@torch.no_grad()
+def kl_of_samples(
+    micro_batches: Sequence[MicroBatchData],
+    batch: TrainBatch,
+    algorithm: AlgorithmConfig,
+    ranks: SequenceRanks,
+    device: torch.device,
+) -> Tensor:
+    """Fill in `kl_C`; its sum over the tokens of each sample.
+
+    Args:
+        micro_batches: this rank's, with old and reference log-probabilities.
+        batch: the whole, on all ranks.
+        ranks: those that share their micro-batches with this one; the first of them counts.
+
+    Returns:
+        [S] float64, the same on every rank; 0 for samples that no rank has.
+
+    Raises:
+        NonFiniteError: on all ranks alike, naming the sample.
+    """
+    kl_S = torch.zeros(len(batch.samples), dtype=torch.float64, device=device)
+    for data in micro_batches:
+        old_C = data.rollout_C if algorithm.old_logprobs == "rollout" else data.old_C
+        assert old_C is not None
+        assert data.ref_C is not None
+        data.kl_C = kl_of_tokens(old_C, data.ref_C, estimator=algorithm.kl_estimator)
+        if not data.packed.is_dummy and ranks.rank == 0:
+            # Each sample is counted by one rank, so the sum over ranks only spreads its bits.
+            kl_S[_samples(data)[data.segments.lengths_S.cumsum(0) - 1]] = data.segments.sum(data.kl_C.double())
+    dist.all_reduce(kl_S)
+    wrong_S = ~kl_S.isfinite()
+    if wrong_S.any():
+        sample = batch.samples[int(wrong_S.int().argmax())]
+        raise NonFiniteError(
+            f"step {batch.step + 1}: the KL of sample {sample.prompt_id}[{sample.index}] to the reference is not a finite number; "
+            "the weights were left as they are. Lower learner.learning_rate, or look at this sample"
+        )
+    return kl_S
+
+
+def set_advantages(
+    micro_batches: Sequence[MicroBatchData], batch: TrainBatch, kl_S: Tensor, algorithm: AlgorithmConfig
+) -> None:
+    """Replace the rewards that stand in `advantages_C` by group advantages of R - beta sum_t KL_t; `kl_S` of the whole batch."""
+    advantages_S = penalised_advantages(batch.samples, algorithm.beta * kl_S.cpu(), algorithm).float().to(kl_S.device)
+    for data in micro_batches:
+        if not data.packed.is_dummy:
+            data.advantages_C = advantages_S[_samples(data)]
+
+
+def metrics(num_tokens_S: Sequence[int], kl_S: Tensor, beta: float) -> dict[str, float]:
+    """Of the samples whose KL was asked for: [S'] tokens of each, and its KL."""
+    if not num_tokens_S:
+        return {}
+    total = kl_S.sum().item()
+    return {"kl/ref": total / sum(num_tokens_S), "reward/kl_penalty": beta * total / len(num_tokens_S)}
+
+
+def _samples(data: MicroBatchData) -> Tensor:
+    """[C], places in the batch."""
+    return torch.from_numpy(data.packed.samples).to(data.rollout_C.device)

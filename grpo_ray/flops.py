@@ -1,0 +1,154 @@
+"""How much of its device's arithmetic the learner uses: model FLOPs utilization.
+
+    MFU = model FLOPs of the update / (seconds x ranks x peak FLOPs of one device)
+
+Model FLOPs as in PaLM, appendix B (2204.02311): a token takes 6 N + 12 L H Q T for forward and backward. N weights that it is
+multiplied with, L layers of H heads of size Q, T the length of its sequence. What an implementation computes besides (activations
+again under gradient checkpointing, padding, dummies) does not count, nor does a causal mask halve the attention term.
+
+Of the 6 N two are the forward pass, two the gradient of the activations, two that of the weights, which frozen weights do not
+have. The output layer is computed for completion tokens alone here, so its weights count for those alone; looking a token up in
+the embeddings takes no arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from grpo_ray.batching import MiniBatchPlan
+from grpo_ray.types import TrainBatch
+
+PEAK_BF16 = (
+    ("h100 nvl", 835e12),
+    ("h100 pcie", 756e12),
+    ("h100", 989e12),
+    ("h200", 989e12),
+    ("gh200", 989e12),
+    ("b200", 2250e12),
+    ("a100", 312e12),
+    ("l40s", 362e12),
+    ("l4", 121e12),
+    ("a10", 125e12),
+)
+"""(words of the device's name, FLOPs a second): dense bfloat16 of NVIDIA's data sheets. The first whose words are all there."""
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    body: int
+    """Weights that every token is multiplied with: all but the embeddings and the output layer."""
+    frozen_body: int
+    """Those of them that are not trained."""
+    head: int
+    """Weights of the output layer, which completion tokens alone are multiplied with."""
+    frozen_head: int
+    attention: int
+    """L x H x Q: layers, heads, size of a head."""
+
+
+def model_shape(hf: nn.Module) -> ModelShape | None:
+    """Of a Transformers model, also one that is sharded by ZeRO-3. None for a mixture of experts, of which a token meets a part
+    that configs tell in no common way, and for a model without attention."""
+    model: Any = hf
+    config = model.config.get_text_config()
+    if any(getattr(config, name, None) for name in _EXPERTS) or not getattr(config, "num_attention_heads", None):
+        return None
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    rest = [p for p in hf.parameters() if p is not head and p is not embedding]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return ModelShape(
+        body=sum(_size(p) for p in rest),
+        frozen_body=sum(_size(p) for p in rest if not p.requires_grad),
+        head=_size(head),
+        frozen_head=0 if head.requires_grad else _size(head),
+        attention=config.num_hidden_layers * config.num_attention_heads * head_dim,
+    )
+
+
+def forward_flops(shape: ModelShape, lengths_S: Sequence[int], targets_S: Sequence[int]) -> float:
+    """Of one pass without gradients over S sequences.
+
+    Args:
+        lengths_S: [S] tokens that are put in.
+        targets_S: [S] completion tokens that are predicted.
+    """
+    attention = 4.0 * shape.attention * sum(n * n for n in lengths_S)
+    return 2.0 * (shape.body * sum(lengths_S) + shape.head * sum(targets_S)) + attention
+
+
+def train_flops(shape: ModelShape, lengths_S: Sequence[int], targets_S: Sequence[int]) -> float:
+    """Of one forward and backward pass: three times the forward pass, without the gradients of frozen weights."""
+    frozen = 2.0 * (shape.frozen_body * sum(lengths_S) + shape.frozen_head * sum(targets_S))
+    return 3.0 * forward_flops(shape, lengths_S, targets_S) - frozen
+
+
+@dataclass(frozen=True)
+class UpdatePasses:
+    """What an update does with every sample."""
+
+    train: int
+    """Forward and backward of the policy, `num_iterations`."""
+    reference: bool
+    """One forward pass of the reference policy."""
+    old: bool
+    """One forward pass of the policy for every mini-batch but the first."""
+    critic: bool
+    """A forward pass of the critic, and as many forward and backward passes as the policy has."""
+
+
+def update_flops(shape: ModelShape, batch: TrainBatch, plan: Sequence[MiniBatchPlan], passes: UpdatePasses) -> float:
+    """Of one update on all ranks. The critic is taken for a policy without output layer, trained whole."""
+    critic = replace(shape, frozen_body=0, head=0, frozen_head=0)
+    total = 0.0
+    for number, mini_batch in enumerate(plan):
+        samples = [batch.samples[i] for rank in mini_batch.ranks for micro in rank for i in micro]
+        # The last token of a sequence is a target and no input.
+        lengths_S = [s.num_prompt_tokens + s.num_tokens - 1 for s in samples]
+        targets_S = [s.num_tokens for s in samples]
+        forwards = passes.reference + (passes.old and number > 0)
+        total += passes.train * train_flops(shape, lengths_S, targets_S)
+        total += forwards * forward_flops(shape, lengths_S, targets_S)
+        if passes.critic:
+            total += passes.train * train_flops(critic, lengths_S, targets_S)
+            total += forward_flops(critic, lengths_S, targets_S)
+    return total
+
+
+def throughput_metrics(
+    flops: float | None, num_tokens: float, seconds: float, num_ranks: int, device_name: str, dtype: str
+) -> dict[str, float]:
+    """Of one update, named as in `grpo_ray.metrics`. What is not known is left out: FLOPs of a model that can't be counted, the
+    peak of an unknown device, of a CPU, and of float32.
+
+    Args:
+        flops: of `update_flops`, all ranks together.
+        device_name: as CUDA tells it; empty for a CPU.
+        dtype: of the model, `bfloat16` or `float32`.
+    """
+    if seconds <= 0:
+        return {}
+    out = {"throughput/learner_tokens_per_s": num_tokens / seconds}
+    if flops is None:
+        return out
+    each = flops / seconds / num_ranks
+    out["throughput/learner_tflops"] = each / 1e12
+    peak = peak_flops(device_name) if dtype == "bfloat16" else None
+    return out | ({"throughput/mfu": each / peak} if peak else {})
+
+
+def peak_flops(device_name: str) -> float | None:
+    """A second, dense bfloat16. None for a device that is not in the table, or a part of one (MIG)."""
+    words = device_name.lower().replace("-", " ").split()
+    if "mig" in words:
+        return None
+    return next((peak for name, peak in PEAK_BF16 if set(name.split()) <= set(words)), None)
+
+
+def _size(p: nn.Parameter) -> int:
+    return int(getattr(p, "ds_numel", p.numel()))

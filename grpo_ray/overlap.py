@@ -1,0 +1,87 @@
+"""Forward and backward of finished groups while the last ones of a step are still sampled: the gradient is a sum.
+
+groups complete -> certain to be in the batch? -> enough for a micro-batch on each rank? -> Learner.accumulate
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from grpo_ray.config import RunConfig
+from grpo_ray.roles import Learner
+from grpo_ray.train_batch import cut_batch, set_advantages
+from grpo_ray.types import Group
+
+_OF_ONE_GROUP = ("grpo", "dr_grpo", "rloo", "process")
+"""Advantages that no other group has a part in."""
+
+
+def can_overlap(config: RunConfig) -> bool:
+    """Is what a group adds to the gradient known when the group is complete, but for a factor common to all?"""
+    a = config.algorithm
+    one_step = a.num_mini_batches == 1 and a.num_iterations == 1
+    # Sampling ahead with groups that drop out: which of the later ones this step gets is known only at its end.
+    settled = not (a.dynamic_sampling and a.max_staleness > 0)
+    known = a.advantage in _OF_ONE_GROUP and not a.advantages_on_learner
+    return config.learner.overlap and one_step and settled and known
+
+
+class EarlyParts:
+    """What the learner gets of a step before its batch is whole. One part is under way at a time."""
+
+    def __init__(self, config: RunConfig, learner: Learner, when_done: Callable[[asyncio.Task[None]], None]) -> None:
+        """`when_done` is called when a part is through."""
+        self._config = config
+        self._learner = learner
+        self._when_done = when_done
+        self._enough = config.learner.micro_batch_tokens * config.learner.data_parallel_size
+        """Tokens of a part: less would make micro-batches that are not full."""
+        self._active = can_overlap(config)
+        self._count = 0
+        self.under_way: asyncio.Task[None] | None = None
+        """Of the last part; it may be done."""
+
+    @property
+    def wants_more(self) -> bool:
+        return self._active and (self.under_way is None or self.under_way.done())
+
+    def offer(self, certain: Sequence[Group], step: int) -> None:
+        """Start on those of these groups that the learner has not had, if they are enough.
+
+        Args:
+            certain: complete, and in the batch of this step whatever becomes of the others.
+            step: steps done; the policy version that trains them.
+        """
+        new = [g for g in certain if g.part is None]
+        if fresh := [g for g in new if not g.advantages]:
+            set_advantages(fresh, self._config.algorithm)
+        if sum(_work(g) for g in new) < self._enough:
+            return
+        part = cut_batch(new, step, self._config)
+        for group in new:
+            group.part = self._count
+        self._count += 1
+        if self.under_way is not None:
+            self.under_way.result()
+        self.under_way = asyncio.create_task(self._learner.accumulate(part))
+        self.under_way.add_done_callback(self._when_done)
+
+    async def finish(self) -> None:
+        """The part under way is done, and the step has no more. Raises what went wrong with it."""
+        under_way, self.under_way, self._count = self.under_way, None, 0
+        if under_way is not None:
+            await under_way
+
+    async def cancel(self) -> None:
+        """Wait for nothing any more."""
+        if self.under_way is not None:
+            self.under_way.cancel()
+            await asyncio.gather(self.under_way, return_exceptions=True)
+
+
+def _work(group: Group) -> int:
+    """Tokens of its samples that move something."""
+    return sum(
+        s.num_prompt_tokens + s.num_tokens for s, a in zip(group.samples, group.advantages, strict=True) if a != 0
+    )

@@ -1,0 +1,123 @@
+"""The tracks of all workers, step by step: trace.json, and how busy each role was.
+
+tracks of samplers, scorers, learners, controller  ->  record(step, window, ..)  ->  trace.json
+                                                                                 ->  {"busy/learner": 0.37, ..}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from grpo_ray.activity import NOT_BUSY
+from grpo_ray.metrics import matches
+from grpo_ray.trace_file import TraceFile
+from grpo_ray.types import TimeSpan, Track
+
+Interval = tuple[float, float]
+ROLES = ("rollout", "reward", "learner")
+"""Those that work; the controller waits for them."""
+
+
+class Timeline:
+    """One for a run. `record` after every step, `close` after the last."""
+
+    def __init__(self, path: Path | None) -> None:
+        """`path` of trace.json. None: none is written (`tracking.trace: false`)."""
+        self._path = path
+        self._file: TraceFile | None = None
+
+    def resume(self, step: int) -> None:
+        """Go on after `step`: what the file holds of later steps is forgotten. Without this call it is begun anew."""
+        if self._path is not None:
+            self._file = TraceFile(self._path, step)
+
+    def record(self, step: int, window: TimeSpan, tracks: Mapping[str, Sequence[Track]]) -> dict[str, float]:
+        """Write down step `step`, which took the time of `window`; its figures, named as in `grpo_ray.metrics`.
+
+        Args:
+            tracks: role -> its workers, each since the last call: what they did between two steps is in the file, and in no
+                figure.
+        """
+        steps = Track("steps", (TimeSpan(f"step {step}", window.start, window.end),))
+        self._write(step, {**tracks, "controller": [steps, *tracks.get("controller", ())]})
+        return busy_metrics(window, tracks)
+
+    def close(self, step: int, tracks: Mapping[str, Sequence[Track]]) -> None:
+        """What was done after step `step`, the last one."""
+        if step > 0:
+            self._write(step, tracks)
+
+    def _write(self, step: int, tracks: Mapping[str, Sequence[Track]]) -> None:
+        if self._path is None:
+            return
+        if self._file is None:
+            self._file = TraceFile(self._path, 0)
+        self._file.append(step, merged(tracks))
+
+
+def merged(tracks: Mapping[str, Sequence[Track]]) -> dict[str, list[Track]]:
+    """One track a worker, where two reports tell of the same one, in order of time."""
+    out: dict[str, list[Track]] = {}
+    for role, reports in tracks.items():
+        spans: dict[str, list[TimeSpan]] = {}
+        for track in reports:
+            spans.setdefault(track.worker, []).extend(track.spans)
+        out[role] = [Track(w, tuple(sorted(own, key=lambda s: s.start))) for w, own in spans.items()]
+    return out
+
+
+def busy_metrics(window: TimeSpan, tracks: Mapping[str, Sequence[Track]]) -> dict[str, float]:
+    """For each role with workers the busy part of the window, mean over its workers, and how many they are."""
+    out: dict[str, float] = {}
+    busy = {role: [busy_intervals(t, window) for t in merged(tracks).get(role, [])] for role in ROLES}
+    for role, workers in busy.items():
+        if workers and window.seconds > 0:
+            out[f"busy/{role}"] = sum(_length(w) for w in workers) / len(workers) / window.seconds
+            out[f"workers/{role}"] = float(len(workers))
+    others = union([i for role in ("rollout", "learner") for worker in busy[role] for i in worker])
+    if busy["reward"] and others:
+        shared = sum(_overlap(worker, others) for worker in busy["reward"])
+        out["reward/alone_s"] = (sum(_length(w) for w in busy["reward"]) - shared) / len(busy["reward"])
+    return out
+
+
+def sampler_tokens_per_s(metrics: Mapping[str, float]) -> dict[str, float]:
+    """From the tokens and busy seconds of each engine, `rollout/0/tokens` and `rollout/0/busy_s`."""
+    tokens, busy_s = (
+        sum(v for name, v in metrics.items() if matches(name, f"rollout/*/{what}")) for what in ("tokens", "busy_s")
+    )
+    return {"throughput/sampler_tokens_per_s": tokens / busy_s} if busy_s > 0 else {}
+
+
+def busy_intervals(track: Track, window: TimeSpan) -> list[Interval]:
+    """When the worker was busy, within the window."""
+    inside = [(max(s.start, window.start), min(s.end, window.end)) for s in track.spans if s.name not in NOT_BUSY]
+    return [(start, end) for start, end in inside if end > start]
+
+
+def union(intervals: Sequence[Interval]) -> list[Interval]:
+    """In order, without overlaps."""
+    out: list[Interval] = []
+    for start, end in sorted(intervals):
+        if out and start <= out[-1][1]:
+            out[-1] = (out[-1][0], max(out[-1][1], end))
+        else:
+            out.append((start, end))
+    return out
+
+
+def _length(intervals: Sequence[Interval]) -> float:
+    return sum(end - start for start, end in intervals)
+
+
+def _overlap(a: Sequence[Interval], b: Sequence[Interval]) -> float:
+    """Both in order and without overlaps."""
+    total, i, j = 0.0, 0, 0
+    while i < len(a) and j < len(b):
+        total += max(0.0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
+        if a[i][1] < b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return total

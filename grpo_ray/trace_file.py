@@ -1,0 +1,122 @@
+"""trace.json: what every worker did, step by step. Open it in https://ui.perfetto.dev or chrome://tracing.
+
+Trace Event Format, JSON array: one line an event, one thread a worker, grouped in one process a role; `ts` and `dur` in
+microseconds, `ts` since 1970. The whole file is valid JSON after every step; of a run killed in mid-write the closing bracket is
+missing, which both viewers accept.
+
+An event takes about 130 bytes, a step of a small run some 40 events. The file never grows beyond LIMIT_BYTES: the older half of
+its steps goes when it would.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo_ray.types import Track
+
+LIMIT_BYTES = 64 << 20
+PROCESSES = ("controller", "rollout", "reward", "votes", "learner")
+"""Process id - 1, and the order from top to bottom."""
+_OPEN, _NEXT, _CLOSE = b"[", b",\n", b"\n]\n"
+
+
+class TraceFile:
+    """Appends the events of one step at a time."""
+
+    def __init__(self, path: Path, resume_step: int, limit_bytes: int = LIMIT_BYTES) -> None:
+        """`resume_step`: go on after it, forgetting the events of later steps; 0: anew."""
+        self._path = path
+        self._limit_bytes = limit_bytes
+        kept = [e for e in read_trace(path) if step_of(e) <= resume_step] if resume_step else []
+        self._threads = {e["args"]["name"]: (e["pid"], e["tid"]) for e in kept if e["name"] == "thread_name"}
+        self._rewrite(kept)
+
+    def append(self, step: int, tracks: Mapping[str, Sequence[Track]]) -> None:
+        """`tracks`: role -> workers."""
+        events = [e for role, workers in tracks.items() for track in workers for e in self._events(step, role, track)]
+        if not events:
+            return
+        new = _lines(events)
+        if self._path.stat().st_size + len(new) > self._limit_bytes:
+            self._drop_older_half()
+        with self._path.open("r+b") as file:
+            # Over the closing bracket of the step before.
+            end = file.seek(-len(_CLOSE), os.SEEK_END)
+            file.write((_NEXT if end > len(_OPEN) else b"\n") + new + _CLOSE)
+
+    def _events(self, step: int, role: str, track: Track) -> list[dict[str, Any]]:
+        named = [] if track.worker in self._threads else self._name_thread(role, track.worker)
+        pid, tid = self._threads[track.worker]
+        where = {"pid": pid, "tid": tid, "args": {"step": step}}
+        return named + [
+            {"ph": "X", "name": s.name, "cat": role, "ts": _microseconds(s.start), "dur": _duration(s.start, s.end)}
+            | where
+            for s in track.spans
+        ]
+
+    def _name_thread(self, role: str, worker: str) -> list[dict[str, Any]]:
+        pid = PROCESSES.index(role) + 1
+        tid = 1 + sum(p == pid for p, _ in self._threads.values())
+        self._threads[worker] = (pid, tid)
+        names: list[dict[str, Any]] = []
+        if tid == 1:
+            names += [
+                _meta("process_name", pid, 0, {"name": role}),
+                _meta("process_sort_index", pid, 0, {"sort_index": pid}),
+            ]
+        return [
+            *names,
+            _meta("thread_name", pid, tid, {"name": worker}),
+            _meta("thread_sort_index", pid, tid, {"sort_index": tid}),
+        ]
+
+    def _drop_older_half(self) -> None:
+        events = list(read_trace(self._path))
+        steps = sorted({step_of(e) for e in events if e["ph"] != "M"})
+        middle = steps[len(steps) // 2]
+        self._rewrite([e for e in events if e["ph"] == "M" or step_of(e) >= middle])
+
+    def _rewrite(self, events: Sequence[Mapping[str, Any]]) -> None:
+        aside = self._path.with_suffix(".json.new")
+        aside.write_bytes(_OPEN + (b"\n" + _lines(events) if events else b"") + _CLOSE)
+        aside.replace(self._path)
+
+
+def read_trace(path: Path) -> Iterator[dict[str, Any]]:
+    """Every whole event of a `trace.json`; a torn line is passed over; no file, no events."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                event = json.loads(line.rstrip(b",\n"))
+            except ValueError:
+                continue
+            if isinstance(event, dict):
+                yield event
+
+
+def step_of(event: Mapping[str, Any]) -> int:
+    """The step that it was written with; 0 for the names of workers, which belong to none."""
+    return int(event["args"].get("step", 0))
+
+
+def _lines(events: Iterable[Mapping[str, Any]]) -> bytes:
+    return _NEXT.join(json.dumps(e, separators=(",", ":"), allow_nan=False).encode() for e in events)
+
+
+def _meta(name: str, pid: int, tid: int, args: dict[str, Any]) -> dict[str, Any]:
+    return {"ph": "M", "name": name, "pid": pid, "tid": tid, "args": args}
+
+
+def _microseconds(seconds: float) -> int:
+    return round(seconds * 1e6)
+
+
+def _duration(start: float, end: float) -> int:
+    """Between the rounded ends: rounding it by itself could make neighbours overlap."""
+    return _microseconds(end) - _microseconds(start)

@@ -1,0 +1,83 @@
+"""Supervised fine-tuning over plain objects: its steps are timed and traced as those of a GRPO run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from grpo_ray.activity import Activity
+from grpo_ray.checkpoint import RunDir
+from grpo_ray.config import SftConfig, build
+from grpo_ray.cursor import Cursor
+from grpo_ray.prompts import SftExample
+from grpo_ray.sft_loop import SftLoop
+from grpo_ray.tracking import JsonlTracker, read_metrics
+from grpo_ray.types import TrainBatch, UpdateReport
+
+
+class Rows:
+    fingerprint = "four rows"
+
+    def __len__(self) -> int:
+        return 4
+
+    def item(self, row: int, epoch: int) -> SftExample:
+        return SftExample(f"{epoch}/{row}", [1, 2], [3, 4, 5])
+
+
+class Learner:
+    def __init__(self) -> None:
+        self.activity = Activity("learner-0")
+
+    async def update(self, batch: TrainBatch) -> UpdateReport:
+        with self.activity.span("update"):
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.02)
+        return UpdateReport(batch.step, {"loss/sft": 1.0}, 0.02, (self.activity.take(),))
+
+    async def save(self, folder: Path) -> None:
+        with self.activity.span("save"):
+            time.sleep(0.01)
+
+    async def load(self, folder: Path) -> None: ...
+
+    async def export(self, folder: Path) -> None: ...
+
+
+def test_an_sft_run_tells_how_busy_its_learner_was_and_leaves_a_trace(tmp_path: Path) -> None:
+    config = build(
+        SftConfig,
+        {
+            "model": {"tiny": {}, "dtype": "float32"},
+            "data": {"train": {"path": "x"}},
+            "examples_per_step": 2,
+            "num_steps": 3,
+            "checkpoint": {"every_steps": 2},
+        },
+        "test",
+    )
+    tracker = JsonlTracker(tmp_path / "metrics.jsonl")
+    loop = SftLoop(
+        config, Learner(), Cursor(Rows(), seed=1, shuffle=True), RunDir(tmp_path), [tracker], lambda event: None
+    )
+    assert asyncio.run(asyncio.wait_for(loop.run(), 20)) == "finished"
+    tracker.close()
+    spans = [e for e in json.loads((tmp_path / "trace.json").read_text()) if e["ph"] == "X"]
+    updates = [e["dur"] / 1e6 for e in spans if e["cat"] == "learner" and e["name"] == "update"]
+    for line, seconds in zip(read_metrics(tmp_path / "metrics.jsonl"), updates, strict=True):
+        assert line["busy/learner"] * line["time/step"] == pytest.approx(seconds, abs=1e-4)
+        assert 0.02 <= seconds < line["time/step"]
+        assert 0.04 <= line["time/update"] <= line["time/step"]
+        assert line["throughput/tokens_per_s"] == pytest.approx(10 / line["time/step"])
+    assert [(e["name"], e["args"]["step"]) for e in spans if e["cat"] == "learner"] == [
+        ("update", 1),
+        ("update", 2),
+        ("save", 3),
+        ("update", 3),
+    ]
+    controller = [e["name"] for e in spans if e["cat"] == "controller" and not e["name"].startswith("step ")]
+    assert controller == ["update", "update", "checkpoint", "update", "checkpoint"]
