@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 POLL_LINGER_S = 0.01
 """Samples that finish together travel together."""
+STAGED_POLL_S = 0.01
 DEATH_CHECK_S = 0.5
 """How often an idle engine is looked at."""
 CPU_KV_CACHE_GB = 0.25
@@ -153,6 +154,8 @@ class RolloutActor:
         self._outcomes: list[Outcome] = []
         self._samples: list[Sample] = []
         self._arrived = asyncio.Event()
+        self._update_info: dict[str, Any] = {}
+        """Of the weights that are staged."""
         self._num_tokens = 0
         self._num_samples = 0
         self._busy_s = 0.0
@@ -286,6 +289,36 @@ class RolloutActor:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
+
+    async def stage_weights(self, update_info: dict[str, Any]) -> None:
+        """Begin to receive weights beside sampling (gloo)."""
+        self._check_alive()
+        self._update_info = update_info
+        await self.engine.collective_rpc("weight_transfer_stage", args=(update_info,))
+
+    async def wait_staged(self) -> None:
+        """Until all of them have arrived; the sender holds the deadline.
+
+        Raises:
+            Exception: they did not arrive as they were sent. The engine samples on as before.
+        """
+        while not all(await self.engine.collective_rpc("weight_transfer_staged")):
+            await asyncio.sleep(STAGED_POLL_S)
+
+    async def probe(self) -> None:
+        """Raises, or never returns, if the engine's core is dead or hangs."""
+        self._check_alive()
+        await self.engine.is_paused()
+
+    async def load_staged(self, version: int, checksum: str) -> None:
+        """Take the staged weights into use as `version`; the engine is paused.
+
+        Raises:
+            WorkerError: see `finish_weight_update`.
+        """
+        await self.start_weight_update()
+        await self.update_weights(self._update_info)
+        await self.finish_weight_update(version, checksum)
 
     async def start_weight_update(self) -> None:
         await self.engine.start_weight_update()

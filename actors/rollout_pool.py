@@ -170,6 +170,11 @@ class RolloutPool:
         pool._spawn(pool._watch())
         return pool
 
+    @property
+    def stages_weights(self) -> bool:
+        """Engines take new weights in beside sampling, and pause only to load them."""
+        return self._backend == "gloo"
+
     # Sampling
 
     @property

@@ -101,6 +101,12 @@ class EngineClient:
     def update_weights(self, update_info: WeightTransferUpdatePayload) -> None:
         self._call("update_weights", [(update_info,)] * len(self.targets))
 
+    def stage(self, update_info: dict[str, Any]) -> None:
+        self._call("stage_weights", [(update_info,)] * len(self.targets))
+
+    def wait_staged(self) -> None:
+        self._call("wait_staged", [()] * len(self.targets))
+
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """The version is the sync's own; vLLM's trainer engines don't pass one."""
         self._call("finish_weight_update", [(self.version, self.source.digest.hex())] * len(self.targets))
@@ -176,10 +182,11 @@ class WeightSender:
         self._generation = generation
 
     def send(self, version: int) -> SendReport:
-        """Give every connected engine the weights as they are now, labelled `version`.
+        """Give every connected engine the weights as they are now, labelled `version`. With gloo they are only staged there, while
+        sampling goes on, and `RolloutActor.load_staged` takes them into use.
 
         Raises:
-            DeadlineError, WorkerError: naming the engine. The engines it reached are then not usable any more.
+            DeadlineError, WorkerError: naming the engine. Except with gloo, the engines it reached are then not usable any more.
         """
         if self._engine is None or self._client is None:
             raise WorkerError("weights_send before weights_connect: no engine is connected")

@@ -2,9 +2,11 @@
 
     RayWeightSync (controller)          WeightSender (every learner rank)          vLLM worker (in a rollout actor)
       reconcile membership    ------>   weights_connect: rendezvous      <---->    init_weight_transfer_engine
-      pause every engine
+      [nccl, ipc: pause every engine]
       send                    ------>   weights_send: gather, broadcast  ----->    start / update / finish(version)
-      resume, mark synced     <------   seconds, bytes, checksum
+                              <------   seconds, bytes, checksum                   [gloo: stage, beside sampling]
+      [gloo: pause, load what is staged]                                 ----->    start / update / finish(version)
+      resume, mark synced
 
 What a learner actor has to offer (each by one line, to its `actors.weight_sender.WeightSender`), on every rank:
 
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from actors.rollout_pool import RolloutPool
 
 
+_Taken = tuple["SendReport", Sequence["EngineTarget"], float]
+"""What the learner reported, the engines that have the weights, and seconds of pause."""
 _GENERATIONS = itertools.count(1)
 """Of transfer groups: one more each time that one is formed."""
 
@@ -120,11 +124,8 @@ def resolve_backend(config: RunConfig, *, has_gpus: bool) -> Literal["gloo", "nc
 
 
 class RayWeightSync:
-    """`roles.WeightSync` over a pool of rollout engines and a learner group.
-
-    A transfer that fails leaves the engines it reached without whole weights: the pool ends and restarts them, and the sync is
-    tried again with whatever engines are alive then.
-    """
+    """`roles.WeightSync` over a pool of rollout engines and a learner group. A transfer that fails is tried again with whatever
+    engines are alive then."""
 
     TRIES = 3
 
@@ -151,6 +152,7 @@ class RayWeightSync:
                 try:
                     report = await self._transfer(targets, version, started)
                 except (EngineSyncError, DeadlineError) as e:
+                    self._pool.on_trouble(f"{e}; {left} more tries")
                     if not left:
                         raise WorkerError(
                             f"weights of version {version} reached no engine in {self.TRIES} tries; the last: {e}"
@@ -181,34 +183,15 @@ class RayWeightSync:
         self, targets: Sequence[EngineTarget], version: int, started: float, wanted: Callable[[], bool] = lambda: True
     ) -> SyncReport | None:
         """One try. None: no engine was left to send to, or it is not `wanted` any more."""
-        pause_started = time.monotonic()
-        self._pool.mark_paused(targets, paused=True)
-        # Pausing first also finds the engines that died unnoticed, while it costs only themselves.
-        targets = await self._each(targets, "pause", "keep", True)
+        # Finds the engines that died unnoticed while it costs only themselves.
+        targets = await self._each(targets, "probe")
         if not targets:
             return None
-        try:
-            await self._connect(targets)
-            if not wanted():
-                self._pool.mark_paused(await self._each(targets, "resume"), paused=False)
-                return None
-            # The sender's own deadline comes first and knows the engine; this one is for a learner that hangs.
-            report = await within(
-                self._learner.send_weights(version),
-                self._timeout_s + 30,
-                f"the learner's transfer of weights {version} to {_names(targets)}",
-                "deadlines.sync_s",
-            )
-        except BaseException as e:
-            self._connected = []
-            for target in targets:
-                self._pool.engine_failed(
-                    target, f"its weight sync to version {version} failed: {last_line(e)}", blame_work=False
-                )
-            raise
-        targets = await self._each(targets, "resume")
-        pause_seconds = time.monotonic() - pause_started
-        self._pool.mark_paused(targets, paused=False)
+        take = self._stage_and_load if self._pool.stages_weights else self._send_paused
+        taken = await take(targets, version, wanted)
+        if taken is None:
+            return None
+        report, targets, pause_seconds = taken
         tracks, self._tracks = (*self._tracks, *report.get("tracks", ())), []
         self._pool.mark_synced(targets, version)
         return SyncReport(
@@ -219,6 +202,61 @@ class RayWeightSync:
             checksum=report["checksum"],
             num_engines=len(targets),
             tracks=tracks,
+        )
+
+    async def _stage_and_load(
+        self, targets: Sequence[EngineTarget], version: int, wanted: Callable[[], bool]
+    ) -> _Taken | None:
+        """The engines sample while the weights come; they pause to load them. A transfer that breaks costs no engine."""
+        try:
+            report = await self._send(targets, version, wanted)
+        except BaseException:
+            self._connected = []
+            raise
+        if report is None:
+            return None
+        pause_started = time.monotonic()
+        self._pool.mark_paused(targets, paused=True)
+        targets = await self._each(targets, "pause", "keep", True)
+        targets = await self._each(targets, "load_staged", version, report["checksum"])
+        targets = await self._each(targets, "resume")
+        self._pool.mark_paused(targets, paused=False)
+        return (report, targets, time.monotonic() - pause_started) if targets else None
+
+    async def _send_paused(
+        self, targets: Sequence[EngineTarget], version: int, wanted: Callable[[], bool]
+    ) -> _Taken | None:
+        """Into the weights that are sampled with: engines that a broken transfer reached are ended, and restarted by the pool."""
+        pause_started = time.monotonic()
+        self._pool.mark_paused(targets, paused=True)
+        targets = await self._each(targets, "pause", "keep", True)
+        if not targets:
+            return None
+        try:
+            report = await self._send(targets, version, wanted)
+        except BaseException as e:
+            self._connected = []
+            for target in targets:
+                self._pool.engine_failed(
+                    target, f"its weight sync to version {version} failed: {last_line(e)}", blame_work=False
+                )
+            raise
+        targets = await self._each(targets, "resume")
+        self._pool.mark_paused(targets, paused=False)
+        return None if report is None else (report, targets, time.monotonic() - pause_started)
+
+    async def _send(
+        self, targets: Sequence[EngineTarget], version: int, wanted: Callable[[], bool]
+    ) -> SendReport | None:
+        await self._connect(targets)
+        if not wanted():
+            return None
+        # The sender's own deadline comes first and knows the engine; this one is for a learner that hangs.
+        return await within(
+            self._learner.send_weights(version),
+            self._timeout_s + 30,
+            f"the learner's transfer of weights {version} to {_names(targets)}",
+            "deadlines.sync_s",
         )
 
     async def _connect(self, targets: Sequence[EngineTarget]) -> None:

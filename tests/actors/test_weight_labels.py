@@ -31,7 +31,8 @@ class Pool:
     num_unfinished = 1
     on_stale: Any = None
 
-    def __init__(self, calls: list[str]) -> None:
+    def __init__(self, calls: list[str], stages_weights: bool) -> None:
+        self.stages_weights = stages_weights
         self.target = EngineTarget("rollout-1", 2, Handle(calls), 1)
         self.synced: list[int] = []
 
@@ -60,18 +61,20 @@ class Learner:
 
 
 @pytest.mark.parametrize(
-    ("unsent", "updated_while_connecting", "calls", "synced"),
+    ("staged", "unsent", "updated_while_connecting", "calls", "synced"),
     [
-        (False, False, ["pause", "send 3", "resume"], [3]),
-        (True, False, [], []),
-        (False, True, ["pause", "resume"], []),
+        (False, False, False, ["probe", "pause", "send 3", "resume"], [3]),
+        (False, True, False, [], []),
+        (False, False, True, ["probe", "pause", "resume"], []),
+        (True, False, False, ["probe", "send 3", "pause", "load_staged", "resume"], [3]),
+        (True, False, True, ["probe"], []),
     ],
 )
 def test_an_updated_learner_sends_nothing_under_the_old_version(
-    unsent: bool, updated_while_connecting: bool, calls: list[str], synced: list[int]
+    staged: bool, unsent: bool, updated_while_connecting: bool, calls: list[str], synced: list[int]
 ) -> None:
     seen: list[str] = []
-    pool: Any = Pool(seen)
+    pool: Any = Pool(seen, staged)
     RayWeightSync(pool, Learner(seen, unsent, updated_while_connecting), timeout_s=5)
     asyncio.run(asyncio.wait_for(pool.on_stale(), 10))
     assert seen == calls

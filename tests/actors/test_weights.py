@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +21,7 @@ from actors.rollout_pool import RolloutPool
 from actors.weights import EngineTarget, RayWeightSync, SendReport
 from grpo_ray.config import TinyModelConfig
 from grpo_ray.tiny import build_tiny_model
-from grpo_ray.types import Sample, SampleInfo
+from grpo_ray.types import Sample, SampleInfo, SyncReport
 from tests.actors.test_rollout import GREEDY, LONG, SAMPLING, Bench, reference_logprobs, requests, run_config
 
 pytestmark = pytest.mark.timeout(600)
@@ -83,6 +84,18 @@ class LearnerRank:
             return bucket
 
         GlooTrainer._fill = corrupted  # type: ignore[method-assign]
+
+    def dawdle_over_the_next_bucket(self, seconds: float) -> None:
+        from actors.weight_backend import GlooTrainer
+
+        fill = GlooTrainer._fill
+
+        def slow(trainer: Any, *args: Any) -> torch.Tensor:
+            GlooTrainer._fill = fill  # type: ignore[method-assign]
+            time.sleep(seconds)
+            return fill(trainer, *args)
+
+        GlooTrainer._fill = slow  # type: ignore[method-assign]
 
     def weights_connect(self, targets: list[EngineTarget], generation: int) -> None:
         self.sender.connect(targets, generation)
@@ -274,16 +287,39 @@ def test_an_engine_that_dies_before_a_sync_is_left_out_then_brought_up_to_date(s
     setting.assert_sampled_by(1, [ray.get(i.ref, timeout=10)[i.row] for i in infos])
 
 
-def test_a_corrupted_bucket_is_refused_and_the_sync_goes_again(setting: Setting) -> None:
+def test_a_corrupted_bucket_is_refused_at_no_cost_to_the_engines_and_the_sync_goes_again(setting: Setting) -> None:
     setting.bench.run(setting.both_engines(), timeout_s=280)
     version = setting.next_version(2)
     setting.learner.call("flip_a_bit_in_the_next_bucket")
-    lives = [t.incarnation for t in setting.bench.pool.engines()]
+    lives = {t.name: t.incarnation for t in setting.bench.pool.engines()}
+    troubles: list[str] = []
+    setting.bench.pool.on_trouble = troubles.append
     report = setting.bench.run(setting.sync.sync(version), timeout_s=280)
-    assert all(t.incarnation == 1 + lives[int(t.name[-1])] for t in setting.bench.pool.engines())
-    assert report.version == version
+    assert {t.name: t.incarnation for t in setting.bench.pool.engines()} == lives
+    assert [("it is refused" in t, "2 more tries" in t) for t in troubles] == [(True, True)]
+    assert (report.version, report.num_engines) == (version, 2)
     infos, samples = setting.bench.draw(requests(8, SAMPLING), timeout_s=280)
     assert {i.min_version for i in infos} == {version}
     setting.assert_sampled_by(2, samples)
-    logs = "".join(p.read_text() for p in (Path(setting.bench.pool._run_dir) / "logs").glob("rollout-*.log"))
-    assert "it is refused" in logs
+
+
+def test_engines_sample_while_weights_arrive(setting: Setting) -> None:
+    """The learner takes its time over the first bucket; meanwhile samples are finished with the old weights."""
+    setting.bench.run(setting.both_engines(), timeout_s=280)
+    old = setting.next_version(1)
+    setting.bench.run(setting.sync.sync(old))
+    new = setting.next_version(2)
+    setting.learner.call("dawdle_over_the_next_bucket", 3.0)
+
+    async def sync_in_flight() -> tuple[SyncReport, list[SampleInfo]]:
+        sync = asyncio.create_task(setting.sync.sync(new))
+        await asyncio.sleep(0.5)
+        infos = await asyncio.gather(*(setting.bench.pool.generate(r) for r in requests(8, SAMPLING)))
+        assert not sync.done()
+        return await sync, infos
+
+    report, infos = setting.bench.run(sync_in_flight())
+    assert {i.min_version for i in infos} == {old}
+    assert report.seconds > 3.0 > 1.0 > report.pause_seconds
+    setting.assert_sampled_by(1, [ray.get(i.ref, timeout=10)[i.row] for i in infos])
+    setting.assert_sampled_by(2, setting.bench.draw(requests(8, SAMPLING))[1])

@@ -342,6 +342,7 @@ class Engine:
         self.poll = _Method(self._begin_poll)
         self.ready = _Method(lambda: world.answer({"pid": 0, "core_pid": 0}, 1.0))
         self.shutdown = _Method(lambda: world.answer(None, world.plan.call_s))
+        self.probe = _Method(lambda: self._reply(world.plan.call_s))
         self.pause = _Method(self._pause)
         self.resume = _Method(self._resume)
 
@@ -672,7 +673,7 @@ class Simulation:
             learners.on_update = lambda b: self._trained.append(list(dict.fromkeys(s.prompt_id for s in b.samples)))
         ledger = Ledger(self.run_dir.ledger)
         run_dir = str(self.run_dir.path)
-        sampler = await RolloutPool.create(config, "none", run_dir, has_gpus=False, actors=world)
+        sampler = await RolloutPool.create(config, "none", run_dir, has_gpus=True, actors=world)
         troubles: list[str] = []
         sampler.on_trouble = troubles.append
         scorer = await RewardPool.create(config.reward, run_dir, actors=world)
