@@ -69,11 +69,47 @@ def has_gpus() -> bool:
 def shares_devices(config: RunConfig, gpus: bool) -> bool:
     """Do samplers and learners take turns on the same devices: parts of one GPU, or more threads than this machine has cores?"""
     rollout, learner = config.rollout, config.learner
+    if config.colocated:
+        return True
     if gpus:
         return any(part is not None and part % 1 > 0 for part in (rollout.num_gpus, learner.num_gpus))
     cores = os.cpu_count() or 1
     threads = learner.num_threads or (1 if learner.num_actors > 1 else cores)
-    return rollout.num_actors * rollout.num_threads + learner.num_actors * threads > cores
+    return rollout.num_actors * (rollout.num_threads or 1) + learner.num_actors * threads > cores
+
+
+SHARED_GPU = 0.5
+"""Of a GPU that an engine and a learner have in turns, what Ray counts for each."""
+
+
+def gpus_per_engine(config: RunConfig, gpus: bool) -> float:
+    rollout = config.rollout
+    if rollout.num_gpus is not None or not gpus:
+        return rollout.num_gpus or 0.0
+    return SHARED_GPU if config.colocated else float(rollout.tensor_parallel_size)
+
+
+def gpus_per_learner(config: RunConfig | SftConfig, gpus: bool) -> float:
+    if config.learner.num_gpus is not None or not gpus:
+        return config.learner.num_gpus or 0.0
+    return SHARED_GPU if isinstance(config, RunConfig) and config.colocated else 1.0
+
+
+def reserve_pairs(config: RunConfig) -> Any:
+    """A placement group with a bundle per GPU for its engine and its learner, which meet there by their number."""
+    import ray
+
+    cpus = config.rollout.num_cpus + config.learner.num_cpus
+    return ray.util.placement_group([{"GPU": 1, "CPU": cpus}] * config.rollout.num_actors)
+
+
+def placed(group: Any, index: int) -> dict[str, Any]:
+    """Options of an actor for the bundle of this number; none without a group."""
+    if group is None:
+        return {}
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)}
 
 
 @dataclass(frozen=True)
@@ -94,11 +130,9 @@ def demands(config: RunConfig | SftConfig, gpus: bool) -> list[Demand]:
     out = []
     if isinstance(config, RunConfig):
         rollout = config.rollout
-        per_engine = rollout.num_gpus if rollout.num_gpus is not None else rollout.tensor_parallel_size if gpus else 0
-        out.append(Demand("rollout", rollout.num_actors, rollout.num_cpus, per_engine))
+        out.append(Demand("rollout", rollout.num_actors, rollout.num_cpus, gpus_per_engine(config, gpus)))
         out.append(Demand("reward", config.reward.num_actors, config.reward.num_cpus, 0))
-    per_rank = learner.num_gpus if learner.num_gpus is not None else 1 if gpus else 0
-    out.append(Demand("learner", learner.num_actors, learner.num_cpus, per_rank))
+    out.append(Demand("learner", learner.num_actors, learner.num_cpus, gpus_per_learner(config, gpus)))
     return out
 
 

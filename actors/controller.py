@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
+from ray.util import remove_placement_group
 
 from actors.adapter_sync import RayAdapterSync
-from actors.cluster import has_gpus, shares_devices
+from actors.cluster import has_gpus, reserve_pairs, shares_devices
+from actors.colocated import ColocatedLearner, ColocatedSampler, ColocatedWeights, Turns
 from actors.learner_group import LearnerGroup
 from actors.reward_pool import RewardPool
 from actors.rollout_pool import RolloutPool
@@ -36,6 +38,7 @@ from grpo_ray.ledger import Ledger
 from grpo_ray.models import context_length, load_config, load_tokenizer, prepare_model
 from grpo_ray.prompts import PromptSets, load_demonstrations, load_prompts
 from grpo_ray.replay import TOLERANCE, compare, parts_of, read_batch
+from grpo_ray.roles import Learner, Sampler, WeightSync
 from grpo_ray.rollout_log import ParquetRolloutLog, remove_after, rollout_path
 from grpo_ray.sft_loop import SftLoop, sft_steps
 from grpo_ray.tokenized import LoadReport
@@ -314,10 +317,10 @@ class NoRolloutLog:
 
 @dataclass(frozen=True)
 class _Started:
-    sampler: RolloutPool
+    sampler: Sampler
     scorer: RewardPool
-    learner: LearnerGroup
-    weights: RayWeightSync | RayAdapterSync
+    learner: Learner
+    weights: WeightSync
     voter: RewardPool | None
 
 
@@ -338,6 +341,7 @@ class _Workers:
         self._phase = phase
         self._warn = warn
         self._gpus = has_gpus()
+        self._placement: Any = None
         self._pools: list[RolloutPool | RewardPool | LearnerGroup] = []
 
     async def __aenter__(self) -> _Workers:
@@ -345,19 +349,51 @@ class _Workers:
 
     async def __aexit__(self, *_: object) -> None:
         await asyncio.gather(*(p.close() for p in self._pools), return_exceptions=True)
+        if self._placement is not None:
+            remove_placement_group(self._placement)
 
     async def start_all(self, num_steps: Awaitable[int]) -> _Started:
+        assert isinstance(self._config, RunConfig)
+        colocated = self._config.colocated
+        async with asyncio.TaskGroup() as tasks:
+            # The slowest first: all that start share this machine's cores.
+            pair = tasks.create_task(self._start_in_turns(num_steps) if colocated else self._start_together(num_steps))
+            scorer = tasks.create_task(self.start_scorer())
+            voter = tasks.create_task(self.start_voter())
+        sampler, learner = pair.result()
+        weights = self._weight_sync(sampler, learner)
+        if not colocated:
+            return _Started(sampler, scorer.result(), learner, weights, voter.result())
+        turns = Turns(sampler, learner)
+        return _Started(
+            ColocatedSampler(sampler, turns),
+            scorer.result(),
+            ColocatedLearner(learner, turns),
+            ColocatedWeights(weights, turns),
+            voter.result(),
+        )
+
+    async def _start_together(self, num_steps: Awaitable[int]) -> tuple[RolloutPool, LearnerGroup]:
         async def start_learner() -> LearnerGroup:
             return await self.start_learner(await num_steps)
 
         async with asyncio.TaskGroup() as tasks:
-            # The slowest first: all that start share this machine's cores.
             sampler = tasks.create_task(self.start_sampler())
             learner = tasks.create_task(start_learner())
-            scorer = tasks.create_task(self.start_scorer())
-            voter = tasks.create_task(self.start_voter())
-        weights = self._weight_sync(sampler.result(), learner.result())
-        return _Started(sampler.result(), scorer.result(), learner.result(), weights, voter.result())
+        return sampler.result(), learner.result()
+
+    async def _start_in_turns(self, num_steps: Awaitable[int]) -> tuple[RolloutPool, LearnerGroup]:
+        """An engine takes its part of the device's whole memory, so it comes first and then makes room."""
+        assert isinstance(self._config, RunConfig)
+        placement = None
+        if self._gpus:
+            self._placement = placement = reserve_pairs(self._config)
+        sampler = await self.start_sampler(placement)
+        await sampler.sleep()
+        learner = await self.start_learner(await num_steps, placement)
+        await learner.offload(keep_weights=False)
+        await sampler.wake()
+        return sampler, learner
 
     def _weight_sync(self, sampler: RolloutPool, learner: LearnerGroup) -> RayWeightSync | RayAdapterSync:
         timeout_s = self._config.deadlines.sync_s
@@ -383,15 +419,17 @@ class _Workers:
         )
         return self._opened(pool, "votes")
 
-    async def start_sampler(self) -> RolloutPool:
+    async def start_sampler(self, placement: Any = None) -> RolloutPool:
         assert isinstance(self._config, RunConfig)
-        pool = await RolloutPool.create(self._config, self._model, self._run_dir, has_gpus=self._gpus)
+        pool = await RolloutPool.create(
+            self._config, self._model, self._run_dir, has_gpus=self._gpus, placement=placement
+        )
         pool.on_trouble = self._warn
         return self._opened(pool, "rollout")
 
-    async def start_learner(self, num_steps: int) -> LearnerGroup:
+    async def start_learner(self, num_steps: int, placement: Any = None) -> LearnerGroup:
         pool = await LearnerGroup.create(
-            self._config, self._model, self._run_dir, has_gpus=self._gpus, num_steps=num_steps
+            self._config, self._model, self._run_dir, has_gpus=self._gpus, num_steps=num_steps, placement=placement
         )
         return self._opened(pool, "learner")
 

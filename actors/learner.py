@@ -27,7 +27,7 @@ import ray
 import torch
 import torch.distributed as dist
 
-from actors import learner_kl, learner_reference, learner_sequence, learner_state
+from actors import learner_kl, learner_offload, learner_reference, learner_sequence, learner_state
 from actors.learner_critic import Critic
 from actors.learner_engine import LearnerSpec, build_engine, build_reference, step
 from actors.runtime import own_log
@@ -509,6 +509,26 @@ class LearnerActor:
     @_recorded("export")
     def export(self, folder: str) -> None:
         learner_state.export(self._engine, self.spec, Path(folder))
+
+    # Turns with a sampler on the same device.
+
+    @_recorded("offload")
+    def offload(self, keep_weights: bool) -> None:
+        """Give the device's memory back, but for the weights if they are to be sent."""
+        learner_offload.offload(self._engine, self.device, keep_weights=keep_weights)
+        if self._critic is not None:
+            learner_offload.offload(self._critic.engine, self.device, keep_weights=False)
+        if self._reference is not None:
+            learner_offload.move_model(self._reference_model, torch.device("cpu"))
+
+    @_recorded("reload")
+    def reload(self) -> None:
+        """Take it back."""
+        learner_offload.reload(self._engine, self.device)
+        if self._critic is not None:
+            learner_offload.reload(self._critic.engine, self.device)
+        if self._reference is not None:
+            learner_offload.move_model(self._reference_model, self.device)
 
     # Weights.
 

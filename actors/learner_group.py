@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from actors.cluster import gpus_per_learner, placed
 from actors.learner import LearnerActor
 from actors.learner_engine import LearnerSpec
 from actors.runtime import ALLOCATOR_ENV, log_tail
@@ -54,6 +55,7 @@ class LearnerGroup:
         *,
         has_gpus: bool = False,
         num_steps: int | None = None,
+        placement: Any = None,
     ) -> LearnerGroup:
         """Start the ranks side by side, `learner-0` and so on, with the model loaded.
 
@@ -61,6 +63,7 @@ class LearnerGroup:
             model_path: a folder or a name on the hub; `model.tiny` is already made.
             has_gpus: the cluster has GPUs, so each rank gets one unless `learner.num_gpus` says otherwise.
             num_steps: of the whole run, for a schedule that needs an end. None: `config.num_steps`.
+            placement: a placement group with a bundle for each rank, where it shares a GPU.
 
         Raises:
             ConfigError: the model can't be loaded, or the schedule's end is not known.
@@ -69,14 +72,18 @@ class LearnerGroup:
         """
         spec = _spec(config, model_path, run_dir, has_gpus, config.num_steps if num_steps is None else num_steps)
         learner = config.learner
-        num_gpus = learner.num_gpus if learner.num_gpus is not None else float(has_gpus)
-        remote = ray.remote(LearnerActor).options(
-            num_cpus=learner.num_cpus,
-            num_gpus=num_gpus,
-            max_restarts=0,
-            runtime_env={"env_vars": _env(config, on_gpu=num_gpus > 0)},
-        )
-        actors = [remote.remote(spec, rank, learner.num_actors) for rank in range(learner.num_actors)]
+        num_gpus = gpus_per_learner(config, has_gpus)
+        remote = ray.remote(LearnerActor)
+        options: dict[str, Any] = {
+            "num_cpus": learner.num_cpus,
+            "num_gpus": num_gpus,
+            "max_restarts": 0,
+            "runtime_env": {"env_vars": _env(config, on_gpu=num_gpus > 0)},
+        }
+        actors = [
+            remote.options(**options, **placed(placement, rank)).remote(spec, rank, learner.num_actors)
+            for rank in range(learner.num_actors)
+        ]
         group = cls(actors, spec, config.deadlines)
         give_up = time.monotonic() + config.deadlines.start_s
         try:
@@ -117,6 +124,13 @@ class LearnerGroup:
 
     async def export(self, folder: Path) -> None:
         await self._call("export", str(folder), deadline="save_s")
+
+    async def offload(self, *, keep_weights: bool) -> None:
+        """See `actors.colocated.OffloadingLearner`."""
+        await self._call("offload", keep_weights, deadline="sync_s")
+
+    async def reload(self) -> None:
+        await self._call("reload", deadline="sync_s")
 
     def prepare_weights(self) -> None:
         """Let the ranks get ready to send weights while the engines sample for the first time. Nobody waits for it: what is

@@ -52,7 +52,11 @@ class Outcome:
 
 def rollout_env(config: RolloutConfig, *, on_gpu: bool, backend: str) -> dict[str, str]:
     """Environment of the actor's process. It must be there before vllm is imported."""
-    env = {"OMP_NUM_THREADS": str(config.num_threads), "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
+    env = {
+        "OMP_NUM_THREADS": str(config.num_threads or 1),
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
     if not on_gpu:
         # One process less, and 4 s of start-up: the worker lives in the engine's process.
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -72,6 +76,7 @@ def engine_args(
     *,
     trust_remote_code: bool,
     adapters: AdapterOptions | None = None,
+    colocated: bool = False,
 ) -> AsyncEngineArgs:
     """The engine's options, for the device that vLLM finds."""
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -88,9 +93,11 @@ def engine_args(
             "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_model_len, config.max_num_seqs),
             "block_size": 32,
         }
-    elif config.tensor_parallel_size > 1:
-        # Inside a Ray actor vLLM would otherwise ask Ray for GPUs of its own.
-        device = {"distributed_executor_backend": "mp"}
+    else:
+        device = {"enable_sleep_mode": colocated}
+        if config.tensor_parallel_size > 1:
+            # Inside a Ray actor vLLM would otherwise ask Ray for GPUs of its own.
+            device["distributed_executor_backend"] = "mp"
     return AsyncEngineArgs(
         model=model,
         dtype=dtype,
@@ -137,6 +144,7 @@ class RolloutActor:
         backend: str,
         trust_remote_code: bool = False,
         adapters: AdapterOptions | None = None,
+        colocated: bool = False,
     ) -> None:
         self.name = f"rollout-{index}"
         own_log(run_dir, self.name)
@@ -145,8 +153,17 @@ class RolloutActor:
         # Of the longest sample, prompt and completion; the model may have been made for less.
         max_model_len = min(max_length, context_length(load_config(model, trust_remote_code=trust_remote_code)))
         args = engine_args(
-            config, model, dtype, max_model_len, seed, backend, trust_remote_code=trust_remote_code, adapters=adapters
+            config,
+            model,
+            dtype,
+            max_model_len,
+            seed,
+            backend,
+            trust_remote_code=trust_remote_code,
+            adapters=adapters,
+            colocated=colocated,
         )
+        self._can_sleep = bool(args.enable_sleep_mode)
         self.engine: Any = AsyncLLM.from_engine_args(args)
         self._adapters = EngineAdapters(self.engine, adapters, model, run_dir, self.name)
         self.tokenizer: Any = self.engine.get_tokenizer()
@@ -284,6 +301,18 @@ class RolloutActor:
 
     async def resume(self) -> None:
         await self.engine.resume_generation()
+
+    async def sleep(self) -> None:
+        """Give the GPU's memory back: weights to the host's, the KV cache to nowhere. On CPUs there is nothing to give."""
+        self._check_alive()
+        if self._can_sleep:
+            await self.engine.sleep(level=1, mode="wait")
+
+    async def wake(self, part: Literal["weights", "kv_cache"] | None) -> None:
+        """Take it back, or a part of it; it samples again when it has all."""
+        self._check_alive()
+        if self._can_sleep:
+            await self.engine.wake_up(None if part is None else [part])
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest

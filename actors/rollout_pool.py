@@ -13,16 +13,18 @@ from __future__ import annotations
 import asyncio
 import bisect
 import itertools
+import os
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from ray.exceptions import RayError
 
+from actors.cluster import gpus_per_engine, placed
 from actors.engine_adapters import AdapterOptions
 from actors.rollout import Outcome, RolloutActor, rollout_env
 from actors.runtime import Actors, RayActors, core_error, log_tail, within
@@ -113,11 +115,14 @@ class _Engine:
 class RolloutPool:
     """Make it with `RolloutPool.create`; all methods belong to the event loop that made it."""
 
-    def __init__(self, config: RunConfig, model: str, run_dir: str, *, has_gpus: bool, actors: Actors) -> None:
+    def __init__(
+        self, config: RunConfig, model: str, run_dir: str, *, has_gpus: bool, actors: Actors, placement: Any = None
+    ) -> None:
         self._config = config
         self._model = model
         self._run_dir = run_dir
         self._on_gpu = has_gpus
+        self._placement = placement
         self._source = actors
         self._backend = resolve_backend(config, has_gpus=has_gpus)
         self._poll_s = max(POLL_S, config.rollout.num_actors / POLLS_PER_S)
@@ -148,15 +153,25 @@ class RolloutPool:
 
     @classmethod
     async def create(
-        cls, config: RunConfig, model: str, run_dir: str, *, has_gpus: bool, actors: Actors | None = None
+        cls,
+        config: RunConfig,
+        model: str,
+        run_dir: str,
+        *,
+        has_gpus: bool,
+        actors: Actors | None = None,
+        placement: Any = None,
     ) -> Self:
         """Start all engines side by side.
+
+        Args:
+            placement: a placement group with a bundle for each engine, where it shares a GPU.
 
         Raises:
             WorkerError: an engine does not start; with the end of its log.
             DeadlineError: it takes longer than deadlines.start_s.
         """
-        pool = cls(config, model, run_dir, has_gpus=has_gpus, actors=actors or RayActors())
+        pool = cls(config, model, run_dir, has_gpus=has_gpus, actors=actors or RayActors(), placement=placement)
         try:
             async with asyncio.TaskGroup() as tasks:
                 for engine in pool._engines:
@@ -174,6 +189,32 @@ class RolloutPool:
     def stages_weights(self) -> bool:
         """Engines take new weights in beside sampling, and pause only to load them."""
         return self._backend == "gloo"
+
+    # Turns, where samplers and learners share their devices
+
+    async def sleep(self) -> None:
+        """Every engine frees its GPU."""
+        await self._of_all("sleep")
+        self.mark_paused(self.engines(), paused=True)
+
+    async def wake(self, part: Literal["weights", "kv_cache"] | None = None) -> None:
+        """Every engine takes its GPU back, or that part of it."""
+        await self._of_all("wake", part)
+        if part != "weights":
+            self.mark_paused(self.engines(), paused=False)
+
+    async def _of_all(self, method: str, *args: Any) -> None:
+        """One that fails is given up, and restarted."""
+
+        async def ask(target: EngineTarget) -> None:
+            limit_s = self._config.deadlines.sync_s
+            try:
+                call = getattr(target.handle, method).remote(*args)
+                await within(_answer(call), limit_s, f"{method} of {target.name}", "deadlines.sync_s")
+            except (RayError, GrpoRayError) as e:
+                self.engine_failed(target, f"it failed in {method}: {last_line(e)}", blame_work=False)
+
+        await asyncio.gather(*(ask(t) for t in self.engines()))
 
     # Sampling
 
@@ -416,7 +457,9 @@ class RolloutPool:
         """Raises WorkerError or DeadlineError, with the end of the log."""
         c = self._config
         rollout = c.rollout
-        gpus = rollout.num_gpus if rollout.num_gpus is not None else rollout.tensor_parallel_size if self._on_gpu else 0
+        if c.colocated and rollout.num_threads is None:
+            threads = max(1, (os.cpu_count() or 1) // rollout.num_actors)
+            rollout = rollout.model_copy(update={"num_threads": threads})
         engine.handle = self._source.start(
             RolloutActor,
             rollout,
@@ -429,9 +472,11 @@ class RolloutPool:
             self._backend,
             c.model.trust_remote_code,
             AdapterOptions.of(c),
+            c.colocated,
             num_cpus=rollout.num_cpus,
-            num_gpus=gpus,
+            num_gpus=gpus_per_engine(c, self._on_gpu),
             max_restarts=0,
+            **placed(self._placement, engine.index),
             runtime_env={"env_vars": rollout_env(rollout, on_gpu=self._on_gpu, backend=self._backend)},
         )
         log = Path(self._run_dir) / "logs" / f"{engine.name}.log"

@@ -117,7 +117,8 @@ def resolve_backend(config: RunConfig, *, has_gpus: bool) -> Literal["gloo", "nc
         if not has_gpus:
             return "gloo"
         parts = (config.rollout.num_gpus, config.learner.num_gpus)
-        return "ipc" if any(p is not None and 0 < p < 1 for p in parts) else "nccl"
+        shared = config.colocated or any(p is not None and 0 < p < 1 for p in parts)
+        return "ipc" if shared else "nccl"
     if backend != "gloo" and not has_gpus:
         raise ConfigError(f"weights.backend is {backend}, which needs GPUs, and the cluster has none; use auto or gloo")
     return backend

@@ -154,7 +154,7 @@ class RolloutConfig(Strict):
     num_actors: PositiveInt = 1
     num_cpus: NonNegFloat = 1
     num_gpus: NonNegFloat | None = None
-    """Per actor. None: tensor_parallel_size on a cluster with GPUs, 0 elsewhere."""
+    """Per actor. None: tensor_parallel_size on a cluster with GPUs (0.5 when colocated), 0 elsewhere."""
     tensor_parallel_size: PositiveInt = 1
     num_generations: int = 8
     """G, samples per prompt."""
@@ -172,8 +172,9 @@ class RolloutConfig(Strict):
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.85
     enforce_eager: bool | None = None
     """None: True on CPU (compiling gains nothing there), False on GPU."""
-    num_threads: PositiveInt = 1
-    """CPU threads per engine. Threads that share a core spin against each other."""
+    num_threads: PositiveInt | None = None
+    """CPU threads per engine. None: 1, for threads that share a core spin against each other; when colocated, the machine's cores
+    divided among the engines."""
     env: dict[str, str] = {}
 
     @model_validator(mode="after")
@@ -223,7 +224,7 @@ class LearnerConfig(Strict):
     num_actors: PositiveInt = 1
     num_cpus: NonNegFloat = 1
     num_gpus: NonNegFloat | None = None
-    """Per actor. None: 1 on a cluster with GPUs, 0 elsewhere."""
+    """Per actor. None: 1 on a cluster with GPUs (0.5 when colocated), 0 elsewhere."""
     sequence_parallel_size: PositiveInt = 1
     """So many learners share each micro-batch, every one with a slice of its tokens: for contexts beyond one GPU (Ulysses; verl's
     ulysses_sequence_parallel_size). Divides num_actors and the model's attention heads."""
@@ -343,6 +344,10 @@ class ClusterConfig(Strict):
     """A running Ray cluster (`auto`, or host:port). None: start one on this machine."""
     num_cpus: PositiveInt | None = None
     """CPUs that a cluster started here counts. None: the machine's."""
+    placement: Literal["disaggregated", "colocated"] = "disaggregated"
+    """disaggregated: samplers and learners have devices of their own, and work at the same time. colocated: they take turns on the
+    same ones (verl's hybrid engine, TRL's vllm_mode colocate); each GPU holds an engine and a learner, weights go by CUDA IPC. On
+    CPUs each kind has all cores in its turn."""
 
 
 class RunConfig(Strict):
@@ -371,6 +376,10 @@ class RunConfig(Strict):
     eval: EvalConfig = EvalConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def colocated(self) -> bool:
+        return self.cluster.placement == "colocated"
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -410,6 +419,11 @@ class RunConfig(Strict):
             raise ValueError(
                 "algorithm.ref_refresh_steps moves a reference model, and with model.lora the reference is the bare model; "
                 "take one of them out"
+            )
+        if self.colocated and (ahead := self.algorithm.max_staleness):
+            raise ValueError(
+                f"algorithm.max_staleness is {ahead}, and with cluster.placement colocated samplers and learners take turns, so "
+                "sampling can't run ahead: use 0, or placement disaggregated"
             )
         if self.model.sends_adapters and self.weights != WeightsConfig():
             raise ValueError(

@@ -24,7 +24,7 @@ def can_overlap(config: RunConfig) -> bool:
     # Sampling ahead with groups that drop out: which of the later ones this step gets is known only at its end.
     settled = not (a.dynamic_sampling and a.max_staleness > 0)
     known = a.advantage in _OF_ONE_GROUP and not a.advantages_on_learner
-    return config.learner.overlap and one_step and settled and known
+    return config.learner.overlap and not config.colocated and one_step and settled and known
 
 
 class EarlyParts:

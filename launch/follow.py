@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 from actors.cluster import await_resources, connect, demands, has_gpus
+from actors.colocated import check_colocated
 from actors.runtime import log_tail
 from grpo_ray.config import RunConfig, SftConfig
 from grpo_ray.errors import WorkerError
@@ -36,6 +37,8 @@ def run_and_follow(kind: str, config: RunConfig | SftConfig, run_dir: Path, resu
     connect(config)
     try:
         gpus = has_gpus()
+        if isinstance(config, RunConfig):
+            check_colocated(config, has_gpus=gpus)
         wanted = [d for d in demands(config, gpus) if kind != "replay" or d.option == "learner"]
         asyncio.run(await_resources(wanted, config.deadlines.resources_s))
         from actors.controller import start_controller

@@ -659,3 +659,25 @@ def test_a_model_that_is_not_there_is_told(tmp_path: Path) -> None:
     config = make_config(tmp_path / "nothing", ranks=1, stage=2)
     with pytest.raises(ConfigError, match=r"the learner can't load model .*nothing"):
         start(config, tmp_path)
+
+
+@pytest.mark.parametrize("stage", [pytest.param(s, marks=() if s == 1 else pytest.mark.slow) for s in (0, 1, 2, 3)])
+def test_states_that_went_to_the_host_and_back_change_no_bit_of_the_next_steps(
+    stage: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    group = start(make_config(tiny_model, ranks=1, stage=stage), tmp_path)
+    try:
+        run(group.update(make_batch(seed=0, step=0)))
+        (tmp_path / "before").mkdir()
+        run(group.save(tmp_path / "before"))
+        run(group.update(make_batch(seed=1, step=1)))
+        want = exported(group, tmp_path / "want")
+        run(group.load(tmp_path / "before"))
+        run(group.offload(keep_weights=True))
+        run(group.offload(keep_weights=False))
+        run(group.reload())
+        run(group.update(make_batch(seed=1, step=1)))
+        got = exported(group, tmp_path / "got")
+        assert all(torch.equal(got[name], want[name]) for name in want)
+    finally:
+        run(group.close())

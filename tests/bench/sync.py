@@ -94,7 +94,7 @@ async def _keep_sampling(pool: RolloutPool, at_once: int) -> None:
         seed = 0
         while True:
             seed += 1
-            params = SamplingParams(max_tokens=LENGTH)
+            params = SamplingParams(1.0, 1.0, -1, 0.0, LENGTH)
             await pool.generate(SampleRequest(f"{index}/{seed}", 0, PROMPT, seed, params))
 
     await asyncio.gather(*(one_by_one(i) for i in range(at_once)))

@@ -1,0 +1,174 @@
+"""Samplers and learners on the same devices, one kind at a time (`cluster.placement: colocated`).
+
+    sampling   engines awake; the learners' states in the host's memory
+    learning   engines asleep, their weights in the host's memory and without a KV cache; the learners' states on the device
+    the sync   the learners' weights and the engines' on the device, nothing else
+
+On CPUs nothing has to move: each kind has all cores while the other waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Literal, Protocol
+
+from grpo_ray.config import RunConfig
+from grpo_ray.errors import ConfigError
+from grpo_ray.roles import Learner, Sampler, WeightSync
+from grpo_ray.types import SampleInfo, SampleRequest, SyncReport, Track, TrainBatch, UpdateReport
+
+
+class SleepingSampler(Sampler, Protocol):
+    async def sleep(self) -> None:
+        """Free the device. No sample is under way."""
+        ...
+
+    async def wake(self, part: Literal["weights", "kv_cache"] | None = None) -> None:
+        """Take it back, whole or in part."""
+        ...
+
+
+class OffloadingLearner(Learner, Protocol):
+    async def offload(self, *, keep_weights: bool) -> None:
+        """Move states to the host's memory; a second call moves what the first kept."""
+        ...
+
+    async def reload(self) -> None:
+        """Move all of them back."""
+        ...
+
+
+class Turns:
+    """Whose turn it is. Made in the samplers' turn."""
+
+    def __init__(self, sampler: SleepingSampler, learner: OffloadingLearner) -> None:
+        self._sampler = sampler
+        self._learner = learner
+        self._lock = asyncio.Lock()
+        self._learning = False
+
+    async def sampling(self) -> None:
+        """From now on, until somebody else's turn."""
+        if self._learning:
+            async with self._lock:
+                if self._learning:
+                    await self._learner.offload(keep_weights=False)
+                    await self._sampler.wake()
+                    self._learning = False
+
+    @asynccontextmanager
+    async def learning(self) -> AsyncIterator[None]:
+        """While the body runs, and after it: until a sample is wanted, or weights are sent."""
+        async with self._lock:
+            await self._begin_learning()
+            yield
+
+    @asynccontextmanager
+    async def sending(self) -> AsyncIterator[None]:
+        """The learners' weights and the engines' are on the device; afterwards it is the samplers' turn."""
+        async with self._lock:
+            await self._begin_learning()
+            await self._learner.offload(keep_weights=True)
+            await self._sampler.wake("weights")
+            yield
+            await self._learner.offload(keep_weights=False)
+            await self._sampler.wake("kv_cache")
+            self._learning = False
+
+    async def _begin_learning(self) -> None:
+        if not self._learning:
+            await self._sampler.sleep()
+            await self._learner.reload()
+            self._learning = True
+
+
+class ColocatedSampler:
+    """`roles.Sampler` in turns."""
+
+    def __init__(self, sampler: SleepingSampler, turns: Turns) -> None:
+        self._sampler = sampler
+        self._turns = turns
+
+    async def generate(self, request: SampleRequest) -> SampleInfo:
+        await self._turns.sampling()
+        return await self._sampler.generate(request)
+
+    def take_stats(self) -> dict[str, float]:
+        return self._sampler.take_stats()
+
+    def take_tracks(self) -> list[Track]:
+        return self._sampler.take_tracks()
+
+
+class ColocatedLearner:
+    """`roles.Learner` in turns."""
+
+    def __init__(self, learner: OffloadingLearner, turns: Turns) -> None:
+        self._learner = learner
+        self._turns = turns
+
+    async def accumulate(self, part: TrainBatch) -> None:
+        raise ConfigError(
+            "samplers and learners of one device take turns, so nothing is learned while others are sampled"
+        )
+
+    async def update(self, batch: TrainBatch) -> UpdateReport:
+        async with self._turns.learning():
+            return await self._learner.update(batch)
+
+    async def save(self, folder: Path) -> None:
+        async with self._turns.learning():
+            await self._learner.save(folder)
+
+    async def load(self, folder: Path) -> None:
+        async with self._turns.learning():
+            await self._learner.load(folder)
+
+    async def export(self, folder: Path) -> None:
+        async with self._turns.learning():
+            await self._learner.export(folder)
+
+
+class ColocatedWeights:
+    """`roles.WeightSync` between a learners' turn and a samplers' turn."""
+
+    def __init__(self, weights: WeightSync, turns: Turns) -> None:
+        self._weights = weights
+        self._turns = turns
+
+    async def sync(self, version: int) -> SyncReport:
+        async with self._turns.sending():
+            return await self._weights.sync(version)
+
+
+def check_colocated(config: RunConfig, *, has_gpus: bool) -> None:
+    """
+    Raises:
+        ConfigError: GPUs can't be shared as the config has it.
+    """
+    if not config.colocated or not has_gpus:
+        return
+    rollout, learner = config.rollout, config.learner
+    wrong = [
+        f"{name} is {value}; {mend}"
+        for name, value, mend, bad in (
+            (
+                "rollout.tensor_parallel_size",
+                rollout.tensor_parallel_size,
+                "an engine shares one GPU with one learner: use 1",
+                rollout.tensor_parallel_size > 1,
+            ),
+            (
+                "rollout.num_actors",
+                rollout.num_actors,
+                f"each GPU holds an engine and a learner: use learner.num_actors, {learner.num_actors}",
+                rollout.num_actors != learner.num_actors,
+            ),
+        )
+        if bad
+    ]
+    if wrong:
+        raise ConfigError(f"cluster.placement is colocated, and {'; '.join(wrong)}")

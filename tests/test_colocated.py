@@ -1,0 +1,114 @@
+"""Whose turn it is, over plain objects that say what they are asked."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.colocated import ColocatedLearner, ColocatedSampler, ColocatedWeights, Turns, check_colocated
+from grpo_ray.config import RunConfig, build
+from grpo_ray.errors import ConfigError
+
+
+class Told:
+    """Answers every method with nothing, after having written it down."""
+
+    def __init__(self, calls: list[str]) -> None:
+        self._calls = calls
+
+    def __getattr__(self, method: str) -> Any:
+        async def call(*args: Any, **kwargs: Any) -> None:
+            await asyncio.sleep(0)
+            values = [a for a in (*args, *kwargs.values()) if isinstance(a, str | bool)]
+            self._calls.append(" ".join([method, *map(str, values)]))
+
+        return call
+
+
+class Setting:
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        told: Any = Told(self.calls)
+        turns = Turns(told, told)
+        self.sampler = ColocatedSampler(told, turns)
+        self.learner = ColocatedLearner(told, turns)
+        self.weights = ColocatedWeights(told, turns)
+
+    async def sample(self) -> None:
+        request: Any = None
+        await asyncio.gather(*(self.sampler.generate(request) for _ in range(3)))
+
+    def take(self) -> list[str]:
+        taken = self.calls[:]
+        self.calls.clear()
+        return taken
+
+
+def test_the_device_changes_hands_twice_a_step_and_never_holds_both_whole() -> None:
+    async def steps() -> None:
+        s, batch = Setting(), object()
+        for _ in range(2):
+            await s.sample()
+            assert s.take() == ["generate"] * 3
+            await s.learner.update(batch)  # type: ignore[arg-type]
+            assert s.take() == ["sleep", "reload", "update"]
+            await s.weights.sync(1)
+            assert s.take() == ["offload True", "wake weights", "sync", "offload False", "wake kv_cache"]
+
+    asyncio.run(steps())
+
+
+def test_samples_after_a_checkpoint_wake_the_engines_once() -> None:
+    async def steps() -> None:
+        s = Setting()
+        await s.learner.save(Path("x"))
+        await s.learner.export(Path("x"))
+        assert s.take() == ["sleep", "reload", "save", "export"]
+        await s.sample()
+        assert s.take() == ["offload False", "wake", "generate", "generate", "generate"]
+
+    asyncio.run(steps())
+
+
+def test_a_failed_update_leaves_the_turn_with_the_learner() -> None:
+    async def steps() -> None:
+        s = Setting()
+        with pytest.raises(ZeroDivisionError):
+            async with s.learner._turns.learning():
+                raise ZeroDivisionError
+        s.take()
+        await s.learner.save(Path("x"))
+        assert s.take() == ["save"]
+
+    asyncio.run(steps())
+
+
+def config(**parts: dict[str, Any]) -> RunConfig:
+    data: dict[str, Any] = {
+        "model": {"tiny": {}},
+        "data": {"train": {"path": "unused"}},
+        "reward": {"functions": [{"name": "accuracy"}]},
+        "cluster": {"placement": "colocated"},
+    }
+    return build(RunConfig, data | parts, "test")
+
+
+@pytest.mark.parametrize(
+    ("parts", "culprit"),
+    [
+        ({"rollout": {"tensor_parallel_size": 2}}, "rollout.tensor_parallel_size is 2"),
+        ({"rollout": {"num_actors": 2}}, "rollout.num_actors is 2; .* learner.num_actors, 1"),
+    ],
+)
+def test_gpus_that_cannot_be_shared_are_refused(parts: dict[str, Any], culprit: str) -> None:
+    with pytest.raises(ConfigError, match=culprit):
+        check_colocated(config(**parts), has_gpus=True)
+    check_colocated(config(**parts), has_gpus=False)
+
+
+def test_sampling_ahead_is_refused_where_they_take_turns() -> None:
+    with pytest.raises(ConfigError, match=r"max_staleness is 1.*take turns.*disaggregated"):
+        config(algorithm={"max_staleness": 1})
