@@ -1,7 +1,7 @@
 # make smoke   sets everything up and trains a tiny model for real, on any machine
 # make test    sets everything up and runs the tests
 # make bench   the tables of the README
-.PHONY: smoke test test-all lint bench bench-versus bench-learning bench-simulate bench-sync lock help
+.PHONY: smoke test test-all lint bench bench-versus bench-learning bench-simulate bench-sync bench-gpu lock help
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 # Set in many images; without bytecode every worker process compiles its packages again.
@@ -33,6 +33,9 @@ bench-versus: .venv/.ready  ## a training step against TRL's, and against what t
 
 bench-sync: .venv/.ready  ## a weight sync of 500 MB to two engines that sample (three minutes)
 	@$(BIN)/python -m tests.bench.sync
+
+bench-gpu: .venv/.ready  ## Qwen2.5-1.5B's shape on one GPU, sampler and learner in turns, against bare vLLM (needs 40 GB)
+	@$(BIN)/python -m tests.bench.gpu
 
 bench-learning: .venv/.ready  ## the smoke task by seven algorithms, three seeds each (two hours on two cores)
 	@$(BIN)/python -m tests.bench.learning

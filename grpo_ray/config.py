@@ -28,6 +28,10 @@ class TinyModelConfig(Strict):
     num_heads: PositiveInt = 4
     num_kv_heads: PositiveInt = 2
     context: PositiveInt = 256
+    intermediate_size: PositiveInt | None = None
+    """None: 11/4 of hidden_size."""
+    vocab_size: PositiveInt | None = None
+    """Rows of the embedding; those above the tokenizer's ids are never in a prompt. None: the tokenizer's, rounded up to 64."""
     seed: int = 1
 
     @model_validator(mode="after")

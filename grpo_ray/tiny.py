@@ -49,9 +49,9 @@ def build_tiny_model(folder: Path, config: TinyModelConfig) -> Path:
     tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
     ids = {"pad_token_id": vocab["<pad>"], "eos_token_id": vocab["<eos>"], "bos_token_id": vocab["<bos>"]}
     model_config = Qwen2Config(
-        vocab_size=(len(tokenizer) + 63) // 64 * 64,
+        vocab_size=config.vocab_size or (len(tokenizer) + 63) // 64 * 64,
         hidden_size=config.hidden_size,
-        intermediate_size=config.hidden_size * 11 // 4,
+        intermediate_size=config.intermediate_size or config.hidden_size * 11 // 4,
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_kv_heads,

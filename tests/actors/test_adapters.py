@@ -191,6 +191,7 @@ def test_samples_in_flight_finish_under_the_adapter_that_they_began_with(setting
     assert held == [[(new, 0)], [(new, 0)]], "an adapter that nobody uses is dropped"
 
 
+@pytest.mark.slow
 def test_an_engine_killed_during_a_sync_is_left_out_and_comes_back_with_the_adapter(setting: Setting) -> None:
     version = setting.next_version()
 
