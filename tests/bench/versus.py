@@ -67,6 +67,11 @@ CASES = {
         ("learner.overlap=true", "learner.num_threads=1"),
     ),
     "async": Case("grpo-ray, one update behind", "ours", ("algorithm.max_staleness=1", "learner.num_threads=1")),
+    "async-2": Case(
+        "grpo-ray, one update behind, two learners",
+        "ours",
+        ("algorithm.max_staleness=1", "learner.num_actors=2", "learner.num_cpus=0.5"),
+    ),
     "trl-vllm": Case("TRL, vLLM colocated", "trl", ("vllm",)),
     "trl-default": Case("TRL, its default generation", "trl", ("transformers",)),
     "sampling": Case("bare vLLM, one core", "bound", ("sampling",)),
