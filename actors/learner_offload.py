@@ -8,48 +8,55 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+HOST = torch.device("cpu")
+
 
 def offload(engine: Any, device: torch.device, *, keep_weights: bool) -> None:
     """Move the engine's states to the host's memory, the weights with them unless they are kept. What is moved already stays
     where it is."""
     from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
 
-    if has_zero(engine):
-        kinds = [State.hp_params, State.lp_grads, State.optim_states, *([] if keep_weights else [State.lp_params])]
-        engine.offload_states(include=kinds, pin_memory=device.type == "cuda")
-    else:
-        _move(_optimizer_tensors(engine), torch.device("cpu"))
+    stage = engine.zero_optimization_stage()
+    of_deepspeed = [[], *2 * [[State.hp_params, State.lp_grads, State.optim_states]], [State.lp_grads]][stage]
+    if stage and not keep_weights:
+        of_deepspeed.append(State.lp_params)
+    if of_deepspeed:
+        engine.offload_states(include=of_deepspeed, pin_memory=device.type == "cuda")
+    _move(_own(engine), HOST)
     if not keep_weights:
-        _move(_tensors(engine.module), torch.device("cpu"))
+        _move(_whole(engine.module), HOST)
     _release(device)
 
 
 def reload(engine: Any, device: torch.device) -> None:
     """Move all of them back."""
-    if has_zero(engine):
+    if engine.zero_optimization_stage():
         engine.reload_states()
-    else:
-        _move(_optimizer_tensors(engine), device)
-    _move(_tensors(engine.module), device)
+    _move(_own(engine), device)
+    _move(_whole(engine.module), device)
 
 
 def move_model(model: nn.Module, device: torch.device) -> None:
     """One without an optimizer: the reference."""
-    _move(_tensors(model), device)
+    _move(_whole(model), device)
     _release(device)
 
 
-def has_zero(engine: Any) -> bool:
-    return int(engine.zero_optimization_stage()) > 0
-
-
-def _optimizer_tensors(engine: Any) -> Iterator[Tensor]:
-    for state in engine.optimizer.state.values():
+def _own(engine: Any) -> Iterator[Tensor]:
+    """What DeepSpeed does not move: any optimizer's states without ZeRO; with ZeRO-3, where it moves those of its own Adam alone,
+    the states and the fp32 weights."""
+    stage = engine.zero_optimization_stage()
+    if stage not in (0, 3):
+        return
+    if stage == 3:
+        yield from engine.optimizer.fp32_partitioned_groups_flat
+    optimizer = engine.optimizer.optimizer if stage == 3 else engine.optimizer
+    for state in optimizer.state.values():
         yield from (value for value in state.values() if isinstance(value, Tensor) and value.ndim > 0)
 
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Those that are whole: parts of ZeRO-3 are its own to move."""
+def _whole(module: nn.Module) -> Iterator[Tensor]:
+    """Those that ZeRO-3 has not split: its parts are its own to move."""
     yield from (p for p in module.parameters() if not hasattr(p, "ds_id"))
     yield from module.buffers()
 
