@@ -39,6 +39,8 @@ class EarlyParts:
         """Tokens of a part: less would make micro-batches that are not full."""
         self._active = can_overlap(config)
         self._count = 0
+        self._waiting: dict[int, int] = {}
+        """Order of each group that was offered and is in no part yet -> its work."""
         self.under_way: asyncio.Task[None] | None = None
         """Of the last part; it may be done."""
 
@@ -54,13 +56,15 @@ class EarlyParts:
             step: steps done; the policy version that trains them.
         """
         new = [g for g in certain if g.part is None]
-        if fresh := [g for g in new if not g.advantages]:
+        if fresh := [g for g in new if g.order not in self._waiting]:
             set_advantages(fresh, self._config.algorithm)
-        if sum(_work(g) for g in new) < self._enough:
+            self._waiting |= {g.order: _work(g) for g in fresh}
+        if sum(self._waiting.values()) < self._enough:
             return
         part = cut_batch(new, step, self._config)
         for group in new:
             group.part = self._count
+        self._waiting = {}
         self._count += 1
         if self.under_way is not None:
             self.under_way.result()
@@ -69,7 +73,7 @@ class EarlyParts:
 
     async def finish(self) -> None:
         """The part under way is done, and the step has no more. Raises what went wrong with it."""
-        under_way, self.under_way, self._count = self.under_way, None, 0
+        under_way, self.under_way, self._count, self._waiting = self.under_way, None, 0, {}
         if under_way is not None:
             await under_way
 

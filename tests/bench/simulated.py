@@ -4,8 +4,9 @@
     rollout engines, reward workers, learner ranks                           simulated, behind what would be Ray handles
 
 Time is virtual: while there is something to do the clock stands still, then it jumps to the next timer. So a step of the
-cluster costs what the controller's code costs, and that is measured: the CPU time of this process outside the simulated actors
-(the event loop's own is in it; Ray's, which a real run adds for each call of an actor, is not).
+cluster costs what the controller's code costs, and that is measured: the CPU time of this process outside the simulated actors,
+less what reading the clock costs. The event loop's own is in it; Ray's is not, which a real run adds for each call of an actor and
+each answer.
 """
 
 from __future__ import annotations
@@ -51,12 +52,14 @@ from grpo_ray.types import (
     ScoreRequest,
     ScoreStatus,
     TrainBatch,
+    TrainSample,
     UpdateReport,
 )
 
 PROMPT_TOKENS = 256
 NUM_LENGTHS = 1 << 16
 MAX_TURNS = 10_000
+LOOKS = 10_000
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ class Plan:
     """After a sync an engine reads again what it had written, under the new weights."""
     learner_tokens_per_s: float = 500.0
     """One rank, forward and backward, prompts included."""
+    overlap: bool = True
+    """Finished groups go through forward and backward while others are sampled."""
     optimizer_s: float = 1.0
     sync_s: float = 3.0
     call_s: float = 0.001
@@ -111,7 +116,7 @@ class Plan:
             "learner": {
                 "num_actors": self.learners,
                 "micro_batch_tokens": PROMPT_TOKENS + self.max_tokens,
-                "overlap": False,
+                "overlap": self.overlap,
             },
             "algorithm": {"max_staleness": self.staleness},
             "prompts_per_step": self.prompts,
@@ -147,8 +152,29 @@ class Cluster:
         self.now = 0.0
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._numbers = itertools.count()
-        self.cpu_s = 0.0
-        """Of this process, in here and in the calls of actors."""
+        self._cpu_s = 0.0
+        self._num_looks = 0
+        self._look_s = _look_s()
+        self.turns = 0
+        """Of the event loop."""
+
+    def controller_cpu_s(self) -> float:
+        """CPU time of this process but for what was `aside`. Of the two looks at the clock around that, one look's time is outside
+        of them."""
+        return time.process_time() - self._cpu_s - self._num_looks * self._look_s
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """CPU time that is the simulation's."""
+        started = time.process_time()
+        try:
+            yield
+        finally:
+            self.spent_since(started)
+
+    def spent_since(self, started: float) -> None:
+        self._cpu_s += time.process_time() - started
+        self._num_looks += 1
 
     def at(self, when: float, what: Callable[..., None], *args: Any) -> None:
         heapq.heappush(self._events, (when, next(self._numbers), what, args))
@@ -166,7 +192,15 @@ class Cluster:
             raise AssertionError("everyone waits and nothing is under way: nothing would ever happen again")
         else:
             self.now = until
-        self.cpu_s += time.process_time() - started
+        self.spent_since(started)
+
+
+def _look_s() -> float:
+    """CPU time of one look at the clock of CPU time."""
+    began = time.process_time()
+    for _ in range(LOOKS):
+        time.process_time()
+    return (time.process_time() - began) / LOOKS
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -189,6 +223,7 @@ class _Selector(selectors.SelectSelector):
 
     def select(self, timeout: float | None = None) -> list[Any]:
         self._turns += 1
+        self._cluster.turns += 1
         if timeout is None or timeout > 0:
             self._turns = 0
             self._cluster.wait(timeout)
@@ -205,7 +240,7 @@ def simulated(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return method(self, *args)
         finally:
-            self.world.cluster.cpu_s += time.process_time() - started
+            self.world.cluster.spent_since(started)
             self.world.calls += 1
 
     return timed
@@ -241,11 +276,12 @@ class Totals:
     controller_cpu_s: float = 0.0
     calls: int = 0
     """Of actors: what each costs in Ray comes on top."""
+    turns: int = 0
+    """Of the event loop."""
     engine_busy_s: float = 0.0
     sequence_s: float = 0.0
     sampled_tokens: int = 0
     update_s: float = 0.0
-    rank_busy_s: float = 0.0
     transfer_s: float = 0.0
     late_s: float = 0.0
     """Updates that began later than their last score and the sync before allowed."""
@@ -299,15 +335,10 @@ class World:
         return replace(
             self.sums,
             now_s=self.cluster.now,
-            controller_cpu_s=time.process_time() - self.cluster.cpu_s,
+            controller_cpu_s=self.cluster.controller_cpu_s(),
+            turns=self.cluster.turns,
             calls=self.calls,
         )
-
-    @contextmanager
-    def not_the_controllers(self) -> Iterator[None]:
-        started = time.process_time()
-        yield
-        self.cluster.cpu_s += time.process_time() - started
 
 
 def _resolve(future: asyncio.Future[Any], value: Any) -> None:
@@ -509,34 +540,44 @@ class Learners:
     free_since: float = 0.0
     on_update: Callable[[TrainBatch], None] | None = None
 
+    async def accumulate(self, part: TrainBatch) -> None:
+        with self.world.cluster.aside():
+            seconds = self._passes_s(part.samples)
+            self.world.sums.update_s += seconds
+        await self.world.answer(None, seconds)
+        self.free_since = self.world.cluster.now
+
     async def update(self, batch: TrainBatch) -> UpdateReport:
         plan, sums = self.world.plan, self.world.sums
-        with self.world.not_the_controllers():
+        with self.world.cluster.aside():
             self.unsent = True
             began = self.world.cluster.now
             prompts = {s.prompt_id for s in batch.samples}
             possible = max(self.free_since, *(self.world.scored_at.pop(p) for p in prompts))
             sums.late_s += began - possible
-            lengths = [s.num_prompt_tokens + s.num_tokens for s in batch.samples]
-            (mini,) = plan_batch(
-                lengths,
-                [s.group for s in batch.samples],
-                num_ranks=plan.learners,
-                num_mini_batches=1,
-                micro_batch_tokens=PROMPT_TOKENS + plan.max_tokens,
-            )
-            ranks = [
-                sum(lengths[i] for micro in rank for i in micro) / plan.learner_tokens_per_s for rank in mini.ranks
-            ]
-            seconds = max(ranks) + plan.optimizer_s
+            seconds = self._passes_s([s for s in batch.samples if s.part is None]) + plan.optimizer_s
             sums.update_s += seconds
-            sums.rank_busy_s += sum(ranks) + plan.optimizer_s * len(ranks)
             sums.trained_tokens += sum(s.num_tokens for s in batch.samples)
             sums.groups += len(prompts)
             if self.on_update is not None:
                 self.on_update(batch)
         await self.world.answer(None, seconds)
         return UpdateReport(batch.step, {"loss/policy": 0.0, "grad_norm": 1.0}, seconds)
+
+    def _passes_s(self, samples: Sequence[TrainSample]) -> float:
+        """Forward and backward, on the slowest rank."""
+        plan = self.world.plan
+        if not samples:
+            return 0.0
+        lengths = [s.num_prompt_tokens + s.num_tokens for s in samples]
+        (mini,) = plan_batch(
+            lengths,
+            [s.group for s in samples],
+            num_ranks=plan.learners,
+            num_mini_batches=1,
+            micro_batch_tokens=PROMPT_TOKENS + plan.max_tokens,
+        )
+        return max(sum(lengths[i] for micro in rank for i in micro) for rank in mini.ranks) / plan.learner_tokens_per_s
 
     async def connect_weights(self, targets: Sequence[EngineTarget], generation: int) -> None:
         self.targets = targets
@@ -545,7 +586,7 @@ class Learners:
     async def send_weights(self, version: int) -> SendReport:
         self.unsent = False
         await self.world.answer(None, self.world.plan.sync_s)
-        with self.world.not_the_controllers():
+        with self.world.cluster.aside():
             for target in self.targets:
                 target.handle.version = version
         self.world.sums.transfer_s += self.world.plan.sync_s
@@ -680,7 +721,7 @@ class Simulation:
 
         def emit(event: Event) -> None:
             if isinstance(event, StepEvent):
-                with world.not_the_controllers():
+                with world.cluster.aside():
                     learners.free_since = world.cluster.now
                     if event.step in self.window:
                         self._marks.append(world.totals())
