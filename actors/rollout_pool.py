@@ -233,7 +233,7 @@ class RolloutPool:
 
     def _kick(self) -> None:
         """Dispatch once at the end of this turn of the event loop, so that requests made together travel together."""
-        if not self._dispatching:
+        if not self._dispatching and (self._queue or self._stale):
             self._dispatching = True
             asyncio.get_running_loop().call_soon(self._dispatch)
 
@@ -526,7 +526,7 @@ class RolloutPool:
         of any."""
         limit = self._config.deadlines.sample_s
         late_s = self._poll_s + POLL_SLACK_S
-        period_s = min(POLL_S, limit / 50)
+        period_s = min(self._poll_s, limit / 50)
         while True:
             await asyncio.sleep(period_s)
             now = time.monotonic()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class TraceFile:
         self._limit_bytes = limit_bytes
         kept = [e for e in read_trace(path) if step_of(e) <= resume_step] if resume_step else []
         self._threads = {e["args"]["name"]: (e["pid"], e["tid"]) for e in kept if e["name"] == "thread_name"}
+        self._num_threads = Counter(pid for pid, _ in self._threads.values())
         self._rewrite([_line(e) for e in kept])
 
     def append(self, step: int, tracks: Mapping[str, Sequence[Track]]) -> None:
@@ -64,7 +66,8 @@ class TraceFile:
 
     def _name_thread(self, role: str, worker: str) -> list[dict[str, Any]]:
         pid = PROCESSES.index(role) + 1
-        tid = 1 + sum(p == pid for p, _ in self._threads.values())
+        self._num_threads[pid] += 1
+        tid = self._num_threads[pid]
         self._threads[worker] = (pid, tid)
         names: list[dict[str, Any]] = []
         if tid == 1:

@@ -179,19 +179,21 @@ class Cluster:
     def at(self, when: float, what: Callable[..., None], *args: Any) -> None:
         heapq.heappush(self._events, (when, next(self._numbers), what, args))
 
-    def wait(self, timeout: float | None) -> None:
-        """To the first event, or as long as the event loop can: its own next timer is then due."""
+    def wait(self, timeout: float | None, anything_to_do: Callable[[], bool]) -> None:
+        """To the first event that gives the event loop something to do, or as long as it can wait: its own next timer is then due."""
         started = time.process_time()
         until = math.inf if timeout is None else self.now + timeout
-        if self._events and self._events[0][0] <= until:
-            self.now = max(self.now, self._events[0][0])
-            while self._events and self._events[0][0] <= self.now:
-                _, _, what, args = heapq.heappop(self._events)
-                what(*args)
-        elif timeout is None:
-            raise AssertionError("everyone waits and nothing is under way: nothing would ever happen again")
-        else:
-            self.now = until
+        while not anything_to_do():
+            if self._events and self._events[0][0] <= until:
+                self.now = max(self.now, self._events[0][0])
+                while self._events and self._events[0][0] <= self.now:
+                    _, _, what, args = heapq.heappop(self._events)
+                    what(*args)
+            elif timeout is None:
+                raise AssertionError("everyone waits and nothing is under way: nothing would ever happen again")
+            else:
+                self.now = until
+                break
         self.spent_since(started)
 
 
@@ -208,16 +210,17 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        super().__init__(_Selector(cluster))
+        super().__init__(_Selector(cluster, lambda: bool(self._ready)))
 
     def time(self) -> float:
         return self._cluster.now
 
 
 class _Selector(selectors.SelectSelector):
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, anything_to_do: Callable[[], bool]) -> None:
         super().__init__()
         self._cluster = cluster
+        self._anything_to_do = anything_to_do
         self._turns = 0
         """Of the event loop since time last passed."""
 
@@ -226,7 +229,7 @@ class _Selector(selectors.SelectSelector):
         self._cluster.turns += 1
         if timeout is None or timeout > 0:
             self._turns = 0
-            self._cluster.wait(timeout)
+            self._cluster.wait(timeout, self._anything_to_do)
         assert self._turns < MAX_TURNS, f"the controller spins: {MAX_TURNS} turns of the event loop without a wait"
         return []
 
