@@ -104,7 +104,7 @@ class _Engine:
     version: int | None = None
     """Of the weights it holds."""
     work: dict[int, _Ticket] = field(default_factory=dict)
-    place: tuple[int, int] | None = None
+    place: int | None = None
     """Its entry in `RolloutPool._usable`."""
     restarts: int = 0
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -142,8 +142,9 @@ class RolloutPool:
         self._capacity = int(config.rollout.max_num_seqs * QUEUE_FACTOR)
         self._engines = [_Engine(i) for i in range(config.rollout.num_actors)]
         self._by_name = {e.name: e for e in self._engines}
-        self._usable: list[tuple[int, int]] = []
-        """(requests, index) of each engine that may get more, sorted: a pool of a thousand is not searched for every sample."""
+        self._usable: list[int] = []
+        """Requests x engines + index of each engine that may get more, sorted: a pool of a thousand is not searched for every
+        sample."""
         self._stale: set[_Engine] = set()
         """Alive, with old weights."""
         self._tickets: set[_Ticket] = set()
@@ -268,7 +269,7 @@ class RolloutPool:
         """The least loaded usable engine with room; of several the first."""
         if not self._usable:
             return None
-        load, index = self._usable[0]
+        load, index = divmod(self._usable[0], len(self._engines))
         return self._engines[index] if load < (1 if ticket.alone else self._capacity) else None
 
     def _reconsider(self, engine: _Engine) -> None:
@@ -280,7 +281,7 @@ class RolloutPool:
         if engine.alive and engine.version != self.version:
             self._stale.add(engine)
         elif engine.alive and not (len(engine.work) == 1 and next(iter(engine.work.values())).alone):
-            engine.place = (len(engine.work), engine.index)
+            engine.place = len(engine.work) * len(self._engines) + engine.index
             bisect.insort(self._usable, engine.place)
 
     async def _poll(self, engine: _Engine, incarnation: int) -> None:
@@ -535,8 +536,9 @@ class RolloutPool:
                 engine.silent_s += period_s
                 if engine.alive and engine.silent_s > late_s:
                     self._died(engine, engine.incarnation, f"it did not answer for {late_s:g} s")
-                # The oldest come first.
-                for ticket in list(itertools.takewhile(lambda t: now - t.since > limit, engine.work.values())):
+                for ticket in list(engine.work.values()):
+                    if now - ticket.since <= limit:
+                        break  # Those behind it came later.
                     ticket.fail(
                         DeadlineError(
                             f"{engine.name} did not finish {ticket.name} within {limit:g} s (deadlines.sample_s)"

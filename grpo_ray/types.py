@@ -140,7 +140,7 @@ class ScoreStatus(StrEnum):
     @property
     def failed(self) -> bool:
         """Did the machinery fail, rather than the model?"""
-        return self in (ScoreStatus.TIMEOUT, ScoreStatus.CRASHED, ScoreStatus.ERROR)
+        return self is not ScoreStatus.OK and self is not ScoreStatus.NOT_APPLICABLE
 
 
 @dataclass(frozen=True)

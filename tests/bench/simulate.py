@@ -22,6 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from actors.runtime import settle_garbage_collector
 from tests.bench.simulated import Plan, Result, Simulation, World, oldest_trained, rss_mib
 
 TIMEOUT_S = 3600
@@ -50,9 +51,7 @@ MEMORY = {"rss": LONG, "tracemalloc": LONG.with_(steps=2000)}
 
 def schedule(plan: Plan) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        # As the controller does when its workers are up.
-        gc.collect()
-        gc.freeze()
+        settle_garbage_collector()
         simulation = Simulation(plan, Path(folder))
         result = simulation.run()
         return {"staleness": oldest_trained(simulation.run_dir.ledger), **_figures(result)}
@@ -68,8 +67,10 @@ def _figures(r: Result) -> dict[str, Any]:
         "samplers_idle": r.samplers_idle,
         "places_taken": r.places_taken,
         "controller_ms": r.controller_ms,
+        "controller_best_ms": r.controller_best_ms,
         "controller_share": r.steady.controller_cpu_s / r.steady.now_s,
         "calls": r.steady.calls / r.steady.groups,
+        "turns": r.steady.turns / r.steady.groups,
         "late_s": r.late_s,
         "num_deaths": r.num_deaths,
     }
@@ -124,7 +125,7 @@ def _one(name: str) -> Any:
 def _schedules(names: Sequence[str]) -> None:
     table = Table(
         "", "k", "step s", "of ideal", "of bound", "learners idle", "sending weights", "samplers idle", "places taken",
-        "oldest in ledger", "controller ms/group", "of a core", "calls/group", "dead engines",
+        "oldest in ledger", "controller ms/group", "best step", "of a core", "calls/group", "turns/group", "dead engines",
         title=f"{ENOUGH.samplers} samplers, {ENOUGH.learners} learners, {ENOUGH.prompts} x {ENOUGH.group} samples a step of "
         f"{ENOUGH.min_tokens} to {ENOUGH.max_tokens} tokens (log-normal, median {ENOUGH.median_tokens:.0f}); virtual time",
         caption="ideal: the slower of full samplers and of the updates; bound: the longest sample counted too. CPU time with "
@@ -142,8 +143,10 @@ def _schedules(names: Sequence[str]) -> None:
             ),
             str(r["staleness"]),
             f"{r['controller_ms']:.2f}",
+            f"{r['controller_best_ms']:.2f}",
             f"{r['controller_share']:.2%}",
             f"{r['calls']:.0f}",
+            f"{r['turns']:.0f}",
             str(r["num_deaths"]),
         )
         Console(width=180).print(table)

@@ -180,7 +180,7 @@ class Cluster:
         heapq.heappush(self._events, (when, next(self._numbers), what, args))
 
     def wait(self, timeout: float | None, anything_to_do: Callable[[], bool]) -> None:
-        """To the first event that gives the event loop something to do, or as long as it can wait: its own next timer is then due."""
+        """To the first event that gives the event loop something to do, or as long as it can wait: to its own next timer."""
         started = time.process_time()
         until = math.inf if timeout is None else self.now + timeout
         while not anything_to_do():
@@ -290,6 +290,11 @@ class Totals:
     """Updates that began later than their last score and the sync before allowed."""
     trained_tokens: int = 0
     groups: int = 0
+
+    @property
+    def controller_ms(self) -> float:
+        """For each group."""
+        return 1000 * self.controller_cpu_s / self.groups
 
     def __sub__(self, other: Totals) -> Totals:
         return Totals(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
@@ -639,6 +644,9 @@ class Result:
     """Between the steps `Simulation.window`: of a run that neither begins nor ends."""
     num_steps: int
     """Steps of that window."""
+    controller_best_ms: float
+    """Its CPU for each group of the cheapest step of the window. The work of a step is that of the others: what they cost more,
+    other processes cost (caches, time that a hypervisor takes)."""
     late_s: float
     """Over the whole run: what the learners waited although their batch was scored and the sync before it done."""
     num_queued: int
@@ -688,7 +696,7 @@ class Result:
     @property
     def controller_ms(self) -> float:
         """CPU of the controller for each group."""
-        return 1000 * self.steady.controller_cpu_s / self.steady.groups
+        return self.steady.controller_ms
 
 
 class Simulation:
@@ -701,7 +709,9 @@ class Simulation:
         ahead = plan.staleness + 1
         self.window = (ahead, plan.steps - ahead) if plan.steps > 3 * ahead else (1, plan.steps)
         self._on_step = on_step
-        self._marks: list[Totals] = []
+        self._first = self._last = Totals()
+        """Of the window."""
+        self._best_ms = math.inf
         self._trained: list[list[str]] = []
 
     def run(self, *, keep_batches: bool = False) -> Result:
@@ -726,8 +736,7 @@ class Simulation:
             if isinstance(event, StepEvent):
                 with world.cluster.aside():
                     learners.free_since = world.cluster.now
-                    if event.step in self.window:
-                        self._marks.append(world.totals())
+                    self._mark(event.step, world.totals())
                     if self._on_step is not None:
                         self._on_step(event.step, world)
 
@@ -749,18 +758,27 @@ class Simulation:
             await scorer.close()
             await sampler.close()
             ledger.close()
-        first, last = self._marks
         return Result(
             self.plan,
             how,
-            last - first,
+            self._last - self._first,
             self.window[1] - self.window[0],
+            self._best_ms,
             world.sums.late_s,
             world.num_queued,
             world.num_deaths,
             troubles,
             self._trained,
         )
+
+    def _mark(self, step: int, totals: Totals) -> None:
+        first, last = self.window
+        if step == first:
+            self._first = totals
+        elif first < step <= last:
+            self._best_ms = min(self._best_ms, (totals - self._last).controller_ms)
+        if step <= last:
+            self._last = totals
 
     def _kill(self, world: World, number: int) -> None:
         """The busiest of a few: one that has something to lose."""
