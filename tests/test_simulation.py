@@ -49,13 +49,29 @@ def check_every_prompt_once_in_order(result: Result, rows: list[tuple[str, int, 
 
 @pytest.mark.parametrize(("staleness", "steps", "of_ideal"), [(0, 8, 0.50), (1, 12, 0.97), (4, 20, 0.98)])
 def test_learners_wait_for_nothing_but_the_longest_sample(tmp_path, staleness, steps, of_ideal):
-    result, rows = simulate(tmp_path, SMALL.with_(staleness=staleness, steps=steps))
+    result, rows = simulate(tmp_path, SMALL.with_(staleness=staleness, steps=steps, overlap=False))
     check_every_prompt_once_in_order(result, rows)
     assert oldest_trained(tmp_path / "ledger.sqlite") == staleness
     assert result.late_s == 0, "an update begins the moment its last score is there and the sync before it is over"
     assert result.of_ideal > of_ideal
     assert result.step_s < 1.05 * result.bound_s
     assert staleness > 1 or result.num_queued == 0, "no engine is full while another has places"
+
+
+def test_on_policy_the_learners_work_while_the_last_groups_are_sampled(tmp_path):
+    plan = SMALL.with_(staleness=0, steps=8)
+    result, rows = simulate(tmp_path / "overlapped", plan)
+    after, _ = simulate(tmp_path / "after", plan.with_(overlap=False))
+    check_every_prompt_once_in_order(result, rows)
+    assert result.trained == after.trained
+    assert result.learners_idle < 0.8 * after.learners_idle
+
+
+def test_batches_that_wait_for_the_learners_leave_the_samplers_at_work(tmp_path):
+    """Every batch is whole when its step begins; what follows it is begun all the same."""
+    result, rows = simulate(tmp_path, SMALL.with_(steps=12, max_tokens=4096))
+    check_every_prompt_once_in_order(result, rows)
+    assert result.learners_idle < 0.01
 
 
 @pytest.mark.parametrize(("staleness", "steps", "of_ideal"), [(1, 10, 0.90), (4, 18, 0.93)])

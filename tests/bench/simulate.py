@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -32,7 +33,7 @@ ENOUGH = Plan(prompts=512, learner_tokens_per_s=250)
 SCARCE = ENOUGH.with_(learner_tokens_per_s=4000, max_num_seqs=8)
 """Samplers are what there is too little of."""
 LONG = Plan(
-    samplers=64, learners=16, scorers=8, prompts=4, staleness=1, steps=10_000, rows=7000,
+    samplers=32, learners=8, scorers=4, prompts=2, group=8, staleness=1, steps=10_000, rows=7000,
     median_tokens=200, max_tokens=2048, learner_tokens_per_s=100,
 )  # fmt: skip
 
@@ -77,9 +78,9 @@ def _figures(r: Result) -> dict[str, Any]:
 
 
 def memory(plan: Plan, *, traced: bool) -> list[dict[str, float]]:
-    """What the process holds at six points of the run."""
+    """What the process holds at eleven points of the run."""
     points: list[dict[str, float]] = []
-    marks = {plan.steps * k // 100 for k in (2, 20, 40, 60, 80, 99)}
+    marks = {plan.steps * k // 100 for k in (2, 10, 20, 30, 40, 50, 60, 70, 80, 90, 99)}
 
     def look(step: int, world: World) -> None:
         if step in marks:
@@ -158,9 +159,15 @@ def _memory(name: str) -> None:
         "step", "RSS MiB", "Python's blocks", "tracemalloc MiB",
         title=f"memory over {plan.steps} steps of {plan.prompts} x {plan.group} samples ({name})",
     )  # fmt: skip
-    for point in _run(name):
+    points = _run(name)
+    for point in points:
         traced = f"{point['traced_mib']:.2f}" if "traced_mib" in point else ""
         table.add_row(f"{point['step']:.0f}", f"{point['rss_mib']:.1f}", f"{point['blocks']:.0f}", traced)
+    # The first tenth fills what is bounded: the last steps for the advice, the caches of allocators.
+    steps = np.array([p["step"] for p in points[1:]])
+    for what, unit in (("rss_mib", "MiB of RSS"), ("blocks", "blocks")):
+        slope = np.polyfit(steps, [p[what] for p in points[1:]], 1)[0]
+        table.caption = f"{table.caption or 'after the first tenth, fitted:'} {slope * 1000:+.2f} {unit} in 1,000 steps;"
     Console().print(table)
 
 

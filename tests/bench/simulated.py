@@ -660,7 +660,15 @@ class Result:
     @property
     def ideal_s(self) -> float:
         """Of a step: its samples on samplers that are always full, or its updates; the slower of the two."""
-        return max(self.steady.trained_tokens / self.plan.sampling_tokens_per_s, self.steady.update_s) / self.num_steps
+        return max(self.sampling_s, self.update_s)
+
+    @property
+    def sampling_s(self) -> float:
+        return self.steady.trained_tokens / self.plan.sampling_tokens_per_s / self.num_steps
+
+    @property
+    def update_s(self) -> float:
+        return self.steady.update_s / self.num_steps
 
     @property
     def step_s(self) -> float:
@@ -675,8 +683,11 @@ class Result:
         """Of a step, by the longest sample too: what is dispatched with one policy is trained at most `staleness` updates later,
         so that it has the time of that many steps."""
         k = self.plan.staleness
-        update_s = self.steady.update_s / self.num_steps
-        return max(self.ideal_s, self.plan.longest_s / k) if k else update_s + max(self.ideal_s, self.plan.longest_s)
+        if k:
+            return max(self.ideal_s, self.plan.longest_s / k)
+        if self.plan.overlap:
+            return max(self.ideal_s, self.plan.longest_s) + self.plan.optimizer_s
+        return max(self.sampling_s, self.plan.longest_s) + self.update_s
 
     @property
     def learners_idle(self) -> float:
