@@ -167,7 +167,9 @@ def _memory(name: str) -> None:
     steps = np.array([p["step"] for p in points[1:]])
     for what, unit in (("rss_mib", "MiB of RSS"), ("blocks", "blocks")):
         slope = np.polyfit(steps, [p[what] for p in points[1:]], 1)[0]
-        table.caption = f"{table.caption or 'after the first tenth, fitted:'} {slope * 1000:+.2f} {unit} in 1,000 steps;"
+        table.caption = (
+            f"{table.caption or 'after the first tenth, fitted:'} {slope * 1000:+.2f} {unit} in 1,000 steps;"
+        )
     Console().print(table)
 
 
