@@ -164,7 +164,7 @@ class RewardPool:
             num_samples = sum(len(w.requests) for w in batch)
             start = time.monotonic()
             try:
-                results = await self._call(worker, batch, start + self._limit_s(num_samples))
+                results = await self._call(worker, batch, self._limit_s(num_samples))
             except BaseException as e:
                 self._queue.extendleft(reversed(batch))
                 self._num_waiting += num_samples
@@ -199,8 +199,8 @@ class RewardPool:
             taken += len(item.requests)
         return batch if batch else await self._take()
 
-    async def _call(self, worker: _Worker, batch: list[_Waiting], due: float) -> list[list[Score]]:
-        worker.due = due
+    async def _call(self, worker: _Worker, batch: list[_Waiting], limit_s: float) -> list[list[Score]]:
+        worker.due = asyncio.get_running_loop().time() + limit_s
         worker.activity.enter("scoring")
         try:
             results: list[list[Score]] = await worker.actor.score.remote([w.requests for w in batch])
@@ -218,7 +218,7 @@ class RewardPool:
         """Ends workers whose call is overdue: it then fails like every call of a dead worker."""
         while True:
             await asyncio.sleep(WATCH_S)
-            now = time.monotonic()
+            now = asyncio.get_running_loop().time()
             for worker in self._workers:
                 if now > worker.due:
                     log.warning("%s did not finish scoring in time (reward.timeout_s); ending it", worker.name)

@@ -94,6 +94,12 @@ def test_engines_that_die_cost_time_and_nothing_else(tmp_path, staleness):
     assert result.of_ideal > 0.75 * whole.of_ideal
 
 
+def test_a_scorer_that_never_answers_is_ended_and_its_samples_are_scored_by_another(tmp_path):
+    plan = SMALL.with_(steps=3, hangs=3)
+    result, rows = simulate(tmp_path, plan)
+    check_every_prompt_once_in_order(result, rows)
+
+
 @pytest.mark.parametrize("samplers", [32, 256])
 def test_what_the_controller_does_for_a_group_does_not_grow_with_the_cluster(tmp_path, samplers):
     plan = SMALL.with_(samplers=samplers, prompts=64, max_num_seqs=128, learner_tokens_per_s=2000, steps=8)

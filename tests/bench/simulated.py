@@ -100,6 +100,8 @@ class Plan:
     reward_s: float = 0.012
     deaths: tuple[float, ...] = ()
     """When an engine dies, virtual seconds."""
+    hangs: int = 0
+    """The first calls of scorers, that never return."""
 
     def config(self) -> RunConfig:
         data = {
@@ -307,6 +309,7 @@ class World:
         self.num_queued = 0
         """Samples that waited in an engine for a place."""
         self.num_deaths = 0
+        self.num_hung = 0
 
     def start(self, actor: type, *args: Any, **options: Any) -> Any:
         if actor is not RolloutActor:
@@ -504,17 +507,24 @@ class Scorer:
     def __init__(self, world: World) -> None:
         self.world = world
         self.dead = False
+        self._hanging: asyncio.Future[Any] | None = None
         self.start = _Method(lambda: world.answer(0, 1.0))
         self.stop = _Method(lambda: world.answer(None, world.plan.call_s))
         self.score = _Method(self._score)
 
     def die(self) -> None:
         self.dead = True
+        if self._hanging is not None and not self._hanging.done():
+            self._hanging.set_exception(ActorDiedError())
 
     @simulated
     def _score(self, groups: list[list[ScoreRequest]]) -> asyncio.Future[Any]:
         if self.dead:
             raise ActorDiedError
+        if self.world.num_hung < self.world.plan.hangs:
+            self.world.num_hung += 1
+            self._hanging = asyncio.get_running_loop().create_future()
+            return self._hanging
         scores = [[self._score_one(r) for r in requests] for requests in groups]
         seconds = self.world.plan.call_s + self.world.plan.reward_s * sum(map(len, groups))
         for requests in groups:
