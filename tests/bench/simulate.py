@@ -33,7 +33,7 @@ ENOUGH = Plan(prompts=512, learner_tokens_per_s=250)
 SCARCE = ENOUGH.with_(learner_tokens_per_s=4000, max_num_seqs=8)
 """Samplers are what there is too little of."""
 LONG = Plan(
-    samplers=8, learners=2, scorers=2, prompts=2, group=4, staleness=1, steps=10_000, rows=7000,
+    samplers=2, learners=1, scorers=1, prompts=1, group=2, staleness=1, steps=10_000, rows=7000,
     median_tokens=200, max_tokens=2048, learner_tokens_per_s=100,
 )  # fmt: skip
 
