@@ -8,7 +8,6 @@ The driver may vanish and come back; the run is here. Only references and small 
 from __future__ import annotations
 
 import asyncio
-import gc
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from actors.colocated import ColocatedLearner, ColocatedSampler, ColocatedWeight
 from actors.learner_group import LearnerGroup
 from actors.reward_pool import RewardPool
 from actors.rollout_pool import RolloutPool
-from actors.runtime import own_log, within
+from actors.runtime import own_log, settle_garbage_collector, within
 from actors.weights import RayWeightSync
 from grpo_ray.attention import cpu_has_bf16
 from grpo_ray.checkpoint import RunDir
@@ -211,9 +210,7 @@ class Controller:
         if self._resume_step is not None:
             self._phase("restoring", f"step {self._resume_step}")
             await loop.restore(self._resume_step)
-        # Modules and models stay to the end: the garbage collector need not look through them again and again.
-        gc.collect()
-        gc.freeze()
+        settle_garbage_collector()
         return await loop.run()
 
     async def _eval(self, config: RunConfig) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -19,21 +20,33 @@ import ray
 
 from actors.reward import FETCH_TIMEOUT_S, RewardActor
 from actors.runtime import Actors, RayActors, within
-from grpo_ray.activity import Activity
+from grpo_ray.activity import IDLE, Activity
 from grpo_ray.config import RewardConfig
 from grpo_ray.errors import DeadlineError, RewardError, WorkerError
 from grpo_ray.types import Score, ScoreRequest, Track
 
 MAX_BATCH = 64
 """Samples in one call: enough to make Ray's share of the cost small, few enough to spread over the workers."""
+WATCH_S = 10.0
 STOP_TIMEOUT_S = 10.0
 log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(eq=False, slots=True)
 class _Waiting:
     requests: list[ScoreRequest]
     done: asyncio.Future[list[Score]]
+
+
+@dataclass(eq=False, slots=True)
+class _Worker:
+    """One place in the pool, through the lives of its actor."""
+
+    name: str
+    activity: Activity
+    actor: Any = None
+    due: float = math.inf
+    """When the call under way must have ended."""
 
 
 class RewardPool:
@@ -56,10 +69,11 @@ class RewardPool:
         self._restarts_left = max_restarts
         self._source = actors
         self._queue: deque[_Waiting] = deque()
+        self._num_waiting = 0
+        """Samples in the queue."""
         self._idle: deque[asyncio.Future[None]] = deque()
         """Of each worker that waits for work."""
-        self._actors: dict[str, Any] = {}
-        self._activities: dict[str, Activity] = {}
+        self._workers = [_Worker(n, Activity(n)) for n in (f"{name}-{i}" for i in range(config.num_actors))]
         self.pids: dict[str, int] = {}
         """Name of each worker -> its process, for people and chaos tests."""
         self._tasks: list[asyncio.Task[None]] = []
@@ -94,33 +108,35 @@ class RewardPool:
             max_restarts=max_restarts,
             actors=actors or RayActors(),
         )
-        names = [f"{name}-{i}" for i in range(config.num_actors)]
         try:
-            await asyncio.gather(*(pool._start(n) for n in names))
+            await asyncio.gather(*(pool._start(w) for w in pool._workers))
         except BaseException:
             await pool.close()
             raise
-        pool._tasks = [asyncio.create_task(pool._serve(n), name=f"{n} queue") for n in names]
+        pool._tasks = [asyncio.create_task(pool._serve(w), name=f"{w.name} queue") for w in pool._workers]
+        pool._tasks.append(asyncio.create_task(pool._watch()))
         return pool
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+    def score(self, requests: Sequence[ScoreRequest]) -> asyncio.Future[list[Score]]:
         """Score samples; one Score each, in order. See `roles.Scorer`.
 
-        Raises:
+        Raises (the future):
             WorkerError: workers died more often than `max_restarts`, or the pool is closed.
             RewardError: a reward function can no longer be imported.
         """
-        if self._broken is not None:
-            raise self._broken
-        if not requests:
-            return []
         done: asyncio.Future[list[Score]] = asyncio.get_running_loop().create_future()
-        self._queue.append(_Waiting(list(requests), done))
-        while self._idle:
-            if not (idle := self._idle.popleft()).done():
-                idle.set_result(None)
-                break
-        return await done
+        if self._broken is not None:
+            done.set_exception(self._broken)
+        elif not requests:
+            done.set_result([])
+        else:
+            self._queue.append(_Waiting(list(requests), done))
+            self._num_waiting += len(requests)
+            while self._idle:
+                if not (idle := self._idle.popleft()).done():
+                    idle.set_result(None)
+                    break
+        return done
 
     def take_stats(self) -> dict[str, float]:
         """Since the last call: samples scored, seconds that workers were busy, workers restarted."""
@@ -129,7 +145,7 @@ class RewardPool:
 
     def take_tracks(self) -> list[Track]:
         """Since the last call: when each worker was busy `scoring`, from the call to its answer."""
-        return [activity.take() for activity in self._activities.values()]
+        return [worker.activity.take() for worker in self._workers]
 
     async def close(self) -> None:
         """End every worker and its scoring process. Calls still waiting get a WorkerError."""
@@ -137,30 +153,32 @@ class RewardPool:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(self._stop(actor) for actor in self._actors.values()))
-        self._actors.clear()
+        await asyncio.gather(*(self._stop(w.actor) for w in self._workers if w.actor is not None))
+        for worker in self._workers:
+            worker.actor = None
 
-    async def _serve(self, name: str) -> None:
+    async def _serve(self, worker: _Worker) -> None:
         """One worker's life: take, score, repeat; replace it when it dies."""
         while self._broken is None:
             batch = await self._take()
+            num_samples = sum(len(w.requests) for w in batch)
             start = time.monotonic()
             try:
-                with self._activities[name].span("scoring"):
-                    results = await self._call(name, batch)
+                results = await self._call(worker, batch, self._limit_s(num_samples))
             except BaseException as e:
                 self._queue.extendleft(reversed(batch))
-                if isinstance(e, ray.exceptions.RayActorError | TimeoutError) and self._broken is None:
-                    await self._replace(name, e)
+                self._num_waiting += num_samples
+                if isinstance(e, ray.exceptions.RayActorError) and self._broken is None:
+                    await self._replace(worker, e)
                 else:
-                    self._fail(self._broken or _cause(e, name))
+                    self._fail(self._broken or _cause(e, worker.name))
                 if not isinstance(e, Exception):
                     raise
                 continue
             for waiting, scores in zip(batch, results, strict=True):
                 if not waiting.done.done():
                     waiting.done.set_result(scores)
-            self._stats["scored"] += sum(len(w.requests) for w in batch)
+            self._stats["scored"] += num_samples
             self._stats["busy_s"] += time.monotonic() - start
 
     async def _take(self) -> list[_Waiting]:
@@ -169,37 +187,55 @@ class RewardPool:
             # It goes on in the next turn of the event loop; everything that is put in during this one is there by then.
             self._idle.append(idle := asyncio.get_running_loop().create_future())
             await idle
-        waiting = sum(len(w.requests) for w in self._queue)
-        share = min(MAX_BATCH, -(-waiting // self._config.num_actors))
+        share = min(MAX_BATCH, -(-self._num_waiting // self._config.num_actors))
         batch: list[_Waiting] = []
         taken = 0
         while self._queue and (not batch or taken + len(self._queue[0].requests) <= share):
             item = self._queue.popleft()
+            self._num_waiting -= len(item.requests)
             if item.done.cancelled():
                 continue
             batch.append(item)
             taken += len(item.requests)
         return batch if batch else await self._take()
 
-    async def _call(self, name: str, batch: list[_Waiting]) -> list[list[Score]]:
-        """Within the longest that the worker may take: every call to its deadline, with every retry and restart."""
-        calls = sum(len(w.requests) for w in batch) * len(self._config.functions)
-        tries = calls * (1 + self._config.on_failure.retries)
-        limit_s = FETCH_TIMEOUT_S + tries * (self._config.timeout_s + self._start_timeout_s)
-        reference = self._actors[name].score.remote([w.requests for w in batch])
-        results: list[list[Score]] = await within(reference, limit_s, f"{name} scoring", "reward.timeout_s")
+    async def _call(self, worker: _Worker, batch: list[_Waiting], limit_s: float) -> list[list[Score]]:
+        worker.due = asyncio.get_running_loop().time() + limit_s
+        worker.activity.enter("scoring")
+        try:
+            results: list[list[Score]] = await worker.actor.score.remote([w.requests for w in batch])
+        finally:
+            worker.due = math.inf
+            worker.activity.enter(IDLE)
         return results
 
-    async def _start(self, name: str) -> None:
-        actor = await self._named_actor(name)
-        self._actors[name] = actor
-        self._activities.setdefault(name, Activity(name))
+    def _limit_s(self, num_samples: int) -> float:
+        """The longest that a worker may take: every call to its deadline, with every retry and restart."""
+        tries = num_samples * len(self._config.functions) * (1 + self._config.on_failure.retries)
+        return FETCH_TIMEOUT_S + tries * (self._config.timeout_s + self._start_timeout_s)
+
+    async def _watch(self) -> None:
+        """Ends workers whose call is overdue: it then fails like every call of a dead worker."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            now = asyncio.get_running_loop().time()
+            for worker in self._workers:
+                if now > worker.due:
+                    log.warning("%s did not finish scoring in time (reward.timeout_s); ending it", worker.name)
+                    worker.due = math.inf
+                    self._source.kill(worker.actor)
+
+    async def _start(self, worker: _Worker) -> None:
+        worker.actor = await self._named_actor(worker.name)
         try:
-            self.pids[name] = await within(
-                actor.start.remote(), self._start_timeout_s + 60, f"start of {name}", "deadlines.start_s"
+            self.pids[worker.name] = await within(
+                worker.actor.start.remote(),
+                self._start_timeout_s + 60,
+                f"start of {worker.name}",
+                "deadlines.start_s",
             )
         except ray.exceptions.RayError as e:
-            raise _cause(e, name) from None
+            raise _cause(e, worker.name) from None
 
     async def _named_actor(self, name: str) -> Any:
         """The name of a dead actor is free only when the cluster has noticed its death."""
@@ -215,29 +251,30 @@ class RewardPool:
                     raise WorkerError(f"{name} can't be started: {e}") from None
                 await asyncio.sleep(0.2)
 
-    async def _replace(self, name: str, cause: BaseException) -> None:
+    async def _replace(self, worker: _Worker, cause: BaseException) -> None:
         """Start another worker under the same name, as often as the budget allows; else the pool fails."""
         while self._restarts_left > 0:
             self._restarts_left -= 1
             self._stats["restarts"] += 1
-            log.warning("%s died (%s); starting another", name, _first_line(cause))
-            self._source.kill(self._actors[name])
+            log.warning("%s died (%s); starting another", worker.name, _first_line(cause))
+            self._source.kill(worker.actor)
             try:
-                return await self._start(name)
+                return await self._start(worker)
             except WorkerError as e:
                 cause = e
             except (RewardError, DeadlineError) as e:
                 return self._fail(e)
         return self._fail(
             WorkerError(
-                f"{name} died ({_first_line(cause)}) and the pool's budget of restarts is used up; "
-                f"see {self._run_dir}/logs/{name}.log"
+                f"{worker.name} died ({_first_line(cause)}) and the pool's budget of restarts is used up; "
+                f"see {self._run_dir}/logs/{worker.name}.log"
             )
         )
 
     def _fail(self, error: Exception) -> None:
         """The pool is of no more use: tell everyone who waits."""
         self._broken = self._broken or error
+        self._num_waiting = 0
         while self._queue:
             waiting = self._queue.popleft()
             if not waiting.done.done():

@@ -17,7 +17,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -50,17 +50,35 @@ MAX_ABORTS = 3
 CLOSE_S = 5.0
 
 
-@dataclass(eq=False)
-class _Ticket:
-    id: int
-    request: SampleRequest
-    future: asyncio.Future[SampleInfo]
-    since: float
-    """When it was last handed to an engine, or queued."""
-    deaths: int = 0
-    aborts: int = 0
-    engine: _Engine | None = None
-    """That works on it."""
+class _Ticket(asyncio.Future[SampleInfo]):
+    """One sample that was asked for, and the future of it. Cancelling it frees its place in the engine."""
+
+    def __init__(self, pool: RolloutPool, number: int, request: SampleRequest) -> None:
+        super().__init__(loop=asyncio.get_running_loop())
+        self._pool = pool
+        self.number = number
+        self.request = request
+        self.since = time.monotonic()
+        """When it was last handed to an engine, or queued."""
+        self.deaths = 0
+        self.aborts = 0
+        self.engine: _Engine | None = None
+        """That works on it."""
+
+    def succeed(self, info: SampleInfo) -> None:
+        self._pool._forget(self)
+        self.set_result(info)
+
+    def fail(self, error: Exception) -> None:
+        if not self.done():
+            self._pool._forget(self)
+            self.set_exception(error)
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        if self.done():
+            return False
+        self._pool._forget(self)
+        return super().cancel(msg)
 
     @property
     def name(self) -> str:
@@ -88,7 +106,7 @@ class _Engine:
     version: int | None = None
     """Of the weights it holds."""
     work: dict[int, _Ticket] = field(default_factory=dict)
-    place: tuple[int, int] | None = None
+    place: int | None = None
     """Its entry in `RolloutPool._usable`."""
     restarts: int = 0
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -129,11 +147,12 @@ class RolloutPool:
         self._capacity = int(config.rollout.max_num_seqs * QUEUE_FACTOR)
         self._engines = [_Engine(i) for i in range(config.rollout.num_actors)]
         self._by_name = {e.name: e for e in self._engines}
-        self._usable: list[tuple[int, int]] = []
-        """(requests, index) of each engine that may get more, sorted: a pool of a thousand is not searched for every sample."""
+        self._usable: list[int] = []
+        """Requests x engines + index of each engine that may get more, sorted: a pool of a thousand is not searched for every
+        sample."""
         self._stale: set[_Engine] = set()
         """Alive, with old weights."""
-        self._tickets: dict[int, _Ticket] = {}
+        self._tickets: set[_Ticket] = set()
         self._queue: deque[_Ticket] = deque()
         self._ids = itertools.count()
         self._dispatching = False
@@ -223,27 +242,22 @@ class RolloutPool:
         """Samples asked for and not there yet."""
         return len(self._tickets)
 
-    async def generate(self, request: SampleRequest) -> SampleInfo:
+    def generate(self, request: SampleRequest) -> asyncio.Future[SampleInfo]:
         """Draw one sample. Cancelling it frees its place in the engine.
 
-        Raises:
+        Raises (the future):
             DataError: the engine refuses the prompt (too long, a token out of its vocabulary).
             DeadlineError: an engine works on it for longer than deadlines.sample_s.
             WorkerError: it ends engines, or no engine is left.
         """
+        ticket = _Ticket(self, next(self._ids), request)
+        self._tickets.add(ticket)
         if self._closed:
-            raise WorkerError("the rollout pool is closed")
-        ticket = _Ticket(next(self._ids), request, asyncio.get_running_loop().create_future(), time.monotonic())
-        self._tickets[ticket.id] = ticket
-        self._queue.append(ticket)
-        self._kick()
-        try:
-            return await ticket.future
-        except BaseException:
-            self._withdraw(ticket)
-            raise
-        finally:
-            del self._tickets[ticket.id]
+            ticket.fail(WorkerError("the rollout pool is closed"))
+        else:
+            self._queue.append(ticket)
+            self._kick()
+        return ticket
 
     def take_stats(self) -> dict[str, float]:
         """Since the last call: restarts, and for each engine its samples, tokens, seconds at work and their part of the time."""
@@ -266,7 +280,7 @@ class RolloutPool:
 
     def _kick(self) -> None:
         """Dispatch once at the end of this turn of the event loop, so that requests made together travel together."""
-        if not self._dispatching:
+        if not self._dispatching and (self._queue or self._stale):
             self._dispatching = True
             asyncio.get_running_loop().call_soon(self._dispatch)
 
@@ -279,21 +293,21 @@ class RolloutPool:
             if engine is None and not self._queue[0].alone:
                 break
             ticket = self._queue.popleft()
-            if ticket.future.done():
+            if ticket.done():
                 continue
             if engine is None:
                 held.append(ticket)
                 continue
             ticket.since = time.monotonic()
             ticket.engine = engine
-            engine.work[ticket.id] = ticket
+            engine.work[ticket.number] = ticket
             self._reconsider(engine)
             engine.show()
             outboxes.setdefault(engine, []).append(ticket)
         self._queue.extendleft(reversed(held))
         for engine, tickets in outboxes.items():
             # If the engine dies of it, or before it, its poll says so.
-            engine.handle.submit.remote([(t.id, t.request) for t in tickets])
+            engine.handle.submit.remote([(t.number, t.request) for t in tickets])
         if self._tickets and self._stale:
             self._ask_for_sync()
 
@@ -301,7 +315,7 @@ class RolloutPool:
         """The least loaded usable engine with room; of several the first."""
         if not self._usable:
             return None
-        load, index = self._usable[0]
+        load, index = divmod(self._usable[0], len(self._engines))
         return self._engines[index] if load < (1 if ticket.alone else self._capacity) else None
 
     def _reconsider(self, engine: _Engine) -> None:
@@ -313,7 +327,7 @@ class RolloutPool:
         if engine.alive and engine.version != self.version:
             self._stale.add(engine)
         elif engine.alive and not (len(engine.work) == 1 and next(iter(engine.work.values())).alone):
-            engine.place = (len(engine.work), engine.index)
+            engine.place = len(engine.work) * len(self._engines) + engine.index
             bisect.insort(self._usable, engine.place)
 
     async def _poll(self, engine: _Engine, incarnation: int) -> None:
@@ -335,26 +349,26 @@ class RolloutPool:
 
     def _settle(self, engine: _Engine, outcome: Outcome, samples_ref: Any) -> None:
         ticket = self._take_back(engine, outcome.ticket)
-        if ticket is None or ticket.future.done():
+        if ticket is None or ticket.done():
             return
         if outcome.info is not None:
             engine.samples += 1
             engine.tokens += outcome.info.num_tokens
             engine.restarts = 0
             self._progress = time.monotonic()
-            ticket.future.set_result(replace(outcome.info, ref=samples_ref))
+            ticket.succeed(outcome.info.behind(samples_ref))
         elif outcome.problem == "refused":
-            ticket.future.set_exception(DataError(f"{engine.name} refuses {ticket.name}: {outcome.detail}"))
+            ticket.fail(DataError(f"{engine.name} refuses {ticket.name}: {outcome.detail}"))
         else:
             ticket.aborts += 1
             if ticket.aborts >= MAX_ABORTS:
                 reason = f"{ticket.name} ended {ticket.aborts} times without a sample, last on {engine.name}: {outcome.detail}"
-                ticket.future.set_exception(WorkerError(reason))
+                ticket.fail(WorkerError(reason))
             else:
                 self._requeue([ticket])
 
-    def _take_back(self, engine: _Engine, ticket_id: int) -> _Ticket | None:
-        ticket = engine.work.pop(ticket_id, None)
+    def _take_back(self, engine: _Engine, number: int) -> _Ticket | None:
+        ticket = engine.work.pop(number, None)
         if ticket is not None:
             ticket.engine = None
             self._reconsider(engine)
@@ -367,11 +381,12 @@ class RolloutPool:
         self._queue.extendleft(reversed(tickets))
         self._kick()
 
-    def _withdraw(self, ticket: _Ticket) -> None:
-        """Stop the work on a ticket that nobody waits for any more."""
+    def _forget(self, ticket: _Ticket) -> None:
+        """A ticket that ends. Nobody waits for it any more: the work on it, if an engine still has it, stops."""
+        self._tickets.remove(ticket)
         if (engine := ticket.engine) is not None:
-            self._take_back(engine, ticket.id)
-            engine.handle.cancel.remote([ticket.id])
+            self._take_back(engine, ticket.number)
+            engine.handle.cancel.remote([ticket.number])
             self._kick()
 
     # Weights
@@ -518,11 +533,11 @@ class RolloutPool:
         moved = []
         for ticket in work:
             ticket.engine = None
-            if ticket.future.done():
+            if ticket.done():
                 continue
             ticket.deaths += blame_work
             if blame_work and ticket.deaths > SHARED_DEATHS:
-                ticket.future.set_exception(
+                ticket.fail(
                     WorkerError(
                         f"{ticket.name} ends rollout engines: {ticket.deaths} died while they worked on it, the last one "
                         f"on it alone ({reason}); look at this prompt, and at logs/{engine.name}.log"
@@ -551,9 +566,8 @@ class RolloutPool:
         engine.show()
         self._changed.set()
         if all(e.gone for e in self._engines):
-            for ticket in list(self._tickets.values()):
-                if not ticket.future.done():
-                    ticket.future.set_exception(WorkerError(self._all_gone()))
+            for ticket in list(self._tickets):
+                ticket.fail(WorkerError(self._all_gone()))
 
     def _all_gone(self) -> str:
         return "no rollout engine is left: " + "; ".join(e.gone for e in self._engines)
@@ -563,7 +577,7 @@ class RolloutPool:
         of any."""
         limit = self._config.deadlines.sample_s
         late_s = self._poll_s + POLL_SLACK_S
-        period_s = min(POLL_S, limit / 50)
+        period_s = min(self._poll_s, limit / 50)
         while True:
             await asyncio.sleep(period_s)
             now = time.monotonic()
@@ -572,19 +586,18 @@ class RolloutPool:
                 engine.silent_s += period_s
                 if engine.alive and engine.silent_s > late_s:
                     self._died(engine, engine.incarnation, f"it did not answer for {late_s:g} s")
-                for ticket in engine.work.values():
+                for ticket in list(engine.work.values()):
                     if now - ticket.since <= limit:
                         break  # Those behind it came later.
-                    if not ticket.future.done():
-                        ticket.future.set_exception(
-                            DeadlineError(
-                                f"{engine.name} did not finish {ticket.name} within {limit:g} s (deadlines.sample_s)"
-                            )
+                    ticket.fail(
+                        DeadlineError(
+                            f"{engine.name} did not finish {ticket.name} within {limit:g} s (deadlines.sample_s)"
                         )
+                    )
             for ticket in self._queue if now - self._progress > limit else ():
-                if now - ticket.since > limit and not ticket.future.done():
+                if now - ticket.since > limit and not ticket.done():
                     states = ", ".join(f"{e.name} {self._state(e)}" for e in self._engines)
-                    ticket.future.set_exception(
+                    ticket.fail(
                         DeadlineError(f"no engine took {ticket.name} for {limit:g} s (deadlines.sample_s): {states}")
                     )
 
@@ -609,9 +622,9 @@ class RolloutPool:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=CLOSE_S)
-        for ticket in self._tickets.values():
-            if not ticket.future.done():
-                ticket.future.set_exception(WorkerError("the rollout pool was closed"))
+        for ticket in list(self._tickets):
+            ticket.engine = None
+            ticket.fail(WorkerError("the rollout pool was closed"))
         handles = [e.handle for e in self._engines if e.handle is not None]
         ends = [asyncio.ensure_future(_answer(h.shutdown.remote())) for h in handles]
         if ends:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import re
 import sys
@@ -15,6 +16,9 @@ import ray
 from grpo_ray.errors import DeadlineError
 
 T = TypeVar("T")
+
+GC_THRESHOLD = 50_000
+"""Objects made and not gone, between two looks of the garbage collector."""
 
 # Large buffers are reused instead of going back to the kernel after every micro-batch.
 ALLOCATOR_ENV = {
@@ -42,6 +46,14 @@ class RayActors:
 
     def kill(self, handle: Any) -> None:
         ray.kill(handle)
+
+
+def settle_garbage_collector() -> None:
+    """For the controller when everything is up. What is there stays to the end (modules, models, prompts): it need not be looked
+    through again and again. Nor do thousands of samples under way, which go by themselves: look seldom."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD)
 
 
 def own_log(run_dir: str, name: str) -> Path:

@@ -4,13 +4,15 @@
 
 The ledger and the checkpoint agree: `roll_back(step)` forgets everything after a checkpoint, so a resumed run ends with
 the same rows as one that was never stopped.
+
+That a group was sampled is written some time after it was, with others: after a crash it is sampled again in any case.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,10 @@ CREATE INDEX IF NOT EXISTS groups_by_step ON groups (step);
 """
 
 
+SAMPLED_AT_ONCE = 64
+"""Groups that were sampled, for one transaction."""
+
+
 @dataclass(frozen=True)
 class LedgerSummary:
     trained: int
@@ -56,6 +62,8 @@ class Ledger:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=NORMAL")
         self._db.executescript(_SCHEMA)
+        self._sampled: list[tuple[object, ...]] = []
+        """Not written yet."""
 
     def dispatched(self, groups: Iterable[Group]) -> None:
         """Raises sqlite3.IntegrityError when a prompt is dispatched twice: the invariant that the ledger is for."""
@@ -68,10 +76,9 @@ class Ledger:
             )
 
     def sampled(self, group: Group) -> None:
+        """Written when there are enough of them, or by `flush`, which every other method calls that looks at rows."""
         values = [s.value for s in group.scores if not s.status.failed and s.value == s.value]
-        self._update(
-            "UPDATE groups SET state = 'sampled', min_version = ?, num_samples = ?, num_tokens = ?, num_failed_scores = ?, "
-            "mean_reward = ?, finished_at = ? WHERE prompt_id = ? AND state = 'dispatched'",
+        self._sampled.append(
             (
                 group.min_version,
                 len(group.samples),
@@ -80,32 +87,46 @@ class Ledger:
                 sum(values) / len(values) if values else None,
                 time.time(),
                 group.prompt.id,
-            ),
+            )
         )
+        if len(self._sampled) >= SAMPLED_AT_ONCE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is not written yet."""
+        if self._sampled:
+            rows, self._sampled = self._sampled, []
+            self._update(
+                "UPDATE groups SET state = 'sampled', min_version = ?, num_samples = ?, num_tokens = ?, num_failed_scores = ?, "
+                "mean_reward = ?, finished_at = ? WHERE prompt_id = ? AND state = 'dispatched'",
+                rows,
+            )
 
     def dropped(self, group: Group, step: int, reason: str) -> None:
+        self.flush()
         self._update(
             "UPDATE groups SET state = 'dropped', step = ?, drop_reason = ? "
             "WHERE prompt_id = ? AND state IN ('dispatched', 'sampled')",
-            (step, reason, group.prompt.id),
+            [(step, reason, group.prompt.id)],
         )
 
     def trained(self, groups: Iterable[Group], step: int) -> None:
         """All of a step or none."""
-        with self._transaction():
-            for group in groups:
-                self._update(
-                    "UPDATE groups SET state = 'trained', step = ? WHERE prompt_id = ? AND state = 'sampled'",
-                    (step, group.prompt.id),
-                )
+        self.flush()
+        self._update(
+            "UPDATE groups SET state = 'trained', step = ? WHERE prompt_id = ? AND state = 'sampled'",
+            [(step, group.prompt.id) for group in groups],
+        )
 
     def roll_back(self, step: int, order: int) -> int:
         """Forget what happened after `step` was trained, and every group from `order` on. Returns how many groups that were."""
+        self.flush()
         where = "step IS NULL OR step > ? OR dispatch_order >= ?"
         return self._db.execute(f"DELETE FROM groups WHERE {where}", (step, order)).rowcount
 
     def last_lengths(self, groups: Iterable[Group]) -> dict[str, float]:
         """Prompt id -> tokens of a sample of the same row in the epoch before, mean; without those it does not know."""
+        self.flush()
         out = {}
         for group in groups:
             data_set, epoch, row = group.prompt.id.rsplit("/", 2)
@@ -122,6 +143,7 @@ class Ledger:
         return 0 if top is None else int(top) + 1
 
     def summary(self) -> LedgerSummary:
+        self.flush()
         counts = dict(self._db.execute("SELECT state, COUNT(*) FROM groups GROUP BY state"))
         (steps,) = self._db.execute("SELECT COUNT(DISTINCT step) FROM groups WHERE state = 'trained'").fetchone()
         reasons = dict(
@@ -137,6 +159,7 @@ class Ledger:
 
     def rows(self) -> list[tuple[str, int, str, int | None, str | None]]:
         """(prompt id, dispatch order, state, step, drop reason), in dispatch order: what two runs must have in common."""
+        self.flush()
         return list(
             self._db.execute(
                 "SELECT prompt_id, dispatch_order, state, step, drop_reason FROM groups ORDER BY dispatch_order"
@@ -144,6 +167,7 @@ class Ledger:
         )
 
     def close(self) -> None:
+        self.flush()
         self._db.close()
 
     @contextmanager
@@ -157,12 +181,15 @@ class Ledger:
             raise
         self._db.execute("COMMIT")
 
-    def _update(self, sql: str, args: tuple[object, ...]) -> None:
-        changed = self._db.execute(sql, args).rowcount
-        if changed != 1:
-            raise AssertionError(
-                f"ledger: {changed} rows instead of one took the transition of {args[-1]!r}: {sql.split(' WHERE ')[0]}"
-            )
+    def _update(self, sql: str, rows: Sequence[tuple[object, ...]]) -> None:
+        """A transition of some groups, or of none; the last of a row's values names its prompt."""
+        with self._transaction():
+            for row in rows:
+                changed = self._db.execute(sql, row).rowcount
+                if changed != 1:
+                    raise AssertionError(
+                        f"ledger: {changed} rows instead of one took the transition of {row[-1]!r}: {sql.split(' WHERE ')[0]}"
+                    )
 
 
 def _num_failed(scores: Iterable[Score]) -> int:

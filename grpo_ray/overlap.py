@@ -39,6 +39,8 @@ class EarlyParts:
         """Tokens of a part: less would make micro-batches that are not full."""
         self._active = can_overlap(config)
         self._count = 0
+        self._waiting: dict[int, int] = {}
+        """Order of each group that was offered and is in no part yet -> its work, at most."""
         self.under_way: asyncio.Task[None] | None = None
         """Of the last part; it may be done."""
 
@@ -54,13 +56,19 @@ class EarlyParts:
             step: steps done; the policy version that trains them.
         """
         new = [g for g in certain if g.part is None]
-        if fresh := [g for g in new if not g.advantages]:
-            set_advantages(fresh, self._config.algorithm)
-        if sum(_work(g) for g in new) < self._enough:
+        self._waiting |= {g.order: _work(g) for g in new if g.order not in self._waiting}
+        if sum(self._waiting.values()) < self._enough:
             return
+        if fresh := [g for g in new if not g.advantages]:
+            # Of many at once: for each group as it comes they would cost more than all else that is done for it.
+            set_advantages(fresh, self._config.algorithm)
+            self._waiting = {g.order: _work(g) for g in new}
+            if sum(self._waiting.values()) < self._enough:
+                return
         part = cut_batch(new, step, self._config)
         for group in new:
             group.part = self._count
+        self._waiting = {}
         self._count += 1
         if self.under_way is not None:
             self.under_way.result()
@@ -69,7 +77,7 @@ class EarlyParts:
 
     async def finish(self) -> None:
         """The part under way is done, and the step has no more. Raises what went wrong with it."""
-        under_way, self.under_way, self._count = self.under_way, None, 0
+        under_way, self.under_way, self._count, self._waiting = self.under_way, None, 0, {}
         if under_way is not None:
             await under_way
 
@@ -81,7 +89,6 @@ class EarlyParts:
 
 
 def _work(group: Group) -> int:
-    """Tokens of its samples that move something."""
-    return sum(
-        s.num_prompt_tokens + s.num_tokens for s, a in zip(group.samples, group.advantages, strict=True) if a != 0
-    )
+    """Tokens of its samples that move something; of all, as long as their advantages are not known."""
+    advantages = group.advantages or [1.0] * len(group.samples)
+    return sum(s.num_prompt_tokens + s.num_tokens for s, a in zip(group.samples, advantages, strict=True) if a != 0)

@@ -1,7 +1,7 @@
 """What the loop needs of the machinery, and nothing more.
 
-`actors/pools.py` implements these over Ray; a test implements them over plain objects. Everything is a coroutine:
-the loop has hundreds of samples under way at once and reads as if it had one.
+`actors/` implements these over Ray; a test implements them over plain objects. What takes time is awaited: the loop has thousands
+of samples under way at once and reads as if it had one.
 
 Contract of every method: it ends, with a result or an exception, within the deadline that its owner was built with; the
 exception names what was waited for.
@@ -9,7 +9,7 @@ exception names what was waited for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -29,8 +29,8 @@ from grpo_ray.types import (
 class Sampler(Protocol):
     """A pool of rollout engines. Chooses the engine, moves work when one dies."""
 
-    async def generate(self, request: SampleRequest) -> SampleInfo:
-        """Draw one sample. Many calls run at once."""
+    def generate(self, request: SampleRequest) -> Awaitable[SampleInfo]:
+        """Draw one sample. Many calls run at once, and whoever cancels one needs it no more."""
         ...
 
     def take_stats(self) -> dict[str, float]:
@@ -45,7 +45,7 @@ class Sampler(Protocol):
 class Scorer(Protocol):
     """A pool of reward workers."""
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+    def score(self, requests: Sequence[ScoreRequest]) -> Awaitable[list[Score]]:
         """Score samples (one, or a whole group for rewards that compare its members); one Score each, in order.
 
         A failing reward function is a `Score` with that status. An exception means that the pool itself is broken.

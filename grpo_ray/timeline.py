@@ -60,17 +60,23 @@ def merged(tracks: Mapping[str, Sequence[Track]]) -> dict[str, list[Track]]:
     """One track a worker, where two reports tell of the same one, in order of time."""
     out: dict[str, list[Track]] = {}
     for role, reports in tracks.items():
-        spans: dict[str, list[TimeSpan]] = {}
+        of: dict[str, Track] = {}
         for track in reports:
-            spans.setdefault(track.worker, []).extend(track.spans)
-        out[role] = [Track(w, tuple(sorted(own, key=lambda s: s.start))) for w, own in spans.items()]
+            before = of.get(track.worker)
+            of[track.worker] = track if before is None else _joined(before, track)
+        out[role] = list(of.values())
     return out
+
+
+def _joined(a: Track, b: Track) -> Track:
+    return Track(a.worker, tuple(sorted((*a.spans, *b.spans), key=lambda s: s.start)))
 
 
 def busy_metrics(window: TimeSpan, tracks: Mapping[str, Sequence[Track]]) -> dict[str, float]:
     """For each role with workers the busy part of the window, mean over its workers, and how many they are."""
     out: dict[str, float] = {}
-    busy = {role: [busy_intervals(t, window) for t in merged(tracks).get(role, [])] for role in ROLES}
+    by_worker = merged({role: tracks.get(role, ()) for role in ROLES})
+    busy = {role: [busy_intervals(t, window) for t in by_worker[role]] for role in ROLES}
     for role, workers in busy.items():
         if workers and window.seconds > 0:
             out[f"busy/{role}"] = sum(_length(w) for w in workers) / len(workers) / window.seconds
@@ -85,15 +91,20 @@ def busy_metrics(window: TimeSpan, tracks: Mapping[str, Sequence[Track]]) -> dic
 def sampler_tokens_per_s(metrics: Mapping[str, float]) -> dict[str, float]:
     """From the tokens and busy seconds of each engine, `rollout/0/tokens` and `rollout/0/busy_s`."""
     tokens, busy_s = (
-        sum(v for name, v in metrics.items() if matches(name, f"rollout/*/{what}")) for what in ("tokens", "busy_s")
+        sum(v for name, v in metrics.items() if name.endswith(what) and matches(name, f"rollout/*/{what}"))
+        for what in ("tokens", "busy_s")
     )
     return {"throughput/sampler_tokens_per_s": tokens / busy_s} if busy_s > 0 else {}
 
 
 def busy_intervals(track: Track, window: TimeSpan) -> list[Interval]:
     """When the worker was busy, within the window."""
-    inside = [(max(s.start, window.start), min(s.end, window.end)) for s in track.spans if s.name not in NOT_BUSY]
-    return [(start, end) for start, end in inside if end > start]
+    first, last = window.start, window.end
+    return [
+        (s.start if s.start > first else first, s.end if s.end < last else last)
+        for s in track.spans
+        if s.name not in NOT_BUSY and s.end > first and s.start < last
+    ]
 
 
 def union(intervals: Sequence[Interval]) -> list[Interval]:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ LIMIT_BYTES = 64 << 20
 PROCESSES = ("controller", "rollout", "reward", "votes", "learner")
 """Process id - 1, and the order from top to bottom."""
 _OPEN, _NEXT, _CLOSE = b"[", b",\n", b"\n]\n"
+_META = b'{"ph":"M"'
 
 
 class TraceFile:
@@ -33,14 +35,15 @@ class TraceFile:
         self._limit_bytes = limit_bytes
         kept = [e for e in read_trace(path) if step_of(e) <= resume_step] if resume_step else []
         self._threads = {e["args"]["name"]: (e["pid"], e["tid"]) for e in kept if e["name"] == "thread_name"}
-        self._rewrite(kept)
+        self._num_threads = Counter(pid for pid, _ in self._threads.values())
+        self._rewrite([_line(e) for e in kept])
 
     def append(self, step: int, tracks: Mapping[str, Sequence[Track]]) -> None:
         """`tracks`: role -> workers."""
-        events = [e for role, workers in tracks.items() for track in workers for e in self._events(step, role, track)]
-        if not events:
+        lines = [e for role, workers in tracks.items() for track in workers for e in self._events(step, role, track)]
+        if not lines:
             return
-        new = _lines(events)
+        new = _NEXT.join(lines)
         if self._path.stat().st_size + len(new) > self._limit_bytes:
             self._drop_older_half()
         with self._path.open("r+b") as file:
@@ -48,19 +51,23 @@ class TraceFile:
             end = file.seek(-len(_CLOSE), os.SEEK_END)
             file.write((_NEXT if end > len(_OPEN) else b"\n") + new + _CLOSE)
 
-    def _events(self, step: int, role: str, track: Track) -> list[dict[str, Any]]:
+    def _events(self, step: int, role: str, track: Track) -> list[bytes]:
         named = [] if track.worker in self._threads else self._name_thread(role, track.worker)
         pid, tid = self._threads[track.worker]
-        where = {"pid": pid, "tid": tid, "args": {"step": step}}
-        return named + [
-            {"ph": "X", "name": s.name, "cat": role, "ts": _microseconds(s.start), "dur": _duration(s.start, s.end)}
-            | where
-            for s in track.spans
-        ]
+        # Put together by hand: json.dumps of thousands of these takes longer than all else that is done for a step.
+        names = {name: json.dumps(name) for name in {s.name for s in track.spans}}
+        where = f'"cat":{json.dumps(role)},"pid":{pid},"tid":{tid},"args":{{"step":{step}}}}}'
+        lines = []
+        for span in track.spans:
+            # The difference of the rounded ends: a duration rounded by itself could make neighbours overlap.
+            start, end = round(span.start * 1e6), round(span.end * 1e6)
+            lines.append(f'{{"ph":"X","name":{names[span.name]},"ts":{start},"dur":{end - start},{where}'.encode())
+        return [_line(e) for e in named] + lines
 
     def _name_thread(self, role: str, worker: str) -> list[dict[str, Any]]:
         pid = PROCESSES.index(role) + 1
-        tid = 1 + sum(p == pid for p, _ in self._threads.values())
+        self._num_threads[pid] += 1
+        tid = self._num_threads[pid]
         self._threads[worker] = (pid, tid)
         names: list[dict[str, Any]] = []
         if tid == 1:
@@ -75,14 +82,16 @@ class TraceFile:
         ]
 
     def _drop_older_half(self) -> None:
-        events = list(read_trace(self._path))
-        steps = sorted({step_of(e) for e in events if e["ph"] != "M"})
-        middle = steps[len(steps) // 2]
-        self._rewrite([e for e in events if e["ph"] == "M" or step_of(e) >= middle])
+        """Half of the bytes, and the rest of the step that this cuts. Most lines are not looked into."""
+        lines = [line.rstrip(b",\n") for line in self._path.read_bytes().splitlines()[1:-1]]
+        middle = len(lines) // 2
+        cut = next((step_of(e) for e in map(_event, lines[middle:]) if e["ph"] != "M"), 0)
+        first = next((i for i in range(middle, len(lines)) if step_of(_event(lines[i])) > cut), len(lines))
+        self._rewrite([line for line in lines[:first] if line.startswith(_META)] + lines[first:])
 
-    def _rewrite(self, events: Sequence[Mapping[str, Any]]) -> None:
+    def _rewrite(self, lines: Sequence[bytes]) -> None:
         aside = self._path.with_suffix(".json.new")
-        aside.write_bytes(_OPEN + (b"\n" + _lines(events) if events else b"") + _CLOSE)
+        aside.write_bytes(_OPEN + (b"\n" + _NEXT.join(lines) if lines else b"") + _CLOSE)
         aside.replace(self._path)
 
 
@@ -105,18 +114,14 @@ def step_of(event: Mapping[str, Any]) -> int:
     return int(event["args"].get("step", 0))
 
 
-def _lines(events: Iterable[Mapping[str, Any]]) -> bytes:
-    return _NEXT.join(json.dumps(e, separators=(",", ":"), allow_nan=False).encode() for e in events)
+def _line(event: Mapping[str, Any]) -> bytes:
+    return json.dumps(event, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _event(line: bytes) -> dict[str, Any]:
+    event: dict[str, Any] = json.loads(line)
+    return event
 
 
 def _meta(name: str, pid: int, tid: int, args: dict[str, Any]) -> dict[str, Any]:
     return {"ph": "M", "name": name, "pid": pid, "tid": tid, "args": args}
-
-
-def _microseconds(seconds: float) -> int:
-    return round(seconds * 1e6)
-
-
-def _duration(start: float, end: float) -> int:
-    """Between the rounded ends: rounding it by itself could make neighbours overlap."""
-    return _microseconds(end) - _microseconds(start)

@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from grpo_ray.cursor import Cursor
 from grpo_ray.errors import NonFiniteError, RewardError
 from grpo_ray.evaluate import eval_event, evaluate
 from grpo_ray.events import CheckpointEvent, Event, MessageEvent, PhaseEvent, StepEvent
+from grpo_ray.filling import Filling
 from grpo_ray.ledger import Ledger
 from grpo_ray.metrics import TimeKeeper, eval_metrics, step_metrics
 from grpo_ray.overlap import EarlyParts
@@ -46,11 +48,9 @@ from grpo_ray.train_batch import cut_batch, has_spread, set_advantages
 from grpo_ray.types import (
     Group,
     Prompt,
-    SampleInfo,
     SampleRequest,
     SamplingParams,
     Score,
-    ScoreRequest,
     SyncReport,
     Track,
     TrainBatch,
@@ -115,15 +115,15 @@ class TrainLoop:
         """Steps done; also the policy version of the learner."""
         self.total_steps = total_steps(config, len(cursor))
         self._order = 0
-        self._under_way: dict[asyncio.Task[None], Group] = {}
+        self._under_way: dict[asyncio.Future[None], Group] = {}
         """In dispatch order."""
-        self._finished: asyncio.Queue[asyncio.Task[None]] = asyncio.Queue()
+        self._finished: asyncio.Queue[asyncio.Future[None]] = asyncio.Queue()
         """Those that ended and are not settled, and parts that the learner is through with."""
         self._early = EarlyParts(config, roles.learner, self._finished.put_nowait)
         self._ready: list[Group] = []
         """Complete, and not yet in a batch; in dispatch order."""
         self._cursor_at: dict[int, dict[str, Any]] = {}
-        """Order of each group under way or ready -> the cursor just before it: where a resumed run begins again."""
+        """Order of each group under way or ready, ascending -> the cursor just before it: where a resumed run begins again."""
         self._counts = StepCounts()
         self._stop_reason: str | None = None
         self._saved_step = -1
@@ -175,8 +175,8 @@ class TrainLoop:
             self._advise()
         finally:
             self._timeline.close(self.step, self._take_tracks())
-            for task in self._under_way:
-                task.cancel()
+            for filling in self._under_way:
+                filling.cancel()
             await asyncio.gather(*self._under_way, return_exceptions=True)
             await self._early.cancel()
         return self._stop_reason if self.step < self.total_steps and self._stop_reason else "finished"
@@ -192,6 +192,7 @@ class TrainLoop:
         self._counts = StepCounts()
         with self._time.phase("rollout"):
             groups = await self._collect()
+        self.ledger.flush()
         set_advantages(groups, self.config.algorithm)
         batch = cut_batch(groups, self.step, self.config)
         with self._time.phase("update"):
@@ -212,13 +213,16 @@ class TrainLoop:
         Always the oldest: however samples overtake each other, batches are the same, and no group waits for more than
         `max_staleness` steps.
         """
-        while self._num_oldest_ready() < (wanted := self._wanted()):
+        while True:
+            wanted = self._wanted()
             self._dispatch(wanted)
+            if self._num_oldest_ready() >= wanted:
+                break
             if self._early.wants_more:
                 self._early.offer(self._certain(wanted), self.step)
-            task = await self._finished.get()
-            if task in self._under_way:
-                self._settle(self._under_way.pop(task), task)
+            finished = await self._finished.get()
+            if finished in self._under_way:
+                self._settle(self._under_way.pop(finished), finished)
             self.emit(PhaseEvent("rollout", "", min(len(self._ready), wanted), wanted))
         if not wanted:
             raise RewardError(
@@ -238,11 +242,11 @@ class TrainLoop:
 
     def _certain(self, wanted: int) -> list[Group]:
         """Complete groups that this step's batch will hold: fewer than `wanted` can come before them."""
-        orders = sorted(g.order for g in (*self._ready, *self._under_way.values()))
-        return [g for g in self._ready if g.order <= orders[:wanted][-1]]
+        *_, last = islice(self._cursor_at, wanted)
+        return self._ready[: bisect.bisect_right(self._ready, last, key=_order)]
 
-    def _settle(self, group: Group, task: asyncio.Task[None]) -> None:
-        task.result()
+    def _settle(self, group: Group, filling: asyncio.Future[None]) -> None:
+        filling.result()
         self.ledger.sampled(group)
         if self._keep(group) and self._has_signal(group):
             bisect.insort(self._ready, group, key=_order)
@@ -276,39 +280,28 @@ class TrainLoop:
             self._cursor_at[self._order] = self.cursor.state_dict()
             fresh.append(Group(prompt=self.cursor.next(), order=self._order, dispatched_version=self.step))
             self._order += 1
+        if not fresh:
+            return
         self.ledger.dispatched(fresh)
         begun = fresh
-        if fresh and self.cursor.epoch > 0:
+        if self.cursor.epoch > 0:
             # The longest first: what is begun last ends last, and everything waits for it.
             lengths = self.ledger.last_lengths(fresh)
             begun = sorted(fresh, key=lambda g: -lengths.get(g.prompt.id, 0.0))
-        tasks = {group.order: asyncio.create_task(self._fill(group)) for group in begun}
+        fillings = {group.order: self._fill(group) for group in begun}
         for group in fresh:
-            tasks[group.order].add_done_callback(self._finished.put_nowait)
-            self._under_way[tasks[group.order]] = group
+            fillings[group.order].add_done_callback(self._finished.put_nowait)
+            self._under_way[fillings[group.order]] = group
 
-    async def _fill(self, group: Group) -> None:
-        """Sample G completions of the prompt and score them."""
-        size = self.config.rollout.num_generations
-        if self.config.reward.unit == "sample":
-            async with asyncio.TaskGroup() as tasks:
-                pairs = [tasks.create_task(self._sample_and_score(group.prompt, i)) for i in range(size)]
-            group.samples = [p.result()[0] for p in pairs]
-            group.scores = [p.result()[1] for p in pairs]
-        else:
-            async with asyncio.TaskGroup() as tasks:
-                drawn = [tasks.create_task(self._sample(group.prompt, i)) for i in range(size)]
-            group.samples = [d.result() for d in drawn]
-            group.scores = await self.roles.scorer.score([_score_request(group.prompt, s) for s in group.samples])
-
-    async def _sample_and_score(self, prompt: Prompt, index: int) -> tuple[SampleInfo, Score]:
-        info = await self._sample(prompt, index)
-        (score,) = await self.roles.scorer.score([_score_request(prompt, info)])
-        return info, score
-
-    async def _sample(self, prompt: Prompt, index: int) -> SampleInfo:
-        seed = sample_seed(self.config.seed, prompt.id, index)
-        return await self.roles.sampler.generate(SampleRequest(prompt.id, index, prompt.token_ids, seed, self._params))
+    def _fill(self, group: Group) -> Filling:
+        """Begin to sample G completions of the prompt and to score them."""
+        prompt, seed = group.prompt, self.config.seed
+        requests = [
+            SampleRequest(prompt.id, i, prompt.token_ids, sample_seed(seed, prompt.id, i), self._params)
+            for i in range(self.config.rollout.num_generations)
+        ]
+        at_once = self.config.reward.unit == "group"
+        return Filling(group, requests, self.roles.sampler, self.roles.scorer, at_once=at_once)
 
     def _keep(self, group: Group) -> bool:
         """Apply the failure policy. A dropped group is replaced by the next prompt.
@@ -478,7 +471,3 @@ def total_steps(config: RunConfig, num_prompts: int) -> int:
 
 def _order(group: Group) -> int:
     return group.order
-
-
-def _score_request(prompt: Prompt, info: SampleInfo) -> ScoreRequest:
-    return ScoreRequest(info, prompt.text, prompt.messages, prompt.columns)

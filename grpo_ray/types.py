@@ -10,10 +10,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform
 
 import numpy as np
 from numpy.typing import NDArray
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True)
+def _record(cls: type[T]) -> type[T]:
+    """Of which there are several for each sample: frozen to the type checker alone, since a dataclass that is frozen at run time
+    takes four times as long to make."""
+    return dataclass(unsafe_hash=True, slots=True)(cls)
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@_record
 class SampleRequest:
     """One sample to draw. Made by the loop, consumed by a rollout actor."""
 
@@ -87,7 +96,7 @@ class Sample:
     """Decoded once, without special tokens. For rewards and people; never tokenized again."""
 
 
-@dataclass(frozen=True)
+@_record
 class SampleInfo:
     """What the loop needs to know of a sample; the tokens stay behind `ref`."""
 
@@ -106,6 +115,20 @@ class SampleInfo:
     row: int
     """Its place in that list."""
 
+    def behind(self, ref: Any) -> SampleInfo:
+        """The same, with the handle that its actor can't know."""
+        return SampleInfo(
+            self.prompt_id,
+            self.index,
+            self.num_prompt_tokens,
+            self.num_tokens,
+            self.min_version,
+            self.finish_reason,
+            self.worker,
+            ref,
+            self.row,
+        )
+
 
 class ScoreStatus(StrEnum):
     OK = "ok"
@@ -117,7 +140,7 @@ class ScoreStatus(StrEnum):
     @property
     def failed(self) -> bool:
         """Did the machinery fail, rather than the model?"""
-        return self in (ScoreStatus.TIMEOUT, ScoreStatus.CRASHED, ScoreStatus.ERROR)
+        return self is not ScoreStatus.OK and self is not ScoreStatus.NOT_APPLICABLE
 
 
 @dataclass(frozen=True)
@@ -165,7 +188,7 @@ class Score:
         return tuple(step.value for step in self.steps) or (self.value,)
 
 
-@dataclass(frozen=True)
+@_record
 class ScoreRequest:
     """One sample to score. The scorer fetches the text behind `sample.ref` itself."""
 
@@ -196,7 +219,7 @@ class Group:
         return min(s.min_version for s in self.samples)
 
 
-@dataclass(frozen=True)
+@_record
 class TrainSample:
     """One sequence of a batch: where its tokens are, and what the loss needs besides."""
 
@@ -235,7 +258,7 @@ class TrainBatch:
     """Log-probabilities are of logits / temperature, as the sampler's are."""
 
 
-@dataclass(frozen=True)
+@_record
 class TimeSpan:
     """What a worker did from `start` to `end`, on the clock of its host (seconds since 1970)."""
 
@@ -248,7 +271,7 @@ class TimeSpan:
         return self.end - self.start
 
 
-@dataclass(frozen=True)
+@_record
 class Track:
     """What one worker did since it last told; see `grpo_ray.activity`. Idle all along, it has no spans."""
 

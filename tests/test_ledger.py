@@ -74,6 +74,7 @@ def test_the_mean_reward_leaves_failed_scores_out(ledger):
     g.scores = [Score(ScoreStatus.OK, 1.0), Score(ScoreStatus.TIMEOUT, float("nan"))]
     ledger.dispatched([g])
     ledger.sampled(g)
+    ledger.flush()
     (row,) = ledger._db.execute("SELECT mean_reward, num_failed_scores FROM groups").fetchall()
     assert row == (1.0, 1)
 

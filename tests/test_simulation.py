@@ -3,13 +3,16 @@ overtake each other, it trains every prompt once, in order, and never on weights
 
 from __future__ import annotations
 
+import gc
 import sqlite3
+import sys
 from pathlib import Path
 
 import pytest
 
+from actors.rollout_pool import POLL_S, POLLS_PER_S
 from grpo_ray.cursor import Cursor
-from tests.bench.simulated import Plan, Result, Rows, Simulation, oldest_trained
+from tests.bench.simulated import Plan, Result, Rows, Simulation, World, oldest_trained
 
 SMALL = Plan(
     samplers=32,
@@ -46,13 +49,29 @@ def check_every_prompt_once_in_order(result: Result, rows: list[tuple[str, int, 
 
 @pytest.mark.parametrize(("staleness", "steps", "of_ideal"), [(0, 8, 0.50), (1, 12, 0.97), (4, 20, 0.98)])
 def test_learners_wait_for_nothing_but_the_longest_sample(tmp_path, staleness, steps, of_ideal):
-    result, rows = simulate(tmp_path, SMALL.with_(staleness=staleness, steps=steps))
+    result, rows = simulate(tmp_path, SMALL.with_(staleness=staleness, steps=steps, overlap=False))
     check_every_prompt_once_in_order(result, rows)
     assert oldest_trained(tmp_path / "ledger.sqlite") == staleness
     assert result.late_s == 0, "an update begins the moment its last score is there and the sync before it is over"
     assert result.of_ideal > of_ideal
     assert result.step_s < 1.05 * result.bound_s
     assert staleness > 1 or result.num_queued == 0, "no engine is full while another has places"
+
+
+def test_on_policy_the_learners_work_while_the_last_groups_are_sampled(tmp_path):
+    plan = SMALL.with_(staleness=0, steps=8)
+    result, rows = simulate(tmp_path / "overlapped", plan)
+    after, _ = simulate(tmp_path / "after", plan.with_(overlap=False))
+    check_every_prompt_once_in_order(result, rows)
+    assert result.trained == after.trained
+    assert result.learners_idle < 0.8 * after.learners_idle
+
+
+def test_batches_that_wait_for_the_learners_leave_the_samplers_at_work(tmp_path):
+    """Every batch is whole when its step begins; what follows it is begun all the same."""
+    result, rows = simulate(tmp_path, SMALL.with_(steps=12, max_tokens=4096))
+    check_every_prompt_once_in_order(result, rows)
+    assert result.learners_idle < 0.01
 
 
 @pytest.mark.parametrize(("staleness", "steps", "of_ideal"), [(1, 10, 0.90), (4, 18, 0.93)])
@@ -73,3 +92,47 @@ def test_engines_that_die_cost_time_and_nothing_else(tmp_path, staleness):
     assert result.num_deaths == len(result.troubles) == len(deaths)
     assert (again, result.trained) == (rows, whole.trained)
     assert result.of_ideal > 0.75 * whole.of_ideal
+
+
+def test_a_scorer_that_never_answers_is_ended_and_its_samples_are_scored_by_another(tmp_path):
+    plan = SMALL.with_(steps=3, hangs=3)
+    result, rows = simulate(tmp_path, plan)
+    check_every_prompt_once_in_order(result, rows)
+
+
+@pytest.mark.parametrize("samplers", [32, 256])
+def test_what_the_controller_does_for_a_group_does_not_grow_with_the_cluster(tmp_path, samplers):
+    plan = SMALL.with_(samplers=samplers, prompts=64, max_num_seqs=128, learner_tokens_per_s=2000, steps=8)
+    result, _ = simulate(tmp_path, plan)
+    steady = result.steady
+    # For each engine, whatever it samples: polls that find nothing, two requests, pause and resume.
+    by_the_clock = samplers / plan.prompts * (result.step_s / max(POLL_S, samplers / POLLS_PER_S) + 4)
+    # For each sample: the answer of its engine, two turns to its scorer, the answer of that, and one to its group.
+    assert steady.calls / steady.groups < 2 * plan.group + by_the_clock
+    assert steady.turns / steady.groups < 5 * plan.group + by_the_clock
+
+
+def test_what_the_controller_holds_does_not_grow_with_the_steps(tmp_path):
+    plan = Plan(
+        samplers=8,
+        learners=2,
+        scorers=4,
+        prompts=4,
+        group=4,
+        steps=320,
+        rows=500,
+        median_tokens=200,
+        max_tokens=2048,
+        learner_tokens_per_s=100,
+    )
+    blocks = []
+
+    def look(step: int, world: World) -> None:
+        if step in (160, 310):
+            gc.collect()
+            blocks.append(sys.getallocatedblocks())
+
+    result = Simulation(plan, tmp_path, on_step=look).run()
+    before, after = blocks
+    assert result.how == "finished"
+    assert after - before < 300, "one object for each of 150 x 4 groups would be 600"

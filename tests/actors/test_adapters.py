@@ -177,7 +177,7 @@ def test_samples_in_flight_finish_under_the_adapter_that_they_began_with(setting
     new = setting.next_version()
 
     async def sync_in_flight() -> list[SampleInfo]:
-        tasks = [asyncio.create_task(setting.bench.pool.generate(r)) for r in requests(120, LONG)]
+        tasks = [asyncio.ensure_future(setting.bench.pool.generate(r)) for r in requests(120, LONG)]
         await asyncio.sleep(0.3)
         await setting.sync.sync(new)
         assert sum(not t.done() for t in tasks) > 40

@@ -564,7 +564,7 @@ def test_closing_the_pool_answers_those_who_wait(local_ray, functions: str, tmp_
     config = config_of(functions, "hangs_in_c", num_cpus=0.5, timeout_s=600.0)
 
     async def use(pool):
-        work = asyncio.create_task(pool.score(put(requests_of(["bad"]))))
+        work = asyncio.ensure_future(pool.score(put(requests_of(["bad"]))))
         await asyncio.sleep(1.0)
         start = time.monotonic()
         await pool.close()

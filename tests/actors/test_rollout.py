@@ -188,7 +188,7 @@ def test_a_refused_prompt_is_named_and_harms_no_other(bench: Bench) -> None:
 
 def test_a_cancelled_sample_leaves_the_engine(bench: Bench) -> None:
     async def cancel() -> list[float]:
-        tasks = [asyncio.create_task(bench.pool.generate(r)) for r in requests(60, LONG)]
+        tasks = [asyncio.ensure_future(bench.pool.generate(r)) for r in requests(60, LONG)]
         await asyncio.sleep(0.1)
         for task in tasks:
             task.cancel()
@@ -224,7 +224,7 @@ def test_killed_engine_cores_lose_no_sample_and_come_back(bench: Bench) -> None:
     bench.pool.take_tracks()
 
     async def kill_while_drawing() -> list[SampleInfo]:
-        tasks = [asyncio.create_task(bench.pool.generate(r)) for r in wanted]
+        tasks = [asyncio.ensure_future(bench.pool.generate(r)) for r in wanted]
         await asyncio.sleep(0.15)
         assert bench.pool.num_unfinished > 20
         os.kill(bench.pool.pids()["rollout-0"]["core_pid"], signal.SIGKILL)

@@ -233,7 +233,7 @@ def test_samples_in_flight_go_on_under_the_new_weights_and_say_where(setting: Se
     new = setting.next_version(2)
 
     async def sync_in_flight() -> list[SampleInfo]:
-        tasks = [asyncio.create_task(setting.bench.pool.generate(r)) for r in requests(48, LONG)]
+        tasks = [asyncio.ensure_future(setting.bench.pool.generate(r)) for r in requests(48, LONG)]
         await asyncio.sleep(0.2)
         await setting.sync.sync(new)
         return await asyncio.gather(*tasks)

@@ -19,9 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from actors.runtime import settle_garbage_collector
 from tests.bench.simulated import Plan, Result, Simulation, World, oldest_trained, rss_mib
 
 TIMEOUT_S = 3600
@@ -31,7 +33,7 @@ ENOUGH = Plan(prompts=512, learner_tokens_per_s=250)
 SCARCE = ENOUGH.with_(learner_tokens_per_s=4000, max_num_seqs=8)
 """Samplers are what there is too little of."""
 LONG = Plan(
-    samplers=64, learners=16, scorers=8, prompts=4, staleness=1, steps=10_000, rows=7000,
+    samplers=2, learners=1, scorers=1, prompts=1, group=2, staleness=1, steps=10_000, rows=7000,
     median_tokens=200, max_tokens=2048, learner_tokens_per_s=100,
 )  # fmt: skip
 
@@ -50,9 +52,7 @@ MEMORY = {"rss": LONG, "tracemalloc": LONG.with_(steps=2000)}
 
 def schedule(plan: Plan) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        # As the controller does when its workers are up.
-        gc.collect()
-        gc.freeze()
+        settle_garbage_collector()
         simulation = Simulation(plan, Path(folder))
         result = simulation.run()
         return {"staleness": oldest_trained(simulation.run_dir.ledger), **_figures(result)}
@@ -68,17 +68,19 @@ def _figures(r: Result) -> dict[str, Any]:
         "samplers_idle": r.samplers_idle,
         "places_taken": r.places_taken,
         "controller_ms": r.controller_ms,
+        "controller_best_ms": r.controller_best_ms,
         "controller_share": r.steady.controller_cpu_s / r.steady.now_s,
         "calls": r.steady.calls / r.steady.groups,
+        "turns": r.steady.turns / r.steady.groups,
         "late_s": r.late_s,
         "num_deaths": r.num_deaths,
     }
 
 
 def memory(plan: Plan, *, traced: bool) -> list[dict[str, float]]:
-    """What the process holds at six points of the run."""
+    """What the process holds at eleven points of the run."""
     points: list[dict[str, float]] = []
-    marks = {plan.steps * k // 100 for k in (2, 20, 40, 60, 80, 99)}
+    marks = {plan.steps * k // 100 for k in (2, 10, 20, 30, 40, 50, 60, 70, 80, 90, 99)}
 
     def look(step: int, world: World) -> None:
         if step in marks:
@@ -124,7 +126,7 @@ def _one(name: str) -> Any:
 def _schedules(names: Sequence[str]) -> None:
     table = Table(
         "", "k", "step s", "of ideal", "of bound", "learners idle", "sending weights", "samplers idle", "places taken",
-        "oldest in ledger", "controller ms/group", "of a core", "calls/group", "dead engines",
+        "oldest in ledger", "controller ms/group", "best step", "of a core", "calls/group", "turns/group", "dead engines",
         title=f"{ENOUGH.samplers} samplers, {ENOUGH.learners} learners, {ENOUGH.prompts} x {ENOUGH.group} samples a step of "
         f"{ENOUGH.min_tokens} to {ENOUGH.max_tokens} tokens (log-normal, median {ENOUGH.median_tokens:.0f}); virtual time",
         caption="ideal: the slower of full samplers and of the updates; bound: the longest sample counted too. CPU time with "
@@ -142,8 +144,10 @@ def _schedules(names: Sequence[str]) -> None:
             ),
             str(r["staleness"]),
             f"{r['controller_ms']:.2f}",
+            f"{r['controller_best_ms']:.2f}",
             f"{r['controller_share']:.2%}",
             f"{r['calls']:.0f}",
+            f"{r['turns']:.0f}",
             str(r["num_deaths"]),
         )
         Console(width=180).print(table)
@@ -155,9 +159,17 @@ def _memory(name: str) -> None:
         "step", "RSS MiB", "Python's blocks", "tracemalloc MiB",
         title=f"memory over {plan.steps} steps of {plan.prompts} x {plan.group} samples ({name})",
     )  # fmt: skip
-    for point in _run(name):
+    points = _run(name)
+    for point in points:
         traced = f"{point['traced_mib']:.2f}" if "traced_mib" in point else ""
         table.add_row(f"{point['step']:.0f}", f"{point['rss_mib']:.1f}", f"{point['blocks']:.0f}", traced)
+    # The first tenth fills what is bounded: the last steps for the advice, the caches of allocators.
+    steps = np.array([p["step"] for p in points[1:]])
+    for what, unit in (("rss_mib", "MiB of RSS"), ("blocks", "blocks")):
+        slope = np.polyfit(steps, [p[what] for p in points[1:]], 1)[0]
+        table.caption = (
+            f"{table.caption or 'after the first tenth, fitted:'} {slope * 1000:+.2f} {unit} in 1,000 steps;"
+        )
     Console().print(table)
 
 

@@ -4,8 +4,9 @@
     rollout engines, reward workers, learner ranks                           simulated, behind what would be Ray handles
 
 Time is virtual: while there is something to do the clock stands still, then it jumps to the next timer. So a step of the
-cluster costs what the controller's code costs, and that is measured: the CPU time of this process outside the simulated actors
-(the event loop's own is in it; Ray's, which a real run adds for each call of an actor, is not).
+cluster costs what the controller's code costs, and that is measured: the CPU time of this process outside the simulated actors,
+less what reading the clock costs. The event loop's own is in it; Ray's is not, which a real run adds for each call of an actor and
+each answer.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ from grpo_ray.types import (
     ScoreRequest,
     ScoreStatus,
     TrainBatch,
+    TrainSample,
     UpdateReport,
 )
 
@@ -89,6 +91,8 @@ class Plan:
     """After a sync an engine reads again what it had written, under the new weights."""
     learner_tokens_per_s: float = 500.0
     """One rank, forward and backward, prompts included."""
+    overlap: bool = True
+    """Finished groups go through forward and backward while others are sampled."""
     optimizer_s: float = 1.0
     sync_s: float = 3.0
     call_s: float = 0.001
@@ -96,6 +100,8 @@ class Plan:
     reward_s: float = 0.012
     deaths: tuple[float, ...] = ()
     """When an engine dies, virtual seconds."""
+    hangs: int = 0
+    """The first calls of scorers, that never return."""
 
     def config(self) -> RunConfig:
         data = {
@@ -111,7 +117,7 @@ class Plan:
             "learner": {
                 "num_actors": self.learners,
                 "micro_batch_tokens": PROMPT_TOKENS + self.max_tokens,
-                "overlap": False,
+                "overlap": self.overlap,
             },
             "algorithm": {"max_staleness": self.staleness},
             "prompts_per_step": self.prompts,
@@ -147,26 +153,48 @@ class Cluster:
         self.now = 0.0
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._numbers = itertools.count()
-        self.cpu_s = 0.0
-        """Of this process, in here and in the calls of actors."""
+        self._aside_s = 0.0
+        self.turns = 0
+        """Of the event loop."""
+
+    def controller_cpu_s(self) -> float:
+        """CPU time of this process but for what was `aside`."""
+        return time.process_time() - self._aside_s
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """CPU time that is the simulation's."""
+        started = time.process_time()
+        try:
+            yield
+        finally:
+            self.spent_since(started)
+
+    def spent_since(self, started: float) -> None:
+        # A look at this clock costs microseconds, and half of the first and half of the last one are outside of the two: one more.
+        now = time.process_time()
+        again = time.process_time()
+        self._aside_s += again - started + again - now
 
     def at(self, when: float, what: Callable[..., None], *args: Any) -> None:
         heapq.heappush(self._events, (when, next(self._numbers), what, args))
 
-    def wait(self, timeout: float | None) -> None:
-        """To the first event, or as long as the event loop can: its own next timer is then due."""
+    def wait(self, timeout: float | None, anything_to_do: Callable[[], bool]) -> None:
+        """To the first event that gives the event loop something to do, or as long as it can wait: to its own next timer."""
         started = time.process_time()
         until = math.inf if timeout is None else self.now + timeout
-        if self._events and self._events[0][0] <= until:
-            self.now = max(self.now, self._events[0][0])
-            while self._events and self._events[0][0] <= self.now:
-                _, _, what, args = heapq.heappop(self._events)
-                what(*args)
-        elif timeout is None:
-            raise AssertionError("everyone waits and nothing is under way: nothing would ever happen again")
-        else:
-            self.now = until
-        self.cpu_s += time.process_time() - started
+        while not anything_to_do():
+            if self._events and self._events[0][0] <= until:
+                self.now = max(self.now, self._events[0][0])
+                while self._events and self._events[0][0] <= self.now:
+                    _, _, what, args = heapq.heappop(self._events)
+                    what(*args)
+            elif timeout is None:
+                raise AssertionError("everyone waits and nothing is under way: nothing would ever happen again")
+            else:
+                self.now = until
+                break
+        self.spent_since(started)
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -174,24 +202,26 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        super().__init__(_Selector(cluster))
+        super().__init__(_Selector(cluster, lambda: bool(self._ready)))
 
     def time(self) -> float:
         return self._cluster.now
 
 
 class _Selector(selectors.SelectSelector):
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, anything_to_do: Callable[[], bool]) -> None:
         super().__init__()
         self._cluster = cluster
+        self._anything_to_do = anything_to_do
         self._turns = 0
         """Of the event loop since time last passed."""
 
     def select(self, timeout: float | None = None) -> list[Any]:
         self._turns += 1
+        self._cluster.turns += 1
         if timeout is None or timeout > 0:
             self._turns = 0
-            self._cluster.wait(timeout)
+            self._cluster.wait(timeout, self._anything_to_do)
         assert self._turns < MAX_TURNS, f"the controller spins: {MAX_TURNS} turns of the event loop without a wait"
         return []
 
@@ -205,7 +235,7 @@ def simulated(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return method(self, *args)
         finally:
-            self.world.cluster.cpu_s += time.process_time() - started
+            self.world.cluster.spent_since(started)
             self.world.calls += 1
 
     return timed
@@ -241,16 +271,22 @@ class Totals:
     controller_cpu_s: float = 0.0
     calls: int = 0
     """Of actors: what each costs in Ray comes on top."""
+    turns: int = 0
+    """Of the event loop."""
     engine_busy_s: float = 0.0
     sequence_s: float = 0.0
     sampled_tokens: int = 0
     update_s: float = 0.0
-    rank_busy_s: float = 0.0
     transfer_s: float = 0.0
     late_s: float = 0.0
     """Updates that began later than their last score and the sync before allowed."""
     trained_tokens: int = 0
     groups: int = 0
+
+    @property
+    def controller_ms(self) -> float:
+        """For each group."""
+        return 1000 * self.controller_cpu_s / self.groups
 
     def __sub__(self, other: Totals) -> Totals:
         return Totals(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
@@ -273,6 +309,7 @@ class World:
         self.num_queued = 0
         """Samples that waited in an engine for a place."""
         self.num_deaths = 0
+        self.num_hung = 0
 
     def start(self, actor: type, *args: Any, **options: Any) -> Any:
         if actor is not RolloutActor:
@@ -299,15 +336,10 @@ class World:
         return replace(
             self.sums,
             now_s=self.cluster.now,
-            controller_cpu_s=time.process_time() - self.cluster.cpu_s,
+            controller_cpu_s=self.cluster.controller_cpu_s(),
+            turns=self.cluster.turns,
             calls=self.calls,
         )
-
-    @contextmanager
-    def not_the_controllers(self) -> Iterator[None]:
-        started = time.process_time()
-        yield
-        self.cluster.cpu_s += time.process_time() - started
 
 
 def _resolve(future: asyncio.Future[Any], value: Any) -> None:
@@ -476,17 +508,24 @@ class Scorer:
     def __init__(self, world: World) -> None:
         self.world = world
         self.dead = False
+        self._hanging: asyncio.Future[Any] | None = None
         self.start = _Method(lambda: world.answer(0, 1.0))
         self.stop = _Method(lambda: world.answer(None, world.plan.call_s))
         self.score = _Method(self._score)
 
     def die(self) -> None:
         self.dead = True
+        if self._hanging is not None and not self._hanging.done():
+            self._hanging.set_exception(ActorDiedError())
 
     @simulated
     def _score(self, groups: list[list[ScoreRequest]]) -> asyncio.Future[Any]:
         if self.dead:
             raise ActorDiedError
+        if self.world.num_hung < self.world.plan.hangs:
+            self.world.num_hung += 1
+            self._hanging = asyncio.get_running_loop().create_future()
+            return self._hanging
         scores = [[self._score_one(r) for r in requests] for requests in groups]
         seconds = self.world.plan.call_s + self.world.plan.reward_s * sum(map(len, groups))
         for requests in groups:
@@ -510,34 +549,44 @@ class Learners:
     free_since: float = 0.0
     on_update: Callable[[TrainBatch], None] | None = None
 
+    async def accumulate(self, part: TrainBatch) -> None:
+        with self.world.cluster.aside():
+            seconds = self._passes_s(part.samples)
+            self.world.sums.update_s += seconds
+        await self.world.answer(None, seconds)
+        self.free_since = self.world.cluster.now
+
     async def update(self, batch: TrainBatch) -> UpdateReport:
         plan, sums = self.world.plan, self.world.sums
-        with self.world.not_the_controllers():
+        with self.world.cluster.aside():
             self.unsent = True
             began = self.world.cluster.now
             prompts = {s.prompt_id for s in batch.samples}
             possible = max(self.free_since, *(self.world.scored_at.pop(p) for p in prompts))
             sums.late_s += began - possible
-            lengths = [s.num_prompt_tokens + s.num_tokens for s in batch.samples]
-            (mini,) = plan_batch(
-                lengths,
-                [s.group for s in batch.samples],
-                num_ranks=plan.learners,
-                num_mini_batches=1,
-                micro_batch_tokens=PROMPT_TOKENS + plan.max_tokens,
-            )
-            ranks = [
-                sum(lengths[i] for micro in rank for i in micro) / plan.learner_tokens_per_s for rank in mini.ranks
-            ]
-            seconds = max(ranks) + plan.optimizer_s
+            seconds = self._passes_s([s for s in batch.samples if s.part is None]) + plan.optimizer_s
             sums.update_s += seconds
-            sums.rank_busy_s += sum(ranks) + plan.optimizer_s * len(ranks)
             sums.trained_tokens += sum(s.num_tokens for s in batch.samples)
             sums.groups += len(prompts)
             if self.on_update is not None:
                 self.on_update(batch)
         await self.world.answer(None, seconds)
         return UpdateReport(batch.step, {"loss/policy": 0.0, "grad_norm": 1.0}, seconds)
+
+    def _passes_s(self, samples: Sequence[TrainSample]) -> float:
+        """Forward and backward, on the slowest rank."""
+        plan = self.world.plan
+        if not samples:
+            return 0.0
+        lengths = [s.num_prompt_tokens + s.num_tokens for s in samples]
+        (mini,) = plan_batch(
+            lengths,
+            [s.group for s in samples],
+            num_ranks=plan.learners,
+            num_mini_batches=1,
+            micro_batch_tokens=PROMPT_TOKENS + plan.max_tokens,
+        )
+        return max(sum(lengths[i] for micro in rank for i in micro) for rank in mini.ranks) / plan.learner_tokens_per_s
 
     async def connect_weights(self, targets: Sequence[EngineTarget], generation: int) -> None:
         self.targets = targets
@@ -546,7 +595,7 @@ class Learners:
     async def send_weights(self, version: int) -> SendReport:
         self.unsent = False
         await self.world.answer(None, self.world.plan.sync_s)
-        with self.world.not_the_controllers():
+        with self.world.cluster.aside():
             for target in self.targets:
                 target.handle.version = version
         self.world.sums.transfer_s += self.world.plan.sync_s
@@ -596,6 +645,9 @@ class Result:
     """Between the steps `Simulation.window`: of a run that neither begins nor ends."""
     num_steps: int
     """Steps of that window."""
+    controller_best_ms: float
+    """Its CPU for each group of the cheapest step of the window. The work of a step is that of the others: what they cost more,
+    other processes cost (caches, time that a hypervisor takes)."""
     late_s: float
     """Over the whole run: what the learners waited although their batch was scored and the sync before it done."""
     num_queued: int
@@ -609,7 +661,15 @@ class Result:
     @property
     def ideal_s(self) -> float:
         """Of a step: its samples on samplers that are always full, or its updates; the slower of the two."""
-        return max(self.steady.trained_tokens / self.plan.sampling_tokens_per_s, self.steady.update_s) / self.num_steps
+        return max(self.sampling_s, self.update_s)
+
+    @property
+    def sampling_s(self) -> float:
+        return self.steady.trained_tokens / self.plan.sampling_tokens_per_s / self.num_steps
+
+    @property
+    def update_s(self) -> float:
+        return self.steady.update_s / self.num_steps
 
     @property
     def step_s(self) -> float:
@@ -624,8 +684,11 @@ class Result:
         """Of a step, by the longest sample too: what is dispatched with one policy is trained at most `staleness` updates later,
         so that it has the time of that many steps."""
         k = self.plan.staleness
-        update_s = self.steady.update_s / self.num_steps
-        return max(self.ideal_s, self.plan.longest_s / k) if k else update_s + max(self.ideal_s, self.plan.longest_s)
+        if k:
+            return max(self.ideal_s, self.plan.longest_s / k)
+        if self.plan.overlap:
+            return max(self.ideal_s, self.plan.longest_s) + self.plan.optimizer_s
+        return max(self.sampling_s, self.plan.longest_s) + self.update_s
 
     @property
     def learners_idle(self) -> float:
@@ -645,7 +708,7 @@ class Result:
     @property
     def controller_ms(self) -> float:
         """CPU of the controller for each group."""
-        return 1000 * self.steady.controller_cpu_s / self.steady.groups
+        return self.steady.controller_ms
 
 
 class Simulation:
@@ -658,7 +721,9 @@ class Simulation:
         ahead = plan.staleness + 1
         self.window = (ahead, plan.steps - ahead) if plan.steps > 3 * ahead else (1, plan.steps)
         self._on_step = on_step
-        self._marks: list[Totals] = []
+        self._first = self._last = Totals()
+        """Of the window."""
+        self._best_ms = math.inf
         self._trained: list[list[str]] = []
 
     def run(self, *, keep_batches: bool = False) -> Result:
@@ -681,10 +746,9 @@ class Simulation:
 
         def emit(event: Event) -> None:
             if isinstance(event, StepEvent):
-                with world.not_the_controllers():
+                with world.cluster.aside():
                     learners.free_since = world.cluster.now
-                    if event.step in self.window:
-                        self._marks.append(world.totals())
+                    self._mark(event.step, world.totals())
                     if self._on_step is not None:
                         self._on_step(event.step, world)
 
@@ -706,18 +770,27 @@ class Simulation:
             await scorer.close()
             await sampler.close()
             ledger.close()
-        first, last = self._marks
         return Result(
             self.plan,
             how,
-            last - first,
+            self._last - self._first,
             self.window[1] - self.window[0],
+            self._best_ms,
             world.sums.late_s,
             world.num_queued,
             world.num_deaths,
             troubles,
             self._trained,
         )
+
+    def _mark(self, step: int, totals: Totals) -> None:
+        first, last = self.window
+        if step == first:
+            self._first = totals
+        elif first < step <= last:
+            self._best_ms = min(self._best_ms, (totals - self._last).controller_ms)
+        if step <= last:
+            self._last = totals
 
     def _kill(self, world: World, number: int) -> None:
         """The busiest of a few: one that has something to lose."""

@@ -1,0 +1,92 @@
+"""The G samples of a group, each scored the moment it is drawn: a future of the whole group.
+
+    requests -> Sampler.generate -> Scorer.score -> group.samples, group.scores
+
+By callbacks: a task for each sample would cost the controller as much as everything else that it does for the sample.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from grpo_ray.roles import Sampler, Scorer
+from grpo_ray.types import Group, Prompt, SampleInfo, SampleRequest, Score, ScoreRequest
+
+T = TypeVar("T")
+
+
+class Filling(asyncio.Future[None]):
+    """Done when the group is full. The first failure is its failure, and ends the rest; cancelling it ends all."""
+
+    def __init__(
+        self, group: Group, requests: Sequence[SampleRequest], sampler: Sampler, scorer: Scorer, *, at_once: bool
+    ) -> None:
+        """`at_once`: the samples of the group are scored in one call, when all are drawn (`reward.unit: group`)."""
+        super().__init__(loop=asyncio.get_running_loop())
+        self.group = group
+        self._scorer = scorer
+        self._size = len(requests)
+        self._per_call = self._size if at_once else 1
+        self._drawn: list[SampleInfo] = []
+        """And not given to the scorer yet."""
+        self._scored: dict[int, tuple[SampleInfo, Score]] = {}
+        """By their index."""
+        self._under_way: dict[asyncio.Future[Any], Callable[[Any], None]] = {}
+        """And what its result is for."""
+        for request in requests:
+            self._begin(sampler.generate(request), self._take_sample)
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        cancelled = super().cancel(msg)
+        self._end_rest()
+        return cancelled
+
+    def _begin(self, work: Awaitable[T], then: Callable[[T], None]) -> None:
+        future = asyncio.ensure_future(work)
+        self._under_way[future] = then
+        future.add_done_callback(self._go_on)
+
+    def _go_on(self, future: asyncio.Future[Any]) -> None:
+        if self.done():
+            # Looked at, so that asyncio does not tell of an error that nobody saw.
+            _ = future.cancelled() or future.exception()
+            return
+        try:
+            self._under_way.pop(future)(future.result())
+        except asyncio.CancelledError:
+            self.cancel()
+        except Exception as e:
+            self.set_exception(e)
+            self._end_rest()
+
+    def _take_sample(self, info: SampleInfo) -> None:
+        self._drawn.append(info)
+        if len(self._drawn) == self._per_call:
+            infos, self._drawn = sorted(self._drawn, key=_index), []
+            requests = [_score_request(self.group.prompt, info) for info in infos]
+            self._begin(self._scorer.score(requests), partial(self._take_scores, infos))
+
+    def _take_scores(self, infos: Sequence[SampleInfo], scores: Sequence[Score]) -> None:
+        for info, score in zip(infos, scores, strict=True):
+            self._scored[info.index] = (info, score)
+        if len(self._scored) == self._size:
+            pairs = [self._scored[i] for i in range(self._size)]
+            self.group.samples = [info for info, _ in pairs]
+            self.group.scores = [score for _, score in pairs]
+            self.set_result(None)
+
+    def _end_rest(self) -> None:
+        under_way, self._under_way = self._under_way, {}
+        for future in under_way:
+            future.cancel()
+
+
+def _index(info: SampleInfo) -> int:
+    return info.index
+
+
+def _score_request(prompt: Prompt, info: SampleInfo) -> ScoreRequest:
+    return ScoreRequest(info, prompt.text, prompt.messages, prompt.columns)
