@@ -25,7 +25,7 @@ from ray.exceptions import RayError
 
 from actors.engine_adapters import AdapterOptions
 from actors.rollout import Outcome, RolloutActor, rollout_env
-from actors.runtime import Actors, RayActors, core_error, log_tail, within
+from actors.runtime import Actors, RayActors, core_error, log_tail, start_named, within
 from actors.weights import EngineTarget, last_line, resolve_backend
 from grpo_ray.activity import IDLE, Activity
 from grpo_ray.config import RunConfig
@@ -137,7 +137,7 @@ class RolloutPool:
         self._changed = asyncio.Event()
         self._progress = time.monotonic()
         self._stats_since = time.monotonic()
-        self._num_restarts = 0
+        self._num_restarts = self._all_restarts = 0
         self._closed = False
         self.version = 0
         """What usable engines hold. Engines start with the model as it was given, which is version 0."""
@@ -213,6 +213,15 @@ class RolloutPool:
             engine.samples, engine.tokens, engine.told_busy_s = 0, 0, engine.told_busy_s + busy
         self._stats_since, self._num_restarts = now, 0
         return out
+
+    def live(self) -> dict[str, float]:
+        """At this moment."""
+        return {
+            "queue/rollout": float(len(self._queue)),
+            "under_way/rollout": float(sum(len(e.work) for e in self._engines)),
+            "alive/rollout": float(sum(e.alive for e in self._engines)),
+            "restarts/rollout": float(self._all_restarts),
+        }
 
     def take_tracks(self) -> list[Track]:
         """Since the last call, of each engine: `sampling` (it has a request, and is not paused), `paused`, `restarting`."""
@@ -412,7 +421,8 @@ class RolloutPool:
         c = self._config
         rollout = c.rollout
         gpus = rollout.num_gpus if rollout.num_gpus is not None else rollout.tensor_parallel_size if self._on_gpu else 0
-        engine.handle = self._source.start(
+        engine.handle = start_named(
+            self._source,
             RolloutActor,
             rollout,
             self._model,
@@ -424,6 +434,8 @@ class RolloutPool:
             self._backend,
             c.model.trust_remote_code,
             AdapterOptions.of(c),
+            run_dir=self._run_dir,
+            name=engine.name,
             num_cpus=rollout.num_cpus,
             num_gpus=gpus,
             max_restarts=0,
@@ -488,6 +500,7 @@ class RolloutPool:
             engine.restarts += 1
             engine.incarnation += 1
             self._num_restarts += 1
+            self._all_restarts += 1
             await asyncio.sleep(BACKOFF_S * 2 ** (engine.restarts - 1))
             try:
                 await self._start(engine)
