@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from actors.cluster import CONTROLLER, NAMESPACE, check_token
@@ -28,6 +28,8 @@ LOST_S = 120.0
 RUN_KEY = "grpo_ray_run"
 """In a job's metadata: the run that it drives."""
 STOPPED_EXITS = (130, 143)
+MAX_RUNS = 1000
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,10 @@ class Cluster:
     def runs(self) -> list[ClusterRun]:
         from ray.util.state import list_actors
 
-        actors = list_actors(
-            self._client.get_address(), filters=[("class_name", "=", "Controller"), ("state", "=", "ALIVE")], limit=1000
-        )
+        living = [("class_name", "=", "Controller"), ("state", "=", "ALIVE")]
+        actors = self._ask(list_actors, self._client.get_address(), filters=living, limit=MAX_RUNS)
         names = [a.name for a in actors if a.ray_namespace in (NAMESPACE, None) and (a.name or "").endswith(CONTROLLER)]
-        return merge(self._client.list_jobs(), [n.removesuffix(CONTROLLER) for n in names])
+        return merge(self._ask(self._client.list_jobs), [n.removesuffix(CONTROLLER) for n in names])
 
     def find(self, name: str) -> ClusterRun:
         """Raises ConfigError when the cluster knows no such run."""
@@ -140,7 +141,8 @@ class Cluster:
     def submit(self, name: str, words: list[str], working_dir: str) -> str:
         """Start `python -m launch job WORDS` in a copy of this folder; the job's id."""
         return str(
-            self._client.submit_job(
+            self._ask(
+                self._client.submit_job,
                 entrypoint=_entrypoint(words),
                 submission_id=f"{name}-{uuid.uuid4().hex[:6]}",
                 runtime_env={"working_dir": working_dir},
@@ -154,24 +156,22 @@ class Cluster:
         Raises:
             WorkerError: with what it said.
         """
-        job = self._client.submit_job(
+        job = self._ask(
+            self._client.submit_job,
             entrypoint=_entrypoint(words),
             submission_id=f"grpo-ray-{words[0]}-{uuid.uuid4().hex[:6]}",
             runtime_env={"working_dir": run.working_dir} if run.working_dir else {},
         )
         try:
             self.follow(job, tell)
-            details = self.details(job)
+            details = self._ask(self._client.get_job_info, job)
             if str(details.status) != "SUCCEEDED":
                 raise WorkerError(f"`{words[0]}` of {run.name} failed on the cluster: {details.message}")
         finally:
-            self._forget(job)
-
-    def details(self, job_id: str) -> Any:
-        return self._client.get_job_info(job_id)
+            self._ask(self._forget, job)
 
     def log(self, job_id: str) -> str:
-        return str(self._client.get_job_logs(job_id))
+        return str(self._ask(self._client.get_job_logs, job_id))
 
     def follow(self, job_id: str, tell: Callable[[str], None]) -> None:
         """Pass on the log of a job until the job has ended; a broken connection is made again.
@@ -194,9 +194,8 @@ class Cluster:
         while True:
             try:
                 asyncio.run(tail())
-                if self.details(job_id).status.is_terminal():
-                    rest = self.log(job_id)[passed:]
-                    tell(rest)
+                if self._client.get_job_status(job_id).is_terminal():
+                    tell(self._client.get_job_logs(job_id)[passed:])
                     return
                 lost_since = None
             except (OSError, RuntimeError) as e:
@@ -207,8 +206,17 @@ class Cluster:
                     ) from None
             time.sleep(0.5)
 
+    def _ask(self, what: Callable[..., T], *args: Any, **options: Any) -> T:
+        """Raises ResourceError when the cluster does not answer, or says no."""
+        from ray.util.state.exception import RayStateApiException
+
+        try:
+            return what(*args, **options)
+        except (OSError, RuntimeError, RayStateApiException) as e:
+            raise ResourceError(f"the cluster at {self.address} does not do what it is asked to: {e}") from None
+
     def _forget(self, job_id: str) -> None:
-        if self.details(job_id).status.is_terminal():
+        if self._client.get_job_status(job_id).is_terminal():
             self._client.delete_job(job_id)
         else:
             self._client.stop_job(job_id)

@@ -177,6 +177,13 @@ def test_every_command_of_the_image_runs_in_its_order_in_a_bare_system(root: Pat
             case "ENV":
                 values = {k: v.replace("$PATH", "/usr/bin:/bin") for k, v in (p.split("=", 1) for p in text.split())}
                 env |= values
-    told = run_in(root, "grpo-ray check smoke_sft && id -u && tini --version && command -v wget", user, folder, env)
+    told = run_in(
+        root,
+        "bash -lc 'command -v ray' && grpo-ray check smoke_sft && id -u && tini --version && command -v wget",
+        user,
+        folder,
+        env,
+    )
     assert "grpo-ray sft smoke_sft" in told
     assert "\n1000\n" in told
+    assert told.startswith("/opt/grpo-ray/.venv/bin/ray\n")

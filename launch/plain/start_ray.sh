@@ -2,7 +2,8 @@
 # A Ray cluster by hand, a machine at a time, protected by a token. Ray's own options may follow.
 #   launch/plain/start_ray.sh head                        on the first machine
 #   launch/plain/start_ray.sh worker HEAD:6379            on every other one, with the head's ~/.ray/auth_token
-# Then, from anywhere that reaches the head's port 8265 and has the token: grpo-ray submit RECIPE --address http://HEAD:8265
+# Then, where the token is and the head's dashboard is within reach: grpo-ray submit RECIPE --address http://127.0.0.1:8265
+# It is served on the head alone: ssh -L 8265:127.0.0.1:8265 HEAD, or DASHBOARD_HOST=0.0.0.0 in a network that you trust.
 # All machines see the folder GRPO_RAY_HOME (default: the home): runs are written there.
 set -euo pipefail
 stop() { echo "start_ray: $*" >&2; exit 1; }
