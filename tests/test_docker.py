@@ -16,6 +16,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 STEP_S = 1500
+CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
+OUR_CERTIFICATES = "/etc/ours.crt"
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,10 @@ def root(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(
         ["debootstrap", "--variant=minbase", "bookworm", root], check=True, capture_output=True, timeout=STEP_S
     )
-    for path in ("/etc/resolv.conf", "/etc/pip.conf", "/etc/xdg/pip", "/etc/ssl/certs/ca-certificates.crt"):
+    for path in ("/etc/resolv.conf", "/etc/pip.conf", "/etc/xdg/pip", CERTIFICATES):
         if Path(path).exists():
-            target = root / path[1:]
+            # Installing Debian's certificates writes theirs anew.
+            target = root / (OUR_CERTIFICATES if path == CERTIFICATES else path)[1:]
             target.parent.mkdir(parents=True, exist_ok=True)
             copy = shutil.copytree if Path(path).is_dir() else shutil.copyfile
             copy(path, target)
@@ -130,10 +133,14 @@ def run_in(root: Path, command: str, user: str, folder: str, env: dict[str, str]
     mounts += [f"mkdir -p $0{p} && mount --bind {p} $0{p}" for p in wheels]
     script = " && ".join([*mounts, 'exec chroot --userspec="$1" "$0" /bin/bash -o pipefail -c "cd $2 && $3"'])
     outside = {k: v for k, v in os.environ.items() if re.match(r"PIP_|UV_|\w*_proxy$", k, re.IGNORECASE)}
+    trusted = (
+        dict.fromkeys(("PIP_CERT", "SSL_CERT_FILE"), OUR_CERTIFICATES) if (root / OUR_CERTIFICATES[1:]).exists() else {}
+    )
     result = subprocess.run(
         ["unshare", "--mount", "sh", "-ec", script, str(root), user, folder, command],
         env=outside
         | {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/home/grpo"}
+        | trusted
         | env,
         capture_output=True,
         text=True,
