@@ -154,7 +154,7 @@ class Cluster:
         """The same for a command about a run, with that run's own code: follow it to its end, and leave no trace.
 
         Raises:
-            WorkerError: with what it said.
+            WorkerError: with what it said. SystemExit for a run that was stopped while the command followed it.
         """
         job = self._ask(
             self._client.submit_job,
@@ -165,6 +165,8 @@ class Cluster:
         try:
             self.follow(job, tell)
             details = self._ask(self._client.get_job_info, job)
+            if details.driver_exit_code in STOPPED_EXITS:
+                raise SystemExit(details.driver_exit_code)
             if str(details.status) != "SUCCEEDED":
                 raise WorkerError(f"`{words[0]}` of {run.name} failed on the cluster: {details.message}")
         finally:
