@@ -177,7 +177,9 @@ def test_every_command_of_the_image_runs_in_its_order_in_a_bare_system(root: Pat
                     into = into / Path(source).name if target.endswith("/") else into
                     into.parent.mkdir(parents=True, exist_ok=True)
                     if (ROOT / source).is_dir():
-                        shutil.copytree(ROOT / source, into, ignore=shutil.ignore_patterns("__pycache__"))
+                        shutil.copytree(
+                            ROOT / source, into, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
+                        )
                     else:
                         shutil.copyfile(ROOT / source, into)
                     subprocess.run(["chown", "-R", owner, root / folder[1:] / target], check=True)
