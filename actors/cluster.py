@@ -10,8 +10,11 @@ from typing import Any
 
 from grpo_ray.config import RunConfig, SftConfig
 from grpo_ray.errors import ResourceError
+from grpo_ray.secrets import token_path
 
 NAMESPACE = "grpo-ray"
+CONTROLLER = "/controller"
+COMMON: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
 LOCAL_START_TRIES = 2
 
 
@@ -23,22 +26,47 @@ def connect(config: RunConfig | SftConfig) -> None:
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_agent_register_timeout_ms", "100000")
-    cluster = config.cluster
-    common = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
-    if cluster.address is None and "RAY_ADDRESS" not in os.environ:
-        _start_local(cluster.num_cpus, common)
-        return
-    # A client of a cluster that runs already uses the token only when told to.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if joins(config):
+        join(config.cluster.address or os.environ["RAY_ADDRESS"])
+    else:
+        _start_local(config.cluster.num_cpus, COMMON)
+
+
+def joins(config: RunConfig | SftConfig) -> bool:
+    """Is there a cluster already, that goes on when this process ends?"""
+    return config.cluster.address is not None or "RAY_ADDRESS" in os.environ
+
+
+def join(address: str) -> None:
+    """Raises ResourceError: nothing answers there, or it does not take our token."""
+    check_token()
     import ray
 
-    address = cluster.address or os.environ["RAY_ADDRESS"]
     try:
-        ray.init(address=address, **common)
-    except (ConnectionError, ValueError, RuntimeError) as e:
+        ray.init(address=address, **COMMON)
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as e:
         raise ResourceError(
             f"no Ray cluster answers at cluster.address {address} ({e}); is its head started?"
         ) from None
+
+
+def check_token() -> None:
+    """See that there is a token for a cluster that runs already.
+
+    Raises:
+        ResourceError: there is none.
+    """
+    path = token_path(os.environ)
+    if os.environ.get("RAY_AUTH_MODE") == "token" and not os.environ.get("RAY_AUTH_TOKEN") and not path.is_file():
+        raise ResourceError(
+            f"Ray's token is missing: neither RAY_AUTH_TOKEN nor {path} is there. Copy that file from the cluster's head "
+            "(KubeRay: kubectl get secret CLUSTER -o jsonpath='{.data.auth_token}' | base64 -d), mode 0600; for a cluster "
+            "that was started without a token set RAY_AUTH_MODE=disabled"
+        )
+
+
+def controller_name(run: str) -> str:
+    return run + CONTROLLER
 
 
 def _start_local(num_cpus: int | None, common: dict[str, Any]) -> None:
@@ -47,8 +75,9 @@ def _start_local(num_cpus: int | None, common: dict[str, Any]) -> None:
 
     for left in reversed(range(LOCAL_START_TRIES)):
         try:
-            # A cluster started here turns Ray's token authentication on by itself, and makes the token.
-            ray.init(num_cpus=num_cpus, include_dashboard=False, **common)
+            # Makes the token, if there is none yet.
+            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **common)
+            _keep_token_private()
             return
         except Exception as e:
             ray.shutdown()
@@ -57,6 +86,13 @@ def _start_local(num_cpus: int | None, common: dict[str, Any]) -> None:
                     f"Ray did not start on this machine in {LOCAL_START_TRIES} tries ({e}); is it very busy, or out of memory or "
                     "disk? Its logs are in the session_latest folder of Ray's temporary directory"
                 ) from None
+
+
+def _keep_token_private() -> None:
+    """Ray writes it readable for everyone on the machine."""
+    path = token_path(os.environ)
+    if path.is_file() and path.stat().st_uid == os.getuid():
+        path.chmod(0o600)
 
 
 def has_gpus() -> bool:
@@ -163,13 +199,29 @@ async def await_resources(wanted: list[Demand], deadline_s: float) -> None:
         ResourceError: after `deadline_s`, saying what is missing. At once when no autoscaler or other node can bring more.
     """
     import ray
+    import ray.autoscaler.sdk
 
     alone = len([n for n in ray.nodes() if n["Alive"]]) == 1 and "RAY_ADDRESS" not in os.environ
     give_up = time.monotonic() + (0 if alone else deadline_s)
-    while True:
-        lacking = missing(wanted, ray.cluster_resources())
-        if lacking is None:
-            return
-        if time.monotonic() >= give_up:
-            raise ResourceError(f"the cluster is too small: {lacking}")
-        await asyncio.sleep(0.5)
+    asked = False
+    try:
+        while True:
+            lacking = missing(wanted, ray.cluster_resources())
+            if lacking is None:
+                return
+            if time.monotonic() >= give_up:
+                raise ResourceError(f"the cluster is too small: {lacking}")
+            if not asked:
+                # An autoscaler brings nodes for what is asked for, and actors are placed only when all of them fit.
+                ray.autoscaler.sdk.request_resources(bundles=bundles(wanted))
+                asked = True
+            await asyncio.sleep(0.5)
+    finally:
+        if asked:
+            ray.autoscaler.sdk.request_resources(bundles=[])
+
+
+def bundles(wanted: list[Demand]) -> list[dict[str, float]]:
+    """One per actor, as Ray's autoscaler takes them; an actor that asks for nothing is left out."""
+    each = [({"CPU": d.num_cpus, "GPU": d.num_gpus}, d.num_actors) for d in wanted]
+    return [b for kinds, n in each if (b := {k: v for k, v in kinds.items() if v}) for _ in range(n)]

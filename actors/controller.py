@@ -8,9 +8,10 @@ The driver may vanish and come back; the run is here. Only references and small 
 from __future__ import annotations
 
 import asyncio
+import sys
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,9 +20,10 @@ import ray
 from ray.util import remove_placement_group
 
 from actors.adapter_sync import RayAdapterSync
-from actors.cluster import has_gpus, reserve_pairs, shares_devices
+from actors.cluster import controller_name, has_gpus, reserve_pairs, shares_devices
 from actors.colocated import ColocatedLearner, ColocatedSampler, ColocatedWeights, Turns
 from actors.learner_group import LearnerGroup
+from actors.ray_metrics import RayMetrics
 from actors.reward_pool import RewardPool
 from actors.rollout_pool import RolloutPool
 from actors.runtime import own_log, settle_garbage_collector, within
@@ -35,10 +37,12 @@ from grpo_ray.evaluate import eval_event, evaluate, vote_config
 from grpo_ray.events import EndEvent, Event, MessageEvent, PhaseEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.models import context_length, load_config, load_tokenizer, prepare_model
+from grpo_ray.names import check_name, run_name
 from grpo_ray.prompts import PromptSets, load_demonstrations, load_prompts
 from grpo_ray.replay import TOLERANCE, compare, parts_of, read_batch
-from grpo_ray.roles import Learner, Sampler, WeightSync
+from grpo_ray.roles import Learner, Sampler, Tracker, WeightSync
 from grpo_ray.rollout_log import ParquetRolloutLog, remove_after, rollout_path
+from grpo_ray.secrets import hide_secrets
 from grpo_ray.sft_loop import SftLoop, sft_steps
 from grpo_ray.tokenized import LoadReport
 from grpo_ray.tracking import make_trackers, read_metrics
@@ -48,20 +52,38 @@ from grpo_ray.types import Group, Sample, TrainBatch
 P = TypeVar("P", RolloutPool, RewardPool, LearnerGroup)
 
 LOG_NAME = "controller"
+LINGER_S = 30.0
+"""How long a controller whose run has ended waits for someone to read that, before it goes."""
 
 
-def start_controller(kind: str, config: RunConfig | SftConfig, run_dir: Path, resume_step: int | None) -> Any:
-    """The handle of a new controller for this run, on this node. It does nothing before `run`."""
+def start_controller(
+    kind: str, config: RunConfig | SftConfig, run_dir: Path, resume_step: int | None, *, detached: bool = False
+) -> Any:
+    """The handle of a new controller for this run, on this node. It does nothing before `run`.
+
+    `detached`: it, and all that it starts, outlives this process.
+
+    Raises:
+        ConfigError: a run of this name is under way on the cluster.
+    """
+    run = run_name(run_dir)
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=False
     )
     actor = ray.remote(Controller).options(
-        name=f"controller:{run_dir.name}",
+        name=controller_name(run),
+        lifetime="detached" if detached else None,
         num_cpus=0,
         scheduling_strategy=here,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}},
     )
-    return actor.remote(kind, config, str(run_dir.resolve()), resume_step)
+    try:
+        return actor.remote(kind, config, str(run_dir.resolve()), resume_step)
+    except ValueError:
+        raise ConfigError(
+            f"a run named {run} is under way on this cluster: `grpo-ray logs {run}` shows it, `grpo-ray stop {run}` ends it; or "
+            "choose another name with name=..."
+        ) from None
 
 
 class Controller:
@@ -88,9 +110,15 @@ class Controller:
         except asyncio.CancelledError:
             end = EndEvent(self._stop_reason or "cancelled", "")
         except BaseException as e:
-            end = EndEvent("failed", _message(e))
-            traceback.print_exc()
+            end = EndEvent("failed", hide_secrets(_message(e)))
+            print(hide_secrets(traceback.format_exc()), file=sys.stderr, flush=True)
         self._emit(end)
+        self._leaving = asyncio.create_task(self._leave())
+
+    async def _leave(self) -> None:
+        """A detached actor has nobody who ends it; the name of its run must become free."""
+        await asyncio.sleep(LINGER_S)
+        ray.kill(ray.get_runtime_context().current_actor)
 
     async def events(self, after: int, wait_s: float) -> list[Event]:
         """What happened since event number `after`; waits up to `wait_s` for something."""
@@ -102,15 +130,21 @@ class Controller:
                 return []
         return self._events[after:]
 
-    async def stop(self, reason: str) -> None:
-        """End after the step under way, with a checkpoint; before the first step, at once."""
-        self._stop_reason = reason
-        if self._loop is not None:
+    async def stop(self, reason: str, now: bool = False) -> None:
+        """End after the step under way, with a checkpoint; before the first step, or `now`, at once.
+
+        Raises:
+            ConfigError: the reason is not a word: it becomes the run's status.
+        """
+        self._stop_reason = check_name(reason, "the reason of a stop")
+        if self._loop is not None and not now:
             self._loop.stop(reason)
         elif self._work is not None:
             self._work.cancel()
 
     def _emit(self, event: Event) -> None:
+        if isinstance(event, MessageEvent):
+            event = replace(event, text=hide_secrets(event.text))
         self._events.append(event)
         self._news.set()
 
@@ -142,7 +176,7 @@ class Controller:
                 starting = tasks.create_task(workers.start_all(self._num_steps(config, loading)))
             prompts, roles = loading.result(), starting.result()
             rollout_log = await self._rollout_log(config)
-            trackers = make_trackers(config.tracking, self._run.path, self._resume_step, config.model_dump(mode="json"))
+            trackers = self._trackers(config, workers)
             ledger = Ledger(self._run.ledger)
             if self._resume_step is None:
                 ledger.roll_back(0, 0)
@@ -188,7 +222,7 @@ class Controller:
         steps = sft_steps(config, len(examples))
         async with _Workers(config, self._run, model, self._phase, self._warn) as workers:
             learner = await workers.start_learner(steps)
-            trackers = make_trackers(config.tracking, self._run.path, self._resume_step, config.model_dump(mode="json"))
+            trackers = self._trackers(config, workers)
             loop = SftLoop(
                 config,
                 learner,
@@ -202,6 +236,12 @@ class Controller:
             finally:
                 for tracker in trackers:
                     tracker.close()
+
+    def _trackers(self, config: RunConfig | SftConfig, workers: _Workers) -> list[Tracker]:
+        out = make_trackers(config.tracking, self._run.path, self._resume_step, config.model_dump(mode="json"))
+        if config.tracking.prometheus:
+            out.append(RayMetrics(run_name(self._run.path), workers.live))
+        return out
 
     async def _run_loop(self, loop: TrainLoop | SftLoop) -> str:
         self._loop = loop
@@ -348,6 +388,10 @@ class _Workers:
         await asyncio.gather(*(p.close() for p in self._pools), return_exceptions=True)
         if self._placement is not None:
             remove_placement_group(self._placement)
+
+    def live(self) -> dict[str, float]:
+        """What the pools do at this moment."""
+        return {k: v for p in self._pools if not isinstance(p, LearnerGroup) for k, v in p.live().items()}
 
     async def start_all(self, num_steps: Awaitable[int]) -> _Started:
         assert isinstance(self._config, RunConfig)

@@ -20,7 +20,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from actors.cluster import gpus_per_learner, placed
 from actors.learner import LearnerActor
 from actors.learner_engine import LearnerSpec
-from actors.runtime import ALLOCATOR_ENV, log_tail
+from actors.runtime import ALLOCATOR_ENV, RayActors, log_tail, start_named
 from actors.weights import resolve_backend
 from grpo_ray.config import CriticConfig, DeadlineConfig, RunConfig, SftConfig
 from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
@@ -73,15 +73,21 @@ class LearnerGroup:
         spec = _spec(config, model_path, run_dir, has_gpus, config.num_steps if num_steps is None else num_steps)
         learner = config.learner
         num_gpus = gpus_per_learner(config, has_gpus)
-        remote = ray.remote(LearnerActor)
-        options: dict[str, Any] = {
-            "num_cpus": learner.num_cpus,
-            "num_gpus": num_gpus,
-            "max_restarts": 0,
-            "runtime_env": {"env_vars": _env(config, on_gpu=num_gpus > 0)},
-        }
         actors = [
-            remote.options(**options, **placed(placement, rank)).remote(spec, rank, learner.num_actors)
+            start_named(
+                RayActors(),
+                LearnerActor,
+                spec,
+                rank,
+                learner.num_actors,
+                run_dir=run_dir,
+                name=f"learner-{rank}",
+                num_cpus=learner.num_cpus,
+                num_gpus=num_gpus,
+                max_restarts=0,
+                runtime_env={"env_vars": _env(config, on_gpu=num_gpus > 0)},
+                **placed(placement, rank),
+            )
             for rank in range(learner.num_actors)
         ]
         group = cls(actors, spec, config.deadlines)

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -23,6 +24,7 @@ from actors.runtime import Actors, RayActors, within
 from grpo_ray.activity import IDLE, Activity
 from grpo_ray.config import RewardConfig
 from grpo_ray.errors import DeadlineError, RewardError, WorkerError
+from grpo_ray.names import run_name
 from grpo_ray.types import Score, ScoreRequest, Track
 
 MAX_BATCH = 64
@@ -66,7 +68,7 @@ class RewardPool:
         self._run_dir = run_dir
         self._name = name
         self._start_timeout_s = start_timeout_s
-        self._restarts_left = max_restarts
+        self._max_restarts = self._restarts_left = max_restarts
         self._source = actors
         self._queue: deque[_Waiting] = deque()
         self._num_waiting = 0
@@ -142,6 +144,14 @@ class RewardPool:
         """Since the last call: samples scored, seconds that workers were busy, workers restarted."""
         stats, self._stats = self._stats, dict.fromkeys(self._stats, 0.0)
         return stats
+
+    def live(self) -> dict[str, float]:
+        """At this moment."""
+        return {
+            f"queue/{self._name}": float(sum(len(w.requests) for w in self._queue)),
+            f"alive/{self._name}": float(sum(w.actor is not None for w in self._workers)),
+            f"restarts/{self._name}": float(self._max_restarts - self._restarts_left),
+        }
 
     def take_tracks(self) -> list[Track]:
         """Since the last call: when each worker was busy `scoring`, from the call to its answer."""
@@ -239,7 +249,11 @@ class RewardPool:
 
     async def _named_actor(self, name: str) -> Any:
         """The name of a dead actor is free only when the cluster has noticed its death."""
-        options = {"name": name, "num_cpus": self._config.num_cpus, "max_restarts": 0}
+        options = {
+            "name": f"{run_name(Path(self._run_dir))}/{name}",
+            "num_cpus": self._config.num_cpus,
+            "max_restarts": 0,
+        }
         deadline = time.monotonic() + self._start_timeout_s
         while True:
             try:

@@ -30,6 +30,7 @@ from grpo_ray.config import RewardConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.function import ScoreInputs
 from grpo_ray.rewards.scoring import failures
+from grpo_ray.secrets import resolve
 from grpo_ray.types import RewardScore, ScoreStatus, Step
 
 # What a scoring process inherits; tokens and passwords of the environment stay here. The rest comes from `reward.env`.
@@ -215,7 +216,7 @@ class ScoringProcess:
         # Scorers share their cores with the other actors; a thread pool in each of them would fight for them.
         env |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         ours = {"PYTHONPATH": os.pathsep.join(p for p in paths if p), TAG: self._tag}
-        return env | self._config.env | ours
+        return env | resolve(self._config.env, os.environ) | ours
 
     def _write(self, body: bytes) -> None:
         data = memoryview(HEADER.pack(len(body)) + body)

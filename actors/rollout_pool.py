@@ -27,7 +27,7 @@ from ray.exceptions import RayError
 from actors.cluster import gpus_per_engine, placed
 from actors.engine_adapters import AdapterOptions
 from actors.rollout import Outcome, RolloutActor, rollout_env
-from actors.runtime import Actors, RayActors, core_error, log_tail, within
+from actors.runtime import Actors, RayActors, core_error, log_tail, start_named, within
 from actors.weights import EngineTarget, last_line, resolve_backend
 from grpo_ray.activity import IDLE, Activity
 from grpo_ray.config import RunConfig
@@ -161,7 +161,7 @@ class RolloutPool:
         self._changed = asyncio.Event()
         self._progress = time.monotonic()
         self._stats_since = time.monotonic()
-        self._num_restarts = 0
+        self._num_restarts = self._all_restarts = 0
         self._closed = False
         self.version = 0
         """What usable engines hold. Engines start with the model as it was given, which is version 0."""
@@ -273,6 +273,15 @@ class RolloutPool:
             engine.samples, engine.tokens, engine.told_busy_s = 0, 0, engine.told_busy_s + busy
         self._stats_since, self._num_restarts = now, 0
         return out
+
+    def live(self) -> dict[str, float]:
+        """At this moment."""
+        return {
+            "queue/rollout": float(len(self._queue)),
+            "under_way/rollout": float(sum(len(e.work) for e in self._engines)),
+            "alive/rollout": float(sum(e.alive for e in self._engines)),
+            "restarts/rollout": float(self._all_restarts),
+        }
 
     def take_tracks(self) -> list[Track]:
         """Since the last call, of each engine: `sampling` (it has a request, and is not paused), `paused`, `restarting`."""
@@ -475,7 +484,8 @@ class RolloutPool:
         if c.colocated and rollout.num_threads is None:
             threads = max(1, (os.cpu_count() or 1) // rollout.num_actors)
             rollout = rollout.model_copy(update={"num_threads": threads})
-        engine.handle = self._source.start(
+        engine.handle = start_named(
+            self._source,
             RolloutActor,
             rollout,
             self._model,
@@ -488,6 +498,8 @@ class RolloutPool:
             c.model.trust_remote_code,
             AdapterOptions.of(c),
             c.colocated,
+            run_dir=self._run_dir,
+            name=engine.name,
             num_cpus=rollout.num_cpus,
             num_gpus=gpus_per_engine(c, self._on_gpu),
             max_restarts=0,
@@ -553,6 +565,7 @@ class RolloutPool:
             engine.restarts += 1
             engine.incarnation += 1
             self._num_restarts += 1
+            self._all_restarts += 1
             await asyncio.sleep(BACKOFF_S * 2 ** (engine.restarts - 1))
             try:
                 await self._start(engine)

@@ -14,11 +14,13 @@ from typing import Any, Protocol, TypeVar
 import ray
 
 from grpo_ray.errors import DeadlineError
+from grpo_ray.names import run_name
 
 T = TypeVar("T")
 
 GC_THRESHOLD = 50_000
 """Objects made and not gone, between two looks of the garbage collector."""
+NAME_TRIES = 20
 
 # Large buffers are reused instead of going back to the kernel after every micro-batch.
 ALLOCATOR_ENV = {
@@ -54,6 +56,21 @@ def settle_garbage_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
+
+
+def start_named(source: Actors, actor: type, *args: Any, run_dir: str, name: str, **options: Any) -> Any:
+    """`source.start`, under `RUN/name` in Ray's dashboard. While the cluster has not noticed yet that the one before it is dead,
+    the name gets a number.
+    """
+    name = f"{run_name(Path(run_dir))}/{name}"
+    for left in reversed(range(NAME_TRIES)):
+        try:
+            number = NAME_TRIES - left
+            return source.start(actor, *args, name=name if number == 1 else f"{name}.{number}", **options)
+        except ValueError:
+            if not left:
+                raise
+    raise AssertionError
 
 
 def own_log(run_dir: str, name: str) -> Path:

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from grpo_ray.config_algorithm import AlgorithmConfig
-from grpo_ray.config_base import NonNegFloat, NonNegInt, PositiveFloat, PositiveInt, Strict
+from grpo_ray.config_base import Env, NonNegFloat, NonNegInt, PositiveFloat, PositiveInt, Strict
 from grpo_ray.errors import ConfigError
 
 C = TypeVar("C", bound="Strict")
@@ -179,7 +179,7 @@ class RolloutConfig(Strict):
     num_threads: PositiveInt | None = None
     """CPU threads per engine. None: 1, for threads that share a core spin against each other; when colocated, the machine's cores
     divided among the engines."""
-    env: dict[str, str] = {}
+    env: Env = {}
 
     @model_validator(mode="after")
     def _group(self) -> Self:
@@ -221,7 +221,7 @@ class RewardConfig(Strict):
     memory_gb: PositiveFloat = 4.0
     """A scoring process that takes more gets a MemoryError."""
     on_failure: FailurePolicy = FailurePolicy()
-    env: dict[str, str] = {}
+    env: Env = {}
 
 
 class LearnerConfig(Strict):
@@ -260,7 +260,7 @@ class LearnerConfig(Strict):
     """Rows of logits that exist at once. None: as many as fit 64 MiB in fp32, on a GPU 256 MiB."""
     num_threads: PositiveInt | None = None
     """CPU threads per learner. None: 1 on CPU when there is more than one learner, else the machine's cores."""
-    env: dict[str, str] = {}
+    env: Env = {}
 
     @property
     def data_parallel_size(self) -> int:
@@ -336,6 +336,8 @@ class TrackingConfig(Strict):
     tensorboard: bool = True
     wandb: bool = False
     mlflow: bool = False
+    prometheus: bool = True
+    """Give the figures of each step to Ray's metrics, which its nodes serve to Prometheus."""
     project: str = "grpo-ray"
     rollouts: bool = True
     """Write every sample to rollouts/*.parquet."""

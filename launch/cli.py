@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -24,6 +25,16 @@ Recipe = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, e.g. learner.zero_stage=3")
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="The cluster: http://HEAD:8265, its dashboard. Else RAY_API_SERVER_ADDRESS or RAY_ADDRESS says",
+    ),
+]
+ClusterRun = Annotated[
+    str, typer.Argument(metavar="RUN", help="The name of a run on the cluster, see `grpo-ray status`")
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, e.g. runs/smoke")]
 
@@ -133,8 +144,95 @@ def smoke(overrides: Overrides = None) -> None:
     run_smoke(overrides or [])
 
 
+@app.command()
+def submit(
+    recipe: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE", help="A recipe's name or a .yaml file; with --resume the name of a run there"),
+    ],
+    overrides: Overrides = None,
+    address: Address = None,
+    wait: Annotated[bool, typer.Option(help="Follow the run to its end; Ctrl-C then leaves it running")] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run on the cluster from its newest checkpoint")
+    ] = False,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Files or folders not to ship, * allowed")
+    ] = None,
+) -> None:
+    """Train on a running Ray cluster: ships this folder, starts the run there and follows it. The run outlives this terminal."""
+    from launch.submit import submit as run
+
+    run(recipe, overrides or [], address, exclude or [], wait=wait, resume=resume)
+
+
+@app.command()
+def status(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="One run, with the last it said")] = None,
+    address: Address = None,
+) -> None:
+    """The runs of a cluster."""
+    from launch.submit import status as show
+
+    show(run, address)
+
+
+@app.command()
+def logs(run: ClusterRun, address: Address = None) -> None:
+    """Follow a run on a cluster, from its beginning to its end. Ctrl-C leaves it running."""
+    from launch.submit import logs as show
+
+    show(run, address)
+
+
+@app.command()
+def stop(
+    run: ClusterRun,
+    address: Address = None,
+    now: Annotated[bool, typer.Option("--now", help="At once, from the checkpoint that there is")] = False,
+) -> None:
+    """End a run on a cluster after the step under way, with a checkpoint that `submit --resume` goes on from."""
+    from launch.submit import stop as end
+
+    end(run, address, now=now)
+
+
+job = typer.Typer(hidden=True, help="What runs inside the cluster; `submit`, `logs` and `stop` start it.")
+app.add_typer(job, name="job")
+
+
+@job.command(name="run")
+def job_run(recipe: Path) -> None:
+    from launch.in_cluster import run_recipe
+
+    run_recipe(recipe)
+
+
+@job.command(name="resume")
+def job_resume(run: str) -> None:
+    from launch.in_cluster import resume
+
+    resume(run)
+
+
+@job.command(name="stop")
+def job_stop(run: str, now: Annotated[bool, typer.Option("--now")] = False) -> None:
+    from launch.in_cluster import stop
+
+    stop(run, now=now)
+
+
+@job.command(name="attach")
+def job_attach(run: str) -> None:
+    from launch.in_cluster import attach
+
+    attach(run)
+
+
 def main() -> NoReturn:
     """Entry point: errors for the user are one message on stderr and an exit code, without a traceback."""
+    # A cluster protects itself by a token when it finds one, but a client shows its token only when told to, before Ray's import.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
     # Shown once, at the first import after an installation, by packages that reasoning-gym brings.
     warnings.filterwarnings("ignore", category=SyntaxWarning)
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from actors.cluster import await_resources, connect, demands, has_gpus
+from actors.cluster import await_resources, connect, demands, has_gpus, joins
 from actors.colocated import check_colocated
 from actors.runtime import log_tail
 from grpo_ray.config import RunConfig, SftConfig
@@ -25,6 +25,8 @@ SILENCE_S = 60.0
 
 def run_and_follow(kind: str, config: RunConfig | SftConfig, run_dir: Path, resume_step: int | None) -> EndEvent:
     """Run `kind` (grpo, sft, eval, replay) in a controller actor until it ends.
+
+    On a cluster that was there before, the controller outlives this process if that is killed: the run goes on.
 
     Raises:
         GrpoRayError: the cluster is too small, or the controller died.
@@ -43,17 +45,29 @@ def run_and_follow(kind: str, config: RunConfig | SftConfig, run_dir: Path, resu
         asyncio.run(await_resources(wanted, config.deadlines.resources_s))
         from actors.controller import start_controller
 
-        controller = start_controller(kind, config, run_dir, resume_step)
-        with LiveView(run_dir=run_dir, began=began) as view, _signals_to(controller, view):
-            return _follow(controller, view, run_dir)
+        detached = joins(config)
+        controller = start_controller(kind, config, run_dir, resume_step, detached=detached)
+        try:
+            with LiveView(run_dir=run_dir, began=began) as view, _signals_to(controller, view):
+                finished = controller.run.remote()
+                end = follow_events(controller, view, run_dir)
+                ray.get(finished, timeout=SILENCE_S)
+                return end
+        finally:
+            if detached:
+                ray.kill(controller)
     finally:
         ray.shutdown()
 
 
-def _follow(controller: Any, view: LiveView, run_dir: Path) -> EndEvent:
+def follow_events(controller: Any, view: LiveView, run_dir: Path) -> EndEvent:
+    """Draw what a controller tells, from its first event to its last.
+
+    Raises:
+        WorkerError: it died, or does not answer.
+    """
     import ray
 
-    finished = controller.run.remote()
     seen = 0
     while True:
         try:
@@ -69,7 +83,6 @@ def _follow(controller: Any, view: LiveView, run_dir: Path) -> EndEvent:
         for event in events:
             view.handle(event)
             if isinstance(event, EndEvent):
-                ray.get(finished, timeout=SILENCE_S)
                 return event
         seen += len(events)
 

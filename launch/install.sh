@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # Everything that the project needs, into .venv, from the lock files. `make` calls it when something is missing or newer.
+#   install.sh packages   stops before the project itself: a layer of docker/Dockerfile
+#   GRPO_RAY_GPU=yes|no   instead of looking for a GPU
 set -euo pipefail
 cd "$(dirname "$0")/.."
 stop() { echo "grpo-ray set-up: $*" >&2; exit 1; }
@@ -11,12 +13,12 @@ for candidate in ${PYTHON:-} python3.11 python3 python; do
 done
 [ -n "$python" ] || stop "Python 3.11 with venv was not found (ray, vllm and deepspeed are pinned for it); install it, or name it: make PYTHON=/path/to/python3.11"
 command -v g++ >/dev/null || command -v c++ >/dev/null || stop "no C++ compiler; install g++ (Debian: apt-get install g++ python3-dev), DeepSpeed builds with it"
-gpu=no; if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then gpu=yes; fi
+gpu=${GRPO_RAY_GPU:-no}; if [ -z "${GRPO_RAY_GPU:-}" ] && command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then gpu=yes; fi
 need_gb=6; [ $gpu = yes ] && need_gb=16
 free_gb=$(df -Pk . | awk 'NR==2 {print int($4 / 1048576)}')
 [ "$free_gb" -ge $need_gb ] || stop "$free_gb GB free on this disk, $need_gb GB are needed for the packages"
 
-lock=lock-cpu.txt; [ $gpu = yes ] && lock=lock-gpu.txt
+lock="lock-cpu.txt"; [ "$gpu" = yes ] && lock="lock-gpu.txt"
 echo "grpo-ray set-up: Python 3.11, $( [ $gpu = yes ] && echo 'vLLM for GPUs' || echo 'no GPU found: the CPU stack' ), packages of $lock into .venv (a few minutes the first time)"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 .venv/bin/python -m pip --version >/dev/null 2>&1 || stop "the .venv here is broken; remove it (rm -rf .venv) and call make again"
@@ -37,6 +39,7 @@ if [ $gpu = no ]; then
 fi
 echo "  3/4 $(grep -c == $lock) packages, vLLM, Ray, DeepSpeed and Transformers among them (1.5 GB)"
 install -q -r $lock || stop "some packages of $lock could not be installed (see above); call make again to go on"
+[ "${1:-}" != packages ] || exit 0
 echo "  4/4 this project, and a first import of everything"
 install -q --no-build-isolation -e .
 # Imported once with bytecode written, whatever the environment says of it: else every process of every run compiles vLLM

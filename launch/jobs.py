@@ -16,7 +16,7 @@ from grpo_ray.ledger import Ledger
 from launch.recipe import is_sft, load_recipe, load_run_config, run_folder
 
 console = Console(highlight=False, soft_wrap=True)
-SIGNAL_EXITS = {"SIGINT": 130, "SIGTERM": 143}
+SIGNAL_EXITS = {"SIGINT": 130, "SIGTERM": 143, "stopped": 143}
 
 
 def start_grpo(recipe: str, overrides: list[str]) -> Path:
@@ -68,7 +68,7 @@ def replay_step(path: Path, step: int) -> None:
     check_replayable(run, step)
     start = f"its checkpoint of step {step - 1}" if step > 1 else "the starting model"
     console.print(f"replaying step {step} of {run.path} from {start}")
-    _exit_unless_finished(_run("replay", config, run, step - 1))
+    exit_unless_finished(_run("replay", config, run, step - 1))
 
 
 def evaluate_target(target: str, overrides: list[str]) -> None:
@@ -92,7 +92,7 @@ def evaluate_target(target: str, overrides: list[str]) -> None:
     preflight(config)
     scratch = Path(config.dir) / ".eval"
     scratch.mkdir(parents=True, exist_ok=True)
-    _exit_unless_finished(_run("eval", config, RunDir(scratch), None))
+    exit_unless_finished(_run("eval", config, RunDir(scratch), None))
 
 
 def _run(kind: str, config: RunConfig | SftConfig, run: RunDir, resume_step: int | None) -> EndEvent:
@@ -110,7 +110,7 @@ def _finish(run: RunDir, end: EndEvent) -> None:
         console.print(f"model    {run.exported}")
     if end.status != "finished" and run.steps():
         console.print(f"go on    grpo-ray resume {run.path}")
-    _exit_unless_finished(end)
+    exit_unless_finished(end)
 
 
 def make_report(run: RunDir) -> Path:
@@ -126,7 +126,7 @@ def make_report(run: RunDir) -> Path:
         ledger.close()
 
 
-def _exit_unless_finished(end: EndEvent) -> None:
+def exit_unless_finished(end: EndEvent) -> None:
     """Raises WorkerError for a run that failed, SystemExit with the signal's code for one that was stopped."""
     if end.status == "failed":
         raise WorkerError(end.text)

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from grpo_ray.config import RunConfig, SftConfig, build, deep_merge, load_yaml, parse_overrides
 from grpo_ray.errors import ConfigError
+from grpo_ray.names import check_name
 
 RECIPES = Path(__file__).parent / "recipes"
 Config = TypeVar("Config", RunConfig, SftConfig)
@@ -57,6 +58,4 @@ def is_sft(path: Path) -> bool:
 
 def run_folder(config: RunConfig | SftConfig, recipe: str) -> Path:
     name = config.name or f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if not name or any(c in name for c in "/\\\0") or name.startswith("."):
-        raise ConfigError(f"name {name!r} can't be a folder's name; use letters, digits, - and _")
-    return Path(config.dir) / name
+    return Path(config.dir) / check_name(name)

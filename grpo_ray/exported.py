@@ -1,0 +1,84 @@
+"""Metrics as Ray exports them to Prometheus: `reward/accuracy/mean` -> `ray_grpo_reward_mean{run="smoke", of="accuracy"}`.
+
+What stands for the `*` of a family becomes the label `of`, so that a dashboard need not know the names of reward functions.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from grpo_ray.metrics import METRICS, describe, matches
+
+PREFIX = "grpo_"
+RAY_PREFIX = "ray_"
+LABELS = ("run", "of")
+
+
+@dataclass(frozen=True)
+class Exported:
+    name: str
+    """Without Ray's prefix."""
+    of: str
+    """'' where the metric is no family's."""
+    help: str
+
+
+@dataclass(frozen=True)
+class Count:
+    """A counter: the sum of a metric over the steps."""
+
+    name: str
+    metric: str
+    """Or a pattern; what the `*` stands for is the label `of`."""
+    help: str
+
+
+@dataclass(frozen=True)
+class Distribution:
+    name: str
+    metric: str
+    help: str
+    boundaries: tuple[float, ...]
+
+
+COUNTS = (
+    Count(f"{PREFIX}trained_tokens_total", "tokens/trained", "Completion tokens that took part in the loss"),
+    Count(f"{PREFIX}trained_groups_total", "groups/count", "Groups that were trained on"),
+    Count(f"{PREFIX}dropped_groups_total", "groups/dropped/*", "Groups that were dropped, by the reason"),
+    Count(f"{PREFIX}failed_scores_total", "reward/*/failed", "Scores that failed, by the reward function"),
+)
+STEPS = Count(f"{PREFIX}steps_total", "time/step", "Steps that were done")
+"""Counts the steps themselves."""
+SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
+DISTRIBUTIONS = (
+    Distribution(f"{PREFIX}step_seconds", "time/step", "Seconds of a step", SECONDS),
+    Distribution(
+        f"{PREFIX}sync_pause_seconds", "sync/pause_s", "Seconds that generation stood still for a sync", SECONDS
+    ),
+)
+
+
+def exported(metric: str) -> Exported:
+    """The gauge that shows a metric."""
+    pattern = next((p for p in (metric, *METRICS) if p in METRICS and matches(metric, p)), metric)
+    of = star(metric, pattern)
+    help_text, unit = METRICS.get(pattern, (describe(metric)[0], ""))
+    return Exported(_gauge(pattern), of, f"{help_text} [{unit}]" if unit else help_text)
+
+
+def star(metric: str, pattern: str) -> str:
+    """What the `*` of a pattern stands for in a metric that it means."""
+    head, has_star, tail = pattern.partition("*")
+    return metric[len(head) : len(metric) - len(tail)] if has_star else ""
+
+
+def series() -> set[str]:
+    """Every name that Prometheus can see, Ray's prefix and the parts of histograms included: what a dashboard may ask for."""
+    parts = {f"{d.name}{part}" for d in DISTRIBUTIONS for part in ("_bucket", "_sum", "_count")}
+    names = {_gauge(pattern) for pattern in METRICS} | {c.name for c in (*COUNTS, STEPS)} | parts
+    return {RAY_PREFIX + name for name in names}
+
+
+def _gauge(pattern: str) -> str:
+    return PREFIX + re.sub(r"[^a-zA-Z0-9]+", "_", pattern.replace("@", "_at_")).strip("_")

@@ -1,0 +1,252 @@
+"""A running Ray cluster as the command line sees it: over its dashboard's HTTP alone, so from anywhere that reaches that port."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shlex
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from actors.cluster import CONTROLLER, NAMESPACE, check_token
+from grpo_ray.errors import ConfigError, ResourceError, WorkerError
+from grpo_ray.names import check_name
+from launch.in_cluster import no_such_run
+
+DASHBOARD_PORT = 8265
+REACH_S = 10.0
+COMMAND_S = 180.0
+"""A command inside the cluster: a process that imports Ray, on a busy head."""
+LOST_S = 120.0
+"""How long the log of a job may be out of reach before following it gives up."""
+RUN_KEY = "grpo_ray_run"
+"""In a job's metadata: the run that it drives."""
+STOPPED_EXITS = (130, 143)
+MAX_RUNS = 1000
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ClusterRun:
+    """A run as the cluster tells it."""
+
+    name: str
+    state: str
+    """waiting, running, finished, stopped, failed; `running alone`: what drove it is gone, it is not."""
+    job_id: str | None
+    """None: it was not submitted, or what drove it was no job."""
+    started: float | None = None
+    """Seconds since the epoch."""
+    ended: float | None = None
+    working_dir: str | None = None
+    message: str = ""
+    exit_code: int | None = None
+
+    @property
+    def is_live(self) -> bool:
+        return self.state in ("waiting", "running", "running alone")
+
+
+def merge(jobs: Iterable[Any], controllers: Iterable[str]) -> list[ClusterRun]:
+    """Ray's jobs and the names of living controllers -> runs, the oldest first; of a name that was used twice, the last."""
+    runs: dict[str, ClusterRun] = {}
+    for job in sorted(jobs, key=lambda j: j.start_time or 0):
+        name = (job.metadata or {}).get(RUN_KEY)
+        if name is not None:
+            runs.pop(name, None)
+            runs[name] = _of_job(name, job)
+    for name in controllers:
+        run = runs.get(name)
+        if run is None:
+            runs[name] = ClusterRun(name, "running", None)
+        elif not run.is_live:
+            runs[name] = replace(run, state="running alone", ended=None)
+    return list(runs.values())
+
+
+def _of_job(name: str, job: Any) -> ClusterRun:
+    state = {"PENDING": "waiting", "RUNNING": "running", "SUCCEEDED": "finished", "STOPPED": "stopped"}.get(
+        str(job.status), "stopped" if job.driver_exit_code in STOPPED_EXITS else "failed"
+    )
+    return ClusterRun(
+        name,
+        state,
+        job.submission_id,
+        job.start_time and job.start_time / 1000,
+        job.end_time and job.end_time / 1000,
+        (job.runtime_env or {}).get("working_dir"),
+        job.message or "",
+        job.driver_exit_code,
+    )
+
+
+class Cluster:
+    def __init__(self, address: str | None) -> None:
+        """
+        Args:
+            address: `http://HOST:8265`, HOST:6379 (of Ray's head) or `auto`; None: what the environment says.
+
+        Raises:
+            ResourceError: nothing answers there, or it does not take our token.
+        """
+        import ray
+        from ray.job_submission import JobSubmissionClient
+
+        where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+        if not where:
+            raise ResourceError(
+                f"which cluster? Give --address http://HEAD:{DASHBOARD_PORT} (KubeRay: kubectl port-forward "
+                f"service/CLUSTER-head-svc {DASHBOARD_PORT}), or set RAY_ADDRESS"
+            )
+        self.address = complete(where)
+        check_reachable(self.address)
+        check_token()
+        # Ray lets the environment win over the argument.
+        os.environ["RAY_API_SERVER_ADDRESS"] = self.address
+        logging.getLogger("ray").setLevel(logging.WARNING)
+        try:
+            self._client = JobSubmissionClient(self.address)
+            self._client.list_jobs()
+        except ray.exceptions.AuthenticationError as e:
+            raise ResourceError(
+                f"the cluster at {self.address} does not take our token ({str(e).splitlines()[0]}): it must be the one that its "
+                "head was started with, in ~/.ray/auth_token or RAY_AUTH_TOKEN"
+            ) from None
+        except (ConnectionError, ValueError, RuntimeError, OSError) as e:
+            raise ResourceError(f"no Ray cluster answers at {self.address} ({e}); is its head started?") from None
+
+    def runs(self) -> list[ClusterRun]:
+        from ray.util.state import list_actors
+
+        living = [("class_name", "=", "Controller"), ("state", "=", "ALIVE")]
+        actors = self._ask(list_actors, self._client.get_address(), filters=living, limit=MAX_RUNS)
+        names = [a.name for a in actors if a.ray_namespace in (NAMESPACE, None) and (a.name or "").endswith(CONTROLLER)]
+        return merge(self._ask(self._client.list_jobs), [n.removesuffix(CONTROLLER) for n in names])
+
+    def find(self, name: str) -> ClusterRun:
+        """Raises ConfigError when the cluster knows no such run."""
+        check_name(name, "the run's name")
+        runs = self.runs()
+        for run in runs:
+            if run.name == name:
+                return run
+        raise ConfigError(no_such_run(name, [r.name for r in runs]))
+
+    def submit(self, name: str, words: list[str], working_dir: str) -> str:
+        """Start `python -m launch job WORDS` in a copy of this folder; the job's id."""
+        return str(
+            self._ask(
+                self._client.submit_job,
+                entrypoint=_entrypoint(words),
+                submission_id=f"{name}-{uuid.uuid4().hex[:6]}",
+                runtime_env={"working_dir": working_dir},
+                metadata={RUN_KEY: name},
+            )
+        )
+
+    def command(self, words: list[str], run: ClusterRun, tell: Callable[[str], None]) -> None:
+        """The same for a command about a run, with that run's own code: follow it to its end, and leave no trace.
+
+        Raises:
+            WorkerError: with what it said. SystemExit for a run that was stopped while the command followed it.
+        """
+        job = self._ask(
+            self._client.submit_job,
+            entrypoint=_entrypoint(words),
+            submission_id=f"grpo-ray-{words[0]}-{uuid.uuid4().hex[:6]}",
+            runtime_env={"working_dir": run.working_dir} if run.working_dir else {},
+        )
+        try:
+            self.follow(job, tell)
+            details = self._ask(self._client.get_job_info, job)
+            if details.driver_exit_code in STOPPED_EXITS:
+                raise SystemExit(details.driver_exit_code)
+            if str(details.status) != "SUCCEEDED":
+                raise WorkerError(f"`{words[0]}` of {run.name} failed on the cluster: {details.message}")
+        finally:
+            self._ask(self._forget, job)
+
+    def log(self, job_id: str) -> str:
+        return str(self._ask(self._client.get_job_logs, job_id))
+
+    def follow(self, job_id: str, tell: Callable[[str], None]) -> None:
+        """Pass on the log of a job until the job has ended; a broken connection is made again.
+
+        Raises:
+            ResourceError: the cluster did not answer for LOST_S.
+        """
+        passed = 0
+
+        async def tail() -> None:
+            nonlocal passed
+            seen = 0
+            async for text in self._client.tail_job_logs(job_id):
+                seen += len(text)
+                if seen > passed:
+                    tell(text[-(seen - passed) :])
+                    passed = seen
+
+        lost_since = None
+        while True:
+            try:
+                asyncio.run(tail())
+                if self._client.get_job_status(job_id).is_terminal():
+                    tell(self._client.get_job_logs(job_id)[passed:])
+                    return
+                lost_since = None
+            except (OSError, RuntimeError) as e:
+                lost_since = lost_since or time.monotonic()
+                if time.monotonic() - lost_since > LOST_S:
+                    raise ResourceError(
+                        f"the cluster at {self.address} has not answered for {LOST_S:g} s ({e}); the run may well go on there"
+                    ) from None
+            time.sleep(0.5)
+
+    def _ask(self, what: Callable[..., T], *args: Any, **options: Any) -> T:
+        """Raises ResourceError when the cluster does not answer, or says no."""
+        from ray.util.state.exception import RayStateApiException
+
+        try:
+            return what(*args, **options)
+        except (OSError, RuntimeError, RayStateApiException) as e:
+            raise ResourceError(f"the cluster at {self.address} does not do what it is asked to: {e}") from None
+
+    def _forget(self, job_id: str) -> None:
+        if self._client.get_job_status(job_id).is_terminal():
+            self._client.delete_job(job_id)
+        else:
+            self._client.stop_job(job_id)
+
+
+def complete(address: str) -> str:
+    """HOST:8265 means the dashboard."""
+    return f"http://{address}" if address.endswith(f":{DASHBOARD_PORT}") and "://" not in address else address
+
+
+def check_reachable(address: str) -> None:
+    """Raises ResourceError at once where Ray's own clients would try for minutes."""
+    parts = urlsplit(address if "://" in address else f"tcp://{address}")
+    try:
+        port = parts.port or {"https": 443, "http": 80}.get(parts.scheme)
+    except ValueError:
+        raise ConfigError(
+            f"--address {address} has no port that is a number; it reads http://HEAD:{DASHBOARD_PORT}"
+        ) from None
+    if parts.hostname is None or port is None:
+        return
+    try:
+        socket.create_connection((parts.hostname, port), timeout=REACH_S).close()
+    except OSError as e:
+        raise ResourceError(
+            f"no Ray cluster answers at {address} ({e}); is its head started, and its port {port} within reach?"
+        ) from None
+
+
+def _entrypoint(words: list[str]) -> str:
+    return shlex.join(["python", "-m", "launch", "job", *words])

@@ -1,0 +1,116 @@
+"""What runs on the cluster's head for `submit`, `stop` and `logs`: the commands of Ray jobs, as `python -m launch job ...`."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from actors.cluster import CONTROLLER, NAMESPACE, controller_name, join
+from grpo_ray.config import RunConfig, SftConfig, load_yaml
+from grpo_ray.errors import ConfigError, ResourceError, WorkerError
+from grpo_ray.names import check_name
+from launch.recipe import is_sft
+
+END_S = 60.0
+"""How long `stop --now` waits for a run to end by itself before its controller is killed."""
+ANSWER_S = 60.0
+
+
+def home() -> Path:
+    """Where the runs of a cluster are: a folder that all its nodes see."""
+    return Path(os.environ.get("GRPO_RAY_HOME") or Path.home())
+
+
+def run_recipe(recipe: Path) -> None:
+    """A recipe that `submit` has resolved: it has a name."""
+    from launch.jobs import start_grpo, start_sft
+
+    folder = home() / load_yaml(recipe).get("dir", RunConfig.model_fields["dir"].default)
+    (start_sft if is_sft(recipe) else start_grpo)(str(recipe), [f"dir={folder}"])
+
+
+def resume(run: str) -> None:
+    from launch.jobs import resume_run
+
+    resume_run(home() / (run if "/" in run else f"{SftConfig.model_fields['dir'].default}/{run}"))
+
+
+def stop(run: str, *, now: bool) -> None:
+    import ray
+
+    controller = find_controller(run)
+    try:
+        ray.get(controller.stop.remote("stopped", now), timeout=ANSWER_S)
+        if not now:
+            print(f"{run} ends after the step under way, with a checkpoint")
+            return
+        deadline = time.monotonic() + END_S
+        while time.monotonic() < deadline:
+            if _is_gone(run):
+                break
+            time.sleep(0.5)
+        else:
+            ray.kill(controller)
+        print(f"{run} has ended; its newest checkpoint is where it can be resumed from")
+    except ray.exceptions.GetTimeoutError:
+        if not now:
+            raise WorkerError(
+                f"the controller of {run} did not answer for {ANSWER_S:g} s; `grpo-ray stop {run} --now` kills it"
+            ) from None
+        ray.kill(controller)
+        print(f"the controller of {run} did not answer and was killed")
+    except ray.exceptions.RayActorError:
+        print(f"{run} has ended")
+    finally:
+        ray.shutdown()
+
+
+def attach(run: str) -> None:
+    """Everything that a run has told, and what it tells until its end."""
+    import ray
+
+    from launch.follow import follow_events
+    from launch.jobs import exit_unless_finished
+    from launch.live import LiveView
+
+    controller = find_controller(run)
+    try:
+        with LiveView() as view:
+            exit_unless_finished(follow_events(controller, view, Path(run)))
+    finally:
+        ray.shutdown()
+
+
+def find_controller(run: str) -> Any:
+    """Joins the cluster around this process. Raises ConfigError when no such run is under way on it."""
+    import ray
+
+    check_name(run, "the run's name")
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None:
+        raise ResourceError("this command runs inside a Ray job: use grpo-ray submit, logs or stop")
+    join(address)
+    try:
+        return ray.get_actor(controller_name(run), namespace=NAMESPACE)
+    except ValueError:
+        raise ConfigError(no_such_run(run, live_runs())) from None
+
+
+def live_runs() -> list[str]:
+    import ray
+
+    named = ray.util.list_named_actors(all_namespaces=True)
+    names = [a["name"] for a in named if a["namespace"] == NAMESPACE and a["name"].endswith(CONTROLLER)]
+    return sorted(n.removesuffix(CONTROLLER) for n in names)
+
+
+def no_such_run(run: str, others: list[str]) -> str:
+    return f"no run named {run} is under way on the cluster; " + (
+        f"there are {', '.join(others)}" if others else "there is none at all"
+    )
+
+
+def _is_gone(run: str) -> bool:
+    return run not in live_runs()

@@ -1,0 +1,127 @@
+"""`submit`, `status`, `logs` and `stop`: runs on a cluster, seen from outside."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from grpo_ray.config import RunConfig, SftConfig, to_yaml
+from grpo_ray.errors import ConfigError, WorkerError
+from grpo_ray.metrics import duration
+from grpo_ray.names import check_name
+from launch.cluster import STOPPED_EXITS, Cluster, ClusterRun
+from launch.package import stage
+from launch.recipe import find_recipe, is_sft, load_recipe, run_folder
+
+RECIPE_FILE = "grpo-ray-job.yaml"
+console = Console(highlight=False, soft_wrap=True)
+
+
+def submit(
+    recipe: str, overrides: list[str], address: str | None, exclude: list[str], *, wait: bool, resume: bool
+) -> None:
+    if resume and overrides:
+        raise ConfigError(f"{overrides[0]}: a run is resumed as it was begun; leave the overrides out")
+    config = None if resume else _resolve(recipe, overrides)
+    name = check_name(Path(recipe).name if config is None else str(config.name))
+    cluster = Cluster(address)
+    if any(run.name == name and run.is_live for run in cluster.runs()):
+        raise ConfigError(
+            f"a run named {name} is under way on this cluster: `grpo-ray logs {name}` shows it; or choose another with name=..."
+        )
+    with tempfile.TemporaryDirectory(prefix="grpo-ray-") as scratch:
+        size = stage(Path.cwd(), Path(scratch), exclude)
+        if config is not None:
+            Path(scratch, RECIPE_FILE).write_text(to_yaml(config))
+        words = ["resume", recipe] if config is None else ["run", RECIPE_FILE]
+        job = cluster.submit(name, words, scratch)
+    again = f" --address {cluster.address}" if address else ""
+    console.print(
+        f"submitted {name} as job {job} ({size / 1e6:.1f} MB of this folder); see it again: grpo-ray logs {name}{again}"
+    )
+    if wait:
+        _follow(cluster, ClusterRun(name, "waiting", job), again)
+
+
+def _resolve(recipe: str, overrides: list[str]) -> RunConfig | SftConfig:
+    """Everything that is wrong with a recipe by itself is told here, before anything is shipped."""
+    sft = is_sft(find_recipe(recipe))
+    config = load_recipe(SftConfig, recipe, overrides) if sft else load_recipe(RunConfig, recipe, overrides)
+    on_cluster = config.cluster.model_copy(update={"address": None, "num_cpus": None})
+    return config.model_copy(update={"name": run_folder(config, recipe).name, "cluster": on_cluster})
+
+
+def status(run: str | None, address: str | None) -> None:
+    cluster = Cluster(address)
+    if run is None:
+        runs = cluster.runs()
+        if not runs:
+            console.print(f"no runs on {cluster.address}")
+        else:
+            console.print(_table(runs))
+        return
+    found = cluster.find(run)
+    console.print(_table([found]))
+    if found.job_id is not None:
+        lines = cluster.log(found.job_id).splitlines()
+        console.print("\n".join(lines[-LAST_LINES:]), markup=False)
+
+
+LAST_LINES = 5
+
+
+def logs(run: str, address: str | None) -> None:
+    cluster = Cluster(address)
+    _follow(cluster, cluster.find(run), f" --address {cluster.address}" if address else "")
+
+
+def stop(run: str, address: str | None, *, now: bool) -> None:
+    cluster = Cluster(address)
+    found = cluster.find(run)
+    if not found.is_live:
+        raise ConfigError(f"{run} is not under way: it is {found.state}")
+    cluster.command(["stop", run, *(["--now"] if now else [])], found, _tell)
+
+
+def _follow(cluster: Cluster, run: ClusterRun, again: str) -> None:
+    """To the end of the run. Raises WorkerError for one that failed, SystemExit with a signal's code for one that was stopped."""
+    try:
+        if run.job_id is not None:
+            cluster.follow(run.job_id, _tell)
+        now = cluster.find(run.name)
+        if now.state == "running alone" or now.job_id is None:
+            cluster.command(["attach", run.name], now, _tell)
+            return
+    except KeyboardInterrupt:
+        console.print(
+            f"\n{run.name} goes on without this window: grpo-ray logs {run.name}{again} shows it, grpo-ray stop {run.name}{again} "
+            "ends it"
+        )
+        raise SystemExit(130) from None
+    if now.state == "stopped":
+        raise SystemExit(now.exit_code if now.exit_code in STOPPED_EXITS else STOPPED_EXITS[-1])
+    if now.state != "finished":
+        raise WorkerError(
+            f"{run.name} {now.state} on the cluster: {now.message.strip().splitlines()[0] if now.message else '?'}"
+        )
+
+
+def _tell(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _table(runs: list[ClusterRun]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("run", "state", "started", "took", "job"):
+        table.add_column(column, no_wrap=True)
+    for run in runs:
+        started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.started)) if run.started else "-"
+        took = duration((run.ended or time.time()) - run.started) if run.started else "-"
+        table.add_row(run.name, run.state, started, took, run.job_id or "-")
+    return table

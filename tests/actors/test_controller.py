@@ -1,0 +1,45 @@
+"""What the controller takes from outside and tells to it, without a cluster."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+# In a process of its own: a controller takes over the output of the process that it is made in.
+PROGRAM = """
+import asyncio, sys
+from actors.controller import Controller
+from grpo_ray.config import RunConfig
+from grpo_ray.errors import ConfigError
+
+async def main(told):
+    config = RunConfig.model_validate({"model": {"tiny": {}, "dtype": "float32"}, "data": {"train": {"path": "x"}},
+                                       "reward": {"functions": [{"name": "accuracy"}]}})
+    controller = Controller("sft", config, sys.argv[1], None)
+    for reason in ("stopped", "a b", "x" * 200, "; rm"):
+        try:
+            await controller.stop(reason)
+        except ConfigError:
+            print("refused", file=told)
+    controller._warn("GET https://x/?key=hf_abcdefgh failed")
+    await controller.run()
+    for event in await controller.events(0, 1):
+        print(event, file=told)
+
+asyncio.run(main(open(sys.argv[2], "w")))
+"""
+
+
+def test_a_controller_takes_words_for_reasons_and_tells_no_secrets(tmp_path: Path) -> None:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_TOKEN": "hf_abcdefgh", "X_SECRET": "RunConfig"}
+    subprocess.run([sys.executable, "-c", PROGRAM, tmp_path, tmp_path / "told"], env=env, check=True, timeout=120)
+    lines = (tmp_path / "told").read_text().splitlines()
+    assert lines[:3] == ["refused"] * 3
+    assert "key=[hidden] failed" in lines[3]
+    assert "no run of kind sft with a [hidden]" in lines[4]
+    assert len(lines) == 5
+    log = (tmp_path / "logs" / "controller.log").read_text()
+    assert "no run of kind sft with a [hidden]" in log

@@ -1,0 +1,113 @@
+"""A Ray cluster by `ray start --head`, as a user starts one, in a home and a temporary folder of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+
+from tests.end_to_end.runs import RECIPE, ROOT
+
+START_S = 240
+LIMIT_S = 480
+NUM_CPUS = 4
+REWARD = """
+def share_of_digits(completions, **columns):
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [sum(x.isdigit() for x in t) / max(1, len(t)) for t in texts]
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class Place:
+    """A user: a home, a folder with a recipe and a reward of their own, and maybe a cluster."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "work"
+        self.home = folder / "home"
+        self.runs = self.home / "runs"
+        for path in (self.folder, self.home):
+            path.mkdir()
+        # Sockets lie below it, and their paths may have a hundred characters.
+        self.tmp = Path(tempfile.mkdtemp(prefix="gr-", dir="/tmp"))
+        recipe = RECIPE | {"reward": {"functions": [{"name": "my_rewards.share_of_digits"}], "num_cpus": 0}}
+        recipe["data"] = {k: v for k, v in RECIPE["data"].items() if k != "eval"}
+        (self.folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+        (self.folder / "my_rewards.py").write_text(REWARD)
+        self.dashboard, self.metrics, self.gcs, self.agent = (free_port() for _ in range(4))
+        self.address = f"http://127.0.0.1:{self.dashboard}"
+        self._head: subprocess.Popen[bytes] | None = None
+        self._started: list[subprocess.Popen[str]] = []
+
+    def env(self) -> dict[str, str]:
+        ours = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
+        left = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k not in ours}
+        paths = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        return left | {"HOME": str(self.home), "RAY_TMPDIR": str(self.tmp), "PATH": paths, "COLUMNS": "150"}
+
+    def start_head(self) -> None:
+        """Nothing but `ray start --head` and ports that are free: no word about tokens. Its code is the image's, not ours."""
+        ports = [f"--port={self.gcs}", f"--dashboard-port={self.dashboard}", f"--metrics-export-port={self.metrics}"]
+        ports += [f"--dashboard-agent-listen-port={self.agent}", f"--ray-client-server-port={free_port()}"]
+        sizes = [f"--num-cpus={NUM_CPUS}", "--object-store-memory=300000000", "--disable-usage-stats"]
+        with open(self.tmp / "head.log", "wb") as log:
+            self._head = subprocess.Popen(
+                ["ray", "start", "--head", "--block", *ports, *sizes, f"--temp-dir={self.tmp}"],
+                env=self.env(),
+                cwd=self.tmp,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + START_S
+        while True:
+            assert self._head.poll() is None, (self.tmp / "head.log").read_text()
+            assert time.monotonic() < deadline, (self.tmp / "head.log").read_text()
+            with socket.socket() as s:
+                if s.connect_ex(("127.0.0.1", self.dashboard)) == 0:
+                    return
+            time.sleep(0.2)
+
+    def begin(self, *args: str) -> subprocess.Popen[str]:
+        """`grpo-ray ARGS` in the user's folder."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "launch", *args],
+            cwd=self.folder,
+            env=self.env() | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._started.append(process)
+        return process
+
+    def run(self, *args: str, limit_s: float = LIMIT_S) -> tuple[int, str]:
+        process = self.begin(*args)
+        output, _ = process.communicate(timeout=limit_s)
+        return process.returncode, output
+
+    def close(self) -> None:
+        for process in self._started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        if self._head is not None and self._head.poll() is None:
+            self._head.send_signal(signal.SIGTERM)
+            try:
+                self._head.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._head.pid, signal.SIGKILL)
+        shutil.rmtree(self.tmp, ignore_errors=True)

@@ -1,0 +1,172 @@
+"""What the cluster tells -> runs, and errors for those who ask where nothing is. Whole runs: end_to_end/test_cluster.py."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from actors.cluster import Demand, bundles
+from grpo_ray.errors import ConfigError, ResourceError
+from launch.cluster import RUN_KEY, ClusterRun, check_reachable, complete, merge
+from launch.in_cluster import home
+
+ROOT = Path(__file__).parent.parent
+
+
+def job(
+    run: str | None, status: str, start: int, *, end: int | None = None, code: int | None = None
+) -> SimpleNamespace:
+    return SimpleNamespace(
+        metadata={RUN_KEY: run} if run else None,
+        status=status,
+        start_time=start,
+        end_time=end,
+        submission_id=f"{run}-{start}",
+        runtime_env={"working_dir": "gcs://x.zip"},
+        message="",
+        driver_exit_code=code,
+    )
+
+
+def states(runs: list[ClusterRun]) -> dict[str, str]:
+    return {run.name: run.state for run in runs}
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "state"),
+    [
+        ("PENDING", None, "waiting"),
+        ("RUNNING", None, "running"),
+        ("SUCCEEDED", 0, "finished"),
+        ("FAILED", 1, "failed"),
+        ("FAILED", 143, "stopped"),
+        ("FAILED", 130, "stopped"),
+        ("FAILED", -9, "failed"),
+        ("STOPPED", None, "stopped"),
+    ],
+)
+def test_the_state_of_a_job_and_its_exit_code_make_the_state_of_a_run(
+    status: str, code: int | None, state: str
+) -> None:
+    assert states(merge([job("a", status, 1, code=code)], [])) == {"a": state}
+
+
+def test_a_controller_without_what_drove_it_is_a_run_that_goes_on_alone() -> None:
+    (run,) = merge([job("a", "FAILED", 1000, end=2000, code=-9)], ["a"])
+    assert (run.state, run.is_live, run.ended, run.job_id) == ("running alone", True, None, "a-1000")
+    (run,) = merge([], ["b"])
+    assert (run.name, run.state, run.job_id) == ("b", "running", None)
+
+
+def test_of_a_name_that_was_used_again_the_last_job_counts_and_other_jobs_are_no_runs() -> None:
+    jobs = [
+        job("a", "RUNNING", 3000),
+        job(None, "RUNNING", 2000),
+        job("a", "FAILED", 1000, code=1),
+        job("b", "SUCCEEDED", 1500),
+    ]
+    runs = merge(jobs, ["a"])
+    assert [(r.name, r.state, r.job_id, r.started) for r in runs] == [
+        ("b", "finished", "b-1500", 1.5),
+        ("a", "running", "a-3000", 3.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("head:8265", "http://head:8265"),
+        ("http://head:8265", "http://head:8265"),
+        ("https://ray.example", "https://ray.example"),
+        ("head:6379", "head:6379"),
+        ("auto", "auto"),
+    ],
+)
+def test_the_dashboards_port_needs_no_scheme(given: str, meant: str) -> None:
+    assert complete(given) == meant
+
+
+def test_an_address_where_nothing_listens_is_told_at_once() -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with pytest.raises(ResourceError, match=f"no Ray cluster answers at http://127.0.0.1:{port}"):
+        check_reachable(f"http://127.0.0.1:{port}")
+    with pytest.raises(ConfigError, match="no port that is a number"):
+        check_reachable("http://head:port")
+
+
+def test_runs_are_written_where_all_nodes_see_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GRPO_RAY_HOME", "/data")
+    assert home() == Path("/data")
+    assert home() / "/mine/runs" == Path("/mine/runs")
+    monkeypatch.delenv("GRPO_RAY_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert home() == tmp_path
+
+
+def test_the_autoscaler_is_asked_for_each_actor() -> None:
+    wanted = [Demand("rollout", 2, 1, 0.5), Demand("reward", 3, 0, 0), Demand("learner", 1, 4, 0)]
+    assert bundles(wanted) == [{"CPU": 1, "GPU": 0.5}, {"CPU": 1, "GPU": 0.5}, {"CPU": 4}]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    from tests.test_cli import RECIPE
+
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    return tmp_path
+
+
+def grpo_ray(place: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return subprocess.run(
+        [sys.executable, "-m", "launch", *args],
+        cwd=place,
+        env=kept | {"PYTHONPATH": str(ROOT), "HOME": str(place), "COLUMNS": "200"} | env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "expected"),
+    [
+        (["status"], 1, "which cluster? Give --address http://HEAD:8265"),
+        (
+            ["submit", "recipe.yaml", "--address", "http://127.0.0.1:1"],
+            1,
+            "no Ray cluster answers at http://127.0.0.1:1",
+        ),
+        (["submit", "recipe.yaml", "learner.zero_stge=1", "--address", "x:1"], 2, "did you mean learner.zero_stage?"),
+        (["submit", "recipe.yaml", "name=a b", "--address", "x:1"], 2, "name 'a b' can't be used"),
+        (["submit", "smok", "--address", "x:1"], 2, "did you mean smoke"),
+        (["submit", "--resume", "a", "seed=2", "--address", "x:1"], 2, "a run is resumed as it was begun"),
+        (["job", "stop", "a;b"], 2, "the run's name 'a;b' can't be used"),
+        (["job", "stop", "a"], 1, "this command runs inside a Ray job"),
+    ],
+)
+def test_what_cannot_be_done_is_told_in_one_message(place: Path, args: list[str], code: int, expected: str) -> None:
+    result = grpo_ray(place, *args)
+    assert result.returncode == code, result.stdout + result.stderr
+    assert expected in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_missing_token_is_told_with_where_it_belongs(place: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        result = grpo_ray(place, "status", "--address", address)
+    assert result.returncode == 1
+    assert "Ray's token is missing" in result.stderr
+    assert str(place / ".ray" / "auth_token") in result.stderr
+    assert "Traceback" not in result.stderr

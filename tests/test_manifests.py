@@ -1,0 +1,231 @@
+"""The files that start a cluster, against the schemas and linters of those who read them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import ray
+import yaml
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from referencing import Registry, Resource
+from typer.testing import CliRunner
+
+from launch.cli import app
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+KUBERAY = ROOT / "launch" / "kuberay"
+KUBERNETES = "1.37.0"
+SCRIPTS = [ROOT / "launch/slurm/grpo_ray.sbatch", ROOT / "launch/plain/start_ray.sh", ROOT / "launch/install.sh"]
+
+
+def documents() -> list[tuple[str, dict[str, Any]]]:
+    return [
+        (f"{path.name}:{document['kind']}", document)
+        for path in sorted(KUBERAY.glob("*.yaml"))
+        for document in yaml.safe_load_all(path.read_text())
+    ]
+
+
+@pytest.fixture(scope="module")
+def registry() -> Registry[Any]:
+    folder = files("kubernetes_validate").joinpath(
+        "kubernetes-json-schema", f"v{'.'.join(KUBERNETES.split('.'))}-local-strict"
+    )
+    return Registry().with_resource(
+        "/api/_definitions.json", Resource.from_contents(json.loads(folder.joinpath("_definitions.json").read_text()))
+    )
+
+
+def strict(node: Any) -> Any:
+    """As the API server's strict field validation: a field that the schema does not know is an error."""
+    if isinstance(node, list):
+        return [strict(n) for n in node]
+    if not isinstance(node, dict):
+        return node
+    if "x-kubernetes-definition" in node:
+        return {"$ref": f"/api/_definitions.json#/$defs/{node['x-kubernetes-definition']}"}
+    out = {key: strict(value) for key, value in node.items()}
+    return out | {"additionalProperties": False} if isinstance(node.get("properties"), dict) else out
+
+
+def validate(document: dict[str, Any], registry: Registry[Any]) -> None:
+    if document["apiVersion"] == "ray.io/v1":
+        schemas = yaml.safe_load((Path(__file__).parent / "data" / "kuberay_crds.yaml").read_text())
+        schema = strict(schemas[document["kind"]])
+        jsonschema.Draft202012Validator(schema, registry=registry).validate(document["spec"])
+    else:
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize(("name", "document"), documents(), ids=[name for name, _ in documents()])
+def test_every_manifest_is_what_its_schema_says(name: str, document: dict[str, Any], registry: Registry[Any]) -> None:
+    validate(document, registry)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("spec", "enableInTreeAutoscalling"), True),
+        (("spec", "authOptions", "mode"), "tokens"),
+        (("spec", "headGroupSpec", "rayStartParams", "num-cpus"), 0),
+        (("spec", "headGroupSpec", "template", "spec", "containers", 0, "image"), 3),
+        (("spec", "headGroupSpec", "template", "spec", "containers", 0, "volumeMount"), []),
+        (("spec", "workerGroupSpecs", 0, "minReplicas"), "1"),
+    ],
+)
+def test_the_schemas_notice_a_mistake(path: tuple[str | int, ...], value: object, registry: Registry[Any]) -> None:
+    document = copy.deepcopy(dict(documents())["raycluster.yaml:RayCluster"])
+    node: Any = document
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        validate(document, registry)
+
+
+def clusters() -> list[dict[str, Any]]:
+    found = [d for _, d in documents() if d["apiVersion"] == "ray.io/v1"]
+    return [d["spec"].get("rayClusterSpec", d["spec"]) for d in found]
+
+
+@pytest.mark.parametrize("spec", clusters())
+def test_every_node_is_protected_unprivileged_and_writes_where_all_see_it(spec: dict[str, Any]) -> None:
+    assert spec["authOptions"] == {"mode": "token"}
+    assert spec["rayVersion"] == ray.__version__
+    templates = [spec["headGroupSpec"]["template"], *(g["template"] for g in spec.get("workerGroupSpecs", []))]
+    for template in templates:
+        pod = template["spec"]
+        (container,) = pod["containers"]
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        env = {e["name"]: e["value"] for e in container["env"]}
+        assert env["GRPO_RAY_HOME"] in [m["mountPath"] for m in container["volumeMounts"]]
+        assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+        assert re.fullmatch(r"grpo-ray:(cpu|gpu)", container["image"])
+    claims = {d["metadata"]["name"] for _, d in documents() if d["kind"] == "PersistentVolumeClaim"}
+    named = {
+        v["persistentVolumeClaim"]["claimName"]
+        for t in templates
+        for v in t["spec"]["volumes"]
+        if "persistentVolumeClaim" in v
+    }
+    assert named <= claims
+
+
+def test_rays_own_autoscaler_reads_from_the_cluster_what_it_may_bring() -> None:
+    document = copy.deepcopy(dict(documents())["raycluster.yaml:RayCluster"])
+    document["metadata"]["namespace"] = "default"
+    config = _derive_autoscaling_config_from_ray_cr(document)
+    groups = config["available_node_types"]
+    head, gpu, cpu = groups["headgroup"], groups["gpu"], groups["cpu"]
+    assert head["resources"]["CPU"] == 0
+    assert (gpu["min_workers"], gpu["max_workers"], gpu["resources"]["GPU"], gpu["resources"]["CPU"]) == (1, 8, 1, 16)
+    assert (cpu["min_workers"], cpu["max_workers"], cpu["resources"]["CPU"]) == (0, 8, 8)
+    assert config["idle_timeout_minutes"] == 5
+
+
+def test_the_job_runs_a_command_that_exists() -> None:
+    entrypoint = dict(documents())["rayjob.yaml:RayJob"]["spec"]["entrypoint"]
+    command = re.search(r"grpo-ray (\w+)", entrypoint)
+    assert command
+    assert CliRunner().invoke(app, [command[1], "--help"]).exit_code == 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_shell_scripts_pass_shellcheck(script: Path) -> None:
+    result = subprocess.run(
+        [BIN / "shellcheck", "--severity=warning", "--shell=bash", script], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout
+
+
+def shims(folder: Path, **scripts: str) -> Path:
+    folder.mkdir()
+    for name, text in scripts.items():
+        path = folder / name.replace("_", "-")
+        path.write_text(f"#!/bin/bash\n{text}\n")
+        path.chmod(0o755)
+    return folder
+
+
+PYTHON = f'exec {sys.executable} "$@"'
+SRUN = """
+while [[ $1 == -* ]]; do shift; done
+exec "$@"
+"""
+RAY = """
+echo "ray $* token=$(stat -c %a:%s "$RAY_AUTH_TOKEN_PATH") mode=$RAY_AUTH_MODE" >>"$TOLD"
+case $1 in health-check) [ "$(grep -c health-check "$TOLD")" -ge 2 ];; start) exec sleep 60;; esac
+"""
+GRPO_RAY = """
+echo "grpo-ray $* at $RAY_ADDRESS" >>"$TOLD"
+trap 'echo checkpoint >>"$TOLD"; exit 143' TERM
+while true; do sleep 0.05; done
+"""
+
+
+def test_a_slurm_job_starts_ray_on_all_nodes_and_ends_its_run_gracefully_before_its_time_is_up(tmp_path: Path) -> None:
+    """Slurm itself and Ray are replaced by scripts that write down what they are asked to do."""
+    told = tmp_path / "told"
+    told.touch()
+    nodes = "printf 'n1\\nn2\\nn3\\n'"
+    path = shims(tmp_path / "bin", srun=SRUN, ray=RAY, grpo_ray=GRPO_RAY, scontrol=nodes, python=PYTHON)
+    env = {"PATH": f"{path}:/usr/bin:/bin", "TOLD": str(told), "HOME": str(tmp_path), "SLURM_SUBMIT_DIR": str(tmp_path)}
+    env |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_JOB_NUM_NODES": "3"}
+    job = subprocess.Popen([SCRIPTS[0], "train", "smoke", "name=a b"], env=env, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while "grpo-ray" not in told.read_text():
+        assert time.monotonic() < deadline
+        assert job.poll() is None
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    _, errors = job.communicate(timeout=60)
+    lines = told.read_text().splitlines()
+    assert job.returncode == 143, errors
+    assert lines[-1] == "checkpoint"
+    assert "grpo-ray train smoke name=a b at n1:6379" in lines
+    starts = [line for line in lines if line.startswith("ray start")]
+    assert [("--head" in s, "--address=n1:6379" in s) for s in starts] == [(True, False), (False, True)]
+    assert all("token=600:64 mode=token" in line for line in lines if line.startswith("ray "))
+    assert list(tmp_path.glob(".grpo-ray-token*")) == []
+
+
+def test_a_head_by_hand_makes_a_private_token_and_a_worker_without_one_is_told(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    path = shims(tmp_path / "bin", ray='echo "$RAY_AUTH_MODE $*" >>"$TOLD"', python=PYTHON)
+    script = tmp_path / "launch" / "plain" / "start_ray.sh"
+    script.parent.mkdir(parents=True)
+    shutil.copy(SCRIPTS[1], script)
+    env = {"PATH": f"{path}:/usr/bin:/bin", "TOLD": str(told), "HOME": str(tmp_path)}
+
+    def start(*args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([script, *args], env=env, capture_output=True, text=True, check=False, timeout=60)
+
+    assert "the token is missing: copy it" in start("worker", "n1:6379").stderr
+    assert start("worker").returncode == 1
+    assert start("head", "--num-cpus=3").returncode == 0
+    token = tmp_path / ".ray" / "auth_token"
+    first = token.read_text()
+    assert re.fullmatch("[0-9a-f]{64}", first)
+    assert oct(os.stat(token).st_mode)[-3:] == "600"
+    assert start("head").returncode == 0
+    assert token.read_text() == first
+    assert start("worker", "n1:6379").returncode == 0
+    lines = told.read_text().splitlines()
+    assert lines[0] == "token start --head --dashboard-host=127.0.0.1 --disable-usage-stats --num-cpus=3"
+    assert lines[-1] == "token start --address=n1:6379 --disable-usage-stats"
