@@ -10,13 +10,14 @@ On CPUs nothing has to move: each kind has all cores while the other waits.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Literal, Protocol
 
+from grpo_ray.checkpoint_store import Place
 from grpo_ray.config import RunConfig
 from grpo_ray.errors import ConfigError
+from grpo_ray.manifest import FileSum
 from grpo_ray.roles import Learner, Sampler, WeightSync
 from grpo_ray.types import SampleInfo, SampleRequest, SyncReport, Track, TrainBatch, UpdateReport
 
@@ -119,17 +120,16 @@ class ColocatedLearner:
         async with self._turns.learning():
             return await self._learner.update(batch)
 
-    async def save(self, folder: Path) -> None:
+    async def hold(self, place: Place, *, export: bool) -> None:
         async with self._turns.learning():
-            await self._learner.save(folder)
+            await self._learner.hold(place, export=export)
 
-    async def load(self, folder: Path) -> None:
-        async with self._turns.learning():
-            await self._learner.load(folder)
+    async def write(self, place: Place) -> Mapping[str, FileSum]:
+        return await self._learner.write(place)
 
-    async def export(self, folder: Path) -> None:
+    async def load(self, place: Place) -> None:
         async with self._turns.learning():
-            await self._learner.export(folder)
+            await self._learner.load(place)
 
 
 class ColocatedWeights:

@@ -93,7 +93,7 @@ class Controller:
         own_log(run_dir, LOG_NAME)
         self._kind = kind
         self._config: Strict = config
-        self._run = RunDir(Path(run_dir))
+        self._run = RunDir(Path(run_dir), config.checkpoint.path)
         self._resume_step = resume_step
         self._events: list[Event] = []
         self._news = asyncio.Event()
@@ -190,6 +190,7 @@ class Controller:
                     rollout_log,
                     roles.voter,
                     shares_devices(config, has_gpus()),
+                    samples=RaySamples(),
                 ),
                 Cursor(prompts.train, seed=config.seed, shuffle=config.data.shuffle),
                 {name: list(held_out) for name, held_out in prompts.eval.items()},
@@ -286,7 +287,7 @@ class Controller:
             learner = await workers.start_learner(num_steps)
             if self._resume_step > 0:
                 self._phase("restoring", f"step {self._resume_step}")
-                await learner.load(self._run.step_folder(self._resume_step) / "learner")
+                await learner.load(self._run.store.place(self._resume_step))
             self._phase("update")
             for part in parts_of(batch):
                 await learner.accumulate(part)
@@ -335,11 +336,17 @@ class Controller:
         folder = self._run.rollouts
         folder.mkdir(exist_ok=True)
         remove_after(folder, self._resume_step or 0)
+        return ParquetRolloutLog(folder, config.seed, RaySamples().fetch)
 
-        async def fetch(refs: list[Any]) -> list[Sequence[Sample]]:
-            return list(await within(asyncio.gather(*refs), 60, "reading samples for rollouts/", "tracking.rollouts"))
 
-        return ParquetRolloutLog(folder, config.seed, fetch)
+class RaySamples:
+    """`roles.SampleStore` in Ray's object store."""
+
+    async def fetch(self, refs: list[Any]) -> list[Sequence[Sample]]:
+        return list(await within(asyncio.gather(*refs), 60, "reading samples to write them down", "tracking.rollouts"))
+
+    def put(self, samples: list[Sample]) -> Any:
+        return ray.put(samples)
 
 
 class NoRolloutLog:

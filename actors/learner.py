@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import wraps
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import ray
@@ -33,11 +32,14 @@ from actors.learner_engine import LearnerSpec, build_engine, build_reference, st
 from actors.runtime import own_log
 from grpo_ray.activity import Activity
 from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch, token_values
+from grpo_ray.checkpoint_store import Place
 from grpo_ray.config import AlgorithmConfig
-from grpo_ray.errors import NonFiniteError, WorkerError
+from grpo_ray.errors import CheckpointError, NonFiniteError, WorkerError
 from grpo_ray.flops import ModelShape, UpdatePasses, model_shape, throughput_metrics, update_flops
+from grpo_ray.learner_files import SavedLearner
 from grpo_ray.lora import adapter_bytes, adapter_checksum, adapters_off
 from grpo_ray.losses.aggregation import Normalizers
+from grpo_ray.manifest import FileSum
 from grpo_ray.objectives import GrpoObjective, MicroBatchData, Objective, SftObjective
 from grpo_ray.policy import PolicyModel
 from grpo_ray.sequence import Alone, SequenceRanks
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     from actors.weights import EngineTarget, SendReport
 
 FETCH_TIMEOUT_S = 120.0
+DISK = "disk"
+"""The concurrency group of what goes on beside training."""
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -116,6 +120,8 @@ class LearnerActor:
         self._reference: Any = None
         self._critic: Critic | None = None
         self._sender: WeightSender | None = None
+        self._held: learner_state.Held | None = None
+        """Of the checkpoint that is about to be written."""
 
     # Start.
 
@@ -483,32 +489,49 @@ class LearnerActor:
             yield
         self._seconds[name] += time.monotonic() - started
 
-    # Checkpoints: all ranks together. See actors/learner_state.py for what can go wrong.
+    # Checkpoints. See actors/learner_state.py for what can go wrong.
 
-    @_recorded("save")
-    def save(self, folder: str) -> None:
-        learner_state.save(self._engine, self.spec, Path(folder))
-        if self.spec.saves_reference:
-            learner_reference.save(self._reference_model, Path(folder))
+    @_recorded("hold")
+    def hold(self, place: Place, *, export: bool) -> None:
+        """Copy into memory what `write` will write; all ranks together. What was held before is forgotten."""
+        self._held = None
+        learner_state.check_room(self._engine, self.spec, place)
+        models = {"policy": learner_state.hold_engine(self._engine)}
         if self._critic is not None:
-            self._critic.save(Path(folder))
+            models["critic"] = learner_state.hold_engine(self._critic.engine)
+        if self.spec.saves_reference:
+            models["reference"] = learner_reference.hold(self._reference_model)
+        exported = learner_state.hold_export(self._engine, self.spec) if export else None
+        self._held = learner_state.Held(models, learner_state.hold_random_state(), exported)
+
+    @ray.method(concurrency_group=DISK)
+    def write(self, place: Place) -> dict[str, FileSum]:
+        """In a thread beside the one that trains."""
+        held, self._held = self._held, None
+        if held is None:
+            raise WorkerError(f"learner-{self.rank} was asked to write a checkpoint and holds nothing of one")
+        return learner_state.write(held, self.spec, place, self.rank, self.num_ranks)
 
     @_recorded("load")
-    def load(self, folder: str) -> None:
-        learner_state.load(self._engine, self.spec, Path(folder))
-        if self.spec.saves_reference:
-            learner_reference.load(self._reference_model, Path(folder))
-        if self._critic is not None:
-            self._critic.load(Path(folder))
+    def load(self, place: Place) -> None:
+        with place.reading() as files:
+            saved = SavedLearner.open(files)
+            learner_state.check_saved(saved, self.spec, place)
+            learner_state.load_engine(self._engine, saved, "policy")
+            if self._critic is not None:
+                learner_state.load_engine(self._critic.engine, saved, "critic")
+            if self.spec.saves_reference:
+                if not saved.has("reference"):
+                    raise CheckpointError(
+                        f"{place.url} holds no reference: it was saved with algorithm.ref_refresh_steps 0, set that back"
+                    )
+                learner_reference.load(self._reference_model, saved.reader("reference"))
+            learner_state.load_random_state(saved, self.rank)
 
     @property
     def _reference_model(self) -> PolicyModel:
         model: PolicyModel = self._reference.module if self.spec.learner.zero_stage == 3 else self._reference
         return model
-
-    @_recorded("export")
-    def export(self, folder: str) -> None:
-        learner_state.export(self._engine, self.spec, Path(folder))
 
     # Turns with a sampler on the same device.
 

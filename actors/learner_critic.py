@@ -6,7 +6,6 @@ values -> GAE -> advantages, whitened over all tokens of the step and all ranks 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from actors.learner_engine import LearnerSpec, build_critic, step
-from grpo_ray.errors import CheckpointError, NonFiniteError
+from grpo_ray.errors import NonFiniteError
 from grpo_ray.losses.value import value_loss
 from grpo_ray.objectives import MicroBatchData
 from grpo_ray.sequence import SequenceRanks
 from grpo_ray.value_model import gae_of_segments
 
-_TAG = "deepspeed"
-_FOLDER = "critic"
 _SUMS = ("tokens", "loss", "error", "value", "return", "return_squared")
 
 
@@ -105,12 +102,3 @@ class Critic:
         self._sums.zero_()
         self._grad_norms = []
         return out
-
-    def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder / _FOLDER), tag=_TAG)
-
-    def load(self, folder: Path) -> None:
-        """Raises CheckpointError when the checkpoint has no critic."""
-        path, _ = self.engine.load_checkpoint(str(folder / _FOLDER), tag=_TAG)
-        if path is None:
-            raise CheckpointError(f"{folder} holds no critic: it was not saved by a run with algorithm.advantage gae")

@@ -18,12 +18,14 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from actors.cluster import gpus_per_learner, placed
-from actors.learner import LearnerActor
+from actors.learner import DISK, LearnerActor
 from actors.learner_engine import LearnerSpec
 from actors.runtime import ALLOCATOR_ENV, RayActors, log_tail, start_named
 from actors.weights import resolve_backend
+from grpo_ray.checkpoint_store import Place
 from grpo_ray.config import CriticConfig, DeadlineConfig, RunConfig, SftConfig
 from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
+from grpo_ray.manifest import FileSum
 from grpo_ray.types import TrainBatch, UpdateReport
 
 if TYPE_CHECKING:
@@ -85,6 +87,7 @@ class LearnerGroup:
                 num_cpus=learner.num_cpus,
                 num_gpus=num_gpus,
                 max_restarts=0,
+                concurrency_groups={DISK: 1},
                 runtime_env={"env_vars": _env(config, on_gpu=num_gpus > 0)},
                 **placed(placement, rank),
             )
@@ -122,14 +125,24 @@ class LearnerGroup:
         reports: list[UpdateReport] = await self._call("update", ray.put(_with_refs(batch)), deadline="update_s")
         return replace(reports[0], tracks=tuple(t for r in reports for t in r.tracks))
 
-    async def save(self, folder: Path) -> None:
-        await self._call("save", str(folder), deadline="save_s")
+    async def hold(self, place: Place, *, export: bool) -> None:
+        """See `LearnerActor.hold`."""
+        await self._call("hold", place, deadline="save_s", export=export)
 
-    async def load(self, folder: Path) -> None:
-        await self._call("load", str(folder), deadline="save_s")
+    async def write(self, place: Place) -> dict[str, FileSum]:
+        """See `LearnerActor.write`; training goes on meanwhile, and so does the group if a rank can't write.
 
-    async def export(self, folder: Path) -> None:
-        await self._call("export", str(folder), deadline="save_s")
+        Raises:
+            CheckpointError: a write failed.
+            DeadlineError: not done within `deadlines.save_s`; the group is ended.
+            WorkerError: a rank died; the group is ended.
+        """
+        sums: list[dict[str, FileSum]] = await self._call("write", place, deadline="save_s", together=False)
+        return {name: entry for of_rank in sums for name, entry in of_rank.items()}
+
+    async def load(self, place: Place) -> None:
+        """See `LearnerActor.load`."""
+        await self._call("load", place, deadline="save_s")
 
     async def offload(self, *, keep_weights: bool) -> None:
         """See `actors.colocated.OffloadingLearner`."""
@@ -166,16 +179,24 @@ class LearnerGroup:
         self._end("it is closed")
 
     async def _call(
-        self, method: str, *args: Any, deadline: str, seconds: float | None = None, only_first: bool = False
+        self,
+        method: str,
+        *args: Any,
+        deadline: str,
+        seconds: float | None = None,
+        only_first: bool = False,
+        together: bool = True,
+        **kwargs: Any,
     ) -> list[Any]:
-        """`method` on every rank; the answers in order of rank."""
+        """`method` on every rank; the answers in order of rank. `together`: a rank that fails leaves the others waiting for it."""
         if self._broken is not None:
             raise WorkerError(f"the learner group can't {method}: {self._broken}")
         limit = getattr(self._deadlines, deadline) if seconds is None else seconds
         actors = self._actors[:1] if only_first else self._actors
-        calls = [asyncio.wrap_future(getattr(actor, method).remote(*args).future()) for actor in actors]
-        done, pending = await asyncio.wait(calls, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
-        failed = any(c.exception() is not None for c in done)
+        calls = [asyncio.wrap_future(getattr(actor, method).remote(*args, **kwargs).future()) for actor in actors]
+        until = asyncio.FIRST_EXCEPTION if together else asyncio.ALL_COMPLETED
+        done, pending = await asyncio.wait(calls, timeout=limit, return_when=until)
+        failed = together and any(c.exception() is not None for c in done)
         if failed and pending:
             _, pending = await asyncio.wait(calls, timeout=min(GRACE_S, limit))
         errors = {rank: e for rank, c in enumerate(calls) if c.done() and (e := c.exception()) is not None}

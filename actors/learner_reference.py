@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from actors.learner_state import BUCKET_BYTES, gather, gathered, writing
+from actors.learner_state import BUCKET_BYTES, gathered
 from grpo_ray.errors import CheckpointError
+from grpo_ray.fragments import Fragment, FragmentReader, even_part
+from grpo_ray.learner_files import HeldModel
 from grpo_ray.named_weights import buckets, named_weights
 
-_FILE = "reference.safetensors"
+_KIND = "weight"
 
 
 @torch.no_grad()
@@ -37,33 +36,34 @@ def follow(reference: nn.Module, policy: nn.Module, tau: float) -> None:
                 target.lerp_(source.to(target.dtype), tau)
 
 
-def save(reference: Any, folder: Path) -> None:
-    """Write the reference's weights under Hugging Face names; all ranks together, rank 0 writes.
-
-    Raises:
-        CheckpointError: the write failed.
-    """
-    weights = gather(reference.hf)
-    if dist.get_rank() == 0:
-        with writing(folder):
-            save_file(weights, folder / _FILE)
+@torch.no_grad()
+def hold(reference: Any) -> HeldModel:
+    """A copy of this rank's share of the reference's weights under Hugging Face names; all ranks together."""
+    rank, num_ranks, out = dist.get_rank(), dist.get_world_size(), []
+    for bucket in buckets(named_weights(reference.hf), BUCKET_BYTES):
+        with gathered([w.param for w in bucket]):
+            for weight in bucket:
+                start, numel = even_part(weight.shape.numel(), rank, num_ranks)
+                if numel:
+                    share = weight.param.detach().reshape(-1)[start : start + numel]
+                    out.append(Fragment(weight.name, start, {_KIND: share.to("cpu", copy=True)}))
+    return HeldModel(out)
 
 
 @torch.no_grad()
-def load(reference: Any, folder: Path) -> None:
-    """Back to what `save` wrote, bitwise; all ranks together.
+def load(reference: Any, saved: FragmentReader) -> None:
+    """Back to what was held, bitwise; all ranks together.
 
     Raises:
-        CheckpointError: the checkpoint holds no reference.
+        CheckpointError: it is of another model.
     """
-    try:
-        with safe_open(folder / _FILE, "pt") as file:
-            for bucket in buckets(named_weights(reference.hf), BUCKET_BYTES):
-                with gathered([w.param for w in bucket], writer=0):
-                    for weight in bucket:
-                        weight.param.copy_(file.get_tensor(weight.name))
-    except (OSError, SafetensorError) as e:
-        raise CheckpointError(
-            f"{folder / _FILE} can't be read ({e}): the run was saved with algorithm.ref_refresh_steps 0, set that back, or "
-            "the checkpoint is incomplete"
-        ) from None
+    for bucket in buckets(named_weights(reference.hf), BUCKET_BYTES):
+        with gathered([w.param for w in bucket], writer=0):
+            for weight in bucket:
+                numel = weight.shape.numel()
+                if (found := saved.numel(weight.name)) != numel:
+                    raise CheckpointError(
+                        f"{weight.name} of the reference has {numel} elements here and {found} in the checkpoint: it is of "
+                        "another model"
+                    )
+                weight.param.copy_(saved.read(weight.name, _KIND, 0, numel).view(weight.shape))

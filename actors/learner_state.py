@@ -1,99 +1,154 @@
-"""A learner rank on disk: DeepSpeed's checkpoint with random state, and the export as a Hugging Face model.
+"""A learner rank's state: copied into memory between two steps, written while training goes on, and read back.
 
-DeepSpeed's files are pickles. They are only ever read back from the run's own directory; a model from elsewhere comes
-in as safetensors.
+hold    all ranks together: copies in CPU memory of what this rank has; training may go on
+write   each rank by itself, in a thread of its own
+load    all ranks together, of any number, at any ZeRO stage
 """
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
+from actors import engine_state
 from actors.learner_engine import LearnerSpec
+from grpo_ray.checkpoint_store import Place
 from grpo_ray.errors import CheckpointError
+from grpo_ray.learner_files import HeldModel, SavedLearner, write_rank
 from grpo_ray.lora import adapter_tensors, write_adapter
+from grpo_ray.manifest import FileSum
 from grpo_ray.named_weights import buckets, named_weights
 
-_TAG = "deepspeed"
-_FACTS = "learner.json"
 BUCKET_BYTES = 256 << 20
-_ADAM_BYTES = 12
-"""fp32 master, momentum and variance of one parameter."""
+_STATE_BYTES = 12
+"""fp32 master and two moments of one parameter."""
 
 
-def save(engine: Any, spec: LearnerSpec, folder: Path) -> None:
-    """Write this rank's part into `folder`; all ranks together.
+@dataclass(frozen=True)
+class Export:
+    """The policy as a Hugging Face model; on rank 0."""
 
-    Raises:
-        CheckpointError: no room (then on every rank, and nothing was written), or the write failed. `folder` is
-            the caller's to remove.
-    """
-    rank = dist.get_rank()
-    _check_room(engine, spec, folder)
-    with writing(folder):
-        torch.save(_random_state(), folder / f"random-{rank}.pt")
-        if rank == 0:
-            (folder / _FACTS).write_text(json.dumps(_facts(spec)))
-        engine.save_checkpoint(str(folder), tag=_TAG)
+    hf: Any
+    weights: dict[str, Tensor]
+    adapter: dict[str, Tensor]
 
 
-def load(engine: Any, spec: LearnerSpec, folder: Path) -> None:
-    """Back to the state of `save`, bitwise.
+@dataclass(frozen=True)
+class Held:
+    """A rank's part of a checkpoint, in CPU memory."""
 
-    Raises:
-        CheckpointError: no checkpoint there, or of another number of ranks, ZeRO stage or dtype.
-    """
-    try:
-        saved = json.loads((folder / _FACTS).read_text())
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{folder} holds no learner checkpoint ({e})") from None
-    here = _facts(spec)
-    if saved != here:
-        wrong = ", ".join(f"{k} {here[k]} instead of {saved.get(k)}" for k in here if here[k] != saved.get(k))
-        raise CheckpointError(f"{folder} was saved by another kind of learner: this one has {wrong}; set them back")
-    path, _ = engine.load_checkpoint(str(folder), tag=_TAG)
-    if path is None:
-        raise CheckpointError(f"{folder}: DeepSpeed can't read its part; see the learner's log")
-    state = torch.load(folder / f"random-{dist.get_rank()}.pt", weights_only=True)
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    random.seed(state["seed"])
-    np.random.seed(state["seed"])
+    models: dict[str, HeldModel]
+    random_state: dict[str, Tensor]
+    export: Export | None
 
 
-def export(engine: Any, spec: LearnerSpec, folder: Path) -> None:
-    """Write the policy as a Hugging Face model in the model's dtype, with tokenizer; all ranks together, rank 0 writes.
-    Adapters are merged in, and also written by themselves (`lora/`).
+def hold_engine(engine: Any) -> HeldModel:
+    """A copy of what this rank has of a trained model."""
+    schedule = int(engine.lr_scheduler.last_epoch)
+    return HeldModel(list(engine_state.fragments(engine)), engine_state.num_steps(engine), schedule)
 
-    Raises:
-        CheckpointError: the write failed.
-    """
-    lora = spec.model.lora
+
+def hold_export(engine: Any, spec: LearnerSpec) -> Export | None:
+    """All ranks together; None but on rank 0."""
     weights = gather(engine.module.hf)
-    adapter = gather_adapter(engine) if lora else {}
-    if dist.get_rank() != 0:
-        return
+    adapter = gather_adapter(engine) if spec.model.lora else {}
+    return Export(engine.module.hf, weights, adapter) if dist.get_rank() == 0 else None
+
+
+def hold_random_state() -> dict[str, Tensor]:
+    """Also seeds what has no state that can be kept."""
+    seed = random.getrandbits(32)
+    random.seed(seed)
+    np.random.seed(seed)
+    state = {"torch": torch.get_rng_state(), "seed": torch.tensor([seed])}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def write(held: Held, spec: LearnerSpec, place: Place, rank: int, num_ranks: int) -> dict[str, FileSum]:
+    """This rank's part, on the disk to stay when it returns; no other rank is waited for.
+
+    Raises:
+        CheckpointError: the write failed. The place is the caller's to remove.
+    """
+    with _writing(place):
+        sums = write_rank(place, rank, num_ranks, held.models, held.random_state, _facts(spec))
+        if held.export is not None:
+            with place.filling("hf") as (folder, of_export):
+                _write_export(held.export, spec, folder)
+            sums |= of_export
+    return sums
+
+
+def _write_export(export: Export, spec: LearnerSpec, folder: Path) -> None:
+    """A Hugging Face model in the model's dtype, with tokenizer. Adapters are merged in, and also written by themselves
+    (`lora/`)."""
     from grpo_ray.models import load_tokenizer
 
-    with writing(folder):
-        engine.module.hf.save_pretrained(folder, state_dict=weights)
-        load_tokenizer(spec.model_path, trust_remote_code=spec.model.trust_remote_code).save_pretrained(folder)
-        if lora:
-            write_adapter(adapter, lora, spec.model_path, folder / "lora")
+    export.hf.save_pretrained(folder, state_dict=export.weights)
+    load_tokenizer(spec.model_path, trust_remote_code=spec.model.trust_remote_code).save_pretrained(folder)
+    if spec.model.lora:
+        write_adapter(export.adapter, spec.model.lora, spec.model_path, folder / "lora")
 
 
-def gather(hf: nn.Module) -> dict[str, torch.Tensor]:
+def check_saved(saved: SavedLearner, spec: LearnerSpec, place: Place) -> None:
+    """Raises CheckpointError when another kind of learner has saved it. Ranks, ZeRO stage and dtype may differ."""
+    here = _facts(spec)
+    if saved.facts != here:
+        wrong = ", ".join(
+            f"{k} {here[k]} instead of {saved.facts.get(k)}" for k in here if here[k] != saved.facts.get(k)
+        )
+        raise CheckpointError(f"{place.url} was saved by another kind of learner: this one has {wrong}; set them back")
+
+
+def load_engine(engine: Any, saved: SavedLearner, model: str) -> None:
+    """Back to what `hold_engine` had: bitwise by the same ranks and stage, else but for the order of sums to come.
+
+    Raises:
+        CheckpointError: it is not in the checkpoint, or of another model.
+    """
+    if not saved.has(model):
+        raise CheckpointError(
+            f"{saved.files.place.url} holds no {model}: it was saved with another algorithm.advantage; set that back"
+        )
+    engine_state.restore(engine, saved.reader(model), saved.num_steps(model))
+    _set_schedule(engine, saved.num_scheduled(model))
+
+
+def load_random_state(saved: SavedLearner, rank: int) -> None:
+    """A rank that there was not keeps the seed that it has started with."""
+    state = saved.random_state(rank)
+    if state is None:
+        return
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+    random.seed(int(state["seed"]))
+    np.random.seed(int(state["seed"]))
+
+
+def _set_schedule(engine: Any, num_steps: int) -> None:
+    """The learning rate is a function of the step alone."""
+    schedule = engine.lr_scheduler
+    schedule.last_epoch, schedule._step_count = num_steps, num_steps + 1
+    rates = [base * rate(num_steps) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    schedule._last_lr = rates
+    for group, rate in zip(engine.basic_optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def gather(hf: nn.Module) -> dict[str, Tensor]:
     """All weights in CPU memory of rank 0, adapters merged in, under Hugging Face names; empty on the other ranks."""
     params = {id(p) for p in hf.parameters()}
     buffers = {n: t for n, t in hf.state_dict(keep_vars=True).items() if id(t) not in params}
@@ -105,7 +160,7 @@ def gather(hf: nn.Module) -> dict[str, torch.Tensor]:
     return out
 
 
-def gather_adapter(engine: Any) -> dict[str, torch.Tensor]:
+def gather_adapter(engine: Any) -> dict[str, Tensor]:
     """The adapters alone, in CPU memory of rank 0, under peft's names; empty on the other ranks. All ranks together."""
     tensors = adapter_tensors(engine.module.hf)
     with gathered(list(tensors.values())):
@@ -126,30 +181,21 @@ def gathered(params: list[nn.Parameter], writer: int | None = None) -> AbstractC
 
 
 def _facts(spec: LearnerSpec) -> dict[str, Any]:
-    return {
-        "learner.num_actors": dist.get_world_size(),
-        "learner.zero_stage": spec.learner.zero_stage,
-        "model.dtype": spec.model.dtype,
-        # How samplers get the adapters is no part of what is saved.
-        "model.lora": spec.model.lora.model_dump(mode="json", exclude={"transfer"}) if spec.model.lora else None,
-    }
+    # How samplers get the adapters is no part of what is saved.
+    return {"model.lora": spec.model.lora.model_dump(mode="json", exclude={"transfer"}) if spec.model.lora else None}
 
 
-def _random_state() -> dict[str, Any]:
-    seed = random.getrandbits(32)
-    random.seed(seed)
-    np.random.seed(seed)
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "seed": seed}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+def check_room(engine: Any, spec: LearnerSpec, place: Place) -> None:
+    """All ranks agree before anything is copied or written.
 
-
-def _check_room(engine: Any, spec: LearnerSpec, folder: Path) -> None:
-    """All ranks agree before anyone writes: a rank that fails alone would leave the others waiting for it."""
-    num_params = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    Raises:
+        CheckpointError: on all ranks alike.
+    """
+    trained = sum(torch.Size(shape).numel() for shape in engine_state.shapes(engine).values())
+    whole = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     copies = 1 + spec.saves_reference
-    needed = num_params * (copies * spec.dtype.itemsize + _ADAM_BYTES)
+    needed = trained * _STATE_BYTES + whole * copies * spec.dtype.itemsize
+    folder = place.scratch
     free = torch.tensor([shutil.disk_usage(folder).free if folder.is_dir() else -1], dtype=torch.int64)
     dist.all_reduce(free, op=dist.ReduceOp.MIN)
     if free.item() < 0:
@@ -164,10 +210,12 @@ def _check_room(engine: Any, spec: LearnerSpec, folder: Path) -> None:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def _writing(place: Place) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError) as e:
-        # torch reports a full disk as a RuntimeError of its zip writer.
+    except Exception as e:
+        # Whatever the store's own client raises; safetensors reports a full disk as an error of its own.
+        folder = place.scratch
         free = f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB free" if folder.is_dir() else "the folder is gone"
-        raise CheckpointError(f"can't write the checkpoint in {folder} ({free}): {str(e).splitlines()[0]}") from e
+        what = (str(e) or type(e).__name__).splitlines()[0]
+        raise CheckpointError(f"can't write the checkpoint in {place.url} ({free}): {what}") from e

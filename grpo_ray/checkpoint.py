@@ -1,24 +1,26 @@
-"""Where a run lives on disk, and saving that is whole or not there at all.
+"""Where a run lives on disk, and which of its checkpoints to go on from.
 
-    runs/NAME/checkpoints/step-000040/
-        learner/     the learner's own state (DeepSpeed: weights, optimizer, schedule, random state)
-        hf/          the policy as a Hugging Face model
-        loop.json    step, cursor: what the loop needs to go on
-
-Everything is written to `.step-000040.tmp` and renamed when complete: a folder under its final name is whole.
+runs/NAME/checkpoints/step-000040/     or below checkpoint.path; see checkpoint_store.py
+    manifest.json   written last: size and SHA-256 of every other file
+    learner/        a folder for every rank; see learner_files.py
+    hf/             the policy as a Hugging Face model
+    loop/           loop.json: step, cursor; groups.parquet: finished and not yet trained
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from grpo_ray.checkpoint_store import Place, Store, is_url
 from grpo_ray.errors import CheckpointError, ConfigError
+
+LOOP = "loop"
+LOOP_STATE = f"{LOOP}/loop.json"
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class RunDir:
     """The paths of a run; see DESIGN in the README's tree."""
 
     path: Path
+    checkpoint_path: str | None = None
+    """checkpoint.path: a folder or URL in which each run has one of its name. None: `checkpoints/` of the run."""
     LOGS: ClassVar[str] = "logs"
 
     @classmethod
@@ -52,9 +56,17 @@ class RunDir:
     def ledger(self) -> Path:
         return self.path / "ledger.sqlite"
 
+    def with_checkpoints(self, path: str | None) -> RunDir:
+        return replace(self, checkpoint_path=path)
+
     @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+    def store(self) -> Store:
+        """Of its checkpoints."""
+        where = self.checkpoint_path
+        if where is None:
+            return Store(str(self.path / "checkpoints"))
+        folder = where.rstrip("/") if is_url(where) else str(Path(where).expanduser().resolve())
+        return Store(f"{folder}/{self.path.resolve().name}")
 
     @property
     def rollouts(self) -> Path:
@@ -69,74 +81,59 @@ class RunDir:
         """The newest exported policy: a link to the `hf/` of a checkpoint."""
         return self.path / "hf"
 
-    def step_folder(self, step: int) -> Path:
-        return self.checkpoints / f"step-{step:06d}"
-
     def steps(self) -> list[int]:
-        """Steps with a whole checkpoint, ascending."""
-        found = self.checkpoints.glob("step-*/loop.json") if self.checkpoints.is_dir() else []
-        return sorted(int(p.parent.name.removeprefix("step-")) for p in found)
+        """Steps with a checkpoint, ascending."""
+        return self.store.steps()
+
+    def newest_whole(self, tell: Callable[[str], None]) -> int | None:
+        """The step to go on from: of the newest checkpoint whose every byte is what it was. None: the run has none.
+
+        What is broken above it is told, and no checkpoint any more.
+
+        Raises:
+            CheckpointError: there are some, and none is whole.
+        """
+        wrong: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            found = self.store.first_wrong(step)
+            if found is None:
+                for broken in wrong:
+                    self.store.set_aside(broken)
+                return step
+            wrong[step] = found
+            tell(
+                f"the checkpoint of step {step} is broken: {found}, in {self.store.place(step).url}; using the one before it"
+            )
+        if wrong:
+            raise CheckpointError(
+                f"none of the checkpoints in {self.store.url} is whole (steps {', '.join(map(str, sorted(wrong)))}); put one back "
+                "from a copy, or start a new run, e.g. from the newest exported model with model.path="
+            )
+        if old := self.store.earlier_format():
+            raise CheckpointError(
+                f"the checkpoints in {self.store.url} (the last of step {old[-1]}) are DeepSpeed's, of an earlier version of "
+                f"grpo-ray; go on in a new run from their exported model: model.path={self.store.place(old[-1]).url}/hf"
+            )
+        return None
 
     def load_state(self, step: int) -> dict[str, Any]:
-        path = self.step_folder(step) / "loop.json"
+        """What the loop has saved of itself."""
+        place = self.store.place(step)
         try:
-            state = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as e:
-            raise CheckpointError(
-                f"{path} can't be read ({e}); remove that checkpoint to resume from the one before it"
-            ) from None
+            with place.open(LOOP_STATE) as file:
+                state = json.loads(file.read())
+        except (OSError, ValueError) as e:
+            raise CheckpointError(f"{place.path(LOOP_STATE)} can't be read ({e})") from None
         if not isinstance(state, dict):
-            raise CheckpointError(f"{path}: expected a mapping, got {type(state).__name__}")
+            raise CheckpointError(f"{place.path(LOOP_STATE)}: expected a mapping, got {type(state).__name__}")
         return state
 
-
-async def save_checkpoint(
-    run: RunDir, step: int, state: dict[str, Any], write: Callable[[Path], Awaitable[None]], *, keep: int
-) -> Path:
-    """Save atomically: `write(folder)` fills a folder aside, which then takes its final name.
-
-    Args:
-        state: JSON, for `RunDir.load_state`.
-        write: writes `learner/` and, where asked, `hf/` below the folder that it is given.
-        keep: older checkpoints than the newest `keep` are removed.
-
-    Raises:
-        CheckpointError: nothing is left under the final name, and the checkpoints before it are untouched.
-    """
-    final = run.step_folder(step)
-    aside = run.checkpoints / f".{final.name}.tmp"
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        await write(aside)
-        with open(aside / "loop.json", "w") as f:
-            json.dump(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(aside, final)
-        if (final / "hf").is_dir():
-            _link(run.exported, final / "hf")
-    except OSError as e:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            f"{_free_space(run.path)}: checkpoint of step {step} could not be written to {final} ({e})"
-        ) from e
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    for old in run.steps()[:-keep]:
-        shutil.rmtree(run.step_folder(old), ignore_errors=True)
-    return final
-
-
-def _link(link: Path, target: Path) -> None:
-    aside = link.with_name(f".{link.name}.tmp")
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(os.path.relpath(target, link.parent))
-    os.replace(aside, link)
-
-
-def _free_space(path: Path) -> str:
-    free = shutil.disk_usage(path).free
-    return f"{free / 1e9:.1f} GB free on the disk of {path}"
+    def link_export(self, place: Place) -> None:
+        """Let `hf` lead to the model of this checkpoint, where it has one and is here."""
+        target = Path(place.url) / "hf"
+        if is_url(place.url) or not target.is_dir():
+            return
+        aside = self.exported.with_name(f".{self.exported.name}.tmp")
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(os.path.relpath(target, self.path))
+        os.replace(aside, self.exported)

@@ -312,10 +312,21 @@ class DeadlineConfig(Strict):
 
 
 class CheckpointConfig(Strict):
+    path: str | None = None
+    """A folder or an fsspec URL (`s3://bucket/runs`) that gets a folder for each run. None: `checkpoints/` of the run."""
     every_steps: PositiveInt = 50
     keep: PositiveInt = 2
     export: bool = True
     """Each checkpoint also holds the policy as a Hugging Face model (`hf/`)."""
+
+    @model_validator(mode="after")
+    def _one_for_all(self) -> Self:
+        if self.path is not None and self.path.startswith("memory:"):
+            raise ValueError(
+                f"checkpoint.path {self.path}: every worker has a memory of its own, which ends with it; use a store that all of "
+                "them reach"
+            )
+        return self
 
 
 class EvalConfig(Strict):

@@ -14,7 +14,7 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from grpo_ray.types import Group, Score
@@ -51,6 +51,28 @@ class LedgerSummary:
     steps: int
     """Steps that trained at least one group."""
     drop_reasons: dict[str, int]
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """One group, column by column."""
+
+    prompt_id: str
+    dispatch_order: int
+    state: str
+    dispatched_version: int
+    min_version: int | None
+    step: int | None
+    num_samples: int | None
+    num_tokens: int | None
+    num_failed_scores: int | None
+    mean_reward: float | None
+    drop_reason: str | None
+    dispatched_at: float
+    finished_at: float | None
+
+
+_COLUMNS = tuple(column.name for column in fields(LedgerRow))
 
 
 class Ledger:
@@ -123,6 +145,20 @@ class Ledger:
         self.flush()
         where = "step IS NULL OR step > ? OR dispatch_order >= ?"
         return self._db.execute(f"DELETE FROM groups WHERE {where}", (step, order)).rowcount
+
+    def dropped_from(self, order: int) -> list[LedgerRow]:
+        """Of the groups from `order` on those that were dropped."""
+        where = "state = 'dropped' AND dispatch_order >= ? ORDER BY dispatch_order"
+        found = self._db.execute(f"SELECT {', '.join(_COLUMNS)} FROM groups WHERE {where}", (order,))
+        return [LedgerRow(*row) for row in found]
+
+    def put_back(self, rows: Iterable[LedgerRow]) -> None:
+        """Rows that `roll_back` has forgotten, as they were."""
+        with self._transaction():
+            places = ", ".join("?" * len(_COLUMNS))
+            self._db.executemany(
+                f"INSERT INTO groups ({', '.join(_COLUMNS)}) VALUES ({places})", [astuple(row) for row in rows]
+            )
 
     def last_lengths(self, groups: Iterable[Group]) -> dict[str, float]:
         """Prompt id -> tokens of a sample of the same row in the epoch before, mean; without those it does not know."""

@@ -40,7 +40,12 @@ def check_replayable(run: RunDir, step: int) -> None:
     """Raises CheckpointError saying what is missing for this step, and which steps can be replayed."""
     possible = replayable_steps(run)
     if step in possible:
-        return
+        wrong = run.store.first_wrong(step - 1) if step > 1 else None
+        if wrong is None:
+            return
+        raise CheckpointError(
+            f"step {step} of {run.path} can't be replayed: the checkpoint of step {step - 1} is broken: {wrong}"
+        )
     has_batch = step in rollout_steps(run.rollouts)
     lacking = f"there is no checkpoint of step {step - 1}" if has_batch else f"rollouts/ has no batch of step {step}"
     raise CheckpointError(

@@ -33,8 +33,7 @@ COLOR_ORDER = (
     "step",
     "weights",
     "connect",
-    "save",
-    "export",
+    "hold",
     "load",
 )
 """Names of spans in the order of the legend; the page gives each a color of its own."""

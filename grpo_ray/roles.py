@@ -9,12 +9,14 @@ exception names what was waited for.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import Any, Protocol
 
+from grpo_ray.checkpoint_store import Place
+from grpo_ray.manifest import FileSum
 from grpo_ray.types import (
     Group,
+    Sample,
     SampleInfo,
     SampleRequest,
     Score,
@@ -69,14 +71,17 @@ class Learner(Protocol):
         `accumulate` has had of it is not computed again."""
         ...
 
-    async def save(self, folder: Path) -> None:
-        """Write everything that `load` needs (weights, optimizer, schedule, random state) into an existing folder."""
+    async def hold(self, place: Place, *, export: bool) -> None:
+        """Copy into memory what `write` will write: weights, optimizer, schedule, random state; with `export` also the policy as a
+        Hugging Face model."""
         ...
 
-    async def load(self, folder: Path) -> None: ...
+    async def write(self, place: Place) -> Mapping[str, FileSum]:
+        """Write what is held into a new place, while training goes on; returns what was written. Called once after `hold`."""
+        ...
 
-    async def export(self, folder: Path) -> None:
-        """Write the policy as a Hugging Face model (safetensors, config, tokenizer)."""
+    async def load(self, place: Place) -> None:
+        """Back to what was held."""
         ...
 
 
@@ -86,6 +91,28 @@ class WeightSync(Protocol):
     async def sync(self, version: int) -> SyncReport:
         """Give every live engine the learner's current weights under the name `version`; all of them, or an error."""
         ...
+
+
+class SampleStore(Protocol):
+    """Where the tokens are, behind `SampleInfo.ref`."""
+
+    async def fetch(self, refs: list[Any]) -> list[Sequence[Sample]]:
+        """The lists behind these handles, in order."""
+        ...
+
+    def put(self, samples: list[Sample]) -> Any:
+        """A handle on these."""
+        ...
+
+
+class InMemory:
+    """`SampleStore` whose handles are the lists themselves."""
+
+    async def fetch(self, refs: list[Any]) -> list[Sequence[Sample]]:
+        return refs
+
+    def put(self, samples: list[Sample]) -> Any:
+        return samples
 
 
 class RolloutLog(Protocol):

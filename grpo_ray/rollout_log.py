@@ -145,8 +145,8 @@ def _row(
         "step": step,
         "prompt_id": sample.prompt_id,
         "index": sample.index,
-        "prompt": _utf8(group.prompt.text),
-        "completion": _utf8(sample.text),
+        "prompt": utf8(group.prompt.text),
+        "completion": utf8(sample.text),
         "prompt_ids": np.asarray(sample.prompt_token_ids, dtype=np.int32),
         "completion_ids": np.asarray(sample.token_ids, dtype=np.int32),
         "rollout_logprobs": np.asarray(sample.logprobs, dtype=np.float32),
@@ -159,7 +159,7 @@ def _row(
                 "name": p.name,
                 "status": str(p.status),
                 "value": _number(p.value),
-                "detail": _utf8(p.detail),
+                "detail": utf8(p.detail),
                 "seconds": p.seconds,
                 "steps": _steps(p.steps),
             }
@@ -205,6 +205,6 @@ def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _utf8(text: str) -> str:
+def utf8(text: str) -> str:
     """A lone surrogate, which a model's bytes can decode to, is no valid text for Arrow."""
     return text.encode("utf-8", "replace").decode("utf-8")

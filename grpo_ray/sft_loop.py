@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from grpo_ray.activity import Activity
-from grpo_ray.checkpoint import RunDir, save_checkpoint
+from grpo_ray.checkpoint import RunDir
 from grpo_ray.config import SftConfig
 from grpo_ray.cursor import Cursor
-from grpo_ray.events import CheckpointEvent, Event, PhaseEvent, StepEvent
+from grpo_ray.events import Event, PhaseEvent, StepEvent
 from grpo_ray.metrics import TimeKeeper
 from grpo_ray.prompts import SftExample
 from grpo_ray.roles import Learner, Tracker
+from grpo_ray.saver import Saver
 from grpo_ray.timeline import Timeline
 from grpo_ray.types import Sample, TrainBatch, TrainSample, VersionSpan
 
@@ -41,6 +41,7 @@ class SftLoop:
         self.step = 0
         self.total_steps = sft_steps(config, len(cursor))
         self._saved_step = -1
+        self._saver = Saver(run, learner, keep=config.checkpoint.keep, emit=emit)
         self._stop_reason: str | None = None
         self._activity = Activity("controller")
         self._time = TimeKeeper(activity=self._activity)
@@ -53,7 +54,7 @@ class SftLoop:
     async def restore(self, step: int) -> None:
         state = self.run_dir.load_state(step)
         self._timeline.resume(step)
-        await self.learner.load(self.run_dir.step_folder(step) / "learner")
+        await self.learner.load(self.run_dir.store.place(step))
         self.cursor.load_state_dict(state["cursor"])
         self.step = self._saved_step = step
 
@@ -66,7 +67,10 @@ class SftLoop:
                     await self._checkpoint(export=self.config.checkpoint.export)
             if self.step != self._saved_step:
                 await self._checkpoint(export=True)
+            await self._saver.finish()
+            self._track(self._saver.take_metrics())
         finally:
+            await self._saver.close()
             self._timeline.close(self.step, {"controller": [self._activity.take()]})
         return self._stop_reason if self.step < self.total_steps and self._stop_reason else "finished"
 
@@ -87,27 +91,21 @@ class SftLoop:
         }
         tracks = {"controller": [self._activity.take()], "learner": update.tracks}
         metrics |= self._timeline.record(self.step, self._time.window, tracks)
-        for tracker in self.trackers:
-            tracker.log(self.step, metrics)
+        metrics |= self._saver.take_metrics()
+        self._track(metrics)
         self.emit(StepEvent(self.step, self.total_steps, metrics))
 
     async def _checkpoint(self, *, export: bool) -> None:
         self.emit(PhaseEvent("checkpoint", "", 0, 0))
-
-        async def write(folder: Path) -> None:
-            (folder / "learner").mkdir()
-            await self.learner.save(folder / "learner")
-            if export:
-                (folder / "hf").mkdir()
-                await self.learner.export(folder / "hf")
-
         state: dict[str, Any] = {"step": self.step, "cursor": self.cursor.state_dict()}
         with self._time.phase("checkpoint") as span:
-            path = await save_checkpoint(self.run_dir, self.step, state, write, keep=self.config.checkpoint.keep)
+            await self._saver.save(self.step, state, export=export)
         self._saved_step = self.step
+        self._track({"time/checkpoint": span.seconds})
+
+    def _track(self, metrics: dict[str, float]) -> None:
         for tracker in self.trackers:
-            tracker.log(self.step, {"time/checkpoint": span.seconds})
-        self.emit(CheckpointEvent(self.step, str(path), span.seconds))
+            tracker.log(self.step, metrics)
 
 
 def sft_steps(config: SftConfig, num_examples: int) -> int:

@@ -22,7 +22,7 @@ import asyncio
 import bisect
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,18 +30,22 @@ from typing import Any
 
 from grpo_ray.activity import Activity
 from grpo_ray.advice import STEPS_LOOKED_AT, advise, mean_step
-from grpo_ray.checkpoint import RunDir, save_checkpoint
+from grpo_ray.carried import Carried, how_sampled
+from grpo_ray.checkpoint import RunDir
 from grpo_ray.config import RunConfig
 from grpo_ray.cursor import Cursor
 from grpo_ray.errors import NonFiniteError, RewardError
 from grpo_ray.evaluate import eval_event, evaluate
-from grpo_ray.events import CheckpointEvent, Event, MessageEvent, PhaseEvent, StepEvent
+from grpo_ray.events import Event, MessageEvent, PhaseEvent, StepEvent
 from grpo_ray.filling import Filling
-from grpo_ray.ledger import Ledger
+from grpo_ray.kept_groups import KEPT_GROUPS, KeptGroup, read_groups, write_groups
+from grpo_ray.ledger import Ledger, LedgerRow
 from grpo_ray.metrics import TimeKeeper, eval_metrics, step_metrics
 from grpo_ray.overlap import EarlyParts
 from grpo_ray.replay import how_to_replay
-from grpo_ray.roles import Learner, RolloutLog, Sampler, Scorer, Tracker, WeightSync
+from grpo_ray.roles import InMemory, Learner, RolloutLog, Sampler, SampleStore, Scorer, Tracker, WeightSync
+from grpo_ray.rollout_log import distinct_refs
+from grpo_ray.saver import Saver
 from grpo_ray.seeds import sample_seed
 from grpo_ray.timeline import Timeline, sampler_tokens_per_s
 from grpo_ray.train_batch import cut_batch, has_spread, set_advantages
@@ -71,6 +75,7 @@ class Roles:
     learner: Learner
     weights: WeightSync
     rollout_log: RolloutLog
+    samples: SampleStore = field(default_factory=InMemory, kw_only=True)
     voter: Scorer | None = None
     """Tells which answers of an evaluation are the same; see `grpo_ray.evaluate.vote_config`."""
     shared_devices: bool = False
@@ -124,7 +129,9 @@ class TrainLoop:
         """Complete, and not yet in a batch; in dispatch order."""
         self._cursor_at: dict[int, dict[str, Any]] = {}
         """Order of each group under way or ready, ascending -> the cursor just before it: where a resumed run begins again."""
+        self._carried = Carried()
         self._counts = StepCounts()
+        self._saver = Saver(run, roles.learner, keep=config.checkpoint.keep, emit=emit)
         self._stop_reason: str | None = None
         self._saved_step = -1
         self._disagreed = False
@@ -141,6 +148,7 @@ class TrainLoop:
             max_tokens=config.rollout.max_completion_length,
             stop=config.rollout.stop,
         )
+        self._sampling = how_sampled(config, self._params)
 
     def stop(self, reason: str) -> None:
         """End after the step under way, with a checkpoint."""
@@ -150,14 +158,30 @@ class TrainLoop:
         """Go on from a checkpoint: the learner, the samplers, the cursor and the ledger are as they were after `step`."""
         state = self.run_dir.load_state(step)
         self._timeline.resume(step)
-        await self.roles.learner.load(self.run_dir.step_folder(step) / "learner")
+        await self.roles.learner.load(self.run_dir.store.place(step))
         self.cursor.load_state_dict(state["cursor"])
         self.step = self._saved_step = step
         self._order = state["order"]
         forgotten = self.ledger.roll_back(step, self._order)
-        if forgotten:
-            self.emit(MessageEvent("info", f"{forgotten} groups after step {step} will be sampled again"))
+        dropped = [LedgerRow(**row) for row in state["dropped"]]
+        self.ledger.put_back(dropped)
+        kept = await asyncio.to_thread(self._read_kept, step) if state["sampling"] == self._sampling else []
+        self._carried, too_old = Carried.of(kept, dropped, self._order, step, self.config)
+        again = forgotten - len(dropped) - len(self._carried.groups)
+        if self._carried.groups or again > 0:
+            self.emit(
+                MessageEvent(
+                    "info",
+                    f"{len(self._carried.groups)} finished groups are taken from the checkpoint; {max(again, 0)} groups after "
+                    f"step {step} will be sampled again"
+                    + (f", {too_old} since they are too old now" if too_old else ""),
+                )
+            )
         await self.roles.weights.sync(step)
+
+    def _read_kept(self, step: int) -> list[KeptGroup]:
+        with self.run_dir.store.place(step).reading() as files:
+            return read_groups(files.local(KEPT_GROUPS))
 
     async def run(self) -> str:
         """Train to the end, or until `stop`. Returns how it ended: `finished`, or the reason of the stop."""
@@ -172,6 +196,8 @@ class TrainLoop:
                     await self._checkpoint(export=self.config.checkpoint.export)
             if self.step != self._saved_step:
                 await self._checkpoint(export=True)
+            await self._saver.finish()
+            self._track(self._saver.take_metrics())
             self._advise()
         finally:
             self._timeline.close(self.step, self._take_tracks())
@@ -179,6 +205,7 @@ class TrainLoop:
                 filling.cancel()
             await asyncio.gather(*self._under_way, return_exceptions=True)
             await self._early.cancel()
+            await self._saver.close()
         return self._stop_reason if self.step < self.total_steps and self._stop_reason else "finished"
 
     def _due(self, every: int) -> bool:
@@ -264,11 +291,12 @@ class TrainLoop:
         return max(size - max(0, unreplaced), min(size, self._num_oldest_ready()), self._num_due())
 
     def _num_due(self) -> int:
-        """Groups that have to be in this step's batch, or some would be left when their staleness bound has come: j steps later
-        those dispatched at version step + j - `max_staleness`, or before, are due, and a step trains P at most."""
+        """Groups that have to be in this step's batch, or some would be left when their staleness bound has come: one that is
+        due j steps later needs all before it trained as well by then, and a step trains P at most."""
         bound, size = self.config.algorithm.max_staleness, self.config.prompts_per_step
-        versions = [g.dispatched_version for g in (*self._ready, *self._under_way.values())]
-        return max(sum(v <= self.step + j - bound for v in versions) - j * size for j in range(bound + 1))
+        groups = sorted((*self._ready, *self._under_way.values()), key=_order)
+        last_steps = (max(g.dispatched_version + bound - self.step, 0) for g in groups)
+        return max((place + 1 - j * size for place, j in enumerate(last_steps)), default=0)
 
     def _dispatch(self, wanted: int) -> None:
         """Start as many groups as the staleness bound allows: those that a later step would train too late are not begun, nor
@@ -277,8 +305,13 @@ class TrainLoop:
         allowed = wanted + ahead * self.config.prompts_per_step
         fresh = []
         for _ in range(allowed - len(self._ready) - len(self._under_way)):
+            while self._order in self._carried.dropped:
+                self.cursor.next()
+                self._order += 1
             self._cursor_at[self._order] = self.cursor.state_dict()
-            fresh.append(Group(prompt=self.cursor.next(), order=self._order, dispatched_version=self.step))
+            kept = self._carried.groups.get(self._order)
+            version = kept.dispatched_version if kept else self.step
+            fresh.append(Group(prompt=self.cursor.next(), order=self._order, dispatched_version=version))
             self._order += 1
         if not fresh:
             return
@@ -293,8 +326,13 @@ class TrainLoop:
             fillings[group.order].add_done_callback(self._finished.put_nowait)
             self._under_way[fillings[group.order]] = group
 
-    def _fill(self, group: Group) -> Filling:
-        """Begin to sample G completions of the prompt and to score them."""
+    def _fill(self, group: Group) -> asyncio.Future[None]:
+        """Begin to sample G completions of the prompt and to score them, or take them from the checkpoint."""
+        if (kept := self._carried.take(group)) is not None:
+            group.samples, group.scores = kept.infos(self.roles.samples.put(kept.samples)), kept.scores
+            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            done.set_result(None)
+            return done
         prompt, seed = group.prompt, self.config.seed
         requests = [
             SampleRequest(prompt.id, i, prompt.token_ids, sample_seed(seed, prompt.id, i), self._params)
@@ -367,6 +405,8 @@ class TrainLoop:
             step = batch.step + 1
             await self.roles.rollout_log.write(step, groups, batch)
             await self.roles.rollout_log.close()
+            # What it says depends on the checkpoint that may just be written.
+            await self._saver.close()
             how = how_to_replay(self.run_dir, step, recorded=self.config.tracking.rollouts)
             raise NonFiniteError(f"{e}. {how}") from None
 
@@ -382,7 +422,7 @@ class TrainLoop:
             dropped=self._counts.dropped,
             failed=self._counts.failed,
         )
-        metrics |= self._busy_metrics(metrics, [*update.tracks, *sync.tracks])
+        metrics |= self._busy_metrics(metrics, [*update.tracks, *sync.tracks]) | self._saver.take_metrics()
         self._warn_of_mismatch(metrics.get("mismatch/mean_abs", 0.0))
         self._track(metrics)
         self._lines.append({"step": self.step, **metrics})
@@ -447,22 +487,25 @@ class TrainLoop:
         self.emit(PhaseEvent(phase, detail, done, total))
 
     async def _checkpoint(self, *, export: bool) -> None:
-        async def write(folder: Path) -> None:
-            (folder / "learner").mkdir()
-            await self.roles.learner.save(folder / "learner")
-            if export:
-                (folder / "hf").mkdir()
-                await self.roles.learner.export(folder / "hf")
-
-        # What is under way, or ready, is sampled again by a resumed run.
+        """What is under way begins again with the resumed run; what is finished is kept."""
         order = min(self._cursor_at, default=self._order)
-        cursor = self._cursor_at.get(order, self.cursor.state_dict())
-        state: dict[str, Any] = {"step": self.step, "order": order, "cursor": cursor}
+        state: dict[str, Any] = {
+            "step": self.step,
+            "order": order,
+            "cursor": self._cursor_at.get(order, self.cursor.state_dict()),
+            "dropped": [asdict(row) for row in self.ledger.dropped_from(order)],
+            "sampling": self._sampling,
+        }
+        finished = sorted((*self._ready, *(g for t, g in self._under_way.items() if _succeeded(t))), key=_order)
+
+        async def fetch() -> Callable[[Path], None]:
+            lists = await self.roles.samples.fetch(distinct_refs(finished))
+            return lambda folder: write_groups(folder / Path(KEPT_GROUPS).name, finished, lists)
+
         with self._time.phase("checkpoint") as span:
-            path = await save_checkpoint(self.run_dir, self.step, state, write, keep=self.config.checkpoint.keep)
+            await self._saver.save(self.step, state, export=export, more=fetch)
         self._saved_step = self.step
         self._track({"time/checkpoint": span.seconds})
-        self.emit(CheckpointEvent(self.step, str(path), span.seconds))
 
 
 def total_steps(config: RunConfig, num_prompts: int) -> int:
@@ -471,3 +514,7 @@ def total_steps(config: RunConfig, num_prompts: int) -> int:
 
 def _order(group: Group) -> int:
     return group.order
+
+
+def _succeeded(filling: asyncio.Future[None]) -> bool:
+    return filling.done() and not filling.cancelled() and filling.exception() is None

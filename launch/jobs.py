@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from grpo_ray.checkpoint import RunDir
+from grpo_ray.checkpoint_store import is_url
 from grpo_ray.config import RunConfig, SftConfig, to_yaml
 from grpo_ray.errors import ConfigError, WorkerError
 from grpo_ray.events import EndEvent
@@ -33,7 +34,11 @@ def _start(kind: str, config: RunConfig | SftConfig, folder: Path) -> Path:
     from launch.check import preflight
 
     preflight(config)
-    run = RunDir.create(folder)
+    run = RunDir.create(folder).with_checkpoints(config.checkpoint.path)
+    if run.steps():
+        raise ConfigError(
+            f"{run.store.url} holds checkpoints of another run of this name; choose another with name=..., or remove them"
+        )
     try:
         _write_config(run, config)
         _finish(run, _run(kind, config, run, None))
@@ -47,8 +52,8 @@ def resume_run(path: Path) -> None:
     run = RunDir.open(path)
     sft = is_sft(run.config)
     config = load_run_config(SftConfig, run.config) if sft else load_run_config(RunConfig, run.config)
-    steps = run.steps()
-    step = steps[-1] if steps else None
+    run = run.with_checkpoints(config.checkpoint.path)
+    step = run.newest_whole(lambda text: console.print(f"warning: {text}", style="yellow"))
     console.print(
         f"resuming {run.path} "
         + (f"after step {step}" if step is not None else "from its beginning: it has no checkpoint yet")
@@ -65,6 +70,7 @@ def replay_step(path: Path, step: int) -> None:
             f"{path} is an SFT run: it records no batches; only steps of `grpo-ray train` can be replayed"
         )
     config = load_run_config(RunConfig, run.config)
+    run = run.with_checkpoints(config.checkpoint.path)
     check_replayable(run, step)
     start = f"its checkpoint of step {step - 1}" if step > 1 else "the starting model"
     console.print(f"replaying step {step} of {run.path} from {start}")
@@ -81,7 +87,10 @@ def evaluate_target(target: str, overrides: list[str]) -> None:
                 f"grpo-ray eval RECIPE model.path={target}/hf"
             )
         if not run.exported.is_dir():
-            raise ConfigError(f"{target} has no exported model yet (hf/ comes with its first checkpoint)")
+            raise ConfigError(
+                f"{target} has no exported model here (hf/ comes with its first checkpoint, or lies with it in checkpoint.path; "
+                "evaluate a copy of that with model.path=)"
+            )
         config = load_recipe(RunConfig, str(run.config), [f"model.path={run.exported}", "model.tiny=null", *overrides])
     else:
         config = load_recipe(RunConfig, target, overrides)
@@ -108,6 +117,8 @@ def _finish(run: RunDir, end: EndEvent) -> None:
         console.print(f"report   not written: {e}; `grpo-ray report {run.path}` writes it")
     if run.exported.is_dir():
         console.print(f"model    {run.exported}")
+    elif is_url(run.store.url) and run.steps():
+        console.print(f"model    {run.store.place(run.steps()[-1]).path('hf')}")
     if end.status != "finished" and run.steps():
         console.print(f"go on    grpo-ray resume {run.path}")
     exit_unless_finished(end)

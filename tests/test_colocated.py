@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,9 +63,10 @@ def test_the_device_changes_hands_twice_a_step_and_never_holds_both_whole() -> N
 def test_samples_after_a_checkpoint_wake_the_engines_once() -> None:
     async def steps() -> None:
         s = Setting()
-        await s.learner.save(Path("x"))
-        await s.learner.export(Path("x"))
-        assert s.take() == ["sleep", "reload", "save", "export"]
+        place: Any = None
+        await s.learner.hold(place, export=True)
+        await s.learner.write(place)
+        assert s.take() == ["sleep", "reload", "hold True", "write"]
         await s.sample()
         assert s.take() == ["offload False", "wake", "generate", "generate", "generate"]
 
@@ -80,8 +80,9 @@ def test_a_failed_update_leaves_the_turn_with_the_learner() -> None:
             async with s.learner._turns.learning():
                 raise ZeroDivisionError
         s.take()
-        await s.learner.save(Path("x"))
-        assert s.take() == ["save"]
+        place: Any = None
+        await s.learner.load(place)
+        assert s.take() == ["load"]
 
     asyncio.run(steps())
 

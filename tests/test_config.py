@@ -159,6 +159,12 @@ def test_bad_held_out_data_are_named_without_the_schemas_own_words(override, exp
     assert "<" not in str(e.value)
 
 
+def test_a_checkpoint_path_that_ends_with_each_worker_is_refused():
+    assert make("checkpoint.path=s3://bucket/runs").checkpoint.path == "s3://bucket/runs"
+    with pytest.raises(ConfigError, match="every worker has a memory of its own"):
+        make("checkpoint.path=memory://x")
+
+
 def test_every_key_of_the_schema_can_be_overridden_by_its_dotted_name():
     keys = all_keys(RunConfig)
     assert {"learner.zero_stage", "reward.on_failure.retries", "data.train.path"} <= set(keys)

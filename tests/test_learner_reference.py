@@ -11,7 +11,10 @@ import torch.distributed as dist
 from torch import nn
 
 from actors import learner_reference
+from grpo_ray.checkpoint_store import Place
 from grpo_ray.errors import CheckpointError
+from grpo_ray.fragments import FragmentReader
+from grpo_ray.learner_files import SavedLearner, write_rank
 
 
 class Model(nn.Module):
@@ -48,11 +51,15 @@ def test_the_reference_moves_by_tau_towards_the_policy(tau: float) -> None:
 @pytest.mark.usefixtures("one_rank")
 def test_it_is_saved_and_loaded_bitwise(tmp_path: Path) -> None:
     saved, other = Model(2), Model(3)
-    learner_reference.save(saved, tmp_path)
-    learner_reference.load(other, tmp_path)
+    write_rank(Place(str(tmp_path / "x")), 0, 1, {"reference": learner_reference.hold(saved)}, {}, {})
+    with Place(str(tmp_path / "x")).reading() as files:
+        learner_reference.load(other, SavedLearner.open(files).reader("reference"))
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), other.parameters(), strict=True))
 
 
-def test_a_checkpoint_without_one_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="ref_refresh_steps"):
-        learner_reference.load(Model(0), tmp_path)
+@pytest.mark.usefixtures("one_rank")
+def test_one_of_another_model_is_refused(tmp_path: Path) -> None:
+    held = learner_reference.hold(Model(2))
+    extents = {f.name: (f.start, f.numel - 1) for f in held.fragments}
+    with pytest.raises(CheckpointError, match=r"embed\.weight of the reference has 12 elements here and 11"):
+        learner_reference.load(Model(0), FragmentReader([extents], lambda _: tmp_path))

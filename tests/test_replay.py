@@ -111,8 +111,10 @@ def run(tmp_path: Path) -> RunDir:
     for step in range(1, 7):
         (run.rollouts / f"step-{step:06d}.parquet").touch()
     for step in (2, 4, 6):
-        run.step_folder(step).mkdir(parents=True)
-        (run.step_folder(step) / "loop.json").write_text("{}")
+        place = run.store.begin(step)
+        with place.filling("loop") as (folder, sums):
+            (folder / "loop.json").write_text("{}")
+        run.store.commit(place, step, sums, keep=3)
     return run
 
 

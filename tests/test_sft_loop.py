@@ -11,8 +11,10 @@ import pytest
 
 from grpo_ray.activity import Activity
 from grpo_ray.checkpoint import RunDir
+from grpo_ray.checkpoint_store import Place
 from grpo_ray.config import SftConfig, build
 from grpo_ray.cursor import Cursor
+from grpo_ray.manifest import FileSum
 from grpo_ray.prompts import SftExample
 from grpo_ray.sft_loop import SftLoop
 from grpo_ray.tracking import JsonlTracker, read_metrics
@@ -39,13 +41,15 @@ class Learner:
         await asyncio.sleep(0.02)
         return UpdateReport(batch.step, {"loss/sft": 1.0}, 0.02, (self.activity.take(),))
 
-    async def save(self, folder: Path) -> None:
-        with self.activity.span("save"):
+    async def hold(self, place: Place, *, export: bool) -> None:
+        with self.activity.span("hold"):
             time.sleep(0.01)
 
-    async def load(self, folder: Path) -> None: ...
+    async def write(self, place: Place) -> dict[str, FileSum]:
+        await asyncio.sleep(0.015)
+        return {}
 
-    async def export(self, folder: Path) -> None: ...
+    async def load(self, place: Place) -> None: ...
 
 
 def test_an_sft_run_tells_how_busy_its_learner_was_and_leaves_a_trace(tmp_path: Path) -> None:
@@ -76,7 +80,7 @@ def test_an_sft_run_tells_how_busy_its_learner_was_and_leaves_a_trace(tmp_path: 
     assert [(e["name"], e["args"]["step"]) for e in spans if e["cat"] == "learner"] == [
         ("update", 1),
         ("update", 2),
-        ("save", 3),
+        ("hold", 3),
         ("update", 3),
     ]
     controller = [e["name"] for e in spans if e["cat"] == "controller" and not e["name"].startswith("step ")]

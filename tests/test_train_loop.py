@@ -10,19 +10,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from grpo_ray.checkpoint import RunDir
+from grpo_ray.checkpoint_store import Place
 from grpo_ray.config import RunConfig, build, deep_merge, parse_overrides
 from grpo_ray.cursor import Cursor
 from grpo_ray.errors import NonFiniteError, RewardError
 from grpo_ray.events import EvalEvent, MessageEvent, StepEvent
 from grpo_ray.ledger import Ledger
+from grpo_ray.manifest import FileSum
 from grpo_ray.train_loop import Roles, TrainLoop
 from grpo_ray.types import (
     Group,
     Prompt,
     RewardScore,
+    Sample,
     SampleInfo,
     SampleRequest,
     Score,
@@ -34,6 +38,7 @@ from grpo_ray.types import (
     TrainBatch,
     TrainSample,
     UpdateReport,
+    VersionSpan,
 )
 
 ROWS = 10
@@ -58,6 +63,8 @@ class World:
         self.rng = random.Random(jitter)
         self.version = 0
         self.version_of: dict[str, int] = {}
+        self.num_drawn = 0
+        """Samples."""
         self.under_way: set[str] = set()
         self.begun: list[str] = []
         """Prompts, in the order in which their first samples were asked for."""
@@ -80,6 +87,10 @@ class World:
         self.mismatch = [0.0] * 100
         """Of each step, as the learner reports it."""
         self.closed = False
+        self.held = -1
+        self.write_s = 0.0
+        """How long a checkpoint takes."""
+        self.disk_is_full = False
 
     async def generate(self, request: SampleRequest) -> SampleInfo:
         self.under_way.add(request.prompt_id)
@@ -90,9 +101,22 @@ class World:
         await asyncio.sleep(self.rng.random() * 0.002)
         length = request.seed % 7 + 1
         reason = "length" if length > self.truncate_above else "stop"
-        return SampleInfo(
-            request.prompt_id, request.index, 3, length, version, reason, "w-0", ref=[request.seed], row=0
+        tokens = np.arange(length, dtype=np.int32)
+        logprobs = np.full(length, -0.1, dtype=np.float32)
+        prompt = np.asarray(request.prompt_token_ids, dtype=np.int32)
+        # The text says by which seed it was drawn.
+        self.num_drawn += 1
+        sample = Sample(
+            request.prompt_id,
+            request.index,
+            prompt,
+            tokens,
+            logprobs,
+            (VersionSpan(version, 0, length),),
+            reason,
+            str(request.seed),
         )
+        return SampleInfo(request.prompt_id, request.index, 3, length, version, reason, "w-0", ref=[sample], row=0)
 
     def take_stats(self) -> dict[str, float]:
         return {}
@@ -109,7 +133,7 @@ class World:
         if status is not ScoreStatus.OK:
             part = RewardScore("r", status, float("nan"), "broken on purpose")
             return Score(status, float("nan"), (part,), part.detail)
-        value = float(request.sample.index if self.distinct else request.sample.ref[0] % 3)
+        value = float(request.sample.index if self.distinct else int(request.sample.ref[request.sample.row].text) % 3)
         value = 1.0 if request.sample.prompt_id in self.same else value
         name = request.sample.prompt_id
         steps = self.steps.get(f"{name}#{request.sample.index}", self.steps.get(name, ()))
@@ -140,15 +164,6 @@ class World:
         self.version = version
         return SyncReport(version, 0.01, 0.005, 10, "0", 1)
 
-    async def save(self, folder: Path) -> None:
-        (folder / "state.json").write_text(json.dumps(self.version))
-
-    async def load(self, folder: Path) -> None:
-        self.version = json.loads((folder / "state.json").read_text())
-
-    async def export(self, folder: Path) -> None:
-        (folder / "config.json").write_text("{}")
-
     async def write(self, step: int, groups: Sequence[Group], batch: TrainBatch) -> None:
         assert [s.prompt_id for s in batch.samples] == [s.prompt_id for g in groups for s in g.samples]
         self.written.append((step, [g.prompt.id for g in groups]))
@@ -170,6 +185,35 @@ def config(*overrides: str) -> RunConfig:
     return build(RunConfig, deep_merge(base, parse_overrides(list(overrides))), "test")
 
 
+class Keeper:
+    """The world as a learner: what it holds is the version."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    async def accumulate(self, part: TrainBatch) -> None:
+        await self.world.accumulate(part)
+
+    async def update(self, batch: TrainBatch) -> UpdateReport:
+        return await self.world.update(batch)
+
+    async def hold(self, place: Place, *, export: bool) -> None:
+        self.world.held = self.world.version
+
+    async def write(self, place: Place) -> dict[str, FileSum]:
+        held = self.world.held
+        await asyncio.sleep(self.world.write_s)
+        if self.world.disk_is_full:
+            raise OSError("No space left on device")
+        with place.filling("learner") as (folder, sums):
+            (folder / "state.json").write_text(json.dumps(held))
+        return sums
+
+    async def load(self, place: Place) -> None:
+        with place.open("learner/state.json") as file:
+            self.world.version = json.loads(file.read())
+
+
 class Session:
     """One process's worth of a run."""
 
@@ -181,7 +225,7 @@ class Session:
         world = self.world
         self.loop = TrainLoop(
             cfg,
-            Roles(world, world, world, world, world),
+            Roles(world, world, Keeper(world), world, world),
             Cursor(Rows(), seed=cfg.seed, shuffle=True),
             {"": eval_prompts} if eval_prompts else {},
             self.ledger,

@@ -24,6 +24,7 @@ from grpo_ray.config import MAX_ADAPTER_RANK, LoraConfig, RunConfig
 from grpo_ray.errors import WorkerError
 from grpo_ray.lora import adapter_checksum
 from grpo_ray.types import Sample, SampleInfo, SampleRequest, TrainBatch, TrainSample
+from tests.actors.saved import export
 from tests.actors.test_rollout import GREEDY, LONG, SAMPLING, Bench, reference_logprobs, run_config
 
 pytestmark = pytest.mark.timeout(600)
@@ -86,7 +87,7 @@ class Setting:
         self.update()
         exported = self.folder / f"hf-{self.version}"
         exported.mkdir()
-        self.bench.run(self.learner.export(exported))
+        self.bench.run(export(self.learner, exported))
         self.models[self.version] = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
         return self.version
 

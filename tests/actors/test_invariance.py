@@ -15,6 +15,7 @@ from actors.learner_group import LearnerGroup
 from grpo_ray.config import AlgorithmConfig
 from grpo_ray.losses.table import POLICY_LOSSES
 from grpo_ray.objectives import GrpoObjective
+from tests.actors.saved import load, save
 from tests.actors.test_learner import exported, make_batch, make_config, moved_apart, run, start
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(300)]
@@ -30,13 +31,13 @@ def step_of_every_loss(config: Any, folder: Path) -> Results:
     group = start(config, folder)
     try:
         (folder / "start").mkdir()
-        run(group.save(folder / "start"))
+        run(save(group, folder / "start"))
         out = {}
         for loss in POLICY_LOSSES:
             choose(group, AlgorithmConfig(loss=loss, old_logprobs="rollout"))  # type: ignore[arg-type]
             metrics = run(group.update(make_batch())).metrics
             out[loss] = (metrics["loss/policy"], metrics["grad_norm"], exported(group, folder / loss))
-            run(group.load(folder / "start"))
+            run(load(group, folder / "start"))
         return out
     finally:
         run(group.close())

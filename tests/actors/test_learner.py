@@ -28,6 +28,7 @@ from actors.learner_group import LearnerGroup
 from grpo_ray.config import LearnerConfig, ModelConfig, RunConfig, SftConfig, build
 from grpo_ray.errors import CheckpointError, ConfigError, DeadlineError, NonFiniteError, WorkerError
 from grpo_ray.types import Sample, TrainBatch, TrainSample, VersionSpan
+from tests.actors.saved import export, load, save
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -138,7 +139,7 @@ def plain_step(path: Path, batch: TrainBatch) -> tuple[dict[str, Tensor], float,
 
 def exported(group: LearnerGroup, folder: Path) -> dict[str, Tensor]:
     folder.mkdir()
-    run(group.export(folder))
+    run(export(group, folder))
     return load_file(folder / "model.safetensors")
 
 
@@ -178,10 +179,10 @@ def test_two_ranks_under_zero_3_with_tied_embeddings_step_like_plain_pytorch_and
 
     saved = tmp_path / "learner"
     saved.mkdir()
-    run(group.save(saved))
+    run(save(group, saved))
     first = [run(group.update(make_batch(seed=s, step=s))).metrics for s in (1, 2)]
     after = exported(group, tmp_path / "after")
-    run(group.load(saved))
+    run(load(group, saved))
     again = [run(group.update(make_batch(seed=s, step=s))).metrics for s in (1, 2)]
     assert [m["grad_norm"] for m in again] == [m["grad_norm"] for m in first]
     assert [m["lr"] for m in again] == [m["lr"] for m in first] == pytest.approx([LR * 0.9, LR * 0.8])
@@ -301,7 +302,7 @@ def test_ppo_trains_policy_and_critic_like_plain_pytorch_and_resumes(
     want = plain_ppo(tiny_model, batch, updates=3, beta=beta)
     got = [run(group.update(batch)).metrics for _ in range(2)]
     (tmp_path / "saved").mkdir()
-    run(group.save(tmp_path / "saved"))
+    run(save(group, tmp_path / "saved"))
     got.append(run(group.update(batch)).metrics)
     for one, plain in zip(got, want, strict=True):
         for name, value in plain.items():
@@ -311,7 +312,7 @@ def test_ppo_trains_policy_and_critic_like_plain_pytorch_and_resumes(
         assert "loss/kl" not in got[2]
     else:
         assert want[2]["critic/loss"] < want[0]["critic/loss"]
-    run(group.load(tmp_path / "saved"))
+    run(load(group, tmp_path / "saved"))
     again = run(group.update(batch)).metrics
     assert all(again[name] == got[2][name] for name in want[2])
 
@@ -444,15 +445,18 @@ def test_sft_in_bf16_descends_from_the_plain_cross_entropy_and_a_full_disk_is_to
     limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (200_000, limits[1]))
     with pytest.raises(CheckpointError, match=r"can't write the checkpoint in .*full .*GiB free"):
-        run(group.save(saved))
+        run(save(group, saved))
     resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
-    run(group.save(saved))
+    assert run(group.update(batch)).metrics["grad_norm"] > 0, "a rank that can't write goes on training"
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    run(save(group, whole))
     with pytest.raises(CheckpointError, match="holds no learner checkpoint"):
-        run(group.load(tmp_path))
-    facts = saved / "learner.json"
-    facts.write_text(facts.read_text().replace('"learner.num_actors": 1', '"learner.num_actors": 2'))
-    with pytest.raises(CheckpointError, match=r"learner\.num_actors 1 instead of 2"):
-        run(group.load(saved))
+        run(load(group, tmp_path))
+    state = whole / "learner" / "rank-0" / "state.json"
+    state.write_text(state.read_text().replace('"model.lora": null', '"model.lora": {"r": 4}'))
+    with pytest.raises(CheckpointError, match=r"model\.lora None instead of \{'r': 4\}"):
+        run(load(group, whole))
 
 
 def what_is_held(actor: Any) -> dict[str, Any]:
@@ -515,10 +519,10 @@ def test_two_ranks_resume_bitwise(stage: int, tiny_model: Path, tmp_path: Path, 
         group = start(config, tmp_path)
         groups.append(group)
         if restored:
-            run(group.load(saved))
+            run(load(group, saved))
         else:
             run(group.update(make_batch()))
-            run(group.save(saved))
+            run(save(group, saved))
         run(group.update(make_batch(seed=1, step=1)))
         results.append(exported(group, tmp_path / f"hf-{restored}"))
         run(group.close())
@@ -555,16 +559,16 @@ def test_the_reference_follows_the_policy_and_is_resumed(
     assert kls[2] == pytest.approx(0.0, abs=1e-6)
     saved = tmp_path / "learner"
     saved.mkdir()
-    run(group.save(saved))
+    run(save(group, saved))
     first = [run(group.update(make_batch(step=s))).metrics["kl/ref"] for s in (3, 4)]
-    run(group.load(saved))
+    run(load(group, saved))
     assert [run(group.update(make_batch(step=s))).metrics["kl/ref"] for s in (3, 4)] == first
     assert first[0] > 1e-4
     run(group.close())
 
     fresh = start(config, tmp_path)
     groups.append(fresh)
-    run(fresh.load(saved))
+    run(load(fresh, saved))
     assert run(fresh.update(make_batch(step=3))).metrics["kl/ref"] == pytest.approx(first[0], rel=1e-6)
 
 
@@ -669,10 +673,10 @@ def test_states_that_went_to_the_host_and_back_change_no_bit_of_the_next_steps(
     try:
         run(group.update(make_batch(seed=0, step=0)))
         (tmp_path / "before").mkdir()
-        run(group.save(tmp_path / "before"))
+        run(save(group, tmp_path / "before"))
         run(group.update(make_batch(seed=1, step=1)))
         want = exported(group, tmp_path / "want")
-        run(group.load(tmp_path / "before"))
+        run(load(group, tmp_path / "before"))
         run(group.offload(keep_weights=True))
         run(group.offload(keep_weights=False))
         run(group.reload())

@@ -25,6 +25,7 @@ from grpo_ray.config import TinyModelConfig
 from grpo_ray.errors import ConfigError, NonFiniteError
 from grpo_ray.tiny import build_tiny_model
 from grpo_ray.types import TrainBatch
+from tests.actors.saved import load, save
 from tests.actors.test_learner import (
     TEMPERATURE,
     assert_one_step_equals_plain_pytorch,
@@ -202,11 +203,11 @@ def test_adapters_and_bf16_step_as_on_one_rank_and_the_checkpoint_is_free_of_the
         group = start(config, tmp_path)
         groups.append(group)
         if (ranks, size) == (2, 1):
-            run(group.load(saved))
+            run(load(group, saved))
         else:
             run(group.update(make_batch()))
         if (ranks, size) == (2, 2):
-            run(group.save(saved))
+            run(save(group, saved))
         metrics = run(group.update(make_batch(seed=1, step=1))).metrics
         results.append((metrics, exported(group, tmp_path / f"hf-{ranks}-{size}")))
         run(group.close())

@@ -14,6 +14,7 @@ from grpo_ray.errors import NonFiniteError, WorkerError
 from grpo_ray.losses.table import POLICY_LOSSES
 from grpo_ray.replay import parts_of
 from grpo_ray.types import TrainBatch
+from tests.actors.saved import load, save
 from tests.actors.test_invariance import choose
 from tests.actors.test_learner import exported, make_batch, make_config, moved_apart, plain_step, run, start
 
@@ -70,15 +71,15 @@ def test_parts_add_up_to_the_step_of_the_whole_batch_for_every_loss(
     group = start(config, tmp_path)
     try:
         (tmp_path / "start").mkdir()
-        run(group.save(tmp_path / "start"))
+        run(save(group, tmp_path / "start"))
         for loss in POLICY_LOSSES:
             choose(group, AlgorithmConfig(loss=loss, old_logprobs="rollout", beta=0.1))  # type: ignore[arg-type]
             want = train(group, make_batch())
             want_weights = exported(group, tmp_path / f"whole-{loss}")
-            run(group.load(tmp_path / "start"))
+            run(load(group, tmp_path / "start"))
             got = train(group, in_parts(make_batch()))
             weights = exported(group, tmp_path / f"parts-{loss}")
-            run(group.load(tmp_path / "start"))
+            run(load(group, tmp_path / "start"))
             assert want["grad_norm"] > 0.05, loss
             for name in COMPARED:
                 assert got[name] == pytest.approx(want[name], rel=10 * tolerance, abs=tolerance), (loss, name)

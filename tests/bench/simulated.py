@@ -36,11 +36,13 @@ from actors.rollout_pool import RolloutPool
 from actors.weights import EngineTarget, RayWeightSync, SendReport
 from grpo_ray.batching import plan_batch
 from grpo_ray.checkpoint import RunDir
+from grpo_ray.checkpoint_store import Place
 from grpo_ray.config import RunConfig, build
 from grpo_ray.cursor import Cursor
 from grpo_ray.errors import WorkerError
 from grpo_ray.events import Event, StepEvent
 from grpo_ray.ledger import Ledger
+from grpo_ray.manifest import FileSum
 from grpo_ray.train_loop import Roles, TrainLoop
 from grpo_ray.types import (
     Group,
@@ -206,6 +208,15 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self._cluster.now
+
+    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+        """In no time: another thread would be real time, for which this loop does not wait."""
+        future = self.create_future()
+        try:
+            future.set_result(func(*args))
+        except Exception as e:
+            future.set_exception(e)
+        return future
 
 
 class _Selector(selectors.SelectSelector):
@@ -601,14 +612,15 @@ class Learners:
         self.world.sums.transfer_s += self.world.plan.sync_s
         return {"seconds": self.world.plan.sync_s, "bytes": 0, "checksum": ""}
 
-    async def save(self, folder: Path) -> None:
+    async def hold(self, place: Place, *, export: bool) -> None:
         await self.world.answer(None, 1.0)
 
-    async def load(self, folder: Path) -> None:
+    async def write(self, place: Place) -> dict[str, FileSum]:
+        await self.world.answer(None, 1.0)
+        return {}
+
+    async def load(self, place: Place) -> None:
         raise NotImplementedError
-
-    async def export(self, folder: Path) -> None:
-        await self.world.answer(None, 1.0)
 
 
 class Rows:

@@ -1,0 +1,147 @@
+"""Groups that are sampled and scored but not trained, in a checkpoint: a resumed run samples only what is missing.
+
+`loop/groups.parquet`, one row a sample: everything that a group has but its prompt, which the cursor gives again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from grpo_ray.checkpoint import LOOP
+from grpo_ray.rollout_log import distinct_refs, utf8
+from grpo_ray.types import Group, RewardScore, Sample, SampleInfo, Score, ScoreStatus, Step, VersionSpan
+
+KEPT_GROUPS = f"{LOOP}/groups.parquet"
+_SPAN = pa.struct([("version", pa.int64()), ("start", pa.int64()), ("end", pa.int64())])
+_SCHEMA = pa.schema(
+    [
+        ("order", pa.int64()),
+        ("dispatched_version", pa.int64()),
+        ("prompt_id", pa.string()),
+        ("index", pa.int32()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("completion_ids", pa.list_(pa.int32())),
+        ("rollout_logprobs", pa.list_(pa.float32())),
+        ("versions", pa.list_(_SPAN)),
+        ("min_version", pa.int64()),
+        ("finish_reason", pa.string()),
+        ("completion", pa.string()),
+        ("worker", pa.string()),
+        ("score", pa.string()),
+    ]
+)
+"""`score` is JSON; a reward that is no number is NaN there."""
+
+
+@dataclass(frozen=True)
+class KeptGroup:
+    """One group of a checkpoint."""
+
+    order: int
+    dispatched_version: int
+    prompt_id: str
+    samples: list[Sample]
+    min_versions: list[int]
+    workers: list[str]
+    scores: list[Score]
+
+    def infos(self, ref: Any) -> list[SampleInfo]:
+        """Its samples as the loop wants them, their tokens behind `ref`."""
+        return [
+            SampleInfo(
+                prompt_id=s.prompt_id,
+                index=s.index,
+                num_prompt_tokens=len(s.prompt_token_ids),
+                num_tokens=len(s.token_ids),
+                min_version=version,
+                finish_reason=s.finish_reason,
+                worker=worker,
+                ref=ref,
+                row=row,
+            )
+            for row, (s, version, worker) in enumerate(zip(self.samples, self.min_versions, self.workers, strict=True))
+        ]
+
+
+def write_groups(path: Path, groups: Sequence[Group], lists: Sequence[Sequence[Sample]]) -> None:
+    """`lists`: those behind `distinct_refs(groups)`, in that order."""
+    behind = {id(ref): rows for ref, rows in zip(distinct_refs(groups), lists, strict=True)}
+    rows = [
+        _row(group, info, behind[id(info.ref)][info.row], score)
+        for group in groups
+        for info, score in zip(group.samples, group.scores, strict=True)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), path, compression="zstd")
+
+
+def read_groups(path: Path) -> list[KeptGroup]:
+    """What `write_groups` wrote, bit for bit, in dispatch order."""
+    table = pq.read_table(path)
+    arrays = [[s.values.to_numpy() for s in table[n]] for n in ("prompt_ids", "completion_ids", "rollout_logprobs")]
+    by_order: dict[int, list[tuple[dict[str, Any], Sample]]] = {}
+    rows = table.drop_columns(["prompt_ids", "completion_ids", "rollout_logprobs"]).to_pylist()
+    for row, prompt_ids, completion_ids, logprobs in zip(rows, *arrays, strict=True):
+        sample = Sample(
+            prompt_id=row["prompt_id"],
+            index=row["index"],
+            prompt_token_ids=prompt_ids,
+            token_ids=completion_ids,
+            logprobs=logprobs,
+            versions=tuple(VersionSpan(**span) for span in row["versions"]),
+            finish_reason=row["finish_reason"],
+            text=row["completion"],
+        )
+        by_order.setdefault(row["order"], []).append((row, sample))
+    return [_group(order, members) for order, members in sorted(by_order.items())]
+
+
+def _group(order: int, members: list[tuple[dict[str, Any], Sample]]) -> KeptGroup:
+    rows = [row for row, _ in members]
+    return KeptGroup(
+        order=order,
+        dispatched_version=rows[0]["dispatched_version"],
+        prompt_id=rows[0]["prompt_id"],
+        samples=[sample for _, sample in members],
+        min_versions=[row["min_version"] for row in rows],
+        workers=[row["worker"] for row in rows],
+        scores=[_score(json.loads(row["score"])) for row in rows],
+    )
+
+
+def _row(group: Group, info: SampleInfo, sample: Sample, score: Score) -> dict[str, Any]:
+    return {
+        "order": group.order,
+        "dispatched_version": group.dispatched_version,
+        "prompt_id": sample.prompt_id,
+        "index": sample.index,
+        "prompt_ids": np.asarray(sample.prompt_token_ids, dtype=np.int32),
+        "completion_ids": np.asarray(sample.token_ids, dtype=np.int32),
+        "rollout_logprobs": np.asarray(sample.logprobs, dtype=np.float32),
+        "versions": [asdict(v) for v in sample.versions],
+        "min_version": info.min_version,
+        "finish_reason": sample.finish_reason,
+        "completion": utf8(sample.text),
+        "worker": info.worker,
+        "score": json.dumps(asdict(score)),
+    }
+
+
+def _score(saved: Mapping[str, Any]) -> Score:
+    parts = tuple(
+        RewardScore(**{**part, "status": ScoreStatus(part["status"]), "steps": _steps(part["steps"])})
+        for part in saved["parts"]
+    )
+    status, steps = ScoreStatus(saved["status"]), _steps(saved["steps"])
+    return Score(status, saved["value"], parts, saved["detail"], steps)
+
+
+def _steps(saved: Sequence[Mapping[str, Any]]) -> tuple[Step, ...]:
+    return tuple(Step(**step) for step in saved)

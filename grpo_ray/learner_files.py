@@ -1,0 +1,113 @@
+"""The learner's part of a checkpoint: a folder for every rank that there was, read by any number of ranks.
+
+learner/rank-0/state.json           how many ranks, how many steps, and which elements of what lie beside it
+               policy.safetensors   fp32 masters and Adam's moments; so critic.safetensors, where there is one
+               reference.safetensors   of a reference that follows the policy
+               random.safetensors   the random state of this rank
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from grpo_ray.checkpoint_store import Place, Reading
+from grpo_ray.errors import CheckpointError
+from grpo_ray.fragments import Fragment, FragmentReader, write_fragments
+from grpo_ray.manifest import FileSum
+
+_STATE = "state.json"
+_RANDOM = "random.safetensors"
+
+
+@dataclass(frozen=True)
+class HeldModel:
+    """What one rank writes of one model."""
+
+    fragments: Sequence[Fragment]
+    num_steps: int = 0
+    """Steps of its optimizer."""
+    num_scheduled: int = 0
+    """Steps of its learning rate's schedule."""
+
+
+def write_rank(
+    place: Place,
+    rank: int,
+    num_ranks: int,
+    models: Mapping[str, HeldModel],
+    random_state: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+) -> dict[str, FileSum]:
+    """One rank's folder. `facts`: what a learner that loads it must have in common with this one."""
+    with place.filling(_folder(rank)) as (folder, sums):
+        state: dict[str, Any] = {"num_ranks": num_ranks, "facts": dict(facts), "models": {}}
+        for name, model in models.items():
+            extents = write_fragments(model.fragments, folder / f"{name}.safetensors")
+            state["models"][name] = {
+                "num_steps": model.num_steps,
+                "num_scheduled": model.num_scheduled,
+                "extents": extents,
+            }
+        save_file(dict(random_state), folder / _RANDOM)
+        (folder / _STATE).write_text(json.dumps(state))
+    return sums
+
+
+@dataclass(frozen=True)
+class SavedLearner:
+    """All ranks of a checkpoint."""
+
+    files: Reading
+    states: list[dict[str, Any]]
+    """Of each rank, as it is in its state.json."""
+
+    @classmethod
+    def open(cls, files: Reading) -> SavedLearner:
+        """Raises CheckpointError when the checkpoint holds no learner, or not all of its ranks."""
+        first = _read_state(files, 0)
+        return cls(files, [first, *(_read_state(files, rank) for rank in range(1, first["num_ranks"]))])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = self.states[0]["facts"]
+        return facts
+
+    def num_steps(self, model: str) -> int:
+        return int(self.states[0]["models"][model]["num_steps"])
+
+    def num_scheduled(self, model: str) -> int:
+        return int(self.states[0]["models"][model]["num_scheduled"])
+
+    def has(self, model: str) -> bool:
+        return model in self.states[0]["models"]
+
+    def reader(self, model: str) -> FragmentReader:
+        extents = [state["models"][model]["extents"] for state in self.states]
+        return FragmentReader(extents, partial(self._path, f"{model}.safetensors"))
+
+    def random_state(self, rank: int) -> dict[str, Tensor] | None:
+        """None: there was no such rank."""
+        return load_file(self._path(_RANDOM, rank)) if rank < len(self.states) else None
+
+    def _path(self, name: str, rank: int) -> Path:
+        return self.files.local(f"{_folder(rank)}/{name}")
+
+
+def _folder(rank: int) -> str:
+    return f"learner/rank-{rank}"
+
+
+def _read_state(files: Reading, rank: int) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads(files.local(f"{_folder(rank)}/{_STATE}").read_text())
+    except (ValueError, CheckpointError) as e:
+        raise CheckpointError(f"{files.place.url} holds no learner checkpoint ({e})") from None
+    return state

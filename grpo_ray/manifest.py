@@ -1,0 +1,91 @@
+"""What makes a checkpoint whole: `manifest.json`, written last, with the size and SHA-256 of every other file.
+
+`sha256sum` says the same of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+NAME = "manifest.json"
+FORMAT = 1
+THREADS = 4
+"""Hashing and reading let go of the interpreter."""
+
+
+@dataclass(frozen=True)
+class FileSum:
+    size: int
+    sha256: str
+
+
+Sums = Mapping[str, FileSum]
+"""Path inside the checkpoint, with `/` -> what is in it."""
+
+
+def sum_of(file: BinaryIO) -> FileSum:
+    digest = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]
+    return FileSum(file.tell(), digest.hexdigest())
+
+
+def sums_below(folder: Path, prefix: str) -> dict[str, FileSum]:
+    """Of every file below a folder, each under `prefix/`."""
+    out = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            out[f"{prefix}/{path.relative_to(folder).as_posix()}"] = sum_of(file)
+    return out
+
+
+def to_json(step: int, sums: Sums) -> bytes:
+    files = {name: asdict(sums[name]) for name in sorted(sums)}
+    return json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1).encode()
+
+
+def from_json(data: bytes, step: int) -> Sums:
+    """Raises ValueError when this is not what `to_json` wrote for that step."""
+    content = json.loads(data)
+    try:
+        if content["format"] != FORMAT:
+            raise ValueError(f"is of format {content['format']}, this is grpo-ray's format {FORMAT}")
+        if content["step"] != step:
+            raise ValueError(f"is of step {content['step']}")
+        sums = {name: FileSum(**entry) for name, entry in content["files"].items()}
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"is not what was written ({type(e).__name__}: {e})") from None
+    if not sums:
+        raise ValueError("names no files")
+    return sums
+
+
+def first_wrong(sums: Sums, open_file: Callable[[str], BinaryIO]) -> str | None:
+    """Which file is not what it was, and how; None: every one is.
+
+    Args:
+        sums: what was written.
+        open_file: path inside the checkpoint -> the file; raises OSError when it is not there.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        found: Iterable[str | None] = pool.map(lambda name: _wrong(name, sums[name], open_file), sums)
+        return next((wrong for wrong in found if wrong), None)
+
+
+def _wrong(name: str, want: FileSum, open_file: Callable[[str], BinaryIO]) -> str | None:
+    try:
+        with open_file(name) as file:
+            got = sum_of(file)
+    except OSError as e:
+        return f"{name} can't be read ({e})"
+    if got.size != want.size:
+        return f"{name} has {got.size} bytes instead of {want.size}"
+    if got.sha256 != want.sha256:
+        return (
+            f"{name} is damaged: its SHA-256 is {got.sha256[:12]}.., and was {want.sha256[:12]}.. when it was written"
+        )
+    return None

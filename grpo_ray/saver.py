@@ -1,0 +1,118 @@
+"""Saving while training goes on: copies are taken between two steps, and written behind the loop's back.
+
+    save  ->  [the save before it is through]  begin -> hold   |   write -> commit
+              what the loop waits for                          |   in the background
+
+A write that fails is told at once, and is the error of the next save, or of the run's end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from grpo_ray.checkpoint import LOOP, LOOP_STATE, RunDir
+from grpo_ray.checkpoint_store import Place
+from grpo_ray.errors import CheckpointError, GrpoRayError
+from grpo_ray.events import CheckpointEvent, Event, MessageEvent
+from grpo_ray.manifest import FileSum
+from grpo_ray.roles import Learner
+
+BACKGROUND = "checkpoint/background_s"
+More = Callable[[], Awaitable[Callable[[Path], None]]]
+"""Awaited in the background; what it gives writes files into a folder, in a thread."""
+
+
+class Saver:
+    """One checkpoint at a time."""
+
+    def __init__(self, run: RunDir, learner: Learner, *, keep: int, emit: Callable[[Event], None]) -> None:
+        """`keep`: older checkpoints than the newest `keep` are removed."""
+        self._run = run
+        self._learner = learner
+        self._keep = keep
+        self._emit = emit
+        self._writing: asyncio.Task[None] | None = None
+        self._seconds: float | None = None
+
+    async def save(self, step: int, state: dict[str, Any], *, export: bool, more: More | None = None) -> None:
+        """Returns when training may go on; the checkpoint is whole later, or not there at all.
+
+        Args:
+            step: of the checkpoint.
+            state: JSON, for `RunDir.load_state`.
+            export: also the policy as a Hugging Face model.
+            more: to write beside loop.json.
+
+        Raises:
+            CheckpointError: there is no room, or the save before this one failed.
+        """
+        await self.finish()
+        began = time.monotonic()
+        place = await asyncio.to_thread(self._run.store.begin, step)
+        try:
+            await self._learner.hold(place, export=export)
+        except BaseException:
+            await asyncio.to_thread(self._run.store.discard, place)
+            raise
+        self._writing = asyncio.create_task(self._write(place, step, state, more, began))
+
+    async def finish(self) -> None:
+        """What was being written is whole. Raises what went wrong with it."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            await writing
+
+    async def close(self) -> None:
+        """As `finish`, for a run that ends by another error: what goes wrong has been told."""
+        if self._writing is not None:
+            await asyncio.gather(self._writing, return_exceptions=True)
+
+    def take_metrics(self) -> dict[str, float]:
+        """Of a save that came to its end since the last call."""
+        seconds, self._seconds = self._seconds, None
+        return {} if seconds is None else {BACKGROUND: seconds}
+
+    async def _write(self, place: Place, step: int, state: dict[str, Any], more: More | None, began: float) -> None:
+        held = time.monotonic()
+        try:
+            final = await self._write_all(place, step, state, more)
+        except Exception as e:
+            await asyncio.to_thread(self._run.store.discard, place)
+            failure = e if isinstance(e, GrpoRayError) else self._failure(step, e)
+            self._emit(MessageEvent("warning", f"{failure}; the run ends at its next checkpoint"))
+            raise failure from e
+        self._seconds = time.monotonic() - held
+        self._emit(CheckpointEvent(step, final.url, time.monotonic() - began))
+
+    async def _write_all(self, place: Place, step: int, state: dict[str, Any], more: More | None) -> Place:
+        sums = dict(await self._learner.write(place))
+        write_more = await more() if more is not None else None
+        return await asyncio.to_thread(self._commit, place, step, state, write_more, sums)
+
+    def _commit(
+        self,
+        place: Place,
+        step: int,
+        state: dict[str, Any],
+        write_more: Callable[[Path], None] | None,
+        sums: dict[str, FileSum],
+    ) -> Place:
+        with place.filling(LOOP) as (folder, of_loop):
+            (folder / Path(LOOP_STATE).name).write_text(json.dumps(state))
+            if write_more is not None:
+                write_more(folder)
+        final = self._run.store.commit(place, step, sums | of_loop, keep=self._keep)
+        self._run.link_export(final)
+        return final
+
+    def _failure(self, step: int, error: Exception) -> CheckpointError:
+        url = self._run.store.url
+        folder = Place(url).scratch
+        free = f" ({shutil.disk_usage(folder).free / 1e9:.1f} GB free in {folder})" if folder.is_dir() else ""
+        return CheckpointError(f"the checkpoint of step {step} could not be written to {url}{free}: {error}")

@@ -1,0 +1,29 @@
+"""A learner's state to a folder and back, without a run around it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from actors.learner_group import LearnerGroup
+from grpo_ray.checkpoint_store import Place
+
+
+async def save(group: LearnerGroup, folder: Path) -> None:
+    """Into an existing folder that holds none."""
+    await group.hold(Place(str(folder)), export=False)
+    await group.write(Place(str(folder)))
+
+
+async def load(group: LearnerGroup, folder: Path) -> None:
+    await group.load(Place(str(folder)))
+
+
+async def export(group: LearnerGroup, folder: Path) -> None:
+    """The policy as a Hugging Face model, into an existing folder."""
+    whole = folder.with_name(f"{folder.name}.checkpoint")
+    whole.mkdir()
+    await group.hold(Place(str(whole)), export=True)
+    await group.write(Place(str(whole)))
+    shutil.copytree(whole / "hf", folder, dirs_exist_ok=True)
+    shutil.rmtree(whole)
