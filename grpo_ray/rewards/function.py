@@ -141,6 +141,17 @@ def _suggest(word: str, known: Sequence[str]) -> str:
     return f"known: {', '.join(sorted(known)) or 'none'}"
 
 
+class Explained(float):
+    """A reward that says why it is so; people see `detail` beside it."""
+
+    detail: str
+
+    def __new__(cls, value: float, detail: str) -> Explained:
+        self = super().__new__(cls, value)
+        self.detail = detail
+        return self
+
+
 def text_of(completion: str | Conversation) -> str:
     """The words of one completion, conversational or not."""
     return completion if isinstance(completion, str) else str(completion[0]["content"])
