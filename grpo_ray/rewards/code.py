@@ -17,7 +17,8 @@ from grpo_ray.rewards.function import Completions, Explained, text_of
 from grpo_ray.sandbox import Box, BoxEnded, Languages, Limits, Outcome, check_isolation
 from grpo_ray.sandbox.isolation import PATH
 
-_FENCED = re.compile(r"^[ \t]*```[ \t]*([\w+#.-]*)[^\n`]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"```[ \t]*([\w+#.-]*)[^\n`]*\n")
+_END_OF_FENCE = re.compile(r"^[ \t]*```", re.MULTILINE)
 _OTHER_NAMES = {"python": ("py", "python3"), "javascript": ("js", "node"), "cpp": ("c++",), "rust": ("rs",)}
 _SIGNALS = {-9: "killed", -11: "segmentation fault", -24: "out of CPU time", -25: "a file too large"}
 
@@ -107,14 +108,20 @@ def check_code(args: dict[str, Any]) -> None:
             raise RewardError(
                 f"reward 'code': {option} {tool!r} is not in {PATH}; install it, or name it by its full path"
             )
-    asyncio.run(check_isolation(languages))
+    try:
+        asyncio.run(check_isolation(languages))
+    except RewardError as e:
+        raise RewardError(f"reward 'code': {e}") from None
 
 
 def find_program(completion: str, names: Sequence[str]) -> str | None:
     """The last block in one of these languages, else the last block; all of what `<answer>` holds where it has no block."""
     text = completion.rpartition("</think>")[2]
     answer = answer_of(text)
-    blocks = _FENCED.findall(answer)
+    blocks, at = [], 0
+    while (fence := _FENCE.search(answer, at)) and (end := _END_OF_FENCE.search(answer, fence.end())):
+        blocks.append((fence[1], answer[fence.end() : end.start()]))
+        at = end.end()
     own = [body for mark, body in blocks if mark.lower() in names]
     if own or blocks:
         return own[-1] if own else blocks[-1][1]

@@ -16,9 +16,11 @@ from typing import Any
 from grpo_ray.errors import RewardError
 
 _FLOAT = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?")
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 TOLERANCE = 1e-6
 """Relative and absolute, where the right answer is written as a float."""
+LONGER, SPARE_BYTES = 16, 4096
+"""An answer that is so much longer than the right one is not looked at: splitting 16 MiB of new lines takes a GiB."""
 FORMS = "expected pairs [{input: .., output: ..}, ..], {inputs: [..], outputs: [..], fn_name: optional}, or Python with asserts"
 
 
@@ -109,10 +111,16 @@ def _text(value: Any) -> str:
 
 def same_output(output: bytes, expected: str) -> bool:
     """Line by line, white space at their ends and empty lines at the end aside; floats within TOLERANCE."""
+    if _too_long(output, expected):
+        return False
     got, right = _lines(output.decode(errors="replace")), _lines(expected)
     return len(got) == len(right) and all(
         a == b or _same_words(a.split(), b.split()) for a, b in zip(got, right, strict=True)
     )
+
+
+def _too_long(output: bytes, expected: str) -> bool:
+    return len(output) > LONGER * len(expected) + SPARE_BYTES
 
 
 def _lines(text: str) -> list[str]:
@@ -132,6 +140,8 @@ def _close(a: float, b: float) -> bool:
 
 def same_value(output: bytes, expected: Any) -> bool:
     """The JSON that a call gave, against the row's; as in APPS, the row may hold the value in a list of one."""
+    if _too_long(output, json.dumps(expected)):
+        return False
     try:
         got = json.loads(output)
         return _same(got, expected) or (isinstance(expected, list) and len(expected) == 1 and _same(got, expected[0]))

@@ -124,11 +124,12 @@ def command(
             parts += ["--ro-bind", path, path]
     for path in filter(os.path.exists, CACHES):
         parts += ["--ro-bind", path, path]
-    for folder, source in sources.items():
-        parts += ["--ro-bind", source, folder]
     half = str(disk_bytes // 2)
     parts += ["--proc", "/proc", "--dev", "/dev", "--size", half, "--perms", "1777", "--tmpfs", "/dev/shm"]
-    parts += ["--size", half, "--perms", "1777", "--tmpfs", "/tmp", "--remount-ro", "/dev", "--remount-ro", "/"]
+    parts += ["--size", half, "--perms", "1777", "--tmpfs", "/tmp"]
+    for folder, source in sources.items():
+        parts += ["--ro-bind", source, folder]
+    parts += ["--remount-ro", "/dev", "--remount-ro", "/"]
     parts += ["--chdir", "/tmp", "--clearenv", "--setenv", "PATH", PATH, "--setenv", "HOME", "/tmp"]
     return [*first, *parts, "--setenv", "LANG", "C.UTF-8", "--setenv", "OMP_NUM_THREADS", "1", "--"], fds
 
@@ -229,9 +230,13 @@ async def check_isolation(languages: Languages) -> None:
     """
     from grpo_ray.sandbox.box import Box, BoxEnded, Limits
 
-    missing = [folder for folder in languages.folders if not os.path.isdir(folder)]
-    if missing:
-        raise RewardError(f"there is no folder {missing[0]!r} to show to programs; mend read_only or python_path")
+    for folder in languages.folders:
+        if not os.path.isdir(folder):
+            raise RewardError(f"there is no folder {folder!r} to show to programs; mend read_only or python_path")
+        if os.geteuid() == 0 and os.stat(folder).st_mode & 0o005 != 0o005:
+            raise RewardError(
+                f"folder {folder!r} is root's alone, and under root programs run as nobody; chmod o+rx, or run as another user"
+            )
     try:
         async with await Box.start(TRIAL, Limits(), languages) as box:
             outcome = await box.script(b"")
