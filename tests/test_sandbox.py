@@ -145,7 +145,7 @@ def test_a_function_cannot_make_its_tests_pass_without_the_answer(brief: RewardF
     called = score(brief, program, {"inputs": [[7]], "outputs": [[49]], "fn_name": "f"})
     assert (called.status, called.value) == (ScoreStatus.OK, 0.0), called.detail
     for test in ASSERTS:
-        asserted = score(brief, program, [test if "import math" in test else f"import math\n{test}"])
+        asserted = score(brief, program, [test])
         assert (asserted.status, asserted.value) == (ScoreStatus.OK, 0.0), (test, asserted.detail)
 
 

@@ -21,6 +21,8 @@ from grpo_ray.sandbox.isolation import MAX_FILES, MEND, Languages, command, inte
 
 START_S = 60.0
 """For a sandbox to say its first word; a busy machine needs seconds."""
+END_S = 60.0
+"""For a killed one to be gone."""
 WATCH_S = 0.1
 OPEN_FILES = 128
 INSIDE = Path(__file__).with_name("inside.py").read_text()
@@ -90,22 +92,28 @@ class Box:
         Raises:
             RewardError: it can't be started.
         """
+        rules = syscall_filter()
         filter_fd = os.memfd_create("seccomp")
-        os.write(filter_fd, syscall_filter())
-        os.lseek(filter_fd, 0, os.SEEK_SET)
         info_read, info_fd = os.pipe()
-        arguments, fds = command(languages, filter_fd=filter_fd, info_fd=info_fd, disk_bytes=limits.disk_mb << 20)
-        process = await asyncio.create_subprocess_exec(
-            *arguments,
-            *(interpreter(), "-I", "-S", "-B", "-X", "utf8", "-c", INSIDE),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            pass_fds=(*fds, *pass_fds),
-            env={},
-        )
-        os.close(filter_fd)
-        os.close(info_fd)
+        try:
+            os.write(filter_fd, rules)
+            os.lseek(filter_fd, 0, os.SEEK_SET)
+            arguments, fds = command(languages, filter_fd=filter_fd, info_fd=info_fd, disk_bytes=limits.disk_mb << 20)
+            process = await asyncio.create_subprocess_exec(
+                *arguments,
+                *(interpreter(), "-I", "-S", "-B", "-X", "utf8", "-c", INSIDE),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                pass_fds=(*fds, *pass_fds),
+                env={},
+            )
+        except BaseException:
+            os.close(info_read)
+            raise
+        finally:
+            os.close(filter_fd)
+            os.close(info_fd)
         box = cls(process, limits)
         try:
             await box._await_start(info_read)
@@ -161,7 +169,20 @@ class Box:
         return await self._request(kind="judge", fd=fd, tests=list(tests), all=every)
 
     async def close(self) -> None:
-        """Kill the namespace's first process and wait for its end: it comes after that of all others in it."""
+        """Kill the namespace's first process and wait for its end: it comes after that of all others in it.
+
+        Raises:
+            RewardError: it does not end.
+        """
+        try:
+            async with asyncio.timeout(END_S):
+                await self._end_all()
+        except TimeoutError:
+            raise RewardError(
+                f"a sandbox that was killed has not ended within {END_S:g} s; see process {self._first_pid}"
+            ) from None
+
+    async def _end_all(self) -> None:
         self._kill()
         if self._first >= 0:
             gone = asyncio.Event()
