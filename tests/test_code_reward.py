@@ -267,6 +267,20 @@ def test_a_program_that_loops_is_wrong_and_the_scorer_lives_on() -> None:
         process.kill()
 
 
+def test_a_program_has_its_processor_time_for_each_test_and_no_more() -> None:
+    burn = "import time\nlimit = float(input())\nwhile time.process_time() < limit: pass\nprint(1)"
+    tests = [{"input": "0.6", "output": "1"}] * 3
+    assert score(burn, tests, cpu_s=1).value == 1.0
+    result = score(burn, [*tests, {"input": "60", "output": "1"}], cpu_s=1)
+    assert (result.value, result.detail) == (0.0, "test 4 of 4: out of CPU time")
+
+
+def test_one_test_leaves_no_process_to_the_next() -> None:
+    program = "import os, time\nprint(len([p for p in os.listdir('/proc') if p.isdigit()]), flush=True)\n"
+    program += "if os.fork() == 0:\n    os.setsid()\n    time.sleep(600)"
+    assert score(program, [{"input": "", "output": "2"}] * 3).value == 1.0
+
+
 def test_a_group_is_scored_several_at_once_each_by_its_own_tests() -> None:
     function = resolve(RewardFunctionConfig(name="code", args={"timeout_s": 60.0, "concurrency": 4}))
     completions = [f"```\nimport time\ntime.sleep(1)\nprint({i})\n```" for i in range(4)]

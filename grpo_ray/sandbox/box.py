@@ -228,7 +228,7 @@ class Box:
                 signal.pidfd_send_signal(self._first, signal.SIGKILL)
 
     async def _request(self, **request: Any) -> Outcome:
-        whole = {"stdin": b"", "file_bytes": self._limits.file_mb << 20, "cpu_s": self._limits.cpu_s, **request}
+        whole = {"stdin": b"", "cpu_s": self._limits.cpu_s, **request}
         watch = asyncio.create_task(self._watch())
         try:
             async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):

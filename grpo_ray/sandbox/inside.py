@@ -80,7 +80,6 @@ def prepare(setup: dict[str, Any], request: dict[str, Any], stdin: int, result: 
     kept = {"call": result, "judge": result}.get(kind)
     for fd in {stdin, out, errors, result} - {kept}:
         os.close(fd)
-    limit("RLIMIT_FSIZE", request["file_bytes"])
     soft = request["cpu_s"]
     resource.setrlimit(resource.RLIMIT_CPU, (soft, soft + 1))
     if kind == "command":
