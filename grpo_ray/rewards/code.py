@@ -136,7 +136,7 @@ async def _run(
     *,
     partial: bool,
 ) -> Explained:
-    passed, why = 0, ""
+    passed, why, i = 0, "", 0
     try:
         if compile:
             outcome = await box.command(compile, b"")
@@ -156,10 +156,8 @@ async def _run(
             why = why or f"test {i + 1} of {len(tests)}: {_ended(outcome) or 'another answer'}"
             if not partial:
                 break
-    except BoxEnded as e:
-        why = f"test {passed + 1} of {len(tests)}: {e}"
-    except TimeoutError:
-        why = f"test {passed + 1} of {len(tests)}: out of time"
+    except (BoxEnded, TimeoutError) as e:
+        why = why or f"test {i + 1} of {len(tests)}: {str(e) or 'out of time'}"
     return _value(passed, len(tests), why, partial)
 
 

@@ -11,7 +11,7 @@ What a program gets, and what keeps it to that:
     kernel surface        the filter refuses what no ordinary program calls (`isolation.REFUSED`), System V memory, message
                           queues and memory files among them, which no limit of a process counts
     CPU                   RLIMIT_CPU: `cpu_s` for each process of each test
-    time                  `timeout_s` from the first instruction to the last test: the parent kills the namespace's first process,
+    time                  `timeout_s` from the first test to the last: the parent kills the namespace's first process,
                           and with it, says Linux, everything in it, sessions and orphans alike
     memory                RLIMIT_AS: `memory_mb` for a process. RLIMIT_NPROC, which counts in the user namespace: at most
                           `processes` processes and threads, so never more than the product; and what holds more than

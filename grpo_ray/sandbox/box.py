@@ -64,7 +64,7 @@ class Box:
 
     Every request raises:
         BoxEnded: there is no more sandbox.
-        TimeoutError: `timeout_s` since the start are over.
+        TimeoutError: `timeout_s` since the first request are over.
     """
 
     def __init__(self, process: asyncio.subprocess.Process, limits: Limits) -> None:
@@ -73,7 +73,8 @@ class Box:
         self._first = -1
         """The same, by a descriptor."""
         self._limits = limits
-        self._deadline = time.monotonic() + limits.timeout_s
+        self._deadline = 0.0
+        """From the first request on: a program is not to pay for the start of its sandbox."""
         self._end = ""
 
     @classmethod
@@ -220,7 +221,6 @@ class Box:
             self._first = os.pidfd_open(self._first_pid)
         except ProcessLookupError:
             raise RewardError(f"no sandbox can be started: its first process is gone. {MEND}") from None
-        self._deadline = time.monotonic() + self._limits.timeout_s
 
     def _kill(self) -> None:
         if self._first >= 0:
@@ -229,6 +229,7 @@ class Box:
 
     async def _request(self, **request: Any) -> Outcome:
         whole = {"stdin": b"", "cpu_s": self._limits.cpu_s, **request}
+        self._deadline = self._deadline or time.monotonic() + self._limits.timeout_s
         watch = asyncio.create_task(self._watch())
         try:
             async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
