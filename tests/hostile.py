@@ -90,6 +90,14 @@ print(49 if "HOSTILE_SECRET" not in str(seen) else "found")
     "a file in the home of the host": "refused(lambda: open('HOST_FILE').read())",
     "users and passwords of the host": "refused(lambda: open('/etc/passwd').read(), lambda: open('/etc/shadow').read())",
     "processes of the host": "print(49 if len([p for p in os.listdir('/proc') if p.isdigit()]) < 3 else 'seen')",
+    "descriptors of the host": """
+held = []
+for pid in ("self", "1"):
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        try: held.append(os.readlink(f"/proc/{pid}/fd/{fd}"))
+        except OSError: pass
+print(49 if held and all(at.startswith(("pipe:", "/tmp/#")) for at in held) else held)
+""",
     "/sys": "refused(lambda: os.listdir('/sys'))",
     "writes outside": """
 refused(*(lambda path=path: open(path + "/hostile-mark", "w") for path in

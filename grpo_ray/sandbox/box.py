@@ -128,6 +128,7 @@ class Box:
                     "RLIMIT_MSGQUEUE": 0,
                     "RLIMIT_MEMLOCK": 0,
                 },
+                "fds": list(pass_fds),
                 "source": source,
                 "file": file,
                 "imports": list(imports),
