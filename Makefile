@@ -1,7 +1,7 @@
 # make smoke   sets everything up and trains a tiny model for real, on any machine
 # make test    sets everything up and runs the tests
 # make bench   the tables of the README
-.PHONY: smoke test test-all lint bench bench-versus bench-learning bench-simulate bench-sync bench-gpu lock help
+.PHONY: smoke test test-all lint bench bench-versus bench-learning bench-simulate bench-sync bench-gpu bench-sandbox lock help
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 # Set in many images; without bytecode every worker process compiles its packages again.
@@ -42,6 +42,9 @@ bench-learning: .venv/.ready  ## the smoke task by seven algorithms, three seeds
 
 bench-simulate: .venv/.ready  ## the controller with 1,024 samplers and 256 learners, simulated (a quarter of an hour)
 	@$(BIN)/python -m tests.bench.simulate
+
+bench-sandbox: .venv/.ready  ## 10,000 ordinary programs through the sandbox: right scores, and how many a second (10 minutes)
+	@$(BIN)/python -m tests.bench.sandbox
 
 # uv does not read pip's find-links, where torch's build for CPUs may lie.
 lock: export UV_FIND_LINKS ?= $(shell $(BIN)/python -m pip config get global.find-links 2>/dev/null | tr ' ' ',')

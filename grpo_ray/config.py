@@ -198,6 +198,10 @@ class RewardFunctionConfig(Strict):
     """Keyword arguments that every call gets besides the data."""
 
 
+CODE_TIMEOUT_S = 8.0
+"""`timeout_s` of the reward `code`: for all tests of one program."""
+
+
 class FailurePolicy(Strict):
     """What becomes of a sample whose reward function timed out, crashed or raised."""
 
@@ -222,6 +226,17 @@ class RewardConfig(Strict):
     """A scoring process that takes more gets a MemoryError."""
     on_failure: FailurePolicy = FailurePolicy()
     env: Env = {}
+
+    @model_validator(mode="after")
+    def _code_ends_first(self) -> Self:
+        for function in self.functions:
+            limit_s = function.args.get("timeout_s", CODE_TIMEOUT_S)
+            if function.name == "code" and limit_s >= self.timeout_s:
+                raise ValueError(
+                    f"reward 'code' gives a program {limit_s:g} s (args.timeout_s), and reward.timeout_s is {self.timeout_s:g}: a "
+                    "program that loops would be a failure of the scorer instead of a wrong answer; keep the second above the first"
+                )
+        return self
 
 
 class LearnerConfig(Strict):

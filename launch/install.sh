@@ -13,6 +13,12 @@ for candidate in ${PYTHON:-} python3.11 python3 python; do
 done
 [ -n "$python" ] || stop "Python 3.11 with venv was not found (ray, vllm and deepspeed are pinned for it); install it, or name it: make PYTHON=/path/to/python3.11"
 command -v g++ >/dev/null || command -v c++ >/dev/null || stop "no C++ compiler; install g++ (Debian: apt-get install g++ python3-dev), DeepSpeed builds with it"
+# The reward `code` runs programs in a sandbox of bubblewrap and libseccomp; nothing else needs them.
+if ! command -v bwrap >/dev/null; then
+    apt=(apt-get install -qq -y --no-install-recommends bubblewrap libseccomp2)
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && { "${apt[@]}" || { apt-get update -qq && "${apt[@]}"; }; } >/dev/null 2>&1 ||
+        echo "grpo-ray set-up: bubblewrap is not here and can't be installed: the reward \`code\`, and its tests, need it (Debian: apt-get install bubblewrap libseccomp2)" >&2
+fi
 gpu=${GRPO_RAY_GPU:-no}; if [ -z "${GRPO_RAY_GPU:-}" ] && command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then gpu=yes; fi
 need_gb=6; [ $gpu = yes ] && need_gb=16
 free_gb=$(df -Pk . | awk 'NR==2 {print int($4 / 1048576)}')

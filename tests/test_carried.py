@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,7 @@ def test_groups_come_back_bit_by_bit(tmp_path_factory: pytest.TempPathFactory, m
     for kept, (group, samples) in zip(back, reversed(made), strict=True):
         assert (kept.prompt_id, kept.dispatched_version, kept.scores) == (group.prompt.id, 4, group.scores)
         assert kept.infos(ref := object()) == [
-            SampleInfo(**{**vars(info), "ref": ref, "row": row}) for row, info in enumerate(group.samples)
+            replace(info, ref=ref, row=row) for row, info in enumerate(group.samples)
         ]
         for got, want in zip(kept.samples, samples, strict=True):
             assert got.token_ids.tobytes() == want.token_ids.tobytes()

@@ -52,6 +52,7 @@ def folder(tmp_path: Path) -> Path:
         ("name=taken", 2, "grpo-ray resume"),
         ("reward.functions=[{name: acuracy}]", 1, "accuracy"),
         ("reward.functions=[{name: no_such_module.reward}]", 1, "no_such_module"),
+        ("reward.functions=[{name: code, args: {command: [no-such-tool]}}]", 1, "'no-such-tool' is not in"),
         ("nonsense", 2, "key=value"),
     ],
 )

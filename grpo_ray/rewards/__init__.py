@@ -12,6 +12,7 @@ from typing import Any
 from grpo_ray.config import RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.accuracy import accuracy
+from grpo_ray.rewards.code import check_code, code
 from grpo_ray.rewards.countdown import countdown
 from grpo_ray.rewards.exact_match import exact_match
 from grpo_ray.rewards.function import RewardFunction, ScoreInputs, inspect_function
@@ -28,6 +29,7 @@ BUILTINS: dict[str, Callable[..., Any]] = {
     "accuracy": accuracy,
     "think_format": think_format,
     "r1_format": r1_format,
+    "code": code,
     "countdown": countdown,
     "reasoning_gym": reasoning_gym,
     "soft_overlong": soft_overlong,
@@ -36,20 +38,25 @@ BUILTINS: dict[str, Callable[..., Any]] = {
 }
 # Imported when the function is resolved: at the first sample it would count against the sample's deadline.
 _LIBRARIES = {"accuracy": "math_verify", "reasoning_gym": "reasoning_gym"}
+# What has to be there besides, given `args`.
+_CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {"code": check_code}
 
 
 def resolve(config: RewardFunctionConfig) -> RewardFunction:
     """Find the function that a recipe names: a built-in, or `package.module.function`, the current folder included.
 
     Raises:
-        RewardError: it does not exist, can't be imported, or does not take the `args` given.
+        RewardError: it does not exist, can't be imported, does not take the `args` given, or lacks what it needs.
     """
     call = BUILTINS.get(config.name)
     if call is None:
         call = _import(config.name) if "." in config.name else _unknown(config.name)
     if config.name in _LIBRARIES:
         importlib.import_module(_LIBRARIES[config.name])
-    return inspect_function(config.name, call, config.weight, config.args)
+    function = inspect_function(config.name, call, config.weight, config.args)
+    if config.name in _CHECKS:
+        _CHECKS[config.name](config.args)
+    return function
 
 
 def _unknown(name: str) -> Callable[..., Any]:

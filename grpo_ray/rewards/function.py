@@ -5,8 +5,8 @@
 It is called by keyword. Every argument is a list with one entry per sample: `prompts` and `completions` are strings,
 or conversations (`[{"role": "assistant", "content": ...}]`) where the row is conversational; `completion_ids` are the
 tokens; then come all other columns of the data set, and the `args` of the recipe as they are. It gives one number per
-sample, or None where it does not apply. It may be `async def`. TRL's `trainer_state`, `log_extra` and `log_metric` are
-not passed.
+sample, or None where it does not apply; an `Explained` number says why beside it. It may be `async def`. TRL's `trainer_state`,
+`log_extra` and `log_metric` are not passed.
 
 One thing more than TRL's: for `algorithm.advantage: process` it may give, instead of a number, what each step of the
 sample is worth, `[(end, reward), ..]`: `end` is the index in `completion_ids` of the step's last token, ascending. A number
@@ -139,6 +139,17 @@ def _suggest(word: str, known: Sequence[str]) -> str:
     if close:
         return f"did you mean {close[0]!r}?"
     return f"known: {', '.join(sorted(known)) or 'none'}"
+
+
+class Explained(float):
+    """A reward that says why it is so; people see `detail` beside it."""
+
+    detail: str
+
+    def __new__(cls, value: float, detail: str) -> Explained:
+        self = super().__new__(cls, value)
+        self.detail = detail
+        return self
 
 
 def text_of(completion: str | Conversation) -> str:

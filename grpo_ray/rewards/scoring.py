@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from grpo_ray.rewards.function import RewardFunction, ScoreInputs
+from grpo_ray.rewards.function import Explained, RewardFunction, ScoreInputs
 from grpo_ray.types import RewardScore, Score, ScoreStatus, Step
 
 MAX_DETAIL_CHARS = 500
@@ -85,7 +85,8 @@ def _check_value(name: str, value: Any, length: int, seconds: float) -> RewardSc
             f"(end, reward), one for each step{e}"
         )
         return failures(name, 1, ScoreStatus.ERROR, detail, seconds)[0]
-    return RewardScore(name, ScoreStatus.OK, number, seconds=seconds, steps=tuple(steps))
+    detail = value.detail[:MAX_DETAIL_CHARS] if isinstance(value, Explained) else ""
+    return RewardScore(name, ScoreStatus.OK, number, detail, seconds, tuple(steps))
 
 
 class _WrongValue(Exception):

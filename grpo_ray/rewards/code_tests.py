@@ -1,0 +1,159 @@
+"""What a row says its programs must do, and whether one did. Answers are compared here, out of every program's reach."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import json
+import math
+import re
+import symtable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from grpo_ray.errors import RewardError
+
+_FLOAT = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?")
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+TOLERANCE = 1e-6
+"""Relative and absolute, where the right answer is written as a float."""
+LONGER, SPARE_BYTES = 16, 4096
+"""An answer that is so much longer than the right one is not looked at: splitting 16 MiB of new lines takes a GiB."""
+FORMS = "expected pairs [{input: .., output: ..}, ..], {inputs: [..], outputs: [..], fn_name: optional}, or Python with asserts"
+
+
+@dataclass(frozen=True)
+class Script:
+    """Standard input -> standard output."""
+
+    stdin: str
+    expected: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments -> value of a function, or of a method of class Solution."""
+
+    function: str
+    args: list[Any]
+    expected: Any
+
+
+@dataclass(frozen=True)
+class Asserts:
+    """Python code that fails by an exception, each with the names that it takes from the program."""
+
+    tests: tuple[tuple[str, list[str]], ...]
+
+
+def read_tests(tests: Any, entry_point: str | None) -> list[Script | Call] | Asserts:
+    """What data sets have: pairs; APPS's and TACO's; MBPP's list of asserts; HumanEval's `check(candidate)`. JSON of it too.
+
+    Raises:
+        RewardError: none of these.
+    """
+    if isinstance(tests, str) and tests.lstrip()[:1] in ("{", "["):
+        with contextlib.suppress(ValueError):
+            tests = json.loads(tests)
+    if isinstance(tests, dict) and {"inputs", "outputs"} <= tests.keys():
+        function = tests.get("fn_name") or entry_point
+        inputs, outputs = tests["inputs"], tests["outputs"]
+        if len(inputs) == len(outputs) > 0:
+            return [
+                Call(function, list(i), o) if function else Script(_text(i), _text(o))
+                for i, o in zip(inputs, outputs, strict=True)
+            ]
+    if isinstance(tests, str) and tests.strip():
+        return Asserts((_checked(tests if entry_point is None else _with_check(tests, entry_point)),))
+    if isinstance(tests, Sequence) and tests:
+        if all(isinstance(t, str) for t in tests):
+            return Asserts(tuple(_checked(t) for t in tests))
+        if all(isinstance(t, dict) and {"input", "output"} <= t.keys() for t in tests):
+            return [Script(_text(t["input"]), _text(t["output"])) for t in tests]
+    raise RewardError(f"reward 'code': the column of tests holds {repr(tests)[:80]}; {FORMS}")
+
+
+def _checked(test: str) -> tuple[str, list[str]]:
+    try:
+        return test, free_names(test)
+    except (SyntaxError, ValueError) as e:
+        raise RewardError(f"reward 'code': the tests {test[:80]!r} are no Python: {e}; {FORMS}") from None
+
+
+@lru_cache(maxsize=4096)
+def free_names(test: str) -> list[str]:
+    """What only the program can supply: names that a test uses and neither defines nor finds among the builtins, which no program
+    may replace (an `all` that is always true).
+
+    Raises:
+        SyntaxError, ValueError: it is no Python.
+    """
+    top = symtable.symtable(test, "tests", "exec")
+    defined = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()}
+    used, tables = set(), [top]
+    while tables:
+        table = tables.pop()
+        used |= {s.get_name() for s in table.get_symbols() if s.is_referenced() and (s.is_global() or table is top)}
+        tables += table.get_children()
+    return sorted(used - defined - set(dir(builtins)))
+
+
+def _with_check(tests: str, entry_point: str) -> str:
+    return f"{tests}\n\ncheck({entry_point})\n" if re.search(r"^def check\(", tests, re.MULTILINE) else tests
+
+
+def _text(value: Any) -> str:
+    """APPS has some texts as lists of lines."""
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def same_output(output: bytes, expected: str) -> bool:
+    """Line by line, white space at their ends and empty lines at the end aside; floats within TOLERANCE."""
+    if _too_long(output, expected):
+        return False
+    got, right = _lines(output.decode(errors="replace")), _lines(expected)
+    return len(got) == len(right) and all(
+        a == b or _same_words(a.split(), b.split()) for a, b in zip(got, right, strict=True)
+    )
+
+
+def _too_long(output: bytes, expected: str) -> bool:
+    return len(output) > LONGER * len(expected) + SPARE_BYTES
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.replace("\r\n", "\n").rstrip().split("\n")]
+
+
+def _same_words(got: list[str], right: list[str]) -> bool:
+    return len(got) == len(right) and all(
+        a == b or bool(_FLOAT.fullmatch(b) and _NUMBER.fullmatch(a) and _close(float(a), float(b)))
+        for a, b in zip(got, right, strict=True)
+    )
+
+
+def _close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+
+
+def same_value(output: bytes, expected: Any) -> bool:
+    """The JSON that a call gave, against the row's; as in APPS, the row may hold the value in a list of one."""
+    if _too_long(output, json.dumps(expected)):
+        return False
+    try:
+        got = json.loads(output)
+        return _same(got, expected) or (isinstance(expected, list) and len(expected) == 1 and _same(got, expected[0]))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _same(got: Any, right: Any) -> bool:
+    if isinstance(right, list):
+        return isinstance(got, list) and len(got) == len(right) and all(map(_same, got, right))
+    if isinstance(right, dict):
+        return isinstance(got, dict) and got.keys() == right.keys() and all(_same(got[k], right[k]) for k in right)
+    if isinstance(right, float) and isinstance(got, int | float):
+        return _close(got, right)
+    return bool(got == right)
