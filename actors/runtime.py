@@ -44,7 +44,9 @@ class Actors(Protocol):
 
 class RayActors:
     def start(self, actor: type, *args: Any, **options: Any) -> Any:
-        return ray.remote(actor).options(**options).remote(*args)
+        # The one option that Ray wants here and nowhere else.
+        groups = options.pop("concurrency_groups", {})
+        return ray.remote(concurrency_groups=groups)(actor).options(**options).remote(*args)
 
     def kill(self, handle: Any) -> None:
         ray.kill(handle)

@@ -213,9 +213,7 @@ def test_one_rank_under_zero_0_steps_like_plain_pytorch_and_exports_what_it_comp
     before = exported(group, tmp_path / "before")
     batch.samples[0].ref[4].logprobs[:] = 0
     bad = batch.samples[4]
-    broken = TrainBatch(
-        9, [s if s is not bad else TrainSample(**{**vars(bad), "advantage": float("nan")}) for s in batch.samples], 1.0
-    )
+    broken = TrainBatch(9, [s if s is not bad else replace(bad, advantage=float("nan")) for s in batch.samples], 1.0)
     with pytest.raises(NonFiniteError, match=rf"step 10: the loss of sample {bad.prompt_id}\[{bad.index}\]"):
         run(group.update(broken))
     after = exported(group, tmp_path / "after")
