@@ -1,7 +1,7 @@
 # make smoke   sets everything up and trains a tiny model for real, on any machine
 # make test    sets everything up and runs the tests
 # make bench   the tables of the README
-.PHONY: smoke test test-all lint bench bench-versus bench-learning bench-simulate bench-sync bench-gpu bench-sandbox lock help
+.PHONY: smoke test test-all chaos lint bench bench-versus bench-learning bench-simulate bench-sync bench-gpu bench-sandbox lock help
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 # Set in many images; without bytecode every worker process compiles its packages again.
@@ -18,6 +18,9 @@ test: .venv/.ready  ## the tests, on two cores in less than 15 minutes
 
 test-all: .venv/.ready  ## the slow tests too, and those for GPUs where there is one
 	@$(BIN)/pytest
+
+chaos: .venv/.ready  ## runs in which processes are killed and stopped (20 minutes; CHAOS_SEEDS=n random schedules, 5)
+	@$(BIN)/pytest tests/chaos
 
 lint: .venv/.ready  ## ruff, mypy, import layers
 	@$(BIN)/ruff check .

@@ -175,37 +175,75 @@ class Controller:
                 loading = tasks.create_task(self._load_prompts(config, model))
                 starting = tasks.create_task(workers.start_all(self._num_steps(config, loading)))
             prompts, roles = loading.result(), starting.result()
-            rollout_log = await self._rollout_log(config)
-            trackers = self._trackers(config, workers)
-            ledger = Ledger(self._run.ledger)
-            if self._resume_step is None:
-                ledger.roll_back(0, 0)
-            loop = TrainLoop(
-                config,
-                Roles(
-                    roles.sampler,
-                    roles.scorer,
-                    roles.learner,
-                    roles.weights,
-                    rollout_log,
-                    roles.voter,
-                    shares_devices(config, has_gpus()),
-                    samples=RaySamples(),
-                ),
-                Cursor(prompts.train, seed=config.seed, shuffle=config.data.shuffle),
-                {name: list(held_out) for name, held_out in prompts.eval.items()},
-                ledger,
-                self._run,
-                trackers,
-                self._emit,
+
+            async def again() -> None:
+                nonlocal roles
+                roles = await workers.replace_learner(roles)
+                if self._resume_step is None:
+                    await roles.weights.sync(0)
+
+            return await self._outlive_learners(
+                workers, lambda: self._train(config, prompts, roles, workers), again, config.learner.max_restarts
             )
+
+    async def _train(self, config: RunConfig, prompts: PromptSets, roles: _Started, workers: _Workers) -> str:
+        rollout_log = await self._rollout_log(config)
+        trackers = self._trackers(config, workers)
+        ledger = Ledger(self._run.ledger)
+        if self._resume_step is None:
+            ledger.roll_back(0, 0)
+        loop = TrainLoop(
+            config,
+            Roles(
+                roles.sampler,
+                roles.scorer,
+                roles.learner,
+                roles.weights,
+                rollout_log,
+                roles.voter,
+                shares_devices(config, has_gpus()),
+                samples=RaySamples(),
+            ),
+            Cursor(prompts.train, seed=config.seed, shuffle=config.data.shuffle),
+            {name: list(held_out) for name, held_out in prompts.eval.items()},
+            ledger,
+            self._run,
+            trackers,
+            self._emit,
+        )
+        try:
+            return await self._run_loop(loop)
+        finally:
+            await rollout_log.close()
+            ledger.close()
+            for tracker in trackers:
+                tracker.close()
+
+    async def _outlive_learners(
+        self,
+        workers: _Workers,
+        train: Callable[[], Awaitable[str]],
+        start_again: Callable[[], Awaitable[None]],
+        limit: int,
+    ) -> str:
+        """`train`, and from the newest checkpoint once more whenever learners were lost; `limit` times without a step more."""
+        deaths, died_at = 0, -1
+        while True:
             try:
-                return await self._run_loop(loop)
-            finally:
-                await rollout_log.close()
-                ledger.close()
-                for tracker in trackers:
-                    tracker.close()
+                return await train()
+            except Exception as e:
+                step = self._loop.step if self._loop is not None else 0
+                deaths = deaths + 1 if step <= died_at else 1
+                if workers.lost_learner is None or self._stop_reason is not None or deaths > limit:
+                    raise
+                died_at = max(step, died_at)
+                lost = _message(e)
+            told: list[str] = []
+            self._resume_step = await asyncio.to_thread(self._run.newest_whole, told.append)
+            start = "the beginning" if self._resume_step is None else f"the checkpoint of step {self._resume_step}"
+            for text in (*told, f"{lost}\nThe learners were lost in step {step + 1} and start again from {start}"):
+                self._warn(text)
+            await start_again()
 
     @staticmethod
     async def _num_steps(config: RunConfig, loading: asyncio.Task[PromptSets]) -> int:
@@ -223,23 +261,28 @@ class Controller:
         steps = sft_steps(config, len(examples))
         async with _Workers(config, self._run, model, self._phase, self._warn) as workers:
             learner = await workers.start_learner(steps)
-            trackers = self._trackers(config, workers)
-            loop = SftLoop(
-                config,
-                learner,
-                Cursor(examples, seed=config.seed, shuffle=config.data.shuffle),
-                self._run,
-                trackers,
-                self._emit,
-            )
-            try:
-                return await self._run_loop(loop)
-            finally:
-                for tracker in trackers:
-                    tracker.close()
+
+            async def fine_tune() -> str:
+                trackers = self._trackers(config, workers)
+                cursor = Cursor(examples, seed=config.seed, shuffle=config.data.shuffle)
+                loop = SftLoop(config, learner, cursor, self._run, trackers, self._emit)
+                try:
+                    return await self._run_loop(loop)
+                finally:
+                    for tracker in trackers:
+                        tracker.close()
+
+            async def again() -> None:
+                nonlocal learner
+                await workers.close_learner()
+                learner = await workers.start_learner(steps)
+
+            return await self._outlive_learners(workers, fine_tune, again, config.learner.max_restarts)
 
     def _trackers(self, config: RunConfig | SftConfig, workers: _Workers) -> list[Tracker]:
-        out = make_trackers(config.tracking, self._run.path, self._resume_step, config.model_dump(mode="json"))
+        # Of a run that begins again, nothing that it told before stays.
+        resume_step = -1 if self._resume_step is None else self._resume_step
+        out = make_trackers(config.tracking, self._run.path, resume_step, config.model_dump(mode="json"))
         if config.tracking.prometheus:
             out.append(RayMetrics(run_name(self._run.path), workers.live))
         return out
@@ -387,6 +430,9 @@ class _Workers:
         self._gpus = has_gpus()
         self._placement: Any = None
         self._pools: list[RolloutPool | RewardPool | LearnerGroup] = []
+        self._sampler: RolloutPool | None = None
+        self._learner: LearnerGroup | None = None
+        self._num_steps = 0
 
     async def __aenter__(self) -> _Workers:
         return self
@@ -400,25 +446,54 @@ class _Workers:
         """What the pools do at this moment."""
         return {k: v for p in self._pools if not isinstance(p, LearnerGroup) for k, v in p.live().items()}
 
+    @property
+    def lost_learner(self) -> str | None:
+        """See `LearnerGroup.lost`."""
+        return self._learner.lost if self._learner else None
+
     async def start_all(self, num_steps: Awaitable[int]) -> _Started:
         assert isinstance(self._config, RunConfig)
-        colocated = self._config.colocated
+        in_turns = self._config.colocated
         async with asyncio.TaskGroup() as tasks:
             # The slowest first: all that start share this machine's cores.
-            pair = tasks.create_task(self._start_in_turns(num_steps) if colocated else self._start_together(num_steps))
+            pair = tasks.create_task(self._start_in_turns(num_steps) if in_turns else self._start_together(num_steps))
             scorer = tasks.create_task(self.start_scorer())
             voter = tasks.create_task(self.start_voter())
-        sampler, learner = pair.result()
+        return self._joined(*pair.result(), scorer.result(), voter.result())
+
+    async def replace_learner(self, before: _Started) -> _Started:
+        """New ranks for lost ones; everything else lives on."""
+        assert isinstance(self._config, RunConfig)
+        assert self._sampler is not None
+        await self.close_learner()
+        if self._config.colocated:
+            await self._sampler.sleep()
+        learner = await self.start_learner(self._num_steps, self._placement)
+        if self._config.colocated:
+            await learner.offload(keep_weights=False)
+            await self._sampler.wake()
+        return self._joined(self._sampler, learner, before.scorer, before.voter)
+
+    async def close_learner(self) -> None:
+        if self._learner is not None:
+            await self._learner.close()
+            self._pools.remove(self._learner)
+            self._learner = None
+
+    def _joined(
+        self, sampler: RolloutPool, learner: LearnerGroup, scorer: RewardPool, voter: RewardPool | None
+    ) -> _Started:
+        assert isinstance(self._config, RunConfig)
         weights = self._weight_sync(sampler, learner)
-        if not colocated:
-            return _Started(sampler, scorer.result(), learner, weights, voter.result())
+        if not self._config.colocated:
+            return _Started(sampler, scorer, learner, weights, voter)
         turns = Turns(sampler, learner)
         return _Started(
             ColocatedSampler(sampler, turns),
-            scorer.result(),
+            scorer,
             ColocatedLearner(learner, turns),
             ColocatedWeights(weights, turns),
-            voter.result(),
+            voter,
         )
 
     async def _start_together(self, num_steps: Awaitable[int]) -> tuple[RolloutPool, LearnerGroup]:
@@ -473,13 +548,16 @@ class _Workers:
             self._config, self._model, self._run_dir, has_gpus=self._gpus, placement=placement
         )
         pool.on_trouble = self._warn
-        return self._opened(pool, "rollout")
+        self._sampler = self._opened(pool, "rollout")
+        return pool
 
     async def start_learner(self, num_steps: int, placement: Any = None) -> LearnerGroup:
         pool = await LearnerGroup.create(
             self._config, self._model, self._run_dir, has_gpus=self._gpus, num_steps=num_steps, placement=placement
         )
-        return self._opened(pool, "learner")
+        self._num_steps = num_steps
+        self._learner = self._opened(pool, "learner")
+        return pool
 
     def _opened(self, pool: P, what: str) -> P:
         self._pools.append(pool)

@@ -104,6 +104,11 @@ class LearnerGroup:
             raise
         return group
 
+    @property
+    def lost(self) -> str | None:
+        """Why it is of no use any more: a rank died, hung or fell out of step, and all were ended."""
+        return self._broken
+
     async def accumulate(self, part: TrainBatch) -> None:
         """See `LearnerActor.accumulate`. The ranks have the call before this first awaits.
 

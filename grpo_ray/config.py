@@ -273,6 +273,8 @@ class LearnerConfig(Strict):
     where a step needs its whole batch first (several mini-batches or iterations, a critic, a standard deviation of the batch)."""
     logprob_chunk_tokens: PositiveInt | None = None
     """Rows of logits that exist at once. None: as many as fit 64 MiB in fp32, on a GPU 256 MiB."""
+    max_restarts: NonNegInt = 3
+    """How often learners that died or hung are started again from the newest checkpoint, without a step more in between."""
     num_threads: PositiveInt | None = None
     """CPU threads per learner. None: 1 on CPU when there is more than one learner, else the machine's cores."""
     env: Env = {}
@@ -446,11 +448,6 @@ class RunConfig(Strict):
             raise ValueError(
                 "algorithm.ref_polyak_tau below 1 moves the reference by steps that model.dtype bfloat16 rounds away; use "
                 "float32, or take the policy over whole (tau 1) every algorithm.ref_refresh_steps"
-            )
-        if self.model.lora is not None and self.algorithm.ref_refresh_steps:
-            raise ValueError(
-                "algorithm.ref_refresh_steps moves a reference model, and with model.lora the reference is the bare model; "
-                "take one of them out"
             )
         if self.colocated and (ahead := self.algorithm.max_staleness):
             raise ValueError(
