@@ -15,6 +15,7 @@ from tests.end_to_end.runs import LIMIT_S, NUM_STEPS, finish, launch, ledger, me
 pytestmark = pytest.mark.timeout(3 * LIMIT_S)
 
 
+@pytest.mark.slow
 def test_a_run_that_samples_ahead_is_resumed_past_a_broken_checkpoint_in_a_store_by_fsspec(tmp_path: Path) -> None:
     bucket = tmp_path / "bucket"
     ahead = ["algorithm.max_staleness=2", f"checkpoint.path=file://{bucket}", "checkpoint.every_steps=1"]

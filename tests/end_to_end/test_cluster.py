@@ -42,6 +42,7 @@ def num_steps(run: Path) -> int:
     return len(metrics(run)) if (run / "metrics.jsonl").exists() else 0
 
 
+@pytest.mark.slow
 def test_who_ran_on_this_machine_first_can_submit_to_a_cluster_started_afterwards(place: Place) -> None:
     """A local run leaves a token in the home, with which every Ray started later protects itself."""
     code, output = place.run("train", "tiny.yaml", "name=local", "learner.num_actors=9", "cluster.num_cpus=1")
