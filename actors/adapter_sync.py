@@ -67,7 +67,7 @@ class RayAdapterSync:
         self._lock = asyncio.Lock()
         self._current: AdapterReport | None = None
         """The adapter of `pool.version`. None: the bare model, with which engines start."""
-        pool.on_stale = self._sync_stale
+        pool.on_stale = self.sync_stale
 
     async def sync(self, version: int) -> SyncReport:
         """Give every live engine the learner's adapter under the name `version`.
@@ -106,7 +106,7 @@ class RayAdapterSync:
                 f"the adapter of version {version} reached no engine in {self.TRIES} tries; the last: {failures[-1]}"
             )
 
-    async def _sync_stale(self) -> None:
+    async def sync_stale(self) -> None:
         """Bring restarted engines up to date. Also while the learner is at work: what they get is the adapter of the current
         version, not the learner's."""
         async with self._lock:

@@ -10,7 +10,7 @@ On CPUs nothing has to move: each kind has all cores while the other waits.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Literal, Protocol
 
@@ -23,8 +23,10 @@ from grpo_ray.types import SampleInfo, SampleRequest, SyncReport, Track, TrainBa
 
 
 class SleepingSampler(Sampler, Protocol):
+    on_stale: Callable[[], Awaitable[None]] | None
+
     async def sleep(self) -> None:
-        """Free the device. No sample is under way."""
+        """Free the device, when what is under way on it has ended."""
         ...
 
     async def wake(self, part: Literal["weights", "kv_cache"] | None = None) -> None:
@@ -132,16 +134,28 @@ class ColocatedLearner:
             await self._learner.load(place)
 
 
-class ColocatedWeights:
-    """`roles.WeightSync` between a learners' turn and a samplers' turn."""
+class StaleSync(WeightSync, Protocol):
+    async def sync_stale(self) -> None:
+        """Bring restarted engines up to date."""
+        ...
 
-    def __init__(self, weights: WeightSync, turns: Turns) -> None:
+
+class ColocatedWeights:
+    """`roles.WeightSync` between a learners' turn and a samplers'. An engine that was restarted gets its weights in a turn of its
+    own, when the others have finished what they sample."""
+
+    def __init__(self, weights: StaleSync, sampler: SleepingSampler, turns: Turns) -> None:
         self._weights = weights
         self._turns = turns
+        sampler.on_stale = self._sync_stale
 
     async def sync(self, version: int) -> SyncReport:
         async with self._turns.sending():
             return await self._weights.sync(version)
+
+    async def _sync_stale(self) -> None:
+        async with self._turns.sending():
+            await self._weights.sync_stale()
 
 
 def check_colocated(config: RunConfig, *, has_gpus: bool) -> None:

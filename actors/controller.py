@@ -492,7 +492,7 @@ class _Workers:
             ColocatedSampler(sampler, turns),
             scorer,
             ColocatedLearner(learner, turns),
-            ColocatedWeights(weights, turns),
+            ColocatedWeights(weights, sampler, turns),
             voter,
         )
 

@@ -212,24 +212,24 @@ class RolloutPool:
     # Turns, where samplers and learners share their devices
 
     async def sleep(self) -> None:
-        """Every engine frees its GPU."""
-        await self._of_all("sleep")
+        """Every engine frees its GPU, when its samples under way have ended."""
+        await self._of_all("sleep", limit="sample_s")
         self.mark_paused(self.engines(), paused=True)
 
     async def wake(self, part: Literal["weights", "kv_cache"] | None = None) -> None:
         """Every engine takes its GPU back, or that part of it."""
-        await self._of_all("wake", part)
+        await self._of_all("wake", part, limit="sync_s")
         if part != "weights":
             self.mark_paused(self.engines(), paused=False)
 
-    async def _of_all(self, method: str, *args: Any) -> None:
+    async def _of_all(self, method: str, *args: Any, limit: Literal["sample_s", "sync_s"]) -> None:
         """One that fails is given up, and restarted."""
+        limit_s = getattr(self._config.deadlines, limit)
 
         async def ask(target: EngineTarget) -> None:
-            limit_s = self._config.deadlines.sync_s
             try:
                 call = getattr(target.handle, method).remote(*args)
-                await within(_answer(call), limit_s, f"{method} of {target.name}", "deadlines.sync_s")
+                await within(_answer(call), limit_s, f"{method} of {target.name}", f"deadlines.{limit}")
             except (RayError, GrpoRayError) as e:
                 self.engine_failed(target, f"it failed in {method}: {last_line(e)}", blame_work=False)
 

@@ -138,7 +138,7 @@ class RayWeightSync:
         self._connected: list[tuple[str, int]] = []
         self._tracks: list[Track] = []
         """Of syncs for restarted engines, until the next report."""
-        pool.on_stale = self._sync_stale
+        pool.on_stale = self.sync_stale
 
     async def sync(self, version: int) -> SyncReport:
         """Give every live engine the learner's weights under the name `version`.
@@ -153,8 +153,9 @@ class RayWeightSync:
                 try:
                     report = await self._transfer(targets, version, started)
                 except (EngineSyncError, DeadlineError) as e:
-                    self._pool.on_trouble(f"{e}; {left} more tries")
-                    if not left:
+                    if left:
+                        self._pool.on_trouble(f"{e}; {left} more tries")
+                    else:
                         raise WorkerError(
                             f"weights of version {version} reached no engine in {self.TRIES} tries; the last: {e}"
                         ) from e
@@ -162,10 +163,10 @@ class RayWeightSync:
                     if report is not None:
                         return report
             raise WorkerError(
-                f"weights of version {version} reached no engine in {self.TRIES} tries: each died when it was paused"
+                f"weights of version {version} reached no engine in {self.TRIES} tries: each died before it had them"
             )
 
-    async def _sync_stale(self) -> None:
+    async def sync_stale(self) -> None:
         """Bring restarted engines up to date while samples wait for them.
 
         Not once the learner was updated: the sync that follows reaches them too.

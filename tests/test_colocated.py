@@ -34,7 +34,8 @@ class Setting:
         turns = Turns(told, told)
         self.sampler = ColocatedSampler(told, turns)
         self.learner = ColocatedLearner(told, turns)
-        self.weights = ColocatedWeights(told, turns)
+        self.weights = ColocatedWeights(told, told, turns)
+        self.pool = told
 
     async def sample(self) -> None:
         request: Any = None
@@ -69,6 +70,22 @@ def test_samples_after_a_checkpoint_wake_the_engines_once() -> None:
         assert s.take() == ["sleep", "reload", "hold True", "write"]
         await s.sample()
         assert s.take() == ["offload False", "wake", "generate", "generate", "generate"]
+
+    asyncio.run(steps())
+
+
+def test_an_engine_that_was_restarted_gets_its_weights_from_a_learner_that_has_them_on_the_device() -> None:
+    async def steps() -> None:
+        s = Setting()
+        await s.sample()
+        s.take()
+        await s.pool.on_stale()
+        assert s.take() == [
+            *("sleep", "reload", "offload True", "wake weights"),
+            *("sync_stale", "offload False", "wake kv_cache"),
+        ]
+        await s.sample()
+        assert s.take() == ["generate"] * 3
 
     asyncio.run(steps())
 

@@ -233,7 +233,7 @@ def test_an_adapter_that_no_engine_takes_ends_the_sync_with_the_reason(setting: 
         ):
             setting.bench.run(sync.sync(setting.version))
     finally:
-        setting.bench.pool.on_stale = setting.sync._sync_stale
+        setting.bench.pool.on_stale = setting.sync.sync_stale
     version = setting.bench.pool.version
     infos, samples = setting.bench.draw(requests(8), timeout_s=280)
     assert {t.name: t.incarnation for t in setting.bench.pool.engines()} != lives
