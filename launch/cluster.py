@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
 import os
 import shlex
 import socket
@@ -150,10 +152,13 @@ class Cluster:
             )
         )
 
-    def command(self, words: list[str], run: ClusterRun, tell: Callable[[str], None]) -> None:
+    def command(
+        self, words: list[str], run: ClusterRun, tell: Callable[[str], None], limit_s: float = math.inf
+    ) -> None:
         """The same for a command about a run, with that run's own code: follow it to its end, and leave no trace.
 
         Raises:
+            ResourceError: it has not ended within `limit_s`.
             WorkerError: with what it said. SystemExit for a run that was stopped while the command followed it.
         """
         job = self._ask(
@@ -163,7 +168,7 @@ class Cluster:
             runtime_env={"working_dir": run.working_dir} if run.working_dir else {},
         )
         try:
-            self.follow(job, tell)
+            self.follow(job, tell, limit_s)
             details = self._ask(self._client.get_job_info, job)
             if details.driver_exit_code in STOPPED_EXITS:
                 raise SystemExit(details.driver_exit_code)
@@ -175,13 +180,14 @@ class Cluster:
     def log(self, job_id: str) -> str:
         return str(self._ask(self._client.get_job_logs, job_id))
 
-    def follow(self, job_id: str, tell: Callable[[str], None]) -> None:
+    def follow(self, job_id: str, tell: Callable[[str], None], limit_s: float = math.inf) -> None:
         """Pass on the log of a job until the job has ended; a broken connection is made again.
 
         Raises:
-            ResourceError: the cluster did not answer for LOST_S.
+            ResourceError: the cluster did not answer for LOST_S, or the job has not ended within `limit_s`.
         """
         passed = 0
+        give_up = time.monotonic() + limit_s
 
         async def tail() -> None:
             nonlocal passed
@@ -195,7 +201,10 @@ class Cluster:
         lost_since = None
         while True:
             try:
-                asyncio.run(tail())
+                with contextlib.suppress(TimeoutError):
+                    asyncio.run(asyncio.wait_for(tail(), None if math.isinf(limit_s) else give_up - time.monotonic()))
+                if time.monotonic() > give_up:
+                    raise ResourceError(f"job {job_id} on {self.address} has not ended within {limit_s:g} s")
                 if self._client.get_job_status(job_id).is_terminal():
                     tell(self._client.get_job_logs(job_id)[passed:])
                     return

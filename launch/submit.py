@@ -14,11 +14,13 @@ from grpo_ray.config import RunConfig, SftConfig, to_yaml
 from grpo_ray.errors import ConfigError, WorkerError
 from grpo_ray.metrics import duration
 from grpo_ray.names import check_name
-from launch.cluster import STOPPED_EXITS, Cluster, ClusterRun
+from launch.cluster import COMMAND_S, STOPPED_EXITS, Cluster, ClusterRun
 from launch.package import stage
 from launch.recipe import find_recipe, is_sft, load_recipe, run_folder
 
 RECIPE_FILE = "grpo-ray-job.yaml"
+LAST_LINES = 5
+"""Of a run, in its status."""
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -72,9 +74,6 @@ def status(run: str | None, address: str | None) -> None:
         console.print("\n".join(lines[-LAST_LINES:]), markup=False)
 
 
-LAST_LINES = 5
-
-
 def logs(run: str, address: str | None) -> None:
     cluster = Cluster(address)
     _follow(cluster, cluster.find(run), f" --address {cluster.address}" if address else "")
@@ -85,7 +84,7 @@ def stop(run: str, address: str | None, *, now: bool) -> None:
     found = cluster.find(run)
     if not found.is_live:
         raise ConfigError(f"{run} is not under way: it is {found.state}")
-    cluster.command(["stop", run, *(["--now"] if now else [])], found, _tell)
+    cluster.command(["stop", run, *(["--now"] if now else [])], found, _tell, COMMAND_S)
 
 
 def _follow(cluster: Cluster, run: ClusterRun, again: str) -> None:
