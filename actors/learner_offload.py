@@ -17,11 +17,13 @@ def offload(engine: Any, device: torch.device, *, keep_weights: bool) -> None:
     from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
 
     stage = engine.zero_optimization_stage()
-    of_deepspeed = [[], *2 * [[State.hp_params, State.lp_grads, State.optim_states]], [State.lp_grads]][stage]
-    if stage and not keep_weights:
-        of_deepspeed.append(State.lp_params)
-    if of_deepspeed:
-        engine.offload_states(include=of_deepspeed, pin_memory=device.type == "cuda")
+    if stage:
+        kinds = [State.lp_grads]
+        if stage < 3:
+            kinds += [State.hp_params, State.optim_states]
+        if not keep_weights:
+            kinds.append(State.lp_params)
+        engine.offload_states(include=kinds, pin_memory=device.type == "cuda")
     _move(_own(engine), HOST)
     if not keep_weights:
         _move(_whole(engine.module), HOST)

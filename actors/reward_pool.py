@@ -14,17 +14,15 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from actors.reward import FETCH_TIMEOUT_S, RewardActor
-from actors.runtime import Actors, RayActors, within
+from actors.runtime import Actors, RayActors, start_named, within
 from grpo_ray.activity import IDLE, Activity
 from grpo_ray.config import RewardConfig
 from grpo_ray.errors import DeadlineError, RewardError, WorkerError
-from grpo_ray.names import run_name
 from grpo_ray.types import Score, ScoreRequest, Track
 
 MAX_BATCH = 64
@@ -236,7 +234,18 @@ class RewardPool:
                     self._source.kill(worker.actor)
 
     async def _start(self, worker: _Worker) -> None:
-        worker.actor = await self._named_actor(worker.name)
+        worker.actor = start_named(
+            self._source,
+            RewardActor,
+            self._config,
+            self._run_dir,
+            worker.name,
+            self._start_timeout_s,
+            run_dir=self._run_dir,
+            name=worker.name,
+            num_cpus=self._config.num_cpus,
+            max_restarts=0,
+        )
         try:
             self.pids[worker.name] = await within(
                 worker.actor.start.remote(),
@@ -246,24 +255,6 @@ class RewardPool:
             )
         except ray.exceptions.RayError as e:
             raise _cause(e, worker.name) from None
-
-    async def _named_actor(self, name: str) -> Any:
-        """The name of a dead actor is free only when the cluster has noticed its death."""
-        options = {
-            "name": f"{run_name(Path(self._run_dir))}/{name}",
-            "num_cpus": self._config.num_cpus,
-            "max_restarts": 0,
-        }
-        deadline = time.monotonic() + self._start_timeout_s
-        while True:
-            try:
-                return self._source.start(
-                    RewardActor, self._config, self._run_dir, name, self._start_timeout_s, **options
-                )
-            except ValueError as e:
-                if time.monotonic() > deadline:
-                    raise WorkerError(f"{name} can't be started: {e}") from None
-                await asyncio.sleep(0.2)
 
     async def _replace(self, worker: _Worker, cause: BaseException) -> None:
         """Start another worker under the same name, as often as the budget allows; else the pool fails."""

@@ -16,11 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grpo_ray.checkpoint import LOOP
-from grpo_ray.rollout_log import distinct_refs, utf8
-from grpo_ray.types import Group, RewardScore, Sample, SampleInfo, Score, ScoreStatus, Step, VersionSpan
+from grpo_ray.rollout_log import SPAN, distinct_refs, sample_of, utf8
+from grpo_ray.types import Group, RewardScore, Sample, SampleInfo, Score, ScoreStatus, Step
 
 KEPT_GROUPS = f"{LOOP}/groups.parquet"
-_SPAN = pa.struct([("version", pa.int64()), ("start", pa.int64()), ("end", pa.int64())])
 _SCHEMA = pa.schema(
     [
         ("order", pa.int64()),
@@ -30,7 +29,7 @@ _SCHEMA = pa.schema(
         ("prompt_ids", pa.list_(pa.int32())),
         ("completion_ids", pa.list_(pa.int32())),
         ("rollout_logprobs", pa.list_(pa.float32())),
-        ("versions", pa.list_(_SPAN)),
+        ("versions", pa.list_(SPAN)),
         ("min_version", pa.int64()),
         ("finish_reason", pa.string()),
         ("completion", pa.string()),
@@ -89,16 +88,7 @@ def read_groups(path: Path) -> list[KeptGroup]:
     by_order: dict[int, list[tuple[dict[str, Any], Sample]]] = {}
     rows = table.drop_columns(["prompt_ids", "completion_ids", "rollout_logprobs"]).to_pylist()
     for row, prompt_ids, completion_ids, logprobs in zip(rows, *arrays, strict=True):
-        sample = Sample(
-            prompt_id=row["prompt_id"],
-            index=row["index"],
-            prompt_token_ids=prompt_ids,
-            token_ids=completion_ids,
-            logprobs=logprobs,
-            versions=tuple(VersionSpan(**span) for span in row["versions"]),
-            finish_reason=row["finish_reason"],
-            text=row["completion"],
-        )
+        sample = sample_of(row, prompt_ids, completion_ids, logprobs)
         by_order.setdefault(row["order"], []).append((row, sample))
     return [_group(order, members) for order, members in sorted(by_order.items())]
 

@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.errors import CheckpointError
-from grpo_ray.rollout_log import rollout_path, rollout_steps
-from grpo_ray.types import Sample, Step, TrainBatch, TrainSample, VersionSpan
+from grpo_ray.rollout_log import rollout_path, rollout_steps, sample_of
+from grpo_ray.types import Sample, Step, TrainBatch, TrainSample
 
 COMPARED = ("loss/policy", "grad_norm")
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3}
@@ -81,7 +80,7 @@ def read_batch(path: Path) -> TrainBatch:
         raise CheckpointError(f"{path} {what}; the step can't be replayed")
     rows = table.drop_columns(["prompt_ids", "completion_ids", "rollout_logprobs"]).to_pylist()
     arrays = zip(*(_arrays(table[name]) for name in ("prompt_ids", "completion_ids", "rollout_logprobs")), strict=True)
-    samples = [_sample(row, *lists) for row, lists in zip(rows, arrays, strict=True)]
+    samples = [sample_of(row, *lists) for row, lists in zip(rows, arrays, strict=True)]
     return TrainBatch(
         step=rows[0]["step"] - 1,
         samples=[_train_sample(row, samples, i) for i, row in enumerate(rows)],
@@ -97,24 +96,6 @@ def parts_of(batch: TrainBatch) -> list[TrainBatch]:
 
 def _arrays(column: Any) -> list[NDArray[Any]]:
     return [scalar.values.to_numpy() for scalar in column]
-
-
-def _sample(
-    row: Mapping[str, Any],
-    prompt_ids: NDArray[np.int32],
-    completion_ids: NDArray[np.int32],
-    logprobs: NDArray[np.float32],
-) -> Sample:
-    return Sample(
-        prompt_id=row["prompt_id"],
-        index=row["index"],
-        prompt_token_ids=prompt_ids,
-        token_ids=completion_ids,
-        logprobs=logprobs,
-        versions=tuple(VersionSpan(**span) for span in row["versions"]),
-        finish_reason=row["finish_reason"],
-        text=row["completion"],
-    )
 
 
 def _train_sample(row: Mapping[str, Any], samples: list[Sample], place: int) -> TrainSample:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from grpo_ray.seeds import sample_seed
-from grpo_ray.types import Group, Sample, SampleInfo, Score, Step, TrainBatch, TrainSample
+from grpo_ray.types import Group, Sample, SampleInfo, Score, Step, TrainBatch, TrainSample, VersionSpan
 
 _STEPS = pa.list_(pa.struct([("end", pa.int32()), ("value", pa.float64())]))
 _PART = pa.struct(
@@ -31,7 +32,7 @@ _PART = pa.struct(
         ("steps", _STEPS),
     ]
 )
-_SPAN = pa.struct([("version", pa.int64()), ("start", pa.int64()), ("end", pa.int64())])
+SPAN = pa.struct([("version", pa.int64()), ("start", pa.int64()), ("end", pa.int64())])
 
 SCHEMA = pa.schema(
     [
@@ -48,7 +49,7 @@ SCHEMA = pa.schema(
         ("reward", pa.float64()),
         ("reward_status", pa.string()),
         ("rewards", pa.list_(_PART)),
-        ("versions", pa.list_(_SPAN)),
+        ("versions", pa.list_(SPAN)),
         ("finish_reason", pa.string()),
         ("worker", pa.string()),
         ("seed", pa.int64()),
@@ -203,6 +204,25 @@ def _steps(steps: Sequence[Step]) -> list[dict[str, Any]]:
 
 def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
+
+
+def sample_of(
+    row: Mapping[str, Any],
+    prompt_ids: NDArray[np.int32],
+    completion_ids: NDArray[np.int32],
+    logprobs: NDArray[np.float32],
+) -> Sample:
+    """What a row of a Parquet file tells of a sample, and its arrays as they were."""
+    return Sample(
+        prompt_id=row["prompt_id"],
+        index=row["index"],
+        prompt_token_ids=prompt_ids,
+        token_ids=completion_ids,
+        logprobs=logprobs,
+        versions=tuple(VersionSpan(**span) for span in row["versions"]),
+        finish_reason=row["finish_reason"],
+        text=row["completion"],
+    )
 
 
 def utf8(text: str) -> str:

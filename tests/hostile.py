@@ -20,6 +20,16 @@ def refused(*attempts):
     print(49)
 """
 
+_FILL = """
+def fill(folder):
+    try:
+        for i in range(40):
+            with open(f"{{folder}}/{{i}}", "wb") as f:
+                f.write(bytes(8 << 20))
+    finally:  # its output is in /tmp too
+        for name in os.listdir(folder): os.remove(f"{{folder}}/{{name}}")
+refused(lambda: fill("{}"))
+"""
 CONTAINED = {
     "forks until refused": """
 def forks():
@@ -33,26 +43,8 @@ def threads():
         threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 refused(threads)
 """,
-    "fills /tmp": """
-def fill(folder="/tmp"):
-    try:
-        for i in range(40):
-            with open(f"{folder}/{i}", "wb") as f:
-                f.write(bytes(8 << 20))
-    finally:  # its output is in /tmp too
-        for name in os.listdir(folder): os.remove(f"{folder}/{name}")
-refused(fill)
-""",
-    "fills /dev/shm": """
-def fill(folder="/dev/shm"):
-    try:
-        for i in range(40):
-            with open(f"{folder}/{i}", "wb") as f:
-                f.write(bytes(8 << 20))
-    finally:  # its output is in /tmp too
-        for name in os.listdir(folder): os.remove(f"{folder}/{name}")
-refused(fill)
-""",
+    "fills /tmp": _FILL.format("/tmp"),
+    "fills /dev/shm": _FILL.format("/dev/shm"),
     "memory in a memory file": "refused(lambda: os.memfd_create('bomb'))",
     "System V memory": """
 libc = ctypes.CDLL(None)
