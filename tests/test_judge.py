@@ -148,6 +148,13 @@ def test_a_model_that_vllm_serves_can_be_asked(tiny_model: Path) -> None:
     assert "answers with status 400" in str(long)
 
 
+def test_a_question_is_not_asked_twice_when_another_of_its_batch_is_tried_again() -> None:
+    with endpoint(lambda request, n: "<score>7</score>") as there:
+        first, second = (rate(there.url, ["x", "y"]) for _ in range(2))
+        assert [s.value for s in first] == [s.value for s in second]
+        assert len(there.requests) == 2
+
+
 # ---- as a reward
 
 
