@@ -25,12 +25,13 @@ from actors.colocated import ColocatedLearner, ColocatedSampler, ColocatedWeight
 from actors.learner_group import LearnerGroup
 from actors.ray_metrics import RayMetrics
 from actors.reward_pool import RewardPool
+from actors.reward_pools import RewardPools
 from actors.rollout_pool import RolloutPool
 from actors.runtime import own_log, settle_garbage_collector, within
 from actors.weights import RayWeightSync
 from grpo_ray.attention import cpu_has_bf16
 from grpo_ray.checkpoint import RunDir
-from grpo_ray.config import RunConfig, SftConfig, Strict
+from grpo_ray.config import RewardConfig, RunConfig, SftConfig, Strict
 from grpo_ray.cursor import Cursor
 from grpo_ray.errors import ConfigError, GrpoRayError
 from grpo_ray.evaluate import eval_event, evaluate, vote_config
@@ -38,12 +39,13 @@ from grpo_ray.events import EndEvent, Event, MessageEvent, PhaseEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.models import context_length, load_config, load_tokenizer, prepare_model
 from grpo_ray.names import check_name, run_name
-from grpo_ray.prompts import PromptSets, load_demonstrations, load_prompts
+from grpo_ray.prompts import PromptSets, load_prompts
 from grpo_ray.replay import TOLERANCE, compare, parts_of, read_batch
 from grpo_ray.roles import Learner, Sampler, Tracker, WeightSync
 from grpo_ray.rollout_log import ParquetRolloutLog, remove_after, rollout_path
 from grpo_ray.secrets import hide_secrets
 from grpo_ray.sft_loop import SftLoop, sft_steps
+from grpo_ray.supervised import load_task
 from grpo_ray.tokenized import LoadReport
 from grpo_ray.tracking import make_trackers, read_metrics
 from grpo_ray.train_loop import Roles, TrainLoop, total_steps
@@ -162,8 +164,8 @@ class Controller:
                 return await self._eval(config)
             case RunConfig() as config, "replay":
                 return await self._replay(config)
-            case SftConfig() as config, "sft":
-                return await self._sft(config)
+            case SftConfig() as config, "sft" | "dpo" | "reward_model":
+                return await self._supervised(config)
         raise ConfigError(f"no run of kind {self._kind} with a {type(self._config).__name__}")
 
     # The kinds of run. Data are read while the workers start; what is wrong with them ends the start.
@@ -250,22 +252,37 @@ class Controller:
         """What the learning rate's schedule needs to know; the data have to be there only if it is not given."""
         return config.num_steps or total_steps(config, len((await loading).train))
 
-    async def _sft(self, config: SftConfig) -> str:
+    async def _supervised(self, config: SftConfig) -> str:
         model = await self._prepare_model(config)
         self._phase("data")
         tokenizer = await asyncio.to_thread(load_tokenizer, model, trust_remote_code=config.model.trust_remote_code)
-        examples = await asyncio.to_thread(
-            load_demonstrations, config.data, tokenizer, seed=config.seed, max_length=config.max_length
-        )
-        self._tell_what_was_left_out(examples.report)
-        steps = sft_steps(config, len(examples))
+        task = await asyncio.to_thread(load_task, config, tokenizer)
+        self._tell_what_was_left_out(task.dataset.report)
+        steps = sft_steps(config, len(task.dataset))
         async with _Workers(config, self._run, model, self._phase, self._warn) as workers:
             learner = await workers.start_learner(steps)
 
             async def fine_tune() -> str:
                 trackers = self._trackers(config, workers)
-                cursor = Cursor(examples, seed=config.seed, shuffle=config.data.shuffle)
-                loop = SftLoop(config, learner, cursor, self._run, trackers, self._emit)
+
+                def cursor() -> Cursor[Any]:
+                    return Cursor(task.dataset, seed=config.seed, shuffle=config.data.shuffle)
+
+                def measure() -> Awaitable[dict[str, float]]:
+                    return task.measure(learner)
+
+                loop = SftLoop(
+                    config,
+                    learner,
+                    cursor(),
+                    self._run,
+                    trackers,
+                    self._emit,
+                    task.batch,
+                    measure if task.measures else None,
+                )
+                self._phase("reference")
+                await task.prepare(learner, self._run.path, cursor(), steps * config.examples_per_step)
                 try:
                     return await self._run_loop(loop)
                 finally:
@@ -287,7 +304,7 @@ class Controller:
             out.append(RayMetrics(run_name(self._run.path), workers.live))
         return out
 
-    async def _run_loop(self, loop: TrainLoop | SftLoop) -> str:
+    async def _run_loop(self, loop: TrainLoop | SftLoop[Any]) -> str:
         self._loop = loop
         if self._stop_reason is not None:
             loop.stop(self._stop_reason)
@@ -405,7 +422,7 @@ class NoRolloutLog:
 @dataclass(frozen=True)
 class _Started:
     sampler: Sampler
-    scorer: RewardPool
+    scorer: RewardPool | RewardPools
     learner: Learner
     weights: WeightSync
     voter: RewardPool | None
@@ -481,7 +498,7 @@ class _Workers:
             self._learner = None
 
     def _joined(
-        self, sampler: RolloutPool, learner: LearnerGroup, scorer: RewardPool, voter: RewardPool | None
+        self, sampler: RolloutPool, learner: LearnerGroup, scorer: RewardPool | RewardPools, voter: RewardPool | None
     ) -> _Started:
         assert isinstance(self._config, RunConfig)
         weights = self._weight_sync(sampler, learner)
@@ -525,12 +542,18 @@ class _Workers:
         learner.prepare_weights()
         return RayWeightSync(sampler, learner, timeout_s)
 
-    async def start_scorer(self) -> RewardPool:
+    async def start_scorer(self) -> RewardPool | RewardPools:
         assert isinstance(self._config, RunConfig)
-        pool = await RewardPool.create(
-            self._config.reward, self._run_dir, start_timeout_s=self._config.deadlines.start_s
-        )
-        return self._opened(pool, "rewards")
+        start_s = self._config.deadlines.start_s
+
+        async def start(name: str, config: RewardConfig) -> RewardPool:
+            pool = await RewardPool.create(config, self._run_dir, name=name, start_timeout_s=start_s)
+            return self._opened(pool, "rewards" if name == "reward" else name)
+
+        async with asyncio.TaskGroup() as tasks:
+            started = [tasks.create_task(start(*one)) for one in self._config.reward.pools.items()]
+        pools = [task.result() for task in started]
+        return pools[0] if len(pools) == 1 else RewardPools(self._config.reward, pools)
 
     async def start_voter(self) -> RewardPool | None:
         assert isinstance(self._config, RunConfig)

@@ -190,16 +190,46 @@ class RolloutConfig(Strict):
         return self
 
 
+class RewardWorkersConfig(Strict):
+    """Workers that have one reward function alone, and call it with all samples that they have at hand (64 at most)."""
+
+    num_actors: PositiveInt = 1
+    num_cpus: NonNegFloat = 1
+    num_gpus: NonNegFloat = 0
+    """Per actor."""
+    timeout_s: PositiveFloat | None = None
+    """For one sample. None: reward.timeout_s."""
+
+
 class RewardFunctionConfig(Strict):
     name: str
     """A built-in (`grpo-ray check` lists them) or a function by dotted path, `package.module.function`."""
+    label: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
+    """What metrics and `eval.accuracy` call it, where a function stands in the list more than once. None: its name."""
     weight: float = 1.0
     args: dict[str, Any] = {}
     """Keyword arguments that every call gets besides the data."""
+    sources: tuple[str, ...] = ()
+    """Only rows whose column `source` is one of these; empty: all rows. Where it does not apply, it adds nothing."""
+    from_step: NonNegInt = 0
+    """Only prompts that are dispatched after so many steps: DeepSeek-R1 gives preference rewards in the last 400 of 1,700
+    (from_step 1300), for they are hacked in the end. Evaluations always have it."""
+    part: Literal["all", "reasoning", "summary"] = "all"
+    """What it sees of a completion: `summary` is what follows `</think>`. R1 judges helpfulness by the summary alone, and
+    harmlessness by all."""
+
+    workers: RewardWorkersConfig | None = None
+    """Workers of its own: for a model (`reward_model`, `judge`), which is slow to load and quicker in batches."""
+
+    @property
+    def title(self) -> str:
+        return self.label or self.name
 
 
 CODE_TIMEOUT_S = 8.0
 """`timeout_s` of the reward `code`: for all tests of one program."""
+JUDGE_DEADLINE_S = 60.0
+"""`deadline_s` of the reward `judge`: for one question, retries included."""
 
 
 class FailurePolicy(Strict):
@@ -220,21 +250,42 @@ class RewardConfig(Strict):
     num_cpus: NonNegFloat = 1
     timeout_s: PositiveFloat = 10.0
     """For one function on one sample."""
-    unit: Literal["sample", "group"] = "sample"
-    """`group`: functions are called with the whole group at once, when it is complete."""
+    num_gpus: NonNegFloat = 0
+    """Per actor."""
+    unit: Literal["sample", "group", "batch"] = "sample"
+    """`group`: functions are called with the whole group at once, when it is complete. `batch`: with all samples that a worker has
+    at hand; a call that fails then fails all of them."""
     memory_gb: PositiveFloat = 4.0
     """A scoring process that takes more gets a MemoryError."""
     on_failure: FailurePolicy = FailurePolicy()
     env: Env = {}
 
+    @property
+    def pools(self) -> dict[str, RewardConfig]:
+        """Name of a pool of workers -> its part: of the functions that have their own, and of all others (`reward`)."""
+        shared = tuple(f for f in self.functions if f.workers is None)
+        out = {"reward": self.model_copy(update={"functions": shared})} if shared else {}
+        for function in self.functions:
+            if (workers := function.workers) is not None:
+                alone = {"functions": (function,), "unit": "batch", **workers.model_dump(exclude_none=True)}
+                out[f"reward-{function.title}"] = self.model_copy(update=alone)
+        return out
+
     @model_validator(mode="after")
-    def _code_ends_first(self) -> Self:
+    def _inner_deadlines_first(self) -> Self:
         for function in self.functions:
             limit_s = function.args.get("timeout_s", CODE_TIMEOUT_S)
             if function.name == "code" and limit_s >= self.timeout_s:
                 raise ValueError(
                     f"reward 'code' gives a program {limit_s:g} s (args.timeout_s), and reward.timeout_s is {self.timeout_s:g}: a "
                     "program that loops would be a failure of the scorer instead of a wrong answer; keep the second above the first"
+                )
+            own = function.workers.timeout_s if function.workers else None
+            deadline_s = function.args.get("deadline_s", JUDGE_DEADLINE_S)
+            if function.name == "judge" and deadline_s >= (own or self.timeout_s):
+                raise ValueError(
+                    f"reward 'judge' waits {deadline_s:g} s for an answer (args.deadline_s), and its process is killed after "
+                    f"{own or self.timeout_s:g}; give it workers: {{timeout_s: {2 * deadline_s:g}}}"
                 )
         return self
 
@@ -419,7 +470,11 @@ class RunConfig(Strict):
     def _whole(self) -> Self:
         if not self.reward.functions:
             raise ValueError("reward.functions is empty: name at least one reward, e.g. [{name: accuracy}]")
-        names = [f.name for f in self.reward.functions]
+        names = [f.title for f in self.reward.functions]
+        if (twice := next((n for n in names if names.count(n) > 1), None)) is not None:
+            raise ValueError(
+                f"reward.functions has {twice!r} more than once, and their metrics could not be told apart; give each a label"
+            )
         if self.eval.accuracy is not None and self.eval.accuracy not in names:
             raise ValueError(f"eval.accuracy is {self.eval.accuracy!r}, which is none of reward.functions: {names}")
         samples = self.prompts_per_step * self.rollout.num_generations
@@ -502,6 +557,76 @@ class SftConfig(Strict):
             )
         _check_precision(self.model, self.learner)
         return self
+
+
+class DpoOptions(Strict):
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """sigmoid: DPO 2305.18290. ipo: 2310.12036, on means over tokens."""
+    beta: PositiveFloat = 0.1
+    """What a departure from the reference, the model at the start, costs."""
+
+
+class DpoConfig(SftConfig):
+    """Direct preference optimisation: `grpo-ray dpo`. Its examples are pairs; `max_length` is of a prompt with either answer."""
+
+    dpo: DpoOptions = DpoOptions()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        _check_room_for_pairs(self)
+        return self
+
+
+class RewardModelOptions(Strict):
+    loss: Literal["bradley_terry", "bce", "mse"] = "bradley_terry"
+    """bradley_terry: pairs (`prompt`, `chosen`, `rejected`). bce, mse: single answers (`prompt`, `completion`, `label`), a label
+    in [0, 1] or any number."""
+    use_margin: bool = False
+    """Scores of a pair should differ by the row's column `margin` at least (Llama 2 2307.09288)."""
+
+    @property
+    def pairwise(self) -> bool:
+        return self.loss == "bradley_terry"
+
+    @model_validator(mode="after")
+    def _margin(self) -> Self:
+        if self.use_margin and not self.pairwise:
+            raise ValueError(
+                f"reward_model.use_margin is about pairs, and reward_model.loss is {self.loss}; take one of them out"
+            )
+        return self
+
+
+class RewardModelConfig(SftConfig):
+    """Training of a reward model: `grpo-ray reward-model`. DeepSeek-R1's: batch 256, rate 6e-6, one epoch of 66,000 pairs."""
+
+    reward_model: RewardModelOptions = RewardModelOptions()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.reward_model.pairwise:
+            _check_room_for_pairs(self)
+        if self.model.lora is not None:
+            raise ValueError("model.lora would leave a reward model's output layer untrained: train it whole")
+        return self
+
+
+def preferences(config: RunConfig | SftConfig) -> DpoOptions | RewardModelOptions | None:
+    """What is learnt of preferences; None: something else is."""
+    match config:
+        case DpoConfig():
+            return config.dpo
+        case RewardModelConfig():
+            return config.reward_model
+    return None
+
+
+def _check_room_for_pairs(config: SftConfig) -> None:
+    if config.learner.micro_batch_tokens < 2 * config.max_length:
+        raise ValueError(
+            f"learner.micro_batch_tokens ({config.learner.micro_batch_tokens}) can't hold the two answers of a pair of max_length "
+            f"({config.max_length}) tokens each; raise it to {2 * config.max_length}"
+        )
 
 
 def _check_precision(model: ModelConfig, learner: LearnerConfig) -> None:

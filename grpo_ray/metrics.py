@@ -21,6 +21,9 @@ from grpo_ray.types import Group, ScoreStatus, SyncReport, TimeSpan, UpdateRepor
 ROLES = ("rollout", "reward", "update", "sync", "log", "other", "eval", "checkpoint")
 """What a run's time can go to, in the order in which a step meets it."""
 
+LOSSES = ("loss/sft", "loss/dpo", "loss/reward_model", "loss")
+"""What a supervised run has one of."""
+
 METRICS: dict[str, tuple[str, str]] = {
     "reward/mean": ("Reward: weighted sum of the functions, mean over the scored samples", ""),
     "reward/std": ("Reward: standard deviation over all scored samples of the step (n - 1)", ""),
@@ -45,6 +48,17 @@ METRICS: dict[str, tuple[str, str]] = {
     "staleness/max": ("Steps between a sample's oldest token and its training, most", "steps"),
     "loss/policy": ("Policy objective (near 0 with one update per batch and no KL: watch reward and gradient)", ""),
     "loss/sft": ("Cross-entropy of the demonstrated tokens", "nats/token"),
+    "loss/dpo": ("DPO or IPO loss of a pair, mean (0.69 where nothing is learnt yet)", ""),
+    "loss/reward_model": ("Loss of the reward model, mean (0.69 where nothing is learnt yet)", ""),
+    "pairs/accuracy": ("Part of the pairs whose chosen answer is ahead", ""),
+    "pairs/margin": ("By how much the chosen answer is ahead, mean: scores, or beta x log-ratios", ""),
+    "pairs/chosen": ("Score of the chosen answers, mean (DPO: beta x log-ratio to the reference)", ""),
+    "pairs/rejected": ("Score of the rejected answers, mean (DPO: beta x log-ratio to the reference)", ""),
+    "logps/chosen": ("Log-probability of a chosen answer, mean", "nats"),
+    "logps/rejected": ("Log-probability of a rejected answer, mean", "nats"),
+    "score/mean": ("Score that the reward model gives, mean", ""),
+    "score/accuracy": ("Part of the answers on the right side of 0 by their label", ""),
+    "score/error": ("|score - label|, mean", ""),
     "loss/kl": ("KL term of the loss, beta included", ""),
     "loss/entropy": ("Entropy bonus of the loss, its weight included", ""),
     "kl/ref": ("KL divergence from the reference model", "nats/token"),
