@@ -1,0 +1,30 @@
+"""What kinds of stages there are: the schema of each, and what it leaves in its folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.config_base import Strict
+from grpo_ray.filters.config import MixConfig
+
+
+@dataclass(frozen=True)
+class Kind:
+    schema: type[Strict]
+    run: str | None
+    """What the controller calls it; None: no run on the cluster."""
+    outputs: dict[str, str]
+    """Name -> path in the stage's folder."""
+    trains: bool = False
+    """Makes a model, from checkpoints that it goes on from."""
+
+
+KINDS = {
+    "sft": Kind(SftConfig, "sft", {"model": "hf"}, trains=True),
+    "train": Kind(RunConfig, "grpo", {"model": "hf", "rollouts": "rollouts"}, trains=True),
+    "sample": Kind(RunConfig, "sample", {"samples": "samples"}),
+    "data": Kind(MixConfig, None, {"data": "data.jsonl"}),
+}
+EVAL = "eval"
+"""A `sample` stage that a stage which makes a model brings with it, called `NAME-eval`."""
