@@ -123,11 +123,12 @@ def build_inputs(unit: Sequence[ScoreRequest], texts: dict[int, list[Sample] | s
     ids = [s.token_ids.tolist() if isinstance(s, Sample) else [] for s in samples]
     names = {name: None for r in unit for name in r.columns if name not in NOT_COLUMNS}
     columns = {name: [r.columns.get(name) for r in unit] for name in names}
+    steps = [r.step for r in unit]
     conversations = [r.messages for r in unit]
     if any(messages is None for messages in conversations):
-        return ScoreInputs([r.prompt_text for r in unit], texts_of_samples, ids, columns)
+        return ScoreInputs([r.prompt_text for r in unit], texts_of_samples, ids, columns, steps)
     turns = [_conversation(m or [], text) for m, text in zip(conversations, texts_of_samples, strict=True)]
-    return ScoreInputs([prompt for prompt, _ in turns], [completion for _, completion in turns], ids, columns)
+    return ScoreInputs([prompt for prompt, _ in turns], [completion for _, completion in turns], ids, columns, steps)
 
 
 def _conversation(messages: Conversation, text: str) -> tuple[Conversation, Conversation]:

@@ -58,7 +58,7 @@ class ScoringProcess:
 
     def __init__(self, config: RewardConfig, start_timeout_s: float = 120.0) -> None:
         self._config = config
-        self._names = [f.name for f in config.functions]
+        self._names = [f.title for f in config.functions]
         self._start_timeout_s = start_timeout_s
         self._tag = uuid.uuid4().hex
         self._process: subprocess.Popen[bytes] | None = None

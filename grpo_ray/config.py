@@ -195,9 +195,23 @@ class RolloutConfig(Strict):
 class RewardFunctionConfig(Strict):
     name: str
     """A built-in (`grpo-ray check` lists them) or a function by dotted path, `package.module.function`."""
+    label: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
+    """What metrics and `eval.accuracy` call it, where a function stands in the list more than once. None: its name."""
     weight: float = 1.0
     args: dict[str, Any] = {}
     """Keyword arguments that every call gets besides the data."""
+    sources: tuple[str, ...] = ()
+    """Only rows whose column `source` is one of these; empty: all rows. Where it does not apply, it adds nothing."""
+    from_step: NonNegInt = 0
+    """Only prompts that are dispatched after so many steps: DeepSeek-R1 gives preference rewards in the last 400 of 1,700
+    (from_step 1300), for they are hacked in the end. Evaluations always have it."""
+    part: Literal["all", "reasoning", "summary"] = "all"
+    """What it sees of a completion: `summary` is what follows `</think>`. R1 judges helpfulness by the summary alone, and
+    harmlessness by all."""
+
+    @property
+    def title(self) -> str:
+        return self.label or self.name
 
 
 CODE_TIMEOUT_S = 8.0
@@ -434,7 +448,11 @@ class RunConfig(Strict):
     def _whole(self) -> Self:
         if not self.reward.functions:
             raise ValueError("reward.functions is empty: name at least one reward, e.g. [{name: accuracy}]")
-        names = [f.name for f in self.reward.functions]
+        names = [f.title for f in self.reward.functions]
+        if (twice := next((n for n in names if names.count(n) > 1), None)) is not None:
+            raise ValueError(
+                f"reward.functions has {twice!r} more than once, and their metrics could not be told apart; give each a label"
+            )
         if self.eval.accuracy is not None and self.eval.accuracy not in names:
             raise ValueError(f"eval.accuracy is {self.eval.accuracy!r}, which is none of reward.functions: {names}")
         samples = self.prompts_per_step * self.rollout.num_generations

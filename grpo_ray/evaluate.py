@@ -71,7 +71,7 @@ def vote_config(config: RunConfig) -> RewardConfig | None:
 
 def accuracy_name(config: RunConfig) -> str:
     """The reward function that says what is right."""
-    return config.eval.accuracy or config.reward.functions[0].name
+    return config.eval.accuracy or config.reward.functions[0].title
 
 
 async def evaluate(

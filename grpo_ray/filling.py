@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from grpo_ray.roles import Sampler, Scorer
-from grpo_ray.types import Group, Prompt, SampleInfo, SampleRequest, Score, ScoreRequest
+from grpo_ray.types import Group, SampleInfo, SampleRequest, Score, ScoreRequest
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ class Filling(asyncio.Future[None]):
         self._drawn.append(info)
         if len(self._drawn) == self._per_call:
             infos, self._drawn = sorted(self._drawn, key=_index), []
-            requests = [_score_request(self.group.prompt, info) for info in infos]
+            requests = [_score_request(self.group, info) for info in infos]
             self._begin(self._scorer.score(requests), partial(self._take_scores, infos))
 
     def _take_scores(self, infos: Sequence[SampleInfo], scores: Sequence[Score]) -> None:
@@ -88,5 +88,6 @@ def _index(info: SampleInfo) -> int:
     return info.index
 
 
-def _score_request(prompt: Prompt, info: SampleInfo) -> ScoreRequest:
-    return ScoreRequest(info, prompt.text, prompt.messages, prompt.columns)
+def _score_request(group: Group, info: SampleInfo) -> ScoreRequest:
+    prompt = group.prompt
+    return ScoreRequest(info, prompt.text, prompt.messages, prompt.columns, group.dispatched_version)

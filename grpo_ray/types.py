@@ -196,6 +196,8 @@ class ScoreRequest:
     prompt_text: str
     messages: list[dict[str, Any]] | None
     columns: dict[str, Any]
+    step: int | None = None
+    """Steps done when the prompt was dispatched; None: it is no step's, an evaluation's."""
 
 
 @dataclass

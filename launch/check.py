@@ -114,7 +114,7 @@ def _step_rows(config: RunConfig | SftConfig) -> list[tuple[str, str]]:
         return [("step", f"{config.examples_per_step} examples")]
     a, r = config.algorithm, config.rollout
     updates = a.num_iterations * a.num_mini_batches
-    rewards = " + ".join(f"{f.weight:g} x {f.name}" for f in config.reward.functions)
+    rewards = " + ".join(f"{f.weight:g} x {f.title}" for f in config.reward.functions)
     correction = [
         f"{name} {value}"
         for name, value in (

@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from grpo_ray.config import RewardFunctionConfig
@@ -16,6 +17,8 @@ from grpo_ray.rewards.code import check_code, code
 from grpo_ray.rewards.countdown import countdown
 from grpo_ray.rewards.exact_match import exact_match
 from grpo_ray.rewards.function import RewardFunction, ScoreInputs, inspect_function
+from grpo_ray.rewards.instructions import instructions
+from grpo_ray.rewards.language_consistency import check_languages, language_consistency
 from grpo_ray.rewards.r1_format import r1_format
 from grpo_ray.rewards.reasoning_gym_task import reasoning_gym
 from grpo_ray.rewards.repetition_penalty import repetition_penalty
@@ -35,11 +38,16 @@ BUILTINS: dict[str, Callable[..., Any]] = {
     "soft_overlong": soft_overlong,
     "repetition_penalty": repetition_penalty,
     "exact_match": exact_match,
+    "language_consistency": language_consistency,
+    "instructions": instructions,
 }
 # Imported when the function is resolved: at the first sample it would count against the sample's deadline.
 _LIBRARIES = {"accuracy": "math_verify", "reasoning_gym": "reasoning_gym"}
 # What has to be there besides, given `args`.
-_CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {"code": check_code}
+_CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "code": check_code,
+    "language_consistency": check_languages,
+}
 
 
 def resolve(config: RewardFunctionConfig) -> RewardFunction:
@@ -53,7 +61,12 @@ def resolve(config: RewardFunctionConfig) -> RewardFunction:
         call = _import(config.name) if "." in config.name else _unknown(config.name)
     if config.name in _LIBRARIES:
         importlib.import_module(_LIBRARIES[config.name])
-    function = inspect_function(config.name, call, config.weight, config.args)
+    function = replace(
+        inspect_function(config.title, call, config.weight, config.args),
+        sources=config.sources,
+        from_step=config.from_step,
+        part=config.part,
+    )
     if config.name in _CHECKS:
         _CHECKS[config.name](config.args)
     return function

@@ -5,7 +5,8 @@
 It is called by keyword. Every argument is a list with one entry per sample: `prompts` and `completions` are strings,
 or conversations (`[{"role": "assistant", "content": ...}]`) where the row is conversational; `completion_ids` are the
 tokens; then come all other columns of the data set, and the `args` of the recipe as they are. It gives one number per
-sample, or None where it does not apply; an `Explained` number says why beside it. It may be `async def`. TRL's `trainer_state`,
+sample, or None where it does not apply; an `Explained` number says why beside it; a RewardError in a number's place fails that
+sample alone. It may be `async def`. TRL's `trainer_state`,
 `log_extra` and `log_metric` are not passed.
 
 One thing more than TRL's: for `algorithm.advantage: process` it may give, instead of a number, what each step of the
@@ -22,15 +23,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo_ray.errors import RewardError
+from grpo_ray.rewards.parts import Part, part_of
 
 Conversation = list[dict[str, Any]]
 Completions = Sequence[str | Conversation]
-Values = Sequence[float | Sequence[tuple[int, float]] | None]
+Values = Sequence[float | Sequence[tuple[int, float]] | RewardError | None]
 RewardCallable = Callable[..., Values | Awaitable[Values]]
 
 RESERVED = ("prompts", "completions", "completion_ids")
 # TRL leaves these out of the columns too; they would be the row's own, not the sample's.
 NOT_COLUMNS = frozenset({"prompt", "completion", *RESERVED})
+SOURCE = "source"
 _TRAINER_ONLY = ("trainer_state", "log_extra", "log_metric", "environments")
 
 
@@ -46,6 +49,8 @@ class ScoreInputs:
     """[S] lists of [T] tokens."""
     columns: dict[str, list[Any]] = field(default_factory=dict)
     """Name -> [S]."""
+    steps: list[int | None] | None = None
+    """[S] steps done when each was asked for; None, or None for all: it is no step's, an evaluation's."""
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -54,6 +59,15 @@ class ScoreInputs:
     def lengths(self) -> tuple[int, ...]:
         """[S] tokens."""
         return tuple(len(ids) for ids in self.completion_ids)
+
+    def take(self, rows: Sequence[int], part: Part = "all") -> ScoreInputs:
+        """These samples, and of their completions this part; tokens stay whole."""
+        return ScoreInputs(
+            [self.prompts[i] for i in rows],
+            [_take_part(self.completions[i], part) for i in rows],
+            [self.completion_ids[i] for i in rows],
+            {name: [values[i] for i in rows] for name, values in self.columns.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,31 @@ class RewardFunction:
     """The parameters it names; None: it takes any (`**kwargs`)."""
     required: tuple[str, ...] = ()
     """Columns that it can't do without."""
+    sources: tuple[str, ...] = ()
+    """It applies to rows with one of these in their column `source`; empty: to all."""
+    from_step: int = 0
+    """It applies from this step on."""
+    part: Part = "all"
+    """What it sees of a completion."""
+
+    def applies_to(self, inputs: ScoreInputs) -> list[int]:
+        """Which samples it is for.
+
+        Raises:
+            RewardError: it is for some sources, and there is no column that tells them.
+        """
+        rows: Sequence[int] = range(len(inputs))
+        if self.from_step and inputs.steps is not None:
+            steps = inputs.steps
+            rows = [i for i in rows if (step := steps[i]) is None or step >= self.from_step]
+        if not self.sources:
+            return list(rows)
+        if SOURCE not in inputs.columns:
+            raise RewardError(
+                f"reward {self.name!r} is for the sources {', '.join(self.sources)}, and the row has no column {SOURCE!r}; map one "
+                f"to it, e.g. data.train.columns: {{{SOURCE}: NAME}}"
+            )
+        return [i for i in rows if inputs.columns[SOURCE][i] in self.sources]
 
     def keywords(self, inputs: ScoreInputs) -> dict[str, Any]:
         """The keyword arguments of one call: all of them, or those that it names.
@@ -155,3 +194,10 @@ class Explained(float):
 def text_of(completion: str | Conversation) -> str:
     """The words of one completion, conversational or not."""
     return completion if isinstance(completion, str) else str(completion[0]["content"])
+
+
+def _take_part(completion: str | Conversation, part: Part) -> str | Conversation:
+    if part == "all":
+        return completion
+    text = part_of(text_of(completion), part)
+    return text if isinstance(completion, str) else [{**completion[0], "content": text}]

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from grpo_ray.errors import RewardError
 from grpo_ray.rewards.function import Explained, RewardFunction, ScoreInputs
 from grpo_ray.types import RewardScore, Score, ScoreStatus, Step
 
@@ -32,24 +33,30 @@ def score_samples(functions: Sequence[RewardFunction], inputs: ScoreInputs) -> l
 
 
 def call_reward(function: RewardFunction, inputs: ScoreInputs) -> list[RewardScore]:
-    """[S] results of one function. Never raises, except KeyboardInterrupt."""
+    """[S] results of one function, `not_applicable` where it is not for the sample. Never raises, except KeyboardInterrupt."""
     start = time.perf_counter()
     try:
-        values = function.call(**function.keywords(inputs))
+        rows = function.applies_to(inputs)
+        asked = inputs.take(rows, function.part)
+        values = function.call(**function.keywords(asked)) if rows else []
         if inspect.isawaitable(values):
             values = _run(values)
     except KeyboardInterrupt:
         raise
     except BaseException as e:  # SystemExit too: a reward function may not end the run
         return failures(function.name, len(inputs), ScoreStatus.ERROR, _explain(e), time.perf_counter() - start)
-    return check_values(function.name, values, inputs.lengths, time.perf_counter() - start)
+    results = dict(
+        zip(rows, check_values(function.name, values, asked.lengths, time.perf_counter() - start), strict=True)
+    )
+    other = RewardScore(function.name, ScoreStatus.NOT_APPLICABLE, math.nan)
+    return [results.get(i, other) for i in range(len(inputs))]
 
 
 def check_values(name: str, values: Any, lengths: Sequence[int], seconds: float) -> list[RewardScore]:
     """Turn a returned list into results.
 
-    None -> not_applicable; numbers (bool, numpy and torch scalars too) and lists of steps -> ok; NaN, infinities and
-    anything else -> error. A list of the wrong length is an error for all of them.
+    None -> not_applicable; numbers (bool, numpy and torch scalars too) and lists of steps -> ok; a RewardError -> error, with its
+    text; NaN, infinities and anything else -> error. A list of the wrong length is an error for all of them.
 
     Args:
         lengths: T of each completion, which no step may leave.
@@ -72,6 +79,8 @@ def check_values(name: str, values: Any, lengths: Sequence[int], seconds: float)
 def _check_value(name: str, value: Any, length: int, seconds: float) -> RewardScore:
     if value is None:
         return RewardScore(name, ScoreStatus.NOT_APPLICABLE, math.nan, seconds=seconds)
+    if isinstance(value, RewardError):
+        return failures(name, 1, ScoreStatus.ERROR, str(value), seconds)[0]
     steps: list[Step] = []
     try:
         if isinstance(value, list | tuple):

@@ -1,0 +1,172 @@
+"""Does the model think in the language that it was asked in?
+
+A word is what a reader would call one: letters between other signs. Where a script has no spaces (Chinese, Japanese, Thai) each
+character is one. Numbers, single letters (`x`), LaTeX commands, tags and code blocks are no words.
+
+Which language a word is of says its script, and for languages that share one simplemma's dictionary:
+
+    another script than the target's                      no
+    the target has no dictionary (zh, ja, ko, th)         yes
+    the target's dictionary does not know it              no
+    it does, and none of `others` does                    yes
+    both know it (`die`, `in`, `also`)                    as the nearest word that is told apart, yes if there is none
+
+Dictionaries, since a single word is too short for a statistical identifier: py3langid takes `so the sum is` for German,
+Lingua `is` for French.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import groupby
+from typing import Any
+
+from grpo_ray.errors import RewardError
+from grpo_ray.rewards.function import Completions, text_of
+from grpo_ray.rewards.parts import Part, part_of
+
+_NO_WORDS = re.compile(r"```.*?(?:```|$)|\\[A-Za-z]+|</?[A-Za-z_]+>", re.DOTALL)
+_UNSPACED = frozenset({"CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR"})
+_BY_SCRIPT_ALONE = {
+    "zh": frozenset({"CJK", "BOPOMOFO"}),
+    "ja": frozenset({"CJK", "HIRAGANA", "KATAKANA"}),
+    "ko": frozenset({"HANGUL"}),
+    "th": frozenset({"THAI"}),
+}
+_SCRIPTS = {
+    **_BY_SCRIPT_ALONE,
+    **dict.fromkeys(("bg", "mk", "ru", "uk"), frozenset({"CYRILLIC"})),
+    **dict.fromkeys(("el", "grc"), frozenset({"GREEK"})),
+    "hbs": frozenset({"LATIN", "CYRILLIC"}),
+    "ar": frozenset({"ARABIC"}),
+    "fa": frozenset({"ARABIC"}),
+    "he": frozenset({"HEBREW"}),
+    "hi": frozenset({"DEVANAGARI"}),
+    "hy": frozenset({"ARMENIAN"}),
+    "ka": frozenset({"GEORGIAN"}),
+    "ml": frozenset({"MALAYALAM"}),
+}
+_LATIN = frozenset({"LATIN"})
+
+
+def language_consistency(
+    completions: Completions,
+    language: str | list[str],
+    others: Sequence[str] = ("en",),
+    part: Part = "reasoning",
+) -> list[float | None]:
+    """Words of the target language / all words of the reasoning; None for one without words. See the file's head for the rule.
+
+    `language` is a column, or one for all in `args`: `en`, `de`, `zh`, .. (ISO 639-1). `others` are the languages that might be
+    mixed in; only those that share the target's script matter.
+
+    Range [0, 1]. Source: DeepSeek-R1 (2501.12948), section 2.3.2.
+
+    Raises:
+        RewardError: a language that is not known.
+    """
+    languages = [language] * len(completions) if isinstance(language, str) else language
+    return [
+        _share(part_of(text_of(c), part), target, tuple(others))
+        for c, target in zip(completions, languages, strict=True)
+    ]
+
+
+def check_languages(args: dict[str, Any]) -> None:
+    """Read the dictionaries that `args` name: a second or two each, which would count against the first sample's deadline."""
+    language = args.get("language", ())
+    for name in {language, *args.get("others", ("en",))} if isinstance(language, str) else args.get("others", ("en",)):
+        _check(name)
+        if name not in _BY_SCRIPT_ALONE:
+            _knows("a", name)
+
+
+def words_of(text: str) -> list[str]:
+    """In order; see the file's head for what counts."""
+    plain = _NO_WORDS.sub(" ", unicodedata.normalize("NFKC", text))
+    return [word for run in _runs(plain) for word in (run if _script(run) in _UNSPACED else [run] * (len(run) > 1))]
+
+
+def _runs(text: str) -> Iterator[str]:
+    """Letters of one script, with what belongs to them: marks, and an apostrophe within (`don't`)."""
+
+    def kind(place: int) -> str:
+        sign = text[place]
+        if sign in "'\u2019":
+            within = 0 < place < len(text) - 1 and text[place - 1].isalpha() and text[place + 1].isalpha()
+            return _script(text[place - 1]) if within else ""
+        if unicodedata.category(sign)[0] == "M":
+            return kind(place - 1) if place else ""
+        return _script(sign) if sign.isalpha() else ""
+
+    for script, places in groupby(range(len(text)), key=kind):
+        if script:
+            yield "".join(text[i] for i in places)
+
+
+@lru_cache(maxsize=1 << 16)
+def _script_of(sign: str) -> str:
+    return unicodedata.name(sign, "?").split()[0]
+
+
+def _script(word: str) -> str:
+    return _script_of(word[0])
+
+
+def _share(text: str, target: str, others: tuple[str, ...]) -> float | None:
+    words = words_of(text)
+    if not words:
+        return None
+    _check(target)
+    told = [_is_of(word, target, others) for word in words]
+    return sum(_settle(told)) / len(words)
+
+
+def _is_of(word: str, target: str, others: tuple[str, ...]) -> bool | None:
+    """None: it can be of more than one."""
+    script = _script(word)
+    if script not in _SCRIPTS.get(target, _LATIN):
+        return False
+    if target in _BY_SCRIPT_ALONE:
+        return True
+    if not _knows(word, target):
+        return False
+    rivals = [o for o in others if o != target and o not in _BY_SCRIPT_ALONE and script in _SCRIPTS.get(o, _LATIN)]
+    return None if any(_knows(word, rival) for rival in rivals) else True
+
+
+def _settle(told: Sequence[bool | None]) -> list[bool]:
+    """Each None becomes what the nearest other one is; of two at the same distance, the one before."""
+    known = [i for i, value in enumerate(told) if value is not None]
+    if not known:
+        return [True] * len(told)
+    out, n = [], 0
+    for i, value in enumerate(told):
+        while n + 1 < len(known) and abs(known[n + 1] - i) < abs(known[n] - i):
+            n += 1
+        out.append(bool(told[known[n]]) if value is None else value)
+    return out
+
+
+@lru_cache(maxsize=1 << 16)
+def _knows(word: str, language: str) -> bool:
+    from simplemma import is_known
+
+    return is_known(word.replace("\u2019", "'"), lang=language)
+
+
+def _check(language: str) -> None:
+    if language not in _supported():
+        raise RewardError(
+            f"reward 'language_consistency': no language {language!r}; known are {', '.join(sorted(_supported()))}"
+        )
+
+
+@lru_cache(maxsize=1)
+def _supported() -> frozenset[str]:
+    from simplemma.strategies.dictionaries.dictionary_factory import SUPPORTED_LANGUAGES
+
+    return frozenset(SUPPORTED_LANGUAGES) | frozenset(_BY_SCRIPT_ALONE)

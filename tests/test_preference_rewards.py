@@ -1,0 +1,244 @@
+"""Language consistency, checkable instructions, and which samples a reward is for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from grpo_ray.config import RewardConfig, RewardFunctionConfig, RunConfig, build
+from grpo_ray.errors import ConfigError, RewardError
+from grpo_ray.rewards import ScoreInputs, resolve, score_samples
+from grpo_ray.rewards.instructions import CHECKS
+from grpo_ray.rewards.language_consistency import language_consistency, words_of
+from grpo_ray.rewards.parts import part_of
+from grpo_ray.types import ScoreStatus
+
+EN = "first add the tens, then the ones; the sum is forty-two"
+DE = "zuerst addieren wir die Zehner, dann die Einer; also ist die Summe zweiundvierzig"
+
+
+def consistency(text: str, language: str, *others: str) -> float | None:
+    (value,) = language_consistency([text], language, others=others)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "others", "want"),
+    [
+        (EN, "en", ("de",), 1.0),
+        (DE, "de", ("en",), 1.0),
+        # German knows `the` (a loan) and English `die`: they go with their neighbours.
+        (EN, "de", ("en",), 0.0),
+        (DE, "en", ("de",), 0.0),
+        ("first add the Zehner then the ones so das Ergebnis ist forty two", "en", ("de",), 9 / 13),
+        ("首先 add the 十位", "zh", ("en",), 4 / 6),
+        ("first 首先", "en", (), 1 / 3),
+        ("сначала десятки", "ru", ("en",), 1.0),
+        ("x = 12 + 5, \\frac{1}{2}", "en", (), None),
+        ("", "de", (), None),
+    ],
+)
+def test_the_share_of_words_in_the_target_language(
+    text: str, language: str, others: tuple[str, ...], want: float | None
+) -> None:
+    assert consistency(text, language, *others) == (want if want is None else pytest.approx(want))
+
+
+def test_only_the_reasoning_is_read_and_the_language_may_be_a_column() -> None:
+    mixed = f"<think>{DE}</think><answer>the answer is forty two</answer>"
+    assert language_consistency([mixed, mixed], ["de", "en"], others=("en", "de")) == [1.0, 0.0]
+    (whole,) = language_consistency([mixed], "de", part="all")
+    # 13 of the reasoning, and `the`, which is as near to them as to `answer`.
+    assert whole == pytest.approx(14 / 18)
+
+
+def test_code_commands_tags_and_variables_are_no_words() -> None:
+    assert words_of("<think>let $x_1$ = \\sqrt{ab}, don't\n```python\nfor i in y: print(i)\n``` use हिन्दी</think>") == [
+        "let",
+        "ab",
+        "don't",
+        "use",
+        "हिन्दी",
+    ]
+
+
+def test_a_language_that_is_not_known_is_refused_before_the_run() -> None:
+    with pytest.raises(RewardError, match=r"no language 'xx'; known are .*de.*zh"):
+        resolve(RewardFunctionConfig(name="language_consistency", args={"language": "xx"}))
+
+
+@pytest.mark.parametrize(
+    ("text", "part", "want"),
+    [
+        ("<think>a</think>b", "reasoning", "a"),
+        ("<think>a</think>b", "summary", "b"),
+        ("a</think>b", "reasoning", "a"),
+        ("<think>a", "summary", ""),
+        ("<think>a", "reasoning", "a"),
+        ("b", "summary", "b"),
+        ("<think>a</think>b", "all", "<think>a</think>b"),
+    ],
+)
+def test_the_parts_of_a_completion(text: str, part: Any, want: str) -> None:
+    assert part_of(text, part) == want
+
+
+# ---- instructions, each with a text that keeps it and one that does not
+
+KEPT = [
+    ("keywords:existence", {"keywords": ["sea", "salt"]}, "Salt is in the sea.", "Salt is in the season."),
+    ("keywords:forbidden_words", {"forbidden_words": ["cat"]}, "a category", "A Cat."),
+    ("keywords:frequency", {"keyword": "no", "frequency": 2, "relation": "less than"}, "no nose", "no, no"),
+    ("keywords:letter_frequency", {"letter": "z", "let_frequency": 2, "let_relation": "at least"}, "Zzt", "zt"),
+    ("language:response_language", {"language": "de"}, DE, EN),
+    ("length_constraints:number_words", {"num_words": 3, "relation": "at most"}, "don't you know", "a b c d"),
+    (
+        "length_constraints:number_sentences",
+        {"num_sentences": 2, "relation": "at least"},
+        "It is 3.5. Yes!",
+        "It is 3.5.",
+    ),
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "one\n***\ntwo", "one\n\ntwo"),
+    (
+        "length_constraints:nth_paragraph_first_word",
+        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "so"},
+        "one\n\n'So it is",
+        "so\n\none",
+    ),
+    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[name], [town]", "[name]"),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "end.\nP.S. more", "the P.S. is"),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* one\n- two", "* one\n**two**"),
+    ("detectable_format:constrained_response", {}, "My answer is no.", "no"),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*a* and **b**", "**b**"),
+    (
+        "detectable_format:multiple_sections",
+        {"section_spliter": "SECTION", "num_sections": 2},
+        "SECTION 1\nSECTION 2",
+        "SECTION 1",
+    ),
+    ("detectable_format:json_format", {}, '```json\n{"a": 1}\n```', "{a: 1}"),
+    ("detectable_format:title", {}, "<<The sea>>\nIt is.", "<< >>"),
+    ("combination:two_responses", {}, "one\n******\ntwo", "one\n******\none"),
+    ("combination:repeat_prompt", {"prompt_to_repeat": "Why?"}, "why? Because.", "Because."),
+    ("startend:end_checker", {"end_phrase": "Any questions?"}, "So. any questions?", "Any questions? No."),
+    ("startend:quotation", {}, '"so"', '"so'),
+    (
+        "change_case:capital_word_frequency",
+        {"capital_frequency": 1, "capital_relation": "at most"},
+        "THE sea",
+        "THE SEA",
+    ),
+    ("change_case:english_capital", {}, "THE SEA IS BLUE", "DIE SEE IST BLAU"),
+    ("change_case:english_lowercase", {}, "the sea is blue", "The sea is blue"),
+    ("punctuation:no_comma", {}, "a; b", "a, b"),
+]
+
+
+def test_every_instruction_of_the_table_is_tried() -> None:
+    assert [id for id, *_ in KEPT] == list(CHECKS)
+    assert len(CHECKS) == 25
+
+
+def inputs_of(completions: list[Any], steps: list[int | None] | None = None, **columns: list[Any]) -> ScoreInputs:
+    return ScoreInputs(["Why?"] * len(completions), completions, [[1, 2]] * len(completions), columns, steps)
+
+
+@pytest.mark.parametrize(("id", "arguments", "good", "bad"), KEPT)
+def test_an_instruction_is_kept_or_not(id: str, arguments: dict[str, Any], good: str, bad: str) -> None:
+    function = resolve(RewardFunctionConfig(name="instructions"))
+    columns = {"instruction_id_list": [[id]] * 3, "kwargs": [[{**arguments, "other": None}]] * 3}
+    assert [s.value for s in score_samples([function], inputs_of([good, bad, ""], **columns))] == [1.0, 0.0, 0.0]
+
+
+def test_the_share_of_several_instructions_or_all_of_them() -> None:
+    ids = [["punctuation:no_comma", "startend:quotation"]]
+    columns = {"instruction_id_list": ids, "kwargs": [[None, None]]}
+    for strict, want in ((False, 0.5), (True, 0.0)):
+        function = resolve(RewardFunctionConfig(name="instructions", args={"strict": strict}))
+        assert [s.value for s in score_samples([function], inputs_of(["no commas"], **columns))] == [want]
+
+
+@pytest.mark.parametrize(
+    ("id", "arguments", "words"),
+    [
+        ("keywords:nothing", {}, "no instruction 'keywords:nothing'; known are keywords:existence"),
+        ("keywords:existence", {}, "keywords:existence lacks its argument 'keywords'"),
+        ("length_constraints:number_words", {"num_words": 3, "relation": "about"}, "relation is 'about'"),
+    ],
+)
+def test_an_instruction_that_cannot_be_checked_is_an_error(id: str, arguments: dict[str, Any], words: str) -> None:
+    function = resolve(RewardFunctionConfig(name="instructions"))
+    columns = {"instruction_id_list": [[id]], "kwargs": [[arguments]]}
+    (score,) = score_samples([function], inputs_of(["text"], **columns))
+    assert score.status is ScoreStatus.ERROR
+    assert words in score.detail
+
+
+# ---- which samples a reward is for
+
+
+def length_of_text(completions: list[Any], **columns: Any) -> list[float]:
+    return [float(len(c)) for c in completions]
+
+
+def function(**entry: Any) -> Any:
+    return resolve(RewardFunctionConfig(name=f"{__name__}.length_of_text", **entry))
+
+
+def test_rewards_by_source_add_nothing_where_they_do_not_apply() -> None:
+    by_source = [
+        function(sources=["math", "code"], label="rules"),
+        function(sources=["chat"], part="summary", weight=10.0, label="helpful"),
+        function(sources=["chat"], weight=100.0, label="harmless"),
+    ]
+    inputs = inputs_of(["1234", "<think>ab</think>cde", "x"], source=["math", "chat", "poems"])
+    math, chat, poems = score_samples(by_source, inputs)
+    assert math.value == 4.0
+    assert chat.value == 10.0 * 3 + 100.0 * 20
+    assert poems.status is ScoreStatus.NOT_APPLICABLE
+    assert [p.name for p in chat.parts] == ["rules", "helpful", "harmless"]
+    assert [p.status for p in chat.parts] == [ScoreStatus.NOT_APPLICABLE, ScoreStatus.OK, ScoreStatus.OK]
+
+
+def test_a_conversation_keeps_its_form_when_only_its_summary_is_seen() -> None:
+    seen: list[Any] = []
+    call = function(part="summary")
+    object.__setattr__(call, "call", lambda completions, **c: seen.extend(completions) or [0.0] * len(completions))
+    score_samples([call], inputs_of([[{"role": "assistant", "content": "<think>a</think>b"}]]))
+    assert seen == [[{"role": "assistant", "content": "b"}]]
+
+
+def test_a_row_without_source_is_an_error_that_says_what_to_map() -> None:
+    (score,) = score_samples([function(sources=["math"])], inputs_of(["a"]))
+    assert score.status is ScoreStatus.ERROR
+    assert "no column 'source'" in score.detail
+
+
+def test_a_reward_of_the_last_steps_begins_there_and_evaluations_always_have_it() -> None:
+    late = [function(from_step=1300, label="late"), function(label="always")]
+    scores = score_samples(late, inputs_of(["abc"] * 4, steps=[0, 1299, 1300, None]))
+    assert [s.value for s in scores] == [3.0, 3.0, 6.0, 6.0]
+    assert [s.value for s in score_samples(late, inputs_of(["abc"]))] == [6.0]
+
+
+def test_one_sample_may_fail_alone() -> None:
+    call = function()
+    object.__setattr__(call, "call", lambda completions, **c: [1.0, RewardError("the judge is asleep")])
+    good, bad = score_samples([call], inputs_of(["a", "b"]))
+    assert (good.value, bad.status, bad.detail) == (1.0, ScoreStatus.ERROR, "the judge is asleep")
+
+
+def test_two_rewards_of_one_name_need_labels() -> None:
+    recipe: dict[str, Any] = {
+        "model": {"tiny": {}},
+        "data": {"train": {"path": "x"}},
+        "reward": {"functions": [{"name": "accuracy"}, {"name": "accuracy", "sources": ["math"]}]},
+    }
+    with pytest.raises(ConfigError, match=r"'accuracy' more than once.*give each a label"):
+        build(RunConfig, recipe, "r")
+    recipe["reward"]["functions"][1]["label"] = "math"
+    recipe["eval"] = {"accuracy": "math"}
+    config = build(RunConfig, recipe, "r")
+    assert isinstance(config.reward, RewardConfig)
+    assert [f.title for f in config.reward.functions] == ["accuracy", "math"]
