@@ -41,7 +41,6 @@ SCHEMA = pa.schema(
         ("rewards", pa.list_(_PART)),
         ("columns", pa.string()),
         ("seed", pa.int64()),
-        ("model", pa.string()),
         ("model_sha256", pa.string()),
     ]
 )
@@ -155,7 +154,6 @@ class SampleFolder:
             ],
             "columns": _json(prompt.columns),
             "seed": sample_seed(self.about.seed, prompt.id, sample.index),
-            "model": self.about.model,
             "model_sha256": self.about.model_sha256,
         }
 

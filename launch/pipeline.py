@@ -298,11 +298,13 @@ def print_plan(plan: Plan, record: Record, todo: list[Stage]) -> None:
         table.add_column(column, overflow="fold")
     for column in ("tokens", "time"):
         table.add_column(column, justify="right", no_wrap=True)
-    rows_of = {
-        str(plan.output(name, "data")): int(done.metrics["num_rows"])
-        for name, done in record.stages.items()
-        if done.kind == "data" and done.done
-    }
+    rows_of = dict(plan.config.assume.rows)
+    for stage in (s for s in plan.stages if s.kind == "data"):
+        known = (
+            record.stages[stage.name].metrics.get("num_rows") if record.done(stage.name) else rows_of.get(stage.name)
+        )
+        if known is not None:
+            rows_of[str(plan.output(stage.name, "data"))] = int(known)
 
     def num_rows(source: DataSource) -> int | None:
         return rows_known(source, rows_of)

@@ -89,6 +89,16 @@ def test_the_gate_of_a_measured_stage_is_asked_of_its_measure_and_waits_for_the_
     assert len(unmeasured.stage("cold").gates) == 1
 
 
+def test_a_stage_is_measured_in_a_way_of_its_own() -> None:
+    plan = plan_of({"stages": {"zero": {"eval": {"data": {"template": "r1_zero"}}}}})
+    templates = {}
+    for name in ("base-eval", "zero-eval"):
+        config = plan.config_of(plan.stage(name))
+        assert isinstance(config, RunConfig)
+        templates[name] = (config.data.template, config.data.train.path)
+    assert templates == {"base-eval": ("chat", "held_out.jsonl"), "zero-eval": ("r1_zero", "held_out.jsonl")}
+
+
 def test_a_recipe_lies_under_the_config_of_a_stage() -> None:
     plan = plan_of({"stages": {"zero": {"recipe": "given", "config": {"num_steps": None}}}})
     assert plan.stage("zero").data["num_steps"] is None
@@ -235,7 +245,7 @@ def test_rows_are_known_of_generators_files_and_stages(tmp_path: Path) -> None:
     assert rows_known(DataSource(path="some/name"), {}) is None
 
 
-@pytest.mark.parametrize("name", ["r1_tiny"])
+@pytest.mark.parametrize("name", ["r1_tiny", "r1_7b"])
 def test_the_shipped_pipelines_are_whole(name: str) -> None:
     from launch.pipeline import load_plan
     from launch.recipe import RECIPES
@@ -244,3 +254,17 @@ def test_the_shipped_pipelines_are_whole(name: str) -> None:
     written = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["stages"]
     assert [s.name for s in plan.stages if s.kind != "eval"] == list(written)
     assert all(stage.note for stage in plan.stages if stage.kind != "eval")
+
+
+def test_r1_zero_is_the_papers_but_for_what_it_says() -> None:
+    from launch.recipe import load_recipe
+
+    config = load_recipe(RunConfig, "r1_zero_7b", [])
+    a = config.algorithm
+    assert (a.loss, a.epsilon_high, a.beta) == ("grpo_sequence", 10.0, 0.001)
+    assert (config.learner.learning_rate, config.rollout.num_generations, config.rollout.temperature) == (3e-6, 16, 1.0)
+    assert config.prompts_per_step * config.rollout.num_generations == 8192
+    assert config.prompts_per_step // a.num_mini_batches == 32
+    assert a.ref_refresh_steps * a.num_mini_batches == 400
+    assert {f.name: f.weight for f in config.reward.functions} == {"accuracy": 1.0, "r1_format": 1.0}
+    assert config.data.template == "r1_zero"

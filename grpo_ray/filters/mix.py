@@ -88,7 +88,7 @@ def _others(source: DataSource, seed: int) -> list[Row]:
         mapped = map_columns(row, source.columns, where)
         prompt, completion = mapped.pop("prompt", None), mapped.pop("completion", None)
         messages = mapped.pop("messages", None)
-        if prompt is None and completion is None and isinstance(messages, list) and len(messages) > 1:
+        if completion is None and isinstance(messages, list) and len(messages) > 1:
             prompt, completion = messages[:-1], messages[-1:]
         if prompt is None or completion is None:
             raise DataError(

@@ -56,8 +56,8 @@ class StageConfig(Strict):
     """Stages to wait for besides those that `config` names."""
     config: dict[str, Any] = {}
     gate: tuple[GateConfig, ...] = ()
-    eval: bool = True
-    """Measure the model that it makes by the pipeline's `eval`."""
+    eval: bool | dict[str, Any] = True
+    """Measure the model that it makes by the pipeline's `eval`; a mapping goes over that, e.g. for another template."""
 
 
 class AssumeConfig(Strict):
@@ -69,6 +69,8 @@ class AssumeConfig(Strict):
     """None: half of its limit."""
     tokens_per_s: dict[str, PositiveFloat] = {}
     """Kind of stage -> tokens that it goes through in a second, start-up aside."""
+    rows: dict[str, PositiveInt] = {}
+    """Of data sets on the hub, by their path, and of what data stages make, by their name."""
     start_s: PositiveFloat = 60.0
     """Of a stage: engines and learners."""
 

@@ -17,12 +17,14 @@ class Kind:
     outputs: dict[str, str]
     """Name -> path in the stage's folder."""
     trains: bool = False
-    """Makes a model, from checkpoints that it goes on from."""
+    """It has checkpoints to go on from."""
+    policy: bool = False
+    """Its `model` answers prompts, so the pipeline's `eval` can measure it."""
 
 
 KINDS = {
-    "sft": Kind(SftConfig, "sft", {"model": "hf"}, trains=True),
-    "train": Kind(RunConfig, "grpo", {"model": "hf", "rollouts": "rollouts"}, trains=True),
+    "sft": Kind(SftConfig, "sft", {"model": "hf"}, trains=True, policy=True),
+    "train": Kind(RunConfig, "grpo", {"model": "hf", "rollouts": "rollouts"}, trains=True, policy=True),
     "sample": Kind(RunConfig, "sample", {"samples": "samples"}),
     "data": Kind(MixConfig, None, {"data": "data.jsonl"}),
 }

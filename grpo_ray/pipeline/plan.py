@@ -17,7 +17,7 @@ from typing import Any
 from grpo_ray.config import build, deep_merge
 from grpo_ray.config_base import Strict
 from grpo_ray.errors import ConfigError
-from grpo_ray.pipeline.config import GateConfig, PipelineConfig
+from grpo_ray.pipeline.config import GateConfig, PipelineConfig, StageConfig
 from grpo_ray.pipeline.kinds import EVAL, KINDS, Kind
 
 REFERENCE = re.compile(r"\$\{stages\.([^.}]+)\.([^.}]+)\}")
@@ -110,15 +110,16 @@ def make_plan(config: PipelineConfig, name: str, load_recipe: Callable[[str], Da
     for stage_name, given in config.stages.items():
         if given.kind not in KINDS:
             raise ConfigError(f"stages.{stage_name}.kind is {given.kind!r}; {_meant(given.kind, list(KINDS))}")
-        spec = KINDS[given.kind]
         recipe = load_recipe(given.recipe) if given.recipe else {}
         data = deep_merge(deep_merge(_common(config, given.kind), recipe), given.config)
-        measured = config.eval is not None and given.eval and spec.trains
+        measured = _is_measured(given, config)
         gates = () if measured else given.gate
         stages[stage_name] = Stage(stage_name, given.kind, data, given.needs, gates, given.note)
-        if measured and config.eval is not None:
-            path = {"model": {"path": f"${{stages.{stage_name}.model}}"}}
-            data = deep_merge(deep_merge(_common(config, "sample"), config.eval), path)
+        if measured:
+            data = _common(config, "sample")
+            own = given.eval if isinstance(given.eval, dict) else {}
+            for over in (config.eval or {}, own, {"model": {"path": f"${{stages.{stage_name}.model}}"}}):
+                data = deep_merge(data, over)
             held_out = f"{stage_name}-{EVAL}"
             stages[held_out] = Stage(held_out, EVAL, data, (), given.gate, measures=stage_name)
     for stage in stages.values():
@@ -166,8 +167,11 @@ def _with_needs(stage: Stage, config: PipelineConfig) -> Stage:
 def _measured_as(name: str, config: PipelineConfig) -> str:
     """The stage that has the figures of this one."""
     given = config.stages.get(name)
-    measured = given is not None and config.eval is not None and given.eval and KINDS[given.kind].trains
-    return f"{name}-{EVAL}" if measured else name
+    return f"{name}-{EVAL}" if given is not None and _is_measured(given, config) else name
+
+
+def _is_measured(given: StageConfig, config: PipelineConfig) -> bool:
+    return config.eval is not None and given.eval is not False and KINDS[given.kind].policy
 
 
 def _in_order(stages: dict[str, Stage]) -> list[Stage]:
