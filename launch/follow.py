@@ -24,6 +24,7 @@ SILENCE_S = 60.0
 
 UNUSED = {"replay": ("rollout", "reward"), "eval": ("learner",), "sample": ("learner",)}
 """Kind of run -> the workers of its recipe that it starts none of."""
+WITHOUT_STEPS = ("eval", "sample")
 
 
 def run_and_follow(kind: str, config: RunConfig | SftConfig, run_dir: Path, resume_step: int | None) -> EndEvent:
@@ -65,7 +66,8 @@ def run_here(
 
     controller = start_controller(kind, config, run_dir, resume_step, detached=joins(config))
     try:
-        with LiveView(run_dir=run_dir, began=began) as view, _signals_to(controller, view):
+        no_steps = kind in WITHOUT_STEPS
+        with LiveView(run_dir=run_dir, began=began, no_steps=no_steps) as view, _signals_to(controller, view):
             finished = controller.run.remote()
             end = follow_events(controller, view, run_dir)
             ray.get(finished, timeout=SILENCE_S)
