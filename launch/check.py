@@ -14,8 +14,8 @@ from grpo_ray.errors import ResourceError
 from grpo_ray.memory import count_parameters, learner_memory
 from grpo_ray.models import check_model_path, context_length, load_config, load_tokenizer, prepare_model
 from grpo_ray.rewards import BUILTINS, resolve
-from launch.pipeline import is_pipeline, run_pipeline
-from launch.recipe import find_recipe, is_sft, load_recipe, recipe_names
+from launch.pipeline import run_pipeline
+from launch.recipe import find_recipe, is_pipeline, is_sft, load_recipe, recipe_names
 
 console = Console(highlight=False)
 

@@ -5,6 +5,7 @@ plan -> for each stage: inputs unchanged? -> run, or go on with it -> measure ->
 
 from __future__ import annotations
 
+import fcntl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,19 +37,18 @@ from grpo_ray.rewards import resolve
 from grpo_ray.sample_files import read_samples
 from grpo_ray.tracking import read_metrics
 from launch.jobs import exit_unless_finished, write_config
-from launch.recipe import find_recipe
+from launch.recipe import find_recipe, is_pipeline
 
 console = Console(highlight=False, soft_wrap=True)
 RECIPE_COPY = "recipe.yaml"
 
 
-def is_pipeline(path: Path) -> bool:
-    return "stages" in load_yaml(path)
-
-
 def load_plan(recipe: str, overrides: list[str]) -> Plan:
     """Raises ConfigError with every problem of the recipe, and of each stage's config."""
-    data = deep_merge(load_yaml(find_recipe(recipe)), parse_overrides(overrides))
+    path = find_recipe(recipe)
+    if not is_pipeline(path):
+        raise ConfigError(f"recipe {recipe} has no stages: it is for `grpo-ray train` or another command of one run")
+    data = deep_merge(load_yaml(path), parse_overrides(overrides))
     config = build(PipelineConfig, data, f"recipe {recipe}" + (f" with {' '.join(overrides)}" if overrides else ""))
     plan = make_plan(config, check_name(config.name or Path(recipe).stem), lambda name: load_yaml(find_recipe(name)))
     for stage in plan.stages:
@@ -78,12 +78,26 @@ def run_pipeline(recipe: str, overrides: list[str], first: str | None, last: str
     if dry_run:
         return
     plan.folder.mkdir(parents=True, exist_ok=True)
-    (plan.folder / RECIPE_COPY).write_text(to_yaml(plan.config))
-    if first is not None:
-        for name in plan.builds_on(first):
-            _set_aside(plan.folder_of(name))
-            record.forget(name)
-    _Runner(plan, record, recipe).run(todo)
+    with _alone(plan.folder):
+        (plan.folder / RECIPE_COPY).write_text(to_yaml(plan.config))
+        if first is not None:
+            for name in plan.builds_on(first):
+                _set_aside(plan.folder_of(name))
+                record.forget(name)
+        _Runner(plan, record, recipe).run(todo)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Raises ConfigError while another process runs this pipeline; a killed one leaves no lock behind."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{folder} is being run by another process; wait for it, or choose another name=..."
+            ) from None
+        yield
 
 
 def _to_run(plan: Plan, record: Record, first: str | None, last: str | None) -> list[Stage]:
