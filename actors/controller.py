@@ -39,7 +39,7 @@ from grpo_ray.ledger import Ledger
 from grpo_ray.manifest import digest_of
 from grpo_ray.models import context_length, load_config, load_tokenizer, prepare_model
 from grpo_ray.names import check_name, run_name
-from grpo_ray.prompts import PromptSets, load_demonstrations, load_prompts
+from grpo_ray.prompts import PromptSets, load_prompts
 from grpo_ray.replay import TOLERANCE, compare, parts_of, read_batch
 from grpo_ray.roles import Learner, Sampler, Tracker, WeightSync
 from grpo_ray.rollout_log import ParquetRolloutLog, remove_after, rollout_path
@@ -47,6 +47,7 @@ from grpo_ray.sample_files import SampleFolder
 from grpo_ray.sampling import about_samples, sample_all
 from grpo_ray.secrets import hide_secrets
 from grpo_ray.sft_loop import SftLoop, sft_steps
+from grpo_ray.supervised import load_task
 from grpo_ray.tokenized import LoadReport
 from grpo_ray.tracking import make_trackers, read_metrics
 from grpo_ray.train_loop import Roles, TrainLoop, total_steps
@@ -167,8 +168,8 @@ class Controller:
                 return await self._sample(config)
             case RunConfig() as config, "replay":
                 return await self._replay(config)
-            case SftConfig() as config, "sft":
-                return await self._sft(config)
+            case SftConfig() as config, "sft" | "dpo" | "reward_model":
+                return await self._supervised(config)
         raise ConfigError(f"no run of kind {self._kind} with a {type(self._config).__name__}")
 
     # The kinds of run. Data are read while the workers start; what is wrong with them ends the start.
@@ -255,22 +256,37 @@ class Controller:
         """What the learning rate's schedule needs to know; the data have to be there only if it is not given."""
         return config.num_steps or total_steps(config, len((await loading).train))
 
-    async def _sft(self, config: SftConfig) -> str:
+    async def _supervised(self, config: SftConfig) -> str:
         model = await self._prepare_model(config)
         self._phase("data")
         tokenizer = await asyncio.to_thread(load_tokenizer, model, trust_remote_code=config.model.trust_remote_code)
-        examples = await asyncio.to_thread(
-            load_demonstrations, config.data, tokenizer, seed=config.seed, max_length=config.max_length
-        )
-        self._tell_what_was_left_out(examples.report)
-        steps = sft_steps(config, len(examples))
+        task = await asyncio.to_thread(load_task, config, tokenizer)
+        self._tell_what_was_left_out(task.dataset.report)
+        steps = sft_steps(config, len(task.dataset))
         async with _Workers(config, self._run, model, self._phase, self._warn) as workers:
             learner = await workers.start_learner(steps)
 
             async def fine_tune() -> str:
                 trackers = self._trackers(config, workers)
-                cursor = Cursor(examples, seed=config.seed, shuffle=config.data.shuffle)
-                loop = SftLoop(config, learner, cursor, self._run, trackers, self._emit)
+
+                def cursor() -> Cursor[Any]:
+                    return Cursor(task.dataset, seed=config.seed, shuffle=config.data.shuffle)
+
+                def measure() -> Awaitable[dict[str, float]]:
+                    return task.measure(learner)
+
+                loop = SftLoop(
+                    config,
+                    learner,
+                    cursor(),
+                    self._run,
+                    trackers,
+                    self._emit,
+                    task.batch,
+                    measure if task.measures else None,
+                )
+                self._phase("reference")
+                await task.prepare(learner, self._run.path, cursor(), steps * config.examples_per_step)
                 try:
                     return await self._run_loop(loop)
                 finally:
@@ -292,7 +308,7 @@ class Controller:
             out.append(RayMetrics(run_name(self._run.path), workers.live))
         return out
 
-    async def _run_loop(self, loop: TrainLoop | SftLoop) -> str:
+    async def _run_loop(self, loop: TrainLoop | SftLoop[Any]) -> str:
         self._loop = loop
         if self._stop_reason is not None:
             loop.stop(self._stop_reason)

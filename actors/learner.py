@@ -33,7 +33,7 @@ from actors.runtime import own_log
 from grpo_ray.activity import Activity
 from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch, token_values
 from grpo_ray.checkpoint_store import Place
-from grpo_ray.config import AlgorithmConfig
+from grpo_ray.config import AlgorithmConfig, DpoOptions, RewardModelOptions
 from grpo_ray.errors import CheckpointError, NonFiniteError, WorkerError
 from grpo_ray.flops import ModelShape, UpdatePasses, model_shape, throughput_metrics, update_flops
 from grpo_ray.learner_files import SavedLearner
@@ -41,6 +41,7 @@ from grpo_ray.lora import adapter_bytes, adapter_checksum, adapters_off
 from grpo_ray.losses.aggregation import Normalizers
 from grpo_ray.manifest import FileSum
 from grpo_ray.objectives import GrpoObjective, MicroBatchData, Objective, SftObjective
+from grpo_ray.objectives_pairs import DpoObjective, RewardModelObjective
 from grpo_ray.policy import PolicyModel
 from grpo_ray.sequence import Alone, SequenceRanks
 from grpo_ray.types import Sample, TrainBatch, TrainSample, UpdateReport
@@ -107,7 +108,7 @@ class LearnerActor:
         self.num_ranks = num_ranks
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self._algorithm = spec.algorithm or AlgorithmConfig()
-        self._objective = _objective(spec.algorithm)
+        self._objective = _objective(spec)
         self._seconds: dict[str, float] = {}
         self._activity = Activity(f"learner-{rank}")
         self._early: _Pass | None = None
@@ -212,6 +213,23 @@ class LearnerActor:
         seconds = time.monotonic() - started
         return UpdateReport(step=batch.step, metrics=metrics, seconds=seconds, tracks=(self._activity.finish(),))
 
+    @_recorded("values")
+    @torch.no_grad()
+    def values(self, batch: TrainBatch) -> list[float]:
+        """[S] what the model, as it is, says of each sample: its log-probability, or a reward model's score. All ranks together."""
+        values_S = torch.zeros(len(batch.samples), dtype=torch.float64, device=self.device)
+        for planned in self._plan(batch):
+            for data in self._fetch(batch, planned, Normalizers.unit(self.spec.max_completion_length)):
+                theta_C = self._logprobs(self._engine, data, batch.temperature)
+                if not data.packed.is_dummy and self._ranks.rank == 0:
+                    # Each sample is counted by one rank, so the sum over ranks only spreads its bits.
+                    places_C = torch.from_numpy(data.packed.samples).to(self.device)
+                    places_S = places_C[data.segments.lengths_S.cumsum(0) - 1]
+                    values_S[places_S] = self._objective.value(theta_C, data.segments).double()
+        dist.all_reduce(values_S)
+        told: list[float] = values_S.tolist()
+        return told
+
     def _finish(self, batch: TrainBatch, early: _Pass) -> dict[str, float]:
         """The rest of a batch that came in parts, and the optimizer step."""
         rest = [s for s in batch.samples if (s.prompt_id, s.index) not in early.samples]
@@ -310,6 +328,8 @@ class LearnerActor:
 
     def _plan(self, batch: TrainBatch) -> list[MiniBatchPlan]:
         """Over the samples that are trained; the plan's indices point into `batch.samples`."""
+        if self._objective.pairs:
+            return [self._plan_pairs(batch)]
         trained = [i for i, s in enumerate(batch.samples) if s.loss_mask and s.num_tokens > 0]
         skip = self.spec.learner.skip_no_signal
         plans = plan_batch(
@@ -326,6 +346,21 @@ class LearnerActor:
             },
         )
         return [plan.renumbered(trained) for plan in plans]
+
+    def _plan_pairs(self, batch: TrainBatch) -> MiniBatchPlan:
+        """One mini-batch of samples that come in pairs; both of a pair are in one micro-batch, side by side."""
+        lengths = [s.num_prompt_tokens + s.num_tokens for s in batch.samples]
+        both = list(zip(lengths[::2], lengths[1::2], strict=True))
+        padded = not self.spec.learner.packing
+        (plan,) = plan_batch(
+            [2 * max(pair) if padded else sum(pair) for pair in both],
+            range(len(both)),
+            num_ranks=self.spec.learner.data_parallel_size,
+            num_mini_batches=1,
+            micro_batch_tokens=self.spec.learner.micro_batch_tokens,
+            padded=padded,
+        )
+        return plan.of_pairs()
 
     def _plan_untrained(self, batch: TrainBatch) -> list[MiniBatchPlan]:
         """Samples that are out of the loss and in their group's baseline: their KL counts there."""
@@ -592,5 +627,10 @@ class LearnerActor:
         return WeightSender(source, self.rank, self.spec.weights_backend, bucket_bytes, self.spec.sync_timeout_s)
 
 
-def _objective(algorithm: AlgorithmConfig | None) -> Objective:
-    return SftObjective() if algorithm is None else GrpoObjective(algorithm)
+def _objective(spec: LearnerSpec) -> Objective:
+    match spec.preferences:
+        case DpoOptions() as options:
+            return DpoObjective(options)
+        case RewardModelOptions() as options:
+            return RewardModelObjective(options)
+    return SftObjective() if spec.algorithm is None else GrpoObjective(spec.algorithm)

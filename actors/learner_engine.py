@@ -12,11 +12,20 @@ import torch
 from torch import nn
 
 from grpo_ray.attention import choose_attention
-from grpo_ray.config import AlgorithmConfig, CriticConfig, LearnerConfig, ModelConfig, WeightsConfig
+from grpo_ray.config import (
+    AlgorithmConfig,
+    CriticConfig,
+    DpoOptions,
+    LearnerConfig,
+    ModelConfig,
+    RewardModelOptions,
+    WeightsConfig,
+)
 from grpo_ray.errors import ConfigError, NonFiniteError
 from grpo_ray.logprobs import chunk_rows
 from grpo_ray.lora import inject
 from grpo_ray.policy import PolicyModel
+from grpo_ray.reward_model import RewardModel
 from grpo_ray.sequence import SequenceRanks
 from grpo_ray.value_model import ValueModel
 
@@ -33,7 +42,8 @@ class LearnerSpec:
     model: ModelConfig
     learner: LearnerConfig
     algorithm: AlgorithmConfig | None
-    """None: supervised fine-tuning."""
+    """None: supervised, of demonstrations or of `preferences`."""
+    preferences: DpoOptions | RewardModelOptions | None
     critic: CriticConfig
     weights: WeightsConfig | None
     """None: no weight syncs."""
@@ -49,6 +59,10 @@ class LearnerSpec:
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.model.dtype == "bfloat16" else torch.float32
+
+    @property
+    def is_reward_model(self) -> bool:
+        return isinstance(self.preferences, RewardModelOptions)
 
     @property
     def needs_critic(self) -> bool:
@@ -95,7 +109,8 @@ def deepspeed_config(model: ModelConfig, learner: LearnerConfig) -> dict[str, An
 
 def build_engine(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks) -> Any:
     """The policy in a DeepSpeed engine, with fp32 master weights that hold the checkpoint exactly."""
-    policy = _policy(spec, device, ranks, trained=True).train()
+    make = _reward_model if spec.is_reward_model else partial(_policy, trained=True)
+    policy = make(spec, device, ranks).train()
     optimizer = _adamw(policy, spec.learner, spec.learner.learning_rate)
     return _initialize(
         spec, device, policy, optimizer, make_schedule(optimizer, spec.learner, spec.num_optimizer_steps)
@@ -210,14 +225,21 @@ def _policy(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
     return PolicyModel(hf, chunk=spec.learner.logprob_chunk_tokens or rows, ranks=ranks)
 
 
+def _reward_model(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks) -> RewardModel:
+    """With an output layer of zeros, unless the checkpoint is a reward model already."""
+    hf = load_hf(spec, device, ranks, trained=True)
+    return RewardModel(hf, ranks)
+
+
 def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, trained: bool) -> Any:
-    """The checkpoint, in fp32 when it is to be trained, without dropout.
+    """The checkpoint, in fp32 when it is to be trained, without dropout; as a reward model where that is trained.
 
     Raises:
         ConfigError: it can't be loaded, its attention or head can't be packed, or its sequences can't be split over ranks.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    auto = AutoModelForSequenceClassification if spec.is_reward_model else AutoModelForCausalLM
     path, code = spec.model_path, spec.model.trust_remote_code
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=code)
@@ -225,13 +247,19 @@ def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
         for name in _DROPOUTS:
             if getattr(config, name, None):
                 setattr(config, name, 0.0)
-        hf = AutoModelForCausalLM.from_pretrained(
+        if spec.is_reward_model:
+            config.num_labels = 1
+        hf, loading = auto.from_pretrained(
             path,
             config=config,
             dtype=torch.float32 if trained else spec.dtype,
             attn_implementation=choose_attention(spec.model.attention, device),
             trust_remote_code=code,
+            output_loading_info=True,
         )
+        if spec.is_reward_model and "score.weight" in loading["missing_keys"]:
+            # Random otherwise, and another on every rank.
+            torch.nn.init.zeros_(hf.score.weight)
     except (OSError, ValueError) as e:
         raise ConfigError(f"the learner can't load model {path}: {e}") from None
     ranks.split_heads(hf)

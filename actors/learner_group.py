@@ -23,7 +23,7 @@ from actors.learner_engine import LearnerSpec
 from actors.runtime import ALLOCATOR_ENV, RayActors, log_tail, start_named
 from actors.weights import resolve_backend
 from grpo_ray.checkpoint_store import Place
-from grpo_ray.config import CriticConfig, DeadlineConfig, RunConfig, SftConfig
+from grpo_ray.config import CriticConfig, DeadlineConfig, RunConfig, SftConfig, preferences
 from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
 from grpo_ray.manifest import FileSum
 from grpo_ray.types import TrainBatch, UpdateReport
@@ -129,6 +129,16 @@ class LearnerGroup:
         self.unsent = True
         reports: list[UpdateReport] = await self._call("update", ray.put(_with_refs(batch)), deadline="update_s")
         return replace(reports[0], tracks=tuple(t for r in reports for t in r.tracks))
+
+    async def values(self, batch: TrainBatch) -> list[float]:
+        """See `LearnerActor.values`.
+
+        Raises:
+            DeadlineError: not done within `deadlines.update_s`; the group is ended.
+            WorkerError: a rank died; the group is ended.
+        """
+        values: list[list[float]] = await self._call("values", ray.put(_with_refs(batch)), deadline="update_s")
+        return values[0]
 
     async def hold(self, place: Place, *, export: bool) -> None:
         """See `LearnerActor.hold`."""
@@ -262,6 +272,7 @@ def _spec(
         model=config.model,
         learner=config.learner,
         algorithm=algorithm,
+        preferences=preferences(config),
         critic=grpo.critic if grpo else CriticConfig(),
         weights=grpo.weights if grpo else None,
         weights_backend=backend,

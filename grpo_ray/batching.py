@@ -38,6 +38,11 @@ class MiniBatchPlan:
     def samples(self) -> list[int]:
         return sorted([*self.idle, *(i for rank in self.ranks for micro in rank for i in micro)])
 
+    def of_pairs(self) -> MiniBatchPlan:
+        """With samples 2i and 2i + 1 in the place of pair i."""
+        ranks = tuple(tuple(tuple(2 * i + k for i in micro for k in (0, 1)) for micro in rank) for rank in self.ranks)
+        return MiniBatchPlan(ranks, tuple(2 * i + k for i in self.idle for k in (0, 1)))
+
     def renumbered(self, names: Sequence[int]) -> MiniBatchPlan:
         """With `names[i]` in the place of i."""
         ranks = tuple(tuple(tuple(names[i] for i in micro) for micro in rank) for rank in self.ranks)

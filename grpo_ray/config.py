@@ -537,6 +537,76 @@ class SftConfig(Strict):
         return self
 
 
+class DpoOptions(Strict):
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """sigmoid: DPO 2305.18290. ipo: 2310.12036, on means over tokens."""
+    beta: PositiveFloat = 0.1
+    """What a departure from the reference, the model at the start, costs."""
+
+
+class DpoConfig(SftConfig):
+    """Direct preference optimisation: `grpo-ray dpo`. Its examples are pairs; `max_length` is of a prompt with either answer."""
+
+    dpo: DpoOptions = DpoOptions()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        _check_room_for_pairs(self)
+        return self
+
+
+class RewardModelOptions(Strict):
+    loss: Literal["bradley_terry", "bce", "mse"] = "bradley_terry"
+    """bradley_terry: pairs (`prompt`, `chosen`, `rejected`). bce, mse: single answers (`prompt`, `completion`, `label`), a label
+    in [0, 1] or any number."""
+    use_margin: bool = False
+    """Scores of a pair should differ by the row's column `margin` at least (Llama 2 2307.09288)."""
+
+    @property
+    def pairwise(self) -> bool:
+        return self.loss == "bradley_terry"
+
+    @model_validator(mode="after")
+    def _margin(self) -> Self:
+        if self.use_margin and not self.pairwise:
+            raise ValueError(
+                f"reward_model.use_margin is about pairs, and reward_model.loss is {self.loss}; take one of them out"
+            )
+        return self
+
+
+class RewardModelConfig(SftConfig):
+    """Training of a reward model: `grpo-ray reward-model`. DeepSeek-R1's: batch 256, rate 6e-6, one epoch of 66,000 pairs."""
+
+    reward_model: RewardModelOptions = RewardModelOptions()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.reward_model.pairwise:
+            _check_room_for_pairs(self)
+        if self.model.lora is not None:
+            raise ValueError("model.lora would leave a reward model's output layer untrained: train it whole")
+        return self
+
+
+def preferences(config: RunConfig | SftConfig) -> DpoOptions | RewardModelOptions | None:
+    """What is learnt of preferences; None: something else is."""
+    match config:
+        case DpoConfig():
+            return config.dpo
+        case RewardModelConfig():
+            return config.reward_model
+    return None
+
+
+def _check_room_for_pairs(config: SftConfig) -> None:
+    if config.learner.micro_batch_tokens < 2 * config.max_length:
+        raise ValueError(
+            f"learner.micro_batch_tokens ({config.learner.micro_batch_tokens}) can't hold the two answers of a pair of max_length "
+            f"({config.max_length}) tokens each; raise it to {2 * config.max_length}"
+        )
+
+
 def _check_precision(model: ModelConfig, learner: LearnerConfig) -> None:
     if model.dtype == "bfloat16" and learner.zero_stage == 0:
         raise ValueError(

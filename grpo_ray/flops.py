@@ -59,14 +59,16 @@ def model_shape(hf: nn.Module) -> ModelShape | None:
     config = model.config.get_text_config()
     if any(getattr(config, name, None) for name in _EXPERTS) or not getattr(config, "num_attention_heads", None):
         return None
-    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    output, embedding = model.get_output_embeddings(), model.get_input_embeddings().weight
+    # A reward model has none: its one output is a row among the others.
+    head = None if output is None else output.weight
     rest = [p for p in hf.parameters() if p is not head and p is not embedding]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelShape(
         body=sum(_size(p) for p in rest),
         frozen_body=sum(_size(p) for p in rest if not p.requires_grad),
-        head=_size(head),
-        frozen_head=0 if head.requires_grad else _size(head),
+        head=0 if head is None else _size(head),
+        frozen_head=0 if head is None or head.requires_grad else _size(head),
         attention=config.num_hidden_layers * config.num_attention_heads * head_dim,
     )
 

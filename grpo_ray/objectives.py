@@ -68,6 +68,15 @@ class Objective(Protocol):
         """Weight of each token of a sequence of so many completion tokens."""
         ...
 
+    @property
+    def pairs(self) -> bool:
+        """Are samples 2k and 2k + 1 of a batch a pair that one micro-batch has to hold?"""
+        ...
+
+    def value(self, theta_C: Tensor, segments: Segments) -> Tensor:
+        """[S] what the model says of each sequence: its log-probability, or a score."""
+        ...
+
     def moves(self, advantage: float) -> bool:
         """Can a sample with this advantage add anything to the gradient?"""
         ...
@@ -108,6 +117,7 @@ class GrpoObjective:
         "masked_sequences",
     )
     weighted_sums = ("loss", "kl_loss", "bonus")
+    pairs = False
 
     def __init__(self, algorithm: AlgorithmConfig) -> None:
         self.algorithm = a = algorithm
@@ -129,6 +139,9 @@ class GrpoObjective:
             geometric_mask=a.geometric_mask,
             off_policy_mask_threshold=a.off_policy_mask_threshold,
         )
+
+    def value(self, theta_C: Tensor, segments: Segments) -> Tensor:
+        return segments.sum(theta_C)
 
     def moves(self, advantage: float) -> bool:
         a = self.algorithm
@@ -215,9 +228,13 @@ class SftObjective:
 
     sum_names = ("tokens", "entropy", "loss")
     weighted_sums = ("loss",)
+    pairs = False
 
     def __init__(self) -> None:
         self.weight = token_mean
+
+    def value(self, theta_C: Tensor, segments: Segments) -> Tensor:
+        return segments.sum(theta_C)
 
     def moves(self, advantage: float) -> bool:
         return True

@@ -146,12 +146,12 @@ def load_prompts(data: DataConfig, tokenizer: Any, *, seed: int, max_context: in
             if row.rendered.text in held_out:
                 num_in_eval += 1
             elif len(row.token_ids) > limit:
-                _refuse_if_asked(data, f"{row.where}: the prompt is {len(row.token_ids)} tokens", limit, option)
+                refuse_if_asked(data, f"{row.where}: the prompt is {len(row.token_ids)} tokens", limit, option)
                 num_too_long += 1
             else:
                 kept.append(row)
         report = LoadReport(len(table.rows), num_too_long, num_in_eval)
-        _check_any_left(report, table, limit, option)
+        check_any_left(report, table, limit, option)
         return PromptDataset(name, kept, report)
 
     evaluation = {}
@@ -196,14 +196,14 @@ def load_demonstrations(data: DataConfig, tokenizer: Any, *, seed: int, max_leng
         ids = [*tokenizer(row.completion, add_special_tokens=False)["input_ids"], eos]
         length = len(row.token_ids) + len(ids)
         if length > max_length:
-            _refuse_if_asked(data, f"{row.where}: prompt and completion are {length} tokens", max_length, "max_length")
+            refuse_if_asked(data, f"{row.where}: prompt and completion are {length} tokens", max_length, "max_length")
             num_too_long += 1
             continue
         rows.append(row.row)
         prompts.append(row.token_ids)
         completions.append(np.asarray(ids, np.int32))
     report = LoadReport(len(table.rows), num_too_long, num_in_eval)
-    _check_any_left(report, table, max_length, "max_length")
+    check_any_left(report, table, max_length, "max_length")
     return SftDataset(table.name, rows, prompts, completions, report)
 
 
@@ -212,14 +212,14 @@ def _texts(source: DataSource, render: Render, tokenizer: Any, seed: int) -> Ite
     return (row.rendered.text for row in tokenized_rows(table, source, render, tokenizer, demonstrations=False))
 
 
-def _refuse_if_asked(data: DataConfig, what: str, limit: int, option: str) -> None:
+def refuse_if_asked(data: DataConfig, what: str, limit: int, option: str) -> None:
     if data.long_prompts == "error":
         raise DataError(
             f"{what}, more than {option} ({limit}); raise it, shorten the row, or set data.long_prompts=drop"
         )
 
 
-def _check_any_left(report: LoadReport, table: Table, limit: int, option: str) -> None:
+def check_any_left(report: LoadReport, table: Table, limit: int, option: str) -> None:
     if not report.num_kept:
         raise DataError(
             f"{table.label}: none of its {report.num_rows} rows is left: {report.num_too_long} are longer than "

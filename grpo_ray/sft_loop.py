@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from grpo_ray.activity import Activity
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.config import SftConfig
 from grpo_ray.cursor import Cursor
-from grpo_ray.events import Event, PhaseEvent, StepEvent
+from grpo_ray.events import Event, MessageEvent, PhaseEvent, StepEvent
 from grpo_ray.metrics import TimeKeeper
 from grpo_ray.prompts import SftExample
 from grpo_ray.roles import Learner, Tracker
@@ -19,25 +19,33 @@ from grpo_ray.saver import Saver
 from grpo_ray.timeline import Timeline
 from grpo_ray.types import Sample, TrainBatch, TrainSample, VersionSpan
 
+E = TypeVar("E")
 
-class SftLoop:
+
+class SftLoop(Generic[E]):
     """One run from its first step, or from a checkpoint, to its last."""
 
     def __init__(
         self,
         config: SftConfig,
         learner: Learner,
-        cursor: Cursor[SftExample],
+        cursor: Cursor[E],
         run: RunDir,
         trackers: Sequence[Tracker],
         emit: Callable[[Event], None],
+        batch_of: Callable[[int, Sequence[E]], TrainBatch],
+        measure: Callable[[], Awaitable[dict[str, float]]] | None = None,
     ) -> None:
+        """`batch_of`: (step, examples) -> what is trained on. `measure`: held-out figures, asked for before the first step and
+        after the last."""
         self.config = config
         self.learner = learner
         self.cursor = cursor
         self.run_dir = run
         self.trackers = trackers
         self.emit = emit
+        self.batch_of = batch_of
+        self.measure = measure
         self.step = 0
         self.total_steps = sft_steps(config, len(cursor))
         self._saved_step = -1
@@ -61,10 +69,14 @@ class SftLoop:
     async def run(self) -> str:
         """Train to the end, or until `stop`. Returns how it ended: `finished`, or the reason of the stop."""
         try:
+            if self.step == 0:
+                await self._measure()
             while self.step < self.total_steps and self._stop_reason is None:
                 await self._one_step()
                 if self.step < self.total_steps and self.step % self.config.checkpoint.every_steps == 0:
                     await self._checkpoint(export=self.config.checkpoint.export)
+            if self.step == self.total_steps:
+                await self._measure()
             if self.step != self._saved_step:
                 await self._checkpoint(export=True)
             await self._saver.finish()
@@ -78,13 +90,14 @@ class SftLoop:
         self._time.start_step()
         with self._time.phase("update"):
             examples = [self.cursor.next() for _ in range(self.config.examples_per_step)]
-            update = await self.learner.update(sft_batch(self.step, examples))
+            batch = self.batch_of(self.step, examples)
+            update = await self.learner.update(batch)
         self.step += 1
         seconds = self._time.end_step()
-        tokens = sum(len(e.prompt_ids) + len(e.completion_ids) for e in examples)
+        tokens = sum(s.num_prompt_tokens + s.num_tokens for s in batch.samples)
         metrics = {
             **update.metrics,
-            "completions/mean_length": sum(len(e.completion_ids) for e in examples) / len(examples),
+            "completions/mean_length": sum(s.num_tokens for s in batch.samples) / len(batch.samples),
             "time/step": seconds["step"],
             "time/update": seconds["update"],
             "throughput/tokens_per_s": tokens / seconds["step"],
@@ -94,6 +107,15 @@ class SftLoop:
         metrics |= self._saver.take_metrics()
         self._track(metrics)
         self.emit(StepEvent(self.step, self.total_steps, metrics))
+
+    async def _measure(self) -> None:
+        if self.measure is None:
+            return
+        with self._time.phase("eval") as span:
+            metrics = await self.measure()
+        self._track(metrics | {"time/eval": span.seconds})
+        told = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items())
+        self.emit(MessageEvent("info", f"held out after step {self.step}: {told}"))
 
     async def _checkpoint(self, *, export: bool) -> None:
         self.emit(PhaseEvent("checkpoint", "", 0, 0))

@@ -138,19 +138,29 @@ def _split(row: Row, where: str, demonstrations: bool) -> tuple[Any, str | None,
     completion = row.get("completion")
     if completion is None and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant" and len(prompt) > 1:
         prompt, completion = prompt[:-1], prompt[-1]["content"]
-    elif not isinstance(completion, str | None):
-        _check_messages(completion, where)
-        if len(completion) != 1 or completion[0]["role"] != "assistant":
-            raise DataError(
-                f"{where}: expected 'completion' to be text or one assistant message, got {len(completion)} messages"
-            )
-        completion = completion[0]["content"]
+    elif completion is not None:
+        completion = completion_text(completion, where, "completion")
     if completion is None:
         raise DataError(
             f"{where}: no completion; expected a column 'completion', or 'messages' that end with an assistant's turn; "
             f"columns there: {', '.join(map(str, row))}"
         )
     return prompt, completion, {k: v for k, v in row.items() if k not in used | {"completion"}}
+
+
+def completion_text(value: Any, where: str, name: str) -> str:
+    """Of column `name`: text, or one assistant message.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if isinstance(value, str):
+        return value
+    _check_messages(value, where)
+    if len(value) != 1 or value[0]["role"] != "assistant":
+        raise DataError(f"{where}: expected {name!r} to be text or one assistant message, got {len(value)} messages")
+    text: str = value[0]["content"]
+    return text
 
 
 def _check_messages(messages: Any, where: str) -> None:

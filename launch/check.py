@@ -15,7 +15,7 @@ from grpo_ray.memory import count_parameters, learner_memory
 from grpo_ray.models import check_model_path, context_length, load_config, load_tokenizer, prepare_model
 from grpo_ray.rewards import BUILTINS, resolve
 from launch.pipeline import run_pipeline
-from launch.recipe import find_recipe, is_pipeline, is_sft, load_recipe, recipe_names
+from launch.recipe import COMMANDS, SCHEMAS, find_recipe, is_pipeline, kind_of, load_recipe, recipe_names
 
 console = Console(highlight=False)
 
@@ -35,8 +35,8 @@ def check_recipe(recipe: str, overrides: list[str]) -> None:
         run_pipeline(recipe, overrides, None, None, dry_run=True)
         console.print(f"[green]ok[/]     grpo-ray pipeline {' '.join([recipe, *overrides])}")
         return
-    sft = is_sft(find_recipe(recipe))
-    config = load_recipe(SftConfig, recipe, overrides) if sft else load_recipe(RunConfig, recipe, overrides)
+    kind = kind_of(find_recipe(recipe))
+    config = load_recipe(SCHEMAS[kind], recipe, overrides)
     preflight(config)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
@@ -52,7 +52,7 @@ def check_recipe(recipe: str, overrides: list[str]) -> None:
         ]:
             table.add_row(name, text)
     console.print(table)
-    console.print(f"[green]ok[/]     grpo-ray {'sft' if sft else 'train'} {' '.join([recipe, *overrides])}")
+    console.print(f"[green]ok[/]     grpo-ray {COMMANDS[kind]} {' '.join([recipe, *overrides])}")
 
 
 def _model_rows(config: RunConfig | SftConfig, model: str, *, on_gpu: bool) -> list[tuple[str, str]]:
@@ -84,14 +84,13 @@ def _model_rows(config: RunConfig | SftConfig, model: str, *, on_gpu: bool) -> l
 
 
 def _data_rows(config: RunConfig | SftConfig, model: str) -> list[tuple[str, str]]:
-    from grpo_ray.prompts import load_demonstrations, load_prompts
+    from grpo_ray.prompts import load_prompts
+    from grpo_ray.supervised import load_task
 
     tokenizer = load_tokenizer(model, trust_remote_code=config.model.trust_remote_code)
     if isinstance(config, SftConfig):
-        examples = load_demonstrations(config.data, tokenizer, seed=config.seed, max_length=config.max_length)
-        return [
-            ("data", f"{config.data.train.path}: {examples.report.num_kept} of {examples.report.num_rows} examples")
-        ]
+        report = load_task(config, tokenizer).dataset.report
+        return [("data", f"{config.data.train.path}: {report.num_kept} of {report.num_rows} examples")]
     context = context_length(load_config(model, trust_remote_code=config.model.trust_remote_code))
     prompts = load_prompts(config.data, tokenizer, seed=config.seed, max_context=context)
     report = prompts.train.report

@@ -85,6 +85,22 @@ def pipeline(
 
 
 @app.command()
+def dpo(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Learn from pairs of answers, a better and a worse one, by direct preference optimisation: the same learner."""
+    from launch.jobs import start_dpo
+
+    start_dpo(recipe, overrides or [])
+
+
+@app.command()
+def reward_model(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Train a reward model on pairs of answers, or on answers with a label: the same learner, with one output."""
+    from launch.jobs import start_reward_model
+
+    start_reward_model(recipe, overrides or [])
+
+
+@app.command()
 def resume(run: Run) -> None:
     """Go on with a run from its newest checkpoint: no prompt is skipped or trained twice."""
     from launch.jobs import resume_run

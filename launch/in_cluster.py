@@ -11,7 +11,7 @@ from actors.cluster import CONTROLLER, NAMESPACE, controller_name, join
 from grpo_ray.config import RunConfig, SftConfig, load_yaml
 from grpo_ray.errors import ConfigError, ResourceError, WorkerError
 from grpo_ray.names import check_name
-from launch.recipe import is_sft
+from launch.recipe import kind_of
 
 END_S = 60.0
 """How long `stop --now` waits for a run to end by itself before its controller is killed."""
@@ -25,10 +25,13 @@ def home() -> Path:
 
 def run_recipe(recipe: Path) -> None:
     """A recipe that `submit` has resolved: it has a name."""
-    from launch.jobs import start_grpo, start_sft
+    from launch.jobs import start_dpo, start_grpo, start_reward_model, start_sft
 
     folder = home() / load_yaml(recipe).get("dir", RunConfig.model_fields["dir"].default)
-    (start_sft if is_sft(recipe) else start_grpo)(str(recipe), [f"dir={folder}"])
+    start = {"grpo": start_grpo, "sft": start_sft, "dpo": start_dpo, "reward_model": start_reward_model}[
+        kind_of(recipe)
+    ]
+    start(str(recipe), [f"dir={folder}"])
 
 
 def resume(run: str) -> None:

@@ -10,11 +10,11 @@ from rich.console import Console
 
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import is_url
-from grpo_ray.config import RunConfig, SftConfig, to_yaml
+from grpo_ray.config import DpoConfig, RewardModelConfig, RunConfig, SftConfig, to_yaml
 from grpo_ray.errors import ConfigError, WorkerError
 from grpo_ray.events import EndEvent
 from grpo_ray.ledger import Ledger
-from launch.recipe import is_sft, load_recipe, load_run_config, run_folder
+from launch.recipe import COMMANDS, SCHEMAS, kind_of, load_recipe, load_run_config, run_folder
 
 console = Console(highlight=False, soft_wrap=True)
 SIGNAL_EXITS = {"SIGINT": 130, "SIGTERM": 143, "stopped": 143}
@@ -28,6 +28,16 @@ def start_grpo(recipe: str, overrides: list[str]) -> Path:
 def start_sft(recipe: str, overrides: list[str]) -> Path:
     config = load_recipe(SftConfig, recipe, overrides)
     return _start("sft", config, run_folder(config, recipe))
+
+
+def start_dpo(recipe: str, overrides: list[str]) -> Path:
+    config = load_recipe(DpoConfig, recipe, overrides)
+    return _start("dpo", config, run_folder(config, recipe))
+
+
+def start_reward_model(recipe: str, overrides: list[str]) -> Path:
+    config = load_recipe(RewardModelConfig, recipe, overrides)
+    return _start("reward_model", config, run_folder(config, recipe))
 
 
 def _start(kind: str, config: RunConfig | SftConfig, folder: Path) -> Path:
@@ -78,24 +88,24 @@ def resume_run(path: Path) -> None:
     if run.samples.is_dir():
         _finish_samples(run, _run("sample", load_run_config(RunConfig, run.config), run, None))
         return
-    sft = is_sft(run.config)
-    config = load_run_config(SftConfig, run.config) if sft else load_run_config(RunConfig, run.config)
+    kind = kind_of(run.config)
+    config = load_run_config(SCHEMAS[kind], run.config)
     run = run.with_checkpoints(config.checkpoint.path)
     step = run.newest_whole(lambda text: console.print(f"warning: {text}", style="yellow"))
     console.print(
         f"resuming {run.path} "
         + (f"after step {step}" if step is not None else "from its beginning: it has no checkpoint yet")
     )
-    _finish(run, _run("sft" if sft else "grpo", config, run, step))
+    _finish(run, _run(kind, config, run, step))
 
 
 def replay_step(path: Path, step: int) -> None:
     from grpo_ray.replay import check_replayable
 
     run = RunDir.open(path)
-    if is_sft(run.config):
+    if (kind := kind_of(run.config)) != "grpo":
         raise ConfigError(
-            f"{path} is an SFT run: it records no batches; only steps of `grpo-ray train` can be replayed"
+            f"{path} is a run of `grpo-ray {COMMANDS[kind]}`: it records no batches; only steps of `grpo-ray train` can be replayed"
         )
     config = load_run_config(RunConfig, run.config)
     run = run.with_checkpoints(config.checkpoint.path)
@@ -109,10 +119,10 @@ def evaluate_target(target: str, overrides: list[str]) -> None:
     folder = Path(target)
     if (folder / "config.yaml").is_file():
         run = RunDir.open(folder)
-        if is_sft(run.config):
+        if (kind := kind_of(run.config)) != "grpo":
             raise ConfigError(
-                f"{target} is an SFT run: it has no rewards to measure by; evaluate its model with a recipe: "
-                f"grpo-ray eval RECIPE model.path={target}/hf"
+                f"{target} is a run of `grpo-ray {COMMANDS[kind]}`: it has no rewards to measure by; evaluate its "
+                f"model with a recipe: grpo-ray eval RECIPE model.path={target}/hf"
             )
         if not run.exported.is_dir():
             raise ConfigError(

@@ -7,12 +7,29 @@ import time
 from pathlib import Path
 from typing import TypeVar
 
-from grpo_ray.config import RunConfig, SftConfig, build, deep_merge, load_yaml, parse_overrides
+from grpo_ray.config import (
+    DpoConfig,
+    RewardModelConfig,
+    RunConfig,
+    SftConfig,
+    build,
+    deep_merge,
+    load_yaml,
+    parse_overrides,
+)
 from grpo_ray.errors import ConfigError
 from grpo_ray.names import check_name
 
 RECIPES = Path(__file__).parent / "recipes"
-Config = TypeVar("Config", RunConfig, SftConfig)
+Config = TypeVar("Config", bound=RunConfig | SftConfig)
+SCHEMAS: dict[str, type[RunConfig | SftConfig]] = {
+    "grpo": RunConfig,
+    "sft": SftConfig,
+    "dpo": DpoConfig,
+    "reward_model": RewardModelConfig,
+}
+COMMANDS = {"grpo": "train", "sft": "sft", "dpo": "dpo", "reward_model": "reward-model"}
+"""Kind of a run -> the command that starts one."""
 
 
 def recipe_names() -> list[str]:
@@ -57,9 +74,12 @@ def is_pipeline(path: Path) -> bool:
     return "stages" in load_yaml(path)
 
 
-def is_sft(path: Path) -> bool:
-    """A recipe or a config.yaml without rewards trains on demonstrations."""
-    return "reward" not in load_yaml(path)
+def kind_of(path: Path) -> str:
+    """Of a recipe or a config.yaml: by its section `dpo` or `reward_model`; without these and without rewards it trains on
+    demonstrations."""
+    sections = load_yaml(path)
+    kinds = [kind for kind in ("dpo", "reward_model") if kind in sections]
+    return kinds[0] if kinds else "grpo" if "reward" in sections else "sft"
 
 
 def run_folder(config: RunConfig | SftConfig, recipe: str) -> Path:

@@ -16,7 +16,7 @@ from grpo_ray.metrics import duration
 from grpo_ray.names import check_name
 from launch.cluster import COMMAND_S, STOPPED_EXITS, Cluster, ClusterRun
 from launch.package import stage
-from launch.recipe import find_recipe, is_sft, load_recipe, run_folder
+from launch.recipe import SCHEMAS, find_recipe, kind_of, load_recipe, run_folder
 
 RECIPE_FILE = "grpo-ray-job.yaml"
 LAST_LINES = 5
@@ -52,8 +52,7 @@ def submit(
 
 def _resolve(recipe: str, overrides: list[str]) -> RunConfig | SftConfig:
     """Everything that is wrong with a recipe by itself is told here, before anything is shipped."""
-    sft = is_sft(find_recipe(recipe))
-    config = load_recipe(SftConfig, recipe, overrides) if sft else load_recipe(RunConfig, recipe, overrides)
+    config = load_recipe(SCHEMAS[kind_of(find_recipe(recipe))], recipe, overrides)
     on_cluster = config.cluster.model_copy(update={"address": None, "num_cpus": None})
     return config.model_copy(update={"name": run_folder(config, recipe).name, "cluster": on_cluster})
 

@@ -16,7 +16,7 @@ from grpo_ray.config import SftConfig, build
 from grpo_ray.cursor import Cursor
 from grpo_ray.manifest import FileSum
 from grpo_ray.prompts import SftExample
-from grpo_ray.sft_loop import SftLoop
+from grpo_ray.sft_loop import SftLoop, sft_batch
 from grpo_ray.tracking import JsonlTracker, read_metrics
 from grpo_ray.types import TrainBatch, UpdateReport
 
@@ -66,7 +66,13 @@ def test_an_sft_run_tells_how_busy_its_learner_was_and_leaves_a_trace(tmp_path: 
     )
     tracker = JsonlTracker(tmp_path / "metrics.jsonl")
     loop = SftLoop(
-        config, Learner(), Cursor(Rows(), seed=1, shuffle=True), RunDir(tmp_path), [tracker], lambda event: None
+        config,
+        Learner(),
+        Cursor(Rows(), seed=1, shuffle=True),
+        RunDir(tmp_path),
+        [tracker],
+        lambda event: None,
+        sft_batch,
     )
     assert asyncio.run(asyncio.wait_for(loop.run(), 20)) == "finished"
     tracker.close()

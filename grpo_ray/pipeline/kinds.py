@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.config import DpoConfig, RewardModelConfig, RunConfig, SftConfig
 from grpo_ray.config_base import Strict
 from grpo_ray.filters.config import MixConfig
 
@@ -25,6 +25,8 @@ class Kind:
 KINDS = {
     "sft": Kind(SftConfig, "sft", {"model": "hf"}, trains=True, policy=True),
     "train": Kind(RunConfig, "grpo", {"model": "hf", "rollouts": "rollouts"}, trains=True, policy=True),
+    "dpo": Kind(DpoConfig, "dpo", {"model": "hf"}, trains=True, policy=True),
+    "reward_model": Kind(RewardModelConfig, "reward_model", {"model": "hf"}, trains=True),
     "sample": Kind(RunConfig, "sample", {"samples": "samples"}),
     "data": Kind(MixConfig, None, {"data": "data.jsonl"}),
 }

@@ -1,0 +1,150 @@
+"""Objectives over preferences: DPO, and reward models. Pairs lie one after the other in a micro-batch, chosen first.
+
+C completion tokens of one micro-batch, S its sequences, P its pairs (S = 2 P).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_ray.config import DpoOptions, RewardModelOptions
+from grpo_ray.losses.aggregation import Normalizers
+from grpo_ray.losses.dpo import dpo_loss, ipo_loss
+from grpo_ray.losses.reward_model import bradley_terry_loss, point_loss
+from grpo_ray.losses.segments import Segments
+from grpo_ray.objectives import MicroBatchData
+
+
+def pair_mean(length: int, n: Normalizers) -> float:
+    """Mean over pairs, the weight of both of its sequences."""
+    return 2.0 / n.num_sequences
+
+
+def sequence_weight(length: int, n: Normalizers) -> float:
+    """Mean over sequences, whatever their length."""
+    return 1.0 / n.num_sequences
+
+
+class DpoObjective:
+    """The log-probabilities of the reference come with the samples, in the place of a sampler's."""
+
+    sum_names = ("pairs", "loss", "accurate", "chosen", "rejected", "chosen_logp", "rejected_logp", "tokens", "entropy")
+    weighted_sums = ("loss",)
+    pairs = True
+
+    def __init__(self, options: DpoOptions) -> None:
+        self.options = options
+        self.weight = pair_mean
+
+    def moves(self, advantage: float) -> bool:
+        return True
+
+    def value(self, theta_C: Tensor, segments: Segments) -> Tensor:
+        """[S] log-probability of each completion."""
+        return segments.sum(theta_C)
+
+    def loss(self, data: MicroBatchData, theta_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if data.packed.is_dummy:
+            return _nothing(theta_C, len(self.sum_names))
+        beta, segments = self.options.beta, data.segments
+        ratio_S = segments.sum(theta_C - data.rollout_C)
+        weights_P = segments.mean(data.weights_C)[::2]
+        if self.options.loss == "ipo":
+            mean_S = ratio_S / segments.lengths_S
+            loss = ipo_loss(mean_S[::2], mean_S[1::2], weights_P, beta=beta)
+        else:
+            loss = dpo_loss(ratio_S[::2], ratio_S[1::2], weights_P, beta=beta)
+        chosen_P, rejected_P = (beta * ratio_S.detach()).view(-1, 2).unbind(1)
+        logps_S = segments.sum(theta_C.detach())
+        sums = [
+            loss.new_tensor(len(chosen_P)),
+            loss.detach(),
+            (chosen_P > rejected_P).to(loss.dtype).sum(),
+            chosen_P.sum(),
+            rejected_P.sum(),
+            logps_S[::2].sum(),
+            logps_S[1::2].sum(),
+            loss.new_tensor(len(theta_C)),
+            entropy_C.detach().sum(),
+        ]
+        return loss, torch.stack(sums), loss.new_zeros(())
+
+    def metrics(self, sums: dict[str, float], largest_mismatch: float, num_steps: int) -> dict[str, float]:
+        pairs = max(sums["pairs"], 1.0)
+        return {
+            "loss/dpo": sums["loss"] / num_steps,
+            "entropy": sums["entropy"] / max(sums["tokens"], 1.0),
+            "logps/chosen": sums["chosen_logp"] / pairs,
+            "logps/rejected": sums["rejected_logp"] / pairs,
+            **_pair_metrics(sums),
+        }
+
+
+class RewardModelObjective:
+    """A sequence's score is the model's output at its last token. Margins and labels are where other objectives have
+    advantages."""
+
+    sum_names = ("pairs", "loss", "accurate", "chosen", "rejected", "sequences", "score", "error")
+    weighted_sums = ("loss",)
+
+    def __init__(self, options: RewardModelOptions) -> None:
+        self.options = options
+        self.pairs = options.pairwise
+        self.weight = pair_mean if options.pairwise else sequence_weight
+
+    def moves(self, advantage: float) -> bool:
+        return True
+
+    def value(self, theta_C: Tensor, segments: Segments) -> Tensor:
+        """[S] scores."""
+        return theta_C[segments.lengths_S.cumsum(0) - 1]
+
+    def loss(self, data: MicroBatchData, theta_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if data.packed.is_dummy:
+            return _nothing(theta_C, len(self.sum_names))
+        scores_S = self.value(theta_C, data.segments)
+        targets_S = data.segments.mean(data.advantages_C)
+        weights_S = data.segments.mean(data.weights_C)
+        zero = theta_C.new_zeros(())
+        told = scores_S.detach()
+        if self.pairs:
+            loss = bradley_terry_loss(scores_S[::2], scores_S[1::2], targets_S[::2], weights_S[::2])
+            sums = [
+                loss.new_tensor(len(told) // 2),
+                loss.detach(),
+                (told[::2] > told[1::2]).to(loss.dtype).sum(),
+                told[::2].sum(),
+                told[1::2].sum(),
+            ]
+        else:
+            loss = point_loss(scores_S, targets_S, weights_S, kind=self.options.loss)
+            right_S = (told > 0) == (targets_S > 0.5)
+            sums = [zero, loss.detach(), right_S.to(loss.dtype).sum(), zero, zero]
+        sums += [loss.new_tensor(len(told)), told.sum(), (told - targets_S).abs().sum()]
+        return loss, torch.stack(sums), zero
+
+    def metrics(self, sums: dict[str, float], largest_mismatch: float, num_steps: int) -> dict[str, float]:
+        sequences = max(sums["sequences"], 1.0)
+        out = {"loss/reward_model": sums["loss"] / num_steps, "score/mean": sums["score"] / sequences}
+        if self.pairs:
+            return out | _pair_metrics(sums)
+        if self.options.loss == "bce":
+            return out | {"score/accuracy": sums["accurate"] / sequences}
+        return out | {"score/error": sums["error"] / sequences}
+
+
+def _nothing(theta_C: Tensor, num_sums: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a dummy, which takes its part in the passes of all ranks and adds nothing."""
+    zero = theta_C.new_zeros(())
+    return (theta_C * 0).sum(), theta_C.new_zeros(num_sums), zero
+
+
+def _pair_metrics(sums: dict[str, float]) -> dict[str, float]:
+    pairs = max(sums["pairs"], 1.0)
+    return {
+        "pairs/accuracy": sums["accurate"] / pairs,
+        "pairs/margin": (sums["chosen"] - sums["rejected"]) / pairs,
+        "pairs/chosen": sums["chosen"] / pairs,
+        "pairs/rejected": sums["rejected"] / pairs,
+    }

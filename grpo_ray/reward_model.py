@@ -1,0 +1,33 @@
+"""A language model's body with one output: a score of a whole text, read at its last token.
+
+As Transformers' `AutoModelForSequenceClassification` with one label has it, so an export is one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grpo_ray.batching import PackedBatch
+from grpo_ray.policy import target_states
+from grpo_ray.sequence import Alone, SequenceRanks, slice_of
+
+
+class RewardModel(nn.Module):
+    """Takes what `PolicyModel` takes, and gives a value in each log-probability's place: that of the text before the token."""
+
+    def __init__(self, hf: nn.Module, ranks: SequenceRanks | None = None) -> None:
+        super().__init__()
+        self.hf = hf
+        self.ranks = ranks or Alone()
+
+    def forward(self, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """[C] values, and zeros where a policy has entropies; fp32."""
+        hf: Any = self.hf
+        own = slice_of(batch, self.ranks.rank, self.ranks.size)
+        weight = hf.score.weight
+        hidden_cH = target_states(hf.base_model, own, hf.config._attn_implementation, weight.device)
+        (values_C,) = self.ranks.gather(own.counts, hf.score(hidden_cH.to(weight.dtype))[:, 0].float())
+        return values_C, torch.zeros_like(values_C)

@@ -1,0 +1,197 @@
+"""What a supervised run learns, in one shape for all kinds: demonstrations (SFT), pairs (DPO, reward models), labelled answers.
+
+dataset -> Cursor -> examples -> batch -> learner;  before the first step `prepare`, then and at the end `measure`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from grpo_ray.config import DpoConfig, RewardModelConfig, SftConfig
+from grpo_ray.cursor import Cursor
+from grpo_ray.errors import ConfigError
+from grpo_ray.pairs import Pair, PairDataset, PairSets, load_pairs, pair_batch
+from grpo_ray.prompts import SftDataset, load_demonstrations
+from grpo_ray.sft_loop import sft_batch
+from grpo_ray.types import TrainBatch
+
+REFERENCE = "reference.safetensors"
+PAIRS_AT_ONCE = 256
+"""Of a pass without training."""
+
+
+class Valuing(Protocol):
+    """The part of a learner that says what it thinks of samples."""
+
+    async def values(self, batch: TrainBatch) -> list[float]:
+        """[S] of each sample its log-probability, or a reward model's score."""
+        ...
+
+
+@dataclass
+class Demonstrations:
+    dataset: SftDataset
+    measures = False
+
+    def batch(self, step: int, examples: Sequence[Any]) -> TrainBatch:
+        return sft_batch(step, examples)
+
+    async def prepare(self, learner: Valuing, folder: Path, cursor: Cursor[Any], num_examples: int) -> None:
+        pass
+
+    async def measure(self, learner: Valuing) -> dict[str, float]:
+        return {}
+
+
+@dataclass
+class Preferences:
+    """For a reward model: answers are read to their end, and scored."""
+
+    sets: PairSets
+
+    @property
+    def dataset(self) -> PairDataset:
+        return self.sets.train
+
+    @property
+    def measures(self) -> bool:
+        """Is there anything held out?"""
+        return bool(self.sets.eval)
+
+    def batch(self, step: int, examples: Sequence[Pair]) -> TrainBatch:
+        return pair_batch(step, examples, read_last=True)
+
+    async def prepare(self, learner: Valuing, folder: Path, cursor: Cursor[Pair], num_examples: int) -> None:
+        pass
+
+    async def measure(self, learner: Valuing) -> dict[str, float]:
+        """Held-out: how often, and by how much, the chosen answer is ahead."""
+        out: dict[str, float] = {}
+        for name, pairs in self.sets.eval.items():
+            prefix = f"eval/{name}/" if name else "eval/"
+            values = torch.tensor(await self._values(learner, list(pairs), read_last=True), dtype=torch.float64)
+            targets = torch.tensor([pair.target for pair in pairs], dtype=torch.float64)
+            out |= {f"{prefix}{key}": value for key, value in held_out(values, targets).items()}
+        return out
+
+    async def _values(self, learner: Valuing, pairs: Sequence[Pair], *, read_last: bool) -> list[list[float]]:
+        """Of each pair, one or two."""
+        out: list[list[float]] = []
+        for start in range(0, len(pairs), PAIRS_AT_ONCE):
+            some = pairs[start : start + PAIRS_AT_ONCE]
+            told = iter(await learner.values(pair_batch(0, some, read_last=read_last)))
+            out += [[next(told) for _ in pair.answers] for pair in some]
+        return out
+
+
+@dataclass
+class DirectPreferences(Preferences):
+    """For DPO: answers are predicted, and compared with what the model said of them before it was trained."""
+
+    references: dict[int, Sequence[float]] = field(default_factory=dict)
+    held_out: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Name of a set -> [P, 2], likewise."""
+
+    def batch(self, step: int, examples: Sequence[Pair]) -> TrainBatch:
+        return pair_batch(step, examples, self.references)
+
+    async def prepare(self, learner: Valuing, folder: Path, cursor: Cursor[Pair], num_examples: int) -> None:
+        """The log-probabilities of the reference, which is the learner before its first step: for the pairs that will be trained
+        on, and those held out. Kept in the run's folder, for a run that goes on.
+
+        Raises:
+            ConfigError: those in the folder are of other pairs.
+        """
+        file = folder / REFERENCE
+        of = {"train": self.dataset.fingerprint} | {f"eval/{n}": s.fingerprint for n, s in self.sets.eval.items()}
+        if not file.is_file():
+            places = sorted({cursor.next().index for _ in range(min(num_examples, len(cursor)))})
+            values = await self._values(learner, [self.dataset.item(i, 0) for i in places], read_last=False)
+            tensors = {"index": torch.tensor(places), "train": torch.tensor(values, dtype=torch.float64)}
+            for name, pairs in self.sets.eval.items():
+                told = await self._values(learner, list(pairs), read_last=False)
+                tensors[f"eval/{name}"] = torch.tensor(told, dtype=torch.float64)
+            aside = file.with_name(f".{file.name}.tmp")
+            save_file(tensors, aside, metadata=of)
+            aside.replace(file)
+        with safe_open(file, "pt") as saved:
+            if saved.metadata() != of:
+                raise ConfigError(f"{file} is of other pairs than the run's: restore the data, or start another run")
+            self.references = dict(
+                zip(saved.get_tensor("index").tolist(), saved.get_tensor("train").tolist(), strict=True)
+            )
+            self.held_out = {name: saved.get_tensor(f"eval/{name}") for name in self.sets.eval}
+
+    async def measure(self, learner: Valuing) -> dict[str, float]:
+        out: dict[str, float] = {}
+        for name, pairs in self.sets.eval.items():
+            prefix = f"eval/{name}/" if name else "eval/"
+            values = torch.tensor(await self._values(learner, list(pairs), read_last=False), dtype=torch.float64)
+            ahead = held_out(values - self.held_out[name], torch.zeros(len(values)))
+            out |= {f"{prefix}{key}": value for key, value in ahead.items()}
+        return out
+
+
+Task = Demonstrations | Preferences
+
+
+def load_task(config: SftConfig, tokenizer: Any) -> Task:
+    """Read the data of a supervised run.
+
+    Raises:
+        DataError: names source, line or row, and the mend.
+        ConfigError: a reward model whose end-of-sequence token is its padding.
+    """
+    match config:
+        case DpoConfig():
+            return DirectPreferences(load_pairs(config.data, tokenizer, seed=config.seed, max_length=config.max_length))
+        case RewardModelConfig():
+            check_padding(tokenizer)
+            options = config.reward_model
+            return Preferences(
+                load_pairs(
+                    config.data,
+                    tokenizer,
+                    seed=config.seed,
+                    max_length=config.max_length,
+                    labelled=not options.pairwise,
+                    use_margin=options.use_margin,
+                )
+            )
+    return Demonstrations(load_demonstrations(config.data, tokenizer, seed=config.seed, max_length=config.max_length))
+
+
+def check_padding(tokenizer: Any) -> None:
+    """Transformers reads a score at the last token that is no padding.
+
+    Raises:
+        ConfigError: that would not be the end of the text.
+    """
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise ConfigError(
+            "a reward model needs a padding token of its own, and the tokenizer has "
+            + (
+                "none"
+                if tokenizer.pad_token_id is None
+                else f"its end-of-sequence token {tokenizer.eos_token!r} for it"
+            )
+            + ": Transformers would read scores in the wrong place; set pad_token in the model's tokenizer_config.json to a token "
+            "that texts don't hold"
+        )
+
+
+def held_out(values: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+    """Of pairs [P, 2]: how often the first is ahead, and by how much; of labelled answers [P, 1]: how far they are from it."""
+    if values.shape[1] == 1:
+        score_P = values[:, 0]
+        right = ((score_P > 0) == (targets > 0.5)).double().mean()
+        return {"accuracy": right.item(), "error": (score_P - targets).abs().mean().item()}
+    ahead_P = values[:, 0] - values[:, 1]
+    return {"accuracy": (ahead_P > 0).double().mean().item(), "margin": ahead_P.mean().item()}
