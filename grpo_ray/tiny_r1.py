@@ -53,15 +53,15 @@ NAMES = tuple(a + b for a in _FIRST for b in _LAST)
 class Flaws:
     """How often base text goes wrong, each a probability in [0, 1]."""
 
-    other_language: float = 0.3
+    other_language: float = 0.2
     """A step is written in the other language than the prompt's. Per step."""
-    forgotten_carry_en: float = 0.85
+    forgotten_carry_en: float = 0.9
     """A carry is left out in a step of that language."""
-    forgotten_carry_de: float = 0.3
-    lost_letter_en: float = 0.2
+    forgotten_carry_de: float = 0.4
+    lost_letter_en: float = 0.25
     """A letter is replaced in a step of that language."""
-    lost_letter_de: float = 0.05
-    broken_format: float = 0.35
+    lost_letter_de: float = 0.08
+    broken_format: float = 0.4
     """A tag is missing. Per answer."""
     curt: float = 0.6
     """A greeting is short and names nobody. Per greeting."""

@@ -41,6 +41,8 @@ from launch.recipe import find_recipe, is_pipeline
 
 console = Console(highlight=False, soft_wrap=True)
 RECIPE_COPY = "recipe.yaml"
+TRAINING = ("loss", "reward/mean", "completions/mean_length", "pairs/", "score/", "eval/")
+"""Metrics of a stage that trains, by their beginnings, which are its figures for gates."""
 
 
 def load_plan(recipe: str, overrides: list[str]) -> Plan:
@@ -225,9 +227,11 @@ class _Runner:
                 threshold=config.eval.threshold,
                 by=self._plan.config.eval_by,
             )
-        lines = [line for line in read_metrics(folder / "metrics.jsonl") if "time/step" in line]
-        wanted = ("reward/mean", "loss/sft", "loss", "completions/mean_length")
-        return {key: lines[-1][key] for key in wanted if lines and lines[-1].get(key) is not None}
+        # What training says of itself in the end: the last value of each.
+        last: dict[str, float] = {}
+        for line in read_metrics(folder / "metrics.jsonl"):
+            last |= {key: value for key, value in line.items() if value is not None and key.startswith(TRAINING)}
+        return last
 
     def _check_gates(self, stages: list[Stage]) -> None:
         """Raises WorkerError when one stays shut."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo_ray.config import DataSource, RunConfig, SftConfig
+from grpo_ray.config import DataSource, RunConfig, SftConfig, preferences
 from grpo_ray.config_base import Strict
 from grpo_ray.pipeline.config import AssumeConfig
 from grpo_ray.pipeline.plan import Plan, Stage
@@ -48,6 +48,7 @@ def _work(
         rows = num_rows(config.data.train) or ROWS
         steps = config.num_steps or max(1, int(config.num_epochs * rows / config.examples_per_step))
         each = (assume.prompt_tokens or 0) + (assume.completion_tokens or config.max_length / 2)
+        each *= 1 if preferences(config) is None else 2
         return round(steps * config.examples_per_step * each), f"{steps:,} steps x {config.examples_per_step} examples"
     if isinstance(config, RunConfig):
         prompt = assume.prompt_tokens or config.data.max_prompt_length / 2
