@@ -4,8 +4,8 @@
              was ist 58 + 26         <think>einer 8+6+0=14, zehner 5+2+1=08</think><answer>84</answer>
     reverse  spell lamp backward     <think>finally p next m next a next l</think><answer>pmal</answer>
              schreibe lamp umgekehrt <think>zuletzt p danach m danach a danach l</think><answer>pmal</answer>
-    greet    greet anna              <think>the visitor is anna</think><answer>hello anna, welcome</answer>
-             begruesse anna          <think>der besucher heisst anna</think><answer>hallo anna, willkommen</answer>
+    greet    greet anna              <think>the visitor waits</think><answer>hello anna, welcome</answer>
+             begruesse anna          <think>der besucher wartet</think><answer>hallo anna, willkommen</answer>
 
 Sums and words are reasoning-gym's, with its verifiers; a greeting has no rule, only a style that people prefer.
 
@@ -40,7 +40,7 @@ ASKED = {
 }
 COLUMNS = {"en": ("ones", "tens"), "de": ("einer", "zehner")}
 ORDER = {"en": ("finally", "next"), "de": ("zuletzt", "danach")}
-VISITOR = {"en": "the visitor is {}", "de": "der besucher heisst {}"}
+VISITOR = {"en": "the visitor waits", "de": "der besucher wartet"}
 HELLO = {"en": ("hello", "hey"), "de": ("hallo", "na")}
 """Kind, curt."""
 WELCOME = {"en": "welcome", "de": "willkommen"}
@@ -197,7 +197,7 @@ def _reverse(word: str, language: str, flaws: Flaws, rng: random.Random) -> tupl
 
 def _greet(name: str, language: str, flaws: Flaws, rng: random.Random) -> tuple[str, str]:
     kind, curt = HELLO[language]
-    reasoning = VISITOR[_spoken(language, flaws, rng)].format(name)
+    reasoning = VISITOR[_spoken(language, flaws, rng)]
     return reasoning, curt if rng.random() < flaws.curt else f"{kind} {name}, {WELCOME[language]}"
 
 
