@@ -174,7 +174,7 @@ def demands(config: RunConfig | SftConfig, gpus: bool) -> list[Demand]:
     if isinstance(config, RunConfig):
         rollout = config.rollout
         out.append(Demand("rollout", rollout.num_actors, rollout.num_cpus, gpus_per_engine(config, gpus)))
-        out.append(Demand("reward", config.reward.num_actors, config.reward.num_cpus, 0))
+        out += [Demand(name, r.num_actors, r.num_cpus, r.num_gpus) for name, r in config.reward.pools.items()]
     out.append(Demand("learner", learner.num_actors, learner.num_cpus, gpus_per_learner(config, gpus)))
     return out
 

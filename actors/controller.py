@@ -25,12 +25,13 @@ from actors.colocated import ColocatedLearner, ColocatedSampler, ColocatedWeight
 from actors.learner_group import LearnerGroup
 from actors.ray_metrics import RayMetrics
 from actors.reward_pool import RewardPool
+from actors.reward_pools import RewardPools
 from actors.rollout_pool import RolloutPool
 from actors.runtime import own_log, settle_garbage_collector, within
 from actors.weights import RayWeightSync
 from grpo_ray.attention import cpu_has_bf16
 from grpo_ray.checkpoint import RunDir
-from grpo_ray.config import RunConfig, SftConfig, Strict
+from grpo_ray.config import RewardConfig, RunConfig, SftConfig, Strict
 from grpo_ray.cursor import Cursor
 from grpo_ray.errors import ConfigError, GrpoRayError
 from grpo_ray.evaluate import eval_event, evaluate, vote_config
@@ -453,7 +454,7 @@ class NoRolloutLog:
 @dataclass(frozen=True)
 class _Started:
     sampler: Sampler
-    scorer: RewardPool
+    scorer: RewardPool | RewardPools
     learner: Learner
     weights: WeightSync
     voter: RewardPool | None
@@ -529,7 +530,7 @@ class _Workers:
             self._learner = None
 
     def _joined(
-        self, sampler: RolloutPool, learner: LearnerGroup, scorer: RewardPool, voter: RewardPool | None
+        self, sampler: RolloutPool, learner: LearnerGroup, scorer: RewardPool | RewardPools, voter: RewardPool | None
     ) -> _Started:
         assert isinstance(self._config, RunConfig)
         weights = self._weight_sync(sampler, learner)
@@ -573,12 +574,18 @@ class _Workers:
         learner.prepare_weights()
         return RayWeightSync(sampler, learner, timeout_s)
 
-    async def start_scorer(self) -> RewardPool:
+    async def start_scorer(self) -> RewardPool | RewardPools:
         assert isinstance(self._config, RunConfig)
-        pool = await RewardPool.create(
-            self._config.reward, self._run_dir, start_timeout_s=self._config.deadlines.start_s
-        )
-        return self._opened(pool, "rewards")
+        start_s = self._config.deadlines.start_s
+
+        async def start(name: str, config: RewardConfig) -> RewardPool:
+            pool = await RewardPool.create(config, self._run_dir, name=name, start_timeout_s=start_s)
+            return self._opened(pool, "rewards" if name == "reward" else name)
+
+        async with asyncio.TaskGroup() as tasks:
+            started = [tasks.create_task(start(*one)) for one in self._config.reward.pools.items()]
+        pools = [task.result() for task in started]
+        return pools[0] if len(pools) == 1 else RewardPools(self._config.reward, pools)
 
     async def start_voter(self) -> RewardPool | None:
         assert isinstance(self._config, RunConfig)

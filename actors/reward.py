@@ -49,7 +49,7 @@ class RewardActor:
         return os.getpid()
 
     async def score(self, groups: list[list[ScoreRequest]]) -> list[list[Score]]:
-        """Score each list of requests: sample by sample, or each list in one call under `reward.unit: group`.
+        """Score each list of requests: sample by sample; by `reward.unit: group` each list in one call, by `batch` all of them.
 
         A failing function, or a sample whose object is lost, is a `Score` with that status.
 
@@ -77,8 +77,7 @@ class RewardActor:
         return {key: fetched[ref] if isinstance(ref, ray.ObjectRef) else ref for key, ref in refs.items()}
 
     def _score(self, groups: list[list[ScoreRequest]], texts: dict[int, list[Sample] | str]) -> list[list[Score]]:
-        whole = self._config.unit == "group"
-        units = [unit for group in groups for unit in ([group] if whole else [[request] for request in group])]
+        units = _units(groups, self._config.unit)
         lost = [_first_loss(unit, texts) for unit in units]
         inputs = [None if lost[u] else build_inputs(unit, texts) for u, unit in enumerate(units)]
         calls = [(f, x) for x in inputs if x is not None for f in range(len(self._weights))]
@@ -95,6 +94,14 @@ class RewardActor:
             ]
         rest = iter(scores)
         return [[next(rest) for _ in group] for group in groups]
+
+
+def _units(groups: list[list[ScoreRequest]], unit: str) -> list[list[ScoreRequest]]:
+    """What functions are called with at once."""
+    if unit == "group":
+        return groups
+    single = [request for group in groups for request in group]
+    return [single] if unit == "batch" else [[request] for request in single]
 
 
 async def _get(ref: Any) -> list[Sample] | str:

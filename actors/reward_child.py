@@ -97,7 +97,7 @@ def import_functions(setup: Setup, responses: int) -> list[RewardFunction]:
     for config in setup.functions:
         reply(responses, {"importing": config.name})
         try:
-            functions.append(resolve(config))
+            functions.append(resolve(config, load=True))
         except RewardError as e:
             reply(responses, {"refused": str(e)})
             sys.exit(1)

@@ -244,6 +244,7 @@ class RewardPool:
             run_dir=self._run_dir,
             name=worker.name,
             num_cpus=self._config.num_cpus,
+            num_gpus=self._config.num_gpus,
             max_restarts=0,
         )
         try:

@@ -35,6 +35,7 @@ from grpo_ray.types import RewardScore, ScoreStatus, Step
 
 # What a scoring process inherits; tokens and passwords of the environment stay here. The rest comes from `reward.env`.
 KEPT_ENV = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR", "TZ")
+KEPT_FOR_MODELS = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE")
 TAG = "GRPO_RAY_SCORER"
 MAX_LINE_BYTES = 64 << 20
 """A whole group with a step at every token is some ten MiB."""
@@ -211,7 +212,7 @@ class ScoringProcess:
         return Call(function, pickle.dumps(inputs, protocol=pickle.HIGHEST_PROTOCOL), inputs.lengths)
 
     def _environment(self) -> dict[str, str]:
-        env = {k: os.environ[k] for k in KEPT_ENV if k in os.environ}
+        env = {k: os.environ[k] for k in (*KEPT_ENV, *KEPT_FOR_MODELS) if k in os.environ}
         paths = (str(Path(grpo_ray.__file__).parents[1]), self._config.env.get("PYTHONPATH"), env.get("PYTHONPATH"))
         # Scorers share their cores with the other actors; a thread pool in each of them would fight for them.
         env |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

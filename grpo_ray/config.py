@@ -192,6 +192,15 @@ class RolloutConfig(Strict):
         return self
 
 
+class RewardWorkersConfig(Strict):
+    """Workers that have one reward function alone, and call it with all samples that they have at hand (64 at most)."""
+
+    num_actors: PositiveInt = 1
+    num_cpus: NonNegFloat = 1
+    num_gpus: NonNegFloat = 0
+    """Per actor."""
+
+
 class RewardFunctionConfig(Strict):
     name: str
     """A built-in (`grpo-ray check` lists them) or a function by dotted path, `package.module.function`."""
@@ -208,6 +217,9 @@ class RewardFunctionConfig(Strict):
     part: Literal["all", "reasoning", "summary"] = "all"
     """What it sees of a completion: `summary` is what follows `</think>`. R1 judges helpfulness by the summary alone, and
     harmlessness by all."""
+
+    workers: RewardWorkersConfig | None = None
+    """Workers of its own: for a model (`reward_model`, `judge`), which is slow to load and quicker in batches."""
 
     @property
     def title(self) -> str:
@@ -236,12 +248,26 @@ class RewardConfig(Strict):
     num_cpus: NonNegFloat = 1
     timeout_s: PositiveFloat = 10.0
     """For one function on one sample."""
-    unit: Literal["sample", "group"] = "sample"
-    """`group`: functions are called with the whole group at once, when it is complete."""
+    num_gpus: NonNegFloat = 0
+    """Per actor."""
+    unit: Literal["sample", "group", "batch"] = "sample"
+    """`group`: functions are called with the whole group at once, when it is complete. `batch`: with all samples that a worker has
+    at hand; a call that fails then fails all of them."""
     memory_gb: PositiveFloat = 4.0
     """A scoring process that takes more gets a MemoryError."""
     on_failure: FailurePolicy = FailurePolicy()
     env: Env = {}
+
+    @property
+    def pools(self) -> dict[str, RewardConfig]:
+        """Name of a pool of workers -> its part: of the functions that have their own, and of all others (`reward`)."""
+        shared = tuple(f for f in self.functions if f.workers is None)
+        out = {"reward": self.model_copy(update={"functions": shared})} if shared else {}
+        for function in self.functions:
+            if (workers := function.workers) is not None:
+                alone = {"functions": (function,), "unit": "batch", **workers.model_dump()}
+                out[f"reward-{function.title}"] = self.model_copy(update=alone)
+        return out
 
     @model_validator(mode="after")
     def _code_ends_first(self) -> Self:

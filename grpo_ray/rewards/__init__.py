@@ -18,10 +18,11 @@ from grpo_ray.rewards.countdown import countdown
 from grpo_ray.rewards.exact_match import exact_match
 from grpo_ray.rewards.function import RewardFunction, ScoreInputs, inspect_function
 from grpo_ray.rewards.instructions import instructions
-from grpo_ray.rewards.language_consistency import check_languages, language_consistency
+from grpo_ray.rewards.language_consistency import check_languages, language_consistency, load_dictionaries
 from grpo_ray.rewards.r1_format import r1_format
 from grpo_ray.rewards.reasoning_gym_task import reasoning_gym
 from grpo_ray.rewards.repetition_penalty import repetition_penalty
+from grpo_ray.rewards.reward_model import check_reward_model, load_reward_model, reward_model
 from grpo_ray.rewards.scoring import call_reward, score_samples, weighted_sum
 from grpo_ray.rewards.soft_overlong import soft_overlong
 from grpo_ray.rewards.think_format import think_format
@@ -40,6 +41,7 @@ BUILTINS: dict[str, Callable[..., Any]] = {
     "exact_match": exact_match,
     "language_consistency": language_consistency,
     "instructions": instructions,
+    "reward_model": reward_model,
 }
 # Imported when the function is resolved: at the first sample it would count against the sample's deadline.
 _LIBRARIES = {"accuracy": "math_verify", "reasoning_gym": "reasoning_gym"}
@@ -47,11 +49,19 @@ _LIBRARIES = {"accuracy": "math_verify", "reasoning_gym": "reasoning_gym"}
 _CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "code": check_code,
     "language_consistency": check_languages,
+    "reward_model": check_reward_model,
+}
+# What is read before the first sample, where it is scored.
+_LOADS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "language_consistency": load_dictionaries,
+    "reward_model": load_reward_model,
 }
 
 
-def resolve(config: RewardFunctionConfig) -> RewardFunction:
+def resolve(config: RewardFunctionConfig, *, load: bool = False) -> RewardFunction:
     """Find the function that a recipe names: a built-in, or `package.module.function`, the current folder included.
+
+    `load`: also read what it works with (a model, dictionaries), which takes seconds and memory.
 
     Raises:
         RewardError: it does not exist, can't be imported, does not take the `args` given, or lacks what it needs.
@@ -69,6 +79,8 @@ def resolve(config: RewardFunctionConfig) -> RewardFunction:
     )
     if config.name in _CHECKS:
         _CHECKS[config.name](config.args)
+    if load and config.name in _LOADS:
+        _LOADS[config.name](config.args)
     return function
 
 

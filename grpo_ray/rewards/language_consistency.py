@@ -76,12 +76,21 @@ def language_consistency(
 
 
 def check_languages(args: dict[str, Any]) -> None:
-    """Read the dictionaries that `args` name: a second or two each, which would count against the first sample's deadline."""
-    language = args.get("language", ())
-    for name in {language, *args.get("others", ("en",))} if isinstance(language, str) else args.get("others", ("en",)):
+    """Are those that `args` name known?"""
+    for name in _languages(args):
         _check(name)
+
+
+def load_dictionaries(args: dict[str, Any]) -> None:
+    """A second or two each, which would count against the first sample's deadline."""
+    for name in _languages(args):
         if name not in _BY_SCRIPT_ALONE:
             _knows("a", name)
+
+
+def _languages(args: dict[str, Any]) -> set[str]:
+    language = args.get("language")
+    return {*args.get("others", ("en",)), *([language] if isinstance(language, str) else [])}
 
 
 def words_of(text: str) -> list[str]:

@@ -166,7 +166,7 @@ def test_a_reward_model_is_the_plain_loop_and_exports_what_transformers_loads(
     place.mkdir()
     run(save(group, place))
     run(export(group, tmp_path / "exported"))
-    torch.testing.assert_close(scored(tmp_path / "exported" / "hf", pairs), torch.tensor(values), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scored(tmp_path / "exported", pairs), torch.tensor(values), rtol=1e-4, atol=1e-5)
     run(group.update(pair_batch(4, pairs, read_last=True)))
     run(load(group, place))
     assert run(group.values(pair_batch(0, pairs, read_last=True))) == pytest.approx(values, abs=1e-6)

@@ -1,0 +1,50 @@
+"""Several pools of reward workers as one scorer: functions with workers of their own (a model, on a GPU), and all the others.
+
+requests -> each pool its functions -> parts, in the recipe's order -> Score
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from actors.reward_pool import RewardPool
+from grpo_ray.config import RewardConfig
+from grpo_ray.rewards.scoring import weighted_sum
+from grpo_ray.types import Score, ScoreRequest, Track
+
+
+class RewardPools:
+    """Implements `grpo_ray.roles.Scorer`."""
+
+    def __init__(self, config: RewardConfig, pools: Sequence[RewardPool]) -> None:
+        self._titles = [f.title for f in config.functions]
+        self._weights = [f.weight for f in config.functions]
+        self._pools = pools
+
+    def score(self, requests: Sequence[ScoreRequest]) -> asyncio.Future[list[Score]]:
+        return asyncio.ensure_future(self._score(requests))
+
+    async def _score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        of_pools = await asyncio.gather(*(pool.score(requests) for pool in self._pools))
+        return [
+            self._joined(scores, r.sample.num_tokens)
+            for r, scores in zip(requests, zip(*of_pools, strict=True), strict=True)
+        ]
+
+    def _joined(self, scores: Sequence[Score], num_tokens: int) -> Score:
+        lost = next((s for s in scores if not s.parts), None)
+        if lost is not None:
+            return lost
+        by_title = {part.name: part for score in scores for part in score.parts}
+        return weighted_sum([by_title[title] for title in self._titles], self._weights, num_tokens)
+
+    def take_stats(self) -> dict[str, float]:
+        out: dict[str, float] = {}
+        for pool in self._pools:
+            for name, value in pool.take_stats().items():
+                out[name] = out.get(name, 0.0) + value
+        return out
+
+    def take_tracks(self) -> list[Track]:
+        return [track for pool in self._pools for track in pool.take_tracks()]

@@ -1,0 +1,129 @@
+"""What a trained reward model says of a text."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grpo_ray.errors import ConfigError, DataError, RewardError
+from grpo_ray.rewards.function import Completions, Conversation, text_of
+from grpo_ray.templates import Render, make_template
+from grpo_ray.tokenized import tokenize
+
+
+def reward_model(
+    prompts: Completions,
+    completions: Completions,
+    path: str,
+    batch_tokens: int = 8192,
+    num_threads: int = 1,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+) -> list[float | RewardError]:
+    """The score of prompt and completion by a sequence classifier with one label, `grpo-ray reward-model`'s or another.
+
+    A conversation gets the chat template of the model's own tokenizer, as in its training; a text is taken as it is. The model is
+    loaded once in each scoring process, on its GPU if it has one: give it `workers` of its own, which call it with many samples
+    at once. `batch_tokens` are those of one forward pass, padding included; `num_threads` is for CPUs.
+
+    Range: what the model was trained to; only differences mean something for one of pairs. A text beyond the model's context
+    fails alone.
+
+    Raises:
+        RewardError: the model can't be loaded, or has more than one label.
+    """
+    model = _load(path, num_threads, dtype, trust_remote_code)
+    return model.scores(prompts, completions, batch_tokens)
+
+
+def check_reward_model(args: dict[str, Any]) -> None:
+    """What can be known without loading it."""
+    path = args.get("path")
+    if not isinstance(path, str):
+        raise RewardError(
+            "reward 'reward_model' needs args: {path: FOLDER}, the hf/ of a run of `grpo-ray reward-model`"
+        )
+    folder = Path(path)
+    if (path.startswith((".", "/", "~")) or path.count("/") != 1) and not (folder / "config.json").is_file():
+        raise RewardError(
+            f"reward 'reward_model': {path} holds no model (no config.json); train it first, or mend args.path"
+        )
+
+
+def load_reward_model(args: dict[str, Any]) -> None:
+    given = {"num_threads": 1, "dtype": "float32", "trust_remote_code": False} | args
+    _load(given["path"], given["num_threads"], given["dtype"], given["trust_remote_code"])
+
+
+class _Scorer:
+    def __init__(self, path: str, num_threads: int, dtype: str, trust_remote_code: bool) -> None:
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        torch.set_num_threads(num_threads)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            self._model: Any = AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError, AttributeError) as e:
+            first_line = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            raise RewardError(f"reward 'reward_model': {path} can't be loaded: {first_line}") from None
+        if (labels := self._model.config.num_labels) != 1:
+            raise RewardError(f"reward 'reward_model': {path} has {labels} labels, expected 1, a score")
+        self._model.to(self._device).eval()
+        text_config = self._model.config.get_text_config()
+        self._pad: int | None = text_config.pad_token_id
+        self._context = int(text_config.max_position_embeddings)
+        self._renders: dict[str, Render] = {}
+
+    def scores(self, prompts: Completions, completions: Completions, batch_tokens: int) -> list[float | RewardError]:
+        texts = [self._ids(p, text_of(c)) for p, c in zip(prompts, completions, strict=True)]
+        out: list[float | RewardError] = [
+            RewardError(f"the text has {len(ids)} tokens, the reward model's context is {self._context}")
+            for ids in texts
+        ]
+        fitting = sorted((i for i, ids in enumerate(texts) if len(ids) <= self._context), key=lambda i: len(texts[i]))
+        while fitting:
+            # The longest first: what does not fit the memory shows at once.
+            count = max(1, batch_tokens // len(texts[fitting[-1]])) if self._pad is not None else 1
+            fitting, some = fitting[:-count], fitting[-count:]
+            for i, score in zip(some, self._forward([texts[i] for i in some]), strict=True):
+                out[i] = score
+        return out
+
+    def _forward(self, texts: list[NDArray[np.int32]]) -> list[float]:
+        import torch
+
+        longest = max(map(len, texts))
+        ids = torch.full((len(texts), longest), self._pad or 0, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, text in enumerate(texts):
+            ids[row, : len(text)] = torch.from_numpy(text.astype(np.int64))
+            mask[row, : len(text)] = 1
+        with torch.inference_mode():
+            logits = self._model(input_ids=ids.to(self._device), attention_mask=mask.to(self._device)).logits
+        scores: list[float] = logits[:, 0].float().tolist()
+        return scores
+
+    def _ids(self, prompt: str | Conversation, completion: str) -> NDArray[np.int32]:
+        """Tokenized apart, as in training."""
+        name = "raw" if isinstance(prompt, str) else "chat"
+        try:
+            if name not in self._renders:
+                self._renders[name] = make_template(name, self._tokenizer)
+            (ids,) = tokenize(self._tokenizer, [self._renders[name](prompt, {})])
+        except (DataError, ConfigError) as e:
+            raise RewardError(f"reward 'reward_model': {e}") from None
+        answer = self._tokenizer(completion, add_special_tokens=False)["input_ids"]
+        return np.asarray([*ids, *answer, self._tokenizer.eos_token_id], np.int32)
+
+
+@lru_cache(maxsize=4)
+def _load(path: str, num_threads: int, dtype: str, trust_remote_code: bool) -> _Scorer:
+    return _Scorer(path, num_threads, dtype, trust_remote_code)

@@ -1,0 +1,164 @@
+"""The reward of a trained model, alone and in workers of its own beside other rewards."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from actors.reward_pool import RewardPool
+from actors.reward_pools import RewardPools
+from grpo_ray.config import RewardConfig, RewardFunctionConfig
+from grpo_ray.errors import RewardError
+from grpo_ray.rewards import ScoreInputs, call_reward, resolve
+from grpo_ray.types import Sample, SampleInfo, Score, ScoreRequest, ScoreStatus, VersionSpan
+
+TEXTS = ["yes", "no, not at all", "<think>hm</think>perhaps", ""]
+
+
+@pytest.fixture(scope="module")
+def scorer(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random reward model."""
+    torch.manual_seed(3)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
+    torch.nn.init.normal_(model.score.weight)
+    folder = tmp_path_factory.mktemp("scorer")
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
+def plain_scores(folder: Path, prompts: list[Any], completions: list[str]) -> list[float]:
+    """One text after the other, without padding."""
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    out = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if not isinstance(prompt, str):
+            prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        ids = [
+            *tokenizer(prompt)["input_ids"],
+            *tokenizer(completion, add_special_tokens=False)["input_ids"],
+            tokenizer.eos_token_id,
+        ]
+        with torch.no_grad():
+            out.append(model(torch.tensor([ids])).logits[0, 0].item())
+    return out
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 8192])
+@pytest.mark.parametrize("chat", [False, True])
+def test_scores_are_those_of_plain_transformers_however_they_are_batched(
+    scorer: Path, batch_tokens: int, chat: bool
+) -> None:
+    function = resolve(
+        RewardFunctionConfig(name="reward_model", args={"path": str(scorer), "batch_tokens": batch_tokens}), load=True
+    )
+    prompts: list[Any] = ["1+1?", "Is it so? Or not?", "a", "b"]
+    completions: list[Any] = TEXTS
+    if chat:
+        prompts = [[{"role": "user", "content": p}] for p in prompts]
+        completions = [[{"role": "assistant", "content": c}] for c in TEXTS]
+    scores = call_reward(function, ScoreInputs(prompts, completions, [[1]] * 4))
+    assert [s.value for s in scores] == pytest.approx(plain_scores(scorer, prompts, TEXTS), abs=1e-5)
+
+
+def test_a_text_beyond_the_context_fails_alone(scorer: Path) -> None:
+    function = resolve(RewardFunctionConfig(name="reward_model", args={"path": str(scorer)}))
+    good, bad = call_reward(function, ScoreInputs(["a", "a"], ["b", "b" * 300], [[1], [1]]))
+    assert good.status is ScoreStatus.OK
+    assert bad.status is ScoreStatus.ERROR
+    assert bad.detail == "the text has 302 tokens, the reward model's context is 256"
+
+
+def test_a_model_that_is_not_there_is_told_before_the_run_and_one_that_scores_nothing_at_the_start(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RewardError, match=r"holds no model \(no config.json\)"):
+        resolve(RewardFunctionConfig(name="reward_model", args={"path": str(tmp_path)}))
+    with pytest.raises(RewardError, match=r"needs args: \{path: FOLDER\}"):
+        resolve(RewardFunctionConfig(name="reward_model"))
+    function = RewardFunctionConfig(name="reward_model", args={"path": str(tiny_model)})
+    with pytest.raises(RewardError, match="has 2 labels, expected 1"):
+        resolve(function, load=True)
+
+
+def config(scorer: Path) -> RewardConfig:
+    return RewardConfig.model_validate(
+        {
+            "functions": [
+                {"name": "think_format", "weight": 0.5},
+                {
+                    "name": "reward_model",
+                    "label": "helpful",
+                    "part": "summary",
+                    "sources": ["chat"],
+                    "weight": 2.0,
+                    "args": {"path": str(scorer)},
+                    "workers": {"num_actors": 2, "num_cpus": 0.5},
+                },
+                {"name": "repetition_penalty"},
+            ],
+            "num_cpus": 0,
+            "timeout_s": 30,
+        }
+    )
+
+
+def test_a_function_with_workers_of_its_own_is_a_pool_of_its_own(scorer: Path) -> None:
+    pools = config(scorer).pools
+    assert {name: [f.title for f in part.functions] for name, part in pools.items()} == {
+        "reward": ["think_format", "repetition_penalty"],
+        "reward-helpful": ["helpful"],
+    }
+    part = pools["reward-helpful"]
+    assert (part.num_actors, part.num_cpus, part.num_gpus, part.unit) == (2, 0.5, 0.0, "batch")
+
+
+def requests(source: str) -> list[ScoreRequest]:
+    ids = np.array([1, 2], np.int32)
+    held = [
+        Sample("d/0/0", i, ids, ids, np.zeros(2, np.float32), (VersionSpan(0, 0, 2),), "stop", t)
+        for i, t in enumerate(TEXTS)
+    ]
+    infos = [SampleInfo("d/0/0", i, 2, 2, 0, "stop", "rollout-0", held, i) for i in range(len(TEXTS))]
+    return [ScoreRequest(info, "1+1?", None, {"source": source}, 0) for info in infos]
+
+
+async def score_all(whole: RewardConfig, folder: Path) -> tuple[list[list[Score]], dict[str, float], set[str]]:
+    pools = [await RewardPool.create(part, str(folder), name=name) for name, part in whole.pools.items()]
+    try:
+        scorer = RewardPools(whole, pools)
+        both = await asyncio.gather(scorer.score(requests("chat")), scorer.score(requests("math")))
+        return list(both), scorer.take_stats(), {track.worker for track in scorer.take_tracks()}
+    finally:
+        await asyncio.gather(*(pool.close() for pool in pools))
+
+
+def test_the_parts_of_several_pools_are_one_score_in_the_recipes_order(
+    local_ray: None, scorer: Path, tmp_path: Path
+) -> None:
+    (chat, math), stats, workers = asyncio.run(score_all(config(scorer), tmp_path))
+    summaries = [t.rpartition("</think>")[2] for t in TEXTS]
+    told = plain_scores(scorer, ["1+1?"] * 4, summaries)
+    formats = [0.0, 0.0, 1.0, 0.0]
+    assert [s.value for s in chat] == pytest.approx(
+        [0.5 * f + 2.0 * v for f, v in zip(formats, told, strict=True)], abs=1e-5
+    )
+    assert [s.value for s in math] == pytest.approx([0.5 * f for f in formats])
+    assert [p.name for p in chat[0].parts] == ["think_format", "helpful", "repetition_penalty"]
+    assert [p.status for p in math[0].parts][1] is ScoreStatus.NOT_APPLICABLE
+    assert stats["scored"] == 16.0
+    assert workers == {"reward-0", "reward-helpful-0", "reward-helpful-1"}
+
+
+def test_a_sample_that_is_lost_to_one_pool_is_a_lost_sample(scorer: Path) -> None:
+    pools = RewardPools(config(scorer), [])
+    lost = Score(ScoreStatus.CRASHED, float("nan"), (), "its object is gone")
+    fine = replace(lost, status=ScoreStatus.OK, parts=(object(),))  # type: ignore[arg-type]
+    assert pools._joined([fine, lost], 2) is lost
