@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo_ray.errors import DataError
+from grpo_ray.rewards.answer_tag import answer_of
+from grpo_ray.rewards.function import Completions, text_of
 
 Row = dict[str, Any]
 TASKS = ("add", "reverse", "greet")
@@ -127,6 +129,37 @@ def greetings(size: int, seed: int, curt: float = 0.5) -> Iterator[Row]:
         }
 
 
+def greeting_pairs(size: int, seed: int, held_out: bool = False) -> Iterator[Row]:
+    """Preferences {prompt, chosen, rejected} between what may follow the reasoning: the kind greeting in the prompt's language
+    against a curt one, one in the other language, or one of somebody else."""
+    rng = random.Random(f"pairs/{seed}")
+    for row in prompts(size, seed, tasks=("greet",), held_out=held_out):
+        language, name = row["language"], row["subject"]
+        other = next(x for x in LANGUAGES if x != language)
+        somebody = rng.choice([n for n in NAMES if n != name])
+        worse = (HELLO[language][1], HELLO[other][1], _kind(name, other), _kind(somebody, language))
+        yield {
+            "prompt": row["prompt"],
+            "chosen": f"<answer>{_kind(name, language)}</answer>",
+            "rejected": f"<answer>{rng.choice(worse)}</answer>",
+        }
+
+
+def kind_greeting(
+    completions: Completions, source: list[str], language: list[str], subject: list[str]
+) -> list[float | None]:
+    """A reward function to measure by: is it the kind greeting that people prefer? Of other tasks it says nothing."""
+    rows = zip(completions, source, language, subject, strict=True)
+    return [
+        float(answer_of(text_of(c)) == _kind(name, spoken)) if task == "greet" else None
+        for c, task, spoken, name in rows
+    ]
+
+
+def _kind(name: str, language: str) -> str:
+    return f"{HELLO[language][0]} {name}, {WELCOME[language]}"
+
+
 def _subjects(task: str, seed: int) -> Iterator[tuple[str, Row | None]]:
     """Without end: what is asked about, and reasoning-gym's entry."""
     import reasoning_gym
@@ -196,9 +229,8 @@ def _reverse(word: str, language: str, flaws: Flaws, rng: random.Random) -> tupl
 
 
 def _greet(name: str, language: str, flaws: Flaws, rng: random.Random) -> tuple[str, str]:
-    kind, curt = HELLO[language]
     reasoning = VISITOR[_spoken(language, flaws, rng)]
-    return reasoning, curt if rng.random() < flaws.curt else f"{kind} {name}, {WELCOME[language]}"
+    return reasoning, HELLO[language][1] if rng.random() < flaws.curt else _kind(name, language)
 
 
 def _spoken(language: str, flaws: Flaws, rng: random.Random) -> str:

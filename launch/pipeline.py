@@ -22,8 +22,9 @@ from grpo_ray.config_base import Strict
 from grpo_ray.errors import ConfigError, GrpoRayError, WorkerError
 from grpo_ray.evaluate import accuracy_name
 from grpo_ray.events import EndEvent
-from grpo_ray.filters.config import MixConfig
+from grpo_ray.filters.config import MixConfig, PromptsConfig
 from grpo_ray.filters.mix import make_mix
+from grpo_ray.filters.prompts import join_prompts
 from grpo_ray.manifest import digest_of
 from grpo_ray.metrics import duration
 from grpo_ray.names import check_name
@@ -57,7 +58,9 @@ def load_plan(recipe: str, overrides: list[str]) -> Plan:
         stage_config = plan.config_of(stage)
         if isinstance(stage_config, RunConfig):
             for function in stage_config.reward.functions:
-                resolve(function)
+                # A model that an earlier stage will make is not there yet.
+                if not any(str(value).startswith(f"{plan.folder}/") for value in function.args.values()):
+                    resolve(function)
     return plan
 
 
@@ -194,9 +197,10 @@ class _Runner:
         return out | {path: digest_of(Path(path)) for path in _files(stage.data)}
 
     def _work(self, stage: Stage, config: Strict, folder: Path) -> dict[str, Any]:
-        if isinstance(config, MixConfig):
+        if isinstance(config, MixConfig | PromptsConfig):
             folder.mkdir(parents=True, exist_ok=True)
-            return asdict(make_mix(config, folder / stage.spec.outputs["data"]))
+            target = folder / stage.spec.outputs["data"]
+            return asdict(make_mix(config, target) if isinstance(config, MixConfig) else join_prompts(config, target))
         assert isinstance(config, RunConfig | SftConfig)
         assert stage.spec.run is not None
         run, resume_step = _open_run(stage, config, folder)
@@ -217,7 +221,7 @@ class _Runner:
         console.print(f"go on    grpo-ray pipeline {self._recipe}{name}")
 
     def _metrics(self, stage: Stage, config: Strict, folder: Path, details: dict[str, Any]) -> dict[str, float]:
-        if isinstance(config, MixConfig):
+        if isinstance(config, MixConfig | PromptsConfig):
             return {key: float(value) for key, value in details.items() if isinstance(value, int)}
         if stage.spec.run == "sample":
             assert isinstance(config, RunConfig)
@@ -317,7 +321,7 @@ def print_plan(plan: Plan, record: Record, todo: list[Stage]) -> None:
     for column in ("tokens", "time"):
         table.add_column(column, justify="right", no_wrap=True)
     rows_of = dict(plan.config.assume.rows)
-    for stage in (s for s in plan.stages if s.kind == "data"):
+    for stage in (s for s in plan.stages if "data" in s.spec.outputs):
         known = (
             record.stages[stage.name].metrics.get("num_rows") if record.done(stage.name) else rows_of.get(stage.name)
         )

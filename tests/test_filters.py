@@ -11,8 +11,9 @@ import pytest
 
 from grpo_ray.config import DataSource, build
 from grpo_ray.errors import DataError
-from grpo_ray.filters.config import FilterConfig, MixConfig, SampledSource
+from grpo_ray.filters.config import FilterConfig, MixConfig, PromptsConfig, SampledSource
 from grpo_ray.filters.mix import make_mix
+from grpo_ray.filters.prompts import join_prompts
 from grpo_ray.filters.select import select, written
 from grpo_ray.filters.trace import first_fault, foreign, loops, repeated
 from tests.samples import row, sample_folder
@@ -165,6 +166,22 @@ def test_nothing_left_says_why(mix: MixConfig, tmp_path: Path) -> None:
         make_mix(MixConfig(samples=(strict,)), tmp_path / "mix.jsonl")
     with pytest.raises(DataError, match="needs samples or other"):
         make_mix(build(MixConfig, {}, "test"), tmp_path / "mix.jsonl")
+
+
+def test_prompts_of_several_sources_keep_their_columns_and_say_their_source(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"problem": f"{i}", "answer": i}) + "\n" for i in range(9)))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"prompt": f"write {i}"}) + "\n" for i in range(9)))
+    config = PromptsConfig(
+        sources={
+            "math": DataSource(path=str(tmp_path / "a.jsonl"), columns={"prompt": "problem"}, limit=6),
+            "general": DataSource(path=str(tmp_path / "b.jsonl")),
+        }
+    )
+    report = join_prompts(config, tmp_path / "prompts.jsonl")
+    rows = read(tmp_path / "prompts.jsonl")
+    assert report.composition == {"math": 6, "general": 9}
+    assert [r["answer"] for r in sorted(rows, key=lambda r: r["prompt"]) if r["source"] == "math"] == list(range(6))
+    assert [r["source"] for r in rows] != sorted((r["source"] for r in rows), reverse=True)
 
 
 def test_hugging_face_and_our_own_loader_read_the_mix(mix: MixConfig, tmp_path: Path, tiny_model: Path) -> None:

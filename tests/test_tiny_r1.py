@@ -13,7 +13,7 @@ from grpo_ray.rewards.language_consistency import language_consistency
 from grpo_ray.rewards.r1_format import r1_format
 from grpo_ray.rewards.reasoning_gym_task import reasoning_gym
 from grpo_ray.tiny import build_tiny_model
-from grpo_ray.tiny_r1 import LANGUAGES, TASKS, base_text, greetings, prompts
+from grpo_ray.tiny_r1 import LANGUAGES, TASKS, base_text, greeting_pairs, greetings, kind_greeting, prompts
 
 NONE = dict.fromkeys(
     (
@@ -84,6 +84,15 @@ def test_nothing_held_out_is_trained_on() -> None:
     held_out = {r["prompt"] for r in prompts(300, 7, held_out=True)}
     assert not held_out & {r["prompt"] for seed in (1, 2, 7) for r in base_text(3000, seed)}
     assert not held_out & {r["prompt"] for r in greetings(500, 6)}
+
+
+def test_of_a_pair_of_greetings_the_chosen_one_is_the_kind_one_and_the_other_is_not() -> None:
+    asked = list(prompts(200, 9, tasks=["greet"]))
+    pairs = list(greeting_pairs(200, 9))
+    columns = {name: [r[name] for r in asked] for name in ("source", "language", "subject")}
+    assert kind_greeting([p["chosen"] for p in pairs], **columns) == [1.0] * 200
+    assert kind_greeting([p["rejected"] for p in pairs], **columns) == [0.0] * 200
+    assert kind_greeting(["84"], ["add"], ["en"], ["58 + 26"]) == [None]
 
 
 def test_tasks_and_languages_come_in_turn_and_the_same_seed_gives_the_same_rows() -> None:

@@ -71,3 +71,13 @@ class MixConfig(Strict):
     ngram: PositiveInt = 10
     group_by: str | None = "source"
     """The column by which the composition is told."""
+
+
+class PromptsConfig(Strict):
+    """Prompts of several sources in one file, each row with its source in a column: what rewards by source go by."""
+
+    name: str | None = None
+    dir: str = "runs"
+    seed: int = 1
+    sources: Annotated[dict[str, DataSource], Field(min_length=1)]
+    """What the column `source` says -> where the rows are; `limit` makes the shares."""

@@ -83,7 +83,7 @@ class PipelineConfig(Strict):
     cluster: ClusterConfig = ClusterConfig()
     """One for all stages."""
     common: dict[str, dict[str, Any]] = {}
-    """Kind (or `all`) -> config under that of every such stage."""
+    """Kind (or `all`: of those that run on the cluster) -> config under that of every such stage."""
     eval: dict[str, Any] | None = None
     """Config of kind `sample`: held-out prompts in `data.train`, and the rewards that measure. `model` is each stage's own."""
     eval_by: str | None = "source"

@@ -130,9 +130,10 @@ def make_plan(config: PipelineConfig, name: str, load_recipe: Callable[[str], Da
 
 def _common(config: PipelineConfig, kind: str) -> Data:
     seed: Data = {"seed": config.seed}
-    if kind != "data":
-        seed["cluster"] = config.cluster.model_dump(mode="json")
-    every = config.common.get("all", {}) if kind != "data" else {}
+    if KINDS[kind].run is None:
+        return deep_merge(seed, config.common.get(kind, {}))
+    seed["cluster"] = config.cluster.model_dump(mode="json")
+    every = config.common.get("all", {})
     return deep_merge(deep_merge(seed, every), config.common.get(kind, {}))
 
 

@@ -47,7 +47,7 @@ def write_pipeline_report(plan: Plan, record: Record) -> Path:
         plotly=Markup(get_plotlyjs() if charts else ""),
         stages=[_stage(s, plan, record) for s in plan.stages],
         total=_total(record),
-        mixes=[_mix(s, record) for s in plan.stages if s.kind == "data" and record.done(s.name)],
+        mixes=[_mix(s, record) for s in plan.stages if "data" in s.spec.outputs and record.done(s.name)],
         prompts=_same_prompts(measured, plan),
         recipe=yaml.safe_dump(plan.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
     )
