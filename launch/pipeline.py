@@ -34,6 +34,7 @@ from grpo_ray.pipeline.gates import judge
 from grpo_ray.pipeline.measure import measure
 from grpo_ray.pipeline.plan import Plan, Stage, make_plan
 from grpo_ray.pipeline.record import Record, StageRecord, check_unchanged
+from grpo_ray.pipeline.report import held_out_figures, write_pipeline_report
 from grpo_ray.rewards import resolve
 from grpo_ray.sample_files import read_samples
 from grpo_ray.tracking import read_metrics
@@ -149,8 +150,10 @@ class _Runner:
             for number, stage in enumerate(stages, 1):
                 console.print(f"\n[bold]{number}/{len(stages)} {stage.name}[/] ({stage.kind}) {stage.note}")
                 self._stage(stage)
-        self._check_gates([s for s in self._plan.stages if self._record.done(s.name)])
-        console.print(f"\nreport   {self._report()}")
+        # Of what was done before: the recipe may have other gates now.
+        self._check_gates([s for s in self._plan.stages if self._record.done(s.name) and s not in stages])
+        print_figures(self._plan, self._record)
+        console.print(f"report   {self._report()}")
 
     def _stage(self, stage: Stage) -> None:
         plan, record = self._plan, self._record
@@ -256,8 +259,6 @@ class _Runner:
                     )
 
     def _report(self) -> Path:
-        from grpo_ray.pipeline.report import write_pipeline_report
-
         return write_pipeline_report(self._plan, self._record)
 
 
@@ -312,6 +313,21 @@ def _files(node: Any) -> list[str]:
         here = [node["path"]] if isinstance(node.get("path"), str) and Path(node["path"]).is_file() else []
         return here + [path for value in node.values() for path in _files(value)]
     return [path for value in node for path in _files(value)] if isinstance(node, list) else []
+
+
+def print_figures(plan: Plan, record: Record) -> None:
+    """Of the held-out prompts, after each stage."""
+    head, rows = held_out_figures(plan, record)
+    if not head:
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("held out")
+    for name in head:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, values in rows:
+        table.add_row(name, *values)
+    console.print()
+    console.print(table)
 
 
 def print_plan(plan: Plan, record: Record, todo: list[Stage]) -> None:

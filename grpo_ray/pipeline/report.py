@@ -28,8 +28,8 @@ TEXT_LIMIT = 4000
 
 def write_pipeline_report(plan: Plan, record: Record) -> Path:
     """Write `report.html` into the pipeline's folder, of what is done until now."""
-    measured = [s for s in plan.stages if s.measures and record.done(s.name)]
-    table = _figures(measured, record)
+    measured = _measured(plan, record)
+    head, table = held_out_figures(plan, record)
     charts = _charts(measured, record)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     here = files("grpo_ray")
@@ -40,7 +40,7 @@ def write_pipeline_report(plan: Plan, record: Record) -> Path:
         drawing=Markup(of_a_run.rpartition("<script>")[2].partition("</script>")[0]),
         title=plan.name,
         subtitle=f"{sum(record.done(s.name) for s in plan.stages)} of {len(plan.stages)} stages are done",
-        head=[s.measures for s in measured],
+        head=head,
         table=table,
         charts=charts,
         data=inert_json([asdict(c) for c in charts]),
@@ -58,10 +58,16 @@ def write_pipeline_report(plan: Plan, record: Record) -> Path:
     return path
 
 
-def _figures(measured: Sequence[Stage], record: Record) -> list[tuple[str, list[str]]]:
-    """(name, its value after each stage)."""
+def _measured(plan: Plan, record: Record) -> list[Stage]:
+    return [s for s in plan.stages if s.measures and record.done(s.name)]
+
+
+def held_out_figures(plan: Plan, record: Record) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Stages that made a model, and rows of (figure, its value after each)."""
+    measured = _measured(plan, record)
     names = dict.fromkeys(n for s in measured for n in record.stages[s.name].metrics if n != "accuracy_error")
-    return [(name, [_shown(name, record.stages[s.name].metrics) for s in measured]) for name in names]
+    rows = [(name, [_shown(name, record.stages[s.name].metrics) for s in measured]) for name in names]
+    return [s.measures or s.name for s in measured], rows
 
 
 def _shown(name: str, metrics: Mapping[str, float]) -> str:
