@@ -228,6 +228,18 @@ async def await_resources(wanted: list[Demand], deadline_s: float) -> None:
             ray.autoscaler.sdk.request_resources(bundles=[])
 
 
+async def await_free(wanted: list[Demand], deadline_s: float) -> None:
+    """Wait until processes that an earlier run has ended are gone and have left devices and their memory.
+
+    No longer than `deadline_s`: what others hold on a shared cluster, actors wait for by themselves.
+    """
+    import ray
+
+    give_up = time.monotonic() + deadline_s
+    while missing(wanted, ray.available_resources()) is not None and time.monotonic() < give_up:
+        await asyncio.sleep(0.2)
+
+
 def bundles(wanted: list[Demand]) -> list[dict[str, float]]:
     """One per actor, as Ray's autoscaler takes them; an actor that asks for nothing is left out."""
     each = [({"CPU": d.num_cpus, "GPU": d.num_gpus}, d.num_actors) for d in wanted]

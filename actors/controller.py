@@ -362,7 +362,8 @@ class Controller:
             report = await sample_all(
                 prompts, sampling.result(), scoring.result(), RaySamples(), samples, config, progress
             )
-        told = f"{report.num_made} samples, {report.num_tokens} tokens"
+        speed = report.num_tokens / report.seconds
+        told = f"{report.num_made} samples, {report.num_tokens} tokens in {report.seconds:.1f} s ({speed:.0f} tokens/s)"
         if report.num_before:
             told += f"; {report.num_before} samples were there already"
         self._emit(MessageEvent("info", told))

@@ -8,6 +8,7 @@ A sample's seed depends on its prompt alone, so prompts that are drawn again aft
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,8 @@ class SamplingReport:
     """That were there already."""
     num_tokens: int
     """Completion tokens of this call."""
+    seconds: float
+    """Of this call, engines running."""
 
 
 def sampling_params(config: RunConfig) -> SamplingParams:
@@ -84,6 +87,7 @@ async def sample_all(
     Raises:
         RewardError: more of a file's samples than reward.on_failure.abort_above could not be scored.
     """
+    began = time.monotonic()
     missing = folder.missing()
     k = config.sample.num_samples
     total = len(prompts) * k
@@ -132,7 +136,7 @@ async def sample_all(
                 await places.acquire()
                 groups.append(tasks.create_task(draw(index)))
             tasks.create_task(make(number, groups))
-    return SamplingReport(total - before, before, tokens)
+    return SamplingReport(total - before, before, tokens, time.monotonic() - began)
 
 
 def _check_scores(groups: Sequence[Group], config: RunConfig) -> None:

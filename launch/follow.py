@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from actors.cluster import await_resources, connect, demands, has_gpus, joins
+from actors.cluster import await_free, await_resources, connect, demands, has_gpus, joins
 from actors.colocated import check_colocated
 from actors.runtime import log_tail
 from grpo_ray.config import RunConfig, SftConfig
@@ -19,6 +19,8 @@ from grpo_ray.events import EndEvent
 from launch.live import LiveView
 
 POLL_S = 0.5
+FREE_S = 20.0
+"""How long a run waits for what ended runs still hold."""
 SILENCE_S = 60.0
 """A controller that does not answer for so long is taken for dead."""
 
@@ -62,6 +64,7 @@ def run_here(
         check_colocated(config, has_gpus=gpus)
     wanted = [d for d in demands(config, gpus) if d.option not in UNUSED.get(kind, ())]
     asyncio.run(await_resources(wanted, config.deadlines.resources_s))
+    asyncio.run(await_free(wanted, FREE_S))
     from actors.controller import start_controller
 
     controller = start_controller(kind, config, run_dir, resume_step, detached=joins(config))
