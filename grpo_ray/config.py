@@ -199,6 +199,8 @@ class RewardWorkersConfig(Strict):
     num_cpus: NonNegFloat = 1
     num_gpus: NonNegFloat = 0
     """Per actor."""
+    timeout_s: PositiveFloat | None = None
+    """For one sample. None: reward.timeout_s."""
 
 
 class RewardFunctionConfig(Strict):
@@ -228,6 +230,8 @@ class RewardFunctionConfig(Strict):
 
 CODE_TIMEOUT_S = 8.0
 """`timeout_s` of the reward `code`: for all tests of one program."""
+JUDGE_DEADLINE_S = 60.0
+"""`deadline_s` of the reward `judge`: for one question, retries included."""
 
 
 class FailurePolicy(Strict):
@@ -265,18 +269,25 @@ class RewardConfig(Strict):
         out = {"reward": self.model_copy(update={"functions": shared})} if shared else {}
         for function in self.functions:
             if (workers := function.workers) is not None:
-                alone = {"functions": (function,), "unit": "batch", **workers.model_dump()}
+                alone = {"functions": (function,), "unit": "batch", **workers.model_dump(exclude_none=True)}
                 out[f"reward-{function.title}"] = self.model_copy(update=alone)
         return out
 
     @model_validator(mode="after")
-    def _code_ends_first(self) -> Self:
+    def _inner_deadlines_first(self) -> Self:
         for function in self.functions:
             limit_s = function.args.get("timeout_s", CODE_TIMEOUT_S)
             if function.name == "code" and limit_s >= self.timeout_s:
                 raise ValueError(
                     f"reward 'code' gives a program {limit_s:g} s (args.timeout_s), and reward.timeout_s is {self.timeout_s:g}: a "
                     "program that loops would be a failure of the scorer instead of a wrong answer; keep the second above the first"
+                )
+            own = function.workers.timeout_s if function.workers else None
+            deadline_s = function.args.get("deadline_s", JUDGE_DEADLINE_S)
+            if function.name == "judge" and deadline_s >= (own or self.timeout_s):
+                raise ValueError(
+                    f"reward 'judge' waits {deadline_s:g} s for an answer (args.deadline_s), and its process is killed after "
+                    f"{own or self.timeout_s:g}; give it workers: {{timeout_s: {2 * deadline_s:g}}}"
                 )
         return self
 

@@ -20,6 +20,10 @@ class RewardError(GrpoRayError):
     """A reward function that can't be imported, or fails too often; names the function."""
 
 
+class JudgeError(RewardError):
+    """A judge model that can't be reached, refuses, or does not answer as it was asked to; says which and why."""
+
+
 class ResourceError(GrpoRayError):
     """The cluster lacks what the run asks for; says what is missing."""
 

@@ -21,6 +21,9 @@ from grpo_ray.types import Group, ScoreStatus, SyncReport, TimeSpan, UpdateRepor
 ROLES = ("rollout", "reward", "update", "sync", "log", "other", "eval", "checkpoint")
 """What a run's time can go to, in the order in which a step meets it."""
 
+LOSSES = ("loss/sft", "loss/dpo", "loss/reward_model", "loss")
+"""What a supervised run has one of."""
+
 METRICS: dict[str, tuple[str, str]] = {
     "reward/mean": ("Reward: weighted sum of the functions, mean over the scored samples", ""),
     "reward/std": ("Reward: standard deviation over all scored samples of the step (n - 1)", ""),

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from grpo_ray.advice import advise, mean_step
-from grpo_ray.metrics import describe, duration
+from grpo_ray.metrics import LOSSES, describe, duration
 from grpo_ray.report_charts import inert_json, metric_charts, time_charts, time_shares
 from grpo_ray.report_timeline import busy_table, timeline_chart
 from grpo_ray.rollout_log import read_rollouts, rollout_steps
@@ -125,7 +125,7 @@ def _headlines(lines: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) ->
     out += [_accuracy(lines, name) for name in names if any(line.get(name) is not None for line in lines)]
     if not out and (rewards := [line["reward/mean"] for line in trained if line.get("reward/mean") is not None]):
         out.append(Figure("Reward", f"{rewards[0]:.3f} → {rewards[-1]:.3f}", "first and last step"))
-    losses = [line[k] for line in trained for k in ("loss/sft", "loss") if line.get(k) is not None]
+    losses = [line[k] for line in trained for k in LOSSES if line.get(k) is not None]
     if losses:
         out.append(Figure("Loss", f"{losses[0]:.3f} → {losses[-1]:.3f}", "first and last step"))
     planned = config.get("num_steps")

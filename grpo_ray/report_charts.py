@@ -10,12 +10,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from grpo_ray.metrics import ROLES, describe, matches
+from grpo_ray.metrics import LOSSES, ROLES, describe, matches
 
 CHARTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("Held-out accuracy", ("eval/accuracy", "eval/*/accuracy", "eval/pass@*", "eval/cons@*"), "percent"),
     ("Reward", ("reward/mean", "reward/*/mean"), ""),
-    ("Loss", ("loss/sft", "loss"), ""),
+    ("Loss", LOSSES, ""),
+    ("Pairs whose chosen answer is ahead", ("pairs/accuracy",), "percent"),
+    ("By how much chosen answers are ahead", ("pairs/margin",), ""),
     ("Completion length", ("completions/mean_length", "completions/mean_terminated_length"), ""),
     (
         "Cut answers, groups without signal",

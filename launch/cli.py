@@ -179,6 +179,56 @@ def decontaminate(
 
 
 @app.command()
+def judge_pairs(
+    answers: Annotated[
+        str, typer.Argument(metavar="ANSWERS", help=".jsonl or .parquet with prompt and completions, or completion")
+    ],
+    model: Annotated[str, typer.Option(help="The judge, as its endpoint calls it")],
+    out: Annotated[Path, typer.Option(help="File for the pairs: prompt, chosen, rejected, margin, as JSONL")],
+    base_url: Annotated[str, typer.Option(help="Of an OpenAI-compatible endpoint; its key is OPENAI_API_KEY")] = (
+        "https://api.openai.com/v1"
+    ),
+    rubric: Annotated[Path | None, typer.Option(help="File with what to compare by; else helpfulness")] = None,
+    part: Annotated[str, typer.Option(help="What the judge sees of an answer: all, reasoning or summary")] = "all",
+    pairs_per_prompt: Annotated[int, typer.Option(min=1, help="Comparisons of each prompt's answers")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Judgements in each of the two orders")] = 2,
+    min_margin: Annotated[float, typer.Option(min=0, help="Least mean difference of ratings, in points of ten")] = 1.0,
+    length_tolerance: Annotated[
+        float, typer.Option(min=0, max=1, help="Mean difference of lengths that may be left; 1: don't balance")
+    ] = 0.05,
+    requests_per_minute: Annotated[float | None, typer.Option(help="Of the endpoint's limit; else no pace")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Questions under way at once")] = 16,
+    cache: Annotated[Path | None, typer.Option(help="File that keeps answers: the same command goes on")] = None,
+    seed: Annotated[int, typer.Option(help="Which answers are compared")] = 1,
+) -> None:
+    """Have a judge compare sampled answers in both orders, and write the pairs where all judgements agree clearly."""
+    from grpo_ray.judge import JudgeOptions
+    from grpo_ray.judged_pairs import RUBRIC
+    from launch.judge_pairs import make_pairs
+
+    if part not in ("all", "reasoning", "summary"):
+        raise ConfigError(f"--part is {part!r}, expected all, reasoning or summary")
+    make_pairs(
+        answers,
+        out,
+        JudgeOptions(
+            model,
+            base_url,
+            concurrency=concurrency,
+            requests_per_minute=requests_per_minute,
+            cache=str(cache) if cache else None,
+        ),
+        rubric=RUBRIC if rubric is None else rubric.read_text().strip(),
+        part=part,  # type: ignore[arg-type]
+        pairs_per_prompt=pairs_per_prompt,
+        rounds=rounds,
+        min_margin=min_margin,
+        length_tolerance=length_tolerance,
+        seed=seed,
+    )
+
+
+@app.command()
 def smoke(overrides: Overrides = None) -> None:
     """A tiny model from a cold start to 90% of an arithmetic task, with the real engines, on this machine."""
     from launch.smoke import run_smoke

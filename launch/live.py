@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo_ray.events import CheckpointEvent, EndEvent, EvalEvent, Event, MessageEvent, PhaseEvent, StepEvent
-from grpo_ray.metrics import ROLES, duration
+from grpo_ray.metrics import LOSSES, ROLES, duration
 
 REFRESHES_A_SECOND = 4
 HISTORY = 400
@@ -37,7 +37,8 @@ ETA_STEPS = 15
 ROWS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("reward", ("reward/mean",), ".3f"),
     ("held-out accuracy", ("eval/accuracy",), ".1%"),
-    ("loss", ("loss/sft", "loss"), ".4f"),
+    ("pairs in order", ("pairs/accuracy",), ".1%"),
+    ("loss", LOSSES, ".4f"),
     ("completion length", ("completions/mean_length",), ",.1f"),
     ("tokens/s", ("throughput/tokens_per_s",), ",.0f"),
     ("gradient norm", ("grad_norm",), ".3g"),
@@ -228,7 +229,8 @@ def step_line(event: StepEvent, seconds_left: float | None) -> str:
 
 PLAIN: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("reward", ("reward/mean",), "6.3f"),
-    ("loss", ("loss/sft", "loss"), "7.4f"),
+    ("loss", LOSSES, "7.4f"),
+    ("pairs", ("pairs/accuracy",), "6.1%"),
     ("length", ("completions/mean_length",), "6.1f"),
     ("tok/s", ("throughput/tokens_per_s",), "6.0f"),
     ("grad", ("grad_norm",), "8.3g"),

@@ -18,6 +18,7 @@ from grpo_ray.rewards.countdown import countdown
 from grpo_ray.rewards.exact_match import exact_match
 from grpo_ray.rewards.function import RewardFunction, ScoreInputs, inspect_function
 from grpo_ray.rewards.instructions import instructions
+from grpo_ray.rewards.judge import judge
 from grpo_ray.rewards.language_consistency import check_languages, language_consistency, load_dictionaries
 from grpo_ray.rewards.r1_format import r1_format
 from grpo_ray.rewards.reasoning_gym_task import reasoning_gym
@@ -42,9 +43,10 @@ BUILTINS: dict[str, Callable[..., Any]] = {
     "language_consistency": language_consistency,
     "instructions": instructions,
     "reward_model": reward_model,
+    "judge": judge,
 }
 # Imported when the function is resolved: at the first sample it would count against the sample's deadline.
-_LIBRARIES = {"accuracy": "math_verify", "reasoning_gym": "reasoning_gym"}
+_LIBRARIES = {"accuracy": "math_verify", "reasoning_gym": "reasoning_gym", "judge": "openai"}
 # What has to be there besides, given `args`.
 _CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "code": check_code,

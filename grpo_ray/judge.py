@@ -1,0 +1,155 @@
+"""A judge: a model behind any OpenAI-compatible endpoint (OpenAI's, `vllm serve`, ..), asked politely.
+
+    messages -> cache on disk -> pace -> endpoint, with retries and a deadline -> text, or a JudgeError that says what is wrong
+
+Retries, their back-off and `Retry-After` are those of OpenAI's own client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo_ray.config import JUDGE_DEADLINE_S
+from grpo_ray.errors import JudgeError
+
+Message = dict[str, str]
+KEY_VARIABLE = "OPENAI_API_KEY"
+NO_KEY = "none"
+"""For endpoints that want none; the client insists on one."""
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    model: str
+    base_url: str = "https://api.openai.com/v1"
+    temperature: float = 0.0
+    max_tokens: int = 1024
+    deadline_s: float = JUDGE_DEADLINE_S
+    """For one question, its retries included."""
+    retries: int = 4
+    concurrency: int = 16
+    """Questions under way at once."""
+    requests_per_minute: float | None = None
+    """Of this process. None: as fast as it goes."""
+    cache: str | None = None
+    """A file (SQLite) with the answers so far, which several processes may share."""
+
+
+class Judge:
+    """For one event loop. The key is in the environment, OPENAI_API_KEY."""
+
+    def __init__(self, options: JudgeOptions) -> None:
+        from openai import AsyncOpenAI
+
+        self._options = options
+        self._client = AsyncOpenAI(
+            base_url=options.base_url,
+            api_key=os.environ.get(KEY_VARIABLE) or NO_KEY,
+            timeout=options.deadline_s,
+            max_retries=options.retries,
+        )
+        self._turns = asyncio.Semaphore(options.concurrency)
+        self._cache = None if options.cache is None else _Cache(Path(options.cache))
+        self._next_slot = 0.0
+        self.num_asked = 0
+        """Questions that went to the endpoint; the others were answered by the cache."""
+
+    async def ask(self, messages: Sequence[Message]) -> str:
+        """What the judge answers.
+
+        Raises:
+            JudgeError: it can't be reached, refuses, or does not answer in time.
+        """
+        question = {
+            "model": self._options.model,
+            "messages": list(messages),
+            "temperature": self._options.temperature,
+            "max_tokens": self._options.max_tokens,
+        }
+        if self._cache is not None and (known := self._cache.get(question)) is not None:
+            return known
+        async with self._turns:
+            await self._pace()
+            answer = await self._ask(question)
+        if self._cache is not None:
+            self._cache.put(question, answer)
+        return answer
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def _pace(self) -> None:
+        """Slots at even distances: a burst at the start of every minute would be refused just as well."""
+        if self._options.requests_per_minute is None:
+            return
+        now = asyncio.get_running_loop().time()
+        slot = max(now, self._next_slot)
+        self._next_slot = slot + 60.0 / self._options.requests_per_minute
+        await asyncio.sleep(slot - now)
+
+    async def _ask(self, question: dict[str, Any]) -> str:
+        import openai
+
+        o = self._options
+        where = f"the judge {o.model} at {o.base_url}"
+        self.num_asked += 1
+        try:
+            async with asyncio.timeout(o.deadline_s):
+                answer = await self._client.chat.completions.create(**question)
+        except (TimeoutError, openai.APITimeoutError):
+            raise JudgeError(f"{where} did not answer within {o.deadline_s:g} s; raise deadline_s") from None
+        except openai.RateLimitError as e:
+            raise JudgeError(
+                f"{where} still refuses for its rate limit after {o.retries} retries; lower requests_per_minute: {_line(e)}"
+            ) from None
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as e:
+            raise JudgeError(
+                f"{where} refuses the key; give it by reward.env: {{{KEY_VARIABLE}: ${{{KEY_VARIABLE}}}}}: {_line(e)}"
+            ) from None
+        except openai.NotFoundError as e:
+            raise JudgeError(f"{where} is not there: no such model, or the URL lacks its /v1: {_line(e)}") from None
+        except openai.APIConnectionError as e:
+            raise JudgeError(
+                f"{where} can't be reached, after {o.retries} retries: {_line(e.__cause__ or e)}"
+            ) from None
+        except openai.APIStatusError as e:
+            raise JudgeError(f"{where} answers with status {e.status_code}: {_line(e)}") from None
+        except openai.OpenAIError as e:
+            raise JudgeError(f"{where}: {type(e).__name__}: {_line(e)}") from None
+        text: str | None = answer.choices[0].message.content if answer.choices else None
+        if not text:
+            raise JudgeError(f"{where} gave an empty answer; does max_tokens ({o.max_tokens}) leave room for one?")
+        return text
+
+
+class _Cache:
+    def __init__(self, path: Path) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
+            self._db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
+        except (OSError, sqlite3.Error) as e:
+            raise JudgeError(f"the judge's cache {path} can't be opened ({e}); name another file") from None
+
+    def get(self, question: dict[str, Any]) -> str | None:
+        row = self._db.execute("SELECT answer FROM answers WHERE key = ?", (_key(question),)).fetchone()
+        return None if row is None else str(row[0])
+
+    def put(self, question: dict[str, Any], answer: str) -> None:
+        self._db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?)", (_key(question), answer))
+
+
+def _key(question: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,80 @@
+"""`grpo-ray judge-pairs`: sampled answers -> preference pairs, by a judge model."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from rich.console import Console
+
+from grpo_ray.config import DataSource
+from grpo_ray.data import load_table, progress
+from grpo_ray.decontaminate import write_jsonl
+from grpo_ray.errors import ConfigError, DataError
+from grpo_ray.judge import Judge, JudgeOptions
+from grpo_ray.judged_pairs import RUBRIC, Counts, JudgedPair, balance_lengths, judge_pairs, read_candidates
+from grpo_ray.rewards.parts import Part
+
+console = Console(highlight=False, soft_wrap=True, markup=False)
+
+
+def make_pairs(
+    answers: str,
+    out: Path,
+    options: JudgeOptions,
+    *,
+    rubric: str = RUBRIC,
+    part: Part = "all",
+    pairs_per_prompt: int = 1,
+    rounds: int = 2,
+    min_margin: float = 1.0,
+    length_tolerance: float = 0.05,
+    seed: int = 1,
+) -> Path:
+    """Prints counts; returns the file.
+
+    Raises:
+        ConfigError: `out` is the file to read.
+        DataError: the answers can't be read, or no pair is left.
+    """
+    if out.resolve() == Path(answers).resolve():
+        raise ConfigError(f"--out {out} is the file to read; name another")
+    table = load_table(DataSource(path=answers), seed=seed)
+    candidates = read_candidates(table)
+    counts = Counts()
+
+    async def ask() -> list[JudgedPair]:
+        judge = Judge(options)
+        with progress(f"judging {table.label}", len(candidates) * pairs_per_prompt) as advance:
+            try:
+                return await judge_pairs(
+                    candidates,
+                    judge,
+                    rubric=rubric,
+                    part=part,
+                    pairs_per_prompt=pairs_per_prompt,
+                    rounds=rounds,
+                    min_margin=min_margin,
+                    seed=seed,
+                    counts=counts,
+                    advance=advance,
+                )
+            finally:
+                await judge.close()
+
+    pairs = asyncio.run(ask())
+    kept = balance_lengths(pairs, length_tolerance)
+    console.print(f"asked    {counts.asked:,} comparisons of {len(candidates):,} prompts, {2 * rounds} judgements each")
+    console.print(f"left out {counts.disagreed:,} where judgements disagree, {counts.too_close:,} too close")
+    if counts.failed:
+        console.print(f"failed   {counts.failed:,}; the last: {counts.last_failure}")
+    if not kept:
+        raise DataError(
+            f"none of {counts.asked:,} comparisons made a pair, so nothing was written; lower --min-margin, or look at the judge"
+        )
+    console.print(
+        f"left out {len(pairs) - len(kept):,} so that chosen and rejected answers are of one length on average"
+    )
+    write_jsonl(out, (pair.row() for pair in kept))
+    console.print(f"kept     {len(kept):,} pairs in {out}, mean margin {sum(p.margin for p in kept) / len(kept):.2f}")
+    return out
