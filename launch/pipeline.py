@@ -14,32 +14,28 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from grpo_ray.checkpoint import RunDir
-from grpo_ray.config import DataSource, RunConfig, SftConfig, build, deep_merge, load_yaml, parse_overrides, to_yaml
+from grpo_ray.config import RunConfig, SftConfig, build, deep_merge, load_yaml, parse_overrides, to_yaml
 from grpo_ray.config_base import Strict
 from grpo_ray.errors import ConfigError, GrpoRayError, WorkerError
 from grpo_ray.evaluate import accuracy_name
-from grpo_ray.events import EndEvent
-from grpo_ray.filters.config import MixConfig, PromptsConfig
-from grpo_ray.filters.mix import make_mix
-from grpo_ray.filters.prompts import join_prompts
+from grpo_ray.filters.config import MixConfig, PairsConfig, PromptsConfig
 from grpo_ray.manifest import digest_of
-from grpo_ray.metrics import duration
 from grpo_ray.names import check_name
 from grpo_ray.pipeline.config import PipelineConfig
-from grpo_ray.pipeline.estimate import Estimate, estimate, rows_known
 from grpo_ray.pipeline.gates import judge
 from grpo_ray.pipeline.measure import measure
 from grpo_ray.pipeline.plan import Plan, Stage, make_plan
 from grpo_ray.pipeline.record import Record, StageRecord, check_unchanged
-from grpo_ray.pipeline.report import held_out_figures, write_pipeline_report
+from grpo_ray.pipeline.report import write_pipeline_report
 from grpo_ray.rewards import resolve
 from grpo_ray.sample_files import read_samples
 from grpo_ray.tracking import read_metrics
 from launch.jobs import exit_unless_finished, write_config
+from launch.pipeline_view import print_figures, print_plan
 from launch.recipe import find_recipe, is_pipeline
+from launch.stage_data import make_data
 
 console = Console(highlight=False, soft_wrap=True)
 RECIPE_COPY = "recipe.yaml"
@@ -90,7 +86,7 @@ def run_pipeline(recipe: str, overrides: list[str], first: str | None, last: str
             for name in plan.builds_on(first):
                 _set_aside(plan.folder_of(name))
                 record.forget(name)
-        _Runner(plan, record, recipe).run(todo)
+        _Runner(plan, record, " ".join([recipe, *overrides])).run(todo)
 
 
 @contextmanager
@@ -140,10 +136,10 @@ def _set_aside(folder: Path) -> None:
 
 
 class _Runner:
-    def __init__(self, plan: Plan, record: Record, recipe: str) -> None:
+    def __init__(self, plan: Plan, record: Record, command: str) -> None:
         self._plan = plan
         self._record = record
-        self._recipe = recipe
+        self._command = command
 
     def run(self, stages: list[Stage]) -> None:
         with _cluster(self._plan.config, needed=any(s.spec.run for s in stages)):
@@ -200,10 +196,9 @@ class _Runner:
         return out | {path: digest_of(Path(path)) for path in _files(stage.data)}
 
     def _work(self, stage: Stage, config: Strict, folder: Path) -> dict[str, Any]:
-        if isinstance(config, MixConfig | PromptsConfig):
+        if isinstance(config, MixConfig | PairsConfig | PromptsConfig):
             folder.mkdir(parents=True, exist_ok=True)
-            target = folder / stage.spec.outputs["data"]
-            return asdict(make_mix(config, target) if isinstance(config, MixConfig) else join_prompts(config, target))
+            return asdict(make_data(config, folder / stage.spec.outputs["data"]))
         assert isinstance(config, RunConfig | SftConfig)
         assert stage.spec.run is not None
         run, resume_step = _open_run(stage, config, folder)
@@ -211,7 +206,7 @@ class _Runner:
 
         end = run_here(stage.spec.run, config, run.path, resume_step)
         if end.status != "finished":
-            self._say_how_to_go_on(end)
+            console.print(f"go on    grpo-ray pipeline {self._command}")
         exit_unless_finished(end)
         if stage.spec.trains:
             from launch.jobs import make_report
@@ -219,12 +214,8 @@ class _Runner:
             make_report(run)
         return {}
 
-    def _say_how_to_go_on(self, end: EndEvent) -> None:
-        name = f" name={self._plan.name}" if self._plan.config.name is None else ""
-        console.print(f"go on    grpo-ray pipeline {self._recipe}{name}")
-
     def _metrics(self, stage: Stage, config: Strict, folder: Path, details: dict[str, Any]) -> dict[str, float]:
-        if isinstance(config, MixConfig | PromptsConfig):
+        if stage.spec.run is None:
             return {key: float(value) for key, value in details.items() if isinstance(value, int)}
         if stage.spec.run == "sample":
             assert isinstance(config, RunConfig)
@@ -313,55 +304,3 @@ def _files(node: Any) -> list[str]:
         here = [node["path"]] if isinstance(node.get("path"), str) and Path(node["path"]).is_file() else []
         return here + [path for value in node.values() for path in _files(value)]
     return [path for value in node for path in _files(value)] if isinstance(node, list) else []
-
-
-def print_figures(plan: Plan, record: Record) -> None:
-    """Of the held-out prompts, after each stage."""
-    head, rows = held_out_figures(plan, record)
-    if not head:
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("held out")
-    for name in head:
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, values in rows:
-        table.add_row(name, *values)
-    console.print()
-    console.print(table)
-
-
-def print_plan(plan: Plan, record: Record, todo: list[Stage]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("stage", "kind", "needs", "work"):
-        table.add_column(column, overflow="fold")
-    for column in ("tokens", "time"):
-        table.add_column(column, justify="right", no_wrap=True)
-    rows_of = dict(plan.config.assume.rows)
-    for stage in (s for s in plan.stages if "data" in s.spec.outputs):
-        known = (
-            record.stages[stage.name].metrics.get("num_rows") if record.done(stage.name) else rows_of.get(stage.name)
-        )
-        if known is not None:
-            rows_of[str(plan.output(stage.name, "data"))] = int(known)
-
-    def num_rows(source: DataSource) -> int | None:
-        return rows_known(source, rows_of)
-
-    guesses: list[Estimate] = []
-    for stage in plan.stages:
-        name, needs = stage.name, ", ".join(stage.needs)
-        if stage in todo:
-            guess = estimate(stage, plan.config_of(stage), plan, record, num_rows)
-            guesses.append(guess)
-            time_left = "?" if guess.seconds is None else duration(guess.seconds)
-            table.add_row(name, stage.kind, needs, guess.what, f"{guess.tokens:,}", time_left)
-        elif record.done(name):
-            cost = record.stages[name].cost
-            table.add_row(name, stage.kind, needs, "done", f"{cost.tokens:,}", duration(cost.seconds), style="dim")
-        else:
-            table.add_row(name, stage.kind, needs, "later", "", "", style="dim")
-    console.print(table)
-    seconds = sum(g.seconds or 0.0 for g in guesses)
-    unknown = sum(g.seconds is None for g in guesses)
-    about = f"about {duration(seconds)}" + (f" and {unknown} stages of unknown time" if unknown else "")
-    console.print(f"to run   {len(todo)} stages, about {sum(g.tokens for g in guesses):,} tokens, {about}")

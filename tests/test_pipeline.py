@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 
 from grpo_ray.config import RunConfig, SftConfig, build, deep_merge
 from grpo_ray.errors import CheckpointError, ConfigError
-from grpo_ray.filters.config import MixConfig
+from grpo_ray.filters.config import MixConfig, PairsConfig
 from grpo_ray.manifest import digest_of
 from grpo_ray.pipeline.config import GateConfig, PipelineConfig
 from grpo_ray.pipeline.estimate import estimate, rows_known
@@ -19,7 +20,8 @@ from grpo_ray.pipeline.gates import judge
 from grpo_ray.pipeline.measure import measure
 from grpo_ray.pipeline.plan import Plan, make_plan
 from grpo_ray.pipeline.record import Cost, Record, StageRecord, check_unchanged
-from tests.samples import row
+from tests.endpoints import endpoint
+from tests.samples import row, sample_folder
 
 TINY = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
 RECIPE: dict[str, Any] = {
@@ -243,6 +245,28 @@ def test_rows_are_known_of_generators_files_and_stages(tmp_path: Path) -> None:
     assert rows_known(DataSource(path="python:x.y", args={"size": 40}), {}) == 40
     assert rows_known(DataSource(path="somewhere/data.jsonl"), {"somewhere/data.jsonl": 9}) == 9
     assert rows_known(DataSource(path="some/name"), {}) is None
+
+
+def test_a_stage_of_pairs_asks_the_judge_about_samples_of_a_prompt(tmp_path: Path) -> None:
+    from launch.stage_data import make_data
+
+    def by_length(request: dict[str, Any], n: int) -> str:
+        shown = re.findall(r"<response>\n(.*?)\n</response>", request["messages"][1]["content"], re.DOTALL)
+        first, second = (min(10, len(text)) for text in shown)
+        return f"<first>{first}</first><second>{second}</second>"
+
+    rows = [row(f"p/0/{i}", j, "ab" * (j + 1), question=f"question {i}") for i in range(3) for j in range(2)]
+    samples = sample_folder(tmp_path / "samples", rows)
+    with endpoint(by_length) as there:
+        data = {"samples": str(samples), "judge": {"model": "judge", "base_url": there.url}, "length_tolerance": 1.0}
+        for _ in range(2):
+            report = make_data(build(PairsConfig, data, "test"), tmp_path / "pairs.jsonl")
+            assert len(there.requests) == 3 * 4
+    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert {p["prompt"][0]["content"]: p["chosen"][0]["content"] for p in pairs} == {
+        f"question {i}": "abab" for i in range(3)
+    }
+    assert (report.num_rows, report.num_samples) == (3, 6)
 
 
 @pytest.mark.parametrize("name", ["r1_tiny", "r1_7b"])

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from grpo_ray.config import DataSource
-from grpo_ray.config_base import PositiveFloat, PositiveInt, Strict
+from grpo_ray.config_base import NonNegFloat, PositiveFloat, PositiveInt, Strict
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -71,6 +71,38 @@ class MixConfig(Strict):
     ngram: PositiveInt = 10
     group_by: str | None = "source"
     """The column by which the composition is told."""
+
+
+class JudgeConfig(Strict):
+    """A model behind an OpenAI-compatible endpoint; its key is in OPENAI_API_KEY."""
+
+    model: str
+    base_url: str = "https://api.openai.com/v1"
+    concurrency: PositiveInt = 16
+    requests_per_minute: PositiveFloat | None = None
+    max_tokens: PositiveInt = 1024
+
+
+class PairsConfig(Strict):
+    """Preferences between samples of the same prompt, by a judge who sees them in both orders; see `grpo_ray.judged_pairs`."""
+
+    name: str | None = None
+    dir: str = "runs"
+    seed: int = 1
+    samples: str
+    """The samples/ of a run of `grpo-ray sample`."""
+    judge: JudgeConfig
+    rubric: str | None = None
+    """What to compare by. None: helpfulness."""
+    part: Literal["all", "reasoning", "summary"] = "all"
+    """What the judge sees of an answer."""
+    pairs_per_prompt: PositiveInt = 1
+    rounds: PositiveInt = 2
+    """Judgements in each of the two orders."""
+    min_margin: NonNegFloat = 1.0
+    """Least mean difference of ratings, in points of ten."""
+    length_tolerance: Share = 0.05
+    """Mean difference of lengths that may be left; 1: lengths are not balanced."""
 
 
 class PromptsConfig(Strict):

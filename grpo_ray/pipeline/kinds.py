@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from grpo_ray.config import DpoConfig, RewardModelConfig, RunConfig, SftConfig
 from grpo_ray.config_base import Strict
-from grpo_ray.filters.config import MixConfig, PromptsConfig
+from grpo_ray.filters.config import MixConfig, PairsConfig, PromptsConfig
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ KINDS = {
     "reward_model": Kind(RewardModelConfig, "reward_model", {"model": "hf"}, trains=True),
     "sample": Kind(RunConfig, "sample", {"samples": "samples"}),
     "data": Kind(MixConfig, None, {"data": "data.jsonl"}),
+    "pairs": Kind(PairsConfig, None, {"data": "pairs.jsonl"}),
     "prompts": Kind(PromptsConfig, None, {"data": "prompts.jsonl"}),
 }
 EVAL = "eval"
