@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from grpo_ray.filters.trace import Trace
 from grpo_ray.rewards.answer_tag import answer_of
+from grpo_ray.rewards.language_consistency import language_consistency
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,11 @@ def _reasoning(language: str, n: dict[str, int], rng: random.Random) -> str:
 
 def _trace(language: str, n: dict[str, int], completion: str, finish: str = "stop", status: str = "ok") -> Trace:
     right = 1.0 if answer_of(completion) == str(n["c"]) else 0.0
-    scores = {"accuracy": (status, right if status == "ok" else None)}
+    (same,) = language_consistency([completion], language, others=("en", "de"))
+    scores = {
+        "accuracy": (status, right if status == "ok" else None),
+        "language_consistency": ("not_applicable" if same is None else "ok", same),
+    }
     return Trace(WAYS[language][3].format(**n), completion, finish, len(completion) // 3, scores)
 
 
@@ -138,15 +143,31 @@ def _foreign(language: str, rng: random.Random) -> str:
     return _reasoning(other, _numbers(rng), rng)
 
 
-def _unlike(rng: random.Random) -> str:
+def _neighbour(language: str) -> str:
+    """Of the same script where there is one."""
+    return {"en": "de", "de": "en", "zh": "en", "ru": "en"}[language]
+
+
+def _unlike(language: str, n: dict[str, int], rng: random.Random) -> str:
     """Sentences that come back in another order, again and again."""
-    said = [
-        "Let me think about the apples again.",
-        "The shop sold them on two days.",
-        "So we need to add what was sold.",
-        "But is that what is asked here?",
-    ]
-    return " ".join(rng.choice(said) for _ in range(60))
+    starts, steps, checks, _ = WAYS[language]
+    return " ".join(rng.choice((*starts, *steps[:1], *checks[:1])) for _ in range(70)).format(**n)
+
+
+AGAIN = {
+    "en": "Wait, let me check.",
+    "de": "Moment, ich prüfe das.",
+    "zh": "等等，让我再看看。",
+    "ru": "Стоп, проверим ещё.",
+}
+"""What is said when nothing comes to mind."""
+NUMBERED = {
+    "en": " Let me check the sum again, for the {}th time.",
+    "de": " Ich prüfe die Summe noch einmal, zum {}. Mal.",
+    "zh": " 让我再检查一遍总数，这是第 {} 次。",
+    "ru": " Проверим сумму ещё раз, в {} раз.",
+}
+THE = {"en": " the", "de": " und", "zh": " 的", "ru": " что"}
 
 
 Spoil = Callable[[str, dict[str, int], str, random.Random], Trace]
@@ -171,22 +192,22 @@ SPOILED: dict[str, Spoil] = {
             n["c"],
         ),
     ),
+    "another language": lambda w, n, t, r: _trace(w, n, _whole(_reasoning(_neighbour(w), n, r), n["c"])),
+    "a sentence of another language": lambda w, n, t, r: _trace(
+        w, n, _whole(f"{t} {_reasoning(_neighbour(w), n, r).splitlines()[0]}", n["c"])
+    ),
     "code block": lambda w, n, t, r: _trace(w, n, _whole(f"{t}\n```python\nprint({n['a']} + {n['b']})\n```", n["c"])),
     "long paragraph": lambda w, n, t, r: _trace(
         w, n, _whole(" ".join(_reasoning(w, _numbers(r), r).replace("\n", " ") for _ in range(70)), n["c"])
     ),
-    "loop of a sentence": lambda w, n, t, r: _trace(
-        w, n, _whole(t + " Wait, let me check." * r.randint(8, 30), n["c"])
-    ),
+    "loop of a sentence": lambda w, n, t, r: _trace(w, n, _whole(t + f" {AGAIN[w]}" * r.randint(8, 30), n["c"])),
     "loop of a line": lambda w, n, t, r: _trace(
-        w, n, _whole(t + "\nSo the sum is right." * r.randint(6, 20) + "\nDone.", n["c"])
+        w, n, _whole(t + f"\n{AGAIN[w]}" * r.randint(6, 20) + "\n" + t, n["c"])
     ),
-    "loop of a word": lambda w, n, t, r: _trace(w, n, _whole(t + " the" * r.randint(20, 60), n["c"])),
+    "loop of a word": lambda w, n, t, r: _trace(w, n, _whole(t + THE[w] * r.randint(20, 60), n["c"])),
     "loop that changes a number": lambda w, n, t, r: _trace(
-        w, n, _whole(t + "".join(f" Let me check the sum again, for the {i}th time." for i in range(4, 40)), n["c"])
+        w, n, _whole(t + "".join(NUMBERED[w].format(i) for i in range(4, 40)), n["c"])
     ),
-    "loop that ends": lambda w, n, t, r: _trace(
-        w, n, _whole("Wait, is it so? Let me see. " * r.randint(8, 20) + t, n["c"])
-    ),
-    "going round": lambda w, n, t, r: _trace(w, n, _whole(f"{t}\n{_unlike(r)}", n["c"])),
+    "loop that ends": lambda w, n, t, r: _trace(w, n, _whole(f"{AGAIN[w]} " * r.randint(8, 20) + t, n["c"])),
+    "going round": lambda w, n, t, r: _trace(w, n, _whole(f"{t}\n{_unlike(w, n, r)}", n["c"])),
 }

@@ -16,7 +16,8 @@ TAG = re.compile(r"</?(?:think|answer)>")
 _R1 = re.compile(r"\s*<think>(?P<think>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
 _THINK = re.compile(r"\s*<think>(?P<think>.*?)</think>(?P<answer>.*)", re.DOTALL)
 _FORMULA = re.compile(r"\$[^$]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[a-zA-Z]+|```.*?```", re.DOTALL)
-_WORD = re.compile(r"\w+|[^\w\s]")
+_UNSPACED_RANGES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+_WORD = re.compile(rf"[{_UNSPACED_RANGES}]|[^\W{_UNSPACED_RANGES}]+|[^\w\s]")
 LOOP_CHARS = 2000
 """So much of the end is searched for a piece that comes again and again."""
 MIN_LOOP_CHARS = 24
@@ -138,7 +139,7 @@ def script_of(character: str) -> str:
 
 
 def repeated(text: str, n: int) -> float:
-    """Part of the runs of n words (signs count as words) that were there before."""
+    """Part of the runs of n words that were there before; signs are words, as are characters of scripts without spaces."""
     words = _WORD.findall(text.lower())
     runs = list(zip(*(words[i:] for i in range(n)), strict=False))
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
