@@ -17,7 +17,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 def print_figures(plan: Plan, record: Record) -> None:
     """Of the held-out prompts, after each stage."""
-    head, rows = held_out_figures(plan, record)
+    head, rows = held_out_figures(plan, record, brief=True)
     if not head:
         return
     table = Table(box=None, pad_edge=False, header_style="bold")

@@ -62,10 +62,17 @@ def _measured(plan: Plan, record: Record) -> list[Stage]:
     return [s for s in plan.stages if s.measures and record.done(s.name)]
 
 
-def held_out_figures(plan: Plan, record: Record) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Stages that made a model, and rows of (figure, its value after each)."""
+def held_out_figures(
+    plan: Plan, record: Record, *, brief: bool = False
+) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Stages that made a model, and rows of (figure, its value after each).
+
+    `brief`: only accuracy by kinds of prompts, all else over all of them.
+    """
     measured = _measured(plan, record)
     names = dict.fromkeys(n for s in measured for n in record.stages[s.name].metrics if n != "accuracy_error")
+    if brief:
+        names = dict.fromkeys(n for n in names if n.count("/") == n.startswith("reward/") or n.startswith("accuracy/"))
     rows = [(name, [_shown(name, record.stages[s.name].metrics) for s in measured]) for name in names]
     return [s.measures or s.name for s in measured], rows
 
