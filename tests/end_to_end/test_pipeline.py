@@ -162,6 +162,19 @@ def test_a_changed_config_and_a_changed_model_are_refused_by_name(recipe: Path, 
         model.write_bytes(good)
 
 
+def test_a_stage_is_run_again_with_what_builds_on_it_and_makes_the_same(recipe: Path, whole: Path) -> None:
+    before = identities(whole)
+    code, output = run("pipeline", str(recipe), f"dir={whole.parent}", "--from", "data", "--until", "data")
+    assert code == 0, output
+    assert "to run   1 stages" in output
+    assert (whole / "r1.data.old-1" / "data.jsonl").is_file()
+    assert (whole / "r1.cold.old-1" / "hf").is_dir()
+    assert not Record.open(whole).done("cold")
+    code, output = run("pipeline", str(recipe), f"dir={whole.parent}")
+    assert code == 0, output
+    assert identities(whole) == before
+
+
 def test_killed_at_random_moments_it_ends_as_one_that_was_not(recipe: Path, whole: Path) -> None:
     rng = random.Random(7)
     folder = recipe.parent / "killed" / "r1"
