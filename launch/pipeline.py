@@ -24,7 +24,7 @@ from grpo_ray.filters.config import MixConfig, PairsConfig, PromptsConfig
 from grpo_ray.manifest import digest_of
 from grpo_ray.names import check_name
 from grpo_ray.pipeline.config import PipelineConfig
-from grpo_ray.pipeline.gates import judge
+from grpo_ray.pipeline.gates import figures_of, judge
 from grpo_ray.pipeline.measure import measure
 from grpo_ray.pipeline.plan import Plan, Stage, make_plan
 from grpo_ray.pipeline.record import Record, StageRecord, check_unchanged
@@ -142,12 +142,12 @@ class _Runner:
         self._command = command
 
     def run(self, stages: list[Stage]) -> None:
+        # A gate that was shut still is, unless the recipe has another one now.
+        self._check_gates([s for s in self._plan.stages if self._record.done(s.name) and s not in stages])
         with _cluster(self._plan.config, needed=any(s.spec.run for s in stages)):
             for number, stage in enumerate(stages, 1):
                 console.print(f"\n[bold]{number}/{len(stages)} {stage.name}[/] ({stage.kind}) {stage.note}")
                 self._stage(stage)
-        # Of what was done before: the recipe may have other gates now.
-        self._check_gates([s for s in self._plan.stages if self._record.done(s.name) and s not in stages])
         print_figures(self._plan, self._record)
         console.print(f"report   {self._report()}")
 
@@ -233,12 +233,7 @@ class _Runner:
 
     def _check_gates(self, stages: list[Stage]) -> None:
         """Raises WorkerError when one stays shut."""
-        figures: dict[str, Any] = {}
-        for name, stage_record in self._record.stages.items():
-            figures[name] = {**figures.get(name, {}), **stage_record.metrics}
-        for stage in self._plan.stages:
-            if stage.measures and stage.name in figures:
-                figures[stage.measures] = {**figures.get(stage.measures, {}), **figures[stage.name]}
+        figures = figures_of(self._plan, self._record)
         for stage in stages:
             for verdict in judge(stage.gates, figures[stage.name], figures):
                 name = stage.measures or stage.name

@@ -127,7 +127,7 @@ def test_the_digest_is_of_the_config_alone() -> None:
     ("change", "expected"),
     [
         ({"stages": {"traces": {"config": {"model": {"path": "${stages.zeor.model}"}}}}}, "did you mean zero"),
-        ({"stages": {"traces": {"config": {"model": {"path": "${stages.zero.modell}"}}}}}, "leaves model, rollouts"),
+        ({"stages": {"traces": {"config": {"model": {"path": "${stages.zero.modell}"}}}}}, "leaves model"),
         ({"stages": {"zero": {"kind": "trian"}}}, "did you mean train"),
         ({"stages": {"base": {"needs": ["cold"]}}}, "in a circle: base"),
         ({"stages": {"zero": {"needs": ["nothing"]}}}, "needs 'nothing'"),

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from grpo_ray.errors import ConfigError
 from grpo_ray.pipeline.config import GateConfig
+from grpo_ray.pipeline.plan import Plan
+from grpo_ray.pipeline.record import Record
 
 Metrics = Mapping[str, float]
 
@@ -16,6 +18,15 @@ class Verdict:
     text: str
     """`accuracy 61.2 of at least 0.5`."""
     passed: bool
+
+
+def figures_of(plan: Plan, record: Record) -> dict[str, dict[str, float]]:
+    """Stage -> its figures, those of its model on held-out prompts among them."""
+    out = {name: dict(stage.metrics) for name, stage in record.stages.items()}
+    for stage in plan.stages:
+        if stage.measures and stage.name in out:
+            out[stage.measures] = out.get(stage.measures, {}) | out[stage.name]
+    return out
 
 
 def judge(gates: Sequence[GateConfig], own: Metrics, of: Mapping[str, Metrics]) -> list[Verdict]:

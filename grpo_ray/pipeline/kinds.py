@@ -24,7 +24,7 @@ class Kind:
 
 KINDS = {
     "sft": Kind(SftConfig, "sft", {"model": "hf"}, trains=True, policy=True),
-    "train": Kind(RunConfig, "grpo", {"model": "hf", "rollouts": "rollouts"}, trains=True, policy=True),
+    "train": Kind(RunConfig, "grpo", {"model": "hf"}, trains=True, policy=True),
     "dpo": Kind(DpoConfig, "dpo", {"model": "hf"}, trains=True, policy=True),
     "reward_model": Kind(RewardModelConfig, "reward_model", {"model": "hf"}, trains=True),
     "sample": Kind(RunConfig, "sample", {"samples": "samples"}),

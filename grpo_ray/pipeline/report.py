@@ -16,7 +16,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from grpo_ray.metrics import duration
-from grpo_ray.pipeline.gates import judge
+from grpo_ray.pipeline.gates import figures_of, judge
 from grpo_ray.pipeline.plan import Plan, Stage
 from grpo_ray.pipeline.record import Record
 from grpo_ray.report_charts import Chart, inert_json
@@ -112,10 +112,7 @@ def _stage(stage: Stage, plan: Plan, record: Record) -> dict[str, Any]:
     entry = record.stages.get(stage.name)
     gates: list[tuple[str, bool]] = []
     if entry is not None and entry.done:
-        figures = {n: dict(r.metrics) for n, r in record.stages.items()}
-        for other in plan.stages:
-            if other.measures and other.name in figures:
-                figures.setdefault(other.measures, {}).update(figures[other.name])
+        figures = figures_of(plan, record)
         gates = [(v.text, v.passed) for v in judge(stage.gates, figures[stage.name], figures)]
     return {
         "name": stage.name,

@@ -119,7 +119,7 @@ def test_every_stage_leaves_what_it_promises(whole: Path) -> None:
     assert all(stage.done for stage in stages.values())
     assert [set(stage.outputs) for stage in stages.values()] == [
         {"model"},
-        {"model", "rollouts"},
+        {"model"},
         {"samples"},
         {"data"},
         {"model"},
@@ -141,6 +141,14 @@ def test_what_is_done_is_not_done_again(recipe: Path, whole: Path) -> None:
     assert code == 0, output
     assert "to run   0 stages" in output
     assert (whole / "pipeline.json").read_text() == before
+
+
+def test_a_gate_that_is_shut_stays_shut(recipe: Path, whole: Path) -> None:
+    gate = "stages.base.gate=[{metric: loss/sft, at_most: 0.001}]"
+    for _ in range(2):
+        code, output = run("pipeline", str(recipe), f"dir={whole.parent}", gate)
+        assert code == 1, output
+        assert "the gate of stage base is shut: loss/sft" in output
 
 
 def test_a_changed_config_and_a_changed_model_are_refused_by_name(recipe: Path, whole: Path) -> None:
