@@ -6,9 +6,9 @@ import asyncio
 import os
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.config import ClusterConfig, RunConfig, SftConfig
 from grpo_ray.errors import ResourceError
 from grpo_ray.secrets import token_path
 
@@ -18,7 +18,14 @@ COMMON: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "loggi
 LOCAL_START_TRIES = 2
 
 
-def connect(config: RunConfig | SftConfig) -> None:
+class OnCluster(Protocol):
+    """A config that says on which cluster."""
+
+    @property
+    def cluster(self) -> ClusterConfig: ...
+
+
+def connect(config: OnCluster) -> None:
     """Join `cluster.address`, or start a cluster on this machine.
 
     Raises:
@@ -32,7 +39,7 @@ def connect(config: RunConfig | SftConfig) -> None:
         _start_local(config.cluster.num_cpus, COMMON)
 
 
-def joins(config: RunConfig | SftConfig) -> bool:
+def joins(config: OnCluster) -> bool:
     """Is there a cluster already, that goes on when this process ends?"""
     return config.cluster.address is not None or "RAY_ADDRESS" in os.environ
 
@@ -219,6 +226,18 @@ async def await_resources(wanted: list[Demand], deadline_s: float) -> None:
     finally:
         if asked:
             ray.autoscaler.sdk.request_resources(bundles=[])
+
+
+async def await_free(wanted: list[Demand], deadline_s: float) -> None:
+    """Wait until processes that an earlier run has ended are gone and have left devices and their memory.
+
+    No longer than `deadline_s`: what others hold on a shared cluster, actors wait for by themselves.
+    """
+    import ray
+
+    give_up = time.monotonic() + deadline_s
+    while missing(wanted, ray.available_resources()) is not None and time.monotonic() < give_up:
+        await asyncio.sleep(0.2)
 
 
 def bundles(wanted: list[Demand]) -> list[dict[str, float]]:

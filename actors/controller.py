@@ -37,12 +37,15 @@ from grpo_ray.errors import ConfigError, GrpoRayError
 from grpo_ray.evaluate import eval_event, evaluate, vote_config
 from grpo_ray.events import EndEvent, Event, MessageEvent, PhaseEvent
 from grpo_ray.ledger import Ledger
+from grpo_ray.manifest import digest_of
 from grpo_ray.models import context_length, load_config, load_tokenizer, prepare_model
 from grpo_ray.names import check_name, run_name
 from grpo_ray.prompts import PromptSets, load_prompts
 from grpo_ray.replay import TOLERANCE, compare, parts_of, read_batch
 from grpo_ray.roles import Learner, Sampler, Tracker, WeightSync
 from grpo_ray.rollout_log import ParquetRolloutLog, remove_after, rollout_path
+from grpo_ray.sample_files import SampleFolder
+from grpo_ray.sampling import about_samples, sample_all
 from grpo_ray.secrets import hide_secrets
 from grpo_ray.sft_loop import SftLoop, sft_steps
 from grpo_ray.supervised import load_task
@@ -162,6 +165,8 @@ class Controller:
                 return await self._grpo(config)
             case RunConfig() as config, "eval":
                 return await self._eval(config)
+            case RunConfig() as config, "sample":
+                return await self._sample(config)
             case RunConfig() as config, "replay":
                 return await self._replay(config)
             case SftConfig() as config, "sft" | "dpo" | "reward_model":
@@ -334,6 +339,34 @@ class Controller:
                     progress=partial(self._phase, "eval", name),
                 )
                 self._emit(eval_event(0, name, result))
+        return "finished"
+
+    async def _sample(self, config: RunConfig) -> str:
+        # As in `_eval`: nothing is trained.
+        config = config.model_copy(update={"model": config.model.model_copy(update={"lora": None})})
+        model = await self._prepare_model(config)
+        folder = Path(model)
+        async with asyncio.TaskGroup() as tasks:
+            loading = tasks.create_task(self._load_prompts(config, model))
+            hashing = tasks.create_task(asyncio.to_thread(digest_of, folder)) if folder.is_dir() else None
+        prompts = loading.result().train
+        about = about_samples(config, prompts, config.model.path or "tiny", hashing.result() if hashing else "")
+        samples = await asyncio.to_thread(SampleFolder.open, self._run.samples, about)
+        if not samples.missing():
+            return "finished"
+        async with _Workers(config, self._run, model, self._phase, self._warn) as workers:
+            async with asyncio.TaskGroup() as tasks:
+                sampling = tasks.create_task(workers.start_sampler())
+                scoring = tasks.create_task(workers.start_scorer())
+            progress = partial(self._phase, "rollout", "")
+            report = await sample_all(
+                prompts, sampling.result(), scoring.result(), RaySamples(), samples, config, progress
+            )
+        speed = report.num_tokens / report.seconds
+        told = f"{report.num_made} samples, {report.num_tokens} tokens in {report.seconds:.1f} s ({speed:.0f} tokens/s)"
+        if report.num_before:
+            told += f"; {report.num_before} samples were there already"
+        self._emit(MessageEvent("info", told))
         return "finished"
 
     async def _replay(self, config: RunConfig) -> str:

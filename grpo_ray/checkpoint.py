@@ -73,6 +73,11 @@ class RunDir:
         return self.path / "rollouts"
 
     @property
+    def samples(self) -> Path:
+        """What `grpo-ray sample` made."""
+        return self.path / "samples"
+
+    @property
     def trace(self) -> Path:
         return self.path / "trace.json"
 

@@ -30,6 +30,8 @@ class TinyModelConfig(Strict):
     context: PositiveInt = 256
     intermediate_size: PositiveInt | None = None
     """None: 11/4 of hidden_size."""
+    words: tuple[str, ...] = ()
+    """Tokens of their own besides the characters."""
     vocab_size: PositiveInt | None = None
     """Rows of the embedding; those above the tokenizer's ids are never in a prompt. None: the tokenizer's, rounded up to 64."""
     seed: int = 1
@@ -411,6 +413,18 @@ class EvalConfig(Strict):
     """A sample counts as right when that function gives at least this."""
 
 
+class SampleConfig(Strict):
+    """`grpo-ray sample`: every prompt of data.train in its order, scored by reward.functions, to Parquet."""
+
+    num_samples: PositiveInt = 4
+    """Of each prompt."""
+    temperature: NonNegFloat = 1.0
+    """R1's cold start samples at 1."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    shard_prompts: PositiveInt = 128
+    """Prompts of one file. A run that was killed makes the prompts again whose file is not there."""
+
+
 class TrackingConfig(Strict):
     tensorboard: bool = True
     wandb: bool = False
@@ -459,6 +473,7 @@ class RunConfig(Strict):
     deadlines: DeadlineConfig = DeadlineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    sample: SampleConfig = SampleConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
 

@@ -89,3 +89,13 @@ def _wrong(name: str, want: FileSum, open_file: Callable[[str], BinaryIO]) -> st
             f"{name} is damaged: its SHA-256 is {got.sha256[:12]}.., and was {want.sha256[:12]}.. when it was written"
         )
     return None
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, or of the names and sums of every file below a folder."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return sum_of(file).sha256
+    sums = sums_below(path, ".")
+    lines = "".join(f"{sums[name].sha256}  {name}\n" for name in sorted(sums))
+    return hashlib.sha256(lines.encode()).hexdigest()

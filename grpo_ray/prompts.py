@@ -59,6 +59,7 @@ class PromptDataset:
         self._rows = [k.row for k in kept]
         self._rendered: list[Rendered] = [k.rendered for k in kept]
         self._columns: list[Row] = [k.columns for k in kept]
+        self._asked = [k.prompt for k in kept]
         self._token_ids = TokenLists([k.token_ids for k in kept])
         self.fingerprint = fingerprint(name, self._rows, self._columns, self._token_ids)
 
@@ -75,6 +76,11 @@ class PromptDataset:
             messages=rendered.messages,
             columns=self._columns[index],
         )
+
+    def conversation(self, index: int) -> list[dict[str, Any]]:
+        """What the index-th kept row asks, without anything that the template adds."""
+        asked = self._asked[index]
+        return [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
 
     def __iter__(self) -> Iterator[Prompt]:
         """Every prompt in the source's order, as of epoch 0: what evaluation walks over."""

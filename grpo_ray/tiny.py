@@ -46,7 +46,7 @@ def build_tiny_model(folder: Path, config: TinyModelConfig) -> Path:
         clean_up_tokenization_spaces=False,
     )
     # Not special: decoding for rewards and people skips special tokens, and has to keep these.
-    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in (*TAGS, *config.words)])
     ids = {"pad_token_id": vocab["<pad>"], "eos_token_id": vocab["<eos>"], "bos_token_id": vocab["<bos>"]}
     model_config = Qwen2Config(
         vocab_size=config.vocab_size or (len(tokenizer) + 63) // 64 * 64,

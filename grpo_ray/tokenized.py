@@ -57,6 +57,8 @@ class TokenizedRow:
     rendered: Rendered
     token_ids: NDArray[np.int32]
     """[N]."""
+    prompt: Any
+    """As the row has it, before the template: text, or messages."""
     columns: Row
     """Mapped, without the prompt; for demonstrations also without the completion."""
     completion: str | None
@@ -79,14 +81,14 @@ def tokenized_rows(
                 row = map_columns(table.rows[i], source.columns, where)
                 prompt, completion, columns = _split(row, where, demonstrations)
                 try:
-                    parts.append((i, where, render(prompt, columns), columns, completion))
+                    parts.append((i, where, render(prompt, columns), prompt, columns, completion))
                 except DataError as e:
                     raise DataError(f"{where}: {e}") from None
-            all_ids = tokenize(tokenizer, [rendered for _, _, rendered, _, _ in parts])
-            for (i, where, rendered, columns, completion), ids in zip(parts, all_ids, strict=True):
+            all_ids = tokenize(tokenizer, [rendered for _, _, rendered, *_ in parts])
+            for (i, where, rendered, prompt, columns, completion), ids in zip(parts, all_ids, strict=True):
                 if not len(ids):
                     raise DataError(f"{where}: the prompt is empty; expected text to continue")
-                yield TokenizedRow(i, where, rendered, ids, columns, completion)
+                yield TokenizedRow(i, where, rendered, ids, prompt, columns, completion)
             advance(stop - start)
 
 

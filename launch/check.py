@@ -14,7 +14,8 @@ from grpo_ray.errors import ResourceError
 from grpo_ray.memory import count_parameters, learner_memory
 from grpo_ray.models import check_model_path, context_length, load_config, load_tokenizer, prepare_model
 from grpo_ray.rewards import BUILTINS, resolve
-from launch.recipe import COMMANDS, SCHEMAS, find_recipe, kind_of, load_recipe, recipe_names
+from launch.pipeline import run_pipeline
+from launch.recipe import COMMANDS, SCHEMAS, find_recipe, is_pipeline, kind_of, load_recipe, recipe_names
 
 console = Console(highlight=False)
 
@@ -30,6 +31,10 @@ def preflight(config: RunConfig | SftConfig) -> None:
 
 def check_recipe(recipe: str, overrides: list[str]) -> None:
     """Raises GrpoRayError at the first thing that would keep the run from working."""
+    if is_pipeline(find_recipe(recipe)):
+        run_pipeline(recipe, overrides, None, None, dry_run=True)
+        console.print(f"[green]ok[/]     grpo-ray pipeline {' '.join([recipe, *overrides])}")
+        return
     kind = kind_of(find_recipe(recipe))
     config = load_recipe(SCHEMAS[kind], recipe, overrides)
     preflight(config)

@@ -59,6 +59,32 @@ def sft(recipe: Recipe, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def sample(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Sample and score every prompt of data.train, to Parquet. Again with the same name=..., or `resume`: the rest of them."""
+    from launch.jobs import start_sample
+
+    start_sample(recipe, overrides or [])
+
+
+@app.command()
+def pipeline(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    first: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Run this stage and all that build on it again")
+    ] = None,
+    last: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="End after this stage")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check every stage and print the plan, with estimated tokens and time")
+    ] = False,
+) -> None:
+    """Run the stages of a recipe, one after the other. What is done is not done again; a stage that was cut off goes on."""
+    from launch.pipeline import run_pipeline
+
+    run_pipeline(recipe, overrides or [], first, last, dry_run=dry_run)
+
+
+@app.command()
 def dpo(recipe: Recipe, overrides: Overrides = None) -> None:
     """Learn from pairs of answers, a better and a worse one, by direct preference optimisation: the same learner."""
     from launch.jobs import start_dpo

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from actors.cluster import await_resources, connect, demands, has_gpus, joins
+from actors.cluster import await_free, await_resources, connect, demands, has_gpus, joins
 from actors.colocated import check_colocated
 from actors.runtime import log_tail
 from grpo_ray.config import RunConfig, SftConfig
@@ -19,14 +19,38 @@ from grpo_ray.events import EndEvent
 from launch.live import LiveView
 
 POLL_S = 0.5
+FREE_S = 20.0
+"""How long a run waits for what ended runs still hold."""
 SILENCE_S = 60.0
 """A controller that does not answer for so long is taken for dead."""
 
+UNUSED = {"replay": ("rollout", "reward"), "eval": ("learner",), "sample": ("learner",)}
+"""Kind of run -> the workers of its recipe that it starts none of."""
+WITHOUT_STEPS = ("eval", "sample")
+
 
 def run_and_follow(kind: str, config: RunConfig | SftConfig, run_dir: Path, resume_step: int | None) -> EndEvent:
-    """Run `kind` (grpo, sft, eval, replay) in a controller actor until it ends.
+    """Join or start a cluster for one run, see `run_here`."""
+    import ray
+
+    began = time.monotonic()
+    connect(config)
+    try:
+        return run_here(kind, config, run_dir, resume_step, began)
+    finally:
+        ray.shutdown()
+
+
+def run_here(
+    kind: str, config: RunConfig | SftConfig, run_dir: Path, resume_step: int | None, began: float | None = None
+) -> EndEvent:
+    """Run `kind` (grpo, sft, eval, sample, replay) in a controller actor of the cluster that is joined, until it ends; its
+    workers are gone then.
 
     On a cluster that was there before, the controller outlives this process if that is killed: the run goes on.
+
+    Args:
+        began: `time.monotonic()` at the start, for the time shown; None: now.
 
     Raises:
         GrpoRayError: the cluster is too small, or the controller died.
@@ -35,29 +59,24 @@ def run_and_follow(kind: str, config: RunConfig | SftConfig, run_dir: Path, resu
 
     import ray
 
-    began = time.monotonic()
-    connect(config)
-    try:
-        gpus = has_gpus()
-        if isinstance(config, RunConfig):
-            check_colocated(config, has_gpus=gpus)
-        wanted = [d for d in demands(config, gpus) if kind != "replay" or d.option == "learner"]
-        asyncio.run(await_resources(wanted, config.deadlines.resources_s))
-        from actors.controller import start_controller
+    gpus = has_gpus()
+    if isinstance(config, RunConfig):
+        check_colocated(config, has_gpus=gpus)
+    wanted = [d for d in demands(config, gpus) if d.option not in UNUSED.get(kind, ())]
+    asyncio.run(await_resources(wanted, config.deadlines.resources_s))
+    asyncio.run(await_free(wanted, FREE_S))
+    from actors.controller import start_controller
 
-        detached = joins(config)
-        controller = start_controller(kind, config, run_dir, resume_step, detached=detached)
-        try:
-            with LiveView(run_dir=run_dir, began=began) as view, _signals_to(controller, view):
-                finished = controller.run.remote()
-                end = follow_events(controller, view, run_dir)
-                ray.get(finished, timeout=SILENCE_S)
-                return end
-        finally:
-            if detached:
-                ray.kill(controller)
+    controller = start_controller(kind, config, run_dir, resume_step, detached=joins(config))
+    try:
+        no_steps = kind in WITHOUT_STEPS
+        with LiveView(run_dir=run_dir, began=began, no_steps=no_steps) as view, _signals_to(controller, view):
+            finished = controller.run.remote()
+            end = follow_events(controller, view, run_dir)
+            ray.get(finished, timeout=SILENCE_S)
+            return end
     finally:
-        ray.shutdown()
+        ray.kill(controller)
 
 
 def follow_events(controller: Any, view: LiveView, run_dir: Path) -> EndEvent:

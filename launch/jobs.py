@@ -50,7 +50,7 @@ def _start(kind: str, config: RunConfig | SftConfig, folder: Path) -> Path:
             f"{run.store.url} holds checkpoints of another run of this name; choose another with name=..., or remove them"
         )
     try:
-        _write_config(run, config)
+        write_config(run, config)
         _finish(run, _run(kind, config, run, None))
     except BaseException:
         _remove_if_nothing_happened(run)
@@ -58,8 +58,36 @@ def _start(kind: str, config: RunConfig | SftConfig, folder: Path) -> Path:
     return folder
 
 
+def start_sample(recipe: str, overrides: list[str]) -> Path:
+    """New samples, or the rest of those that a run of this name has begun."""
+    config = load_recipe(RunConfig, recipe, overrides)
+    folder = run_folder(config, recipe)
+    if RunDir(folder).samples.is_dir():
+        run = RunDir.open(folder)
+        console.print(f"going on with {run.path}")
+    else:
+        from launch.check import preflight
+
+        preflight(config)
+        run = RunDir.create(folder)
+        write_config(run, config)
+        run.samples.mkdir()
+    _finish_samples(run, _run("sample", config, run, None))
+    return folder
+
+
+def _finish_samples(run: RunDir, end: EndEvent) -> None:
+    console.print(f"samples  {run.samples}")
+    if end.status != "finished":
+        console.print(f"go on    grpo-ray resume {run.path}")
+    exit_unless_finished(end)
+
+
 def resume_run(path: Path) -> None:
     run = RunDir.open(path)
+    if run.samples.is_dir():
+        _finish_samples(run, _run("sample", load_run_config(RunConfig, run.config), run, None))
+        return
     kind = kind_of(run.config)
     config = load_run_config(SCHEMAS[kind], run.config)
     run = run.with_checkpoints(config.checkpoint.path)
@@ -155,7 +183,7 @@ def exit_unless_finished(end: EndEvent) -> None:
         raise SystemExit(SIGNAL_EXITS.get(end.status, 1))
 
 
-def _write_config(run: RunDir, config: RunConfig | SftConfig) -> None:
+def write_config(run: RunDir, config: RunConfig | SftConfig) -> None:
     run.config.write_text(to_yaml(config))
 
 

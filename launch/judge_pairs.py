@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from grpo_ray.config import DataSource
-from grpo_ray.data import load_table, progress
+from grpo_ray.data import Table, load_table, progress
 from grpo_ray.decontaminate import write_jsonl
 from grpo_ray.errors import ConfigError, DataError
 from grpo_ray.judge import Judge, JudgeOptions
@@ -19,7 +19,7 @@ console = Console(highlight=False, soft_wrap=True, markup=False)
 
 
 def make_pairs(
-    answers: str,
+    answers: str | Table,
     out: Path,
     options: JudgeOptions,
     *,
@@ -37,9 +37,11 @@ def make_pairs(
         ConfigError: `out` is the file to read.
         DataError: the answers can't be read, or no pair is left.
     """
-    if out.resolve() == Path(answers).resolve():
-        raise ConfigError(f"--out {out} is the file to read; name another")
-    table = load_table(DataSource(path=answers), seed=seed)
+    if isinstance(answers, str):
+        if out.resolve() == Path(answers).resolve():
+            raise ConfigError(f"--out {out} is the file to read; name another")
+        answers = load_table(DataSource(path=answers), seed=seed)
+    table = answers
     candidates = read_candidates(table)
     counts = Counts()
 

@@ -73,17 +73,20 @@ class LiveView:
         run_dir: Path | None = None,
         began: float | None = None,
         console: Console | None = None,
+        *,
+        no_steps: bool = False,
     ) -> None:
         """
         Args:
             total_steps: None until the first step tells.
+            no_steps: there will be none, so what is done of its phases is what is shown of the run.
             run_dir: its name is the title.
             began: `time.monotonic()` at the start, for the time shown; None: now.
         """
         self.console = console or Console(highlight=False)
         self._title = run_dir.name if run_dir else ""
         self._began = time.monotonic() if began is None else began
-        self._state = _State(total_steps)
+        self._state = _State(total_steps, no_steps)
         self._told = ("", "")
         self._live: Live | None = None
         if self.console.is_terminal:
@@ -126,12 +129,17 @@ class LiveView:
         self._print(text, "yellow")
 
     def _phase(self, event: PhaseEvent) -> None:
-        starting = event.phase not in DOING
-        if self._live is None and starting and (event.phase, event.detail) != self._told:
-            self._told = (event.phase, event.detail)
-            self._print(
-                f"[{time.monotonic() - self._began:6.1f} s] {event.phase}{': ' if event.detail else ''}{event.detail}"
+        told = (event.phase, event.detail)
+        if event.phase in DOING:
+            if not self._state.no_steps or not event.total:
+                return
+            told = (event.phase, f"{10 * event.done // event.total}")
+        if self._live is None and told != self._told:
+            self._told = told
+            what = (
+                self._state.doing if event.phase in DOING else f"{event.phase}{': ' * bool(event.detail)}{event.detail}"
             )
+            self._print(f"[{time.monotonic() - self._began:6.1f} s] {what}")
 
     def _print(self, text: str, style: str = "") -> None:
         self.console.print(Text(printable(text), style=style), soft_wrap=True)
@@ -143,10 +151,13 @@ class LiveView:
 class _State:
     """What the picture shows, apart from how."""
 
-    def __init__(self, total_steps: int | None) -> None:
+    def __init__(self, total_steps: int | None, no_steps: bool) -> None:
+        self.no_steps = no_steps
         self.step = 0
         self.total_steps = total_steps or 0
         self.doing = "starting"
+        self.counted = (0, 0)
+        """(done, total) of the phase under way."""
         self.history: dict[str, deque[float]] = {label: deque(maxlen=HISTORY) for label, _, _ in ROWS}
         self.last: dict[str, float] = {}
         self._eval_name: str | None = None
@@ -156,6 +167,7 @@ class _State:
     def take(self, event: Event) -> None:
         match event:
             case PhaseEvent():
+                self.counted = (event.done, event.total)
                 count = f" {event.done}/{event.total}" if event.total else ""
                 words = DOING.get(event.phase, event.phase)
                 self.doing = f"{words}{count}" + (f": {event.detail}" if event.detail else "")
@@ -264,8 +276,8 @@ def _header(state: _State, title: str, elapsed: float, width: int) -> Table:
     top.add_column(no_wrap=True)
     top.add_column(ratio=1)
     top.add_column(no_wrap=True, justify="right")
-    total = state.total_steps
-    count = f"step {state.step}/{total}" if total else "step 0"
+    done, total = state.counted if state.no_steps else (state.step, state.total_steps)
+    count = f"{done}/{total}" if state.no_steps else f"step {done}/{total}" if total else "step 0"
     name = f"{title}  " if title and width >= 100 else ""
     each, left = state.seconds_a_step(), state.seconds_left()
     times = [
@@ -273,7 +285,7 @@ def _header(state: _State, title: str, elapsed: float, width: int) -> Table:
         f"{duration(left)} left" if left else "",
         duration(elapsed),
     ]
-    bar = ProgressBar(total=total or 1, completed=state.step, complete_style="blue", finished_style="green")
+    bar = ProgressBar(total=total or 1, completed=done, complete_style="blue", finished_style="green")
     top.add_row(Text(name, style="bold") + Text(count, style="bold blue"), bar, Text("  ".join(t for t in times if t)))
     if state.doing:
         doing = Text(printable(state.doing), style="dim", no_wrap=True, overflow="ellipsis")

@@ -61,11 +61,17 @@ def load_recipe(schema: type[Config], recipe: str, overrides: list[str]) -> Conf
     """Raises ConfigError with every problem, one a line."""
     path = find_recipe(recipe)
     data = deep_merge(load_yaml(path), parse_overrides(overrides))
+    if is_pipeline(path):
+        raise ConfigError(f"recipe {recipe} has stages: it is for `grpo-ray pipeline {recipe}`")
     return build(schema, data, f"recipe {recipe}" + (f" with {' '.join(overrides)}" if overrides else ""))
 
 
 def load_run_config(schema: type[Config], path: Path) -> Config:
     return build(schema, load_yaml(path), str(path))
+
+
+def is_pipeline(path: Path) -> bool:
+    return "stages" in load_yaml(path)
 
 
 def kind_of(path: Path) -> str:

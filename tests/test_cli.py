@@ -115,6 +115,48 @@ def test_an_unknown_recipe_is_told_with_a_guess(folder: Path) -> None:
     assert "did you mean smoke" in result.stderr
 
 
+@pytest.fixture
+def pipeline(folder: Path) -> Path:
+    model = {"path": "${stages.base.model}", "dtype": "float32"}
+    sft = {"kind": "sft", "config": {"num_steps": 2, "model": RECIPE["model"], "data": RECIPE["data"]}}
+    train = {"kind": "train", "config": {**RECIPE, "model": model}}
+    (folder / "stages.yaml").write_text(yaml.safe_dump({"stages": {"base": sft, "zero": train}}))
+    return folder
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(pipeline: Path) -> None:
+    for args in (["pipeline", "stages.yaml", "--dry-run"], ["check", "stages.yaml"]):
+        result = grpo_ray(pipeline, *args, "assume={tokens_per_s: {sft: 1000, train: 1000}, completion_tokens: 8}")
+        assert result.returncode == 0, result.stderr
+        assert "2 steps x 128 examples" in result.stdout
+        assert "1 steps x 32 prompts x 8 samples" in result.stdout
+        # 2 x 128 x 8, and 32 x 8 x (8 + 64 / 2); a minute each to start.
+        assert "to run   2 stages, about 12,288 tokens, about 2m12s" in result.stdout
+    assert not (pipeline / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "expected"),
+    [
+        (["pipeline", "recipe.yaml"], 2, "has no stages"),
+        (["train", "stages.yaml"], 2, "grpo-ray pipeline stages.yaml"),
+        (["pipeline", "stages.yaml", "--from", "bsae"], 2, "did you mean base?"),
+        (["pipeline", "stages.yaml", "--from", "zero"], 2, "stage base comes before it and is not done"),
+        (["pipeline", "stages.yaml", "stages.zero.config.num_stpes=1"], 2, "stage zero can't be used"),
+        (["pipeline", "stages.yaml", "stages.zero.config.reward.functions=[{name: acuracy}]"], 1, "accuracy"),
+        (["sample", "recipe.yaml", "sample.num_samples=0"], 2, "sample.num_samples"),
+    ],
+)
+def test_pipelines_are_refused_before_anything_is_started(
+    pipeline: Path, args: list[str], code: int, expected: str
+) -> None:
+    result = grpo_ray(pipeline, *args)
+    assert result.returncode == code, result.stdout + result.stderr
+    assert expected in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (pipeline / "runs").exists()
+
+
 def test_replay_says_why_a_step_cannot_be_replayed(folder: Path) -> None:
     run = folder / "runs" / "done"
     (run / "rollouts").mkdir(parents=True)

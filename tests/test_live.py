@@ -61,6 +61,15 @@ def test_a_log_gets_one_aligned_line_a_step() -> None:
     assert lines[2].endswith("left 0.0s")
 
 
+def test_a_run_without_steps_tells_how_far_it_is() -> None:
+    out = io.StringIO()
+    with LiveView(console=Console(file=out, width=80, force_terminal=False), no_steps=True) as view:
+        for done in range(0, 401, 4):
+            view.handle(PhaseEvent("rollout", "", done, 400))
+    lines = out.getvalue().splitlines()
+    assert [line.split("] ")[1] for line in lines] == [f"sampling {n}/400" for n in range(0, 401, 40)]
+
+
 def test_a_log_gets_start_up_evaluation_checkpoint_and_end() -> None:
     lines = plain(
         PhaseEvent("start", "rollout-0"),

@@ -12,13 +12,14 @@ from grpo_ray.rewards.function import Completions, text_of
 
 def reasoning_gym(
     completions: Completions,
-    reasoning_gym_entry: list[dict[str, Any]],
+    reasoning_gym_entry: list[dict[str, Any] | None],
     reasoning_gym_task: list[str],
     strict: bool = False,
-) -> list[float]:
+) -> list[float | None]:
     """What `score_answer` of the row's task gives the answer (in `<answer>`, else the whole completion).
 
-    `reasoning_gym_entry` is the generator's row (question, answer, metadata), `reasoning_gym_task` the task's name.
+    `reasoning_gym_entry` is the generator's row (question, answer, metadata), `reasoning_gym_task` the task's name; it does
+    not apply to a row without an entry.
     Most tasks give partial credit, some even to an empty answer; `strict` counts a full 1 only.
 
     Range [0, 1]; strict: {0, 1}. Source: reasoning-gym 0.1.25.
@@ -27,8 +28,10 @@ def reasoning_gym(
         RewardError: no such task.
     """
     rows = zip(completions, reasoning_gym_entry, reasoning_gym_task, strict=True)
-    scores = [float(_verifier(task)(answer_of(text_of(c)), entry)) for c, entry, task in rows]
-    return [float(score >= 1.0) for score in scores] if strict else scores
+    scores = [
+        None if entry is None else float(_verifier(task)(answer_of(text_of(c)), entry)) for c, entry, task in rows
+    ]
+    return [None if score is None else float(score >= 1.0) for score in scores] if strict else scores
 
 
 @lru_cache(maxsize=256)

@@ -1,0 +1,107 @@
+"""Which of the samples of each prompt are kept, and how they are written down."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from grpo_ray.errors import DataError
+from grpo_ray.filters.config import SampledSource
+from grpo_ray.filters.trace import first_fault, reasoning_of, trace_of
+from grpo_ray.rewards.answer_tag import answer_of
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Selection:
+    """What became of the samples of one source."""
+
+    rows: list[Row] = field(default_factory=list)
+    """Those kept, in TRL's conversational form: prompt, completion, and where they come from."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Why -> how many."""
+    num_samples: int = 0
+    num_prompts: int = 0
+    num_prompts_kept: int = 0
+
+    @property
+    def num_kept(self) -> int:
+        return len(self.rows)
+
+
+def select(samples: Iterable[Row], config: SampledSource, *, seed: int) -> Selection:
+    """Filter, drop duplicates, keep so many of each prompt.
+
+    Args:
+        samples: rows of `read_samples`: those of a prompt are next to each other.
+        seed: for `prefer: random`.
+    """
+    out = Selection()
+    for prompt_id, group in groupby(samples, key=lambda row: row["prompt_id"]):
+        rows = [r for r in group if all(str(r["columns"].get(k)) == v for k, v in config.only.items())]
+        if not rows:
+            continue
+        out.num_prompts += 1
+        out.num_samples += len(rows)
+        passed = []
+        for row in rows:
+            fault = first_fault(trace_of(row), config.filter)
+            if fault is None:
+                passed.append(row)
+            else:
+                out.left_out[fault] += 1
+        distinct = _without_duplicates(passed)
+        chosen = _keep(distinct, config, random.Random(f"{seed}/{prompt_id}"))
+        out.left_out["duplicate"] += len(passed) - len(distinct)
+        out.left_out["more of the same prompt"] += len(distinct) - len(chosen)
+        out.num_prompts_kept += bool(chosen)
+        out.rows += [_demonstration(row, config) for row in chosen]
+    out.left_out = +out.left_out
+    return out
+
+
+def _without_duplicates(rows: list[Row]) -> list[Row]:
+    """White space aside; the first stays."""
+    return list({" ".join(row["completion"].split()): row for row in reversed(rows)}.values())[::-1]
+
+
+def _keep(rows: list[Row], config: SampledSource, rng: random.Random) -> list[Row]:
+    match config.prefer:
+        case "shortest":
+            rows = sorted(rows, key=lambda row: len(row["completion_ids"]))
+        case "random":
+            rows = rng.sample(rows, len(rows))
+    return rows[: config.keep_per_prompt]
+
+
+def _demonstration(row: Row, config: SampledSource) -> Row:
+    return {
+        "prompt": row["messages"],
+        "completion": [{"role": "assistant", "content": written(row["completion"], row["columns"], config.summary)}],
+        "source": "samples",
+        "prompt_id": row["prompt_id"],
+        "index": row["index"],
+        "model_sha256": row["model_sha256"],
+        "columns": row["columns"],
+    }
+
+
+def written(completion: str, columns: Row, summary: str | dict[str, str] | None) -> str:
+    """The completion with its reasoning as it was and the summary behind it.
+
+    Raises:
+        DataError: no summary for the row's language.
+    """
+    if summary is None:
+        return completion
+    if isinstance(summary, dict):
+        language = str(columns.get("language"))
+        if language not in summary:
+            raise DataError(f"summary has none for language {language!r} of a row; it has: {', '.join(summary)}")
+        summary = summary[language]
+    return f"<think>{reasoning_of(completion)}</think>{summary.replace('{answer}', answer_of(completion))}"

@@ -1,0 +1,167 @@
+"""One sampled answer against the filters: the reason why it is not kept, or None."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import unicodedata
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from grpo_ray.filters.config import FilterConfig
+from grpo_ray.types import ScoreStatus
+
+TAG = re.compile(r"</?(?:think|answer)>")
+_R1 = re.compile(r"\s*<think>(?P<think>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
+_THINK = re.compile(r"\s*<think>(?P<think>.*?)</think>(?P<answer>.*)", re.DOTALL)
+_FORMULA = re.compile(r"\$[^$]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[a-zA-Z]+|```.*?```", re.DOTALL)
+_UNSPACED_RANGES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+_WORD = re.compile(rf"[{_UNSPACED_RANGES}]|[^\W{_UNSPACED_RANGES}]+|[^\w\s]")
+LOOP_CHARS = 2000
+"""So much of the end is searched for a piece that comes again and again."""
+MIN_LOOP_CHARS = 24
+"""A shorter tail (`...`, `=====`) is no loop."""
+MIN_LINE_CHARS = 8
+MIN_FOREIGN = 2
+UNSPACED = frozenset({"CJK", "THAI", "LAO", "KHMER", "MYANMAR"})
+"""Scripts without spaces between words."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the filters look at."""
+
+    prompt: str
+    completion: str
+    finish_reason: str
+    num_tokens: int
+    scores: dict[str, tuple[str, float | None]]
+    """Reward function -> (status, value)."""
+
+
+def trace_of(row: dict[str, Any]) -> Trace:
+    """Of a row of `read_samples`."""
+    return Trace(
+        prompt="\n".join(str(m["content"]) for m in row["messages"]),
+        completion=row["completion"],
+        finish_reason=row["finish_reason"],
+        num_tokens=len(row["completion_ids"]),
+        scores={part["name"]: (part["status"], part["value"]) for part in row["rewards"]},
+    )
+
+
+def first_fault(trace: Trace, config: FilterConfig) -> str | None:
+    """Why this answer is not kept, in a word or two that reports count by; None: it is."""
+    if config.finished and trace.finish_reason != "stop":
+        return "cut off"
+    if (wrong := _score_fault(trace, config)) is not None:
+        return wrong
+    reasoning = reasoning_of(trace.completion)
+    if config.form is not None and not _has_form(trace.completion, config.form):
+        return "form"
+    if len(reasoning.strip()) < config.min_reasoning_chars:
+        return "too short"
+    if config.max_tokens is not None and trace.num_tokens > config.max_tokens:
+        return "too long"
+    if not config.code_blocks and "```" in reasoning:
+        return "code block"
+    if config.max_foreign_words is not None and foreign(trace.prompt, trace.completion) > config.max_foreign_words:
+        return "mixed scripts"
+    if config.max_loop is not None and loops(reasoning, config.max_loop):
+        return "loop"
+    if config.max_repeated is not None and repeated(reasoning, config.repeat_ngram) > config.max_repeated:
+        return "repetition"
+    limit = config.max_paragraph_chars
+    if limit is not None and any(len(line) > limit for line in reasoning.splitlines()):
+        return "long paragraph"
+    return None
+
+
+def _score_fault(trace: Trace, config: FilterConfig) -> str | None:
+    for name, least in config.min_scores.items():
+        status, value = trace.scores.get(name, ("missing", None))
+        if status == ScoreStatus.NOT_APPLICABLE:
+            continue
+        if value is None:
+            return f"{name}: {status}"
+        if value < least:
+            return name
+    return None
+
+
+def reasoning_of(completion: str) -> str:
+    """What `<think>` holds; the whole text where it is not closed."""
+    found = _THINK.match(completion)
+    return found["think"] if found else completion
+
+
+def _has_form(completion: str, form: str) -> bool:
+    tags = TAG.findall(completion)
+    if form == "r1":
+        found = _R1.fullmatch(completion)
+        return found is not None and len(tags) == 4 and bool(found["answer"].strip())
+    found = _THINK.fullmatch(completion)
+    return found is not None and tags.count("<think>") == tags.count("</think>") == 1 and bool(found["answer"].strip())
+
+
+def foreign(prompt: str, completion: str) -> float:
+    """Part of the completion's words that are of another script than most of the prompt's; formulas, code and single letters are
+    no words, and a word of the prompt is never foreign. Of scripts without spaces each character is a word.
+    """
+    asked = words_by_script(prompt)
+    said = words_by_script(completion)
+    home = max(asked, key=lambda script: len(asked[script]), default="")
+    known = {word.lower() for words in asked.values() for word in words}
+    total = sum(len(words) for words in said.values())
+    strange = sum(word.lower() not in known for script, words in said.items() if script != home for word in words)
+    return strange / total if home and strange >= MIN_FOREIGN else 0.0
+
+
+def words_by_script(text: str) -> dict[str, list[str]]:
+    out: dict[str, list[str]] = {}
+    for script, run in itertools.groupby(_FORMULA.sub(" ", TAG.sub(" ", text)), key=script_of):
+        word = "".join(run)
+        if script in UNSPACED:
+            out.setdefault(script, []).extend(word)
+        elif script and len(word) > 1:
+            out.setdefault(script, []).append(word)
+    return out
+
+
+@lru_cache(maxsize=65536)
+def script_of(character: str) -> str:
+    """`LATIN`, `CJK`, `CYRILLIC`, ..; '' for what is no letter. Kana counts as CJK: Japanese is written with both."""
+    if not character.isalpha():
+        return ""
+    name = unicodedata.name(character, "").split(" ", 1)[0]
+    return "CJK" if name in ("HIRAGANA", "KATAKANA") else name
+
+
+def repeated(text: str, n: int) -> float:
+    """Part of the runs of n words that were there before; signs are words, as are characters of scripts without spaces."""
+    words = _WORD.findall(text.lower())
+    runs = list(zip(*(words[i:] for i in range(n)), strict=False))
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def loops(text: str, limit: int) -> bool:
+    """Does the same line, or the same piece of text at the end, come more than `limit` times in a row?"""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    run = 1
+    for before, line in itertools.pairwise(lines):
+        run = run + 1 if line == before and len(line) >= MIN_LINE_CHARS else 1
+        if run > limit:
+            return True
+    end = " " + " ".join(text[-LOOP_CHARS:].split())
+    return any(_ends_with_copies(end, period, limit + 1) for period in range(1, len(end) // (limit + 1) + 1))
+
+
+def _ends_with_copies(text: str, period: int, copies: int) -> bool:
+    size = period * copies
+    if size < MIN_LOOP_CHARS:
+        copies = -(-MIN_LOOP_CHARS // period)
+        size = period * copies
+    piece = text[-period:]
+    # Digits and dashes in a row are a number, or a line.
+    return len(text) >= size and any(c.isalpha() for c in piece) and text[-size:] == piece * copies

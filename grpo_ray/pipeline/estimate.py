@@ -1,0 +1,82 @@
+"""Tokens and time of a stage before they are spent: rough, and from what earlier stages took as soon as there are some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from grpo_ray.config import DataSource, RunConfig, SftConfig, preferences
+from grpo_ray.config_base import Strict
+from grpo_ray.pipeline.config import AssumeConfig
+from grpo_ray.pipeline.plan import Plan, Stage
+from grpo_ray.pipeline.record import Record
+
+ROWS = 10_000
+"""Taken for a data set whose size is not known yet."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    tokens: int
+    """Prompts and completions that are sampled or trained on."""
+    seconds: float | None
+    """None: neither measured nor assumed."""
+    what: str
+    """`300 steps x 32 examples`."""
+
+
+def estimate(
+    stage: Stage, config: Strict, plan: Plan, record: Record, num_rows: Callable[[DataSource], int | None]
+) -> Estimate:
+    """
+    Args:
+        num_rows: rows of a source, as far as that can be known without reading it.
+    """
+    assume = plan.config.assume
+    tokens, what = _work(stage, config, assume, num_rows)
+    if tokens == 0:
+        return Estimate(0, 0.0, what)
+    speed = _measured(plan, record, stage.kind) or assume.tokens_per_s.get(stage.kind)
+    return Estimate(tokens, assume.start_s + tokens / speed if speed else None, what)
+
+
+def _work(
+    stage: Stage, config: Strict, assume: AssumeConfig, num_rows: Callable[[DataSource], int | None]
+) -> tuple[int, str]:
+    if isinstance(config, SftConfig):
+        rows = num_rows(config.data.train) or ROWS
+        steps = config.num_steps or max(1, int(config.num_epochs * rows / config.examples_per_step))
+        each = (assume.prompt_tokens or 0) + (assume.completion_tokens or config.max_length / 2)
+        each *= 1 if preferences(config) is None else 2
+        return round(steps * config.examples_per_step * each), f"{steps:,} steps x {config.examples_per_step} examples"
+    if isinstance(config, RunConfig):
+        prompt = assume.prompt_tokens or config.data.max_prompt_length / 2
+        each = prompt + (assume.completion_tokens or config.rollout.max_completion_length / 2)
+        rows = num_rows(config.data.train) or ROWS
+        if stage.kind == "train":
+            steps = config.num_steps or max(1, int(config.num_epochs * rows / config.prompts_per_step))
+            samples = config.prompts_per_step * config.rollout.num_generations
+            what = f"{steps:,} steps x {config.prompts_per_step} prompts x {config.rollout.num_generations} samples"
+            return round(steps * samples * each), what
+        return round(rows * config.sample.num_samples * each), f"{rows:,} prompts x {config.sample.num_samples} samples"
+    return 0, "on this machine"
+
+
+def _measured(plan: Plan, record: Record, kind: str) -> float | None:
+    """Tokens a second of the stages of this kind that are done, start-up aside."""
+    costs = [record.stages[s.name].cost for s in plan.stages if s.kind == kind and record.done(s.name)]
+    seconds = sum(max(1.0, c.seconds - c.starts * plan.config.assume.start_s) for c in costs)
+    tokens = sum(c.tokens for c in costs)
+    return tokens / seconds if tokens else None
+
+
+def rows_known(source: DataSource, rows_of: Mapping[str, int]) -> int | None:
+    """Of a generator by its `args`, of a stage's data by what it made; None where the file would have to be read."""
+    size = source.args.get("size")
+    found = rows_of.get(source.path) or (int(size) if size is not None else None)
+    if found is None and source.path.endswith(".jsonl") and Path(source.path).is_file():
+        with Path(source.path).open("rb") as file:
+            found = sum(1 for line in file if line.strip())
+    limits = [n for n in (found, source.limit) if n is not None]
+    return min(limits) if limits else None

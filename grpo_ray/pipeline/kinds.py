@@ -1,0 +1,36 @@
+"""What kinds of stages there are: the schema of each, and what it leaves in its folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from grpo_ray.config import DpoConfig, RewardModelConfig, RunConfig, SftConfig
+from grpo_ray.config_base import Strict
+from grpo_ray.filters.config import MixConfig, PairsConfig, PromptsConfig
+
+
+@dataclass(frozen=True)
+class Kind:
+    schema: type[Strict]
+    run: str | None
+    """What the controller calls it; None: no run on the cluster."""
+    outputs: dict[str, str]
+    """Name -> path in the stage's folder."""
+    trains: bool = False
+    """It has checkpoints to go on from."""
+    policy: bool = False
+    """Its `model` answers prompts, so the pipeline's `eval` can measure it."""
+
+
+KINDS = {
+    "sft": Kind(SftConfig, "sft", {"model": "hf"}, trains=True, policy=True),
+    "train": Kind(RunConfig, "grpo", {"model": "hf"}, trains=True, policy=True),
+    "dpo": Kind(DpoConfig, "dpo", {"model": "hf"}, trains=True, policy=True),
+    "reward_model": Kind(RewardModelConfig, "reward_model", {"model": "hf"}, trains=True),
+    "sample": Kind(RunConfig, "sample", {"samples": "samples"}),
+    "data": Kind(MixConfig, None, {"data": "data.jsonl"}),
+    "pairs": Kind(PairsConfig, None, {"data": "pairs.jsonl"}),
+    "prompts": Kind(PromptsConfig, None, {"data": "prompts.jsonl"}),
+}
+EVAL = "eval"
+"""A `sample` stage that a stage which makes a model brings with it, called `NAME-eval`."""

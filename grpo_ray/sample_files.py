@@ -1,0 +1,204 @@
+"""What `grpo-ray sample` writes: Parquet files of scored samples, each whole or not there, and what they were made with.
+
+RUN/samples.json                   model (with its SHA-256), prompts, seed, sampling: the same for every file
+RUN/samples/samples-000000.parquet prompts 0 .. shard_prompts - 1, all samples of each, in order
+
+Readable by anything that reads Parquet: `pandas.read_parquet(folder)`, `load_dataset("parquet", data_dir=folder)`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from grpo_ray.errors import DataError
+from grpo_ray.rollout_log import utf8
+from grpo_ray.seeds import sample_seed
+from grpo_ray.types import Prompt, Sample, Score
+
+_PART = pa.struct([("name", pa.string()), ("status", pa.string()), ("value", pa.float64()), ("detail", pa.string())])
+SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("index", pa.int32()),
+        ("prompt", pa.string()),
+        ("messages", pa.string()),
+        ("completion", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("completion_ids", pa.list_(pa.int32())),
+        ("finish_reason", pa.string()),
+        ("reward", pa.float64()),
+        ("reward_status", pa.string()),
+        ("rewards", pa.list_(_PART)),
+        ("columns", pa.string()),
+        ("seed", pa.int64()),
+        ("model_sha256", pa.string()),
+    ]
+)
+"""`prompt_ids` [N], `completion_ids` [T]. `messages` and `columns` are JSON: what was asked as a conversation, without anything
+that the template adds, and the other columns of the prompt's row. A reward that is no number: null."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What all samples of a folder have in common."""
+
+    model: str
+    model_sha256: str
+    """Of its files, see `manifest.digest_of`; of a name on the hub: empty."""
+    prompts: str
+    """Fingerprint of the prompts."""
+    num_prompts: int
+    num_samples: int
+    """Of each prompt."""
+    shard_prompts: int
+    seed: int
+    """Of the run; a sample's own is in its row."""
+    sampling: dict[str, Any]
+    rewards: list[dict[str, Any]]
+    """Name, weight and arguments of the functions that scored."""
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_prompts // self.shard_prompts)
+
+    def shard(self, number: int) -> range:
+        """Indices of its prompts."""
+        return range(number * self.shard_prompts, min((number + 1) * self.shard_prompts, self.num_prompts))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One prompt with all its samples."""
+
+    prompt: Prompt
+    messages: list[dict[str, Any]]
+    """What the row asks, before the template."""
+    samples: Sequence[Sample]
+    scores: Sequence[Score]
+
+
+class SampleFolder:
+    """The files of one `About`."""
+
+    def __init__(self, path: Path, about: About) -> None:
+        self.path = path
+        self.about = about
+
+    @classmethod
+    def open(cls, path: Path, about: About) -> SampleFolder:
+        """A new folder, or one to go on with. What an interrupted write left is removed.
+
+        Raises:
+            DataError: its files were made with something else.
+        """
+        path.mkdir(parents=True, exist_ok=True)
+        for left in path.glob("*.new"):
+            left.unlink()
+        file = about_file(path)
+        wanted = json.loads(json.dumps(asdict(about)))
+        if file.is_file():
+            there = json.loads(file.read_text())
+            different = [key for key, value in wanted.items() if there.get(key) != value]
+            if different:
+                key = different[0]
+                raise DataError(
+                    f"{path} holds samples made with another {key} ({there.get(key)!r:.80}, now {wanted[key]!r:.80}): samples of "
+                    "two kinds are never mixed; choose another name with name=..., or remove the folder"
+                )
+        else:
+            write_atomically(file, json.dumps(wanted, indent=1).encode())
+        return cls(path, about)
+
+    def missing(self) -> list[int]:
+        """Numbers of the files that are still to be made."""
+        return [n for n in range(self.about.num_shards) if not self._file(n).is_file()]
+
+    def write(self, number: int, drawn: Sequence[Drawn]) -> Path:
+        """The file is there whole or not at all."""
+        rows = [self._row(one, i) for one in drawn for i in range(len(one.samples))]
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
+        file = self._file(number)
+        write_atomically(file, sink.getvalue())
+        return file
+
+    def _file(self, number: int) -> Path:
+        return self.path / f"samples-{number:06d}.parquet"
+
+    def _row(self, drawn: Drawn, i: int) -> dict[str, Any]:
+        prompt, sample, score = drawn.prompt, drawn.samples[i], drawn.scores[i]
+        return {
+            "prompt_id": prompt.id,
+            "index": sample.index,
+            "prompt": utf8(prompt.text),
+            "messages": _json(drawn.messages),
+            "completion": utf8(sample.text),
+            "prompt_ids": np.asarray(sample.prompt_token_ids, dtype=np.int32),
+            "completion_ids": np.asarray(sample.token_ids, dtype=np.int32),
+            "finish_reason": sample.finish_reason,
+            "reward": _number(score.value),
+            "reward_status": str(score.status),
+            "rewards": [
+                {"name": p.name, "status": str(p.status), "value": _number(p.value), "detail": utf8(p.detail)}
+                for p in score.parts
+            ],
+            "columns": _json(prompt.columns),
+            "seed": sample_seed(self.about.seed, prompt.id, sample.index),
+            "model_sha256": self.about.model_sha256,
+        }
+
+
+def read_samples(folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a folder in order, `messages` and `columns` as they were.
+
+    Raises:
+        DataError: there are none, or a file of them is missing.
+    """
+    file = about_file(folder)
+    if not file.is_file():
+        raise DataError(
+            f"{folder} is no folder of samples: there is no {file}; expected the samples/ of `grpo-ray sample`"
+        )
+    samples = SampleFolder(folder, About(**json.loads(file.read_text())))
+    if lacking := samples.missing():
+        raise DataError(
+            f"{folder} is not complete: {len(lacking)} of {samples.about.num_shards} files are missing, the first is number "
+            f"{lacking[0]}; go on with the run that makes them"
+        )
+    for number in range(samples.about.num_shards):
+        with pq.ParquetFile(samples._file(number)) as parquet:
+            for batch in parquet.iter_batches():
+                for row in batch.to_pylist():
+                    yield {**row, "messages": json.loads(row["messages"]), "columns": json.loads(row["columns"])}
+
+
+def about_file(folder: Path) -> Path:
+    """Beside the folder, in which others expect nothing but Parquet."""
+    return folder.with_name(f"{folder.name}.json")
+
+
+def write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
+    aside = path.with_name(f"{path.name}.new")
+    with aside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def _json(value: Any) -> str:
+    return utf8(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

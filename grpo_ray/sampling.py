@@ -1,0 +1,150 @@
+"""Offline generation: every prompt of a data set, several samples each, scored, to files that a killed run goes on with.
+
+    prompts in order -> Filling (sample, score) -> shard complete -> SampleFolder.write
+
+A sample's seed depends on its prompt alone, so prompts that are drawn again after a kill get the same samples.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from grpo_ray.config import RunConfig
+from grpo_ray.errors import RewardError
+from grpo_ray.filling import Filling
+from grpo_ray.prompts import PromptDataset
+from grpo_ray.roles import Sampler, SampleStore, Scorer
+from grpo_ray.rollout_log import distinct_refs
+from grpo_ray.sample_files import About, Drawn, SampleFolder
+from grpo_ray.seeds import sample_seed
+from grpo_ray.types import Group, SampleRequest, SamplingParams
+
+WAVES = 2
+"""So many times what the engines sample at once is under way: they never wait for the next prompt."""
+TOLD = 500
+"""How often progress is told in a whole run."""
+
+
+@dataclass(frozen=True)
+class SamplingReport:
+    num_made: int
+    """Samples of this call."""
+    num_before: int
+    """That were there already."""
+    num_tokens: int
+    """Completion tokens of this call."""
+    seconds: float
+    """Of this call, engines running."""
+
+
+def sampling_params(config: RunConfig) -> SamplingParams:
+    return SamplingParams(
+        temperature=config.sample.temperature,
+        top_p=config.sample.top_p,
+        top_k=config.rollout.top_k,
+        min_p=config.rollout.min_p,
+        max_tokens=config.rollout.max_completion_length,
+        stop=config.rollout.stop,
+    )
+
+
+def about_samples(config: RunConfig, prompts: PromptDataset, model: str, model_sha256: str) -> About:
+    params = sampling_params(config)
+    return About(
+        model=model,
+        model_sha256=model_sha256,
+        prompts=prompts.fingerprint,
+        num_prompts=len(prompts),
+        num_samples=config.sample.num_samples,
+        shard_prompts=config.sample.shard_prompts,
+        seed=config.seed,
+        sampling={
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "min_p": params.min_p,
+            "max_tokens": params.max_tokens,
+            "stop": list(params.stop),
+        },
+        rewards=[f.model_dump(mode="json") for f in config.reward.functions],
+    )
+
+
+async def sample_all(
+    prompts: PromptDataset,
+    sampler: Sampler,
+    scorer: Scorer,
+    samples: SampleStore,
+    folder: SampleFolder,
+    config: RunConfig,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> SamplingReport:
+    """Make the files that `folder` lacks.
+
+    Raises:
+        RewardError: more of a file's samples than reward.on_failure.abort_above could not be scored.
+    """
+    began = time.monotonic()
+    missing = folder.missing()
+    k = config.sample.num_samples
+    total = len(prompts) * k
+    before = done = total - k * sum(len(folder.about.shard(n)) for n in missing)
+    tokens = 0
+    step = max(k, total // TOLD)
+    params = sampling_params(config)
+    places = asyncio.Semaphore(max(1, WAVES * config.rollout.num_actors * config.rollout.max_num_seqs // k))
+    progress(done, total)
+
+    async def draw(index: int) -> Group:
+        """Its place is taken already: prompts begin in order."""
+        nonlocal done
+        try:
+            prompt = prompts.item(index, 0)
+            group = Group(prompt, index, 0)
+            requests = [
+                SampleRequest(prompt.id, i, prompt.token_ids, sample_seed(config.seed, prompt.id, i), params)
+                for i in range(k)
+            ]
+            await Filling(group, requests, sampler, scorer, at_once=config.reward.unit == "group")
+        finally:
+            places.release()
+        done += k
+        if done % step < k:
+            progress(done, total)
+        return group
+
+    async def make(number: int, groups: Sequence[asyncio.Task[Group]]) -> None:
+        nonlocal tokens
+        drawn = [await group for group in groups]
+        _check_scores(drawn, config)
+        tokens += sum(info.num_tokens for group in drawn for info in group.samples)
+        refs = distinct_refs(drawn)
+        lists = {id(ref): rows for ref, rows in zip(refs, await samples.fetch(refs), strict=True)}
+        parts = [
+            Drawn(g.prompt, prompts.conversation(g.order), [lists[id(i.ref)][i.row] for i in g.samples], g.scores)
+            for g in drawn
+        ]
+        await asyncio.to_thread(folder.write, number, parts)
+
+    async with asyncio.TaskGroup() as tasks:
+        for number in missing:
+            groups = []
+            for index in folder.about.shard(number):
+                await places.acquire()
+                groups.append(tasks.create_task(draw(index)))
+            tasks.create_task(make(number, groups))
+    return SamplingReport(total - before, before, tokens, time.monotonic() - began)
+
+
+def _check_scores(groups: Sequence[Group], config: RunConfig) -> None:
+    scores = [score for group in groups for score in group.scores]
+    failed = [score for score in scores if score.status.failed]
+    limit = config.reward.on_failure.abort_above
+    if len(failed) > limit * len(scores):
+        raise RewardError(
+            f"{len(failed)} of {len(scores)} samples could not be scored, more than reward.on_failure.abort_above ({limit:g}) "
+            f"allows; the first: {failed[0].status}, {failed[0].detail}"
+        )

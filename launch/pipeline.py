@@ -1,0 +1,301 @@
+"""`grpo-ray pipeline`: the stages of a recipe one after the other, on one cluster, each freed before the next begins.
+
+plan -> for each stage: inputs unchanged? -> run, or go on with it -> measure -> pipeline.json -> gate -> next
+"""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from grpo_ray.checkpoint import RunDir
+from grpo_ray.config import RunConfig, SftConfig, build, deep_merge, load_yaml, parse_overrides, to_yaml
+from grpo_ray.config_base import Strict
+from grpo_ray.errors import ConfigError, GrpoRayError, WorkerError
+from grpo_ray.evaluate import accuracy_name
+from grpo_ray.filters.config import MixConfig, PairsConfig, PromptsConfig
+from grpo_ray.manifest import digest_of
+from grpo_ray.names import check_name
+from grpo_ray.pipeline.config import PipelineConfig
+from grpo_ray.pipeline.gates import figures_of, judge
+from grpo_ray.pipeline.measure import measure
+from grpo_ray.pipeline.plan import Plan, Stage, make_plan
+from grpo_ray.pipeline.record import Record, StageRecord, check_unchanged
+from grpo_ray.pipeline.report import write_pipeline_report
+from grpo_ray.rewards import resolve
+from grpo_ray.sample_files import read_samples
+from grpo_ray.tracking import read_metrics
+from launch.jobs import exit_unless_finished, write_config
+from launch.pipeline_view import print_figures, print_plan
+from launch.recipe import find_recipe, is_pipeline
+from launch.stage_data import make_data
+
+console = Console(highlight=False, soft_wrap=True)
+RECIPE_COPY = "recipe.yaml"
+TRAINING = ("loss", "reward/mean", "completions/mean_length", "pairs/", "score/", "eval/")
+"""Metrics of a stage that trains, by their beginnings, which are its figures for gates."""
+
+
+def load_plan(recipe: str, overrides: list[str]) -> Plan:
+    """Raises ConfigError with every problem of the recipe, and of each stage's config."""
+    path = find_recipe(recipe)
+    if not is_pipeline(path):
+        raise ConfigError(f"recipe {recipe} has no stages: it is for `grpo-ray train` or another command of one run")
+    data = deep_merge(load_yaml(path), parse_overrides(overrides))
+    config = build(PipelineConfig, data, f"recipe {recipe}" + (f" with {' '.join(overrides)}" if overrides else ""))
+    plan = make_plan(config, check_name(config.name or Path(recipe).stem), lambda name: load_yaml(find_recipe(name)))
+    for stage in plan.stages:
+        stage_config = plan.config_of(stage)
+        if isinstance(stage_config, RunConfig):
+            for function in stage_config.reward.functions:
+                # A model that an earlier stage will make is not there yet.
+                if not any(str(value).startswith(f"{plan.folder}/") for value in function.args.values()):
+                    resolve(function)
+    return plan
+
+
+def run_pipeline(recipe: str, overrides: list[str], first: str | None, last: str | None, *, dry_run: bool) -> None:
+    """
+    Args:
+        first: run this stage and what builds on it again.
+        last: the last one to run.
+
+    Raises:
+        GrpoRayError: a stage failed, its gate did not open, or something that it was made from has changed.
+    """
+    plan = load_plan(recipe, overrides)
+    for name in (first, last):
+        if name is not None:
+            plan.stage(name)
+    record = Record.open(plan.folder)
+    todo = _to_run(plan, record, first, last)
+    print_plan(plan, record, todo)
+    if dry_run:
+        return
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    with _alone(plan.folder):
+        (plan.folder / RECIPE_COPY).write_text(to_yaml(plan.config))
+        if first is not None:
+            for name in plan.builds_on(first):
+                _set_aside(plan.folder_of(name))
+                record.forget(name)
+        _Runner(plan, record, " ".join([recipe, *overrides])).run(todo)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Raises ConfigError while another process runs this pipeline; a killed one leaves no lock behind."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{folder} is being run by another process; wait for it, or choose another name=..."
+            ) from None
+        yield
+
+
+def _to_run(plan: Plan, record: Record, first: str | None, last: str | None) -> list[Stage]:
+    """Raises ConfigError where what is done was done by another recipe."""
+    again = plan.builds_on(first) if first is not None else set()
+    names = [stage.name for stage in plan.stages]
+    end = len(names)
+    if last is not None:
+        # A stage is complete with its measure.
+        end = 1 + max(i for i, s in enumerate(plan.stages) if last in (s.name, s.measures))
+    begun = {s.name for s in plan.stages if s.name in record.stages and s.name not in again}
+    changed = [s.name for s in plan.stages if s.name in begun and record.stages[s.name].config != s.digest]
+    if changed:
+        raise ConfigError(
+            f"stage {changed[0]} of {plan.folder} was begun with another config than this recipe has; run it and what builds on "
+            f"it again with --from {changed[0]}, or choose another name with name=..."
+        )
+    todo = [s for s in plan.stages[:end] if s.name in again or not record.done(s.name)]
+    if first is not None:
+        lacking = [s.name for s in plan.stages if s in todo and names.index(s.name) < names.index(first)]
+        if lacking:
+            raise ConfigError(f"--from {first}: stage {lacking[0]} comes before it and is not done; leave --from out")
+    return todo
+
+
+def _set_aside(folder: Path) -> None:
+    """A run is never overwritten: what a stage made before keeps its files under another name."""
+    if not folder.exists():
+        return
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    folder.rename(aside)
+
+
+class _Runner:
+    def __init__(self, plan: Plan, record: Record, command: str) -> None:
+        self._plan = plan
+        self._record = record
+        self._command = command
+
+    def run(self, stages: list[Stage]) -> None:
+        # A gate that was shut still is, unless the recipe has another one now.
+        self._check_gates([s for s in self._plan.stages if self._record.done(s.name) and s not in stages])
+        with _cluster(self._plan.config, needed=any(s.spec.run for s in stages)):
+            for number, stage in enumerate(stages, 1):
+                console.print(f"\n[bold]{number}/{len(stages)} {stage.name}[/] ({stage.kind}) {stage.note}")
+                self._stage(stage)
+        print_figures(self._plan, self._record)
+        console.print(f"report   {self._report()}")
+
+    def _stage(self, stage: Stage) -> None:
+        plan, record = self._plan, self._record
+        config = plan.config_of(stage)
+        inputs = self._inputs(stage)
+        old = record.stages.get(stage.name)
+        if old is None:
+            record.put(stage.name, StageRecord(stage.kind, stage.digest, inputs=inputs))
+        elif old.inputs != inputs:
+            different = next(k for k in {**old.inputs, **inputs} if old.inputs.get(k) != inputs.get(k))
+            raise ConfigError(
+                f"stage {stage.name} was begun with another {different}; run it again with --from {stage.name}"
+            )
+        began = time.monotonic()
+        folder = plan.folder_of(stage.name)
+        try:
+            details = self._work(stage, config, folder)
+        except BaseException:
+            if stage.name in record.stages:
+                record.put(stage.name, record.add_cost(stage.name, time.monotonic() - began, _tokens(stage, folder)))
+            self._report()
+            raise
+        metrics = self._metrics(stage, config, folder, details)
+        outputs = {
+            name: digest_of(path)
+            for name, relative in stage.spec.outputs.items()
+            if (path := folder / relative).exists()
+        }
+        costed = record.add_cost(stage.name, time.monotonic() - began, _tokens(stage, folder))
+        record.put(stage.name, replace(costed, done=True, outputs=outputs, metrics=metrics, details=details))
+        self._report()
+        self._check_gates([stage])
+
+    def _inputs(self, stage: Stage) -> dict[str, str]:
+        """Raises CheckpointError for what is not as the stage that made it left it."""
+        out = {}
+        for name, output in stage.references():
+            was = self._record.stages[name].outputs.get(output)
+            if was is None:
+                raise ConfigError(f"stage {stage.name} needs {output} of {name}, which did not leave any")
+            mend = f"run that stage again with --from {name}"
+            check_unchanged(self._plan.output(name, output), was, f"{output} of stage {name}", mend)
+            out[f"{name}.{output}"] = was
+        return out | {path: digest_of(Path(path)) for path in _files(stage.data)}
+
+    def _work(self, stage: Stage, config: Strict, folder: Path) -> dict[str, Any]:
+        if isinstance(config, MixConfig | PairsConfig | PromptsConfig):
+            folder.mkdir(parents=True, exist_ok=True)
+            return asdict(make_data(config, folder / stage.spec.outputs["data"]))
+        assert isinstance(config, RunConfig | SftConfig)
+        assert stage.spec.run is not None
+        run, resume_step = _open_run(stage, config, folder)
+        from launch.follow import run_here
+
+        end = run_here(stage.spec.run, config, run.path, resume_step)
+        if end.status != "finished":
+            console.print(f"go on    grpo-ray pipeline {self._command}")
+        exit_unless_finished(end)
+        if stage.spec.trains:
+            from launch.jobs import make_report
+
+            make_report(run)
+        return {}
+
+    def _metrics(self, stage: Stage, config: Strict, folder: Path, details: dict[str, Any]) -> dict[str, float]:
+        if stage.spec.run is None:
+            return {key: float(value) for key, value in details.items() if isinstance(value, int)}
+        if stage.spec.run == "sample":
+            assert isinstance(config, RunConfig)
+            return measure(
+                read_samples(folder / "samples"),
+                accuracy=accuracy_name(config),
+                threshold=config.eval.threshold,
+                by=self._plan.config.eval_by,
+            )
+        # What training says of itself in the end: the last value of each.
+        last: dict[str, float] = {}
+        for line in read_metrics(folder / "metrics.jsonl"):
+            last |= {key: value for key, value in line.items() if value is not None and key.startswith(TRAINING)}
+        return last
+
+    def _check_gates(self, stages: list[Stage]) -> None:
+        """Raises WorkerError when one stays shut."""
+        figures = figures_of(self._plan, self._record)
+        for stage in stages:
+            for verdict in judge(stage.gates, figures[stage.name], figures):
+                name = stage.measures or stage.name
+                console.print(f"gate     {name}: {verdict.text}: {'open' if verdict.passed else 'shut'}")
+                if not verdict.passed:
+                    raise WorkerError(
+                        f"the gate of stage {name} is shut: {verdict.text}. See {self._plan.folder}/report.html; change the stage "
+                        f"and run it again with --from {name}, or change the gate"
+                    )
+
+    def _report(self) -> Path:
+        return write_pipeline_report(self._plan, self._record)
+
+
+@contextmanager
+def _cluster(config: PipelineConfig, *, needed: bool) -> Iterator[None]:
+    """One for all stages."""
+    if not needed:
+        yield
+        return
+    import ray
+
+    from actors.cluster import connect
+
+    connect(config)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _open_run(stage: Stage, config: RunConfig | SftConfig, folder: Path) -> tuple[RunDir, int | None]:
+    """The run of a stage, new or cut off, and the step to go on from."""
+    run = RunDir(folder).with_checkpoints(config.checkpoint.path)
+    if not run.config.is_file():
+        from launch.check import preflight
+
+        preflight(config)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(run, config)
+    if not stage.spec.trains:
+        return run, None
+    step = run.newest_whole(lambda text: console.print(f"warning: {text}", style="yellow"))
+    if step is not None:
+        console.print(f"going on after step {step}")
+    return run, step
+
+
+def _tokens(stage: Stage, folder: Path) -> int:
+    """That the stage went through until now."""
+    if stage.spec.run == "sample":
+        try:
+            return sum(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in read_samples(folder / "samples"))
+        except GrpoRayError:
+            return 0
+    lines = read_metrics(folder / "metrics.jsonl")
+    return round(sum((line.get("throughput/tokens_per_s") or 0.0) * (line.get("time/step") or 0.0) for line in lines))
+
+
+def _files(node: Any) -> list[str]:
+    """Paths of local files that a stage's config names."""
+    if isinstance(node, dict):
+        here = [node["path"]] if isinstance(node.get("path"), str) and Path(node["path"]).is_file() else []
+        return here + [path for value in node.values() for path in _files(value)]
+    return [path for value in node for path in _files(value)] if isinstance(node, list) else []

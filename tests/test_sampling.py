@@ -1,0 +1,200 @@
+"""`grpo-ray sample` over plain objects: what is written, and what a run that was killed goes on with."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from grpo_ray.config import RunConfig, build
+from grpo_ray.errors import DataError, RewardError
+from grpo_ray.models import load_tokenizer
+from grpo_ray.prompts import PromptDataset, load_prompts
+from grpo_ray.roles import InMemory
+from grpo_ray.sample_files import SampleFolder, read_samples
+from grpo_ray.sampling import SamplingReport, about_samples, sample_all
+from grpo_ray.types import RewardScore, Sample, SampleInfo, SampleRequest, Score, ScoreRequest, ScoreStatus, VersionSpan
+
+NUM_PROMPTS, K, SHARD = 22, 3, 4
+
+
+class Killed(Exception):
+    pass
+
+
+class Engine:
+    """A sample is a function of its seed; answers come in any order."""
+
+    def __init__(self, dies_after: int | None = None) -> None:
+        self.asked: list[tuple[str, int]] = []
+        self.most_at_once = self._at_once = 0
+        self._left = dies_after
+
+    async def generate(self, request: SampleRequest) -> SampleInfo:
+        self.asked.append((request.prompt_id, request.index))
+        self._at_once += 1
+        self.most_at_once = max(self.most_at_once, self._at_once)
+        await asyncio.sleep(random.random() / 500)
+        self._at_once -= 1
+        if self._left is not None:
+            self._left -= 1
+            if self._left < 0:
+                raise Killed
+        rng = random.Random(request.seed)
+        ids = np.asarray([rng.randrange(50) for _ in range(rng.randint(1, 9))], np.int32)
+        sample = Sample(
+            request.prompt_id,
+            request.index,
+            np.asarray(request.prompt_token_ids, np.int32),
+            ids,
+            np.zeros(len(ids), np.float32),
+            (VersionSpan(0, 0, len(ids)),),
+            "stop",
+            " ".join(map(str, ids)),
+        )
+        return SampleInfo(request.prompt_id, request.index, 1, len(ids), 0, "stop", "rollout-0", [sample], 0)
+
+    def take_stats(self) -> dict[str, float]:
+        return {}
+
+    def take_tracks(self) -> list[Any]:
+        return []
+
+
+class Even:
+    """1 for an even first token, 0 for an odd one; fails for the prompts named."""
+
+    def __init__(self, fails: str = "") -> None:
+        self._fails = fails
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        await asyncio.sleep(0)
+        return [self._one(r) for r in requests]
+
+    def _one(self, request: ScoreRequest) -> Score:
+        if self._fails and self._fails in request.sample.prompt_id:
+            return Score(ScoreStatus.TIMEOUT, float("nan"), (RewardScore("even", ScoreStatus.TIMEOUT, float("nan")),))
+        value = float(request.sample.ref[0].token_ids[0] % 2 == 0)
+        return Score(ScoreStatus.OK, value, (RewardScore("even", ScoreStatus.OK, value, seconds=random.random()),))
+
+    def take_tracks(self) -> list[Any]:
+        return []
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i} + 1 =", "answer": i + 1}) + "\n" for i in range(NUM_PROMPTS)))
+    data = {
+        "model": {"path": "there", "dtype": "float32"},
+        "data": {"train": {"path": str(path)}, "template": "raw", "max_prompt_length": 64},
+        "rollout": {"max_num_seqs": 6, "max_completion_length": 16},
+        "reward": {"functions": [{"name": "even"}]},
+        "sample": {"num_samples": K, "shard_prompts": SHARD},
+    }
+    return build(RunConfig, data, "test")
+
+
+@pytest.fixture(scope="module")
+def prompts(config: RunConfig, tiny_model: Path) -> PromptDataset:
+    tokenizer = load_tokenizer(str(tiny_model), trust_remote_code=False)
+    return load_prompts(config.data, tokenizer, seed=1).train
+
+
+def sample(
+    path: Path, config: RunConfig, prompts: PromptDataset, engine: Engine, scorer: Even | None = None
+) -> SamplingReport:
+    async def work() -> SamplingReport:
+        folder = SampleFolder.open(path, about_samples(config, prompts, "there", "0" * 64))
+        return await sample_all(prompts, engine, scorer or Even(), InMemory(), folder, config)
+
+    return asyncio.run(work())
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in path.iterdir()}
+
+
+def test_every_prompt_has_its_samples_in_order_with_where_they_come_from(config, prompts, tmp_path) -> None:
+    engine = Engine()
+    report = sample(tmp_path / "samples", config, prompts, engine)
+    rows = list(read_samples(tmp_path / "samples"))
+    assert [(r["prompt_id"], r["index"]) for r in rows] == [(p.id, i) for p in prompts for i in range(K)]
+    assert (report.num_made, report.num_before) == (NUM_PROMPTS * K, 0)
+    assert report.num_tokens == sum(len(r["completion_ids"]) for r in rows)
+    assert len(list((tmp_path / "samples").iterdir())) == -(-NUM_PROMPTS // SHARD)
+    first = rows[0]
+    assert first["messages"] == [{"role": "user", "content": "0 + 1 ="}]
+    assert first["columns"] == {"answer": 1}
+    assert first["model_sha256"] == "0" * 64
+    assert first["completion"] == " ".join(map(str, first["completion_ids"]))
+    assert first["rewards"] == [
+        {"name": "even", "status": "ok", "value": float(first["completion_ids"][0] % 2 == 0), "detail": ""}
+    ]
+    assert len({r["seed"] for r in rows}) == len(rows)
+
+
+def test_no_more_is_under_way_than_keeps_the_engines_full(config, prompts, tmp_path) -> None:
+    engine = Engine()
+    sample(tmp_path / "samples", config, prompts, engine)
+    assert config.rollout.max_num_seqs <= engine.most_at_once <= 2 * config.rollout.max_num_seqs
+
+
+@pytest.mark.parametrize("dies_after", [0, 1, 7, 20, 40, 65])
+def test_killed_and_resumed_the_files_are_those_of_a_whole_run(config, prompts, tmp_path, dies_after) -> None:
+    sample(tmp_path / "whole", config, prompts, Engine())
+    broken = tmp_path / "broken"
+    with pytest.raises(BaseExceptionGroup):
+        sample(broken, config, prompts, Engine(dies_after))
+    kept = {p.name for p in broken.glob("*.parquet")}
+    (broken / "samples-000009.parquet.new").write_bytes(b"torn")
+    engine = Engine()
+    report = sample(broken, config, prompts, engine)
+    assert files(broken) == files(tmp_path / "whole")
+    assert report.num_before + report.num_made == NUM_PROMPTS * K
+    assert max(Counter(engine.asked).values()) == 1
+    shards = {f"samples-{n:06d}.parquet": range(n * SHARD, (n + 1) * SHARD) for n in range(6)}
+    had = {prompts.item(i, 0).id for name in kept for i in shards[name] if i < NUM_PROMPTS}
+    assert not had & {prompt_id for prompt_id, _ in engine.asked}
+
+
+def test_samples_of_two_kinds_are_never_mixed(config, prompts, tmp_path) -> None:
+    sample(tmp_path / "samples", config, prompts, Engine())
+    other = config.model_copy(update={"sample": config.sample.model_copy(update={"temperature": 0.5})})
+    with pytest.raises(DataError, match=r"made with another sampling .*temperature"):
+        sample(tmp_path / "samples", other, prompts, Engine())
+
+
+def test_a_folder_that_is_not_complete_is_not_read(config, prompts, tmp_path) -> None:
+    sample(tmp_path / "samples", config, prompts, Engine())
+    (tmp_path / "samples" / "samples-000002.parquet").unlink()
+    with pytest.raises(DataError, match="1 of 6 files are missing, the first is number 2"):
+        list(read_samples(tmp_path / "samples"))
+
+
+def test_a_failed_score_is_a_status_and_too_many_end_the_run(config, prompts, tmp_path) -> None:
+    sample(tmp_path / "few", config, prompts, Engine(), Even(fails="/0/21"))
+    last = list(read_samples(tmp_path / "few"))[-1]
+    assert (last["reward"], last["reward_status"], last["rewards"][0]["value"]) == (None, "timeout", None)
+    with pytest.raises(BaseExceptionGroup) as caught:
+        sample(tmp_path / "many", config, prompts, Engine(), Even(fails="/0/"))
+    assert caught.group_contains(RewardError, match="12 of 12 samples could not be scored")
+
+
+def test_hugging_face_reads_the_folder(config, prompts, tmp_path) -> None:
+    import datasets
+
+    sample(tmp_path / "samples", config, prompts, Engine())
+    rows = datasets.load_dataset(
+        "parquet", data_dir=str(tmp_path / "samples"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert len(rows) == NUM_PROMPTS * K
+    assert pq.read_table(tmp_path / "samples").num_rows == NUM_PROMPTS * K
