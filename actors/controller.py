@@ -1,6 +1,7 @@
 """The named actor that owns a run: it builds the pools, runs the loop, keeps what it has to tell, and takes commands.
 
     driver (launch/follow.py)  -- run, events, stop -->  Controller  --> pools --> actors
+    command line                          -- scale -->
 
 The driver may vanish and come back; the run is here. Only references and small records pass through it.
 """
@@ -27,9 +28,11 @@ from actors.ray_metrics import RayMetrics
 from actors.reward_pool import RewardPool
 from actors.rollout_pool import RolloutPool
 from actors.runtime import own_log, settle_garbage_collector, within
+from actors.scaler import RunScaler
 from actors.weights import RayWeightSync
 from grpo_ray.attention import cpu_has_bf16
 from grpo_ray.checkpoint import RunDir
+from grpo_ray.checkpoint_store import Place
 from grpo_ray.config import RunConfig, SftConfig, Strict
 from grpo_ray.cursor import Cursor
 from grpo_ray.errors import ConfigError, GrpoRayError
@@ -42,6 +45,7 @@ from grpo_ray.prompts import PromptSets, load_demonstrations, load_prompts
 from grpo_ray.replay import TOLERANCE, compare, parts_of, read_batch
 from grpo_ray.roles import Learner, Sampler, Tracker, WeightSync
 from grpo_ray.rollout_log import ParquetRolloutLog, remove_after, rollout_path
+from grpo_ray.scaling import record
 from grpo_ray.secrets import hide_secrets
 from grpo_ray.sft_loop import SftLoop, sft_steps
 from grpo_ray.tokenized import LoadReport
@@ -100,6 +104,7 @@ class Controller:
         self._stop_reason: str | None = None
         self._loop: Any = None
         self._work: asyncio.Task[str] | None = None
+        self._scaler: RunScaler | None = None
 
     async def run(self) -> None:
         """The whole run. How it ended is the last event; this never raises."""
@@ -142,6 +147,19 @@ class Controller:
         elif self._work is not None:
             self._work.cancel()
 
+    async def scale(self, words: Sequence[str]) -> str:
+        """See `RunScaler.scale`.
+
+        Raises:
+            ConfigError: as there; or its workers have not started yet, or it is no run of `grpo-ray train`.
+        """
+        if self._scaler is None:
+            raise ConfigError(
+                f"{run_name(self._run.path)} can't be scaled: "
+                + ("its workers are starting, try again" if self._kind == "grpo" else f"it is a run of `{self._kind}`")
+            )
+        return await self._scaler.scale(words)
+
     def _emit(self, event: Event) -> None:
         if isinstance(event, MessageEvent):
             event = replace(event, text=hide_secrets(event.text))
@@ -175,6 +193,12 @@ class Controller:
                 loading = tasks.create_task(self._load_prompts(config, model))
                 starting = tasks.create_task(workers.start_all(self._num_steps(config, loading)))
             prompts, roles = loading.result(), starting.result()
+            self._scaler = RunScaler(
+                config,
+                workers,
+                lambda numbers: record(self._run.config, numbers),
+                lambda level, text: self._emit(MessageEvent(level, text)),
+            )
 
             async def again() -> None:
                 nonlocal roles
@@ -203,6 +227,7 @@ class Controller:
                 roles.voter,
                 shares_devices(config, has_gpus()),
                 samples=RaySamples(),
+                scaler=self._scaler,
             ),
             Cursor(prompts.train, seed=config.seed, shuffle=config.data.shuffle),
             {name: list(held_out) for name, held_out in prompts.eval.items()},
@@ -431,6 +456,7 @@ class _Workers:
         self._placement: Any = None
         self._pools: list[RolloutPool | RewardPool | LearnerGroup] = []
         self._sampler: RolloutPool | None = None
+        self._scorer: RewardPool | None = None
         self._learner: LearnerGroup | None = None
         self._num_steps = 0
 
@@ -473,6 +499,29 @@ class _Workers:
             await learner.offload(keep_weights=False)
             await self._sampler.wake()
         return self._joined(self._sampler, learner, before.scorer, before.voter)
+
+    @property
+    def num_learners(self) -> int:
+        return self._learner.num_ranks if self._learner else 0
+
+    def reconfigure(self, config: RunConfig) -> None:
+        """See `actors.scaler.Crew`."""
+        assert self._sampler is not None
+        assert self._scorer is not None
+        self._config = config
+        self._sampler.scale(config.rollout.num_actors)
+        self._scorer.scale(config.reward.num_actors)
+
+    async def change_learner(self, place: Place | None) -> tuple[Learner, WeightSync]:
+        """See `roles.Scaler.change_learners`. Engines that are stale meanwhile wait: until the new learners have loaded what
+        they are to send, they would send the starting model."""
+        assert self._sampler is not None
+        self._sampler.on_stale = _no_weights_yet
+        await self.close_learner()
+        learner = await self.start_learner(self._num_steps)
+        if place is not None:
+            await learner.load(place)
+        return learner, self._weight_sync(self._sampler, learner)
 
     async def close_learner(self) -> None:
         if self._learner is not None:
@@ -530,7 +579,9 @@ class _Workers:
         pool = await RewardPool.create(
             self._config.reward, self._run_dir, start_timeout_s=self._config.deadlines.start_s
         )
-        return self._opened(pool, "rewards")
+        pool.on_trouble = self._warn
+        self._scorer = self._opened(pool, "rewards")
+        return pool
 
     async def start_voter(self) -> RewardPool | None:
         assert isinstance(self._config, RunConfig)
@@ -563,6 +614,10 @@ class _Workers:
         self._pools.append(pool)
         self._phase("started", what)
         return pool
+
+
+async def _no_weights_yet() -> None:
+    """`RolloutPool.on_stale` while there is no learner; the pool asks again."""
 
 
 def _message(error: BaseException) -> str:

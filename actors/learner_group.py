@@ -105,6 +105,10 @@ class LearnerGroup:
         return group
 
     @property
+    def num_ranks(self) -> int:
+        return len(self._actors)
+
+    @property
     def lost(self) -> str | None:
         """Why it is of no use any more: a rank died, hung or fell out of step, and all were ended."""
         return self._broken

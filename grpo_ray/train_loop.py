@@ -22,7 +22,7 @@ import asyncio
 import bisect
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -43,7 +43,7 @@ from grpo_ray.ledger import Ledger, LedgerRow
 from grpo_ray.metrics import TimeKeeper, eval_metrics, step_metrics
 from grpo_ray.overlap import EarlyParts
 from grpo_ray.replay import how_to_replay
-from grpo_ray.roles import InMemory, Learner, RolloutLog, Sampler, SampleStore, Scorer, Tracker, WeightSync
+from grpo_ray.roles import InMemory, Learner, RolloutLog, Sampler, SampleStore, Scaler, Scorer, Tracker, WeightSync
 from grpo_ray.rollout_log import distinct_refs
 from grpo_ray.saver import Saver
 from grpo_ray.seeds import sample_seed
@@ -80,6 +80,7 @@ class Roles:
     """Tells which answers of an evaluation are the same; see `grpo_ray.evaluate.vote_config`."""
     shared_devices: bool = False
     """Samplers and learners use the same ones: what one wins by working at the same time, the other loses."""
+    scaler: Scaler | None = field(default=None, kw_only=True)
 
 
 @dataclass
@@ -189,6 +190,7 @@ class TrainLoop:
             if self.step == 0:
                 await self._evaluate()
             while self.step < self.total_steps and self._stop_reason is None:
+                await self._scale_learners()
                 await self._one_step()
                 if self._due(self.config.eval.every_steps):
                     await self._evaluate()
@@ -232,6 +234,26 @@ class TrainLoop:
         with self._time.phase("log"):
             await self.roles.rollout_log.write(self.step, groups, batch)
         self._record(groups, update, sync)
+
+    async def _scale_learners(self) -> None:
+        """Through a checkpoint of the step that is done: what is under way is sampled on, and the new learners go on from the very
+        weights and optimizer states that the old ones had."""
+        scaler = self.roles.scaler
+        if scaler is None or not scaler.wants_learners:
+            return
+        if self.step > 0:
+            if self._saved_step != self.step:
+                await self._checkpoint(export=False)
+            await self._saver.finish()
+            self._track(self._saver.take_metrics())
+        place = self.run_dir.store.place(self.step) if self.step > 0 else None
+        with self._time.phase("scale") as span:
+            self.emit(PhaseEvent("scale", "learners", 0, 0))
+            learner, weights = await scaler.change_learners(place)
+        self.roles = replace(self.roles, learner=learner, weights=weights)
+        self._early = EarlyParts(self.config, learner, self._finished.put_nowait)
+        self._saver = Saver(self.run_dir, learner, keep=self.config.checkpoint.keep, emit=self.emit)
+        self._track({"time/scale": span.seconds})
 
     async def _collect(self) -> list[Group]:
         """The next P complete groups in dispatch order; fewer, but at least one, when the budget of dynamic sampling is spent.
@@ -426,6 +448,8 @@ class TrainLoop:
         self._warn_of_mismatch(metrics.get("mismatch/mean_abs", 0.0))
         self._track(metrics)
         self._lines.append({"step": self.step, **metrics})
+        if self.roles.scaler is not None:
+            self.roles.scaler.after_step(self.step, metrics)
         self.emit(StepEvent(self.step, self.total_steps, metrics))
 
     def _busy_metrics(self, metrics: Mapping[str, float], learners: Sequence[Track]) -> dict[str, float]:

@@ -59,9 +59,9 @@ def test_the_state_of_a_job_and_its_exit_code_make_the_state_of_a_run(
 
 
 def test_a_controller_without_what_drove_it_is_a_run_that_goes_on_alone() -> None:
-    (run,) = merge([job("a", "FAILED", 1000, end=2000, code=-9)], ["a"])
+    (run,) = merge([job("a", "FAILED", 1000, end=2000, code=-9)], ["a/controller"])
     assert (run.state, run.is_live, run.ended, run.job_id) == ("running alone", True, None, "a-1000")
-    (run,) = merge([], ["b"])
+    (run,) = merge([], ["b/controller", "left-over/rollout-0"])
     assert (run.name, run.state, run.job_id) == ("b", "running", None)
 
 
@@ -72,11 +72,17 @@ def test_of_a_name_that_was_used_again_the_last_job_counts_and_other_jobs_are_no
         job("a", "FAILED", 1000, code=1),
         job("b", "SUCCEEDED", 1500),
     ]
-    runs = merge(jobs, ["a"])
+    runs = merge(jobs, ["a/controller"])
     assert [(r.name, r.state, r.job_id, r.started) for r in runs] == [
         ("b", "finished", "b-1500", 1.5),
         ("a", "running", "a-3000", 3.0),
     ]
+
+
+def test_the_workers_of_a_run_are_counted_by_the_names_of_its_actors() -> None:
+    actors = ["a/controller", "a/rollout-0", "a/rollout-1.2", "a/reward-0", "a/votes-0", "a/learner-0", "b/learner-1"]
+    (run,) = merge([job("a", "RUNNING", 1)], actors)
+    assert run.workers == {"rollout": 2, "reward": 1, "learner": 1}
 
 
 @pytest.mark.parametrize(
