@@ -55,7 +55,9 @@ def test_only_the_numbers_change() -> None:
 def test_what_a_config_can_not_have_can_not_be_asked_for() -> None:
     shared = config(learner={"num_actors": 2, "sequence_parallel_size": 2})
     assert rescaled(shared, {"learner": 4}).learner.data_parallel_size == 2
-    with pytest.raises(ConfigError, match=r"learner.num_actors \(3\) is not a multiple of learner.sequence_parallel_size \(2\)"):
+    with pytest.raises(
+        ConfigError, match=r"learner.num_actors \(3\) is not a multiple of learner.sequence_parallel_size \(2\)"
+    ):
         rescaled(shared, {"learner": 3})
     few = config(prompts_per_step=1, rollout={"num_generations": 2})
     with pytest.raises(ConfigError, match="is more than the 2 samples of a step"):

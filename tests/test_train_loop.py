@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -680,3 +681,52 @@ def test_under_process_a_group_has_a_signal_when_two_steps_differ(tmp_path):
     assert (first.end, second.end) == (0, 1)
     assert second.value < 0
     assert first.value == pytest.approx(0.0, abs=1e-9)
+
+
+class Company:
+    """A scaler: which learner it is, by the steps after which it is replaced."""
+
+    def __init__(self, session: Session, after: set[int]) -> None:
+        self.session, self.after = session, after
+        self.step = 0
+        self.changed: list[tuple[int, int, int]] = []
+        """(step, version of the state that the new learner got, prompts under way)."""
+
+    def after_step(self, step: int, metrics: dict[str, float]) -> None:
+        self.step = step
+        assert metrics["grad_norm"] == 1.0
+
+    @property
+    def wants_learners(self) -> bool:
+        return self.step in self.after
+
+    async def change_learners(self, place: Place | None) -> tuple[Keeper, World]:
+        self.after.discard(self.step)
+        world = self.session.world
+        learner = Keeper(world)
+        version, world.version = world.version, -1
+        if place is None:
+            world.version = 0
+        else:
+            await learner.load(place)
+        assert world.version == version == self.step
+        self.changed.append((self.step, version, len(self.session.loop._under_way)))
+        return learner, world
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_other_learners_go_on_from_the_step_that_is_done_while_samples_stay_under_way(tmp_path, staleness):
+    settings = ("num_steps=10", f"algorithm.max_staleness={staleness}", "checkpoint.every_steps=4")
+    whole = Session(tmp_path / "whole", config(*settings))
+    whole.go()
+    session = Session(tmp_path / "scaled", config(*settings))
+    company = Company(session, {0, 3, 4, 7})
+    session.loop.roles = replace(session.loop.roles, scaler=company)
+    assert session.go() == "finished"
+    assert [step for step, _, _ in company.changed] == [0, 3, 4, 7]
+    if staleness:
+        assert max(under_way for *_, under_way in company.changed) > 0
+    assert session.ledger_rows == whole.ledger_rows
+    assert session.world.num_drawn == whole.world.num_drawn, "no sample is drawn again"
+    if not staleness:
+        assert [essence(b) for b in session.world.batches] == [essence(b) for b in whole.world.batches]

@@ -104,6 +104,8 @@ class Plan:
     """When an engine dies, virtual seconds."""
     hangs: int = 0
     """The first calls of scorers, that never return."""
+    scale: tuple[tuple[float, int, int], ...] = ()
+    """(virtual seconds, samplers, scorers): from when on they are so many."""
 
     def config(self) -> RunConfig:
         data = {
@@ -667,6 +669,8 @@ class Result:
     num_deaths: int
     troubles: list[str]
     """What the pool of samplers told of."""
+    alive: tuple[int, int]
+    """Samplers and scorers at the end."""
     trained: list[list[str]] = field(default_factory=list)
     """Prompts of each step, where asked for."""
 
@@ -776,8 +780,12 @@ class Simulation:
         )
         for number, when in enumerate(self.plan.deaths):
             world.cluster.at(when, self._kill, world, number)
+        for when, samplers, scorers in self.plan.scale:
+            world.cluster.at(when, sampler.scale, samplers)
+            world.cluster.at(when, scorer.scale, scorers)
         try:
             how = await loop.run()
+            alive = (int(sampler.live()["alive/rollout"]), int(scorer.live()["alive/reward"]))
         finally:
             await scorer.close()
             await sampler.close()
@@ -792,6 +800,7 @@ class Simulation:
             world.num_queued,
             world.num_deaths,
             troubles,
+            alive,
             self._trained,
         )
 
