@@ -19,6 +19,7 @@ from typing import Any
 
 import ray
 
+from actors.cluster import placed
 from actors.reward import FETCH_TIMEOUT_S, RewardActor
 from actors.runtime import Actors, RayActors, start_named, within
 from grpo_ray.activity import IDLE, Activity
@@ -306,6 +307,7 @@ class RewardPool:
             run_dir=self._run_dir,
             name=worker.name,
             num_cpus=self._config.num_cpus,
+            **placed(self._config),
             max_restarts=0,
         )
         try:

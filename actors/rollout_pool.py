@@ -579,7 +579,7 @@ class RolloutPool:
             num_cpus=rollout.num_cpus,
             num_gpus=gpus_per_engine(c, self._on_gpu),
             max_restarts=0,
-            **placed(self._placement, engine.index),
+            **placed(rollout, self._placement, engine.index),
             runtime_env={"env_vars": rollout_env(rollout, on_gpu=self._on_gpu, backend=self._backend)},
         )
         log = Path(self._run_dir) / "logs" / f"{engine.name}.log"

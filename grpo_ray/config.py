@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from grpo_ray.config_algorithm import AlgorithmConfig
-from grpo_ray.config_base import Env, NonNegFloat, NonNegInt, PositiveFloat, PositiveInt, Strict
+from grpo_ray.config_base import Env, Labels, NonNegFloat, NonNegInt, PositiveFloat, PositiveInt, Resources, Strict
 from grpo_ray.errors import ConfigError
 
 C = TypeVar("C", bound="Strict")
@@ -159,6 +159,9 @@ class RolloutConfig(Strict):
     num_cpus: NonNegFloat = 1
     num_gpus: NonNegFloat | None = None
     """Per actor. None: tensor_parallel_size on a cluster with GPUs (0.5 when colocated), 0 elsewhere."""
+    resources: Resources = {}
+    labels: Labels = {}
+    """Of the nodes that they may be put on; so for the other kinds."""
     tensor_parallel_size: PositiveInt = 1
     num_generations: int = 8
     """G, samples per prompt."""
@@ -218,6 +221,8 @@ class RewardConfig(Strict):
     functions: tuple[RewardFunctionConfig, ...] = ()
     num_actors: PositiveInt = 1
     num_cpus: NonNegFloat = 1
+    resources: Resources = {}
+    labels: Labels = {}
     timeout_s: PositiveFloat = 10.0
     """For one function on one sample."""
     unit: Literal["sample", "group"] = "sample"
@@ -244,6 +249,8 @@ class LearnerConfig(Strict):
     num_cpus: NonNegFloat = 1
     num_gpus: NonNegFloat | None = None
     """Per actor. None: 1 on a cluster with GPUs (0.5 when colocated), 0 elsewhere."""
+    resources: Resources = {}
+    labels: Labels = {}
     sequence_parallel_size: PositiveInt = 1
     """So many learners share each micro-batch, every one with a slice of its tokens: for contexts beyond one GPU (Ulysses; verl's
     ulysses_sequence_parallel_size). Divides num_actors and the model's attention heads."""
@@ -453,6 +460,11 @@ class RunConfig(Strict):
             raise ValueError(
                 f"algorithm.max_staleness is {ahead}, and with cluster.placement colocated samplers and learners take turns, so "
                 "sampling can't run ahead: use 0, or placement disaggregated"
+            )
+        if self.colocated and self.rollout.labels != self.learner.labels:
+            raise ValueError(
+                f"with cluster.placement colocated an engine and a learner are on one node: rollout.labels {self.rollout.labels} "
+                f"and learner.labels {self.learner.labels} have to be the same"
             )
         if self.model.sends_adapters and self.weights != WeightsConfig():
             raise ValueError(

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from actors.cluster import Demand, bundles
+from actors.cluster import Demand, bundles, demands, misplaced, missing
+from grpo_ray.config import RunConfig, build
 from grpo_ray.errors import ConfigError, ResourceError
 from launch.cluster import RUN_KEY, ClusterRun, check_reachable, complete, merge
 from launch.in_cluster import home
@@ -121,6 +122,26 @@ def test_runs_are_written_where_all_nodes_see_them(monkeypatch: pytest.MonkeyPat
 def test_the_autoscaler_is_asked_for_each_actor() -> None:
     wanted = [Demand("rollout", 2, 1, 0.5), Demand("reward", 3, 0, 0), Demand("learner", 1, 4, 0)]
     assert bundles(wanted) == [{"CPU": 1, "GPU": 0.5}, {"CPU": 1, "GPU": 0.5}, {"CPU": 4}]
+
+
+def test_custom_resources_and_labels_are_asked_of_the_cluster_too() -> None:
+    data = {
+        "model": {"tiny": {}, "dtype": "float32"},
+        "data": {"train": {"path": "x"}},
+        "rollout": {"num_actors": 2, "resources": {"engines": 0.5}, "labels": {"zone": "a"}},
+        "reward": {"functions": [{"name": "accuracy"}], "num_cpus": 0},
+        "learner": {"labels": {"zone": "!a"}},
+    }
+    wanted = demands(build(RunConfig, data, "test"), gpus=False)
+    assert bundles(wanted) == [{"CPU": 1, "engines": 0.5}] * 2 + [{"CPU": 1}]
+    assert missing(wanted, {"CPU": 3, "engines": 1}) is None
+    lacking = missing(wanted, {"CPU": 3})
+    assert lacking
+    assert lacking.startswith("1 of the resource engines are asked for (rollout 2 x 0.5), 0 are there")
+    assert misplaced(wanted, [{"zone": "a"}, {}]) is None
+    lacking = misplaced(wanted, [{"zone": "a"}])
+    assert lacking
+    assert lacking.startswith("no node has the labels of learner.labels, {'zone': '!a'}")
 
 
 @pytest.fixture

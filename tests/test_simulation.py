@@ -121,7 +121,7 @@ def test_engines_that_die_while_others_come_and_go_lose_nothing(tmp_path, stalen
     deaths = tuple(range(20, 400, 31))
     result, again = simulate(tmp_path / "again", plan.with_(scale=FLAPS, deaths=deaths))
     assert (again, result.trained) == (rows, whole.trained)
-    assert result.num_deaths > 5
+    assert result.num_deaths > 3
     assert result.alive == FLAPS[-1][1:]
 
 
