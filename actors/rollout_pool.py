@@ -9,6 +9,12 @@ until a weight sync has reached it; `on_stale` asks for one when samples wait.
 
 `scale` changes the number of engines at any time. One that joins is like a restarted one. One that leaves gets nothing new,
 finishes what it has, and then ends; if it dies before, its work moves to the others as ever.
+
+A prompt may be what ends engines, and then it would end all of them. So what an engine worked on when it died (unless its whole
+node did) is tried again on other engines; what was at SHARED_DEATHS deaths, or at one as the only prompt of its engine, alone on
+one. A prompt is poisoned, and all its samples fail, when POISONED_DEATHS engines died that worked on nothing else. Deaths among
+others, however many, only make it suspect: an innocent prompt with long answers is at many, where machines fail or another prompt
+is poisoned.
 """
 
 from __future__ import annotations
@@ -30,11 +36,11 @@ from ray.exceptions import RayError
 from actors.cluster import gpus_per_engine, placed
 from actors.engine_adapters import AdapterOptions
 from actors.rollout import Outcome, RolloutActor, rollout_env
-from actors.runtime import Actors, RayActors, core_error, log_tail, start_named, within
+from actors.runtime import Actors, RayActors, core_error, log_tail, node_died, start_named, within
 from actors.weights import EngineTarget, last_line, resolve_backend
 from grpo_ray.activity import IDLE, Activity
 from grpo_ray.config import RunConfig
-from grpo_ray.errors import DataError, DeadlineError, GrpoRayError, WorkerError
+from grpo_ray.errors import DataError, DeadlineError, GrpoRayError, PoisonedError, WorkerError
 from grpo_ray.types import SampleInfo, SampleRequest, Track
 
 POLL_S = 10.0
@@ -48,7 +54,8 @@ MAX_RESTARTS = 3
 """Of one engine, without a finished sample in between."""
 BACKOFF_S = 1.0
 SHARED_DEATHS = 2
-"""A request that was at this many engines when they died is next tried alone on an engine, which shows whether it is the cause."""
+POISONED_DEATHS = 2
+"""See the top of this file."""
 MAX_ABORTS = 3
 CLOSE_S = 5.0
 MAX_ENGINES = 1 << 20
@@ -66,6 +73,9 @@ class _Ticket(asyncio.Future[SampleInfo]):
         self.since = time.monotonic()
         """When it was last handed to an engine, or queued."""
         self.deaths = 0
+        """Of engines that worked on it."""
+        self.lone_deaths = 0
+        """Those of engines that worked on nothing else but its prompt."""
         self.aborts = 0
         self.engine: _Engine | None = None
         """That works on it."""
@@ -90,8 +100,9 @@ class _Ticket(asyncio.Future[SampleInfo]):
         return f"sample {self.request.index} of prompt {self.request.prompt_id}"
 
     @property
-    def alone(self) -> bool:
-        return self.deaths >= SHARED_DEATHS
+    def is_suspect(self) -> bool:
+        """It may be what ends engines: it is tried alone on one."""
+        return self.deaths >= SHARED_DEATHS or self.lone_deaths > 0
 
 
 @dataclass(eq=False)
@@ -266,7 +277,8 @@ class RolloutPool:
         Raises (the future):
             DataError: the engine refuses the prompt (too long, a token out of its vocabulary).
             DeadlineError: an engine works on it for longer than deadlines.sample_s.
-            WorkerError: it ends engines, or no engine is left.
+            PoisonedError: it ends engines.
+            WorkerError: no engine is left.
         """
         ticket = _Ticket(self, next(self._ids), request)
         self._tickets.add(ticket)
@@ -323,7 +335,7 @@ class RolloutPool:
         held: list[_Ticket] = []
         while self._queue:
             engine = self._place(self._queue[0])
-            if engine is None and not self._queue[0].alone:
+            if engine is None and not self._queue[0].is_suspect:
                 break
             ticket = self._queue.popleft()
             if ticket.done():
@@ -349,7 +361,7 @@ class RolloutPool:
         if not self._usable:
             return None
         load, index = divmod(self._usable[0], MAX_ENGINES)
-        return self._engines[index] if load < (1 if ticket.alone else self._capacity) else None
+        return self._engines[index] if load < (1 if ticket.is_suspect else self._capacity) else None
 
     def _reconsider(self, engine: _Engine) -> None:
         """After anything that decides whether an engine gets work: its life, its weights, what it works on."""
@@ -361,7 +373,7 @@ class RolloutPool:
             return
         if engine.alive and engine.version != self.version:
             self._stale.add(engine)
-        elif engine.alive and not (len(engine.work) == 1 and next(iter(engine.work.values())).alone):
+        elif engine.alive and not (len(engine.work) == 1 and next(iter(engine.work.values())).is_suspect):
             engine.place = len(engine.work) * MAX_ENGINES + engine.index
             bisect.insort(self._usable, engine.place)
 
@@ -375,7 +387,7 @@ class RolloutPool:
             except (RayError, GrpoRayError) as e:
                 # The other half of the answer holds the same error; left unread, Ray prints it on every screen.
                 await asyncio.gather(asyncio.wait_for(_answer(samples_ref), 1.0), return_exceptions=True)
-                self._died(engine, incarnation, last_line(e))
+                self._died(engine, incarnation, last_line(e), blame_work=not node_died(e))
                 return
             for outcome in outcomes:
                 self._settle(engine, outcome, samples_ref)
@@ -612,30 +624,37 @@ class RolloutPool:
         engine.alive = False
         engine.version = None
         self._source.kill(engine.handle)
-        work = list(engine.work.values())
+        work = [ticket for ticket in engine.work.values() if not ticket.done()]
         engine.work.clear()
         self._reconsider(engine)
         engine.show()
-        moved = []
         for ticket in work:
             ticket.engine = None
-            if ticket.done():
-                continue
-            ticket.deaths += blame_work
-            if blame_work and ticket.deaths > SHARED_DEATHS:
-                ticket.fail(
-                    WorkerError(
-                        f"{ticket.name} ends rollout engines: {ticket.deaths} died while they worked on it, the last one "
-                        f"on it alone ({reason}); look at this prompt, and at logs/{engine.name}.log"
-                    )
-                )
-            else:
-                moved.append(ticket)
-        self._requeue(moved)
+        if blame_work and work:
+            self._blame(work, engine, reason)
+        self._requeue([ticket for ticket in work if not ticket.done()])
         if engine.leaving:
             self._retire(engine)
         else:
             self._keep(engine, self._restart(engine, reason))
+
+    def _blame(self, work: Sequence[_Ticket], engine: _Engine, reason: str) -> None:
+        """The engine died and worked on this; see the top of this file."""
+        prompt_id = work[0].request.prompt_id
+        lone = all(t.request.prompt_id == prompt_id for t in work)
+        for ticket in work:
+            ticket.deaths += 1
+            ticket.lone_deaths += lone
+        if max(t.lone_deaths for t in work) < POISONED_DEATHS:
+            return
+        engine.restarts = 0  # It is not the engine's fault.
+        error = (
+            f"prompt {prompt_id} ends rollout engines: {max(t.deaths for t in work)} died while they worked on it, "
+            f"{POISONED_DEATHS} of them on nothing else, the last one {engine.name} ({reason}); look at this prompt, and at "
+            f"logs/{engine.name}.log"
+        )
+        for ticket in [t for t in self._tickets if t.request.prompt_id == prompt_id]:
+            ticket.fail(PoisonedError(error))
 
     async def _restart(self, engine: _Engine, reason: str) -> None:
         while engine.restarts < MAX_RESTARTS and not self._closed:

@@ -32,6 +32,10 @@ class WorkerError(GrpoRayError):
     """An actor failed or died; names it, and the log file that tells more."""
 
 
+class PoisonedError(WorkerError):
+    """A prompt that ends rollout engines; names it."""
+
+
 class CheckpointError(GrpoRayError):
     """A checkpoint can't be written or read."""
 

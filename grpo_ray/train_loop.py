@@ -34,7 +34,7 @@ from grpo_ray.carried import Carried, how_sampled
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.config import RunConfig
 from grpo_ray.cursor import Cursor
-from grpo_ray.errors import NonFiniteError, RewardError
+from grpo_ray.errors import NonFiniteError, PoisonedError, RewardError
 from grpo_ray.evaluate import eval_event, evaluate
 from grpo_ray.events import Event, MessageEvent, PhaseEvent, StepEvent
 from grpo_ray.filling import Filling
@@ -66,6 +66,8 @@ MISMATCH_WARNING = 0.01
 
 NO_SIGNAL = "no_signal"
 """Why dynamic sampling dropped a group."""
+POISONED = "poisoned"
+"""Why a group is dropped whose prompt ends engines."""
 
 
 @dataclass(frozen=True)
@@ -295,7 +297,14 @@ class TrainLoop:
         return self._ready[: bisect.bisect_right(self._ready, last, key=_order)]
 
     def _settle(self, group: Group, filling: asyncio.Future[None]) -> None:
-        filling.result()
+        try:
+            filling.result()
+        except PoisonedError as e:
+            del self._cursor_at[group.order]
+            self.ledger.dropped(group, self.step + 1, POISONED)
+            self._counts.dropped[POISONED] = self._counts.dropped.get(POISONED, 0) + 1
+            self.emit(MessageEvent("error", f"{e}. It is set aside, and the next prompt takes its place"))
+            return
         self.ledger.sampled(group)
         if self._keep(group) and self._has_signal(group):
             bisect.insort(self._ready, group, key=_order)

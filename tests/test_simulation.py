@@ -125,6 +125,18 @@ def test_engines_that_die_while_others_come_and_go_lose_nothing(tmp_path, stalen
     assert result.alive == FLAPS[-1][1:]
 
 
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_prompts_that_end_engines_are_set_aside_and_no_other_is_blamed(tmp_path, staleness):
+    plan = SMALL.with_(staleness=staleness, steps=10)
+    cursor = Cursor(Rows(plan.rows), seed=plan.config().seed)
+    order = [cursor.next().id for _ in range(plan.steps * plan.prompts + 3)]
+    poison = {order[5], order[40], order[41]}
+    result, rows = simulate(tmp_path, plan.with_(poison=frozenset(poison), deaths=tuple(range(50, 2000, 300))))
+    assert result.how == "finished"
+    assert [row[:3] for row in rows] == [(p, i, "dropped" if p in poison else "trained") for i, p in enumerate(order)]
+    assert [p for batch in result.trained for p in batch] == [p for p in order if p not in poison]
+
+
 def test_a_scorer_that_never_answers_is_ended_and_its_samples_are_scored_by_another(tmp_path):
     plan = SMALL.with_(steps=3, hangs=3)
     result, rows = simulate(tmp_path, plan)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import Place
 from grpo_ray.config import RunConfig, build, deep_merge, parse_overrides
 from grpo_ray.cursor import Cursor
-from grpo_ray.errors import NonFiniteError, RewardError
+from grpo_ray.errors import NonFiniteError, PoisonedError, RewardError
 from grpo_ray.events import EvalEvent, MessageEvent, StepEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.manifest import FileSum
@@ -730,3 +731,29 @@ def test_other_learners_go_on_from_the_step_that_is_done_while_samples_stay_unde
     assert session.world.num_drawn == whole.world.num_drawn, "no sample is drawn again"
     if not staleness:
         assert [essence(b) for b in session.world.batches] == [essence(b) for b in whole.world.batches]
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_poisoned_prompt_is_dropped_by_name_and_the_next_takes_its_place(tmp_path, staleness):
+    session = Session(tmp_path, config("num_steps=6", f"algorithm.max_staleness={staleness}"))
+    world = session.world
+    generate = world.generate
+
+    async def ends_engines(request: SampleRequest) -> SampleInfo:
+        info = await generate(request)
+        if request.prompt_id == "ten/0/4":
+            raise PoisonedError("prompt ten/0/4 ends rollout engines")
+        return info
+
+    world.generate = ends_engines
+    lines: list[dict[str, float]] = []
+    session.loop.trackers = [SimpleNamespace(log=lambda step, metrics: lines.append(metrics), close=lambda: None)]
+    assert session.go() == "finished"
+    (dropped,) = [row for row in session.ledger_rows if row[2] != "trained"]
+    assert (dropped[0], dropped[2], dropped[4]) == ("ten/0/4", "dropped", "poisoned")
+    trained = [row[0] for row in session.ledger_rows if row[2] == "trained"]
+    assert len(trained) == len(set(trained)) == 18
+    assert [e.text for e in session.events if isinstance(e, MessageEvent) and e.level == "error"] == [
+        "prompt ten/0/4 ends rollout engines. It is set aside, and the next prompt takes its place"
+    ]
+    assert sum(line.get("groups/dropped/poisoned", 0) for line in lines) == 1

@@ -104,6 +104,8 @@ class Plan:
     """When an engine dies, virtual seconds."""
     hangs: int = 0
     """The first calls of scorers, that never return."""
+    poison: frozenset[str] = frozenset()
+    """Prompts that end an engine five virtual seconds after it got them."""
     scale: tuple[tuple[float, int, int], ...] = ()
     """(virtual seconds, samplers, scorers): from when on they are so many."""
 
@@ -416,6 +418,11 @@ class Engine:
         if self._poll is not None and not self._poll.done():
             self._poll.set_exception(self._death())
 
+    def _die_of_poison(self) -> None:
+        held = [request for _, _, request, _, _ in self._running] + [request for _, request in self._waiting]
+        if any(request.prompt_id in self._plan.poison for request in held):
+            self.die()
+
     def _death(self) -> WorkerError:
         return WorkerError(f"{self.name}: the engine core died")
 
@@ -424,6 +431,8 @@ class Engine:
         if self.dead:
             return
         self.advance()
+        if any(request.prompt_id in self._plan.poison for _, request in requests):
+            self.world.cluster.at(self.world.cluster.now + 5.0, self._die_of_poison)
         self._waiting.extend(requests)
         self._fill()
         self.world.num_queued += len(self._waiting)
