@@ -45,7 +45,7 @@ from grpo_ray.prompts import PromptSets, load_demonstrations, load_prompts
 from grpo_ray.replay import TOLERANCE, compare, parts_of, read_batch
 from grpo_ray.roles import Learner, Sampler, Tracker, WeightSync
 from grpo_ray.rollout_log import ParquetRolloutLog, remove_after, rollout_path
-from grpo_ray.scaling import record
+from grpo_ray.scaling import Counts, record
 from grpo_ray.secrets import hide_secrets
 from grpo_ray.sft_loop import SftLoop, sft_steps
 from grpo_ray.tokenized import LoadReport
@@ -504,8 +504,13 @@ class _Workers:
     def num_learners(self) -> int:
         return self._learner.num_ranks if self._learner else 0
 
+    def take_most_waiting(self) -> Counts:
+        """See `actors.scaler.Crew`; so for the next one."""
+        assert self._sampler is not None
+        assert self._scorer is not None
+        return {"rollout": self._sampler.take_most_waiting(), "reward": self._scorer.take_most_waiting()}
+
     def reconfigure(self, config: RunConfig) -> None:
-        """See `actors.scaler.Crew`."""
         assert self._sampler is not None
         assert self._scorer is not None
         self._config = config

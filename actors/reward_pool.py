@@ -77,6 +77,7 @@ class RewardPool:
         self._queue: deque[_Waiting] = deque()
         self._num_waiting = 0
         """Samples in the queue."""
+        self._most_waiting = 0
         self._idle: deque[asyncio.Future[None]] = deque()
         """Of each worker that waits for work."""
         self._workers = {i: _new_worker(name, i) for i in range(config.num_actors)}
@@ -146,6 +147,8 @@ class RewardPool:
         else:
             self._queue.append(_Waiting(list(requests), done))
             self._num_waiting += len(requests)
+            if not self._idle:
+                self._most_waiting = max(self._most_waiting, self._num_waiting)
             self._wake_one()
         return done
 
@@ -172,6 +175,11 @@ class RewardPool:
         """Since the last call: samples scored, seconds that workers were busy, workers restarted."""
         stats, self._stats = self._stats, dict.fromkeys(self._stats, 0.0)
         return stats
+
+    def take_most_waiting(self) -> int:
+        """Samples that waited while every worker was busy, at most, since the last call."""
+        most, self._most_waiting = self._most_waiting, 0
+        return most
 
     def live(self) -> dict[str, float]:
         """At this moment."""

@@ -185,6 +185,7 @@ class RolloutPool:
         self._progress = time.monotonic()
         self._stats_since = time.monotonic()
         self._num_restarts = self._all_restarts = 0
+        self._most_waiting = 0
         self._closed = False
         self.membership = asyncio.Lock()
         """Held by a weight sync: meanwhile no engine leaves."""
@@ -282,6 +283,9 @@ class RolloutPool:
         """
         ticket = _Ticket(self, next(self._ids), request)
         self._tickets.add(ticket)
+        self._most_waiting = max(
+            self._most_waiting, len(self._tickets) - len(self._engines) * self._config.rollout.max_num_seqs
+        )
         if self._closed:
             ticket.fail(WorkerError("the rollout pool is closed"))
         else:
@@ -303,6 +307,11 @@ class RolloutPool:
             engine.samples, engine.tokens, engine.told_busy_s = 0, 0, engine.told_busy_s + busy
         self._stats_since, self._num_restarts = now, 0
         return out
+
+    def take_most_waiting(self) -> int:
+        """Samples beyond what the engines sample at once, at most, since the last call."""
+        most, self._most_waiting = self._most_waiting, 0
+        return most
 
     def live(self) -> dict[str, float]:
         """At this moment."""

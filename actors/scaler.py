@@ -1,4 +1,4 @@
-"""Changes the number of a run's workers while it goes on: by the command `grpo-ray scale`.
+"""Changes the number of a run's workers while it goes on: by the command `grpo-ray scale`, or by itself, in the config's bounds.
 
     scale -> [the config allows it] -> [the cluster has room] -> samplers and reward workers: at once
                                                               -> learners: when the loop is between two steps
@@ -15,9 +15,22 @@ from typing import Protocol
 from actors.cluster import await_resources, demands, has_gpus
 from grpo_ray.checkpoint_store import Place
 from grpo_ray.config import RunConfig
-from grpo_ray.errors import DeadlineError, WorkerError
+from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
 from grpo_ray.roles import Learner, WeightSync
-from grpo_ray.scaling import SCALED, Counts, change, counts, parse_counts, rescaled
+from grpo_ray.scaling import (
+    PATIENCE,
+    SCALED,
+    SELF_SCALED,
+    Counts,
+    Load,
+    bounds,
+    change,
+    counts,
+    decide,
+    load_of,
+    parse_counts,
+    rescaled,
+)
 
 
 class Crew(Protocol):
@@ -26,6 +39,10 @@ class Crew(Protocol):
     @property
     def num_learners(self) -> int:
         """That there are."""
+        ...
+
+    def take_most_waiting(self) -> Counts:
+        """Role -> samples that waited for a worker at once, at most, since the last call."""
         ...
 
     def reconfigure(self, config: RunConfig) -> None:
@@ -53,6 +70,10 @@ class RunScaler:
         self._record = record
         self._tell = tell
         self._lock = asyncio.Lock()
+        self._loads: dict[str, list[Load]] = {role: [] for role in SELF_SCALED}
+        self._no_room: set[str] = set()
+        """Roles that the cluster had no room for."""
+        self._scaling_itself: asyncio.Task[None] | None = None
 
     async def scale(self, words: Sequence[str]) -> str:
         """The command: `["rollout=4", "learner=2"]`. Returns what was and what will be.
@@ -65,6 +86,7 @@ class RunScaler:
         async with self._lock:
             before = counts(self._config)
             await self._change(asked)
+            self._no_room.clear()
         told = change(before, asked)
         self._tell("info", f"scaled: {told}")
         return told + "".join(f"; {_WHEN[role]}" for role in SCALED if asked.get(role, before[role]) != before[role])
@@ -82,7 +104,37 @@ class RunScaler:
         self._crew.reconfigure(config)
 
     def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        pass
+        """Looks whether a role with bounds has too few workers, or too many."""
+        waiting, asked = self._crew.take_most_waiting(), counts(self._config)
+        for role, loads in self._loads.items():
+            low, high = bounds(self._config, role)
+            load = load_of(role, metrics, waiting[role])
+            if metrics.get(f"workers/{role}") != asked[role] or load is None:
+                loads.clear()  # Some are about to join, or to leave.
+                continue
+            loads.append(load)
+            del loads[:-PATIENCE]
+            number = decide(asked[role], low, high, loads)
+            if number == asked[role] or (number > asked[role] and role in self._no_room) or self._is_scaling_itself:
+                continue
+            loads.clear()
+            why = f"busy {load.busy:.0%} of the step, waited for {load.held_up:.0%} of it, {load.waiting} samples in the queue"
+            self._scaling_itself = asyncio.create_task(self._scale_itself(role, number, why))
+
+    @property
+    def _is_scaling_itself(self) -> bool:
+        return self._scaling_itself is not None and not self._scaling_itself.done()
+
+    async def _scale_itself(self, role: str, number: int, why: str) -> None:
+        async with self._lock:
+            told = change(counts(self._config), {role: number})
+            try:
+                await self._change({role: number})
+            except GrpoRayError as e:
+                self._no_room.add(role)
+                self._tell("warning", f"the run would scale itself, {told} ({why}), and can't: {e}")
+            else:
+                self._tell("info", f"the run scaled itself: {told} ({why})")
 
     @property
     def wants_learners(self) -> bool:

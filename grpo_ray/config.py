@@ -154,8 +154,22 @@ class DataConfig(Strict):
         return self.eval if isinstance(self.eval, dict) else {"": self.eval}
 
 
+def _check_bounds(section: str, number: int, low: int | None, high: int | None) -> None:
+    if low is None and high is None:
+        return
+    if low is None or high is None:
+        raise ValueError(f"give both of {section}.min_actors and {section}.max_actors, or none")
+    if not low <= number <= high:
+        raise ValueError(
+            f"{section}.num_actors is {number}, outside of {section}.min_actors and {section}.max_actors, {low} to {high}"
+        )
+
+
 class RolloutConfig(Strict):
     num_actors: PositiveInt = 1
+    min_actors: PositiveInt | None = None
+    max_actors: PositiveInt | None = None
+    """Both given, the run scales itself between them: see `grpo_ray.scaling.decide`. num_actors is what it begins with."""
     num_cpus: NonNegFloat = 1
     num_gpus: NonNegFloat | None = None
     """Per actor. None: tensor_parallel_size on a cluster with GPUs (0.5 when colocated), 0 elsewhere."""
@@ -190,6 +204,7 @@ class RolloutConfig(Strict):
             raise ValueError(
                 f"rollout.num_generations is {self.num_generations}: a group of one has no baseline to compare with; use 2 or more"
             )
+        _check_bounds("rollout", self.num_actors, self.min_actors, self.max_actors)
         return self
 
 
@@ -220,6 +235,9 @@ class FailurePolicy(Strict):
 class RewardConfig(Strict):
     functions: tuple[RewardFunctionConfig, ...] = ()
     num_actors: PositiveInt = 1
+    min_actors: PositiveInt | None = None
+    max_actors: PositiveInt | None = None
+    """As rollout.max_actors."""
     num_cpus: NonNegFloat = 1
     resources: Resources = {}
     labels: Labels = {}
@@ -231,6 +249,11 @@ class RewardConfig(Strict):
     """A scoring process that takes more gets a MemoryError."""
     on_failure: FailurePolicy = FailurePolicy()
     env: Env = {}
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        _check_bounds("reward", self.num_actors, self.min_actors, self.max_actors)
+        return self
 
     @model_validator(mode="after")
     def _code_ends_first(self) -> Self:
@@ -460,6 +483,11 @@ class RunConfig(Strict):
             raise ValueError(
                 f"algorithm.max_staleness is {ahead}, and with cluster.placement colocated samplers and learners take turns, so "
                 "sampling can't run ahead: use 0, or placement disaggregated"
+            )
+        if self.colocated and self.rollout.max_actors is not None:
+            raise ValueError(
+                "rollout.max_actors lets the number of samplers change, and with cluster.placement colocated there is one for each "
+                "learner: take it and min_actors out, or use placement disaggregated"
             )
         if self.colocated and self.rollout.labels != self.learner.labels:
             raise ValueError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -21,8 +22,20 @@ SCALED = ("rollout", "reward", "learner")
 """The roles, by their sections of the config."""
 PAIRED = ("rollout", "learner")
 """Those that share devices when they are colocated."""
+SELF_SCALED = ("rollout", "reward")
+"""Those that may have bounds: it costs them next to nothing to come and go."""
 Counts = dict[str, int]
 """Role -> workers."""
+PATIENCE = 3
+"""Steps in a row that must say the same before anything changes."""
+WORTH_GROWING = 0.25
+"""Part of a step that the run waits for a role, below which more workers win little."""
+AT_WORK = 0.8
+"""Of the time that the run waits for them: below it they wait themselves, for one long sample, and more of them would too."""
+IDLE = 0.1
+"""Part of a step that workers are busy, at most, where there are more of them than are needed. Twice as many as one are busy for a
+seventh of a step at least, if that one was worth growing; one of two that goes leaves the other busy for less than a fifth. So what
+one rule does the other does not undo."""
 
 
 def counts(config: RunConfig) -> Counts:
@@ -31,6 +44,12 @@ def counts(config: RunConfig) -> Counts:
         "reward": config.reward.num_actors,
         "learner": config.learner.num_actors,
     }
+
+
+def bounds(config: RunConfig, role: str) -> tuple[int, int]:
+    """Least and most workers that the run may give itself; both the present number where it may not change it."""
+    section = config.rollout if role == "rollout" else config.reward
+    return section.min_actors or section.num_actors, section.max_actors or section.num_actors
 
 
 def parse_counts(words: Sequence[str]) -> Counts:
@@ -66,6 +85,47 @@ def rescaled(config: RunConfig, asked: Mapping[str, int]) -> RunConfig:
         )
     top = {role: {"num_actors": number} for role, number in changed.items()}
     return build(RunConfig, deep_merge(config.model_dump(mode="json"), top), f"`{told(asked)}`")
+
+
+@dataclass(frozen=True)
+class Load:
+    """Of the workers of one role, in one step."""
+
+    busy: float
+    """Part of the step that they were at work, mean over them."""
+    held_up: float
+    """Part of the step that the run had nothing to do but wait for them."""
+    waiting: int
+    """Samples that waited for a place at one of them, at most."""
+
+
+def load_of(role: str, metrics: Mapping[str, float], waiting: int) -> Load | None:
+    """From the metrics of a step; None where they don't tell."""
+    step_s, busy = metrics.get("time/step", 0.0), metrics.get(f"busy/{role}")
+    if step_s <= 0 or busy is None:
+        return None
+    alone_s = metrics.get("time/rollout" if role == "rollout" else "reward/alone_s", 0.0)
+    return Load(busy, alone_s / step_s, waiting)
+
+
+def decide(now: int, low: int, high: int, loads: Sequence[Load]) -> int:
+    """How many workers there should be, from `low` to `high`.
+
+    More, by a quarter and at least one, when the run waited for them in each of the last PATIENCE steps, they worked nearly all
+    that time, and samples waited. Fewer, by as many, when in each of them they were mostly idle and no sample waited.
+
+    Args:
+        loads: of the steps since the number changed last, oldest first.
+    """
+    last = loads[-PATIENCE:]
+    if len(last) < PATIENCE:
+        return now
+    by = max(1, now // 4)
+    if all(x.waiting > 0 and x.held_up >= WORTH_GROWING and x.busy >= AT_WORK * x.held_up for x in last):
+        return min(high, now + by)
+    if all(x.waiting == 0 and x.busy <= IDLE for x in last):
+        return max(low, now - by)
+    return now
 
 
 def told(asked: Mapping[str, int]) -> str:
