@@ -45,7 +45,7 @@ from grpo_ray.prompts import PromptSets, load_demonstrations, load_prompts
 from grpo_ray.replay import TOLERANCE, compare, parts_of, read_batch
 from grpo_ray.roles import Learner, Sampler, Tracker, WeightSync
 from grpo_ray.rollout_log import ParquetRolloutLog, remove_after, rollout_path
-from grpo_ray.scaling import Counts, record
+from grpo_ray.scaling import Counts, record, rescaled
 from grpo_ray.secrets import hide_secrets
 from grpo_ray.sft_loop import SftLoop, sft_steps
 from grpo_ray.tokenized import LoadReport
@@ -348,6 +348,11 @@ class Controller:
         """The learner's part of the step after `resume_step` once more, with nothing written but logs."""
         assert self._resume_step is not None
         step = self._resume_step + 1
+        lines = await asyncio.to_thread(read_metrics, self._run.path / "metrics.jsonl")
+        recorded = next((line for line in lines if line["step"] == step), {})
+        if (learners := recorded.get("workers/learner")) is not None:
+            # Of that step: the run may have been scaled since, and sums would be in another order.
+            config = rescaled(config, {"learner": int(learners)})
         model = await self._prepare_model(config)
         batch = await asyncio.to_thread(read_batch, rollout_path(self._run.rollouts, step))
         num_steps = config.num_steps or total_steps(config, len((await self._load_prompts(config, model)).train))
@@ -360,8 +365,6 @@ class Controller:
             for part in parts_of(batch):
                 await learner.accumulate(part)
             report = await learner.update(batch)
-        lines = await asyncio.to_thread(read_metrics, self._run.path / "metrics.jsonl")
-        recorded = next((line for line in lines if line["step"] == step), {})
         figures = compare(recorded, report.metrics, tolerance=TOLERANCE[config.model.dtype])
         for figure in figures:
             self._emit(MessageEvent("info" if figure.agrees else "error", str(figure)))

@@ -33,7 +33,7 @@ from typing import Any, Literal, Self
 
 from ray.exceptions import RayError
 
-from actors.cluster import gpus_per_engine, placed
+from actors.cluster import demands, gpus_per_engine, placed
 from actors.engine_adapters import AdapterOptions
 from actors.rollout import Outcome, RolloutActor, rollout_env
 from actors.runtime import Actors, RayActors, core_error, log_tail, node_died, start_named, within
@@ -53,6 +53,8 @@ QUEUE_FACTOR = 1.25
 MAX_RESTARTS = 3
 """Of one engine, without a finished sample in between."""
 BACKOFF_S = 1.0
+LATE_S = 60.0
+"""A start that takes longer is told of."""
 SHARED_DEATHS = 2
 POISONED_DEATHS = 2
 """See the top of this file."""
@@ -541,7 +543,7 @@ class RolloutPool:
 
     async def _join(self, engine: _Engine) -> None:
         try:
-            await self._start(engine)
+            await self._start_late(engine)
         except (WorkerError, DeadlineError) as e:
             self.on_trouble(f"{engine.name} was to join, and is tried again: {e}")
             self._source.kill(engine.handle)
@@ -626,6 +628,20 @@ class RolloutPool:
         self._changed.set()
         self._kick()
 
+    async def _start_late(self, engine: _Engine) -> None:
+        """`_start` while the run goes on: the cluster may have no room any more, which Ray does not tell."""
+        asked = next(d for d in demands(self._config, self._on_gpu) if d.option == "rollout")
+        where = f" on a node with the labels {dict(asked.labels)}" if asked.labels else ""
+        told = asyncio.get_running_loop().call_later(
+            LATE_S,
+            self.on_trouble,
+            f"{engine.name} has not started for {LATE_S:g} s: it loads the model, or waits for {asked.each}{where}",
+        )
+        try:
+            await self._start(engine)
+        finally:
+            told.cancel()
+
     def _died(self, engine: _Engine, incarnation: int, reason: str, *, blame_work: bool = True) -> None:
         if engine.incarnation != incarnation or not engine.alive or self._closed:
             return
@@ -672,7 +688,7 @@ class RolloutPool:
             self._all_restarts += 1
             await asyncio.sleep(BACKOFF_S * 2 ** (engine.restarts - 1))
             try:
-                await self._start(engine)
+                await self._start_late(engine)
                 return
             except (WorkerError, DeadlineError) as e:
                 reason = str(e)

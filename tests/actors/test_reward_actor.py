@@ -558,7 +558,7 @@ def test_workers_that_join_and_leave_under_way_lose_nothing(local_ray, functions
         left = await ask_until(lambda: pool.live()["alive/reward"] == 1)
         count = len(answers)
         alone = await ask_until(lambda: len(answers) > count + 20)
-        tracks = [t.worker for t in pool.take_tracks()], [t.worker for t in pool.take_tracks()]
+        tracks = sorted(t.worker for t in pool.take_tracks()), [t.worker for t in pool.take_tracks()]
         # What is asked for and taken back before it has started never serves.
         pool.scale(3)
         pool.scale(1)
