@@ -35,7 +35,7 @@ from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import Place
 from grpo_ray.config import RunConfig, SftConfig, Strict
 from grpo_ray.cursor import Cursor
-from grpo_ray.errors import ConfigError, GrpoRayError
+from grpo_ray.errors import ConfigError, GrpoRayError, LostSamplesError
 from grpo_ray.evaluate import eval_event, evaluate, vote_config
 from grpo_ray.events import EndEvent, Event, MessageEvent, PhaseEvent
 from grpo_ray.ledger import Ledger
@@ -117,6 +117,7 @@ class Controller:
         except BaseException as e:
             end = EndEvent("failed", hide_secrets(_message(e)))
             print(hide_secrets(traceback.format_exc()), file=sys.stderr, flush=True)
+        self._scaler = None
         self._emit(end)
         self._leaving = asyncio.create_task(self._leave())
 
@@ -151,12 +152,12 @@ class Controller:
         """See `RunScaler.scale`.
 
         Raises:
-            ConfigError: as there; or its workers have not started yet, or it is no run of `grpo-ray train`.
+            ConfigError: as there; or it has no workers at the moment, or is no run of `grpo-ray train`.
         """
         if self._scaler is None:
             raise ConfigError(
                 f"{run_name(self._run.path)} can't be scaled: "
-                + ("its workers are starting, try again" if self._kind == "grpo" else f"it is a run of `{self._kind}`")
+                + ("it has no workers, yet or any more" if self._kind == "grpo" else f"it is a run of `{self._kind}`")
             )
         return await self._scaler.scale(words)
 
@@ -251,7 +252,8 @@ class Controller:
         start_again: Callable[[], Awaitable[None]],
         limit: int,
     ) -> str:
-        """`train`, and from the newest checkpoint once more whenever learners were lost; `limit` times without a step more."""
+        """`train`, and from the newest checkpoint once more whenever learners were lost, or samples with their node; `limit` times
+        without a step more."""
         deaths, died_at = 0, -1
         while True:
             try:
@@ -259,14 +261,18 @@ class Controller:
             except Exception as e:
                 step = self._loop.step if self._loop is not None else 0
                 deaths = deaths + 1 if step <= died_at else 1
-                if workers.lost_learner is None or self._stop_reason is not None or deaths > limit:
+                mendable = workers.lost_learner is not None or isinstance(_first_typed(e), LostSamplesError)
+                if not mendable or self._stop_reason is not None or deaths > limit:
                     raise
                 died_at = max(step, died_at)
                 lost = _message(e)
             told: list[str] = []
             self._resume_step = await asyncio.to_thread(self._run.newest_whole, told.append)
             start = "the beginning" if self._resume_step is None else f"the checkpoint of step {self._resume_step}"
-            for text in (*told, f"{lost}\nThe learners were lost in step {step + 1} and start again from {start}"):
+            for text in (
+                *told,
+                f"{lost}\nStep {step + 1} can't be done with what is left; learners start again from {start}",
+            ):
                 self._warn(text)
             await start_again()
 
@@ -414,7 +420,12 @@ class RaySamples:
     """`roles.SampleStore` in Ray's object store."""
 
     async def fetch(self, refs: list[Any]) -> list[Sequence[Sample]]:
-        return list(await within(asyncio.gather(*refs), 60, "reading samples to write them down", "tracking.rollouts"))
+        """Raises LostSamplesError."""
+        reading = asyncio.gather(*refs)
+        try:
+            return list(await within(reading, 60, "reading samples to write them down", "tracking.rollouts"))
+        except ray.exceptions.ObjectLostError as e:
+            raise LostSamplesError(f"samples can't be written down, their node died: {e}") from None
 
     def put(self, samples: list[Sample]) -> Any:
         return ray.put(samples)
@@ -628,10 +639,16 @@ async def _no_weights_yet() -> None:
     """`RolloutPool.on_stale` while there is no learner; the pool asks again."""
 
 
-def _message(error: BaseException) -> str:
-    """One message for the user: of the first error that has one, through the groups that asyncio wraps them in."""
+def _first_typed(error: BaseException) -> BaseException:
+    """The first error with a message for users, through the groups that asyncio wraps them in; else the first of all."""
     if isinstance(error, BaseExceptionGroup):
-        return _message(next((e for e in error.exceptions if isinstance(e, GrpoRayError)), error.exceptions[0]))
+        return _first_typed(next((e for e in error.exceptions if isinstance(e, GrpoRayError)), error.exceptions[0]))
+    return error
+
+
+def _message(error: BaseException) -> str:
+    """One message for the user."""
+    error = _first_typed(error)
     if isinstance(error, GrpoRayError):
         return str(error)
     return f"{type(error).__name__}: {error} (the traceback is in logs/{LOG_NAME}.log)"

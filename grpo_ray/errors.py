@@ -36,6 +36,10 @@ class PoisonedError(WorkerError):
     """A prompt that ends rollout engines; names it."""
 
 
+class LostSamplesError(WorkerError):
+    """Samples that went with the node that held them: they have to be drawn again."""
+
+
 class CheckpointError(GrpoRayError):
     """A checkpoint can't be written or read."""
 

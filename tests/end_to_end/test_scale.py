@@ -60,6 +60,10 @@ def await_workers(run: Path, role: str, number: int) -> int:
     return int(later()[0]["step"])
 
 
+def is_live(place: Place, name: str) -> bool:
+    return any(a["name"] == f"{name}/controller" and a["state"] == "ALIVE" for a in place.ask("actors"))
+
+
 def check_ledger(run: Path, prompts_per_step: int = 4) -> None:
     """Every prompt once, in order, and nothing under way but what a resume would sample again."""
     rows = ledger(run)
@@ -121,7 +125,7 @@ def test_workers_of_each_role_come_and_go_in_one_run(place: Place) -> None:
 
     code, output = place.run("stop", "scaled", *at)
     assert code == 0, output
-    wait_for(lambda: place.run("status", "scaled", *at)[1].splitlines()[1].split()[1] == "stopped", "it does not end")
+    wait_for(lambda: not is_live(place, "scaled"), "it does not end")
     check_ledger(run)
     done = len(steps(run))
     resumed = place.begin("submit", "--resume", "scaled", *at)
@@ -163,6 +167,27 @@ def test_a_node_that_dies_with_a_sampler_costs_nothing_but_that(place: Place) ->
         lambda: f"{lost} died" in place.run("status", "node", *at)[1] or lost not in place.where("node"), "not told"
     )
     assert place.run("stop", "node", *at)[0] == 0
-    wait_for(lambda: place.run("status", "node", *at)[1].splitlines()[1].split()[1] == "stopped", "it does not end")
+    wait_for(lambda: not is_live(place, "node"), "it does not end")
     check_ledger(run)
     assert max(m["staleness/max"] for m in steps(run)) <= 1
+
+
+def test_a_run_that_waits_for_its_sampler_gives_itself_another(place: Place) -> None:
+    at = ("--address", place.address)
+    options = (
+        "rollout.min_actors=1",
+        "rollout.max_actors=2",
+        "rollout.max_num_seqs=2",
+        "learner.labels={site: learners}",
+    )
+    code, output = place.run("submit", "tiny.yaml", "name=itself", "num_steps=2000", *options, "--no-wait", *at)
+    assert code == 0, output
+    run = place.runs / "itself"
+    await_step(run, 1)
+    assert steps(run)[0]["workers/rollout"] == 1
+    await_workers(run, "rollout", 2)
+    assert place.run("stop", "itself", *at)[0] == 0
+    wait_for(lambda: not is_live(place, "itself"), "it does not end")
+    told = place.run("logs", "itself", *at)[1]
+    assert "the run scaled itself: rollout 1 -> 2 (busy " in told
+    check_ledger(run)
