@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -64,6 +65,13 @@ class Place:
         left = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k not in ours}
         paths = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         return left | {"HOME": str(self.home), "RAY_TMPDIR": str(self.tmp), "PATH": paths, "COLUMNS": "150"}
+
+    def make_token(self) -> None:
+        """As launch/plain/start_ray.sh does: a cluster that is started with it protects itself."""
+        token = self.home / ".ray" / "auth_token"
+        token.parent.mkdir()
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
 
     def start_head(self) -> None:
         """Nothing but `ray start --head` and ports that are free: no word about tokens. Its code is the image's, not ours."""
