@@ -183,7 +183,7 @@ def test_a_run_that_waits_for_its_sampler_gives_itself_another(place: Place) -> 
     code, output = place.run("scale", "itself", "learner=16", *at)
     assert code == 1, output
     assert (
-        "error: the cluster is too small: 9 CPUs are asked for (learner 16 x 0.5 + rollout 2 x 0.5), 8 are there"
+        "error: the cluster is too small: 9 CPUs are asked for (rollout 2 x 0.5 + learner 16 x 0.5), 8 are there"
         in output
     )
     assert place.run("stop", "itself", *at)[0] == 0
