@@ -154,6 +154,8 @@ class RewardPool:
 
     def scale(self, number: int) -> None:
         """From now on so many workers, 1 or more. Each that joins serves as soon as it has started."""
+        if self._broken is not None:
+            return
         staying = {i: w for i, w in self._workers.items() if not w.leaving}
         free = (i for i in itertools.count() if i not in self._workers)
         for index in [next(free) for _ in range(number - len(staying))]:

@@ -528,6 +528,8 @@ class RolloutPool:
 
     def scale(self, number: int) -> None:
         """From now on so many engines, 1 or more: others join, or those leave that do least."""
+        if self._closed:
+            return
         staying = [e for e in self._engines.values() if not e.leaving]
         free = (i for i in itertools.count() if i not in self._engines)
         for index in [next(free) for _ in range(number - len(staying))]:
@@ -566,8 +568,8 @@ class RolloutPool:
             self._reconsider(engine)
             for task in list(engine.tasks):
                 task.cancel()
-            if engine.handle is not None:
-                await self._end(engine.handle)
+        if engine.handle is not None:
+            await self._end(engine.handle)
 
     # Life and death
 
