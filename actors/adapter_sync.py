@@ -14,7 +14,6 @@ The controller keeps the reference on the current adapter: a restarted engine ge
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,7 +63,6 @@ class RayAdapterSync:
         self._pool = pool
         self._learner = learner
         self._timeout_s = timeout_s
-        self._lock = asyncio.Lock()
         self._current: AdapterReport | None = None
         """The adapter of `pool.version`. None: the bare model, with which engines start."""
         pool.on_stale = self.sync_stale
@@ -76,7 +74,7 @@ class RayAdapterSync:
             WorkerError: no engine could be brought up to date; names the last one that failed, or the learner.
             DeadlineError: the learner did not gather it in time.
         """
-        async with self._lock:
+        async with self._pool.membership:
             started = time.monotonic()
             # The learner group's own deadline comes first and knows the rank; this one is for a group that hangs.
             adapter = await within(
@@ -109,7 +107,7 @@ class RayAdapterSync:
     async def sync_stale(self) -> None:
         """Bring restarted engines up to date. Also while the learner is at work: what they get is the adapter of the current
         version, not the learner's."""
-        async with self._lock:
+        async with self._pool.membership:
             targets = self._pool.engines(stale_only=True)
             if targets and self._current is not None:
                 version = self._pool.version

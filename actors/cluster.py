@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from grpo_ray.config import ClusterConfig, RunConfig, SftConfig
+from grpo_ray.config import ClusterConfig, LearnerConfig, RewardConfig, RolloutConfig, RunConfig, SftConfig
 from grpo_ray.errors import ResourceError
+from grpo_ray.labels import fits
 from grpo_ray.secrets import token_path
 
 NAMESPACE = "grpo-ray"
@@ -142,17 +144,24 @@ def reserve_pairs(config: RunConfig) -> Any:
     """A placement group with a bundle per GPU for its engine and its learner, which meet there by their number."""
     import ray
 
-    cpus = config.rollout.num_cpus + config.learner.num_cpus
-    return ray.util.placement_group([{"GPU": 1, "CPU": cpus}] * config.rollout.num_actors)
+    rollout, learner, count = config.rollout, config.learner, config.rollout.num_actors
+    parts = ({"GPU": 1.0}, *({"CPU": kind.num_cpus, **kind.resources} for kind in (rollout, learner)))
+    bundle: dict[str, float] = {}
+    for name, amount in (entry for part in parts for entry in part.items() if entry[1]):
+        bundle[name] = bundle.get(name, 0) + amount
+    return ray.util.placement_group([bundle] * count, bundle_label_selector=[rollout.labels] * count)
 
 
-def placed(group: Any, index: int) -> dict[str, Any]:
-    """Options of an actor for the bundle of this number; none without a group."""
+def placed(kind: RolloutConfig | RewardConfig | LearnerConfig, group: Any = None, index: int = 0) -> dict[str, Any]:
+    """Options of an actor of this kind, for where it is put: the bundle of this number; without a group any node that has what it
+    asks for."""
+    resources = {"resources": dict(kind.resources)} if kind.resources else {}
     if group is None:
-        return {}
+        return resources | ({"label_selector": dict(kind.labels)} if kind.labels else {})
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)}
+    where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+    return {**resources, "scheduling_strategy": where}
 
 
 @dataclass(frozen=True)
@@ -166,17 +175,26 @@ class Demand:
     """Per actor."""
     num_gpus: float
     """Per actor."""
+    resources: Mapping[str, float] = field(default_factory=dict)
+    """Custom ones, per actor."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Of a node that may hold one."""
+
+    @property
+    def each(self) -> dict[str, float]:
+        """All that one takes, by Ray's names."""
+        return {k: v for k, v in {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.resources}.items() if v}
 
 
 def demands(config: RunConfig | SftConfig, gpus: bool) -> list[Demand]:
-    learner = config.learner
-    out = []
+    kinds: list[tuple[str, RolloutConfig | RewardConfig | LearnerConfig, float]] = [
+        ("learner", config.learner, gpus_per_learner(config, gpus))
+    ]
     if isinstance(config, RunConfig):
         rollout = config.rollout
-        out.append(Demand("rollout", rollout.num_actors, rollout.num_cpus, gpus_per_engine(config, gpus)))
-        out += [Demand(name, r.num_actors, r.num_cpus, r.num_gpus) for name, r in config.reward.pools.items()]
-    out.append(Demand("learner", learner.num_actors, learner.num_cpus, gpus_per_learner(config, gpus)))
-    return out
+        engines = ("rollout", rollout, gpus_per_engine(config, gpus))
+        kinds = [engines, *((name, r, r.num_gpus) for name, r in config.reward.pools.items()), *kinds]
+    return [Demand(name, k.num_actors, k.num_cpus, n, k.resources, k.labels) for name, k, n in kinds]
 
 
 def missing(wanted: list[Demand], offered: dict[str, float]) -> str | None:
@@ -185,18 +203,28 @@ def missing(wanted: list[Demand], offered: dict[str, float]) -> str | None:
     Sums only: whether single nodes can hold single actors shows when they are placed.
     """
     lines = []
-    for kind, per_actor in (("CPU", lambda d: d.num_cpus), ("GPU", lambda d: d.num_gpus)):
-        asked = sum(d.num_actors * per_actor(d) for d in wanted)
+    for kind in dict.fromkeys(name for d in wanted for name in d.each):
+        asked = sum(d.num_actors * d.each.get(kind, 0) for d in wanted)
         have = offered.get(kind, 0)
         if asked > have + 1e-9:
-            parts = " + ".join(f"{d.option} {d.num_actors} x {per_actor(d):g}" for d in wanted if per_actor(d))
-            lines.append(f"{asked:g} {kind}s are asked for ({parts}), {have:g} are there")
+            parts = " + ".join(f"{d.option} {d.num_actors} x {d.each[kind]:g}" for d in wanted if kind in d.each)
+            what = f"{kind}s" if kind in ("CPU", "GPU") else f"of the resource {kind}"
+            lines.append(f"{asked:g} {what} are asked for ({parts}), {have:g} are there")
     if not lines:
         return None
     return (
         "; ".join(lines) + ". Lower num_actors, num_cpus or num_gpus of those, add nodes, "
         "or on this machine alone let more actors share its cores with cluster.num_cpus"
     )
+
+
+def misplaced(wanted: list[Demand], nodes: Iterable[Mapping[str, str]]) -> str | None:
+    """One line on the first kind that no node may hold, by the labels of the nodes; None when each has one."""
+    known = list(nodes)
+    for demand in wanted:
+        if not any(fits(labels, demand.labels) for labels in known):
+            return f"no node has the labels of {demand.option}.labels, {dict(demand.labels)}: give them to one (ray start --labels)"
+    return None
 
 
 async def await_resources(wanted: list[Demand], deadline_s: float) -> None:
@@ -215,12 +243,17 @@ async def await_resources(wanted: list[Demand], deadline_s: float) -> None:
         while True:
             lacking = missing(wanted, ray.cluster_resources())
             if lacking is None:
+                lacking = misplaced(wanted, [n["Labels"] for n in ray.nodes() if n["Alive"]])
+            if lacking is None:
                 return
             if time.monotonic() >= give_up:
                 raise ResourceError(f"the cluster is too small: {lacking}")
             if not asked:
                 # An autoscaler brings nodes for what is asked for, and actors are placed only when all of them fit.
-                ray.autoscaler.sdk.request_resources(bundles=bundles(wanted))
+                ray.autoscaler.sdk.request_resources(
+                    bundles=bundles(wanted),
+                    bundle_label_selectors=[dict(d.labels) for d in wanted for _ in range(_num_bundles(d))],
+                )
                 asked = True
             await asyncio.sleep(0.5)
     finally:
@@ -242,5 +275,8 @@ async def await_free(wanted: list[Demand], deadline_s: float) -> None:
 
 def bundles(wanted: list[Demand]) -> list[dict[str, float]]:
     """One per actor, as Ray's autoscaler takes them; an actor that asks for nothing is left out."""
-    each = [({"CPU": d.num_cpus, "GPU": d.num_gpus}, d.num_actors) for d in wanted]
-    return [b for kinds, n in each if (b := {k: v for k, v in kinds.items() if v}) for _ in range(n)]
+    return [d.each for d in wanted for _ in range(_num_bundles(d))]
+
+
+def _num_bundles(demand: Demand) -> int:
+    return demand.num_actors if demand.each else 0

@@ -1,6 +1,7 @@
 """The named actor that owns a run: it builds the pools, runs the loop, keeps what it has to tell, and takes commands.
 
     driver (launch/follow.py)  -- run, events, stop -->  Controller  --> pools --> actors
+    command line                          -- scale -->
 
 The driver may vanish and come back; the run is here. Only references and small records pass through it.
 """
@@ -28,12 +29,14 @@ from actors.reward_pool import RewardPool
 from actors.reward_pools import RewardPools
 from actors.rollout_pool import RolloutPool
 from actors.runtime import own_log, settle_garbage_collector, within
+from actors.scaler import RunScaler
 from actors.weights import RayWeightSync
 from grpo_ray.attention import cpu_has_bf16
 from grpo_ray.checkpoint import RunDir
-from grpo_ray.config import RewardConfig, RunConfig, SftConfig, Strict
+from grpo_ray.checkpoint_store import Place
+from grpo_ray.config import SHARED_POOL, RewardConfig, RunConfig, SftConfig, Strict
 from grpo_ray.cursor import Cursor
-from grpo_ray.errors import ConfigError, GrpoRayError
+from grpo_ray.errors import ConfigError, GrpoRayError, LostSamplesError
 from grpo_ray.evaluate import eval_event, evaluate, vote_config
 from grpo_ray.events import EndEvent, Event, MessageEvent, PhaseEvent
 from grpo_ray.ledger import Ledger
@@ -46,6 +49,7 @@ from grpo_ray.roles import Learner, Sampler, Tracker, WeightSync
 from grpo_ray.rollout_log import ParquetRolloutLog, remove_after, rollout_path
 from grpo_ray.sample_files import SampleFolder
 from grpo_ray.sampling import about_samples, sample_all
+from grpo_ray.scaling import Counts, record, rescaled
 from grpo_ray.secrets import hide_secrets
 from grpo_ray.sft_loop import SftLoop, sft_steps
 from grpo_ray.supervised import load_task
@@ -105,6 +109,7 @@ class Controller:
         self._stop_reason: str | None = None
         self._loop: Any = None
         self._work: asyncio.Task[str] | None = None
+        self._scaler: RunScaler | None = None
 
     async def run(self) -> None:
         """The whole run. How it ended is the last event; this never raises."""
@@ -117,6 +122,7 @@ class Controller:
         except BaseException as e:
             end = EndEvent("failed", hide_secrets(_message(e)))
             print(hide_secrets(traceback.format_exc()), file=sys.stderr, flush=True)
+        self._scaler = None
         self._emit(end)
         self._leaving = asyncio.create_task(self._leave())
 
@@ -146,6 +152,19 @@ class Controller:
             self._loop.stop(reason)
         elif self._work is not None:
             self._work.cancel()
+
+    async def scale(self, words: Sequence[str]) -> str:
+        """See `RunScaler.scale`.
+
+        Raises:
+            ConfigError: as there; or it has no workers at the moment, or is no run of `grpo-ray train`.
+        """
+        if self._scaler is None:
+            raise ConfigError(
+                f"{run_name(self._run.path)} can't be scaled: "
+                + ("it has no workers, yet or any more" if self._kind == "grpo" else f"it is a run of `{self._kind}`")
+            )
+        return await self._scaler.scale(words)
 
     def _emit(self, event: Event) -> None:
         if isinstance(event, MessageEvent):
@@ -182,6 +201,12 @@ class Controller:
                 loading = tasks.create_task(self._load_prompts(config, model))
                 starting = tasks.create_task(workers.start_all(self._num_steps(config, loading)))
             prompts, roles = loading.result(), starting.result()
+            self._scaler = RunScaler(
+                config,
+                workers,
+                lambda numbers: record(self._run.config, numbers),
+                lambda level, text: self._emit(MessageEvent(level, text)),
+            )
 
             async def again() -> None:
                 nonlocal roles
@@ -210,6 +235,7 @@ class Controller:
                 roles.voter,
                 shares_devices(config, has_gpus()),
                 samples=RaySamples(),
+                scaler=self._scaler,
             ),
             Cursor(prompts.train, seed=config.seed, shuffle=config.data.shuffle),
             {name: list(held_out) for name, held_out in prompts.eval.items()},
@@ -233,7 +259,8 @@ class Controller:
         start_again: Callable[[], Awaitable[None]],
         limit: int,
     ) -> str:
-        """`train`, and from the newest checkpoint once more whenever learners were lost; `limit` times without a step more."""
+        """`train`, and from the newest checkpoint once more whenever learners were lost, or samples with their node; `limit` times
+        without a step more."""
         deaths, died_at = 0, -1
         while True:
             try:
@@ -241,14 +268,18 @@ class Controller:
             except Exception as e:
                 step = self._loop.step if self._loop is not None else 0
                 deaths = deaths + 1 if step <= died_at else 1
-                if workers.lost_learner is None or self._stop_reason is not None or deaths > limit:
+                mendable = workers.lost_learner is not None or isinstance(_first_typed(e), LostSamplesError)
+                if not mendable or self._stop_reason is not None or deaths > limit:
                     raise
                 died_at = max(step, died_at)
                 lost = _message(e)
             told: list[str] = []
             self._resume_step = await asyncio.to_thread(self._run.newest_whole, told.append)
             start = "the beginning" if self._resume_step is None else f"the checkpoint of step {self._resume_step}"
-            for text in (*told, f"{lost}\nThe learners were lost in step {step + 1} and start again from {start}"):
+            for text in (
+                *told,
+                f"{lost}\nStep {step + 1} can't be done with what is left; learners start again from {start}",
+            ):
                 self._warn(text)
             await start_again()
 
@@ -373,6 +404,11 @@ class Controller:
         """The learner's part of the step after `resume_step` once more, with nothing written but logs."""
         assert self._resume_step is not None
         step = self._resume_step + 1
+        lines = await asyncio.to_thread(read_metrics, self._run.path / "metrics.jsonl")
+        recorded = next((line for line in lines if line["step"] == step), {})
+        if (learners := recorded.get("workers/learner")) is not None:
+            # Of that step: the run may have been scaled since, and sums would be in another order.
+            config = rescaled(config, {"learner": int(learners)})
         model = await self._prepare_model(config)
         batch = await asyncio.to_thread(read_batch, rollout_path(self._run.rollouts, step))
         num_steps = config.num_steps or total_steps(config, len((await self._load_prompts(config, model)).train))
@@ -385,8 +421,6 @@ class Controller:
             for part in parts_of(batch):
                 await learner.accumulate(part)
             report = await learner.update(batch)
-        lines = await asyncio.to_thread(read_metrics, self._run.path / "metrics.jsonl")
-        recorded = next((line for line in lines if line["step"] == step), {})
         figures = compare(recorded, report.metrics, tolerance=TOLERANCE[config.model.dtype])
         for figure in figures:
             self._emit(MessageEvent("info" if figure.agrees else "error", str(figure)))
@@ -436,7 +470,12 @@ class RaySamples:
     """`roles.SampleStore` in Ray's object store."""
 
     async def fetch(self, refs: list[Any]) -> list[Sequence[Sample]]:
-        return list(await within(asyncio.gather(*refs), 60, "reading samples to write them down", "tracking.rollouts"))
+        """Raises LostSamplesError."""
+        reading = asyncio.gather(*refs)
+        try:
+            return list(await within(reading, 60, "reading samples to write them down", "tracking.rollouts"))
+        except ray.exceptions.ObjectLostError as e:
+            raise LostSamplesError(f"samples can't be written down, their node died: {e}") from None
 
     def put(self, samples: list[Sample]) -> Any:
         return ray.put(samples)
@@ -481,6 +520,7 @@ class _Workers:
         self._placement: Any = None
         self._pools: list[RolloutPool | RewardPool | LearnerGroup] = []
         self._sampler: RolloutPool | None = None
+        self._scorer: RewardPool | RewardPools | None = None
         self._learner: LearnerGroup | None = None
         self._num_steps = 0
 
@@ -523,6 +563,34 @@ class _Workers:
             await learner.offload(keep_weights=False)
             await self._sampler.wake()
         return self._joined(self._sampler, learner, before.scorer, before.voter)
+
+    @property
+    def num_learners(self) -> int:
+        return self._learner.num_ranks if self._learner else 0
+
+    def take_most_waiting(self) -> Counts:
+        """See `actors.scaler.Crew`; so for the next one."""
+        assert self._sampler is not None
+        assert self._scorer is not None
+        return {"rollout": self._sampler.take_most_waiting(), "reward": self._scorer.take_most_waiting()}
+
+    def reconfigure(self, config: RunConfig) -> None:
+        assert self._sampler is not None
+        assert self._scorer is not None
+        self._config = config
+        self._sampler.scale(config.rollout.num_actors)
+        self._scorer.scale(config.reward.num_actors)
+
+    async def change_learner(self, place: Place | None) -> tuple[Learner, WeightSync]:
+        """See `roles.Scaler.change_learners`. Engines that are stale meanwhile wait: until the new learners have loaded what
+        they are to send, they would send the starting model."""
+        assert self._sampler is not None
+        self._sampler.on_stale = _no_weights_yet
+        await self.close_learner()
+        learner = await self.start_learner(self._num_steps)
+        if place is not None:
+            await learner.load(place)
+        return learner, self._weight_sync(self._sampler, learner)
 
     async def close_learner(self) -> None:
         if self._learner is not None:
@@ -581,12 +649,14 @@ class _Workers:
 
         async def start(name: str, config: RewardConfig) -> RewardPool:
             pool = await RewardPool.create(config, self._run_dir, name=name, start_timeout_s=start_s)
-            return self._opened(pool, "rewards" if name == "reward" else name)
+            pool.on_trouble = self._warn
+            return self._opened(pool, "rewards" if name == SHARED_POOL else name)
 
         async with asyncio.TaskGroup() as tasks:
             started = [tasks.create_task(start(*one)) for one in self._config.reward.pools.items()]
         pools = [task.result() for task in started]
-        return pools[0] if len(pools) == 1 else RewardPools(self._config.reward, pools)
+        self._scorer = pools[0] if len(pools) == 1 else RewardPools(self._config.reward, pools)
+        return self._scorer
 
     async def start_voter(self) -> RewardPool | None:
         assert isinstance(self._config, RunConfig)
@@ -621,10 +691,20 @@ class _Workers:
         return pool
 
 
-def _message(error: BaseException) -> str:
-    """One message for the user: of the first error that has one, through the groups that asyncio wraps them in."""
+async def _no_weights_yet() -> None:
+    """`RolloutPool.on_stale` while there is no learner; the pool asks again."""
+
+
+def _first_typed(error: BaseException) -> BaseException:
+    """The first error with a message for users, through the groups that asyncio wraps them in; else the first of all."""
     if isinstance(error, BaseExceptionGroup):
-        return _message(next((e for e in error.exceptions if isinstance(e, GrpoRayError)), error.exceptions[0]))
+        return _first_typed(next((e for e in error.exceptions if isinstance(e, GrpoRayError)), error.exceptions[0]))
+    return error
+
+
+def _message(error: BaseException) -> str:
+    """One message for the user."""
+    error = _first_typed(error)
     if isinstance(error, GrpoRayError):
         return str(error)
     return f"{type(error).__name__}: {error} (the traceback is in logs/{LOG_NAME}.log)"

@@ -34,7 +34,7 @@ from grpo_ray.activity import Activity
 from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch, token_values
 from grpo_ray.checkpoint_store import Place
 from grpo_ray.config import AlgorithmConfig, DpoOptions, RewardModelOptions
-from grpo_ray.errors import CheckpointError, NonFiniteError, WorkerError
+from grpo_ray.errors import CheckpointError, LostSamplesError, NonFiniteError, WorkerError
 from grpo_ray.flops import ModelShape, UpdatePasses, model_shape, throughput_metrics, update_flops
 from grpo_ray.learner_files import SavedLearner
 from grpo_ray.lora import adapter_bytes, adapter_checksum, adapters_off
@@ -395,6 +395,10 @@ class LearnerActor:
         refs = list({batch.samples[i].ref: None for micro in micros for i in micro})
         try:
             rows: dict[Any, list[Sample]] = dict(zip(refs, ray.get(refs, timeout=FETCH_TIMEOUT_S), strict=True))
+        except ray.exceptions.ObjectLostError as e:
+            raise LostSamplesError(
+                f"learner-{self.rank} can't have samples of step {batch.step}, whose node died: {e}"
+            ) from None
         except ray.exceptions.RayError as e:
             raise WorkerError(
                 f"learner-{self.rank} can't fetch samples of step {batch.step} from the object store: {e}"

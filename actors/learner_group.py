@@ -89,7 +89,7 @@ class LearnerGroup:
                 max_restarts=0,
                 concurrency_groups={DISK: 1},
                 runtime_env={"env_vars": _env(config, on_gpu=num_gpus > 0)},
-                **placed(placement, rank),
+                **placed(learner, placement, rank),
             )
             for rank in range(learner.num_actors)
         ]
@@ -103,6 +103,10 @@ class LearnerGroup:
             await group.close()
             raise
         return group
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self._actors)
 
     @property
     def lost(self) -> str | None:

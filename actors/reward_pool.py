@@ -2,26 +2,28 @@
 
 Waiting groups of requests sit in one queue. Each worker has a task that takes its share of what waits, calls the
 worker, and comes back for more: the least loaded worker is the one that asks. What a dying worker held goes back to the
-head of the queue.
+head of the queue. `scale` changes the number of workers at any time: one that leaves ends when it has done what it took.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
+from actors.cluster import placed
 from actors.reward import FETCH_TIMEOUT_S, RewardActor
 from actors.runtime import Actors, RayActors, start_named, within
 from grpo_ray.activity import IDLE, Activity
-from grpo_ray.config import RewardConfig
+from grpo_ray.config import SHARED_POOL, RewardConfig
 from grpo_ray.errors import DeadlineError, RewardError, WorkerError
 from grpo_ray.types import Score, ScoreRequest, Track
 
@@ -42,11 +44,15 @@ class _Waiting:
 class _Worker:
     """One place in the pool, through the lives of its actor."""
 
+    index: int
     name: str
     activity: Activity
+    started: bool = False
     actor: Any = None
     due: float = math.inf
     """When the call under way must have ended."""
+    serving: asyncio.Task[None] | None = None
+    leaving: bool = False
 
 
 class RewardPool:
@@ -64,21 +70,29 @@ class RewardPool:
     ) -> None:
         self._config = config
         self._run_dir = run_dir
-        self._name = name
+        self.name = name
         self._start_timeout_s = start_timeout_s
         self._max_restarts = self._restarts_left = max_restarts
         self._source = actors
         self._queue: deque[_Waiting] = deque()
         self._num_waiting = 0
         """Samples in the queue."""
+        self._most_waiting = 0
         self._idle: deque[asyncio.Future[None]] = deque()
         """Of each worker that waits for work."""
-        self._workers = [_Worker(n, Activity(n)) for n in (f"{name}-{i}" for i in range(config.num_actors))]
+        self._workers = {i: _new_worker(name, i) for i in range(config.num_actors)}
+        """By index."""
+        self._left: list[_Worker] = []
+        """That have something to tell yet."""
         self.pids: dict[str, int] = {}
         """Name of each worker -> its process, for people and chaos tests."""
-        self._tasks: list[asyncio.Task[None]] = []
+        self._watching: asyncio.Task[None] | None = None
+        self._ending: set[asyncio.Task[None]] = set()
+        """Of workers that leave."""
         self._broken: Exception | None = None
         self._stats = {"scored": 0.0, "busy_s": 0.0, "restarts": 0.0}
+        self.on_trouble: Callable[[str], None] = log.warning
+        """Told what went wrong and costs nothing but a worker."""
 
     @classmethod
     async def create(
@@ -86,7 +100,7 @@ class RewardPool:
         config: RewardConfig,
         run_dir: str,
         *,
-        name: str = "reward",
+        name: str = SHARED_POOL,
         start_timeout_s: float = 600.0,
         max_restarts: int = 8,
         actors: Actors | None = None,
@@ -109,12 +123,13 @@ class RewardPool:
             actors=actors or RayActors(),
         )
         try:
-            await asyncio.gather(*(pool._start(w) for w in pool._workers))
+            await asyncio.gather(*(pool._start(w) for w in pool._workers.values()))
         except BaseException:
             await pool.close()
             raise
-        pool._tasks = [asyncio.create_task(pool._serve(w), name=f"{w.name} queue") for w in pool._workers]
-        pool._tasks.append(asyncio.create_task(pool._watch()))
+        for worker in pool._workers.values():
+            worker.serving = asyncio.create_task(pool._serve(worker), name=f"{worker.name} queue")
+        pool._watching = asyncio.create_task(pool._watch())
         return pool
 
     def score(self, requests: Sequence[ScoreRequest]) -> asyncio.Future[list[Score]]:
@@ -132,43 +147,96 @@ class RewardPool:
         else:
             self._queue.append(_Waiting(list(requests), done))
             self._num_waiting += len(requests)
-            while self._idle:
-                if not (idle := self._idle.popleft()).done():
-                    idle.set_result(None)
-                    break
+            if not self._idle:
+                self._most_waiting = max(self._most_waiting, self._num_waiting)
+            self._wake_one()
         return done
+
+    def scale(self, number: int) -> None:
+        """From now on so many workers, 1 or more. Each that joins serves as soon as it has started."""
+        if self._broken is not None:
+            return
+        staying = {i: w for i, w in self._workers.items() if not w.leaving}
+        free = (i for i in itertools.count() if i not in self._workers)
+        for index in [next(free) for _ in range(number - len(staying))]:
+            self._workers[index] = worker = _new_worker(self.name, index)
+            worker.serving = asyncio.create_task(self._join(worker), name=f"{worker.name} queue")
+        for index in sorted(staying)[number:]:
+            worker = staying[index]
+            worker.leaving = True
+            if not worker.started and worker.serving is not None:
+                worker.serving.cancel()
+                self._remove(worker)
+        # Those that wait for work look whether they are to leave.
+        idle, self._idle = self._idle, deque()
+        for future in idle:
+            if not future.done():
+                future.set_result(None)
 
     def take_stats(self) -> dict[str, float]:
         """Since the last call: samples scored, seconds that workers were busy, workers restarted."""
         stats, self._stats = self._stats, dict.fromkeys(self._stats, 0.0)
         return stats
 
+    def take_most_waiting(self) -> int:
+        """Samples that waited while every worker was busy, at most, since the last call."""
+        most, self._most_waiting = self._most_waiting, 0
+        return most
+
     def live(self) -> dict[str, float]:
         """At this moment."""
         return {
-            f"queue/{self._name}": float(sum(len(w.requests) for w in self._queue)),
-            f"alive/{self._name}": float(sum(w.actor is not None for w in self._workers)),
-            f"restarts/{self._name}": float(self._max_restarts - self._restarts_left),
+            f"queue/{self.name}": float(sum(len(w.requests) for w in self._queue)),
+            f"alive/{self.name}": float(sum(w.started for w in self._workers.values())),
+            f"restarts/{self.name}": float(self._max_restarts - self._restarts_left),
         }
 
     def take_tracks(self) -> list[Track]:
         """Since the last call: when each worker was busy `scoring`, from the call to its answer."""
-        return [worker.activity.take() for worker in self._workers]
+        told = [*(w for w in self._workers.values() if w.started), *self._left]
+        self._left = []
+        return [worker.activity.take() for worker in told]
 
     async def close(self) -> None:
         """End every worker and its scoring process. Calls still waiting get a WorkerError."""
-        self._fail(WorkerError(f"the {self._name} pool is closed"))
-        for task in self._tasks:
+        self._fail(WorkerError(f"the {self.name} pool is closed"))
+        workers = list(self._workers.values())
+        tasks = [t for t in (self._watching, *(w.serving for w in workers)) if t is not None]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(self._stop(w.actor) for w in self._workers if w.actor is not None))
-        for worker in self._workers:
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(self._stop(w.actor) for w in workers if w.actor is not None), *self._ending)
+        for worker in workers:
             worker.actor = None
+
+    async def _join(self, worker: _Worker) -> None:
+        """A pool that works is not broken by one that can't join it."""
+        try:
+            await self._start(worker)
+        except (RewardError, DeadlineError, WorkerError) as e:
+            self.on_trouble(f"{worker.name} was to join and does not start: {e}")
+            self._remove(worker)
+        else:
+            await self._serve(worker)
+
+    def _remove(self, worker: _Worker) -> None:
+        del self._workers[worker.index]
+        self.pids.pop(worker.name, None)
+        if worker.started:
+            self._left.append(worker)
+        if worker.actor is None:
+            return
+        ending = asyncio.create_task(self._stop(worker.actor))
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
 
     async def _serve(self, worker: _Worker) -> None:
         """One worker's life: take, score, repeat; replace it when it dies."""
         while self._broken is None:
-            batch = await self._take()
+            batch = await self._take(worker)
+            if worker.leaving:
+                self._remove(worker)
+                return
             num_samples = sum(len(w.requests) for w in batch)
             start = time.monotonic()
             try:
@@ -177,7 +245,10 @@ class RewardPool:
                 self._queue.extendleft(reversed(batch))
                 self._num_waiting += num_samples
                 if isinstance(e, ray.exceptions.RayActorError) and self._broken is None:
-                    await self._replace(worker, e)
+                    if worker.leaving:
+                        self._wake_one()
+                    else:
+                        await self._replace(worker, e)
                 else:
                     self._fail(self._broken or _cause(e, worker.name))
                 if not isinstance(e, Exception):
@@ -189,13 +260,15 @@ class RewardPool:
             self._stats["scored"] += num_samples
             self._stats["busy_s"] += time.monotonic() - start
 
-    async def _take(self) -> list[_Waiting]:
-        """This worker's share of what waits, at least one item, up to MAX_BATCH samples."""
-        while not self._queue:
+    async def _take(self, worker: _Worker) -> list[_Waiting]:
+        """This worker's share of what waits, at least one item, up to MAX_BATCH samples; nothing for one that leaves."""
+        while not self._queue and not worker.leaving:
             # It goes on in the next turn of the event loop; everything that is put in during this one is there by then.
             self._idle.append(idle := asyncio.get_running_loop().create_future())
             await idle
-        share = min(MAX_BATCH, -(-self._num_waiting // self._config.num_actors))
+        if worker.leaving:
+            return []
+        share = min(MAX_BATCH, -(-self._num_waiting // len(self._workers)))
         batch: list[_Waiting] = []
         taken = 0
         while self._queue and (not batch or taken + len(self._queue[0].requests) <= share):
@@ -205,7 +278,7 @@ class RewardPool:
                 continue
             batch.append(item)
             taken += len(item.requests)
-        return batch if batch else await self._take()
+        return batch if batch else await self._take(worker)
 
     async def _call(self, worker: _Worker, batch: list[_Waiting], limit_s: float) -> list[list[Score]]:
         worker.due = asyncio.get_running_loop().time() + limit_s
@@ -227,7 +300,7 @@ class RewardPool:
         while True:
             await asyncio.sleep(WATCH_S)
             now = asyncio.get_running_loop().time()
-            for worker in self._workers:
+            for worker in self._workers.values():
                 if now > worker.due:
                     log.warning("%s did not finish scoring in time (reward.timeout_s); ending it", worker.name)
                     worker.due = math.inf
@@ -245,6 +318,7 @@ class RewardPool:
             name=worker.name,
             num_cpus=self._config.num_cpus,
             num_gpus=self._config.num_gpus,
+            **placed(self._config),
             max_restarts=0,
         )
         try:
@@ -256,6 +330,7 @@ class RewardPool:
             )
         except ray.exceptions.RayError as e:
             raise _cause(e, worker.name) from None
+        worker.started = True
 
     async def _replace(self, worker: _Worker, cause: BaseException) -> None:
         """Start another worker under the same name, as often as the budget allows; else the pool fails."""
@@ -277,6 +352,12 @@ class RewardPool:
             )
         )
 
+    def _wake_one(self) -> None:
+        while self._idle:
+            if not (idle := self._idle.popleft()).done():
+                idle.set_result(None)
+                break
+
     def _fail(self, error: Exception) -> None:
         """The pool is of no more use: tell everyone who waits."""
         self._broken = self._broken or error
@@ -292,6 +373,11 @@ class RewardPool:
         except (ray.exceptions.RayError, TimeoutError):
             log.debug("a reward worker did not stop by itself; killing it")
         self._source.kill(actor)
+
+
+def _new_worker(pool: str, index: int) -> _Worker:
+    name = f"{pool}-{index}"
+    return _Worker(index, name, Activity(name))
 
 
 def _first_line(error: BaseException) -> str:

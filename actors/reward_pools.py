@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Sequence
 
 from actors.reward_pool import RewardPool
-from grpo_ray.config import RewardConfig
+from grpo_ray.config import SHARED_POOL, RewardConfig
 from grpo_ray.rewards.scoring import weighted_sum
 from grpo_ray.types import Score, ScoreRequest, Track
 
@@ -21,6 +21,17 @@ class RewardPools:
         self._titles = [f.title for f in config.functions]
         self._weights = [f.weight for f in config.functions]
         self._pools = pools
+        self._shared = next((p for p in pools if p.name == SHARED_POOL), None)
+        """Of the functions without workers of their own."""
+
+    def scale(self, number: int) -> None:
+        """Workers of the shared pool; those of a function alone stay as the recipe has them."""
+        if self._shared is not None:
+            self._shared.scale(number)
+
+    def take_most_waiting(self) -> int:
+        """As `RewardPool.take_most_waiting`, of the shared pool."""
+        return self._shared.take_most_waiting() if self._shared is not None else 0
 
     def score(self, requests: Sequence[ScoreRequest]) -> asyncio.Future[list[Score]]:
         return asyncio.ensure_future(self._score(requests))

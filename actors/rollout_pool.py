@@ -6,6 +6,15 @@
 
 An engine is usable while it is alive and holds the current policy version. A restarted one loads the first weights and is stale
 until a weight sync has reached it; `on_stale` asks for one when samples wait.
+
+`scale` changes the number of engines at any time. One that joins is like a restarted one. One that leaves gets nothing new,
+finishes what it has, and then ends; if it dies before, its work moves to the others as ever.
+
+A prompt may be what ends engines, and then it would end all of them. So what an engine worked on when it died (unless its whole
+node did) is tried again on other engines; what was at SHARED_DEATHS deaths, or at one as the only prompt of its engine, alone on
+one. A prompt is poisoned, and all its samples fail, when POISONED_DEATHS engines died that worked on nothing else. Deaths among
+others, however many, only make it suspect: an innocent prompt with long answers is at many, where machines fail or another prompt
+is poisoned.
 """
 
 from __future__ import annotations
@@ -24,14 +33,14 @@ from typing import Any, Literal, Self
 
 from ray.exceptions import RayError
 
-from actors.cluster import gpus_per_engine, placed
+from actors.cluster import demands, gpus_per_engine, placed
 from actors.engine_adapters import AdapterOptions
 from actors.rollout import Outcome, RolloutActor, rollout_env
-from actors.runtime import Actors, RayActors, core_error, log_tail, start_named, within
+from actors.runtime import Actors, RayActors, core_error, log_tail, node_died, start_named, within
 from actors.weights import EngineTarget, last_line, resolve_backend
 from grpo_ray.activity import IDLE, Activity
 from grpo_ray.config import RunConfig
-from grpo_ray.errors import DataError, DeadlineError, GrpoRayError, WorkerError
+from grpo_ray.errors import DataError, DeadlineError, GrpoRayError, PoisonedError, WorkerError
 from grpo_ray.types import SampleInfo, SampleRequest, Track
 
 POLL_S = 10.0
@@ -44,10 +53,15 @@ QUEUE_FACTOR = 1.25
 MAX_RESTARTS = 3
 """Of one engine, without a finished sample in between."""
 BACKOFF_S = 1.0
+LATE_S = 60.0
+"""A start that takes longer is told of."""
 SHARED_DEATHS = 2
-"""A request that was at this many engines when they died is next tried alone on an engine, which shows whether it is the cause."""
+POISONED_DEATHS = 2
+"""See the top of this file."""
 MAX_ABORTS = 3
 CLOSE_S = 5.0
+MAX_ENGINES = 1 << 20
+"""More than any pool has."""
 
 
 class _Ticket(asyncio.Future[SampleInfo]):
@@ -61,6 +75,9 @@ class _Ticket(asyncio.Future[SampleInfo]):
         self.since = time.monotonic()
         """When it was last handed to an engine, or queued."""
         self.deaths = 0
+        """Of engines that worked on it."""
+        self.lone_deaths = 0
+        """Those of engines that worked on nothing else but its prompt."""
         self.aborts = 0
         self.engine: _Engine | None = None
         """That works on it."""
@@ -85,8 +102,9 @@ class _Ticket(asyncio.Future[SampleInfo]):
         return f"sample {self.request.index} of prompt {self.request.prompt_id}"
 
     @property
-    def alone(self) -> bool:
-        return self.deaths >= SHARED_DEATHS
+    def is_suspect(self) -> bool:
+        """It may be what ends engines: it is tried alone on one."""
+        return self.deaths >= SHARED_DEATHS or self.lone_deaths > 0
 
 
 @dataclass(eq=False)
@@ -109,6 +127,9 @@ class _Engine:
     place: int | None = None
     """Its entry in `RolloutPool._usable`."""
     restarts: int = 0
+    started: bool = False
+    """It has been alive."""
+    leaving: bool = False
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     samples: int = 0
     tokens: int = 0
@@ -143,12 +164,16 @@ class RolloutPool:
         self._placement = placement
         self._source = actors
         self._backend = resolve_backend(config, has_gpus=has_gpus)
-        self._poll_s = max(POLL_S, config.rollout.num_actors / POLLS_PER_S)
         self._capacity = int(config.rollout.max_num_seqs * QUEUE_FACTOR)
-        self._engines = [_Engine(i) for i in range(config.rollout.num_actors)]
-        self._by_name = {e.name: e for e in self._engines}
+        self._engines = {i: _Engine(i) for i in range(config.rollout.num_actors)}
+        """By index."""
+        self._by_name = {e.name: e for e in self._engines.values()}
+        self._left: list[_Engine] = []
+        """That have something to tell yet."""
+        self._lives = itertools.count()
+        """No two lives of a name have the same number, whoever had the name before."""
         self._usable: list[int] = []
-        """Requests x engines + index of each engine that may get more, sorted: a pool of a thousand is not searched for every
+        """Requests x MAX_ENGINES + index of each engine that may get more, sorted: a pool of a thousand is not searched for every
         sample."""
         self._stale: set[_Engine] = set()
         """Alive, with old weights."""
@@ -162,7 +187,10 @@ class RolloutPool:
         self._progress = time.monotonic()
         self._stats_since = time.monotonic()
         self._num_restarts = self._all_restarts = 0
+        self._most_waiting = 0
         self._closed = False
+        self.membership = asyncio.Lock()
+        """Held by a weight sync: meanwhile no engine leaves."""
         self.version = 0
         """What usable engines hold. Engines start with the model as it was given, which is version 0."""
         self.on_stale: Callable[[], Awaitable[None]] | None = None
@@ -193,7 +221,7 @@ class RolloutPool:
         pool = cls(config, model, run_dir, has_gpus=has_gpus, actors=actors or RayActors(), placement=placement)
         try:
             async with asyncio.TaskGroup() as tasks:
-                for engine in pool._engines:
+                for engine in pool._engines.values():
                     tasks.create_task(pool._start(engine))
         except BaseExceptionGroup as group:
             await pool.close()
@@ -203,6 +231,10 @@ class RolloutPool:
             raise
         pool._spawn(pool._watch())
         return pool
+
+    @property
+    def _poll_s(self) -> float:
+        return max(POLL_S, len(self._engines) / POLLS_PER_S)
 
     @property
     def stages_weights(self) -> bool:
@@ -248,10 +280,14 @@ class RolloutPool:
         Raises (the future):
             DataError: the engine refuses the prompt (too long, a token out of its vocabulary).
             DeadlineError: an engine works on it for longer than deadlines.sample_s.
-            WorkerError: it ends engines, or no engine is left.
+            PoisonedError: it ends engines.
+            WorkerError: no engine is left.
         """
         ticket = _Ticket(self, next(self._ids), request)
         self._tickets.add(ticket)
+        self._most_waiting = max(
+            self._most_waiting, len(self._tickets) - len(self._engines) * self._config.rollout.max_num_seqs
+        )
         if self._closed:
             ticket.fail(WorkerError("the rollout pool is closed"))
         else:
@@ -264,7 +300,7 @@ class RolloutPool:
         now = time.monotonic()
         elapsed = max(now - self._stats_since, 1e-9)
         out = {"restarts": float(self._num_restarts)}
-        for engine in self._engines:
+        for engine in self._told():
             busy = engine.activity.busy_s - engine.told_busy_s
             out[f"rollout/{engine.index}/samples"] = float(engine.samples)
             out[f"rollout/{engine.index}/tokens"] = float(engine.tokens)
@@ -274,18 +310,29 @@ class RolloutPool:
         self._stats_since, self._num_restarts = now, 0
         return out
 
+    def take_most_waiting(self) -> int:
+        """Samples beyond what the engines sample at once, at most, since the last call."""
+        most, self._most_waiting = self._most_waiting, 0
+        return most
+
     def live(self) -> dict[str, float]:
         """At this moment."""
         return {
             "queue/rollout": float(len(self._queue)),
-            "under_way/rollout": float(sum(len(e.work) for e in self._engines)),
-            "alive/rollout": float(sum(e.alive for e in self._engines)),
+            "under_way/rollout": float(sum(len(e.work) for e in self._engines.values())),
+            "alive/rollout": float(sum(e.alive for e in self._engines.values())),
             "restarts/rollout": float(self._all_restarts),
         }
 
     def take_tracks(self) -> list[Track]:
         """Since the last call, of each engine: `sampling` (it has a request, and is not paused), `paused`, `restarting`."""
-        return [engine.activity.take() for engine in self._engines]
+        tracks = [engine.activity.take() for engine in self._told()]
+        self._left = []
+        return tracks
+
+    def _told(self) -> list[_Engine]:
+        """Those that something is told of: not those that are only about to join."""
+        return [*(e for e in self._engines.values() if e.started), *self._left]
 
     def _kick(self) -> None:
         """Dispatch once at the end of this turn of the event loop, so that requests made together travel together."""
@@ -299,7 +346,7 @@ class RolloutPool:
         held: list[_Ticket] = []
         while self._queue:
             engine = self._place(self._queue[0])
-            if engine is None and not self._queue[0].alone:
+            if engine is None and not self._queue[0].is_suspect:
                 break
             ticket = self._queue.popleft()
             if ticket.done():
@@ -324,8 +371,8 @@ class RolloutPool:
         """The least loaded usable engine with room; of several the first."""
         if not self._usable:
             return None
-        load, index = divmod(self._usable[0], len(self._engines))
-        return self._engines[index] if load < (1 if ticket.alone else self._capacity) else None
+        load, index = divmod(self._usable[0], MAX_ENGINES)
+        return self._engines[index] if load < (1 if ticket.is_suspect else self._capacity) else None
 
     def _reconsider(self, engine: _Engine) -> None:
         """After anything that decides whether an engine gets work: its life, its weights, what it works on."""
@@ -333,10 +380,12 @@ class RolloutPool:
             del self._usable[bisect.bisect_left(self._usable, engine.place)]
         engine.place = None
         self._stale.discard(engine)
+        if engine.leaving:
+            return
         if engine.alive and engine.version != self.version:
             self._stale.add(engine)
-        elif engine.alive and not (len(engine.work) == 1 and next(iter(engine.work.values())).alone):
-            engine.place = len(engine.work) * len(self._engines) + engine.index
+        elif engine.alive and not (len(engine.work) == 1 and next(iter(engine.work.values())).is_suspect):
+            engine.place = len(engine.work) * MAX_ENGINES + engine.index
             bisect.insort(self._usable, engine.place)
 
     async def _poll(self, engine: _Engine, incarnation: int) -> None:
@@ -349,7 +398,7 @@ class RolloutPool:
             except (RayError, GrpoRayError) as e:
                 # The other half of the answer holds the same error; left unread, Ray prints it on every screen.
                 await asyncio.gather(asyncio.wait_for(_answer(samples_ref), 1.0), return_exceptions=True)
-                self._died(engine, incarnation, last_line(e))
+                self._died(engine, incarnation, last_line(e), blame_work=not node_died(e))
                 return
             for outcome in outcomes:
                 self._settle(engine, outcome, samples_ref)
@@ -382,6 +431,8 @@ class RolloutPool:
             ticket.engine = None
             self._reconsider(engine)
         engine.show()
+        if engine.leaving and not engine.work:
+            self._retire(engine)
         return ticket
 
     def _requeue(self, tickets: Sequence[_Ticket]) -> None:
@@ -405,8 +456,8 @@ class RolloutPool:
         size = self._config.rollout.tensor_parallel_size
         return [
             EngineTarget(e.name, e.incarnation, e.handle, size)
-            for e in self._engines
-            if e.alive and not (stale_only and e.version == self.version)
+            for e in self._engines.values()
+            if e.alive and not (stale_only and (e.leaving or e.version == self.version))
         ]
 
     async def wait_for_engines(self) -> list[EngineTarget]:
@@ -418,7 +469,7 @@ class RolloutPool:
         """
         deadline = time.monotonic() + self._config.deadlines.start_s
         while not (targets := self.engines()):
-            if all(e.gone for e in self._engines):
+            if all(e.gone for e in self._engines.values()):
                 raise WorkerError(self._all_gone())
             self._changed.clear()
             left = max(deadline - time.monotonic(), 0.0)
@@ -440,7 +491,7 @@ class RolloutPool:
             engine = self._engine_of(target)
             if engine is not None:
                 engine.version = version
-        for engine in self._engines:
+        for engine in self._engines.values():
             self._reconsider(engine)
         self._kick()
 
@@ -452,8 +503,10 @@ class RolloutPool:
 
     def _engine_of(self, target: EngineTarget) -> _Engine | None:
         """None when that life of the engine is over."""
-        engine = self._by_name[target.name]
-        return engine if engine.alive and engine.incarnation == target.incarnation else None
+        engine = self._by_name.get(target.name)
+        if engine is None or not engine.alive or engine.incarnation != target.incarnation:
+            return None
+        return engine
 
     def _ask_for_sync(self) -> None:
         if self.on_stale is None or (self._stale_sync is not None and not self._stale_sync.done()):
@@ -471,15 +524,63 @@ class RolloutPool:
         self._stale_sync = None
         self._kick()
 
+    # Members
+
+    def scale(self, number: int) -> None:
+        """From now on so many engines, 1 or more: others join, or those leave that do least."""
+        if self._closed:
+            return
+        staying = [e for e in self._engines.values() if not e.leaving]
+        free = (i for i in itertools.count() if i not in self._engines)
+        for index in [next(free) for _ in range(number - len(staying))]:
+            self._engines[index] = engine = _Engine(index)
+            self._by_name[engine.name] = engine
+            self._keep(engine, self._join(engine))
+        for engine in sorted(staying, key=_use)[: max(0, len(staying) - number)]:
+            engine.leaving = True
+            self._reconsider(engine)
+            if not engine.work:
+                self._retire(engine)
+        self._changed.set()
+
+    async def _join(self, engine: _Engine) -> None:
+        try:
+            await self._start_late(engine)
+        except (WorkerError, DeadlineError) as e:
+            self.on_trouble(f"{engine.name} was to join, and is tried again: {e}")
+            self._source.kill(engine.handle)
+            await self._restart(engine, str(e))
+
+    def _retire(self, engine: _Engine) -> None:
+        """An engine that leaves and has no work any more."""
+        if self._engines.get(engine.index) is engine and not self._closed:
+            self._spawn(self._leave(engine))
+
+    async def _leave(self, engine: _Engine) -> None:
+        async with self.membership:
+            if self._engines.get(engine.index) is not engine:
+                return
+            del self._engines[engine.index], self._by_name[engine.name]
+            if engine.started:
+                self._left.append(engine)
+            engine.alive = False
+            engine.show()
+            self._reconsider(engine)
+            for task in list(engine.tasks):
+                task.cancel()
+        if engine.handle is not None:
+            await self._end(engine.handle)
+
     # Life and death
 
     def pids(self) -> dict[str, dict[str, int]]:
         """Engine -> `pid` of its actor and `core_pid` of vLLM's engine process, of the engines that are alive."""
-        return {e.name: e.pids for e in self._engines if e.alive}
+        return {e.name: e.pids for e in self._engines.values() if e.alive}
 
     async def _start(self, engine: _Engine) -> None:
         """Raises WorkerError or DeadlineError, with the end of the log."""
         c = self._config
+        engine.incarnation = next(self._lives)
         rollout = c.rollout
         if c.colocated and rollout.num_threads is None:
             threads = max(1, (os.cpu_count() or 1) // rollout.num_actors)
@@ -503,7 +604,7 @@ class RolloutPool:
             num_cpus=rollout.num_cpus,
             num_gpus=gpus_per_engine(c, self._on_gpu),
             max_restarts=0,
-            **placed(self._placement, engine.index),
+            **placed(rollout, self._placement, engine.index),
             runtime_env={"env_vars": rollout_env(rollout, on_gpu=self._on_gpu, backend=self._backend)},
         )
         log = Path(self._run_dir) / "logs" / f"{engine.name}.log"
@@ -521,54 +622,75 @@ class RolloutPool:
                 f"{engine.name} does not start: {core_error(log, last_line(e))}; the end of {log}:\n{log_tail(log)}"
             ) from None
         engine.version = 0
-        engine.alive = True
+        engine.alive = engine.started = True
         engine.paused = False
         engine.show()
         self._reconsider(engine)
-        task = asyncio.create_task(self._poll(engine, engine.incarnation))
-        engine.tasks.add(task)
-        task.add_done_callback(engine.tasks.discard)
+        self._keep(engine, self._poll(engine, engine.incarnation))
         self._changed.set()
         self._kick()
+
+    async def _start_late(self, engine: _Engine) -> None:
+        """`_start` while the run goes on: the cluster may have no room any more, which Ray does not tell."""
+        asked = next(d for d in demands(self._config, self._on_gpu) if d.option == "rollout")
+        where = f" on a node with the labels {dict(asked.labels)}" if asked.labels else ""
+        told = asyncio.get_running_loop().call_later(
+            LATE_S,
+            self.on_trouble,
+            f"{engine.name} has not started for {LATE_S:g} s: it loads the model, or waits for {asked.each}{where}",
+        )
+        try:
+            await self._start(engine)
+        finally:
+            told.cancel()
 
     def _died(self, engine: _Engine, incarnation: int, reason: str, *, blame_work: bool = True) -> None:
         if engine.incarnation != incarnation or not engine.alive or self._closed:
             return
-        self.on_trouble(f"{engine.name} died and is restarted: {reason}")
+        self.on_trouble(f"{engine.name} died and {'was to leave' if engine.leaving else 'is restarted'}: {reason}")
         engine.alive = False
         engine.version = None
         self._source.kill(engine.handle)
-        work = list(engine.work.values())
+        work = [ticket for ticket in engine.work.values() if not ticket.done()]
         engine.work.clear()
         self._reconsider(engine)
         engine.show()
-        moved = []
         for ticket in work:
             ticket.engine = None
-            if ticket.done():
-                continue
-            ticket.deaths += blame_work
-            if blame_work and ticket.deaths > SHARED_DEATHS:
-                ticket.fail(
-                    WorkerError(
-                        f"{ticket.name} ends rollout engines: {ticket.deaths} died while they worked on it, the last one "
-                        f"on it alone ({reason}); look at this prompt, and at logs/{engine.name}.log"
-                    )
-                )
-            else:
-                moved.append(ticket)
-        self._requeue(moved)
-        self._spawn(self._restart(engine, reason))
+        if blame_work and work:
+            self._blame(work, engine, reason)
+        self._requeue([ticket for ticket in work if not ticket.done()])
+        if engine.leaving:
+            self._retire(engine)
+        else:
+            self._keep(engine, self._restart(engine, reason))
+
+    def _blame(self, work: Sequence[_Ticket], engine: _Engine, reason: str) -> None:
+        """The engine died and worked on this; see the top of this file."""
+        prompt_id = work[0].request.prompt_id
+        lone = all(t.request.prompt_id == prompt_id for t in work)
+        for ticket in work:
+            ticket.deaths += 1
+            ticket.lone_deaths += lone
+        if max(t.lone_deaths for t in work) < POISONED_DEATHS:
+            return
+        engine.restarts = 0  # It is not the engine's fault.
+        error = (
+            f"prompt {prompt_id} ends rollout engines: {max(t.deaths for t in work)} died while they worked on it, "
+            f"{POISONED_DEATHS} of them on nothing else, the last one {engine.name} ({reason}); look at this prompt, and at "
+            f"logs/{engine.name}.log"
+        )
+        for ticket in [t for t in self._tickets if t.request.prompt_id == prompt_id]:
+            ticket.fail(PoisonedError(error))
 
     async def _restart(self, engine: _Engine, reason: str) -> None:
         while engine.restarts < MAX_RESTARTS and not self._closed:
             engine.restarts += 1
-            engine.incarnation += 1
             self._num_restarts += 1
             self._all_restarts += 1
             await asyncio.sleep(BACKOFF_S * 2 ** (engine.restarts - 1))
             try:
-                await self._start(engine)
+                await self._start_late(engine)
                 return
             except (WorkerError, DeadlineError) as e:
                 reason = str(e)
@@ -578,23 +700,23 @@ class RolloutPool:
         )
         engine.show()
         self._changed.set()
-        if all(e.gone for e in self._engines):
+        if all(e.gone for e in self._engines.values()):
             for ticket in list(self._tickets):
                 ticket.fail(WorkerError(self._all_gone()))
 
     def _all_gone(self) -> str:
-        return "no rollout engine is left: " + "; ".join(e.gone for e in self._engines)
+        return "no rollout engine is left: " + "; ".join(e.gone for e in self._engines.values())
 
     async def _watch(self) -> None:
         """The deadline of every poll, and of every sample: from the moment an engine got it; while queued, from the last progress
         of any."""
         limit = self._config.deadlines.sample_s
-        late_s = self._poll_s + POLL_SLACK_S
-        period_s = min(self._poll_s, limit / 50)
         while True:
+            late_s = self._poll_s + POLL_SLACK_S
+            period_s = min(self._poll_s, limit / 50)
             await asyncio.sleep(period_s)
             now = time.monotonic()
-            for engine in self._engines:
+            for engine in list(self._engines.values()):
                 # Counted, not measured: answers that came while this process stood still are not read yet.
                 engine.silent_s += period_s
                 if engine.alive and engine.silent_s > late_s:
@@ -609,7 +731,7 @@ class RolloutPool:
                     )
             for ticket in self._queue if now - self._progress > limit else ():
                 if now - ticket.since > limit and not ticket.done():
-                    states = ", ".join(f"{e.name} {self._state(e)}" for e in self._engines)
+                    states = ", ".join(f"{e.name} {self._state(e)}" for e in self._engines.values())
                     ticket.fail(
                         DeadlineError(f"no engine took {ticket.name} for {limit:g} s (deadlines.sample_s): {states}")
                     )
@@ -621,6 +743,12 @@ class RolloutPool:
             return "restarts"
         return "is busy" if engine.version == self.version else "waits for the current weights"
 
+    def _keep(self, engine: _Engine, work: Any) -> None:
+        """A task that ends with the engine, if not before."""
+        task: asyncio.Task[None] = asyncio.create_task(work)
+        engine.tasks.add(task)
+        task.add_done_callback(engine.tasks.discard)
+
     def _spawn(self, work: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.create_task(work)
         self._tasks.add(task)
@@ -630,7 +758,7 @@ class RolloutPool:
     async def close(self) -> None:
         """End all engines; what is not finished fails."""
         self._closed = True
-        tasks = [*self._tasks, *(t for e in self._engines for t in e.tasks)]
+        tasks = [*self._tasks, *(t for e in self._engines.values() for t in e.tasks)]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -638,15 +766,24 @@ class RolloutPool:
         for ticket in list(self._tickets):
             ticket.engine = None
             ticket.fail(WorkerError("the rollout pool was closed"))
-        handles = [e.handle for e in self._engines if e.handle is not None]
-        ends = [asyncio.ensure_future(_answer(h.shutdown.remote())) for h in handles]
-        if ends:
-            await asyncio.wait(ends, timeout=CLOSE_S)
-        for end in ends:
-            end.cancel()
-        for engine, handle in zip(self._engines, handles, strict=False):
+        engines = list(self._engines.values())
+        for engine in engines:
             engine.alive = False
+        await asyncio.gather(*(self._end(e.handle) for e in engines if e.handle is not None))
+
+    async def _end(self, handle: Any) -> None:
+        """Of its own accord, or by force."""
+        try:
+            await asyncio.wait_for(_answer(handle.shutdown.remote()), CLOSE_S)
+        except (RayError, GrpoRayError, TimeoutError):
+            pass
+        finally:
             self._source.kill(handle)
+
+
+def _use(engine: _Engine) -> tuple[bool, bool, int, int]:
+    """What is lost with it: a life, or hope for one, or work under way. Of several that are alike the last leaves."""
+    return engine.alive, not engine.gone, len(engine.work), -engine.index
 
 
 async def _answer(ref: Any) -> Any:

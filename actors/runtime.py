@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import ray
+from ray.exceptions import RayActorError
 
 from grpo_ray.errors import DeadlineError
 from grpo_ray.names import run_name
@@ -86,6 +87,11 @@ def own_log(run_dir: str, name: str) -> Path:
     os.dup2(fd, 2)
     os.close(fd)
     return path
+
+
+def node_died(error: BaseException) -> bool:
+    """Did an actor go because its whole node did? Ray says so in words alone."""
+    return isinstance(error, RayActorError) and "node has died" in str(error)
 
 
 def log_tail(path: Path, lines: int = 15) -> str:

@@ -134,7 +134,6 @@ class RayWeightSync:
         self._pool = pool
         self._learner = learner
         self._timeout_s = timeout_s
-        self._lock = asyncio.Lock()
         self._connected: list[tuple[str, int]] = []
         self._tracks: list[Track] = []
         """Of syncs for restarted engines, until the next report."""
@@ -146,7 +145,7 @@ class RayWeightSync:
         Raises:
             WorkerError: no engine could be brought up to date; names the last one that failed, or the learner.
         """
-        async with self._lock:
+        async with self._pool.membership:
             started = time.monotonic()
             for left in reversed(range(self.TRIES)):
                 targets = await self._pool.wait_for_engines()
@@ -175,7 +174,7 @@ class RayWeightSync:
         def wanted() -> bool:
             return self._pool.num_unfinished > 0 and not self._learner.unsent
 
-        async with self._lock:
+        async with self._pool.membership:
             targets = self._pool.engines(stale_only=True)
             if targets and wanted():
                 report = await self._transfer(targets, self._pool.version, time.monotonic(), wanted=wanted)

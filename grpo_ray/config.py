@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from grpo_ray.config_algorithm import AlgorithmConfig
-from grpo_ray.config_base import Env, NonNegFloat, NonNegInt, PositiveFloat, PositiveInt, Strict
+from grpo_ray.config_base import Env, Labels, NonNegFloat, NonNegInt, PositiveFloat, PositiveInt, Resources, Strict
 from grpo_ray.errors import ConfigError
 
 C = TypeVar("C", bound="Strict")
@@ -156,11 +156,28 @@ class DataConfig(Strict):
         return self.eval if isinstance(self.eval, dict) else {"": self.eval}
 
 
+def _check_bounds(section: str, number: int, low: int | None, high: int | None) -> None:
+    if low is None and high is None:
+        return
+    if low is None or high is None:
+        raise ValueError(f"give both of {section}.min_actors and {section}.max_actors, or none")
+    if not low <= number <= high:
+        raise ValueError(
+            f"{section}.num_actors is {number}, outside of {section}.min_actors and {section}.max_actors, {low} to {high}"
+        )
+
+
 class RolloutConfig(Strict):
     num_actors: PositiveInt = 1
+    min_actors: PositiveInt | None = None
+    max_actors: PositiveInt | None = None
+    """Both given, the run scales itself between them: see `grpo_ray.scaling.decide`. num_actors is what it begins with."""
     num_cpus: NonNegFloat = 1
     num_gpus: NonNegFloat | None = None
     """Per actor. None: tensor_parallel_size on a cluster with GPUs (0.5 when colocated), 0 elsewhere."""
+    resources: Resources = {}
+    labels: Labels = {}
+    """Of the nodes that they may be put on; so for the other kinds."""
     tensor_parallel_size: PositiveInt = 1
     num_generations: int = 8
     """G, samples per prompt."""
@@ -189,7 +206,12 @@ class RolloutConfig(Strict):
             raise ValueError(
                 f"rollout.num_generations is {self.num_generations}: a group of one has no baseline to compare with; use 2 or more"
             )
+        _check_bounds("rollout", self.num_actors, self.min_actors, self.max_actors)
         return self
+
+
+SHARED_POOL = "reward"
+"""The reward workers of all functions that have none of their own."""
 
 
 class RewardWorkersConfig(Strict):
@@ -249,7 +271,12 @@ class FailurePolicy(Strict):
 class RewardConfig(Strict):
     functions: tuple[RewardFunctionConfig, ...] = ()
     num_actors: PositiveInt = 1
+    min_actors: PositiveInt | None = None
+    max_actors: PositiveInt | None = None
+    """As rollout.max_actors."""
     num_cpus: NonNegFloat = 1
+    resources: Resources = {}
+    labels: Labels = {}
     timeout_s: PositiveFloat = 10.0
     """For one function on one sample."""
     num_gpus: NonNegFloat = 0
@@ -264,14 +291,19 @@ class RewardConfig(Strict):
 
     @property
     def pools(self) -> dict[str, RewardConfig]:
-        """Name of a pool of workers -> its part: of the functions that have their own, and of all others (`reward`)."""
+        """Name of a pool of workers -> its part: of the functions that have their own, and of all others (SHARED_POOL)."""
         shared = tuple(f for f in self.functions if f.workers is None)
-        out = {"reward": self.model_copy(update={"functions": shared})} if shared else {}
+        out = {SHARED_POOL: self.model_copy(update={"functions": shared})} if shared else {}
         for function in self.functions:
             if (workers := function.workers) is not None:
                 alone = {"functions": (function,), "unit": "batch", **workers.model_dump(exclude_none=True)}
                 out[f"reward-{function.title}"] = self.model_copy(update=alone)
         return out
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        _check_bounds("reward", self.num_actors, self.min_actors, self.max_actors)
+        return self
 
     @model_validator(mode="after")
     def _inner_deadlines_first(self) -> Self:
@@ -297,6 +329,8 @@ class LearnerConfig(Strict):
     num_cpus: NonNegFloat = 1
     num_gpus: NonNegFloat | None = None
     """Per actor. None: 1 on a cluster with GPUs (0.5 when colocated), 0 elsewhere."""
+    resources: Resources = {}
+    labels: Labels = {}
     sequence_parallel_size: PositiveInt = 1
     """So many learners share each micro-batch, every one with a slice of its tokens: for contexts beyond one GPU (Ulysses; verl's
     ulysses_sequence_parallel_size). Divides num_actors and the model's attention heads."""
@@ -523,6 +557,16 @@ class RunConfig(Strict):
             raise ValueError(
                 f"algorithm.max_staleness is {ahead}, and with cluster.placement colocated samplers and learners take turns, so "
                 "sampling can't run ahead: use 0, or placement disaggregated"
+            )
+        if self.colocated and self.rollout.max_actors is not None:
+            raise ValueError(
+                "rollout.max_actors lets the number of samplers change, and with cluster.placement colocated there is one for each "
+                "learner: take it and min_actors out, or use placement disaggregated"
+            )
+        if self.colocated and self.rollout.labels != self.learner.labels:
+            raise ValueError(
+                f"with cluster.placement colocated an engine and a learner are on one node: rollout.labels {self.rollout.labels} "
+                f"and learner.labels {self.learner.labels} have to be the same"
             )
         if self.model.sends_adapters and self.weights != WeightsConfig():
             raise ValueError(

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from grpo_ray.labels import check_labels, check_resources
 from grpo_ray.secrets import check_env
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -14,6 +15,12 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegFloat = Annotated[float, Field(ge=0)]
 Env = Annotated[dict[str, str], AfterValidator(check_env)]
 """Environment variables of workers. A secret is named, not written: `HF_TOKEN: ${HF_TOKEN}`."""
+
+Resources = Annotated[dict[str, PositiveFloat], AfterValidator(check_resources)]
+"""Custom resources of the cluster's nodes, `ray start --resources`, and how much of each an actor takes."""
+Labels = Annotated[dict[str, str], AfterValidator(check_labels)]
+"""What an actor asks of the labels of its node, `ray start --labels`: `{zone: a}`, `{ray.io/accelerator-type: H100}`,
+`{ray.io/node-id: ..}`. See `grpo_ray.labels`."""
 
 
 class Strict(BaseModel):

@@ -36,6 +36,14 @@ class WorkerError(GrpoRayError):
     """An actor failed or died; names it, and the log file that tells more."""
 
 
+class PoisonedError(WorkerError):
+    """A prompt that ends rollout engines; names it."""
+
+
+class LostSamplesError(WorkerError):
+    """Samples that went with the node that held them: they have to be drawn again."""
+
+
 class CheckpointError(GrpoRayError):
     """A checkpoint can't be written or read."""
 

@@ -65,7 +65,13 @@ def vote_config(config: RunConfig) -> RewardConfig | None:
     if config.eval.num_samples == 1 or config.data.eval is None:
         return None
     votes = MATH_VOTES if accuracy_name(config) == "accuracy" else TEXT_VOTES
-    changes = {"functions": (RewardFunctionConfig(name=votes),), "unit": "group", "num_actors": 1, "num_cpus": 0}
+    changes = {
+        "functions": (RewardFunctionConfig(name=votes),),
+        "unit": "group",
+        "num_actors": 1,
+        "num_cpus": 0,
+        "resources": {},
+    }
     return config.reward.model_copy(update=changes)
 
 

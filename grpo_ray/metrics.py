@@ -99,6 +99,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "time/other": ("The rest of the step", "s"),
     "time/eval": ("Evaluation after the step", "s"),
     "time/checkpoint": ("Checkpoint after the step: what training waited for", "s"),
+    "time/scale": ("Other learners before the step: what training waited for, their checkpoint apart", "s"),
     "checkpoint/background_s": ("Writing the checkpoint before, while training went on", "s"),
     "update/*_s": ("Learner: * on rank 0", "s"),
     "update/num_steps": ("Optimizer steps of the update", "steps"),

@@ -93,6 +93,25 @@ class WeightSync(Protocol):
         ...
 
 
+class Scaler(Protocol):
+    """Who changes the number of workers while a run goes on. Samplers and scorers come and go by themselves; for learners the loop
+    has to be between two steps."""
+
+    def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A step is done; its metrics may be a reason to scale."""
+        ...
+
+    @property
+    def wants_learners(self) -> bool:
+        """The number of learners is to change."""
+        ...
+
+    async def change_learners(self, place: Place | None) -> tuple[Learner, WeightSync]:
+        """End the learners and start others, with what is saved at `place`; None: with the starting model. Samplers, which have
+        the same weights, go on meanwhile."""
+        ...
+
+
 class SampleStore(Protocol):
     """Where the tokens are, behind `SampleInfo.ref`."""
 

@@ -22,7 +22,7 @@ import asyncio
 import bisect
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -34,7 +34,7 @@ from grpo_ray.carried import Carried, how_sampled
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.config import RunConfig
 from grpo_ray.cursor import Cursor
-from grpo_ray.errors import NonFiniteError, RewardError
+from grpo_ray.errors import NonFiniteError, PoisonedError, RewardError
 from grpo_ray.evaluate import eval_event, evaluate
 from grpo_ray.events import Event, MessageEvent, PhaseEvent, StepEvent
 from grpo_ray.filling import Filling
@@ -43,7 +43,7 @@ from grpo_ray.ledger import Ledger, LedgerRow
 from grpo_ray.metrics import TimeKeeper, eval_metrics, step_metrics
 from grpo_ray.overlap import EarlyParts
 from grpo_ray.replay import how_to_replay
-from grpo_ray.roles import InMemory, Learner, RolloutLog, Sampler, SampleStore, Scorer, Tracker, WeightSync
+from grpo_ray.roles import InMemory, Learner, RolloutLog, Sampler, SampleStore, Scaler, Scorer, Tracker, WeightSync
 from grpo_ray.rollout_log import distinct_refs
 from grpo_ray.saver import Saver
 from grpo_ray.seeds import sample_seed
@@ -66,6 +66,8 @@ MISMATCH_WARNING = 0.01
 
 NO_SIGNAL = "no_signal"
 """Why dynamic sampling dropped a group."""
+POISONED = "poisoned"
+"""Why a group is dropped whose prompt ends engines."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Roles:
     """Tells which answers of an evaluation are the same; see `grpo_ray.evaluate.vote_config`."""
     shared_devices: bool = False
     """Samplers and learners use the same ones: what one wins by working at the same time, the other loses."""
+    scaler: Scaler | None = field(default=None, kw_only=True)
 
 
 @dataclass
@@ -189,6 +192,7 @@ class TrainLoop:
             if self.step == 0:
                 await self._evaluate()
             while self.step < self.total_steps and self._stop_reason is None:
+                await self._scale_learners()
                 await self._one_step()
                 if self._due(self.config.eval.every_steps):
                     await self._evaluate()
@@ -233,6 +237,26 @@ class TrainLoop:
             await self.roles.rollout_log.write(self.step, groups, batch)
         self._record(groups, update, sync)
 
+    async def _scale_learners(self) -> None:
+        """Through a checkpoint of the step that is done: what is under way is sampled on, and the new learners go on from the very
+        weights and optimizer states that the old ones had."""
+        scaler = self.roles.scaler
+        if scaler is None or not scaler.wants_learners:
+            return
+        if self.step > 0:
+            if self._saved_step != self.step:
+                await self._checkpoint(export=False)
+            await self._saver.finish()
+            self._track(self._saver.take_metrics())
+        place = self.run_dir.store.place(self.step) if self.step > 0 else None
+        with self._time.phase("scale") as span:
+            self.emit(PhaseEvent("scale", "learners", 0, 0))
+            learner, weights = await scaler.change_learners(place)
+        self.roles = replace(self.roles, learner=learner, weights=weights)
+        self._early = EarlyParts(self.config, learner, self._finished.put_nowait)
+        self._saver = Saver(self.run_dir, learner, keep=self.config.checkpoint.keep, emit=self.emit)
+        self._track({"time/scale": span.seconds})
+
     async def _collect(self) -> list[Group]:
         """The next P complete groups in dispatch order; fewer, but at least one, when the budget of dynamic sampling is spent.
         Meanwhile the learner works on those of them that are there.
@@ -273,7 +297,14 @@ class TrainLoop:
         return self._ready[: bisect.bisect_right(self._ready, last, key=_order)]
 
     def _settle(self, group: Group, filling: asyncio.Future[None]) -> None:
-        filling.result()
+        try:
+            filling.result()
+        except PoisonedError as e:
+            del self._cursor_at[group.order]
+            self.ledger.dropped(group, self.step + 1, POISONED)
+            self._counts.dropped[POISONED] = self._counts.dropped.get(POISONED, 0) + 1
+            self.emit(MessageEvent("error", f"{e}. It is set aside, and the next prompt takes its place"))
+            return
         self.ledger.sampled(group)
         if self._keep(group) and self._has_signal(group):
             bisect.insort(self._ready, group, key=_order)
@@ -426,6 +457,8 @@ class TrainLoop:
         self._warn_of_mismatch(metrics.get("mismatch/mean_abs", 0.0))
         self._track(metrics)
         self._lines.append({"step": self.step, **metrics})
+        if self.roles.scaler is not None:
+            self.roles.scaler.after_step(self.step, metrics)
         self.emit(StepEvent(self.step, self.total_steps, metrics))
 
     def _busy_metrics(self, metrics: Mapping[str, float], learners: Sequence[Track]) -> dict[str, float]:

@@ -289,7 +289,22 @@ def stop(
     end(run, address, now=now)
 
 
-job = typer.Typer(hidden=True, help="What runs inside the cluster; `submit`, `logs` and `stop` start it.")
+@app.command()
+def scale(
+    run: ClusterRun,
+    workers: Annotated[
+        list[str], typer.Argument(metavar="ROLE=NUMBER...", help="rollout=N, reward=N, learner=N, or several of them")
+    ],
+    address: Address = None,
+) -> None:
+    """Change the number of a run's workers while it goes on. Reward workers come and go at once; samplers join with the next
+    weights and leave when they have finished what they sample; learners change after the step under way."""
+    from launch.submit import scale as change
+
+    change(run, workers, address)
+
+
+job = typer.Typer(hidden=True, help="What runs inside the cluster; `submit`, `logs`, `stop` and `scale` start it.")
 app.add_typer(job, name="job")
 
 
@@ -312,6 +327,13 @@ def job_stop(run: str, now: Annotated[bool, typer.Option("--now")] = False) -> N
     from launch.in_cluster import stop
 
     stop(run, now=now)
+
+
+@job.command(name="scale")
+def job_scale(run: str, workers: list[str]) -> None:
+    from launch.in_cluster import scale
+
+    scale(run, workers)
 
 
 @job.command(name="attach")

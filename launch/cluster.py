@@ -11,14 +11,16 @@ import shlex
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from actors.cluster import CONTROLLER, NAMESPACE, check_token
+from actors.cluster import NAMESPACE, check_token
 from grpo_ray.errors import ConfigError, ResourceError, WorkerError
 from grpo_ray.names import check_name
+from grpo_ray.scaling import SCALED
 from launch.in_cluster import no_such_run
 
 DASHBOARD_PORT = 8265
@@ -30,7 +32,8 @@ LOST_S = 120.0
 RUN_KEY = "grpo_ray_run"
 """In a job's metadata: the run that it drives."""
 STOPPED_EXITS = (130, 143)
-MAX_RUNS = 1000
+MAX_ACTORS = 10_000
+"""That Ray tells of at once."""
 T = TypeVar("T")
 
 
@@ -49,26 +52,35 @@ class ClusterRun:
     working_dir: str | None = None
     message: str = ""
     exit_code: int | None = None
+    workers: Mapping[str, int] = field(default_factory=dict)
+    """Role -> those that are there; roles as in `grpo_ray.scaling`."""
 
     @property
     def is_live(self) -> bool:
         return self.state in ("waiting", "running", "running alone")
 
 
-def merge(jobs: Iterable[Any], controllers: Iterable[str]) -> list[ClusterRun]:
-    """Ray's jobs and the names of living controllers -> runs, the oldest first; of a name that was used twice, the last."""
+def merge(jobs: Iterable[Any], actors: Iterable[str]) -> list[ClusterRun]:
+    """Ray's jobs and the names of living actors -> runs, the oldest first; of a name that was used twice, the last."""
     runs: dict[str, ClusterRun] = {}
     for job in sorted(jobs, key=lambda j: j.start_time or 0):
         name = (job.metadata or {}).get(RUN_KEY)
         if name is not None:
             runs.pop(name, None)
             runs[name] = _of_job(name, job)
-    for name in controllers:
+    workers: dict[str, Counter[str]] = {}
+    for actor in actors:
+        run_of, _, who = actor.rpartition("/")
+        workers.setdefault(run_of, Counter())[who.partition("-")[0]] += 1
+    for name, count in workers.items():
+        if not count["controller"]:
+            continue
         run = runs.get(name)
         if run is None:
             runs[name] = ClusterRun(name, "running", None)
         elif not run.is_live:
             runs[name] = replace(run, state="running alone", ended=None)
+        runs[name] = replace(runs[name], workers={role: count[role] for role in SCALED if count[role]})
     return list(runs.values())
 
 
@@ -126,10 +138,10 @@ class Cluster:
     def runs(self) -> list[ClusterRun]:
         from ray.util.state import list_actors
 
-        living = [("class_name", "=", "Controller"), ("state", "=", "ALIVE")]
-        actors = self._ask(list_actors, self._client.get_address(), filters=living, limit=MAX_RUNS)
-        names = [a.name for a in actors if a.ray_namespace in (NAMESPACE, None) and (a.name or "").endswith(CONTROLLER)]
-        return merge(self._ask(self._client.list_jobs), [n.removesuffix(CONTROLLER) for n in names])
+        living = [("state", "=", "ALIVE")]
+        actors = self._ask(list_actors, self._client.get_address(), filters=living, limit=MAX_ACTORS)
+        names = [a.name for a in actors if a.ray_namespace in (NAMESPACE, None) and a.name]
+        return merge(self._ask(self._client.list_jobs), names)
 
     def find(self, name: str) -> ClusterRun:
         """Raises ConfigError when the cluster knows no such run."""

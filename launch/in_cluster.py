@@ -1,4 +1,4 @@
-"""What runs on the cluster's head for `submit`, `stop` and `logs`: the commands of Ray jobs, as `python -m launch job ...`."""
+"""What runs on the cluster's head for `submit`, `stop`, `scale`, `logs`: the commands of Ray jobs, `python -m launch job ...`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from actors.cluster import CONTROLLER, NAMESPACE, controller_name, join
 from grpo_ray.config import RunConfig, SftConfig, load_yaml
-from grpo_ray.errors import ConfigError, ResourceError, WorkerError
+from grpo_ray.errors import ConfigError, GrpoRayError, ResourceError, WorkerError
 from grpo_ray.names import check_name
 from launch.recipe import kind_of
 
@@ -66,6 +66,25 @@ def stop(run: str, *, now: bool) -> None:
         print(f"the controller of {run} did not answer and was killed")
     except ray.exceptions.RayActorError:
         print(f"{run} has ended")
+    finally:
+        ray.shutdown()
+
+
+def scale(run: str, words: list[str]) -> None:
+    import ray
+
+    controller = find_controller(run)
+    try:
+        print(f"{run}: {ray.get(controller.scale.remote(words), timeout=ANSWER_S)}")
+    except ray.exceptions.GetTimeoutError:
+        raise WorkerError(
+            f"{run} has not answered for {ANSWER_S:g} s: it waits for the cluster to grow, for deadlines.resources_s at most; "
+            f"`grpo-ray logs {run}` tells what becomes of it"
+        ) from None
+    except ray.exceptions.RayTaskError as e:
+        raise e.cause if isinstance(e.cause, GrpoRayError) else e from None
+    except ray.exceptions.RayActorError:
+        raise ConfigError(f"{run} has ended") from None
     finally:
         ray.shutdown()
 

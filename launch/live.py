@@ -53,6 +53,7 @@ DOING = {
     "sync": "sending weights",
     "eval": "evaluating",
     "checkpoint": "saving",
+    "scale": "scaling",
     "log": "writing",
 }
 """Phases inside the loop, in words. Any other phase is part of starting up."""

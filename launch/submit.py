@@ -1,4 +1,4 @@
-"""`submit`, `status`, `logs` and `stop`: runs on a cluster, seen from outside."""
+"""`submit`, `status`, `logs`, `scale` and `stop`: runs on a cluster, seen from outside."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from grpo_ray.config import RunConfig, SftConfig, to_yaml
 from grpo_ray.errors import ConfigError, WorkerError
 from grpo_ray.metrics import duration
 from grpo_ray.names import check_name
+from grpo_ray.scaling import SCALED, parse_counts
 from launch.cluster import COMMAND_S, STOPPED_EXITS, Cluster, ClusterRun
 from launch.package import stage
 from launch.recipe import SCHEMAS, find_recipe, kind_of, load_recipe, run_folder
@@ -86,6 +87,15 @@ def stop(run: str, address: str | None, *, now: bool) -> None:
     cluster.command(["stop", run, *(["--now"] if now else [])], found, _tell, COMMAND_S)
 
 
+def scale(run: str, words: list[str], address: str | None) -> None:
+    parse_counts(words)
+    cluster = Cluster(address)
+    found = cluster.find(run)
+    if not found.is_live:
+        raise ConfigError(f"{run} is not under way: it is {found.state}")
+    cluster.command(["scale", run, *words], found, _tell, COMMAND_S)
+
+
 def _follow(cluster: Cluster, run: ClusterRun, again: str) -> None:
     """To the end of the run. Raises WorkerError for one that failed, SystemExit with a signal's code for one that was stopped."""
     try:
@@ -116,10 +126,11 @@ def _tell(text: str) -> None:
 
 def _table(runs: list[ClusterRun]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for column in ("run", "state", "started", "took", "job"):
+    for column in ("run", "state", "started", "took", *SCALED, "job"):
         table.add_column(column, no_wrap=True)
     for run in runs:
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.started)) if run.started else "-"
         took = duration((run.ended or time.time()) - run.started) if run.started else "-"
-        table.add_row(run.name, run.state, started, took, run.job_id or "-")
+        workers = (str(run.workers.get(role, "-")) for role in SCALED)
+        table.add_row(run.name, run.state, started, took, *workers, run.job_id or "-")
     return table

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from actors.cluster import Demand, bundles
+from actors.cluster import Demand, bundles, demands, misplaced, missing
+from grpo_ray.config import RunConfig, build
 from grpo_ray.errors import ConfigError, ResourceError
 from launch.cluster import RUN_KEY, ClusterRun, check_reachable, complete, merge
 from launch.in_cluster import home
@@ -59,9 +60,9 @@ def test_the_state_of_a_job_and_its_exit_code_make_the_state_of_a_run(
 
 
 def test_a_controller_without_what_drove_it_is_a_run_that_goes_on_alone() -> None:
-    (run,) = merge([job("a", "FAILED", 1000, end=2000, code=-9)], ["a"])
+    (run,) = merge([job("a", "FAILED", 1000, end=2000, code=-9)], ["a/controller"])
     assert (run.state, run.is_live, run.ended, run.job_id) == ("running alone", True, None, "a-1000")
-    (run,) = merge([], ["b"])
+    (run,) = merge([], ["b/controller", "left-over/rollout-0"])
     assert (run.name, run.state, run.job_id) == ("b", "running", None)
 
 
@@ -72,11 +73,17 @@ def test_of_a_name_that_was_used_again_the_last_job_counts_and_other_jobs_are_no
         job("a", "FAILED", 1000, code=1),
         job("b", "SUCCEEDED", 1500),
     ]
-    runs = merge(jobs, ["a"])
+    runs = merge(jobs, ["a/controller"])
     assert [(r.name, r.state, r.job_id, r.started) for r in runs] == [
         ("b", "finished", "b-1500", 1.5),
         ("a", "running", "a-3000", 3.0),
     ]
+
+
+def test_the_workers_of_a_run_are_counted_by_the_names_of_its_actors() -> None:
+    actors = ["a/controller", "a/rollout-0", "a/rollout-1.2", "a/reward-0", "a/votes-0", "a/learner-0", "b/learner-1"]
+    (run,) = merge([job("a", "RUNNING", 1)], actors)
+    assert run.workers == {"rollout": 2, "reward": 1, "learner": 1}
 
 
 @pytest.mark.parametrize(
@@ -115,6 +122,26 @@ def test_runs_are_written_where_all_nodes_see_them(monkeypatch: pytest.MonkeyPat
 def test_the_autoscaler_is_asked_for_each_actor() -> None:
     wanted = [Demand("rollout", 2, 1, 0.5), Demand("reward", 3, 0, 0), Demand("learner", 1, 4, 0)]
     assert bundles(wanted) == [{"CPU": 1, "GPU": 0.5}, {"CPU": 1, "GPU": 0.5}, {"CPU": 4}]
+
+
+def test_custom_resources_and_labels_are_asked_of_the_cluster_too() -> None:
+    data = {
+        "model": {"tiny": {}, "dtype": "float32"},
+        "data": {"train": {"path": "x"}},
+        "rollout": {"num_actors": 2, "resources": {"engines": 0.5}, "labels": {"zone": "a"}},
+        "reward": {"functions": [{"name": "accuracy"}], "num_cpus": 0},
+        "learner": {"labels": {"zone": "!a"}},
+    }
+    wanted = demands(build(RunConfig, data, "test"), gpus=False)
+    assert bundles(wanted) == [{"CPU": 1, "engines": 0.5}] * 2 + [{"CPU": 1}]
+    assert missing(wanted, {"CPU": 3, "engines": 1}) is None
+    lacking = missing(wanted, {"CPU": 3})
+    assert lacking
+    assert lacking.startswith("1 of the resource engines are asked for (rollout 2 x 0.5), 0 are there")
+    assert misplaced(wanted, [{"zone": "a"}, {}]) is None
+    lacking = misplaced(wanted, [{"zone": "a"}])
+    assert lacking
+    assert lacking.startswith("no node has the labels of learner.labels, {'zone': '!a'}")
 
 
 @pytest.fixture

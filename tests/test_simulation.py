@@ -94,6 +94,49 @@ def test_engines_that_die_cost_time_and_nothing_else(tmp_path, staleness):
     assert result.of_ideal > 0.75 * whole.of_ideal
 
 
+GROWS, SHRINKS, FLAPS = (
+    ((200.0, 96, 24),),
+    ((200.0, 4, 1),),
+    tuple((5 + 0.7 * i, 1 + 7 * i % 40, 1 + 5 * i % 9) for i in range(100)),
+)
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize("scale", [GROWS, SHRINKS, FLAPS], ids=["grows", "shrinks", "flaps"])
+def test_workers_that_come_and_go_change_nothing_but_the_time(tmp_path, staleness, scale):
+    plan = SMALL.with_(staleness=staleness, steps=10, learner_tokens_per_s=1e5, max_num_seqs=2, max_tokens=2048)
+    whole, rows = simulate(tmp_path / "whole", plan)
+    result, again = simulate(tmp_path / "again", plan.with_(scale=scale))
+    assert (again, result.trained, result.troubles) == (rows, whole.trained, [])
+    assert result.alive == scale[-1][1:]
+    seconds, before = (r.steady.now_s / r.num_steps for r in (result, whole))
+    if scale is not FLAPS:
+        assert (seconds < 0.6 * before) if scale is GROWS else (seconds > 2 * before)
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_engines_that_die_while_others_come_and_go_lose_nothing(tmp_path, staleness):
+    plan = SMALL.with_(staleness=staleness, steps=10, max_num_seqs=2)
+    whole, rows = simulate(tmp_path / "whole", plan)
+    deaths = tuple(range(20, 400, 31))
+    result, again = simulate(tmp_path / "again", plan.with_(scale=FLAPS, deaths=deaths))
+    assert (again, result.trained) == (rows, whole.trained)
+    assert result.num_deaths > 3
+    assert result.alive == FLAPS[-1][1:]
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_prompts_that_end_engines_are_set_aside_and_no_other_is_blamed(tmp_path, staleness):
+    plan = SMALL.with_(staleness=staleness, steps=10)
+    cursor = Cursor(Rows(plan.rows), seed=plan.config().seed)
+    order = [cursor.next().id for _ in range(plan.steps * plan.prompts + 3)]
+    poison = {order[5], order[40], order[41]}
+    result, rows = simulate(tmp_path, plan.with_(poison=frozenset(poison), deaths=tuple(range(50, 2000, 300))))
+    assert result.how == "finished"
+    assert [row[:3] for row in rows] == [(p, i, "dropped" if p in poison else "trained") for i, p in enumerate(order)]
+    assert [p for batch in result.trained for p in batch] == [p for p in order if p not in poison]
+
+
 def test_a_scorer_that_never_answers_is_ended_and_its_samples_are_scored_by_another(tmp_path):
     plan = SMALL.with_(steps=3, hangs=3)
     result, rows = simulate(tmp_path, plan)

@@ -7,7 +7,9 @@ import json
 import random
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import Place
 from grpo_ray.config import RunConfig, build, deep_merge, parse_overrides
 from grpo_ray.cursor import Cursor
-from grpo_ray.errors import NonFiniteError, RewardError
+from grpo_ray.errors import NonFiniteError, PoisonedError, RewardError
 from grpo_ray.events import EvalEvent, MessageEvent, StepEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.manifest import FileSum
@@ -680,3 +682,78 @@ def test_under_process_a_group_has_a_signal_when_two_steps_differ(tmp_path):
     assert (first.end, second.end) == (0, 1)
     assert second.value < 0
     assert first.value == pytest.approx(0.0, abs=1e-9)
+
+
+class Company:
+    """A scaler: which learner it is, by the steps after which it is replaced."""
+
+    def __init__(self, session: Session, after: set[int]) -> None:
+        self.session, self.after = session, after
+        self.step = 0
+        self.changed: list[tuple[int, int, int]] = []
+        """(step, version of the state that the new learner got, prompts under way)."""
+
+    def after_step(self, step: int, metrics: dict[str, float]) -> None:
+        self.step = step
+        assert metrics["grad_norm"] == 1.0
+
+    @property
+    def wants_learners(self) -> bool:
+        return self.step in self.after
+
+    async def change_learners(self, place: Place | None) -> tuple[Keeper, World]:
+        self.after.discard(self.step)
+        world = self.session.world
+        learner = Keeper(world)
+        version, world.version = world.version, -1
+        if place is None:
+            world.version = 0
+        else:
+            await learner.load(place)
+        assert world.version == version == self.step
+        self.changed.append((self.step, version, len(self.session.loop._under_way)))
+        return learner, world
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_other_learners_go_on_from_the_step_that_is_done_while_samples_stay_under_way(tmp_path, staleness):
+    settings = ("num_steps=10", f"algorithm.max_staleness={staleness}", "checkpoint.every_steps=4")
+    whole = Session(tmp_path / "whole", config(*settings))
+    whole.go()
+    session = Session(tmp_path / "scaled", config(*settings))
+    company = Company(session, {0, 3, 4, 7})
+    session.loop.roles = replace(session.loop.roles, scaler=company)
+    assert session.go() == "finished"
+    assert [step for step, _, _ in company.changed] == [0, 3, 4, 7]
+    if staleness:
+        assert max(under_way for *_, under_way in company.changed) > 0
+    assert session.ledger_rows == whole.ledger_rows
+    assert session.world.num_drawn == whole.world.num_drawn, "no sample is drawn again"
+    if not staleness:
+        assert [essence(b) for b in session.world.batches] == [essence(b) for b in whole.world.batches]
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_poisoned_prompt_is_dropped_by_name_and_the_next_takes_its_place(tmp_path, staleness):
+    session = Session(tmp_path, config("num_steps=6", f"algorithm.max_staleness={staleness}"))
+    world = session.world
+    generate = world.generate
+
+    async def ends_engines(request: SampleRequest) -> SampleInfo:
+        info = await generate(request)
+        if request.prompt_id == "ten/0/4":
+            raise PoisonedError("prompt ten/0/4 ends rollout engines")
+        return info
+
+    world.generate = ends_engines
+    lines: list[dict[str, float]] = []
+    session.loop.trackers = [SimpleNamespace(log=lambda step, metrics: lines.append(metrics), close=lambda: None)]
+    assert session.go() == "finished"
+    (dropped,) = [row for row in session.ledger_rows if row[2] != "trained"]
+    assert (dropped[0], dropped[2], dropped[4]) == ("ten/0/4", "dropped", "poisoned")
+    trained = [row[0] for row in session.ledger_rows if row[2] == "trained"]
+    assert len(trained) == len(set(trained)) == 18
+    assert [e.text for e in session.events if isinstance(e, MessageEvent) and e.level == "error"] == [
+        "prompt ten/0/4 ends rollout engines. It is set aside, and the next prompt takes its place"
+    ]
+    assert sum(line.get("groups/dropped/poisoned", 0) for line in lines) == 1

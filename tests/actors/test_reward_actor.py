@@ -534,6 +534,69 @@ def test_a_worker_killed_while_scoring_loses_nothing(local_ray, functions: str, 
 
 
 @pytest.mark.timeout(120)
+def test_workers_that_join_and_leave_under_way_lose_nothing(local_ray, functions: str, tmp_path: Path) -> None:
+    config = config_of(functions, "asynchronous", "process_id", num_actors=2, num_cpus=0.5)
+
+    async def use(pool):
+        answers = []
+
+        async def ask_until(enough) -> set[int]:
+            """Keep it busy; the processes that scored."""
+            start = len(answers)
+            while not enough():
+                answers.extend(pool.score(put(requests_of(["x"] * 3))) for _ in range(4))
+                await asyncio.sleep(0.05)
+            done = await asyncio.gather(*answers[start:])
+            return {int(s.parts[1].value) for scores in done for s in scores}
+
+        pool.scale(4)
+        await ask_until(lambda: pool.live()["alive/reward"] == 4)
+        count = len(answers)
+        grown = await ask_until(lambda: len(answers) > count + 100)
+        pids = dict(pool.pids)
+        pool.scale(1)
+        left = await ask_until(lambda: pool.live()["alive/reward"] == 1)
+        count = len(answers)
+        alone = await ask_until(lambda: len(answers) > count + 20)
+        tracks = sorted(t.worker for t in pool.take_tracks()), [t.worker for t in pool.take_tracks()]
+        # What is asked for and taken back before it has started never serves.
+        pool.scale(3)
+        pool.scale(1)
+        await asyncio.sleep(0.5)
+        scores = [s for answer in answers for s in answer.result()]
+        return scores, grown, left, alone, pids, dict(pool.pids), tracks, pool.live()["alive/reward"]
+
+    scores, grown, left, alone, pids, last_pids, tracks, alive = asyncio.run(with_pool(config, tmp_path, use))
+    assert all(s.status is ScoreStatus.OK and s.parts[0].value == 0.25 for s in scores)
+    assert (len(grown), len(alone), alive) == (4, 1, 1)
+    assert alone <= left <= grown
+    assert set(pids) == {f"reward-{i}" for i in range(4)}
+    assert last_pids == {"reward-0": pids["reward-0"]}
+    assert tracks == ([f"reward-{i}" for i in range(4)], ["reward-0"])
+    assert not any(psutil.pid_exists(pid) for pid in grown)
+
+
+@pytest.mark.timeout(120)
+def test_a_worker_that_can_not_join_costs_the_pool_nothing(local_ray, functions: str, tmp_path: Path) -> None:
+    config = config_of(functions, "asynchronous", num_actors=1, num_cpus=0.5)
+
+    async def use(pool):
+        told: list[str] = []
+        pool.on_trouble = told.append
+        pool._config = config.model_copy(update={"functions": (RewardFunctionConfig(name="bad_rewards.gone"),)})
+        pool.scale(2)
+        while not told:
+            await asyncio.sleep(0.05)
+        return told, await pool.score(put(requests_of(["x"] * 4))), pool.live()
+
+    told, scores, live = asyncio.run(with_pool(config, tmp_path, use))
+    assert "reward-1 was to join and does not start" in told[0]
+    assert "bad_rewards.gone" in told[0]
+    assert [s.value for s in scores] == [0.25] * 4
+    assert live["alive/reward"] == 1
+
+
+@pytest.mark.timeout(120)
 def test_an_unimportable_function_fails_the_start_of_the_pool(local_ray, functions: str, tmp_path: Path) -> None:
     async def use(pool):
         raise AssertionError("the pool started")

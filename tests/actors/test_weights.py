@@ -323,3 +323,51 @@ def test_engines_sample_while_weights_arrive(setting: Setting) -> None:
     assert report.seconds > 3.0 > 1.0 > report.pause_seconds
     setting.assert_sampled_by(1, [ray.get(i.ref, timeout=10)[i.row] for i in infos])
     setting.assert_sampled_by(2, setting.bench.draw(requests(8, SAMPLING))[1])
+
+
+def test_an_engine_leaves_when_its_samples_are_done_and_one_that_joins_samples_with_the_current_weights(
+    setting: Setting,
+) -> None:
+    pool = setting.bench.pool
+    setting.bench.run(setting.both_engines(), timeout_s=280)
+    version = setting.next_version(1)
+    setting.bench.run(setting.sync.sync(version))
+    lives = {t.name: t.incarnation for t in pool.engines()}
+    pool.take_tracks()
+    core = pool.pids()["rollout-1"]["core_pid"]
+
+    async def leave() -> list[SampleInfo]:
+        under_way = [asyncio.ensure_future(pool.generate(r)) for r in requests(60, LONG)]
+        await asyncio.sleep(0.2)
+        pool.scale(1)
+        later = [asyncio.ensure_future(pool.generate(r)) for r in requests(20, SAMPLING, seed=300)]
+        infos = await asyncio.gather(*under_way, *later)
+        while os.path.exists(f"/proc/{core}"):
+            await asyncio.sleep(0.1)
+        return infos
+
+    infos = setting.bench.run(leave(), timeout_s=200)
+    assert [(i.prompt_id, i.index) for i in infos] == [(f"p{i}", 0) for i in (*range(60), *range(20))]
+    assert {i.worker for i in infos[:60]} == {"rollout-0", "rollout-1"}, "it finished what it had"
+    assert {i.worker for i in infos[60:]} == {"rollout-0"}, "it got nothing new"
+    assert [t.name for t in pool.engines()] == ["rollout-0"]
+    assert [t.worker for t in pool.take_tracks()] == ["rollout-0", "rollout-1"]
+    assert [t.worker for t in pool.take_tracks()] == ["rollout-0"]
+
+    async def join() -> list[SampleInfo]:
+        pool.scale(2)
+        infos: list[SampleInfo] = []
+        while "rollout-1" not in {i.worker for i in infos}:
+            infos = await asyncio.gather(*(pool.generate(r) for r in requests(16, SAMPLING)))
+        return infos
+
+    infos = setting.bench.run(join(), timeout_s=280)
+    samples = [ray.get(i.ref, timeout=10)[i.row] for i in infos]
+    assert {i.min_version for i in infos} == {version}
+    setting.assert_sampled_by(1, samples)
+    assert pool.engines()[1].incarnation not in lives.values(), "no sync takes it for the one that left"
+    version = setting.next_version(2)
+    assert setting.bench.run(setting.sync.sync(version)).num_engines == 2
+    infos, samples = setting.bench.draw(requests(16, SAMPLING))
+    assert {i.worker for i in infos} == {"rollout-0", "rollout-1"}
+    setting.assert_sampled_by(2, samples)

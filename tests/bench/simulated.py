@@ -104,6 +104,10 @@ class Plan:
     """When an engine dies, virtual seconds."""
     hangs: int = 0
     """The first calls of scorers, that never return."""
+    poison: frozenset[str] = frozenset()
+    """Prompts that end an engine five virtual seconds after it got them."""
+    scale: tuple[tuple[float, int, int], ...] = ()
+    """(virtual seconds, samplers, scorers): from when on they are so many."""
 
     def config(self) -> RunConfig:
         data = {
@@ -414,6 +418,11 @@ class Engine:
         if self._poll is not None and not self._poll.done():
             self._poll.set_exception(self._death())
 
+    def _die_of_poison(self) -> None:
+        held = [request for _, _, request, _, _ in self._running] + [request for _, request in self._waiting]
+        if any(request.prompt_id in self._plan.poison for request in held):
+            self.die()
+
     def _death(self) -> WorkerError:
         return WorkerError(f"{self.name}: the engine core died")
 
@@ -422,6 +431,8 @@ class Engine:
         if self.dead:
             return
         self.advance()
+        if any(request.prompt_id in self._plan.poison for _, request in requests):
+            self.world.cluster.at(self.world.cluster.now + 5.0, self._die_of_poison)
         self._waiting.extend(requests)
         self._fill()
         self.world.num_queued += len(self._waiting)
@@ -667,6 +678,8 @@ class Result:
     num_deaths: int
     troubles: list[str]
     """What the pool of samplers told of."""
+    alive: tuple[int, int]
+    """Samplers and scorers at the end."""
     trained: list[list[str]] = field(default_factory=list)
     """Prompts of each step, where asked for."""
 
@@ -776,8 +789,12 @@ class Simulation:
         )
         for number, when in enumerate(self.plan.deaths):
             world.cluster.at(when, self._kill, world, number)
+        for when, samplers, scorers in self.plan.scale:
+            world.cluster.at(when, sampler.scale, samplers)
+            world.cluster.at(when, scorer.scale, scorers)
         try:
             how = await loop.run()
+            alive = (int(sampler.live()["alive/rollout"]), int(scorer.live()["alive/reward"]))
         finally:
             await scorer.close()
             await sampler.close()
@@ -792,6 +809,7 @@ class Simulation:
             world.num_queued,
             world.num_deaths,
             troubles,
+            alive,
             self._trained,
         )
 

@@ -1,8 +1,12 @@
-"""A Ray cluster by `ray start --head`, as a user starts one, in a home and a temporary folder of its own."""
+"""A Ray cluster by `ray start`, as a user starts one, in a home and a temporary folder of its own: a head, and nodes more on the
+same machine."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -10,8 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
+from typing import Any
 
+import psutil
 import yaml
 
 from tests.end_to_end.runs import RECIPE, ROOT
@@ -50,6 +57,7 @@ class Place:
         self.dashboard, self.metrics, self.gcs, self.agent = (free_port() for _ in range(4))
         self.address = f"http://127.0.0.1:{self.dashboard}"
         self._head: subprocess.Popen[bytes] | None = None
+        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         self._started: list[subprocess.Popen[str]] = []
 
     def env(self) -> dict[str, str]:
@@ -57,6 +65,13 @@ class Place:
         left = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k not in ours}
         paths = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         return left | {"HOME": str(self.home), "RAY_TMPDIR": str(self.tmp), "PATH": paths, "COLUMNS": "150"}
+
+    def make_token(self) -> None:
+        """As launch/plain/start_ray.sh does: a cluster that is started with it protects itself."""
+        token = self.home / ".ray" / "auth_token"
+        token.parent.mkdir()
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
 
     def start_head(self) -> None:
         """Nothing but `ray start --head` and ports that are free: no word about tokens. Its code is the image's, not ours."""
@@ -81,6 +96,55 @@ class Place:
                     return
             time.sleep(0.2)
 
+    def add_node(self, name: str, num_cpus: float, **resources: float) -> None:
+        """A raylet more, with the label `site: NAME`."""
+        options = [f"--num-cpus={num_cpus:g}", f"--labels=site={name}", f"--resources={json.dumps(resources)}"]
+        options += [f"--metrics-export-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
+        with open(self.tmp / f"{name}.log", "wb") as log:
+            self._nodes[name] = subprocess.Popen(
+                [
+                    "ray",
+                    "start",
+                    f"--address=127.0.0.1:{self.gcs}",
+                    "--block",
+                    "--object-store-memory=150000000",
+                    *options,
+                ],
+                # A node has to show the token; see the README.
+                env=self.env() | {"RAY_AUTH_MODE": "token"},
+                cwd=self.tmp,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def kill_node(self, name: str) -> None:
+        """All of its processes at once, as a power cut does."""
+        node = self._nodes.pop(name)
+        for process in [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        node.wait(30)
+
+    def nodes(self) -> dict[str, str]:
+        """Id of each living node -> its site; the head has none."""
+        return {n["node_id"]: (n["labels"] or {}).get("site", "") for n in self.ask("nodes") if n["state"] == "ALIVE"}
+
+    def ask(self, what: str) -> list[dict[str, Any]]:
+        """Of Ray's state API: `nodes`, `actors`."""
+        token = self.home / ".ray" / "auth_token"
+        headers = {"Authorization": f"Bearer {token.read_text()}"} if token.is_file() else {}
+        request = urllib.request.Request(f"{self.address}/api/v0/{what}?detail=1&limit=1000", headers=headers)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            found: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
+        return found
+
+    def where(self, run: str) -> dict[str, str]:
+        """Living actor of a run -> the site of its node."""
+        sites = self.nodes()
+        alive = (a for a in self.ask("actors") if a["state"] == "ALIVE" and (a["name"] or "").startswith(f"{run}/"))
+        return {a["name"].removeprefix(f"{run}/"): sites[a["node_id"]] for a in alive}
+
     def begin(self, *args: str) -> subprocess.Popen[str]:
         """`grpo-ray ARGS` in the user's folder."""
         process = subprocess.Popen(
@@ -104,6 +168,8 @@ class Place:
         for process in self._started:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
+        for name in list(self._nodes):
+            self.kill_node(name)
         if self._head is not None and self._head.poll() is None:
             self._head.send_signal(signal.SIGTERM)
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -131,12 +130,7 @@ def test_a_run_outlives_all_who_watch_it_and_ends_when_told(place: Place) -> Non
 
 def told_to_ray(place: Place) -> None:
     """Names in the dashboard, and figures for Prometheus; both without knowing of grpo-ray."""
-    token = (place.home / ".ray" / "auth_token").read_text()
-    asked = urllib.request.Request(
-        f"{place.address}/api/v0/actors?detail=1&limit=1000", headers={"Authorization": f"Bearer {token}"}
-    )
-    with urllib.request.urlopen(asked, timeout=60) as answer:
-        actors = json.load(answer)["data"]["result"]["result"]
+    actors = place.ask("actors")
     names = {a["name"] for a in actors if a["state"] == "ALIVE"}
     assert {f"long/{who}" for who in ("controller", "rollout-0", "reward-0", "learner-0")} <= names
     with urllib.request.urlopen(f"http://127.0.0.1:{place.agent}/api/local_raylet_healthz", timeout=60) as answer:

@@ -1,0 +1,158 @@
+"""Changes the number of a run's workers while it goes on: by the command `grpo-ray scale`, or by itself, in the config's bounds.
+
+    scale -> [the config allows it] -> [the cluster has room] -> samplers and reward workers: at once
+                                                              -> learners: when the loop is between two steps
+
+What was asked for last is in the run's config.yaml, with which a resumed run begins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from actors.cluster import await_resources, demands, has_gpus
+from grpo_ray.checkpoint_store import Place
+from grpo_ray.config import RunConfig
+from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
+from grpo_ray.roles import Learner, WeightSync
+from grpo_ray.scaling import (
+    PATIENCE,
+    SCALED,
+    SELF_SCALED,
+    Counts,
+    Load,
+    bounds,
+    change,
+    counts,
+    decide,
+    load_of,
+    parse_counts,
+    rescaled,
+)
+
+
+class Crew(Protocol):
+    """The workers of a run."""
+
+    @property
+    def num_learners(self) -> int:
+        """That there are."""
+        ...
+
+    def take_most_waiting(self) -> Counts:
+        """Role -> samples that waited for a worker at once, at most, since the last call."""
+        ...
+
+    def reconfigure(self, config: RunConfig) -> None:
+        """Samplers and reward workers become as many as it says; learners that are started from now on, too."""
+        ...
+
+    async def change_learner(self, place: Place | None) -> tuple[Learner, WeightSync]:
+        """See `roles.Scaler.change_learners`."""
+        ...
+
+
+class RunScaler:
+    """`roles.Scaler`. All methods belong to the event loop of the controller."""
+
+    def __init__(
+        self, config: RunConfig, crew: Crew, record: Callable[[Counts], None], tell: Callable[[str, str], None]
+    ) -> None:
+        """
+        Args:
+            record: keeps the numbers for a resumed run.
+            tell: level and text, for those who watch the run.
+        """
+        self._config = config
+        self._crew = crew
+        self._record = record
+        self._tell = tell
+        self._lock = asyncio.Lock()
+        self._loads: dict[str, list[Load]] = {role: [] for role in SELF_SCALED}
+        self._no_room: set[str] = set()
+        """Roles that the cluster had no room for."""
+        self._scaling_itself: asyncio.Task[None] | None = None
+
+    async def scale(self, words: Sequence[str]) -> str:
+        """The command: `["rollout=4", "learner=2"]`. Returns what was and what will be.
+
+        Raises:
+            ConfigError: words that say no numbers, or numbers that this run can't have.
+            ResourceError: the cluster did not get large enough within deadlines.resources_s.
+        """
+        asked = parse_counts(words)
+        async with self._lock:
+            before = counts(self._config)
+            await self._change(asked)
+            self._no_room.clear()
+        told = change(before, asked)
+        self._tell("info", f"scaled: {told}")
+        return told + "".join(f"; {_WHEN[role]}" for role in SCALED if asked.get(role, before[role]) != before[role])
+
+    async def _change(self, asked: Mapping[str, int]) -> None:
+        config = rescaled(self._config, asked)
+        before = counts(self._config)
+        if any(number > before[role] for role, number in asked.items()):
+            await await_resources(demands(config, has_gpus()), config.deadlines.resources_s)
+        self._use(config)
+
+    def _use(self, config: RunConfig) -> None:
+        self._config = config
+        self._record(counts(config))
+        self._crew.reconfigure(config)
+
+    def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Looks whether a role with bounds has too few workers, or too many."""
+        waiting, asked = self._crew.take_most_waiting(), counts(self._config)
+        for role, loads in self._loads.items():
+            low, high = bounds(self._config, role)
+            load = load_of(role, metrics, waiting[role])
+            if metrics.get(f"workers/{role}") != asked[role] or load is None:
+                loads.clear()  # Some are about to join, or to leave.
+                continue
+            loads.append(load)
+            del loads[:-PATIENCE]
+            number = decide(asked[role], low, high, loads)
+            if number == asked[role] or (number > asked[role] and role in self._no_room) or self._is_scaling_itself:
+                continue
+            loads.clear()
+            why = f"busy {load.busy:.0%} of the step, waited for {load.held_up:.0%} of it, {load.waiting} samples in the queue"
+            self._scaling_itself = asyncio.create_task(self._scale_itself(role, number, why))
+
+    @property
+    def _is_scaling_itself(self) -> bool:
+        return self._scaling_itself is not None and not self._scaling_itself.done()
+
+    async def _scale_itself(self, role: str, number: int, why: str) -> None:
+        async with self._lock:
+            told = change(counts(self._config), {role: number})
+            try:
+                await self._change({role: number})
+            except GrpoRayError as e:
+                self._no_room.add(role)
+                self._tell("warning", f"the run would scale itself, {told} ({why}), and can't: {e}")
+            else:
+                self._tell("info", f"the run scaled itself: {told} ({why})")
+
+    @property
+    def wants_learners(self) -> bool:
+        return self._config.learner.num_actors != self._crew.num_learners
+
+    async def change_learners(self, place: Place | None) -> tuple[Learner, WeightSync]:
+        before = self._crew.num_learners
+        try:
+            return await self._crew.change_learner(place)
+        except (WorkerError, DeadlineError) as e:
+            wanted = self._config.learner.num_actors
+            self._tell("error", f"{wanted} learners do not start, it stays at {before}: {e}")
+            self._use(rescaled(self._config, {"learner": before}))
+            return await self._crew.change_learner(place)
+
+
+_WHEN = {
+    "rollout": "samplers join with the next weights and leave when they have finished what they sample",
+    "reward": "reward workers join and leave at once",
+    "learner": "learners change after the step under way",
+}

@@ -1,0 +1,154 @@
+"""How many workers of each role a run has, when that changes while it runs.
+
+    grpo-ray scale RUN rollout=4 reward=16  ->  parse_counts  ->  rescaled config  ->  pools, learners  ->  config.yaml
+    every step: Load of each role           ->  decide        ->  the same way
+
+A run's config.yaml keeps the numbers asked for last, so a resumed run begins with them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from grpo_ray.config import SHARED_POOL, RunConfig, build, deep_merge, load_yaml
+from grpo_ray.errors import ConfigError
+
+SCALED = ("rollout", "reward", "learner")
+"""The roles, by their sections of the config."""
+PAIRED = ("rollout", "learner")
+"""Those that share devices when they are colocated."""
+SELF_SCALED = ("rollout", "reward")
+"""Those that may have bounds: it costs them next to nothing to come and go."""
+Counts = dict[str, int]
+"""Role -> workers."""
+PATIENCE = 3
+"""Steps in a row that must say the same before anything changes."""
+WORTH_GROWING = 0.25
+"""Part of a step that the run waits for a role, below which more workers win little."""
+AT_WORK = 0.8
+"""Of the time that the run waits for them: below it they wait themselves, for one long sample, and more of them would too."""
+IDLE = 0.1
+"""Part of a step that workers are busy, at most, where there are more of them than are needed. Twice as many as one are busy for a
+seventh of a step at least, if that one was worth growing; one of two that goes leaves the other busy for less than a fifth. So what
+one rule does the other does not undo."""
+
+
+def counts(config: RunConfig) -> Counts:
+    return {
+        "rollout": config.rollout.num_actors,
+        "reward": config.reward.num_actors,
+        "learner": config.learner.num_actors,
+    }
+
+
+def bounds(config: RunConfig, role: str) -> tuple[int, int]:
+    """Least and most workers that the run may give itself; both the present number where it may not change it."""
+    section = config.rollout if role == "rollout" else config.reward
+    return section.min_actors or section.num_actors, section.max_actors or section.num_actors
+
+
+def parse_counts(words: Sequence[str]) -> Counts:
+    """`["rollout=4", "reward=16"]` -> numbers.
+
+    Raises:
+        ConfigError: a word that is not ROLE=NUMBER, a role given twice, or none at all.
+    """
+    out: Counts = {}
+    for word in words:
+        role, _, number = word.partition("=")
+        if role not in SCALED or not number.isdecimal() or not number.isascii() or int(number) < 1:
+            raise ConfigError(f"{word!r} is not ROLE=NUMBER, with a role of {', '.join(SCALED)} and 1 or more workers")
+        if role in out:
+            raise ConfigError(f"{role} is given twice")
+        out[role] = int(number)
+    if not out:
+        raise ConfigError("scale what? Give one or more of rollout=N, reward=N, learner=N")
+    return out
+
+
+def rescaled(config: RunConfig, asked: Mapping[str, int]) -> RunConfig:
+    """The config with other numbers of workers.
+
+    Raises:
+        ConfigError: numbers that this run can't have.
+    """
+    changed = {role: number for role, number in asked.items() if number != counts(config)[role]}
+    if config.colocated and (paired := [role for role in PAIRED if role in changed]):
+        raise ConfigError(
+            f"cluster.placement is colocated: an engine and a learner take turns on each device, so {' and '.join(paired)} can't "
+            "be scaled while the run goes on; stop it, change num_actors in its config.yaml, and resume it"
+        )
+    if "reward" in changed and SHARED_POOL not in config.reward.pools:
+        raise ConfigError(
+            "every reward function has workers of its own, which stay as reward.functions has them; stop the run, change "
+            "workers.num_actors in its config.yaml, and resume it"
+        )
+    top = {role: {"num_actors": number} for role, number in changed.items()}
+    return build(RunConfig, deep_merge(config.model_dump(mode="json"), top), f"`{told(asked)}`")
+
+
+@dataclass(frozen=True)
+class Load:
+    """Of the workers of one role, in one step."""
+
+    busy: float
+    """Part of the step that they were at work, mean over them."""
+    held_up: float
+    """Part of the step that the run had nothing to do but wait for them."""
+    waiting: int
+    """Samples that waited for a place at one of them, at most."""
+
+
+def load_of(role: str, metrics: Mapping[str, float], waiting: int) -> Load | None:
+    """From the metrics of a step; None where they don't tell."""
+    step_s, busy = metrics.get("time/step", 0.0), metrics.get(f"busy/{role}")
+    if step_s <= 0 or busy is None:
+        return None
+    alone_s = metrics.get("time/rollout" if role == "rollout" else "reward/alone_s", 0.0)
+    return Load(busy, alone_s / step_s, waiting)
+
+
+def decide(now: int, low: int, high: int, loads: Sequence[Load]) -> int:
+    """How many workers there should be, from `low` to `high`.
+
+    More, by a quarter and at least one, when the run waited for them in each of the last PATIENCE steps, they worked nearly all
+    that time, and samples waited. Fewer, by as many, when in each of them they were mostly idle and no sample waited.
+
+    Args:
+        loads: of the steps since the number changed last, oldest first.
+    """
+    last = loads[-PATIENCE:]
+    if len(last) < PATIENCE:
+        return now
+    by = max(1, now // 4)
+    if all(x.waiting > 0 and x.held_up >= WORTH_GROWING and x.busy >= AT_WORK * x.held_up for x in last):
+        return min(high, now + by)
+    if all(x.waiting == 0 and x.busy <= IDLE for x in last):
+        return max(low, now - by)
+    return now
+
+
+def told(asked: Mapping[str, int]) -> str:
+    """`rollout=4 reward=16`."""
+    return " ".join(f"{role}={number}" for role, number in asked.items())
+
+
+def change(before: Mapping[str, int], after: Mapping[str, int]) -> str:
+    """`rollout 1 -> 2, learner stays 1`, of the roles in `after`."""
+    return ", ".join(
+        f"{role} {before[role]} -> {number}" if number != before[role] else f"{role} stays {number}"
+        for role, number in after.items()
+    )
+
+
+def record(path: Path, numbers: Mapping[str, int]) -> None:
+    """Write the numbers into a run's config.yaml; all of it, or nothing."""
+    top = {role: {"num_actors": number} for role, number in numbers.items()}
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(yaml.safe_dump(deep_merge(load_yaml(path), top), sort_keys=False, allow_unicode=True))
+    os.replace(aside, path)
