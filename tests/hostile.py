@@ -291,7 +291,7 @@ WHY = {
 }
 """What the score says of some that come to an end of their own."""
 
-# Functions that tests call with 7 and expect 49 of; nothing of these may be taken for it.
+# Functions that tests call with 1234 and expect 1522756 of; nothing of these may be taken for it.
 DECEIVING = {
     "equal to everything": """
 class Always(int):
@@ -361,11 +361,12 @@ def f(x):
     "looks at its caller": """
 import gc, inspect
 def f(x):
+    wanted = int("1522756")  # Not as a constant of its own.
     for o in gc.get_objects():
-        if isinstance(o, (list, tuple)) and 49 in [v for v in o if type(v) is int]: return 49
+        if isinstance(o, (list, tuple)) and wanted in [v for v in o if type(v) is int]: return wanted
     frame = sys._getframe()
     while frame:
-        if 49 in [v for v in frame.f_locals.values() if type(v) is int]: return 49
+        if any(v == wanted for n, v in frame.f_locals.items() if type(v) is int and n != "wanted"): return wanted
         frame = frame.f_back
 """,
     "never comes back": """

@@ -30,7 +30,13 @@ SHORT = {**LIMITS, "timeout_s": 1.5, "cpu_s": 1}
 SLACK_S = 20.0
 """Starting and ending a sandbox takes 0.1 s, on a busy machine seconds."""
 ANSWER = f"ANSWER-{os.urandom(16).hex()}"
-ASSERTS = ["import math\nassert all([f(7) == 49])", "assert math.isclose(f(7), 49)", "assert abs(f(7) - 49) < 1e-6"]
+# A number that no interpreter holds by chance.
+CALL = {"inputs": [[1234]], "outputs": [[1522756]], "fn_name": "f"}
+ASSERTS = [
+    "import math\nassert all([f(1234) == 1522756])",
+    "assert math.isclose(f(1234), 1522756)",
+    "assert abs(f(1234) - 1522756) < 1e-6",
+]
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,7 @@ def untouched(host: Host) -> None:
 @pytest.mark.parametrize("name", DECEIVING)
 def test_a_function_cannot_make_its_tests_pass_without_the_answer(brief: RewardFunction, name: str) -> None:
     program = TRY + DECEIVING[name]
-    called = score(brief, program, {"inputs": [[7]], "outputs": [[49]], "fn_name": "f"})
+    called = score(brief, program, CALL)
     assert (called.status, called.value) == (ScoreStatus.OK, 0.0), called.detail
     for test in ASSERTS:
         asserted = score(brief, program, [test])
@@ -152,7 +158,7 @@ def test_a_function_cannot_make_its_tests_pass_without_the_answer(brief: RewardF
 def test_the_tests_of_this_file_can_fail(host: Host, code: RewardFunction) -> None:
     """The right function passes what the deceiving ones are asked, and outside the sandbox the attacks succeed."""
     right = "def f(x): return x * x"
-    assert score(code, right, {"inputs": [[7]], "outputs": [[49]], "fn_name": "f"}).value == 1.0
+    assert score(code, right, CALL).value == 1.0
     assert score(code, right, ASSERTS).value == 1.0
     reach = (
         "a connection to a server of the host",
