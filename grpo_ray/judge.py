@@ -40,7 +40,7 @@ class JudgeOptions:
     requests_per_minute: float | None = None
     """Of this process. None: as fast as it goes."""
     cache: str | None = None
-    """A file (SQLite) with the answers so far, which several processes may share."""
+    """A file (SQLite) with the answers so far, which several processes may share. None: they are kept as long as the process."""
 
 
 class Judge:
@@ -57,7 +57,7 @@ class Judge:
             max_retries=options.retries,
         )
         self._turns = asyncio.Semaphore(options.concurrency)
-        self._cache = None if options.cache is None else _Cache(Path(options.cache))
+        self._cache = _Cache(options.cache)
         self._next_slot = 0.0
         self.num_asked = 0
         """Questions that went to the endpoint; the others were answered by the cache."""
@@ -74,13 +74,12 @@ class Judge:
             "temperature": self._options.temperature,
             "max_tokens": self._options.max_tokens,
         }
-        if self._cache is not None and (known := self._cache.get(question)) is not None:
+        if (known := self._cache.get(question)) is not None:
             return known
         async with self._turns:
             await self._pace()
             answer = await self._ask(question)
-        if self._cache is not None:
-            self._cache.put(question, answer)
+        self._cache.put(question, answer)
         return answer
 
     async def close(self) -> None:
@@ -131,10 +130,12 @@ class Judge:
 
 
 class _Cache:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str | None) -> None:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
+            if path is not None:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+            # Without a name SQLite keeps it in a file of its own that goes with the process.
+            self._db = sqlite3.connect(path or "", timeout=30, isolation_level=None)
             self._db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
         except (OSError, sqlite3.Error) as e:
             raise JudgeError(f"the judge's cache {path} can't be opened ({e}); name another file") from None

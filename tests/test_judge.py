@@ -136,16 +136,23 @@ def test_the_cache_outlives_the_process_and_knows_questions_apart(tmp_path: Path
 def test_a_model_that_vllm_serves_can_be_asked(tiny_model: Path) -> None:
     questions = [[{"role": "user", "content": f"{i}?"}] for i in range(6)]
     with vllm_server(tiny_model, max_model_len=256) as url:
-        options = JudgeOptions(str(tiny_model), f"{url}/v1", max_tokens=12)
+        options = JudgeOptions(str(tiny_model), f"{url}/v1", temperature=1.0, max_tokens=12)
         texts = ask(options, *questions)
-        assert all(isinstance(text, str) for text in texts), texts
-        assert ask(options, *questions[:2]) == texts[:2]
+        # The model is random: now and then it says nothing.
+        assert len({text for text in texts if isinstance(text, str)}) >= 4, texts
         (other,) = ask(JudgeOptions("another", f"{url}/v1", retries=0))
         (long,) = ask(options, [{"role": "user", "content": "long " * 100}])
     assert isinstance(other, JudgeError)
     assert "no such model" in str(other)
     assert isinstance(long, JudgeError)
     assert "answers with status 400" in str(long)
+
+
+def test_a_question_is_not_asked_twice_when_another_of_its_batch_is_tried_again() -> None:
+    with endpoint(lambda request, n: "<score>7</score>") as there:
+        first, second = (rate(there.url, ["x", "y"]) for _ in range(2))
+        assert [s.value for s in first] == [s.value for s in second]
+        assert len(there.requests) == 2
 
 
 # ---- as a reward

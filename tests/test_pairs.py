@@ -140,6 +140,10 @@ def test_the_reference_is_asked_for_the_pairs_to_come_and_kept_for_a_run_that_go
     # The held-out answers as the model has them now, less as it had them: rejected ones fell by 2 more.
     assert asyncio.run(again.measure(learner)) == {"eval/accuracy": 1.0, "eval/margin": 2.0}
 
+    longer = DirectPreferences(sets(tokenizer, tmp_path, 6))
+    asyncio.run(longer.prepare(Learner(), tmp_path, Cursor(longer.dataset, seed=1), 600))
+    assert sorted(longer.references) == [0, 1, 2, 3, 4, 5], "a run that was made longer needs more of them"
+
     other = DirectPreferences(sets(tokenizer, tmp_path, 5))
     with pytest.raises(ConfigError, match=r"reference.safetensors is of other pairs"):
         asyncio.run(other.prepare(learner, tmp_path, Cursor(other.dataset, seed=1), 4))

@@ -35,6 +35,7 @@ def consistency(text: str, language: str, *others: str) -> float | None:
         ("首先 add the 十位", "zh", ("en",), 4 / 6),
         ("first 首先", "en", (), 1 / 3),
         ("сначала десятки", "ru", ("en",), 1.0),
+        ("ನಾನು ten ನೀನು", "kn", ("en",), 2 / 3),
         ("x = 12 + 5, \\frac{1}{2}", "en", (), None),
         ("", "de", (), None),
     ],

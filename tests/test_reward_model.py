@@ -18,6 +18,7 @@ from grpo_ray.config import RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards import ScoreInputs, call_reward, resolve
 from grpo_ray.types import Sample, SampleInfo, Score, ScoreRequest, ScoreStatus, VersionSpan
+from tests.endpoints import vllm_server
 
 TEXTS = ["yes", "no, not at all", "<think>hm</think>perhaps", ""]
 
@@ -86,6 +87,19 @@ def test_a_model_that_is_not_there_is_told_before_the_run_and_one_that_scores_no
     function = RewardFunctionConfig(name="reward_model", args={"path": str(tiny_model)})
     with pytest.raises(RewardError, match="has 2 labels, expected 1"):
         resolve(function, load=True)
+
+
+@pytest.mark.slow
+def test_vllm_scores_as_transformers_does(scorer: Path) -> None:
+    with vllm_server(scorer, "--runner", "pooling", max_model_len=256) as url:
+        function = resolve(RewardFunctionConfig(name="reward_model", args={"path": str(scorer), "url": url}), load=True)
+        scores = call_reward(function, ScoreInputs(["1+1?", "Is it so?", "a", "b"], TEXTS, [[1]] * 4))
+    assert [s.value for s in scores] == pytest.approx(
+        plain_scores(scorer, ["1+1?", "Is it so?", "a", "b"], TEXTS), abs=1e-3
+    )
+    (gone,) = call_reward(function, ScoreInputs(["a"], ["b"], [[1]]))
+    assert gone.status is ScoreStatus.ERROR
+    assert f"{url}/classify does not score (APIConnectionError" in gone.detail
 
 
 def config(scorer: Path) -> RewardConfig:

@@ -6,7 +6,7 @@ character is one. Numbers, single letters (`x`), LaTeX commands, tags and code b
 Which language a word is of says its script, and for languages that share one simplemma's dictionary:
 
     another script than the target's                      no
-    the target has no dictionary (zh, ja, ko, th)         yes
+    the target has no dictionary (zh, ja, ko, th, ..)     yes
     the target's dictionary does not know it              no
     it does, and none of `others` does                    yes
     both know it (`die`, `in`, `also`)                    as the nearest word that is told apart, yes if there is none
@@ -35,6 +35,21 @@ _BY_SCRIPT_ALONE = {
     "ja": frozenset({"CJK", "HIRAGANA", "KATAKANA"}),
     "ko": frozenset({"HANGUL"}),
     "th": frozenset({"THAI"}),
+    "am": frozenset({"ETHIOPIC"}),
+    "bn": frozenset({"BENGALI"}),
+    "gu": frozenset({"GUJARATI"}),
+    "km": frozenset({"KHMER"}),
+    "kn": frozenset({"KANNADA"}),
+    "lo": frozenset({"LAO"}),
+    "my": frozenset({"MYANMAR"}),
+    "pa": frozenset({"GURMUKHI"}),
+    "si": frozenset({"SINHALA"}),
+    "ta": frozenset({"TAMIL"}),
+    "te": frozenset({"TELUGU"}),
+    # They share theirs with languages that they can't be told from: Hindi; Arabic and Persian.
+    "mr": frozenset({"DEVANAGARI"}),
+    "ne": frozenset({"DEVANAGARI"}),
+    "ur": frozenset({"ARABIC"}),
 }
 _SCRIPTS = {
     **_BY_SCRIPT_ALONE,

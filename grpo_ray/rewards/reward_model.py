@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,15 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grpo_ray.errors import ConfigError, DataError, RewardError
+from grpo_ray.judge import KEY_VARIABLE, NO_KEY
 from grpo_ray.rewards.function import Completions, Conversation, text_of
 from grpo_ray.templates import Render, make_template
 from grpo_ray.tokenized import tokenize
+
+_Forward = Callable[[list[NDArray[np.int32]]], list[float]]
 
 
 def reward_model(
     prompts: Completions,
     completions: Completions,
     path: str,
+    url: str | None = None,
     batch_tokens: int = 8192,
     num_threads: int = 1,
     dtype: str = "float32",
@@ -30,13 +37,15 @@ def reward_model(
     loaded once in each scoring process, on its GPU if it has one: give it `workers` of its own, which call it with many samples
     at once. `batch_tokens` are those of one forward pass, padding included; `num_threads` is for CPUs.
 
+    With `url` vLLM does it: `vllm serve PATH --runner pooling` on any machine; its tokenizer alone is read here.
+
     Range: what the model was trained to; only differences mean something for one of pairs. A text beyond the model's context
     fails alone.
 
     Raises:
-        RewardError: the model can't be loaded, or has more than one label.
+        RewardError: the model can't be loaded, has more than one label, or its server does not answer.
     """
-    model = _load(path, num_threads, dtype, trust_remote_code)
+    model = _load(path, url, num_threads, dtype, trust_remote_code)
     return model.scores(prompts, completions, batch_tokens)
 
 
@@ -55,31 +64,23 @@ def check_reward_model(args: dict[str, Any]) -> None:
 
 
 def load_reward_model(args: dict[str, Any]) -> None:
-    given = {"num_threads": 1, "dtype": "float32", "trust_remote_code": False} | args
-    _load(given["path"], given["num_threads"], given["dtype"], given["trust_remote_code"])
+    given = {"url": None, "num_threads": 1, "dtype": "float32", "trust_remote_code": False} | args
+    _load(given["path"], given["url"], given["num_threads"], given["dtype"], given["trust_remote_code"])
 
 
 class _Scorer:
-    def __init__(self, path: str, num_threads: int, dtype: str, trust_remote_code: bool) -> None:
-        import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    """Texts -> token ids -> scores, by `forward` of so many texts at once."""
 
-        torch.set_num_threads(num_threads)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
+    def __init__(self, path: str, forward: _Forward, trust_remote_code: bool) -> None:
+        from transformers import AutoConfig, AutoTokenizer
+
+        with _told(path):
             self._tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-            self._model: Any = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
-            )
-        except (OSError, ValueError, AttributeError) as e:
-            first_line = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            raise RewardError(f"reward 'reward_model': {path} can't be loaded: {first_line}") from None
-        if (labels := self._model.config.num_labels) != 1:
-            raise RewardError(f"reward 'reward_model': {path} has {labels} labels, expected 1, a score")
-        self._model.to(self._device).eval()
-        text_config = self._model.config.get_text_config()
-        self._pad: int | None = text_config.pad_token_id
-        self._context = int(text_config.max_position_embeddings)
+            config: Any = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if config.num_labels != 1:
+            raise RewardError(f"reward 'reward_model': {path} has {config.num_labels} labels, expected 1, a score")
+        self._forward = forward
+        self._context = int(config.get_text_config().max_position_embeddings)
         self._renders: dict[str, Render] = {}
 
     def scores(self, prompts: Completions, completions: Completions, batch_tokens: int) -> list[float | RewardError]:
@@ -91,25 +92,11 @@ class _Scorer:
         fitting = sorted((i for i, ids in enumerate(texts) if len(ids) <= self._context), key=lambda i: len(texts[i]))
         while fitting:
             # The longest first: what does not fit the memory shows at once.
-            count = max(1, batch_tokens // len(texts[fitting[-1]])) if self._pad is not None else 1
+            count = max(1, batch_tokens // len(texts[fitting[-1]]))
             fitting, some = fitting[:-count], fitting[-count:]
             for i, score in zip(some, self._forward([texts[i] for i in some]), strict=True):
                 out[i] = score
         return out
-
-    def _forward(self, texts: list[NDArray[np.int32]]) -> list[float]:
-        import torch
-
-        longest = max(map(len, texts))
-        ids = torch.full((len(texts), longest), self._pad or 0, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, text in enumerate(texts):
-            ids[row, : len(text)] = torch.from_numpy(text.astype(np.int64))
-            mask[row, : len(text)] = 1
-        with torch.inference_mode():
-            logits = self._model(input_ids=ids.to(self._device), attention_mask=mask.to(self._device)).logits
-        scores: list[float] = logits[:, 0].float().tolist()
-        return scores
 
     def _ids(self, prompt: str | Conversation, completion: str) -> NDArray[np.int32]:
         """Tokenized apart, as in training."""
@@ -124,6 +111,73 @@ class _Scorer:
         return np.asarray([*ids, *answer, self._tokenizer.eos_token_id], np.int32)
 
 
+class _Here:
+    """The model in this process."""
+
+    def __init__(self, path: str, num_threads: int, dtype: str, trust_remote_code: bool) -> None:
+        import torch
+        from transformers import AutoModelForSequenceClassification
+
+        torch.set_num_threads(num_threads)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        with _told(path):
+            self._model: Any = AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+            )
+        self._model.to(self._device).eval()
+        self._pad: int | None = self._model.config.get_text_config().pad_token_id
+
+    def __call__(self, texts: list[NDArray[np.int32]]) -> list[float]:
+        if self._pad is None and len(texts) > 1:
+            return [score for text in texts for score in self([text])]
+        import torch
+
+        longest = max(map(len, texts))
+        ids = torch.full((len(texts), longest), self._pad or 0, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, text in enumerate(texts):
+            ids[row, : len(text)] = torch.from_numpy(text.astype(np.int64))
+            mask[row, : len(text)] = 1
+        with torch.inference_mode():
+            logits = self._model(input_ids=ids.to(self._device), attention_mask=mask.to(self._device)).logits
+        scores: list[float] = logits[:, 0].float().tolist()
+        return scores
+
+
+class _Served:
+    """The model behind vLLM's `/classify`. Retries and their back-off are those of OpenAI's client."""
+
+    def __init__(self, url: str) -> None:
+        from openai import OpenAI
+
+        self._url = url
+        self._client = OpenAI(base_url=url, api_key=os.environ.get(KEY_VARIABLE) or NO_KEY, timeout=60.0, max_retries=4)
+
+    def __call__(self, texts: list[NDArray[np.int32]]) -> list[float]:
+        import openai
+
+        # Raw scores: vLLM would make probabilities of them.
+        body = {"input": [text.tolist() for text in texts], "use_activation": False}
+        try:
+            answer: Any = self._client.post("/classify", body=body, cast_to=object)
+            return [float(row["probs"][0]) for row in sorted(answer["data"], key=lambda row: row["index"])]
+        except (openai.OpenAIError, KeyError, TypeError, IndexError) as e:
+            raise RewardError(
+                f"reward 'reward_model': {self._url}/classify does not score ({type(e).__name__}: {str(e)[:120]}); does it run "
+                "`vllm serve PATH --runner pooling`?"
+            ) from None
+
+
+@contextmanager
+def _told(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, AttributeError) as e:
+        first_line = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise RewardError(f"reward 'reward_model': {path} can't be loaded: {first_line}") from None
+
+
 @lru_cache(maxsize=4)
-def _load(path: str, num_threads: int, dtype: str, trust_remote_code: bool) -> _Scorer:
-    return _Scorer(path, num_threads, dtype, trust_remote_code)
+def _load(path: str, url: str | None, num_threads: int, dtype: str, trust_remote_code: bool) -> _Scorer:
+    forward = _Here(path, num_threads, dtype, trust_remote_code) if url is None else _Served(url)
+    return _Scorer(path, forward, trust_remote_code)
