@@ -1,7 +1,7 @@
 # make smoke   sets everything up and trains a tiny model for real, on any machine
 # make test    sets everything up and runs the tests
 # make bench   the tables of the README
-.PHONY: smoke r1 test test-all chaos lint bench bench-versus bench-learning bench-simulate bench-sync bench-sample bench-gpu bench-sandbox lock help
+.PHONY: smoke r1 test test-all chaos lint bench bench-versus bench-learning bench-simulate bench-sync bench-sample bench-growth bench-gpu bench-sandbox lock help
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 # Set in many images; without bytecode every worker process compiles its packages again.
@@ -42,6 +42,9 @@ bench-sync: .venv/.ready  ## a weight sync of 500 MB to two engines that sample 
 
 bench-sample: .venv/.ready  ## offline sampling against bare vLLM (five minutes)
 	@$(BIN)/python -m tests.bench.sample
+
+bench-growth: .venv/.ready  ## seconds and memory over sequence length, model size and group size (five minutes)
+	@$(BIN)/python -m tests.bench.growth
 
 bench-gpu: .venv/.ready  ## Qwen2.5-1.5B's shape on one GPU, sampler and learner in turns, against bare vLLM (needs 40 GB)
 	@$(BIN)/python -m tests.bench.gpu
