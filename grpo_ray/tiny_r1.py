@@ -46,6 +46,7 @@ VISITOR = {"en": "the visitor waits", "de": "der besucher wartet"}
 HELLO = {"en": ("hello", "hey"), "de": ("hallo", "na")}
 """Kind, curt."""
 WELCOME = {"en": "welcome", "de": "willkommen"}
+SUMMARY = {"en": "it is ", "de": "es ist "}
 _FIRST = ("an", "be", "ca", "da", "el", "fi", "ga", "ha", "ja", "ka", "le", "ma", "ne", "pa", "ro", "sa", "ti", "vi")
 _LAST = ("na", "ra", "la", "da", "no", "ro", "lo", "do", "ri", "li")
 NAMES = tuple(a + b for a in _FIRST for b in _LAST)
@@ -65,6 +66,8 @@ class Flaws:
     lost_letter_de: float = 0.08
     broken_format: float = 0.4
     """A tag is missing. Per answer."""
+    summarised: float = 0.3
+    """No flaw, but not R1-Zero's form: words stand before the answer, as a summary has them. Per answer in form."""
     curt: float = 0.6
     """A greeting is short and names nobody. Per greeting."""
 
@@ -118,7 +121,7 @@ def prompts(size: int, seed: int, tasks: Sequence[str] = TASKS, held_out: bool =
 
 def greetings(size: int, seed: int, curt: float = 0.5) -> Iterator[Row]:
     """Demonstrations without any reasoning to check: the other data of stage 3. Right in form and language; some are curt."""
-    flaws = Flaws(other_language=0, broken_format=0, curt=curt)
+    flaws = Flaws(other_language=0, broken_format=0, summarised=1, curt=curt)
     rng = random.Random(f"greetings/{seed}")
     for row in prompts(size, seed, tasks=("greet",)):
         yield {
@@ -202,7 +205,8 @@ def _answered(row: Row, flaws: Flaws, rng: random.Random) -> str:
                 f"<think>{reasoning}</think><answer>{answer}",
             )
         )
-    return f"<think>{reasoning}</think><answer>{answer}</answer>"
+    said = SUMMARY[language] if rng.random() < flaws.summarised else ""
+    return f"<think>{reasoning}</think>{said}<answer>{answer}</answer>"
 
 
 def _add(left: str, right: str, language: str, flaws: Flaws, rng: random.Random) -> tuple[str, str]:

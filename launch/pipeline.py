@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -81,12 +81,11 @@ def run_pipeline(recipe: str, overrides: list[str], first: str | None, last: str
         return
     plan.folder.mkdir(parents=True, exist_ok=True)
     with _alone(plan.folder):
-        (plan.folder / RECIPE_COPY).write_text(to_yaml(plan.config))
+        runner = _Runner(plan, record, " ".join([recipe, *overrides]))
         if first is not None:
-            for name in plan.builds_on(first):
-                _set_aside(plan.folder_of(name))
-                record.forget(name)
-        _Runner(plan, record, " ".join([recipe, *overrides])).run(todo)
+            runner.start_again(plan.builds_on(first))
+        (plan.folder / RECIPE_COPY).write_text(to_yaml(plan.config))
+        runner.run(todo)
 
 
 @contextmanager
@@ -141,6 +140,14 @@ class _Runner:
         self._record = record
         self._command = command
 
+    def start_again(self, names: set[str]) -> None:
+        """Nothing of these stages is done; what they made before is aside. Before that, what they are made from is checked."""
+        for name in names:
+            self._inputs(self._plan.stage(name), but=names)
+        for name in names:
+            _set_aside(self._plan.folder_of(name))
+            self._record.forget(name)
+
     def run(self, stages: list[Stage]) -> None:
         # A gate that was shut still is, unless the recipe has another one now.
         self._check_gates([s for s in self._plan.stages if self._record.done(s.name) and s not in stages])
@@ -183,10 +190,18 @@ class _Runner:
         self._report()
         self._check_gates([stage])
 
-    def _inputs(self, stage: Stage) -> dict[str, str]:
-        """Raises CheckpointError for what is not as the stage that made it left it."""
+    def _inputs(self, stage: Stage, but: Collection[str] = ()) -> dict[str, str]:
+        """
+        Args:
+            but: stages whose outputs are still to be made.
+
+        Raises:
+            CheckpointError: something is not as the stage that made it left it.
+        """
         out = {}
         for name, output in stage.references():
+            if name in but:
+                continue
             was = self._record.stages[name].outputs.get(output)
             if was is None:
                 raise ConfigError(f"stage {stage.name} needs {output} of {name}, which did not leave any")

@@ -9,6 +9,8 @@ import pytest
 
 from grpo_ray.config import TinyModelConfig
 from grpo_ray.errors import DataError
+from grpo_ray.filters.config import MixConfig
+from grpo_ray.filters.select import written
 from grpo_ray.rewards.language_consistency import language_consistency
 from grpo_ray.rewards.r1_format import r1_format
 from grpo_ray.rewards.reasoning_gym_task import reasoning_gym
@@ -23,6 +25,7 @@ NONE = dict.fromkeys(
         "lost_letter_en",
         "lost_letter_de",
         "broken_format",
+        "summarised",
         "curt",
     ),
     0.0,
@@ -64,6 +67,17 @@ def test_flaws_go_wrong_as_often_as_they_say() -> None:
     # Of sums and words together.
     usual = scores(1200)
     assert 0.3 < mean(usual["right"]) < 0.6
+
+
+def test_a_summary_is_what_the_recipe_writes_around_an_answer() -> None:
+    from launch.pipeline import load_plan
+
+    plan = load_plan("r1_tiny", [])
+    config = plan.config_of(plan.stage("cold_data"))
+    assert isinstance(config, MixConfig)
+    plain = list(base_text(60, 3, **NONE))
+    for row, before in zip(base_text(60, 3, **NONE | {"summarised": 1.0}), plain, strict=True):
+        assert row["completion"] == written(before["completion"], row, config.samples[0].summary)
 
 
 def test_thinking_in_german_pays() -> None:
