@@ -18,7 +18,7 @@ import torch
 
 from actors.rollout_pool import RolloutPool
 from grpo_ray.config import RunConfig, build
-from grpo_ray.errors import DataError, DeadlineError, PoisonedError, WorkerError
+from grpo_ray.errors import DataError, DeadlineError, WorkerError
 from grpo_ray.types import Sample, SampleInfo, SampleRequest, SamplingParams
 
 pytestmark = pytest.mark.timeout(600)
@@ -241,40 +241,6 @@ def test_killed_engine_cores_lose_no_sample_and_come_back(bench: Bench) -> None:
     assert first[:2] == ["sampling", "restarting"]
     assert set(second) == {"sampling"}
     assert {i.worker for i in bench.draw(requests(8, SAMPLING))[0]} == {"rollout-0", "rollout-1"}
-
-
-@pytest.mark.slow
-def test_a_prompt_that_ends_every_engine_is_set_aside_and_all_others_are_drawn(bench: Bench) -> None:
-    """Whoever has one of its samples loses the engine's process."""
-    wanted = requests(40, LONG, seed=900)
-    _, before = bench.draw(wanted)
-    poison = [SampleRequest("poison", i, prompt(50), i, LONG) for i in range(4)]
-    told: list[str] = []
-    bench.pool.on_trouble, on_trouble = told.append, bench.pool.on_trouble
-
-    async def kill_who_has_it() -> None:
-        while True:
-            for engine in bench.pool._engines.values():
-                if engine.alive and any(t.request.prompt_id == "poison" for t in engine.work.values()):
-                    os.kill(engine.pids["core_pid"], signal.SIGKILL)
-            await asyncio.sleep(0.02)
-
-    async def draw() -> list[SampleInfo | BaseException]:
-        killing = asyncio.create_task(kill_who_has_it())
-        drawn = await asyncio.gather(*(bench.pool.generate(r) for r in [*poison, *wanted]), return_exceptions=True)
-        killing.cancel()
-        while len(bench.pool.engines()) < 2:
-            await asyncio.sleep(0.1)
-        return drawn
-
-    drawn = bench.run(draw(), timeout_s=280)
-    bench.pool.on_trouble = on_trouble
-    assert all(isinstance(e, PoisonedError) for e in drawn[:4])
-    assert "prompt poison ends rollout engines" in str(drawn[0])
-    assert "2 of them on nothing else" in str(drawn[0])
-    assert 4 <= len(told) <= 8, "of two engines among others, and then alone"
-    after = [ray.get(i.ref, timeout=10)[i.row] for i in drawn[4:] if isinstance(i, SampleInfo)]
-    assert [s.token_ids.tolist() for s in after] == [s.token_ids.tolist() for s in before]
 
 
 def test_samples_outlive_the_actor_that_drew_them(bench: Bench) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from actors.runtime import log_tail
 from tests.end_to_end.clusters import Place
 from tests.end_to_end.runs import ledger, metrics
 
@@ -35,10 +36,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         place.close()
 
 
-def wait_for(what: Callable[[], bool], why: str) -> None:
+def wait_for(what: Callable[[], bool], why: str, run: Path | None = None) -> None:
     deadline = time.monotonic() + LIMIT_S
     while not what():
-        assert time.monotonic() < deadline, why
+        if time.monotonic() > deadline:
+            logs = sorted(run.glob("logs/*.log")) if run else []
+            pytest.fail("\n".join([why, *(f"{log.name}: {log_tail(log)}" for log in logs)]))
         time.sleep(0.2)
 
 
@@ -47,7 +50,7 @@ def steps(run: Path) -> list[dict[str, float]]:
 
 
 def await_step(run: Path, number: int) -> None:
-    wait_for(lambda: len(steps(run)) >= number, f"no step {number}")
+    wait_for(lambda: len(steps(run)) >= number, f"no step {number}", run)
 
 
 def await_workers(run: Path, role: str, number: int) -> int:
@@ -57,7 +60,7 @@ def await_workers(run: Path, role: str, number: int) -> int:
     def later() -> list[dict[str, float]]:
         return [m for m in steps(run)[after:] if m[f"workers/{role}"] == number]
 
-    wait_for(lambda: bool(later()), f"no step with {role} {number}")
+    wait_for(lambda: bool(later()), f"no step with {role} {number}", run)
     return int(later()[0]["step"])
 
 
