@@ -1,7 +1,7 @@
 # make smoke   sets everything up and trains a tiny model for real, on any machine
 # make test    sets everything up and runs the tests
 # make bench   the tables of the README
-.PHONY: smoke test test-all test-cluster chaos lint bench bench-versus bench-learning bench-simulate bench-sync bench-gpu bench-sandbox lock help
+.PHONY: smoke test test-all test-cluster chaos lint bench bench-versus bench-learning bench-simulate bench-sync bench-growth bench-gpu bench-sandbox lock help
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 # Set in many images; without bytecode every worker process compiles its packages again.
@@ -39,6 +39,9 @@ bench-versus: .venv/.ready  ## a training step against TRL's, and against what t
 
 bench-sync: .venv/.ready  ## a weight sync of 500 MB to two engines that sample (three minutes)
 	@$(BIN)/python -m tests.bench.sync
+
+bench-growth: .venv/.ready  ## seconds and memory over sequence length, model size and group size (five minutes)
+	@$(BIN)/python -m tests.bench.growth
 
 bench-gpu: .venv/.ready  ## Qwen2.5-1.5B's shape on one GPU, sampler and learner in turns, against bare vLLM (needs 40 GB)
 	@$(BIN)/python -m tests.bench.gpu

@@ -37,7 +37,8 @@ class RunDir:
         """Raises ConfigError when the name is taken: runs are never overwritten. Logs of a start that failed are no run."""
         if path.exists() and any(entry.name != cls.LOGS for entry in path.iterdir()):
             raise ConfigError(
-                f"run {path} exists already; continue it with `grpo-ray resume {path}`, or choose another with name=..."
+                f"run {path} exists already; continue it with `grpo-ray resume {path}` (on a cluster "
+                f"`grpo-ray submit --resume {path.name}`), or choose another with name=..."
             )
         path.mkdir(parents=True, exist_ok=True)
         return cls(path)

@@ -262,6 +262,7 @@ def test_zero3_ranks_gather_what_they_hold(setting: Setting, tiny_model: Path) -
 
 @pytest.mark.slow
 def test_greedy_tokens_are_those_of_an_engine_started_on_the_exported_model(setting: Setting, tmp_path: Path) -> None:
+    """But for ties: where the two part, each has taken its likeliest token, and both are as likely."""
     version = setting.next_version()
     setting.bench.run(setting.sync.sync(version))
     exported = setting.folder / f"hf-{version}"
@@ -272,10 +273,17 @@ def test_greedy_tokens_are_those_of_an_engine_started_on_the_exported_model(sett
         replace(r, prompt_token_ids=PROMPT[i:]) for i, r in enumerate(requests(16, replace(LONG, temperature=0.0)))
     ]
     try:
-        expected = [s.token_ids.tolist() for s in merged.draw(wanted)[1]]
+        expected = merged.draw(wanted)[1]
     finally:
         setting.bench.run(pool.close())
-    assert [s.token_ids.tolist() for s in setting.bench.draw(wanted)[1]] == expected
+    same = 0
+    for got, want in zip(setting.bench.draw(wanted)[1], expected, strict=True):
+        together = min(len(got.token_ids), len(want.token_ids))
+        apart = np.flatnonzero(got.token_ids[:together] != want.token_ids[:together])
+        until = int(apart[0]) + 1 if len(apart) else together
+        np.testing.assert_allclose(got.logprobs[:until], want.logprobs[:until], atol=1e-4)
+        same += not len(apart) and len(got.token_ids) == len(want.token_ids)
+    assert same >= 12
 
 
 @pytest.mark.parametrize(("r", "rank"), [(1, 1), (4, 8), (8, 8), (24, 32), (300, 320), (MAX_ADAPTER_RANK, 512)])

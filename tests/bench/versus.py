@@ -49,6 +49,8 @@ PEER_ENV = {
 }
 """What TRL is fastest with; the learner here sets the first of these for itself."""
 BOUND_ENV = PEER_ENV | {"OMP_NUM_THREADS": "1"}
+OUR_ENV = {"RAY_worker_niceness": "0"}
+"""Ray's workers give way to everything else on the machine (nice 15); nobody else's do."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def _row(table: str, task: str, name: str, repeat: int, steps: int, options: arg
         steps=lambda: read_steps(path),
         log=FOLDER / "last.log",
         limit_s=options.limit if goal is None else COLD_START_LIMIT_S,
-        env=_env({} if ours else PEER_ENV if case.kind == "trl" else BOUND_ENV),
+        env=_env(OUR_ENV if ours else PEER_ENV if case.kind == "trl" else BOUND_ENV),
         done=lambda lines: goal is not None and _first(lines, goal) is not None,
     )
     lines = read_steps(path)
