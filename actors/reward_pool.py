@@ -31,6 +31,7 @@ MAX_BATCH = 64
 """Samples in one call: enough to make Ray's share of the cost small, few enough to spread over the workers."""
 WATCH_S = 10.0
 STOP_TIMEOUT_S = 10.0
+JOIN_TRIES = 3
 log = logging.getLogger(__name__)
 
 
@@ -211,13 +212,21 @@ class RewardPool:
 
     async def _join(self, worker: _Worker) -> None:
         """A pool that works is not broken by one that can't join it."""
-        try:
-            await self._start(worker)
-        except (RewardError, DeadlineError, WorkerError) as e:
-            self.on_trouble(f"{worker.name} was to join and does not start: {e}")
-            self._remove(worker)
-        else:
-            await self._serve(worker)
+        for left in reversed(range(JOIN_TRIES)):
+            try:
+                await self._start(worker)
+            except (RewardError, DeadlineError, WorkerError) as e:
+                again = left > 0 and not isinstance(e, RewardError)
+                self.on_trouble(
+                    f"{worker.name} was to join and does not start{', it is tried again' if again else ''}: {e}"
+                )
+                if not again:
+                    self._remove(worker)
+                    return
+                self._source.kill(worker.actor)
+            else:
+                await self._serve(worker)
+                return
 
     def _remove(self, worker: _Worker) -> None:
         del self._workers[worker.index]

@@ -99,7 +99,12 @@ class Place:
     def add_node(self, name: str, num_cpus: float, **resources: float) -> None:
         """A raylet more, with the label `site: NAME`."""
         options = [f"--num-cpus={num_cpus:g}", f"--labels=site={name}", f"--resources={json.dumps(resources)}"]
-        options += [f"--metrics-export-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
+        # Its own folder, as on a machine of its own: nodes that share one unpack a job's code over each other.
+        options += [
+            f"--temp-dir={self.tmp / name}",
+            f"--metrics-export-port={free_port()}",
+            f"--dashboard-agent-listen-port={free_port()}",
+        ]
         with open(self.tmp / f"{name}.log", "wb") as log:
             self._nodes[name] = subprocess.Popen(
                 [

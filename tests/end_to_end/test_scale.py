@@ -146,6 +146,8 @@ def test_a_node_that_dies_with_a_sampler_costs_nothing_but_that(place: Place) ->
     await_step(run, before + 20)
     print(f"20 steps in {time.monotonic() - began:.1f} s after the node died")
     assert lost not in place.where("node")
+    # Until Ray knows it, what needs no resources may be put on the dead node, and is not put elsewhere.
+    wait_for(lambda: "spare" not in place.nodes().values(), "Ray does not notice")
     # What is left is enough for one.
     code, output = place.run("scale", "node", "rollout=1", "reward=3", *at)
     assert code == 0, output
