@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -189,7 +189,9 @@ def judge_pairs(
         "https://api.openai.com/v1"
     ),
     rubric: Annotated[Path | None, typer.Option(help="File with what to compare by; else helpfulness")] = None,
-    part: Annotated[str, typer.Option(help="What the judge sees of an answer: all, reasoning or summary")] = "all",
+    part: Annotated[
+        Literal["all", "reasoning", "summary"], typer.Option(help="What the judge sees of an answer")
+    ] = "all",
     pairs_per_prompt: Annotated[int, typer.Option(min=1, help="Comparisons of each prompt's answers")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Judgements in each of the two orders")] = 2,
     min_margin: Annotated[float, typer.Option(min=0, help="Least mean difference of ratings, in points of ten")] = 1.0,
@@ -206,8 +208,6 @@ def judge_pairs(
     from grpo_ray.judged_pairs import RUBRIC
     from launch.judge_pairs import make_pairs
 
-    if part not in ("all", "reasoning", "summary"):
-        raise ConfigError(f"--part is {part!r}, expected all, reasoning or summary")
     make_pairs(
         answers,
         out,
@@ -219,7 +219,7 @@ def judge_pairs(
             cache=str(cache) if cache else None,
         ),
         rubric=RUBRIC if rubric is None else rubric.read_text().strip(),
-        part=part,  # type: ignore[arg-type]
+        part=part,
         pairs_per_prompt=pairs_per_prompt,
         rounds=rounds,
         min_margin=min_margin,
