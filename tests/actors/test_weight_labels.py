@@ -35,6 +35,7 @@ class Pool:
         self.stages_weights = stages_weights
         self.target = EngineTarget("rollout-1", 2, Handle(calls), 1)
         self.synced: list[int] = []
+        self.membership = asyncio.Lock()
 
     def engines(self, *, stale_only: bool = False) -> list[EngineTarget]:
         return [self.target]
