@@ -134,6 +134,7 @@ def setting(local_ray: None, tiny_model: Path, tmp_path_factory: pytest.TempPath
     assert not list(scratch.glob("grpo-ray-*")), "nothing is left behind"
 
 
+@pytest.mark.slow
 def test_before_the_first_sync_the_bare_model_samples_as_version_0(setting: Setting, tiny_model: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -143,6 +144,7 @@ def test_before_the_first_sync_the_bare_model_samples_as_version_0(setting: Sett
     assert {v.version for s in samples for v in s.versions} == {0}
 
 
+@pytest.mark.slow
 def test_after_a_sync_both_engines_sample_as_the_exported_model_and_as_the_learner(setting: Setting) -> None:
     version = setting.next_version()
     report = setting.bench.run(setting.sync.sync(version))
@@ -160,6 +162,7 @@ def test_after_a_sync_both_engines_sample_as_the_exported_model_and_as_the_learn
     assert setting.update() < 1e-5
 
 
+@pytest.mark.slow
 def test_no_version_is_answered_from_the_prefix_cache_of_another(setting: Setting) -> None:
     drawn = []
     for _ in range(2):
@@ -172,6 +175,7 @@ def test_no_version_is_answered_from_the_prefix_cache_of_another(setting: Settin
     assert max(abs(a.logprobs[0] - b.logprobs[0]) for a, b in zip(first, second, strict=True)) > 0.01
 
 
+@pytest.mark.slow
 def test_samples_in_flight_finish_under_the_adapter_that_they_began_with(setting: Setting) -> None:
     old = setting.next_version()
     setting.bench.run(setting.sync.sync(old))
