@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from grpo_ray.config import DataSource
@@ -13,6 +14,7 @@ from grpo_ray.pipeline.record import Record
 from grpo_ray.pipeline.report import held_out_figures
 
 console = Console(highlight=False, soft_wrap=True)
+MAX_WIDTH = 240
 
 
 def print_figures(plan: Plan, record: Record) -> None:
@@ -21,13 +23,15 @@ def print_figures(plan: Plan, record: Record) -> None:
     if not head:
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("held out")
+    table.add_column("held out", no_wrap=True)
     for name in head:
         table.add_column(name, justify="right", no_wrap=True)
     for name, values in rows:
         table.add_row(name, *values)
     console.print()
-    console.print(table)
+    # Whole, also where the output is a file or a narrow terminal.
+    whole = Measurement.get(console, console.options.update(max_width=MAX_WIDTH), table).maximum
+    Console(highlight=False, width=max(console.width, whole)).print(table)
 
 
 def print_plan(plan: Plan, record: Record, todo: list[Stage]) -> None:
