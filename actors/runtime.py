@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import multiprocessing
 import os
 import re
 import sys
+import threading
 from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -87,6 +89,20 @@ def own_log(run_dir: str, name: str) -> Path:
     os.dup2(fd, 2)
     os.close(fd)
     return path
+
+
+def end_with_parent() -> None:
+    """From now on this process ends when the one that started it is gone, however that went; only what multiprocessing has started
+    does. An engine's core outlives its actor otherwise, with all its memory, where no raylet is left to end it."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
 def node_died(error: BaseException) -> bool:

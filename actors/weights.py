@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol, TypedDict
 
 from ray.exceptions import RayError
 
-from actors.runtime import within
+from actors.runtime import end_with_parent, within
 from grpo_ray.config import RunConfig
 from grpo_ray.errors import ConfigError, DeadlineError, GrpoRayError, WorkerError
 from grpo_ray.types import SyncReport, Track
@@ -104,6 +104,7 @@ def register() -> None:
     from actors import weight_backend
 
     weight_backend.register()
+    end_with_parent()
 
 
 def resolve_backend(config: RunConfig, *, has_gpus: bool) -> Literal["gloo", "nccl", "ipc"]:

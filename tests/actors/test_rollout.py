@@ -6,12 +6,16 @@ import asyncio
 import os
 import shutil
 import signal
-from collections.abc import Coroutine, Iterator
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -265,3 +269,47 @@ def test_a_model_without_weights_says_so_with_the_log(local_ray: None, tiny_mode
     with pytest.raises(WorkerError, match="rollout-0 does not start") as error:
         asyncio.run(RolloutPool.create(config, str(tmp_path / "model"), str(tmp_path), has_gpus=False))
     assert "does not start: RuntimeError: Cannot find any model weights" in str(error.value)
+
+
+ALONE = """
+import asyncio, os, sys
+from pathlib import Path
+from actors.rollout import RolloutActor, rollout_env
+from grpo_ray.config import RolloutConfig
+
+async def main(model, run_dir):
+    config = RolloutConfig(max_completion_length=16, max_num_seqs=4, kv_cache_gb=0.05)
+    os.environ.update(rollout_env(config, on_gpu=False, backend="gloo"))
+    actor = RolloutActor(config, model, "float32", 64, run_dir, 0, 1, "gloo")
+    pids = await actor.ready()
+    (Path(run_dir) / "core.new").write_text(str(pids["core_pid"]))
+    (Path(run_dir) / "core.new").rename(Path(run_dir) / "core")
+    await asyncio.sleep(600)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+def test_an_engine_ends_with_its_actor_when_no_raylet_is_left_to_end_it(tiny_model: Path, tmp_path: Path) -> None:
+    """As after `ray stop --force`, or when a whole node's Ray is killed: its memory would never be free again."""
+    (tmp_path / "logs").mkdir()
+    told = tmp_path / "core"
+    actor = subprocess.Popen([sys.executable, "-c", ALONE, str(tiny_model), str(tmp_path)])
+    try:
+        wait_until(told.exists, 120)
+    finally:
+        actor.kill()
+        actor.wait(10)
+    core = psutil.Process(int(told.read_text()))
+    try:
+        wait_until(lambda: not core.is_running() or core.status() == psutil.STATUS_ZOMBIE, 15)
+    finally:
+        if core.is_running():
+            core.kill()
+
+
+def wait_until(what: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
