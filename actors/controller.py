@@ -122,7 +122,9 @@ class Controller:
         except BaseException as e:
             end = EndEvent("failed", hide_secrets(_message(e)))
             print(hide_secrets(traceback.format_exc()), file=sys.stderr, flush=True)
-        self._scaler = None
+        if self._scaler is not None:
+            await self._scaler.close()
+            self._scaler = None
         self._emit(end)
         self._leaving = asyncio.create_task(self._leave())
 

@@ -15,7 +15,7 @@ from typing import Protocol
 from actors.cluster import await_resources, demands, has_gpus
 from grpo_ray.checkpoint_store import Place
 from grpo_ray.config import RunConfig
-from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
+from grpo_ray.errors import DeadlineError, GrpoRayError, ResourceError, WorkerError
 from grpo_ray.roles import Learner, WeightSync
 from grpo_ray.scaling import (
     PATIENCE,
@@ -74,13 +74,23 @@ class RunScaler:
         self._no_room: set[str] = set()
         """Roles that the cluster had no room for."""
         self._scaling_itself: asyncio.Task[None] | None = None
+        self._waiting: asyncio.Task[None] | None = None
+        """For room on the cluster."""
+        self._closed = False
+
+    async def close(self) -> None:
+        """The run ends. Nothing waits for room any more: the autoscaler would keep nodes for it."""
+        self._closed = True
+        if self._waiting is not None:
+            self._waiting.cancel()
+            await asyncio.gather(self._waiting, return_exceptions=True)
 
     async def scale(self, words: Sequence[str]) -> str:
         """The command: `["rollout=4", "learner=2"]`. Returns what was and what will be.
 
         Raises:
             ConfigError: words that say no numbers, or numbers that this run can't have.
-            ResourceError: the cluster did not get large enough within deadlines.resources_s.
+            ResourceError: the cluster did not get large enough within deadlines.resources_s, or the run ended before.
         """
         asked = parse_counts(words)
         async with self._lock:
@@ -95,8 +105,18 @@ class RunScaler:
         config = rescaled(self._config, asked)
         before = counts(self._config)
         if any(number > before[role] for role, number in asked.items()):
-            await await_resources(demands(config, has_gpus()), config.deadlines.resources_s)
+            await self._await_room(config)
         self._use(config)
+
+    async def _await_room(self, config: RunConfig) -> None:
+        room = await_resources(demands(config, has_gpus()), config.deadlines.resources_s)
+        self._waiting = asyncio.create_task(room)
+        try:
+            await self._waiting
+        except asyncio.CancelledError:
+            if self._closed:
+                raise ResourceError("the run has ended; the cluster had no room for more workers till then") from None
+            raise
 
     def _use(self, config: RunConfig) -> None:
         self._config = config
