@@ -18,6 +18,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from grpo_ray.advice import advise, mean_step
+from grpo_ray.files import write_whole
 from grpo_ray.metrics import LOSSES, describe, duration
 from grpo_ray.report_charts import inert_json, metric_charts, time_charts, time_shares
 from grpo_ray.report_timeline import busy_table, timeline_chart
@@ -88,9 +89,7 @@ def write_report(run_dir: Path, ledger: Mapping[str, Any] | None = None) -> Path
         failures=_failures(lines),
     )
     path = run_dir / "report.html"
-    aside = run_dir / "report.html.new"
-    aside.write_text(page, encoding="utf-8", errors="replace")
-    aside.replace(path)
+    write_whole(path, page.encode("utf-8", errors="replace"))
     return path
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grpo_ray.errors import DataError
+from grpo_ray.files import ASIDE, write_whole
 from grpo_ray.rollout_log import utf8
 from grpo_ray.seeds import sample_seed
 from grpo_ray.types import Prompt, Sample, Score
@@ -102,7 +102,7 @@ class SampleFolder:
             DataError: its files were made with something else.
         """
         path.mkdir(parents=True, exist_ok=True)
-        for left in path.glob("*.new"):
+        for left in path.glob(f"*{ASIDE}"):
             left.unlink()
         file = about_file(path)
         wanted = json.loads(json.dumps(asdict(about)))
@@ -116,7 +116,7 @@ class SampleFolder:
                     "two kinds are never mixed; choose another name with name=..., or remove the folder"
                 )
         else:
-            write_atomically(file, json.dumps(wanted, indent=1).encode())
+            write_whole(file, json.dumps(wanted, indent=1).encode())
         return cls(path, about)
 
     def missing(self) -> list[int]:
@@ -129,7 +129,7 @@ class SampleFolder:
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
         file = self._file(number)
-        write_atomically(file, sink.getvalue())
+        write_whole(file, memoryview(sink.getvalue()))
         return file
 
     def _file(self, number: int) -> Path:
@@ -185,15 +185,6 @@ def read_samples(folder: Path) -> Iterator[dict[str, Any]]:
 def about_file(folder: Path) -> Path:
     """Beside the folder, in which others expect nothing but Parquet."""
     return folder.with_name(f"{folder.name}.json")
-
-
-def write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
-    aside = path.with_name(f"{path.name}.new")
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
 
 
 def _json(value: Any) -> str:

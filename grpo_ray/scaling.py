@@ -8,7 +8,6 @@ A run's config.yaml keeps the numbers asked for last, so a resumed run begins wi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import yaml
 
 from grpo_ray.config import SHARED_POOL, RunConfig, build, deep_merge, load_yaml
 from grpo_ray.errors import ConfigError
+from grpo_ray.files import write_whole
 
 SCALED = ("rollout", "reward", "learner")
 """The roles, by their sections of the config."""
@@ -149,6 +149,5 @@ def change(before: Mapping[str, int], after: Mapping[str, int]) -> str:
 def record(path: Path, numbers: Mapping[str, int]) -> None:
     """Write the numbers into a run's config.yaml; all of it, or nothing."""
     top = {role: {"num_actors": number} for role, number in numbers.items()}
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(yaml.safe_dump(deep_merge(load_yaml(path), top), sort_keys=False, allow_unicode=True))
-    os.replace(aside, path)
+    text = yaml.safe_dump(deep_merge(load_yaml(path), top), sort_keys=False, allow_unicode=True)
+    write_whole(path, text.encode())

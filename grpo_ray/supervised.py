@@ -12,11 +12,12 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from grpo_ray.config import DpoConfig, RewardModelConfig, SftConfig
 from grpo_ray.cursor import Cursor
 from grpo_ray.errors import ConfigError
+from grpo_ray.files import write_whole
 from grpo_ray.pairs import Pair, PairDataset, PairSets, load_pairs, pair_batch
 from grpo_ray.prompts import SftDataset, load_demonstrations
 from grpo_ray.sft_loop import sft_batch
@@ -76,10 +77,12 @@ class Preferences:
         out: dict[str, float] = {}
         for name, pairs in self.sets.eval.items():
             prefix = f"eval/{name}/" if name else "eval/"
-            values = torch.tensor(await self._values(learner, list(pairs), read_last=True), dtype=torch.float64)
-            targets = torch.tensor([pair.target for pair in pairs], dtype=torch.float64)
-            out |= {f"{prefix}{key}": value for key, value in held_out(values, targets).items()}
+            out |= {f"{prefix}{key}": value for key, value in (await self._held_out(learner, name, pairs)).items()}
         return out
+
+    async def _held_out(self, learner: Valuing, name: str, pairs: PairDataset) -> dict[str, float]:
+        values = torch.tensor(await self._values(learner, list(pairs), read_last=True), dtype=torch.float64)
+        return held_out(values, torch.tensor([pair.target for pair in pairs], dtype=torch.float64))
 
     async def _values(self, learner: Valuing, pairs: Sequence[Pair], *, read_last: bool) -> list[list[float]]:
         """Of each pair, one or two."""
@@ -132,22 +135,15 @@ class DirectPreferences(Preferences):
         for name, pairs in self.sets.eval.items():
             told = await self._values(learner, list(pairs), read_last=False)
             tensors[f"eval/{name}"] = torch.tensor(told, dtype=torch.float64)
-        aside = file.with_name(f".{file.name}.tmp")
-        save_file(tensors, aside, metadata=self._fingerprints)
-        aside.replace(file)
+        write_whole(file, save(tensors, metadata=self._fingerprints))
 
     @property
     def _fingerprints(self) -> dict[str, str]:
         return {"train": self.dataset.fingerprint} | {f"eval/{n}": s.fingerprint for n, s in self.sets.eval.items()}
 
-    async def measure(self, learner: Valuing) -> dict[str, float]:
-        out: dict[str, float] = {}
-        for name, pairs in self.sets.eval.items():
-            prefix = f"eval/{name}/" if name else "eval/"
-            values = torch.tensor(await self._values(learner, list(pairs), read_last=False), dtype=torch.float64)
-            ahead = held_out(values - self.held_references[name], torch.zeros(len(values)))
-            out |= {f"{prefix}{key}": value for key, value in ahead.items()}
-        return out
+    async def _held_out(self, learner: Valuing, name: str, pairs: PairDataset) -> dict[str, float]:
+        values = torch.tensor(await self._values(learner, list(pairs), read_last=False), dtype=torch.float64)
+        return held_out(values - self.held_references[name], torch.zeros(len(values)))
 
 
 Task = Demonstrations | Preferences

@@ -18,6 +18,7 @@ from typing import Any
 
 from grpo_ray.config import TrackingConfig
 from grpo_ray.errors import ConfigError
+from grpo_ray.files import write_whole
 from grpo_ray.roles import Tracker
 
 log = logging.getLogger(__name__)
@@ -78,12 +79,7 @@ def truncate_after(path: Path, step: int | None) -> None:
     new = b"".join(kept)
     if new == old:
         return
-    aside = path.with_suffix(".jsonl.new")
-    with aside.open("wb") as file:
-        file.write(new)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    write_whole(path, new)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo_ray.errors import CheckpointError
+from grpo_ray.files import write_whole
 from grpo_ray.manifest import digest_of
-from grpo_ray.sample_files import write_atomically
 
 NAME = "pipeline.json"
 FORMAT = 1
@@ -89,7 +89,7 @@ class Record:
 
     def _write(self) -> None:
         content = {"format": FORMAT, "stages": {name: asdict(stage) for name, stage in self.stages.items()}}
-        write_atomically(self._path, (json.dumps(content, indent=1) + "\n").encode())
+        write_whole(self._path, (json.dumps(content, indent=1) + "\n").encode())
 
     def add_cost(self, name: str, seconds: float, tokens: int) -> StageRecord:
         """The stage with one start more.

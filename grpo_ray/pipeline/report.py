@@ -15,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from grpo_ray.files import write_whole
 from grpo_ray.metrics import duration
 from grpo_ray.pipeline.gates import figures_of, judge
 from grpo_ray.pipeline.plan import Plan, Stage
@@ -52,9 +53,7 @@ def write_pipeline_report(plan: Plan, record: Record) -> Path:
         recipe=yaml.safe_dump(plan.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
     )
     path = plan.folder / "report.html"
-    aside = path.with_name("report.html.new")
-    aside.write_text(page, encoding="utf-8", errors="replace")
-    aside.replace(path)
+    write_whole(path, page.encode("utf-8", errors="replace"))
     return path
 
 
