@@ -11,8 +11,9 @@ from typing import Any
 
 from grpo_ray.errors import DataError
 from grpo_ray.filters.config import SampledSource
-from grpo_ray.filters.trace import first_fault, reasoning_of, trace_of
+from grpo_ray.filters.trace import first_fault, trace_of
 from grpo_ray.rewards.answer_tag import answer_of
+from grpo_ray.rewards.parts import part_of
 
 Row = dict[str, Any]
 
@@ -104,4 +105,4 @@ def written(completion: str, columns: Row, summary: str | dict[str, str] | None)
         if language not in summary:
             raise DataError(f"summary has none for language {language!r} of a row; it has: {', '.join(summary)}")
         summary = summary[language]
-    return f"<think>{reasoning_of(completion)}</think>{summary.replace('{answer}', answer_of(completion))}"
+    return f"<think>{part_of(completion, 'reasoning')}</think>{summary.replace('{answer}', answer_of(completion))}"

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import itertools
 import re
-import unicodedata
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from grpo_ray.filters.config import FilterConfig
+from grpo_ray.rewards.language_consistency import script_of, words_of
+from grpo_ray.rewards.parts import part_of
+from grpo_ray.rewards.r1_format import match_r1
 from grpo_ray.types import ScoreStatus
 
-TAG = re.compile(r"</?(?:think|answer)>")
-_R1 = re.compile(r"\s*<think>(?P<think>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
-_THINK = re.compile(r"\s*<think>(?P<think>.*?)</think>(?P<answer>.*)", re.DOTALL)
+_THINK = re.compile(r"\s*<think>.*?</think>(?P<answer>.*)", re.DOTALL)
 _FORMULA = re.compile(r"\$[^$]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[a-zA-Z]+|```.*?```", re.DOTALL)
 _UNSPACED_RANGES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 _WORD = re.compile(rf"[{_UNSPACED_RANGES}]|[^\W{_UNSPACED_RANGES}]+|[^\w\s]")
@@ -24,8 +23,6 @@ MIN_LOOP_CHARS = 24
 """A shorter tail (`...`, `=====`) is no loop."""
 MIN_LINE_CHARS = 8
 MIN_FOREIGN = 2
-UNSPACED = frozenset({"CJK", "THAI", "LAO", "KHMER", "MYANMAR"})
-"""Scripts without spaces between words."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def first_fault(trace: Trace, config: FilterConfig) -> str | None:
         return "cut off"
     if (wrong := _score_fault(trace, config)) is not None:
         return wrong
-    reasoning = reasoning_of(trace.completion)
+    reasoning = part_of(trace.completion, "reasoning")
     if config.form is not None and not _has_form(trace.completion, config.form):
         return "form"
     if len(reasoning.strip()) < config.min_reasoning_chars:
@@ -90,19 +87,14 @@ def _score_fault(trace: Trace, config: FilterConfig) -> str | None:
     return None
 
 
-def reasoning_of(completion: str) -> str:
-    """What `<think>` holds; the whole text where it is not closed."""
-    found = _THINK.match(completion)
-    return found["think"] if found else completion
-
-
 def _has_form(completion: str, form: str) -> bool:
-    tags = TAG.findall(completion)
+    """With something in the answer's place, which the rewards of these forms don't ask for."""
     if form == "r1":
-        found = _R1.fullmatch(completion)
-        return found is not None and len(tags) == 4 and bool(found["answer"].strip())
-    found = _THINK.fullmatch(completion)
-    return found is not None and tags.count("<think>") == tags.count("</think>") == 1 and bool(found["answer"].strip())
+        found = match_r1(completion)
+    else:
+        once = completion.count("<think>") == completion.count("</think>") == 1
+        found = _THINK.fullmatch(completion) if once else None
+    return found is not None and bool(found["answer"].strip())
 
 
 def foreign(prompt: str, completion: str) -> float:
@@ -119,23 +111,12 @@ def foreign(prompt: str, completion: str) -> float:
 
 
 def words_by_script(text: str) -> dict[str, list[str]]:
+    """`LATIN`, `CJK`, `CYRILLIC`, ..: kana counts as CJK, for Japanese is written with both."""
     out: dict[str, list[str]] = {}
-    for script, run in itertools.groupby(_FORMULA.sub(" ", TAG.sub(" ", text)), key=script_of):
-        word = "".join(run)
-        if script in UNSPACED:
-            out.setdefault(script, []).extend(word)
-        elif script and len(word) > 1:
-            out.setdefault(script, []).append(word)
+    for word in words_of(_FORMULA.sub(" ", text)):
+        script = script_of(word)
+        out.setdefault("CJK" if script in ("HIRAGANA", "KATAKANA") else script, []).append(word)
     return out
-
-
-@lru_cache(maxsize=65536)
-def script_of(character: str) -> str:
-    """`LATIN`, `CJK`, `CYRILLIC`, ..; '' for what is no letter. Kana counts as CJK: Japanese is written with both."""
-    if not character.isalpha():
-        return ""
-    name = unicodedata.name(character, "").split(" ", 1)[0]
-    return "CJK" if name in ("HIRAGANA", "KATAKANA") else name
 
 
 def repeated(text: str, n: int) -> float:

@@ -111,7 +111,7 @@ def _languages(args: dict[str, Any]) -> set[str]:
 def words_of(text: str) -> list[str]:
     """In order; see the file's head for what counts."""
     plain = _NO_WORDS.sub(" ", unicodedata.normalize("NFKC", text))
-    return [word for run in _runs(plain) for word in (run if _script(run) in _UNSPACED else [run] * (len(run) > 1))]
+    return [word for run in _runs(plain) for word in (run if script_of(run) in _UNSPACED else [run] * (len(run) > 1))]
 
 
 def _runs(text: str) -> Iterator[str]:
@@ -121,10 +121,10 @@ def _runs(text: str) -> Iterator[str]:
         sign = text[place]
         if sign in "'\u2019":
             within = 0 < place < len(text) - 1 and text[place - 1].isalpha() and text[place + 1].isalpha()
-            return _script(text[place - 1]) if within else ""
+            return script_of(text[place - 1]) if within else ""
         if unicodedata.category(sign)[0] == "M":
             return kind(place - 1) if place else ""
-        return _script(sign) if sign.isalpha() else ""
+        return script_of(sign) if sign.isalpha() else ""
 
     for script, places in groupby(range(len(text)), key=kind):
         if script:
@@ -136,7 +136,8 @@ def _script_of(sign: str) -> str:
     return unicodedata.name(sign, "?").split()[0]
 
 
-def _script(word: str) -> str:
+def script_of(word: str) -> str:
+    """`LATIN`, `CJK`, ..: that of its first letter."""
     return _script_of(word[0])
 
 
@@ -151,7 +152,7 @@ def _share(text: str, target: str, others: tuple[str, ...]) -> float | None:
 
 def _is_of(word: str, target: str, others: tuple[str, ...]) -> bool | None:
     """None: it can be of more than one."""
-    script = _script(word)
+    script = script_of(word)
     if script not in _SCRIPTS.get(target, _LATIN):
         return False
     if target in _BY_SCRIPT_ALONE:

@@ -18,7 +18,7 @@ def part_of(text: str, part: Part) -> str:
         return text
     before, closed, after = text.rpartition(_CLOSE)
     if closed:
-        return before.removeprefix(_OPEN) if part == "reasoning" else after
+        return before.lstrip().removeprefix(_OPEN) if part == "reasoning" else after
     if _OPEN in text:
         return text.partition(_OPEN)[2] if part == "reasoning" else ""
     return text

@@ -16,8 +16,10 @@ def r1_format(completions: Completions, prefilled: bool = False) -> list[float]:
     Range {0, 1}. `prefilled`: the prompt's template already wrote `<think>`, so the completion starts behind it.
     Source: DeepSeek-R1-Zero's format reward (2501.12948, section 2.2.2 and its Table 1).
     """
-    return [_is_r1(("<think>" if prefilled else "") + text_of(c)) for c in completions]
+    return [float(match_r1(("<think>" if prefilled else "") + text_of(c)) is not None) for c in completions]
 
 
-def _is_r1(text: str) -> float:
-    return float(_R1.fullmatch(text) is not None and len(_TAG.findall(text)) == 4)
+def match_r1(text: str) -> re.Match[str] | None:
+    """The groups `think` and `answer` of a text in that form; None for any other."""
+    found = _R1.fullmatch(text)
+    return found if len(_TAG.findall(text)) == 4 else None
