@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from grpo_ray.config import ClusterConfig, LearnerConfig, RewardConfig, RolloutConfig, RunConfig, SftConfig
+from grpo_ray.config import ClusterConfig, LearnerConfig, RolloutConfig, RunConfig, SftConfig
+from grpo_ray.config_reward import RewardConfig
 from grpo_ray.errors import ResourceError
 from grpo_ray.labels import fits
 from grpo_ray.secrets import token_path

@@ -34,7 +34,8 @@ from actors.weights import RayWeightSync
 from grpo_ray.attention import cpu_has_bf16
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import Place
-from grpo_ray.config import SHARED_POOL, RewardConfig, RunConfig, SftConfig, Strict
+from grpo_ray.config import RunConfig, SftConfig, Strict
+from grpo_ray.config_reward import SHARED_POOL, RewardConfig
 from grpo_ray.cursor import Cursor
 from grpo_ray.errors import ConfigError, GrpoRayError, LostSamplesError
 from grpo_ray.evaluate import eval_event, evaluate, vote_config

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import psutil
 
-from grpo_ray.config import RewardFunctionConfig
+from grpo_ray.config_reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards import RewardFunction, ScoreInputs, call_reward, resolve
 from grpo_ray.rewards.scoring import failures

@@ -23,7 +23,7 @@ from actors.cluster import placed
 from actors.reward import FETCH_TIMEOUT_S, RewardActor
 from actors.runtime import Actors, RayActors, start_named, within
 from grpo_ray.activity import IDLE, Activity
-from grpo_ray.config import SHARED_POOL, RewardConfig
+from grpo_ray.config_reward import SHARED_POOL, RewardConfig
 from grpo_ray.errors import DeadlineError, RewardError, WorkerError
 from grpo_ray.types import Score, ScoreRequest, Track
 

@@ -26,7 +26,7 @@ import psutil
 
 import grpo_ray
 from actors.reward_child import HEADER, Call, Setup
-from grpo_ray.config import RewardConfig
+from grpo_ray.config_reward import RewardConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.function import ScoreInputs
 from grpo_ray.rewards.scoring import failures

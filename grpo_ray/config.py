@@ -1,23 +1,28 @@
 """The schema of a run. Every default exists here, once; `grpo-ray check` prints the resolved whole.
 
-`algorithm` is in `config_algorithm.py`. Names follow TRL and verl where both mean the same. Times are in seconds (`_s`),
-sizes in bytes or GiB as named.
+`algorithm` is in `config_algorithm.py`, `reward` in `config_reward.py`; `config_files.py` reads and writes. Names follow TRL and
+verl where both mean the same. Times are in seconds (`_s`), sizes in bytes or GiB as named.
 """
 
 from __future__ import annotations
 
-import difflib
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from grpo_ray.config_algorithm import AlgorithmConfig
-from grpo_ray.config_base import Env, Labels, NonNegFloat, NonNegInt, PositiveFloat, PositiveInt, Resources, Strict
-from grpo_ray.errors import ConfigError
-
-C = TypeVar("C", bound="Strict")
+from grpo_ray.config_base import (
+    Env,
+    Labels,
+    NonNegFloat,
+    NonNegInt,
+    PositiveFloat,
+    PositiveInt,
+    Resources,
+    Strict,
+    check_bounds,
+)
+from grpo_ray.config_reward import RewardConfig
 
 
 class TinyModelConfig(Strict):
@@ -156,17 +161,6 @@ class DataConfig(Strict):
         return self.eval if isinstance(self.eval, dict) else {"": self.eval}
 
 
-def _check_bounds(section: str, number: int, low: int | None, high: int | None) -> None:
-    if low is None and high is None:
-        return
-    if low is None or high is None:
-        raise ValueError(f"give both of {section}.min_actors and {section}.max_actors, or none")
-    if not low <= number <= high:
-        raise ValueError(
-            f"{section}.num_actors is {number}, outside of {section}.min_actors and {section}.max_actors, {low} to {high}"
-        )
-
-
 class RolloutConfig(Strict):
     num_actors: PositiveInt = 1
     min_actors: PositiveInt | None = None
@@ -206,121 +200,7 @@ class RolloutConfig(Strict):
             raise ValueError(
                 f"rollout.num_generations is {self.num_generations}: a group of one has no baseline to compare with; use 2 or more"
             )
-        _check_bounds("rollout", self.num_actors, self.min_actors, self.max_actors)
-        return self
-
-
-SHARED_POOL = "reward"
-"""The reward workers of all functions that have none of their own."""
-
-
-class RewardWorkersConfig(Strict):
-    """Workers that have one reward function alone, and call it with all samples that they have at hand (64 at most)."""
-
-    num_actors: PositiveInt = 1
-    num_cpus: NonNegFloat = 1
-    num_gpus: NonNegFloat = 0
-    """Per actor."""
-    timeout_s: PositiveFloat | None = None
-    """For one sample. None: reward.timeout_s."""
-
-
-class RewardFunctionConfig(Strict):
-    name: str
-    """A built-in (`grpo-ray check` lists them) or a function by dotted path, `package.module.function`."""
-    label: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
-    """What metrics and `eval.accuracy` call it, where a function stands in the list more than once. None: its name."""
-    weight: float = 1.0
-    args: dict[str, Any] = {}
-    """Keyword arguments that every call gets besides the data."""
-    sources: tuple[str, ...] = ()
-    """Only rows whose column `source` is one of these; empty: all rows. Where it does not apply, it adds nothing."""
-    from_step: NonNegInt = 0
-    """Only prompts that are dispatched after so many steps: DeepSeek-R1 gives preference rewards in the last 400 of 1,700
-    (from_step 1300), for they are hacked in the end. Evaluations always have it."""
-    part: Literal["all", "reasoning", "summary"] = "all"
-    """What it sees of a completion: `summary` is what follows `</think>`. R1 judges helpfulness by the summary alone, and
-    harmlessness by all."""
-
-    workers: RewardWorkersConfig | None = None
-    """Workers of its own: for a model (`reward_model`, `judge`), which is slow to load and quicker in batches."""
-
-    @property
-    def title(self) -> str:
-        return self.label or self.name
-
-
-CODE_TIMEOUT_S = 8.0
-"""`timeout_s` of the reward `code`: for all tests of one program."""
-JUDGE_DEADLINE_S = 60.0
-"""`deadline_s` of the reward `judge`: for one question, retries included."""
-
-
-class FailurePolicy(Strict):
-    """What becomes of a sample whose reward function timed out, crashed or raised."""
-
-    action: Literal["drop_group", "value"] = "drop_group"
-    value: float = 0.0
-    """The reward it gets under `action: value`."""
-    retries: NonNegInt = 1
-    """Tries more before the action."""
-    abort_above: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """End the run when more than this part of a step's samples failed."""
-
-
-class RewardConfig(Strict):
-    functions: tuple[RewardFunctionConfig, ...] = ()
-    num_actors: PositiveInt = 1
-    min_actors: PositiveInt | None = None
-    max_actors: PositiveInt | None = None
-    """As rollout.max_actors."""
-    num_cpus: NonNegFloat = 1
-    resources: Resources = {}
-    labels: Labels = {}
-    timeout_s: PositiveFloat = 10.0
-    """For one function on one sample."""
-    num_gpus: NonNegFloat = 0
-    """Per actor."""
-    unit: Literal["sample", "group", "batch"] = "sample"
-    """`group`: functions are called with the whole group at once, when it is complete. `batch`: with all samples that a worker has
-    at hand; a call that fails then fails all of them."""
-    memory_gb: PositiveFloat = 4.0
-    """A scoring process that takes more gets a MemoryError."""
-    on_failure: FailurePolicy = FailurePolicy()
-    env: Env = {}
-
-    @property
-    def pools(self) -> dict[str, RewardConfig]:
-        """Name of a pool of workers -> its part: of the functions that have their own, and of all others (SHARED_POOL)."""
-        shared = tuple(f for f in self.functions if f.workers is None)
-        out = {SHARED_POOL: self.model_copy(update={"functions": shared})} if shared else {}
-        for function in self.functions:
-            if (workers := function.workers) is not None:
-                alone = {"functions": (function,), "unit": "batch", **workers.model_dump(exclude_none=True)}
-                out[f"reward-{function.title}"] = self.model_copy(update=alone)
-        return out
-
-    @model_validator(mode="after")
-    def _bounds(self) -> Self:
-        _check_bounds("reward", self.num_actors, self.min_actors, self.max_actors)
-        return self
-
-    @model_validator(mode="after")
-    def _inner_deadlines_first(self) -> Self:
-        for function in self.functions:
-            limit_s = function.args.get("timeout_s", CODE_TIMEOUT_S)
-            if function.name == "code" and limit_s >= self.timeout_s:
-                raise ValueError(
-                    f"reward 'code' gives a program {limit_s:g} s (args.timeout_s), and reward.timeout_s is {self.timeout_s:g}: a "
-                    "program that loops would be a failure of the scorer instead of a wrong answer; keep the second above the first"
-                )
-            own = function.workers.timeout_s if function.workers else None
-            deadline_s = function.args.get("deadline_s", JUDGE_DEADLINE_S)
-            if function.name == "judge" and deadline_s >= (own or self.timeout_s):
-                raise ValueError(
-                    f"reward 'judge' waits {deadline_s:g} s for an answer (args.deadline_s), and its process is killed after "
-                    f"{own or self.timeout_s:g}; give it workers: {{timeout_s: {2 * deadline_s:g}}}"
-                )
+        check_bounds("rollout", self.num_actors, self.min_actors, self.max_actors)
         return self
 
 
@@ -698,133 +578,3 @@ def _check_precision(model: ModelConfig, learner: LearnerConfig) -> None:
         raise ValueError(f"learner.offload_params needs zero_stage 3, not {learner.zero_stage}")
     if learner.offload_optimizer and learner.zero_stage == 0:
         raise ValueError("learner.offload_optimizer needs zero_stage 1 or more")
-
-
-def parse_overrides(items: list[str]) -> dict[str, Any]:
-    """`["learner.zero_stage=3", "reward.functions=[{name: accuracy}]"]` -> a nested dict. Values are YAML."""
-    out: dict[str, Any] = {}
-    for item in items:
-        key, eq, value = item.partition("=")
-        if not eq or not key.strip():
-            raise ConfigError(f"override {item!r} is not of the form key=value, e.g. learner.zero_stage=3")
-        try:
-            parsed = yaml.safe_load(value) if value else None
-        except yaml.YAMLError as e:
-            raise ConfigError(f"override {item!r}: the value is not YAML ({str(e).splitlines()[0]})") from None
-        if isinstance(parsed, str):
-            parsed = _number(parsed)
-        if key.strip() == "algorithm" and isinstance(parsed, str):
-            key = "algorithm.preset"
-        node = out
-        *parents, last = key.strip().split(".")
-        for part in parents:
-            node = node.setdefault(part, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"override {item!r}: {part!r} was already given a plain value")
-        node[last] = parsed
-    return out
-
-
-def _number(text: str) -> str | float:
-    """YAML 1.1 reads `1e-6` as a string; people mean the number."""
-    try:
-        return float(text) if "e" in text.lower() else text
-    except ValueError:
-        return text
-
-
-def deep_merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """`top` over `base`; dicts merge, everything else is replaced. So is a section for which `top` names a preset: what
-    `base` says there belongs to another algorithm.
-    """
-    out = dict(base)
-    for key, value in top.items():
-        old = out.get(key)
-        if key == "algorithm" and isinstance(old, str):
-            old = {"preset": old}
-        if isinstance(old, dict) and isinstance(value, dict) and "preset" not in value:
-            value = deep_merge(old, value)
-        out[key] = value
-    return out
-
-
-def load_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as e:
-        raise ConfigError(f"{path}: not valid YAML: {e}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping at the top, got {type(data).__name__}")
-    return _numbers(data)
-
-
-def _numbers(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {k: _numbers(v) for k, v in node.items()}
-    if isinstance(node, list):
-        return [_numbers(v) for v in node]
-    return _number(node) if isinstance(node, str) else node
-
-
-def build(schema: type[C], data: dict[str, Any], source: str) -> C:
-    """Validate; every problem becomes one line that names the key.
-
-    Raises:
-        ConfigError: with all problems, and "did you mean" for unknown keys.
-    """
-    try:
-        return schema.model_validate(data)
-    except ValidationError as e:
-        lines = [_explain(schema, err) for err in e.errors()]
-        raise ConfigError(f"{source} can't be used:\n" + "\n".join(f"  - {line}" for line in lines)) from None
-
-
-def _explain(schema: type[BaseModel], err: Any) -> str:
-    loc = [str(p) for p in err["loc"] if not str(p).startswith("<")]
-    key = ".".join(loc)
-    if err["type"] == "extra_forbidden":
-        known = _fields_at(schema, loc[:-1])
-        close = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.5)
-        everywhere = [p for p in all_keys(schema) if p.rsplit(".", 1)[-1] == loc[-1]]
-        guess = everywhere[0] if everywhere else ".".join([*loc[:-1], close[0]]) if close else None
-        hint = f"did you mean {guess}?" if guess else ""
-        return f"{key}: unknown key; {hint or 'known here: ' + ', '.join(known)}"
-    if err["type"] == "missing":
-        return f"{key}: required"
-    message = err["msg"].removeprefix("Value error, ")
-    return f"{key}: {message} (got {err['input']!r})" if loc and err["type"] != "value_error" else message
-
-
-def _fields_at(schema: type[BaseModel], loc: list[str]) -> list[str]:
-    node: Any = schema
-    for part in loc:
-        field = getattr(node, "model_fields", {}).get(part)
-        if field is None:
-            continue
-        node = _model_of(field.annotation) or node
-    return list(node.model_fields)
-
-
-def _model_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for arg in getattr(annotation, "__args__", ()):
-        found = _model_of(arg)
-        if found is not None:
-            return found
-    return None
-
-
-def all_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key of the schema."""
-    out = []
-    for name, field in schema.model_fields.items():
-        out.append(prefix + name)
-        model = _model_of(field.annotation)
-        if model is not None:
-            out += all_keys(model, f"{prefix}{name}.")
-    return out
-
-
-def to_yaml(config: Strict) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

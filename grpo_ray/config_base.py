@@ -27,3 +27,14 @@ class Strict(BaseModel):
     """Unknown keys are refused, nothing changes after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def check_bounds(section: str, number: int, low: int | None, high: int | None) -> None:
+    if low is None and high is None:
+        return
+    if low is None or high is None:
+        raise ValueError(f"give both of {section}.min_actors and {section}.max_actors, or none")
+    if not low <= number <= high:
+        raise ValueError(
+            f"{section}.num_actors is {number}, outside of {section}.min_actors and {section}.max_actors, {low} to {high}"
+        )

@@ -10,7 +10,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from grpo_ray.config import RewardConfig, RewardFunctionConfig, RunConfig
+from grpo_ray.config import RunConfig
+from grpo_ray.config_reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.events import EvalEvent
 from grpo_ray.measures import Estimate, consensus, estimate, pass_at, pass_ks

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo_ray.config import JUDGE_DEADLINE_S
+from grpo_ray.config_reward import JUDGE_DEADLINE_S
 from grpo_ray.errors import JudgeError
 
 Message = dict[str, str]

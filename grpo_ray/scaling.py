@@ -14,7 +14,9 @@ from pathlib import Path
 
 import yaml
 
-from grpo_ray.config import SHARED_POOL, RunConfig, build, deep_merge, load_yaml
+from grpo_ray.config import RunConfig
+from grpo_ray.config_files import build, deep_merge, load_yaml
+from grpo_ray.config_reward import SHARED_POOL
 from grpo_ray.errors import ConfigError
 from grpo_ray.files import write_whole
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from actors.cluster import CONTROLLER, NAMESPACE, controller_name, join
-from grpo_ray.config import RunConfig, SftConfig, load_yaml
+from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.config_files import load_yaml
 from grpo_ray.errors import ConfigError, GrpoRayError, ResourceError, WorkerError
 from grpo_ray.names import check_name
 from launch.recipe import kind_of

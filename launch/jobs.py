@@ -10,7 +10,8 @@ from rich.console import Console
 
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import is_url
-from grpo_ray.config import DpoConfig, RewardModelConfig, RunConfig, SftConfig, to_yaml
+from grpo_ray.config import DpoConfig, RewardModelConfig, RunConfig, SftConfig
+from grpo_ray.config_files import to_yaml
 from grpo_ray.errors import ConfigError, WorkerError
 from grpo_ray.events import EndEvent
 from grpo_ray.ledger import Ledger

@@ -16,8 +16,9 @@ from typing import Any
 from rich.console import Console
 
 from grpo_ray.checkpoint import RunDir
-from grpo_ray.config import RunConfig, SftConfig, build, deep_merge, load_yaml, parse_overrides, to_yaml
+from grpo_ray.config import RunConfig, SftConfig
 from grpo_ray.config_base import Strict
+from grpo_ray.config_files import build, deep_merge, load_yaml, parse_overrides, to_yaml
 from grpo_ray.errors import ConfigError, GrpoRayError, WorkerError
 from grpo_ray.evaluate import accuracy_name
 from grpo_ray.filters.config import MixConfig, PairsConfig, PromptsConfig

@@ -7,16 +7,8 @@ import time
 from pathlib import Path
 from typing import TypeVar
 
-from grpo_ray.config import (
-    DpoConfig,
-    RewardModelConfig,
-    RunConfig,
-    SftConfig,
-    build,
-    deep_merge,
-    load_yaml,
-    parse_overrides,
-)
+from grpo_ray.config import DpoConfig, RewardModelConfig, RunConfig, SftConfig
+from grpo_ray.config_files import build, deep_merge, load_yaml, parse_overrides
 from grpo_ray.errors import ConfigError
 from grpo_ray.names import check_name
 

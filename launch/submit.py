@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from grpo_ray.config import RunConfig, SftConfig, to_yaml
+from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.config_files import to_yaml
 from grpo_ray.errors import ConfigError, WorkerError
 from grpo_ray.metrics import duration
 from grpo_ray.names import check_name

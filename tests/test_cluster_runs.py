@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from actors.cluster import Demand, bundles, demands, misplaced, missing
-from grpo_ray.config import RunConfig, build
+from grpo_ray.config import RunConfig
+from grpo_ray.config_files import build
 from grpo_ray.errors import ConfigError, ResourceError
 from launch.cluster import RUN_KEY, ClusterRun, check_reachable, complete, merge
 from launch.in_cluster import home

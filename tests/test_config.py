@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from grpo_ray.config import RunConfig, SftConfig, all_keys, build, deep_merge, load_yaml, parse_overrides, to_yaml
+from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.config_files import all_keys, build, deep_merge, load_yaml, parse_overrides, to_yaml
 from grpo_ray.errors import ConfigError
 from grpo_ray.presets import PRESETS
 

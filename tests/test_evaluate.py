@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from grpo_ray.config import RewardConfig, RunConfig, build, deep_merge, parse_overrides
+from grpo_ray.config import RunConfig
+from grpo_ray.config_files import build, deep_merge, parse_overrides
+from grpo_ray.config_reward import RewardConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.evaluate import EvalResult, evaluate, vote_config
 from grpo_ray.rewards import ScoreInputs, resolve, score_samples

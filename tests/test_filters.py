@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from grpo_ray.config import DataSource, build
+from grpo_ray.config import DataSource
+from grpo_ray.config_files import build
 from grpo_ray.errors import DataError
 from grpo_ray.filters.config import FilterConfig, MixConfig, PromptsConfig, SampledSource
 from grpo_ray.filters.mix import make_mix

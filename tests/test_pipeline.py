@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from grpo_ray.config import RunConfig, SftConfig, build, deep_merge
+from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.config_files import build, deep_merge
 from grpo_ray.errors import CheckpointError, ConfigError
 from grpo_ray.filters.config import MixConfig, PairsConfig
 from grpo_ray.manifest import digest_of

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from actors.reward_pool import RewardPool
 from actors.reward_pools import RewardPools
-from grpo_ray.config import RewardConfig, RewardFunctionConfig
+from grpo_ray.config_reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards import ScoreInputs, call_reward, resolve
 from grpo_ray.types import Sample, SampleInfo, Score, ScoreRequest, ScoreStatus, VersionSpan

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from grpo_ray.config import RewardFunctionConfig
+from grpo_ray.config_reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards import ScoreInputs, call_reward, resolve
 from grpo_ray.rewards.function import RewardFunction

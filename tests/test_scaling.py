@@ -10,7 +10,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_ray.config import RunConfig, build, to_yaml
+from grpo_ray.config import RunConfig
+from grpo_ray.config_files import build, to_yaml
 from grpo_ray.errors import ConfigError
 from grpo_ray.scaling import (
     PATIENCE,

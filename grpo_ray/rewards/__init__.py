@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from grpo_ray.config import RewardFunctionConfig
+from grpo_ray.config_reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.accuracy import accuracy
 from grpo_ray.rewards.code import check_code, code

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from actors.learner_engine import deepspeed_config
 from actors.learner_group import LearnerGroup
-from grpo_ray.config import LearnerConfig, ModelConfig, RunConfig, SftConfig, build
+from grpo_ray.config import LearnerConfig, ModelConfig, RunConfig, SftConfig
+from grpo_ray.config_files import build
 from grpo_ray.errors import CheckpointError, ConfigError, DeadlineError, NonFiniteError, WorkerError
 from grpo_ray.types import Sample, TrainBatch, TrainSample, VersionSpan
 from tests.actors.saved import export, load, save

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from actors.reward_process import TAG, ScoringProcess, _decode, _Ended
-from grpo_ray.config import FailurePolicy, RewardConfig, RewardFunctionConfig
+from grpo_ray.config_reward import FailurePolicy, RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import RewardError, WorkerError
 from grpo_ray.rewards import ScoreInputs
 from grpo_ray.types import Sample, SampleInfo, ScoreRequest, ScoreStatus, Step, VersionSpan

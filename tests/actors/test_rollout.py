@@ -21,7 +21,8 @@ import ray
 import torch
 
 from actors.rollout_pool import RolloutPool
-from grpo_ray.config import RunConfig, build
+from grpo_ray.config import RunConfig
+from grpo_ray.config_files import build
 from grpo_ray.errors import DataError, DeadlineError, WorkerError
 from grpo_ray.types import Sample, SampleInfo, SampleRequest, SamplingParams
 

@@ -1,0 +1,132 @@
+"""The schema of rewards: which functions, in which workers, and what becomes of those that fail."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from grpo_ray.config_base import (
+    Env,
+    Labels,
+    NonNegFloat,
+    NonNegInt,
+    PositiveFloat,
+    PositiveInt,
+    Resources,
+    Strict,
+    check_bounds,
+)
+
+SHARED_POOL = "reward"
+"""The reward workers of all functions that have none of their own."""
+
+
+class RewardWorkersConfig(Strict):
+    """Workers that have one reward function alone, and call it with all samples that they have at hand (64 at most)."""
+
+    num_actors: PositiveInt = 1
+    num_cpus: NonNegFloat = 1
+    num_gpus: NonNegFloat = 0
+    """Per actor."""
+    timeout_s: PositiveFloat | None = None
+    """For one sample. None: reward.timeout_s."""
+
+
+class RewardFunctionConfig(Strict):
+    name: str
+    """A built-in (`grpo-ray check` lists them) or a function by dotted path, `package.module.function`."""
+    label: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
+    """What metrics and `eval.accuracy` call it, where a function stands in the list more than once. None: its name."""
+    weight: float = 1.0
+    args: dict[str, Any] = {}
+    """Keyword arguments that every call gets besides the data."""
+    sources: tuple[str, ...] = ()
+    """Only rows whose column `source` is one of these; empty: all rows. Where it does not apply, it adds nothing."""
+    from_step: NonNegInt = 0
+    """Only prompts that are dispatched after so many steps: DeepSeek-R1 gives preference rewards in the last 400 of 1,700
+    (from_step 1300), for they are hacked in the end. Evaluations always have it."""
+    part: Literal["all", "reasoning", "summary"] = "all"
+    """What it sees of a completion: `summary` is what follows `</think>`. R1 judges helpfulness by the summary alone, and
+    harmlessness by all."""
+
+    workers: RewardWorkersConfig | None = None
+    """Workers of its own: for a model (`reward_model`, `judge`), which is slow to load and quicker in batches."""
+
+    @property
+    def title(self) -> str:
+        return self.label or self.name
+
+
+CODE_TIMEOUT_S = 8.0
+"""`timeout_s` of the reward `code`: for all tests of one program."""
+JUDGE_DEADLINE_S = 60.0
+"""`deadline_s` of the reward `judge`: for one question, retries included."""
+
+
+class FailurePolicy(Strict):
+    """What becomes of a sample whose reward function timed out, crashed or raised."""
+
+    action: Literal["drop_group", "value"] = "drop_group"
+    value: float = 0.0
+    """The reward it gets under `action: value`."""
+    retries: NonNegInt = 1
+    """Tries more before the action."""
+    abort_above: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """End the run when more than this part of a step's samples failed."""
+
+
+class RewardConfig(Strict):
+    functions: tuple[RewardFunctionConfig, ...] = ()
+    num_actors: PositiveInt = 1
+    min_actors: PositiveInt | None = None
+    max_actors: PositiveInt | None = None
+    """As rollout.max_actors."""
+    num_cpus: NonNegFloat = 1
+    resources: Resources = {}
+    labels: Labels = {}
+    timeout_s: PositiveFloat = 10.0
+    """For one function on one sample."""
+    num_gpus: NonNegFloat = 0
+    """Per actor."""
+    unit: Literal["sample", "group", "batch"] = "sample"
+    """`group`: functions are called with the whole group at once, when it is complete. `batch`: with all samples that a worker has
+    at hand; a call that fails then fails all of them."""
+    memory_gb: PositiveFloat = 4.0
+    """A scoring process that takes more gets a MemoryError."""
+    on_failure: FailurePolicy = FailurePolicy()
+    env: Env = {}
+
+    @property
+    def pools(self) -> dict[str, RewardConfig]:
+        """Name of a pool of workers -> its part: of the functions that have their own, and of all others (SHARED_POOL)."""
+        shared = tuple(f for f in self.functions if f.workers is None)
+        out = {SHARED_POOL: self.model_copy(update={"functions": shared})} if shared else {}
+        for function in self.functions:
+            if (workers := function.workers) is not None:
+                alone = {"functions": (function,), "unit": "batch", **workers.model_dump(exclude_none=True)}
+                out[f"reward-{function.title}"] = self.model_copy(update=alone)
+        return out
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        check_bounds("reward", self.num_actors, self.min_actors, self.max_actors)
+        return self
+
+    @model_validator(mode="after")
+    def _inner_deadlines_first(self) -> Self:
+        for function in self.functions:
+            limit_s = function.args.get("timeout_s", CODE_TIMEOUT_S)
+            if function.name == "code" and limit_s >= self.timeout_s:
+                raise ValueError(
+                    f"reward 'code' gives a program {limit_s:g} s (args.timeout_s), and reward.timeout_s is {self.timeout_s:g}: a "
+                    "program that loops would be a failure of the scorer instead of a wrong answer; keep the second above the first"
+                )
+            own = function.workers.timeout_s if function.workers else None
+            deadline_s = function.args.get("deadline_s", JUDGE_DEADLINE_S)
+            if function.name == "judge" and deadline_s >= (own or self.timeout_s):
+                raise ValueError(
+                    f"reward 'judge' waits {deadline_s:g} s for an answer (args.deadline_s), and its process is killed after "
+                    f"{own or self.timeout_s:g}; give it workers: {{timeout_s: {2 * deadline_s:g}}}"
+                )
+        return self
