@@ -1,0 +1,232 @@
+"""The pools of a run, started side by side and ended together; learners that are replaced while the others live on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ray.util import remove_placement_group
+
+from actors.adapter_sync import RayAdapterSync
+from actors.cluster import has_gpus, reserve_pairs
+from actors.colocated import ColocatedLearner, ColocatedSampler, ColocatedWeights, Turns
+from actors.learner_group import LearnerGroup
+from actors.reward_pool import RewardPool
+from actors.reward_pools import RewardPools
+from actors.rollout_pool import RolloutPool
+from actors.weights import RayWeightSync
+from grpo_ray.checkpoint import RunDir
+from grpo_ray.checkpoint_store import Place
+from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.config_reward import SHARED_POOL, RewardConfig
+from grpo_ray.evaluate import vote_config
+from grpo_ray.roles import Learner, Sampler, WeightSync
+from grpo_ray.scaling import Counts
+
+P = TypeVar("P", RolloutPool, RewardPool, LearnerGroup)
+
+
+@dataclass(frozen=True)
+class Started:
+    sampler: Sampler
+    scorer: RewardPool | RewardPools
+    learner: Learner
+    weights: WeightSync
+    voter: RewardPool | None
+
+
+class Workers:
+    """The pools of a run, started side by side and ended together, whatever happens in between."""
+
+    def __init__(
+        self,
+        config: RunConfig | SftConfig,
+        run: RunDir,
+        model: str,
+        phase: Callable[[str, str], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._config = config
+        self._run_dir = str(run.path)
+        self._model = model
+        self._phase = phase
+        self._warn = warn
+        self._gpus = has_gpus()
+        self._placement: Any = None
+        self._pools: list[RolloutPool | RewardPool | LearnerGroup] = []
+        self._sampler: RolloutPool | None = None
+        self._scorer: RewardPool | RewardPools | None = None
+        self._learner: LearnerGroup | None = None
+        self._num_steps = 0
+
+    async def __aenter__(self) -> Workers:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.gather(*(p.close() for p in self._pools), return_exceptions=True)
+        if self._placement is not None:
+            remove_placement_group(self._placement)
+
+    def live(self) -> dict[str, float]:
+        """What the pools do at this moment."""
+        return {k: v for p in self._pools if not isinstance(p, LearnerGroup) for k, v in p.live().items()}
+
+    @property
+    def lost_learner(self) -> str | None:
+        """See `LearnerGroup.lost`."""
+        return self._learner.lost if self._learner else None
+
+    async def start_all(self, num_steps: Awaitable[int]) -> Started:
+        assert isinstance(self._config, RunConfig)
+        in_turns = self._config.colocated
+        async with asyncio.TaskGroup() as tasks:
+            # The slowest first: all that start share this machine's cores.
+            pair = tasks.create_task(self._start_in_turns(num_steps) if in_turns else self._start_together(num_steps))
+            scorer = tasks.create_task(self.start_scorer())
+            voter = tasks.create_task(self.start_voter())
+        return self._joined(*pair.result(), scorer.result(), voter.result())
+
+    async def replace_learner(self, before: Started) -> Started:
+        """New ranks for lost ones; everything else lives on."""
+        assert isinstance(self._config, RunConfig)
+        assert self._sampler is not None
+        await self.close_learner()
+        if self._config.colocated:
+            await self._sampler.sleep()
+        learner = await self.start_learner(self._num_steps, self._placement)
+        if self._config.colocated:
+            await learner.offload(keep_weights=False)
+            await self._sampler.wake()
+        return self._joined(self._sampler, learner, before.scorer, before.voter)
+
+    @property
+    def num_learners(self) -> int:
+        return self._learner.num_ranks if self._learner else 0
+
+    def take_most_waiting(self) -> Counts:
+        """See `actors.scaler.Crew`; so for the next one."""
+        assert self._sampler is not None
+        assert self._scorer is not None
+        return {"rollout": self._sampler.take_most_waiting(), "reward": self._scorer.take_most_waiting()}
+
+    def reconfigure(self, config: RunConfig) -> None:
+        assert self._sampler is not None
+        assert self._scorer is not None
+        self._config = config
+        self._sampler.scale(config.rollout.num_actors)
+        self._scorer.scale(config.reward.num_actors)
+
+    async def change_learner(self, place: Place | None) -> tuple[Learner, WeightSync]:
+        """See `roles.Scaler.change_learners`. Engines that are stale meanwhile wait: until the new learners have loaded what
+        they are to send, they would send the starting model."""
+        assert self._sampler is not None
+        self._sampler.on_stale = _no_weights_yet
+        await self.close_learner()
+        learner = await self.start_learner(self._num_steps)
+        if place is not None:
+            await learner.load(place)
+        return learner, self._weight_sync(self._sampler, learner)
+
+    async def close_learner(self) -> None:
+        if self._learner is not None:
+            await self._learner.close()
+            self._pools.remove(self._learner)
+            self._learner = None
+
+    def _joined(
+        self, sampler: RolloutPool, learner: LearnerGroup, scorer: RewardPool | RewardPools, voter: RewardPool | None
+    ) -> Started:
+        assert isinstance(self._config, RunConfig)
+        weights = self._weight_sync(sampler, learner)
+        if not self._config.colocated:
+            return Started(sampler, scorer, learner, weights, voter)
+        turns = Turns(sampler, learner)
+        return Started(
+            ColocatedSampler(sampler, turns),
+            scorer,
+            ColocatedLearner(learner, turns),
+            ColocatedWeights(weights, sampler, turns),
+            voter,
+        )
+
+    async def _start_together(self, num_steps: Awaitable[int]) -> tuple[RolloutPool, LearnerGroup]:
+        async def start_learner() -> LearnerGroup:
+            return await self.start_learner(await num_steps)
+
+        async with asyncio.TaskGroup() as tasks:
+            sampler = tasks.create_task(self.start_sampler())
+            learner = tasks.create_task(start_learner())
+        return sampler.result(), learner.result()
+
+    async def _start_in_turns(self, num_steps: Awaitable[int]) -> tuple[RolloutPool, LearnerGroup]:
+        """An engine takes its part of the device's whole memory, so it comes first and then makes room."""
+        assert isinstance(self._config, RunConfig)
+        placement = None
+        if self._gpus:
+            self._placement = placement = reserve_pairs(self._config)
+        sampler = await self.start_sampler(placement)
+        await sampler.sleep()
+        learner = await self.start_learner(await num_steps, placement)
+        await learner.offload(keep_weights=False)
+        await sampler.wake()
+        return sampler, learner
+
+    def _weight_sync(self, sampler: RolloutPool, learner: LearnerGroup) -> RayWeightSync | RayAdapterSync:
+        timeout_s = self._config.deadlines.sync_s
+        if self._config.model.sends_adapters:
+            return RayAdapterSync(sampler, learner, timeout_s)
+        learner.prepare_weights()
+        return RayWeightSync(sampler, learner, timeout_s)
+
+    async def start_scorer(self) -> RewardPool | RewardPools:
+        assert isinstance(self._config, RunConfig)
+        start_s = self._config.deadlines.start_s
+
+        async def start(name: str, config: RewardConfig) -> RewardPool:
+            pool = await RewardPool.create(config, self._run_dir, name=name, start_timeout_s=start_s)
+            pool.on_trouble = self._warn
+            return self._opened(pool, "rewards" if name == SHARED_POOL else name)
+
+        async with asyncio.TaskGroup() as tasks:
+            started = [tasks.create_task(start(*one)) for one in self._config.reward.pools.items()]
+        pools = [task.result() for task in started]
+        self._scorer = pools[0] if len(pools) == 1 else RewardPools(self._config.reward, pools)
+        return self._scorer
+
+    async def start_voter(self) -> RewardPool | None:
+        assert isinstance(self._config, RunConfig)
+        votes = vote_config(self._config)
+        if votes is None:
+            return None
+        pool = await RewardPool.create(
+            votes, self._run_dir, name="votes", start_timeout_s=self._config.deadlines.start_s
+        )
+        return self._opened(pool, "votes")
+
+    async def start_sampler(self, placement: Any = None) -> RolloutPool:
+        assert isinstance(self._config, RunConfig)
+        pool = await RolloutPool.create(
+            self._config, self._model, self._run_dir, has_gpus=self._gpus, placement=placement
+        )
+        pool.on_trouble = self._warn
+        self._sampler = self._opened(pool, "rollout")
+        return pool
+
+    async def start_learner(self, num_steps: int, placement: Any = None) -> LearnerGroup:
+        pool = await LearnerGroup.create(
+            self._config, self._model, self._run_dir, has_gpus=self._gpus, num_steps=num_steps, placement=placement
+        )
+        self._num_steps = num_steps
+        self._learner = self._opened(pool, "learner")
+        return pool
+
+    def _opened(self, pool: P, what: str) -> P:
+        self._pools.append(pool)
+        self._phase("started", what)
+        return pool
+
+
+async def _no_weights_yet() -> None:
+    """`RolloutPool.on_stale` while there is no learner; the pool asks again."""
