@@ -1,4 +1,4 @@
-"""The named actor that owns a run: it has the pools built (workers.py), runs the loop, keeps what it has to tell, and takes commands.
+"""The named actor that owns a run: has the pools built (workers.py), runs the loop, keeps what it has to tell, takes commands.
 
     driver (launch/follow.py)  -- run, events, stop -->  Controller  --> pools --> actors
     command line                          -- scale -->
