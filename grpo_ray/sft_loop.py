@@ -49,6 +49,7 @@ class SftLoop(Generic[E]):
         self.step = 0
         self.total_steps = sft_steps(config, len(cursor))
         self._saved_step = -1
+        self._checkpoint_wanted = False
         self._saver = Saver(run, learner, keep=config.checkpoint.keep, emit=emit)
         self._stop_reason: str | None = None
         self._activity = Activity("controller")
@@ -58,6 +59,10 @@ class SftLoop(Generic[E]):
     def stop(self, reason: str) -> None:
         """End after the step under way, with a checkpoint."""
         self._stop_reason = reason
+
+    def checkpoint_soon(self) -> None:
+        """After the step under way, and go on."""
+        self._checkpoint_wanted = True
 
     async def restore(self, step: int) -> None:
         state = self.run_dir.load_state(step)
@@ -73,7 +78,8 @@ class SftLoop(Generic[E]):
                 await self._measure()
             while self.step < self.total_steps and self._stop_reason is None:
                 await self._one_step()
-                if self.step < self.total_steps and self.step % self.config.checkpoint.every_steps == 0:
+                due = self.step % self.config.checkpoint.every_steps == 0 or self._checkpoint_wanted
+                if self.step < self.total_steps and due:
                     await self._checkpoint(export=self.config.checkpoint.export)
             if self.step == self.total_steps:
                 await self._measure()
@@ -119,6 +125,7 @@ class SftLoop(Generic[E]):
 
     async def _checkpoint(self, *, export: bool) -> None:
         self.emit(PhaseEvent("checkpoint", "", 0, 0))
+        self._checkpoint_wanted = False
         state: dict[str, Any] = {"step": self.step, "cursor": self.cursor.state_dict()}
         with self._time.phase("checkpoint") as span:
             await self._saver.save(self.step, state, export=export)

@@ -137,6 +137,7 @@ class TrainLoop:
         self._saver = Saver(run, roles.learner, keep=config.checkpoint.keep, emit=emit)
         self._stop_reason: str | None = None
         self._saved_step = -1
+        self._checkpoint_wanted = False
         self._disagreed = False
         self._activity = Activity("controller")
         self._time = TimeKeeper(activity=self._activity)
@@ -156,6 +157,10 @@ class TrainLoop:
     def stop(self, reason: str) -> None:
         """End after the step under way, with a checkpoint."""
         self._stop_reason = reason
+
+    def checkpoint_soon(self) -> None:
+        """After the step under way, and go on."""
+        self._checkpoint_wanted = True
 
     async def restore(self, step: int) -> None:
         """Go on from a checkpoint: the learner, the samplers, the cursor and the ledger are as they were after `step`."""
@@ -196,7 +201,7 @@ class TrainLoop:
                 await self._one_step()
                 if self._due(self.config.eval.every_steps):
                     await self._evaluate()
-                if self._due(self.config.checkpoint.every_steps):
+                if self._due(self.config.checkpoint.every_steps) or self._checkpoint_wanted:
                     await self._checkpoint(export=self.config.checkpoint.export)
             if self.step != self._saved_step:
                 await self._checkpoint(export=True)
@@ -521,6 +526,7 @@ class TrainLoop:
 
     async def _checkpoint(self, *, export: bool) -> None:
         """What is under way begins again with the resumed run; what is finished is kept."""
+        self._checkpoint_wanted = False
         order = min(self._cursor_at, default=self._order)
         state: dict[str, Any] = {
             "step": self.step,

@@ -18,7 +18,7 @@ from grpo_ray.ledger import Ledger
 from launch.recipe import COMMANDS, SCHEMAS, kind_of, load_recipe, load_run_config, run_folder
 
 console = Console(highlight=False, soft_wrap=True)
-SIGNAL_EXITS = {"SIGINT": 130, "SIGTERM": 143, "stopped": 143}
+SIGNAL_EXITS = {"SIGINT": 130, "SIGTERM": 143, "stopped": 143, "preempted": 143}
 
 
 def start_grpo(recipe: str, overrides: list[str]) -> Path:

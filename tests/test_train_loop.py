@@ -456,6 +456,13 @@ def test_a_stopped_and_resumed_run_equals_one_never_stopped(tmp_path, stop_at):
     assert [b.step for b in halves] == list(range(7))
 
 
+def test_a_checkpoint_that_is_asked_for_comes_after_the_step_under_way_and_the_run_goes_on(tmp_path):
+    session = Session(tmp_path, config("checkpoint.every_steps=100", "checkpoint.keep=10"))
+    session.world.on_update = lambda step: session.loop.checkpoint_soon() if step == 2 else None
+    assert session.go() == "finished"
+    assert session.loop.run_dir.steps() == [3, 7]
+
+
 def test_the_trace_of_a_resumed_run_holds_every_step_once(tmp_path):
     def die(step: int) -> None:
         if step == 5:

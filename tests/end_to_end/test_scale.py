@@ -5,6 +5,7 @@ make test-cluster
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from actors.runtime import log_tail
+from grpo_ray.checkpoint import RunDir
 from tests.end_to_end.clusters import Place
 from tests.end_to_end.runs import ledger, metrics
 
@@ -165,6 +167,34 @@ def test_a_node_that_dies_with_a_sampler_costs_nothing_but_that(place: Place) ->
     assert place.run("stop", "node", "--now", *at)[0] == 0
     output, _ = resumed.communicate(timeout=LIMIT_S)
     assert f"{lost} died and is restarted" not in output
+
+
+def test_a_node_that_is_taken_away_leads_to_a_checkpoint_before_it_goes(place: Place) -> None:
+    at = ("--address", place.address)
+    place.add_node("spot", 1)
+    wait_for(lambda: "spot" in place.nodes().values(), "the node does not join")
+    options = ("rollout.labels={site: samplers}", "learner.labels={site: spot}", "checkpoint.every_steps=100000")
+    code, output = place.run("submit", "tiny.yaml", "name=spot", "num_steps=4000", *options, "--no-wait", *at)
+    assert code == 0, output
+    run = place.runs / "spot"
+    await_step(run, 2)
+    place.drain_node("spot", 15)
+    wait_for(lambda: bool(RunDir(run).steps()), "no checkpoint")
+    saved = RunDir(run).steps()[-1]
+    assert place.where("spot")["learner-0"] == "spot", "the checkpoint comes while the node is still there"
+    await_step(run, saved + 3)
+    told = place.run("logs", "spot", *at)[1]
+    assert re.search(r"node \w+ is taken away in 1\d s: a checkpoint after the step under way", told), told
+    place.kill_node("spot")
+    wait_for(lambda: "spot" not in place.nodes().values(), "the node does not go")
+    place.add_node("spot", 1)
+    wait_for(lambda: "spot" in place.nodes().values(), "no node comes in its place")
+    await_step(run, len(steps(run)) + 3)
+    told = place.run("logs", "spot", *at)[1]
+    assert re.search(rf"learners start again from the checkpoint of step {saved}\b", told), told
+    assert place.run("stop", "spot", *at)[0] == 0
+    wait_for(lambda: not is_live(place, "spot"), "it does not end")
+    check_ledger(run)
 
 
 def test_a_run_that_waits_for_its_sampler_gives_itself_another(place: Place) -> None:

@@ -1,0 +1,42 @@
+"""Notices that a node will be taken away: a spot instance, a node that an autoscaler or `ray drain-node` drains.
+
+Ray puts nothing new on such a node, and ends it at its deadline with all that runs there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import ray
+from ray._private.state import state
+
+POLL_S = 2.0
+
+
+@dataclass(frozen=True)
+class Notice:
+    node_id: str
+    own: bool
+    """It is the node of who asks."""
+    seconds_left: float | None
+    """None: Ray names no deadline."""
+
+    def __str__(self) -> str:
+        when = "soon" if self.seconds_left is None else f"in {self.seconds_left:.0f} s"
+        return f"node {self.node_id[:12]} is taken away {when}"
+
+
+async def watch_notices(on_notice: Callable[[Notice], None]) -> None:
+    """Tell of each node once; until cancelled."""
+    own = ray.get_runtime_context().get_node_id()
+    told: set[str] = set()
+    while True:
+        draining: dict[str, int] = await asyncio.to_thread(state.get_draining_nodes)
+        for node_id in draining.keys() - told:
+            left = max(0.0, draining[node_id] / 1000 - time.time()) if draining[node_id] else None
+            on_notice(Notice(node_id, node_id == own, left))
+        told = set(draining)
+        await asyncio.sleep(POLL_S)
