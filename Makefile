@@ -1,7 +1,7 @@
 # make smoke   sets everything up and trains a tiny model for real, on any machine
 # make test    sets everything up and runs the tests
 # make bench   the tables of the README
-.PHONY: smoke r1 test test-all test-cluster chaos lint bench bench-versus bench-learning bench-simulate bench-sync bench-growth bench-sample bench-gpu bench-sandbox lock help
+.PHONY: smoke r1 test test-all test-cluster chaos lint bench bench-versus bench-learning bench-side-by-side bench-simulate bench-sync bench-growth bench-sample bench-gpu bench-sandbox lock help
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 # Set in many images; without bytecode every worker process compiles its packages again.
@@ -54,6 +54,9 @@ bench-gpu: .venv/.ready  ## Qwen2.5-1.5B's shape on one GPU, sampler and learner
 
 bench-learning: .venv/.ready  ## the smoke task by seven algorithms, three seeds each (two hours on two cores)
 	@$(BIN)/python -m tests.bench.learning
+
+bench-side-by-side: .venv/.ready  ## GRPO, PPO and DPO on the smoke task with as many samples each (20 minutes on two cores)
+	@$(BIN)/python -m tests.bench.side_by_side
 
 bench-simulate: .venv/.ready  ## the controller with 1,024 samplers and 256 learners, simulated (a quarter of an hour)
 	@$(BIN)/python -m tests.bench.simulate

@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--only", choices=[*ALGORITHMS, *STALENESS], nargs="+")
     options = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    model = options.cold_start or _cold_start()
+    model = options.cold_start or cold_start()
     for table in options.tables:
         cases = ALGORITHMS if table == "goal" else STALENESS
         for seed in options.seeds:
@@ -73,7 +73,8 @@ def main() -> None:
             _print(table)
 
 
-def _cold_start() -> str:
+def cold_start() -> str:
+    """The smoke recipe's, made if it is not there."""
     folder = Path("runs/learning-sft/hf")
     if not folder.exists():
         shutil.rmtree(folder.parent, ignore_errors=True)

@@ -63,8 +63,9 @@ class Case:
 
 CASES = {
     "on-policy": Case("grpo-ray, on-policy", "ours", ("learner.overlap=false",)),
+    "on-policy-1": Case("grpo-ray, on-policy, a core each", "ours", ("learner.overlap=false", "learner.num_threads=1")),
     "overlap": Case(
-        "grpo-ray, on-policy, overlapped",
+        "grpo-ray, on-policy, a core each, overlapped",
         "ours",
         ("learner.overlap=true", "learner.num_threads=1"),
     ),

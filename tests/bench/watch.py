@@ -25,6 +25,8 @@ class Watched:
     """Of the whole command."""
     peak_bytes: int = 0
     """Resident memory, summed over the tree: pages that processes share count for each of them."""
+    peak_learner_bytes: int = 0
+    """Of the one process called LearnerActor that had most."""
     cpu_s: dict[int, float] = field(default_factory=dict)
     """Step -> CPU seconds of the tree when its line was first seen."""
 
@@ -61,9 +63,10 @@ def watch(
                     raise SystemExit(f"{' '.join(command)} took more than {limit_s:g} s:\n{_tail(log)}")
                 last = lines[-1]["step"] if lines else 0
                 if last not in out.cpu_s or now - looked > TREE_EVERY_S:
-                    cpu_s, resident = counter.measure()
+                    cpu_s, resident, learner = counter.measure()
                     out.cpu_s.setdefault(last, cpu_s)
                     out.peak_bytes = max(out.peak_bytes, resident)
+                    out.peak_learner_bytes = max(out.peak_learner_bytes, learner)
                     looked = now
                 if not told and done(lines):
                     process.send_signal(signal.SIGTERM)
@@ -83,18 +86,22 @@ class _Tree:
         self._root = psutil.Process(pid)
         self._known: dict[psutil.Process, float] = {}
 
-    def measure(self) -> tuple[float, int]:
-        """CPU seconds so far, and resident bytes now."""
-        resident = 0
+    def measure(self) -> tuple[float, int, int]:
+        """CPU seconds so far, resident bytes now, and those of the largest learner."""
+        resident = learner = 0
         for process in self._alive():
             try:
                 with process.oneshot():
                     times = process.cpu_times()
                     self._known[process] = times.user + times.system
-                    resident += process.memory_info().rss
-            except psutil.NoSuchProcess:
+                    rss = process.memory_info().rss
+                    title = " ".join(process.cmdline())
+            except (psutil.NoSuchProcess, psutil.ZombieProcess):
                 continue
-        return sum(self._known.values()), resident
+            resident += rss
+            if "LearnerActor" in title:
+                learner = max(learner, rss)
+        return sum(self._known.values()), resident, learner
 
     def kill(self) -> None:
         """Whatever is left of it."""
