@@ -34,7 +34,8 @@ def train(group: LearnerGroup, first: int) -> list[dict[str, float]]:
 @pytest.mark.parametrize(
     ("settings", "layouts", "same"),
     [
-        pytest.param({}, LAYOUTS, ("lr", "grad_norm"), id="policy"),
+        pytest.param({}, LAYOUTS[:3], ("lr", "grad_norm"), id="policy"),
+        pytest.param({}, LAYOUTS, ("lr", "grad_norm"), id="policy, every stage", marks=pytest.mark.slow),
         pytest.param(
             {"model": {"lora": {"r": 4, "alpha": 8}}},
             LAYOUTS[:4],

@@ -291,6 +291,7 @@ asyncio.run(main(*sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_an_engine_ends_with_its_actor_when_no_raylet_is_left_to_end_it(tiny_model: Path, tmp_path: Path) -> None:
     """As after `ray stop --force`, or when a whole node's Ray is killed: its memory would never be free again."""
     (tmp_path / "logs").mkdir()
