@@ -2,7 +2,8 @@
 
 Waiting groups of requests sit in one queue. Each worker has a task that takes its share of what waits, calls the
 worker, and comes back for more: the least loaded worker is the one that asks. What a dying worker held goes back to the
-head of the queue. `scale` changes the number of workers at any time: one that leaves ends when it has done what it took.
+head of the queue; samples over which workers died again and again end the pool. `scale` changes the number of workers at any
+time: one that leaves ends when it has done what it took.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ log = logging.getLogger(__name__)
 class _Waiting:
     requests: list[ScoreRequest]
     done: asyncio.Future[list[Score]]
+    deaths: int = 0
+    """Of workers that held it."""
 
 
 @dataclass(eq=False, slots=True)
@@ -73,7 +76,8 @@ class RewardPool:
         self._run_dir = run_dir
         self.name = name
         self._start_timeout_s = start_timeout_s
-        self._max_restarts = self._restarts_left = max_restarts
+        self._max_restarts = max_restarts
+        self._num_restarts = 0
         self._source = actors
         self._queue: deque[_Waiting] = deque()
         self._num_waiting = 0
@@ -108,7 +112,7 @@ class RewardPool:
     ) -> RewardPool:
         """Start `config.num_actors` workers, named `{name}-0` and so on, and import every reward function in each.
 
-        `max_restarts`: how often a dead worker is replaced, over all of them and the whole run.
+        `max_restarts`: how many workers are replaced that died over the same samples, or while starting in one place.
 
         Raises:
             RewardError: naming the function that can't be imported.
@@ -189,7 +193,7 @@ class RewardPool:
         return {
             f"queue/{self.name}": float(sum(len(w.requests) for w in self._queue)),
             f"alive/{self.name}": float(sum(w.started for w in self._workers.values())),
-            f"restarts/{self.name}": float(self._max_restarts - self._restarts_left),
+            f"restarts/{self.name}": float(self._num_restarts),
         }
 
     def take_tracks(self) -> list[Track]:
@@ -254,10 +258,12 @@ class RewardPool:
                 self._queue.extendleft(reversed(batch))
                 self._num_waiting += num_samples
                 if isinstance(e, ray.exceptions.RayActorError) and self._broken is None:
+                    for waiting in batch:
+                        waiting.deaths += 1
                     if worker.leaving:
                         self._wake_one()
                     else:
-                        await self._replace(worker, e)
+                        await self._replace(worker, e, max(waiting.deaths for waiting in batch))
                 else:
                     self._fail(self._broken or _cause(e, worker.name))
                 if not isinstance(e, Exception):
@@ -341,10 +347,10 @@ class RewardPool:
             raise _cause(e, worker.name) from None
         worker.started = True
 
-    async def _replace(self, worker: _Worker, cause: BaseException) -> None:
-        """Start another worker under the same name, as often as the budget allows; else the pool fails."""
-        while self._restarts_left > 0:
-            self._restarts_left -= 1
+    async def _replace(self, worker: _Worker, cause: BaseException, deaths: int) -> None:
+        """Start another worker under the same name, unless `deaths` says that what it held ends workers; else the pool fails."""
+        for _ in range(deaths, self._max_restarts + 1):
+            self._num_restarts += 1
             self._stats["restarts"] += 1
             log.warning("%s died (%s); starting another", worker.name, _first_line(cause))
             self._source.kill(worker.actor)
@@ -356,8 +362,8 @@ class RewardPool:
                 return self._fail(e)
         return self._fail(
             WorkerError(
-                f"{worker.name} died ({_first_line(cause)}) and the pool's budget of restarts is used up; "
-                f"see {self._run_dir}/logs/{worker.name}.log"
+                f"{worker.name} died ({_first_line(cause)}), as {self._max_restarts} before it over the same samples or while "
+                f"starting; see {self._run_dir}/logs/{worker.name}.log"
             )
         )
 

@@ -143,6 +143,14 @@ def test_a_scorer_that_never_answers_is_ended_and_its_samples_are_scored_by_anot
     check_every_prompt_once_in_order(result, rows)
 
 
+def test_scorers_that_die_as_long_as_a_run_lasts_are_replaced_every_time(tmp_path):
+    plan = SMALL.with_(steps=6, scorer_deaths=20)
+    result, rows = simulate(tmp_path, plan)
+    check_every_prompt_once_in_order(result, rows)
+    assert result.num_scorer_deaths > 5 * plan.scorers
+    assert result.alive == (plan.samplers, plan.scorers)
+
+
 @pytest.mark.parametrize("samplers", [32, 256])
 def test_what_the_controller_does_for_a_group_does_not_grow_with_the_cluster(tmp_path, samplers):
     plan = SMALL.with_(samplers=samplers, prompts=64, max_num_seqs=128, learner_tokens_per_s=2000, steps=8)

@@ -105,6 +105,8 @@ class Plan:
     """When an engine dies, virtual seconds."""
     hangs: int = 0
     """The first calls of scorers, that never return."""
+    scorer_deaths: float = math.inf
+    """Each scorer dies in its call of this number."""
     poison: frozenset[str] = frozenset()
     """Prompts that end an engine five virtual seconds after it got them."""
     scale: tuple[tuple[float, int, int], ...] = ()
@@ -326,6 +328,7 @@ class World:
         """Samples that waited in an engine for a place."""
         self.num_deaths = 0
         self.num_hung = 0
+        self.num_scorer_deaths = 0
 
     def start(self, actor: type, *args: Any, **options: Any) -> Any:
         if actor is not RolloutActor:
@@ -531,6 +534,7 @@ class Scorer:
     def __init__(self, world: World) -> None:
         self.world = world
         self.dead = False
+        self._num_calls = 0
         self._hanging: asyncio.Future[Any] | None = None
         self.start = _Method(lambda: world.answer(0, 1.0))
         self.stop = _Method(lambda: world.answer(None, world.plan.call_s))
@@ -543,7 +547,9 @@ class Scorer:
 
     @simulated
     def _score(self, groups: list[list[ScoreRequest]]) -> asyncio.Future[Any]:
-        if self.dead:
+        self._num_calls += 1
+        if self.dead or self._num_calls >= self.world.plan.scorer_deaths:
+            self.world.num_scorer_deaths += 1
             raise ActorDiedError
         if self.world.num_hung < self.world.plan.hangs:
             self.world.num_hung += 1
@@ -677,6 +683,7 @@ class Result:
     num_queued: int
     """Samples that waited in an engine."""
     num_deaths: int
+    num_scorer_deaths: int
     troubles: list[str]
     """What the pool of samplers told of."""
     alive: tuple[int, int]
@@ -809,6 +816,7 @@ class Simulation:
             world.sums.late_s,
             world.num_queued,
             world.num_deaths,
+            world.num_scorer_deaths,
             troubles,
             alive,
             self._trained,

@@ -43,14 +43,17 @@ def write_recipe(folder: Path) -> Path:
     return path
 
 
+def environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"} | {"COLUMNS": "150", "PYTHONPATH": str(ROOT)}
+
+
 def launch(*args: str, wrapper: list[str] | None = None) -> subprocess.Popen[str]:
     """`grpo-ray ARGS` in a session of its own; `wrapper` gets the interpreter and ARGS appended."""
-    env = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"} | {"COLUMNS": "150", "PYTHONPATH": str(ROOT)}
     command = [*wrapper, sys.executable, *args] if wrapper else [sys.executable, "-m", "launch", *args]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=env,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,0 +1,51 @@
+"""Who lives below this process, orphans included: what a run started can't leave the tree, however its parents died."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+
+import psutil
+
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def adopt_orphans() -> None:
+    """From now on descendants of this process whose parents die become its children, not those of process 1."""
+    assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+
+
+def title(process: psutil.Process) -> str:
+    """Its command line, where Ray and vLLM write what their processes are. Empty for one that is gone."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def family(pid: int | None = None) -> list[psutil.Process]:
+    """All descendants of a process, of this one by default; zombies too."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def living() -> list[psutil.Process]:
+    """Descendants of this process but for zombies."""
+    out = []
+    for process in family():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE:
+                out.append(process)
+        except psutil.Error:
+            continue
+    return out
+
+
+def left_behind(limit_s: float) -> list[str]:
+    """Descendants of this process that still live after `limit_s`; returns as soon as there are none."""
+    deadline = time.monotonic() + limit_s
+    while (found := living()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return [f"{p.pid} {title(p)[:120]}" for p in found]

@@ -1,0 +1,65 @@
+"""Whom chaos strikes, and how: processes of one run, found below the run's own."""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass
+from signal import SIGKILL, SIGSTOP
+
+import psutil
+
+from tests.chaos.processes import family, title
+
+FIND_S = 90.0
+"""A victim that is just being replaced is waited for."""
+
+
+@dataclass(frozen=True)
+class Victim:
+    title: str
+    """Part of its process' command line; empty for the process that the user started."""
+    signal: signal.Signals
+    told: str = ""
+    """What the run says of it, a regular expression; empty where it need not say anything."""
+    ends_run: bool = False
+    """The run has to be resumed."""
+
+
+VICTIMS = {
+    "a learner": Victim("ray::LearnerActor", SIGKILL, "learner-0 died"),
+    "a learner that hangs": Victim("ray::LearnerActor", SIGSTOP, "learner-0 did not finish"),
+    "an engine": Victim("VLLM::EngineCore", SIGKILL, "rollout-0"),
+    "an engine that hangs": Victim("VLLM::EngineCore", SIGSTOP, "rollout-0"),
+    "a rollout actor": Victim("ray::RolloutActor", SIGKILL, "rollout-0"),
+    "a rollout actor that hangs": Victim("ray::RolloutActor", SIGSTOP, "rollout-0"),
+    "a reward actor": Victim("ray::RewardActor", SIGKILL),
+    "a reward actor that hangs": Victim("ray::RewardActor", SIGSTOP),
+    "a reward function's process": Victim("actors.reward_child", SIGKILL),
+    "a reward function's process that hangs": Victim("actors.reward_child", SIGSTOP),
+    "the controller": Victim("ray::Controller", SIGKILL, "grpo-ray resume", ends_run=True),
+    "a controller that hangs": Victim(
+        "ray::Controller", SIGSTOP, "did not answer for 60 s; `grpo-ray resume", ends_run=True
+    ),
+    "the command": Victim("", SIGKILL, ends_run=True),
+}
+
+
+def find(root: int, victim: Victim) -> list[psutil.Process]:
+    if not victim.title:
+        return [psutil.Process(root)]
+    return [p for p in family(root) if victim.title in title(p)]
+
+
+def strike(root: int, victim: Victim) -> int | None:
+    """Send its signal to one of the processes below `root`. The pid; None: there is none such within FIND_S."""
+    deadline = time.monotonic() + FIND_S
+    while time.monotonic() < deadline and psutil.pid_exists(root):
+        for process in find(root, victim):
+            try:
+                process.send_signal(victim.signal)
+            except psutil.NoSuchProcess:
+                continue
+            return process.pid
+        time.sleep(0.05)
+    return None
