@@ -31,6 +31,8 @@ from grpo_ray.types import Score, ScoreRequest, Track
 MAX_BATCH = 64
 """Samples in one call: enough to make Ray's share of the cost small, few enough to spread over the workers."""
 WATCH_S = 10.0
+SILENT_S = 60.0
+"""A worker that has a call and does not answer another one for so long hangs as a whole, and is ended."""
 STOP_TIMEOUT_S = 10.0
 JOIN_TRIES = 3
 log = logging.getLogger(__name__)
@@ -55,6 +57,8 @@ class _Worker:
     actor: Any = None
     due: float = math.inf
     """When the call under way must have ended."""
+    asked: asyncio.Task[None] | None = None
+    """Whether it lives."""
     serving: asyncio.Task[None] | None = None
     leaving: bool = False
 
@@ -206,7 +210,8 @@ class RewardPool:
         """End every worker and its scoring process. Calls still waiting get a WorkerError."""
         self._fail(WorkerError(f"the {self.name} pool is closed"))
         workers = list(self._workers.values())
-        tasks = [t for t in (self._watching, *(w.serving for w in workers)) if t is not None]
+        asked = (w.asked for w in workers)
+        tasks = [t for t in (self._watching, *asked, *(w.serving for w in workers)) if t is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -311,7 +316,7 @@ class RewardPool:
         return FETCH_TIMEOUT_S + tries * (self._config.timeout_s + self._start_timeout_s)
 
     async def _watch(self) -> None:
-        """Ends workers whose call is overdue: it then fails like every call of a dead worker."""
+        """Ends workers whose call is overdue, and those that hang: the call then fails like every call of a dead worker."""
         while True:
             await asyncio.sleep(WATCH_S)
             now = asyncio.get_running_loop().time()
@@ -320,6 +325,18 @@ class RewardPool:
                     log.warning("%s did not finish scoring in time (reward.timeout_s); ending it", worker.name)
                     worker.due = math.inf
                     self._source.kill(worker.actor)
+                elif worker.due < math.inf and (worker.asked is None or worker.asked.done()):
+                    worker.asked = asyncio.create_task(self._ask(worker, worker.actor))
+
+    async def _ask(self, worker: _Worker, actor: Any) -> None:
+        try:
+            await asyncio.wait_for(actor.ping.remote(), SILENT_S)
+        except TimeoutError:
+            if worker.actor is actor and self._broken is None:
+                self.on_trouble(f"{worker.name} did not answer for {SILENT_S:g} s; ending it")
+                self._source.kill(actor)
+        except ray.exceptions.RayError:
+            log.debug("%s is dead, and so is its call", worker.name)
 
     async def _start(self, worker: _Worker) -> None:
         worker.actor = start_named(

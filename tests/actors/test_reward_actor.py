@@ -606,7 +606,9 @@ def test_an_unimportable_function_fails_the_start_of_the_pool(local_ray, functio
 
 
 @pytest.mark.timeout(120)
-def test_samples_that_end_their_workers_are_an_error_for_everyone_who_waits(local_ray, functions: str, tmp_path: Path) -> None:
+def test_samples_that_end_their_workers_are_an_error_for_everyone_who_waits(
+    local_ray, functions: str, tmp_path: Path
+) -> None:
     config = config_of(functions, "asynchronous", num_cpus=0.5)
 
     async def use(pool):

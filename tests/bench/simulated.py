@@ -103,8 +103,12 @@ class Plan:
     reward_s: float = 0.012
     deaths: tuple[float, ...] = ()
     """When an engine dies, virtual seconds."""
+    freezes: tuple[float, ...] = ()
+    """When an engine's core hangs: its actor goes on answering."""
     hangs: int = 0
     """The first calls of scorers, that never return."""
+    frozen: int = 0
+    """Of those, the ones whose worker does not answer anything else either."""
     scorer_deaths: float = math.inf
     """Each scorer dies in its call of this number."""
     poison: frozenset[str] = frozenset()
@@ -374,6 +378,7 @@ class Engine:
         self.name = name
         self.version = 0
         self.dead = False
+        self.frozen = False
         self._paused = False
         self._plan = world.plan
         self._at = world.cluster.now
@@ -422,6 +427,11 @@ class Engine:
         if self._poll is not None and not self._poll.done():
             self._poll.set_exception(self._death())
 
+    def freeze(self) -> None:
+        self.advance()
+        self.frozen = True
+        self._appointment += 1
+
     def _die_of_poison(self) -> None:
         held = [request for _, _, request, _, _ in self._running] + [request for _, request in self._waiting]
         if any(request.prompt_id in self._plan.poison for request in held):
@@ -458,7 +468,7 @@ class Engine:
             tokens = self.world.length(request.seed)
             heapq.heappush(self._running, (self._ticks + tokens, ticket, request, tokens, self.version))
         self._appointment += 1
-        if self._running and not self._paused:
+        if self._running and not self._paused and not self.frozen:
             left = (self._running[0][0] - self._ticks) * self._plan.seconds_per_token(len(self._running))
             self.world.cluster.at(self._at + max(left, 0.0), self._finish, self._appointment)
 
@@ -521,10 +531,11 @@ class Engine:
         return self._reply(self._plan.call_s)
 
     def _reply(self, seconds: float) -> asyncio.Future[None]:
-        if not self.dead:
+        if not self.dead and not self.frozen:
             return self.world.answer(None, seconds)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        future.set_exception(self._death())
+        if self.dead:
+            future.set_exception(self._death())
         return future
 
 
@@ -536,7 +547,9 @@ class Scorer:
         self.dead = False
         self._num_calls = 0
         self._hanging: asyncio.Future[Any] | None = None
+        self._is_frozen = False
         self.start = _Method(lambda: world.answer(0, 1.0))
+        self.ping = _Method(self._ping)
         self.stop = _Method(lambda: world.answer(None, world.plan.call_s))
         self.score = _Method(self._score)
 
@@ -544,6 +557,11 @@ class Scorer:
         self.dead = True
         if self._hanging is not None and not self._hanging.done():
             self._hanging.set_exception(ActorDiedError())
+
+    def _ping(self) -> asyncio.Future[None]:
+        if self._hanging is not None and self._is_frozen:
+            return asyncio.get_running_loop().create_future()
+        return self.world.answer(None, self.world.plan.call_s)
 
     @simulated
     def _score(self, groups: list[list[ScoreRequest]]) -> asyncio.Future[Any]:
@@ -553,6 +571,7 @@ class Scorer:
             raise ActorDiedError
         if self.world.num_hung < self.world.plan.hangs:
             self.world.num_hung += 1
+            self._is_frozen = self.world.num_hung <= self.world.plan.frozen
             self._hanging = asyncio.get_running_loop().create_future()
             return self._hanging
         scores = [[self._score_one(r) for r in requests] for requests in groups]
@@ -675,6 +694,8 @@ class Result:
     """Between the steps `Simulation.window`: of a run that neither begins nor ends."""
     num_steps: int
     """Steps of that window."""
+    seconds: float
+    """Virtual, of the whole run."""
     controller_best_ms: float
     """Its CPU for each group of the cheapest step of the window. The work of a step is that of the others: what they cost more,
     other processes cost (caches, time that a hypervisor takes)."""
@@ -797,6 +818,8 @@ class Simulation:
         )
         for number, when in enumerate(self.plan.deaths):
             world.cluster.at(when, self._kill, world, number)
+        for number, when in enumerate(self.plan.freezes):
+            world.cluster.at(when, lambda n: self._busiest(world, n).freeze(), number)
         for when, samplers, scorers in self.plan.scale:
             world.cluster.at(when, sampler.scale, samplers)
             world.cluster.at(when, scorer.scale, scorers)
@@ -812,6 +835,7 @@ class Simulation:
             how,
             self._last - self._first,
             self.window[1] - self.window[0],
+            world.cluster.now,
             self._best_ms,
             world.sums.late_s,
             world.num_queued,
@@ -832,10 +856,13 @@ class Simulation:
             self._last = totals
 
     def _kill(self, world: World, number: int) -> None:
-        """The busiest of a few: one that has something to lose."""
-        engine = max((world.engines[(number * 7 + i) % len(world.engines)] for i in range(4)), key=lambda e: e.load)
+        engine = self._busiest(world, number)
         world.num_deaths += not engine.dead
         engine.die()
+
+    def _busiest(self, world: World, number: int) -> Engine:
+        """Of a few: one that has something to lose."""
+        return max((world.engines[(number * 7 + i) % len(world.engines)] for i in range(4)), key=lambda e: e.load)
 
 
 def oldest_trained(ledger: Path) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import time
+from collections.abc import Collection
 
 import psutil
 
@@ -31,21 +33,27 @@ def family(pid: int | None = None) -> list[psutil.Process]:
         return []
 
 
-def living() -> list[psutil.Process]:
-    """Descendants of this process but for zombies."""
+def living(but: Collection[int] = ()) -> list[psutil.Process]:
+    """Descendants of this process that are no zombies, but for these pids."""
     out = []
     for process in family():
         try:
-            if process.status() != psutil.STATUS_ZOMBIE:
+            if process.pid not in but and process.status() != psutil.STATUS_ZOMBIE:
                 out.append(process)
         except psutil.Error:
             continue
     return out
 
 
-def left_behind(limit_s: float) -> list[str]:
-    """Descendants of this process that still live after `limit_s`; returns as soon as there are none."""
+def left_behind(limit_s: float, but: Collection[int] = ()) -> list[str]:
+    """Those of `living` that are still there after `limit_s`; returns as soon as there are none."""
     deadline = time.monotonic() + limit_s
-    while (found := living()) and time.monotonic() < deadline:
+    while (found := living(but)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return [f"{p.pid} {title(p)[:120]}" for p in found]
+
+
+def end(processes: Collection[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()

@@ -11,7 +11,6 @@ them has grown, when the ledger is wrong, when the run ends by itself, or when a
 from __future__ import annotations
 
 import argparse
-import contextlib
 import random
 import re
 import shutil
@@ -32,9 +31,9 @@ import psutil
 import yaml
 
 from tests.bench.simulated import oldest_trained
-from tests.chaos.processes import adopt_orphans, family, left_behind, title
+from tests.chaos.processes import adopt_orphans, end, family, left_behind, title
 from tests.chaos.victims import VICTIMS, find
-from tests.end_to_end.runs import RECIPE, ROOT, environment, metrics
+from tests.end_to_end.runs import RECIPE, launch, metrics, train
 
 STALENESS = 1
 NUM_ROWS = 256
@@ -170,9 +169,19 @@ def ledger_faults(run: Path) -> list[str]:
     return faults
 
 
-def num_steps(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_bytes().count(b'"loss/policy"') if path.exists() else 0
+class StepFile:
+    """A run's metrics, read again only when they have changed."""
+
+    def __init__(self, run: Path) -> None:
+        self._path = run / "metrics.jsonl"
+        self._size, self._count = -1, 0
+
+    def count(self) -> int:
+        """Steps done, but for those that a resumed run will do again."""
+        size = self._path.stat().st_size if self._path.exists() else -1
+        if size != self._size:
+            self._size, self._count = size, self._path.read_bytes().count(b'"loss/policy"')
+        return self._count
 
 
 def table(rows: Sequence[tuple[str, str, float, float]]) -> tuple[str, list[str]]:
@@ -191,39 +200,31 @@ def table(rows: Sequence[tuple[str, str, float, float]]) -> tuple[str, list[str]
 def soak(folder: Path, minutes: float, every_s: float, seed: int) -> int:
     rng = random.Random(seed)
     (folder / "soak.yaml").write_text(yaml.safe_dump(recipe()))
-    run = folder / "soak"
+    args, run = train(folder / "soak.yaml", "soak")
     output = folder / "output.txt"
-    with open(output, "wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "launch", "train", str(folder / "soak.yaml"), f"dir={folder}", "name=soak"],
-            cwd=ROOT,
-            env=environment(),
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    with open(output, "w") as out:
+        process = launch(*args, output=out)
     try:
         return _watch(process, run, output, minutes, every_s, rng)
     finally:
         if process.poll() is None:
             process.kill()
-        for child in family():
-            with contextlib.suppress(psutil.Error):
-                child.kill()
+        end(family())
 
 
 def _watch(
-    process: subprocess.Popen[bytes], run: Path, output: Path, minutes: float, every_s: float, rng: random.Random
+    process: subprocess.Popen[str], run: Path, output: Path, minutes: float, every_s: float, rng: random.Random
 ) -> int:
     launched = time.monotonic()
-    while num_steps(run) < 3:
+    step_file = StepFile(run)
+    while step_file.count() < 3:
         if process.poll() is not None or time.monotonic() - launched > START_S:
             print(f"no third step:\n{output.read_text()}")
             return 1
         time.sleep(1)
     seen, kills = Seen(), Counter[str]()
     began = last_step_at = time.monotonic()
-    killed_at, done, done_at_kill, victim = began, num_steps(run), 0, ""
+    killed_at, done, done_at_kill, victim = began, step_file.count(), 0, ""
     first_step = done
     waits: dict[str, list[float]] = defaultdict(list)
     next_look = began
@@ -232,7 +233,7 @@ def _watch(
         if process.poll() is not None:
             faults.append(f"the run ended by itself:\n{output.read_text()[-3000:]}")
             break
-        if (steps := num_steps(run)) > done:
+        if (steps := step_file.count()) > done:
             done, last_step_at = steps, now
             if victim and done >= done_at_kill + 2:
                 waits[victim].append(now - killed_at)
@@ -251,7 +252,7 @@ def _watch(
             look(process.pid, seen, now - began)
             next_look = now + LOOK_S
         time.sleep(0.2)
-    end = time.monotonic() - began
+    lasted = time.monotonic() - began
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         try:
@@ -262,8 +263,8 @@ def _watch(
             faults.append(f"no end within {END_S:g} s of SIGINT")
     faults += [f"left behind: {who}" for who in left_behind(20)]
     faults += ledger_faults(run)
-    told, grown = table(list(seen.thirds(min(300.0, end / 6), end)))
-    print(f"\n{end / 60:.0f} minutes, {done - first_step} steps, {sum(kills.values())} kills: {dict(kills)}")
+    told, grown = table(list(seen.thirds(min(300.0, lasted / 6), lasted)))
+    print(f"\n{lasted / 60:.0f} minutes, {done - first_step} steps, {sum(kills.values())} kills: {dict(kills)}")
     for kind, seconds in waits.items():
         print(
             f"  {kind}: two steps more after {statistics.median(seconds):.0f} s (median), {max(seconds):.0f} s (maximum)"

@@ -11,6 +11,8 @@ import psutil
 
 from tests.chaos.processes import family, title
 
+# A learner or an engine that hangs is noticed at its deadline, a silent reward actor after a minute.
+OVERRIDES = ("checkpoint.every_steps=2", "deadlines.update_s=20", "deadlines.sync_s=20", "deadlines.save_s=20")
 FIND_S = 90.0
 """A victim that is just being replaced is waited for."""
 
@@ -24,19 +26,21 @@ class Victim:
     """What the run says of it, a regular expression; empty where it need not say anything."""
     ends_run: bool = False
     """The run has to be resumed."""
+    noticed_s: float = 0.0
+    """The deadline by which the run knows, under OVERRIDES."""
 
 
 VICTIMS = {
     "a learner": Victim("ray::LearnerActor", SIGKILL, "learner-0 died"),
-    "a learner that hangs": Victim("ray::LearnerActor", SIGSTOP, "learner-0 did not finish"),
+    "a learner that hangs": Victim("ray::LearnerActor", SIGSTOP, "learner-0 did not finish", noticed_s=20),
     "an engine": Victim("VLLM::EngineCore", SIGKILL, "rollout-0"),
-    "an engine that hangs": Victim("VLLM::EngineCore", SIGSTOP, "rollout-0"),
+    "an engine that hangs": Victim("VLLM::EngineCore", SIGSTOP, "rollout-0", noticed_s=30),
     "a rollout actor": Victim("ray::RolloutActor", SIGKILL, "rollout-0"),
-    "a rollout actor that hangs": Victim("ray::RolloutActor", SIGSTOP, "rollout-0"),
+    "a rollout actor that hangs": Victim("ray::RolloutActor", SIGSTOP, "rollout-0", noticed_s=30),
     "a reward actor": Victim("ray::RewardActor", SIGKILL),
-    "a reward actor that hangs": Victim("ray::RewardActor", SIGSTOP),
+    "a reward actor that hangs": Victim("ray::RewardActor", SIGSTOP, "reward-0 did not answer", noticed_s=70),
     "a reward function's process": Victim("actors.reward_child", SIGKILL),
-    "a reward function's process that hangs": Victim("actors.reward_child", SIGSTOP),
+    "a reward function's process that hangs": Victim("actors.reward_child", SIGSTOP, noticed_s=10),
     "the controller": Victim("ray::Controller", SIGKILL, "grpo-ray resume", ends_run=True),
     "a controller that hangs": Victim(
         "ray::Controller", SIGSTOP, "did not answer for 60 s; `grpo-ray resume", ends_run=True
