@@ -40,16 +40,16 @@ NUM_ROWS = 256
 PROMPTS_PER_STEP = 8
 KILLED = ("a learner", "an engine", "a rollout actor", "a reward actor", "a reward function's process")
 ROLES = {
-    "controller": "ray::Controller",
-    "rollout actor": "ray::RolloutActor",
-    "engine": "VLLM::EngineCore",
-    "learner": "ray::LearnerActor",
-    "reward actor": "ray::RewardActor",
-    "reward function's process": "actors.reward_child",
+    "controller": VICTIMS["the controller"].title,
+    "rollout actor": VICTIMS["a rollout actor"].title,
+    "engine": VICTIMS["an engine"].title,
+    "learner": VICTIMS["a learner"].title,
+    "reward actor": VICTIMS["a reward actor"].title,
+    "reward function's process": VICTIMS["a reward function's process"].title,
     "raylet": "/raylet/raylet ",
     "gcs server": "/gcs/gcs_server ",
 }
-"""Role -> part of the command line."""
+"""Role -> its command line, a regular expression."""
 ROOT_ROLE = "command"
 GROWN_UP_S = 45.0
 """A process is looked at from this age on: before, it loads."""
@@ -94,7 +94,9 @@ def look(root: int, seen: Seen, at: float) -> None:
     raylet_log = None
     for process in everyone:
         words = title(process)
-        role = ROOT_ROLE if process.pid == root else next((r for r, part in ROLES.items() if part in words), None)
+        role = (
+            ROOT_ROLE if process.pid == root else next((r for r, how in ROLES.items() if re.search(how, words)), None)
+        )
         if role == "raylet" and (found := re.search(r"--log_dir=(\S+)", words)):
             raylet_log = Path(found[1]) / "debug_state.txt"
         try:

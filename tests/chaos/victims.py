@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ FIND_S = 90.0
 @dataclass(frozen=True)
 class Victim:
     title: str
-    """Part of its process' command line; empty for the process that the user started."""
+    """Of its process: a regular expression for its command line, or empty for the command that the user gave."""
     signal: signal.Signals
     told: str = ""
     """What the run says of it, a regular expression; empty where it need not say anything."""
@@ -31,19 +32,19 @@ class Victim:
 
 
 VICTIMS = {
-    "a learner": Victim("ray::LearnerActor", SIGKILL, "learner-0 died"),
-    "a learner that hangs": Victim("ray::LearnerActor", SIGSTOP, "learner-0 did not finish", noticed_s=20),
-    "an engine": Victim("VLLM::EngineCore", SIGKILL, "rollout-0"),
-    "an engine that hangs": Victim("VLLM::EngineCore", SIGSTOP, "rollout-0", noticed_s=30),
-    "a rollout actor": Victim("ray::RolloutActor", SIGKILL, "rollout-0"),
-    "a rollout actor that hangs": Victim("ray::RolloutActor", SIGSTOP, "rollout-0", noticed_s=30),
-    "a reward actor": Victim("ray::RewardActor", SIGKILL),
-    "a reward actor that hangs": Victim("ray::RewardActor", SIGSTOP, "reward-0 did not answer", noticed_s=70),
-    "a reward function's process": Victim("actors.reward_child", SIGKILL),
-    "a reward function's process that hangs": Victim("actors.reward_child", SIGSTOP, noticed_s=10),
-    "the controller": Victim("ray::Controller", SIGKILL, "grpo-ray resume", ends_run=True),
+    "a learner": Victim(r"^ray::.*\bLearnerActor\b", SIGKILL, "learner-0 died"),
+    "a learner that hangs": Victim(r"^ray::.*\bLearnerActor\b", SIGSTOP, "learner-0 did not finish", noticed_s=20),
+    "an engine": Victim("^VLLM::EngineCore", SIGKILL, "rollout-0"),
+    "an engine that hangs": Victim("^VLLM::EngineCore", SIGSTOP, "rollout-0", noticed_s=30),
+    "a rollout actor": Victim(r"^ray::.*\bRolloutActor\b", SIGKILL, "rollout-0"),
+    "a rollout actor that hangs": Victim(r"^ray::.*\bRolloutActor\b", SIGSTOP, "rollout-0", noticed_s=30),
+    "a reward actor": Victim(r"^ray::.*\bRewardActor\b", SIGKILL),
+    "a reward actor that hangs": Victim(r"^ray::.*\bRewardActor\b", SIGSTOP, "reward-0 did not answer", noticed_s=70),
+    "a reward function's process": Victim(r"-m actors\.reward_child", SIGKILL),
+    "a reward function's process that hangs": Victim(r"-m actors\.reward_child", SIGSTOP, noticed_s=10),
+    "the controller": Victim(r"^ray::.*\bController\b", SIGKILL, "grpo-ray resume", ends_run=True),
     "a controller that hangs": Victim(
-        "ray::Controller", SIGSTOP, "did not answer for 60 s; `grpo-ray resume", ends_run=True
+        r"^ray::.*\bController\b", SIGSTOP, "did not answer for 60 s; `grpo-ray resume", ends_run=True
     ),
     "the command": Victim("", SIGKILL, ends_run=True),
 }
@@ -52,7 +53,7 @@ VICTIMS = {
 def find(root: int, victim: Victim) -> list[psutil.Process]:
     if not victim.title:
         return [psutil.Process(root)]
-    return [p for p in family(root) if victim.title in title(p)]
+    return [p for p in family(root) if re.search(victim.title, title(p))]
 
 
 def strike(root: int, victim: Victim) -> int | None:
