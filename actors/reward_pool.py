@@ -35,6 +35,8 @@ SILENT_S = 60.0
 """A worker that has a call and does not answer another one for so long hangs as a whole, and is ended."""
 STOP_TIMEOUT_S = 10.0
 JOIN_TRIES = 3
+LATE_S = 60.0
+"""A start that takes longer is told of."""
 log = logging.getLogger(__name__)
 
 
@@ -54,6 +56,8 @@ class _Worker:
     name: str
     activity: Activity
     started: bool = False
+    """It has been alive."""
+    alive: bool = False
     actor: Any = None
     due: float = math.inf
     """When the call under way must have ended."""
@@ -196,7 +200,7 @@ class RewardPool:
         """At this moment."""
         return {
             f"queue/{self.name}": float(sum(len(w.requests) for w in self._queue)),
-            f"alive/{self.name}": float(sum(w.started for w in self._workers.values())),
+            f"alive/{self.name}": float(sum(w.alive for w in self._workers.values())),
             f"restarts/{self.name}": float(self._num_restarts),
         }
 
@@ -362,27 +366,51 @@ class RewardPool:
             )
         except ray.exceptions.RayError as e:
             raise _cause(e, worker.name) from None
-        worker.started = True
+        worker.started = worker.alive = True
 
     async def _replace(self, worker: _Worker, cause: BaseException, deaths: int) -> None:
-        """Start another worker under the same name, unless `deaths` says that what it held ends workers; else the pool fails."""
-        for _ in range(deaths, self._max_restarts + 1):
+        """Start another worker under the same name, unless `deaths` says that what it held ends workers; else the pool fails.
+
+        A start that is not over at its deadline (its node is gone, and there is no room elsewhere) is begun again while others go on.
+        """
+        worker.alive = False
+        tries = self._max_restarts + 1 - deaths
+        while tries > 0 and not worker.leaving:
             self._num_restarts += 1
             self._stats["restarts"] += 1
             log.warning("%s died (%s); starting another", worker.name, _first_line(cause))
             self._source.kill(worker.actor)
+            told = asyncio.get_running_loop().call_later(
+                LATE_S, self.on_trouble, f"{worker.name} has not started again for {LATE_S:g} s: {self._room}"
+            )
             try:
                 return await self._start(worker)
             except WorkerError as e:
                 cause = e
-            except (RewardError, DeadlineError) as e:
+                tries -= 1
+            except DeadlineError as e:
+                if not any(other.alive for other in self._workers.values()):
+                    return self._fail(e)
+                cause = e
+            except RewardError as e:
                 return self._fail(e)
+            finally:
+                told.cancel()
+        if worker.leaving:
+            return None
         return self._fail(
             WorkerError(
                 f"{worker.name} died ({_first_line(cause)}), as {self._max_restarts} before it over the same samples or while "
                 f"starting; see {self._run_dir}/logs/{worker.name}.log"
             )
         )
+
+    @property
+    def _room(self) -> str:
+        """What a worker that does not start may be waiting for."""
+        asked = {"CPU": self._config.num_cpus, "GPU": self._config.num_gpus, **self._config.resources}
+        where = f" on a node with the labels {dict(self._config.labels)}" if self._config.labels else ""
+        return f"it imports its functions, or waits for {({k: v for k, v in asked.items() if v}) or 'a place'}{where}"
 
     def _wake_one(self) -> None:
         while self._idle:

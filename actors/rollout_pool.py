@@ -710,6 +710,9 @@ class RolloutPool:
             except (WorkerError, DeadlineError) as e:
                 reason = str(e)
                 self._source.kill(engine.handle)
+                if isinstance(e, DeadlineError) and any(other.alive for other in self._engines.values()):
+                    # It died of nothing: its node is gone, and may come back. The others go on meanwhile.
+                    engine.restarts -= 1
         engine.gone = (
             f"{engine.name} died {MAX_RESTARTS + 1} times without a finished sample in between, the last time: {reason}"
         )

@@ -172,6 +172,15 @@ def test_a_scorer_that_is_silent_altogether_is_ended_within_minutes(tmp_path):
     assert result.seconds < whole.seconds + 3 * (WATCH_S + SILENT_S)
 
 
+def test_workers_whose_node_is_gone_for_hours_come_back_with_it(tmp_path):
+    """There is no room for them meanwhile: their start is begun again and again, while the others go on."""
+    plan = SMALL.with_(steps=40, deaths=(50.0,), hangs=1, frozen=1, no_room=(40.0, 5000.0))
+    result, rows = simulate(tmp_path, plan)
+    assert result.seconds > 6000
+    assert [row[2] for row in rows] == ["trained"] * (plan.steps * plan.prompts)
+    assert result.alive == (plan.samplers, plan.scorers)
+
+
 @pytest.mark.parametrize("samplers", [32, 256])
 def test_what_the_controller_does_for_a_group_does_not_grow_with_the_cluster(tmp_path, samplers):
     plan = SMALL.with_(samplers=samplers, prompts=64, max_num_seqs=128, learner_tokens_per_s=2000, steps=8)

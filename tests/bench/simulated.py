@@ -111,6 +111,8 @@ class Plan:
     """Of those, the ones whose worker does not answer anything else either."""
     scorer_deaths: float = math.inf
     """Each scorer dies in its call of this number."""
+    no_room: tuple[float, float] = (math.inf, math.inf)
+    """Between these virtual seconds no actor starts: they wait for the second."""
     poison: frozenset[str] = frozenset()
     """Prompts that end an engine five virtual seconds after it got them."""
     scale: tuple[tuple[float, int, int], ...] = ()
@@ -353,6 +355,11 @@ class World:
         self.cluster.at(self.cluster.now + seconds, _resolve, future, value)
         return future
 
+    def start_s(self) -> float:
+        """Seconds until an actor that is asked for now has started."""
+        begin, end = self.plan.no_room
+        return 1.0 if not begin <= self.cluster.now < end else end - self.cluster.now + 1.0
+
     def totals(self) -> Totals:
         for engine in self.engines.values():
             engine.advance()
@@ -396,7 +403,7 @@ class Engine:
         self.submit = _Method(self._submit)
         self.cancel = _Method(self._cancel)
         self.poll = _Method(self._begin_poll)
-        self.ready = _Method(lambda: world.answer({"pid": 0, "core_pid": 0}, 1.0))
+        self.ready = _Method(lambda: world.answer({"pid": 0, "core_pid": 0}, world.start_s()))
         self.shutdown = _Method(lambda: world.answer(None, world.plan.call_s))
         self.probe = _Method(lambda: self._reply(world.plan.call_s))
         self.pause = _Method(self._pause)
@@ -548,7 +555,7 @@ class Scorer:
         self._num_calls = 0
         self._hanging: asyncio.Future[Any] | None = None
         self._is_frozen = False
-        self.start = _Method(lambda: world.answer(0, 1.0))
+        self.start = _Method(lambda: world.answer(0, world.start_s()))
         self.ping = _Method(self._ping)
         self.stop = _Method(lambda: world.answer(None, world.plan.call_s))
         self.score = _Method(self._score)

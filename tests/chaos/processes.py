@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import time
 from collections.abc import Collection
 
 import psutil
 
+from tests.end_to_end.runs import started
+
 PR_SET_CHILD_SUBREAPER = 36
+RAYS_OWN = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""They end with their raylet when process 1 becomes their parent; adopted by another, a minute later."""
 
 
 def adopt_orphans() -> None:
@@ -34,21 +39,25 @@ def family(pid: int | None = None) -> list[psutil.Process]:
 
 
 def living(but: Collection[int] = ()) -> list[psutil.Process]:
-    """Descendants of this process that are no zombies, but for these pids."""
+    """Descendants of this process that are no zombies, but for these pids.
+
+    Zombies that were adopted are reaped, as process 1 would: Ray's workers take a raylet for alive as long as its pid is there.
+    """
     out = []
+    ours = {process.pid for process in started}
     for process in family():
-        try:
-            if process.pid not in but and process.status() != psutil.STATUS_ZOMBIE:
+        with contextlib.suppress(psutil.Error, ChildProcessError):
+            if process.status() != psutil.STATUS_ZOMBIE:
                 out.append(process)
-        except psutil.Error:
-            continue
-    return out
+            elif process.ppid() == os.getpid() and process.pid not in ours:
+                os.waitpid(process.pid, os.WNOHANG)
+    return [process for process in out if process.pid not in but]
 
 
 def left_behind(limit_s: float, but: Collection[int] = ()) -> list[str]:
-    """Those of `living` that are still there after `limit_s`; returns as soon as there are none."""
+    """Those of `living`, but for RAYS_OWN, that are still there after `limit_s`; returns as soon as there are none."""
     deadline = time.monotonic() + limit_s
-    while (found := living(but)) and time.monotonic() < deadline:
+    while (found := [p for p in living(but) if not title(p).startswith(RAYS_OWN)]) and time.monotonic() < deadline:
         time.sleep(0.1)
     return [f"{p.pid} {title(p)[:120]}" for p in found]
 

@@ -13,7 +13,14 @@ import psutil
 from tests.chaos.processes import family, title
 
 # A learner or an engine that hangs is noticed at its deadline, a silent reward actor after a minute.
-OVERRIDES = ("checkpoint.every_steps=2", "deadlines.update_s=20", "deadlines.sync_s=20", "deadlines.save_s=20")
+NUM_STEPS = 12
+OVERRIDES = (
+    f"num_steps={NUM_STEPS}",
+    "checkpoint.every_steps=2",
+    "deadlines.update_s=20",
+    "deadlines.sync_s=20",
+    "deadlines.save_s=20",
+)
 FIND_S = 90.0
 """A victim that is just being replaced is waited for."""
 
