@@ -1,7 +1,7 @@
 # make smoke   sets everything up and trains a tiny model for real, on any machine
 # make test    sets everything up and runs the tests
 # make bench   the tables of the README
-.PHONY: smoke r1 test test-all test-cluster chaos lint bench bench-versus bench-learning bench-side-by-side bench-simulate bench-sync bench-growth bench-sample bench-gpu bench-sandbox lock help
+.PHONY: smoke r1 test test-all test-cluster chaos soak recovery lint bench bench-versus bench-learning bench-side-by-side bench-simulate bench-sync bench-growth bench-sample bench-gpu bench-sandbox lock help
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 # Set in many images; without bytecode every worker process compiles its packages again.
@@ -22,8 +22,14 @@ test: .venv/.ready  ## the tests, on two cores in less than 15 minutes
 test-all: .venv/.ready  ## the slow tests too, and those for GPUs where there is one
 	@$(BIN)/pytest
 
-chaos: .venv/.ready  ## runs in which processes are killed and stopped (20 minutes; CHAOS_SEEDS=n random schedules, 5)
+chaos: .venv/.ready  ## runs in which processes are killed and stopped, a node cut off (an hour; CHAOS_SEEDS=n random schedules, 10)
 	@$(BIN)/pytest tests/chaos
+
+soak: .venv/.ready  ## an hour of training with a kill a minute: what the run holds is flat (MINUTES=n)
+	@$(BIN)/python -m tests.chaos.soak --minutes $(or $(MINUTES),60)
+
+recovery: .venv/.ready  ## how long a run needs after each kind of death, five times each (40 minutes)
+	@$(BIN)/python -m tests.chaos.recovery
 
 test-cluster: .venv/.ready  ## a Ray cluster of several nodes on this machine: workers come and go, a node dies (10 minutes)
 	@$(BIN)/pytest -s tests/end_to_end/test_cluster.py tests/end_to_end/test_scale.py

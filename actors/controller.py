@@ -31,7 +31,7 @@ from grpo_ray.config import RunConfig, SftConfig, Strict
 from grpo_ray.cursor import Cursor
 from grpo_ray.errors import ConfigError, GrpoRayError, LostSamplesError
 from grpo_ray.evaluate import eval_event, evaluate
-from grpo_ray.events import EndEvent, Event, MessageEvent, PhaseEvent
+from grpo_ray.events import EndEvent, Event, EventLog, MessageEvent, PhaseEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.manifest import digest_of
 from grpo_ray.models import context_length, load_config, load_tokenizer, prepare_model
@@ -95,7 +95,7 @@ class Controller:
         self._config: Strict = config
         self._run = RunDir(Path(run_dir), config.checkpoint.path)
         self._resume_step = resume_step
-        self._events: list[Event] = []
+        self._events = EventLog()
         self._news = asyncio.Event()
         self._stop_reason: str | None = None
         self._loop: Any = None
@@ -124,15 +124,15 @@ class Controller:
         await asyncio.sleep(LINGER_S)
         ray.kill(ray.get_runtime_context().current_actor)
 
-    async def events(self, after: int, wait_s: float) -> list[Event]:
-        """What happened since event number `after`; waits up to `wait_s` for something."""
-        if len(self._events) <= after:
+    async def events(self, after: int, wait_s: float) -> tuple[list[Event], int]:
+        """What happened from event number `after` on, and the number to ask from next time; waits up to `wait_s` for something."""
+        if self._events.count <= after:
             self._news.clear()
             try:
                 await asyncio.wait_for(self._news.wait(), wait_s)
             except TimeoutError:
-                return []
-        return self._events[after:]
+                return [], after
+        return self._events.since(after), self._events.count
 
     async def stop(self, reason: str, now: bool = False) -> None:
         """End after the step under way, with a checkpoint; before the first step, or `now`, at once.
@@ -162,7 +162,7 @@ class Controller:
     def _emit(self, event: Event) -> None:
         if isinstance(event, MessageEvent):
             event = replace(event, text=hide_secrets(event.text))
-        self._events.append(event)
+        self._events.add(event)
         self._news.set()
 
     def _phase(self, phase: str, detail: str = "", done: int = 0, total: int = 0) -> None:

@@ -60,6 +60,9 @@ class RewardActor:
         async with self._turn:
             return await self._on_thread(self._score, groups, texts)
 
+    async def ping(self) -> None:
+        """Answered at any time: what is scored meanwhile has a thread of its own."""
+
     async def stop(self) -> None:
         """Kill the scoring process and all that it started, also in the middle of a call."""
         self._process.stop()

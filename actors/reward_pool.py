@@ -2,7 +2,8 @@
 
 Waiting groups of requests sit in one queue. Each worker has a task that takes its share of what waits, calls the
 worker, and comes back for more: the least loaded worker is the one that asks. What a dying worker held goes back to the
-head of the queue. `scale` changes the number of workers at any time: one that leaves ends when it has done what it took.
+head of the queue; samples over which workers died again and again end the pool. `scale` changes the number of workers at any
+time: one that leaves ends when it has done what it took.
 """
 
 from __future__ import annotations
@@ -30,8 +31,12 @@ from grpo_ray.types import Score, ScoreRequest, Track
 MAX_BATCH = 64
 """Samples in one call: enough to make Ray's share of the cost small, few enough to spread over the workers."""
 WATCH_S = 10.0
+SILENT_S = 60.0
+"""A worker that has a call and does not answer another one for so long hangs as a whole, and is ended."""
 STOP_TIMEOUT_S = 10.0
 JOIN_TRIES = 3
+LATE_S = 60.0
+"""A start that takes longer is told of."""
 log = logging.getLogger(__name__)
 
 
@@ -39,6 +44,8 @@ log = logging.getLogger(__name__)
 class _Waiting:
     requests: list[ScoreRequest]
     done: asyncio.Future[list[Score]]
+    deaths: int = 0
+    """Of workers that held it."""
 
 
 @dataclass(eq=False, slots=True)
@@ -49,9 +56,13 @@ class _Worker:
     name: str
     activity: Activity
     started: bool = False
+    """It has been alive."""
+    alive: bool = False
     actor: Any = None
     due: float = math.inf
     """When the call under way must have ended."""
+    asked: asyncio.Task[None] | None = None
+    """Whether it lives."""
     serving: asyncio.Task[None] | None = None
     leaving: bool = False
 
@@ -73,7 +84,8 @@ class RewardPool:
         self._run_dir = run_dir
         self.name = name
         self._start_timeout_s = start_timeout_s
-        self._max_restarts = self._restarts_left = max_restarts
+        self._max_restarts = max_restarts
+        self._num_restarts = 0
         self._source = actors
         self._queue: deque[_Waiting] = deque()
         self._num_waiting = 0
@@ -108,7 +120,7 @@ class RewardPool:
     ) -> RewardPool:
         """Start `config.num_actors` workers, named `{name}-0` and so on, and import every reward function in each.
 
-        `max_restarts`: how often a dead worker is replaced, over all of them and the whole run.
+        `max_restarts`: how many workers are replaced that died over the same samples, or while starting in one place.
 
         Raises:
             RewardError: naming the function that can't be imported.
@@ -188,8 +200,8 @@ class RewardPool:
         """At this moment."""
         return {
             f"queue/{self.name}": float(sum(len(w.requests) for w in self._queue)),
-            f"alive/{self.name}": float(sum(w.started for w in self._workers.values())),
-            f"restarts/{self.name}": float(self._max_restarts - self._restarts_left),
+            f"alive/{self.name}": float(sum(w.alive for w in self._workers.values())),
+            f"restarts/{self.name}": float(self._num_restarts),
         }
 
     def take_tracks(self) -> list[Track]:
@@ -202,7 +214,8 @@ class RewardPool:
         """End every worker and its scoring process. Calls still waiting get a WorkerError."""
         self._fail(WorkerError(f"the {self.name} pool is closed"))
         workers = list(self._workers.values())
-        tasks = [t for t in (self._watching, *(w.serving for w in workers)) if t is not None]
+        asked = (w.asked for w in workers)
+        tasks = [t for t in (self._watching, *asked, *(w.serving for w in workers)) if t is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -254,10 +267,12 @@ class RewardPool:
                 self._queue.extendleft(reversed(batch))
                 self._num_waiting += num_samples
                 if isinstance(e, ray.exceptions.RayActorError) and self._broken is None:
+                    for waiting in batch:
+                        waiting.deaths += 1
                     if worker.leaving:
                         self._wake_one()
                     else:
-                        await self._replace(worker, e)
+                        await self._replace(worker, e, max(waiting.deaths for waiting in batch))
                 else:
                     self._fail(self._broken or _cause(e, worker.name))
                 if not isinstance(e, Exception):
@@ -305,7 +320,7 @@ class RewardPool:
         return FETCH_TIMEOUT_S + tries * (self._config.timeout_s + self._start_timeout_s)
 
     async def _watch(self) -> None:
-        """Ends workers whose call is overdue: it then fails like every call of a dead worker."""
+        """Ends workers whose call is overdue, and those that hang: the call then fails like every call of a dead worker."""
         while True:
             await asyncio.sleep(WATCH_S)
             now = asyncio.get_running_loop().time()
@@ -314,6 +329,18 @@ class RewardPool:
                     log.warning("%s did not finish scoring in time (reward.timeout_s); ending it", worker.name)
                     worker.due = math.inf
                     self._source.kill(worker.actor)
+                elif worker.due < math.inf and (worker.asked is None or worker.asked.done()):
+                    worker.asked = asyncio.create_task(self._ask(worker, worker.actor))
+
+    async def _ask(self, worker: _Worker, actor: Any) -> None:
+        try:
+            await asyncio.wait_for(actor.ping.remote(), SILENT_S)
+        except TimeoutError:
+            if worker.actor is actor and self._broken is None:
+                self.on_trouble(f"{worker.name} did not answer for {SILENT_S:g} s; ending it")
+                self._source.kill(actor)
+        except ray.exceptions.RayError:
+            log.debug("%s is dead, and so is its call", worker.name)
 
     async def _start(self, worker: _Worker) -> None:
         worker.actor = start_named(
@@ -339,27 +366,51 @@ class RewardPool:
             )
         except ray.exceptions.RayError as e:
             raise _cause(e, worker.name) from None
-        worker.started = True
+        worker.started = worker.alive = True
 
-    async def _replace(self, worker: _Worker, cause: BaseException) -> None:
-        """Start another worker under the same name, as often as the budget allows; else the pool fails."""
-        while self._restarts_left > 0:
-            self._restarts_left -= 1
+    async def _replace(self, worker: _Worker, cause: BaseException, deaths: int) -> None:
+        """Start another worker under the same name, unless `deaths` says that what it held ends workers; else the pool fails.
+
+        A start that is not over at its deadline (its node is gone, and there is no room elsewhere) is begun again while others go on.
+        """
+        worker.alive = False
+        tries = self._max_restarts + 1 - deaths
+        while tries > 0 and not worker.leaving:
+            self._num_restarts += 1
             self._stats["restarts"] += 1
             log.warning("%s died (%s); starting another", worker.name, _first_line(cause))
             self._source.kill(worker.actor)
+            told = asyncio.get_running_loop().call_later(
+                LATE_S, self.on_trouble, f"{worker.name} has not started again for {LATE_S:g} s: {self._room}"
+            )
             try:
                 return await self._start(worker)
             except WorkerError as e:
                 cause = e
-            except (RewardError, DeadlineError) as e:
+                tries -= 1
+            except DeadlineError as e:
+                if not any(other.alive for other in self._workers.values()):
+                    return self._fail(e)
+                cause = e
+            except RewardError as e:
                 return self._fail(e)
+            finally:
+                told.cancel()
+        if worker.leaving:
+            return None
         return self._fail(
             WorkerError(
-                f"{worker.name} died ({_first_line(cause)}) and the pool's budget of restarts is used up; "
-                f"see {self._run_dir}/logs/{worker.name}.log"
+                f"{worker.name} died ({_first_line(cause)}), as {self._max_restarts} before it over the same samples or while "
+                f"starting; see {self._run_dir}/logs/{worker.name}.log"
             )
         )
+
+    @property
+    def _room(self) -> str:
+        """What a worker that does not start may be waiting for."""
+        asked = {"CPU": self._config.num_cpus, "GPU": self._config.num_gpus, **self._config.resources}
+        where = f" on a node with the labels {dict(self._config.labels)}" if self._config.labels else ""
+        return f"it imports its functions, or waits for {({k: v for k, v in asked.items() if v}) or 'a place'}{where}"
 
     def _wake_one(self) -> None:
         while self._idle:

@@ -405,6 +405,20 @@ class RolloutPool:
             if outcomes:
                 self._kick()
 
+    async def _probe(self, engine: _Engine, incarnation: int) -> None:
+        """Until the engine dies. Its actor answers polls also while the engine's core hangs, and then no sample would end."""
+        limit_s = self._config.deadlines.sync_s
+        while engine.incarnation == incarnation and engine.alive and not self._closed:
+            await asyncio.sleep(self._poll_s)
+            if not engine.work:
+                continue
+            try:
+                await within(_answer(engine.handle.probe.remote()), limit_s, "a probe", "deadlines.sync_s")
+            except DeadlineError:
+                self._died(engine, incarnation, f"it hangs: no answer for {limit_s:g} s (deadlines.sync_s)")
+            except (RayError, GrpoRayError):
+                return  # Its poll says what it died of.
+
     def _settle(self, engine: _Engine, outcome: Outcome, samples_ref: Any) -> None:
         ticket = self._take_back(engine, outcome.ticket)
         if ticket is None or ticket.done():
@@ -627,6 +641,7 @@ class RolloutPool:
         engine.show()
         self._reconsider(engine)
         self._keep(engine, self._poll(engine, engine.incarnation))
+        self._keep(engine, self._probe(engine, engine.incarnation))
         self._changed.set()
         self._kick()
 
@@ -695,6 +710,9 @@ class RolloutPool:
             except (WorkerError, DeadlineError) as e:
                 reason = str(e)
                 self._source.kill(engine.handle)
+                if isinstance(e, DeadlineError) and any(other.alive for other in self._engines.values()):
+                    # It died of nothing: its node is gone, and may come back. The others go on meanwhile.
+                    engine.restarts -= 1
         engine.gone = (
             f"{engine.name} died {MAX_RESTARTS + 1} times without a finished sample in between, the last time: {reason}"
         )

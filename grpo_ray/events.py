@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
+from itertools import chain
 
 from grpo_ray.measures import Estimate
 
@@ -71,3 +73,32 @@ class EndEvent:
 
 
 Event = PhaseEvent | StepEvent | MessageEvent | EvalEvent | CheckpointEvent | EndEvent
+
+
+class EventLog:
+    """What a run has told, for those who watch and those who come late; of a long run the end, so that it does not grow with it."""
+
+    RECENT = 1000
+    """The newest events, all of them."""
+    EARLIER = 1000
+    """Those before, without phases, which are over."""
+
+    def __init__(self) -> None:
+        self._recent: deque[tuple[int, Event]] = deque()
+        self._earlier: deque[tuple[int, Event]] = deque(maxlen=self.EARLIER)
+        self.count = 0
+        """Events so far; they are numbered from 0."""
+
+    def add(self, event: Event) -> None:
+        self._recent.append((self.count, event))
+        self.count += 1
+        if len(self._recent) > self.RECENT:
+            number, old = self._recent.popleft()
+            if not isinstance(old, PhaseEvent):
+                self._earlier.append((number, old))
+
+    def since(self, number: int) -> list[Event]:
+        """Those that are kept from event `number` on."""
+        recent_only = self._recent and self._recent[0][0] <= number
+        kept = self._recent if recent_only else chain(self._earlier, self._recent)
+        return [event for n, event in kept if n >= number]

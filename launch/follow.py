@@ -90,7 +90,7 @@ def follow_events(controller: Any, view: LiveView, run_dir: Path) -> EndEvent:
     seen = 0
     while True:
         try:
-            events = ray.get(controller.events.remote(seen, POLL_S), timeout=SILENCE_S)
+            events, seen = ray.get(controller.events.remote(seen, POLL_S), timeout=SILENCE_S)
         except ray.exceptions.RayActorError as e:
             raise WorkerError(
                 f"the controller died ({e}); `grpo-ray resume {run_dir}` goes on.\n{log_tail(run_dir / 'logs' / 'controller.log')}"
@@ -103,7 +103,6 @@ def follow_events(controller: Any, view: LiveView, run_dir: Path) -> EndEvent:
             view.handle(event)
             if isinstance(event, EndEvent):
                 return event
-        seen += len(events)
 
 
 class Interrupted(SystemExit):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from actors.reward_pool import SILENT_S, WATCH_S
 from actors.rollout_pool import POLL_S, POLLS_PER_S
 from grpo_ray.cursor import Cursor
 from tests.bench.simulated import Plan, Result, Rows, Simulation, World, oldest_trained
@@ -143,13 +144,50 @@ def test_a_scorer_that_never_answers_is_ended_and_its_samples_are_scored_by_anot
     check_every_prompt_once_in_order(result, rows)
 
 
+def test_scorers_that_die_as_long_as_a_run_lasts_are_replaced_every_time(tmp_path):
+    plan = SMALL.with_(steps=6, scorer_deaths=20)
+    result, rows = simulate(tmp_path, plan)
+    check_every_prompt_once_in_order(result, rows)
+    assert result.num_scorer_deaths > 5 * plan.scorers
+    assert result.alive == (plan.samplers, plan.scorers)
+
+
+def test_an_engine_that_hangs_behind_an_actor_that_answers_is_ended_when_a_probe_is_overdue(tmp_path):
+    plan = SMALL.with_(steps=10)
+    whole, rows = simulate(tmp_path / "whole", plan)
+    result, again = simulate(tmp_path / "again", plan.with_(freezes=(100.0, 900.0)))
+    assert (again, result.trained) == (rows, whole.trained)
+    assert [line.partition(" died and is restarted: ")[2] for line in result.troubles] == [
+        "it hangs: no answer for 300 s (deadlines.sync_s)"
+    ] * 2
+    found_s = POLL_S + plan.config().deadlines.sync_s
+    assert result.steady.now_s < whole.steady.now_s + 2 * (found_s + plan.longest_s)
+
+
+def test_a_scorer_that_is_silent_altogether_is_ended_within_minutes(tmp_path):
+    plan = SMALL.with_(steps=3, staleness=0, hangs=3, frozen=3)
+    whole, _ = simulate(tmp_path / "whole", plan.with_(hangs=0))
+    result, rows = simulate(tmp_path / "again", plan)
+    check_every_prompt_once_in_order(result, rows)
+    assert result.seconds < whole.seconds + 3 * (WATCH_S + SILENT_S)
+
+
+def test_workers_whose_node_is_gone_for_hours_come_back_with_it(tmp_path):
+    """There is no room for them meanwhile: their start is begun again and again, while the others go on."""
+    plan = SMALL.with_(steps=40, deaths=(50.0,), hangs=1, frozen=1, no_room=(40.0, 5000.0))
+    result, rows = simulate(tmp_path, plan)
+    assert result.seconds > 6000
+    assert [row[2] for row in rows] == ["trained"] * (plan.steps * plan.prompts)
+    assert result.alive == (plan.samplers, plan.scorers)
+
+
 @pytest.mark.parametrize("samplers", [32, 256])
 def test_what_the_controller_does_for_a_group_does_not_grow_with_the_cluster(tmp_path, samplers):
     plan = SMALL.with_(samplers=samplers, prompts=64, max_num_seqs=128, learner_tokens_per_s=2000, steps=8)
     result, _ = simulate(tmp_path, plan)
     steady = result.steady
-    # For each engine, whatever it samples: polls that find nothing, two requests, pause and resume.
-    by_the_clock = samplers / plan.prompts * (result.step_s / max(POLL_S, samplers / POLLS_PER_S) + 4)
+    # For each engine, whatever it samples: polls that find nothing, probes, two requests, pause and resume.
+    by_the_clock = samplers / plan.prompts * (2 * result.step_s / max(POLL_S, samplers / POLLS_PER_S) + 4)
     # For each sample: the answer of its engine, two turns to its scorer, the answer of that, and one to its group.
     assert steady.calls / steady.groups < 2 * plan.group + by_the_clock
     assert steady.turns / steady.groups < 5 * plan.group + by_the_clock

@@ -26,8 +26,10 @@ async def main(told):
             print("refused", file=told)
     controller._warn("GET https://x/?key=hf_abcdefgh failed")
     await controller.run()
-    for event in await controller.events(0, 1):
+    events, count = await controller.events(0, 1)
+    for event in events:
         print(event, file=told)
+    print(count, await controller.events(count, 0.01), file=told)
 
 asyncio.run(main(open(sys.argv[2], "w")))
 """
@@ -40,6 +42,6 @@ def test_a_controller_takes_words_for_reasons_and_tells_no_secrets(tmp_path: Pat
     assert lines[:3] == ["refused"] * 3
     assert "key=[hidden] failed" in lines[3]
     assert "no run of kind sft with a [hidden]" in lines[4]
-    assert len(lines) == 5
+    assert lines[5:] == ["2 ([], 2)"]
     log = (tmp_path / "logs" / "controller.log").read_text()
     assert "no run of kind sft with a [hidden]" in log

@@ -103,8 +103,16 @@ class Plan:
     reward_s: float = 0.012
     deaths: tuple[float, ...] = ()
     """When an engine dies, virtual seconds."""
+    freezes: tuple[float, ...] = ()
+    """When an engine's core hangs: its actor goes on answering."""
     hangs: int = 0
     """The first calls of scorers, that never return."""
+    frozen: int = 0
+    """Of those, the ones whose worker does not answer anything else either."""
+    scorer_deaths: float = math.inf
+    """Each scorer dies in its call of this number."""
+    no_room: tuple[float, float] = (math.inf, math.inf)
+    """Between these virtual seconds no actor starts: they wait for the second."""
     poison: frozenset[str] = frozenset()
     """Prompts that end an engine five virtual seconds after it got them."""
     scale: tuple[tuple[float, int, int], ...] = ()
@@ -326,6 +334,7 @@ class World:
         """Samples that waited in an engine for a place."""
         self.num_deaths = 0
         self.num_hung = 0
+        self.num_scorer_deaths = 0
 
     def start(self, actor: type, *args: Any, **options: Any) -> Any:
         if actor is not RolloutActor:
@@ -345,6 +354,11 @@ class World:
         future = asyncio.get_running_loop().create_future()
         self.cluster.at(self.cluster.now + seconds, _resolve, future, value)
         return future
+
+    def start_s(self) -> float:
+        """Seconds until an actor that is asked for now has started."""
+        begin, end = self.plan.no_room
+        return 1.0 if not begin <= self.cluster.now < end else end - self.cluster.now + 1.0
 
     def totals(self) -> Totals:
         for engine in self.engines.values():
@@ -371,6 +385,7 @@ class Engine:
         self.name = name
         self.version = 0
         self.dead = False
+        self.frozen = False
         self._paused = False
         self._plan = world.plan
         self._at = world.cluster.now
@@ -388,7 +403,7 @@ class Engine:
         self.submit = _Method(self._submit)
         self.cancel = _Method(self._cancel)
         self.poll = _Method(self._begin_poll)
-        self.ready = _Method(lambda: world.answer({"pid": 0, "core_pid": 0}, 1.0))
+        self.ready = _Method(lambda: world.answer({"pid": 0, "core_pid": 0}, world.start_s()))
         self.shutdown = _Method(lambda: world.answer(None, world.plan.call_s))
         self.probe = _Method(lambda: self._reply(world.plan.call_s))
         self.pause = _Method(self._pause)
@@ -418,6 +433,11 @@ class Engine:
         self._waiting.clear()
         if self._poll is not None and not self._poll.done():
             self._poll.set_exception(self._death())
+
+    def freeze(self) -> None:
+        self.advance()
+        self.frozen = True
+        self._appointment += 1
 
     def _die_of_poison(self) -> None:
         held = [request for _, _, request, _, _ in self._running] + [request for _, request in self._waiting]
@@ -455,7 +475,7 @@ class Engine:
             tokens = self.world.length(request.seed)
             heapq.heappush(self._running, (self._ticks + tokens, ticket, request, tokens, self.version))
         self._appointment += 1
-        if self._running and not self._paused:
+        if self._running and not self._paused and not self.frozen:
             left = (self._running[0][0] - self._ticks) * self._plan.seconds_per_token(len(self._running))
             self.world.cluster.at(self._at + max(left, 0.0), self._finish, self._appointment)
 
@@ -518,10 +538,11 @@ class Engine:
         return self._reply(self._plan.call_s)
 
     def _reply(self, seconds: float) -> asyncio.Future[None]:
-        if not self.dead:
+        if not self.dead and not self.frozen:
             return self.world.answer(None, seconds)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        future.set_exception(self._death())
+        if self.dead:
+            future.set_exception(self._death())
         return future
 
 
@@ -531,8 +552,11 @@ class Scorer:
     def __init__(self, world: World) -> None:
         self.world = world
         self.dead = False
+        self._num_calls = 0
         self._hanging: asyncio.Future[Any] | None = None
-        self.start = _Method(lambda: world.answer(0, 1.0))
+        self._is_frozen = False
+        self.start = _Method(lambda: world.answer(0, world.start_s()))
+        self.ping = _Method(self._ping)
         self.stop = _Method(lambda: world.answer(None, world.plan.call_s))
         self.score = _Method(self._score)
 
@@ -541,12 +565,20 @@ class Scorer:
         if self._hanging is not None and not self._hanging.done():
             self._hanging.set_exception(ActorDiedError())
 
+    def _ping(self) -> asyncio.Future[None]:
+        if self._hanging is not None and self._is_frozen:
+            return asyncio.get_running_loop().create_future()
+        return self.world.answer(None, self.world.plan.call_s)
+
     @simulated
     def _score(self, groups: list[list[ScoreRequest]]) -> asyncio.Future[Any]:
-        if self.dead:
+        self._num_calls += 1
+        if self.dead or self._num_calls >= self.world.plan.scorer_deaths:
+            self.world.num_scorer_deaths += 1
             raise ActorDiedError
         if self.world.num_hung < self.world.plan.hangs:
             self.world.num_hung += 1
+            self._is_frozen = self.world.num_hung <= self.world.plan.frozen
             self._hanging = asyncio.get_running_loop().create_future()
             return self._hanging
         scores = [[self._score_one(r) for r in requests] for requests in groups]
@@ -669,6 +701,8 @@ class Result:
     """Between the steps `Simulation.window`: of a run that neither begins nor ends."""
     num_steps: int
     """Steps of that window."""
+    seconds: float
+    """Virtual, of the whole run."""
     controller_best_ms: float
     """Its CPU for each group of the cheapest step of the window. The work of a step is that of the others: what they cost more,
     other processes cost (caches, time that a hypervisor takes)."""
@@ -677,6 +711,7 @@ class Result:
     num_queued: int
     """Samples that waited in an engine."""
     num_deaths: int
+    num_scorer_deaths: int
     troubles: list[str]
     """What the pool of samplers told of."""
     alive: tuple[int, int]
@@ -790,6 +825,8 @@ class Simulation:
         )
         for number, when in enumerate(self.plan.deaths):
             world.cluster.at(when, self._kill, world, number)
+        for number, when in enumerate(self.plan.freezes):
+            world.cluster.at(when, lambda n: self._busiest(world, n).freeze(), number)
         for when, samplers, scorers in self.plan.scale:
             world.cluster.at(when, sampler.scale, samplers)
             world.cluster.at(when, scorer.scale, scorers)
@@ -805,10 +842,12 @@ class Simulation:
             how,
             self._last - self._first,
             self.window[1] - self.window[0],
+            world.cluster.now,
             self._best_ms,
             world.sums.late_s,
             world.num_queued,
             world.num_deaths,
+            world.num_scorer_deaths,
             troubles,
             alive,
             self._trained,
@@ -824,10 +863,13 @@ class Simulation:
             self._last = totals
 
     def _kill(self, world: World, number: int) -> None:
-        """The busiest of a few: one that has something to lose."""
-        engine = max((world.engines[(number * 7 + i) % len(world.engines)] for i in range(4)), key=lambda e: e.load)
+        engine = self._busiest(world, number)
         world.num_deaths += not engine.dead
         engine.die()
+
+    def _busiest(self, world: World, number: int) -> Engine:
+        """Of a few: one that has something to lose."""
+        return max((world.engines[(number * 7 + i) % len(world.engines)] for i in range(4)), key=lambda e: e.load)
 
 
 def oldest_trained(ledger: Path) -> int:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ class Place:
         self._head: subprocess.Popen[bytes] | None = None
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         self._started: list[subprocess.Popen[str]] = []
+        self._ip = "127.0.0.1"
 
     def env(self) -> dict[str, str]:
         ours = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
@@ -73,11 +75,17 @@ class Place:
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
 
-    def start_head(self) -> None:
-        """Nothing but `ray start --head` and ports that are free: no word about tokens. Its code is the image's, not ours."""
+    def start_head(self, *options: str, ip: str | None = None) -> None:
+        """Nothing but `ray start --head` and ports that are free: no word about tokens. Its code is the image's, not ours.
+
+        `ip`: of the interface that other nodes reach it by.
+        """
         ports = [f"--port={self.gcs}", f"--dashboard-port={self.dashboard}", f"--metrics-export-port={self.metrics}"]
         ports += [f"--dashboard-agent-listen-port={self.agent}", f"--ray-client-server-port={free_port()}"]
-        sizes = [f"--num-cpus={NUM_CPUS}", "--object-store-memory=300000000", "--disable-usage-stats"]
+        sizes = [f"--num-cpus={NUM_CPUS}", "--object-store-memory=300000000", "--disable-usage-stats", *options]
+        if ip is not None:
+            self._ip = ip
+            sizes.append(f"--node-ip-address={ip}")
         with open(self.tmp / "head.log", "wb") as log:
             self._head = subprocess.Popen(
                 ["ray", "start", "--head", "--block", *ports, *sizes, f"--temp-dir={self.tmp}"],
@@ -96,21 +104,25 @@ class Place:
                     return
             time.sleep(0.2)
 
-    def add_node(self, name: str, num_cpus: float, **resources: float) -> None:
-        """A raylet more, with the label `site: NAME`."""
+    def add_node(
+        self, name: str, num_cpus: float, *, within: Sequence[str] = (), ip: str = "", **resources: float
+    ) -> None:
+        """A raylet more, with the label `site: NAME`. `within`: a command that runs it elsewhere, where it has the address `ip`."""
         options = [f"--num-cpus={num_cpus:g}", f"--labels=site={name}", f"--resources={json.dumps(resources)}"]
         # Its own folder, as on a machine of its own: nodes that share one unpack a job's code over each other.
         options += [
             f"--temp-dir={self.tmp / name}",
             f"--metrics-export-port={free_port()}",
             f"--dashboard-agent-listen-port={free_port()}",
+            *([f"--node-ip-address={ip}"] if ip else []),
         ]
         with open(self.tmp / f"{name}.log", "wb") as log:
             self._nodes[name] = subprocess.Popen(
                 [
+                    *within,
                     "ray",
                     "start",
-                    f"--address=127.0.0.1:{self.gcs}",
+                    f"--address={self._ip}:{self.gcs}",
                     "--block",
                     "--object-store-memory=150000000",
                     *options,
@@ -126,9 +138,10 @@ class Place:
     def kill_node(self, name: str) -> None:
         """All of its processes at once, as a power cut does."""
         node = self._nodes.pop(name)
-        for process in [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
         node.wait(30)
 
     def drain_node(self, name: str, seconds: float) -> None:
@@ -146,6 +159,10 @@ class Place:
             check=True,
             timeout=60,
         )
+
+    def has_ended(self, name: str) -> bool:
+        """Has a node that was added ended by itself?"""
+        return self._nodes[name].poll() is not None
 
     def nodes(self) -> dict[str, str]:
         """Id of each living node -> its site; the head has none."""

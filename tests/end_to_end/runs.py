@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import yaml
@@ -43,15 +43,21 @@ def write_recipe(folder: Path) -> Path:
     return path
 
 
-def launch(*args: str, wrapper: list[str] | None = None) -> subprocess.Popen[str]:
-    """`grpo-ray ARGS` in a session of its own; `wrapper` gets the interpreter and ARGS appended."""
-    env = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"} | {"COLUMNS": "150", "PYTHONPATH": str(ROOT)}
+def environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"} | {"COLUMNS": "150", "PYTHONPATH": str(ROOT)}
+
+
+def launch(*args: str, wrapper: list[str] | None = None, output: IO[str] | None = None) -> subprocess.Popen[str]:
+    """`grpo-ray ARGS` in a session of its own; `wrapper` gets the interpreter and ARGS appended.
+
+    `output`: for what is printed; None: a pipe, which `finish` reads.
+    """
     command = [*wrapper, sys.executable, *args] if wrapper else [sys.executable, "-m", "launch", *args]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=env,
-        stdout=subprocess.PIPE,
+        env=environment(),
+        stdout=subprocess.PIPE if output is None else output,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
