@@ -3,16 +3,21 @@ overtake each other, it trains every prompt once, in order, and never on weights
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import sqlite3
 import sys
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from actors.reward_pool import RewardPool
 from actors.rollout_pool import POLL_S, POLLS_PER_S
 from grpo_ray.cursor import Cursor
-from tests.bench.simulated import Plan, Result, Rows, Simulation, World, oldest_trained
+from grpo_ray.types import SampleInfo, ScoreRequest
+from tests.bench.simulated import Cluster, Plan, Result, Rows, Simulation, VirtualLoop, World, oldest_trained
 
 SMALL = Plan(
     samplers=32,
@@ -36,6 +41,13 @@ def simulate(folder: Path, plan: Plan) -> tuple[Result, list[tuple[str, int, str
         ).fetchall()
     assert oldest_trained(simulation.run_dir.ledger) <= plan.staleness
     return result, rows
+
+
+def on_paper(plan: Plan, work: Callable[[World], Coroutine[Any, Any, None]]) -> None:
+    """`work` in the time of the simulated actors."""
+    cluster = Cluster()
+    with asyncio.Runner(loop_factory=lambda: VirtualLoop(cluster)) as runner:
+        runner.run(work(World(plan, cluster)))
 
 
 def check_every_prompt_once_in_order(result: Result, rows: list[tuple[str, int, str, int]]) -> None:
@@ -141,6 +153,23 @@ def test_a_scorer_that_never_answers_is_ended_and_its_samples_are_scored_by_anot
     plan = SMALL.with_(steps=3, hangs=3)
     result, rows = simulate(tmp_path, plan)
     check_every_prompt_once_in_order(result, rows)
+
+
+def test_what_a_dead_scorer_held_goes_to_an_idle_one_at_once(tmp_path):
+    plan = SMALL.with_(scorers=2, hangs=1)
+    request = ScoreRequest(SampleInfo("rows/0/1", 0, 1, 3, 0, "stop", "rollout-0", None, 0), "", None, {})
+
+    async def work(world: World) -> None:
+        pool = await RewardPool.create(plan.config().reward, str(tmp_path), actors=world)
+        answer = pool.score([request])
+        await asyncio.sleep(1.0)
+        died_at = world.cluster.now
+        world.kill(pool._workers[0].actor)
+        assert [score.value for score in await answer] == [1.0]
+        assert world.cluster.now - died_at < 0.1, "another worker takes a second to start"
+        await pool.close()
+
+    on_paper(plan, work)
 
 
 @pytest.mark.parametrize("samplers", [32, 256])
