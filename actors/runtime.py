@@ -136,6 +136,8 @@ async def within(work: Awaitable[T], seconds: float, what: str, option: str) -> 
     except TimeoutError as e:
         if isinstance(e, DeadlineError):
             raise
-        raise DeadlineError(
-            f"{what} did not finish within {seconds:g} s; look for it in the logs, or raise {option}"
-        ) from None
+        raise late(what, seconds, option) from None
+
+
+def late(what: str, seconds: float, option: str) -> DeadlineError:
+    return DeadlineError(f"{what} did not finish within {seconds:g} s; look for it in the logs, or raise {option}")

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from actors.reward_pool import RewardPool
-from actors.rollout_pool import POLL_S, POLLS_PER_S
+from actors.rollout_pool import POLL_S, POLLS_PER_S, RolloutPool
+from actors.weights import ask_each
 from grpo_ray.cursor import Cursor
 from grpo_ray.types import SampleInfo, ScoreRequest
 from tests.bench.simulated import Cluster, Plan, Result, Rows, Simulation, VirtualLoop, World, oldest_trained
@@ -170,6 +171,30 @@ def test_what_a_dead_scorer_held_goes_to_an_idle_one_at_once(tmp_path):
         await pool.close()
 
     on_paper(plan, work)
+
+
+def test_an_engine_that_fails_in_a_sync_is_restarted_while_others_are_waited_for(tmp_path):
+    plan = SMALL.with_(samplers=4)
+    told: list[tuple[float, str]] = []
+
+    async def work(world: World) -> None:
+        pool = await RolloutPool.create(plan.config(), "none", str(tmp_path), has_gpus=True, actors=world)
+        pool.on_trouble = lambda text: told.append((world.cluster.now - began, text))
+        began = world.cluster.now
+        targets = pool.engines()
+        world.engines[1].die()
+        world.engines[2].probe.remote = lambda: world.answer(None, 1000.0)
+        answered, failures = await ask_each(pool, targets, 30.0, "probe")
+        assert [(target.name, answer) for target, answer in answered] == [("rollout-0", None), ("rollout-3", None)]
+        assert len(failures) == 2
+        await pool.close()
+
+    on_paper(plan, work)
+    (first, dead), (then, silent) = told
+    assert (round(first, 2), round(then, 2)) == (0.0, 30.0)
+    assert "rollout-1 died and is restarted" in dead
+    assert "probe of rollout-2 for a weight sync did not finish within 30 s" in silent
+    assert "deadlines.sync_s" in silent
 
 
 @pytest.mark.parametrize("samplers", [32, 256])
