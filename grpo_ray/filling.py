@@ -36,8 +36,9 @@ class Filling(asyncio.Future[None]):
         """By their index."""
         self._under_way: dict[asyncio.Future[Any], Callable[[Any], None]] = {}
         """And what its result is for."""
+        then = self._take_sample
         for request in requests:
-            self._begin(sampler.generate(request), self._take_sample)
+            self._begin(sampler.generate(request), then)
 
     def cancel(self, msg: Any | None = None) -> bool:
         cancelled = super().cancel(msg)
@@ -65,8 +66,10 @@ class Filling(asyncio.Future[None]):
     def _take_sample(self, info: SampleInfo) -> None:
         self._drawn.append(info)
         if len(self._drawn) == self._per_call:
-            infos, self._drawn = sorted(self._drawn, key=_index), []
-            requests = [_score_request(self.group, info) for info in infos]
+            infos, self._drawn = self._drawn, []
+            infos.sort(key=_index)
+            prompt, version = self.group.prompt, self.group.dispatched_version
+            requests = [ScoreRequest(i, prompt.text, prompt.messages, prompt.columns, version) for i in infos]
             self._begin(self._scorer.score(requests), partial(self._take_scores, infos))
 
     def _take_scores(self, infos: Sequence[SampleInfo], scores: Sequence[Score]) -> None:
@@ -86,8 +89,3 @@ class Filling(asyncio.Future[None]):
 
 def _index(info: SampleInfo) -> int:
     return info.index
-
-
-def _score_request(group: Group, info: SampleInfo) -> ScoreRequest:
-    prompt = group.prompt
-    return ScoreRequest(info, prompt.text, prompt.messages, prompt.columns, group.dispatched_version)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 from grpo_ray.activity import Activity
 from grpo_ray.evaluate import EvalResult
@@ -236,21 +237,25 @@ def eval_metrics(result: EvalResult, name: str = "") -> dict[str, float]:
 
 
 def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    per_group = [[s.value for s in g.scores if s.status is ScoreStatus.OK] for g in groups]
-    rewards = [value for group in per_group for value in group]
-    out = _mean_and_std("reward", rewards)
-    spreads = [_std(group) for group in per_group if len(group) > 1]
+    scored = [[s for s in g.scores if s.status is ScoreStatus.OK] for g in groups]
+    per_group = [[s.value for s in scores] for scores in scored]
+    out = _mean_and_std("reward", list(chain.from_iterable(per_group)))
+    spreads = [_std(values) for values in per_group if len(values) > 1]
     if spreads:
         out["reward/group_std"] = _mean(spreads)
     if groups:
-        rewards_of = [{r for s in g.scores if s.status is ScoreStatus.OK for r in s.rewards} for g in groups]
-        out["groups/no_signal_fraction"] = _mean([len(distinct) < 2 for distinct in rewards_of])
-    parts = [part for g in groups for s in g.scores for part in s.parts]
-    for name in dict.fromkeys(part.name for part in parts):
-        values = [p.value for p in parts if p.name == name and p.status is ScoreStatus.OK]
+        out["groups/no_signal_fraction"] = _mean([len({r for s in scores for r in s.rewards}) < 2 for scores in scored])
+    values_of: dict[str, list[float]] = {}
+    busy_s = []
+    for part in (part for g in groups for s in g.scores for part in s.parts):
+        busy_s.append(part.seconds)
+        values = values_of.setdefault(part.name, [])
+        if part.status is ScoreStatus.OK:
+            values.append(part.value)
+    for name, values in values_of.items():
         out |= _mean_and_std(f"reward/{name}", values)
-    if parts:
-        out["reward/busy_s"] = sum(part.seconds for part in parts)
+    if busy_s:
+        out["reward/busy_s"] = sum(busy_s)
     return out
 
 
@@ -289,7 +294,7 @@ def _mean(values: Iterable[float]) -> float:
 def _std(values: Sequence[float]) -> float:
     """With n - 1, as torch.std and TRL's `reward_std`."""
     mean = _mean(values)
-    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return math.sqrt(math.fsum([(v - mean) ** 2 for v in values]) / (len(values) - 1))
 
 
 @dataclass

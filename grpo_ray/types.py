@@ -185,7 +185,7 @@ class Score:
     @property
     def rewards(self) -> tuple[float, ...]:
         """Those of its steps, or the one of the whole."""
-        return tuple(step.value for step in self.steps) or (self.value,)
+        return tuple(step.value for step in self.steps) if self.steps else (self.value,)
 
 
 @_record
