@@ -339,7 +339,7 @@ class Controller:
         if self._resume_step is not None:
             self._phase("restoring", f"step {self._resume_step}")
             await loop.restore(self._resume_step)
-        settle_garbage_collector()
+        settle_garbage_collector(loop.config.samples_under_way if isinstance(loop, TrainLoop) else 0)
         return await loop.run()
 
     async def _eval(self, config: RunConfig) -> str:
