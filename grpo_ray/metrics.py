@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 
 from grpo_ray.activity import Activity
 from grpo_ray.evaluate import EvalResult
@@ -237,25 +236,32 @@ def eval_metrics(result: EvalResult, name: str = "") -> dict[str, float]:
 
 
 def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    scored = [[s for s in g.scores if s.status is ScoreStatus.OK] for g in groups]
-    per_group = [[s.value for s in scores] for scores in scored]
-    out = _mean_and_std("reward", list(chain.from_iterable(per_group)))
-    spreads = [_std(values) for values in per_group if len(values) > 1]
+    rewards: list[float] = []
+    spreads: list[float] = []
+    no_signal: list[bool] = []
+    values_of: dict[str, list[float]] = {}
+    busy_s = 0.0
+    for group in groups:
+        scored = [s for s in group.scores if s.status is ScoreStatus.OK]
+        values = [s.value for s in scored]
+        rewards += values
+        if len(values) > 1:
+            spreads.append(_std(values))
+        no_signal.append(len({r for s in scored for r in s.rewards}) < 2)
+        for part in [part for s in group.scores for part in s.parts]:
+            busy_s += part.seconds
+            of_part = values_of.setdefault(part.name, [])
+            if part.status is ScoreStatus.OK:
+                of_part.append(part.value)
+    out = _mean_and_std("reward", rewards)
     if spreads:
         out["reward/group_std"] = _mean(spreads)
-    if groups:
-        out["groups/no_signal_fraction"] = _mean([len({r for s in scores for r in s.rewards}) < 2 for scores in scored])
-    values_of: dict[str, list[float]] = {}
-    busy_s = []
-    for part in (part for g in groups for s in g.scores for part in s.parts):
-        busy_s.append(part.seconds)
-        values = values_of.setdefault(part.name, [])
-        if part.status is ScoreStatus.OK:
-            values.append(part.value)
+    if no_signal:
+        out["groups/no_signal_fraction"] = _mean(no_signal)
     for name, values in values_of.items():
         out |= _mean_and_std(f"reward/{name}", values)
-    if busy_s:
-        out["reward/busy_s"] = sum(busy_s)
+    if values_of:
+        out["reward/busy_s"] = busy_s
     return out
 
 

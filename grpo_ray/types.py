@@ -137,10 +137,9 @@ class ScoreStatus(StrEnum):
     CRASHED = "crashed"
     ERROR = "error"
 
-    @property
-    def failed(self) -> bool:
-        """Did the machinery fail, rather than the model?"""
-        return self is not ScoreStatus.OK and self is not ScoreStatus.NOT_APPLICABLE
+    def __init__(self, value: str) -> None:
+        self.failed = value not in ("ok", "not_applicable")
+        """Did the machinery fail, rather than the model? Not a property: it is asked of every score, several times."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +217,7 @@ class Group:
 
     @property
     def min_version(self) -> int:
-        return min(s.min_version for s in self.samples)
+        return min([s.min_version for s in self.samples])
 
 
 @_record
