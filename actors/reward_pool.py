@@ -16,7 +16,6 @@ import asyncio
 import itertools
 import logging
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from actors.cluster import placed
 from actors.reward import FETCH_TIMEOUT_S, RewardActor
 from actors.runtime import Actors, RayActors, start_named, within
 from grpo_ray.activity import IDLE, Activity
+from grpo_ray.answers import Answer
 from grpo_ray.config_reward import SHARED_POOL, RewardConfig
 from grpo_ray.errors import DeadlineError, RewardError, WorkerError
 from grpo_ray.types import Score, ScoreRequest, Track
@@ -41,13 +41,13 @@ JOIN_TRIES = 3
 log = logging.getLogger(__name__)
 
 
-class _Waiting(asyncio.Future[list[Score]]):
-    """One call of `score`, and the future of it."""
+class _Waiting(Answer[list[Score]]):
+    """One call of `score`, and its answer."""
 
     __slots__ = ("requests",)
 
     def __init__(self, requests: Sequence[ScoreRequest]) -> None:
-        super().__init__(loop=asyncio.get_running_loop())
+        super().__init__()
         self.requests = list(requests)
 
 
@@ -295,8 +295,8 @@ class RewardPool:
 
     def _call(self, worker: _Worker, batch: list[_Waiting], num_samples: int) -> None:
         worker.batch = batch
-        worker.since = time.monotonic()
-        worker.due = asyncio.get_running_loop().time() + FETCH_TIMEOUT_S + num_samples * self._longest_s
+        worker.since = asyncio.get_running_loop().time()
+        worker.due = worker.since + FETCH_TIMEOUT_S + num_samples * self._longest_s
         worker.activity.enter("scoring")
         try:
             call = worker.actor.score.remote([w.requests for w in batch])
@@ -334,7 +334,7 @@ class RewardPool:
         batch, worker.batch = worker.batch, []
         worker.due = math.inf
         worker.activity.enter(IDLE)
-        self._stats["busy_s"] += time.monotonic() - worker.since
+        self._stats["busy_s"] += asyncio.get_running_loop().time() - worker.since
         return batch
 
     async def _watch(self) -> None:

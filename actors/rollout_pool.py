@@ -39,6 +39,7 @@ from actors.rollout import Outcome, RolloutActor, rollout_env
 from actors.runtime import Actors, RayActors, core_error, log_tail, node_died, start_named, within
 from actors.weights import EngineTarget, last_line, resolve_backend
 from grpo_ray.activity import IDLE, Activity
+from grpo_ray.answers import Answer
 from grpo_ray.config import RunConfig
 from grpo_ray.errors import DataError, DeadlineError, GrpoRayError, PoisonedError, WorkerError
 from grpo_ray.types import SampleInfo, SampleRequest, Track
@@ -64,13 +65,13 @@ MAX_ENGINES = 1 << 20
 """More than any pool has."""
 
 
-class _Ticket(asyncio.Future[SampleInfo]):
-    """One sample that was asked for, and the future of it. Cancelling it frees its place in the engine."""
+class _Ticket(Answer[SampleInfo]):
+    """One sample that was asked for, and its answer. Cancelling it frees its place in the engine."""
 
     __slots__ = ("_pool", "aborts", "deaths", "engine", "lone_deaths", "number", "request", "since")
 
     def __init__(self, pool: RolloutPool, number: int, request: SampleRequest) -> None:
-        super().__init__(loop=asyncio.get_running_loop())
+        super().__init__()
         self._pool = pool
         self.number = number
         self.request = request
@@ -184,6 +185,9 @@ class RolloutPool:
         self._usable: list[int] = []
         """Requests x MAX_ENGINES + index of each engine that may get more, sorted: a pool of a thousand is not searched for every
         sample."""
+        self._moved: set[_Engine] = set()
+        """That have less work than when they got their entries there: looked at when the next samples are handed out, which is less
+        often."""
         self._stale: set[_Engine] = set()
         """Alive, with old weights."""
         self._tickets: set[_Ticket] = set()
@@ -352,6 +356,9 @@ class RolloutPool:
         self._most_waiting = max(self._most_waiting, len(self._tickets) - places)
         outboxes: dict[_Engine, list[_Ticket]] = {}
         held: list[_Ticket] = []
+        moved, self._moved = self._moved, set()
+        for less_busy in moved:
+            self._reconsider(less_busy)
         now = time.monotonic()
         while self._queue:
             ticket = self._queue[0]
@@ -449,7 +456,7 @@ class RolloutPool:
 
     def _has_less(self, engine: _Engine) -> None:
         """It has less work than before."""
-        self._reconsider(engine)
+        self._moved.add(engine)
         engine.show()
         if engine.leaving and not engine.work:
             self._retire(engine)

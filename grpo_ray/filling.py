@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+from grpo_ray.answers import Answer
 from grpo_ray.roles import Sampler, Scorer
 from grpo_ray.types import Group, SampleInfo, SampleRequest, Score, ScoreRequest
 
@@ -48,7 +49,10 @@ class Filling(asyncio.Future[None]):
     def _begin(self, work: Awaitable[T], then: Callable[[T], None]) -> None:
         future = asyncio.ensure_future(work)
         self._under_way[future] = then
-        future.add_done_callback(self._go_on)
+        if isinstance(future, Answer):
+            future.when_done(self._go_on)
+        else:
+            future.add_done_callback(self._go_on)
 
     def _go_on(self, future: asyncio.Future[Any]) -> None:
         if self.done():
@@ -67,7 +71,8 @@ class Filling(asyncio.Future[None]):
         self._drawn.append(info)
         if len(self._drawn) == self._per_call:
             infos, self._drawn = self._drawn, []
-            infos.sort(key=_index)
+            if self._per_call > 1:
+                infos.sort(key=_index)
             prompt, version = self.group.prompt, self.group.dispatched_version
             requests = [ScoreRequest(i, prompt.text, prompt.messages, prompt.columns, version) for i in infos]
             self._begin(self._scorer.score(requests), partial(self._take_scores, infos))
