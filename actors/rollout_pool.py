@@ -110,7 +110,7 @@ class _Ticket(Answer[SampleInfo]):
         return self.deaths >= SHARED_DEATHS or self.lone_deaths > 0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Engine:
     """One place in the pool, through the lives of its actor."""
 

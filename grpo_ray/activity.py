@@ -23,6 +23,8 @@ NOT_BUSY = (IDLE, "paused", "restarting")
 class Activity:
     """The state of one worker, `IDLE` at first."""
 
+    __slots__ = ("_busy_s", "_clock", "_name", "_since", "_spans", "worker")
+
     def __init__(self, worker: str, clock: Callable[[], float] = time.time) -> None:
         self.worker = worker
         self._clock = clock

@@ -22,6 +22,8 @@ T = TypeVar("T")
 class Filling(asyncio.Future[None]):
     """Done when the group is full. The first failure is its failure, and ends the rest; cancelling it ends all."""
 
+    __slots__ = ("_drawn", "_per_call", "_scored", "_scorer", "_size", "_under_way", "group")
+
     def __init__(
         self, group: Group, requests: Sequence[SampleRequest], sampler: Sampler, scorer: Scorer, *, at_once: bool
     ) -> None:

@@ -25,7 +25,7 @@ def _record(cls: type[T]) -> type[T]:
     return dataclass(unsafe_hash=True, slots=True)(cls)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """One row of a data set, ready to sample from. Made by `grpo_ray.prompts`."""
 
@@ -152,7 +152,7 @@ class Step:
     """What it is worth; of a trained sample the advantage of its tokens."""
 
 
-@dataclass(frozen=True)
+@_record
 class RewardScore:
     """What one reward function said of one sample."""
 
@@ -167,7 +167,7 @@ class RewardScore:
     """Before their weight, by their ends. None: one number for the whole completion."""
 
 
-@dataclass(frozen=True)
+@_record
 class Score:
     """What a sample is worth: the weighted sum of its rewards. A failure is a status, never a zero."""
 
@@ -199,7 +199,7 @@ class ScoreRequest:
     """Steps done when the prompt was dispatched; None: it is no step's, an evaluation's."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Group:
     """G samples of one prompt, scored. Made by the loop."""
 

@@ -204,9 +204,9 @@ def test_what_the_controller_does_for_a_group_does_not_grow_with_the_cluster(tmp
     steady = result.steady
     # For each engine, whatever it samples: polls that find nothing, two requests, pause and resume.
     by_the_clock = samplers / plan.prompts * (result.step_s / max(POLL_S, samplers / POLLS_PER_S) + 4)
-    # For each sample: the answer of its engine, two turns to its scorer, the answer of that, and one to its group.
+    # For each sample: the answer of its engine, the turn that scorers are called in, and the answer of its scorer.
     assert steady.calls / steady.groups < 2 * plan.group + by_the_clock
-    assert steady.turns / steady.groups < 5 * plan.group + by_the_clock
+    assert steady.turns / steady.groups < 3 * plan.group + by_the_clock
 
 
 def test_what_the_controller_holds_does_not_grow_with_the_steps(tmp_path):
