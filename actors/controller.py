@@ -340,7 +340,7 @@ class Controller:
         if self._resume_step is not None:
             self._phase("restoring", f"step {self._resume_step}")
             await loop.restore(self._resume_step)
-        settle_garbage_collector()
+        settle_garbage_collector(loop.config.samples_under_way if isinstance(loop, TrainLoop) else 0)
         watching = asyncio.create_task(watch_notices(self._heed))
         watching.add_done_callback(self._tell_unless_cancelled)
         try:

@@ -1,9 +1,14 @@
 """All reward workers as one: implements `grpo_ray.roles.Scorer`.
 
-Waiting groups of requests sit in one queue. Each worker has a task that takes its share of what waits, calls the
-worker, and comes back for more: the least loaded worker is the one that asks. What a dying worker held goes back to the
-head of the queue; samples over which workers died again and again end the pool. `scale` changes the number of workers at any
-time: one that leaves ends when it has done what it took.
+    score -> queue -> an idle worker takes its share -> RewardActor.score -> futures
+               ^                                            |
+               +--------------- the worker died ------------+
+
+A worker that has answered takes more: the least loaded one is the one that asks. What a dying worker held goes back to the head of
+the queue; samples over which workers died again and again end the pool. `scale` changes the number of workers at any time: one that
+leaves ends when it has done what it took.
+
+By callbacks: a task for each worker would cost the controller a turn of the event loop more for each sample.
 """
 
 from __future__ import annotations
@@ -12,10 +17,10 @@ import asyncio
 import itertools
 import logging
 import math
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
@@ -24,6 +29,7 @@ from actors.cluster import placed
 from actors.reward import FETCH_TIMEOUT_S, RewardActor
 from actors.runtime import Actors, RayActors, start_named, within
 from grpo_ray.activity import IDLE, Activity
+from grpo_ray.answers import Answer
 from grpo_ray.config_reward import SHARED_POOL, RewardConfig
 from grpo_ray.errors import DeadlineError, RewardError, WorkerError
 from grpo_ray.types import Score, ScoreRequest, Track
@@ -40,12 +46,16 @@ LATE_S = 60.0
 log = logging.getLogger(__name__)
 
 
-@dataclass(eq=False, slots=True)
-class _Waiting:
-    requests: list[ScoreRequest]
-    done: asyncio.Future[list[Score]]
-    deaths: int = 0
-    """Of workers that held it."""
+class _Waiting(Answer[list[Score]]):
+    """One call of `score`, and its answer."""
+
+    __slots__ = ("deaths", "requests")
+
+    def __init__(self, requests: Sequence[ScoreRequest]) -> None:
+        super().__init__()
+        self.requests = list(requests)
+        self.deaths = 0
+        """Of workers that held it."""
 
 
 @dataclass(eq=False, slots=True)
@@ -59,11 +69,16 @@ class _Worker:
     """It has been alive."""
     alive: bool = False
     actor: Any = None
+    batch: list[_Waiting] = field(default_factory=list)
+    """What it has been called with."""
+    since: float = 0.0
+    """When it was."""
     due: float = math.inf
     """When the call under way must have ended."""
     asked: asyncio.Task[None] | None = None
     """Whether it lives."""
-    serving: asyncio.Task[None] | None = None
+    starting: asyncio.Task[None] | None = None
+    """Joins the pool, or takes the place of one that died."""
     leaving: bool = False
 
 
@@ -84,6 +99,9 @@ class RewardPool:
         self._run_dir = run_dir
         self.name = name
         self._start_timeout_s = start_timeout_s
+        tries = len(config.functions) * (1 + config.on_failure.retries)
+        self._longest_s = tries * (config.timeout_s + start_timeout_s)
+        """That a sample may take: every function to its deadline, with every retry and restart."""
         self._max_restarts = max_restarts
         self._num_restarts = 0
         self._source = actors
@@ -91,8 +109,9 @@ class RewardPool:
         self._num_waiting = 0
         """Samples in the queue."""
         self._most_waiting = 0
-        self._idle: deque[asyncio.Future[None]] = deque()
-        """Of each worker that waits for work."""
+        self._idle: deque[_Worker] = deque()
+        """Those that wait for work, the longest first."""
+        self._kicked = False
         self._workers = {i: _new_worker(name, i) for i in range(config.num_actors)}
         """By index."""
         self._left: list[_Worker] = []
@@ -141,7 +160,7 @@ class RewardPool:
             await pool.close()
             raise
         for worker in pool._workers.values():
-            worker.serving = asyncio.create_task(pool._serve(worker), name=f"{worker.name} queue")
+            pool._free(worker)
         pool._watching = asyncio.create_task(pool._watch())
         return pool
 
@@ -152,18 +171,21 @@ class RewardPool:
             WorkerError: workers died more often than `max_restarts`, or the pool is closed.
             RewardError: a reward function can no longer be imported.
         """
-        done: asyncio.Future[list[Score]] = asyncio.get_running_loop().create_future()
+        waiting = _Waiting(requests)
         if self._broken is not None:
-            done.set_exception(self._broken)
+            waiting.set_exception(self._broken)
         elif not requests:
-            done.set_result([])
+            waiting.set_result([])
         else:
-            self._queue.append(_Waiting(list(requests), done))
+            self._queue.append(waiting)
             self._num_waiting += len(requests)
-            if not self._idle:
+            if len(self._queue) > len(self._idle):
                 self._most_waiting = max(self._most_waiting, self._num_waiting)
-            self._wake_one()
-        return done
+            if self._idle and not self._kicked:
+                # Called in the next turn of the event loop; everything that is put in during this one is there by then.
+                self._kicked = True
+                asyncio.get_running_loop().call_soon(self._hand_out)
+        return waiting
 
     def scale(self, number: int) -> None:
         """From now on so many workers, 1 or more. Each that joins serves as soon as it has started."""
@@ -173,18 +195,16 @@ class RewardPool:
         free = (i for i in itertools.count() if i not in self._workers)
         for index in [next(free) for _ in range(number - len(staying))]:
             self._workers[index] = worker = _new_worker(self.name, index)
-            worker.serving = asyncio.create_task(self._join(worker), name=f"{worker.name} queue")
+            self._start_aside(worker, self._join(worker))
         for index in sorted(staying)[number:]:
             worker = staying[index]
             worker.leaving = True
-            if not worker.started and worker.serving is not None:
-                worker.serving.cancel()
+            if worker in self._idle:
+                self._idle.remove(worker)
                 self._remove(worker)
-        # Those that wait for work look whether they are to leave.
-        idle, self._idle = self._idle, deque()
-        for future in idle:
-            if not future.done():
-                future.set_result(None)
+            elif not worker.started and worker.starting is not None:
+                worker.starting.cancel()
+                self._remove(worker)
 
     def take_stats(self) -> dict[str, float]:
         """Since the last call: samples scored, seconds that workers were busy, workers restarted."""
@@ -212,10 +232,11 @@ class RewardPool:
 
     async def close(self) -> None:
         """End every worker and its scoring process. Calls still waiting get a WorkerError."""
-        self._fail(WorkerError(f"the {self.name} pool is closed"))
         workers = list(self._workers.values())
-        asked = (w.asked for w in workers)
-        tasks = [t for t in (self._watching, *asked, *(w.serving for w in workers)) if t is not None]
+        for worker in workers:
+            self._queue.extend(worker.batch)
+        self._fail(WorkerError(f"the {self.name} pool is closed"))
+        tasks = [t for t in (self._watching, *(t for w in workers for t in (w.asked, w.starting))) if t is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -238,7 +259,7 @@ class RewardPool:
                     return
                 self._source.kill(worker.actor)
             else:
-                await self._serve(worker)
+                self._free(worker)
                 return
 
     def _remove(self, worker: _Worker) -> None:
@@ -252,72 +273,84 @@ class RewardPool:
         self._ending.add(ending)
         ending.add_done_callback(self._ending.discard)
 
-    async def _serve(self, worker: _Worker) -> None:
-        """One worker's life: take, score, repeat; replace it when it dies."""
-        while self._broken is None:
-            batch = await self._take(worker)
-            if worker.leaving:
-                self._remove(worker)
-                return
-            num_samples = sum(len(w.requests) for w in batch)
-            start = time.monotonic()
-            try:
-                results = await self._call(worker, batch, self._limit_s(num_samples))
-            except BaseException as e:
-                self._queue.extendleft(reversed(batch))
-                self._num_waiting += num_samples
-                if isinstance(e, ray.exceptions.RayActorError) and self._broken is None:
-                    for waiting in batch:
-                        waiting.deaths += 1
-                    if worker.leaving:
-                        self._wake_one()
-                    else:
-                        await self._replace(worker, e, max(waiting.deaths for waiting in batch))
-                else:
-                    self._fail(self._broken or _cause(e, worker.name))
-                if not isinstance(e, Exception):
-                    raise
-                continue
-            for waiting, scores in zip(batch, results, strict=True):
-                if not waiting.done.done():
-                    waiting.done.set_result(scores)
-            self._stats["scored"] += num_samples
-            self._stats["busy_s"] += time.monotonic() - start
+    def _start_aside(self, worker: _Worker, work: Coroutine[Any, Any, None]) -> None:
+        worker.starting = asyncio.create_task(work, name=f"start of {worker.name}")
 
-    async def _take(self, worker: _Worker) -> list[_Waiting]:
-        """This worker's share of what waits, at least one item, up to MAX_BATCH samples; nothing for one that leaves."""
-        while not self._queue and not worker.leaving:
-            # It goes on in the next turn of the event loop; everything that is put in during this one is there by then.
-            self._idle.append(idle := asyncio.get_running_loop().create_future())
-            await idle
+    def _free(self, worker: _Worker) -> None:
+        """It has nothing to do."""
         if worker.leaving:
-            return []
+            self._remove(worker)
+        else:
+            self._idle.append(worker)
+            self._hand_out()
+
+    def _hand_out(self) -> None:
+        self._kicked = False
+        while self._idle and self._queue:
+            batch, num_samples = self._take()
+            if batch:
+                self._call(self._idle.popleft(), batch, num_samples)
+
+    def _take(self) -> tuple[list[_Waiting], int]:
+        """One worker's share of what waits, at least one item if any is wanted still, up to MAX_BATCH samples; and how many samples
+        that are."""
         share = min(MAX_BATCH, -(-self._num_waiting // len(self._workers)))
         batch: list[_Waiting] = []
         taken = 0
         while self._queue and (not batch or taken + len(self._queue[0].requests) <= share):
             item = self._queue.popleft()
             self._num_waiting -= len(item.requests)
-            if item.done.cancelled():
-                continue
-            batch.append(item)
-            taken += len(item.requests)
-        return batch if batch else await self._take(worker)
+            if not item.done():
+                batch.append(item)
+                taken += len(item.requests)
+        return batch, taken
 
-    async def _call(self, worker: _Worker, batch: list[_Waiting], limit_s: float) -> list[list[Score]]:
-        worker.due = asyncio.get_running_loop().time() + limit_s
+    def _call(self, worker: _Worker, batch: list[_Waiting], num_samples: int) -> None:
+        worker.batch = batch
+        worker.since = asyncio.get_running_loop().time()
+        worker.due = worker.since + FETCH_TIMEOUT_S + num_samples * self._longest_s
         worker.activity.enter("scoring")
         try:
-            results: list[list[Score]] = await worker.actor.score.remote([w.requests for w in batch])
-        finally:
-            worker.due = math.inf
-            worker.activity.enter(IDLE)
-        return results
+            call = worker.actor.score.remote([w.requests for w in batch])
+        except Exception as e:
+            self._call_failed(worker, e)
+        else:
+            asyncio.wrap_future(call.future()).add_done_callback(partial(self._answered, worker))
 
-    def _limit_s(self, num_samples: int) -> float:
-        """The longest that a worker may take: every call to its deadline, with every retry and restart."""
-        tries = num_samples * len(self._config.functions) * (1 + self._config.on_failure.retries)
-        return FETCH_TIMEOUT_S + tries * (self._config.timeout_s + self._start_timeout_s)
+    def _answered(self, worker: _Worker, answer: asyncio.Future[list[list[Score]]]) -> None:
+        try:
+            results = answer.result()
+        except (Exception, asyncio.CancelledError) as e:
+            self._call_failed(worker, e)
+            return
+        for waiting, scores in zip(self._end_call(worker), results, strict=True):
+            self._stats["scored"] += len(scores)
+            if not waiting.done():
+                waiting.set_result(scores)
+        self._free(worker)
+
+    def _call_failed(self, worker: _Worker, error: BaseException) -> None:
+        batch = self._end_call(worker)
+        self._queue.extendleft(reversed(batch))
+        self._num_waiting += sum(len(w.requests) for w in batch)
+        if self._broken is not None or not isinstance(error, ray.exceptions.RayActorError):
+            self._fail(self._broken or _cause(error, worker.name))
+            return
+        for waiting in batch:
+            waiting.deaths += 1
+        if worker.leaving:
+            self._remove(worker)
+        else:
+            worker.alive = False
+            self._start_aside(worker, self._replace(worker, error, max(waiting.deaths for waiting in batch)))
+        self._hand_out()
+
+    def _end_call(self, worker: _Worker) -> list[_Waiting]:
+        batch, worker.batch = worker.batch, []
+        worker.due = math.inf
+        worker.activity.enter(IDLE)
+        self._stats["busy_s"] += asyncio.get_running_loop().time() - worker.since
+        return batch
 
     async def _watch(self) -> None:
         """Ends workers whose call is overdue, and those that hang: the call then fails like every call of a dead worker."""
@@ -371,9 +404,8 @@ class RewardPool:
     async def _replace(self, worker: _Worker, cause: BaseException, deaths: int) -> None:
         """Start another worker under the same name, unless `deaths` says that what it held ends workers; else the pool fails.
 
-        A start that is not over at its deadline (its node is gone, and there is no room elsewhere) is begun again while others go on.
+        A start that is late (its node is gone, and there is no room elsewhere) is begun again while others go on.
         """
-        worker.alive = False
         tries = self._max_restarts + 1 - deaths
         while tries > 0 and not worker.leaving:
             self._num_restarts += 1
@@ -384,7 +416,8 @@ class RewardPool:
                 LATE_S, self.on_trouble, f"{worker.name} has not started again for {LATE_S:g} s: {self._room}"
             )
             try:
-                return await self._start(worker)
+                await self._start(worker)
+                return self._free(worker)
             except WorkerError as e:
                 cause = e
                 tries -= 1
@@ -397,7 +430,7 @@ class RewardPool:
             finally:
                 told.cancel()
         if worker.leaving:
-            return None
+            return self._remove(worker)
         return self._fail(
             WorkerError(
                 f"{worker.name} died ({_first_line(cause)}), as {self._max_restarts} before it over the same samples or while "
@@ -412,20 +445,14 @@ class RewardPool:
         where = f" on a node with the labels {dict(self._config.labels)}" if self._config.labels else ""
         return f"it imports its functions, or waits for {({k: v for k, v in asked.items() if v}) or 'a place'}{where}"
 
-    def _wake_one(self) -> None:
-        while self._idle:
-            if not (idle := self._idle.popleft()).done():
-                idle.set_result(None)
-                break
-
     def _fail(self, error: Exception) -> None:
         """The pool is of no more use: tell everyone who waits."""
         self._broken = self._broken or error
         self._num_waiting = 0
         while self._queue:
             waiting = self._queue.popleft()
-            if not waiting.done.done():
-                waiting.done.set_exception(error)
+            if not waiting.done():
+                waiting.set_exception(error)
 
     async def _stop(self, actor: Any) -> None:
         try:

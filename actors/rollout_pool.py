@@ -39,6 +39,7 @@ from actors.rollout import Outcome, RolloutActor, rollout_env
 from actors.runtime import Actors, RayActors, core_error, log_tail, node_died, start_named, within
 from actors.weights import EngineTarget, last_line, resolve_backend
 from grpo_ray.activity import IDLE, Activity
+from grpo_ray.answers import Answer
 from grpo_ray.config import RunConfig
 from grpo_ray.errors import DataError, DeadlineError, GrpoRayError, PoisonedError, WorkerError
 from grpo_ray.types import SampleInfo, SampleRequest, Track
@@ -64,11 +65,13 @@ MAX_ENGINES = 1 << 20
 """More than any pool has."""
 
 
-class _Ticket(asyncio.Future[SampleInfo]):
-    """One sample that was asked for, and the future of it. Cancelling it frees its place in the engine."""
+class _Ticket(Answer[SampleInfo]):
+    """One sample that was asked for, and its answer. Cancelling it frees its place in the engine."""
+
+    __slots__ = ("_pool", "aborts", "deaths", "engine", "lone_deaths", "number", "request", "since")
 
     def __init__(self, pool: RolloutPool, number: int, request: SampleRequest) -> None:
-        super().__init__(loop=asyncio.get_running_loop())
+        super().__init__()
         self._pool = pool
         self.number = number
         self.request = request
@@ -107,7 +110,7 @@ class _Ticket(asyncio.Future[SampleInfo]):
         return self.deaths >= SHARED_DEATHS or self.lone_deaths > 0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Engine:
     """One place in the pool, through the lives of its actor."""
 
@@ -150,6 +153,13 @@ class _Engine:
         else:
             self.activity.enter("paused" if self.paused else "sampling" if self.work else IDLE)
 
+    def handed_before(self, when: float) -> list[_Ticket]:
+        """Its work that is older; the oldest stands first."""
+        oldest = next(iter(self.work.values()), None)
+        if oldest is None or oldest.since >= when:
+            return []
+        return list(itertools.takewhile(lambda t: t.since < when, self.work.values()))
+
 
 class RolloutPool:
     """Make it with `RolloutPool.create`; all methods belong to the event loop that made it."""
@@ -175,6 +185,9 @@ class RolloutPool:
         self._usable: list[int] = []
         """Requests x MAX_ENGINES + index of each engine that may get more, sorted: a pool of a thousand is not searched for every
         sample."""
+        self._moved: set[_Engine] = set()
+        """That have less work than when they got their entries there: looked at when the next samples are handed out, which is less
+        often."""
         self._stale: set[_Engine] = set()
         """Alive, with old weights."""
         self._tickets: set[_Ticket] = set()
@@ -285,9 +298,6 @@ class RolloutPool:
         """
         ticket = _Ticket(self, next(self._ids), request)
         self._tickets.add(ticket)
-        self._most_waiting = max(
-            self._most_waiting, len(self._tickets) - len(self._engines) * self._config.rollout.max_num_seqs
-        )
         if self._closed:
             ticket.fail(WorkerError("the rollout pool is closed"))
         else:
@@ -342,26 +352,33 @@ class RolloutPool:
 
     def _dispatch(self) -> None:
         self._dispatching = False
+        places = len(self._engines) * self._config.rollout.max_num_seqs
+        self._most_waiting = max(self._most_waiting, len(self._tickets) - places)
         outboxes: dict[_Engine, list[_Ticket]] = {}
         held: list[_Ticket] = []
+        moved, self._moved = self._moved, set()
+        for less_busy in moved:
+            self._reconsider(less_busy)
+        now = time.monotonic()
         while self._queue:
-            engine = self._place(self._queue[0])
-            if engine is None and not self._queue[0].is_suspect:
+            ticket = self._queue[0]
+            engine = self._place(ticket)
+            if engine is None and not ticket.is_suspect:
                 break
-            ticket = self._queue.popleft()
+            self._queue.popleft()
             if ticket.done():
                 continue
             if engine is None:
                 held.append(ticket)
                 continue
-            ticket.since = time.monotonic()
+            ticket.since = now
             ticket.engine = engine
             engine.work[ticket.number] = ticket
             self._reconsider(engine)
-            engine.show()
             outboxes.setdefault(engine, []).append(ticket)
         self._queue.extendleft(reversed(held))
         for engine, tickets in outboxes.items():
+            engine.show()
             # If the engine dies of it, or before it, its poll says so.
             engine.handle.submit.remote([(t.number, t.request) for t in tickets])
         if self._tickets and self._stale:
@@ -376,23 +393,28 @@ class RolloutPool:
 
     def _reconsider(self, engine: _Engine) -> None:
         """After anything that decides whether an engine gets work: its life, its weights, what it works on."""
+        place = None
+        self._stale.discard(engine)
+        if engine.leaving or not engine.alive:
+            pass
+        elif engine.version != self.version:
+            self._stale.add(engine)
+        elif not (len(engine.work) == 1 and next(iter(engine.work.values())).is_suspect):
+            place = len(engine.work) * MAX_ENGINES + engine.index
+        if place == engine.place:
+            return
         if engine.place is not None:
             del self._usable[bisect.bisect_left(self._usable, engine.place)]
-        engine.place = None
-        self._stale.discard(engine)
-        if engine.leaving:
-            return
-        if engine.alive and engine.version != self.version:
-            self._stale.add(engine)
-        elif engine.alive and not (len(engine.work) == 1 and next(iter(engine.work.values())).is_suspect):
-            engine.place = len(engine.work) * MAX_ENGINES + engine.index
-            bisect.insort(self._usable, engine.place)
+        if place is not None:
+            bisect.insort(self._usable, place)
+        engine.place = place
 
     async def _poll(self, engine: _Engine, incarnation: int) -> None:
         """Until the engine dies; `_watch` holds its deadline."""
+        poll = engine.handle.poll.options(num_returns=2)
         while engine.incarnation == incarnation and engine.alive and not self._closed:
             engine.silent_s = 0.0
-            outcomes_ref, samples_ref = engine.handle.poll.options(num_returns=2).remote(self._poll_s)
+            outcomes_ref, samples_ref = poll.remote(self._poll_s)
             try:
                 outcomes = await outcomes_ref
             except (RayError, GrpoRayError) as e:
@@ -400,10 +422,8 @@ class RolloutPool:
                 await asyncio.gather(asyncio.wait_for(_answer(samples_ref), 1.0), return_exceptions=True)
                 self._died(engine, incarnation, last_line(e), blame_work=not node_died(e))
                 return
-            for outcome in outcomes:
-                self._settle(engine, outcome, samples_ref)
             if outcomes:
-                self._kick()
+                self._settle(engine, outcomes, samples_ref)
 
     async def _probe(self, engine: _Engine, incarnation: int) -> None:
         """Until the engine dies. Its actor answers polls also while the engine's core hangs, and then no sample would end."""
@@ -419,35 +439,41 @@ class RolloutPool:
             except (RayError, GrpoRayError):
                 return  # Its poll says what it died of.
 
-    def _settle(self, engine: _Engine, outcome: Outcome, samples_ref: Any) -> None:
-        ticket = self._take_back(engine, outcome.ticket)
-        if ticket is None or ticket.done():
-            return
-        if outcome.info is not None:
-            engine.samples += 1
-            engine.tokens += outcome.info.num_tokens
-            engine.restarts = 0
-            self._progress = time.monotonic()
-            ticket.succeed(outcome.info.behind(samples_ref))
-        elif outcome.problem == "refused":
-            ticket.fail(DataError(f"{engine.name} refuses {ticket.name}: {outcome.detail}"))
-        else:
-            ticket.aborts += 1
-            if ticket.aborts >= MAX_ABORTS:
-                reason = f"{ticket.name} ended {ticket.aborts} times without a sample, last on {engine.name}: {outcome.detail}"
-                ticket.fail(WorkerError(reason))
-            else:
-                self._requeue([ticket])
-
-    def _take_back(self, engine: _Engine, number: int) -> _Ticket | None:
-        ticket = engine.work.pop(number, None)
-        if ticket is not None:
+    def _settle(self, engine: _Engine, outcomes: Sequence[Outcome], samples_ref: Any) -> None:
+        """What one poll brought."""
+        for outcome in outcomes:
+            ticket = engine.work.pop(outcome.ticket, None)
+            if ticket is None or ticket.done():
+                continue
             ticket.engine = None
-            self._reconsider(engine)
+            if outcome.info is not None:
+                engine.samples += 1
+                engine.tokens += outcome.info.num_tokens
+                engine.restarts = 0
+                self._progress = time.monotonic()
+                ticket.succeed(outcome.info.behind(samples_ref))
+            elif outcome.problem == "refused":
+                ticket.fail(DataError(f"{engine.name} refuses {ticket.name}: {outcome.detail}"))
+            else:
+                self._try_again(ticket, engine, outcome.detail)
+        self._has_less(engine)
+        self._kick()
+
+    def _try_again(self, ticket: _Ticket, engine: _Engine, reason: str) -> None:
+        """It ended without a sample."""
+        ticket.aborts += 1
+        if ticket.aborts >= MAX_ABORTS:
+            told = f"{ticket.name} ended {ticket.aborts} times without a sample, last on {engine.name}: {reason}"
+            ticket.fail(WorkerError(told))
+        else:
+            self._requeue([ticket])
+
+    def _has_less(self, engine: _Engine) -> None:
+        """It has less work than before."""
+        self._moved.add(engine)
         engine.show()
         if engine.leaving and not engine.work:
             self._retire(engine)
-        return ticket
 
     def _requeue(self, tickets: Sequence[_Ticket]) -> None:
         for ticket in tickets:
@@ -459,7 +485,9 @@ class RolloutPool:
         """A ticket that ends. Nobody waits for it any more: the work on it, if an engine still has it, stops."""
         self._tickets.remove(ticket)
         if (engine := ticket.engine) is not None:
-            self._take_back(engine, ticket.number)
+            del engine.work[ticket.number]
+            ticket.engine = None
+            self._has_less(engine)
             engine.handle.cancel.remote([ticket.number])
             self._kick()
 
@@ -739,9 +767,7 @@ class RolloutPool:
                 engine.silent_s += period_s
                 if engine.alive and engine.silent_s > late_s:
                     self._died(engine, engine.incarnation, f"it did not answer for {late_s:g} s")
-                for ticket in list(engine.work.values()):
-                    if now - ticket.since <= limit:
-                        break  # Those behind it came later.
+                for ticket in engine.handed_before(now - limit):
                     ticket.fail(
                         DeadlineError(
                             f"{engine.name} did not finish {ticket.name} within {limit:g} s (deadlines.sample_s)"

@@ -22,7 +22,9 @@ from grpo_ray.names import run_name
 T = TypeVar("T")
 
 GC_THRESHOLD = 50_000
-"""Objects made and not gone, between two looks of the garbage collector."""
+"""Objects made and not gone, between two looks of the garbage collector; at least."""
+GC_THRESHOLD_PER_SAMPLE = 32
+"""Twice or three times what the controller holds for a sample under way: then those of a step that begins are no reason to look."""
 NAME_TRIES = 20
 
 # Large buffers are reused instead of going back to the kernel after every micro-batch.
@@ -55,12 +57,13 @@ class RayActors:
         ray.kill(handle)
 
 
-def settle_garbage_collector() -> None:
+def settle_garbage_collector(samples_under_way: int = 0) -> None:
     """For the controller when everything is up. What is there stays to the end (modules, models, prompts): it need not be looked
-    through again and again. Nor do thousands of samples under way, which go by themselves: look seldom."""
+    through again and again. Nor do thousands of samples under way, which go by themselves: look seldom, and the more of them there
+    are the more seldom."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(GC_THRESHOLD)
+    gc.set_threshold(max(GC_THRESHOLD, GC_THRESHOLD_PER_SAMPLE * samples_under_way))
 
 
 def start_named(source: Actors, actor: type, *args: Any, run_dir: str, name: str, **options: Any) -> Any:
@@ -136,6 +139,8 @@ async def within(work: Awaitable[T], seconds: float, what: str, option: str) -> 
     except TimeoutError as e:
         if isinstance(e, DeadlineError):
             raise
-        raise DeadlineError(
-            f"{what} did not finish within {seconds:g} s; look for it in the logs, or raise {option}"
-        ) from None
+        raise late(what, seconds, option) from None
+
+
+def late(what: str, seconds: float, option: str) -> DeadlineError:
+    return DeadlineError(f"{what} did not finish within {seconds:g} s; look for it in the logs, or raise {option}")

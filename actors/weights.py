@@ -27,11 +27,12 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol, TypedDict
 
 from ray.exceptions import RayError
 
-from actors.runtime import end_with_parent, within
+from actors.runtime import end_with_parent, late, within
 from grpo_ray.config import RunConfig
 from grpo_ray.errors import ConfigError, DeadlineError, GrpoRayError, WorkerError
 from grpo_ray.types import SyncReport, Track
@@ -289,27 +290,30 @@ async def ask_each(
         The others, each with its answer; and what went wrong with those.
     """
     failures: list[str] = []
+    # One deadline for all: a task and a timer for each of a thousand engines would cost more than the rest of the sync.
+    calls = [(t, asyncio.wrap_future(getattr(t.handle, method).remote(*args).future())) for t in targets]
 
-    async def call(target: EngineTarget) -> list[tuple[EngineTarget, Any]]:
-        try:
-            answer = await within(
-                _answer(getattr(target.handle, method).remote(*args)),
-                timeout_s,
-                f"{method} of {target.name} for a weight sync",
-                "deadlines.sync_s",
-            )
-        except (RayError, GrpoRayError) as e:
-            failures.append(f"{target.name} failed in {method}: {last_line(e)}")
-            pool.engine_failed(target, f"it failed in {method}: {last_line(e)}", blame_work=False)
-            return []
-        return [(target, answer)]
+    def fail(target: EngineTarget, error: BaseException) -> None:
+        failures.append(f"{target.name} failed in {method}: {last_line(error)}")
+        pool.engine_failed(target, f"it failed in {method}: {last_line(error)}", blame_work=False)
 
-    answered = await asyncio.gather(*(call(t) for t in targets))
-    return [pair for pairs in answered for pair in pairs], failures
+    def look(target: EngineTarget, call: asyncio.Future[Any]) -> None:
+        # At once: it is restarted while others are waited for.
+        if not call.cancelled() and isinstance(error := call.exception(), (RayError, GrpoRayError)):
+            fail(target, error)
 
-
-async def _answer(ref: Any) -> Any:
-    return await ref
+    for target, call in calls:
+        call.add_done_callback(partial(look, target))
+    if calls:
+        await asyncio.wait([call for _, call in calls], timeout=timeout_s)
+    answered = []
+    for target, call in calls:
+        if not call.done():
+            call.cancel()
+            fail(target, late(f"{method} of {target.name} for a weight sync", timeout_s, "deadlines.sync_s"))
+        elif not isinstance(call.exception(), (RayError, GrpoRayError)):
+            answered.append((target, call.result()))
+    return answered, failures
 
 
 def _names(targets: Sequence[EngineTarget]) -> str:

@@ -23,6 +23,8 @@ NOT_BUSY = (IDLE, "paused", "restarting")
 class Activity:
     """The state of one worker, `IDLE` at first."""
 
+    __slots__ = ("_busy_s", "_clock", "_name", "_since", "_spans", "worker")
+
     def __init__(self, worker: str, clock: Callable[[], float] = time.time) -> None:
         self.worker = worker
         self._clock = clock
@@ -64,13 +66,16 @@ class Activity:
         return self.take()
 
     def _close(self) -> None:
+        name, since, now = self._name, self._since, self._clock()
         # A clock that was set back makes a span shorter, never one that overlaps.
-        now = max(self._clock(), self._since)
-        if self._name != IDLE and now > self._since:
-            self._spans.append(TimeSpan(self._name, self._since, now))
-        if self._name not in NOT_BUSY:
-            self._busy_s += now - self._since
+        if now <= since:
+            return
         self._since = now
+        if name == IDLE:
+            return
+        self._spans.append(TimeSpan(name, since, now))
+        if name not in NOT_BUSY:
+            self._busy_s += now - since
         if len(self._spans) >= MAX_SPANS:
             self._spans = joined(self._spans)
 

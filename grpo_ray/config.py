@@ -395,6 +395,11 @@ class RunConfig(Strict):
     def colocated(self) -> bool:
         return self.cluster.placement == "colocated"
 
+    @property
+    def samples_under_way(self) -> int:
+        """At once, at most."""
+        return (self.algorithm.max_staleness + 1) * self.prompts_per_step * self.rollout.num_generations
+
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if not self.reward.functions:

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+from grpo_ray.answers import Answer
 from grpo_ray.roles import Sampler, Scorer
 from grpo_ray.types import Group, SampleInfo, SampleRequest, Score, ScoreRequest
 
@@ -20,6 +21,8 @@ T = TypeVar("T")
 
 class Filling(asyncio.Future[None]):
     """Done when the group is full. The first failure is its failure, and ends the rest; cancelling it ends all."""
+
+    __slots__ = ("_drawn", "_per_call", "_scored", "_scorer", "_size", "_under_way", "group")
 
     def __init__(
         self, group: Group, requests: Sequence[SampleRequest], sampler: Sampler, scorer: Scorer, *, at_once: bool
@@ -36,8 +39,9 @@ class Filling(asyncio.Future[None]):
         """By their index."""
         self._under_way: dict[asyncio.Future[Any], Callable[[Any], None]] = {}
         """And what its result is for."""
+        then = self._take_sample
         for request in requests:
-            self._begin(sampler.generate(request), self._take_sample)
+            self._begin(sampler.generate(request), then)
 
     def cancel(self, msg: Any | None = None) -> bool:
         cancelled = super().cancel(msg)
@@ -47,7 +51,10 @@ class Filling(asyncio.Future[None]):
     def _begin(self, work: Awaitable[T], then: Callable[[T], None]) -> None:
         future = asyncio.ensure_future(work)
         self._under_way[future] = then
-        future.add_done_callback(self._go_on)
+        if isinstance(future, Answer):
+            future.when_done(self._go_on)
+        else:
+            future.add_done_callback(self._go_on)
 
     def _go_on(self, future: asyncio.Future[Any]) -> None:
         if self.done():
@@ -65,8 +72,11 @@ class Filling(asyncio.Future[None]):
     def _take_sample(self, info: SampleInfo) -> None:
         self._drawn.append(info)
         if len(self._drawn) == self._per_call:
-            infos, self._drawn = sorted(self._drawn, key=_index), []
-            requests = [_score_request(self.group, info) for info in infos]
+            infos, self._drawn = self._drawn, []
+            if self._per_call > 1:
+                infos.sort(key=_index)
+            prompt, version = self.group.prompt, self.group.dispatched_version
+            requests = [ScoreRequest(i, prompt.text, prompt.messages, prompt.columns, version) for i in infos]
             self._begin(self._scorer.score(requests), partial(self._take_scores, infos))
 
     def _take_scores(self, infos: Sequence[SampleInfo], scores: Sequence[Score]) -> None:
@@ -86,8 +96,3 @@ class Filling(asyncio.Future[None]):
 
 def _index(info: SampleInfo) -> int:
     return info.index
-
-
-def _score_request(group: Group, info: SampleInfo) -> ScoreRequest:
-    prompt = group.prompt
-    return ScoreRequest(info, prompt.text, prompt.messages, prompt.columns, group.dispatched_version)

@@ -104,7 +104,7 @@ class Ledger:
             (
                 group.min_version,
                 len(group.samples),
-                sum(s.num_tokens for s in group.samples),
+                sum([s.num_tokens for s in group.samples]),
                 _num_failed(group.scores),
                 sum(values) / len(values) if values else None,
                 time.time(),
@@ -229,4 +229,4 @@ class Ledger:
 
 
 def _num_failed(scores: Iterable[Score]) -> int:
-    return sum(s.status.failed for s in scores)
+    return sum([s.status.failed for s in scores])

@@ -236,21 +236,32 @@ def eval_metrics(result: EvalResult, name: str = "") -> dict[str, float]:
 
 
 def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    per_group = [[s.value for s in g.scores if s.status is ScoreStatus.OK] for g in groups]
-    rewards = [value for group in per_group for value in group]
+    rewards: list[float] = []
+    spreads: list[float] = []
+    no_signal: list[bool] = []
+    values_of: dict[str, list[float]] = {}
+    busy_s = 0.0
+    for group in groups:
+        scored = [s for s in group.scores if s.status is ScoreStatus.OK]
+        values = [s.value for s in scored]
+        rewards += values
+        if len(values) > 1:
+            spreads.append(_std(values))
+        no_signal.append(len({r for s in scored for r in s.rewards}) < 2)
+        for part in [part for s in group.scores for part in s.parts]:
+            busy_s += part.seconds
+            of_part = values_of.setdefault(part.name, [])
+            if part.status is ScoreStatus.OK:
+                of_part.append(part.value)
     out = _mean_and_std("reward", rewards)
-    spreads = [_std(group) for group in per_group if len(group) > 1]
     if spreads:
         out["reward/group_std"] = _mean(spreads)
-    if groups:
-        rewards_of = [{r for s in g.scores if s.status is ScoreStatus.OK for r in s.rewards} for g in groups]
-        out["groups/no_signal_fraction"] = _mean([len(distinct) < 2 for distinct in rewards_of])
-    parts = [part for g in groups for s in g.scores for part in s.parts]
-    for name in dict.fromkeys(part.name for part in parts):
-        values = [p.value for p in parts if p.name == name and p.status is ScoreStatus.OK]
+    if no_signal:
+        out["groups/no_signal_fraction"] = _mean(no_signal)
+    for name, values in values_of.items():
         out |= _mean_and_std(f"reward/{name}", values)
-    if parts:
-        out["reward/busy_s"] = sum(part.seconds for part in parts)
+    if values_of:
+        out["reward/busy_s"] = busy_s
     return out
 
 
@@ -289,7 +300,7 @@ def _mean(values: Iterable[float]) -> float:
 def _std(values: Sequence[float]) -> float:
     """With n - 1, as torch.std and TRL's `reward_std`."""
     mean = _mean(values)
-    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return math.sqrt(math.fsum([(v - mean) ** 2 for v in values]) / (len(values) - 1))
 
 
 @dataclass

@@ -39,6 +39,8 @@ class EarlyParts:
         """Tokens of a part: less would make micro-batches that are not full."""
         self._active = can_overlap(config)
         self._count = 0
+        self._lacking = 0
+        """Tokens that have to come before there can be enough: till then nobody looks through the groups."""
         self._waiting: dict[int, int] = {}
         """Order of each group that was offered and is in no part yet -> its work, at most."""
         self.under_way: asyncio.Task[None] | None = None
@@ -46,7 +48,15 @@ class EarlyParts:
 
     @property
     def wants_more(self) -> bool:
-        return self._active and (self.under_way is None or self.under_way.done())
+        return self._active and self._lacking <= 0 and (self.under_way is None or self.under_way.done())
+
+    def came(self, group: Group) -> None:
+        """It is complete."""
+        self._lacking -= _work(group)
+
+    def look_again(self) -> None:
+        """Groups that came before may be certain now."""
+        self._lacking = 0
 
     def offer(self, certain: Sequence[Group], step: int) -> None:
         """Start on those of these groups that the learner has not had, if they are enough.
@@ -57,14 +67,14 @@ class EarlyParts:
         """
         new = [g for g in certain if g.part is None]
         self._waiting |= {g.order: _work(g) for g in new if g.order not in self._waiting}
-        if sum(self._waiting.values()) < self._enough:
-            return
-        if fresh := [g for g in new if not g.advantages]:
+        self._lacking = self._enough - sum(self._waiting.values())
+        if self._lacking <= 0 and (fresh := [g for g in new if not g.advantages]):
             # Of many at once: for each group as it comes they would cost more than all else that is done for it.
             set_advantages(fresh, self._config.algorithm)
             self._waiting = {g.order: _work(g) for g in new}
-            if sum(self._waiting.values()) < self._enough:
-                return
+            self._lacking = self._enough - sum(self._waiting.values())
+        if self._lacking > 0:
+            return
         part = cut_batch(new, step, self._config)
         for group in new:
             group.part = self._count
@@ -77,7 +87,8 @@ class EarlyParts:
 
     async def finish(self) -> None:
         """The part under way is done, and the step has no more. Raises what went wrong with it."""
-        under_way, self.under_way, self._count, self._waiting = self.under_way, None, 0, {}
+        under_way, self.under_way = self.under_way, None
+        self._count, self._lacking, self._waiting = 0, 0, {}
         if under_way is not None:
             await under_way
 

@@ -77,14 +77,15 @@ def busy_metrics(window: TimeSpan, tracks: Mapping[str, Sequence[Track]]) -> dic
     out: dict[str, float] = {}
     by_worker = merged({role: tracks.get(role, ()) for role in ROLES})
     busy = {role: [busy_intervals(t, window) for t in by_worker[role]] for role in ROLES}
+    busy_s = {role: sum(map(_length, workers)) for role, workers in busy.items()}
     for role, workers in busy.items():
         if workers and window.seconds > 0:
-            out[f"busy/{role}"] = sum(_length(w) for w in workers) / len(workers) / window.seconds
+            out[f"busy/{role}"] = busy_s[role] / len(workers) / window.seconds
             out[f"workers/{role}"] = float(len(workers))
     others = union([i for role in ("rollout", "learner") for worker in busy[role] for i in worker])
     if busy["reward"] and others:
         shared = sum(_overlap(worker, others) for worker in busy["reward"])
-        out["reward/alone_s"] = (sum(_length(w) for w in busy["reward"]) - shared) / len(busy["reward"])
+        out["reward/alone_s"] = (busy_s["reward"] - shared) / len(busy["reward"])
     return out
 
 
@@ -119,15 +120,18 @@ def union(intervals: Sequence[Interval]) -> list[Interval]:
 
 
 def _length(intervals: Sequence[Interval]) -> float:
-    return sum(end - start for start, end in intervals)
+    return sum([end - start for start, end in intervals])
 
 
 def _overlap(a: Sequence[Interval], b: Sequence[Interval]) -> float:
     """Both in order and without overlaps."""
     total, i, j = 0.0, 0, 0
     while i < len(a) and j < len(b):
-        total += max(0.0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
-        if a[i][1] < b[j][1]:
+        (start, end), (other_start, other_end) = a[i], b[j]
+        seconds = (end if end < other_end else other_end) - (start if start > other_start else other_start)
+        if seconds > 0:
+            total += seconds
+        if end < other_end:
             i += 1
         else:
             j += 1

@@ -305,7 +305,7 @@ class TrainLoop:
         try:
             filling.result()
         except PoisonedError as e:
-            del self._cursor_at[group.order]
+            self._leave_out(group)
             self.ledger.dropped(group, self.step + 1, POISONED)
             self._counts.dropped[POISONED] = self._counts.dropped.get(POISONED, 0) + 1
             self.emit(MessageEvent("error", f"{e}. It is set aside, and the next prompt takes its place"))
@@ -313,8 +313,14 @@ class TrainLoop:
         self.ledger.sampled(group)
         if self._keep(group) and self._has_signal(group):
             bisect.insort(self._ready, group, key=_order)
+            self._early.came(group)
         else:
-            del self._cursor_at[group.order]
+            self._leave_out(group)
+
+    def _leave_out(self, group: Group) -> None:
+        """Of every batch: others take its place."""
+        del self._cursor_at[group.order]
+        self._early.look_again()
 
     def _wanted(self) -> int:
         """Groups of this step's batch. Each group without signal beyond the budget of dynamic sampling makes it one smaller

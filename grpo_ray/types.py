@@ -25,7 +25,7 @@ def _record(cls: type[T]) -> type[T]:
     return dataclass(unsafe_hash=True, slots=True)(cls)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """One row of a data set, ready to sample from. Made by `grpo_ray.prompts`."""
 
@@ -137,10 +137,9 @@ class ScoreStatus(StrEnum):
     CRASHED = "crashed"
     ERROR = "error"
 
-    @property
-    def failed(self) -> bool:
-        """Did the machinery fail, rather than the model?"""
-        return self is not ScoreStatus.OK and self is not ScoreStatus.NOT_APPLICABLE
+    def __init__(self, value: str) -> None:
+        self.failed = value not in ("ok", "not_applicable")
+        """Did the machinery fail, rather than the model? Not a property: it is asked of every score, several times."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ class Step:
     """What it is worth; of a trained sample the advantage of its tokens."""
 
 
-@dataclass(frozen=True)
+@_record
 class RewardScore:
     """What one reward function said of one sample."""
 
@@ -168,7 +167,7 @@ class RewardScore:
     """Before their weight, by their ends. None: one number for the whole completion."""
 
 
-@dataclass(frozen=True)
+@_record
 class Score:
     """What a sample is worth: the weighted sum of its rewards. A failure is a status, never a zero."""
 
@@ -185,7 +184,7 @@ class Score:
     @property
     def rewards(self) -> tuple[float, ...]:
         """Those of its steps, or the one of the whole."""
-        return tuple(step.value for step in self.steps) or (self.value,)
+        return tuple(step.value for step in self.steps) if self.steps else (self.value,)
 
 
 @_record
@@ -200,7 +199,7 @@ class ScoreRequest:
     """Steps done when the prompt was dispatched; None: it is no step's, an evaluation's."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Group:
     """G samples of one prompt, scored. Made by the loop."""
 
@@ -218,7 +217,7 @@ class Group:
 
     @property
     def min_version(self) -> int:
-        return min(s.min_version for s in self.samples)
+        return min([s.min_version for s in self.samples])
 
 
 @_record

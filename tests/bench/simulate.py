@@ -52,7 +52,7 @@ MEMORY = {"rss": LONG, "tracemalloc": LONG.with_(steps=2000)}
 
 def schedule(plan: Plan) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        settle_garbage_collector()
+        settle_garbage_collector(plan.config().samples_under_way)
         simulation = Simulation(plan, Path(folder))
         result = simulation.run()
         return {"staleness": oldest_trained(simulation.run_dir.ledger), **_figures(result)}

@@ -277,6 +277,15 @@ class _Method:
         return self
 
 
+class _Answer(asyncio.Future[Any]):
+    """A reference to the result of a call, as Ray has it: awaited, or asked for its future."""
+
+    __slots__ = ()
+
+    def future(self) -> Self:
+        return self
+
+
 class _Ref:
     """Of the samples of one poll."""
 
@@ -349,9 +358,9 @@ class World:
     def length(self, seed: int) -> int:
         return self.lengths[seed % NUM_LENGTHS]
 
-    def answer(self, value: Any, seconds: float) -> asyncio.Future[Any]:
+    def answer(self, value: Any, seconds: float) -> _Answer:
         """To a call of an actor, after `seconds`."""
-        future = asyncio.get_running_loop().create_future()
+        future = _Answer(loop=asyncio.get_running_loop())
         self.cluster.at(self.cluster.now + seconds, _resolve, future, value)
         return future
 
@@ -522,14 +531,14 @@ class Engine:
             poll.set_result(outcomes)
 
     @simulated
-    def _pause(self, mode: str, clear_cache: bool) -> asyncio.Future[None]:
+    def _pause(self, mode: str, clear_cache: bool) -> _Answer:
         self.advance()
         self._paused = True
         self._appointment += 1
         return self._reply(self._plan.pause_s)
 
     @simulated
-    def _resume(self) -> asyncio.Future[None]:
+    def _resume(self) -> _Answer:
         self.advance()
         self._paused = False
         written = sum(tokens - (end - self._ticks) for end, _, _, tokens, _ in self._running)
@@ -537,13 +546,13 @@ class Engine:
         self._fill()
         return self._reply(self._plan.call_s)
 
-    def _reply(self, seconds: float) -> asyncio.Future[None]:
+    def _reply(self, seconds: float) -> _Answer:
         if not self.dead and not self.frozen:
             return self.world.answer(None, seconds)
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        answer = _Answer(loop=asyncio.get_running_loop())
         if self.dead:
-            future.set_exception(self._death())
-        return future
+            answer.set_exception(self._death())
+        return answer
 
 
 class Scorer:
@@ -553,7 +562,7 @@ class Scorer:
         self.world = world
         self.dead = False
         self._num_calls = 0
-        self._hanging: asyncio.Future[Any] | None = None
+        self._hanging: _Answer | None = None
         self._is_frozen = False
         self.start = _Method(lambda: world.answer(0, world.start_s()))
         self.ping = _Method(self._ping)
@@ -565,13 +574,13 @@ class Scorer:
         if self._hanging is not None and not self._hanging.done():
             self._hanging.set_exception(ActorDiedError())
 
-    def _ping(self) -> asyncio.Future[None]:
+    def _ping(self) -> _Answer:
         if self._hanging is not None and self._is_frozen:
-            return asyncio.get_running_loop().create_future()
+            return _Answer(loop=asyncio.get_running_loop())
         return self.world.answer(None, self.world.plan.call_s)
 
     @simulated
-    def _score(self, groups: list[list[ScoreRequest]]) -> asyncio.Future[Any]:
+    def _score(self, groups: list[list[ScoreRequest]]) -> _Answer:
         self._num_calls += 1
         if self.dead or self._num_calls >= self.world.plan.scorer_deaths:
             self.world.num_scorer_deaths += 1
@@ -579,7 +588,7 @@ class Scorer:
         if self.world.num_hung < self.world.plan.hangs:
             self.world.num_hung += 1
             self._is_frozen = self.world.num_hung <= self.world.plan.frozen
-            self._hanging = asyncio.get_running_loop().create_future()
+            self._hanging = _Answer(loop=asyncio.get_running_loop())
             return self._hanging
         scores = [[self._score_one(r) for r in requests] for requests in groups]
         seconds = self.world.plan.call_s + self.world.plan.reward_s * sum(map(len, groups))

@@ -148,7 +148,7 @@ class Place:
         """What a cloud's notice that a spot instance ends in so many seconds leads to."""
         node_id = next(i for i, site in self.nodes().items() if site == name)
         options = [
-            f"--address=127.0.0.1:{self.gcs}",
+            f"--address={self._ip}:{self.gcs}",
             f"--node-id={node_id}",
             f"--deadline-remaining-seconds={seconds:g}",
         ]
