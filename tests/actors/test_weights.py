@@ -73,7 +73,7 @@ class LearnerRank:
                     param.all_gather([param])
 
     def flip_a_bit_in_the_next_bucket(self) -> None:
-        from actors.weight_backend import GlooTrainer
+        from actors.weight_gloo import GlooTrainer
 
         fill = GlooTrainer._fill
 
@@ -86,7 +86,7 @@ class LearnerRank:
         GlooTrainer._fill = corrupted  # type: ignore[method-assign]
 
     def dawdle_over_the_next_bucket(self, seconds: float) -> None:
-        from actors.weight_backend import GlooTrainer
+        from actors.weight_gloo import GlooTrainer
 
         fill = GlooTrainer._fill
 
@@ -174,20 +174,22 @@ def setting(local_ray: None, tiny_model: Path, tmp_path_factory: pytest.TempPath
 def test_bucket_plans_hold_every_parameter_once_within_the_limit() -> None:
     from vllm.distributed.weight_transfer.base import ParamMeta
 
-    from actors.weight_backend import plan_buckets
+    from actors.weight_buckets import plan_buckets
 
     metadata = [ParamMeta(str(i), torch.bfloat16, (n,)) for i, n in enumerate([3, 100, 7, 999, 1, 1, 50])]
-    plan = list(plan_buckets(metadata, 512))
-    assert [s.name for slots, _ in plan for s in slots] == [m.name for m in metadata]
-    assert all(size <= 512 or len(slots) == 1 for slots, size in plan)
-    for slots, size in plan:
-        assert all(a.end <= b.start for a, b in pairwise(slots))
-        assert slots[-1].end <= size
-        assert all(s.start % 16 == 0 and s.end - s.start == 2 * s.shape[0] for s in slots)
+    plan = plan_buckets(metadata, 512)
+    assert [s.name for bucket in plan for s in bucket.slots] == [m.name for m in metadata]
+    assert all(bucket.size <= 512 + 16 or len(bucket.slots) == 1 for bucket in plan)
+    assert plan[0].start == 0
+    assert all(a.end <= b.start and b.start % 16 == 0 for a, b in pairwise(plan))
+    for bucket in plan:
+        assert all(a.end <= b.start for a, b in pairwise(bucket.slots))
+        assert bucket.slots[-1].end <= bucket.size - 8
+        assert all(s.start % 16 == 0 and s.end - s.start == 2 * s.shape[0] for s in bucket.slots)
 
 
 def test_the_digest_sees_one_bit_and_an_exchange() -> None:
-    from actors.weight_backend import Digest
+    from actors.weight_buckets import Digest
 
     def digest(**tensors: torch.Tensor) -> str:
         d = Digest()
