@@ -64,11 +64,12 @@ class Shadow:
         self._twins: dict[nn.Module, nn.Module] = {}
         self._copies: dict[int, Tensor] = {}
         self._root = self._twin(model)
-        self._changed: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = []
-        """Attributes of a module, of its twin, and which of them loading has made new."""
+        self._made: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = []
+        """Attributes of a module, of its twin, and the names of those that loading makes; the same every time."""
 
     def load(self, batches: Batches) -> None:
-        before = {twin: dict(vars(twin)) for twin in self._twins.values()}
+        # Not later: it would hold what is no longer needed while more is packed.
+        before = {} if self._made else {twin: dict(vars(twin)) for twin in self._twins.values()}
         for module, twin in self._twins.items():
             LAYERWISE_INFO[twin] = _layerwise_info(module)
         try:
@@ -76,13 +77,13 @@ class Shadow:
         finally:
             for twin in self._twins.values():
                 LAYERWISE_INFO.pop(twin, None)
-        self._changed = [
+        self._made = self._made or [
             (vars(module), vars(twin), ["_parameters", "_buffers", *_changed(before[twin], vars(twin))])
             for module, twin in self._twins.items()
         ]
 
     def swap(self) -> None:
-        for module, twin, names in self._changed:
+        for module, twin, names in self._made:
             for name in names:
                 module[name], twin[name] = twin[name], module.get(name)
 
