@@ -15,11 +15,13 @@ from typing import Any
 from safetensors.torch import load_file
 
 from actors.rollout import engine_args
-from actors.weight_shadow import Shadow
+from actors.weight_shadow import Loader, Shadow, WhenPaused
 from grpo_ray.config import RolloutConfig
 
 ORDER = (1, 2, 2, 1, 0)
 """Weights of these models in turn: each lands in either set of memory."""
+PAUSED = (1, 2)
+"""After those, loaded while nothing is sampled, as on a GPU."""
 BETWEEN_S = 0.01
 """Two weights."""
 
@@ -33,19 +35,20 @@ def seen_of(models: tuple[str, ...], dtype: str, mode: str) -> dict[str, Any]:
     engine = start(models[0], dtype, mode)
     found: list[Any] = []
     engine.apply_model(found.append)
-    model = found[0]
-    shadow = Shadow(model, engine.vllm_config.model_config)
+    model, config = found[0], engine.vllm_config.model_config
+    refused = refusal_of(Shadow(model, config), models[1])
+    shadow, when_paused = Shadow(model, config), WhenPaused(model, config)
     swapped = []
     draws_beside = 0
-    for number in ORDER:
+    for loader, number in [*((shadow, number) for number in ORDER), *((when_paused, number) for number in PAUSED)]:
         before = draw(engine)
-        loading = threading.Thread(target=shadow.load, args=(slowly(models[number]),))
+        loading = threading.Thread(target=loader.load, args=(slowly(models[number]),))
         loading.start()
         while loading.is_alive():
             draws_beside += 1
             assert draw(engine) == before
         assert draw(engine) == before
-        shadow.swap()
+        loader.swap()
         swapped.append(draw(engine))
     pairs = [
         (name, live.data_ptr() == shadow._twins[module].get_buffer(name).data_ptr())
@@ -56,9 +59,20 @@ def seen_of(models: tuple[str, ...], dtype: str, mode: str) -> dict[str, Any]:
     return {
         "swapped": swapped,
         "fresh": [draw(start(folder, dtype, mode)) for folder in models],
+        "refused": refused,
         "draws_beside": draws_beside,
         "shared_buffers": sorted({name for name, shared in pairs if shared}),
     }
+
+
+def refusal_of(loader: Loader, model: str) -> str:
+    """What is said of weights of which the last has another shape."""
+    *weights, (name, last) = load_file(f"{model}/model.safetensors").items()
+    try:
+        loader.load([weights, [(name, last[:-1])]])
+    except Exception as e:
+        return f"{type(e).__name__}: {e}"
+    return ""
 
 
 def start(model: str, dtype: str, mode: str) -> Any:

@@ -15,7 +15,7 @@ import torch
 
 from actors.rollout import rollout_env
 from grpo_ray.config import RolloutConfig
-from tests.actors.shadowed import ORDER
+from tests.actors.shadowed import ORDER, PAUSED
 
 LIMIT_S = 300
 
@@ -63,7 +63,8 @@ def test_an_engine_samples_bit_for_bit_with_what_was_loaded_beside_it(
     for seen in (tied, untied):
         assert seen["draws_beside"] >= len(ORDER)
         assert len({json.dumps(samples) for samples in seen["fresh"]}) == 3
-        for number, samples in zip(ORDER, seen["swapped"], strict=True):
+        assert seen["refused"], "and harmed nothing"
+        for number, samples in zip((*ORDER, *PAUSED), seen["swapped"], strict=True):
             assert samples == seen["fresh"][number]
         assert seen["shared_buffers"] == ["cos_sin_cache"], "tables are not held twice, and nothing else is shared"
     assert tied["fresh"] != untied["fresh"]
