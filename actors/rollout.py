@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams as VllmSamplingParams
 
+    from actors.weight_memory import Address
+
 POLL_LINGER_S = 0.01
 """Samples that finish together travel together."""
 STAGED_POLL_S = 0.01
@@ -60,6 +62,9 @@ def rollout_env(config: RolloutConfig, *, on_gpu: bool, backend: str) -> dict[st
     if not on_gpu:
         # One process less, and 4 s of start-up: the worker lives in the engine's process.
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        # One heap for all threads: what one of them frees, another gets. New weights are packed in a thread of their own, where the
+        # memory of the old ones would otherwise be held beside; fresh pages cost as much as the packing.
+        env["MALLOC_ARENA_MAX"] = "1"
     if backend == "ipc":
         # CUDA IPC handles are not plain data; they travel between processes of this run only.
         env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
@@ -125,7 +130,7 @@ def _transfer_args(backend: str) -> dict[str, Any]:
 
     return {
         "weight_transfer_config": WeightTransferConfig(backend=WORKER_BACKENDS[backend]),
-        "worker_extension_cls": "actors.weight_backend.DigestExtension",
+        "worker_extension_cls": "actors.weight_backend.TransferExtension",
     }
 
 
@@ -171,8 +176,6 @@ class RolloutActor:
         self._outcomes: list[Outcome] = []
         self._samples: list[Sample] = []
         self._arrived = asyncio.Event()
-        self._update_info: dict[str, Any] = {}
-        """Of the weights that are staged."""
         self._num_tokens = 0
         self._num_samples = 0
         self._busy_s = 0.0
@@ -319,17 +322,20 @@ class RolloutActor:
 
         await self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
 
-    async def stage_weights(self, update_info: dict[str, Any]) -> None:
-        """Begin to receive weights beside sampling (gloo)."""
+    async def share_memory(self, address: Address) -> bool:
+        """Can this engine read the sender's memory (gloo)?"""
+        return all(await self.engine.collective_rpc("weight_transfer_share", args=(address,)))
+
+    async def stage_weights(self) -> None:
+        """Begin to receive weights, and to pack them, beside sampling (gloo)."""
         self._check_alive()
-        self._update_info = update_info
-        await self.engine.collective_rpc("weight_transfer_stage", args=(update_info,))
+        await self.engine.collective_rpc("weight_transfer_stage")
 
     async def wait_staged(self) -> None:
-        """Until all of them have arrived; the sender holds the deadline.
+        """Until all of them are loaded; the sender holds the deadline.
 
         Raises:
-            Exception: they did not arrive as they were sent. The engine samples on as before.
+            Exception: they did not arrive as they were sent, or can't be loaded. The engine samples on as before.
         """
         while not all(await self.engine.collective_rpc("weight_transfer_staged")):
             await asyncio.sleep(STAGED_POLL_S)
@@ -343,11 +349,11 @@ class RolloutActor:
         """Take the staged weights into use as `version`; the engine is paused.
 
         Raises:
-            WorkerError: see `finish_weight_update`.
+            Exception: what is staged has not the sender's checksum.
         """
         await self.start_weight_update()
-        await self.update_weights(self._update_info)
-        await self.finish_weight_update(version, checksum)
+        await self.update_weights({"checksum": checksum})
+        await self.engine.finish_weight_update(str(version))
 
     async def start_weight_update(self) -> None:
         await self.engine.start_weight_update()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +21,9 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 
 from actors import weight_backend
 from actors.learner_state import gathered
+from actors.weight_buckets import DigestSource
+from actors.weight_gloo import GlooTrainerInitInfo, listening_socket
+from actors.weight_memory import Address
 from actors.weights import EngineSyncError, EngineTarget, SendReport, last_line
 from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
 from grpo_ray.named_weights import buckets, named_weights
@@ -76,7 +78,7 @@ class EngineClient:
     """vLLM's `VLLMWeightSyncClient` over Ray handles. Each call goes to all engines; the first that fails, or does not answer
     before the deadline, is named."""
 
-    def __init__(self, targets: list[EngineTarget], source: weight_backend.DigestSource) -> None:
+    def __init__(self, targets: list[EngineTarget], source: DigestSource) -> None:
         self.targets = targets
         self.source = source
         self.version = 0
@@ -88,34 +90,45 @@ class EngineClient:
         self._deadline = time.monotonic() + timeout_s
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        payloads = []
+        self.join(self.targets, init_info)
+
+    def join(self, targets: list[EngineTarget], init_info: dict[str, Any]) -> None:
+        """Let these engines join a transfer group, their ranks one after the other from `rank_offset`, where there is one."""
+        calls = {}
         rank = init_info.get("rank_offset")
-        for target in self.targets:
-            payloads.append((init_info if rank is None else {**init_info, "rank_offset": rank},))
+        for target in targets:
+            calls[target.name] = (init_info if rank is None else {**init_info, "rank_offset": rank},)
             rank = None if rank is None else rank + target.world_size
-        self._call("init_weight_transfer_engine", payloads)
+        self._call("init_weight_transfer_engine", calls)
+
+    def share(self, address: Address) -> list[EngineTarget]:
+        shares = self._call_all("share_memory", address)
+        return [target for target in self.targets if shares[target.name]]
 
     def start_weight_update(self) -> None:
-        self._call("start_weight_update", [()] * len(self.targets))
+        self._call_all("start_weight_update")
 
     def update_weights(self, update_info: WeightTransferUpdatePayload) -> None:
-        self._call("update_weights", [(update_info,)] * len(self.targets))
+        self._call_all("update_weights", update_info)
 
-    def stage(self, update_info: dict[str, Any]) -> None:
-        self._call("stage_weights", [(update_info,)] * len(self.targets))
+    def stage(self) -> None:
+        self._call_all("stage_weights")
 
     def wait_staged(self) -> None:
-        self._call("wait_staged", [()] * len(self.targets))
+        self._call_all("wait_staged")
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """The version is the sync's own; vLLM's trainer engines don't pass one."""
-        self._call("finish_weight_update", [(self.version, self.source.digest.hex())] * len(self.targets))
+        self._call_all("finish_weight_update", self.version, self.source.digest.hex())
 
-    def _call(self, method: str, arguments: list[tuple[Any, ...]]) -> None:
-        names = {
-            getattr(target.handle, method).remote(*args): target.name
-            for target, args in zip(self.targets, arguments, strict=True)
-        }
+    def _call_all(self, method: str, *args: Any) -> dict[str, Any]:
+        return self._call(method, {target.name: args for target in self.targets})
+
+    def _call(self, method: str, arguments: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
+        """Arguments and answers by the engines' names."""
+        handles = {target.name: target.handle for target in self.targets}
+        names = {getattr(handles[name], method).remote(*args): name for name, args in arguments.items()}
+        answers: dict[str, Any] = {}
         waiting = list(names)
         while waiting:
             left = self._deadline - time.monotonic()
@@ -127,11 +140,12 @@ class EngineClient:
                 )
             for ref in done:
                 try:
-                    ray.get(ref)
+                    answers[names[ref]] = ray.get(ref)
                 except (RayError, WorkerError) as e:
                     raise EngineSyncError(
                         f"weight sync: {names[ref]} failed in {method}: {last_line(e)}; see logs/{names[ref]}.log"
                     ) from None
+        return answers
 
 
 class WeightSender:
@@ -150,7 +164,7 @@ class WeightSender:
         self._bucket_bytes = bucket_bytes
         self._timeout_s = timeout_s * _OWN_PART
         self._zero_source = source
-        self._source = weight_backend.DigestSource(source)
+        self._source = DigestSource(source)
         self._client: EngineClient | None = None
         self._engine: TrainerWeightTransferEngine | None = None
         self._generation = -1
@@ -166,12 +180,11 @@ class WeightSender:
         self.close()
         self._client = EngineClient(targets, self._source)
         self._client.start_clock(self._timeout_s)
-        world_size = 1 + sum(t.world_size for t in targets)
         tries = _NCCL_PORT_TRIES if self.backend == "nccl" and self.rank == 0 else 1
         for left in reversed(range(tries)):
             try:
                 self._engine = WeightTransferTrainerFactory.trainer_init(
-                    self._init_info(world_size), client=self._client, source=self._source
+                    self._init_info(targets), client=self._client, source=self._source
                 )
                 break
             except (OSError, RuntimeError) as e:
@@ -218,20 +231,18 @@ class WeightSender:
     def _names(self) -> str:
         return ", ".join(t.name for t in self._client.targets) if self._client else "no engine"
 
-    def _init_info(self, world_size: int) -> TrainerInitInfo:
-        host = ray.util.get_node_ip_address()
+    def _init_info(self, targets: list[EngineTarget]) -> TrainerInitInfo:
         match self.backend:
             case "gloo":
-                listen = _listening_socket() if self.rank == 0 else None
-                return weight_backend.GlooTrainerInitInfo(
-                    host, listen, world_size, self._bucket_bytes, self._timeout_s, rank=self.rank
-                )
+                return GlooTrainerInitInfo(self._bucket_bytes, self._timeout_s, rank=self.rank)
             case "nccl":
                 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
                 # vLLM opens the store itself and takes no socket, so the port can be lost between here and there: hence the tries.
-                with _listening_socket() as probe:
+                with listening_socket() as probe:
                     port = probe.getsockname()[1]
+                host = ray.util.get_node_ip_address()
+                world_size = 1 + sum(t.world_size for t in targets)
                 return NCCLTrainerInitInfo(
                     host, port, world_size, packed=True, packed_buffer_size_bytes=self._bucket_bytes, rank=self.rank
                 )
@@ -239,10 +250,3 @@ class WeightSender:
                 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
                 return IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=self._bucket_bytes, rank=self.rank)
-
-
-def _listening_socket() -> socket.socket:
-    listen = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listen.bind(("", 0))
-    listen.listen(128)
-    return listen

@@ -4,8 +4,8 @@
       reconcile membership    ------>   weights_connect: rendezvous      <---->    init_weight_transfer_engine
       [nccl, ipc: pause every engine]
       send                    ------>   weights_send: gather, broadcast  ----->    start / update / finish(version)
-                              <------   seconds, bytes, checksum                   [gloo: stage, beside sampling]
-      [gloo: pause, load what is staged]                                 ----->    start / update / finish(version)
+                              <------   seconds, bytes, checksum                   [gloo: load and pack, beside sampling]
+      [gloo: pause, swap in what is packed]                              ----->    start / update / finish(version)
       resume, mark synced
 
 What a learner actor has to offer (each by one line, to its `actors.weight_sender.WeightSender`), on every rank:
@@ -210,7 +210,7 @@ class RayWeightSync:
     async def _stage_and_load(
         self, targets: Sequence[EngineTarget], version: int, wanted: Callable[[], bool]
     ) -> _Taken | None:
-        """The engines sample while the weights come; they pause to load them. A transfer that breaks costs no engine."""
+        """The engines sample while the weights come and are packed; they pause to swap. A transfer that breaks costs no engine."""
         try:
             report = await self._send(targets, version, wanted)
         except BaseException:

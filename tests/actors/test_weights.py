@@ -23,6 +23,7 @@ from grpo_ray.config import TinyModelConfig
 from grpo_ray.tiny import build_tiny_model
 from grpo_ray.types import Sample, SampleInfo, SyncReport
 from tests.actors.test_rollout import GREEDY, LONG, SAMPLING, Bench, reference_logprobs, requests, run_config
+from tests.actors.test_weight_memory import holders
 
 pytestmark = pytest.mark.timeout(600)
 SYNC_S = 60.0
@@ -73,7 +74,7 @@ class LearnerRank:
                     param.all_gather([param])
 
     def flip_a_bit_in_the_next_bucket(self) -> None:
-        from actors.weight_backend import GlooTrainer
+        from actors.weight_gloo import GlooTrainer
 
         fill = GlooTrainer._fill
 
@@ -86,7 +87,7 @@ class LearnerRank:
         GlooTrainer._fill = corrupted  # type: ignore[method-assign]
 
     def dawdle_over_the_next_bucket(self, seconds: float) -> None:
-        from actors.weight_backend import GlooTrainer
+        from actors.weight_gloo import GlooTrainer
 
         fill = GlooTrainer._fill
 
@@ -96,6 +97,20 @@ class LearnerRank:
             return fill(trainer, *args)
 
         GlooTrainer._fill = slow  # type: ignore[method-assign]
+
+    def send_by(self, way: str) -> None:
+        """`shared`: in memory. `gloo`: as if the engines were on other machines. `mixed`: as if all but the first were."""
+        from actors.weight_sender import EngineClient
+
+        num_sharing = {"shared": 2, "mixed": 1, "gloo": 0}[way]
+        self.share = getattr(self, "share", EngineClient.share)
+        EngineClient.share = lambda client, address: self.share(client, address)[:num_sharing]  # type: ignore[method-assign]
+        self.sender.close()
+
+    def memory(self) -> tuple[int, str]:
+        """Process, and name of the memory that engines share with it."""
+        engine: Any = self.sender._engine
+        return os.getpid(), engine._memory.address["name"] if engine._memory else ""
 
     def weights_connect(self, targets: list[EngineTarget], generation: int) -> None:
         self.sender.connect(targets, generation)
@@ -174,20 +189,22 @@ def setting(local_ray: None, tiny_model: Path, tmp_path_factory: pytest.TempPath
 def test_bucket_plans_hold_every_parameter_once_within_the_limit() -> None:
     from vllm.distributed.weight_transfer.base import ParamMeta
 
-    from actors.weight_backend import plan_buckets
+    from actors.weight_buckets import plan_buckets
 
     metadata = [ParamMeta(str(i), torch.bfloat16, (n,)) for i, n in enumerate([3, 100, 7, 999, 1, 1, 50])]
-    plan = list(plan_buckets(metadata, 512))
-    assert [s.name for slots, _ in plan for s in slots] == [m.name for m in metadata]
-    assert all(size <= 512 or len(slots) == 1 for slots, size in plan)
-    for slots, size in plan:
-        assert all(a.end <= b.start for a, b in pairwise(slots))
-        assert slots[-1].end <= size
-        assert all(s.start % 16 == 0 and s.end - s.start == 2 * s.shape[0] for s in slots)
+    plan = plan_buckets(metadata, 512)
+    assert [s.name for bucket in plan for s in bucket.slots] == [m.name for m in metadata]
+    assert all(bucket.size <= 512 + 16 or len(bucket.slots) == 1 for bucket in plan)
+    assert plan[0].start == 0
+    assert all(a.end <= b.start and b.start % 16 == 0 for a, b in pairwise(plan))
+    for bucket in plan:
+        assert all(a.end <= b.start for a, b in pairwise(bucket.slots))
+        assert bucket.slots[-1].end <= bucket.size - 8
+        assert all(s.start % 16 == 0 and s.end - s.start == 2 * s.shape[0] for s in bucket.slots)
 
 
 def test_the_digest_sees_one_bit_and_an_exchange() -> None:
-    from actors.weight_backend import Digest
+    from actors.weight_buckets import Digest
 
     def digest(**tensors: torch.Tensor) -> str:
         d = Digest()
@@ -218,6 +235,30 @@ def test_after_a_sync_both_engines_sample_with_the_new_weights(setting: Setting)
         with torch.no_grad():
             best = setting.models[1](tokens).logits[0].argmax(-1)
         assert best[len(sample.prompt_token_ids) - 1 : -1].tolist() == sample.token_ids.tolist()
+
+
+@pytest.mark.parametrize("way", ["gloo", "mixed", "shared"])
+def test_the_same_weights_sample_the_same_by_whichever_way_they_came_and_wherever_they_lie(
+    setting: Setting, way: str
+) -> None:
+    setting.learner.call("send_by", way)
+    setting.sync = RayWeightSync(setting.bench.pool, setting.learner, timeout_s=SYNC_S)
+    seen: dict[int, list[Sample]] = {}
+    # Each of them comes to lie in both sets of an engine's memory.
+    for model in (1, 2, 2, 1):
+        version = setting.next_version(model)
+        assert setting.bench.run(setting.sync.sync(version)).num_engines == 2
+        infos, samples = setting.bench.draw(requests(16, SAMPLING))
+        assert {i.worker for i in infos} == {"rollout-0", "rollout-1"}
+        assert {i.min_version for i in infos} == {version}
+        setting.assert_sampled_by(model, samples)
+        for before, sample in zip(seen.setdefault(model, samples), samples, strict=True):
+            assert before.token_ids.tolist() == sample.token_ids.tolist()
+            assert before.logprobs.tolist() == sample.logprobs.tolist()
+    cores = [pids["core_pid"] for _, pids in sorted(setting.bench.pool.pids().items())]
+    _, name = ray.get(setting.learner.ranks[0].memory.remote(), timeout=30)
+    assert holders(name or "?") - {os.getpid()} >= set(cores[: {"gloo": 0, "mixed": 1, "shared": 2}[way]])
+    assert bool(name) == (way != "gloo")
 
 
 def test_the_checksum_is_of_the_weights(setting: Setting) -> None:
@@ -323,6 +364,41 @@ def test_engines_sample_while_weights_arrive(setting: Setting) -> None:
     assert report.seconds > 3.0 > 1.0 > report.pause_seconds
     setting.assert_sampled_by(1, [ray.get(i.ref, timeout=10)[i.row] for i in infos])
     setting.assert_sampled_by(2, setting.bench.draw(requests(8, SAMPLING))[1])
+
+
+def test_a_sender_that_is_killed_in_mid_transfer_costs_no_engine_and_leaves_no_memory(setting: Setting) -> None:
+    setting.bench.run(setting.both_engines(), timeout_s=280)
+    current = setting.next_version(1)
+    setting.bench.run(setting.sync.sync(current))
+    lives = {t.name: t.incarnation for t in setting.bench.pool.engines()}
+    files = set(os.listdir("/dev/shm"))
+    learner = Learner(setting.folders[2])
+    sync = RayWeightSync(setting.bench.pool, learner, timeout_s=SYNC_S)
+    cores = {pids["core_pid"] for pids in setting.bench.pool.pids().values()}
+
+    async def kill_while_it_sends() -> str:
+        targets = setting.bench.pool.engines()
+        await sync._connect(targets)
+        pid, name = await learner.ranks[0].memory.remote()
+        assert holders(name) >= {*cores, pid}
+        learner.call("dawdle_over_the_next_bucket", 30.0)
+        sending = asyncio.create_task(sync.sync(current + 1))
+        await asyncio.sleep(1.0)
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(ray.exceptions.RayActorError):
+            await sending
+        return name
+
+    name = setting.bench.run(kill_while_it_sends(), timeout_s=200)
+    infos, samples = setting.bench.draw(requests(8, SAMPLING))
+    assert {i.min_version for i in infos} == {current}
+    setting.assert_sampled_by(1, samples)
+    setting.sync = RayWeightSync(setting.bench.pool, setting.learner, timeout_s=SYNC_S)
+    setting.bench.run(setting.sync.sync(setting.next_version(2)))
+    setting.assert_sampled_by(2, setting.bench.draw(requests(8, SAMPLING))[1])
+    assert {t.name: t.incarnation for t in setting.bench.pool.engines()} == lives
+    assert holders(name) == set()
+    assert {f for f in set(os.listdir("/dev/shm")) - files if "grpo" in f} == set()
 
 
 def test_an_engine_leaves_when_its_samples_are_done_and_one_that_joins_samples_with_the_current_weights(

@@ -1,0 +1,234 @@
+"""The transfer alone, its two ends in one process: engines are stood for by loaders that note what they are given."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+from actors.weight_buckets import DigestSource, plan_buckets
+from actors.weight_gloo import GlooInitInfo, GlooTrainer, GlooTrainerInitInfo, _gloo_group, _Inbox
+from actors.weight_memory import Address, map_memory
+from actors.weights import EngineTarget
+
+pytestmark = pytest.mark.timeout(60)
+TIMEOUT_S = 10.0
+BUCKET_BYTES = 4096
+SHAPES = {"embed": (100, 16), "tiny": (3,), "norm": (16,), "proj": (64, 16), "head": (100, 16)}
+
+
+class Source(WeightSource):
+    def __init__(self) -> None:
+        self.seed = 0
+
+    def weights(self) -> dict[str, Tensor]:
+        torch.manual_seed(self.seed)
+        return {name: torch.randn(shape) for name, shape in SHAPES.items()}
+
+    def metadata(self) -> list[ParamMeta]:
+        return [ParamMeta(name, torch.float32, shape) for name, shape in SHAPES.items()]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(self.weights().items())
+
+
+class Notes:
+    """A loader that copies, as slowly as it is told to."""
+
+    def __init__(self) -> None:
+        self.delay_s = 0.0
+        self.fails = False
+        self.given: dict[str, Tensor] = {}
+        self.used: dict[str, Tensor] = {}
+
+    def load(self, batches: Any) -> None:
+        self.given = {}
+        for weights in batches:
+            time.sleep(self.delay_s)
+            if self.fails:
+                raise ValueError("no such layer")
+            self.given |= {name: tensor.clone() for name, tensor in weights}
+
+    def swap(self) -> None:
+        self.used = self.given
+
+
+class Client:
+    """Engines of this process, of which some can map the sender's memory."""
+
+    def __init__(self, sharing: list[bool]) -> None:
+        self.sharing = sharing
+        self.targets = [EngineTarget(f"rollout-{i}", 0, None, 1) for i in range(len(sharing))]
+        self.loaders = [Notes() for _ in sharing]
+        self.inboxes: list[Any] = [None] * len(sharing)
+        self.memories: list[Tensor | None] = [None] * len(sharing)
+        self.before_stage: Callable[[], None] = lambda: None
+
+    def share(self, address: Address) -> list[EngineTarget]:
+        self.memories = [map_memory(address) if shares else None for shares in self.sharing]
+        return [t for t, shares in zip(self.targets, self.sharing, strict=True) if shares]
+
+    def join(self, targets: list[EngineTarget], init_info: dict[str, Any]) -> None:
+        def one(place: int, rank: int) -> None:
+            info = GlooInitInfo(**init_info)
+            plan = plan_buckets(Source().metadata(), info.bucket_bytes)
+            memory = self.memories[place] if info.shared else None
+            self.inboxes[place] = _Inbox(_gloo_group(info, rank), plan, self.loaders[place], memory)
+
+        with ThreadPoolExecutor(len(targets)) as pool:
+            list(pool.map(one, [self.targets.index(t) for t in targets], range(1, 1 + len(targets))))
+
+    def stage(self) -> None:
+        self.before_stage()
+        for inbox in self.inboxes:
+            inbox.open()
+
+    def wait_staged(self) -> None:
+        while sum(inbox.is_full() for inbox in self.inboxes) < len(self.inboxes):
+            time.sleep(0.01)
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
+    def start_weight_update(self) -> None: ...
+    def update_weights(self, update_info: Any) -> None: ...
+    def finish_weight_update(self, weight_version: str | None = None) -> None: ...
+
+
+class Ends:
+    def __init__(self, *sharing: bool) -> None:
+        self.source = Source()
+        self.client = Client(list(sharing))
+        self.trainer = GlooTrainer.trainer_init(
+            GlooTrainerInitInfo(BUCKET_BYTES, TIMEOUT_S, rank=0), client=self.client, source=DigestSource(self.source)
+        )
+        assert [shared for _, shared in self.trainer._groups] == sorted(set(sharing), reverse=True)
+
+    def send(self, seed: int) -> None:
+        self.source.seed = seed
+        self.trainer.send_weights()
+
+    def swap(self) -> None:
+        for inbox in self.client.inboxes:
+            inbox.swap(self.trainer.digest_source.digest.hex())
+
+    def assert_used(self, seed: int) -> None:
+        self.source.seed = seed
+        for loader in self.client.loaders:
+            assert loader.used.keys() == SHAPES.keys()
+            for name, tensor in self.source.weights().items():
+                assert torch.equal(loader.used[name], tensor), name
+
+
+@pytest.mark.parametrize("sharing", [(True, True), (False, False), (True, False, True, False)])
+def test_every_engine_has_the_weights_when_the_sender_says_so(sharing: tuple[bool, ...]) -> None:
+    ends = Ends(*sharing)
+    for seed in range(4):
+        ends.client.loaders[seed % len(sharing)].delay_s = 0.05
+        ends.send(seed)
+        assert all(inbox.is_full() or inbox._loaded.result(0.5) for inbox in ends.client.inboxes)
+        # Not overwritten by what is sent next, and not read after it.
+        ends.swap()
+        ends.assert_used(seed)
+
+
+def test_an_engine_that_reads_shared_memory_gets_no_weights_by_gloo() -> None:
+    ends = Ends(True)
+    sent: list[int] = []
+    (group, shared) = ends.trainer._groups[0]
+
+    class Counted:
+        def broadcast(self, tensor: Tensor, root: int) -> Any:
+            sent.append(tensor.nbytes)
+            return group.broadcast(tensor, root)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(group, name)
+
+    ends.trainer._groups = [(Counted(), shared)]
+    ends.send(1)
+    ends.swap()
+    ends.assert_used(1)
+    assert len(sent) > 3
+    assert set(sent) == {8}
+
+
+@pytest.mark.parametrize("sharing", [(True, True), (False, False), (True, False)])
+def test_a_bit_that_changed_on_the_way_is_refused_and_what_was_there_stays(
+    sharing: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = Ends(*sharing)
+    ends.send(1)
+    ends.swap()
+    fill = GlooTrainer._fill
+
+    def corrupt(trainer: Any, number: int, *args: Any) -> Tensor:
+        flat = fill(trainer, number, *args)
+        if number == 1:
+            flat[len(flat) // 2] ^= 1
+        return flat
+
+    monkeypatch.setattr(GlooTrainer, "_fill", corrupt)
+    with pytest.raises(RuntimeError, match=r"the bucket tiny \.\. norm .* it is refused"):
+        ends.send(2)
+    with pytest.raises(RuntimeError, match="it is refused"):
+        ends.swap()
+    ends.assert_used(1)
+
+
+def test_a_model_that_does_not_take_the_weights_says_why() -> None:
+    ends = Ends(True, False)
+    ends.client.loaders[1].fails = True
+    with pytest.raises(ValueError, match="no such layer"):
+        ends.send(1)
+
+
+def test_what_is_loaded_gets_no_other_version() -> None:
+    ends = Ends(True)
+    ends.send(1)
+    with pytest.raises(RuntimeError, match=r"checksum \w+ is loaded, the sender's is beef"):
+        ends.client.inboxes[0].swap("beef")
+    ends.swap()
+    with pytest.raises(RuntimeError, match="checksum None is loaded"):
+        ends.swap()
+    ends.assert_used(1)
+
+
+def test_an_engine_that_never_votes_ends_in_the_group_s_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.actors.test_weight_gloo.TIMEOUT_S", 1.0)
+    ends = Ends(True)
+    release = threading.Event()
+    monkeypatch.setattr(ends.client.loaders[0], "load", lambda batches: release.wait(8))
+    monkeypatch.setattr(ends.client, "wait_staged", lambda: None)
+    with pytest.raises(RuntimeError, match=r"(?i)time"):
+        ends.send(1)
+    release.set()
+
+
+def test_without_memory_to_share_engines_are_sent_the_weights_and_the_log_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (BUCKET_BYTES, limits[1]))
+    try:
+        with caplog.at_level(logging.WARNING):
+            client = Client([True])
+            trainer = GlooTrainer.trainer_init(
+                GlooTrainerInitInfo(BUCKET_BYTES, TIMEOUT_S, rank=0), client=client, source=DigestSource(Source())
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [shared for _, shared in trainer._groups] == [False]
+    (line,) = [r.message for r in caplog.records if r.name == "actors.weight_gloo"]
+    assert "shared memory for weights" in line
+    assert "by gloo" in line
+    trainer.send_weights()
+    client.inboxes[0].swap(trainer.digest_source.digest.hex())
+    assert torch.equal(client.loaders[0].used["head"], Source().weights()["head"])
