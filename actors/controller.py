@@ -22,7 +22,7 @@ import ray
 from actors.cluster import controller_name, has_gpus, shares_devices
 from actors.notices import Notice, watch_notices
 from actors.ray_metrics import RayMetrics
-from actors.runtime import own_log, settle_garbage_collector, within
+from actors.runtime import NO_RECORDS, own_log, settle_garbage_collector, within
 from actors.scaler import RunScaler
 from actors.workers import Started, Workers
 from grpo_ray.attention import cpu_has_bf16
@@ -76,6 +76,7 @@ def start_controller(
         num_cpus=0,
         scheduling_strategy=here,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}},
+        **NO_RECORDS,
     )
     try:
         return actor.remote(kind, config, str(run_dir.resolve()), resume_step)

@@ -404,7 +404,7 @@ class RewardPool:
     async def _replace(self, worker: _Worker, cause: BaseException, deaths: int) -> None:
         """Start another worker under the same name, unless `deaths` says that what it held ends workers; else the pool fails.
 
-        A start that is late (its node is gone, and there is no room elsewhere) is begun again while others go on.
+        A start that is not over at its deadline (its node is gone, and nowhere is room) is begun again while others go on.
         """
         tries = self._max_restarts + 1 - deaths
         while tries > 0 and not worker.leaving:

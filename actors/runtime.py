@@ -26,6 +26,8 @@ GC_THRESHOLD = 50_000
 GC_THRESHOLD_PER_SAMPLE = 32
 """Twice or three times what the controller holds for a sample under way: then those of a step that begins are no reason to look."""
 NAME_TRIES = 20
+NO_RECORDS = {"enable_task_events": False}
+"""Options of every actor: Ray's head keeps 3 KB of each of the last 100,000 calls otherwise, and ours are many and small."""
 
 # Large buffers are reused instead of going back to the kernel after every micro-batch.
 ALLOCATOR_ENV = {
@@ -51,7 +53,8 @@ class RayActors:
     def start(self, actor: type, *args: Any, **options: Any) -> Any:
         # The one option that Ray wants here and nowhere else.
         groups = options.pop("concurrency_groups", {})
-        return ray.remote(concurrency_groups=groups)(actor).options(**options).remote(*args)
+        remote = ray.remote(concurrency_groups=groups)(actor)
+        return remote.options(**NO_RECORDS, **options).remote(*args)
 
     def kill(self, handle: Any) -> None:
         ray.kill(handle)

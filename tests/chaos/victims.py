@@ -58,9 +58,17 @@ VICTIMS = {
 
 
 def find(root: int, victim: Victim) -> list[psutil.Process]:
+    """Whom it may strike now: what was stopped before is about to be replaced."""
     if not victim.title:
         return [psutil.Process(root)]
-    return [p for p in family(root) if re.search(victim.title, title(p))]
+    return [p for p in family(root) if re.search(victim.title, title(p)) and not _is_stopped(p)]
+
+
+def _is_stopped(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_STOPPED)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def strike(root: int, victim: Victim) -> int | None:
