@@ -29,7 +29,7 @@ import torch.distributed as dist
 from actors import learner_kl, learner_offload, learner_reference, learner_sequence, learner_state
 from actors.learner_critic import Critic
 from actors.learner_engine import LearnerSpec, build_engine, build_reference, step
-from actors.runtime import own_log
+from actors.runtime import own_log, use_nodes_interface
 from grpo_ray.activity import Activity
 from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch, token_values
 from grpo_ray.checkpoint_store import Place
@@ -146,6 +146,7 @@ class LearnerActor:
             "MASTER_ADDR": host,
             "MASTER_PORT": str(port),
         }
+        use_nodes_interface()
         timeout = timedelta(seconds=self.spec.collective_timeout_s)
         dist.init_process_group(
             "gloo" if on_cpu else "cpu:gloo,cuda:nccl",

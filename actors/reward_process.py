@@ -40,6 +40,7 @@ TAG = "GRPO_RAY_SCORER"
 MAX_LINE_BYTES = 64 << 20
 """A whole group with a step at every token is some ten MiB."""
 WRITE_TIMEOUT_S = 30.0
+START_TRIES = 3
 
 
 class _Ended(Exception):
@@ -48,6 +49,10 @@ class _Ended(Exception):
 
 class _Late(Exception):
     """Nothing came in time."""
+
+
+class _KilledAtStart(RewardError):
+    """By a signal."""
 
 
 class ScoringProcess:
@@ -74,7 +79,17 @@ class ScoringProcess:
         return self._process.pid if self._process is not None else None
 
     def start(self) -> None:
-        """Start the child and wait until it has imported every function."""
+        """Start the child and wait until it has imported every function. One that a signal ends meanwhile says nothing about them:
+        where memory is short, the kernel takes who grows. It is started again."""
+        for left in reversed(range(START_TRIES)):
+            try:
+                return self._start_once()
+            except _KilledAtStart:
+                if not left:
+                    raise
+        return None
+
+    def _start_once(self) -> None:
         if self._stopped:
             raise RewardError("the scoring process was stopped; nothing more is scored")
         request_read, self._to_child = os.pipe()
@@ -109,9 +124,10 @@ class ScoringProcess:
                 "module does on import, or raise deadlines.start_s"
             ) from None
         except _Ended:
-            raise RewardError(
-                f"the scoring process {self._how_it_ended()} while importing reward {importing!r}; see its log in the "
-                "run's logs folder"
+            how = self._how_it_ended()
+            killed = self._process is not None and (self._process.returncode or 0) < 0
+            raise (_KilledAtStart if killed else RewardError)(
+                f"the scoring process {how} while importing reward {importing!r}; see its log in the run's logs folder"
             ) from None
         finally:
             if sys.exc_info()[0] is not None:

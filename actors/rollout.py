@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from actors.engine_adapters import Adapter, AdapterOptions, EngineAdapters, lora_args
-from actors.runtime import own_log
+from actors.runtime import own_log, use_nodes_interface
 from grpo_ray.config import RolloutConfig
 from grpo_ray.errors import WorkerError
 from grpo_ray.models import context_length, load_config
@@ -153,6 +153,7 @@ class RolloutActor:
     ) -> None:
         self.name = f"rollout-{index}"
         own_log(run_dir, self.name)
+        use_nodes_interface()
         from vllm.v1.engine.async_llm import AsyncLLM
 
         # Of the longest sample, prompt and completion; the model may have been made for less.

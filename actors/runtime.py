@@ -13,6 +13,7 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import psutil
 import ray
 from ray.exceptions import RayActorError
 
@@ -95,6 +96,15 @@ def own_log(run_dir: str, name: str) -> Path:
     os.dup2(fd, 2)
     os.close(fd)
     return path
+
+
+def use_nodes_interface() -> None:
+    """Let gloo connect this process by the address that Ray has for its node, and with the processes that it starts. By itself gloo
+    takes what the machine's own name stands for, on many machines 127.0.0.1: no other node reaches that."""
+    address = ray.util.get_node_ip_address()
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def end_with_parent() -> None:

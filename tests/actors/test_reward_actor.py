@@ -20,6 +20,18 @@ from grpo_ray.rewards import ScoreInputs
 from grpo_ray.types import Sample, SampleInfo, ScoreRequest, ScoreStatus, Step, VersionSpan
 
 TIMEOUT_S = 1.0
+KILLED_ON_IMPORT = """
+import os, signal
+from pathlib import Path
+deaths = Path(os.environ["DEATHS"])
+left = int(deaths.read_text())
+deaths.write_text(str(left - 1))
+if left > 0:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def f(completions, **kwargs):
+    return [1.0] * len(completions)
+"""
 FUNCTIONS = '''
 import ctypes, os, re, signal, subprocess, sys, time
 
@@ -158,6 +170,7 @@ def functions(tmp_path_factory: pytest.TempPathFactory) -> str:
     (folder / "broken_rewards.py").write_text("def f(:\n")
     (folder / "needs_missing.py").write_text("import surely_not_installed\n")
     (folder / "exits_on_import.py").write_text("import os\nos._exit(5)\n")
+    (folder / "killed_on_import.py").write_text(KILLED_ON_IMPORT)
     (folder / "hangs_on_import.py").write_text("import time\ntime.sleep(600)\n")
     return str(folder)
 
@@ -340,6 +353,22 @@ def test_a_function_that_cannot_be_imported_is_named_at_the_start(functions: str
     assert path in str(error.value)
     assert words in str(error.value)
     assert process.pid is None
+
+
+@pytest.mark.timeout(60)
+def test_a_process_that_is_killed_while_it_imports_is_started_again_a_few_times(functions: str, tmp_path: Path) -> None:
+    deaths = tmp_path / "deaths"
+    config = config_of(functions, "killed_on_import.f", env={"PYTHONPATH": functions, "DEATHS": str(deaths)})
+    deaths.write_text("2")
+    process = ScoringProcess(config, 60)
+    process.start()
+    assert [s.value for (s,) in process.run([(0, one("x"))])] == [1.0]
+    process.kill()
+    deaths.write_text("100")
+    with pytest.raises(RewardError, match=r"was killed by SIGKILL while importing reward 'killed_on_import\.f'"):
+        process.start()
+    assert deaths.read_text() == "97"
+    assert marked(process._tag) == []
 
 
 @pytest.mark.timeout(60)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 
+import psutil
 import pytest
 
-from actors.runtime import RayActors
+from actors.runtime import RayActors, use_nodes_interface
 
 
 class Counter:
@@ -17,6 +19,20 @@ class Counter:
 class Other:
     async def call_of_others(self) -> int:
         return 1
+
+
+class Connecting:
+    async def interface(self) -> str:
+        use_nodes_interface()
+        return os.environ["GLOO_SOCKET_IFNAME"]
+
+
+@pytest.mark.timeout(120)
+def test_gloo_connects_by_the_address_that_ray_has_for_the_node(local_ray) -> None:
+    import ray
+
+    interface = ray.get(RayActors().start(Connecting, num_cpus=0).interface.remote())
+    assert ray.util.get_node_ip_address() in {entry.address for entry in psutil.net_if_addrs()[interface]}
 
 
 @pytest.mark.timeout(120)

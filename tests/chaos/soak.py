@@ -133,7 +133,8 @@ def recipe() -> dict[str, Any]:
         "train": {"path": "reasoning_gym:chain_sum", "args": {"size": NUM_ROWS, "seed": 1}},
         "max_prompt_length": 120,
     }
-    out["rollout"] |= {"num_generations": 8, "max_completion_length": 64}
+    # An engine touches its cache little by little: a small one is whole within a minute.
+    out["rollout"] |= {"num_generations": 8, "max_completion_length": 64, "kv_cache_gb": 0.03}
     out["reward"] |= {"num_actors": 2}
     out["learner"] |= {"learning_rate": 1e-5, "num_threads": 1, "max_restarts": 5}
     out["checkpoint"] = {"every_steps": 5, "keep": 2, "export": False}

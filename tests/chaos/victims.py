@@ -71,10 +71,17 @@ def _is_stopped(process: psutil.Process) -> bool:
         return True
 
 
+def _lives(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def strike(root: int, victim: Victim) -> int | None:
     """Send its signal to one of the processes below `root`. The pid; None: there is none such within FIND_S."""
     deadline = time.monotonic() + FIND_S
-    while time.monotonic() < deadline and psutil.pid_exists(root):
+    while time.monotonic() < deadline and _lives(root):
         for process in find(root, victim):
             try:
                 process.send_signal(victim.signal)
