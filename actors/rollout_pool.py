@@ -208,6 +208,8 @@ class RolloutPool:
         """What usable engines hold. Engines start with the model as it was given, which is version 0."""
         self.on_stale: Callable[[], Awaitable[None]] | None = None
         """Called when samples wait and there are engines alive with old weights."""
+        self.lost_learner: Callable[[], str | None] = lambda: None
+        """Why there is nobody left to get current weights from."""
         self.on_trouble: Callable[[str], None] = partial(print, "rollout:", flush=True)
         """Told what went wrong and is being mended."""
 
@@ -559,6 +561,11 @@ class RolloutPool:
         try:
             await sync()
         except (RayError, GrpoRayError) as e:
+            if (lost := self.lost_learner()) is not None:
+                # Who waits for these samples has to see to new learners; until then no engine would get any.
+                for ticket in list(self._tickets):
+                    ticket.fail(WorkerError(f"restarted rollout engines can't get the current weights: {lost}: {e}"))
+                return
             self.on_trouble(f"restarted rollout engines did not get the current weights, trying again: {e}")
         if self._stale:
             # It failed, or the learner is updating: the sync that follows may be minutes away.

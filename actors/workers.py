@@ -211,6 +211,7 @@ class Workers:
             self._config, self._model, self._run_dir, has_gpus=self._gpus, placement=placement
         )
         pool.on_trouble = self._warn
+        pool.lost_learner = lambda: self.lost_learner
         self._sampler = self._opened(pool, "rollout")
         return pool
 

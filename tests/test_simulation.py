@@ -17,7 +17,8 @@ from actors.reward_pool import SILENT_S, WATCH_S, RewardPool
 from actors.rollout_pool import POLL_S, POLLS_PER_S, RolloutPool
 from actors.weights import ask_each
 from grpo_ray.cursor import Cursor
-from grpo_ray.types import SampleInfo, ScoreRequest
+from grpo_ray.errors import WorkerError
+from grpo_ray.types import SampleInfo, SampleRequest, SamplingParams, ScoreRequest
 from tests.bench.simulated import Cluster, Plan, Result, Rows, Simulation, VirtualLoop, World, oldest_trained
 
 SMALL = Plan(
@@ -148,6 +149,32 @@ def test_prompts_that_end_engines_are_set_aside_and_no_other_is_blamed(tmp_path,
     assert result.how == "finished"
     assert [row[:3] for row in rows] == [(p, i, "dropped" if p in poison else "trained") for i, p in enumerate(order)]
     assert [p for batch in result.trained for p in batch] == [p for p in order if p not in poison]
+
+
+def test_samples_fail_at_once_when_no_learner_is_left_that_could_give_a_restarted_engine_its_weights(tmp_path):
+    """They would wait for the deadline of a sample; failed, the run sees that its learners are gone."""
+    plan, cluster = SMALL.with_(samplers=1), Cluster()
+
+    async def sync() -> None:
+        raise WorkerError("learner-0 died during weights_connect")
+
+    async def use() -> float:
+        world = World(plan, cluster)
+        pool = await RolloutPool.create(plan.config(), "none", str(tmp_path), has_gpus=True, actors=world)
+        pool.mark_synced(pool.engines(), 3)
+        pool.on_stale = sync
+        pool.lost_learner = lambda: "learner-0 died"
+        sample = pool.generate(SampleRequest("rows/0/0", 0, [1], 7, SamplingParams(1.0, 1.0, -1, 0.0, 64, ())))
+        await asyncio.sleep(0.01)
+        world.engines[0].die()
+        with pytest.raises(WorkerError, match="learner-0 died"):
+            await sample
+        seconds = cluster.now
+        await pool.close()
+        return seconds
+
+    with asyncio.Runner(loop_factory=lambda: VirtualLoop(cluster)) as runner:
+        assert runner.run(use()) < 10
 
 
 def test_a_scorer_that_never_answers_is_ended_and_its_samples_are_scored_by_another(tmp_path):

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 
 from actors.weights import EngineTarget, RayWeightSync, SendReport
+
+
+class Done:
+    """A reference to the result of a call that is over, as Ray has it."""
+
+    def future(self) -> Future[None]:
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
 
 class Handle:
@@ -20,8 +30,9 @@ class Handle:
     def __getattr__(self, method: str) -> Any:
         class Method:
             @staticmethod
-            async def remote(*args: Any) -> None:
+            def remote(*args: Any) -> Done:
                 self._calls.append(method)
+                return Done()
 
         return Method
 

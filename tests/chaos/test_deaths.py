@@ -109,6 +109,19 @@ def test_a_death_costs_nothing_but_time(recipe: Path, whole_run: Path, who: str)
     assert_same(run_dir, whole_run)
 
 
+def test_a_learner_that_dies_while_the_engine_restarts_is_replaced(recipe: Path, whole_run: Path) -> None:
+    """The new engine waits for weights, and the samples for the engine: nobody else asks the learner for anything."""
+    args, run_dir = train(recipe, "both", *OVERRIDES)
+    process = launch(*args)
+    await_step(process, run_dir, 3)
+    for who in ("an engine", "a learner"):
+        assert strike(process.pid, VICTIMS[who]) is not None
+    await_step(process, run_dir, steps_done(run_dir) + 2, 3 * BOUND_S)
+    code, output = finish(process)
+    assert code == 0, output
+    assert_same(run_dir, whole_run)
+
+
 @pytest.mark.parametrize("staleness", [0, 2])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_deaths_cost_nothing_but_time(recipe: Path, whole_run: Path, seed: int, staleness: int) -> None:
