@@ -183,17 +183,16 @@ def test_a_node_that_is_taken_away_leads_to_a_checkpoint_before_it_goes(place: P
     saved = RunDir(run).steps()[-1]
     assert place.where("spot")["learner-0"] == "spot", "the checkpoint comes while the node is still there"
     await_step(run, saved + 3)
-    told = place.run("logs", "spot", *at)[1]
-    assert re.search(r"node \w+ is taken away in 1\d s: a checkpoint after the step under way", told), told
     place.kill_node("spot")
     wait_for(lambda: "spot" not in place.nodes().values(), "the node does not go")
     place.add_node("spot", 1)
     wait_for(lambda: "spot" in place.nodes().values(), "no node comes in its place")
     await_step(run, len(steps(run)) + 3)
-    told = place.run("logs", "spot", *at)[1]
-    assert re.search(rf"learners start again from the checkpoint of step {saved}\b", told), told
     assert place.run("stop", "spot", *at)[0] == 0
     wait_for(lambda: not is_live(place, "spot"), "it does not end")
+    told = place.run("logs", "spot", *at)[1]
+    assert re.search(r"node \w+ is taken away in 1\d s: a checkpoint after the step under way", told), told
+    assert re.search(rf"learners start again from the checkpoint of step {saved}\b", told), told
     check_ledger(run)
 
 
