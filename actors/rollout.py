@@ -62,9 +62,6 @@ def rollout_env(config: RolloutConfig, *, on_gpu: bool, backend: str) -> dict[st
     if not on_gpu:
         # One process less, and 4 s of start-up: the worker lives in the engine's process.
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        # One heap for all threads: what one of them frees, another gets. New weights are packed in a thread of their own, where the
-        # memory of the old ones would otherwise be held beside; fresh pages cost as much as the packing.
-        env["MALLOC_ARENA_MAX"] = "1"
     if backend == "ipc":
         # CUDA IPC handles are not plain data; they travel between processes of this run only.
         env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
