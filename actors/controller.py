@@ -20,7 +20,7 @@ from typing import Any
 import ray
 
 from actors.cluster import controller_name, has_gpus, shares_devices
-from actors.notices import Notice, watch_notices
+from actors.notices import heed, watch_notices
 from actors.ray_metrics import RayMetrics
 from actors.runtime import NO_RECORDS, own_log, settle_garbage_collector, within
 from actors.scaler import RunScaler
@@ -342,7 +342,7 @@ class Controller:
             self._phase("restoring", f"step {self._resume_step}")
             await loop.restore(self._resume_step)
         settle_garbage_collector(loop.config.samples_under_way if isinstance(loop, TrainLoop) else 0)
-        watching = asyncio.create_task(watch_notices(self._heed))
+        watching = asyncio.create_task(watch_notices(lambda notice: self._warn(heed(notice, loop))))
         watching.add_done_callback(self._tell_unless_cancelled)
         try:
             return await loop.run()
@@ -352,15 +352,6 @@ class Controller:
     def _tell_unless_cancelled(self, watching: asyncio.Task[None]) -> None:
         if not watching.cancelled() and (error := watching.exception()) is not None:
             self._warn(f"notices of nodes that are taken away are not heard any more: {error}")
-
-    def _heed(self, notice: Notice) -> None:
-        """What is lost with a node is what came after the newest checkpoint: make one while there is time."""
-        if notice.own:
-            self._warn(f"{notice}, and this run with it: it ends after the step under way, with a checkpoint")
-            self._loop.stop("preempted")
-        else:
-            self._warn(f"{notice}: a checkpoint after the step under way")
-            self._loop.checkpoint_soon()
 
     async def _eval(self, config: RunConfig) -> str:
         # Nothing is trained, and an exported model has its adapters in it: samplers need no room for any.

@@ -1,6 +1,8 @@
 """Notices that a node will be taken away: a spot instance, a node that an autoscaler or `ray drain-node` drains.
 
-Ray puts nothing new on such a node, and ends it at its deadline with all that runs there.
+Ray puts nothing new on such a node. Who drains it ends it at the deadline, with all that runs there: Ray itself does not.
+
+None of Ray's ways to ask which nodes these are is public.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import ray
 from ray._private.state import state
@@ -27,6 +30,23 @@ class Notice:
     def __str__(self) -> str:
         when = "soon" if self.seconds_left is None else f"in {self.seconds_left:.0f} s"
         return f"node {self.node_id[:12]} is taken away {when}"
+
+
+class Loop(Protocol):
+    """Of a run."""
+
+    def stop(self, reason: str) -> None: ...
+
+    def checkpoint_soon(self) -> None: ...
+
+
+def heed(notice: Notice, loop: Loop) -> str:
+    """What is lost with a node is what came after the newest checkpoint: make one while there is time. Returns what to tell."""
+    if notice.own:
+        loop.stop("preempted")
+        return f"{notice}, and this run with it: it ends after the step under way, with a checkpoint"
+    loop.checkpoint_soon()
+    return f"{notice}: a checkpoint after the step under way"
 
 
 async def watch_notices(on_notice: Callable[[Notice], None]) -> None:

@@ -71,8 +71,6 @@ class _Worker:
     actor: Any = None
     batch: list[_Waiting] = field(default_factory=list)
     """What it has been called with."""
-    since: float = 0.0
-    """When it was."""
     due: float = math.inf
     """When the call under way must have ended."""
     asked: asyncio.Task[None] | None = None
@@ -122,7 +120,6 @@ class RewardPool:
         self._ending: set[asyncio.Task[None]] = set()
         """Of workers that leave."""
         self._broken: Exception | None = None
-        self._stats = {"scored": 0.0, "busy_s": 0.0, "restarts": 0.0}
         self.on_trouble: Callable[[str], None] = log.warning
         """Told what went wrong and costs nothing but a worker."""
 
@@ -205,11 +202,6 @@ class RewardPool:
             elif not worker.started and worker.starting is not None:
                 worker.starting.cancel()
                 self._remove(worker)
-
-    def take_stats(self) -> dict[str, float]:
-        """Since the last call: samples scored, seconds that workers were busy, workers restarted."""
-        stats, self._stats = self._stats, dict.fromkeys(self._stats, 0.0)
-        return stats
 
     def take_most_waiting(self) -> int:
         """Samples that waited while every worker was busy, at most, since the last call."""
@@ -307,8 +299,7 @@ class RewardPool:
 
     def _call(self, worker: _Worker, batch: list[_Waiting], num_samples: int) -> None:
         worker.batch = batch
-        worker.since = asyncio.get_running_loop().time()
-        worker.due = worker.since + FETCH_TIMEOUT_S + num_samples * self._longest_s
+        worker.due = asyncio.get_running_loop().time() + FETCH_TIMEOUT_S + num_samples * self._longest_s
         worker.activity.enter("scoring")
         try:
             call = worker.actor.score.remote([w.requests for w in batch])
@@ -324,7 +315,6 @@ class RewardPool:
             self._call_failed(worker, e)
             return
         for waiting, scores in zip(self._end_call(worker), results, strict=True):
-            self._stats["scored"] += len(scores)
             if not waiting.done():
                 waiting.set_result(scores)
         self._free(worker)
@@ -349,7 +339,6 @@ class RewardPool:
         batch, worker.batch = worker.batch, []
         worker.due = math.inf
         worker.activity.enter(IDLE)
-        self._stats["busy_s"] += asyncio.get_running_loop().time() - worker.since
         return batch
 
     async def _watch(self) -> None:
@@ -409,7 +398,6 @@ class RewardPool:
         tries = self._max_restarts + 1 - deaths
         while tries > 0 and not worker.leaving:
             self._num_restarts += 1
-            self._stats["restarts"] += 1
             log.warning("%s died (%s); starting another", worker.name, _first_line(cause))
             self._source.kill(worker.actor)
             told = asyncio.get_running_loop().call_later(

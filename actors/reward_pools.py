@@ -50,12 +50,5 @@ class RewardPools:
         by_title = {part.name: part for score in scores for part in score.parts}
         return weighted_sum([by_title[title] for title in self._titles], self._weights, num_tokens)
 
-    def take_stats(self) -> dict[str, float]:
-        out: dict[str, float] = {}
-        for pool in self._pools:
-            for name, value in pool.take_stats().items():
-                out[name] = out.get(name, 0.0) + value
-        return out
-
     def take_tracks(self) -> list[Track]:
         return [track for pool in self._pools for track in pool.take_tracks()]
