@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +213,14 @@ def marked(tag: str) -> list[int]:
     return found
 
 
+def gone(living: Callable[[], Iterable[int]], seconds: float = 10.0) -> bool:
+    """A process that was killed takes a moment to die."""
+    deadline = time.monotonic() + seconds
+    while any(living()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(living())
+
+
 @pytest.mark.parametrize(
     ("name", "status", "words"),
     [
@@ -278,7 +286,7 @@ def test_children_die_with_the_scoring_process_even_in_sessions_of_their_own(sta
     process = started(name)
     (result,) = process.run([(0, one("bad", pids=0))])
     assert result[0].status.failed
-    assert marked(process._tag) == []
+    assert gone(lambda: marked(process._tag))
 
 
 @pytest.mark.timeout(60)
@@ -289,7 +297,7 @@ def test_a_process_that_collects_children_is_replaced(started) -> None:
     assert process.restarts >= 1
     assert len(marked(process._tag)) < 60
     process.kill()
-    assert marked(process._tag) == []
+    assert gone(lambda: marked(process._tag))
 
 
 @pytest.mark.timeout(60)
@@ -368,7 +376,7 @@ def test_a_process_that_is_killed_while_it_imports_is_started_again_a_few_times(
     with pytest.raises(RewardError, match=r"was killed by SIGKILL while importing reward 'killed_on_import\.f'"):
         process.start()
     assert deaths.read_text() == "97"
-    assert marked(process._tag) == []
+    assert gone(lambda: marked(process._tag))
 
 
 @pytest.mark.timeout(60)
@@ -376,7 +384,7 @@ def test_an_import_that_never_ends_is_named_at_its_deadline(functions: str) -> N
     process = ScoringProcess(config_of(functions, "hangs_on_import.f"), start_timeout_s=4)
     with pytest.raises(RewardError, match=r"'hangs_on_import\.f' was not imported within 4 s"):
         process.start()
-    assert marked(process._tag) == []
+    assert gone(lambda: marked(process._tag))
 
 
 @pytest.mark.timeout(60)
@@ -459,16 +467,15 @@ def test_the_pool_scores_samples_in_order_with_weights(local_ray, functions: str
     async def use(pool):
         whole = await pool.score(put(requests_of(texts, answer="1")))
         singles = await asyncio.gather(*(pool.score([r]) for r in put(requests_of(texts, answer="1"))))
-        return whole, [s[0] for s in singles], pool.take_stats(), pool.take_tracks()
+        return whole, [s[0] for s in singles], pool.take_tracks()
 
-    whole, singles, stats, tracks = asyncio.run(with_pool(config, tmp_path, use))
+    whole, singles, tracks = asyncio.run(with_pool(config, tmp_path, use))
     expected = [2.0 * (t == "1") + 0.125 for t in texts]
     assert [s.value for s in whole] == expected
     assert [s.value for s in singles] == expected
     assert [p.name for p in whole[0].parts] == ["exact_match", "bad_rewards.asynchronous"]
-    assert stats["scored"] == 100
     assert {t.worker for t in tracks} == {"reward-0", "reward-1"}
-    assert sum(s.seconds for t in tracks for s in t.spans) == pytest.approx(stats["busy_s"], rel=0.05)
+    assert all(s.seconds > 0 for t in tracks for s in t.spans)
     assert (tmp_path / "logs" / "reward-0.log").exists()
     assert (tmp_path / "logs" / "reward-1.log").exists()
 
@@ -552,14 +559,14 @@ def test_a_worker_killed_while_scoring_loses_nothing(local_ray, functions: str, 
         victim = pool.pids["reward-0"]
         os.kill(victim, signal.SIGKILL)
         results = await work
-        await asyncio.sleep(0.5)
-        return [s for scores in results for s in scores], children, pool.take_stats()
+        while pool.pids.get("reward-0", victim) == victim:
+            await asyncio.sleep(0.1)
+        return [s for scores in results for s in scores], children
 
-    scores, children, stats = asyncio.run(with_pool(config, tmp_path, use))
+    scores, children = asyncio.run(with_pool(config, tmp_path, use))
     assert len(scores) == 200
     assert all(s.status is ScoreStatus.OK and s.parts[0].value == 0.25 for s in scores)
-    assert stats["restarts"] == 1
-    assert len([pid for pid in children if psutil.pid_exists(pid)]) == 0
+    assert gone(lambda: [pid for pid in children if psutil.pid_exists(pid)])
 
 
 @pytest.mark.timeout(120)
@@ -602,7 +609,7 @@ def test_workers_that_join_and_leave_under_way_lose_nothing(local_ray, functions
     assert set(pids) == {f"reward-{i}" for i in range(4)}
     assert last_pids == {"reward-0": pids["reward-0"]}
     assert tracks == ([f"reward-{i}" for i in range(4)], ["reward-0"])
-    assert not any(psutil.pid_exists(pid) for pid in grown)
+    assert gone(lambda: [pid for pid in grown if psutil.pid_exists(pid)])
 
 
 @pytest.mark.timeout(120)
