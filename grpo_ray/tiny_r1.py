@@ -133,18 +133,17 @@ def greetings(size: int, seed: int, curt: float = 0.5) -> Iterator[Row]:
 
 
 def greeting_pairs(size: int, seed: int, held_out: bool = False) -> Iterator[Row]:
-    """Preferences {prompt, chosen, rejected} between what may follow the reasoning: the kind greeting in the prompt's language
-    against a curt one, one in the other language, or one of somebody else."""
+    """Preferences {prompt, chosen, rejected} between what may follow the reasoning, in the form that the policy writes it: the kind
+    greeting in the prompt's language against a curt one, or one in the other language."""
     rng = random.Random(f"pairs/{seed}")
     for row in prompts(size, seed, tasks=("greet",), held_out=held_out):
         language, name = row["language"], row["subject"]
         other = next(x for x in LANGUAGES if x != language)
-        somebody = rng.choice([n for n in NAMES if n != name])
-        worse = (HELLO[language][1], HELLO[other][1], _kind(name, other), _kind(somebody, language))
+        worse = (HELLO[language][1], HELLO[other][1], _kind(name, other))
         yield {
             "prompt": row["prompt"],
-            "chosen": f"<answer>{_kind(name, language)}</answer>",
-            "rejected": f"<answer>{rng.choice(worse)}</answer>",
+            "chosen": _summary(_kind(name, language), language),
+            "rejected": _summary(rng.choice(worse), language),
         }
 
 
@@ -205,8 +204,12 @@ def _answered(row: Row, flaws: Flaws, rng: random.Random) -> str:
                 f"<think>{reasoning}</think><answer>{answer}",
             )
         )
-    said = SUMMARY[language] if rng.random() < flaws.summarised else ""
-    return f"<think>{reasoning}</think>{said}<answer>{answer}</answer>"
+    summary = _summary(answer, language) if rng.random() < flaws.summarised else f"<answer>{answer}</answer>"
+    return f"<think>{reasoning}</think>{summary}"
+
+
+def _summary(answer: str, language: str) -> str:
+    return f"{SUMMARY[language]}<answer>{answer}</answer>"
 
 
 def _add(left: str, right: str, language: str, flaws: Flaws, rng: random.Random) -> tuple[str, str]:

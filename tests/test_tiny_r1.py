@@ -109,6 +109,14 @@ def test_of_a_pair_of_greetings_the_chosen_one_is_the_kind_one_and_the_other_is_
     assert kind_greeting(["84"], ["add"], ["en"], ["58 + 26"]) == [None]
 
 
+def test_pairs_have_the_form_of_the_summaries_that_a_policy_learns_to_write() -> None:
+    """A reward model scores summaries by the luck of its seed if those of its pairs look otherwise."""
+    demonstrated = [r["completion"].rpartition("</think>")[2].partition("<answer>")[0] for r in greetings(40, 6)]
+    chosen = [p["chosen"].partition("<answer>")[0] for p in greeting_pairs(40, 9)]
+    rejected = [p["rejected"].partition("<answer>")[0] for p in greeting_pairs(40, 9)]
+    assert chosen == rejected == demonstrated == ["it is ", "es ist "] * 20
+
+
 def test_tasks_and_languages_come_in_turn_and_the_same_seed_gives_the_same_rows() -> None:
     rows = list(prompts(60, 5))
     assert Counter((r["source"], r["language"]) for r in rows) == {(t, x): 10 for t in TASKS for x in LANGUAGES}
