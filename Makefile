@@ -52,7 +52,7 @@ bench-sync: .venv/.ready  ## a weight sync of 500 MB to two engines that sample 
 bench-growth: .venv/.ready  ## seconds and memory over sequence length, model size and group size (five minutes)
 	@$(BIN)/python -m tests.bench.growth
 
-bench-sample: .venv/.ready  ## offline sampling against bare vLLM (five minutes)
+bench-sample: .venv/.ready  ## offline sampling against bare vLLM (ten minutes)
 	@$(BIN)/python -m tests.bench.sample
 
 bench-gpu: .venv/.ready  ## Qwen2.5-1.5B's shape on one GPU, sampler and learner in turns, against bare vLLM (needs 40 GB)
