@@ -3,8 +3,8 @@
     python -m tests.bench.side_by_side [--cold-start MODEL] [--seeds 1 2 3] [--only dpo]
 
 GRPO and PPO sample 32 prompts x 8 a step, for 70 steps. DPO gets as many samples, all of the cold start: a right and a wrong answer
-to one prompt are a pair. Each model is tested on the same 1,024 held-out prompts, one sample each at T = 1. A row that is there
-already (`runs/side-by-side/rows.jsonl`) is not run again: a bench that was stopped goes on where it was.
+to one prompt are a pair. Each model is tested on the same thousand prompts, never trained on, one sample each at T = 1. A row
+that is there already (`runs/side-by-side/rows.jsonl`) is not run again: a bench that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ FOLDER = Path("runs/side-by-side")
 ROWS = FOLDER / "rows.jsonl"
 LIMIT_S = 3600.0
 STEPS, PROMPTS_PER_STEP, GROUP = 70, 32, 8
-HELD_OUT = {"size": 1024, "seed": 90000000}
+TRAINED_ON = {"size": 8192, "seed": 10000000}
+"""As the smoke recipe says."""
+HELD_OUT = {"size": 3000, "seed": 90000000}
+"""Of these, what is not among them: a third."""
 PAIRS_PER_PROMPT = 4
 NAMES = ("grpo", "ppo", "dpo")
 DPO: dict[str, Any] = {
@@ -93,7 +96,8 @@ def _online(name: str, run: Path, seed: int, model: str) -> Watched:
 def _direct(run: Path, seed: int, model: str) -> list[Watched]:
     """Samples once, pairs right answers with wrong ones, and learns from the pairs."""
     samples = run.with_name(f"{run.name}-samples")
-    sampled = _sample(samples, model, seed, {"size": STEPS * PROMPTS_PER_STEP, "seed": 10000000}, GROUP)
+    prompts = TRAINED_ON | {"size": STEPS * PROMPTS_PER_STEP}
+    sampled = _sample(samples, model, seed, GROUP, *_args("train", prompts), "data.eval=null")
     pairs = FOLDER / f"pairs-{seed}.jsonl"
     rows = _pairs(samples / "samples")
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -123,14 +127,18 @@ def _said(text: str) -> list[dict[str, str]]:
 
 def _accuracy(model: Path, name: str) -> float:
     folder = Path("runs") / name
-    _sample(folder, str(model), 1, HELD_OUT, 1)
+    # What is to evaluate on never comes up in what is sampled.
+    _sample(folder, str(model), 1, 1, *_args("train", HELD_OUT), *_args("eval", TRAINED_ON))
     return mean(row["rewards"][0]["value"] for row in read_samples(folder / "samples"))
 
 
-def _sample(folder: Path, model: str, seed: int, args: dict[str, int], num_samples: int) -> Watched:
+def _sample(folder: Path, model: str, seed: int, num_samples: int, *data: str) -> Watched:
     options = [f"name={folder.name}", f"seed={seed}", f"model.path={model}", f"sample.num_samples={num_samples}"]
-    options += [f"data.train.args.{key}={value}" for key, value in args.items()]
-    return _grpo_ray(folder, "sample", "smoke", *options)
+    return _grpo_ray(folder, "sample", "smoke", *options, *data)
+
+
+def _args(part: str, args: dict[str, int]) -> list[str]:
+    return [f"data.{part}.args.{key}={value}" for key, value in args.items()]
 
 
 def _grpo_ray(run: Path, *args: str) -> Watched:
