@@ -47,7 +47,7 @@ DPO: dict[str, Any] = {
         "num_cpus": 1,
         "num_threads": 1,
         "zero_stage": 1,
-        "learning_rate": 1e-4,
+        "learning_rate": 1e-5,
         "lr_scheduler_type": "linear",
         "warmup_steps": 5,
         "adam_betas": [0.9, 0.99],
