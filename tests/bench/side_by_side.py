@@ -3,7 +3,7 @@
     python -m tests.bench.side_by_side [--cold-start MODEL] [--seeds 1 2 3] [--only dpo]
 
 GRPO and PPO sample 32 prompts x 8 a step, for 70 steps. DPO gets as many samples, all of the cold start: a right and a wrong answer
-to one prompt are a pair. Each model is tested on the same thousand prompts, never trained on, one sample each at T = 1. A row
+to one prompt are a pair. Each model is tested on the same 1,808 prompts, never trained on, one sample each at T = 1. A row
 that is there already (`runs/side-by-side/rows.jsonl`) is not run again: a bench that was stopped goes on where it was.
 """
 
@@ -33,7 +33,7 @@ STEPS, PROMPTS_PER_STEP, GROUP = 70, 32, 8
 TRAINED_ON = {"size": 8192, "seed": 10000000}
 """As the smoke recipe says."""
 HELD_OUT = {"size": 3000, "seed": 90000000}
-"""Of these, what is not among them: a third."""
+"""Of these, what is not among them: 1,808."""
 PAIRS_PER_PROMPT = 4
 NAMES = ("grpo", "ppo", "dpo")
 DPO: dict[str, Any] = {
