@@ -164,7 +164,10 @@ async def judge_pairs(
         try:
             shown = (part_of(one, part), part_of(other, part))
             asked = [(order, n) for n in range(rounds) for order in (shown, shown[::-1])]
-            ratings = await asyncio.gather(*(_ratings(judge, rubric, prompt, *order, n) for order, n in asked))
+            calls = [asyncio.create_task(_ratings(judge, rubric, prompt, *order, n)) for order, n in asked]
+            # All of them, so that the cache has what a failure's neighbours were told.
+            await asyncio.wait(calls)
+            ratings = [call.result() for call in calls]
         except JudgeError as e:
             counts.failed += 1
             counts.last_failure = str(e)
