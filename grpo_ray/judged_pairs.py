@@ -166,7 +166,7 @@ async def judge_pairs(
             asked = [(order, n) for n in range(rounds) for order in (shown, shown[::-1])]
             calls = [asyncio.create_task(_ratings(judge, rubric, prompt, *order, n)) for order, n in asked]
             # All of them, so that the cache has what a failure's neighbours were told.
-            await asyncio.wait(calls)
+            await asyncio.gather(*calls, return_exceptions=True)
             ratings = [call.result() for call in calls]
         except JudgeError as e:
             counts.failed += 1

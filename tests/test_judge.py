@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -284,6 +286,21 @@ def by_length_unless_it_likes_the_first(request: dict[str, Any], n: int) -> Answ
         return "Both are fine."
     first, second = (min(10, 1 + len(text)) for text in shown)
     return f"By length. <first>{first}</first><second>{second}</second>"
+
+
+def test_what_is_said_beside_a_failed_judgement_is_kept(tmp_path: Path) -> None:
+    def only_the_first_fails(request: dict[str, Any], n: int) -> Answer:
+        time.sleep(0.3 if n else 0)
+        return "<first>9</first><second>2</second>" if n else "Both are fine."
+
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(json.dumps({"prompt": "p", "completions": ["a", "b"]}))
+    with endpoint(only_the_first_fails) as there:
+        options = JudgeOptions("judge", there.url, cache=str(tmp_path / "cache"))
+        with pytest.raises(DataError, match="none of 1 comparisons made a pair"):
+            make_pairs(str(answers), tmp_path / "pairs.jsonl", options)
+    with contextlib.closing(sqlite3.connect(tmp_path / "cache")) as cache:
+        assert cache.execute("SELECT COUNT(*) FROM answers").fetchone() == (4,)
 
 
 def test_the_command_keeps_what_both_orders_say_and_goes_on_from_its_cache(
