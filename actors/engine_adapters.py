@@ -8,9 +8,7 @@ what one version left in the cache is never taken for another's.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -65,7 +63,7 @@ class Adapter:
 class EngineAdapters:
     """Of one AsyncLLM; all methods belong to its event loop."""
 
-    def __init__(self, engine: Any, options: AdapterOptions | None, base_model: str, run_dir: str, name: str) -> None:
+    def __init__(self, engine: Any, options: AdapterOptions | None, base_model: str, name: str) -> None:
         self._engine = engine
         self._options = options
         self._base_model = base_model
@@ -74,11 +72,6 @@ class EngineAdapters:
         self._held: list[Adapter] = []
         self._removals: set[asyncio.Task[None]] = set()
         self._current: Adapter | None = None
-        run = hashlib.blake2b(run_dir.encode(), digest_size=6).hexdigest()
-        self._prefix = f"grpo-ray-{run}-{name}-"
-        # Of an earlier life of this engine that was killed while it loaded one.
-        for left_over in Path(tempfile.gettempdir()).glob(f"{self._prefix}*"):
-            shutil.rmtree(left_over, ignore_errors=True)
 
     @contextmanager
     def use(self) -> Iterator[Adapter | None]:
@@ -113,7 +106,7 @@ class EngineAdapters:
                 f"{self._name} still samples with the adapters of versions {held} and has room for "
                 f"{self._options.max_versions}; version {version} came too early"
             )
-        with tempfile.TemporaryDirectory(prefix=self._prefix) as folder:
+        with tempfile.TemporaryDirectory() as folder:
             await asyncio.to_thread(self._write, data, Path(folder))
             adapter = Adapter(version, self._request(version, folder))
             started = time.monotonic()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from actors.engine_adapters import Adapter, AdapterOptions, EngineAdapters, lora_args
-from actors.runtime import own_log, use_nodes_interface
+from actors.runtime import own_log, own_scratch, use_nodes_interface
 from grpo_ray.config import RolloutConfig
 from grpo_ray.errors import WorkerError
 from grpo_ray.models import context_length, load_config
@@ -36,6 +37,9 @@ POLL_LINGER_S = 0.01
 STAGED_POLL_S = 0.01
 DEATH_CHECK_S = 0.5
 """How often an idle engine is looked at."""
+SHUTDOWN_S = 2.0
+"""For a core that was told to end. It aborts its requests at once and then takes its objects apart, often for longer than the pool
+waits; whatever it holds goes with its process."""
 CPU_KV_CACHE_GB = 0.25
 CPU_BATCHED_TOKENS = 2048
 SMALL_VOCABULARY = 1024
@@ -152,6 +156,7 @@ class RolloutActor:
     ) -> None:
         self.name = f"rollout-{index}"
         own_log(run_dir, self.name)
+        self._scratch = own_scratch(run_dir, self.name)
         use_nodes_interface()
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -174,7 +179,7 @@ class RolloutActor:
             os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
         self._can_sleep = bool(args.enable_sleep_mode)
         self.engine: Any = AsyncLLM.from_engine_args(args)
-        self._adapters = EngineAdapters(self.engine, adapters, model, run_dir, self.name)
+        self._adapters = EngineAdapters(self.engine, adapters, model, self.name)
         self.tokenizer: Any = self.engine.get_tokenizer()
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._outcomes: list[Outcome] = []
@@ -404,7 +409,8 @@ class RolloutActor:
 
     async def shutdown(self) -> None:
         """End the engine's processes."""
-        await asyncio.to_thread(self.engine.shutdown)
+        await asyncio.to_thread(self.engine.shutdown, SHUTDOWN_S)
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _check_alive(self) -> None:
         if self.engine.errored:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -312,23 +311,8 @@ def test_an_adapter_without_room_or_with_another_checksum_is_refused_before_vllm
     class Untouched:
         """No engine: whatever is asked of it is an error."""
 
-    adapters = EngineAdapters(Untouched(), AdapterOptions(LoraConfig(), 0), "base", "run", "rollout-3")
+    adapters = EngineAdapters(Untouched(), AdapterOptions(LoraConfig(), 0), "base", "rollout-3")
     with pytest.raises(WorkerError, match="rollout-3 received an adapter with checksum"):
         asyncio.run(adapters.load(1, "0" * 16, b"adapter"))
     with pytest.raises(WorkerError, match=r"rollout-3 still samples .* has room for 0; version 1 came too early"):
         asyncio.run(adapters.load(1, adapter_checksum(b"adapter"), b"adapter"))
-
-
-def test_what_an_engine_left_that_was_killed_while_loading_goes_with_its_next_life(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-
-    def life(run_dir: str) -> EngineAdapters:
-        return EngineAdapters(None, AdapterOptions(LoraConfig(), 2), "base", run_dir, "rollout-0")
-
-    for run_dir in ("run", "other"):
-        Path(tempfile.mkdtemp(prefix=life(run_dir)._prefix)).joinpath("adapter_model.safetensors").touch()
-    assert len(list(tmp_path.iterdir())) == 2
-    other = life("run")
-    assert [p.name.startswith(other._prefix) for p in tmp_path.iterdir()] == [False]

@@ -32,13 +32,14 @@ SAMPLE_S = 12.0
 SAMPLING = SamplingParams(temperature=0.7, top_p=1.0, top_k=0, min_p=0.0, max_tokens=24)
 GREEDY = replace(SAMPLING, temperature=0.0)
 LONG = replace(SAMPLING, max_tokens=200)
+ROLLOUT = {"num_actors": 2, "max_completion_length": 200, "max_num_seqs": 32, "kv_cache_gb": 0.05}
 
 
 def run_config(model: Path | str, /, **overrides: Any) -> RunConfig:
     data = {
         "model": {"path": str(model), "dtype": "float32"},
         "data": {"train": {"path": "unused.jsonl"}, "max_prompt_length": 56},
-        "rollout": {"num_actors": 2, "max_completion_length": 200, "max_num_seqs": 32, "kv_cache_gb": 0.05},
+        "rollout": ROLLOUT,
         "reward": {"functions": [{"name": "accuracy"}]},
         "deadlines": {"start_s": 150, "sample_s": SAMPLE_S},
         **overrides,
@@ -78,10 +79,17 @@ class Bench:
 @pytest.fixture(scope="module")
 def bench(local_ray: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     run_dir = str(tmp_path_factory.mktemp("run"))
+    temporary = tmp_path_factory.mktemp("tmp")
+    config = run_config(tiny_model, rollout=ROLLOUT | {"env": {"TMPDIR": str(temporary)}})
     with asyncio.Runner() as runner:
-        pool = runner.run(RolloutPool.create(run_config(tiny_model), str(tiny_model), run_dir, has_gpus=False))
+        pool = runner.run(RolloutPool.create(config, str(tiny_model), run_dir, has_gpus=False))
+        assert [len(list(folder.glob("*-*-*-*-*"))) for folder in temporary.glob("grpo-ray-*")] == [3, 3], (
+            "vLLM's sockets"
+        )
         yield Bench(runner, pool)
         runner.run(pool.close())
+    left = [path.name for path in temporary.iterdir() if "torchinductor" not in path.name]
+    assert not left, "after engines that were killed too"
 
 
 @pytest.fixture(scope="module")

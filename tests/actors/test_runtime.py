@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
-from actors.runtime import RayActors, use_nodes_interface
+from actors.runtime import RayActors, own_scratch, use_nodes_interface
 
 
 class Counter:
@@ -48,3 +50,33 @@ def test_rays_head_keeps_no_record_of_our_calls(local_ray) -> None:
         time.sleep(0.5)
     assert sum("call_of_others" in name for name in kept) >= 50
     assert sum("call_of_ours" in name for name in kept) == 0
+
+
+def test_what_an_actor_left_that_was_killed_goes_with_its_next_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def live(run_dir: str) -> Path:
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+        monkeypatch.setattr("actors.runtime.SOCKET_FOLDER", 1000)
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        folder = own_scratch(run_dir, "rollout-0")
+        Path(tempfile.mkstemp()[1]).touch()
+        return folder
+
+    first, other = live("run"), live("other")
+    again = live("run")
+    assert sorted(tmp_path.iterdir()) == sorted([other, again])
+    assert first != again
+    assert [len(list(folder.iterdir())) for folder in (other, again)] == [1, 1]
+
+
+def test_a_folder_too_deep_for_sockets_is_no_place_for_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / "a" / ("b" * 60)
+    deep.mkdir(parents=True)
+    monkeypatch.setenv("TMPDIR", str(deep))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    own_scratch("run", "rollout-0")
+    assert tempfile.gettempdir() == str(deep)
