@@ -401,6 +401,8 @@ class Controller:
         if report.num_before:
             told += f"; {report.num_before} samples were there already"
         self._emit(MessageEvent("info", told))
+        for one in report.left_out:
+            self._emit(MessageEvent("warning", f"without samples: {one.why}"))
         return "finished"
 
     async def _replay(self, config: RunConfig) -> str:

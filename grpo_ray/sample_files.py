@@ -1,7 +1,8 @@
 """What `grpo-ray sample` writes: Parquet files of scored samples, each whole or not there, and what they were made with.
 
 RUN/samples.json                   model (with its SHA-256), prompts, seed, sampling: the same for every file
-RUN/samples/samples-000000.parquet prompts 0 .. shard_prompts - 1, all samples of each, in order
+RUN/samples/samples-000000.parquet prompts 0 .. shard_prompts - 1, all samples of each, in order; prompts without any, for they end
+                                   engines, are named in its metadata (`left_out`)
 
 Readable by anything that reads Parquet: `pandas.read_parquet(folder)`, `load_dataset("parquet", data_dir=folder)`.
 """
@@ -87,6 +88,14 @@ class Drawn:
     scores: Sequence[Score]
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A prompt without samples."""
+
+    prompt_id: str
+    why: str
+
+
 class SampleFolder:
     """The files of one `About`."""
 
@@ -123,11 +132,17 @@ class SampleFolder:
         """Numbers of the files that are still to be made."""
         return [n for n in range(self.about.num_shards) if not self._file(n).is_file()]
 
-    def write(self, number: int, drawn: Sequence[Drawn]) -> Path:
+    def num_samples(self) -> int:
+        """In the files that are there."""
+        numbers = set(range(self.about.num_shards)).difference(self.missing())
+        return sum(int(pq.read_metadata(self._file(n)).num_rows) for n in numbers)
+
+    def write(self, number: int, drawn: Sequence[Drawn], left_out: Sequence[LeftOut] = ()) -> Path:
         """The file is there whole or not at all."""
         rows = [self._row(one, i) for one in drawn for i in range(len(one.samples))]
+        notes = {"left_out": _json([asdict(one) for one in left_out])} if left_out else None
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(notes)), sink, compression="zstd")
         file = self._file(number)
         write_whole(file, memoryview(sink.getvalue()))
         return file

@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from grpo_ray.config import RunConfig
-from grpo_ray.errors import RewardError
+from grpo_ray.errors import LostSamplesError, PoisonedError, RewardError
 from grpo_ray.filling import Filling
 from grpo_ray.prompts import PromptDataset
 from grpo_ray.roles import Sampler, SampleStore, Scorer
 from grpo_ray.rollout_log import distinct_refs
-from grpo_ray.sample_files import About, Drawn, SampleFolder
+from grpo_ray.sample_files import About, Drawn, LeftOut, SampleFolder
 from grpo_ray.seeds import sample_seed
 from grpo_ray.types import Group, SampleRequest, SamplingParams
 
@@ -26,6 +26,8 @@ WAVES = 2
 """So many times what the engines sample at once is under way: they never wait for the next prompt."""
 TOLD = 500
 """How often progress is told in a whole run."""
+DRAWS = 5
+"""How often the samples of a file are drawn, as long as nodes die that hold them."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class SamplingReport:
     """Completion tokens of this call."""
     seconds: float
     """Of this call, engines running."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Prompts of this call without samples."""
 
 
 def sampling_params(config: RunConfig) -> SamplingParams:
@@ -82,61 +86,87 @@ async def sample_all(
     config: RunConfig,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> SamplingReport:
-    """Make the files that `folder` lacks.
+    """Make the files that `folder` lacks. A prompt that ends engines gets no samples, and is named in its file.
 
     Raises:
         RewardError: more of a file's samples than reward.on_failure.abort_above could not be scored.
+        LostSamplesError: nodes died with the samples of one file, `DRAWS` times.
     """
     began = time.monotonic()
     missing = folder.missing()
     k = config.sample.num_samples
     total = len(prompts) * k
-    before = done = total - k * sum(len(folder.about.shard(n)) for n in missing)
-    tokens = 0
+    done = total - k * sum(len(folder.about.shard(n)) for n in missing)
+    num_before = folder.num_samples()
+    made = tokens = 0
+    left_out: list[LeftOut] = []
     step = max(k, total // TOLD)
     params = sampling_params(config)
     places = asyncio.Semaphore(max(1, WAVES * config.rollout.num_actors * config.rollout.max_num_seqs // k))
     progress(done, total)
 
-    async def draw(index: int) -> Group:
+    async def draw(index: int) -> Group | LeftOut:
         """Its place is taken already: prompts begin in order."""
         nonlocal done
+        out: Group | LeftOut
         try:
             prompt = prompts.item(index, 0)
-            group = Group(prompt, index, 0)
+            out = group = Group(prompt, index, 0)
             requests = [
                 SampleRequest(prompt.id, i, prompt.token_ids, sample_seed(config.seed, prompt.id, i), params)
                 for i in range(k)
             ]
             await Filling(group, requests, sampler, scorer, at_once=config.reward.unit == "group")
+        except PoisonedError as e:
+            out = LeftOut(prompt.id, str(e))
         finally:
             places.release()
         done += k
         if done % step < k:
             progress(done, total)
-        return group
+        return out
 
-    async def make(number: int, groups: Sequence[asyncio.Task[Group]]) -> None:
-        nonlocal tokens
-        drawn = [await group for group in groups]
+    async def begin(number: int) -> list[asyncio.Task[Group | LeftOut]]:
+        groups = []
+        for index in folder.about.shard(number):
+            await places.acquire()
+            groups.append(tasks.create_task(draw(index)))
+        return groups
+
+    async def finish(number: int, groups: Sequence[asyncio.Task[Group | LeftOut]]) -> None:
+        nonlocal made, tokens
+        ended = [await group for group in groups]
+        drawn = [one for one in ended if isinstance(one, Group)]
+        without = [one for one in ended if isinstance(one, LeftOut)]
         _check_scores(drawn, config)
-        tokens += sum(info.num_tokens for group in drawn for info in group.samples)
         refs = distinct_refs(drawn)
         lists = {id(ref): rows for ref, rows in zip(refs, await samples.fetch(refs), strict=True)}
         parts = [
             Drawn(g.prompt, prompts.conversation(g.order), [lists[id(i.ref)][i.row] for i in g.samples], g.scores)
             for g in drawn
         ]
-        await asyncio.to_thread(folder.write, number, parts)
+        await asyncio.to_thread(folder.write, number, parts, without)
+        made += k * len(drawn)
+        tokens += sum(info.num_tokens for group in drawn for info in group.samples)
+        left_out.extend(without)
+
+    async def make(number: int, groups: Sequence[asyncio.Task[Group | LeftOut]]) -> None:
+        """Samples that went with their node are drawn again, and are the same."""
+        nonlocal done
+        for left in reversed(range(DRAWS)):
+            try:
+                await finish(number, groups)
+                break
+            except LostSamplesError:
+                if not left:
+                    raise
+                done -= k * len(groups)
+                groups = await begin(number)
 
     async with asyncio.TaskGroup() as tasks:
         for number in missing:
-            groups = []
-            for index in folder.about.shard(number):
-                await places.acquire()
-                groups.append(tasks.create_task(draw(index)))
-            tasks.create_task(make(number, groups))
-    return SamplingReport(total - before, before, tokens, time.monotonic() - began)
+            tasks.create_task(make(number, await begin(number)))
+    return SamplingReport(made, num_before, tokens, time.monotonic() - began, tuple(left_out))
 
 
 def _check_scores(groups: Sequence[Group], config: RunConfig) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from grpo_ray.config import RunConfig
 from grpo_ray.config_files import build
-from grpo_ray.errors import DataError, RewardError
+from grpo_ray.errors import DataError, LostSamplesError, PoisonedError, RewardError
 from grpo_ray.models import load_tokenizer
 from grpo_ray.prompts import PromptDataset, load_prompts
 from grpo_ray.roles import InMemory
@@ -32,12 +32,13 @@ class Killed(Exception):
 
 
 class Engine:
-    """A sample is a function of its seed; answers come in any order."""
+    """A sample is a function of its seed; answers come in any order. `poison`: the prompts of which no sample comes."""
 
-    def __init__(self, dies_after: int | None = None) -> None:
+    def __init__(self, dies_after: int | None = None, poison: str | None = None) -> None:
         self.asked: list[tuple[str, int]] = []
         self.most_at_once = self._at_once = 0
         self._left = dies_after
+        self._poison = poison
 
     async def generate(self, request: SampleRequest) -> SampleInfo:
         self.asked.append((request.prompt_id, request.index))
@@ -45,6 +46,8 @@ class Engine:
         self.most_at_once = max(self.most_at_once, self._at_once)
         await asyncio.sleep(random.random() / 500)
         self._at_once -= 1
+        if request.prompt_id == self._poison:
+            raise PoisonedError(f"prompt {request.prompt_id} ends rollout engines")
         if self._left is not None:
             self._left -= 1
             if self._left < 0:
@@ -110,12 +113,33 @@ def prompts(config: RunConfig, tiny_model: Path) -> PromptDataset:
     return load_prompts(config.data, tokenizer, seed=1).train
 
 
+class LosesSome(InMemory):
+    """The first so many reads find that a node is gone."""
+
+    def __init__(self, number: int) -> None:
+        self._left = number
+
+    async def fetch(self, refs: list[Any]) -> list[Sequence[Sample]]:
+        if self._left:
+            self._left -= 1
+            raise LostSamplesError("their node died")
+        return await super().fetch(refs)
+
+
 def sample(
-    path: Path, config: RunConfig, prompts: PromptDataset, engine: Engine, scorer: Even | None = None
+    path: Path,
+    config: RunConfig,
+    prompts: PromptDataset,
+    engine: Engine,
+    scorer: Even | None = None,
+    *,
+    store: InMemory | None = None,
+    told: list[tuple[int, int]] | None = None,
 ) -> SamplingReport:
     async def work() -> SamplingReport:
         folder = SampleFolder.open(path, about_samples(config, prompts, "there", "0" * 64))
-        return await sample_all(prompts, engine, scorer or Even(), InMemory(), folder, config)
+        tell = (lambda done, total: told.append((done, total))) if told is not None else (lambda done, total: None)
+        return await sample_all(prompts, engine, scorer or Even(), store or InMemory(), folder, config, tell)
 
     return asyncio.run(work())
 
@@ -167,6 +191,36 @@ def test_killed_and_resumed_the_files_are_those_of_a_whole_run(config, prompts, 
     assert not had & {prompt_id for prompt_id, _ in engine.asked}
 
 
+def test_a_prompt_that_ends_engines_is_named_in_its_file_and_harms_no_other(config, prompts, tmp_path) -> None:
+    poison = prompts.item(5, 0).id
+    told: list[tuple[int, int]] = []
+    sample(tmp_path / "whole", config, prompts, Engine())
+    report = sample(tmp_path / "samples", config, prompts, Engine(poison=poison), told=told)
+    rows = list(read_samples(tmp_path / "samples"))
+    assert rows == [row for row in read_samples(tmp_path / "whole") if row["prompt_id"] != poison]
+    assert report.num_made == (NUM_PROMPTS - 1) * K
+    assert [one.prompt_id for one in report.left_out] == [poison]
+    assert told[-1] == (NUM_PROMPTS * K, NUM_PROMPTS * K)
+    notes = [pq.read_schema(file).metadata for file in sorted((tmp_path / "samples").iterdir())]
+    assert [bool(note) for note in notes] == [False, True, False, False, False, False]
+    assert json.loads(notes[1][b"left_out"]) == [{"prompt_id": poison, "why": f"prompt {poison} ends rollout engines"}]
+    (tmp_path / "samples" / "samples-000000.parquet").unlink()
+    again = sample(tmp_path / "samples", config, prompts, Engine())
+    assert (again.num_before, again.num_made) == ((NUM_PROMPTS - 1 - SHARD) * K, SHARD * K)
+
+
+def test_samples_that_went_with_their_node_are_drawn_again_and_are_the_same(config, prompts, tmp_path) -> None:
+    sample(tmp_path / "whole", config, prompts, Engine())
+    told: list[tuple[int, int]] = []
+    report = sample(tmp_path / "samples", config, prompts, Engine(), store=LosesSome(4), told=told)
+    assert files(tmp_path / "samples") == files(tmp_path / "whole")
+    assert report.num_made == NUM_PROMPTS * K
+    assert max(done for done, _ in told) == told[-1][0] == NUM_PROMPTS * K
+    with pytest.raises(BaseExceptionGroup) as caught:
+        sample(tmp_path / "never", config, prompts, Engine(), store=LosesSome(1000))
+    assert caught.group_contains(LostSamplesError)
+
+
 def test_samples_of_two_kinds_are_never_mixed(config, prompts, tmp_path) -> None:
     sample(tmp_path / "samples", config, prompts, Engine())
     other = config.model_copy(update={"sample": config.sample.model_copy(update={"temperature": 0.5})})
@@ -190,12 +244,13 @@ def test_a_failed_score_is_a_status_and_too_many_end_the_run(config, prompts, tm
     assert caught.group_contains(RewardError, match="12 of 12 samples could not be scored")
 
 
-def test_hugging_face_reads_the_folder(config, prompts, tmp_path) -> None:
+@pytest.mark.parametrize("without", [0, 1])
+def test_hugging_face_reads_the_folder(config, prompts, tmp_path, without) -> None:
     import datasets
 
-    sample(tmp_path / "samples", config, prompts, Engine())
+    sample(tmp_path / "samples", config, prompts, Engine(poison=prompts.item(5, 0).id if without else None))
     rows = datasets.load_dataset(
         "parquet", data_dir=str(tmp_path / "samples"), split="train", cache_dir=str(tmp_path / "cache")
     )
-    assert len(rows) == NUM_PROMPTS * K
-    assert pq.read_table(tmp_path / "samples").num_rows == NUM_PROMPTS * K
+    assert len(rows) == (NUM_PROMPTS - without) * K
+    assert pq.read_table(tmp_path / "samples").num_rows == (NUM_PROMPTS - without) * K
