@@ -31,7 +31,7 @@ soak: .venv/.ready  ## an hour of training with a kill a minute: what the run ho
 recovery: .venv/.ready  ## how long a run needs after each kind of death, five times each (40 minutes)
 	@$(BIN)/python -m tests.chaos.recovery
 
-test-cluster: .venv/.ready  ## a Ray cluster of several nodes on this machine: workers come and go, a node dies (10 minutes)
+test-cluster: .venv/.ready  ## a Ray cluster of several nodes on this machine: workers come and go, a node dies (20 minutes)
 	@$(BIN)/pytest -s tests/end_to_end/test_cluster.py tests/end_to_end/test_scale.py
 
 lint: .venv/.ready  ## ruff, mypy, import layers

@@ -5,6 +5,7 @@ make test-cluster
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from tests.end_to_end.runs import ledger, metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 LIMIT_S = 200
+SMOKE_S = 600
 COMPARED = 50
 """Steps, of two runs."""
 
@@ -38,8 +40,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         place.close()
 
 
-def wait_for(what: Callable[[], bool], why: str, run: Path | None = None) -> None:
-    deadline = time.monotonic() + LIMIT_S
+def wait_for(what: Callable[[], bool], why: str, run: Path | None = None, limit_s: float = LIMIT_S) -> None:
+    deadline = time.monotonic() + limit_s
     while not what():
         if time.monotonic() > deadline:
             logs = sorted(run.glob("logs/*.log")) if run else []
@@ -129,6 +131,43 @@ def test_workers_of_each_role_come_and_go_in_one_run(place: Place) -> None:
     for name in ("reward/mean", "grad_norm"):
         figures = [m[name] for m in steps(run)[:COMPARED]]
         assert figures == pytest.approx([m[name] for m in steps(place.runs / "whole")], rel=1e-3), name
+
+
+def test_the_smoke_run_reaches_its_accuracy_while_workers_of_each_role_come_and_go(place: Place) -> None:
+    at = ("--address", place.address)
+    code, output = place.run("sft", "smoke_sft")
+    assert code == 0, output
+    options = (
+        f"model.path={place.folder}/runs/smoke-sft/hf",
+        "rollout.labels={site: samplers}",
+        "rollout.num_cpus=0.5",
+        "reward.num_actors=2",
+        "learner.labels={site: learners}",
+    )
+    code, output = place.run("submit", "smoke", "name=accurate", *options, "--no-wait", *at)
+    assert code == 0, output
+    run = place.runs / "accurate"
+    await_step(run, 2)
+    code, output = place.run("scale", "accurate", "rollout=3", "reward=6", "learner=2", *at)
+    assert code == 0, output
+    await_workers(run, "reward", 6)
+    await_workers(run, "learner", 2)
+    await_workers(run, "rollout", 3)
+    wait_for(lambda: steps(run)[-1]["sync/engines"] == 3, "the new samplers get no weights", run)
+    three_from = len(steps(run))
+    await_step(run, three_from + 5)
+    code, output = place.run("scale", "accurate", "rollout=1", "reward=2", "learner=1", *at)
+    assert code == 0, output
+    for role, number in (("reward", 2), ("learner", 1), ("rollout", 1)):
+        await_workers(run, role, number)
+    one_from = len(steps(run))
+    wait_for(lambda: not is_live(place, "accurate"), "it does not end", run, SMOKE_S)
+    check_ledger(run, prompts_per_step=32)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    accuracy = [line["eval/accuracy"] for line in lines if "eval/accuracy" in line]
+    print(f"three samplers from step {three_from}, one from {one_from}; accuracy {accuracy}")
+    assert accuracy[0] < 0.6
+    assert accuracy[-1] >= 0.9
 
 
 def test_a_node_that_dies_with_a_sampler_costs_nothing_but_that(place: Place) -> None:
