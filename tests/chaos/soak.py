@@ -39,6 +39,7 @@ STALENESS = 1
 NUM_ROWS = 256
 PROMPTS_PER_STEP = 8
 KILLED = ("a learner", "an engine", "a rollout actor", "a reward actor", "a reward function's process")
+MORTAL = {name.split(" ", 1)[1] for name in KILLED}
 ROLES = {
     "controller": VICTIMS["the controller"].title,
     "rollout actor": VICTIMS["a rollout actor"].title,
@@ -53,6 +54,9 @@ ROLES = {
 ROOT_ROLE = "command"
 GROWN_UP_S = 45.0
 """A process is looked at from this age on: before, it loads."""
+YOUNG_S = 120.0
+"""And one that may be killed up to this age: engines grow for some hundred steps, while they meet batches of sizes new to them, and
+those of one third may have lived longer than those of another."""
 LOOK_S = 15.0
 START_S = 600.0
 STUCK_S = 420.0
@@ -100,7 +104,8 @@ def look(root: int, seen: Seen, at: float) -> None:
         if role == "raylet" and (found := re.search(r"--log_dir=(\S+)", words)):
             raylet_log = Path(found[1]) / "debug_state.txt"
         try:
-            if role is None or time.time() - process.create_time() < GROWN_UP_S:
+            age = time.time() - process.create_time()
+            if role is None or age < GROWN_UP_S or (role in MORTAL and age > YOUNG_S):
                 continue
             of_role[role, "MiB"].append(process.memory_full_info().uss / MIB)
             of_role[role, "files"].append(process.num_fds())
