@@ -8,6 +8,7 @@ not a weight (caches, configs, tables of the rotary embedding), and have paramet
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -130,6 +131,8 @@ def _load(model: nn.Module, model_config: Any, batches: Batches) -> None:
     for weights in batches:
         model.load_weights(weights)  # type: ignore[operator]
     finalize_layerwise_reload(model, model_config)
+    # What it says of layers that have no weights of their own (rotary tables, tied heads) is the same with every sync.
+    logging.getLogger(finalize_layerwise_reload.__module__).setLevel(logging.ERROR)
     _repack_tied_heads(model)
 
 
