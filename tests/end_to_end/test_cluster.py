@@ -108,13 +108,13 @@ def test_a_run_outlives_all_who_watch_it_and_ends_when_told(place: Place) -> Non
     code, output = place.run("stop", "long", *at)
     assert code == 0, output
     assert "ends after the step under way" in output
-    wait_for(lambda: len(list(run.glob("checkpoints/step-*/loop.json"))) == 1, "no checkpoint")
+    wait_for(lambda: len(list(run.glob("checkpoints/step-*/manifest.json"))) == 1, "no checkpoint")
     steps = num_steps(run)
     assert steps < 400
     output, _ = attached.communicate(timeout=LIMIT_S)
     assert attached.returncode == 143, output
     assert f"step {steps:>3}/400" in output
-    assert (run / f"checkpoints/step-{steps:06d}/loop.json").is_file()
+    assert (run / f"checkpoints/step-{steps:06d}/manifest.json").is_file()
     wait_for(lambda: place.run("stop", "long", *at)[0] == 2, "its controller stays")
 
     resumed = place.begin("submit", "--resume", "long", *at)

@@ -233,10 +233,12 @@ def test_a_node_that_is_taken_away_leads_to_a_checkpoint_before_it_goes(place: P
     assert re.search(r"node \w+ is taken away in 1\d s: a checkpoint after the step under way", told), told
     assert re.search(rf"learners start again from the checkpoint of step {saved}\b", told), told
     check_ledger(run)
+    place.kill_node("spot")
 
 
 def test_a_run_that_waits_for_its_sampler_gives_itself_another(place: Place) -> None:
     at = ("--address", place.address)
+    wait_for(lambda: "spot" not in place.nodes().values(), "a node more than the message below counts with")
     options = (
         "rollout.min_actors=1",
         "rollout.max_actors=2",
