@@ -7,12 +7,14 @@ import contextlib
 import logging
 import math
 import os
+import queue
 import shlex
 import socket
+import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -29,6 +31,8 @@ COMMAND_S = 180.0
 """A command inside the cluster: a process that imports Ray, on a busy head."""
 LOST_S = 120.0
 """How long the log of a job may be out of reach before following it gives up."""
+QUIET_S = 60.0
+"""A connection that has brought nothing for so long is made again: it may be cut, and would never say so."""
 RUN_KEY = "grpo_ray_run"
 """In a job's metadata: the run that it drives."""
 STOPPED_EXITS = (130, 143)
@@ -200,21 +204,12 @@ class Cluster:
         """
         passed = 0
         give_up = time.monotonic() + limit_s
-
-        async def tail() -> None:
-            nonlocal passed
-            seen = 0
-            async for text in self._client.tail_job_logs(job_id):
-                seen += len(text)
-                if seen > passed:
-                    tell(text[-(seen - passed) :])
-                    passed = seen
-
         lost_since = None
         while True:
             try:
-                with contextlib.suppress(TimeoutError):
-                    asyncio.run(asyncio.wait_for(tail(), None if math.isinf(limit_s) else give_up - time.monotonic()))
+                for text in self._tail(job_id, passed, give_up):
+                    passed += len(text)
+                    tell(text)
                 if time.monotonic() > give_up:
                     raise ResourceError(f"job {job_id} on {self.address} has not ended within {limit_s:g} s")
                 if self._client.get_job_status(job_id).is_terminal():
@@ -228,6 +223,40 @@ class Cluster:
                         f"the cluster at {self.address} has not answered for {LOST_S:g} s ({e}); the run may well go on there"
                     ) from None
             time.sleep(0.5)
+
+    def _tail(self, job_id: str, passed: int, give_up: float) -> Iterator[str]:
+        """The log of a job from character `passed` on, until the connection ends.
+
+        It is read in a thread: an event loop here would take a Ctrl-C for itself, and lose it where cancelling what it waits for
+        ends in another error.
+        """
+        texts: queue.SimpleQueue[str | Exception | None] = queue.SimpleQueue()
+
+        async def read() -> None:
+            seen = 0
+            stream = aiter(self._client.tail_job_logs(job_id))
+            while (
+                text := await asyncio.wait_for(anext(stream, None), min(QUIET_S, give_up - time.monotonic()))
+            ) is not None:
+                seen += len(text)
+                if seen > passed:
+                    texts.put(text[-min(len(text), seen - passed) :])
+
+        def run() -> None:
+            end = None
+            try:
+                with contextlib.suppress(TimeoutError):
+                    asyncio.run(read())
+            except Exception as e:
+                end = e
+            finally:
+                texts.put(end)
+
+        threading.Thread(target=run, name=f"log of {job_id}", daemon=True).start()
+        while (text := texts.get()) is not None:
+            if isinstance(text, Exception):
+                raise text
+            yield text
 
     def _ask(self, what: Callable[..., T], *args: Any, **options: Any) -> T:
         """Raises ResourceError when the cluster does not answer, or says no."""

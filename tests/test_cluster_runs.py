@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +20,7 @@ from actors.cluster import Demand, bundles, demands, misplaced, missing
 from grpo_ray.config import RunConfig
 from grpo_ray.config_files import build
 from grpo_ray.errors import ConfigError, ResourceError
-from launch.cluster import RUN_KEY, ClusterRun, check_reachable, complete, merge
+from launch.cluster import RUN_KEY, Cluster, ClusterRun, check_reachable, complete, merge
 from launch.in_cluster import home
 
 ROOT = Path(__file__).parent.parent
@@ -198,3 +202,59 @@ def test_a_missing_token_is_told_with_where_it_belongs(place: Path) -> None:
     assert "Ray's token is missing" in result.stderr
     assert str(place / ".ray" / "auth_token") in result.stderr
     assert "Traceback" not in result.stderr
+
+
+class Connections:
+    """What Ray's client tells of a job's log: pieces of one connection after the other, each from the log's beginning; then
+    nothing, and no end either. `breaks`: cancelled, they end in another error, as a connection may that ends at that moment."""
+
+    def __init__(self, *of_each: list[str], breaks: bool = False) -> None:
+        self._of_each = list(of_each)
+        self._breaks = breaks
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        pieces = self._of_each.pop(0)
+        try:
+            for piece in pieces:
+                yield piece
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            if self._breaks:
+                raise RuntimeError("closed") from None
+            raise
+
+    def get_job_status(self, job_id: str) -> SimpleNamespace:
+        return SimpleNamespace(is_terminal=lambda: not self._of_each)
+
+    def get_job_logs(self, job_id: str) -> str:
+        return "step 1, step 2, step 3, the end"
+
+
+def following(client: Connections) -> Cluster:
+    cluster = object.__new__(Cluster)
+    cluster.address, cluster._client = "http://head", client
+    return cluster
+
+
+@pytest.mark.timeout(30)
+def test_ctrl_c_ends_following_even_as_the_connection_ends() -> None:
+    told: list[str] = []
+
+    def tell(text: str) -> None:
+        told.append(text)
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    with pytest.raises(KeyboardInterrupt):
+        following(Connections(["step 1"], breaks=True)).follow("job", tell)
+    assert told == ["step 1"]
+
+
+@pytest.mark.timeout(30)
+def test_a_connection_that_has_gone_quiet_is_made_again_and_nothing_is_told_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("launch.cluster.QUIET_S", 0.2)
+    told: list[str] = []
+    client = Connections(["step 1, ", "ste"], ["step 1", ", step 2, "], ["step 1, step 2, step 3, "])
+    following(client).follow("job", told.append)
+    assert "".join(told) == "step 1, step 2, step 3, the end"
