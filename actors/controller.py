@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -29,7 +30,7 @@ from grpo_ray.attention import cpu_has_bf16
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.config import RunConfig, SftConfig, Strict
 from grpo_ray.cursor import Cursor
-from grpo_ray.errors import ConfigError, GrpoRayError, LostSamplesError
+from grpo_ray.errors import ConfigError, GrpoRayError, LostSamplesError, WorkerError
 from grpo_ray.evaluate import eval_event, evaluate
 from grpo_ray.events import EndEvent, Event, EventLog, MessageEvent, PhaseEvent
 from grpo_ray.ledger import Ledger
@@ -52,6 +53,8 @@ from grpo_ray.train_loop import Roles, TrainLoop, total_steps
 from grpo_ray.types import Group, Sample, TrainBatch
 
 LOG_NAME = "controller"
+START_AGAIN_S, LONGEST_WAIT_S = 2.0, 16.0
+"""Between two starts of learners, at first and at most."""
 LINGER_S = 30.0
 """How long a controller whose run has ended waits for someone to read that, before it goes."""
 
@@ -209,7 +212,7 @@ class Controller:
                     await roles.weights.sync(0)
 
             return await self._outlive_learners(
-                workers, lambda: self._train(config, prompts, roles, workers), again, config.learner.max_restarts
+                workers, lambda: self._train(config, prompts, roles, workers), again, config
             )
 
     async def _train(self, config: RunConfig, prompts: PromptSets, roles: Started, workers: Workers) -> str:
@@ -251,10 +254,10 @@ class Controller:
         workers: Workers,
         train: Callable[[], Awaitable[str]],
         start_again: Callable[[], Awaitable[None]],
-        limit: int,
+        config: RunConfig | SftConfig,
     ) -> str:
-        """`train`, and from the newest checkpoint once more whenever learners were lost, or samples with their node; `limit` times
-        without a step more."""
+        """`train`, and from the newest checkpoint once more whenever learners were lost, or samples with their node;
+        `learner.max_restarts` times without a step more."""
         deaths, died_at = 0, -1
         while True:
             try:
@@ -263,7 +266,7 @@ class Controller:
                 step = self._loop.step if self._loop is not None else 0
                 deaths = deaths + 1 if step <= died_at else 1
                 mendable = workers.lost_learner is not None or isinstance(_first_typed(e), LostSamplesError)
-                if not mendable or self._stop_reason is not None or deaths > limit:
+                if not mendable or self._stop_reason is not None or deaths > config.learner.max_restarts:
                     raise
                 died_at = max(step, died_at)
                 lost = _message(e)
@@ -275,7 +278,23 @@ class Controller:
                 f"{lost}\nStep {step + 1} can't be done with what is left; learners start again from {start}",
             ):
                 self._warn(text)
-            await start_again()
+            await self._started(start_again, config.deadlines.start_s)
+
+    async def _started(self, start_again: Callable[[], Awaitable[None]], limit_s: float) -> None:
+        """Learners that die while they start are started once more, later and later, within `limit_s`: as long as Ray does not know
+        that a node is dead, it puts new ones there."""
+        give_up = time.monotonic() + limit_s
+        wait_s = START_AGAIN_S
+        while True:
+            try:
+                await start_again()
+                return
+            except WorkerError as e:
+                if self._stop_reason is not None or time.monotonic() + wait_s > give_up:
+                    raise
+                self._warn(f"{_message(e)}\nLearners start again in {wait_s:g} s")
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
     @staticmethod
     async def _num_steps(config: RunConfig, loading: asyncio.Task[PromptSets]) -> int:
@@ -324,7 +343,7 @@ class Controller:
                 await workers.close_learner()
                 learner = await workers.start_learner(steps)
 
-            return await self._outlive_learners(workers, fine_tune, again, config.learner.max_restarts)
+            return await self._outlive_learners(workers, fine_tune, again, config)
 
     def _trackers(self, config: RunConfig | SftConfig, workers: Workers) -> list[Tracker]:
         # Of a run that begins again, nothing that it told before stays.

@@ -122,6 +122,21 @@ def test_a_learner_that_dies_while_the_engine_restarts_is_replaced(recipe: Path,
     assert_same(run_dir, whole_run)
 
 
+def test_a_learner_that_dies_again_while_it_starts_is_started_once_more(recipe: Path, whole_run: Path) -> None:
+    args, run_dir = train(recipe, "again", *OVERRIDES)
+    process = launch(*args)
+    await_step(process, run_dir, 3)
+    killed: set[int | None] = set()
+    while len(killed) < 3:
+        killed.add(strike(process.pid, VICTIMS["a learner"]))
+    assert None not in killed
+    await_step(process, run_dir, steps_done(run_dir) + 2, 3 * BOUND_S)
+    code, output = finish(process)
+    assert code == 0, output
+    assert output.count("Learners start again in") == 2, output
+    assert_same(run_dir, whole_run)
+
+
 @pytest.mark.parametrize("staleness", [0, 2])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_deaths_cost_nothing_but_time(recipe: Path, whole_run: Path, seed: int, staleness: int) -> None:
