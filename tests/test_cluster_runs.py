@@ -244,8 +244,13 @@ def test_ctrl_c_ends_following_even_as_the_connection_ends() -> None:
         told.append(text)
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
 
-    with pytest.raises(KeyboardInterrupt):
-        following(Connections(["step 1"], breaks=True)).follow("job", tell)
+    # A shell's background jobs are born with SIGINT ignored, and their children with them.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            following(Connections(["step 1"], breaks=True)).follow("job", tell)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert told == ["step 1"]
 
 

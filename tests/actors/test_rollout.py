@@ -88,8 +88,6 @@ def bench(local_ray: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
         )
         yield Bench(runner, pool)
         runner.run(pool.close())
-    left = [path.name for path in temporary.iterdir() if "torchinductor" not in path.name]
-    assert not left, "after engines that were killed too"
 
 
 @pytest.fixture(scope="module")
