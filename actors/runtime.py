@@ -104,13 +104,15 @@ def own_log(run_dir: str, name: str) -> Path:
 
 
 def own_scratch(run_dir: str, name: str) -> Path:
-    """A folder for the temporary files of this process and of those that it starts. What an earlier life of `name` left is removed:
-    vLLM takes nothing away when it is killed, and three sockets and a file of each engine stay else."""
+    """A folder for the temporary files of this process and of those that it starts. What dead processes of that `name` left is
+    removed: vLLM takes nothing away when it is killed, and three sockets and a file of each engine stay else."""
     whose = hashlib.blake2b(f"{run_dir}/{name}".encode(), digest_size=4).hexdigest()
     temporary = tempfile.gettempdir()
-    for left_over in Path(temporary).glob(f"grpo-ray-{whose}-*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"grpo-ray-{whose}-"))
+    for left_over in Path(temporary).glob(f"grpo-ray-{whose}-*-*"):
+        # Another may be alive: evaluations share a folder.
+        if not psutil.pid_exists(int(left_over.name.split("-")[3])):
+            shutil.rmtree(left_over, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"grpo-ray-{whose}-{os.getpid()}-"))
     if len(str(folder)) <= SOCKET_FOLDER:
         # What torch compiles is for later lives too.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{temporary}/torchinductor_{os.getuid()}")

@@ -40,7 +40,7 @@ class SamplingReport:
     """Completion tokens of this call."""
     seconds: float
     """Of this call, engines running."""
-    left_out: tuple[LeftOut, ...] = ()
+    left_out: tuple[LeftOut, ...]
     """Prompts of this call without samples."""
 
 

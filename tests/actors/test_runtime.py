@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -52,23 +54,26 @@ def test_rays_head_keeps_no_record_of_our_calls(local_ray) -> None:
     assert sum("call_of_ours" in name for name in kept) == 0
 
 
-def test_what_an_actor_left_that_was_killed_goes_with_its_next_life(
+def test_what_an_actor_left_that_was_killed_goes_with_its_next_life_and_what_lives_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def live(run_dir: str) -> Path:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait(30)
+
+    def live(run_dir: str, pid: int) -> Path:
         monkeypatch.setenv("TMPDIR", str(tmp_path))
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
         monkeypatch.setattr("actors.runtime.SOCKET_FOLDER", 1000)
         monkeypatch.setattr(tempfile, "tempdir", None)
+        monkeypatch.setattr(os, "getpid", lambda: pid)
         folder = own_scratch(run_dir, "rollout-0")
         Path(tempfile.mkstemp()[1]).touch()
         return folder
 
-    first, other = live("run"), live("other")
-    again = live("run")
-    assert sorted(tmp_path.iterdir()) == sorted([other, again])
-    assert first != again
-    assert [len(list(folder.iterdir())) for folder in (other, again)] == [1, 1]
+    _killed, other, alive = live("run", gone.pid), live("other", gone.pid), live("run", os.getppid())
+    again = live("run", gone.pid)
+    assert sorted(tmp_path.iterdir()) == sorted([other, alive, again])
+    assert [len(list(folder.iterdir())) for folder in (other, alive, again)] == [1, 1, 1]
 
 
 def test_a_folder_too_deep_for_sockets_is_no_place_for_temporary_files(
