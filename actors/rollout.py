@@ -120,6 +120,7 @@ def engine_args(
         enable_prefix_caching=True,
         logprobs_mode="processed_logprobs",
         disable_log_stats=True,
+        scheduler_cls="actors.engine_scheduler.bundling_scheduler",
         **device,
         **(_transfer_args(backend) if adapters is None else lora_args(adapters)),
     )

@@ -1,0 +1,67 @@
+"""Run by test_engine_scheduler in a process of its own: what a real engine draws, by vLLM's scheduler or by ours, as JSON.
+
+python -m tests.actors.bundled MODEL MAX_TOKENS [BUNDLE]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.llm_engine import LLMEngine
+
+import actors.engine_scheduler
+from actors.rollout import engine_args
+from grpo_ray.config import RolloutConfig
+
+
+def main(model: str, max_tokens: str, bundle: str = "") -> None:
+    config = RolloutConfig(max_completion_length=64, max_num_seqs=8, kv_cache_gb=0.05)
+    args = engine_args(config, model, "float32", 128, 1, "gloo", trust_remote_code=False)
+    if bundle:
+        actors.engine_scheduler.BUNDLE = int(bundle)
+    else:
+        args.scheduler_cls = None
+    engine = LLMEngine.from_engine_args(args)
+    scheduler: Any = engine.engine_core.engine_core.scheduler
+    sent: list[str] = []
+    update = scheduler.update_from_output
+
+    def noted(*of_step: Any) -> Any:
+        messages = update(*of_step)
+        sent.extend(output.request_id.split("-")[0] for message in messages.values() for output in message.outputs)
+        return messages
+
+    scheduler.update_from_output = noted
+    for number in range(12):
+        params = SamplingParams(
+            seed=number,
+            max_tokens=int(max_tokens),
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        engine.add_request(
+            str(number), {"prompt_token_ids": [10 + (number * 7 + k * 3) % 80 for k in range(20)]}, params
+        )
+    samples = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            (completion,) = output.outputs
+            samples[output.request_id] = {
+                "tokens": list(completion.token_ids),
+                "logprobs": list(completion.logprobs.logprobs),
+                "ranks": list(completion.logprobs.ranks),
+                "reason": completion.finish_reason,
+                "cumulative": completion.cumulative_logprob,
+                "cached": output.num_cached_tokens,
+            }
+    messages = {number: sent.count(number) for number in samples}
+    print(json.dumps({"samples": samples, "messages": messages}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

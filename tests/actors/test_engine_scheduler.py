@@ -1,0 +1,48 @@
+"""Tokens that leave the engine together: the samples are those of vLLM's own scheduler, in real engines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.rollout import rollout_env
+from grpo_ray.config import RolloutConfig
+
+pytestmark = pytest.mark.timeout(300)
+MAX_TOKENS = 60
+BUNDLES = (256, 7)
+
+
+def drawn(model: Path, bundle: int | None) -> dict[str, Any]:
+    """By vLLM's own scheduler, or by ours with so many tokens at most that wait."""
+    command = [sys.executable, "-m", "tests.actors.bundled", str(model), str(MAX_TOKENS)]
+    command += [] if bundle is None else [str(bundle)]
+    env = dict(os.environ) | rollout_env(RolloutConfig(), on_gpu=False, backend="gloo") | {"TORCH_COMPILE_DISABLE": "1"}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    told: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return told
+
+
+@pytest.fixture(scope="module")
+def own(tiny_model: Path) -> dict[str, Any]:
+    return drawn(tiny_model, None)
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_bundled_samples_are_those_of_vllms_scheduler_in_fewer_messages(
+    own: dict[str, Any], tiny_model: Path, bundle: int
+) -> None:
+    ours = drawn(tiny_model, bundle)
+    assert ours["samples"] == own["samples"]
+    lengths = {number: len(sample["tokens"]) for number, sample in own["samples"].items()}
+    assert len(lengths) == 12
+    assert max(lengths.values()) == MAX_TOKENS
+    assert own["messages"] == lengths
+    assert ours["messages"] == {number: -(-length // bundle) for number, length in lengths.items()}
