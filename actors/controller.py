@@ -23,7 +23,7 @@ import ray
 from actors.cluster import controller_name, has_gpus, shares_devices
 from actors.notices import heed, watch_notices
 from actors.ray_metrics import RayMetrics
-from actors.runtime import NO_RECORDS, own_log, settle_garbage_collector, within
+from actors.runtime import NO_RECORDS, give_way, own_log, settle_garbage_collector, within
 from actors.scaler import RunScaler
 from actors.workers import Started, Workers
 from grpo_ray.attention import cpu_has_bf16
@@ -95,6 +95,7 @@ class Controller:
 
     def __init__(self, kind: str, config: RunConfig | SftConfig, run_dir: str, resume_step: int | None) -> None:
         own_log(run_dir, LOG_NAME)
+        give_way()
         self._kind = kind
         self._config: Strict = config
         self._run = RunDir(Path(run_dir), config.checkpoint.path)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from actors.engine_adapters import Adapter, AdapterOptions, EngineAdapters, lora_args
-from actors.runtime import own_log, own_scratch, use_nodes_interface
+from actors.runtime import give_way, own_log, own_scratch, use_nodes_interface
 from grpo_ray.config import RolloutConfig
 from grpo_ray.errors import WorkerError
 from grpo_ray.models import context_length, load_config
@@ -180,6 +180,8 @@ class RolloutActor:
             os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
         self._can_sleep = bool(args.enable_sleep_mode)
         self.engine: Any = AsyncLLM.from_engine_args(args)
+        # The engine's process is there by now, and computes.
+        give_way()
         self._adapters = EngineAdapters(self.engine, adapters, model, self.name)
         self.tokenizer: Any = self.engine.get_tokenizer()
         self._tasks: dict[int, asyncio.Task[None]] = {}

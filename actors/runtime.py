@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import hashlib
 import multiprocessing
@@ -101,6 +102,15 @@ def own_log(run_dir: str, name: str) -> Path:
     os.dup2(fd, 2)
     os.close(fd)
     return path
+
+
+def give_way() -> None:
+    """For processes that only move things: their threads, and what these start from now on, wait for a free core or their turn, and
+    do not push an engine or a learner off its core when they wake up. On two cores they did, 300 times a second."""
+    for thread in os.listdir("/proc/self/task"):
+        # It may have ended; containers may forbid it.
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(int(thread), os.SCHED_BATCH, os.sched_param(0))
 
 
 def own_scratch(run_dir: str, name: str) -> Path:

@@ -176,6 +176,17 @@ def test_work_is_shared_evenly_and_counted(bench: Bench) -> None:
     assert again["rollout/0/samples"] == again["rollout/0/busy_s"] == 0
 
 
+def test_what_moves_samples_gives_way_to_what_draws_them(bench: Bench) -> None:
+    def policies(pid: int) -> set[int]:
+        return {os.sched_getscheduler(int(thread)) for thread in os.listdir(f"/proc/{pid}/task")}
+
+    bench.draw(requests(2, SAMPLING))
+    for pids in bench.pool.pids().values():
+        assert policies(pids["core_pid"]) == {os.SCHED_OTHER}
+        assert os.sched_getscheduler(pids["pid"]) == os.SCHED_BATCH
+        assert policies(pids["pid"]) == {os.SCHED_BATCH}
+
+
 def test_more_samples_than_places_all_come_back_once(bench: Bench) -> None:
     wanted = requests(300, replace(SAMPLING, max_tokens=4))
     infos, samples = bench.draw(wanted)
