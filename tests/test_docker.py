@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 STEP_S = 1500
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 OUR_CERTIFICATES = "/etc/ours.crt"
 
@@ -138,10 +139,7 @@ def run_in(root: Path, command: str, user: str, folder: str, env: dict[str, str]
     )
     result = subprocess.run(
         ["unshare", "--mount", "sh", "-ec", script, str(root), user, folder, command],
-        env=outside
-        | {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/home/grpo"}
-        | trusted
-        | env,
+        env=outside | {"PATH": PATH, "HOME": "/home/grpo"} | trusted | env,
         capture_output=True,
         text=True,
         timeout=STEP_S,
@@ -184,7 +182,7 @@ def test_every_command_of_the_image_runs_in_its_order_in_a_bare_system(root: Pat
                         shutil.copyfile(ROOT / source, into)
                     subprocess.run(["chown", "-R", owner, root / folder[1:] / target], check=True)
             case "ENV":
-                values = {k: v.replace("$PATH", "/usr/bin:/bin") for k, v in (p.split("=", 1) for p in text.split())}
+                values = {k: v.replace("$PATH", PATH) for k, v in (p.split("=", 1) for p in text.split())}
                 env |= values
     told = run_in(
         root,
