@@ -105,8 +105,8 @@ def own_log(run_dir: str, name: str) -> Path:
 
 
 def give_way() -> None:
-    """For processes that only move things: their threads, and what these start from now on, wait for a free core or their turn, and
-    do not push an engine or a learner off its core when they wake up. On two cores they did, 300 times a second."""
+    """For processes that move samples or score them: their threads, and what these start from now on, wait for a free core or their
+    turn, and do not push an engine or a learner off its core when they wake up. On two cores they did, 300 times a second."""
     for thread in os.listdir("/proc/self/task"):
         # It may have ended; containers may forbid it.
         with contextlib.suppress(OSError):

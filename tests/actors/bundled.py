@@ -5,6 +5,7 @@ python -m tests.actors.bundled MODEL MAX_TOKENS [BUNDLE]
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from typing import Any
@@ -15,6 +16,9 @@ from vllm.v1.engine.llm_engine import LLMEngine
 import actors.engine_scheduler
 from actors.rollout import engine_args
 from grpo_ray.config import RolloutConfig
+
+ABORTED, ABORT_AT = "3", 5
+"""One of those that the engine starts with, before it can be finished."""
 
 
 def main(model: str, max_tokens: str, bundle: str = "") -> None:
@@ -48,7 +52,11 @@ def main(model: str, max_tokens: str, bundle: str = "") -> None:
             str(number), {"prompt_token_ids": [10 + (number * 7 + k * 3) % 80 for k in range(20)]}, params
         )
     samples = {}
-    while engine.has_unfinished_requests():
+    for step in itertools.count():
+        if step == ABORT_AT:
+            engine.abort_request([ABORTED])
+        if not engine.has_unfinished_requests():
+            break
         for output in engine.step():
             (completion,) = output.outputs
             samples[output.request_id] = {
@@ -60,7 +68,8 @@ def main(model: str, max_tokens: str, bundle: str = "") -> None:
                 "cached": output.num_cached_tokens,
             }
     messages = {number: sent.count(number) for number in samples}
-    print(json.dumps({"samples": samples, "messages": messages}))
+    waiting = len(scheduler._bundles) if bundle else 0
+    print(json.dumps({"samples": samples, "messages": messages, "waiting": waiting}))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ def test_bundled_samples_are_those_of_vllms_scheduler_in_fewer_messages(
     ours = drawn(tiny_model, bundle)
     assert ours["samples"] == own["samples"]
     lengths = {number: len(sample["tokens"]) for number, sample in own["samples"].items()}
-    assert len(lengths) == 12
+    assert len(lengths) == 11, "one was aborted"
+    assert ours["waiting"] == 0
     assert max(lengths.values()) == MAX_TOKENS
     assert own["messages"] == lengths
     assert ours["messages"] == {number: -(-length // bundle) for number, length in lengths.items()}

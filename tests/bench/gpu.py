@@ -63,7 +63,7 @@ def bare_sampling() -> dict[str, float]:
     args = engine_args(
         config.rollout, model, config.model.dtype, length, config.seed, backend, trust_remote_code=False, colocated=True
     )
-    args.scheduler_cls = None
+    args.scheduler_cls = None  # vLLM's own.
     engine = LLMEngine.from_engine_args(args)
     prompts = load_prompts(config.data, load_tokenizer(model), seed=config.seed, max_context=length).train
     per_step, group = config.prompts_per_step, config.rollout.num_generations

@@ -99,7 +99,7 @@ def _bare(model: Path, *, own_process: bool) -> None:
     data = DataConfig(train=DATA, template="chat", max_prompt_length=48)
     prompts = list(load_prompts(data, tokenizer, seed=1).train)
     args = engine_args(config, str(model), "float32", 48 + TOKENS, 1, "gloo", trust_remote_code=False)
-    args.scheduler_cls = None
+    args.scheduler_cls = None  # vLLM's own.
     engine = LLMEngine.from_engine_args(args, enable_multiprocessing=own_process)
     began, ids = time.monotonic(), itertools.count()
     for prompt in prompts:

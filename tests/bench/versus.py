@@ -35,7 +35,7 @@ SKIPPED = 3
 SAMPLES = 256
 GOAL, GOAL_STEPS = 0.9, 200
 GOAL_RATE = 1e-4
-"""At 2e-4 one update behind falls from 27% to 2% in 25 steps; TRL, at 3e-4."""
+"""At 2e-4 one update behind unlearns the task first: 27% right, 1% after 25 steps."""
 WIDTH = 120
 COLD_START_LIMIT_S = 3600.0
 PEER_ENV = {

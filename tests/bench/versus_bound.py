@@ -47,7 +47,7 @@ def _sampling(task: str, model: str) -> Callable[[slice], int]:
     torch.set_num_threads(1)
     length = t.max_prompt_length + t.max_completion_length
     args = engine_args(config, model, "float32", length, 1, "gloo", trust_remote_code=False)
-    args.scheduler_cls = None
+    args.scheduler_cls = None  # vLLM's own.
     engine = LLMEngine.from_engine_args(args, enable_multiprocessing=False)
     params = SamplingParams(
         temperature=1.0,
