@@ -1,6 +1,6 @@
 """Forward and backward of finished groups while the last ones of a step are still sampled: the gradient is a sum.
 
-groups complete -> certain to be in the batch? -> enough for a micro-batch on each rank? -> Learner.accumulate
+groups complete -> certain to be in the batch? -> enough to be worth a call? -> Learner.accumulate
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from grpo_ray.types import Group
 
 _OF_ONE_GROUP = ("grpo", "dr_grpo", "rloo", "process")
 """Advantages that no other group has a part in."""
+
+LEAST_FILLED = 4
+"""A part fills at least one in so many of the tokens of a micro-batch on each rank. It only begins when the learner has nothing
+to do, and waiting for a full one costs more than a few small micro-batches: passes take as long as their tokens."""
 
 
 def can_overlap(config: RunConfig) -> bool:
@@ -35,11 +39,11 @@ class EarlyParts:
         self._config = config
         self._learner = learner
         self._when_done = when_done
-        self._enough = config.learner.micro_batch_tokens * config.learner.data_parallel_size
-        """Tokens of a part: less would make micro-batches that are not full."""
+        self._enough = config.learner.micro_batch_tokens * config.learner.data_parallel_size / LEAST_FILLED
+        """Tokens of a part, at least."""
         self._active = can_overlap(config)
         self._count = 0
-        self._lacking = 0
+        self._lacking = 0.0
         """Tokens that have to come before there can be enough: till then nobody looks through the groups."""
         self._waiting: dict[int, int] = {}
         """Order of each group that was offered and is in no part yet -> its work, at most."""
@@ -56,7 +60,7 @@ class EarlyParts:
 
     def look_again(self) -> None:
         """Groups that came before may be certain now."""
-        self._lacking = 0
+        self._lacking = 0.0
 
     def offer(self, certain: Sequence[Group], step: int) -> None:
         """Start on those of these groups that the learner has not had, if they are enough.
@@ -88,7 +92,7 @@ class EarlyParts:
     async def finish(self) -> None:
         """The part under way is done, and the step has no more. Raises what went wrong with it."""
         under_way, self.under_way = self.under_way, None
-        self._count, self._lacking, self._waiting = 0, 0, {}
+        self._count, self._lacking, self._waiting = 0, 0.0, {}
         if under_way is not None:
             await under_way
 

@@ -400,6 +400,19 @@ def test_finished_groups_reach_the_learner_before_the_batch_is_whole_and_all_of_
         assert parts == 0, "a group of a later step that drops out would change what is certain"
 
 
+@pytest.mark.parametrize(("tokens", "begins"), [(100, True), (800, False)])
+def test_the_learner_begins_with_a_quarter_of_a_micro_batch_and_not_with_less(tmp_path, tokens, begins):
+    """A step has 48 to 132 tokens here, a group 16 to 44."""
+    parts = 0
+    for jitter in range(5):
+        session = Session(
+            tmp_path / str(jitter), config("data.max_prompt_length=8", f"learner.micro_batch_tokens={tokens}"), jitter
+        )
+        session.go()
+        parts += session.world.num_parts
+    assert (parts > 0) == begins
+
+
 @pytest.mark.parametrize(
     "needs_all",
     ["algorithm.num_mini_batches=2", "algorithm.num_iterations=2", "algorithm=reinforce_pp", "algorithm=ppo"],
