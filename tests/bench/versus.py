@@ -71,6 +71,18 @@ CASES = {
         "ours",
         ("learner.overlap=true", "learner.num_threads=1"),
     ),
+    "on-policy-2": Case(
+        "grpo-ray, on-policy, two engines, then two learners",
+        "ours",
+        (
+            "learner.overlap=false",
+            "rollout.num_actors=2",
+            "rollout.num_cpus=0.5",
+            "rollout.max_num_seqs=128",
+            "learner.num_actors=2",
+            "learner.num_cpus=0.5",
+        ),
+    ),
     "async": Case("grpo-ray, one update behind", "ours", ("algorithm.max_staleness=1", "learner.num_threads=1")),
     "async-2": Case(
         "grpo-ray, one update behind, two learners",
