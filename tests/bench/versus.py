@@ -92,9 +92,11 @@ CASES = {
     "trl-vllm": Case("TRL, vLLM colocated", "trl", ("vllm",)),
     "trl-default": Case("TRL, its default generation", "trl", ("transformers",)),
     "sampling": Case("bare vLLM, one core", "bound", ("sampling",)),
+    "sampling-alike": Case("the same, in a process of its own, with seeds", "bound", ("sampling-alike",)),
     "packed": Case("bare passes, packed, one core", "bound", ("packed",)),
     "padded": Case("bare passes, padded, one core", "bound", ("padded",)),
 }
+BARE = ("sampling", "sampling-alike")
 
 
 def main() -> None:
@@ -296,20 +298,21 @@ def _print_speed(task: str) -> None:
 
 
 def _print_sampling(task: str) -> None:
-    """Tokens by the time in which the engine has work, against the bare engine's."""
-    bare = sum(t for row in _rows("speed", task) if row["name"] == "sampling" for t in row["tokens"])
-    if not bare:
+    """Tokens by the time in which the engine has work, against bare engines."""
+    rates = {}
+    for name in CASES:
+        rows = [row for row in _rows("speed", task) if row["name"] == name]
+        bare = name in BARE
+        if rows and (bare or "busy_s" in rows[0]):
+            tokens, seconds = ("tokens", "seconds") if bare else ("engine_tokens", "busy_s")
+            rates[name] = sum(t for row in rows for t in row[tokens]) / sum(s for row in rows for s in row[seconds])
+    there = [name for name in BARE if name in rates]
+    if not there:
         return
-    rate = bare / sum(_seconds(task, "sampling"))
-    out = Table(
-        "sampling through", "tokens/s", "x bare vLLM", title=f"{task}: completion tokens while the engine has work"
-    )
-    out.add_row("bare vLLM", f"{rate:,.0f}", "")
-    for name, case in CASES.items():
-        rows = [row for row in _rows("speed", task) if row["name"] == name and "busy_s" in row]
-        if rows:
-            ours = sum(t for r in rows for t in r["engine_tokens"]) / sum(s for r in rows for s in r["busy_s"])
-            out.add_row(case.label, f"{ours:,.0f}", f"{ours / rate:.2f}")
+    columns = ("sampling through", "tokens/s", *(f"x {CASES[name].label}" for name in there))
+    out = Table(*columns, title=f"{task}: completion tokens while the engine has work")
+    for name, rate in rates.items():
+        out.add_row(CASES[name].label, f"{rate:,.0f}", *(f"{rate / rates[other]:.2f}" for other in there))
     Console(width=WIDTH).print(out)
 
 

@@ -1,6 +1,6 @@
 """What the hardware allows, one core and one thread each: bare sampling of a step's completions, bare passes over them.
 
-    python -m tests.bench.versus_bound sampling|packed|padded TASK MODEL STEPS OUT
+    python -m tests.bench.versus_bound sampling|sampling-alike|packed|padded TASK MODEL STEPS OUT
 
 No trainer, no scores, no optimizer, no weight sync. Overlapped on two cores a step can't be faster than the slower of the two,
 as long as the learner works on every sample: groups whose rewards are all equal need no pass, and the bound leaves none out.
@@ -23,7 +23,8 @@ PROMPTS, GROUP = 32, 8
 
 def main() -> None:
     what, task, model, steps, out = sys.argv[1:]
-    step = {"sampling": _sampling, "packed": _packed, "padded": _padded}[what](task, model)
+    makers = {"sampling": _sampling, "sampling-alike": _sampling_alike, "packed": _packed, "padded": _padded}
+    step = makers[what](task, model)
     log = StepLog(Path(out))
     for k in range(int(steps)):
         log.step(k + 1, step(slice(PROMPTS * k, PROMPTS * (k + 1))))
@@ -31,7 +32,17 @@ def main() -> None:
 
 
 def _sampling(task: str, model: str) -> Callable[[slice], int]:
-    """The engine with the options of `actors/rollout.py`, in this process. Unlike the trainer's, its requests have no seeds."""
+    """In this process and without seeds, which is the fastest."""
+    return _engine_step(task, model, alike=False)
+
+
+def _sampling_alike(task: str, model: str) -> Callable[[slice], int]:
+    """As the trainer has it sampled: the engine in a process of its own, a seed for every sample."""
+    return _engine_step(task, model, alike=True)
+
+
+def _engine_step(task: str, model: str, *, alike: bool) -> Callable[[slice], int]:
+    """The engine with the options of `actors/rollout.py`."""
     from grpo_ray.config import RolloutConfig
 
     t = TASKS[task]
@@ -39,6 +50,9 @@ def _sampling(task: str, model: str) -> Callable[[slice], int]:
     from actors.rollout import engine_args, rollout_env
 
     os.environ.update(rollout_env(config, on_gpu=False, backend="gloo"))
+    if alike:
+        # The actor says so for a vocabulary this small.
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"
     import torch
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -48,21 +62,23 @@ def _sampling(task: str, model: str) -> Callable[[slice], int]:
     length = t.max_prompt_length + t.max_completion_length
     args = engine_args(config, model, "float32", length, 1, "gloo", trust_remote_code=False)
     args.scheduler_cls = None  # vLLM's own.
-    engine = LLMEngine.from_engine_args(args, enable_multiprocessing=False)
-    params = SamplingParams(
-        temperature=1.0,
-        max_tokens=t.max_completion_length,
-        detokenize=False,
-        logprobs=0,
-        flat_logprobs=True,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+    engine = LLMEngine.from_engine_args(args, enable_multiprocessing=alike)
     prompts, ids = _prompt_ids(task, model), itertools.count()
 
     def step(part: slice) -> int:
         for prompt in prompts[part]:
             for _ in range(GROUP):
-                engine.add_request(str(next(ids)), {"prompt_token_ids": prompt}, params)
+                number = next(ids)
+                params = SamplingParams(
+                    temperature=1.0,
+                    max_tokens=t.max_completion_length,
+                    seed=number if alike else None,
+                    detokenize=False,
+                    logprobs=0,
+                    flat_logprobs=True,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                )
+                engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
         tokens = 0
         while engine.has_unfinished_requests():
             tokens += sum(len(o.outputs[0].token_ids) for o in engine.step())
