@@ -1,6 +1,6 @@
 """TRL's GRPOTrainer on a task of `addition.py`, on its own: the peer's side of `make bench-versus`.
 
-    python -m tests.bench.versus_trl vllm|transformers TASK MODEL STEPS OUT [--micro-batch N] [--learning-rate R] [--goal ACCURACY]
+    python -m tests.bench.versus_trl vllm|transformers TASK MODEL STEPS OUT [--micro-batch N] [--goal ACCURACY]
 
 The same model, prompts in the same order, rewards, sampling, optimizer and objective as in `addition.yaml`: loss_type grpo,
 rewards scaled by the standard deviation of their group, no KL, one update a batch. `vllm` is its colocated engine,
@@ -95,7 +95,6 @@ def main() -> None:
     parser.add_argument("steps", type=int)
     parser.add_argument("out", type=Path)
     parser.add_argument("--micro-batch", type=int, default=64, help="samples of one forward and backward")
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--goal", type=float, help="held-out accuracy at which to end")
     options = parser.parse_args()
     task = TASKS[options.task]
@@ -138,7 +137,7 @@ def main() -> None:
             num_generations=GROUP,
             max_completion_length=task.max_completion_length,
             temperature=1.0,
-            learning_rate=options.learning_rate,
+            learning_rate=2e-4,
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=5,
             loss_type="grpo",
