@@ -27,6 +27,7 @@ import ray
 
 from actors.cluster import placed
 from actors.reward import FETCH_TIMEOUT_S, RewardActor
+from actors.reward_process import START_TRIES
 from actors.runtime import Actors, RayActors, start_named, within
 from grpo_ray.activity import IDLE, Activity
 from grpo_ray.answers import Answer
@@ -98,7 +99,7 @@ class RewardPool:
         self.name = name
         self._start_timeout_s = start_timeout_s
         tries = len(config.functions) * (1 + config.on_failure.retries)
-        self._longest_s = tries * (config.timeout_s + start_timeout_s)
+        self._longest_s = tries * (config.timeout_s + START_TRIES * start_timeout_s)
         """That a sample may take: every function to its deadline, with every retry and restart."""
         self._max_restarts = max_restarts
         self._num_restarts = 0

@@ -41,6 +41,8 @@ MAX_LINE_BYTES = 64 << 20
 """A whole group with a step at every token is some ten MiB."""
 WRITE_TIMEOUT_S = 30.0
 START_TRIES = 3
+RESTART_S, RESTART_FACTOR = 30.0, 10.0
+"""What was imported in t seconds has this long and so many times t to be imported again; the last try has all the time."""
 
 
 class _Ended(Exception):
@@ -53,6 +55,10 @@ class _Late(Exception):
 
 class _KilledAtStart(RewardError):
     """By a signal."""
+
+
+class _LateAtStart(RewardError):
+    """Not ready in time."""
 
 
 class ScoringProcess:
@@ -72,6 +78,8 @@ class ScoringProcess:
         self._from_child = -1
         self._buffer = bytearray()
         self._stopped = False
+        self._import_s = 0.0
+        """The longest start so far; 0 before the first."""
         self.restarts = 0
 
     @property
@@ -80,16 +88,25 @@ class ScoringProcess:
 
     def start(self) -> None:
         """Start the child and wait until it has imported every function. One that a signal ends meanwhile says nothing about them:
-        where memory is short, the kernel takes who grows. It is started again."""
+        where memory is short, the kernel takes who grows. Nor does one that hangs, if they were imported before. Both are started
+        again."""
         for left in reversed(range(START_TRIES)):
+            again = left > 0 and self._import_s > 0
+            limit_s = RESTART_S + RESTART_FACTOR * self._import_s if again else math.inf
+            started = time.monotonic()
             try:
-                return self._start_once()
+                self._start_once(min(limit_s, self._start_timeout_s))
             except _KilledAtStart:
                 if not left:
                     raise
-        return None
+            except _LateAtStart:
+                if not again:
+                    raise
+            else:
+                self._import_s = max(self._import_s, time.monotonic() - started)
+                return
 
-    def _start_once(self) -> None:
+    def _start_once(self, limit_s: float) -> None:
         if self._stopped:
             raise RewardError("the scoring process was stopped; nothing more is scored")
         request_read, self._to_child = os.pipe()
@@ -108,7 +125,7 @@ class ScoringProcess:
         memory_bytes = int(self._config.memory_gb * 2**30)
         setup = Setup(self._config.functions, memory_bytes, tuple(p or os.getcwd() for p in sys.path))
         importing = "(nothing yet)"
-        deadline = time.monotonic() + self._start_timeout_s
+        deadline = time.monotonic() + limit_s
         try:
             self._write(pickle.dumps(setup))
             while True:
@@ -119,8 +136,8 @@ class ScoringProcess:
                     return
                 importing = str(message.get("importing", importing))
         except _Late:
-            raise RewardError(
-                f"reward {importing!r} was not imported within {self._start_timeout_s:g} s; look for what its "
+            raise _LateAtStart(
+                f"reward {importing!r} was not imported within {limit_s:g} s; look for what its "
                 "module does on import, or raise deadlines.start_s"
             ) from None
         except _Ended:

@@ -32,6 +32,21 @@ if left > 0:
 def f(completions, **kwargs):
     return [1.0] * len(completions)
 """
+HANGS_WHEN_TOLD = """
+import os, time
+from pathlib import Path
+imports = Path(os.environ["IMPORTS"])
+told = imports.read_text()
+imports.write_text(told[1:])
+if told.startswith("h"):
+    time.sleep(600)
+
+def f(completions, **kwargs):
+    if "bad" in completions:
+        time.sleep(600)
+    return [1.0] * len(completions)
+"""
+"""Each letter of the file is an import: `h` hangs."""
 FUNCTIONS = '''
 import ctypes, os, re, signal, subprocess, sys, time
 
@@ -171,6 +186,7 @@ def functions(tmp_path_factory: pytest.TempPathFactory) -> str:
     (folder / "needs_missing.py").write_text("import surely_not_installed\n")
     (folder / "exits_on_import.py").write_text("import os\nos._exit(5)\n")
     (folder / "killed_on_import.py").write_text(KILLED_ON_IMPORT)
+    (folder / "hangs_when_told.py").write_text(HANGS_WHEN_TOLD)
     (folder / "hangs_on_import.py").write_text("import time\ntime.sleep(600)\n")
     return str(folder)
 
@@ -376,6 +392,23 @@ def test_a_process_that_is_killed_while_it_imports_is_started_again_a_few_times(
     with pytest.raises(RewardError, match=r"was killed by SIGKILL while importing reward 'killed_on_import\.f'"):
         process.start()
     assert deaths.read_text() == "97"
+    assert gone(lambda: marked(process._tag))
+
+
+@pytest.mark.timeout(120)
+def test_a_process_that_hangs_while_it_imports_again_is_not_waited_for_as_long_as_the_first(
+    functions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.reward_process.RESTART_S", 0.0)
+    imports = tmp_path / "imports"
+    config = config_of(functions, "hangs_when_told.f", env={"PYTHONPATH": functions, "IMPORTS": str(imports)})
+    imports.write_text("-hh-")
+    process = ScoringProcess(config, 600)
+    process.start()
+    results = process.run([(0, one("bad")), (0, one("x"))])
+    process.kill()
+    assert [s.status for (s,) in results] == [ScoreStatus.TIMEOUT, ScoreStatus.OK]
+    assert imports.read_text() == ""
     assert gone(lambda: marked(process._tag))
 
 
