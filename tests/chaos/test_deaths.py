@@ -137,6 +137,18 @@ def test_a_learner_that_dies_again_while_it_starts_is_started_once_more(recipe: 
     assert_same(run_dir, whole_run)
 
 
+def test_a_reward_process_that_hangs_again_while_it_starts_is_started_once_more(recipe: Path, whole_run: Path) -> None:
+    args, run_dir = train(recipe, "scorer-again", *OVERRIDES)
+    process = launch(*args)
+    await_step(process, run_dir, 3)
+    for _ in range(2):
+        assert strike(process.pid, VICTIMS["a reward function's process that hangs"]) is not None
+    await_step(process, run_dir, steps_done(run_dir) + 2, 3 * BOUND_S)
+    code, output = finish(process)
+    assert code == 0, output
+    assert_same(run_dir, whole_run)
+
+
 @pytest.mark.parametrize("staleness", [0, 2])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_deaths_cost_nothing_but_time(recipe: Path, whole_run: Path, seed: int, staleness: int) -> None:
