@@ -34,7 +34,7 @@ SKIPPED = 3
 """First steps, which compile kernels and fill caches."""
 SAMPLES = 256
 GOAL, GOAL_STEPS = 0.9, 200
-RACE = ("on-policy-2", "trl-vllm", "trl-default")
+RACE = ("colocated", "trl-vllm", "trl-default")
 """To the goal, all by the same algorithm at the same rate. At that rate one update behind unlearns the task first: 27% right, 1%
 after 25 steps."""
 WIDTH = 120
@@ -72,11 +72,11 @@ CASES = {
         "ours",
         ("learner.overlap=true", "learner.num_threads=1"),
     ),
-    "on-policy-2": Case(
-        "grpo-ray, on-policy, two engines, then two learners",
+    "colocated": Case(
+        "grpo-ray, on-policy, colocated: two engines, then two learners",
         "ours",
         (
-            "learner.overlap=false",
+            "cluster.placement=colocated",
             "rollout.num_actors=2",
             "rollout.num_cpus=0.5",
             "rollout.max_num_seqs=128",
