@@ -43,7 +43,7 @@ lint: .venv/.ready  ## ruff, mypy, import layers
 bench: .venv/.ready  ## the tables of the README
 	@$(BIN)/python -m tests.bench
 
-bench-versus: .venv/.ready  ## a training step against TRL's, and against what the hardware allows (20 minutes on two quiet cores)
+bench-versus: .venv/.ready  ## a training step against TRL's, and against what the hardware allows (an hour and more on two quiet cores)
 	@$(BIN)/python -m tests.bench.versus
 
 bench-to-accuracy: .venv/.ready  ## seconds to 90% held-out accuracy, against TRL with vLLM and without, answers of one length (half an hour)

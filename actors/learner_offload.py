@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,9 @@ def offload(engine: Any, device: torch.device, *, keep_weights: bool) -> None:
         if not keep_weights:
             kinds.append(State.lp_params)
         engine.offload_states(include=kinds, pin_memory=device.type == "cuda")
+        if not gc.get_freeze_count():
+            # DeepSpeed looks for garbage each time, a third of a second: from now on not among what has just passed for none.
+            gc.freeze()
     _move(_own(engine), HOST)
     if not keep_weights:
         _move(_whole(engine.module), HOST)
