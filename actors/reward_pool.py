@@ -27,7 +27,7 @@ import ray
 
 from actors.cluster import placed
 from actors.reward import FETCH_TIMEOUT_S, RewardActor
-from actors.reward_process import START_TRIES
+from actors.reward_process import RESTART_FACTOR, RESTART_S, START_TRIES
 from actors.runtime import Actors, RayActors, start_named, within
 from grpo_ray.activity import IDLE, Activity
 from grpo_ray.answers import Answer
@@ -101,6 +101,10 @@ class RewardPool:
         tries = len(config.functions) * (1 + config.on_failure.retries)
         self._longest_s = tries * (config.timeout_s + START_TRIES * start_timeout_s)
         """That a sample may take: every function to its deadline, with every retry and restart."""
+        self._start_limit_s = start_timeout_s + 60
+        """Of an actor; its process is allowed `start_timeout_s`."""
+        self._start_s = 0.0
+        """The longest start so far."""
         self._max_restarts = max_restarts
         self._num_restarts = 0
         self._source = actors
@@ -153,7 +157,7 @@ class RewardPool:
             actors=actors or RayActors(),
         )
         try:
-            await asyncio.gather(*(pool._start(w) for w in pool._workers.values()))
+            await asyncio.gather(*(pool._start(w, pool._start_limit_s) for w in pool._workers.values()))
         except BaseException:
             await pool.close()
             raise
@@ -241,7 +245,7 @@ class RewardPool:
         """A pool that works is not broken by one that can't join it."""
         for left in reversed(range(JOIN_TRIES)):
             try:
-                await self._start(worker)
+                await self._start(worker, self._start_limit_s)
             except (RewardError, DeadlineError, WorkerError) as e:
                 again = left > 0 and not isinstance(e, RewardError)
                 self.on_trouble(
@@ -365,7 +369,9 @@ class RewardPool:
         except ray.exceptions.RayError:
             log.debug("%s is dead, and so is its call", worker.name)
 
-    async def _start(self, worker: _Worker) -> None:
+    async def _start(self, worker: _Worker, limit_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         worker.actor = start_named(
             self._source,
             RewardActor,
@@ -383,20 +389,25 @@ class RewardPool:
         try:
             self.pids[worker.name] = await within(
                 worker.actor.start.remote(),
-                self._start_timeout_s + 60,
+                limit_s,
                 f"start of {worker.name}",
                 "deadlines.start_s",
             )
         except ray.exceptions.RayError as e:
             raise _cause(e, worker.name) from None
         worker.started = worker.alive = True
+        self._start_s = max(self._start_s, loop.time() - began)
 
     async def _replace(self, worker: _Worker, cause: BaseException, deaths: int) -> None:
         """Start another worker under the same name, unless `deaths` says that what it held ends workers; else the pool fails.
 
-        A start that is not over at its deadline (its node is gone, and nowhere is room) is begun again while others go on.
+        A start that takes far longer than those before it (the worker hangs, or its node is gone and nowhere is room) is begun
+        again with twice the time; while no other worker lives, as long as a start may take.
         """
         tries = self._max_restarts + 1 - deaths
+        time = asyncio.get_running_loop().time
+        give_up_at = time() + self._start_limit_s
+        patience_s = RESTART_S + RESTART_FACTOR * self._start_s
         while tries > 0 and not worker.leaving:
             self._num_restarts += 1
             log.warning("%s died (%s); starting another", worker.name, _first_line(cause))
@@ -404,16 +415,18 @@ class RewardPool:
             told = asyncio.get_running_loop().call_later(
                 LATE_S, self.on_trouble, f"{worker.name} has not started again for {LATE_S:g} s: {self._room}"
             )
+            alone = not any(other.alive for other in self._workers.values())
             try:
-                await self._start(worker)
+                await self._start(worker, min(patience_s, give_up_at - time()) if alone else patience_s)
                 return self._free(worker)
             except WorkerError as e:
                 cause = e
                 tries -= 1
             except DeadlineError as e:
-                if not any(other.alive for other in self._workers.values()):
+                if time() >= give_up_at and not any(other.alive for other in self._workers.values()):
                     return self._fail(e)
                 cause = e
+                patience_s = min(2 * patience_s, self._start_limit_s)
             except RewardError as e:
                 return self._fail(e)
             finally:

@@ -41,7 +41,7 @@ MAX_LINE_BYTES = 64 << 20
 """A whole group with a step at every token is some ten MiB."""
 WRITE_TIMEOUT_S = 30.0
 START_TRIES = 3
-RESTART_S, RESTART_FACTOR = 30.0, 10.0
+RESTART_S, RESTART_FACTOR = 30.0, 5.0
 """What was imported in t seconds has this long and so many times t to be imported again; the last try has all the time."""
 
 

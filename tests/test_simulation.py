@@ -17,7 +17,7 @@ from actors.reward_pool import SILENT_S, WATCH_S, RewardPool
 from actors.rollout_pool import POLL_S, POLLS_PER_S, RolloutPool
 from actors.weights import ask_each
 from grpo_ray.cursor import Cursor
-from grpo_ray.errors import WorkerError
+from grpo_ray.errors import DeadlineError, WorkerError
 from grpo_ray.types import SampleInfo, SampleRequest, SamplingParams, ScoreRequest
 from tests.bench.simulated import Cluster, Plan, Result, Rows, Simulation, VirtualLoop, World, oldest_trained
 
@@ -232,6 +232,33 @@ def test_what_a_dead_scorer_held_goes_to_an_idle_one_at_once(tmp_path):
         world.kill(pool._workers[0].actor)
         assert [score.value for score in await answer] == [1.0]
         assert world.cluster.now - died_at < 0.1, "another worker takes a second to start"
+        await pool.close()
+
+    on_paper(plan, work)
+
+
+@pytest.mark.parametrize(("num_hanging", "limit_s"), [(1, 36), (3, 246), (99, 660)])
+def test_a_scorer_that_hangs_while_it_starts_again_is_begun_anew_as_long_as_a_start_may_take(
+    tmp_path, num_hanging, limit_s
+):
+    """The first start took a second: the next may take 35, then 70, 140 and so on."""
+    plan = SMALL.with_(scorers=1, hangs=1)
+    request = ScoreRequest(SampleInfo("rows/0/1", 0, 1, 3, 0, "stop", "rollout-0", None, 0), "", None, {})
+
+    async def work(world: World) -> None:
+        pool = await RewardPool.create(plan.config().reward, str(tmp_path), actors=world)
+        answer = pool.score([request])
+        await asyncio.sleep(1.0)
+        times = iter([1e9] * num_hanging)
+        world.start_s = lambda: next(times, 1.0)
+        died_at = world.cluster.now
+        world.kill(pool._workers[0].actor)
+        if num_hanging < 10:
+            assert [score.value for score in await answer] == [1.0]
+        else:
+            with pytest.raises(DeadlineError, match="start of reward-0"):
+                await answer
+        assert limit_s - 1 <= world.cluster.now - died_at <= limit_s + 1
         await pool.close()
 
     on_paper(plan, work)

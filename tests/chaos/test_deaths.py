@@ -58,6 +58,10 @@ def whole_run(recipe: Path) -> Path:
     return run_dir
 
 
+def named(who: str) -> str:
+    return who.replace(" ", "-").replace("'", "")
+
+
 def steps_done(run_dir: Path) -> int:
     return len(metrics(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
 
@@ -94,7 +98,7 @@ def assert_same(run_dir: Path, whole_run: Path) -> None:
 @pytest.mark.parametrize("who", VICTIMS)
 def test_a_death_costs_nothing_but_time(recipe: Path, whole_run: Path, who: str) -> None:
     victim = VICTIMS[who]
-    args, run_dir = train(recipe, who.replace(" ", "-").replace("'", ""), *OVERRIDES)
+    args, run_dir = train(recipe, named(who), *OVERRIDES)
     process = launch(*args)
     await_step(process, run_dir, 3)
     struck = time.monotonic()
@@ -137,12 +141,13 @@ def test_a_learner_that_dies_again_while_it_starts_is_started_once_more(recipe: 
     assert_same(run_dir, whole_run)
 
 
-def test_a_reward_process_that_hangs_again_while_it_starts_is_started_once_more(recipe: Path, whole_run: Path) -> None:
-    args, run_dir = train(recipe, "scorer-again", *OVERRIDES)
+@pytest.mark.parametrize("who", ["a reward actor that hangs", "a reward function's process that hangs"])
+def test_who_hangs_again_while_it_starts_is_started_once_more(recipe: Path, whole_run: Path, who: str) -> None:
+    args, run_dir = train(recipe, f"{named(who)}-again", *OVERRIDES)
     process = launch(*args)
     await_step(process, run_dir, 3)
     for _ in range(2):
-        assert strike(process.pid, VICTIMS["a reward function's process that hangs"]) is not None
+        assert strike(process.pid, VICTIMS[who]) is not None
     await_step(process, run_dir, steps_done(run_dir) + 2, 3 * BOUND_S)
     code, output = finish(process)
     assert code == 0, output
