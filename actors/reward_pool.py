@@ -28,7 +28,7 @@ import ray
 from actors.cluster import placed
 from actors.reward import FETCH_TIMEOUT_S, RewardActor
 from actors.reward_process import RESTART_FACTOR, RESTART_S, START_TRIES
-from actors.runtime import Actors, RayActors, start_named, within
+from actors.runtime import Actors, RayActors, late, start_named, within
 from grpo_ray.activity import IDLE, Activity
 from grpo_ray.answers import Answer
 from grpo_ray.config_reward import SHARED_POOL, RewardConfig
@@ -424,7 +424,7 @@ class RewardPool:
                 tries -= 1
             except DeadlineError as e:
                 if time() >= give_up_at and not any(other.alive for other in self._workers.values()):
-                    return self._fail(e)
+                    return self._fail(late(f"start of {worker.name}", self._start_limit_s, "deadlines.start_s"))
                 cause = e
                 patience_s = min(2 * patience_s, self._start_limit_s)
             except RewardError as e:
