@@ -4,7 +4,7 @@
     learning   engines asleep, their weights in the host's memory and without a KV cache; the learners' states on the device
     the sync   the learners' weights and the engines' on the device, nothing else
 
-On CPUs nothing has to move: each kind has all cores while the other waits.
+On CPUs nothing moves: each kind has all cores while the other waits.
 """
 
 from __future__ import annotations
@@ -47,9 +47,11 @@ class OffloadingLearner(Learner, Protocol):
 class Turns:
     """Whose turn it is. Made in the samplers' turn."""
 
-    def __init__(self, sampler: SleepingSampler, learner: OffloadingLearner) -> None:
+    def __init__(self, sampler: SleepingSampler, learner: OffloadingLearner, *, moves: bool) -> None:
+        """`moves`: the learner's states are not in the host's memory all the time."""
         self._sampler = sampler
         self._learner = learner
+        self._moves = moves
         self._lock = asyncio.Lock()
         self._learning = False
 
@@ -58,7 +60,7 @@ class Turns:
         if self._learning:
             async with self._lock:
                 if self._learning:
-                    await self._learner.offload(keep_weights=False)
+                    await self._offload(keep_weights=False)
                     await self._sampler.wake()
                     self._learning = False
 
@@ -74,18 +76,23 @@ class Turns:
         """The learners' weights and the engines' are on the device; afterwards it is the samplers' turn."""
         async with self._lock:
             await self._begin_learning()
-            await self._learner.offload(keep_weights=True)
+            await self._offload(keep_weights=True)
             await self._sampler.wake("weights")
             yield
-            await self._learner.offload(keep_weights=False)
+            await self._offload(keep_weights=False)
             await self._sampler.wake("kv_cache")
             self._learning = False
 
     async def _begin_learning(self) -> None:
         if not self._learning:
             await self._sampler.sleep()
-            await self._learner.reload()
+            if self._moves:
+                await self._learner.reload()
             self._learning = True
+
+    async def _offload(self, *, keep_weights: bool) -> None:
+        if self._moves:
+            await self._learner.offload(keep_weights=keep_weights)
 
 
 class ColocatedSampler:

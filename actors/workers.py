@@ -97,8 +97,7 @@ class Workers:
             await self._sampler.sleep()
         learner = await self.start_learner(self._num_steps, self._placement)
         if self._config.colocated:
-            await learner.offload(keep_weights=False)
-            await self._sampler.wake()
+            await self._first_turn(self._sampler, learner)
         return self._joined(self._sampler, learner, before.scorer, before.voter)
 
     @property
@@ -142,7 +141,7 @@ class Workers:
         weights = self._weight_sync(sampler, learner)
         if not self._config.colocated:
             return Started(sampler, scorer, learner, weights, voter)
-        turns = Turns(sampler, learner)
+        turns = Turns(sampler, learner, moves=self._gpus)
         return Started(
             ColocatedSampler(sampler, turns),
             scorer,
@@ -169,9 +168,14 @@ class Workers:
         sampler = await self.start_sampler(placement)
         await sampler.sleep()
         learner = await self.start_learner(await num_steps, placement)
-        await learner.offload(keep_weights=False)
-        await sampler.wake()
+        await self._first_turn(sampler, learner)
         return sampler, learner
+
+    async def _first_turn(self, sampler: RolloutPool, learner: LearnerGroup) -> None:
+        """The samplers', of a learner that has just started."""
+        if self._gpus:
+            await learner.offload(keep_weights=False)
+        await sampler.wake()
 
     def _weight_sync(self, sampler: RolloutPool, learner: LearnerGroup) -> RayWeightSync | RayAdapterSync:
         timeout_s = self._config.deadlines.sync_s

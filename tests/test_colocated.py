@@ -29,10 +29,10 @@ class Told:
 
 
 class Setting:
-    def __init__(self) -> None:
+    def __init__(self, *, moves: bool = True) -> None:
         self.calls: list[str] = []
         told: Any = Told(self.calls)
-        turns = Turns(told, told)
+        turns = Turns(told, told, moves=moves)
         self.sampler = ColocatedSampler(told, turns)
         self.learner = ColocatedLearner(told, turns)
         self.weights = ColocatedWeights(told, told, turns)
@@ -58,6 +58,19 @@ def test_the_device_changes_hands_twice_a_step_and_never_holds_both_whole() -> N
             assert s.take() == ["sleep", "reload", "update"]
             await s.weights.sync(1)
             assert s.take() == ["offload True", "wake weights", "sync", "offload False", "wake kv_cache"]
+
+    asyncio.run(steps())
+
+
+def test_on_cpus_nothing_moves_and_there_are_turns_all_the_same() -> None:
+    async def steps() -> None:
+        s, batch = Setting(moves=False), object()
+        for _ in range(2):
+            await s.sample()
+            await s.learner.update(batch)  # type: ignore[arg-type]
+            assert s.take() == [*["generate"] * 3, "sleep", "update"]
+            await s.weights.sync(1)
+            assert s.take() == ["wake weights", "sync", "wake kv_cache"]
 
     asyncio.run(steps())
 

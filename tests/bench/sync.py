@@ -1,4 +1,5 @@
-"""`make bench-sync`: a weight sync of 500 MB to two engines that are sampling, against plain copies of those bytes.
+"""`make bench-sync`: a weight sync of 500 MB to two engines that are sampling, against plain copies of those bytes: on a machine
+that does nothing else, and beside the same sampling.
 
 python -m tests.bench.sync [--layers 11] [--engines 2] [--repeats 5]
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +25,7 @@ from actors.weights import RayWeightSync
 from grpo_ray.config import RunConfig, TinyModelConfig
 from grpo_ray.tiny import build_tiny_model
 from grpo_ray.types import SampleRequest, SamplingParams, SyncReport
+from tests.bench.versus import OUR_ENV
 
 LIMIT_S = 550.0
 PROMPT = list(range(20, 52))
@@ -35,6 +38,7 @@ def main() -> None:
     parser.add_argument("--engines", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    os.environ |= OUR_ENV  # Nobody gives way to the copies.
     with tempfile.TemporaryDirectory() as folder:
         tiny = TinyModelConfig(
             hidden_size=1024, num_layers=options.layers, num_heads=8, num_kv_heads=2, context=LENGTH + 64
@@ -42,11 +46,11 @@ def main() -> None:
         model = build_tiny_model(Path(folder) / "model", tiny)
         config = _config(model, options.engines)
         connect(config)
-        reports = asyncio.run(
+        reports, beside = asyncio.run(
             asyncio.wait_for(_syncs(config, str(model), folder, options.engines, options.repeats), LIMIT_S)
         )
-    copies = [_two_copies(reports[0].num_bytes) for _ in range(options.repeats)]
-    _print(reports, copies)
+    copies = _Copies(reports[0].num_bytes)
+    _print(reports, [copies.two() for _ in range(options.repeats)], beside)
 
 
 def _config(model: Path, engines: int) -> RunConfig:
@@ -68,17 +72,23 @@ def _config(model: Path, engines: int) -> RunConfig:
     )
 
 
-async def _syncs(config: RunConfig, model: str, run_dir: str, engines: int, repeats: int) -> list[SyncReport]:
-    """The first one, which connects, left out. Every engine is sampling throughout."""
+async def _syncs(
+    config: RunConfig, model: str, run_dir: str, engines: int, repeats: int
+) -> tuple[list[SyncReport], list[float]]:
+    """Reports, without that of the first one, which connects; and seconds of plain copies, one after each sync. Every engine is
+    sampling throughout."""
     pool = await RolloutPool.create(config, model, run_dir, has_gpus=False)
     learner = await LearnerGroup.create(config, model, run_dir, num_steps=10)
     sync = RayWeightSync(pool, learner, config.deadlines.sync_s)
     sampling = asyncio.create_task(_keep_sampling(pool, 2 * engines))
     try:
-        reports = []
-        for version in range(1, repeats + 2):
+        reports = [await sync.sync(1)]
+        copies, beside = _Copies(reports[0].num_bytes), []
+        for version in range(2, repeats + 2):
             await asyncio.sleep(1.0)
             reports.append(await sync.sync(version))
+            await asyncio.sleep(1.0)
+            beside.append(await asyncio.to_thread(copies.two))
             if sampling.done():
                 sampling.result()
     finally:
@@ -86,7 +96,7 @@ async def _syncs(config: RunConfig, model: str, run_dir: str, engines: int, repe
         await asyncio.gather(sampling, return_exceptions=True)
         await learner.close()
         await pool.close()
-    return reports[1:]
+    return reports[1:], beside
 
 
 async def _keep_sampling(pool: RolloutPool, at_once: int) -> None:
@@ -100,22 +110,27 @@ async def _keep_sampling(pool: RolloutPool, at_once: int) -> None:
     await asyncio.gather(*(one_by_one(i) for i in range(at_once)))
 
 
-def _two_copies(num_bytes: int) -> float:
-    """Seconds of copying so many bytes twice, from and to memory that was used before."""
-    source, target = torch.ones(num_bytes, dtype=torch.uint8), torch.ones(num_bytes, dtype=torch.uint8)
-    started = time.monotonic()
-    target.copy_(source)
-    source.copy_(target)
-    return time.monotonic() - started
+class _Copies:
+    """Between two pieces of memory that were used before, by as many threads as there are cores."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._source, self._target = (torch.ones(num_bytes, dtype=torch.uint8) for _ in range(2))
+
+    def two(self) -> float:
+        """Seconds of copying all of it twice."""
+        started = time.monotonic()
+        self._target.copy_(self._source)
+        self._source.copy_(self._target)
+        return time.monotonic() - started
 
 
-def _print(reports: list[SyncReport], copies: list[float]) -> None:
-    megabytes, engines, copied = reports[0].num_bytes / 1e6, reports[0].num_engines, median(copies)
-    out = Table(
-        "", "seconds", "least", "GB/s", "x plain", title=f"{megabytes:,.0f} MB to {engines} engines that sample"
-    )
+def _print(reports: list[SyncReport], copies: list[float], beside: list[float]) -> None:
+    megabytes, engines = reports[0].num_bytes / 1e6, reports[0].num_engines
+    columns = ("", "seconds", "least", "GB/s", "x plain", "x beside")
+    out = Table(*columns, title=f"{megabytes:,.0f} MB to {engines} engines that sample")
     for name, seconds in (
-        ("a plain copy of the bytes, twice", copies),
+        ("plain copies of the bytes, two", copies),
+        ("the same beside the engines' sampling", beside),
         ("sync", [r.seconds for r in reports]),
         ("of it, sampling paused", [r.pause_seconds for r in reports]),
     ):
@@ -125,7 +140,8 @@ def _print(reports: list[SyncReport], copies: list[float]) -> None:
             f"{middle:.2f}",
             f"{min(seconds):.2f}",
             f"{2 * megabytes / 1e3 / middle:.2f}",
-            f"{middle / copied:.2f}",
+            f"{middle / median(copies):.2f}",
+            f"{middle / median(beside):.2f}",
         )
     Console().print(out)
 

@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("steps", type=int)
     parser.add_argument("out", type=Path)
     parser.add_argument("--micro-batch", type=int, default=64, help="samples of one forward and backward")
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--goal", type=float, help="held-out accuracy at which to end")
     options = parser.parse_args()
     task = TASKS[options.task]
@@ -137,7 +138,7 @@ def main() -> None:
             num_generations=GROUP,
             max_completion_length=task.max_completion_length,
             temperature=1.0,
-            learning_rate=2e-4,
+            learning_rate=options.learning_rate,
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=5,
             loss_type="grpo",
