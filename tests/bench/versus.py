@@ -70,6 +70,11 @@ class Case:
 CASES = {
     "on-policy": Case("grpo-ray, on-policy", "ours", ("learner.overlap=false",)),
     "on-policy-1": Case("grpo-ray, on-policy, a core each", "ours", ("learner.overlap=false", "learner.num_threads=1")),
+    "frozen": Case(
+        "the same, with a policy that stays as it was",
+        "ours",
+        ("learner.overlap=false", "learner.num_threads=1", "learner.learning_rate=1e-12"),
+    ),
     "overlap": Case(
         "grpo-ray, on-policy, a core each, overlapped",
         "ours",
@@ -101,6 +106,7 @@ CASES = {
     "padded": Case("bare passes, padded, one core", "bound", ("padded",)),
 }
 BARE = ("sampling", "sampling-alike")
+"""Of the policy of the first step; how fast others are sampled depends on how long their answers become, too: compare `frozen`."""
 
 
 def main() -> None:
