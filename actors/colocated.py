@@ -45,7 +45,7 @@ class OffloadingLearner(Learner, Protocol):
 
 
 class Turns:
-    """Whose turn it is. Made in the samplers' turn."""
+    """Whose turn it is. Made in the learners' turn: they have just started, and the samplers sleep."""
 
     def __init__(self, sampler: SleepingSampler, learner: OffloadingLearner, *, moves: bool) -> None:
         """`moves`: the learner's states are not in the host's memory all the time."""
@@ -53,7 +53,7 @@ class Turns:
         self._learner = learner
         self._moves = moves
         self._lock = asyncio.Lock()
-        self._learning = False
+        self._learning = True
 
     async def sampling(self) -> None:
         """From now on, until somebody else's turn."""

@@ -96,8 +96,6 @@ class Workers:
         if self._config.colocated:
             await self._sampler.sleep()
         learner = await self.start_learner(self._num_steps, self._placement)
-        if self._config.colocated:
-            await self._first_turn(self._sampler, learner)
         return self._joined(self._sampler, learner, before.scorer, before.voter)
 
     @property
@@ -167,15 +165,7 @@ class Workers:
             self._placement = placement = reserve_pairs(self._config)
         sampler = await self.start_sampler(placement)
         await sampler.sleep()
-        learner = await self.start_learner(await num_steps, placement)
-        await self._first_turn(sampler, learner)
-        return sampler, learner
-
-    async def _first_turn(self, sampler: RolloutPool, learner: LearnerGroup) -> None:
-        """The samplers', of a learner that has just started."""
-        if self._gpus:
-            await learner.offload(keep_weights=False)
-        await sampler.wake()
+        return sampler, await self.start_learner(await num_steps, placement)
 
     def _weight_sync(self, sampler: RolloutPool, learner: LearnerGroup) -> RayWeightSync | RayAdapterSync:
         timeout_s = self._config.deadlines.sync_s

@@ -51,6 +51,8 @@ class Setting:
 def test_the_device_changes_hands_twice_a_step_and_never_holds_both_whole() -> None:
     async def steps() -> None:
         s, batch = Setting(), object()
+        await s.sample()
+        assert s.take() == ["offload False", "wake", *["generate"] * 3]
         for _ in range(2):
             await s.sample()
             assert s.take() == ["generate"] * 3
@@ -65,6 +67,8 @@ def test_the_device_changes_hands_twice_a_step_and_never_holds_both_whole() -> N
 def test_on_cpus_nothing_moves_and_there_are_turns_all_the_same() -> None:
     async def steps() -> None:
         s, batch = Setting(moves=False), object()
+        await s.sample()
+        assert s.take() == ["wake", *["generate"] * 3]
         for _ in range(2):
             await s.sample()
             await s.learner.update(batch)  # type: ignore[arg-type]
@@ -75,9 +79,23 @@ def test_on_cpus_nothing_moves_and_there_are_turns_all_the_same() -> None:
     asyncio.run(steps())
 
 
+def test_learners_that_have_just_started_can_load_before_anything_is_sampled() -> None:
+    async def steps() -> None:
+        s = Setting()
+        place: Any = None
+        await s.learner.load(place)
+        assert s.take() == ["load"]
+        await s.weights.sync(1)
+        assert s.take() == ["offload True", "wake weights", "sync", "offload False", "wake kv_cache"]
+
+    asyncio.run(steps())
+
+
 def test_samples_after_a_checkpoint_wake_the_engines_once() -> None:
     async def steps() -> None:
         s = Setting()
+        await s.sample()
+        s.take()
         place: Any = None
         await s.learner.hold(place, export=True)
         await s.learner.write(place)

@@ -251,7 +251,7 @@ def _first(lines: Sequence[dict[str, Any]], goal: float) -> int | None:
 
 
 def _accuracy(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The first step is not timed: it counts as the mean of the others."""
+    """When each goal was reached first."""
     reached = [_first(lines, goal) for goal in GOALS]
     seconds = [_until(lines, step) for step in reached]
     last = [line["eval/accuracy"] for line in lines if "eval/accuracy" in line][-1]
@@ -259,6 +259,7 @@ def _accuracy(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _until(lines: Sequence[dict[str, Any]], step: int | None) -> float | None:
+    """Seconds of all steps up to this one. The first is not timed: it counts as the mean of the others."""
     if step is None:
         return None
     seconds = step_seconds([line for line in lines if line["step"] <= step])
