@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grpo_ray.attention import choose_attention
+from grpo_ray.attention import check_packable, choose_attention
 from grpo_ray.config import (
     AlgorithmConfig,
     CriticConfig,
@@ -257,6 +257,7 @@ def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
             trust_remote_code=code,
             output_loading_info=True,
         )
+        check_packable(hf)
         if spec.is_reward_model and "score.weight" in loading["missing_keys"]:
             # Random otherwise, and another on every rank.
             torch.nn.init.zeros_(hf.score.weight)

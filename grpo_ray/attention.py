@@ -18,6 +18,7 @@ from torch import Tensor, nn
 PACKED = "grpo_ray_packed"
 """Name of the exact per-segment attention in Transformers' registry."""
 FLASH = "flash_attention_2"
+_LAYERS = {"full_attention", "sliding_attention"}
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
@@ -34,6 +35,22 @@ def choose_attention(wanted: str, device: torch.device) -> str:
         return FLASH
     _register()
     return PACKED
+
+
+def check_packable(hf: nn.Module) -> None:
+    """Does nothing but attention carry anything from one token of a Transformers model to another?
+
+    Raises:
+        ValueError: no. Packed sequences, or slices of one, would silently be computed as if they were something else.
+    """
+    model: Any = hf
+    config = model.config.get_text_config()
+    odd = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYERS)
+    if odd or model._is_stateful or not model._supports_attention_backend:
+        what = f"layers of {', '.join(odd)}" if odd else "layers that do not use Transformers' attention interface"
+        raise ValueError(
+            f"{type(hf).__name__} has {what}, over which packed sequences would see each other: not supported"
+        )
 
 
 @cache

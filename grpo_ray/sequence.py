@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from grpo_ray.batching import PackedBatch
 from grpo_ray.errors import ConfigError
 
-_LAYERS = {"full_attention", "sliding_attention"}
 _ROPES_BY_LENGTH = {"dynamic", "longrope"}
 
 
@@ -95,7 +94,7 @@ def slice_of(batch: PackedBatch, rank: int, size: int) -> Slice:
 
 
 def check_model(hf: nn.Module, size: int) -> None:
-    """Does nothing but attention carry anything from one token to another, and can its heads be split?
+    """Can the attention of a model go over all slices: do positions not depend on a length, and can its heads be split?
 
     Raises:
         ConfigError: no. A slice would then silently be computed as if nothing came before it.
@@ -103,10 +102,6 @@ def check_model(hf: nn.Module, size: int) -> None:
     model: Any = hf
     config = model.config.get_text_config()
     name, mend = type(hf).__name__, "use learner.sequence_parallel_size 1"
-    odd = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYERS)
-    if odd or model._is_stateful or not model._supports_attention_backend:
-        what = f"layers of {', '.join(odd)}" if odd else "layers that do not use Transformers' attention interface"
-        raise ConfigError(f"{name} has {what}, which can't be computed in slices of a sequence; {mend}")
     ropes = getattr(config, "rope_parameters", None) or {}
     kinds = {r.get("rope_type") for r in (ropes, *ropes.values()) if isinstance(r, dict)}
     if kinds & _ROPES_BY_LENGTH:

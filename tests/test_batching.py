@@ -12,8 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from grpo_ray.attention import attention_kwargs, choose_attention
+from grpo_ray.attention import attention_kwargs, check_packable, choose_attention
 from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch, token_values
 from grpo_ray.errors import ConfigError
 from grpo_ray.policy import PolicyModel
@@ -190,8 +191,6 @@ def test_nothing_packed_is_a_dummy_of_no_weight() -> None:
 
 @pytest.fixture(scope="module")
 def policy(tiny_model: Path) -> PolicyModel:
-    from transformers import AutoModelForCausalLM
-
     implementation = choose_attention("sdpa", torch.device("cpu"))
     hf = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation=implementation)
     return PolicyModel(hf, chunk=16).eval()
@@ -210,8 +209,6 @@ def random_items(seed: int = 0) -> list[PackItem]:
 def test_packed_and_padded_log_probabilities_are_those_of_plain_transformers(
     policy: PolicyModel, tiny_model: Path, padded: bool
 ) -> None:
-    from transformers import AutoModelForCausalLM
-
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager").eval()
     items = random_items()
     want = []
@@ -241,6 +238,25 @@ def test_changing_one_sample_changes_no_other(policy: PolicyModel) -> None:
 def test_equal_neighbours_are_attended_as_one_batch() -> None:
     kwargs = attention_kwargs([3, 5, 5, 5, 9], choose_attention("sdpa", torch.device("cpu")), torch.device("cpu"))
     assert kwargs == {"packed_runs": [(1, 3), (3, 5), (1, 9)]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "expected"),
+    [
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "Lfm2ForCausalLM has layers of conv"),
+        ("mamba", {}, "has layers of linear_attention"),
+        ("falcon", {}, "layers that do not use Transformers' attention interface"),
+    ],
+)
+def test_a_model_with_more_than_attention_between_its_tokens_is_refused(
+    kind: str, values: dict[str, Any], expected: str
+) -> None:
+    small = {"hidden_size": 56, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 50}
+    heads = {"num_attention_heads": 14, "num_key_value_heads": 2}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **small, **heads | values))
+    with pytest.raises(ValueError, match=expected):
+        check_packable(model)
 
 
 def test_flash_attention_without_a_gpu_is_refused() -> None:

@@ -71,9 +71,6 @@ def test_heads_that_the_ranks_share_evenly_are_enough_whatever_the_key_heads(siz
             "Qwen2ForCausalLM has 14 attention heads, .*_size 4 does not divide; use one of 1, 2, 7, 14",
         ),
         ("qwen2", HEADS, 28, "14 attention heads"),
-        ("lfm2", {**HEADS, "layer_types": ["conv", "full_attention"]}, 2, "has layers of conv, .*_size 1"),
-        ("mamba", {}, 2, "has layers of linear_attention"),
-        ("falcon", HEADS, 2, "layers that do not use Transformers' attention interface"),
         (
             "llama",
             {**HEADS, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
