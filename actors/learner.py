@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -28,10 +28,10 @@ import torch.distributed as dist
 
 from actors import learner_kl, learner_offload, learner_reference, learner_sequence, learner_state
 from actors.learner_critic import Critic
-from actors.learner_engine import LearnerSpec, build_engine, build_reference, step
+from actors.learner_engine import LearnerSpec, build_engine, build_reference, can_share_prompts, step
 from actors.runtime import own_log, use_nodes_interface
 from grpo_ray.activity import Activity
-from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch, token_values
+from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch, shared_cost, token_values
 from grpo_ray.checkpoint_store import Place
 from grpo_ray.config import AlgorithmConfig, DpoOptions, RewardModelOptions
 from grpo_ray.errors import CheckpointError, LostSamplesError, NonFiniteError, WorkerError
@@ -118,6 +118,7 @@ class LearnerActor:
         """Those that share their micro-batches with this one."""
         self._engine: Any = None
         self._shape: ModelShape | None = None
+        self._shares_prompts = False
         self._reference: Any = None
         self._critic: Critic | None = None
         self._sender: WeightSender | None = None
@@ -163,6 +164,7 @@ class LearnerActor:
         self._ranks = learner_sequence.join(learner.sequence_parallel_size, timeout)
         self._engine = build_engine(self.spec, self.device, self._ranks)
         self._shape = model_shape(self._engine.module.hf)
+        self._shares_prompts = can_share_prompts(self.spec, self._engine.module.hf)
         if self.spec.needs_reference_model:
             self._reference = build_reference(self.spec, self.device, self._ranks)
         if self.spec.needs_critic:
@@ -323,7 +325,11 @@ class LearnerActor:
             old=self._algorithm.old_logprobs == "recompute",
             critic=self._critic is not None,
         )
-        flops = update_flops(self._shape, batch, self._plan(batch), passes) if self._shape else None
+        flops = (
+            update_flops(self._shape, batch, self._plan(batch), passes, shared_prompts=self._shares_prompts)
+            if self._shape
+            else None
+        )
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
         return throughput_metrics(flops, num_tokens, seconds, self.num_ranks, device, self.spec.model.dtype)
 
@@ -333,28 +339,41 @@ class LearnerActor:
             return [self._plan_pairs(batch)]
         trained = [i for i, s in enumerate(batch.samples) if s.loss_mask and s.num_tokens > 0]
         skip = self.spec.learner.skip_no_signal
+        idle = {
+            n
+            for n, i in enumerate(trained)
+            if skip and not any(map(self._objective.moves, batch.samples[i].advantages))
+        }
+        return self._plan_of(trained, batch, self._algorithm.num_mini_batches, idle)
+
+    def _plan_of(
+        self, members: list[int], batch: TrainBatch, num_mini_batches: int, idle: Set[int] = frozenset()
+    ) -> list[MiniBatchPlan]:
+        """Over these samples of the batch; `idle` are places among the members."""
+        samples = [batch.samples[i] for i in members]
         plans = plan_batch(
-            [batch.samples[i].num_prompt_tokens + batch.samples[i].num_tokens for i in trained],
-            [batch.samples[i].group for i in trained],
+            [s.num_prompt_tokens + s.num_tokens for s in samples],
+            [s.group for s in samples],
             num_ranks=self.spec.learner.data_parallel_size,
-            num_mini_batches=self._algorithm.num_mini_batches,
+            num_mini_batches=num_mini_batches,
             micro_batch_tokens=self.spec.learner.micro_batch_tokens,
             padded=not self.spec.learner.packing,
-            idle={
-                n
-                for n, i in enumerate(trained)
-                if skip and not any(map(self._objective.moves, batch.samples[i].advantages))
-            },
+            prompts_S=[s.num_prompt_tokens for s in samples] if self._shares_prompts else None,
+            idle=idle,
         )
-        return [plan.renumbered(trained) for plan in plans]
+        return [plan.renumbered(members) for plan in plans]
 
     def _plan_pairs(self, batch: TrainBatch) -> MiniBatchPlan:
         """One mini-batch of samples that come in pairs; both of a pair are in one micro-batch, side by side."""
         lengths = [s.num_prompt_tokens + s.num_tokens for s in batch.samples]
         both = list(zip(lengths[::2], lengths[1::2], strict=True))
         padded = not self.spec.learner.packing
+        prompts = [s.num_prompt_tokens if self._shares_prompts else 0 for s in batch.samples[::2]]
         (plan,) = plan_batch(
-            [2 * max(pair) if padded else sum(pair) for pair in both],
+            [
+                2 * max(pair) if padded else shared_cost(pair, prompt)
+                for pair, prompt in zip(both, prompts, strict=True)
+            ],
             range(len(both)),
             num_ranks=self.spec.learner.data_parallel_size,
             num_mini_batches=1,
@@ -370,15 +389,7 @@ class LearnerActor:
         members = [
             i for i, s in enumerate(batch.samples) if not s.loss_mask and s.advantage == s.advantage and s.num_tokens
         ]
-        plans = plan_batch(
-            [batch.samples[i].num_prompt_tokens + batch.samples[i].num_tokens for i in members],
-            [batch.samples[i].group for i in members],
-            num_ranks=self.spec.learner.data_parallel_size,
-            num_mini_batches=1,
-            micro_batch_tokens=self.spec.learner.micro_batch_tokens,
-            padded=not self.spec.learner.packing,
-        )
-        return [plan.renumbered(members) for plan in plans]
+        return self._plan_of(members, batch, num_mini_batches=1)
 
     def _take_kl_off(
         self, batch: TrainBatch, plan: list[MiniBatchPlan], fetched: list[list[MicroBatchData]]
@@ -404,8 +415,14 @@ class LearnerActor:
             raise WorkerError(
                 f"learner-{self.rank} can't fetch samples of step {batch.step} from the object store: {e}"
             ) from None
-        padded = not self.spec.learner.packing
-        packed = [pack([self._item(batch, i, rows, normalizers) for i in micro], padded=padded) for micro in micros]
+        packed = (
+            pack(
+                [self._item(batch, i, rows, normalizers) for i in micro],
+                padded=not self.spec.learner.packing,
+                share_prompts=self._shares_prompts,
+            )
+            for micro in micros
+        )
         return [MicroBatchData.of(p, self.device) for p in packed]
 
     def _item(self, batch: TrainBatch, index: int, rows: dict[Any, list[Sample]], normalizers: Normalizers) -> PackItem:
@@ -493,9 +510,10 @@ class LearnerActor:
 
     def _metrics(self, total: _Pass, grad_norms: list[float], learning_rates: list[float]) -> dict[str, float]:
         own = [data.packed for data in total.micro_batches]
-        inputs = float(sum(p.num_tokens for p in own))
+        inputs = float(sum(p.num_inputs for p in own))
         counts = [
             float(sum(len(p.targets) for p in own if not p.is_dummy)),
+            float(sum(p.num_tokens for p in own)),
             inputs,
             float(sum(p.is_dummy for p in own)),
         ]
@@ -506,7 +524,7 @@ class LearnerActor:
         highest = torch.stack([total.largest.double(), torch.tensor(inputs, dtype=torch.float64, device=self.device)])
         dist.all_reduce(totals)
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-        *reduced, trained, all_inputs, dummies = totals.tolist()
+        *reduced, trained, processed, all_inputs, dummies = totals.tolist()
         largest_mismatch, most_inputs = highest.tolist()
         num_steps = max(len(grad_norms), 1)
         named = dict(zip(self._objective.sum_names, reduced, strict=True))
@@ -519,7 +537,8 @@ class LearnerActor:
             "update/dummies": dummies,
             "update/imbalance": most_inputs * self.spec.learner.data_parallel_size / max(all_inputs, 1.0),
             "tokens/trained": trained,
-            "tokens/processed": all_inputs,
+            "tokens/processed": processed,
+            "tokens/shared": processed - all_inputs,
         }
 
     @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grpo_ray.attention import check_packable, choose_attention
+from grpo_ray.attention import PACKED, check_packable, choose_attention
 from grpo_ray.config import (
     AlgorithmConfig,
     CriticConfig,
@@ -271,6 +271,13 @@ def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
         hf.gradient_checkpointing_enable({"use_reentrant": spec.learner.zero_stage == 3})
         hf.enable_input_require_grads()
     return hf
+
+
+def can_share_prompts(spec: LearnerSpec, hf: Any) -> bool:
+    """Are the prompts of a group computed once for all of its sequences in a micro-batch? Of an engine's Transformers model."""
+    learner = spec.learner
+    packed = learner.packing and hf.config._attn_implementation == PACKED
+    return learner.share_prompts and packed and learner.sequence_parallel_size == 1
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

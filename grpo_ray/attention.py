@@ -1,13 +1,16 @@
 """Attention over packed sequences that cannot see each other.
 
-A packed micro-batch is one row [1, N] of sequences end to end. Neighbours of equal length are attended as one batch, so
-sort by length before packing. Transformers' own masks are avoided: with its default cache, or a boolean mask under
-eager attention, packed sequences silently see each other.
+A packed micro-batch is one row [1, N] of parts end to end: whole sequences, or prompts and what follows them. Attention alone
+carries anything from one token to another, so only here a prompt that several sequences share is there for each of them
+again; all else of a layer computes it once. Sequences of equal length are attended as one batch. Transformers' own masks are
+avoided: with its default cache, or a boolean mask under eager attention, packed sequences silently see each other.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 from typing import Any
@@ -61,12 +64,61 @@ def _register() -> None:
     AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)
 
 
-def attention_kwargs(lengths: list[int], implementation: str, device: torch.device) -> dict[str, Any]:
-    """What the model's forward must be given besides ids and positions for sequences of these lengths, in this
-    order.
+@dataclass(frozen=True)
+class Run:
+    """Sequences of equal length."""
+
+    number: int
+    length: int
+    parts: tuple[int, ...]
+    """End to end they are the sequences of the run, one after the other."""
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """What is a sequence in a packed row."""
+
+    sizes: list[int]
+    """Tokens of each part of the row, end to end."""
+    runs: list[Run]
+    """Every part is in at least one."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], sequences: Sequence[tuple[int, ...]]) -> PackedLayout:
+        """Of parts of these lengths, and of which of them each sequence is made.
+
+        Whole sequences of equal length that are neighbours become one part, which takes no copy.
+        """
+        if all(len(parts) == 1 for parts in sequences):
+            equal = [(len(list(run)), length) for length, run in groupby(lengths)]
+            return cls(
+                [n * length for n, length in equal], [Run(n, length, (k,)) for k, (n, length) in enumerate(equal)]
+            )
+
+        def length_of(parts: tuple[int, ...]) -> int:
+            return sum(lengths[part] for part in parts)
+
+        runs = groupby(sorted(dict.fromkeys(sequences), key=length_of), key=length_of)
+        members = [(length, list(run)) for length, run in runs]
+        return cls(
+            list(lengths), [Run(len(run), length, tuple(part for s in run for part in s)) for length, run in members]
+        )
+
+
+def attention_kwargs(
+    lengths: list[int], sequences: list[tuple[int, ...]], implementation: str, device: torch.device
+) -> dict[str, Any]:
+    """What the model's forward must be given besides ids and positions: see `PackedLayout.of`.
+
+    Raises:
+        ValueError: sequences share parts, which only the packed attention can compute.
     """
     if implementation == PACKED:
-        return {"packed_runs": [(len(list(run)), length) for length, run in groupby(lengths)]}
+        return {"packed_layout": PackedLayout.of(lengths, sequences)}
+    if len(sequences) != len(lengths) or any(len(parts) > 1 for parts in sequences):
+        raise ValueError(
+            f"{implementation} can't compute sequences that share a prompt; set learner.share_prompts to false"
+        )
     cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
     return {
         "cu_seq_lens_q": cu_seqlens,
@@ -84,26 +136,26 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    packed_runs: list[tuple[int, int]] | None = None,
+    packed_layout: PackedLayout | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each segment; the signature is that of Transformers' attention functions.
+    """Causal attention within each sequence; the signature is that of Transformers' attention functions.
 
     Args:
         query: [1, heads, N, D].
         key: [1, key heads, N, D].
         value: [1, key heads, N, D].
-        packed_runs: (number, length) of the segments, end to end; equal neighbours together.
+        packed_layout: which of the N tokens are a sequence.
 
     Returns:
         [1, N, heads, D], and no weights.
 
     Raises:
-        ValueError: the model did not hand the runs on, or its attention has a feature that this one lacks.
+        ValueError: the model did not hand the layout on, or its attention has a feature that this one lacks.
     """
     odd = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
-    if packed_runs is None or odd:
+    if packed_layout is None or odd:
         what = f"uses {', '.join(odd)}" if odd else "does not hand keyword arguments on to its attention"
         raise ValueError(
             f"{type(module).__name__} {what}: not supported with model.attention sdpa; use flash_attention_2 on a GPU"
@@ -112,25 +164,35 @@ def packed_attention(
     if _upcast(query):
         query, key, value = query.float(), key.float(), value.float()
     heads = query.shape[1]
-    sizes = [number * length for number, length in packed_runs]
-    out = []
-    # One split per tensor, not one slice per segment: the backward of a slice fills a gradient of the whole length.
-    parts = zip(*(x[0].transpose(0, 1).split(sizes) for x in (query, key, value)), strict=True)
-    for (number, length), qkv in zip(packed_runs, parts, strict=True):
-        q, k, v = (x.reshape(number, length, *x.shape[1:]).transpose(1, 2) for x in qkv)
-        windowed = sliding_window is not None and length > sliding_window
-        segment = nn.functional.scaled_dot_product_attention(
+    sizes = packed_layout.sizes
+    # One split per tensor, not one slice per part: the backward of a slice fills a gradient of the whole length.
+    parts = [x[0].transpose(0, 1).split(sizes) for x in (query, key, value)]
+    out: dict[int, Tensor] = {}
+    for run in packed_layout.runs:
+        q, k, v = (
+            _joined([x[part] for part in run.parts]).unflatten(0, (run.number, run.length)).transpose(1, 2)
+            for x in parts
+        )
+        windowed = sliding_window is not None and run.length > sliding_window
+        attended = nn.functional.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=_window_mask(length, sliding_window, q.device) if windowed and sliding_window else None,
+            attn_mask=_window_mask(run.length, sliding_window, q.device) if windowed and sliding_window else None,
             dropout_p=dropout,
             is_causal=not windowed,
             scale=scaling,
             enable_gqa=heads != k.shape[1],
         )
-        out.append(segment.transpose(1, 2).reshape(number * length, heads, -1))
-    return torch.cat(out).to(dtype).unsqueeze(0), None
+        rows = attended.transpose(1, 2).reshape(run.number * run.length, heads, -1)
+        for part, of_part in zip(run.parts, rows.split([sizes[part] for part in run.parts]), strict=True):
+            # A shared prompt comes out the same from every sequence that has it.
+            out.setdefault(part, of_part)
+    return torch.cat([out[part] for part in range(len(sizes))]).to(dtype).unsqueeze(0), None
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _window_mask(length: int, window: int, device: torch.device) -> Tensor:

@@ -21,9 +21,12 @@ _NEAR_BEST = 1.05
 _SEARCHED = 64
 """Samples. With more, the longest first is within 5% unless a few are far longer than all others."""
 _NODES = 20_000
+_ATTENTION_COPY = 8
+"""So many tokens of a shared prompt that attention alone has again weigh as much as one that a whole layer has: attention keeps 4
+of the about 34 vectors of a token that a layer keeps for its backward pass (queries, keys, values and what comes out)."""
 
 MicroBatch = tuple[int, ...]
-"""Indices into the samples, by length; empty where a rank has less to do than another."""
+"""Indices into the samples, by length or, where they share prompts, group by group; empty where a rank has less to do."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,13 @@ def plan_batch(
     num_mini_batches: int,
     micro_batch_tokens: int,
     padded: bool = False,
+    prompts_S: Sequence[int] | None = None,
     idle: Set[int] = frozenset(),
 ) -> list[MiniBatchPlan]:
     """Split a batch into mini-batches of whole groups, in order; each mini-batch over ranks, and each rank's part into
     micro-batches, balanced by tokens.
+
+    Where a group's prompt is computed once for all of a micro-batch, groups are split over ranks only as far as balance asks for.
 
     Unequal numbers of micro-batches would make DeepSpeed's ranks wait for each other for ever, so the shorter lists are
     filled with empty ones.
@@ -72,6 +78,7 @@ def plan_batch(
         num_mini_batches: optimizer steps in one pass; fewer come back when there are fewer groups.
         micro_batch_tokens: most tokens of one micro-batch, padding included.
         padded: sequences of a micro-batch are filled up to its longest, so each holds sequences of similar length.
+        prompts_S: [S] tokens that a sample shares with the others of its group in a micro-batch; None: nothing is shared.
         idle: samples that need no pass; they belong to their mini-batch all the same.
 
     Raises:
@@ -90,28 +97,81 @@ def plan_batch(
     count = min(num_mini_batches, len(in_order))
     cuts = [len(in_order) * k // count for k in range(count + 1)] if count else []
     return [
-        _plan_mini_batch(
-            [i for group in in_order[a:b] for i in group], lengths_S, num_ranks, micro_batch_tokens, padded, idle
-        )
+        _plan_mini_batch(in_order[a:b], lengths_S, num_ranks, micro_batch_tokens, padded, prompts_S, idle)
         for a, b in pairwise(cuts)
     ]
 
 
 def _plan_mini_batch(
-    members: list[int], lengths_S: Sequence[int], num_ranks: int, budget: int, padded: bool, idle: Set[int]
+    groups: list[list[int]],
+    lengths_S: Sequence[int],
+    num_ranks: int,
+    budget: int,
+    padded: bool,
+    prompts_S: Sequence[int] | None,
+    idle: Set[int],
 ) -> MiniBatchPlan:
-    per_rank = _balance([i for i in members if i not in idle], lengths_S, num_ranks)
-    count = max(1, *(-(-sum(lengths_S[i] for i in part) // budget) for part in per_rank))
+    computed = [[i for i in group if i not in idle] for group in groups]
+    if prompts_S is None:
+        units = [[i] for group in computed for i in group]
+        costs = [lengths_S[i] for (i,) in units]
+        per_rank = _balance(range(len(units)), costs, num_ranks)
+    else:
+        units, costs, per_rank = _balance_shared(computed, lengths_S, prompts_S, num_ranks, budget)
+    count = max(1, *(-(-sum(costs[u] for u in part) // budget) for part in per_rank))
     fill = _pad_into if padded else _pack_into
     while True:
-        packed = [fill(part, lengths_S, count, budget) for part in per_rank]
+        packed = [fill(part, costs, count, budget) for part in per_rank]
         if all(p is not None for p in packed):
             break
         count += 1
+
+    def in_order(micro: list[int]) -> MicroBatch:
+        return tuple(i for u in sorted(micro, key=lambda u: (costs[u], units[u])) for i in units[u])
+
     return MiniBatchPlan(
-        tuple(tuple(tuple(sorted(m, key=lambda i: (lengths_S[i], i))) for m in p) for p in packed if p is not None),
-        tuple(i for i in members if i in idle),
+        tuple(tuple(map(in_order, p)) for p in packed if p is not None),
+        tuple(i for group in groups for i in group if i in idle),
     )
+
+
+def shared_cost(lengths: Sequence[int], prompt: int) -> int:
+    """Tokens that count of sequences which share a prompt: that prompt once, and attention's copies of it for what they cost."""
+    repeated = (len(lengths) - 1) * prompt
+    return sum(lengths) - repeated + repeated // _ATTENTION_COPY
+
+
+def _balance_shared(
+    groups: list[list[int]], lengths_S: Sequence[int], prompts_S: Sequence[int], num_ranks: int, budget: int
+) -> tuple[list[list[int]], list[int], list[list[int]]]:
+    """Cut groups into units that are computed together, in as few as balance over the ranks and the budget allow.
+
+    Returns:
+        Samples of each unit, its cost in tokens, and the units of each rank.
+    """
+    best: tuple[int, tuple[list[list[int]], list[int], list[list[int]]]] | None = None
+    cuts, finest = 1, max(map(len, groups), default=0)
+    while True:
+        units = [unit for group in groups if group for unit in _cut(group, lengths_S, prompts_S, cuts, budget)]
+        costs = [shared_cost([lengths_S[i] for i in unit], prompts_S[unit[0]]) for unit in units]
+        per_rank = _balance(range(len(units)), costs, num_ranks)
+        fullest = max(sum(costs[u] for u in part) for part in per_rank)
+        if best is None or fullest < best[0]:
+            best = fullest, (units, costs, per_rank)
+        if cuts >= finest or fullest * num_ranks <= sum(costs) * _NEAR_BEST:
+            return best[1]
+        cuts *= 2
+
+
+def _cut(
+    group: list[int], lengths_S: Sequence[int], prompts_S: Sequence[int], cuts: int, budget: int
+) -> list[list[int]]:
+    """A group in `cuts` units, as even as may be; in more, if one would be over the budget."""
+    for count in range(min(cuts, len(group)), len(group)):
+        units = _spread(group, lengths_S, count)
+        if all(shared_cost([lengths_S[i] for i in u], prompts_S[group[0]]) <= budget for u in units):
+            return units
+    return [[i] for i in group]
 
 
 def _spread(samples: Sequence[int], lengths_S: Sequence[int], num_bins: int) -> list[list[int]]:
@@ -226,7 +286,8 @@ def token_values(steps: Sequence[Step], num_tokens: int) -> NDArray[np.float64]:
 class PackedBatch:
     """One micro-batch: sequences end to end. The last token of each is only a target, never an input.
 
-    Padding, where it is asked for, comes after a sequence's own tokens, which are causal and never see it.
+    Neighbours with the same prompt may share it: then it is there once, before what follows it in each of them. Padding, where it
+    is asked for, comes after a sequence's own tokens, which are causal and never see it.
     """
 
     input_ids: NDArray[np.int64]
@@ -234,7 +295,9 @@ class PackedBatch:
     position_ids: NDArray[np.int64]
     """[N], from 0 in each sequence."""
     lengths: list[int]
-    """Of each sequence, in `input_ids`; its padding included."""
+    """Of each part of `input_ids`, end to end: a sequence with its padding, a shared prompt, or what follows one."""
+    sequences: list[tuple[int, ...]]
+    """The parts that each sequence is made of."""
     target_rows: NDArray[np.int64]
     """[C]: which positions predict a completion token."""
     targets: NDArray[np.int64]
@@ -255,33 +318,58 @@ class PackedBatch:
         return bool(self.samples[0] < 0)
 
     @property
-    def num_tokens(self) -> int:
-        """Inputs, 0 for a dummy."""
+    def num_inputs(self) -> int:
+        """Tokens that are computed, 0 for a dummy."""
         return 0 if self.is_dummy else len(self.input_ids)
 
+    @property
+    def num_tokens(self) -> int:
+        """The same, if each sequence were computed by itself."""
+        return 0 if self.is_dummy else sum(self.lengths[part] for parts in self.sequences for part in parts)
 
-def pack(items: Sequence[PackItem], *, padded: bool = False) -> PackedBatch:
-    """Lay sequences end to end; `padded`: each as long as the longest.
+
+def pack(items: Sequence[PackItem], *, padded: bool = False, share_prompts: bool = False) -> PackedBatch:
+    """Lay sequences end to end.
 
     Without any: a dummy of one token with weight 0, which keeps a rank in step with the others.
+
+    Args:
+        items: in this order.
+        padded: each as long as the longest.
+        share_prompts: neighbours with the same prompt have it once.
     """
     if not items:
         items = [PackItem(np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.float32), 0.0, 0.0, -1)]
-    own = [len(i.prompt_ids) + len(i.completion_ids) - 1 for i in items]
-    lengths = [max(own)] * len(own) if padded else own
+    longest = max(len(i.prompt_ids) + len(i.completion_ids) - 1 for i in items) if padded else 0
+    parts: list[NDArray[np.integer]] = []
+    first_positions: list[int] = []
+    sequences: list[tuple[int, ...]] = []
+    for neighbours in _with_one_prompt(items) if share_prompts else [[i] for i in items]:
+        shared = len(neighbours[0].prompt_ids) if len(neighbours) > 1 else 0
+        common = (len(parts),) if shared else ()
+        if shared:
+            parts.append(neighbours[0].prompt_ids)
+            first_positions.append(0)
+        for i in neighbours:
+            own = np.concatenate([i.prompt_ids[shared:], i.completion_ids[:-1]])
+            own = np.concatenate([own, np.zeros(max(longest - len(own), 0), np.int64)])
+            sequences.append((*common, len(parts)) if len(own) else common)
+            if len(own):
+                parts.append(own)
+                first_positions.append(shared)
+    lengths = [len(part) for part in parts]
+    rows_of_parts = np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1])
     num_targets = [len(i.completion_ids) for i in items]
-    starts = np.cumsum([0, *lengths[:-1]])
-    inputs = [
-        part
-        for i, n, length in zip(items, own, lengths, strict=True)
-        for part in (i.prompt_ids, i.completion_ids[:-1], np.zeros(length - n, np.int64))
-    ]
     return PackedBatch(
-        input_ids=np.concatenate(inputs).astype(np.int64),
-        position_ids=np.concatenate([np.arange(n) for n in lengths]),
+        input_ids=np.concatenate(parts).astype(np.int64),
+        position_ids=np.concatenate([np.arange(a, a + n) for a, n in zip(first_positions, lengths, strict=True)]),
         lengths=lengths,
+        sequences=sequences,
         target_rows=np.concatenate(
-            [np.arange(a + n - t, a + n) for a, n, t in zip(starts, own, num_targets, strict=True)]
+            [
+                np.concatenate([rows_of_parts[part] for part in sequence])[len(i.prompt_ids) - 1 :][:n]
+                for i, sequence, n in zip(items, sequences, num_targets, strict=True)
+            ]
         ),
         targets=np.concatenate([i.completion_ids for i in items]).astype(np.int64),
         rollout_logprobs=np.concatenate([i.rollout_logprobs for i in items]).astype(np.float32),
@@ -292,3 +380,14 @@ def pack(items: Sequence[PackItem], *, padded: bool = False) -> PackedBatch:
         samples=np.repeat(np.array([i.sample for i in items], dtype=np.int64), num_targets),
         segments=np.repeat(np.arange(len(items), dtype=np.int64), num_targets),
     )
+
+
+def _with_one_prompt(items: Sequence[PackItem]) -> list[list[PackItem]]:
+    """Runs of neighbours whose prompts are the same."""
+    runs: list[list[PackItem]] = []
+    for item in items:
+        if runs and np.array_equal(runs[-1][-1].prompt_ids, item.prompt_ids):
+            runs[-1].append(item)
+        else:
+            runs.append([item])
+    return runs

@@ -230,6 +230,9 @@ class LearnerConfig(Strict):
     """Tokens (prompt and completion) of one forward and backward, over all learners that share it."""
     packing: bool = True
     """Sequences end to end. False: filled up to the longest of a micro-batch (same gradient, more work)."""
+    share_prompts: bool = True
+    """Compute the prompt of a group once for all its sequences in a micro-batch (same gradient, less work). Without effect where
+    sequences are padded or shared by several learners, and with flash_attention_2."""
     skip_no_signal: bool = True
     """Leave out the passes of samples whose advantage is exactly 0, where neither KL nor entropy moves them either, and where
     advantages are known before the passes (not with gae or kl_in reward). The gradient is the same; the metrics of tokens are

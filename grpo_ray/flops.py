@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
 
 from grpo_ray.batching import MiniBatchPlan
-from grpo_ray.types import TrainBatch
+from grpo_ray.types import TrainBatch, TrainSample
 
 PEAK_BF16 = (
     ("h100 nvl", 835e12),
@@ -73,21 +74,23 @@ def model_shape(hf: nn.Module) -> ModelShape | None:
     )
 
 
-def forward_flops(shape: ModelShape, lengths_S: Sequence[int], targets_S: Sequence[int]) -> float:
+def forward_flops(shape: ModelShape, lengths_S: Sequence[int], targets_S: Sequence[int], shared: int = 0) -> float:
     """Of one pass without gradients over S sequences.
 
     Args:
+        shape: of the model.
         lengths_S: [S] tokens that are put in.
         targets_S: [S] completion tokens that are predicted.
+        shared: of these tokens, those of prompts that another sequence has computed, but for their attention.
     """
     attention = 4.0 * shape.attention * sum(n * n for n in lengths_S)
-    return 2.0 * (shape.body * sum(lengths_S) + shape.head * sum(targets_S)) + attention
+    return 2.0 * (shape.body * (sum(lengths_S) - shared) + shape.head * sum(targets_S)) + attention
 
 
-def train_flops(shape: ModelShape, lengths_S: Sequence[int], targets_S: Sequence[int]) -> float:
+def train_flops(shape: ModelShape, lengths_S: Sequence[int], targets_S: Sequence[int], shared: int = 0) -> float:
     """Of one forward and backward pass: three times the forward pass, without the gradients of frozen weights."""
-    frozen = 2.0 * (shape.frozen_body * sum(lengths_S) + shape.frozen_head * sum(targets_S))
-    return 3.0 * forward_flops(shape, lengths_S, targets_S) - frozen
+    frozen = 2.0 * (shape.frozen_body * (sum(lengths_S) - shared) + shape.frozen_head * sum(targets_S))
+    return 3.0 * forward_flops(shape, lengths_S, targets_S, shared) - frozen
 
 
 @dataclass(frozen=True)
@@ -104,22 +107,44 @@ class UpdatePasses:
     """A forward pass of the critic, and as many forward and backward passes as the policy has."""
 
 
-def update_flops(shape: ModelShape, batch: TrainBatch, plan: Sequence[MiniBatchPlan], passes: UpdatePasses) -> float:
-    """Of one update on all ranks. The critic is taken for a policy without output layer, trained whole."""
+def update_flops(
+    shape: ModelShape,
+    batch: TrainBatch,
+    plan: Sequence[MiniBatchPlan],
+    passes: UpdatePasses,
+    *,
+    shared_prompts: bool = False,
+) -> float:
+    """Of one update on all ranks. The critic is taken for a policy without output layer, trained whole.
+
+    Args:
+        shape: of the model.
+        batch: all its samples.
+        plan: which of them are computed, and together.
+        passes: how often.
+        shared_prompts: neighbours of a group in a micro-batch compute their prompt once, but for its attention.
+    """
     critic = replace(shape, frozen_body=0, head=0, frozen_head=0)
     total = 0.0
     for number, mini_batch in enumerate(plan):
-        samples = [batch.samples[i] for rank in mini_batch.ranks for micro in rank for i in micro]
+        micros = [[batch.samples[i] for i in micro] for rank in mini_batch.ranks for micro in rank]
+        samples = [s for micro in micros for s in micro]
+        shared = sum(_shared(micro) for micro in micros) if shared_prompts else 0
         # The last token of a sequence is a target and no input.
         lengths_S = [s.num_prompt_tokens + s.num_tokens - 1 for s in samples]
         targets_S = [s.num_tokens for s in samples]
         forwards = passes.reference + (passes.old and number > 0)
-        total += passes.train * train_flops(shape, lengths_S, targets_S)
-        total += forwards * forward_flops(shape, lengths_S, targets_S)
+        total += passes.train * train_flops(shape, lengths_S, targets_S, shared)
+        total += forwards * forward_flops(shape, lengths_S, targets_S, shared)
         if passes.critic:
-            total += passes.train * train_flops(critic, lengths_S, targets_S)
-            total += forward_flops(critic, lengths_S, targets_S)
+            total += passes.train * train_flops(critic, lengths_S, targets_S, shared)
+            total += forward_flops(critic, lengths_S, targets_S, shared)
     return total
+
+
+def _shared(micro: Sequence[TrainSample]) -> int:
+    """Prompt tokens that neighbours of one group have in common, but for the first of them."""
+    return sum(b.num_prompt_tokens for a, b in pairwise(micro) if a.group == b.group)
 
 
 def throughput_metrics(

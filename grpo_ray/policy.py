@@ -52,6 +52,6 @@ def target_states(body: Any, own: Slice, attention: str, device: torch.device) -
         input_ids=torch.from_numpy(own.input_ids).to(device)[None],
         position_ids=torch.from_numpy(own.position_ids).to(device)[None],
         use_cache=False,
-        **attention_kwargs(own.lengths, attention, device),
+        **attention_kwargs(own.lengths, own.sequences, attention, device),
     ).last_hidden_state[0]
     return hidden_nH[torch.from_numpy(own.target_rows).to(device)]

@@ -64,7 +64,9 @@ class Slice:
     position_ids: NDArray[np.int64]
     """[n], from 0 in each sequence, which may have begun in an earlier slice."""
     lengths: list[int]
-    """Of every sequence of the micro-batch, and of what fills the last slice up."""
+    """Of every part of the micro-batch, and of what fills the last slice up."""
+    sequences: list[tuple[int, ...]]
+    """The parts that each sequence is made of."""
     target_rows: NDArray[np.int64]
     """[c]: which positions of the slice predict a completion token."""
     targets: NDArray[np.int64]
@@ -74,19 +76,23 @@ class Slice:
 
 
 def slice_of(batch: PackedBatch, rank: int, size: int) -> Slice:
-    """The rank's slice of the tokens, filled up to a multiple of `size` by a sequence of its own without targets."""
+    """The rank's slice of the tokens, filled up to a multiple of `size` by a sequence of its own without targets.
+
+    Of more than one slice the sequences must not share prompts: the targets of a slice would not be neighbours.
+    """
     fill = -len(batch.input_ids) % size
     input_ids = np.concatenate([batch.input_ids, np.zeros(fill, np.int64)])
     position_ids = np.concatenate([batch.position_ids, np.arange(fill)])
     n = len(input_ids) // size
     own = slice(rank * n, (rank + 1) * n)
-    # Target rows ascend: the targets of a slice are neighbours, and those of all slices in order are all targets.
+    # Without shared prompts target rows ascend: the targets of a slice are neighbours, and those of all slices in order are all.
     cuts = np.searchsorted(batch.target_rows, n * np.arange(size + 1))
     targets = slice(cuts[rank], cuts[rank + 1])
     return Slice(
         input_ids=input_ids[own],
         position_ids=position_ids[own],
         lengths=[*batch.lengths, fill] if fill else batch.lengths,
+        sequences=[*batch.sequences, (len(batch.lengths),)] if fill else batch.sequences,
         target_rows=batch.target_rows[targets] - rank * n,
         targets=batch.targets[targets],
         counts=tuple(np.diff(cuts).tolist()),

@@ -14,8 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from grpo_ray.attention import attention_kwargs, check_packable, choose_attention
-from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch, token_values
+from grpo_ray.attention import (
+    FLASH,
+    PackedLayout,
+    Run,
+    attention_kwargs,
+    check_packable,
+    choose_attention,
+    packed_attention,
+)
+from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch, shared_cost, token_values
 from grpo_ray.errors import ConfigError
 from grpo_ray.policy import PolicyModel
 from grpo_ray.types import Step
@@ -88,6 +96,55 @@ def test_the_number_of_micro_batches_is_near_the_least_possible(problem: tuple[l
         assert len(step.ranks[0]) <= 2 * fullest / BUDGET + 1
 
 
+@settings(deadline=None)
+@given(problem=problems(), data=st.data())
+def test_a_plan_with_shared_prompts_has_every_sample_once_within_the_budget_and_the_samples_of_a_group_side_by_side(
+    problem: tuple[list[int], list[int], int, int], data: st.DataObject
+) -> None:
+    lengths, groups, ranks, minis = problem
+    prompt = {
+        g: data.draw(st.integers(1, min(n for n, of in zip(lengths, groups, strict=True) if of == g) - 1))
+        for g in {*groups}
+    }
+    prompts = [prompt[g] for g in groups]
+    plan = plan_batch(
+        lengths, groups, num_ranks=ranks, num_mini_batches=minis, micro_batch_tokens=BUDGET, prompts_S=prompts
+    )
+    assert [p.samples for p in plan] == [p.samples for p in make(problem)]
+    for step in plan:
+        assert len({len(rank) for rank in step.ranks}) == 1
+        for micro in (micro for rank in step.ranks for micro in rank):
+            together = [list(run) for _, run in itertools.groupby(micro, key=lambda i: groups[i])]
+            costs = [shared_cost([lengths[i] for i in run], prompts[run[0]]) for run in together]
+            assert sum(costs) <= BUDGET
+    if ranks == 1:
+        # No group is in two units, unless it is over the budget.
+        for g in {*groups}:
+            members = [i for i in range(len(lengths)) if groups[i] == g]
+            if shared_cost([lengths[i] for i in members], prompt[g]) <= BUDGET:
+                micros = [m for step in plan for micro in step.ranks for m in micro if {*m} & {*members}]
+                assert len(micros) == 1
+
+
+def test_groups_are_split_over_ranks_as_far_as_balance_asks_for() -> None:
+    def ranks_of_groups(num_groups: int, ranks: int) -> list[int]:
+        groups = [g for g in range(num_groups) for _ in range(8)]
+        lengths = [30 + 20] * len(groups)
+        (step,) = plan_batch(
+            lengths, groups, num_ranks=ranks, num_mini_batches=1, micro_batch_tokens=1000, prompts_S=[30] * len(groups)
+        )
+        where = [
+            {r for r, rank in enumerate(step.ranks) for m in rank for i in m if groups[i] == g}
+            for g in range(num_groups)
+        ]
+        return [len(w) for w in where]
+
+    assert ranks_of_groups(4, 2) == [1, 1, 1, 1]
+    assert ranks_of_groups(1, 2) == [2]
+    assert ranks_of_groups(3, 2) == [2, 2, 2]
+    assert ranks_of_groups(1, 8) == [8]
+
+
 def test_the_same_batch_gives_the_same_plan() -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(2, BUDGET, 200).tolist()
@@ -131,6 +188,20 @@ def test_padding_comes_after_each_sequence_and_is_no_target() -> None:
     assert p.lengths == [4, 4]
     assert p.target_rows.tolist() == [1, 2, 4, 5, 6, 7]
     assert p.targets.tolist() == pack(items).targets.tolist()
+
+
+def test_neighbours_with_the_same_prompt_have_it_once() -> None:
+    items = [item([1, 2], [3, 4, 5]), item([1, 2], [6], 1), item([1, 2], [7, 8], 2), item([9], [1, 2], 3)]
+    p, apart = pack(items, share_prompts=True), pack(items)
+    assert p.input_ids.tolist() == [1, 2, 3, 4, 7, 9, 1]
+    assert p.position_ids.tolist() == [0, 1, 2, 3, 2, 0, 1]
+    assert p.lengths == [2, 2, 1, 2]
+    assert p.sequences == [(0, 1), (0,), (0, 2), (3,)]
+    assert p.target_rows.tolist() == [1, 2, 3, 1, 1, 4, 5, 6]
+    for name in ("targets", "samples", "segments", "advantages", "rollout_logprobs", "weights"):
+        assert getattr(p, name).tolist() == getattr(apart, name).tolist()
+    assert (p.num_inputs, p.num_tokens) == (7, 11)
+    assert (apart.num_inputs, apart.num_tokens) == (11, 11)
 
 
 @settings(deadline=None)
@@ -204,20 +275,54 @@ def random_items(seed: int = 0) -> list[PackItem]:
     ]
 
 
-@pytest.mark.parametrize("padded", [False, True])
+def items_of_groups(seed: int = 0) -> list[PackItem]:
+    """Groups of three, one and four; the completions of the last are of one token and more."""
+    rng = np.random.default_rng(seed)
+    sizes = [(4, (9, 6, 9)), (7, (5,)), (3, (1, 30, 1, 8))]
+    prompts = [rng.integers(8, 200, n).tolist() for n, _ in sizes]
+    pairs = [(prompt, t) for prompt, (_, lengths) in zip(prompts, sizes, strict=True) for t in lengths]
+    return [item(prompt, rng.integers(8, 200, t).tolist(), i) for i, (prompt, t) in enumerate(pairs)]
+
+
+LAID_OUT = pytest.mark.parametrize(
+    ("items", "options"),
+    [
+        pytest.param(random_items(), {}, id="packed"),
+        pytest.param(random_items(), {"padded": True}, id="padded"),
+        pytest.param(items_of_groups(), {"share_prompts": True}, id="shared"),
+    ],
+)
+
+
+@LAID_OUT
 @torch.no_grad()
-def test_packed_and_padded_log_probabilities_are_those_of_plain_transformers(
-    policy: PolicyModel, tiny_model: Path, padded: bool
+def test_log_probabilities_are_those_of_plain_transformers(
+    policy: PolicyModel, tiny_model: Path, items: list[PackItem], options: dict[str, bool]
 ) -> None:
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager").eval()
-    items = random_items()
     want = []
     for i in items:
         ids = torch.from_numpy(np.concatenate([i.prompt_ids, i.completion_ids]))[None]
         logp = (plain(ids, use_cache=False).logits[0] / 0.8).log_softmax(-1)
         want.append(logp[len(i.prompt_ids) - 1 : -1].gather(-1, torch.from_numpy(i.completion_ids)[:, None])[:, 0])
-    got, _ = policy(pack(items, padded=padded), 0.8)
+    got, _ = policy(pack(items, **options), 0.8)
     torch.testing.assert_close(got, torch.cat(want), atol=1e-5, rtol=1e-5)
+
+
+@LAID_OUT
+@torch.no_grad()
+def test_changing_one_completion_changes_no_other(
+    policy: PolicyModel, items: list[PackItem], options: dict[str, bool]
+) -> None:
+    batch = pack(items, **options)
+    before, _ = policy(batch, 1.0)
+    for changed in range(len(items)):
+        other = [*items]
+        other[changed] = item(items[changed].prompt_ids.tolist(), (items[changed].completion_ids + 1).tolist(), changed)
+        after, _ = policy(pack(other, **options), 1.0)
+        mine = torch.from_numpy(batch.samples == changed)
+        assert (after - before)[~mine].abs().max() <= 1e-6
+        assert (after - before)[mine].abs().max() > 1e-3
 
 
 @torch.no_grad()
@@ -235,9 +340,51 @@ def test_changing_one_sample_changes_no_other(policy: PolicyModel) -> None:
         assert (after - before)[mine].abs().max() > 1e-3
 
 
-def test_equal_neighbours_are_attended_as_one_batch() -> None:
-    kwargs = attention_kwargs([3, 5, 5, 5, 9], choose_attention("sdpa", torch.device("cpu")), torch.device("cpu"))
-    assert kwargs == {"packed_runs": [(1, 3), (3, 5), (1, 9)]}
+def test_the_gradient_with_shared_prompts_is_that_of_sequences_by_themselves(tiny_model: Path) -> None:
+    implementation = choose_attention("sdpa", torch.device("cpu"))
+    hf = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64, attn_implementation=implementation)
+    model = PolicyModel(hf, chunk=16)
+
+    def gradient(share_prompts: bool) -> torch.Tensor:
+        batch = pack(items_of_groups(), share_prompts=share_prompts)
+        logp_C, _ = model(batch, 1.0)
+        model.zero_grad()
+        (logp_C * torch.from_numpy(batch.rollout_logprobs)).sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    want, got = gradient(False), gradient(True)
+    assert (got - want).norm() <= 1e-6 * want.norm()
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 9])
+def test_attention_over_shared_parts_is_that_of_each_sequence_alone(window: int | None) -> None:
+    torch.manual_seed(0)
+    lengths, sequences = [5, 3, 8, 4, 2], [(0, 1), (0, 2), (3,), (0,), (0, 4)]
+    q, k, v = (torch.randn(1, heads, sum(lengths), 8, dtype=torch.float64) for heads in (4, 2, 2))
+    layout = PackedLayout.of(lengths, sequences)
+    got, _ = packed_attention(torch.nn.Module(), q, k, v, None, packed_layout=layout, sliding_window=window)
+    rows = torch.arange(sum(lengths)).split(lengths)
+    for parts in sequences:
+        own = torch.cat([rows[part] for part in parts])
+        n = len(own)
+        may = torch.ones(n, n, dtype=torch.bool).tril().triu(1 - (window or n))
+        keys, values = (x[:, :, own].repeat_interleave(2, dim=1) for x in (k, v))
+        scores = (q[:, :, own] @ keys.transpose(2, 3) / 8**0.5).masked_fill(~may, float("-inf"))
+        torch.testing.assert_close(got[:, own], (scores.softmax(-1) @ values).transpose(1, 2))
+
+
+def test_sequences_of_equal_length_are_attended_as_one_batch() -> None:
+    apart = PackedLayout.of([3, 5, 5, 5, 9], [(0,), (1,), (2,), (3,), (4,)])
+    assert apart == PackedLayout([3, 15, 9], [Run(1, 3, (0,)), Run(3, 5, (1,)), Run(1, 9, (2,))])
+    shared = PackedLayout.of([2, 4, 1, 4, 3], [(0, 1), (0, 2), (0, 3), (4,)])
+    assert shared == PackedLayout([2, 4, 1, 4, 3], [Run(2, 3, (0, 2, 4)), Run(2, 6, (0, 1, 0, 3))])
+
+
+def test_flash_attention_refuses_shared_prompts() -> None:
+    with pytest.raises(ValueError, match=r"share a prompt; set learner\.share_prompts to false"):
+        attention_kwargs([2, 3, 4], [(0, 1), (0, 2)], FLASH, torch.device("cpu"))
+    kwargs = attention_kwargs([2, 3, 4], [(0,), (1,), (2,)], FLASH, torch.device("cpu"))
+    assert kwargs["cu_seq_lens_q"].tolist() == [0, 2, 5, 9]
 
 
 @pytest.mark.parametrize(

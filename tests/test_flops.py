@@ -92,6 +92,17 @@ def test_an_update_counts_what_every_pass_of_it_does() -> None:
     assert flops(critic=True) == 3 * (train + train_flops(headless, [10], [4]) + forward_flops(headless, [10], [4]))
 
 
+def test_an_update_counts_a_shared_prompt_once_but_for_its_attention() -> None:
+    shape = ModelShape(body=1000, frozen_body=400, head=300, frozen_head=0, attention=64)
+    samples = [TrainSample(None, i, "p", i, 7, 4, 0.5, group) for i, group in enumerate((0, 0, 0, 1))]
+    batch, passes = TrainBatch(0, samples, 1.0), UpdatePasses(train=1, reference=True, old=False, critic=False)
+    together, apart = [MiniBatchPlan((((0, 1, 2, 3),),))], [MiniBatchPlan((((0, 3), (1,)), ((2,), ())))]
+    whole = update_flops(shape, batch, together, passes)
+    assert update_flops(shape, batch, apart, passes, shared_prompts=True) == whole
+    forward, frozen = 2 * 1000 * 14, 2 * 400 * 14
+    assert whole - update_flops(shape, batch, together, passes, shared_prompts=True) == 4 * forward - frozen
+
+
 def test_mfu_is_told_for_known_devices_alone() -> None:
     out = throughput_metrics(989e12, 5000.0, 2.0, 2, "NVIDIA H100 80GB HBM3", "bfloat16")
     assert out == {

@@ -45,6 +45,7 @@ def test_slices_end_to_end_are_the_micro_batch_and_its_filling(
         assert s.counts == tuple(len(other.targets) for other in slices)
         # The filling is a sequence of its own, which sees nothing and is seen by nobody.
         assert s.lengths == [*batch.lengths, *[fill] * (fill > 0)]
+        assert s.sequences == [(k,) for k in range(len(s.lengths))]
 
 
 def model(kind: str, **values: Any) -> Any:

@@ -1,5 +1,5 @@
-"""One step is the same step however it is computed: for every loss, and any ranks, ZeRO stage, budget, packing, checkpointing, and
-sequences whole or in slices."""
+"""One step is the same step however it is computed: for every loss, and any ranks, ZeRO stage, budget, packing, checkpointing,
+prompts of a group once or for each sample, and sequences whole or in slices."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def choose(group: LearnerGroup, algorithm: AlgorithmConfig) -> None:
 
 @pytest.fixture(scope="module")
 def plain(local_ray: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    config = make_config(tiny_model, ranks=1, stage=0, learner={"micro_batch_tokens": ALL})
+    learner = {"micro_batch_tokens": ALL, "share_prompts": False}
+    config = make_config(tiny_model, ranks=1, stage=0, learner=learner)
     return step_of_every_loss(config, tmp_path_factory.mktemp("plain"))
 
 

@@ -172,6 +172,32 @@ def assert_one_step_equals_plain_pytorch(
     return group
 
 
+def test_a_group_s_prompt_is_computed_once_and_the_step_is_that_of_plain_pytorch(
+    tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup]
+) -> None:
+    """The last sample of a group is masked out, and one is all that some ranks have of a group."""
+    group = assert_one_step_equals_plain_pytorch(
+        make_config(tiny_model, ranks=2, stage=2), tiny_model, tmp_path, groups
+    )
+    ray.get([a.__ray_call__.remote(watch) for a in group._actors], timeout=60)
+    batch = make_batch(seed=1)
+    metrics = run(group.update(batch)).metrics
+    seen = ray.get([a.__ray_call__.remote(lambda a: sum(a.seen)) for a in group._actors], timeout=60)
+    trained = [s for s in batch.samples if s.loss_mask]
+    alone = sum(s.num_prompt_tokens + s.num_tokens - 1 for s in trained)
+    assert metrics["tokens/processed"] == alone
+    assert metrics["tokens/shared"] == alone - sum(seen) > 0
+    assert metrics["update/imbalance"] == pytest.approx(2 * max(seen) / sum(seen))
+
+
+def watch(actor: Any) -> None:
+    """Note how many tokens each pass of the body gets."""
+    actor.seen = []
+    actor._engine.module.hf.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: actor.seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+
+
 def test_two_ranks_under_zero_3_with_tied_embeddings_step_like_plain_pytorch_and_resume_bitwise(
     tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup]
 ) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from actors.learner_group import LearnerGroup
 from actors.learner_sequence import HeadAttention
-from grpo_ray.attention import packed_attention
+from grpo_ray.attention import PackedLayout, packed_attention
 from grpo_ray.batching import plan_batch
 from grpo_ray.config import TinyModelConfig
 from grpo_ray.errors import ConfigError, NonFiniteError
@@ -38,6 +38,7 @@ from tests.actors.test_learner import (
     plain_updates,
     run,
     start,
+    watch,
 )
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(300)]
@@ -59,7 +60,8 @@ def attention_apart(actor: Any, heads: int, key_heads: int, window: int | None) 
     """The largest difference of output and gradients between this rank's slice and the whole, float64."""
     torch.manual_seed(0)
     lengths, ranks = [3, 5, 5, 9, 2], actor._ranks
-    options = {"packed_runs": [(1, 3), (2, 5), (1, 9), (1, 2)], "sliding_window": window}
+    layout = PackedLayout.of(lengths, [(k,) for k in range(len(lengths))])
+    options = {"packed_layout": layout, "sliding_window": window}
     shapes = [(1, number, sum(lengths), 8) for number in (heads, key_heads, key_heads)]
     whole = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
     want, _ = packed_attention(nn.Module(), *whole, None, **options)
@@ -72,15 +74,6 @@ def attention_apart(actor: Any, heads: int, key_heads: int, window: int | None) 
     got.backward(grad[:, own])
     pairs = [(got, want[:, own]), *((p.grad, w.grad[:, :, own]) for p, w in zip(parts, whole, strict=True))]
     return max(float((a - b).abs().max()) for a, b in pairs)
-
-
-def watch(actor: Any) -> None:
-    """Note how many tokens each pass of the body gets."""
-    actor.seen = []
-    body = actor._engine.module.hf.base_model
-    body.register_forward_pre_hook(
-        lambda module, args, kwargs: actor.seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
 
 
 def test_two_ranks_share_every_micro_batch_and_step_like_plain_pytorch(

@@ -35,6 +35,21 @@ def padded_step() -> dict[str, float]:
     return _timed(lambda: padded_pass(model, PROMPT_LENGTH, lengths))
 
 
+def prompts_apart() -> dict[str, float]:
+    """Forward and backward of 8 groups of 8 samples, prompts of 200 tokens and completions of 16 to 100: each sample by itself."""
+    return _long_prompts(group_size=1)
+
+
+def prompts_shared() -> dict[str, float]:
+    """The same samples; a group's prompt is computed once, as the learner does."""
+    return _long_prompts(group_size=8)
+
+
+def _long_prompts(group_size: int) -> dict[str, float]:
+    model, lengths = _policy(), [200 + n for n in _lengths()[:64]]
+    return _timed(lambda: packed_pass(model, 200, lengths, group_size=group_size))
+
+
 def chunked_logprobs() -> dict[str, float]:
     """Log-probabilities and their gradient, 4,096 tokens, vocabulary 151,936, hidden 896, as the learner does it."""
     from grpo_ray.logprobs import chunk_rows
@@ -72,7 +87,7 @@ def _policy() -> Any:
     from grpo_ray.tiny import build_tiny_model
 
     with tempfile.TemporaryDirectory() as folder:
-        return policy(str(build_tiny_model(Path(folder), TinyModelConfig(num_layers=3))), chunk=1024)
+        return policy(str(build_tiny_model(Path(folder), TinyModelConfig(num_layers=3, context=300))), chunk=1024)
 
 
 def _lengths() -> list[int]:
@@ -94,7 +109,9 @@ def _timed(step: Callable[[], None]) -> dict[str, float]:
     return {"cpu_s": min(times)}
 
 
-CASES = {f.__name__: f for f in (padded_step, packed_step, plain_logprobs, chunked_logprobs)}
+CASES = {
+    f.__name__: f for f in (padded_step, packed_step, prompts_apart, prompts_shared, plain_logprobs, chunked_logprobs)
+}
 
 
 def main() -> None:

@@ -9,20 +9,29 @@ ROWS = 64
 """Of a padded micro-batch."""
 
 
-def packed_pass(model: Any, prompt_length: int, lengths: Sequence[int], micro_batch_tokens: int = 4096) -> None:
-    """`model` is a `PolicyModel`; `lengths` are of prompt and completion."""
+def packed_pass(
+    model: Any, prompt_length: int, lengths: Sequence[int], micro_batch_tokens: int = 4096, group_size: int = 1
+) -> None:
+    """`model` is a `PolicyModel`; `lengths` are of prompt and completion, so many of a group after each other."""
     import numpy as np
 
     from grpo_ray.batching import PackItem, pack, plan_batch
 
     rng = np.random.default_rng(0)
+    groups = [i // group_size for i in range(len(lengths))]
+    prompts = [rng.integers(8, 200, prompt_length) for _ in range(groups[-1] + 1)]
     (plan,) = plan_batch(
-        lengths, range(len(lengths)), num_ranks=1, num_mini_batches=1, micro_batch_tokens=micro_batch_tokens
+        lengths,
+        groups,
+        num_ranks=1,
+        num_mini_batches=1,
+        micro_batch_tokens=micro_batch_tokens,
+        prompts_S=[prompt_length] * len(lengths) if group_size > 1 else None,
     )
     for micro in plan.ranks[0]:
         items = [
             PackItem(
-                rng.integers(8, 200, prompt_length),
+                prompts[groups[i]],
                 rng.integers(8, 200, lengths[i] - prompt_length),
                 np.zeros(lengths[i] - prompt_length, np.float32),
                 1,
@@ -31,7 +40,7 @@ def packed_pass(model: Any, prompt_length: int, lengths: Sequence[int], micro_ba
             )
             for i in micro
         ]
-        model(pack(items), 1.0)[0].sum().backward()
+        model(pack(items, share_prompts=group_size > 1), 1.0)[0].sum().backward()
 
 
 def padded_pass(hf: Any, prompt_length: int, lengths: Sequence[int]) -> None:

@@ -93,7 +93,7 @@ def _packed(task: str, model: str) -> Callable[[slice], int]:
 
     ours = policy(model, chunk=1)
     ours.chunk = chunk_rows(ours.hf.config.vocab_size, on_gpu=False)
-    return _passes(task, model, lambda prompt, lengths: packed_pass(ours, prompt, lengths))
+    return _passes(task, model, lambda prompt, lengths: packed_pass(ours, prompt, lengths, group_size=GROUP))
 
 
 def _padded(task: str, model: str) -> Callable[[slice], int]:
