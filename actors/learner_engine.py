@@ -22,6 +22,7 @@ from grpo_ray.config import (
     WeightsConfig,
 )
 from grpo_ray.errors import ConfigError, NonFiniteError
+from grpo_ray.linear import use_faster_products
 from grpo_ray.logprobs import chunk_rows
 from grpo_ray.lora import inject
 from grpo_ray.policy import PolicyModel
@@ -270,6 +271,7 @@ def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
         # ZeRO-3 releases weights between the passes, which the non-reentrant kind takes for changed tensors.
         hf.gradient_checkpointing_enable({"use_reentrant": spec.learner.zero_stage == 3})
         hf.enable_input_require_grads()
+    use_faster_products(hf)
     return hf
 
 

@@ -287,9 +287,14 @@ def _spec(
     )
 
 
+# Products are prepared for each number of tokens anew. Those of one micro-batch are kept (5 layer shapes and the head, three
+# products each), not 1,024: between them the heap falls to pieces, and grows by a half.
+ONEDNN_ENV = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
+
+
 def _env(config: RunConfig | SftConfig, *, on_gpu: bool) -> dict[str, str]:
     learner = config.learner
-    env = dict(ALLOCATOR_ENV) | {"TOKENIZERS_PARALLELISM": "false"}
+    env = ALLOCATOR_ENV | ONEDNN_ENV | {"TOKENIZERS_PARALLELISM": "false"}
     if not on_gpu:
         # Threads that wait must sleep: the cores are shared with the samplers.
         env |= {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}

@@ -6,8 +6,10 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,11 @@ def packed_step() -> dict[str, float]:
 
 def padded_step() -> dict[str, float]:
     """The same samples as padded rows of Transformers, 64 a micro-batch, with a log-softmax over all logits."""
-    model, lengths = _policy().hf, _lengths()
-    model.set_attn_implementation("sdpa")
+    from transformers import AutoModelForCausalLM
+
+    with _tiny() as path:
+        model = AutoModelForCausalLM.from_pretrained(path).train()
+    lengths = _lengths()
     return _timed(lambda: padded_pass(model, PROMPT_LENGTH, lengths))
 
 
@@ -81,13 +86,18 @@ def _logprob_memory(chunk: int) -> dict[str, float]:
 
 
 def _policy() -> Any:
-    import tempfile
+    with _tiny() as path:
+        return policy(path, chunk=1024)
 
+
+@contextmanager
+def _tiny() -> Iterator[str]:
+    """The folder of a model of 2.3 M parameters."""
     from grpo_ray.config import TinyModelConfig
     from grpo_ray.tiny import build_tiny_model
 
     with tempfile.TemporaryDirectory() as folder:
-        return policy(str(build_tiny_model(Path(folder), TinyModelConfig(num_layers=3, context=300))), chunk=1024)
+        yield str(build_tiny_model(Path(folder), TinyModelConfig(num_layers=3, context=300)))
 
 
 def _lengths() -> list[int]:

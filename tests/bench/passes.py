@@ -57,13 +57,15 @@ def padded_pass(hf: Any, prompt_length: int, lengths: Sequence[int]) -> None:
 
 
 def policy(path: str, chunk: int) -> Any:
-    """The model of a folder as the learner holds it, on the CPU in fp32."""
+    """The model of a folder as the learner holds it, on a CPU in fp32."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from grpo_ray.attention import choose_attention
+    from grpo_ray.linear import use_faster_products
     from grpo_ray.policy import PolicyModel
 
     attention = choose_attention("auto", torch.device("cpu"))
     hf = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
+    use_faster_products(hf)
     return PolicyModel(hf, chunk=chunk).train()
