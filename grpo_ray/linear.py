@@ -2,6 +2,9 @@
 
 PyTorch multiplies fp32 matrices by MKL, which has 256-bit kernels alone for AMD's processors, whatever they can do. oneDNN, which
 it takes for bf16, has 512-bit ones for all: twice as fast where a core is as wide (Zen 5: 250 GFLOP/s instead of 110).
+
+oneDNN makes code for every shape and keeps it, and its heap falls to pieces: so it gets few shapes, 16 numbers of tokens between a
+power of two and the next.
 """
 
 from __future__ import annotations
@@ -13,9 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_FEWEST = 256
+"""Tokens. Products of fewer take as long one way as the other."""
+
+
+def multiple_of_tokens(num_tokens: int, device: torch.device) -> int:
+    """What the number of tokens should be a multiple of, for the faster products: at most a sixteenth of it."""
+    return _step(num_tokens) if num_tokens >= _FEWEST and device.type == "cpu" and onednn_is_faster() else 1
+
+
+def _step(num_tokens: int) -> int:
+    return 1 << (num_tokens.bit_length() - 5)
+
 
 def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b as `nn.functional.linear` has it, but without a gradient.
+    """x W^T + b by oneDNN, without a gradient.
 
     Args:
         x: [.., I]; it is copied if it is not contiguous.
@@ -25,10 +40,8 @@ def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     Returns:
         [.., O].
     """
-    if x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() and onednn_is_faster():
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return product
-    return nn.functional.linear(x, weight, bias)
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
 
 
 @cache
@@ -49,7 +62,9 @@ def use_faster_products(model: nn.Module) -> None:
 
 class _FasterLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.float32:
+        num_tokens = x.numel() // self.in_features
+        regular = num_tokens >= _FEWEST and num_tokens % _step(num_tokens) == 0
+        if not regular or x.dtype != torch.float32 or x.device.type != "cpu":
             return super().forward(x)
         out: Tensor = _Linear.apply(x, self.weight, self.bias)
         return out

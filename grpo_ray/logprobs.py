@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_ray.linear import times_transposed
-
 
 class _ChunkedLogprobs(torch.autograd.Function):
     """Recomputes the logits of a chunk in the backward pass.
@@ -74,9 +72,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 grad_bias += grad_CV.sum(0)
             grad_CV = grad_CV.to(hidden_NH.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = times_transposed(grad_CV, weight.t())
+                torch.mm(grad_CV, weight, out=grad_hidden[rows])
             if grad_weight is not None:
-                grad_weight += times_transposed(grad_CV.t(), hidden_NH[rows].t())
+                grad_weight += grad_CV.t() @ hidden_NH[rows]
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -93,7 +91,7 @@ def _precision(x: Tensor) -> torch.dtype:
 
 
 def _logits(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, temperature: float) -> Tensor:
-    logits_CV = times_transposed(hidden_CH, weight_VH, bias_V).to(_precision(hidden_CH))
+    logits_CV = nn.functional.linear(hidden_CH, weight_VH, bias_V).to(_precision(hidden_CH))
     return logits_CV if temperature == 1.0 else logits_CV / temperature
 
 

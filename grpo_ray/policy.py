@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from grpo_ray.attention import attention_kwargs
 from grpo_ray.batching import PackedBatch
+from grpo_ray.linear import multiple_of_tokens
 from grpo_ray.logprobs import LogprobHead
 from grpo_ray.sequence import Alone, SequenceRanks, Slice, slice_of
 
@@ -38,12 +39,18 @@ class PolicyModel(nn.Module):
         """Log-probabilities [C] of the batch's targets and entropies [C], fp32."""
         hf: Any = self.hf
         device = hf.get_output_embeddings().weight.device
-        own = slice_of(batch, self.ranks.rank, self.ranks.size)
+        own = own_slice(batch, self.ranks, device)
         hidden_cH = target_states(hf.base_model, own, hf.config._attn_implementation, device)
         targets = torch.from_numpy(own.targets).to(device)
         logp_c, entropy_c = hf.get_output_embeddings()(hidden_cH, targets, temperature, self.chunk)
         logp_C, entropy_C = self.ranks.gather(own.counts, logp_c, entropy_c)
         return logp_C, entropy_C
+
+
+def own_slice(batch: PackedBatch, ranks: SequenceRanks, device: torch.device) -> Slice:
+    """What this rank computes of a micro-batch on this device."""
+    multiple = multiple_of_tokens(len(batch.input_ids) // ranks.size, device)
+    return slice_of(batch, ranks.rank, ranks.size, multiple)
 
 
 def target_states(body: Any, own: Slice, attention: str, device: torch.device) -> Tensor:

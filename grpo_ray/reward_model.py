@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from grpo_ray.batching import PackedBatch
-from grpo_ray.policy import target_states
-from grpo_ray.sequence import Alone, SequenceRanks, slice_of
+from grpo_ray.policy import own_slice, target_states
+from grpo_ray.sequence import Alone, SequenceRanks
 
 
 class RewardModel(nn.Module):
@@ -26,8 +26,8 @@ class RewardModel(nn.Module):
     def forward(self, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
         """[C] values, and zeros where a policy has entropies; fp32."""
         hf: Any = self.hf
-        own = slice_of(batch, self.ranks.rank, self.ranks.size)
         weight = hf.score.weight
+        own = own_slice(batch, self.ranks, weight.device)
         hidden_cH = target_states(hf.base_model, own, hf.config._attn_implementation, weight.device)
         (values_C,) = self.ranks.gather(own.counts, hf.score(hidden_cH.to(weight.dtype))[:, 0].float())
         return values_C, torch.zeros_like(values_C)

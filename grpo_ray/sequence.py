@@ -75,12 +75,12 @@ class Slice:
     """c of each rank."""
 
 
-def slice_of(batch: PackedBatch, rank: int, size: int) -> Slice:
-    """The rank's slice of the tokens, filled up to a multiple of `size` by a sequence of its own without targets.
+def slice_of(batch: PackedBatch, rank: int, size: int, multiple: int = 1) -> Slice:
+    """The rank's slice of the tokens, `multiple` of them or a multiple of that. They are filled up by a sequence without targets.
 
     Of more than one slice the sequences must not share prompts: the targets of a slice would not be neighbours.
     """
-    fill = -len(batch.input_ids) % size
+    fill = -len(batch.input_ids) % (size * multiple)
     input_ids = np.concatenate([batch.input_ids, np.zeros(fill, np.int64)])
     position_ids = np.concatenate([batch.position_ids, np.arange(fill)])
     n = len(input_ids) // size

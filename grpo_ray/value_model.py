@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from grpo_ray.advantages import gae, kl_in_reward
 from grpo_ray.batching import PackedBatch
 from grpo_ray.losses.segments import Segments
-from grpo_ray.policy import target_states
-from grpo_ray.sequence import Alone, SequenceRanks, slice_of
+from grpo_ray.policy import own_slice, target_states
+from grpo_ray.sequence import Alone, SequenceRanks
 
 
 class ValueModel(nn.Module):
@@ -31,7 +31,7 @@ class ValueModel(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """[C], fp32."""
-        own = slice_of(batch, self.ranks.rank, self.ranks.size)
+        own = own_slice(batch, self.ranks, self.head.weight.device)
         hidden_cH = target_states(self.body, own, self.attention, self.head.weight.device)
         (values_C,) = self.ranks.gather(own.counts, self.head(hidden_cH.to(self.head.weight.dtype))[:, 0].float())
         return values_C
