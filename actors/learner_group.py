@@ -287,8 +287,8 @@ def _spec(
     )
 
 
-# Products are prepared for each number of tokens anew. Those of one micro-batch are kept (5 layer shapes and the head, three
-# products each), not 1,024: between them the heap falls to pieces, and grows by a half.
+# oneDNN prepares a product for each shape (grpo_ray/linear.py). Those of one micro-batch are kept, five layer shapes with three
+# products each, and not 1,024.
 ONEDNN_ENV = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
 
 
