@@ -709,6 +709,19 @@ def test_closing_the_pool_answers_those_who_wait(local_ray, functions: str, tmp_
     assert asyncio.run(with_pool(config, tmp_path, use)) < 8
 
 
+def until_lost(ref) -> None:
+    """An object outlives its owner until the raylet frees it."""
+    import ray
+
+    for _ in range(300):
+        try:
+            ray.get(ref, timeout=30)
+        except ray.exceptions.OwnerDiedError:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the object is there 30 s after the death of its owner")
+
+
 @pytest.mark.timeout(120)
 def test_a_lost_object_is_a_crashed_score_and_not_a_zero(local_ray, functions: str, tmp_path: Path) -> None:
     import ray
@@ -723,6 +736,7 @@ def test_a_lost_object_is_a_crashed_score_and_not_a_zero(local_ray, functions: s
     ref = ray.get(owner.make.remote(good[0].sample.ref), timeout=60)[0]
     lost = requests_of(["x"], ref=ref)
     ray.kill(owner)
+    until_lost(ref)
 
     async def use(pool):
         return await asyncio.gather(pool.score(lost), pool.score(put(good)))
