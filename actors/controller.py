@@ -342,7 +342,7 @@ class Controller:
             async def again() -> None:
                 nonlocal learner
                 await workers.close_learner()
-                learner = await workers.start_learner(steps)
+                learner = await workers.start_learner_again()
 
             return await self._outlive_learners(workers, fine_tune, again, config)
 

@@ -58,6 +58,7 @@ class LearnerGroup:
         has_gpus: bool = False,
         num_steps: int | None = None,
         placement: Any = None,
+        limit_s: float | None = None,
     ) -> LearnerGroup:
         """Start the ranks side by side, `learner-0` and so on, with the model loaded.
 
@@ -66,10 +67,11 @@ class LearnerGroup:
             has_gpus: the cluster has GPUs, so each rank gets one unless `learner.num_gpus` says otherwise.
             num_steps: of the whole run, for a schedule that needs an end. None: `config.num_steps`.
             placement: a placement group with a bundle for each rank, where it shares a GPU.
+            limit_s: in seconds. None: `deadlines.start_s`.
 
         Raises:
             ConfigError: the model can't be loaded, or the schedule's end is not known.
-            DeadlineError: not started within `deadlines.start_s`.
+            DeadlineError: not started within `limit_s`.
             WorkerError: a rank died.
         """
         spec = _spec(config, model_path, run_dir, has_gpus, config.num_steps if num_steps is None else num_steps)
@@ -94,9 +96,10 @@ class LearnerGroup:
             for rank in range(learner.num_actors)
         ]
         group = cls(actors, spec, config.deadlines)
-        give_up = time.monotonic() + config.deadlines.start_s
+        limit_s = config.deadlines.start_s if limit_s is None else limit_s
+        give_up = time.monotonic() + limit_s
         try:
-            (host, port), *_ = await group._call("rendezvous", deadline="start_s", only_first=True)
+            (host, port), *_ = await group._call("rendezvous", deadline="start_s", seconds=limit_s, only_first=True)
             left = max(give_up - time.monotonic(), 0.1)
             group.num_parameters, *_ = await group._call("start", host, port, deadline="start_s", seconds=left)
         except BaseException:

@@ -27,8 +27,8 @@ import ray
 
 from actors.cluster import placed
 from actors.reward import FETCH_TIMEOUT_S, RewardActor
-from actors.reward_process import RESTART_FACTOR, RESTART_S, START_TRIES
-from actors.runtime import Actors, RayActors, late, start_named, within
+from actors.reward_process import START_TRIES
+from actors.runtime import Actors, RayActors, again_within, late, start_named, within
 from grpo_ray.activity import IDLE, Activity
 from grpo_ray.answers import Answer
 from grpo_ray.config_reward import SHARED_POOL, RewardConfig
@@ -407,7 +407,7 @@ class RewardPool:
         tries = self._max_restarts + 1 - deaths
         time = asyncio.get_running_loop().time
         give_up_at = time() + self._start_limit_s
-        patience_s = RESTART_S + RESTART_FACTOR * self._start_s
+        patience_s = again_within(self._start_s, self._start_limit_s)
         while tries > 0 and not worker.leaving:
             self._num_restarts += 1
             log.warning("%s died (%s); starting another", worker.name, _first_line(cause))

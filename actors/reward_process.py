@@ -26,6 +26,7 @@ import psutil
 
 import grpo_ray
 from actors.reward_child import HEADER, Call, Setup
+from actors.runtime import again_within
 from grpo_ray.config_reward import RewardConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.function import ScoreInputs
@@ -41,8 +42,6 @@ MAX_LINE_BYTES = 64 << 20
 """A whole group with a step at every token is some ten MiB."""
 WRITE_TIMEOUT_S = 30.0
 START_TRIES = 3
-RESTART_S, RESTART_FACTOR = 30.0, 5.0
-"""What was imported in t seconds has this long and so many times t to be imported again; the last try has all the time."""
 
 
 class _Ended(Exception):
@@ -91,11 +90,12 @@ class ScoringProcess:
         where memory is short, the kernel takes who grows. Nor does one that hangs, if they were imported before. Both are started
         again."""
         for left in reversed(range(START_TRIES)):
+            # The last try has all the time.
             again = left > 0 and self._import_s > 0
-            limit_s = RESTART_S + RESTART_FACTOR * self._import_s if again else math.inf
+            limit_s = self._start_timeout_s
             started = time.monotonic()
             try:
-                self._start_once(min(limit_s, self._start_timeout_s))
+                self._start_once(again_within(self._import_s, limit_s) if again else limit_s)
             except _KilledAtStart:
                 if not left:
                     raise

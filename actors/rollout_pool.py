@@ -36,7 +36,7 @@ from ray.exceptions import RayError
 from actors.cluster import demands, gpus_per_engine, placed
 from actors.engine_adapters import AdapterOptions
 from actors.rollout import Outcome, RolloutActor, rollout_env
-from actors.runtime import Actors, RayActors, core_error, log_tail, node_died, start_named, within
+from actors.runtime import Actors, RayActors, again_within, core_error, log_tail, node_died, start_named, within
 from actors.weights import EngineTarget, last_line, resolve_backend
 from grpo_ray.activity import IDLE, Activity
 from grpo_ray.answers import Answer
@@ -200,6 +200,8 @@ class RolloutPool:
         self._progress = time.monotonic()
         self._stats_since = time.monotonic()
         self._num_restarts = self._all_restarts = 0
+        self._start_s = 0.0
+        """The longest start so far."""
         self._most_waiting = 0
         self._closed = False
         self.membership = asyncio.Lock()
@@ -237,7 +239,7 @@ class RolloutPool:
         try:
             async with asyncio.TaskGroup() as tasks:
                 for engine in pool._engines.values():
-                    tasks.create_task(pool._start(engine))
+                    tasks.create_task(pool._start(engine, config.deadlines.start_s))
         except BaseExceptionGroup as group:
             await pool.close()
             raise group.exceptions[0] from None
@@ -594,7 +596,7 @@ class RolloutPool:
 
     async def _join(self, engine: _Engine) -> None:
         try:
-            await self._start_late(engine)
+            await self._start_late(engine, self._config.deadlines.start_s)
         except (WorkerError, DeadlineError) as e:
             self.on_trouble(f"{engine.name} was to join, and is tried again: {e}")
             self._source.kill(engine.handle)
@@ -626,9 +628,11 @@ class RolloutPool:
         """Engine -> `pid` of its actor and `core_pid` of vLLM's engine process, of the engines that are alive."""
         return {e.name: e.pids for e in self._engines.values() if e.alive}
 
-    async def _start(self, engine: _Engine) -> None:
+    async def _start(self, engine: _Engine, limit_s: float) -> None:
         """Raises WorkerError or DeadlineError, with the end of the log."""
         c = self._config
+        now = asyncio.get_running_loop().time
+        began = now()
         engine.incarnation = next(self._lives)
         rollout = c.rollout
         if c.colocated and rollout.num_threads is None:
@@ -660,7 +664,7 @@ class RolloutPool:
         try:
             engine.pids = await within(
                 _answer(engine.handle.ready.remote()),
-                c.deadlines.start_s,
+                limit_s,
                 f"the start of {engine.name}",
                 "deadlines.start_s",
             )
@@ -670,6 +674,7 @@ class RolloutPool:
             raise WorkerError(
                 f"{engine.name} does not start: {core_error(log, last_line(e))}; the end of {log}:\n{log_tail(log)}"
             ) from None
+        self._start_s = max(self._start_s, now() - began)
         engine.version = 0
         engine.alive = engine.started = True
         engine.paused = False
@@ -680,7 +685,7 @@ class RolloutPool:
         self._changed.set()
         self._kick()
 
-    async def _start_late(self, engine: _Engine) -> None:
+    async def _start_late(self, engine: _Engine, limit_s: float) -> None:
         """`_start` while the run goes on: the cluster may have no room any more, which Ray does not tell."""
         asked = next(d for d in demands(self._config, self._on_gpu) if d.option == "rollout")
         where = f" on a node with the labels {dict(asked.labels)}" if asked.labels else ""
@@ -690,7 +695,7 @@ class RolloutPool:
             f"{engine.name} has not started for {LATE_S:g} s: it loads the model, or waits for {asked.each}{where}",
         )
         try:
-            await self._start(engine)
+            await self._start(engine, limit_s)
         finally:
             told.cancel()
 
@@ -734,23 +739,35 @@ class RolloutPool:
             ticket.fail(PoisonedError(error))
 
     async def _restart(self, engine: _Engine, reason: str) -> None:
+        """A start that takes far longer than those before it (the engine hangs, or its node is gone and nowhere is room) is begun
+        again with twice the time; while no other engine lives, as long as a start may take."""
+        start_s = self._config.deadlines.start_s
+        now = asyncio.get_running_loop().time
+        give_up_at = now() + start_s
+        limit_s = again_within(self._start_s, start_s)
         while engine.restarts < MAX_RESTARTS and not self._closed:
             engine.restarts += 1
             self._num_restarts += 1
             self._all_restarts += 1
             await asyncio.sleep(BACKOFF_S * 2 ** (engine.restarts - 1))
+            left_s = give_up_at - now()
             try:
-                await self._start_late(engine)
+                await self._start_late(engine, limit_s if self.engines() else min(limit_s, left_s))
                 return
-            except (WorkerError, DeadlineError) as e:
+            except WorkerError as e:
                 reason = str(e)
                 self._source.kill(engine.handle)
-                if isinstance(e, DeadlineError) and any(other.alive for other in self._engines.values()):
-                    # It died of nothing: its node is gone, and may come back. The others go on meanwhile.
-                    engine.restarts -= 1
-        engine.gone = (
-            f"{engine.name} died {MAX_RESTARTS + 1} times without a finished sample in between, the last time: {reason}"
-        )
+                give_up_at = now() + start_s
+            except DeadlineError as e:
+                self._source.kill(engine.handle)
+                if now() >= give_up_at and not self.engines():
+                    reason = f"does not start again: {e}"
+                    break
+                engine.restarts -= 1  # It died of nothing.
+                limit_s = min(2 * limit_s, start_s)
+        else:
+            reason = f"died {MAX_RESTARTS + 1} times without a finished sample in between, the last time: {reason}"
+        engine.gone = f"{engine.name} {reason}"
         engine.show()
         self._changed.set()
         if all(e.gone for e in self._engines.values()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,11 +17,13 @@ from actors.learner_group import LearnerGroup
 from actors.reward_pool import RewardPool
 from actors.reward_pools import RewardPools
 from actors.rollout_pool import RolloutPool
+from actors.runtime import again_within
 from actors.weights import RayWeightSync
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import Place
 from grpo_ray.config import RunConfig, SftConfig
 from grpo_ray.config_reward import SHARED_POOL, RewardConfig
+from grpo_ray.errors import DeadlineError
 from grpo_ray.evaluate import vote_config
 from grpo_ray.roles import Learner, Sampler, WeightSync
 from grpo_ray.scaling import Counts
@@ -60,6 +63,8 @@ class Workers:
         self._scorer: RewardPool | RewardPools | None = None
         self._learner: LearnerGroup | None = None
         self._num_steps = 0
+        self._learner_start_s = 0.0
+        """The longest start of learners so far."""
 
     async def __aenter__(self) -> Workers:
         return self
@@ -95,7 +100,7 @@ class Workers:
         await self.close_learner()
         if self._config.colocated:
             await self._sampler.sleep()
-        learner = await self.start_learner(self._num_steps, self._placement)
+        learner = await self.start_learner_again()
         return self._joined(self._sampler, learner, before.scorer, before.voter)
 
     @property
@@ -209,13 +214,36 @@ class Workers:
         self._sampler = self._opened(pool, "rollout")
         return pool
 
-    async def start_learner(self, num_steps: int, placement: Any = None) -> LearnerGroup:
+    async def start_learner(self, num_steps: int, placement: Any = None, limit_s: float | None = None) -> LearnerGroup:
+        began = time.monotonic()
         pool = await LearnerGroup.create(
-            self._config, self._model, self._run_dir, has_gpus=self._gpus, num_steps=num_steps, placement=placement
+            self._config,
+            self._model,
+            self._run_dir,
+            has_gpus=self._gpus,
+            num_steps=num_steps,
+            placement=placement,
+            limit_s=limit_s,
         )
+        self._learner_start_s = max(self._learner_start_s, time.monotonic() - began)
         self._num_steps = num_steps
         self._learner = self._opened(pool, "learner")
         return pool
+
+    async def start_learner_again(self) -> LearnerGroup:
+        """In place of lost ones. Ranks that take far longer to start than any before hang, or there is no room for them: they are
+        begun again with twice the time, as long as a start may take."""
+        start_s = self._config.deadlines.start_s
+        limit_s = again_within(self._learner_start_s, start_s)
+        give_up_at = time.monotonic() + start_s
+        while True:
+            try:
+                return await self.start_learner(self._num_steps, self._placement, limit_s)
+            except DeadlineError as e:
+                if time.monotonic() >= give_up_at:
+                    raise
+                self._warn(f"{e}\nLearners start once more")
+                limit_s = min(2 * limit_s, start_s)
 
     def _opened(self, pool: P, what: str) -> P:
         self._pools.append(pool)

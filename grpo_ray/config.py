@@ -287,7 +287,7 @@ class DeadlineConfig(Strict):
     resources_s: PositiveFloat = 30.0
     """Cluster resources for the actors."""
     start_s: PositiveFloat = 600.0
-    """Engine or learner start, model loading included."""
+    """Engine or learner start, model loading included. One that starts again and takes far longer than the first is begun anew."""
     sample_s: PositiveFloat = 1800.0
     """One sample."""
     update_s: PositiveFloat = 3600.0

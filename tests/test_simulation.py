@@ -265,6 +265,36 @@ def test_a_scorer_that_hangs_while_it_starts_again_is_begun_anew_as_long_as_a_st
     on_paper(plan, work)
 
 
+@pytest.mark.parametrize(("num_hanging", "limit_s"), [(1, 38), (3, 250), (99, 600)])
+def test_the_only_engine_that_hangs_while_it_starts_again_is_begun_anew_as_long_as_a_start_may_take(
+    tmp_path, num_hanging, limit_s
+):
+    """The first start took a second: the next may take 35, then 70, 140 and so on, each a second after the last."""
+    plan = SMALL.with_(samplers=1)
+
+    async def work(world: World) -> None:
+        pool = await RolloutPool.create(plan.config(), "none", str(tmp_path), has_gpus=True, actors=world)
+        pool.on_trouble = lambda text: None
+        times = iter([1e9] * num_hanging)
+        world.start_s = lambda: next(times, 1.0)
+        died_at = world.cluster.now
+        sample = pool.generate(SampleRequest("rows/0/0", 0, [1], 7, SamplingParams(1.0, 1.0, -1, 0.0, 64, ())))
+        await asyncio.sleep(0.01)
+        world.engines[0].die()
+        await asyncio.sleep(0.5)
+        if num_hanging < 10:
+            assert await pool.wait_for_engines()
+        else:
+            with pytest.raises(
+                WorkerError, match=r"rollout-0 does not start again: the start of rollout-0 did not finish"
+            ):
+                await sample
+        assert limit_s - 2 <= world.cluster.now - died_at <= limit_s + 2
+        await pool.close()
+
+    on_paper(plan, work)
+
+
 def test_an_engine_that_fails_in_a_sync_is_restarted_while_others_are_waited_for(tmp_path):
     plan = SMALL.with_(samplers=4)
     told: list[tuple[float, str]] = []
