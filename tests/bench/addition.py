@@ -57,6 +57,8 @@ class Task:
     tags: tuple[str, str]
     """What opens and closes one."""
     flaws: Flaws
+    cold_start_steps: int
+    """Of 32 demonstrations; after them a quarter to a third of the answers are right."""
     max_prompt_length: int
     max_completion_length: int
     context: int
@@ -117,6 +119,7 @@ TASKS = {
         tags=("[", "]"),
         # Above a half, forgetting the carry is a habit: the likeliest continuation, wrong wherever there is one.
         flaws=Flaws(wrong=0.08, forgotten_carry=0.65, broken_format=0.08),
+        cold_start_steps=400,
         max_prompt_length=16,
         max_completion_length=72,
         context=256,
@@ -127,7 +130,9 @@ TASKS = {
         work=_work_terms,
         answer=lambda p: f"{(p[0] + p[1] * p[2]) % 1000:03d}",
         tags=("<", ">"),
-        flaws=Flaws(wrong=0.002, forgotten_carry=0.04, broken_format=0.1),
+        # A missing tag is the habit here. A flaw of single sums would be one of hundreds of tokens, and takes RL hundreds of steps.
+        flaws=Flaws(wrong=0.002, forgotten_carry=0.02, broken_format=0.65),
+        cold_start_steps=1000,
         max_prompt_length=16,
         max_completion_length=512,
         context=640,
