@@ -105,6 +105,8 @@ class RewardPool:
         """Of an actor; its process is allowed `start_timeout_s`."""
         self._start_s = 0.0
         """The longest start so far."""
+        self._died_at = 0.0
+        """When a worker did, the last time."""
         self._max_restarts = max_restarts
         self._num_restarts = 0
         self._source = actors
@@ -406,7 +408,7 @@ class RewardPool:
         """
         tries = self._max_restarts + 1 - deaths
         time = asyncio.get_running_loop().time
-        give_up_at = time() + self._start_limit_s
+        self._died_at = time()
         patience_s = again_within(self._start_s, self._start_limit_s)
         while tries > 0 and not worker.leaving:
             self._num_restarts += 1
@@ -416,14 +418,16 @@ class RewardPool:
                 LATE_S, self.on_trouble, f"{worker.name} has not started again for {LATE_S:g} s: {self._room}"
             )
             alone = not any(other.alive for other in self._workers.values())
+            left_s = self._died_at + self._start_limit_s - time()
             try:
-                await self._start(worker, min(patience_s, give_up_at - time()) if alone else patience_s)
+                await self._start(worker, min(patience_s, left_s) if alone else patience_s)
                 return self._free(worker)
             except WorkerError as e:
                 cause = e
                 tries -= 1
             except DeadlineError as e:
-                if time() >= give_up_at and not any(other.alive for other in self._workers.values()):
+                late_s = time() - self._died_at
+                if late_s >= self._start_limit_s and not any(other.alive for other in self._workers.values()):
                     return self._fail(late(f"start of {worker.name}", self._start_limit_s, "deadlines.start_s"))
                 cause = e
                 patience_s = min(2 * patience_s, self._start_limit_s)

@@ -202,6 +202,8 @@ class RolloutPool:
         self._num_restarts = self._all_restarts = 0
         self._start_s = 0.0
         """The longest start so far."""
+        self._died_at = 0.0
+        """When an engine did, or its start, the last time."""
         self._most_waiting = 0
         self._closed = False
         self.membership = asyncio.Lock()
@@ -743,24 +745,24 @@ class RolloutPool:
         again with twice the time; while no other engine lives, as long as a start may take."""
         start_s = self._config.deadlines.start_s
         now = asyncio.get_running_loop().time
-        give_up_at = now() + start_s
+        self._died_at = now()
         limit_s = again_within(self._start_s, start_s)
         while engine.restarts < MAX_RESTARTS and not self._closed:
             engine.restarts += 1
             self._num_restarts += 1
             self._all_restarts += 1
             await asyncio.sleep(BACKOFF_S * 2 ** (engine.restarts - 1))
-            left_s = give_up_at - now()
+            left_s = self._died_at + start_s - now()
             try:
                 await self._start_late(engine, limit_s if self.engines() else min(limit_s, left_s))
                 return
             except WorkerError as e:
                 reason = str(e)
                 self._source.kill(engine.handle)
-                give_up_at = now() + start_s
+                self._died_at = now()
             except DeadlineError as e:
                 self._source.kill(engine.handle)
-                if now() >= give_up_at and not self.engines():
+                if now() >= self._died_at + start_s and not self.engines():
                     reason = f"does not start again: {e}"
                     break
                 engine.restarts -= 1  # It died of nothing.

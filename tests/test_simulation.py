@@ -265,6 +265,30 @@ def test_a_scorer_that_hangs_while_it_starts_again_is_begun_anew_as_long_as_a_st
     on_paper(plan, work)
 
 
+def test_a_scorer_whose_node_is_gone_ends_no_pool_in_the_moment_in_which_the_only_other_one_restarts(tmp_path):
+    """Its sixth try ends after 1,745 s; the other worker dies half a second before."""
+    plan = SMALL.with_(scorers=2, hangs=2)
+
+    async def work(world: World) -> None:
+        pool = await RewardPool.create(plan.config().reward, str(tmp_path), actors=world)
+        pool.on_trouble = lambda text: None
+        answer = pool.score([REQUEST])
+        await asyncio.sleep(1.0)
+        times = iter([1e9] * 6)
+        world.start_s = lambda: next(times, 1.0)
+        first, second = pool._workers.values()
+        world.kill(first.actor)
+        await asyncio.sleep(1744.5)
+        assert (first.alive, second.alive) == (False, True)
+        world.kill(second.actor)
+        assert [score.value for score in await answer] == [1.0]
+        await asyncio.sleep(5.0)
+        assert (first.alive, second.alive) == (True, True)
+        await pool.close()
+
+    on_paper(plan, work)
+
+
 @pytest.mark.parametrize(("num_hanging", "limit_s"), [(1, 38), (3, 250), (99, 600)])
 def test_the_only_engine_that_hangs_while_it_starts_again_is_begun_anew_as_long_as_a_start_may_take(
     tmp_path, num_hanging, limit_s
@@ -290,6 +314,29 @@ def test_the_only_engine_that_hangs_while_it_starts_again_is_begun_anew_as_long_
             ):
                 await sample
         assert limit_s - 2 <= world.cluster.now - died_at <= limit_s + 2
+        await pool.close()
+
+    on_paper(plan, work)
+
+
+def test_an_engine_whose_node_is_gone_is_not_given_up_in_the_moment_in_which_the_only_other_one_restarts(tmp_path):
+    """Its sixth try ends after 1,691 s; the other engine dies half a second before."""
+    plan = SMALL.with_(samplers=2)
+
+    async def work(world: World) -> None:
+        pool = await RolloutPool.create(plan.config(), "none", str(tmp_path), has_gpus=True, actors=world)
+        pool.on_trouble = lambda text: None
+        died_at = world.cluster.now
+        times = iter([1e9] * 6)
+        world.start_s = lambda: next(times, 1.0)
+        world.engines[0].die()
+        await asyncio.sleep(1690.5)
+        assert len(pool.engines()) == 1
+        world.engines[1].die()
+        await asyncio.sleep(1.0)
+        assert (next(times, None), len(pool.engines())) == (None, 0), world.cluster.now - died_at
+        await asyncio.sleep(5.0)
+        assert len(pool.engines()) == 2
         await pool.close()
 
     on_paper(plan, work)
