@@ -84,6 +84,11 @@ class _Done:
     theta_C: torch.Tensor
     loss: torch.Tensor
 
+    @property
+    def is_wrong(self) -> torch.Tensor:
+        """0-dim. A clip or a mask hides what a sampler reported: exp(-inf) is 0, and comparisons with NaN are False."""
+        return ~(self.loss.isfinite() & self.data.rollout_C.isfinite().all())
+
 
 @dataclass
 class _Pass:
@@ -469,8 +474,8 @@ class LearnerActor:
                 into.done.append(_Done(data, batch, theta_C.detach(), loss.detach()))
 
     def _check_finite(self, done: _Pass, batch: TrainBatch) -> None:
-        """Before the step, all ranks agree whether every loss is a number."""
-        wrong = torch.stack([~d.loss.isfinite() for d in done.done]).any() if done.done else torch.tensor(False)
+        """Before the step, all ranks agree whether every loss, and what samplers reported, is a number."""
+        wrong = torch.stack([d.is_wrong for d in done.done]).any() if done.done else torch.tensor(False)
         flag = wrong.to(device=self.device, dtype=torch.float32).reshape(1)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         if flag.item() == 0:
@@ -480,17 +485,19 @@ class LearnerActor:
         self._discard_gradients()
         culprit = next(n for n in names if n)
         raise NonFiniteError(
-            f"step {batch.step + 1}: the loss of sample {culprit} is not a finite number; the weights were left as they "
+            f"step {batch.step + 1}: the {culprit} is not a finite number; the weights were left as they "
             "are. Lower learner.learning_rate, or look at this sample"
         )
 
     @staticmethod
     def _culprit(done: list[_Done]) -> str | None:
         for d in done:
-            if not d.loss.isfinite():
-                tokens = ~(d.theta_C.isfinite() & d.data.rollout_C.isfinite() & d.data.advantages_C.isfinite())
+            if d.is_wrong:
+                reported = d.data.rollout_C.isfinite()
+                tokens = ~(d.theta_C.isfinite() & reported & d.data.advantages_C.isfinite())
                 sample = d.batch.samples[int(d.data.packed.samples[int(tokens.int().argmax())])]
-                return f"{sample.prompt_id}[{sample.index}]"
+                what = "loss" if reported.all() else "log-probability that came with a token"
+                return f"{what} of sample {sample.prompt_id}[{sample.index}]"
         return None
 
     def _discard_gradients(self) -> None:

@@ -450,4 +450,11 @@ def _sampled_logprobs(logprobs: Any, num_tokens: int, name: str) -> np.ndarray[A
     if len(logprobs) != num_tokens:
         raise WorkerError(f"{name}: vLLM gave {len(logprobs)} log-probabilities for {num_tokens} tokens")
     flat = np.asarray(logprobs.logprobs, dtype=np.float32)
-    return flat[np.asarray(logprobs.start_indices, dtype=np.int64)]
+    sampled = flat[np.asarray(logprobs.start_indices, dtype=np.int64)]
+    if not np.isfinite(sampled).all():
+        place = int(np.isfinite(sampled).argmin())
+        raise WorkerError(
+            f"{name}: vLLM gave {sampled[place]} as the log-probability of token {place} that it sampled; its weights or its "
+            "arithmetic are broken: use model.dtype float32, or lower learner.learning_rate if it began with a sync"
+        )
+    return sampled

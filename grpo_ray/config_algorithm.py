@@ -71,7 +71,9 @@ class AlgorithmConfig(Strict):
     importance_sampling_clip_max: PositiveFloat = 2.0
     """Defaults: token_truncate at most 2, token_mask 0.5 to 5, of a sequence at most 3."""
     geometric_mask: tuple[NonNegFloat, PositiveFloat] | None = None
-    """Drop sequences whose mean ratio of learner to sampler leaves these bounds, e.g. [0.99, 1.01]."""
+    """Drop sequences whose geometric mean of the ratio old/rollout, of learner to sampler, leaves these bounds, e.g. [0.99, 1.01]:
+    exp(mean_t(old_t - rollout_t)). verl's rollout_rs: seq_mean_k1 bounds rollout/old: its threshold `low_high` is
+    [1 / high, 1 / low] here, so 0.99_1.02 is [0.98039, 1.0101]."""
     off_policy_mask_threshold: NonNegFloat | None = None
     """Drop sequences with A < 0 that the policy has come to like less than this allows (nats a token)."""
 

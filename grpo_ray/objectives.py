@@ -15,6 +15,7 @@ from torch import Tensor
 from grpo_ray.batching import PackedBatch
 from grpo_ray.config import AlgorithmConfig
 from grpo_ray.losses.aggregation import Normalizers, token_mean
+from grpo_ray.losses.bounds import bounded_k3
 from grpo_ray.losses.correction import CorrectionOptions, correction_sums, correction_weights
 from grpo_ray.losses.kl import kl_loss
 from grpo_ray.losses.policy import LossOptions, PolicyInputs, TokenLosses
@@ -217,9 +218,9 @@ def _token_sums(log_ratio_C: Tensor, log_w_C: Tensor, policy: TokenLosses, segme
         "ratio": policy.ratio_N.sum(),
         "clip_low": policy.clip_low_N.sum().to(dtype),
         "clip_high": policy.clip_high_N.sum().to(dtype),
-        "approx_kl": (log_ratio_C.exp() - 1 - log_ratio_C).sum(),
+        "approx_kl": bounded_k3(-log_ratio_C).sum(),
         "mismatch": log_w_C.abs().sum(),
-        "mismatch_kl": (log_w_C.exp() - 1 - log_w_C).sum(),
+        "mismatch_kl": bounded_k3(-log_w_C).sum(),
     }
 
 

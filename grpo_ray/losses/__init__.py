@@ -5,6 +5,7 @@ any split into micro-batches, any packing and any number of learners. A sequence
 sequence stands at each of its tokens. N: completion tokens of one packed micro-batch. S: its sequences.
 
     table.py         `algorithm.loss` -> one of grpo, grpo_sequence, dr_grpo, dapo, gspo, cispo, sapo, gmpo
+    bounds.py        how far a log-ratio may go before it is exponentiated
     correction.py    the sampler's numerics and age, as weights of the tokens' losses
     kl.py            the distance to the reference model
     value.py, sft.py a critic's loss; cross-entropy

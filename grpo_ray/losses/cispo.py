@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 
 from grpo_ray.losses.aggregation import token_mean
+from grpo_ray.losses.bounds import bounded_exp
 from grpo_ray.losses.policy import LossOptions, PolicyInputs, PolicyLoss, TokenLosses
 
 
 def token_loss(x: PolicyInputs, o: LossOptions) -> TokenLosses:
-    ratio_N = (x.theta_N - x.old_N).detach().exp()
+    ratio_N = bounded_exp((x.theta_N - x.old_N).detach())
     loss_N = -ratio_N.clamp(max=o.cispo_max_ratio) * x.advantages_N * x.theta_N
     capped_N = (ratio_N > o.cispo_max_ratio) & (x.advantages_N > 0)
     return TokenLosses(loss_N, ratio_N, clip_low_N=torch.zeros_like(capped_N), clip_high_N=capped_N)

@@ -8,8 +8,9 @@ with to make up for it, all without gradient. w_t = exp(old_t - rollout_t).
     sequence_truncate  the same two with prod_t w_t in the place of w_t. A product of many numbers near 1 is far from 1:
     sequence_mask      on long answers this cuts off most sequences
 
-`algorithm.geometric_mask`: sequences whose geometric mean of w lies outside the bounds are dropped, [0.99, 1.01] (verl's
-`rollout_rs: geometric`; SkyRL).
+`algorithm.geometric_mask`: sequences whose geometric mean of w, exp(mean_t(old_t - rollout_t)), lies outside the bounds are
+dropped, [0.99, 1.01] (SkyRL). verl's `rollout_rs: seq_mean_k1` bounds its inverse, exp(mean_t(rollout_t - old_t)): its
+`low_high` is [1 / high, 1 / low] here.
 
 `algorithm.off_policy_mask_threshold` (TRL's name): sequences with A < 0 and mean_t(rollout_t - theta_t) above it are
 dropped, DeepSeek-V3.2 2512.02556, section 3.1. Its "old" policy is the sampler's own report, so that age and numerics
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo_ray.losses.bounds import bounded_exp
 from grpo_ray.losses.segments import Segments
 
 
@@ -70,11 +72,11 @@ def correction_weights(
     weights_N = torch.ones_like(log_w_N)
     if o.importance_sampling is not None:
         of_sequence, bound = IMPORTANCE_SAMPLING[o.importance_sampling]
-        raw_N = (segments.spread(segments.sum(log_w_N)) if of_sequence else log_w_N).exp()
+        raw_N = bounded_exp(segments.spread(segments.sum(log_w_N)) if of_sequence else log_w_N)
         weights_N = bound(raw_N, o.clip_min, o.clip_max)
     if o.geometric_mask is not None:
         low, high = o.geometric_mask
-        mean_S = segments.mean(log_w_N).exp()
+        mean_S = bounded_exp(segments.mean(log_w_N))
         weights_N = weights_N.masked_fill(segments.spread((mean_S < low) | (mean_S > high)), 0.0)
     if o.off_policy_mask_threshold is not None:
         gone_S = segments.mean(rollout_N - theta_N) > o.off_policy_mask_threshold

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from grpo_ray.losses.aggregation import sequence_mean
+from grpo_ray.losses.bounds import bounded_exp
 from grpo_ray.losses.policy import LossOptions, PolicyInputs, PolicyLoss, TokenLosses
 
 
@@ -17,7 +18,7 @@ def token_loss(x: PolicyInputs, o: LossOptions) -> TokenLosses:
     log_ratio_N = x.theta_N - x.old_N
     positive_N = x.advantages_N > 0
     bounded_N = torch.where(positive_N, log_ratio_N.clamp(max=o.epsilon_high), log_ratio_N.clamp(min=-o.epsilon_low))
-    ratio_N = x.segments.spread(x.segments.mean(bounded_N).exp())
+    ratio_N = x.segments.spread(bounded_exp(x.segments.mean(bounded_N)))
     return TokenLosses(
         loss_N=-ratio_N * x.advantages_N,
         ratio_N=ratio_N.detach(),

@@ -11,12 +11,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from grpo_ray.losses.aggregation import sequence_sum
+from grpo_ray.losses.bounds import bounded_exp
 from grpo_ray.losses.policy import LossOptions, PolicyInputs, PolicyLoss, TokenLosses
 from grpo_ray.losses.ppo_clip import clipped
 
 
 def token_loss(x: PolicyInputs, o: LossOptions) -> TokenLosses:
-    ratio_N = x.segments.spread(x.segments.sum(x.theta_N - x.old_N).exp())
+    ratio_N = x.segments.spread(bounded_exp(x.segments.sum(x.theta_N - x.old_N)))
     whole = clipped(ratio_N, x.advantages_N, o)
     return replace(whole, loss_N=whole.loss_N / x.segments.spread(x.segments.lengths_S))
 

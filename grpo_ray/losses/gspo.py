@@ -5,12 +5,13 @@ sequences. TRL: `importance_sampling_level="sequence"` with `loss_type="grpo"`.
 from __future__ import annotations
 
 from grpo_ray.losses.aggregation import sequence_mean
+from grpo_ray.losses.bounds import bounded_exp
 from grpo_ray.losses.policy import LossOptions, PolicyInputs, PolicyLoss, TokenLosses
 from grpo_ray.losses.ppo_clip import clipped
 
 
 def token_loss(x: PolicyInputs, o: LossOptions) -> TokenLosses:
-    ratio_N = x.segments.spread(x.segments.mean(x.theta_N - x.old_N).exp())
+    ratio_N = x.segments.spread(bounded_exp(x.segments.mean(x.theta_N - x.old_N)))
     return clipped(ratio_N, x.advantages_N, o)
 
 

@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from grpo_ray.losses.bounds import bounded_exp, bounded_k3
+
 
 def k1(d_N: Tensor, log_ratio_N: Tensor) -> Tensor:
     return d_N
@@ -24,8 +26,8 @@ def k2(d_N: Tensor, log_ratio_N: Tensor) -> Tensor:
 
 
 def k3(d_N: Tensor, log_ratio_N: Tensor) -> Tensor:
-    """DeepSeekMath 2402.03300, eq. 4."""
-    return (-d_N).exp() + d_N - 1
+    """DeepSeekMath 2402.03300, eq. 4; bounded where the reference likes a token e^20 times as much as the policy."""
+    return bounded_k3(d_N)
 
 
 def k3_plus(d_N: Tensor, log_ratio_N: Tensor) -> Tensor:
@@ -34,7 +36,7 @@ def k3_plus(d_N: Tensor, log_ratio_N: Tensor) -> Tensor:
 
 
 def k3_unbiased(d_N: Tensor, log_ratio_N: Tensor) -> Tensor:
-    return log_ratio_N.exp() * k3(d_N, log_ratio_N)
+    return bounded_exp(log_ratio_N) * k3(d_N, log_ratio_N)
 
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

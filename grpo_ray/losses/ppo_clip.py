@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grpo_ray.losses.bounds import bounded_exp
 from grpo_ray.losses.policy import LossOptions, PolicyInputs, TokenLosses
 
 
@@ -30,4 +31,4 @@ def clipped(ratio_N: Tensor, advantages_N: Tensor, o: LossOptions) -> TokenLosse
 
 def clipped_token_ratio(x: PolicyInputs, o: LossOptions) -> TokenLosses:
     """`clipped`, with r_t = exp(theta_t - old_t)."""
-    return clipped((x.theta_N - x.old_N).exp(), x.advantages_N, o)
+    return clipped(bounded_exp(x.theta_N - x.old_N), x.advantages_N, o)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 
 from grpo_ray.losses.aggregation import sequence_mean
+from grpo_ray.losses.bounds import bounded_exp
 from grpo_ray.losses.policy import LossOptions, PolicyInputs, PolicyLoss, TokenLosses
 
 
 def token_loss(x: PolicyInputs, o: LossOptions) -> TokenLosses:
-    ratio_N = (x.theta_N - x.old_N).exp()
+    ratio_N = bounded_exp(x.theta_N - x.old_N)
     positive_N = x.advantages_N > 0
     pos, neg = ratio_N.new_tensor([o.sapo_temperature_pos, o.sapo_temperature_neg])
     tau_N = torch.where(positive_N, pos, neg)

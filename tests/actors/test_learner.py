@@ -243,6 +243,14 @@ def test_one_rank_under_zero_0_steps_like_plain_pytorch_and_exports_what_it_comp
     broken = TrainBatch(9, [s if s is not bad else replace(bad, advantage=float("nan")) for s in batch.samples], 1.0)
     with pytest.raises(NonFiniteError, match=rf"step 10: the loss of sample {bad.prompt_id}\[{bad.index}\]"):
         run(group.update(broken))
+    reported = batch.samples[0].ref[4].logprobs
+    for value in (-np.inf, np.nan):
+        reported[0] = value
+        with pytest.raises(
+            NonFiniteError, match=rf"log-probability that came with a token of sample {bad.prompt_id}\[{bad.index}"
+        ):
+            run(group.update(batch))
+    reported[0] = 0
     after = exported(group, tmp_path / "after")
     assert all(torch.equal(before[n], after[n]) for n in before)
     assert run(group.update(batch)).metrics["grad_norm"] > 0
