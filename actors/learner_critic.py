@@ -17,6 +17,7 @@ from grpo_ray.errors import NonFiniteError
 from grpo_ray.losses.value import value_loss
 from grpo_ray.objectives import MicroBatchData
 from grpo_ray.sequence import SequenceRanks
+from grpo_ray.spread import tolerance
 from grpo_ray.value_model import gae_of_segments
 
 _SUMS = ("tokens", "loss", "error", "value", "return", "return_squared")
@@ -55,9 +56,12 @@ class Critic:
         dist.all_reduce(moments)
         num, total, squares = moments.tolist()
         mean = total / max(num, 1.0)
-        std = max(squares / max(num, 1.0) - mean**2, 0.0) ** 0.5
+        square = squares / max(num, 1.0)
+        std = max(square - mean**2, 0.0) ** 0.5
+        # Equal advantages say nothing: what is left of them is rounding.
+        scale = 1 / (std + a.std_eps) if std > tolerance(square**0.5) else 0.0
         for data in micro_batches:
-            data.advantages_C = (data.advantages_C - mean) / (std + a.std_eps)
+            data.advantages_C = (data.advantages_C - mean) * scale
 
     def update(self, mini_batch: list[MicroBatchData], num_tokens: int, num_ranks: int) -> None:
         """One optimizer step of the critic; a mean over the `num_tokens` of the mini-batch on all ranks."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo_ray.spread import ABSOLUTE, RELATIVE, differ
+
 
 @dataclass(frozen=True)
 class _Rewards:
@@ -77,17 +79,19 @@ def group_advantages(rewards_PG: Tensor, *, kind: str, ddof: int, eps: float, ma
         mask_PG: [P, G], False for samples without a score: no part in mean and std, advantage 0. None: all have one.
 
     Returns:
-        [P, G] in the dtype of the rewards. A group whose scores are all equal (or fewer than two) is 0 exactly.
+        [P, G] in the dtype of the rewards. A group whose scores are all equal but for rounding (`spread.py`), or fewer than
+        two, is 0 exactly.
     """
     mask = torch.ones_like(rewards_PG, dtype=torch.bool) if mask_PG is None else mask_PG
     raw = rewards_PG.masked_fill(~mask, 0.0)
     num_P1 = mask.sum(dim=1, keepdim=True)
     centred = (raw - raw.sum(dim=1, keepdim=True) / num_P1.clamp(min=1)).masked_fill(~mask, 0.0)
-    # Compared, not computed: the rounded mean of equal rewards may differ from each of them, and eps would blow that
-    # up.
+    # Compared, not computed: the rounded mean of equal rewards may differ from each of them, and a small eps would blow
+    # that up.
     highest = raw.masked_fill(~mask, -torch.inf).amax(dim=1, keepdim=True)
     lowest = raw.masked_fill(~mask, torch.inf).amin(dim=1, keepdim=True)
-    flat = highest <= lowest
+    largest = torch.maximum(highest.abs(), lowest.abs())
+    flat = highest - lowest <= (RELATIVE * largest).clamp(min=ABSOLUTE)
     centred = centred.masked_fill(flat, 0.0)
     return ADVANTAGES[kind](_Rewards(raw, centred, mask, num_P1, ddof, eps)).masked_fill(flat, 0.0)
 
@@ -113,10 +117,10 @@ def process_advantages(
         eps: added to it.
 
     Returns:
-        Of each output, [T]. All 0 when all rewards are equal.
+        Of each output, [T]. All 0 when all rewards are equal but for rounding.
     """
     pooled = torch.cat(list(step_rewards))
-    spread = bool(pooled.max() > pooled.min())
+    spread = differ(pooled.tolist())
     scale = 1 / (_std(pooled, torch.ones_like(pooled, dtype=torch.bool), ddof) + eps) if spread else 0.0
     out = []
     for rewards, ends, length in zip(step_rewards, step_ends, lengths, strict=True):

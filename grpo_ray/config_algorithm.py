@@ -30,6 +30,8 @@ class AlgorithmConfig(Strict):
     """Lambda of gae. On MATH 1.0 comes near GRPO, 0.95 stays clearly below (DeepSeek-R1, A.3)."""
     std_ddof: Literal[0, 1] = 1
     std_eps: NonNegFloat = 1e-4
+    """Added to the standard deviation. Whatever it is, rewards of a group that differ by a millionth of the largest or less are
+    taken for equal, and their advantages are 0."""
 
     loss: Literal["grpo", "grpo_sequence", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "gmpo"] = "grpo"
     """Clipped token ratio as the mean of sequence means (grpo), / (sequences x max length) (dr_grpo), / all tokens

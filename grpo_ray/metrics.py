@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from grpo_ray.activity import Activity
 from grpo_ray.evaluate import EvalResult
+from grpo_ray.spread import has_spread
 from grpo_ray.types import Group, ScoreStatus, SyncReport, TimeSpan, UpdateReport
 
 ROLES = ("rollout", "reward", "update", "sync", "log", "other", "eval", "checkpoint")
@@ -41,7 +42,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "completions/clipped_ratio": ("Part of the completions that were cut at max_completion_length", ""),
     "prompts/mean_length": ("Prompt length, mean", "tokens"),
     "groups/count": ("Groups in the batch", "groups"),
-    "groups/no_signal_fraction": ("Part of the groups whose scores are all equal: they say nothing of the task", ""),
+    "groups/no_signal_fraction": (
+        "Part of the groups whose scores are all equal but for rounding: they say nothing of the task",
+        "",
+    ),
     "groups/dropped": ("Groups dropped while the batch was collected", "groups"),
     "groups/dropped/*": ("Groups dropped because of *", "groups"),
     "staleness/mean": ("Steps between a sample's oldest token and its training, mean", "steps"),
@@ -248,7 +252,7 @@ def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
         rewards += values
         if len(values) > 1:
             spreads.append(_std(values))
-        no_signal.append(len({r for s in scored for r in s.rewards}) < 2)
+        no_signal.append(not has_spread(group))
         for part in [part for s in group.scores for part in s.parts]:
             busy_s += part.seconds
             of_part = values_of.setdefault(part.name, [])

@@ -12,16 +12,6 @@ from grpo_ray.config import AlgorithmConfig, RunConfig
 from grpo_ray.types import Group, Step, TrainBatch, TrainSample
 
 
-def has_spread(group: Group) -> bool:
-    """Do two of its rewards differ (of its steps, where it has some)? DAPO 2503.14476, eq. 11 says so of right and wrong
-    answers: 0 < right < G.
-
-    Always of the scores, before a KL is taken off them: two wrong answers that are unequally far from the reference say
-    nothing of the task, and a batch of such groups would train on the KL alone.
-    """
-    return len({reward for s in group.scores for reward in s.rewards if reward == reward}) > 1
-
-
 def set_advantages(groups: Sequence[Group], algorithm: AlgorithmConfig) -> None:
     """Fill in `advantages`, and `steps` under `process`. A sample without a score has 0, and no part in its group's baseline.
 

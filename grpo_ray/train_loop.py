@@ -47,8 +47,9 @@ from grpo_ray.roles import InMemory, Learner, RolloutLog, Sampler, SampleStore, 
 from grpo_ray.rollout_log import distinct_refs
 from grpo_ray.saver import Saver
 from grpo_ray.seeds import sample_seed
+from grpo_ray.spread import has_spread
 from grpo_ray.timeline import Timeline, sampler_tokens_per_s
-from grpo_ray.train_batch import cut_batch, has_spread, set_advantages
+from grpo_ray.train_batch import cut_batch, set_advantages
 from grpo_ray.types import (
     Group,
     Prompt,

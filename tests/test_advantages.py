@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_ray.advantages import ADVANTAGES, gae, group_advantages, kl_in_reward, process_advantages
+from grpo_ray.spread import differ, has_spread
+from grpo_ray.types import Group, Prompt, Score, ScoreStatus
 
 KINDS = list(ADVANTAGES)
 Groups = list[list[float]]
@@ -86,6 +88,45 @@ def test_a_group_without_spread_is_exactly_zero(kind: str) -> None:
     assert got[0].tolist() == [0.0] * 7
     assert got[1].all()
     assert not advantages([[0.1] * 7], kind, eps=0.0).any()
+
+
+ROUNDING = {
+    "sums": [0.1 + 0.2, 0.3, 0.3, math.nan],
+    "fp32": [torch.tensor(x).sum().item() for x in ([0.1] * 10, [0.3, 0.7], [0.6, 0.4], [0.1, 0.9])],
+    "order": [0.1 + 0.7 + 0.2, 0.2 + 0.7 + 0.1, 0.7 + 0.2 + 0.1, 1.0],
+    "cancelled": [0.1 + 0.2 - 0.3, 0.0, -(0.1 + 0.2 - 0.3), 0.0],
+    "large": [1e6 + 1e-9, 1e6, 1e6, 1e6],
+    "negative": [-0.1 - 0.2, -0.3, -0.3, -0.3],
+    "equal": [0.1] * 4,
+    "one": [0.1, math.nan, math.nan, math.nan],
+    "none": [math.nan] * 4,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", list(ROUNDING))
+@pytest.mark.parametrize("eps", [0.0, 1e-4])
+def test_rewards_that_differ_by_rounding_have_no_advantage(kind: str, name: str, eps: float) -> None:
+    group = ROUNDING[name]
+    for groups in ([group], [group, [0.0, 1.0, 0.0, 0.0]], [group] * 3):
+        got = advantages(groups, kind, eps=eps)
+        assert got[0].tolist() == [0.0] * 4
+        assert got.isfinite().all()
+    scores = [Score(ScoreStatus.OK if r == r else ScoreStatus.ERROR, r) for r in group]
+    assert not has_spread(Group(Prompt("p", [1], "", None, {}), 0, 0, scores=scores))
+    known = torch.tensor([r for r in group if r == r], dtype=torch.float64)
+    if len(known):
+        ends = [torch.tensor([0])] * len(known)
+        assert not torch.cat(process_advantages(known.split(1), ends, [1] * len(known), ddof=1, eps=eps)).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("group", [[0.0, 1e-6], [1e-9, 2e-9], [1.0, 1.001], [-5.0, -5.0001], [1e6, 1e6 + 10]])
+def test_small_differences_that_are_no_rounding_count(kind: str, group: list[float]) -> None:
+    got = advantages([group], kind, eps=0.0)
+    want = torch.tensor(naive([group], kind, 1, 0.0), dtype=torch.float64)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+    assert differ(group)
 
 
 @pytest.mark.parametrize("kind", KINDS)
