@@ -31,7 +31,7 @@ from actors.learner_critic import Critic
 from actors.learner_engine import LearnerSpec, build_engine, build_reference, can_share_prompts, step
 from actors.runtime import own_log, use_nodes_interface
 from grpo_ray.activity import Activity
-from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch, shared_cost, token_values
+from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch, shared_cost, token_values, tokens_of_version
 from grpo_ray.checkpoint_store import Place
 from grpo_ray.config import AlgorithmConfig, DpoOptions, RewardModelOptions
 from grpo_ray.errors import CheckpointError, LostSamplesError, NonFiniteError, WorkerError
@@ -279,9 +279,10 @@ class LearnerActor:
                     data.old_C = self._logprobs(self._engine, data, batch.temperature)
         self._set_reference(fetched, batch)
         of_the_kl = self._take_kl_off(batch, plan + untrained, fetched) if kl_in_reward else {}
+        micro_batches = [data for mini_batch in steps for data in mini_batch]
         if self._critic is not None:
             with self._timed("critic"):
-                self._critic.set_advantages([data for mini_batch in steps for data in mini_batch])
+                self._critic.set_advantages(micro_batches)
         total = self._new_pass()
         grad_norms, learning_rates = [], []
         for _ in range(self._algorithm.num_iterations):
@@ -293,11 +294,13 @@ class LearnerActor:
                 with self._timed("step"):
                     learning_rates.append(float(self._engine.get_lr()[0]))
                     grad_norms.append(self._step(batch))
+                for data in micro_batches:
+                    data.moved = True
                 if self._critic is not None:
                     with self._timed("critic"):
                         num_tokens = sum(batch.samples[i].num_tokens for i in planned.samples)
                         self._critic.update(mini_batch, num_tokens, self.num_ranks)
-        total.micro_batches = [data for mini_batch in steps for data in mini_batch]
+        total.micro_batches = micro_batches
         metrics = self._metrics(total, grad_norms, learning_rates) | of_the_kl
         if self._critic is not None:
             metrics |= self._critic.take_metrics()
@@ -445,6 +448,7 @@ class LearnerActor:
             advantage=token_values(info.steps, info.num_tokens) if info.steps else info.advantage,
             weight=self._objective.weight(info.num_tokens, normalizers),
             sample=index,
+            current=tokens_of_version(sample.versions, batch.step, info.num_tokens),
         )
 
     @contextmanager

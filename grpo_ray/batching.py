@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grpo_ray.errors import ConfigError
-from grpo_ray.types import Step
+from grpo_ray.types import Step, VersionSpan
 
 _NEAR_BEST = 1.05
 _SEARCHED = 64
@@ -270,6 +270,16 @@ class PackItem:
     """Of each of its tokens in the loss: the global normalizer is in it."""
     sample: int
     """Which sample of the batch it is."""
+    current: NDArray[np.bool_] | None = None
+    """[T], as in `PackedBatch`; None: all."""
+
+
+def tokens_of_version(versions: Sequence[VersionSpan], version: int, num_tokens: int) -> NDArray[np.bool_]:
+    """[T]: was each token sampled by this version of the policy?"""
+    out = np.zeros(num_tokens, dtype=np.bool_)
+    for span in versions:
+        out[span.start : span.end] = span.version == version
+    return out
 
 
 def token_values(steps: Sequence[Step], num_tokens: int) -> NDArray[np.float64]:
@@ -312,6 +322,8 @@ class PackedBatch:
     """[C]: which sample of the batch the token belongs to; -1 in a dummy."""
     segments: NDArray[np.int64]
     """[C]: which sequence of the micro-batch the token belongs to, 0, 1, .. in order."""
+    current: NDArray[np.bool_]
+    """[C]: was the token sampled by the version that the update begins with?"""
 
     @property
     def is_dummy(self) -> bool:
@@ -379,6 +391,9 @@ def pack(items: Sequence[PackItem], *, padded: bool = False, share_prompts: bool
         weights=np.repeat(np.array([i.weight for i in items], dtype=np.float32), num_targets),
         samples=np.repeat(np.array([i.sample for i in items], dtype=np.int64), num_targets),
         segments=np.repeat(np.arange(len(items), dtype=np.int64), num_targets),
+        current=np.concatenate(
+            [np.ones(n, np.bool_) if i.current is None else i.current for i, n in zip(items, num_targets, strict=True)]
+        ),
     )
 
 

@@ -50,6 +50,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "groups/dropped/*": ("Groups dropped because of *", "groups"),
     "staleness/mean": ("Steps between a sample's oldest token and its training, mean", "steps"),
     "staleness/max": ("Steps between a sample's oldest token and its training, most", "steps"),
+    "staleness/logp_shift": (
+        "Tokens of older weights: mean |log-probability when sampled - of the policy at the start of the update|",
+        "nats",
+    ),
     "loss/policy": ("Policy objective (near 0 with one update per batch and no KL: watch reward and gradient)", ""),
     "loss/sft": ("Cross-entropy of the demonstrated tokens", "nats/token"),
     "loss/dpo": ("DPO or IPO loss of a pair, mean (0.69 where nothing is learnt yet)", ""),
@@ -74,11 +78,15 @@ METRICS: dict[str, tuple[str, str]] = {
     "grad_norm": ("Gradient norm before clipping", ""),
     "lr": ("Learning rate", ""),
     "mismatch/mean_abs": (
-        "Sampler against learner: mean |difference of log-probabilities| over the tokens",
+        "Sampler against learner, tokens of the same weights: mean |difference of log-probabilities| (rounding: float32 below "
+        "0.001, bfloat16 below 0.1)",
         "nats",
     ),
-    "mismatch/max_abs": ("Sampler against learner: largest |difference of log-probabilities|", "nats"),
-    "mismatch/kl": ("Sampler against learner: KL divergence, estimated from the samples", "nats/token"),
+    "mismatch/max_abs": (
+        "Sampler against learner, tokens of the same weights: largest |difference of log-probabilities|",
+        "nats",
+    ),
+    "mismatch/kl": ("Sampler against learner, tokens of the same weights: KL divergence, estimated", "nats/token"),
     "correction/mean_weight": ("Correction for the sampler: weight of a token's loss, mean", ""),
     "correction/ess": ("Correction for the sampler: effective part of the samples, (sum w)^2 / (n sum w^2)", ""),
     "correction/masked_tokens": ("Correction for the sampler: part of the tokens that it leaves out", ""),

@@ -43,6 +43,10 @@ class MicroBatchData:
     """The critic's, when the advantages were made."""
     returns_C: Tensor | None = None
     """What the critic learns."""
+    current_C: Tensor | None = None
+    """Bool: sampled by the version that the update begins with; None: all. Of these alone sampler and learner tell the same."""
+    moved: bool = False
+    """The weights have moved since the update began."""
 
     @classmethod
     def of(cls, packed: PackedBatch, device: torch.device) -> MicroBatchData:
@@ -50,7 +54,8 @@ class MicroBatchData:
             torch.from_numpy(x).to(device)
             for x in (packed.rollout_logprobs, packed.advantages, packed.weights, packed.segments)
         )
-        return cls(packed, rollout, advantages, weights, Segments.of(index))
+        current = torch.from_numpy(packed.current).to(device)
+        return cls(packed, rollout, advantages, weights, Segments.of(index), current_C=current)
 
 
 class Objective(Protocol):
@@ -110,8 +115,11 @@ class GrpoObjective:
         "clip_low",
         "clip_high",
         "approx_kl",
+        "compared",
         "mismatch",
         "mismatch_kl",
+        "stale",
+        "stale_shift",
         "weight",
         "weight_squared",
         "masked_tokens",
@@ -155,7 +163,11 @@ class GrpoObjective:
         policy = self.token_loss(PolicyInputs(theta_C, data.old_C, data.advantages_C, data.segments), self.options)
         # With the sampler's report as `old`, the learner's own value is that of the pass under way.
         log_w_C = (theta_C.detach() if a.old_logprobs == "rollout" else data.old_C) - data.rollout_C
-        sums = _token_sums(theta_C.detach() - data.old_C, log_w_C, policy, data.segments)
+        sums = _token_sums(theta_C.detach() - data.old_C, policy, data.segments)
+        largest = log_w_C.new_zeros(())
+        if not (data.moved and a.old_logprobs == "rollout"):
+            gaps, largest = _mismatch_sums(log_w_C, data.current_C)
+            sums |= gaps
         sums["entropy"] = entropy_C.detach().sum()
         per_token_C = policy.loss_N
         if self.correction.any:
@@ -175,7 +187,7 @@ class GrpoObjective:
             loss = loss - a.entropy_coef * bonus
             sums["bonus"] = bonus.detach()
         zero = loss.new_zeros(())
-        return loss, torch.stack([sums.get(name, zero) for name in self.sum_names]), log_w_C.abs().max()
+        return loss, torch.stack([sums.get(name, zero) for name in self.sum_names]), largest
 
     def metrics(self, sums: dict[str, float], largest_mismatch: float, num_steps: int) -> dict[str, float]:
         a = self.algorithm
@@ -190,10 +202,15 @@ class GrpoObjective:
             "clip/low": sums["clip_low"] / tokens,
             "clip/high": sums["clip_high"] / tokens,
             "kl/old": sums["approx_kl"] / tokens,
-            "mismatch/mean_abs": sums["mismatch"] / tokens,
-            "mismatch/max_abs": largest_mismatch,
-            "mismatch/kl": sums["mismatch_kl"] / tokens,
         }
+        if compared := sums["compared"]:
+            out |= {
+                "mismatch/mean_abs": sums["mismatch"] / compared,
+                "mismatch/max_abs": largest_mismatch,
+                "mismatch/kl": sums["mismatch_kl"] / compared,
+            }
+        if stale := sums["stale"]:
+            out["staleness/logp_shift"] = sums["stale_shift"] / stale
         if a.beta > 0 and a.kl_in == "loss":
             out |= {"loss/kl": a.beta * sums["kl_loss"] / num_steps, "kl/ref": sums["kl_ref"] / tokens}
         if a.entropy_coef > 0:
@@ -210,7 +227,7 @@ class GrpoObjective:
 
 
 @torch.no_grad()
-def _token_sums(log_ratio_C: Tensor, log_w_C: Tensor, policy: TokenLosses, segments: Segments) -> dict[str, Tensor]:
+def _token_sums(log_ratio_C: Tensor, policy: TokenLosses, segments: Segments) -> dict[str, Tensor]:
     dtype = log_ratio_C.dtype
     return {
         "tokens": log_ratio_C.new_tensor(len(log_ratio_C)),
@@ -219,9 +236,23 @@ def _token_sums(log_ratio_C: Tensor, log_w_C: Tensor, policy: TokenLosses, segme
         "clip_low": policy.clip_low_N.sum().to(dtype),
         "clip_high": policy.clip_high_N.sum().to(dtype),
         "approx_kl": bounded_k3(-log_ratio_C).sum(),
-        "mismatch": log_w_C.abs().sum(),
-        "mismatch_kl": bounded_k3(-log_w_C).sum(),
     }
+
+
+@torch.no_grad()
+def _mismatch_sums(log_w_C: Tensor, current_C: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+    """Of tokens of the same weights, and of older ones apart; and the largest of the first."""
+    current_C = torch.ones_like(log_w_C, dtype=torch.bool) if current_C is None else current_C
+    gap_C = log_w_C.abs()
+    own_C, older_C = gap_C.masked_fill(~current_C, 0.0), gap_C.masked_fill(current_C, 0.0)
+    sums = {
+        "compared": current_C.sum().to(gap_C.dtype),
+        "mismatch": own_C.sum(),
+        "mismatch_kl": bounded_k3(-log_w_C).masked_fill(~current_C, 0.0).sum(),
+        "stale": (~current_C).sum().to(gap_C.dtype),
+        "stale_shift": older_C.sum(),
+    }
+    return sums, own_C.max()
 
 
 class SftObjective:

@@ -41,6 +41,7 @@ from grpo_ray.filling import Filling
 from grpo_ray.kept_groups import KEPT_GROUPS, KeptGroup, read_groups, write_groups
 from grpo_ray.ledger import Ledger, LedgerRow
 from grpo_ray.metrics import TimeKeeper, eval_metrics, step_metrics
+from grpo_ray.mismatch import mismatch_warning
 from grpo_ray.overlap import EarlyParts
 from grpo_ray.replay import how_to_replay
 from grpo_ray.roles import InMemory, Learner, RolloutLog, Sampler, SampleStore, Scaler, Scorer, Tracker, WeightSync
@@ -61,9 +62,6 @@ from grpo_ray.types import (
     TrainBatch,
     UpdateReport,
 )
-
-MISMATCH_WARNING = 0.01
-"""Mean |log-probability of sampler - of learner| above which the two engines disagree more than bf16 explains."""
 
 NO_SIGNAL = "no_signal"
 """Why dynamic sampling dropped a group."""
@@ -466,7 +464,7 @@ class TrainLoop:
             failed=self._counts.failed,
         )
         metrics |= self._busy_metrics(metrics, [*update.tracks, *sync.tracks]) | self._saver.take_metrics()
-        self._warn_of_mismatch(metrics.get("mismatch/mean_abs", 0.0))
+        self._warn_of_mismatch(metrics.get("mismatch/mean_abs"))
         self._track(metrics)
         self._lines.append({"step": self.step, **metrics})
         if self.roles.scaler is not None:
@@ -493,18 +491,14 @@ class TrainLoop:
         if advice is not None:
             self.emit(MessageEvent("info", advice.text))
 
-    def _warn_of_mismatch(self, mean_abs: float) -> None:
-        """Once each time that the bound is crossed, not at every step above it."""
-        above = mean_abs > MISMATCH_WARNING
-        if above and not self._disagreed:
-            self.emit(
-                MessageEvent(
-                    "warning",
-                    f"sampler and learner disagree: mean |log-probability difference| {mean_abs:.4f}, expected below "
-                    f"{MISMATCH_WARNING}; algorithm.importance_sampling=token_truncate corrects for it",
-                )
-            )
-        self._disagreed = above
+    def _warn_of_mismatch(self, mean_abs: float | None) -> None:
+        """Once each time that the bound is crossed, not at every step above it. None: no token of the step tells."""
+        if mean_abs is None:
+            return
+        warning = mismatch_warning(mean_abs, self.config)
+        if warning is not None and not self._disagreed:
+            self.emit(MessageEvent("warning", warning))
+        self._disagreed = warning is not None
 
     def _track(self, metrics: dict[str, float]) -> None:
         for tracker in self.trackers:
