@@ -8,7 +8,8 @@ sequence parallelism the ranks that share their micro-batches take the same ones
 A step of one mini-batch may come in parts, as its groups are finished (`accumulate`); `update` then does what is left.
 
 `old` costs a pass of its own only where the weights move before a sample's turn, for every mini-batch but the first, or
-where the advantages are made of it (and for none where the sampler's own report is taken for it).
+where the advantages are made of it (and for none where the sampler's own report is taken for it). Where top_p, top_k or min_p cut
+tokens off, the same pass makes the sets of those that are left, and the reference needs them for the first mini-batch too.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from grpo_ray.objectives import GrpoObjective, MicroBatchData, Objective, SftObj
 from grpo_ray.objectives_pairs import DpoObjective, RewardModelObjective
 from grpo_ray.policy import PolicyModel
 from grpo_ray.sequence import Alone, SequenceRanks
+from grpo_ray.truncation import TokenSets
 from grpo_ray.types import Sample, TrainBatch, TrainSample, UpdateReport
 
 if TYPE_CHECKING:
@@ -277,6 +279,8 @@ class LearnerActor:
             for data in (data for mini_batch in later for data in mini_batch):
                 if self._algorithm.old_logprobs == "recompute":
                     data.old_C = self._logprobs(self._engine, data, batch.temperature)
+                elif data.sets is not None:
+                    self._logprobs(self._engine, data, batch.temperature)
         self._set_reference(fetched, batch)
         of_the_kl = self._take_kl_off(batch, plan + untrained, fetched) if kl_in_reward else {}
         micro_batches = [data for mini_batch in steps for data in mini_batch]
@@ -322,6 +326,11 @@ class LearnerActor:
 
     def _set_reference(self, steps: list[list[MicroBatchData]], batch: TrainBatch) -> None:
         if self.spec.needs_reference:
+            with self._timed("old"):
+                for data in (data for mini_batch in steps for data in mini_batch):
+                    if data.sets is not None and not data.sets.made:
+                        # They are those of the policy that sampled, for the reference too.
+                        self._logprobs(self._engine, data, batch.temperature)
             with self._timed("reference"), self._reference_policy() as reference:
                 for data in (data for mini_batch in steps for data in mini_batch):
                     data.ref_C = self._logprobs(reference, data, batch.temperature)
@@ -330,7 +339,8 @@ class LearnerActor:
         passes = UpdatePasses(
             train=self._algorithm.num_iterations,
             reference=self.spec.needs_reference,
-            old=self._algorithm.old_logprobs == "recompute",
+            old=self._algorithm.old_logprobs == "recompute" or batch.truncation.any,
+            old_of_first=self._algorithm.kl_in == "reward" or (batch.truncation.any and self.spec.needs_reference),
             critic=self._critic is not None,
         )
         flops = (
@@ -431,7 +441,11 @@ class LearnerActor:
             )
             for micro in micros
         )
-        return [MicroBatchData.of(p, self.device) for p in packed]
+        made = [MicroBatchData.of(p, self.device) for p in packed]
+        if batch.truncation.any:
+            for data in made:
+                data.sets = TokenSets(batch.truncation)
+        return made
 
     def _item(self, batch: TrainBatch, index: int, rows: dict[Any, list[Sample]], normalizers: Normalizers) -> PackItem:
         info = batch.samples[index]
@@ -461,16 +475,18 @@ class LearnerActor:
 
     @torch.no_grad()
     def _logprobs(self, model: Any, data: MicroBatchData, temperature: float) -> torch.Tensor:
-        logp_C: torch.Tensor = model(data.packed, temperature)[0]
+        logp_C: torch.Tensor = model(*_inputs(data, temperature))[0]
         return logp_C
 
     def _forward_backward(self, mini_batch: list[MicroBatchData], batch: TrainBatch, into: _Pass) -> None:
         for data in mini_batch:
-            theta_C, entropy_C = self._engine(data.packed, batch.temperature)
+            theta_C, entropy_C = self._engine(*_inputs(data, batch.temperature))
             loss, new_sums, new_largest = self._objective.loss(data, theta_C, entropy_C)
             # DeepSpeed averages gradients over all ranks; the weights in the loss already hold the global normalizer, and a
             # rank's gradient is that of its own slice.
             self._engine.backward(loss * self.num_ranks, scale_wrt_gas=False)
+            if self._algorithm.num_iterations == 1:
+                data.sets = None
             into.micro_batches.append(data)
             if not data.packed.is_dummy:
                 into.sums += new_sums
@@ -660,6 +676,11 @@ class LearnerActor:
         bucket_bytes = self.spec.weights.bucket_mb << 20
         source = ZeroWeightSource(self._engine.module.hf, bucket_bytes, self.spec.dtype)
         return WeightSender(source, self.rank, self.spec.weights_backend, bucket_bytes, self.spec.sync_timeout_s)
+
+
+def _inputs(data: MicroBatchData, temperature: float) -> tuple[Any, ...]:
+    """Of a model's forward."""
+    return (data.packed, temperature) if data.sets is None else (data.packed, temperature, data.sets)
 
 
 def _objective(spec: LearnerSpec) -> Objective:

@@ -21,6 +21,7 @@ from grpo_ray.config_base import (
     Resources,
     Strict,
     check_bounds,
+    check_temperature,
 )
 from grpo_ray.config_reward import RewardConfig
 
@@ -178,6 +179,8 @@ class RolloutConfig(Strict):
     max_completion_length: PositiveInt = 512
     temperature: PositiveFloat = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """With top_p, top_k or min_p the learner renormalises over the very tokens that could be drawn, in the old, the current and the
+    reference policy alike, and so does the entropy (DeepSeek-V3.2's keep sampling mask, 2512.02556): only on-policy."""
     top_k: NonNegInt = 0
     """0: all."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -193,6 +196,12 @@ class RolloutConfig(Strict):
     """CPU threads per engine. None: 1, for threads that share a core spin against each other; when colocated, the machine's cores
     divided among the engines."""
     env: Env = {}
+
+    @property
+    def truncation(self) -> str:
+        """Of top_p, top_k and min_p those that leave tokens out, in words."""
+        names = (n for n in ("top_p", "top_k", "min_p") if getattr(self, n) != type(self).model_fields[n].default)
+        return ", ".join(f"{name} {getattr(self, name):g}" for name in names)
 
     @model_validator(mode="after")
     def _group(self) -> Self:
@@ -440,6 +449,14 @@ class RunConfig(Strict):
             raise ValueError(
                 "algorithm.ref_polyak_tau below 1 moves the reference by steps that model.dtype bfloat16 rounds away; use "
                 "float32, or take the policy over whole (tau 1) every algorithm.ref_refresh_steps"
+            )
+        for section, part in (("rollout", self.rollout), ("eval", self.eval), ("sample", self.sample)):
+            check_temperature(section, part.temperature)
+        if self.rollout.truncation and self.algorithm.max_staleness:
+            raise ValueError(
+                f"rollout.{self.rollout.truncation} leaves out tokens by the policy that samples, and with algorithm.max_staleness "
+                f"{self.algorithm.max_staleness} the learner no longer has that one: it could not renormalise over what is left. "
+                "Use max_staleness 0, or top_p 1, top_k 0 and min_p 0"
             )
         if self.colocated and (ahead := self.algorithm.max_staleness):
             raise ValueError(

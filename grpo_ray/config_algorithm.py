@@ -66,7 +66,7 @@ class AlgorithmConfig(Strict):
 
     old_logprobs: Literal["recompute", "rollout"] = "recompute"
     """What the ratio is taken to: the learner's own value for the version that sampled, or what the sampler reported
-    (verl's bypass mode)."""
+    (verl's bypass mode). Either is over the tokens that rollout.top_p, top_k and min_p leave."""
     importance_sampling: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None = None
     """How sampler and learner are brought together, in TRL's words: token_truncate is TIS, token_mask MIS and IcePop."""
     importance_sampling_clip_min: NonNegFloat = 0.0

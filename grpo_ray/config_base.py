@@ -38,3 +38,14 @@ def check_bounds(section: str, number: int, low: int | None, high: int | None) -
         raise ValueError(
             f"{section}.num_actors is {number}, outside of {section}.min_actors and {section}.max_actors, {low} to {high}"
         )
+
+
+SAMPLER_MIN_TEMPERATURE = 0.01
+
+
+def check_temperature(section: str, temperature: float) -> None:
+    if 0 < temperature < SAMPLER_MIN_TEMPERATURE:
+        raise ValueError(
+            f"{section}.temperature {temperature:g} is below {SAMPLER_MIN_TEMPERATURE}, which vLLM would sample at in its place; "
+            "use that or more" + (", or 0 for the likeliest tokens" if section != "rollout" else "")
+        )

@@ -105,6 +105,8 @@ class UpdatePasses:
     """One forward pass of the policy for every mini-batch but the first."""
     critic: bool
     """A forward pass of the critic, and as many forward and backward passes as the policy has."""
+    old_of_first: bool = False
+    """The one of `old` for the first mini-batch too."""
 
 
 def update_flops(
@@ -133,7 +135,7 @@ def update_flops(
         # The last token of a sequence is a target and no input.
         lengths_S = [s.num_prompt_tokens + s.num_tokens - 1 for s in samples]
         targets_S = [s.num_tokens for s in samples]
-        forwards = passes.reference + (passes.old and number > 0)
+        forwards = passes.reference + (passes.old and (number > 0 or passes.old_of_first))
         total += passes.train * train_flops(shape, lengths_S, targets_S, shared)
         total += forwards * forward_flops(shape, lengths_S, targets_S, shared)
         if passes.critic:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grpo_ray.truncation import TokenSets
+
 
 class _ChunkedLogprobs(torch.autograd.Function):
     """Recomputes the logits of a chunk in the backward pass.
@@ -28,6 +30,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         targets_N: Tensor,
         temperature: float,
         chunk: int,
+        sets: TokenSets | None,
     ) -> tuple[Tensor, Tensor]:
         num = hidden_NH.shape[0]
         logp_N = torch.empty(num, dtype=_precision(hidden_NH), device=hidden_NH.device)
@@ -35,13 +38,17 @@ class _ChunkedLogprobs(torch.autograd.Function):
         for a in range(0, num, chunk):
             rows = slice(a, min(a + chunk, num))
             logits_CV = _logits(hidden_NH[rows], weight_VH, bias_V, temperature)
+            if sets is not None:
+                sets.drop(logits_CV, targets_N[rows], a)
             lse_C = logits_CV.logsumexp(-1)
             lse_N[rows] = lse_C
             logp_CV = logits_CV.sub_(lse_C[:, None])
             logp_N[rows] = logp_CV.gather(-1, targets_N[rows, None]).squeeze(-1)
             entropy_N[rows] = -logp_CV.exp().mul_(logp_CV).sum(-1)
+        if sets is not None:
+            sets.made = True
         ctx.save_for_backward(hidden_NH, targets_N, lse_N, entropy_N)
-        ctx.weight, ctx.bias, ctx.temperature, ctx.chunk = weight_VH, bias_V, temperature, chunk
+        ctx.weight, ctx.bias, ctx.temperature, ctx.chunk, ctx.sets = weight_VH, bias_V, temperature, chunk, sets
         ctx.set_materialize_grads(False)
         return logp_N, entropy_N
 
@@ -58,6 +65,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
         for a in range(0, hidden_NH.shape[0], ctx.chunk):
             rows = slice(a, min(a + ctx.chunk, hidden_NH.shape[0]))
             logits_CV = _logits(hidden_NH[rows], weight, bias, ctx.temperature)
+            if ctx.sets is not None:
+                ctx.sets.drop(logits_CV, targets_N[rows], a)
             grad_CV = _grad_logits(
                 logits_CV,
                 targets_N[rows],
@@ -79,6 +88,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
             None,
             None,
             None,
@@ -124,7 +134,14 @@ def chunk_rows(vocab_size: int, *, on_gpu: bool) -> int:
 
 
 def chunked_logprobs(
-    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, *, temperature: float, chunk: int
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    *,
+    temperature: float,
+    chunk: int,
+    sets: TokenSets | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target, and the entropy of each distribution.
 
@@ -138,11 +155,13 @@ def chunked_logprobs(
         targets_N: [N] token ids.
         temperature: the logits are divided by it first.
         chunk: rows of logits that exist at once.
+        sets: the tokens that each distribution is over, renormalised; made here if no earlier pass made them, of chunks of the same
+            size. None: all.
 
     Returns:
         log-probabilities [N] and entropies [N] in nats, both differentiable.
     """
-    return _ChunkedLogprobs.apply(hidden_NH, weight_VH, bias_V, targets_N, temperature, chunk)
+    return _ChunkedLogprobs.apply(hidden_NH, weight_VH, bias_V, targets_N, temperature, chunk, sets)
 
 
 class LogprobHead(nn.Module):
@@ -158,8 +177,15 @@ class LogprobHead(nn.Module):
         self.bias = linear.bias
 
     def forward(
-        self, hidden: Tensor, targets_N: Tensor | None = None, temperature: float = 1.0, chunk: int = 1024
+        self,
+        hidden: Tensor,
+        targets_N: Tensor | None = None,
+        temperature: float = 1.0,
+        chunk: int = 1024,
+        sets: TokenSets | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         if targets_N is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
-        return chunked_logprobs(hidden, self.weight, self.bias, targets_N, temperature=temperature, chunk=chunk)
+        return chunked_logprobs(
+            hidden, self.weight, self.bias, targets_N, temperature=temperature, chunk=chunk, sets=sets
+        )

@@ -74,7 +74,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "ratio/mean": ("Probability ratio of the policy to the one at the start of the update, mean over the tokens", ""),
     "clip/low": ("Part of the tokens whose ratio was clipped from below", ""),
     "clip/high": ("Part of the tokens whose ratio was clipped from above", ""),
-    "entropy": ("Entropy of the policy at the sampled tokens", "nats/token"),
+    "entropy": (
+        "Entropy of what is sampled from (over what top_p, top_k and min_p leave), at the sampled tokens",
+        "nats/token",
+    ),
     "grad_norm": ("Gradient norm before clipping", ""),
     "lr": ("Learning rate", ""),
     "mismatch/mean_abs": (

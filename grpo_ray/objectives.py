@@ -22,6 +22,7 @@ from grpo_ray.losses.policy import LossOptions, PolicyInputs, TokenLosses
 from grpo_ray.losses.segments import Segments
 from grpo_ray.losses.sft import sft_loss
 from grpo_ray.losses.table import POLICY_LOSSES
+from grpo_ray.truncation import TokenSets
 
 
 @dataclass
@@ -45,6 +46,8 @@ class MicroBatchData:
     """What the critic learns."""
     current_C: Tensor | None = None
     """Bool: sampled by the version that the update begins with; None: all. Of these alone sampler and learner tell the same."""
+    sets: TokenSets | None = None
+    """The tokens that the sampler could draw in the place of each; None: all."""
     moved: bool = False
     """The weights have moved since the update began."""
 

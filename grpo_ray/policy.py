@@ -12,6 +12,7 @@ from grpo_ray.batching import PackedBatch
 from grpo_ray.linear import multiple_of_tokens
 from grpo_ray.logprobs import LogprobHead
 from grpo_ray.sequence import Alone, SequenceRanks, Slice, slice_of
+from grpo_ray.truncation import TokenSets
 
 _HEAD_FEATURES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
@@ -35,14 +36,15 @@ class PolicyModel(nn.Module):
         self.chunk = chunk
         self.ranks = ranks or Alone()
 
-    def forward(self, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [C] of the batch's targets and entropies [C], fp32."""
+    def forward(self, batch: PackedBatch, temperature: float, sets: TokenSets | None = None) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [C] of the batch's targets and entropies [C], fp32; with sets, of the distributions over these. Ranks
+        that share a micro-batch have each the sets of its own slice."""
         hf: Any = self.hf
         device = hf.get_output_embeddings().weight.device
         own = own_slice(batch, self.ranks, device)
         hidden_cH = target_states(hf.base_model, own, hf.config._attn_implementation, device)
         targets = torch.from_numpy(own.targets).to(device)
-        logp_c, entropy_c = hf.get_output_embeddings()(hidden_cH, targets, temperature, self.chunk)
+        logp_c, entropy_c = hf.get_output_embeddings()(hidden_cH, targets, temperature, self.chunk, sets)
         logp_C, entropy_C = self.ranks.gather(own.counts, logp_c, entropy_c)
         return logp_C, entropy_C
 

@@ -93,7 +93,8 @@ PRESETS: dict[str, Values] = {
     # IMPORTANCE_SAMPLING_DEFAULTS.
     "icepop": _GRPO | {"importance_sampling": "token_mask"},
     # DeepSeek-V3.2 2512.02556, section 3.1: the unbiased KL, the off-policy sequence mask, R - mean; the clip is around
-    # the sampler's own report. beta and the mask's threshold are not stated: R1's, and ours.
+    # the sampler's own report. beta and the mask's threshold are not stated: R1's, and ours. Its "keep sampling mask" is what the
+    # learner does whenever rollout.top_p, top_k or min_p leave tokens out.
     "v3_2": _GRPO
     | {
         "advantage": "dr_grpo",

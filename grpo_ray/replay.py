@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.errors import CheckpointError
 from grpo_ray.rollout_log import rollout_path, rollout_steps, sample_of
-from grpo_ray.types import Sample, Step, TrainBatch, TrainSample
+from grpo_ray.types import Sample, Step, TrainBatch, TrainSample, Truncation
 
 COMPARED = ("loss/policy", "grad_norm")
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3}
@@ -85,6 +85,8 @@ def read_batch(path: Path) -> TrainBatch:
         step=rows[0]["step"] - 1,
         samples=[_train_sample(row, samples, i) for i, row in enumerate(rows)],
         temperature=rows[0]["temperature"],
+        # Not in the files of earlier versions, whose learner knew no truncation.
+        truncation=Truncation(**{f.name: rows[0][f.name] for f in fields(Truncation) if f.name in rows[0]}),
     )
 
 

@@ -10,6 +10,7 @@ import asyncio
 import math
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,13 @@ SCHEMA = pa.schema(
         ("loss_mask", pa.bool_()),
         ("part", pa.int32()),
         ("temperature", pa.float64()),
+        ("top_p", pa.float64()),
+        ("top_k", pa.int64()),
+        ("min_p", pa.float64()),
     ]
 )
 """`completion_ids` and `rollout_logprobs` are [T], `prompt_ids` [N]. A reward or advantage that is no number: null. `group`,
-`loss_mask` and `part` as in `types.TrainSample`; `temperature` of the whole batch.
+`loss_mask` and `part` as in `types.TrainSample`; `temperature`, `top_p`, `top_k` and `min_p` of the whole batch.
 
 `reward` and `rewards` are the scores, before a KL is taken off. `advantage` is what the learner was given: the reward itself
 where it makes the advantages (gae, kl_in reward); under process the mean over the tokens, whose own are in `advantage_steps`
@@ -130,7 +134,7 @@ def write_rollouts(
         names = {(s.prompt_id, s.index) for s in (sample, info, trained)}
         assert len(names) == 1, f"row {info.row} is not that of {info}, or not that of {trained}"
         row = _row(step, group, info, sample, score, trained, run_seed)
-        rows.append({**row, "temperature": batch.temperature})
+        rows.append({**row, "temperature": batch.temperature, **asdict(batch.truncation)})
     folder.mkdir(parents=True, exist_ok=True)
     path = rollout_path(folder, step)
     aside = path.with_suffix(".parquet.new")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grpo_ray.advantages import group_advantages, process_advantages
 from grpo_ray.config import AlgorithmConfig, RunConfig
-from grpo_ray.types import Group, Step, TrainBatch, TrainSample
+from grpo_ray.types import Group, Step, TrainBatch, TrainSample, Truncation
 
 
 def set_advantages(groups: Sequence[Group], algorithm: AlgorithmConfig) -> None:
@@ -116,4 +116,5 @@ def cut_batch(groups: Sequence[Group], step: int, config: RunConfig) -> TrainBat
             g.samples, g.scores, g.advantages, g.steps or [()] * len(g.samples), strict=True
         )
     ]
-    return TrainBatch(step=step, samples=samples, temperature=config.rollout.temperature)
+    r = config.rollout
+    return TrainBatch(step, samples, r.temperature, Truncation(r.top_p, r.top_k, r.min_p))

@@ -42,6 +42,20 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Truncation:
+    """Which tokens a sampler leaves out, in vLLM's words; as it is, none."""
+
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: all."""
+    min_p: float = 0.0
+
+    @property
+    def any(self) -> bool:
+        return self != Truncation()
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How to sample, in vLLM's words. `temperature` 0 is greedy."""
 
@@ -87,7 +101,8 @@ class Sample:
     token_ids: NDArray[np.int32]
     """[T], the end-of-sequence token included when the model wrote it."""
     logprobs: NDArray[np.float32]
-    """[T], of the sampling policy after temperature: the `rollout` log-probabilities."""
+    """[T], of the sampling policy after temperature, over the tokens that top_p, top_k and min_p left: the `rollout`
+    log-probabilities."""
     versions: tuple[VersionSpan, ...]
     """Covers [0, T)."""
     finish_reason: str
@@ -257,6 +272,8 @@ class TrainBatch:
     """[S]."""
     temperature: float
     """Log-probabilities are of logits / temperature, as the sampler's are."""
+    truncation: Truncation = Truncation()
+    """And over the tokens that the sampler could draw."""
 
 
 @_record

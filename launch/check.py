@@ -137,6 +137,7 @@ def _step_rows(config: RunConfig | SftConfig) -> list[tuple[str, str]]:
             f"lr {config.learner.learning_rate:g}",
         ),
         *([("correction", ", ".join(correction))] if correction else []),
+        *([("sampling", f"{r.truncation}: the learner renormalises over the tokens left")] if r.truncation else []),
     ]
 
 

@@ -26,7 +26,8 @@ from grpo_ray.attention import (
 from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch, shared_cost, token_values
 from grpo_ray.errors import ConfigError
 from grpo_ray.policy import PolicyModel
-from grpo_ray.types import Step
+from grpo_ray.truncation import TokenSets, keep_mask
+from grpo_ray.types import Step, Truncation
 
 BUDGET = 100
 
@@ -295,17 +296,21 @@ LAID_OUT = pytest.mark.parametrize(
 
 
 @LAID_OUT
+@pytest.mark.parametrize("truncation", [Truncation(), Truncation(0.9, 50, 0.01)], ids=["all", "truncated"])
 @torch.no_grad()
 def test_log_probabilities_are_those_of_plain_transformers(
-    policy: PolicyModel, tiny_model: Path, items: list[PackItem], options: dict[str, bool]
+    policy: PolicyModel, tiny_model: Path, items: list[PackItem], options: dict[str, bool], truncation: Truncation
 ) -> None:
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager").eval()
     want = []
     for i in items:
         ids = torch.from_numpy(np.concatenate([i.prompt_ids, i.completion_ids]))[None]
-        logp = (plain(ids, use_cache=False).logits[0] / 0.8).log_softmax(-1)
-        want.append(logp[len(i.prompt_ids) - 1 : -1].gather(-1, torch.from_numpy(i.completion_ids)[:, None])[:, 0])
-    got, _ = policy(pack(items, **options), 0.8)
+        logits = (plain(ids, use_cache=False).logits[0] / 0.8)[len(i.prompt_ids) - 1 : -1]
+        targets = torch.from_numpy(i.completion_ids)
+        kept = logits.masked_fill(~keep_mask(logits, targets, truncation), -torch.inf)
+        want.append(kept.log_softmax(-1).gather(-1, targets[:, None])[:, 0])
+    sets = TokenSets(truncation) if truncation.any else None
+    got, _ = policy(pack(items, **options), 0.8, sets)
     torch.testing.assert_close(got, torch.cat(want), atol=1e-5, rtol=1e-5)
 
 

@@ -24,6 +24,7 @@ from grpo_ray.types import (
     Step,
     TrainBatch,
     TrainSample,
+    Truncation,
     VersionSpan,
 )
 from tests.batches import batch_of
@@ -69,7 +70,8 @@ def same(one: object, other: object) -> bool:
 
 
 def assert_same_batch(got: TrainBatch, want: TrainBatch) -> None:
-    assert (got.step, got.temperature, len(got.samples)) == (want.step, want.temperature, len(want.samples))
+    assert (got.step, got.temperature, got.truncation) == (want.step, want.temperature, want.truncation)
+    assert len(got.samples) == len(want.samples)
     for mine, theirs in zip(got.samples, want.samples, strict=True):
         for f in fields(TrainSample):
             if f.name not in ("ref", "row"):
@@ -80,7 +82,7 @@ def assert_same_batch(got: TrainBatch, want: TrainBatch) -> None:
 
 def test_a_batch_comes_back_from_its_file_bit_for_bit(tmp_path: Path) -> None:
     groups = odd_groups()
-    batch = batch_of(groups, step=7, temperature=0.7)
+    batch = replace(batch_of(groups, step=7, temperature=0.7), truncation=Truncation(0.9, 20, 0.1))
     exploded = replace(batch, samples=[replace(batch.samples[0], advantage=math.nan), *batch.samples[1:]])
     assert [s.loss_mask for s in batch.samples] == [True, True, False, True, True, True]
     assert [len(s.steps) for s in batch.samples] == [0, 0, 1, 1, 2, 2]
@@ -98,6 +100,9 @@ def test_a_file_of_an_earlier_version_is_refused_by_name(tmp_path: Path) -> None
     write_rollouts(tmp_path, 8, groups, batch_of(groups, 7), distinct_refs(groups), run_seed=1)
     pq.write_table(pq.read_table(path).drop_columns(["advantage_steps"]), path)
     assert all(s.steps == () for s in read_batch(path).samples), "before process supervision there were none"
+    write_rollouts(tmp_path, 8, groups, batch_of(groups, 7), distinct_refs(groups), run_seed=1)
+    pq.write_table(pq.read_table(path).drop_columns(["top_p", "top_k", "min_p"]), path)
+    assert not read_batch(path).truncation.any, "the learner knew none"
     path.write_bytes(b"torn")
     with pytest.raises(CheckpointError, match="can't be read"):
         read_batch(path)

@@ -22,7 +22,7 @@ from actors.rollout_pool import RolloutPool
 from grpo_ray.config import MAX_ADAPTER_RANK, LoraConfig, RunConfig
 from grpo_ray.errors import WorkerError
 from grpo_ray.lora import adapter_checksum
-from grpo_ray.types import Sample, SampleInfo, SampleRequest, TrainBatch, TrainSample
+from grpo_ray.types import Sample, SampleInfo, SampleRequest, TrainBatch, TrainSample, Truncation
 from tests.actors.saved import export
 from tests.actors.test_rollout import GREEDY, LONG, SAMPLING, Bench, reference_logprobs, run_config
 
@@ -30,6 +30,10 @@ pytestmark = pytest.mark.timeout(600)
 SYNC_S = 60.0
 PROMPT = [10 + (k * 3) % 80 for k in range(50)]
 """Longer than a block of the prefix cache, so that its beginning is found there again."""
+
+
+CUT = replace(SAMPLING, top_p=0.9, top_k=20, min_p=0.1)
+"""The learner has to renormalise over the tokens that these leave."""
 
 
 def requests(count: int, params: Any = SAMPLING) -> list[SampleRequest]:
@@ -70,12 +74,14 @@ class Setting:
 
     def update(self) -> float:
         """One update on fresh samples; mean |log-probability of sampler - of learner|."""
-        infos, _ = self.bench.draw(requests(8))
+        infos, _ = self.bench.draw(requests(8, CUT))
         samples = [
             TrainSample(i.ref, i.row, i.prompt_id, i.index, i.num_prompt_tokens, i.num_tokens, (-1.0) ** i.index, 0)
             for i in infos
         ]
-        report = self.bench.run(self.learner.update(TrainBatch(self.version, samples, SAMPLING.temperature)))
+        report = self.bench.run(
+            self.learner.update(TrainBatch(self.version, samples, CUT.temperature, Truncation(0.9, 20, 0.1)))
+        )
         self.version += 1
         return report.metrics["mismatch/mean_abs"]
 

@@ -28,7 +28,8 @@ from actors.learner_group import LearnerGroup
 from grpo_ray.config import LearnerConfig, ModelConfig, RunConfig, SftConfig
 from grpo_ray.config_files import build
 from grpo_ray.errors import CheckpointError, ConfigError, DeadlineError, NonFiniteError, WorkerError
-from grpo_ray.types import Sample, TrainBatch, TrainSample, VersionSpan
+from grpo_ray.truncation import keep_mask
+from grpo_ray.types import Sample, TrainBatch, TrainSample, Truncation, VersionSpan
 from tests.actors.saved import export, load, save
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -109,11 +110,18 @@ def make_batch(num_groups: int = 4, group_size: int = 3, seed: int = 0, step: in
     return TrainBatch(step, samples, TEMPERATURE)
 
 
-def plain_logprobs(model: Any, sample: Sample, temperature: float = TEMPERATURE) -> Tensor:
-    ids = torch.from_numpy(np.concatenate([sample.prompt_token_ids, sample.token_ids]).astype(np.int64))[None]
-    logp = (model(ids, use_cache=False).logits[0].float() / temperature).log_softmax(-1)
+def plain_logits(model: Any, sample: Sample, temperature: float = TEMPERATURE) -> tuple[Tensor, Tensor]:
+    """[T, V] and the tokens that were drawn from them."""
+    ids = torch.from_numpy(np.concatenate([sample.prompt_token_ids, sample.token_ids]).astype(np.int64))
     n = len(sample.prompt_token_ids)
-    return logp[n - 1 : -1].gather(-1, ids[0, n:, None])[:, 0]
+    return model(ids[None], use_cache=False).logits[0].float()[n - 1 : -1] / temperature, ids[n:]
+
+
+def plain_logprobs(model: Any, sample: Sample, temperature: float = TEMPERATURE, mask: Tensor | None = None) -> Tensor:
+    """`mask`: [T, V], the tokens that could be drawn."""
+    logits, drawn = plain_logits(model, sample, temperature)
+    kept = logits if mask is None else logits.masked_fill(~mask, -torch.inf)
+    return kept.log_softmax(-1).gather(-1, drawn[:, None])[:, 0]
 
 
 def plain_model(path: Path) -> Any:
@@ -256,14 +264,17 @@ def test_one_rank_under_zero_0_steps_like_plain_pytorch_and_exports_what_it_comp
     assert run(group.update(batch)).metrics["grad_norm"] > 0
 
 
-def test_several_updates_per_batch_keep_the_old_log_probabilities(
-    tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup]
+@pytest.mark.parametrize(
+    "truncation", [Truncation(), pytest.param(Truncation(0.9, 30, 0.01), marks=pytest.mark.slow)], ids=["all", "cut"]
+)
+def test_several_updates_per_batch_keep_the_old_log_probabilities_and_sets_of_tokens(
+    tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup], truncation: Truncation
 ) -> None:
     algorithm = {"num_iterations": 2, "num_mini_batches": 2, "beta": 0.04, "loss": "dapo"}
     config = make_config(tiny_model, ranks=2, stage=2, algorithm=algorithm, learner={"learning_rate": 0.3})
     group = start(config, tmp_path)
     groups.append(group)
-    batch = make_batch()
+    batch = replace(make_batch(), truncation=truncation)
     got = run(group.update(batch)).metrics
     want = plain_updates(tiny_model, batch, lr=0.3, beta=0.04)
     assert got["update/num_steps"] == 4
@@ -411,8 +422,9 @@ def plain_updates(path: Path, batch: TrainBatch, *, lr: float, beta: float) -> d
     optimizer = torch.optim.AdamW(model.parameters(), lr, eps=1.0, weight_decay=0.0)
     members = [s for s in batch.samples if s.loss_mask]
     with torch.no_grad():
-        old = [plain_logprobs(model, s.ref[s.row]) for s in members]
-        ref = [plain_logprobs(reference, s.ref[s.row]) for s in members]
+        masks = [keep_mask(*plain_logits(model, s.ref[s.row]), batch.truncation) for s in members]
+        old = [plain_logprobs(model, s.ref[s.row], mask=m) for s, m in zip(members, masks, strict=True)]
+        ref = [plain_logprobs(reference, s.ref[s.row], mask=m) for s, m in zip(members, masks, strict=True)]
     ratios, kls, norms, losses = [], [], [], []
     for _ in range(2):
         for half in ((0, 1), (2, 3)):
@@ -422,7 +434,7 @@ def plain_updates(path: Path, batch: TrainBatch, *, lr: float, beta: float) -> d
             step_loss = 0.0
             for k in chosen:
                 s = members[k]
-                theta = plain_logprobs(model, s.ref[s.row])
+                theta = plain_logprobs(model, s.ref[s.row], mask=masks[k])
                 ratio = (theta - old[k]).exp()
                 policy = -torch.min(ratio * s.advantage, ratio.clamp(0.8, 1.2) * s.advantage).sum() / tokens
                 kl = (ref[k] - theta).exp() - (ref[k] - theta) - 1

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,12 +24,14 @@ from actors.rollout_pool import RolloutPool
 from grpo_ray.config import RunConfig
 from grpo_ray.config_files import build
 from grpo_ray.errors import DataError, DeadlineError, WorkerError
-from grpo_ray.types import Sample, SampleInfo, SampleRequest, SamplingParams
+from grpo_ray.truncation import keep_mask
+from grpo_ray.types import Sample, SampleInfo, SampleRequest, SamplingParams, Truncation
 
 pytestmark = pytest.mark.timeout(600)
 T = TypeVar("T")
 SAMPLE_S = 12.0
 SAMPLING = SamplingParams(temperature=0.7, top_p=1.0, top_k=0, min_p=0.0, max_tokens=24)
+ALL = Truncation()
 GREEDY = replace(SAMPLING, temperature=0.0)
 LONG = replace(SAMPLING, max_tokens=200)
 ROLLOUT = {"num_actors": 2, "max_completion_length": 200, "max_num_seqs": 32, "kv_cache_gb": 0.05}
@@ -98,14 +100,18 @@ def reference(tiny_model: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
 
 
-def reference_logprobs(model: Any, sample: Sample, temperature: float) -> np.ndarray[Any, Any]:
+def reference_logprobs(
+    model: Any, sample: Sample, temperature: float, truncation: Truncation = ALL
+) -> np.ndarray[Any, Any]:
     """[T] of the sample's tokens under a Transformers model."""
     tokens = torch.tensor(np.concatenate([sample.prompt_token_ids, sample.token_ids])[None], dtype=torch.long)
     with torch.no_grad():
-        logps = torch.log_softmax(model(tokens).logits[0].float() / temperature, dim=-1)
+        logits = model(tokens).logits[0].float() / temperature
     at = len(sample.prompt_token_ids) - 1
     completion = tokens[0, at + 1 :]
-    return logps[at : at + len(completion)].gather(1, completion[:, None])[:, 0].numpy()
+    logits = logits[at : at + len(completion)]
+    kept = logits.masked_fill(~keep_mask(logits, completion, truncation), -torch.inf)
+    return kept.log_softmax(-1).gather(1, completion[:, None])[:, 0].numpy()
 
 
 def test_logprobs_are_those_of_transformers_at_the_sampling_temperature(bench: Bench, reference: Any) -> None:
@@ -115,6 +121,22 @@ def test_logprobs_are_those_of_transformers_at_the_sampling_temperature(bench: B
         assert [(v.version, v.start, v.end) for v in sample.versions] == [(0, 0, info.num_tokens)]
         np.testing.assert_allclose(sample.logprobs, reference_logprobs(reference, sample, 0.7), atol=1e-5)
     assert any(np.abs(s.logprobs - reference_logprobs(reference, s, 1.0)).max() > 0.01 for s in samples)
+
+
+@pytest.mark.parametrize(
+    "truncation",
+    [Truncation(0.9, 20, 0.1), Truncation(top_p=0.9), Truncation(top_k=20), Truncation(min_p=0.1)],
+    ids=str,
+)
+def test_truncated_sampling_reports_probabilities_over_the_sets_that_the_learner_makes(
+    bench: Bench, reference: Any, truncation: Truncation
+) -> None:
+    params = replace(SAMPLING, **asdict(truncation))
+    _, samples = bench.draw(requests(8, params))
+    got = np.concatenate([s.logprobs for s in samples])
+    want = np.concatenate([reference_logprobs(reference, s, 0.7, truncation) for s in samples])
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert np.abs(got - np.concatenate([reference_logprobs(reference, s, 0.7) for s in samples])).mean() > 0.05
 
 
 def test_samples_keep_prompt_ids_and_text_is_decoded_from_the_tokens(bench: Bench, tiny_model: Path) -> None:

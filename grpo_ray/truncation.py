@@ -1,0 +1,146 @@
+"""Which tokens a sampler can draw under top_p, top_k and min_p, so that the learner's probabilities are of the same ones.
+
+What is sampled from is not the policy but the policy cut down to a set of tokens and renormalised over it:
+
+    pi~(a) = pi(a) / sum_{b in S} pi(b),    a in S
+
+The sampler reports log pi~, so the learner computes it too: S is made once, from the logits of the policy that sampled, and every
+pass over these tokens (old, current and reference policy) renormalises over the same S, without a gradient through its choice.
+DeepSeek-V3.2 calls it "keep sampling mask" (2512.02556, section 3.1).
+
+C rows of a chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo_ray.types import Truncation
+
+DROPPED = -1e30
+"""The logit of a token outside of the set: its probability is 0, and 0 times its logarithm is 0 too."""
+_CANDIDATES = 1024
+"""So many of the likeliest tokens are sorted at first; a row whose top_p reaches further is sorted whole."""
+_PIECES = 8
+"""A chunk is looked at in so many pieces, since sorting takes several times the memory of what is sorted."""
+
+
+def keep_mask(logits_CV: Tensor, targets_C: Tensor, truncation: Truncation) -> Tensor:
+    """The set of each row, as vLLM makes it: min_p first, then top_k of what is left, then top_p of that, renormalised.
+
+    Tokens as likely as the least likely of the top_k are all kept. The sampled token is in its set whatever rounding says: it was.
+
+    Args:
+        logits_CV: [C, V] fp32, after the temperature.
+        targets_C: [C], the sampled tokens.
+        truncation: what cuts off.
+
+    Returns:
+        [C, V] bool.
+    """
+    rows = max(1, -(-len(logits_CV) // _PIECES))
+    pieces = zip(logits_CV.split(rows), targets_C.split(rows), strict=True)
+    masks = [_with_target(_keep(logits, truncation), logits, targets) for logits, targets in pieces]
+    return torch.cat(masks) if masks else torch.ones_like(logits_CV, dtype=torch.bool)
+
+
+# Comparisons are negated where a NaN has to stay in the set: the loss is then none either, and says so.
+
+
+def _keep(logits: Tensor, truncation: Truncation) -> Tensor:
+    least = logits.amin(dim=1, keepdim=True)
+    if truncation.min_p > 0:
+        least = torch.maximum(least, logits.amax(dim=1, keepdim=True) + math.log(truncation.min_p))
+    if 0 < truncation.top_k < logits.shape[1]:
+        kth = logits.topk(truncation.top_k, dim=1).values[:, -1:]
+        least = torch.maximum(least, kth)
+    mask = ~(logits < least)
+    return _nucleus(logits.masked_fill(~mask, DROPPED), truncation.top_p) if truncation.top_p < 1 else mask
+
+
+def _nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """The likeliest tokens, until together they have at least `top_p`: those before which there is less than that."""
+    mask = torch.zeros_like(logits, dtype=torch.bool)
+    total = logits.logsumexp(dim=1, keepdim=True)
+    values, places = logits.topk(min(_CANDIDATES, logits.shape[1]), dim=1)
+    mask.scatter_(1, places, _first(values, total, top_p))
+    if values.shape[1] < logits.shape[1]:
+        further = ((values - total).exp_().sum(dim=1) < top_p).nonzero()[:, 0]
+        values, places = logits[further].sort(dim=1, descending=True)
+        mask[further] = torch.zeros_like(values, dtype=torch.bool).scatter_(
+            1, places, _first(values, total[further], top_p)
+        )
+    return mask
+
+
+def _first(values: Tensor, total: Tensor, top_p: float) -> Tensor:
+    probs = (values - total).exp_()
+    return ~(probs.cumsum(dim=1) - probs >= top_p) & ~(values <= DROPPED)
+
+
+def _with_target(mask: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    """Of tokens that are as likely as the last that is kept, the sampled one was kept: it takes the place of another."""
+    missing = (~mask.gather(1, targets[:, None])[:, 0]).nonzero()[:, 0]
+    own = targets[missing]
+    tied = mask[missing] & (logits[missing] == logits[missing, own][:, None])
+    mask[missing, tied.int().argmax(dim=1)] &= ~tied.any(dim=1)
+    mask[missing, own] = True
+    return mask
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A mask in little memory: the columns of what is kept, or where that is more, a bit for each."""
+
+    counts_C: Tensor | None
+    columns: Tensor
+    """int32, or uint8 [C, V / 8] without counts."""
+    vocab_size: int
+
+    @classmethod
+    def of(cls, mask_CV: Tensor) -> _Chunk:
+        num_rows, vocab_size = mask_CV.shape
+        counts_C = mask_CV.sum(dim=1)
+        if int(counts_C.sum()) * 32 <= num_rows * vocab_size:
+            return cls(counts_C, mask_CV.nonzero()[:, 1].int(), vocab_size)
+        padded = torch.nn.functional.pad(mask_CV, (0, -vocab_size % 8)).view(num_rows, -1, 8)
+        return cls(None, (padded * _bits(mask_CV)).sum(dim=2, dtype=torch.uint8), vocab_size)
+
+    def mask(self) -> Tensor:
+        """[C, V] bool."""
+        if self.counts_C is None:
+            bits = (self.columns[:, :, None] & _bits(self.columns)) != 0
+            return bits.flatten(1)[:, : self.vocab_size]
+        num_rows = len(self.counts_C)
+        mask_CV = torch.zeros((num_rows, self.vocab_size), dtype=torch.bool, device=self.columns.device)
+        rows = torch.arange(num_rows, device=self.columns.device).repeat_interleave(self.counts_C)
+        mask_CV[rows, self.columns.long()] = True
+        return mask_CV
+
+
+def _bits(like: Tensor) -> Tensor:
+    return torch.tensor([1 << k for k in range(8)], dtype=torch.uint8, device=like.device)
+
+
+class TokenSets:
+    """The sets of a micro-batch's tokens: made in the first pass over them, and used in every later one.
+
+    At most an eighth of a byte for each row and token of the vocabulary, which only very flat distributions need.
+    """
+
+    def __init__(self, truncation: Truncation) -> None:
+        self.truncation = truncation
+        self._chunks: dict[int, _Chunk] = {}
+        """By their first row."""
+        self.made = False
+        """There was a pass over these tokens; a rank's slice may hold none that is predicted."""
+
+    def drop(self, logits_CV: Tensor, targets_C: Tensor, first_row: int) -> Tensor:
+        """The logits of the chunk that begins with this row, DROPPED where they are outside of its sets; overwrites them."""
+        if first_row not in self._chunks:
+            self._chunks[first_row] = _Chunk.of(keep_mask(logits_CV, targets_C, self.truncation))
+        return logits_CV.masked_fill_(~self._chunks[first_row].mask(), DROPPED)
