@@ -252,6 +252,9 @@ class LearnerActor:
         self._early = None
         self._check_finite(early, batch)
         trained = [s for s in batch.samples if s.loss_mask and s.num_tokens > 0]
+        if not trained:
+            # As of a batch that came whole: nothing went forward or backward, and there is nothing to take a step by.
+            return self._metrics(early, [], [])
         unit = Normalizers.unit(self.spec.max_completion_length)
         factor = self._objective.weight(1, self._normalizers(trained)) / self._objective.weight(1, unit)
         learning_rate = float(self._engine.get_lr()[0])

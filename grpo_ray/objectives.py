@@ -280,4 +280,6 @@ class SftObjective:
         return loss, sums, loss.new_zeros(())
 
     def metrics(self, sums: dict[str, float], largest_mismatch: float, num_steps: int) -> dict[str, float]:
-        return {"loss/sft": sums["loss"] / num_steps, "entropy": sums["entropy"] / max(sums["tokens"], 1.0)}
+        if not sums["tokens"]:
+            return {}
+        return {"loss/sft": sums["loss"] / num_steps, "entropy": sums["entropy"] / sums["tokens"]}

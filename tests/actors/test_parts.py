@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,17 @@ COMPARED = (
 
 def in_parts(batch: TrainBatch) -> TrainBatch:
     return replace(batch, samples=[replace(s, part=PART_OF_GROUP.get(s.group)) for s in batch.samples])
+
+
+def assert_nothing_moves(group: LearnerGroup, case: str) -> None:
+    """In a step whose samples are all out of the loss, whether they come in parts or whole; the next step is as if it had not been."""
+    batch = make_batch()
+    out_of_it = replace(batch, samples=[replace(s, loss_mask=False) for s in batch.samples])
+    empty = replace(batch, samples=[replace(s, num_tokens=0) for s in batch.samples])
+    for none in (in_parts(out_of_it), out_of_it, in_parts(empty)):
+        metrics = train(group, none)
+        assert metrics["grad_norm"] == metrics["tokens/trained"] == metrics["update/num_steps"] == 0, case
+        assert all(map(math.isfinite, metrics.values())), (case, metrics)
 
 
 def train(group: LearnerGroup, batch: TrainBatch) -> dict[str, float]:
@@ -80,6 +92,7 @@ def test_parts_add_up_to_the_step_of_the_whole_batch_for_every_loss(
             got = train(group, in_parts(make_batch()))
             weights = exported(group, tmp_path / f"parts-{loss}")
             run(load(group, tmp_path / "start"))
+            assert_nothing_moves(group, loss)
             assert want["grad_norm"] > 0.05, loss
             for name in COMPARED:
                 assert got[name] == pytest.approx(want[name], rel=10 * tolerance, abs=tolerance), (loss, name)
