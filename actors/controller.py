@@ -393,6 +393,8 @@ class Controller:
                     progress=partial(self._phase, "eval", name),
                 )
                 self._emit(eval_event(0, name, result))
+                if result.warning is not None:
+                    self._warn(result.warning)
         return "finished"
 
     async def _sample(self, config: RunConfig) -> str:

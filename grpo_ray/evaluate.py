@@ -2,6 +2,9 @@
 
 pass@1 is the mean over k samples of each prompt (DeepSeek-R1, 2501.12948, section 3.1), k = `eval.num_samples`; with more
 than one, also pass@k and cons@k, the majority vote over their answers. See `grpo_ray.measures`.
+
+A sample of which the accuracy has nothing to say (None, or a row of other `sources`) is neither right nor wrong: it has no part
+in any measure, and is counted.
 """
 
 from __future__ import annotations
@@ -9,7 +12,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import fsum
 
+from grpo_ray.applicable import why_not_applicable
 from grpo_ray.config import RunConfig
 from grpo_ray.config_reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import RewardError
@@ -26,18 +31,37 @@ TEXT_VOTES = "grpo_ray.rewards.votes.text_votes"
 @dataclass(frozen=True)
 class EvalResult:
     measures: dict[str, Estimate]
-    """`pass@1`; with more than one sample also `pass@2`, `pass@4`, .. and, where votes were counted, `cons@k`."""
+    """`pass@1`; with more than one sample also `pass@2`, `pass@4`, .. and, where votes were counted, `cons@k`: each over the
+    prompts with so many samples to which the accuracy applies. Empty: it applies to none."""
     num_prompts: int
     num_samples: int
     """k."""
-    mean_reward: float
+    mean_reward: float | None
+    """Over the samples that have a reward; None: none has."""
     mean_length: float
     """Completion tokens."""
+    num_not_applicable: int = 0
+    """Samples of which the accuracy has nothing to say."""
+    why_not: str = ""
+    """Of the first of them, in words."""
 
     @property
-    def accuracy(self) -> Estimate:
+    def accuracy(self) -> Estimate | None:
         """pass@1."""
-        return self.measures["pass@1"]
+        return self.measures.get("pass@1")
+
+    @property
+    def num_measured(self) -> int:
+        """Samples behind the accuracy."""
+        return self.num_prompts * self.num_samples - self.num_not_applicable
+
+    @property
+    def warning(self) -> str | None:
+        """What has to be told when there is no accuracy."""
+        if self.accuracy is not None:
+            return None
+        total = self.num_prompts * self.num_samples
+        return f"there is no held-out accuracy, for it applies to none of {total} samples: {self.why_not}"
 
 
 @dataclass(frozen=True)
@@ -46,7 +70,8 @@ class _Answered:
 
     infos: list[SampleInfo]
     scores: list[Score]
-    right: list[bool]
+    right: list[bool | None]
+    """None: the accuracy does not apply."""
     votes: list[float | None] | None
 
 
@@ -122,28 +147,45 @@ async def evaluate(
     async with asyncio.TaskGroup() as tasks:
         per_prompt = [tasks.create_task(all_of(p)) for p in prompts]
     answered = [t.result() for t in per_prompt]
+    rewards = [s.value for a in answered for s in a.scores if s.status is ScoreStatus.OK]
+    silent = next((p for p, a in zip(prompts, answered, strict=True) if None in a.right), None)
+    function = next(f for f in config.reward.functions if f.title == name)
     return EvalResult(
         measures=_measures(answered, config.eval.num_samples),
         num_prompts=len(prompts),
         num_samples=config.eval.num_samples,
-        mean_reward=sum(s.value for a in answered for s in a.scores) / total,
+        mean_reward=fsum(rewards) / len(rewards) if rewards else None,
         mean_length=sum(i.num_tokens for a in answered for i in a.infos) / total,
+        num_not_applicable=sum(a.right.count(None) for a in answered),
+        why_not=why_not_applicable(function, silent.columns, None) if silent is not None else "",
     )
 
 
 def eval_event(step: int, name: str, result: EvalResult) -> EvalEvent:
     """What watchers are told of an evaluation; `name` of its set where there are several."""
     others = {measure: value for measure, value in result.measures.items() if measure != "pass@1"}
-    num_samples = result.num_prompts * result.num_samples
-    return EvalEvent(step, result.accuracy.mean, num_samples, result.accuracy.standard_error, name, others)
+    accuracy = result.accuracy
+    mean, error = (None, 0.0) if accuracy is None else (accuracy.mean, accuracy.standard_error)
+    return EvalEvent(step, mean, result.num_measured, error, name, others, result.num_not_applicable)
 
 
 def _measures(answered: Sequence[_Answered], k: int) -> dict[str, Estimate]:
-    out = {f"pass@{j}": estimate([pass_at(j, k, sum(a.right)) for a in answered]) for j in pass_ks(k)}
-    votes = [(a.votes, a.right) for a in answered if a.votes is not None]
-    if votes:
-        out[f"cons@{k}"] = estimate([consensus(*pair) for pair in votes])
+    out = {}
+    applying = [[right for right in a.right if right is not None] for a in answered]
+    for j in pass_ks(k):
+        if chances := [pass_at(j, len(right), sum(right)) for right in applying if len(right) >= j]:
+            out[f"pass@{j}"] = estimate(chances)
+    if majorities := [consensus(*votes) for a in answered if (votes := _votes_that_count(a))]:
+        out[f"cons@{k}"] = estimate(majorities)
     return out
+
+
+def _votes_that_count(answered: _Answered) -> tuple[list[float | None], list[bool]] | None:
+    """Of the samples to which the accuracy applies, and whether each is right; None: there are none, or there was no vote."""
+    if answered.votes is None:
+        return None
+    pairs = [(v, right) for v, right in zip(answered.votes, answered.right, strict=True) if right is not None]
+    return ([v for v, _ in pairs], [right for _, right in pairs]) if pairs else None
 
 
 async def _score(scorer: Scorer, prompt: Prompt, infos: Sequence[SampleInfo]) -> list[Score]:
@@ -154,9 +196,9 @@ async def _score(scorer: Scorer, prompt: Prompt, infos: Sequence[SampleInfo]) ->
     return scores
 
 
-def _right(score: Score, name: str, threshold: float) -> bool:
+def _right(score: Score, name: str, threshold: float) -> bool | None:
     part = next((p for p in score.parts if p.name == name), None)
-    return part is not None and part.value >= threshold
+    return part.value >= threshold if part is not None and part.status is ScoreStatus.OK else None
 
 
 def _vote(score: Score) -> float | None:

@@ -44,7 +44,8 @@ class EvalEvent:
     """Held-out accuracy after `step` steps."""
 
     step: int
-    accuracy: float
+    accuracy: float | None
+    """None: it applies to no sample."""
     n: int
     """Samples behind it."""
     standard_error: float
@@ -52,6 +53,8 @@ class EvalEvent:
     """Of the evaluation set, where there are several."""
     measures: dict[str, Estimate] = field(default_factory=dict)
     """What several samples of each prompt say besides: `pass@8`, `cons@8`."""
+    not_applicable: int = 0
+    """Samples to which the accuracy does not apply; they are not among `n`."""
 
 
 @dataclass(frozen=True)

@@ -100,10 +100,12 @@ METRICS: dict[str, tuple[str, str]] = {
     "eval/cons@*": ("Held-out accuracy of the majority vote over * samples", ""),
     "eval/standard_error": ("Standard error of the held-out accuracy, over prompts", ""),
     "eval/standard_error/*": ("Standard error of the held-out *, over prompts", ""),
-    "eval/reward": ("Held-out reward, mean", ""),
+    "eval/reward": ("Held-out reward, mean over the samples that have one", ""),
     "eval/mean_length": ("Held-out completion length, mean", "tokens"),
+    "eval/not_applicable": ("Held-out samples to which the accuracy does not apply; no measure counts them", "samples"),
     "eval/*/accuracy": ("Held-out accuracy on * (pass@1, mean over the samples of each prompt)", ""),
     "eval/*/mean_length": ("Held-out completion length on *, mean", "tokens"),
+    "eval/*/not_applicable": ("Held-out samples on * to which the accuracy does not apply", "samples"),
     "eval/*": ("Held-out: *", ""),
     "time/step": ("One step, evaluation and checkpoint apart", "s"),
     "time/rollout": ("Waiting for samples (and their scores, which overlap)", "s"),
@@ -241,11 +243,16 @@ def eval_metrics(result: EvalResult, name: str = "") -> dict[str, float]:
     """Of one evaluation; `name` of its set where there are several."""
     prefix = f"eval/{name}" if name else "eval"
     out = {
-        f"{prefix}/accuracy": result.accuracy.mean,
-        f"{prefix}/standard_error": result.accuracy.standard_error,
-        f"{prefix}/reward": result.mean_reward,
         f"{prefix}/mean_length": result.mean_length,
+        f"{prefix}/not_applicable": float(result.num_not_applicable),
     }
+    if result.accuracy is not None:
+        out |= {
+            f"{prefix}/accuracy": result.accuracy.mean,
+            f"{prefix}/standard_error": result.accuracy.standard_error,
+        }
+    if result.mean_reward is not None:
+        out[f"{prefix}/reward"] = result.mean_reward
     for measure, value in result.measures.items():
         out |= {f"{prefix}/{measure}": value.mean, f"{prefix}/standard_error/{measure}": value.standard_error}
     return out

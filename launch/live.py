@@ -177,7 +177,7 @@ class _State:
             case EvalEvent():
                 # One curve: that of the first set, where there are several.
                 self._eval_name = event.name if self._eval_name is None else self._eval_name
-                if event.name == self._eval_name:
+                if event.name == self._eval_name and event.accuracy is not None:
                     self.history["held-out accuracy"].append(event.accuracy)
             case EndEvent():
                 self.doing = ""
@@ -205,9 +205,12 @@ class _State:
 
 
 def eval_line(event: EvalEvent) -> str:
-    """`step 40: held-out accuracy 61.0% ± 2.1 (800 samples), pass@8 80.5% ± 3.0, cons@8 66.0% ± 3.3`."""
+    """`step 40: held-out accuracy 61.0% ± 2.1 (800 samples), pass@8 80.5% ± 3.0, cons@8 66.0% ± 3.3`; the samples to which it does
+    not apply are told beside those that it is a mean of."""
     on = f" on {event.name}" if event.name else ""
-    figures = [f"held-out accuracy{on} {_percent(event.accuracy, event.standard_error)} ({event.n} samples)"]
+    aside = f", {event.not_applicable} not applicable" if event.not_applicable else ""
+    accuracy = "none" if event.accuracy is None else _percent(event.accuracy, event.standard_error)
+    figures = [f"held-out accuracy{on} {accuracy} ({event.n} samples{aside})"]
     figures += [f"{measure} {_percent(e.mean, e.standard_error)}" for measure, e in event.measures.items()]
     return f"step {event.step}: {', '.join(figures)}"
 

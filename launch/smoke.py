@@ -35,7 +35,15 @@ def run_smoke(overrides: list[str]) -> None:
 
 
 def held_out_accuracy(run: Path) -> tuple[float, float]:
-    """Of the first and the last evaluation of a run."""
+    """Of the first and the last evaluation of a run.
+
+    Raises:
+        WorkerError: there is none.
+    """
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     values = [line["eval/accuracy"] for line in lines if line.get("eval/accuracy") is not None]
+    if not values:
+        raise WorkerError(
+            f"no held-out accuracy was measured: eval.accuracy applies to no row of data.eval; see {run}/report.html"
+        )
     return values[0], values[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -11,9 +12,11 @@ from grpo_ray.config import RunConfig
 from grpo_ray.config_files import build, deep_merge, parse_overrides
 from grpo_ray.config_reward import RewardConfig
 from grpo_ray.errors import RewardError
-from grpo_ray.evaluate import EvalResult, evaluate, vote_config
+from grpo_ray.evaluate import EvalResult, eval_event, evaluate, vote_config
+from grpo_ray.metrics import eval_metrics
 from grpo_ray.rewards import ScoreInputs, resolve, score_samples
 from grpo_ray.types import Prompt, SampleInfo, SampleRequest, Score, ScoreRequest, ScoreStatus, Track
+from launch.live import eval_line
 
 ANSWERS = {
     "a": ("\\boxed{\\frac{1}{2}}", "it is 0.5", "\\boxed{7}", "\\boxed{8}"),  # 2 right, a majority of equal values
@@ -44,7 +47,7 @@ class LocalScorer:
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         texts = [r.sample.ref[0] for r in requests]
-        columns = {"answer": [r.columns["answer"] for r in requests]}
+        columns = {name: [r.columns[name] for r in requests] for name in requests[0].columns}
         return score_samples(self.functions, ScoreInputs(["q"] * len(texts), texts, [[0]] * len(texts), columns))
 
     def take_tracks(self) -> list[Track]:
@@ -61,8 +64,12 @@ def config(*overrides: str) -> RunConfig:
     return build(RunConfig, deep_merge(base, parse_overrides(list(overrides))), "test")
 
 
-def run(cfg: RunConfig, voter: LocalScorer | None) -> EvalResult:
-    return asyncio.run(evaluate(PROMPTS, Sampler(), LocalScorer(cfg.reward), voter, cfg))
+def run(cfg: RunConfig, voter: LocalScorer | None, prompts: Sequence[Prompt] = PROMPTS) -> EvalResult:
+    return asyncio.run(evaluate(prompts, Sampler(), LocalScorer(cfg.reward), voter, cfg))
+
+
+def with_golds(**golds: str) -> list[Prompt]:
+    return [Prompt(name, [1], name, None, {"answer": gold}) for name, gold in golds.items()]
 
 
 def test_every_measure_is_a_mean_over_prompts() -> None:
@@ -111,3 +118,65 @@ def test_a_vote_that_fails_ends_the_evaluation() -> None:
     with pytest.raises(ExceptionGroup) as e:
         run(config(), Broken(RewardConfig()))
     assert e.group_contains(RewardError, match="timeout.*10 s are over")
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_what_the_accuracy_does_not_apply_to_is_neither_right_nor_wrong(samples: int) -> None:
+    """`c` is right in all samples; the golds of the others are words."""
+    cfg = config(f"eval.num_samples={samples}")
+    votes = vote_config(cfg)
+    result = run(cfg, votes and LocalScorer(votes), with_golds(a="Paris", b="Rome", c="9"))
+    measures = {"pass@1", "pass@2", "pass@4", "cons@4"} if samples > 1 else {"pass@1"}
+    assert {name: (e.mean, e.standard_error) for name, e in result.measures.items()} == dict.fromkeys(measures, (1, 0))
+    assert (result.mean_reward, result.num_measured, result.num_not_applicable) == (1.0, samples, 2 * samples)
+    assert result.warning is None
+    event = eval_event(7, "", result)
+    assert (event.accuracy, event.n, event.not_applicable) == (1.0, samples, 2 * samples)
+    assert eval_line(event).startswith(
+        f"step 7: held-out accuracy 100.0% ± 0.0 ({samples} samples, {2 * samples} not applicable)"
+    )
+    assert eval_metrics(result)["eval/not_applicable"] == 2 * samples
+
+
+def test_an_accuracy_that_applies_to_nothing_is_absent_and_the_reason_is_told() -> None:
+    cfg = config("reward.functions=[{name: accuracy}, {name: think_format}]")
+    result = run(cfg, LocalScorer(vote_config(cfg) or cfg.reward), with_golds(a="Paris", b="Rome"))
+    assert result.accuracy is None
+    assert result.measures == {}
+    assert result.mean_reward == 0.0, "the other reward applies"
+    assert result.warning is not None
+    assert "none of 8 samples: accuracy can't read the right answers of column answer" in result.warning
+    assert "'Paris'" in result.warning
+    assert "held-out accuracy none (0 samples, 8 not applicable)" in eval_line(eval_event(0, "", result))
+    assert {"eval/accuracy", "eval/standard_error"}.isdisjoint(eval_metrics(result))
+
+
+def test_rows_of_other_sources_have_no_part_in_the_accuracy_or_the_mean_reward() -> None:
+    cfg = config("reward.functions=[{name: accuracy, sources: [math]}]", "eval.num_samples=1")
+    rows = [replace(p, columns=p.columns | {"source": "math" if p.id != "b" else "chat"}) for p in PROMPTS]
+    result = run(cfg, None, rows)
+    assert result.accuracy is not None
+    assert (result.accuracy.mean, result.mean_reward, result.num_not_applicable) == (1.0, 1.0, 1)
+    chat = [replace(p, columns=p.columns | {"source": "chat"}) for p in PROMPTS]
+    none = run(cfg, None, chat)
+    assert none.mean_reward is None
+    assert none.warning is not None
+    assert "accuracy is for the sources math, and here column source is 'chat'" in none.warning
+
+
+def test_of_a_prompt_only_the_samples_that_the_accuracy_judges_count() -> None:
+    """A function that does not judge answers without a box: of each prompt three samples are left."""
+    cfg = config("reward.functions=[{name: tests.test_evaluate.in_a_box}]")
+    votes = vote_config(cfg)
+    assert votes is not None
+    result = run(cfg, LocalScorer(votes), with_golds(a="7", b="4"))
+    assert result.num_not_applicable == 2
+    assert {name: e.mean for name, e in result.measures.items()} == {
+        "pass@1": pytest.approx((1 / 3 + 2 / 3) / 2),
+        "pass@2": pytest.approx(((1 - 1 / 3) + 1) / 2),
+        "cons@4": pytest.approx((1 / 3 + 1) / 2),
+    }
+
+
+def in_a_box(completions: list[str], answer: list[str]) -> list[float | None]:
+    return [float(f"{{{a}}}" in c) if "boxed" in c else None for c, a in zip(completions, answer, strict=True)]

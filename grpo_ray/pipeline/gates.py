@@ -58,7 +58,9 @@ def _judge(gate: GateConfig, own: Metrics, of: Mapping[str, Metrics]) -> list[Ve
 
 def _figure(metric: str, metrics: Metrics) -> float:
     if metric not in metrics:
+        silent = metric.startswith("accuracy") and metrics.get("not_applicable") == 1
+        why = ": the accuracy applies to none of the held-out samples" if silent else ""
         raise ConfigError(
-            f"a gate asks for {metric!r}, which was not measured; there are {', '.join(sorted(metrics)) or 'no figures'}"
+            f"a gate asks for {metric!r}, which was not measured{why}; there are {', '.join(sorted(metrics)) or 'no figures'}"
         )
     return metrics[metric]

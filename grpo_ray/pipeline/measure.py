@@ -11,6 +11,7 @@ from grpo_ray.measures import estimate
 from grpo_ray.types import ScoreStatus
 
 Row = dict[str, Any]
+FAILED = tuple(status for status in ScoreStatus if status.failed)
 
 
 def measure(rows: Iterable[Row], *, accuracy: str, threshold: float, by: str | None) -> dict[str, float]:
@@ -23,7 +24,9 @@ def measure(rows: Iterable[Row], *, accuracy: str, threshold: float, by: str | N
 
     Returns:
         `accuracy` and `accuracy/KIND` (mean over prompts of the part of right samples), `accuracy_error` (its standard error),
-        `reward/NAME` (mean of each function where it applies; also `/KIND`), `length` (tokens), `cut_off` (part of the samples).
+        `reward/NAME` (mean of each function where it applies; also `/KIND`), `length` (tokens), `cut_off` (part of the samples);
+        where there are any, `not_applicable` and `failed`: parts of the samples that the accuracy leaves out, since its function
+        has nothing to say of them, or failed.
     """
     samples = list(rows)
     kinds = sorted({kind for row in samples if (kind := _kind(row, by)) is not None})
@@ -39,6 +42,9 @@ def measure(rows: Iterable[Row], *, accuracy: str, threshold: float, by: str | N
             values = [v for row in part if (v := _value(row, name)) is not None]
             if values:
                 out[f"reward/{name}{suffix}"] = fmean(values)
+        for what, status in (("not_applicable", (ScoreStatus.NOT_APPLICABLE,)), ("failed", FAILED)):
+            if left_out := fmean(_status(row, accuracy) in status for row in part):
+                out[f"{what}{suffix}"] = left_out
         out[f"length{suffix}"] = fmean(len(row["completion_ids"]) for row in part)
         out[f"cut_off{suffix}"] = fmean(row["finish_reason"] != "stop" for row in part)
     return out
@@ -54,8 +60,17 @@ def _right_by_prompt(rows: Sequence[Row], accuracy: str, threshold: float) -> li
 
 
 def _value(row: Row, name: str) -> float | None:
-    part = next((p for p in row["rewards"] if p["name"] == name), None)
+    part = _part(row, name)
     return part["value"] if part is not None and part["status"] == ScoreStatus.OK else None
+
+
+def _status(row: Row, name: str) -> str | None:
+    part = _part(row, name)
+    return None if part is None else part["status"]
+
+
+def _part(row: Row, name: str) -> Row | None:
+    return next((p for p in row["rewards"] if p["name"] == name), None)
 
 
 def _kind(row: Row, by: str | None) -> str | None:

@@ -23,7 +23,7 @@ from grpo_ray.pipeline.record import Record
 from grpo_ray.report_charts import Chart, inert_json
 from grpo_ray.sample_files import read_samples
 
-PERCENT = ("accuracy", "cut_off")
+PERCENT = ("accuracy", "cut_off", "not_applicable", "failed")
 TEXT_LIMIT = 4000
 
 

@@ -1,0 +1,44 @@
+"""Why a reward function has nothing to say of a sample, in words, with the mend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from grpo_ray.config_reward import RewardFunctionConfig
+from grpo_ray.rewards.function import SOURCE
+
+GOLDS = ("answer", "solution")
+"""Columns in which `accuracy` looks for the right answer, the first that is there."""
+QUOTED = 60
+"""Characters of a value that a message shows."""
+
+
+def why_not_applicable(function: RewardFunctionConfig, columns: Mapping[str, Any], step: int | None) -> str:
+    """
+    Args:
+        columns: of a row that the function had nothing to say of.
+        step: steps done when its prompt was dispatched; None: it is no step's, an evaluation's.
+    """
+    name = function.title
+    if step is not None and step < function.from_step:
+        return f"{name} begins at step {function.from_step + 1} (its from_step is {function.from_step})"
+    if function.sources and columns.get(SOURCE) not in function.sources:
+        return (
+            f"{name} is for the sources {', '.join(function.sources)}, and here column {SOURCE} is {quoted(columns.get(SOURCE))}: "
+            "correct its sources, or the column"
+        )
+    gold = next((column for column in GOLDS if columns.get(column) is not None), None)
+    if function.name == "accuracy" and gold is not None:
+        return (
+            f"{name} can't read the right answers of column {gold} as mathematics, e.g. {quoted(columns[gold])}: for words use the "
+            "reward exact_match or one of your own, or map the column that holds the answers"
+        )
+    there = ", ".join(sorted(map(str, columns))) or "none"
+    return f"{name} returned None, 'does not apply'; it was given the columns {there}: see what it expects there"
+
+
+def quoted(value: Any) -> str:
+    """What a data set holds, cut to what fits in a message."""
+    text = repr(value)
+    return text if len(text) <= QUOTED else f"{text[: QUOTED - 1]}…"
