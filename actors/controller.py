@@ -35,6 +35,7 @@ from grpo_ray.evaluate import eval_event, evaluate
 from grpo_ray.events import EndEvent, Event, EventLog, MessageEvent, PhaseEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.manifest import digest_of
+from grpo_ray.messages import MessageLog
 from grpo_ray.models import context_length, load_config, load_tokenizer, prepare_model
 from grpo_ray.names import check_name, run_name
 from grpo_ray.prompts import PromptSets, load_prompts
@@ -53,6 +54,8 @@ from grpo_ray.train_loop import Roles, TrainLoop, total_steps
 from grpo_ray.types import Group, Sample, TrainBatch
 
 LOG_NAME = "controller"
+KEEP_MESSAGES = ("grpo", "sft", "dpo", "reward_model")
+"""Kinds of run that have a report of their own."""
 START_AGAIN_S, LONGEST_WAIT_S = 2.0, 16.0
 """Between two starts of learners, at first and at most."""
 LINGER_S = 30.0
@@ -101,6 +104,7 @@ class Controller:
         self._run = RunDir(Path(run_dir), config.checkpoint.path)
         self._resume_step = resume_step
         self._events = EventLog()
+        self._messages = MessageLog(self._run.path) if kind in KEEP_MESSAGES else None
         self._news = asyncio.Event()
         self._stop_reason: str | None = None
         self._loop: Any = None
@@ -167,6 +171,13 @@ class Controller:
     def _emit(self, event: Event) -> None:
         if isinstance(event, MessageEvent):
             event = replace(event, text=hide_secrets(event.text))
+        if self._messages is not None:
+            step = self._loop.step if self._loop is not None else 0
+            match event:
+                case MessageEvent():
+                    self._messages.add(step, event.level, event.text)
+                case EndEvent(status="failed"):
+                    self._messages.add(step, "error", event.text)
         self._events.add(event)
         self._news.set()
 

@@ -84,6 +84,10 @@ class AlgorithmConfig(Strict):
     reward does not count: it says nothing of the task."""
     max_sampling_rounds: PositiveInt = 10
     """A step's budget of dynamic sampling, in batches of prompts; when it is spent, the step trains on what it has."""
+    max_steps_without_signal: NonNegInt = 10
+    """The run ends with an error after so many steps in a row that had nothing to learn from: no reward applies, all samples of
+    each prompt have the same one, or all that differ are out of the loss. So does a run of several steps of which none had
+    anything. 0: it never does."""
     mask_truncated: bool = False
     """Samples cut at rollout.max_completion_length take part in the baseline, but not in the loss (DAPO's overlong
     filtering; TRL's mask_truncated_completions)."""

@@ -20,6 +20,10 @@ class RewardError(GrpoRayError):
     """A reward function that can't be imported, or fails too often; names the function."""
 
 
+class NoSignalError(GrpoRayError):
+    """A run that has nothing to learn from; says why, and what would change that."""
+
+
 class JudgeError(RewardError):
     """A judge model that can't be reached, refuses, or does not answer as it was asked to; says which and why."""
 

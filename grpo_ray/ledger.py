@@ -2,6 +2,9 @@
 
     dispatched -> sampled -> trained (at which step) | dropped (at which step, why)
 
+A group that is `trained` had its turn in a batch. Where nothing was learned from it, `drop_reason` says why: `not_applicable`,
+`no_signal` (its rewards are all equal), `truncated` and `empty` (what differs is out of the loss), `no_gradient`.
+
 The ledger and the checkpoint agree: `roll_back(step)` forgets everything after a checkpoint, so a resumed run ends with
 the same rows as one that was never stopped.
 
@@ -12,7 +15,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -51,6 +54,8 @@ class LedgerSummary:
     steps: int
     """Steps that trained at least one group."""
     drop_reasons: dict[str, int]
+    nothing_learned: dict[str, int]
+    """Why -> groups that were trained, and that nothing was learned from."""
 
 
 @dataclass(frozen=True)
@@ -132,12 +137,17 @@ class Ledger:
             [(step, reason, group.prompt.id)],
         )
 
-    def trained(self, groups: Iterable[Group], step: int) -> None:
-        """All of a step or none."""
+    def trained(self, groups: Iterable[Group], step: int, untrained: Mapping[str, str] | None = None) -> None:
+        """All of a step or none.
+
+        Args:
+            untrained: prompt id -> why nothing was learned from its group, though it was in the batch.
+        """
         self.flush()
+        why = untrained or {}
         self._update(
-            "UPDATE groups SET state = 'trained', step = ? WHERE prompt_id = ? AND state = 'sampled'",
-            [(step, group.prompt.id) for group in groups],
+            "UPDATE groups SET state = 'trained', step = ?, drop_reason = ? WHERE prompt_id = ? AND state = 'sampled'",
+            [(step, why.get(group.prompt.id), group.prompt.id) for group in groups],
         )
 
     def roll_back(self, step: int, order: int) -> int:
@@ -182,8 +192,14 @@ class Ledger:
         self.flush()
         counts = dict(self._db.execute("SELECT state, COUNT(*) FROM groups GROUP BY state"))
         (steps,) = self._db.execute("SELECT COUNT(DISTINCT step) FROM groups WHERE state = 'trained'").fetchone()
-        reasons = dict(
-            self._db.execute("SELECT drop_reason, COUNT(*) FROM groups WHERE state = 'dropped' GROUP BY drop_reason")
+        reasons, in_vain = (
+            dict(
+                self._db.execute(
+                    "SELECT drop_reason, COUNT(*) FROM groups WHERE state = ? AND drop_reason IS NOT NULL GROUP BY drop_reason",
+                    (state,),
+                )
+            )
+            for state in ("dropped", "trained")
         )
         return LedgerSummary(
             trained=counts.get("trained", 0),
@@ -191,10 +207,12 @@ class Ledger:
             in_flight=counts.get("dispatched", 0) + counts.get("sampled", 0),
             steps=steps,
             drop_reasons=reasons,
+            nothing_learned=in_vain,
         )
 
     def rows(self) -> list[tuple[str, int, str, int | None, str | None]]:
-        """(prompt id, dispatch order, state, step, drop reason), in dispatch order: what two runs must have in common."""
+        """(prompt id, dispatch order, state, step, why it was dropped or nothing was learned from it), in dispatch order: what
+        two runs must have in common."""
         self.flush()
         return list(
             self._db.execute(

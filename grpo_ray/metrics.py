@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ METRICS: dict[str, tuple[str, str]] = {
     ),
     "groups/dropped": ("Groups dropped while the batch was collected", "groups"),
     "groups/dropped/*": ("Groups dropped because of *", "groups"),
+    "groups/untrained/*": ("Groups of the batch that nothing was learned from because of *", "groups"),
+    "steps/without_signal": ("Steps in a row, up to this one, that had nothing to learn from", "steps"),
     "staleness/mean": ("Steps between a sample's oldest token and its training, mean", "steps"),
     "staleness/max": ("Steps between a sample's oldest token and its training, most", "steps"),
     "staleness/logp_shift": (
@@ -151,7 +154,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "throughput/learner_tflops": ("Model FLOPs of the update, of one learner (grpo_ray/flops.py)", "TFLOP/s"),
     "throughput/mfu": ("Model FLOPs of the update by the peak of the learners' devices", ""),
     "throughput/tokens_per_s": ("Completion tokens of the step by its whole time (SFT: all tokens)", "tokens/s"),
-    "throughput/rollout_tokens_per_s": ("Completion tokens of the step by the time waited for samples", "tokens/s"),
+    "throughput/rollout_tokens_per_s": (
+        "Completion tokens of the step by the time of their sampling: the wait for them, or the whole step when sampling ahead",
+        "tokens/s",
+    ),
     "throughput/samples_per_s": ("Samples of the step by its whole time", "samples/s"),
 }
 """Name -> (what it is, unit). `*` stands for the name of a function, a reason or a figure."""
@@ -197,6 +203,8 @@ def step_metrics(
     seconds: Mapping[str, float],
     dropped: Mapping[str, int],
     failed: Mapping[str, int],
+    untrained: Mapping[str, str] | None = None,
+    ahead: bool = False,
 ) -> dict[str, float]:
     """Everything that one step has to say, flat.
 
@@ -208,6 +216,8 @@ def step_metrics(
         seconds: of `TimeKeeper.end_step()`.
         dropped: reason -> groups, while this batch was collected.
         failed: reward function -> scores that failed, dropped groups included.
+        untrained: prompt id -> why nothing was learned from its group.
+        ahead: samples may have been drawn before the wait for them began.
     """
     out = {
         **_reward_metrics(groups),
@@ -217,6 +227,7 @@ def step_metrics(
         **{f"groups/dropped/{reason}": float(n) for reason, n in dropped.items()},
         "reward/failed": float(sum(failed.values())),
         **{f"reward/{name}/failed": float(n) for name, n in failed.items()},
+        **{f"groups/untrained/{why}": float(n) for why, n in Counter((untrained or {}).values()).items()},
         **{name if "/" in name else f"rollout/{name}": float(value) for name, value in sampler_stats.items()},
         **update.metrics,
         **{f"time/{phase}": s for phase, s in seconds.items()},
@@ -234,8 +245,10 @@ def step_metrics(
     if seconds.get("step", 0) > 0:
         out["throughput/tokens_per_s"] = num_tokens / seconds["step"]
         out["throughput/samples_per_s"] = sum(len(g.samples) for g in groups) / seconds["step"]
-    if seconds.get("rollout", 0) > 0:
-        out["throughput/rollout_tokens_per_s"] = num_tokens / seconds["rollout"]
+    # Who samples ahead hardly waits, but samples all the while.
+    sampling_s = seconds.get("step" if ahead else "rollout", 0.0)
+    if sampling_s > 0:
+        out["throughput/rollout_tokens_per_s"] = num_tokens / sampling_s
     return out
 
 

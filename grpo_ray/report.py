@@ -19,6 +19,7 @@ from plotly.offline import get_plotlyjs
 
 from grpo_ray.advice import advise, mean_step
 from grpo_ray.files import write_whole
+from grpo_ray.messages import Message, read_messages, told_once
 from grpo_ray.metrics import LOSSES, describe, duration
 from grpo_ray.report_charts import inert_json, metric_charts, time_charts, time_shares
 from grpo_ray.report_timeline import busy_table, timeline_chart
@@ -42,6 +43,7 @@ SAMPLE_COLUMNS = (
 GROUPS_SHOWN = 2
 """Of each step shown: those with the widest spread of rewards, which is where something was learned."""
 NOTHING = "n/a"
+MESSAGES_SHOWN = 100
 TEXT_LIMIT = 20_000
 """Characters of one text in the report; the whole is in the Parquet file."""
 
@@ -56,7 +58,8 @@ class Figure:
 
 
 def write_report(run_dir: Path, ledger: Mapping[str, Any] | None = None) -> Path:
-    """Write `run_dir/report.html` from whatever the run has left: config.yaml, metrics.jsonl, rollouts/, trace.json.
+    """Write `run_dir/report.html` from whatever the run has left: config.yaml, metrics.jsonl, rollouts/, trace.json,
+    messages.jsonl.
 
     Args:
         ledger: figures to show as they are, e.g. `asdict(Ledger(...).summary())`.
@@ -68,12 +71,15 @@ def write_report(run_dir: Path, ledger: Mapping[str, Any] | None = None) -> Path
     timeline = timeline_chart(run_dir / "trace.json")
     charts = [*curves, *timings, *([timeline] if timeline else [])]
     times = mean_step(lines, config)
-    advice = advise(times) if times else None
+    # What makes a run faster is no help to one that does not learn.
+    learns = not (lines and lines[-1].get("steps/without_signal"))
+    advice = advise(times) if times and learns else None
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string((files("grpo_ray") / "report_template.html").read_text()).render(
         title=config.get("name") or run_dir.resolve().name,
         subtitle=_subtitle(config),
         figures=_headlines(lines, config),
+        messages=_messages(read_messages(run_dir)),
         curves=curves,
         timings=timings,
         timeline=timeline,
@@ -159,6 +165,14 @@ def _accuracy(lines: Sequence[Mapping[str, Any]], name: str) -> Figure:
 
 def _samples_of(line: Mapping[str, Any]) -> float:
     return round((line.get("throughput/samples_per_s") or 0.0) * (line.get("time/step") or 0.0))
+
+
+def _messages(messages: Sequence[Message]) -> list[tuple[str, str, str]]:
+    """(when, level, text), the same text once; of very many the last."""
+    return [
+        (f"step {m.step}" + (f", {count} times" if count > 1 else ""), m.level, _shorten(m.text))
+        for m, count in told_once(messages)[-MESSAGES_SHOWN:]
+    ]
 
 
 def _failures(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:

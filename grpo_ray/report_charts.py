@@ -42,6 +42,8 @@ CHARTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
 )
 """(title, metrics or patterns, kind of axis); one with no data in a run is not drawn."""
 
+ZERO_BY_DESIGN = ("staleness/*",)
+"""Of a run that does not sample ahead."""
 POINTS_SHOWN = 1500
 """Of one curve; a longer run is thinned evenly, its last point kept."""
 
@@ -77,6 +79,8 @@ def metric_charts(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
         chosen = dict.fromkeys(name for pattern in wanted for name in names if matches(name, pattern))
         series = _distinct([s for s in (_series(lines, name) for name in chosen) if s])
         if series:
+            if kind == "log" and not any(y > 0 for one in series for y in one["y"]):
+                kind = ""
             unit = "" if kind == "percent" else describe(series[0]["name"])[1]
             out.append(Chart(f"chart-{number}", title, kind, unit, series))
     return out
@@ -117,10 +121,12 @@ def _series(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any] | N
 
 
 def _distinct(series: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without curves that only repeat another one (one reward of weight 1), or that are 0 all along."""
+    """Without curves that only repeat another one (one reward of weight 1). What is 0 all along stays, since it may be what is
+    wrong, unless a run is made so."""
     out: list[dict[str, Any]] = []
     for one in series:
-        if any(one["y"]) and not any((one["x"], one["y"]) == (other["x"], other["y"]) for other in out):
+        by_design = not any(one["y"]) and any(matches(one["name"], pattern) for pattern in ZERO_BY_DESIGN)
+        if not by_design and not any((one["x"], one["y"]) == (other["x"], other["y"]) for other in out):
             out.append(one)
     return out
 

@@ -38,6 +38,7 @@ from grpo_ray.errors import NonFiniteError, PoisonedError, RewardError
 from grpo_ray.evaluate import eval_event, evaluate
 from grpo_ray.events import Event, MessageEvent, PhaseEvent, StepEvent
 from grpo_ray.filling import Filling
+from grpo_ray.health import Health, Notice
 from grpo_ray.kept_groups import KEPT_GROUPS, KeptGroup, read_groups, write_groups
 from grpo_ray.ledger import Ledger, LedgerRow
 from grpo_ray.metrics import TimeKeeper, eval_metrics, step_metrics
@@ -49,6 +50,7 @@ from grpo_ray.rollout_log import distinct_refs
 from grpo_ray.saver import Saver
 from grpo_ray.seeds import sample_seed
 from grpo_ray.spread import has_spread
+from grpo_ray.tally import Tally
 from grpo_ray.timeline import Timeline, sampler_tokens_per_s
 from grpo_ray.train_batch import cut_batch, set_advantages
 from grpo_ray.types import (
@@ -62,6 +64,7 @@ from grpo_ray.types import (
     TrainBatch,
     UpdateReport,
 )
+from grpo_ray.untrained import why_untrained
 
 NO_SIGNAL = "no_signal"
 """Why dynamic sampling dropped a group."""
@@ -94,6 +97,8 @@ class StepCounts:
     dropped: dict[str, int] = field(default_factory=dict)
     """Reason -> groups."""
     last_failure: str = ""
+    from_checkpoint: int = 0
+    """Groups that were sampled in an earlier life of the run."""
 
 
 class TrainLoop:
@@ -133,6 +138,9 @@ class TrainLoop:
         """Order of each group under way or ready, ascending -> the cursor just before it: where a resumed run begins again."""
         self._carried = Carried()
         self._counts = StepCounts()
+        self._health = Health(config)
+        self._tally: Tally = self._health.tally()
+        """Of the step under way; meanwhile, of the groups that dynamic sampling leaves out."""
         self._saver = Saver(run, roles.learner, keep=config.checkpoint.keep, emit=emit)
         self._stop_reason: str | None = None
         self._saved_step = -1
@@ -172,6 +180,7 @@ class TrainLoop:
         forgotten = self.ledger.roll_back(step, self._order)
         dropped = [LedgerRow(**row) for row in state["dropped"]]
         self.ledger.put_back(dropped)
+        self._health.load_state_dict(state.get("health"))
         kept = await asyncio.to_thread(self._read_kept, step) if state["sampling"] == self._sampling else []
         self._carried, too_old = Carried.of(kept, dropped, self._order, step, self.config)
         again = forgotten - len(dropped) - len(self._carried.groups)
@@ -198,6 +207,8 @@ class TrainLoop:
             while self.step < self.total_steps and self._stop_reason is None:
                 await self._scale_learners()
                 await self._one_step()
+                if self._health.gave_up:
+                    break
                 if self._due(self.config.eval.every_steps):
                     await self._evaluate()
                 if self._due(self.config.checkpoint.every_steps) or self._checkpoint_wanted:
@@ -206,6 +217,8 @@ class TrainLoop:
                 await self._checkpoint(export=True)
             await self._saver.finish()
             self._track(self._saver.take_metrics())
+            self._tell_all(self._health.at_the_end(self.step))
+            self._health.check(self.step, finished=self.step == self.total_steps)
             self._advise()
         finally:
             self._timeline.close(self.step, self._take_tracks())
@@ -224,7 +237,7 @@ class TrainLoop:
 
     async def _one_step(self) -> None:
         self._time.start_step()
-        self._counts = StepCounts()
+        self._counts, self._tally = StepCounts(), self._health.tally()
         with self._time.phase("rollout"):
             groups = await self._collect()
         self.ledger.flush()
@@ -234,12 +247,13 @@ class TrainLoop:
             self.emit(PhaseEvent("update", "", 0, 0))
             update = await self._update(groups, batch)
         self.step += 1
-        self.ledger.trained(groups, self.step)
+        untrained = why_untrained(groups, batch, self.config, update.metrics)
+        self.ledger.trained(groups, self.step, untrained)
         with self._time.phase("sync"):
             sync = await self.roles.weights.sync(self.step)
         with self._time.phase("log"):
             await self.roles.rollout_log.write(self.step, groups, batch)
-        self._record(groups, update, sync)
+        self._record(groups, update, sync, untrained)
 
     async def _scale_learners(self) -> None:
         """Through a checkpoint of the step that is done: what is under way is sampled on, and the new learners go on from the very
@@ -281,9 +295,8 @@ class TrainLoop:
             self.emit(PhaseEvent("rollout", "", min(len(self._ready), wanted), wanted))
         if not wanted:
             raise RewardError(
-                f"step {self.step + 1}: none of {self._counts.dropped[NO_SIGNAL]} groups has two different rewards; the prompts "
-                "are all too hard or all too easy for this policy: change the data or the rewards, raise "
-                "rollout.num_generations, or switch algorithm.dynamic_sampling off"
+                f"step {self.step + 1}: none of {self._counts.dropped[NO_SIGNAL]} groups has two different rewards, which "
+                f"algorithm.dynamic_sampling asks for: {self._health.why_all_dropped(self.step + 1, self._tally)}"
             )
         batch, self._ready = self._ready[:wanted], self._ready[wanted:]
         for group in batch:
@@ -370,6 +383,7 @@ class TrainLoop:
     def _fill(self, group: Group) -> asyncio.Future[None]:
         """Begin to sample G completions of the prompt and to score them, or take them from the checkpoint."""
         if (kept := self._carried.take(group)) is not None:
+            self._counts.from_checkpoint += 1
             group.samples, group.scores = kept.infos(self.roles.samples.put(kept.samples)), kept.scores
             done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             done.set_result(None)
@@ -434,6 +448,7 @@ class TrainLoop:
         if not self.config.algorithm.dynamic_sampling or has_spread(group):
             return True
         self.ledger.dropped(group, self.step + 1, NO_SIGNAL)
+        self._tally.add(group)
         self._counts.dropped[NO_SIGNAL] = self._counts.dropped.get(NO_SIGNAL, 0) + 1
         return False
 
@@ -453,7 +468,9 @@ class TrainLoop:
 
     # What is written down.
 
-    def _record(self, groups: list[Group], update: UpdateReport, sync: SyncReport) -> None:
+    def _record(
+        self, groups: list[Group], update: UpdateReport, sync: SyncReport, untrained: Mapping[str, str]
+    ) -> None:
         metrics = step_metrics(
             groups,
             update,
@@ -462,9 +479,16 @@ class TrainLoop:
             seconds=self._time.end_step(),
             dropped=self._counts.dropped,
             failed=self._counts.failed,
+            untrained=untrained,
+            ahead=self.config.algorithm.max_staleness > 0 or self._counts.from_checkpoint > 0,
         )
         metrics |= self._busy_metrics(metrics, [*update.tracks, *sync.tracks]) | self._saver.take_metrics()
         self._warn_of_mismatch(metrics.get("mismatch/mean_abs"))
+        for group in groups:
+            self._tally.add(group)
+        notices = self._health.after_step(self.step, self._tally, len(groups), untrained, update.metrics)
+        self._tell_all(notices)
+        metrics["steps/without_signal"] = float(self._health.steps_without_signal)
         self._track(metrics)
         self._lines.append({"step": self.step, **metrics})
         if self.roles.scaler is not None:
@@ -485,7 +509,15 @@ class TrainLoop:
             "votes": self.roles.voter.take_tracks() if self.roles.voter else [],
         }
 
+    def _tell_all(self, notices: Sequence[Notice]) -> None:
+        for notice in notices:
+            self.emit(MessageEvent(notice.level, notice.text))
+
     def _advise(self) -> None:
+        if self._health.problem is not None:
+            # What makes a run faster is no help to one that does not learn.
+            self.emit(MessageEvent("warning", self._health.problem))
+            return
         times = mean_step(list(self._lines), self.config.model_dump())
         advice = advise(times) if times else None
         if advice is not None:
@@ -519,6 +551,7 @@ class TrainLoop:
                 )
             metrics |= eval_metrics(result, name) | {"time/eval": metrics["time/eval"] + span.seconds}
             self.emit(eval_event(self.step, name, result))
+            self._tell_all(self._health.after_eval(self.step, name, result))
         if self.eval_prompts:
             self._track(metrics)
 
@@ -535,6 +568,7 @@ class TrainLoop:
             "cursor": self._cursor_at.get(order, self.cursor.state_dict()),
             "dropped": [asdict(row) for row in self.ledger.dropped_from(order)],
             "sampling": self._sampling,
+            "health": self._health.state_dict(),
         }
         finished = sorted((*self._ready, *(g for t, g in self._under_way.items() if _succeeded(t))), key=_order)
 

@@ -39,7 +39,7 @@ def in_parts(batch: TrainBatch) -> TrainBatch:
 
 
 def assert_nothing_moves(group: LearnerGroup, case: str) -> None:
-    """In a step whose samples are all out of the loss, whether they come in parts or whole; the next step is as if it had not been."""
+    """In a step whose samples are all out of the loss, whether they come in parts or whole; what it leaves is as before."""
     batch = make_batch()
     out_of_it = replace(batch, samples=[replace(s, loss_mask=False) for s in batch.samples])
     empty = replace(batch, samples=[replace(s, num_tokens=0) for s in batch.samples])

@@ -1,0 +1,328 @@
+"""Is there anything to learn from? Looked at after every step, told in words with the cause and the mend. Pure.
+
+scored groups -> Tally ---+
+why a group moves nothing +-> Health.after_step -> Notice: each once, when it comes up
+metrics of the update ----+
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grpo_ray.applicable import why_not_applicable
+from grpo_ray.causes import MOST, after_a_fall, why_no_signal
+from grpo_ray.collapse import accuracy_fell, entropy_rose, entropy_vanished, gradient_exploded, reward_fell
+from grpo_ray.config import RunConfig
+from grpo_ray.errors import NoSignalError
+from grpo_ray.evaluate import EvalResult, accuracy_name
+from grpo_ray.measures import Estimate
+from grpo_ray.tally import FunctionTally, Tally
+
+REMEMBERED = 24
+"""Steps that a step is compared with."""
+UNLIKELY = 1e-3
+"""A step without signal after others that had one is told when chance alone gives one so rarely."""
+MOST_STILL = 0.75
+"""What is told of MOST of the completions is told anew only when it was true of less than this part in between."""
+FEW = 32
+"""Samples: of fewer, a part says little."""
+SETTLED = 5
+"""Steps after which a reward function that has said nothing yet is told."""
+UNSCORED = 0.25
+PENALTIES = ("repetition_penalty", "soft_overlong")
+"""Rewards for which 0 is the best there is."""
+
+
+@dataclass(frozen=True)
+class Notice:
+    level: str
+    """As of a `MessageEvent`."""
+    text: str
+
+
+class Health:
+    """Of one run. `tally` before a step, `after_step` after it."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.steps_with_signal = 0
+        self.steps_without_signal = 0
+        """In a row, up to the last step."""
+        self._cause = ""
+        """Of the last step without signal, in words."""
+        self._active: dict[str, str] = {}
+        """What is wrong as of the last step: its name, and what was told."""
+        self._tallies: deque[Tally] = deque(maxlen=REMEMBERED)
+        self._metrics: deque[Mapping[str, float]] = deque(maxlen=REMEMBERED)
+        self._with_signal: deque[tuple[int, int]] = deque(maxlen=REMEMBERED)
+        """Groups with signal, and all, of steps that had one."""
+        self._idle_groups = 0
+        self._functions: dict[str, FunctionTally] = {}
+        self._steps_of: dict[str, int] = {}
+        self._scored = [0, 0]
+        """Samples with a reward, and all, since the run began or was resumed."""
+        self._settled: set[str] = set()
+        """What has been said of a reward function, or found in order."""
+        self._accuracies: dict[str, Estimate] = {}
+        """Evaluation set -> the best so far."""
+
+    # What outlives a restart.
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "steps_with_signal": self.steps_with_signal,
+            # A run that is resumed after it gave up has been changed, or is to be told once more.
+            "steps_without_signal": 0 if self.gave_up else self.steps_without_signal,
+        }
+
+    def load_state_dict(self, state: Mapping[str, int] | None) -> None:
+        """None: of a checkpoint that does not tell; what came before is taken to have been well."""
+        self.steps_with_signal = state["steps_with_signal"] if state else 1
+        self.steps_without_signal = state["steps_without_signal"] if state else 0
+
+    # After a step.
+
+    def tally(self) -> Tally:
+        """An empty one, for the next step."""
+        return Tally(accuracy_name(self.config), self.config.eval.threshold)
+
+    def after_step(
+        self, step: int, tally: Tally, num_groups: int, untrained: Mapping[str, str], metrics: Mapping[str, float]
+    ) -> list[Notice]:
+        """What has come up.
+
+        Args:
+            step: 1 is the first.
+            tally: of its groups, those included that dynamic sampling left out.
+            num_groups: of its batch.
+            untrained: of `why_untrained`.
+            metrics: of the update.
+        """
+        signal = len(untrained) < num_groups
+        found: dict[str, str] = {}
+        if signal:
+            self.steps_with_signal += 1
+            self.steps_without_signal = self._idle_groups = 0
+            self._with_signal.append((num_groups - len(untrained), num_groups))
+        else:
+            self.steps_without_signal += 1
+            self._idle_groups += num_groups
+            name, cause = why_no_signal(self.config, step, tally, untrained, self._tallies)
+            self._cause = cause
+            if self._no_accident() or any(n.startswith("signal/") for n in self._active):
+                found[f"signal/{name}"] = f"step {step}: {cause}"
+        found |= self._truncation(step, tally) | self._collapse(step, tally, metrics)
+        notices = [Notice("warning", text) for name, text in found.items() if name not in self._active]
+        self._active = found
+        self._tallies.append(tally)
+        self._metrics.append(metrics)
+        return notices + self._of_functions(step, tally)
+
+    def after_eval(self, step: int, name: str, result: EvalResult) -> list[Notice]:
+        """What has come up; `name` of its set where there are several."""
+        if result.warning is not None:
+            on = f" of {name}" if name else ""
+            return [Notice("warning", f"step {step}, evaluation{on}: {result.warning}")]
+        now = result.accuracy
+        assert now is not None
+        best = self._accuracies.get(name)
+        if best is None or now.mean >= best.mean:
+            self._accuracies[name] = now
+            return []
+        count = max(1, result.num_measured // result.num_samples)
+        middle = (best.mean + now.mean) / 2
+        least = (middle * (1 - middle) / count) ** 0.5
+        error = (max(best.standard_error, least) ** 2 + max(now.standard_error, least) ** 2) ** 0.5
+        fell = now.mean <= best.mean / 3 and best.mean - now.mean >= max(0.1, 4 * error)
+        if not fell:
+            return []
+        # The level from now on: told once.
+        self._accuracies[name] = now
+        on = f" on {name}" if name else ""
+        return [
+            Notice(
+                "warning",
+                f"step {step}: held-out accuracy{on} fell from {best.mean:.1%} to {now.mean:.1%}: {after_a_fall(self.config)}",
+            )
+        ]
+
+    def at_the_end(self, step: int) -> list[Notice]:
+        """What a run too short for it has not been told."""
+        if self.steps_with_signal == 0:
+            return []
+        late = [n for n, steps in self._steps_of.items() if n not in self._settled and steps > 1]
+        return self._say_of_functions(step, late)
+
+    # How it may end.
+
+    @property
+    def gave_up(self) -> bool:
+        limit = self.config.algorithm.max_steps_without_signal
+        return 0 < limit <= self.steps_without_signal
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong at the moment, before any advice on speed."""
+        if self.steps_without_signal and self._cause:
+            return f"nothing was learned in the last {_steps(self.steps_without_signal)}: {self._cause}"
+        return next(iter(self._active.values()), None)
+
+    def check(self, step: int, *, finished: bool) -> None:
+        """
+        Raises:
+            NoSignalError: there was nothing to learn from in too many steps in a row, or, of a finished run of more than one step,
+                in all of them.
+        """
+        cause = f": {self._cause}" if self._cause else ""
+        if self.gave_up:
+            raise NoSignalError(
+                f"there was nothing to learn from in {_steps(self.steps_without_signal)} up to step {step}{cause}. Everything is "
+                "saved; change what is named, or set algorithm.max_steps_without_signal (0: go on for ever)"
+            )
+        never = self.steps_with_signal == 0 and step > 1 and self.config.algorithm.max_steps_without_signal > 0
+        if finished and never:
+            raise NoSignalError(f"nothing was trained in any of the {step} steps of this run{cause}")
+
+    def why_all_dropped(self, step: int, tally: Tally) -> str:
+        """Of the groups of a step that dynamic sampling left out, all of them."""
+        return why_no_signal(self.config, step, tally, {}, self._tallies)[1]
+
+    # In words.
+
+    def _no_accident(self) -> bool:
+        """So many groups without signal are not what chance gives, or there has never been one with it."""
+        some, every = (sum(column) for column in zip(*self._with_signal, strict=True)) if self._with_signal else (0, 0)
+        return not some or (1 - some / every) ** self._idle_groups < UNLIKELY
+
+    def _truncation(self, step: int, tally: Tally) -> dict[str, str]:
+        limit, rate = self.config.rollout.max_completion_length, self._rate
+        found = {}
+        if limit > 1 and self._most(tally.cut, tally.samples, "truncated"):
+            before = [t.cut / t.samples for t in self._tallies if t.samples]
+            usual = sum(before) / len(before) if before else 1.0
+            mend = (
+                f"before, {usual:.0%} were. The policy no longer ends its answers: if rewards fall too, {rate}"
+                if usual < 0.5
+                else "raise it, or see whether the model ends its answers at all under this data.template (rollout.stop)"
+            )
+            what = f"{tally.cut} of {tally.samples} completions were cut at rollout.max_completion_length ({limit})"
+            found["truncated"] = f"step {step}: {what}; {mend}"
+        if self._most(tally.empty, tally.samples, "empty"):
+            found["empty"] = (
+                f"step {step}: {tally.empty} of {tally.samples} completions are empty: the policy ends its answers at once. See "
+                f"whether the prompt leaves it something to say (data.template, rollout.stop); if it did answer before, {rate}"
+            )
+        return found
+
+    @property
+    def _rate(self) -> str:
+        return f"lower learner.learning_rate ({self.config.learner.learning_rate:g})"
+
+    def _most(self, part: int, whole: int, name: str) -> bool:
+        if not whole:
+            return False
+        least = MOST_STILL if name in self._active else MOST
+        return part == whole or (part >= least * whole and (whole >= FEW or name in self._active))
+
+    def _collapse(self, step: int, tally: Tally, metrics: Mapping[str, float]) -> dict[str, str]:
+        if any(f.from_step and f.from_step == step - 1 for f in self.config.reward.functions):
+            # Another reward from here on: what came before is not its measure.
+            self._tallies.clear()
+        every = [*self._tallies, tally]
+        found = {}
+        if fall := accuracy_fell([t.right for t in every], told="accuracy" in self._active):
+            found["accuracy"] = (
+                f"step {step}: {tally.accuracy} is right for {fall.now:.1%} of the samples, and was for {fall.level:.1%}: "
+                f"{after_a_fall(self.config)}"
+            )
+        elif fall := reward_fell(
+            [t.of_groups for t in every], [t.of_samples for t in every], told="reward" in self._active
+        ):
+            found["reward"] = (
+                f"step {step}: the mean reward fell from {fall.level:.3g} to {fall.now:.3g}: {after_a_fall(self.config)}"
+            )
+        return found | self._of_entropy(step, tally, metrics) | self._of_gradient(step, metrics)
+
+    def _of_entropy(self, step: int, tally: Tally, metrics: Mapping[str, float]) -> dict[str, str]:
+        now = metrics.get("entropy")
+        before = [m["entropy"] for m in self._metrics if "entropy" in m]
+        if now is None:
+            return {}
+        if fall := entropy_rose(before, now, told="entropy" in self._active):
+            or_else = " or algorithm.entropy_coef" if self.config.algorithm.entropy_coef else ""
+            what = f"the policy's entropy rose from {fall.level:.2f} to {fall.now:.2f} nats a token: it is turning into noise"
+            return {"entropy": f"step {step}: {what}; {self._rate}{or_else}"}
+        if entropy_vanished(before, now, tally.right.mean if tally.right.count else None):
+            what = f"the policy's entropy fell to {now:.4f} nats a token while most answers are wrong: it tries nothing else"
+            return {
+                "no entropy": f"step {step}: {what}; {self._rate}, or use algorithm.epsilon_high, entropy_coef or beta"
+            }
+        return {}
+
+    def _of_gradient(self, step: int, metrics: Mapping[str, float]) -> dict[str, str]:
+        now, before = metrics.get("grad_norm", 0.0), [m.get("grad_norm", 0.0) for m in self._metrics]
+        if not gradient_exploded(before, now, max(self.config.learner.max_grad_norm, 1.0)):
+            return {}
+        what = f"the gradient norm is {now:.3g}, over a hundred times as large as before"
+        return {"gradient": f"step {step}: {what}; if rewards fall, {self._rate}"}
+
+    # Of single reward functions.
+
+    def _of_functions(self, step: int, tally: Tally) -> list[Notice]:
+        self._scored[0] += tally.of_samples.count
+        self._scored[1] += tally.samples
+        due = []
+        for function in self.config.reward.functions:
+            name = function.title
+            if step <= function.from_step or (of := tally.functions.get(name)) is None:
+                continue
+            total = self._functions.setdefault(name, FunctionTally())
+            total.values.join(of.values)
+            total.not_applicable += of.not_applicable
+            total.columns = of.columns if total.columns is None else total.columns
+            self._steps_of[name] = self._steps_of.get(name, 0) + 1
+            if self._steps_of[name] >= SETTLED and name not in self._settled:
+                due.append(name)
+        return self._say_of_functions(step, due)
+
+    def _say_of_functions(self, step: int, names: Sequence[str]) -> list[Notice]:
+        out = []
+        functions = {f.title: f for f in self.config.reward.functions}
+        for name in names:
+            of = self._functions[name]
+            if of.values.count + of.not_applicable < FEW:
+                continue
+            self._settled.add(name)
+            if len(functions) > 1 and not of.values.count and of.columns is not None:
+                why = why_not_applicable(functions[name], of.columns, step - 1)
+                out.append(Notice("warning", f"reward {name} has applied to no sample up to step {step}: {why}"))
+            elif (
+                len(functions) > 1
+                and of.values.flat
+                and of.values.highest == 0
+                and functions[name].name not in PENALTIES
+            ):
+                out.append(
+                    Notice(
+                        "info",
+                        f"reward {name} has been 0 for every sample up to step {step}: does the model ever do what it asks?",
+                    )
+                )
+        scored, every = self._scored
+        if names and "scores" not in self._settled and 0 < scored < (1 - UNSCORED) * every:
+            self._settled.add("scores")
+            first = next(
+                (f for f in functions.values() if (t := self._functions.get(f.title)) and t.columns is not None), None
+            )
+            why = ""
+            if first is not None and (columns := self._functions[first.title].columns) is not None:
+                why = f", e.g.: {why_not_applicable(first, columns, step - 1)}"
+            out.append(Notice("warning", f"{every - scored} of {every} samples up to step {step} have no reward{why}"))
+        return out
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps in a row"
