@@ -434,6 +434,10 @@ class Controller:
         if report.num_before:
             told += f"; {report.num_before} samples were there already"
         self._emit(MessageEvent("info", told))
+        if report.num_unscored:
+            self._warn(
+                f"{report.num_unscored} of {report.num_made} samples have no reward, e.g.: {report.why_unscored}"
+            )
         for one in report.left_out:
             self._emit(MessageEvent("warning", f"without samples: {one.why}"))
         return "finished"

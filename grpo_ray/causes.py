@@ -65,6 +65,9 @@ def _why_not_applicable(config: RunConfig, step: int, tally: Tally) -> str:
 
 
 def _why_equal(config: RunConfig, tally: Tally, before: Sequence[Tally]) -> str:
+    if tally.failed == tally.samples:
+        value = config.reward.on_failure.value
+        return f"since every score failed and counts as that: see reward.on_failure (value {value:g}) and logs/reward-0.log"
     right, was_right = tally.right, Moments.pooled(t.right for t in before)
     if right.count and right.mean == 1:
         return (

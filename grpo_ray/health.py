@@ -51,8 +51,8 @@ class Health:
         self.steps_with_signal = 0
         self.steps_without_signal = 0
         """In a row, up to the last step."""
-        self._cause = ""
-        """Of the last step without signal, in words."""
+        self._cause_name = self._cause = ""
+        """Of the steps without signal: a name, and words, those of the first step of this cause."""
         self._active: dict[str, str] = {}
         """What is wrong as of the last step: its name, and what was told."""
         self._tallies: deque[Tally] = deque(maxlen=REMEMBERED)
@@ -68,6 +68,8 @@ class Health:
         """What has been said of a reward function, or found in order."""
         self._accuracies: dict[str, Estimate] = {}
         """Evaluation set -> the best so far."""
+        self._unmeasured: frozenset[str] = frozenset()
+        """Evaluation sets of which it has been told that they have no accuracy."""
 
     # What outlives a restart.
 
@@ -106,13 +108,15 @@ class Health:
         if signal:
             self.steps_with_signal += 1
             self.steps_without_signal = self._idle_groups = 0
+            self._cause_name = ""
             self._with_signal.append((num_groups - len(untrained), num_groups))
         else:
             self.steps_without_signal += 1
             self._idle_groups += num_groups
             name, cause = why_no_signal(self.config, step, tally, untrained, self._tallies)
-            self._cause = cause
-            if self._no_accident() or any(n.startswith("signal/") for n in self._active):
+            if name != self._cause_name:
+                self._cause_name, self._cause = name, cause
+            if self._no_accident() or self._idle_is_told:
                 found[f"signal/{name}"] = f"step {step}: {cause}"
         found |= self._truncation(step, tally) | self._collapse(step, tally, metrics)
         notices = [Notice("warning", text) for name, text in found.items() if name not in self._active]
@@ -123,11 +127,11 @@ class Health:
 
     def after_eval(self, step: int, name: str, result: EvalResult) -> list[Notice]:
         """What has come up; `name` of its set where there are several."""
-        if result.warning is not None:
+        now, warning = result.accuracy, result.warning
+        if now is None or warning is not None:
+            told, self._unmeasured = name in self._unmeasured, self._unmeasured | {name}
             on = f" of {name}" if name else ""
-            return [Notice("warning", f"step {step}, evaluation{on}: {result.warning}")]
-        now = result.accuracy
-        assert now is not None
+            return [] if told else [Notice("warning", f"step {step}, evaluation{on}: {warning}")]
         best = self._accuracies.get(name)
         if best is None or now.mean >= best.mean:
             self._accuracies[name] = now
@@ -166,8 +170,9 @@ class Health:
     @property
     def problem(self) -> str | None:
         """What is wrong at the moment, before any advice on speed."""
-        if self.steps_without_signal and self._cause:
-            return f"nothing was learned in the last {_steps(self.steps_without_signal)}: {self._cause}"
+        if self._idle_is_told:
+            count = self.steps_without_signal
+            return f"nothing was learned in the last {'step' if count == 1 else f'{count} steps'}: {self._cause}"
         return next(iter(self._active.values()), None)
 
     def check(self, step: int, *, finished: bool) -> None:
@@ -192,10 +197,15 @@ class Health:
 
     # In words.
 
+    @property
+    def _idle_is_told(self) -> bool:
+        return any(name.startswith("signal/") for name in self._active)
+
     def _no_accident(self) -> bool:
         """So many groups without signal are not what chance gives, or there has never been one with it."""
         some, every = (sum(column) for column in zip(*self._with_signal, strict=True)) if self._with_signal else (0, 0)
-        return not some or (1 - some / every) ** self._idle_groups < UNLIKELY
+        # As if there had been one more of each kind: a few that all had one are no law.
+        return not some or (1 - (some + 1) / (every + 2)) ** self._idle_groups < UNLIKELY
 
     def _truncation(self, step: int, tally: Tally) -> dict[str, str]:
         limit, rate = self.config.rollout.max_completion_length, self._rate

@@ -35,6 +35,8 @@ METRICS: dict[str, tuple[str, str]] = {
     "reward/kl_penalty": ("What the KL took off the reward of a sample, beta included, mean (kl_in reward)", ""),
     "reward/failed": ("Scores that failed (timeout, crash, error), dropped groups included", "scores"),
     "reward/*/failed": ("Scores of function * that failed", "scores"),
+    "reward/not_applicable": ("Samples to which no reward applies", "samples"),
+    "reward/*/not_applicable": ("Samples to which function * does not apply", "samples"),
     "reward/busy_s": ("Time that the reward functions took, summed over workers", "s"),
     "completions/mean_length": ("Completion length, mean", "tokens"),
     "completions/min_length": ("Completion length, shortest", "tokens"),
@@ -276,6 +278,7 @@ def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
     spreads: list[float] = []
     no_signal: list[bool] = []
     values_of: dict[str, list[float]] = {}
+    silent: Counter[str] = Counter()
     busy_s = 0.0
     for group in groups:
         scored = [s for s in group.scores if s.status is ScoreStatus.OK]
@@ -289,7 +292,10 @@ def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
             of_part = values_of.setdefault(part.name, [])
             if part.status is ScoreStatus.OK:
                 of_part.append(part.value)
-    out = _mean_and_std("reward", rewards)
+            silent[part.name] += part.status is ScoreStatus.NOT_APPLICABLE
+    unscored = sum(s.status is ScoreStatus.NOT_APPLICABLE for g in groups for s in g.scores)
+    out = _mean_and_std("reward", rewards) | {"reward/not_applicable": float(unscored)}
+    out |= {f"reward/{name}/not_applicable": float(n) for name, n in silent.items() if n}
     if spreads:
         out["reward/group_std"] = _mean(spreads)
     if no_signal:

@@ -158,6 +158,8 @@ def _accuracy(lines: Sequence[Mapping[str, Any]], name: str) -> Figure:
     first, last = evals[0], evals[-1]
     error = last.get(name.removesuffix("accuracy") + "standard_error")
     note = f"step {first['step']} → {last['step']}" + (f", last ± {100 * error:.1f}" if error is not None else "")
+    aside = last.get(name.removesuffix("accuracy") + "not_applicable")
+    note += f", {aside:.0f} samples not applicable" if aside else ""
     value = f"{first[name]:.1%} → {last[name]:.1%}" if len(evals) > 1 else f"{last[name]:.1%}"
     of = name.removeprefix("eval/").removesuffix("accuracy").strip("/")
     return Figure(f"Held-out accuracy, {of}" if of else "Held-out accuracy", value, note)

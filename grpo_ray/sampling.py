@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from grpo_ray.applicable import why_not_applicable
 from grpo_ray.config import RunConfig
 from grpo_ray.errors import LostSamplesError, PoisonedError, RewardError
 from grpo_ray.filling import Filling
@@ -20,7 +21,7 @@ from grpo_ray.roles import Sampler, SampleStore, Scorer
 from grpo_ray.rollout_log import distinct_refs
 from grpo_ray.sample_files import About, Drawn, LeftOut, SampleFolder
 from grpo_ray.seeds import sample_seed
-from grpo_ray.types import Group, SampleRequest, SamplingParams
+from grpo_ray.types import Group, SampleRequest, SamplingParams, ScoreStatus
 
 WAVES = 2
 """So many times what the engines sample at once is under way: they never wait for the next prompt."""
@@ -42,6 +43,10 @@ class SamplingReport:
     """Of this call, engines running."""
     left_out: tuple[LeftOut, ...]
     """Prompts of this call without samples."""
+    num_unscored: int = 0
+    """Samples of this call to which no reward applies."""
+    why_unscored: str = ""
+    """Of the first of them, in words."""
 
 
 def sampling_params(config: RunConfig) -> SamplingParams:
@@ -99,6 +104,8 @@ async def sample_all(
     done = total - k * sum(len(folder.about.shard(n)) for n in missing)
     num_before = folder.num_samples()
     made = tokens = 0
+    unscored = 0
+    why_unscored = ""
     left_out: list[LeftOut] = []
     step = max(k, total // TOLD)
     params = sampling_params(config)
@@ -134,7 +141,7 @@ async def sample_all(
         return groups
 
     async def finish(number: int, groups: Sequence[asyncio.Task[Group | LeftOut]]) -> None:
-        nonlocal made, tokens
+        nonlocal made, tokens, unscored, why_unscored
         ended = [await group for group in groups]
         drawn = [one for one in ended if isinstance(one, Group)]
         without = [one for one in ended if isinstance(one, LeftOut)]
@@ -149,6 +156,12 @@ async def sample_all(
         made += k * len(drawn)
         tokens += sum(info.num_tokens for group in drawn for info in group.samples)
         left_out.extend(without)
+        for group in drawn:
+            silent = sum(score.status is ScoreStatus.NOT_APPLICABLE for score in group.scores)
+            unscored += silent
+            if silent and not why_unscored:
+                columns = group.prompt.columns
+                why_unscored = "; ".join(why_not_applicable(f, columns, None) for f in config.reward.functions)
 
     async def make(number: int, groups: Sequence[asyncio.Task[Group | LeftOut]]) -> None:
         """Samples that went with their node are drawn again, and are the same."""
@@ -166,7 +179,8 @@ async def sample_all(
     async with asyncio.TaskGroup() as tasks:
         for number in missing:
             tasks.create_task(make(number, await begin(number)))
-    return SamplingReport(made, num_before, tokens, time.monotonic() - began, tuple(left_out))
+    seconds = time.monotonic() - began
+    return SamplingReport(made, num_before, tokens, seconds, tuple(left_out), unscored, why_unscored)
 
 
 def _check_scores(groups: Sequence[Group], config: RunConfig) -> None:

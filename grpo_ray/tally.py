@@ -93,6 +93,8 @@ class Tally:
     groups: int = 0
     with_spread: int = 0
     samples: int = 0
+    failed: int = 0
+    """Scores that failed, whatever they count as."""
     cut: int = 0
     """At the longest completion."""
     empty: int = 0
@@ -108,6 +110,7 @@ class Tally:
         self.groups += 1
         self.with_spread += has_spread(group)
         self.samples += len(group.samples)
+        self.failed += sum(score.status.failed for score in group.scores)
         self.cut += sum(info.finish_reason == "length" for info in group.samples)
         self.empty += sum(is_empty(info) for info in group.samples)
         values = [s.value for s in group.scores if s.value == s.value]

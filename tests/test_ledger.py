@@ -42,6 +42,22 @@ def test_a_group_goes_from_dispatched_to_trained(ledger):
     assert ledger.rows() == [("data/0/0", 0, "trained", 1, None)]
 
 
+def test_a_trained_group_that_nothing_was_learned_from_says_why(ledger):
+    groups = [group(i) for i in range(3)]
+    ledger.dispatched(groups)
+    for g in groups:
+        ledger.sampled(g)
+    ledger.trained(groups, 1, {"data/0/0": "not_applicable", "data/0/2": "no_signal"})
+    assert [row[2:] for row in ledger.rows()] == [
+        ("trained", 1, "not_applicable"),
+        ("trained", 1, None),
+        ("trained", 1, "no_signal"),
+    ]
+    summary = ledger.summary()
+    assert (summary.trained, summary.dropped, summary.drop_reasons) == (3, 0, {})
+    assert summary.nothing_learned == {"not_applicable": 1, "no_signal": 1}
+
+
 def test_a_prompt_can_not_be_dispatched_twice(ledger):
     ledger.dispatched([group(0)])
     with pytest.raises(sqlite3.IntegrityError):

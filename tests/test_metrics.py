@@ -57,6 +57,8 @@ def test_failed_and_not_applicable_scores_have_no_part_in_means(metrics: dict[st
     assert metrics["reward/mean"] == pytest.approx(0.75)
     assert metrics["reward/accuracy/mean"] == pytest.approx(0.6)
     assert metrics["reward/style/mean"] == pytest.approx(0.5)
+    assert (metrics["reward/not_applicable"], metrics["reward/style/not_applicable"]) == (0, 2)
+    assert "reward/accuracy/not_applicable" not in metrics
 
 
 def test_standard_deviations_divide_by_n_minus_1(metrics: dict[str, float]) -> None:
@@ -123,6 +125,21 @@ def test_every_name_is_documented(metrics: dict[str, float]) -> None:
         assert (out[f"{prefix}/pass@1"], out[f"{prefix}/cons@8"]) == (0.5, 0.75)
         assert out[f"{prefix}/standard_error/cons@8"] == 0.2
     assert describe("eval/cons@8")[0] == "Held-out accuracy of the majority vote over 8 samples"
+
+
+def test_a_rate_of_sampling_is_by_the_time_of_sampling_and_never_by_a_wait_that_was_none() -> None:
+    groups = [group("a", [info("a", 0, 100), info("a", 1, 300)], [ok(1.0, 0.5), ok(0.0, 1.0)])]
+    seconds = {"rollout": 0.002, "update": 1.5, "step": 1.6}
+
+    def rate(*, ahead: bool) -> float:
+        report = UpdateReport(4, {}, 1.5)
+        out = step_metrics(
+            groups, report, None, sampler_stats={}, seconds=seconds, dropped={}, failed={}, untrained={}, ahead=ahead
+        )
+        return out["throughput/rollout_tokens_per_s"]
+
+    assert rate(ahead=True) == pytest.approx(250)
+    assert rate(ahead=False) == pytest.approx(200_000), "then the wait is all the time there was"
 
 
 class Clock:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from grpo_ray.messages import MessageLog
 from grpo_ray.report import first_middle_last, write_report
 from grpo_ray.report_charts import POINTS_SHOWN, metric_charts, time_charts, time_shares
 from grpo_ray.report_timeline import timeline_chart
@@ -125,6 +126,51 @@ def write_step(run: Path, step: int, rewards: list[list[float]], text: str = "an
         ]
         groups.append(Group(prompt, number, step - 1, infos, scores, [v - 0.5 for v in values]))
     write_rollouts(run / "rollouts", step, groups, batch_of(groups, step - 1), distinct_refs(groups), run_seed=1)
+
+
+def test_warnings_are_shown_once_and_in_place_of_advice_on_speed(tmp_path: Path) -> None:
+    slow = {"busy/rollout": 0.6, "busy/learner": 0.3, "workers/rollout": 1.0, "workers/learner": 1.0}
+    log_steps(tmp_path, 5, slow)
+    advice = "would overlap them"
+    assert advice in write_report(tmp_path).read_text()
+    log_steps(tmp_path, 5, slow | {"steps/without_signal": 5.0})
+    log = MessageLog(tmp_path)
+    for step in (1, 3):
+        log.add(step, "warning", "all rewards are 0 <script>alert(1)</script>")
+    log.add(5, "info", "only for the moment")
+    log.add(5, "error", "nothing was trained")
+    with (tmp_path / "messages.jsonl").open("a") as file:
+        file.write('{"step": 6, "ti')
+    page = Page(write_report(tmp_path))
+    shown = " | ".join(t for t in page.text if t)
+    told = (
+        "step 1, 2 times | warning | all rewards are 0 <script>alert(1)</script> | step 5 | error | nothing was trained"
+    )
+    assert f"Warnings | {told}" in shown
+    assert "only for the moment" not in shown
+    assert advice not in shown
+    MessageLog(tmp_path / "nowhere").add(1, "error", "there is no such folder")
+
+
+def test_what_is_0_all_along_is_drawn(tmp_path: Path) -> None:
+    lines = [
+        {
+            "step": s,
+            "eval/accuracy": 0.0,
+            "reward/mean": 0.0,
+            "reward/form/mean": 0.1,
+            "grad_norm": 0.0,
+            "mismatch/mean_abs": 0.0,
+        }
+        for s in (1, 2, 3)
+    ]
+    drawn = {c.title: (c.kind, [s["name"] for s in c.series]) for c in metric_charts(lines)}
+    assert drawn == {
+        "Held-out accuracy": ("percent", ["eval/accuracy"]),
+        "Reward": ("", ["reward/mean", "reward/form/mean"]),
+        "Gradient norm": ("", ["grad_norm"]),
+        "Sampler against learner": ("", ["mismatch/mean_abs"]),
+    }, "a logarithm of 0 is nothing to see"
 
 
 def test_headline_figures_are_those_of_the_run(tmp_path: Path) -> None:

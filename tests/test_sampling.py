@@ -244,6 +244,18 @@ def test_a_failed_score_is_a_status_and_too_many_end_the_run(config, prompts, tm
     assert caught.group_contains(RewardError, match="12 of 12 samples could not be scored")
 
 
+def test_samples_that_no_reward_applies_to_are_counted_and_the_reason_is_told(config, prompts, tmp_path) -> None:
+    class Silent(Even):
+        def _one(self, request: ScoreRequest) -> Score:
+            part = RewardScore("even", ScoreStatus.NOT_APPLICABLE, float("nan"))
+            odd = request.columns["answer"] % 2
+            return Score(ScoreStatus.NOT_APPLICABLE, float("nan"), (part,)) if odd else super()._one(request)
+
+    report = sample(tmp_path, config, prompts, Engine(), Silent())
+    assert report.num_unscored == report.num_made // 2
+    assert report.why_unscored.startswith("even returned None, 'does not apply'")
+
+
 @pytest.mark.parametrize("without", [0, 1])
 def test_hugging_face_reads_the_folder(config, prompts, tmp_path, without) -> None:
     import datasets

@@ -129,7 +129,8 @@ def _accuracy(model: Path, name: str) -> float:
     folder = Path("runs") / name
     # What is to evaluate on never comes up in what is sampled.
     _sample(folder, str(model), 1, 1, *_args("train", HELD_OUT), *_args("eval", TRAINED_ON))
-    return mean(row["rewards"][0]["value"] for row in read_samples(folder / "samples"))
+    values = (row["rewards"][0]["value"] for row in read_samples(folder / "samples"))
+    return mean(value for value in values if value is not None)
 
 
 def _sample(folder: Path, model: str, seed: int, num_samples: int, *data: str) -> Watched:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from grpo_ray.messages import read_messages
 from tests.end_to_end.runs import LIMIT_S, NUM_STEPS, finish, launch, ledger, metrics, run, train, write_recipe
 
 REWARDS = "tests.end_to_end.rewards."
@@ -63,6 +65,63 @@ def test_failed_scores_drop_their_groups_and_the_batch_is_filled_with_others(rec
     states = [(row[2], row[4]) for row in ledger(run_dir)]
     assert [s for s in states if s[0] == "trained"] == [("trained", None)] * 8
     assert ("dropped", "reward_error") in states
+
+
+@SLOW
+def test_a_run_whose_reward_never_applies_says_why_everywhere_and_fails(recipe: Path) -> None:
+    rows = [{"prompt": f"The capital of country {i}?", "answer": "Paris"} for i in range(20)]
+    (recipe.parent / "words.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = f"{{path: {recipe.parent}/words.jsonl}}"
+    args, run_dir = train(
+        recipe,
+        "words",
+        f"data.train={source}",
+        f"data.eval={source}",
+        "reward.functions=[{name: accuracy}]",
+        "algorithm.max_steps_without_signal=2",
+    )
+    code, output = run(*args)
+    assert code == 1, output
+    why = "no reward applies to any of the 16 samples, so nothing is trained: accuracy can't read the right answers of column answer"
+    told = " ".join(output.split())
+    assert f"warning: step 1: {why}" in told
+    assert "held-out accuracy none (0 samples, 20 not applicable)" in told
+    assert "error: there was nothing to learn from in 2 steps in a row up to step 2" in told
+    assert "max_staleness" not in told, "no advice on speed"
+    assert [row[2:] for row in ledger(run_dir)] == [("trained", s, "not_applicable") for s in (1, 2) for _ in range(4)]
+    assert [m["grad_norm"] for m in metrics(run_dir)] == [0, 0]
+    assert [m.level for m in read_messages(run_dir)] == ["warning", "warning", "error"]
+    assert why.replace("'", "&#39;") in (run_dir / "report.html").read_text()
+    code, output = run("resume", str(run_dir))
+    assert code == 1, output
+    assert "2 steps in a row up to step 4" in output
+
+
+@SLOW
+@pytest.mark.parametrize("stage", [0, 2])
+def test_steps_whose_samples_are_all_out_of_the_loss_are_passed_over(recipe: Path, stage: int) -> None:
+    """They come in parts while others are sampled, each of them with an advantage."""
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(20)]
+    (recipe.parent / "short.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    args, run_dir = train(
+        recipe,
+        f"cut-{stage}",
+        f"data={{train: {{path: {recipe.parent}/short.jsonl}}, template: raw, max_prompt_length: 10}}",
+        "rollout.max_completion_length=6",
+        "rollout.temperature=0.7",
+        "algorithm.mask_truncated=true",
+        "learner.micro_batch_tokens=24",
+        f"learner.zero_stage={stage}",
+        "num_steps=3",
+    )
+    code, output = run(*args)
+    assert "ZeroDivisionError" not in output
+    assert len(metrics(run_dir)) == 3, output
+    trained = [m["tokens/trained"] for m in metrics(run_dir)]
+    assert code == (0 if any(trained) else 1), output
+    for line in metrics(run_dir):
+        assert (line["grad_norm"] == 0) == (line["tokens/trained"] == 0)
+    assert "truncated" in {row[4] for row in ledger(run_dir)}
 
 
 @pytest.mark.skipif(
