@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -19,11 +19,9 @@ class Extent:
     lowest: float = math.inf
     highest: float = -math.inf
 
-    def add(self, values: Iterable[float]) -> None:
-        for value in values:
-            self.count += 1
-            self.lowest = min(self.lowest, value)
-            self.highest = max(self.highest, value)
+    def add(self, values: Sequence[float]) -> None:
+        if values:
+            self.join(Extent(len(values), min(values), max(values)))
 
     def join(self, other: Extent) -> None:
         self.count += other.count
@@ -45,12 +43,13 @@ class FunctionTally:
     columns: Mapping[str, Any] | None = None
     """Of the first row that it had nothing to say of."""
 
-    def add(self, part: RewardScore, columns: Mapping[str, Any]) -> None:
-        if part.status is ScoreStatus.OK:
-            self.values.add([part.value])
-        elif part.status is ScoreStatus.NOT_APPLICABLE:
-            self.not_applicable += 1
-            self.columns = columns if self.columns is None else self.columns
+    def add(self, parts: Sequence[RewardScore], columns: Mapping[str, Any]) -> None:
+        """What it says of the samples of a group."""
+        self.values.add([p.value for p in parts if p.status is ScoreStatus.OK])
+        silent = sum([p.status is ScoreStatus.NOT_APPLICABLE for p in parts])
+        self.not_applicable += silent
+        if silent and self.columns is None:
+            self.columns = columns
 
 
 @dataclass
@@ -61,10 +60,10 @@ class Moments:
     total: float = 0.0
     squares: float = 0.0
 
-    def add(self, value: float) -> None:
-        self.count += 1
-        self.total += value
-        self.squares += value * value
+    def add(self, *values: float) -> None:
+        self.count += len(values)
+        self.total += sum(values)
+        self.squares += sum([v * v for v in values])
 
     @classmethod
     def pooled(cls, parts: Iterable[Moments]) -> Self:
@@ -110,24 +109,23 @@ class Tally:
         self.groups += 1
         self.with_spread += has_spread(group)
         self.samples += len(group.samples)
-        self.failed += sum(score.status.failed for score in group.scores)
-        self.cut += sum(info.finish_reason == "length" for info in group.samples)
-        self.empty += sum(is_empty(info) for info in group.samples)
+        self.failed += sum([score.status.failed for score in group.scores])
+        self.cut += sum([info.finish_reason == "length" for info in group.samples])
+        self.empty += sum([is_empty(info) for info in group.samples])
+        self.rewards.add([r for s in group.scores for r in s.rewards if r == r])
         values = [s.value for s in group.scores if s.value == s.value]
-        # What a failed score counts as is no word of the reward.
-        self.rewards.add(r for s in group.scores for r in s.rewards if r == r)
+        self.of_samples.add(*values)
         if values:
-            self.of_groups.add(math.fsum(values) / len(values))
-        for value in values:
-            self.of_samples.add(value)
-        right = []
+            self.of_groups.add(sum(values) / len(values))
+        of: dict[str, list[RewardScore]] = {}
         for score in group.scores:
             for part in score.parts:
-                self.functions.setdefault(part.name, FunctionTally()).add(part, group.prompt.columns)
-                if part.name == self.accuracy and part.status is ScoreStatus.OK:
-                    right.append(part.value >= self.threshold)
-        if right:
-            self.right.add(sum(right) / len(right))
+                of.setdefault(part.name, []).append(part)
+        for name, parts in of.items():
+            self.functions.setdefault(name, FunctionTally()).add(parts, group.prompt.columns)
+        judged = [p.value >= self.threshold for p in of.get(self.accuracy, ()) if p.status is ScoreStatus.OK]
+        if judged:
+            self.right.add(sum(judged) / len(judged))
 
 
 def is_empty(info: SampleInfo) -> bool:

@@ -30,13 +30,14 @@ def why_untrained(
     samples: dict[int, list[TrainSample]] = {}
     for sample in batch.samples:
         samples.setdefault(sample.group, []).append(sample)
-    all_equal = len({r for g in groups for s in g.scores for r in s.rewards if r == r}) < 2
+    critic = config.algorithm.advantage == "gae"
+    all_equal = critic and len({r for g in groups for s in g.scores for r in s.rewards if r == r}) < 2
     still = metrics.get("grad_norm") == 0 and not metrics.get("critic/grad_norm")
     out = {}
     for number, group in enumerate(groups):
         own = samples.get(number, [])
         # A critic learns from groups without spread, as long as the step as a whole has some.
-        flat = all_equal if config.algorithm.advantage == "gae" else not has_spread(group)
+        flat = all_equal if critic else not has_spread(group)
         reason = _why(group, own, flat=flat, still=still)
         if reason is not None:
             out[group.prompt.id] = reason

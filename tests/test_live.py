@@ -70,6 +70,12 @@ def test_a_run_without_steps_tells_how_far_it_is() -> None:
     assert [line.split("] ")[1] for line in lines] == [f"sampling {n}/400" for n in range(0, 401, 40)]
 
 
+def test_an_evaluation_that_applies_to_nothing_has_a_line_and_no_place_in_the_curve() -> None:
+    none = EvalEvent(0, None, 0, 0.0, not_applicable=8)
+    assert plain(none) == ["step 0: held-out accuracy none (0 samples, 8 not applicable)"]
+    assert not any("held-out accuracy" in line and "▁" in line for line in drawn(100, step(1), none))
+
+
 def test_a_log_gets_start_up_evaluation_checkpoint_and_end() -> None:
     lines = plain(
         PhaseEvent("start", "rollout-0"),

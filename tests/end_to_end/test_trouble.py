@@ -70,22 +70,22 @@ def test_failed_scores_drop_their_groups_and_the_batch_is_filled_with_others(rec
 @SLOW
 def test_a_run_whose_reward_never_applies_says_why_everywhere_and_fails(recipe: Path) -> None:
     rows = [{"prompt": f"The capital of country {i}?", "answer": "Paris"} for i in range(20)]
-    (recipe.parent / "words.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    source = f"{{path: {recipe.parent}/words.jsonl}}"
+    for name, part in (("words", rows[:16]), ("held-out", rows[16:])):
+        (recipe.parent / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
     args, run_dir = train(
         recipe,
         "words",
-        f"data.train={source}",
-        f"data.eval={source}",
+        f"data.train={{path: {recipe.parent}/words.jsonl}}",
+        f"data.eval={{path: {recipe.parent}/held-out.jsonl}}",
         "reward.functions=[{name: accuracy}]",
         "algorithm.max_steps_without_signal=2",
     )
     code, output = run(*args)
     assert code == 1, output
-    why = "no reward applies to any of the 16 samples, so nothing is trained: accuracy can't read the right answers of column answer"
+    why = "no reward applies to any of the 16 samples, so nothing is trained: accuracy can't read the right answers of column"
     told = " ".join(output.split())
     assert f"warning: step 1: {why}" in told
-    assert "held-out accuracy none (0 samples, 20 not applicable)" in told
+    assert "held-out accuracy none (0 samples, 4 not applicable)" in told
     assert "error: there was nothing to learn from in 2 steps in a row up to step 2" in told
     assert "max_staleness" not in told, "no advice on speed"
     assert [row[2:] for row in ledger(run_dir)] == [("trained", s, "not_applicable") for s in (1, 2) for _ in range(4)]
