@@ -24,7 +24,7 @@ from grpo_ray.types import Truncation
 DROPPED = -1e30
 """The logit of a token outside of the set: its probability is 0, and 0 times its logarithm is 0 too."""
 _CANDIDATES = 1024
-"""So many of the likeliest tokens are sorted at first; a row whose top_p reaches further is sorted whole."""
+"""So many of the likeliest tokens, or top_k, are sorted at first; a row whose top_p reaches further is sorted whole."""
 _PIECES = 8
 """A chunk is looked at in so many pieces, since sorting takes several times the memory of what is sorted."""
 
@@ -59,14 +59,17 @@ def _keep(logits: Tensor, truncation: Truncation) -> Tensor:
         kth = logits.topk(truncation.top_k, dim=1).values[:, -1:]
         least = torch.maximum(least, kth)
     mask = ~(logits < least)
-    return _nucleus(logits.masked_fill(~mask, DROPPED), truncation.top_p) if truncation.top_p < 1 else mask
+    if truncation.top_p == 1:
+        return mask
+    candidates = min(_CANDIDATES, truncation.top_k or _CANDIDATES, logits.shape[1])
+    return _nucleus(logits.masked_fill(~mask, DROPPED), truncation.top_p, candidates)
 
 
-def _nucleus(logits: Tensor, top_p: float) -> Tensor:
+def _nucleus(logits: Tensor, top_p: float, candidates: int) -> Tensor:
     """The likeliest tokens, until together they have at least `top_p`: those before which there is less than that."""
     mask = torch.zeros_like(logits, dtype=torch.bool)
     total = logits.logsumexp(dim=1, keepdim=True)
-    values, places = logits.topk(min(_CANDIDATES, logits.shape[1]), dim=1)
+    values, places = logits.topk(candidates, dim=1)
     mask.scatter_(1, places, _first(values, total, top_p))
     if values.shape[1] < logits.shape[1]:
         further = ((values - total).exp_().sum(dim=1) < top_p).nonzero()[:, 0]

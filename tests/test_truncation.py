@@ -96,7 +96,7 @@ def test_the_set_is_min_p_then_top_k_then_top_p(
 ) -> None:
     monkeypatch.setattr(module, "_CANDIDATES", candidates)
     g = torch.Generator().manual_seed(0)
-    logits = scale * torch.randn(25, 70, generator=g, dtype=torch.float64)
+    logits = scale * torch.randn(9, 70, generator=g, dtype=torch.float64)
     got = keep_mask(logits, drawn(logits, t, g), t)
     assert [set(row.nonzero()[:, 0].tolist()) for row in got] == [plain_set(row, t) for row in logits.tolist()]
 
@@ -133,8 +133,7 @@ def test_a_model_that_broke_is_not_hidden(t: Truncation) -> None:
 
 
 @pytest.mark.parametrize("t", SAMPLERS, ids=str)
-@pytest.mark.parametrize("chunk", [1, 8, 1000])
-@pytest.mark.parametrize("terms", ["logp", "entropy", "both"])
+@pytest.mark.parametrize(("chunk", "terms"), [(8, "both"), (1000, "logp")])
 def test_values_and_gradients_equal_the_plain_ones_over_the_same_set(t: Truncation, chunk: int, terms: str) -> None:
     hidden, weight, bias, _ = inputs(torch.float64)
     g = torch.Generator().manual_seed(1)
