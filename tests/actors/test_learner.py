@@ -265,7 +265,7 @@ def test_one_rank_under_zero_0_steps_like_plain_pytorch_and_exports_what_it_comp
 
 
 @pytest.mark.parametrize(
-    "truncation", [Truncation(), pytest.param(Truncation(0.9, 30, 0.01), marks=pytest.mark.slow)], ids=["all", "cut"]
+    "truncation", [pytest.param(Truncation(), marks=pytest.mark.slow), Truncation(0.9, 30, 0.01)], ids=["all", "cut"]
 )
 def test_several_updates_per_batch_keep_the_old_log_probabilities_and_sets_of_tokens(
     tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup], truncation: Truncation

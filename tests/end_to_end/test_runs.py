@@ -189,3 +189,21 @@ def test_samplers_and_learners_that_take_turns_train_as_those_apart(recipe, whol
         [m["grad_norm"] for m in metrics(whole_run)], rel=1e-3
     )
     assert ledger(run_dir) == ledger(whole_run)
+
+
+@pytest.mark.slow
+def test_a_sampler_that_leaves_tokens_out_and_the_learner_agree(recipe):
+    """V3.2's ratio is to the sampler's own report: full probabilities beside it would clip on-policy tokens."""
+    cut = ["rollout.top_p=0.9", "rollout.top_k=20", "rollout.min_p=0.02", "rollout.temperature=0.7"]
+    args, run_dir = train(
+        recipe, "cut", *cut, "algorithm=v3_2", "algorithm.num_mini_batches=2", "learner.learning_rate=1e-6"
+    )
+    code, output = run(*args)
+    assert code == 0, output
+    for line in metrics(run_dir):
+        assert line["mismatch/mean_abs"] < 1e-5
+        assert line["clip/low"] == line["clip/high"] == 0
+        assert line["correction/masked_sequences"] == 0
+        assert line["ratio/mean"] == pytest.approx(1, abs=1e-3)
+        assert abs(line["kl/ref"]) < 1e-4
+        assert line["entropy"] < 3.0, "of 20 tokens at most"
