@@ -30,7 +30,7 @@ from grpo_ray.attention import cpu_has_bf16
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.config import RunConfig, SftConfig, Strict
 from grpo_ray.cursor import Cursor
-from grpo_ray.errors import ConfigError, GrpoRayError, LostSamplesError, WorkerError
+from grpo_ray.errors import CheckpointError, ConfigError, GrpoRayError, LostSamplesError, WorkerError
 from grpo_ray.evaluate import eval_event, evaluate
 from grpo_ray.events import EndEvent, Event, EventLog, MessageEvent, PhaseEvent
 from grpo_ray.ledger import Ledger
@@ -39,6 +39,7 @@ from grpo_ray.messages import MessageLog
 from grpo_ray.models import context_length, load_config, load_tokenizer, prepare_model
 from grpo_ray.names import check_name, run_name
 from grpo_ray.prompts import PromptSets, load_prompts
+from grpo_ray.records import last_step, set_aside
 from grpo_ray.replay import TOLERANCE, compare, parts_of, read_batch
 from grpo_ray.roles import Tracker
 from grpo_ray.rollout_log import ParquetRolloutLog, remove_after, rollout_path
@@ -228,6 +229,7 @@ class Controller:
             )
 
     async def _train(self, config: RunConfig, prompts: PromptSets, roles: Started, workers: Workers) -> str:
+        await self._keep_records()
         rollout_log = await self._rollout_log(config)
         trackers = self._trackers(config, workers)
         ledger = Ledger(self._run.ledger)
@@ -283,7 +285,13 @@ class Controller:
                 died_at = max(step, died_at)
                 lost = _message(e)
             told: list[str] = []
+            had_one = self._resume_step is not None or await asyncio.to_thread(last_step, self._run) > 0
             self._resume_step = await asyncio.to_thread(self._run.newest_whole, told.append)
+            if self._resume_step is None and had_one:
+                raise CheckpointError(
+                    f"{lost}\nLearners can't start again: the checkpoints of this run, in {self._run.store.url}, are not there any "
+                    f"more. Put them back, then `grpo-ray resume {self._run.path}` goes on; nothing that is recorded was changed"
+                )
             start = "the beginning" if self._resume_step is None else f"the checkpoint of step {self._resume_step}"
             for text in (
                 *told,
@@ -324,6 +332,7 @@ class Controller:
             learner = await workers.start_learner(steps)
 
             async def fine_tune() -> str:
+                await self._keep_records()
                 trackers = self._trackers(config, workers)
 
                 def cursor() -> Cursor[Any]:
@@ -364,6 +373,15 @@ class Controller:
         if config.tracking.prometheus:
             out.append(RayMetrics(run_name(self._run.path), workers.live))
         return out
+
+    async def _keep_records(self) -> None:
+        """Of steps that will be done again, before they are taken back."""
+        last = await asyncio.to_thread(last_step, self._run)
+        folder = await asyncio.to_thread(set_aside, self._run, self._resume_step)
+        if folder is not None:
+            start = self._resume_step or 0
+            what = f"steps {start + 1} to {last} will be done again; " if last > start else ""
+            self._emit(MessageEvent("info", f"{what}what was recorded after step {start} is in {folder} now"))
 
     async def _run_loop(self, loop: TrainLoop | SftLoop[Any]) -> str:
         self._loop = loop
@@ -446,7 +464,7 @@ class Controller:
         """The learner's part of the step after `resume_step` once more, with nothing written but logs."""
         assert self._resume_step is not None
         step = self._resume_step + 1
-        lines = await asyncio.to_thread(read_metrics, self._run.path / "metrics.jsonl")
+        lines = await asyncio.to_thread(read_metrics, self._run.metrics)
         recorded = next((line for line in lines if line["step"] == step), {})
         if (learners := recorded.get("workers/learner")) is not None:
             # Of that step: the run may have been scaled since, and sums would be in another order.

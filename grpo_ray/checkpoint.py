@@ -70,8 +70,17 @@ class RunDir:
         return Store(f"{folder}/{self.path.resolve().name}")
 
     @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
     def rollouts(self) -> Path:
         return self.path / "rollouts"
+
+    @property
+    def superseded(self) -> Path:
+        """What restarts took back; see `grpo_ray.records`."""
+        return self.path / "superseded"
 
     @property
     def samples(self) -> Path:

@@ -311,7 +311,11 @@ class CheckpointConfig(Strict):
     path: str | None = None
     """A folder or an fsspec URL (`s3://bucket/runs`) that gets a folder for each run. None: `checkpoints/` of the run."""
     every_steps: PositiveInt = 50
+    """And at the beginning and the end; the next one waits until the last is written."""
+    every_minutes: NonNegFloat = 15.0
+    """Also after the step at whose end so long has passed since the last. 0: never."""
     keep: PositiveInt = 2
+    """The newest ones; that of the beginning is one like the others."""
     export: bool = True
     """Each checkpoint also holds the policy as a Hugging Face model (`hf/`)."""
 

@@ -159,7 +159,15 @@ class Ledger:
     def dropped_from(self, order: int) -> list[LedgerRow]:
         """Of the groups from `order` on those that were dropped."""
         where = "state = 'dropped' AND dispatch_order >= ? ORDER BY dispatch_order"
-        found = self._db.execute(f"SELECT {', '.join(_COLUMNS)} FROM groups WHERE {where}", (order,))
+        return self._rows_where(where, order)
+
+    def after(self, step: int) -> list[LedgerRow]:
+        """Of the groups that were trained or dropped after `step`, which `roll_back` forgets."""
+        self.flush()
+        return self._rows_where("step > ? ORDER BY dispatch_order", step)
+
+    def _rows_where(self, where: str, value: int) -> list[LedgerRow]:
+        found = self._db.execute(f"SELECT {', '.join(_COLUMNS)} FROM groups WHERE {where}", (value,))
         return [LedgerRow(*row) for row in found]
 
     def put_back(self, rows: Iterable[LedgerRow]) -> None:

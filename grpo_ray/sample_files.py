@@ -124,6 +124,11 @@ class SampleFolder:
                     f"{path} holds samples made with another {key} ({there.get(key)!r:.80}, now {wanted[key]!r:.80}): samples of "
                     "two kinds are never mixed; choose another name with name=..., or remove the folder"
                 )
+        elif any(path.glob("samples-*.parquet")):
+            raise DataError(
+                f"{path} holds samples and {file}, which says how they were made, is gone: put it back, choose another name with "
+                "name=..., or move the folder away"
+            )
         else:
             write_whole(file, json.dumps(wanted, indent=1).encode())
         return cls(path, about)

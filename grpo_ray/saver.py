@@ -39,6 +39,12 @@ class Saver:
         self._emit = emit
         self._writing: asyncio.Task[None] | None = None
         self._seconds: float | None = None
+        self._began = time.monotonic()
+        """The last one."""
+
+    def is_late(self, minutes: float) -> bool:
+        """Has the last one, or the start, been so long ago? 0: it never is."""
+        return 0 < minutes * 60 <= time.monotonic() - self._began
 
     async def save(self, step: int, state: dict[str, Any], *, export: bool, more: More | None = None) -> None:
         """Returns when training may go on; the checkpoint is whole later, or not there at all.
@@ -53,7 +59,7 @@ class Saver:
             CheckpointError: there is no room, or the save before this one failed.
         """
         await self.finish()
-        began = time.monotonic()
+        self._began = began = time.monotonic()
         place = await asyncio.to_thread(self._run.store.begin, step)
         try:
             await self._learner.hold(place, export=export)

@@ -74,12 +74,12 @@ class SftLoop(Generic[E]):
     async def run(self) -> str:
         """Train to the end, or until `stop`. Returns how it ended: `finished`, or the reason of the stop."""
         try:
-            if self.step == 0:
+            if self.step == 0 and self._saved_step < 0:
                 await self._measure()
+                await self._checkpoint(export=False)
             while self.step < self.total_steps and self._stop_reason is None:
                 await self._one_step()
-                due = self.step % self.config.checkpoint.every_steps == 0 or self._checkpoint_wanted
-                if self.step < self.total_steps and due:
+                if self.step < self.total_steps and self._checkpoint_is_due():
                     await self._checkpoint(export=self.config.checkpoint.export)
             if self.step == self.total_steps:
                 await self._measure()
@@ -92,12 +92,19 @@ class SftLoop(Generic[E]):
             self._timeline.close(self.step, {"controller": [self._activity.take()]})
         return self._stop_reason if self.step < self.total_steps and self._stop_reason else "finished"
 
+    def _checkpoint_is_due(self) -> bool:
+        c = self.config.checkpoint
+        return self.step % c.every_steps == 0 or self._checkpoint_wanted or self._saver.is_late(c.every_minutes)
+
     async def _one_step(self) -> None:
         self._time.start_step()
         with self._time.phase("update"):
             examples = [self.cursor.next() for _ in range(self.config.examples_per_step)]
             batch = self.batch_of(self.step, examples)
             update = await self.learner.update(batch)
+            if self.step == 0:
+                # From here on something is recorded, and that needs a checkpoint to go on from.
+                await self._saver.finish()
         self.step += 1
         seconds = self._time.end_step()
         tokens = sum(s.num_prompt_tokens + s.num_tokens for s in batch.samples)
@@ -130,7 +137,8 @@ class SftLoop(Generic[E]):
         with self._time.phase("checkpoint") as span:
             await self._saver.save(self.step, state, export=export)
         self._saved_step = self.step
-        self._track({"time/checkpoint": span.seconds})
+        if self.step > 0:
+            self._track({"time/checkpoint": span.seconds})
 
     def _track(self, metrics: dict[str, float]) -> None:
         for tracker in self.trackers:

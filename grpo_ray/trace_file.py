@@ -90,9 +90,18 @@ class TraceFile:
         self._rewrite([line for line in lines[:first] if line.startswith(_META)] + lines[first:])
 
     def _rewrite(self, lines: Sequence[bytes]) -> None:
-        aside = self._path.with_suffix(".json.new")
-        aside.write_bytes(_OPEN + (b"\n" + _NEXT.join(lines) if lines else b"") + _CLOSE)
-        aside.replace(self._path)
+        _write(self._path, lines)
+
+
+def write_trace(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
+    """A file of these events, in place of what is there."""
+    _write(path, [_line(e) for e in events])
+
+
+def _write(path: Path, lines: Sequence[bytes]) -> None:
+    aside = path.with_suffix(".json.new")
+    aside.write_bytes(_OPEN + (b"\n" + _NEXT.join(lines) if lines else b"") + _CLOSE)
+    aside.replace(path)
 
 
 def read_trace(path: Path) -> Iterator[dict[str, Any]]:

@@ -31,7 +31,8 @@ class JsonlTracker:
     """
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
-        """`resume_step`: forget the lines after it. None: a torn last line is cut off, everything else stays."""
+        """`resume_step`: forget the lines after it, which `records.set_aside` has kept. None: a torn last line is cut off,
+        everything else stays."""
         path.parent.mkdir(parents=True, exist_ok=True)
         truncate_after(path, resume_step)
         self._file = path.open("r+b" if path.exists() else "w+b")
@@ -71,15 +72,21 @@ def truncate_after(path: Path, step: int | None) -> None:
     if not path.exists():
         return
     old = path.read_bytes()
-    kept = []
-    for line in old.splitlines(keepends=True):
-        record = _parse(line) if line.endswith(b"\n") else None
-        if record is not None and (step is None or record["step"] <= step):
-            kept.append(line)
-    new = b"".join(kept)
+    new = b"".join(line for n, line in _whole_lines(old) if step is None or n <= step)
     if new == old:
         return
     write_whole(path, new)
+
+
+def lines_after(path: Path, step: int) -> list[bytes]:
+    """Those that `truncate_after` drops and that are not torn."""
+    return [line for n, line in _whole_lines(path.read_bytes()) if n > step] if path.exists() else []
+
+
+def _whole_lines(data: bytes) -> list[tuple[int, bytes]]:
+    """Each with its step, and the end of its line."""
+    lines = [line for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
+    return [(record["step"], line) for line in lines if (record := _parse(line)) is not None]
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

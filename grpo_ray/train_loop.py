@@ -143,7 +143,7 @@ class TrainLoop:
         """Of the step under way; meanwhile, of the groups that dynamic sampling leaves out."""
         self._saver = Saver(run, roles.learner, keep=config.checkpoint.keep, emit=emit)
         self._stop_reason: str | None = None
-        self._saved_step = -1
+        self._saved_step = self._evaluated_step = -1
         self._checkpoint_wanted = False
         self._disagreed = False
         self._activity = Activity("controller")
@@ -202,16 +202,17 @@ class TrainLoop:
     async def run(self) -> str:
         """Train to the end, or until `stop`. Returns how it ended: `finished`, or the reason of the stop."""
         try:
-            if self.step == 0:
+            if self.step == 0 and self._saved_step < 0:
                 await self._evaluate()
+                await self._checkpoint(export=False)
             while self.step < self.total_steps and self._stop_reason is None:
                 await self._scale_learners()
                 await self._one_step()
                 if self._health.gave_up:
                     break
-                if self._due(self.config.eval.every_steps):
+                if self._due(self.config.eval.every_steps) and self._evaluated_step < self.step:
                     await self._evaluate()
-                if self._due(self.config.checkpoint.every_steps) or self._checkpoint_wanted:
+                if self._checkpoint_is_due() and self._saved_step < self.step:
                     await self._checkpoint(export=self.config.checkpoint.export)
             if self.step != self._saved_step:
                 await self._checkpoint(export=True)
@@ -233,6 +234,10 @@ class TrainLoop:
         last = self.step == self.total_steps
         return last or (every > 0 and self.step % every == 0)
 
+    def _checkpoint_is_due(self) -> bool:
+        c = self.config.checkpoint
+        return self._due(c.every_steps) or self._checkpoint_wanted or self._saver.is_late(c.every_minutes)
+
     # One step, top to bottom.
 
     async def _one_step(self) -> None:
@@ -246,6 +251,9 @@ class TrainLoop:
         with self._time.phase("update"):
             self.emit(PhaseEvent("update", "", 0, 0))
             update = await self._update(groups, batch)
+            if self.step == 0:
+                # From here on something is recorded, and that needs a checkpoint to go on from.
+                await self._saver.finish()
         self.step += 1
         untrained = why_untrained(groups, batch, self.config, update.metrics)
         self.ledger.trained(groups, self.step, untrained)
@@ -552,6 +560,7 @@ class TrainLoop:
             metrics |= eval_metrics(result, name) | {"time/eval": metrics["time/eval"] + span.seconds}
             self.emit(eval_event(self.step, name, result))
             self._tell_all(self._health.after_eval(self.step, name, result))
+        self._evaluated_step = self.step
         if self.eval_prompts:
             self._track(metrics)
 
@@ -579,7 +588,8 @@ class TrainLoop:
         with self._time.phase("checkpoint") as span:
             await self._saver.save(self.step, state, export=export, more=fetch)
         self._saved_step = self.step
-        self._track({"time/checkpoint": span.seconds})
+        if self.step > 0:
+            self._track({"time/checkpoint": span.seconds})
 
 
 def total_steps(config: RunConfig, num_prompts: int) -> int:

@@ -15,6 +15,7 @@ from grpo_ray.config_files import to_yaml
 from grpo_ray.errors import ConfigError, WorkerError
 from grpo_ray.events import EndEvent
 from grpo_ray.ledger import Ledger
+from grpo_ray.records import step_to_resume
 from launch.recipe import COMMANDS, SCHEMAS, kind_of, load_recipe, load_run_config, run_folder
 
 console = Console(highlight=False, soft_wrap=True)
@@ -92,10 +93,14 @@ def resume_run(path: Path) -> None:
     kind = kind_of(run.config)
     config = load_run_config(SCHEMAS[kind], run.config)
     run = run.with_checkpoints(config.checkpoint.path)
-    step = run.newest_whole(lambda text: console.print(f"warning: {text}", style="yellow"))
+    step = step_to_resume(run, lambda text: console.print(f"warning: {text}", style="yellow"))
     console.print(
         f"resuming {run.path} "
-        + (f"after step {step}" if step is not None else "from its beginning: it has no checkpoint yet")
+        + (
+            f"after step {step}"
+            if step is not None
+            else "from its beginning: it has no checkpoint yet, and has recorded no step"
+        )
     )
     _finish(run, _run(kind, config, run, step))
 
@@ -156,7 +161,7 @@ def _finish(run: RunDir, end: EndEvent) -> None:
         console.print(f"report   not written: {e}; `grpo-ray report {run.path}` writes it")
     if run.exported.is_dir():
         console.print(f"model    {run.exported}")
-    elif is_url(run.store.url) and run.steps():
+    elif is_url(run.store.url) and any(run.steps()):
         console.print(f"model    {run.store.place(run.steps()[-1]).path('hf')}")
     if end.status != "finished" and run.steps():
         console.print(f"go on    grpo-ray resume {run.path}")
@@ -190,7 +195,7 @@ def write_config(run: RunDir, config: RunConfig | SftConfig) -> None:
 
 def _remove_if_nothing_happened(run: RunDir) -> None:
     """A run that ended before its first step leaves its logs and nothing else: its name is free again."""
-    if run.steps() or (run.path / "metrics.jsonl").exists():
+    if run.steps() or run.metrics.exists():
         return
     for entry in run.path.iterdir():
         if entry.name == RunDir.LOGS:

@@ -19,7 +19,7 @@ from grpo_ray.checkpoint import RunDir
 from grpo_ray.config import RunConfig, SftConfig
 from grpo_ray.config_base import Strict
 from grpo_ray.config_files import build, deep_merge, load_yaml, parse_overrides, to_yaml
-from grpo_ray.errors import ConfigError, GrpoRayError, WorkerError
+from grpo_ray.errors import CheckpointError, ConfigError, GrpoRayError, WorkerError
 from grpo_ray.evaluate import accuracy_name
 from grpo_ray.filters.config import MixConfig, PairsConfig, PromptsConfig
 from grpo_ray.manifest import digest_of
@@ -30,6 +30,7 @@ from grpo_ray.pipeline.measure import measure
 from grpo_ray.pipeline.plan import Plan, Stage, make_plan
 from grpo_ray.pipeline.record import Record, StageRecord, check_unchanged
 from grpo_ray.pipeline.report import write_pipeline_report
+from grpo_ray.records import step_to_resume
 from grpo_ray.rewards import resolve
 from grpo_ray.sample_files import read_samples
 from grpo_ray.tracking import read_metrics
@@ -292,7 +293,10 @@ def _open_run(stage: Stage, config: RunConfig | SftConfig, folder: Path) -> tupl
         write_config(run, config)
     if not stage.spec.trains:
         return run, None
-    step = run.newest_whole(lambda text: console.print(f"warning: {text}", style="yellow"))
+    try:
+        step = step_to_resume(run, lambda text: console.print(f"warning: {text}", style="yellow"))
+    except CheckpointError as e:
+        raise CheckpointError(f"stage {stage.name}: {e}; --from {stage.name} runs the stage again") from None
     if step is not None:
         console.print(f"going on after step {step}")
     return run, step

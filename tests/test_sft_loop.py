@@ -85,10 +85,11 @@ def test_an_sft_run_tells_how_busy_its_learner_was_and_leaves_a_trace(tmp_path: 
         assert 0.04 <= line["time/update"] <= line["time/step"]
         assert line["throughput/tokens_per_s"] == pytest.approx(10 / line["time/step"])
     assert [(e["name"], e["args"]["step"]) for e in spans if e["cat"] == "learner"] == [
+        ("hold", 1),
         ("update", 1),
         ("update", 2),
         ("hold", 3),
         ("update", 3),
     ]
     controller = [e["name"] for e in spans if e["cat"] == "controller" and not e["name"].startswith("step ")]
-    assert controller == ["update", "update", "checkpoint", "update", "checkpoint"]
+    assert controller == ["checkpoint", "update", "update", "checkpoint", "update", "checkpoint"]

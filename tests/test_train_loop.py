@@ -48,12 +48,15 @@ ROWS = 10
 
 
 class Rows:
-    """A data set of ten prompts."""
+    """A data set of ten prompts, or of as many as are asked for."""
 
     fingerprint = "ten rows"
 
+    def __init__(self, size: int = ROWS) -> None:
+        self.size = size
+
     def __len__(self) -> int:
-        return ROWS
+        return self.size
 
     def item(self, row: int, epoch: int) -> Prompt:
         return Prompt(f"ten/{epoch}/{row}", [1, 2, 3], f"prompt {row}", None, {"answer": row})
@@ -222,7 +225,9 @@ class Keeper:
 class Session:
     """One process's worth of a run."""
 
-    def __init__(self, folder: Path, cfg: RunConfig, jitter: int = 0, eval_prompts: Sequence[Prompt] = ()) -> None:
+    def __init__(
+        self, folder: Path, cfg: RunConfig, jitter: int = 0, eval_prompts: Sequence[Prompt] = (), rows: int = ROWS
+    ) -> None:
         self.world = World(jitter)
         self.events: list[Any] = []
         self.run_dir = RunDir(folder)
@@ -231,7 +236,7 @@ class Session:
         self.loop = TrainLoop(
             cfg,
             Roles(world, world, Keeper(world), world, world),
-            Cursor(Rows(), seed=cfg.seed, shuffle=True),
+            Cursor(Rows(rows), seed=cfg.seed, shuffle=True),
             {"": eval_prompts} if eval_prompts else {},
             self.ledger,
             self.run_dir,
@@ -477,7 +482,47 @@ def test_a_checkpoint_that_is_asked_for_comes_after_the_step_under_way_and_the_r
     session = Session(tmp_path, config("checkpoint.every_steps=100", "checkpoint.keep=10"))
     session.world.on_update = lambda step: session.loop.checkpoint_soon() if step == 2 else None
     assert session.go() == "finished"
-    assert session.loop.run_dir.steps() == [3, 7]
+    assert session.loop.run_dir.steps() == [0, 3, 7]
+
+
+@pytest.mark.parametrize(("minutes", "steps"), [("1e-9", list(range(8))), ("0", [0, 7]), ("60", [0, 7])])
+def test_a_checkpoint_comes_after_so_many_minutes_too(tmp_path, minutes, steps):
+    session = Session(tmp_path, config(f"checkpoint.every_minutes={minutes}", "checkpoint.keep=10"))
+    assert session.go() == "finished"
+    assert session.loop.run_dir.steps() == steps
+
+
+@pytest.mark.parametrize("die_at", [0, 1, 3])
+def test_a_run_that_dies_before_its_first_checkpoint_goes_on_from_the_one_at_its_beginning(tmp_path, die_at):
+    prompts = [Rows().item(r, 0) for r in range(2)]
+    whole = Session(tmp_path / "whole", config(), eval_prompts=prompts)
+    whole.go()
+
+    def die(step: int) -> None:
+        if step == die_at:
+            raise RuntimeError("killed")
+
+    first = Session(tmp_path / "cut", config(), eval_prompts=prompts)
+    first.world.on_update = die
+    with pytest.raises(RuntimeError, match="killed"):
+        first.go()
+    assert first.run_dir.steps() == [0]
+    second = Session(tmp_path / "cut", config(), eval_prompts=prompts)
+    assert second.go() == "finished"
+    assert second.ledger_rows == whole.ledger_rows
+    assert [e.step for e in second.events if isinstance(e, EvalEvent)] == [7], "the first figures are there already"
+
+
+def test_no_step_is_recorded_before_there_is_a_checkpoint_to_go_on_from(tmp_path):
+    session = Session(tmp_path, config("num_steps=2"))
+    session.world.write_s = 0.3
+    seen: list[list[int]] = []
+    session.loop.trackers = [
+        SimpleNamespace(log=lambda step, metrics: seen.append(session.run_dir.steps()), close=lambda: None)
+    ]
+    assert session.go() == "finished"
+    assert all(steps[:1] == [0] for steps in seen)
+    assert len(seen) >= 2
 
 
 def test_the_trace_of_a_resumed_run_holds_every_step_once(tmp_path):

@@ -6,9 +6,11 @@ make chaos            each victim once, and random schedules by seeds 1 to CHAOS
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -111,6 +113,43 @@ def test_a_death_costs_nothing_but_time(recipe: Path, whole_run: Path, who: str)
     assert code == 0, output
     assert victim.ends_run or re.search(victim.told, output), output
     assert_same(run_dir, whole_run)
+
+
+def test_a_learner_that_dies_before_the_first_checkpoint_goes_on_from_the_beginning_and_nothing_recorded_is_lost(
+    recipe: Path, whole_run: Path
+) -> None:
+    args, run_dir = train(recipe, "before", *OVERRIDES, "checkpoint.every_steps=1000")
+    process = launch(*args)
+    await_step(process, run_dir, 3)
+    lines = metrics(run_dir)
+    assert strike(process.pid, VICTIMS["a learner"]) is not None
+    code, output = finish(process)
+    assert code == 0, output
+    assert "learners start again from the checkpoint of step 0" in output.replace("\n", " ")
+    assert_same(run_dir, whole_run)
+    kept = run_dir / "superseded" / "1"
+    assert metrics(kept)[: len(lines)] == lines
+    steps = [m["step"] for m in metrics(kept)]
+    assert steps == list(range(1, len(steps) + 1))
+    for folder, number in ((kept, len(steps)), (run_dir, NUM_STEPS)):
+        files = sorted(p.name for p in (folder / "rollouts").iterdir())
+        assert files == [f"step-{i:06d}.parquet" for i in range(1, number + 1)]
+    assert f"steps 1 to {len(steps)} will be done again" in output.replace("\n", " ")
+    trained = [json.loads(line)["step"] for line in (kept / "ledger.jsonl").read_text().splitlines()]
+    assert trained == [step for step in steps for _ in range(4)]
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_resumed(whole_run: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "gone"
+    shutil.copytree(whole_run, run_dir, symlinks=True)
+    shutil.rmtree(run_dir / "checkpoints")
+    before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+    code, output = run("resume", str(run_dir))
+    assert code == 1, output
+    assert f"has recorded {NUM_STEPS} steps, and there is no checkpoint in {run_dir}/checkpoints" in output.replace(
+        "\n", " "
+    )
+    assert {p: p.read_bytes() for p in before} == before
 
 
 def test_a_learner_that_dies_while_the_engine_restarts_is_replaced(recipe: Path, whole_run: Path) -> None:

@@ -1,0 +1,224 @@
+"""Nothing that a run has recorded is overwritten: what a restart takes back is kept, and one without its checkpoints is refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_ray import records
+from grpo_ray.checkpoint import RunDir
+from grpo_ray.config_files import to_yaml
+from grpo_ray.errors import CheckpointError, DataError
+from grpo_ray.ledger import Ledger
+from grpo_ray.records import last_step, set_aside, step_to_resume
+from grpo_ray.rollout_log import remove_after, rollout_path, rollout_steps
+from grpo_ray.sample_files import About, SampleFolder
+from grpo_ray.timeline import Timeline
+from grpo_ray.tracking import JsonlTracker, read_metrics
+from grpo_ray.types import Group, Prompt, SampleInfo, Score, ScoreStatus, TimeSpan, Track
+from tests.test_train_loop import config
+
+STEPS = 4
+
+
+def group_of(prompt: str, order: int, version: int) -> Group:
+    sample = SampleInfo(prompt, 0, 1, 1, version, "stop", "w-0", None, 0)
+    return Group(Prompt(prompt, [], "", None, {}), order, version, [sample], [Score(ScoreStatus.OK, 1.0)])
+
+
+def recorded(folder: Path, steps: int = STEPS, rows: int = 2) -> RunDir:
+    """A run of so many steps, each of two groups, the second of which is dropped."""
+    folder.mkdir(exist_ok=True)
+    run = RunDir(folder)
+    run.config.write_text(to_yaml(config()))
+    tracker, ledger, timeline = JsonlTracker(run.metrics), Ledger(run.ledger), Timeline(run.trace)
+    run.rollouts.mkdir()
+    tracker.log(0, {"eval/accuracy": 0.5})
+    for step in range(1, steps + 1):
+        tracker.log(step, {"reward/mean": step / 7})
+        groups = [group_of(f"p/0/{step}-{i}", rows * step + i, step - 1) for i in range(rows)]
+        ledger.dispatched(groups)
+        for group in groups:
+            ledger.sampled(group)
+        ledger.trained(groups[:1], step)
+        ledger.dropped(groups[1], step, "no_signal")
+        rollout_path(run.rollouts, step).write_bytes(f"rows of step {step}".encode())
+        timeline.record(step, TimeSpan("step", step, step + 1), {"learner": [Track("learner-0", ())]})
+    ledger.dispatched([group_of("p/0/next", rows * (steps + 1), steps)])
+    tracker.close()
+    ledger.close()
+    return run
+
+
+def saved(run: RunDir, *steps: int, **state: Any) -> None:
+    """Checkpoints of these steps, with nothing in them but the loop's state."""
+    for step in steps:
+        place = run.store.begin(step)
+        with place.filling("loop") as (folder, sums):
+            (folder / "loop.json").write_text(json.dumps({"step": step, "dropped": [], **state}))
+        run.store.commit(place, step, sums, keep=9)
+
+
+def cut(run: RunDir, step: int | None) -> None:
+    """What the restart does with the records in their place."""
+    JsonlTracker(run.metrics, -1 if step is None else step).close()
+    remove_after(run.rollouts, step or 0)
+    ledger = Ledger(run.ledger)
+    ledger.roll_back(step or 0, 2 * (step or 0) + 2)
+    ledger.close()
+    timeline = Timeline(run.trace)
+    timeline.resume(step or 0)
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize(("step", "taken_back"), [(None, [1, 2, 3, 4]), (0, [1, 2, 3, 4]), (2, [3, 4])])
+def test_what_a_restart_takes_back_is_kept_and_what_it_goes_on_from_stays(
+    tmp_path: Path, step: int | None, taken_back: list[int]
+) -> None:
+    run = recorded(tmp_path / "run")
+    if step is not None:
+        saved(run, step)
+    before = everything(run.path)
+    kept = set_aside(run, step)
+    assert kept == run.superseded / "1"
+    assert {k: v for k, v in everything(run.path).items() if not k.startswith("superseded/")} == before
+    cut(run, step)
+    lines = read_metrics(kept / "metrics.jsonl")
+    assert [line["step"] for line in lines] == ([0] if step is None else []) + taken_back
+    assert (kept / "metrics.jsonl").read_bytes() in before["metrics.jsonl"]
+    assert run.metrics.read_bytes() + (kept / "metrics.jsonl").read_bytes() == before["metrics.jsonl"]
+    assert list(rollout_steps(kept / "rollouts")) == taken_back
+    assert rollout_path(kept / "rollouts", 4).read_bytes() == before["rollouts/step-000004.parquet"]
+    rows = [json.loads(line) for line in (kept / "ledger.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["state"], r["drop_reason"]) for r in rows] == [
+        (s, *what) for s in taken_back for what in (("trained", None), ("dropped", "no_signal"))
+    ]
+    events = json.loads((kept / "trace.json").read_text())
+    assert [e["name"] for e in events if e["ph"] == "X"] == [f"step {s}" for s in taken_back]
+    assert list(run.superseded.iterdir()) == [kept]
+
+
+def test_a_restart_that_takes_nothing_back_leaves_no_folder(tmp_path: Path) -> None:
+    run = recorded(tmp_path / "run")
+    saved(run, STEPS)
+    assert set_aside(run, STEPS) is None
+    assert set_aside(RunDir(tmp_path / "new"), None) is None
+    assert not run.superseded.exists()
+
+
+def test_every_restart_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    run = recorded(tmp_path / "run")
+    saved(run, 2)
+    set_aside(run, 2)
+    cut(run, 2)
+    tracker = JsonlTracker(run.metrics, 2)
+    tracker.log(3, {"reward/mean": -1.0})
+    tracker.close()
+    assert set_aside(run, 2) == run.superseded / "2"
+    assert [line["reward/mean"] for line in read_metrics(run.superseded / "2" / "metrics.jsonl")] == [-1.0]
+    assert len(read_metrics(run.superseded / "1" / "metrics.jsonl")) == 2
+
+
+def test_groups_that_the_checkpoint_gives_back_are_not_taken_back(tmp_path: Path) -> None:
+    run = recorded(tmp_path / "run", steps=3)
+    saved(run, 2, dropped=[{"dispatch_order": 7}])
+    kept = set_aside(run, 2)
+    assert kept is not None
+    rows = [json.loads(line) for line in (kept / "ledger.jsonl").read_text().splitlines()]
+    assert [r["dispatch_order"] for r in rows] == [6]
+
+
+@pytest.mark.parametrize("done", range(4))
+def test_a_restart_that_is_killed_before_all_is_cut_keeps_everything_once(tmp_path: Path, done: int) -> None:
+    run = recorded(tmp_path / "run")
+    saved(run, 2)
+    before = everything(run.path)
+    set_aside(run, 2)
+    (run.superseded / "2.new").mkdir()
+    (run.superseded / "2.new" / "half").touch()
+    if done > 0:
+        JsonlTracker(run.metrics, 2).close()
+    if done > 1:
+        rollout_path(run.rollouts, 3).unlink()
+    if done > 2:
+        cut(run, 2)
+    kept = everything(run.superseded / "1")
+    assert set_aside(run, 2) is None
+    assert everything(run.superseded) == {f"1/{name}": data for name, data in kept.items()}
+    cut(run, 2)
+    assert run.metrics.read_bytes() + kept["metrics.jsonl"] == before["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("what", ["write_whole", "_link", "_keep_events", "sync_tree"])
+def test_a_full_disk_ends_the_restart_and_everything_is_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    run = recorded(tmp_path / "run")
+    before = everything(run.path)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(records, what, full)
+    with pytest.raises(OSError, match="No space left"):
+        set_aside(run, None)
+    assert everything(run.path) == before
+
+
+def test_files_are_copied_where_a_disk_has_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", none)
+    run = recorded(tmp_path / "run")
+    kept = set_aside(run, None)
+    assert kept is not None
+    assert rollout_path(kept / "rollouts", 3).read_bytes() == b"rows of step 3"
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "rollouts", "ledger.sqlite", "all"])
+@pytest.mark.parametrize("where", [None, "/nowhere/mounted", "file:///nowhere/bucket"])
+def test_a_run_with_steps_and_without_checkpoints_is_not_resumed_and_not_touched(
+    tmp_path: Path, left: str, where: str | None
+) -> None:
+    from launch.jobs import resume_run
+
+    run = recorded(tmp_path / "run").with_checkpoints(where)
+    run.config.write_text(to_yaml(config(*([f"checkpoint.path={where}"] if where else []))))
+    for path in run.path.iterdir():
+        if left not in ("all", path.name) and path.name != "config.yaml":
+            path.rename(tmp_path / path.name)
+    before = everything(run.path)
+    with pytest.raises(CheckpointError) as e:
+        resume_run(run.path)
+    for part in (f"has recorded {STEPS} steps", run.store.url, "Mount", "grpo-ray train", "Nothing was changed"):
+        assert part in str(e.value)
+    assert {k: v for k, v in everything(run.path).items() if "sqlite-" not in k} == before
+
+
+def test_a_run_that_has_recorded_no_step_may_begin_again(tmp_path: Path) -> None:
+    run = recorded(tmp_path / "run", steps=0)
+    told: list[str] = []
+    assert (last_step(run), step_to_resume(run, told.append), told) == (0, None, [])
+    saved(run, 0)
+    assert step_to_resume(run, told.append) == 0
+    kept = set_aside(run, None)
+    assert kept is not None
+    assert [line["step"] for line in read_metrics(kept / "metrics.jsonl")] == [0], "what was measured before the first"
+
+
+def test_samples_whose_description_is_gone_are_not_mixed_with_others(tmp_path: Path) -> None:
+    about = About("m", "", "p", 1, 1, 1, 1, {}, [])
+    folder = SampleFolder.open(tmp_path / "samples", about)
+    (folder.path / "samples-000000.parquet").write_bytes(b"x")
+    (tmp_path / "samples.json").unlink()
+    with pytest.raises(DataError, match=r"samples\.json, which says how they were made, is gone"):
+        SampleFolder.open(tmp_path / "samples", about)
