@@ -30,6 +30,7 @@ from grpo_ray.attention import cpu_has_bf16
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.config import RunConfig, SftConfig, Strict
 from grpo_ray.cursor import Cursor
+from grpo_ray.epochs import run_length
 from grpo_ray.errors import CheckpointError, ConfigError, GrpoRayError, LostSamplesError, WorkerError
 from grpo_ray.evaluate import eval_event, evaluate
 from grpo_ray.events import EndEvent, Event, EventLog, MessageEvent, PhaseEvent
@@ -47,11 +48,11 @@ from grpo_ray.sample_files import SampleFolder
 from grpo_ray.sampling import about_samples, sample_all
 from grpo_ray.scaling import record, rescaled
 from grpo_ray.secrets import hide_secrets
-from grpo_ray.sft_loop import SftLoop, sft_steps
+from grpo_ray.sft_loop import SftLoop
 from grpo_ray.supervised import load_task
 from grpo_ray.tokenized import LoadReport
 from grpo_ray.tracking import make_trackers, read_metrics
-from grpo_ray.train_loop import Roles, TrainLoop, total_steps
+from grpo_ray.train_loop import Roles, TrainLoop
 from grpo_ray.types import Group, Sample, TrainBatch
 
 LOG_NAME = "controller"
@@ -319,7 +320,7 @@ class Controller:
     @staticmethod
     async def _num_steps(config: RunConfig, loading: asyncio.Task[PromptSets]) -> int:
         """What the learning rate's schedule needs to know; the data have to be there only if it is not given."""
-        return config.num_steps or total_steps(config, len((await loading).train))
+        return config.num_steps or run_length(config, len((await loading).train)).num_steps
 
     async def _supervised(self, config: SftConfig) -> str:
         model = await self._prepare_model(config)
@@ -327,9 +328,9 @@ class Controller:
         tokenizer = await asyncio.to_thread(load_tokenizer, model, trust_remote_code=config.model.trust_remote_code)
         task = await asyncio.to_thread(load_task, config, tokenizer)
         self._tell_what_was_left_out(task.dataset.report)
-        steps = sft_steps(config, len(task.dataset))
+        length = run_length(config, len(task.dataset))
         async with Workers(config, self._run, model, self._phase, self._warn) as workers:
-            learner = await workers.start_learner(steps)
+            learner = await workers.start_learner(length.num_steps)
 
             async def fine_tune() -> str:
                 await self._keep_records()
@@ -352,7 +353,7 @@ class Controller:
                     measure if task.measures else None,
                 )
                 self._phase("reference")
-                await task.prepare(learner, self._run.path, cursor(), steps * config.examples_per_step)
+                await task.prepare(learner, self._run.path, cursor(), length.num_rows)
                 try:
                     return await self._run_loop(loop)
                 finally:
@@ -471,7 +472,9 @@ class Controller:
             config = rescaled(config, {"learner": int(learners)})
         model = await self._prepare_model(config)
         batch = await asyncio.to_thread(read_batch, rollout_path(self._run.rollouts, step))
-        num_steps = config.num_steps or total_steps(config, len((await self._load_prompts(config, model)).train))
+        num_steps = config.num_steps
+        if num_steps is None:
+            num_steps = run_length(config, len((await self._load_prompts(config, model)).train)).num_steps
         async with Workers(config, self._run, model, self._phase, self._warn) as workers:
             learner = await workers.start_learner(num_steps)
             if self._resume_step > 0:

@@ -131,6 +131,8 @@ def _one_or_named(value: Any) -> str:
     return "<named>" if named else "<one>"
 
 
+Epochs = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+"""Parts of one are rounded up to whole rows."""
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
 EvalSources = Annotated[
     Annotated[DataSource, Tag("<one>")] | Annotated[dict[SetName, DataSource], Tag("<named>")],
@@ -153,6 +155,10 @@ class DataConfig(Strict):
     """What becomes of longer ones: dropped and counted, or refused."""
     exclude_eval: bool = True
     """Drop training rows whose prompt is also in the evaluation set."""
+    last_batch: Literal["short", "wrap", "drop"] = "short"
+    """What becomes of the last rows of num_epochs, when they don't fill a batch; batches run over the ends of the epochs before.
+    short: they are a smaller batch, so every row is trained exactly once an epoch. wrap: it is filled up from the epoch after,
+    whose first rows are trained once too often. drop: they are left out. Without effect where num_steps is given."""
 
     @property
     def eval_sets(self) -> dict[str, DataSource]:
@@ -387,8 +393,8 @@ class RunConfig(Strict):
     dir: str = "runs"
     seed: int = 1
     num_steps: PositiveInt | None = None
-    num_epochs: PositiveFloat = 1.0
-    """Used when num_steps is not given."""
+    num_epochs: Epochs = 1.0
+    """Used when num_steps is not given; see data.last_batch."""
     prompts_per_step: PositiveInt = 32
     """P (verl's train_batch_size). A step trains on P x rollout.num_generations samples."""
 
@@ -495,7 +501,7 @@ class SftConfig(Strict):
     dir: str = "runs"
     seed: int = 1
     num_steps: PositiveInt | None = None
-    num_epochs: PositiveFloat = 1.0
+    num_epochs: Epochs = 1.0
     examples_per_step: PositiveInt = 128
     max_length: PositiveInt = 1024
     """Prompt and completion; longer examples are dropped and counted, or refused (data.long_prompts)."""

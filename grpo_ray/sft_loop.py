@@ -11,6 +11,7 @@ from grpo_ray.activity import Activity
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.config import SftConfig
 from grpo_ray.cursor import Cursor
+from grpo_ray.epochs import run_length
 from grpo_ray.events import Event, MessageEvent, PhaseEvent, StepEvent
 from grpo_ray.metrics import TimeKeeper
 from grpo_ray.prompts import SftExample
@@ -47,7 +48,8 @@ class SftLoop(Generic[E]):
         self.batch_of = batch_of
         self.measure = measure
         self.step = 0
-        self.total_steps = sft_steps(config, len(cursor))
+        self._length = run_length(config, len(cursor))
+        self.total_steps = self._length.num_steps
         self._saved_step = -1
         self._checkpoint_wanted = False
         self._saver = Saver(run, learner, keep=config.checkpoint.keep, emit=emit)
@@ -99,8 +101,8 @@ class SftLoop(Generic[E]):
     async def _one_step(self) -> None:
         self._time.start_step()
         with self._time.phase("update"):
-            examples = [self.cursor.next() for _ in range(self.config.examples_per_step)]
-            batch = self.batch_of(self.step, examples)
+            number = self._length.next_batch(self._length.num_left(self.cursor.num_taken))
+            batch = self.batch_of(self.step, [self.cursor.next() for _ in range(number)])
             update = await self.learner.update(batch)
             if self.step == 0:
                 # From here on something is recorded, and that needs a checkpoint to go on from.
@@ -143,10 +145,6 @@ class SftLoop(Generic[E]):
     def _track(self, metrics: dict[str, float]) -> None:
         for tracker in self.trackers:
             tracker.log(self.step, metrics)
-
-
-def sft_steps(config: SftConfig, num_examples: int) -> int:
-    return config.num_steps or max(1, int(config.num_epochs * num_examples / config.examples_per_step))
 
 
 def sft_batch(step: int, examples: Sequence[SftExample]) -> TrainBatch:

@@ -34,6 +34,7 @@ from grpo_ray.carried import Carried, how_sampled
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.config import RunConfig
 from grpo_ray.cursor import Cursor
+from grpo_ray.epochs import run_length, used_up
 from grpo_ray.errors import NonFiniteError, PoisonedError, RewardError
 from grpo_ray.evaluate import eval_event, evaluate
 from grpo_ray.events import Event, MessageEvent, PhaseEvent, StepEvent
@@ -70,6 +71,8 @@ NO_SIGNAL = "no_signal"
 """Why dynamic sampling dropped a group."""
 POISONED = "poisoned"
 """Why a group is dropped whose prompt ends engines."""
+LAST_BATCH = "last_batch"
+"""Why a group is dropped that is left over at the end, where `data.last_batch` is `drop`."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,9 @@ class TrainLoop:
         self.emit = emit
         self.step = 0
         """Steps done; also the policy version of the learner."""
-        self.total_steps = total_steps(config, len(cursor))
+        self._length = run_length(config, len(cursor))
+        self.total_steps = self._length.num_steps
+        """Fewer in the end, if groups are dropped and the prompts used up before."""
         self._order = 0
         self._under_way: dict[asyncio.Future[None], Group] = {}
         """In dispatch order."""
@@ -245,6 +250,9 @@ class TrainLoop:
         self._counts, self._tally = StepCounts(), self._health.tally()
         with self._time.phase("rollout"):
             groups = await self._collect()
+        if not groups:
+            await self._end_here()
+            return
         self.ledger.flush()
         set_advantages(groups, self.config.algorithm)
         batch = cut_batch(groups, self.step, self.config)
@@ -284,14 +292,17 @@ class TrainLoop:
         self._track({"time/scale": span.seconds})
 
     async def _collect(self) -> list[Group]:
-        """The next P complete groups in dispatch order; fewer, but at least one, when the budget of dynamic sampling is spent.
-        Meanwhile the learner works on those of them that are there.
+        """The next P complete groups in dispatch order; fewer, but at least one, when the budget of dynamic sampling is spent, or
+        the prompts are; none when there is no batch any more. Meanwhile the learner works on those of them that are there.
 
         Always the oldest: however samples overtake each other, batches are the same, and no group waits for more than
         `max_staleness` steps.
         """
         while True:
-            wanted = self._wanted()
+            available = self._length.next_batch(self._num_left(), len(self._ready) + len(self._under_way))
+            if not available:
+                return []
+            wanted = min(self._wanted(), available)
             self._dispatch(wanted)
             if self._num_oldest_ready() >= wanted:
                 break
@@ -328,7 +339,8 @@ class TrainLoop:
             self._leave_out(group)
             self.ledger.dropped(group, self.step + 1, POISONED)
             self._counts.dropped[POISONED] = self._counts.dropped.get(POISONED, 0) + 1
-            self.emit(MessageEvent("error", f"{e}. It is set aside, and the next prompt takes its place"))
+            instead = ", and the next prompt takes its place" if self._num_left() else ""
+            self.emit(MessageEvent("error", f"{e}. It is set aside{instead}"))
             return
         self.ledger.sampled(group)
         if self._keep(group) and self._has_signal(group):
@@ -341,6 +353,29 @@ class TrainLoop:
         """Of every batch: others take its place."""
         del self._cursor_at[group.order]
         self._early.look_again()
+
+    def _num_left(self) -> float:
+        """Prompts that may still be begun."""
+        return self._length.num_left(self._order, self._carried.dropped)
+
+    async def _end_here(self) -> None:
+        """The prompts are used up before the steps are: groups were dropped.
+
+        Raises:
+            RewardError: every one was.
+        """
+        await self._early.finish()
+        for group in (*self._ready, *self._under_way.values()):
+            self._leave_out(group)
+            self.ledger.dropped(group, self.step + 1, LAST_BATCH)
+        for filling in self._under_way:
+            filling.cancel()
+        self._ready, self._under_way = [], {}
+        told = used_up(self.config, self.step, self.total_steps, self.ledger.summary().drop_reasons)
+        if self.step == 0:
+            raise RewardError(f"{told}. Nothing was trained")
+        self.emit(MessageEvent("info", told))
+        self.total_steps = self.step
 
     def _wanted(self) -> int:
         """Groups of this step's batch. Each group without signal beyond the budget of dynamic sampling makes it one smaller
@@ -366,7 +401,8 @@ class TrainLoop:
         ahead = min(self.config.algorithm.max_staleness, self.total_steps - self.step - 1)
         allowed = wanted + ahead * self.config.prompts_per_step
         fresh = []
-        for _ in range(allowed - len(self._ready) - len(self._under_way)):
+        num_fresh = min(allowed - len(self._ready) - len(self._under_way), self._num_left())
+        for _ in range(int(num_fresh)):
             while self._order in self._carried.dropped:
                 self.cursor.next()
                 self._order += 1
@@ -590,10 +626,6 @@ class TrainLoop:
         self._saved_step = self.step
         if self.step > 0:
             self._track({"time/checkpoint": span.seconds})
-
-
-def total_steps(config: RunConfig, num_prompts: int) -> int:
-    return config.num_steps or max(1, int(config.num_epochs * num_prompts / config.prompts_per_step))
 
 
 def _order(group: Group) -> int:

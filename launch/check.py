@@ -10,6 +10,7 @@ from rich.table import Table
 
 from actors.cluster import demands, missing
 from grpo_ray.config import AlgorithmConfig, RunConfig, SftConfig
+from grpo_ray.epochs import describe
 from grpo_ray.errors import ResourceError
 from grpo_ray.memory import count_parameters, learner_memory
 from grpo_ray.models import check_model_path, context_length, load_config, load_tokenizer, prepare_model
@@ -89,8 +90,12 @@ def _data_rows(config: RunConfig | SftConfig, model: str) -> list[tuple[str, str
 
     tokenizer = load_tokenizer(model, trust_remote_code=config.model.trust_remote_code)
     if isinstance(config, SftConfig):
-        report = load_task(config, tokenizer).dataset.report
-        return [("data", f"{config.data.train.path}: {report.num_kept} of {report.num_rows} examples")]
+        dataset = load_task(config, tokenizer).dataset
+        report = dataset.report
+        return [
+            ("data", f"{config.data.train.path}: {report.num_kept} of {report.num_rows} examples"),
+            ("length", describe(config, len(dataset))),
+        ]
     context = context_length(load_config(model, trust_remote_code=config.model.trust_remote_code))
     prompts = load_prompts(config.data, tokenizer, seed=config.seed, max_context=context)
     report = prompts.train.report
@@ -99,7 +104,10 @@ def _data_rows(config: RunConfig | SftConfig, model: str) -> list[tuple[str, str
         if report.num_kept < report.num_rows
         else ""
     )
-    rows = [("data", f"{config.data.train.path}: {report.num_kept} of {report.num_rows} prompts{left_out}")]
+    rows = [
+        ("data", f"{config.data.train.path}: {report.num_kept} of {report.num_rows} prompts{left_out}"),
+        ("length", describe(config, len(prompts.train))),
+    ]
     for name, source in config.data.eval_sets.items():
         what = f"{name}, {source.path}" if name else source.path
         rows.append(("held out", f"{what}: {len(prompts.eval[name])} prompts x {config.eval.num_samples}"))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from grpo_ray.config import DataSource, RunConfig, SftConfig, preferences
 from grpo_ray.config_base import Strict
+from grpo_ray.epochs import run_length
 from grpo_ray.pipeline.config import AssumeConfig
 from grpo_ray.pipeline.plan import Plan, Stage
 from grpo_ray.pipeline.record import Record
@@ -45,20 +46,18 @@ def _work(
     stage: Stage, config: Strict, assume: AssumeConfig, num_rows: Callable[[DataSource], int | None]
 ) -> tuple[int, str]:
     if isinstance(config, SftConfig):
-        rows = num_rows(config.data.train) or ROWS
-        steps = config.num_steps or max(1, int(config.num_epochs * rows / config.examples_per_step))
+        length = run_length(config, num_rows(config.data.train) or ROWS)
         each = (assume.prompt_tokens or 0) + (assume.completion_tokens or config.max_length / 2)
         each *= 1 if preferences(config) is None else 2
-        return round(steps * config.examples_per_step * each), f"{steps:,} steps x {config.examples_per_step} examples"
+        return round(length.num_rows * each), f"{length.num_steps:,} steps x {config.examples_per_step} examples"
     if isinstance(config, RunConfig):
         prompt = assume.prompt_tokens or config.data.max_prompt_length / 2
         each = prompt + (assume.completion_tokens or config.rollout.max_completion_length / 2)
         rows = num_rows(config.data.train) or ROWS
         if stage.kind == "train":
-            steps = config.num_steps or max(1, int(config.num_epochs * rows / config.prompts_per_step))
-            samples = config.prompts_per_step * config.rollout.num_generations
-            what = f"{steps:,} steps x {config.prompts_per_step} prompts x {config.rollout.num_generations} samples"
-            return round(steps * samples * each), what
+            length, size = run_length(config, rows), config.rollout.num_generations
+            what = f"{length.num_steps:,} steps x {config.prompts_per_step} prompts x {size} samples"
+            return round(length.num_rows * size * each), what
         return round(rows * config.sample.num_samples * each), f"{rows:,} prompts x {config.sample.num_samples} samples"
     return 0, "on this machine"
 

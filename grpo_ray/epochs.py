@@ -1,0 +1,129 @@
+"""How many steps a run takes, and on how many prompts or examples: `num_steps`, or `num_epochs` and `data.last_batch`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from fractions import Fraction
+
+from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """Of a run, as long as nothing is dropped: then it may end earlier, never later."""
+
+    num_steps: int
+    size: int
+    """Rows of a whole batch."""
+    num_rows: int
+    """That these steps train on, over all epochs."""
+    end: int | None = None
+    """So many rows are taken from the data and no more, whatever is dropped; None: as many as the steps take."""
+    whole_batches: bool = False
+    """What is left and fills no batch is left out."""
+
+    def num_left(self, taken: int, passed_over: Collection[int] = ()) -> float:
+        """Rows that may still be taken.
+
+        Args:
+            taken: so many are.
+            passed_over: places, counted from the start of the run, that will be.
+        """
+        end = self.end
+        if end is None:
+            return math.inf
+        return max(0, end - taken - sum(taken <= place < end for place in passed_over))
+
+    def next_batch(self, num_left: float, num_begun: int = 0) -> int:
+        """Rows of the next batch; 0: there is none any more.
+
+        Args:
+            num_left: rows that may still be taken.
+            num_begun: taken, and in no batch yet.
+        """
+        found = int(min(self.size, num_begun + num_left))
+        return 0 if self.whole_batches and found < self.size else found
+
+
+def run_length(config: RunConfig | SftConfig, num_rows: int) -> RunLength:
+    """
+    Args:
+        num_rows: prompts or examples of one epoch.
+
+    Raises:
+        ConfigError: `data.last_batch` is `drop`, and no batch is whole.
+    """
+    size = step_size(config)
+    if config.num_steps is not None:
+        return RunLength(config.num_steps, size, config.num_steps * size)
+    total = rows_of_epochs(config, num_rows)
+    steps = -(-total // size)
+    match config.data.last_batch:
+        case "short":
+            return RunLength(steps, size, total, end=total)
+        case "wrap":
+            return RunLength(steps, size, steps * size)
+        case "drop":
+            steps = total // size
+            if steps == 0:
+                what, option = _names(config)
+                raise ConfigError(
+                    f"data.last_batch drop: the {total} {what} of {_epochs(config)} are fewer than the {size} of a batch, so there "
+                    f"is no step; lower {option}, raise num_epochs, or use data.last_batch short or wrap"
+                )
+            return RunLength(steps, size, steps * size, end=total, whole_batches=True)
+
+
+def rows_of_epochs(config: RunConfig | SftConfig, num_rows: int) -> int:
+    """Of num_epochs, a part of a row rounded up; of the number as it was typed: 0.29 in binary is a little less than that."""
+    return math.ceil(Fraction(repr(config.num_epochs)) * num_rows)
+
+
+def used_up(config: RunConfig, step: int, planned: int, reasons: dict[str, int]) -> str:
+    """What is told of a run that ends before its steps do. `reasons`: why -> groups that were dropped."""
+    why = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
+    return f"the prompts of {_epochs(config)} are used up after step {step} of {planned}; groups were dropped: {why}"
+
+
+def step_size(config: RunConfig | SftConfig) -> int:
+    """Prompts or examples of a whole batch."""
+    return config.prompts_per_step if isinstance(config, RunConfig) else config.examples_per_step
+
+
+def describe(config: RunConfig | SftConfig, num_rows: int) -> str:
+    """`10 prompts, 1 epoch: 3 steps, the last of 2 prompts`. Raises ConfigError as `run_length` does."""
+    length, size = run_length(config, num_rows), step_size(config)
+    what = _names(config)[0].removesuffix("s")
+    steps = _count(length.num_steps, "step")
+    if config.num_steps is not None:
+        return f"{_count(num_rows, what)}: {steps} of {size}, {length.num_rows / num_rows:.3g} epochs"
+    text = f"{_count(num_rows, what)}, {_epochs(config)}: {steps}"
+    odd = rows_of_epochs(config, num_rows) % size
+    if not odd:
+        return f"{text} of {size}"
+    match config.data.last_batch:
+        case "short":
+            return f"{text}, the last of {_count(odd, what)}"
+        case "wrap":
+            return (
+                f"{text} of {size}, the last with {_count(size - odd, what)} of the epoch after, trained once too often"
+            )
+        case "drop":
+            return f"{text} of {size}, without the last {_count(odd, what)}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number > 1)}"
+
+
+def _epochs(config: RunConfig | SftConfig) -> str:
+    return f"{config.num_epochs:g} epoch{'s' * (config.num_epochs > 1)}"
+
+
+def _names(config: RunConfig | SftConfig) -> tuple[str, str]:
+    if isinstance(config, RunConfig):
+        return "prompts", "prompts_per_step"
+    return "examples", "examples_per_step"
