@@ -13,6 +13,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from grpo_ray.config_algorithm import AlgorithmConfig
 from grpo_ray.config_base import (
     Env,
+    HomePath,
     Labels,
     NonNegFloat,
     NonNegInt,
@@ -81,7 +82,7 @@ class LoraConfig(Strict):
 
 
 class ModelConfig(Strict):
-    path: str | None = None
+    path: HomePath | None = None
     """A folder with a Hugging Face model, or a name on the hub."""
     tiny: TinyModelConfig | None = None
     """Instead of `path`: make one."""
@@ -107,7 +108,7 @@ class ModelConfig(Strict):
 
 
 class DataSource(Strict):
-    path: str
+    path: HomePath
     """`file.jsonl`, `file.parquet`, a Hugging Face data set (name or folder), `reasoning_gym:TASK`, or
     `python:module.function` that returns rows."""
     name: str | None = None
@@ -144,7 +145,7 @@ class DataConfig(Strict):
     train: DataSource
     eval: EvalSources | None = None
     """One source (`eval/accuracy`), or several by name (`eval/NAME/accuracy`): `{math: {path: ..}, aime: {path: ..}}`."""
-    template: str = "chat"
+    template: HomePath = "chat"
     """`chat` (the tokenizer's own), `raw` (the prompt as it is), `r1`, `r1_zero`, or the path of a Jinja file."""
     system: str | None = None
     """System message put before string prompts under a chat template."""
@@ -314,7 +315,7 @@ class DeadlineConfig(Strict):
 
 
 class CheckpointConfig(Strict):
-    path: str | None = None
+    path: HomePath | None = None
     """A folder or an fsspec URL (`s3://bucket/runs`) that gets a folder for each run. None: `checkpoints/` of the run."""
     every_steps: PositiveInt = 50
     """And at the beginning and the end; the next one waits until the last is written."""
@@ -390,7 +391,7 @@ class RunConfig(Strict):
 
     name: str | None = None
     """Folder of the run under `dir`. None: the recipe's name and the time."""
-    dir: str = "runs"
+    dir: HomePath = "runs"
     seed: int = 1
     num_steps: PositiveInt | None = None
     num_epochs: Epochs = 1.0
@@ -498,7 +499,7 @@ class SftConfig(Strict):
     """Supervised fine-tuning with the same learner: `grpo-ray sft`."""
 
     name: str | None = None
-    dir: str = "runs"
+    dir: HomePath = "runs"
     seed: int = 1
     num_steps: PositiveInt | None = None
     num_epochs: Epochs = 1.0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 
 from grpo_ray.labels import check_labels, check_resources
 from grpo_ray.secrets import check_env
@@ -13,6 +14,21 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegFloat = Annotated[float, Field(ge=0)]
+
+
+def expand_home(path: str, info: ValidationInfo) -> str:
+    """With the home in place of `~`, unless the config is for another machine (`build`)."""
+    if not path.startswith("~") or (info.context or {}).get("keep_home"):
+        return path
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError(f"there is no user {path.split('/')[0][1:]!r}; a folder of this name is ./{path}")
+    return expanded
+
+
+HomePath = Annotated[str, AfterValidator(expand_home)]
+"""A path, or a URL or a name that stands for one; `~` is the home."""
+
 Env = Annotated[dict[str, str], AfterValidator(check_env)]
 """Environment variables of workers. A secret is named, not written: `HF_TOKEN: ${HF_TOKEN}`."""
 
@@ -26,7 +42,9 @@ Labels = Annotated[dict[str, str], AfterValidator(check_labels)]
 class Strict(BaseModel):
     """Unknown keys are refused, nothing changes after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, ser_json_inf_nan="constants"
+    )
 
 
 def check_bounds(section: str, number: int, low: int | None, high: int | None) -> None:

@@ -3,95 +3,120 @@
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from grpo_ray.config_base import Strict
+from grpo_ray.config_typed import Problems, Typed, with_types
+from grpo_ray.config_yaml import dump_yaml, load_yaml, read_flow
 from grpo_ray.errors import ConfigError
 
+__all__ = ["all_keys", "build", "deep_merge", "load_yaml", "parse_overrides", "to_yaml"]
+
 C = TypeVar("C", bound=Strict)
+_CLOSING = {"[": "]", "{": "}"}
 
 
 def parse_overrides(items: list[str]) -> dict[str, Any]:
-    """`["learner.zero_stage=3", "reward.functions=[{name: accuracy}]"]` -> a nested dict. Values are YAML."""
+    """`["learner.zero_stage=3", "data.system=Answer after ####."]` -> a nested dict, values as they were typed: `Typed`.
+
+    The schema says what a value means. Text is taken as it is, ` #` and all; what is wholly in quotes, YAML's or JSON's, loses
+    them. `null`, or nothing, is None where an option may be None. Numbers, bools, `[a, b]` and `{key: value}` are as in a file,
+    without comments. A mapping goes over what the recipe says there; `{}` empties it. Of one that is given twice the last counts.
+
+    Raises:
+        ConfigError: what is no override, or would undo another.
+    """
     out: dict[str, Any] = {}
+    given: dict[str, str] = {}
     for item in items:
         key, eq, value = item.partition("=")
-        if not eq or not key.strip():
+        key = key.strip()
+        if not eq or not all(key.split(".")):
             raise ConfigError(f"override {item!r} is not of the form key=value, e.g. learner.zero_stage=3")
-        try:
-            parsed = yaml.safe_load(value) if value else None
-        except yaml.YAMLError as e:
-            raise ConfigError(f"override {item!r}: the value is not YAML ({str(e).splitlines()[0]})") from None
-        if isinstance(parsed, str):
-            parsed = _number(parsed)
-        if key.strip() == "algorithm" and isinstance(parsed, str):
-            key = "algorithm.preset"
-        node = out
-        *parents, last = key.strip().split(".")
-        for part in parents:
-            node = node.setdefault(part, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"override {item!r}: {part!r} was already given a plain value")
-        node[last] = parsed
+        if any("\ud800" <= c <= "\udfff" for c in item):
+            raise ConfigError(f"override {item!r} is not UTF-8 text")
+        opening = value.strip()[:1]
+        if opening in _CLOSING and _CLOSING[opening] not in value:
+            raise ConfigError(
+                f"override {item!r}: a {opening!r} is never closed; if it is text, put it in quotes: {key}='\"{value}\"'"
+            )
+        if key.rpartition(".")[2] == "algorithm" and opening != "{":
+            key += ".preset"
+        inside = next((v for k, v in given.items() if k.startswith(f"{key}.")), None)
+        if inside is not None:
+            raise ConfigError(
+                f"override {item!r} would undo {inside!r}, which was given before it; leave one of them out"
+            )
+        given[key] = item
+        _put(out, key.split("."), Typed(value), item)
     return out
 
 
-def _number(text: str) -> str | float:
-    """YAML 1.1 reads `1e-6` as a string; people mean the number."""
+def _put(node: dict[str, Any], path: list[str], value: Typed, item: str) -> None:
+    *parents, last = path
+    for part in parents:
+        below = node.setdefault(part, {})
+        if isinstance(below, Typed):
+            below = node[part] = _opened(below)
+        if not isinstance(below, dict):
+            raise ConfigError(f"override {item!r}: {part!r} was already given a plain value")
+        node = below
+    node[last] = value
+
+
+def _opened(value: Any) -> Any:
+    """A mapping that was typed, as one; all else as it is."""
+    if not isinstance(value, Typed) or value.strip()[:1] != "{":
+        return value
     try:
-        return float(text) if "e" in text.lower() else text
-    except ValueError:
-        return text
+        found = read_flow(value.strip())
+    except ConfigError:
+        return value
+    return found if isinstance(found, dict) else value
 
 
 def deep_merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     """`top` over `base`; dicts merge, everything else is replaced. So is a section for which `top` names a preset: what
-    `base` says there belongs to another algorithm.
+    `base` says there belongs to another algorithm. An empty dict inside of `top` empties what `base` has there.
     """
     out = dict(base)
     for key, value in top.items():
         old = out.get(key)
         if key == "algorithm" and isinstance(old, str):
             old = {"preset": old}
-        if isinstance(old, dict) and isinstance(value, dict) and "preset" not in value:
-            value = deep_merge(old, value)
+        if isinstance(old, dict):
+            value = _opened(value)
+            if isinstance(value, dict) and value and "preset" not in value:
+                value = deep_merge(old, value)
         out[key] = value
     return out
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as e:
-        raise ConfigError(f"{path}: not valid YAML: {e}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping at the top, got {type(data).__name__}")
-    return _numbers(data)
-
-
-def _numbers(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {k: _numbers(v) for k, v in node.items()}
-    if isinstance(node, list):
-        return [_numbers(v) for v in node]
-    return _number(node) if isinstance(node, str) else node
-
-
-def build(schema: type[C], data: dict[str, Any], source: str) -> C:
+def build(schema: type[C], data: dict[str, Any], source: str, *, keep_home: bool = False) -> C:
     """Validate; every problem becomes one line that names the key.
+
+    Args:
+        keep_home: leave `~` in paths as it is, for another machine.
 
     Raises:
         ConfigError: with all problems, and "did you mean" for unknown keys.
     """
+    problems: Problems = {}
+    data = with_types(schema, data, problems)
+    lines = [f"{key}: {problem}" for key, problem in problems.items()]
     try:
-        return schema.model_validate(data)
+        config = schema.model_validate(data, context={"keep_home": keep_home})
     except ValidationError as e:
-        lines = [_explain(schema, err) for err in e.errors()]
-        raise ConfigError(f"{source} can't be used:\n" + "\n".join(f"  - {line}" for line in lines)) from None
+        lines += [_explain(schema, err) for err in e.errors() if _key_of(err) not in problems]
+    if lines:
+        raise ConfigError(f"{source} can't be used:\n" + "\n".join(f"  - {line}" for line in lines))
+    return config
+
+
+def _key_of(err: Any) -> str:
+    return ".".join(str(p) for p in err["loc"] if not str(p).startswith("<"))
 
 
 def _explain(schema: type[BaseModel], err: Any) -> str:
@@ -142,4 +167,4 @@ def all_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def to_yaml(config: Strict) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"))

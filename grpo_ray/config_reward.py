@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from grpo_ray.config_base import (
     Env,
@@ -16,6 +16,7 @@ from grpo_ray.config_base import (
     Resources,
     Strict,
     check_bounds,
+    expand_home,
 )
 
 SHARED_POOL = "reward"
@@ -33,13 +34,18 @@ class RewardWorkersConfig(Strict):
     """For one sample. None: reward.timeout_s."""
 
 
+def _at_home(args: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    """With the home in place of `~` in what is a path of built-in rewards."""
+    return {k: expand_home(v, info) if k in ("path", "cache") and isinstance(v, str) else v for k, v in args.items()}
+
+
 class RewardFunctionConfig(Strict):
     name: str
     """A built-in (`grpo-ray check` lists them) or a function by dotted path, `package.module.function`."""
     label: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
     """What metrics and `eval.accuracy` call it, where a function stands in the list more than once. None: its name."""
     weight: float = 1.0
-    args: dict[str, Any] = {}
+    args: Annotated[dict[str, Any], AfterValidator(_at_home)] = {}
     """Keyword arguments that every call gets besides the data."""
     sources: tuple[str, ...] = ()
     """Only rows whose column `source` is one of these; empty: all rows. Where it does not apply, it adds nothing."""

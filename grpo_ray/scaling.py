@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from grpo_ray.config import RunConfig
 from grpo_ray.config_files import build, deep_merge, load_yaml
 from grpo_ray.config_reward import SHARED_POOL
+from grpo_ray.config_yaml import dump_yaml
 from grpo_ray.errors import ConfigError
 from grpo_ray.files import write_whole
 
@@ -151,5 +150,4 @@ def change(before: Mapping[str, int], after: Mapping[str, int]) -> str:
 def record(path: Path, numbers: Mapping[str, int]) -> None:
     """Write the numbers into a run's config.yaml; all of it, or nothing."""
     top = {role: {"num_actors": number} for role, number in numbers.items()}
-    text = yaml.safe_dump(deep_merge(load_yaml(path), top), sort_keys=False, allow_unicode=True)
-    write_whole(path, text.encode())
+    write_whole(path, dump_yaml(deep_merge(load_yaml(path), top)).encode())

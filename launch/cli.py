@@ -24,7 +24,12 @@ Recipe = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe's name (see `grpo-ray check --list`) or a .yaml file")
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, e.g. learner.zero_stage=3")
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Dotted overrides, e.g. learner.zero_stage=3. Text is taken as typed, but for quotes around all of it; null (or "
+        "nothing) unsets an option, {} empties a mapping",
+    ),
 ]
 Address = Annotated[
     str | None,

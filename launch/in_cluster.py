@@ -28,7 +28,7 @@ def run_recipe(recipe: Path) -> None:
     """A recipe that `submit` has resolved: it has a name."""
     from launch.jobs import start_dpo, start_grpo, start_reward_model, start_sft
 
-    folder = home() / load_yaml(recipe).get("dir", RunConfig.model_fields["dir"].default)
+    folder = home() / Path(str(load_yaml(recipe).get("dir", RunConfig.model_fields["dir"].default))).expanduser()
     start = {"grpo": start_grpo, "sft": start_sft, "dpo": start_dpo, "reward_model": start_reward_model}[
         kind_of(recipe)
     ]

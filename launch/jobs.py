@@ -16,7 +16,7 @@ from grpo_ray.errors import ConfigError, WorkerError
 from grpo_ray.events import EndEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.records import step_to_resume
-from launch.recipe import COMMANDS, SCHEMAS, kind_of, load_recipe, load_run_config, run_folder
+from launch.recipe import COMMANDS, SCHEMAS, kind_of, load_recipe, load_run_config, run_folder, with_own
 
 console = Console(highlight=False, soft_wrap=True)
 SIGNAL_EXITS = {"SIGINT": 130, "SIGTERM": 143, "stopped": 143, "preempted": 143}
@@ -135,7 +135,9 @@ def evaluate_target(target: str, overrides: list[str]) -> None:
                 f"{target} has no exported model here (hf/ comes with its first checkpoint, or lies with it in checkpoint.path; "
                 "evaluate a copy of that with model.path=)"
             )
-        config = load_recipe(RunConfig, str(run.config), [f"model.path={run.exported}", "model.tiny=null", *overrides])
+        config = load_recipe(
+            RunConfig, str(run.config), with_own([f"model.path={run.exported}", "model.tiny=null"], overrides)
+        )
     else:
         config = load_recipe(RunConfig, target, overrides)
     if config.data.eval is None:
@@ -190,7 +192,7 @@ def exit_unless_finished(end: EndEvent) -> None:
 
 
 def write_config(run: RunDir, config: RunConfig | SftConfig) -> None:
-    run.config.write_text(to_yaml(config))
+    run.config.write_text(to_yaml(config), encoding="utf-8")
 
 
 def _remove_if_nothing_happened(run: RunDir) -> None:

@@ -6,6 +6,7 @@ plan -> for each stage: inputs unchanged? -> run, or go on with it -> measure ->
 from __future__ import annotations
 
 import fcntl
+import os
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from grpo_ray.names import check_name
 from grpo_ray.pipeline.config import PipelineConfig
 from grpo_ray.pipeline.gates import figures_of, judge
 from grpo_ray.pipeline.measure import measure
-from grpo_ray.pipeline.plan import Plan, Stage, make_plan
+from grpo_ray.pipeline.plan import Plan, Stage, make_plan, typed_stages
 from grpo_ray.pipeline.record import Record, StageRecord, check_unchanged
 from grpo_ray.pipeline.report import write_pipeline_report
 from grpo_ray.records import step_to_resume
@@ -36,7 +37,7 @@ from grpo_ray.sample_files import read_samples
 from grpo_ray.tracking import read_metrics
 from launch.jobs import exit_unless_finished, write_config
 from launch.pipeline_view import print_figures, print_plan
-from launch.recipe import find_recipe, is_pipeline
+from launch.recipe import find_recipe, is_pipeline, tell_of_repeated
 from launch.stage_data import make_data
 
 console = Console(highlight=False, soft_wrap=True)
@@ -50,7 +51,8 @@ def load_plan(recipe: str, overrides: list[str]) -> Plan:
     path = find_recipe(recipe)
     if not is_pipeline(path):
         raise ConfigError(f"recipe {recipe} has no stages: it is for `grpo-ray train` or another command of one run")
-    data = deep_merge(load_yaml(path), parse_overrides(overrides))
+    tell_of_repeated(overrides)
+    data = typed_stages(deep_merge(load_yaml(path), parse_overrides(overrides)))
     config = build(PipelineConfig, data, f"recipe {recipe}" + (f" with {' '.join(overrides)}" if overrides else ""))
     plan = make_plan(config, check_name(config.name or Path(recipe).stem), lambda name: load_yaml(find_recipe(name)))
     for stage in plan.stages:
@@ -86,7 +88,7 @@ def run_pipeline(recipe: str, overrides: list[str], first: str | None, last: str
         runner = _Runner(plan, record, " ".join([recipe, *overrides]))
         if first is not None:
             runner.start_again(plan.builds_on(first))
-        (plan.folder / RECIPE_COPY).write_text(to_yaml(plan.config))
+        (plan.folder / RECIPE_COPY).write_text(to_yaml(plan.config), encoding="utf-8")
         runner.run(todo)
 
 
@@ -316,6 +318,7 @@ def _tokens(stage: Stage, folder: Path) -> int:
 def _files(node: Any) -> list[str]:
     """Paths of local files that a stage's config names."""
     if isinstance(node, dict):
-        here = [node["path"]] if isinstance(node.get("path"), str) and Path(node["path"]).is_file() else []
+        path = node.get("path")
+        here = [path] if isinstance(path, str) and (path := os.path.expanduser(path)) and Path(path).is_file() else []
         return here + [path for value in node.values() for path in _files(value)]
     return [path for value in node for path in _files(value)] if isinstance(node, list) else []

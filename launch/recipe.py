@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 import time
 from pathlib import Path
 from typing import TypeVar
@@ -34,7 +35,7 @@ def find_recipe(recipe: str) -> Path:
     Raises:
         ConfigError: neither; with "did you mean".
     """
-    path = Path(recipe)
+    path = Path(recipe).expanduser()
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ConfigError(f"recipe file {path} does not exist")
@@ -49,13 +50,34 @@ def find_recipe(recipe: str) -> Path:
     )
 
 
-def load_recipe(schema: type[Config], recipe: str, overrides: list[str]) -> Config:
-    """Raises ConfigError with every problem, one a line."""
+def with_own(own: list[str], overrides: list[str]) -> list[str]:
+    """A command's own overrides, but for those that the user gives too, and the user's."""
+    given = {item.partition("=")[0].strip() for item in overrides}
+    return [item for item in own if item.partition("=")[0] not in given] + overrides
+
+
+def tell_of_repeated(overrides: list[str]) -> None:
+    keys = [item.partition("=")[0].strip() for item in overrides]
+    last = dict(zip(keys, overrides, strict=True))
+    for key in dict.fromkeys(k for k in keys if keys.count(k) > 1):
+        print(f"warning: {key} is given more than once; {last[key]} counts", file=sys.stderr)
+
+
+def load_recipe(schema: type[Config], recipe: str, overrides: list[str], *, keep_home: bool = False) -> Config:
+    """
+    Args:
+        keep_home: leave `~` in paths as it is, for another machine.
+
+    Raises:
+        ConfigError: with every problem, one a line.
+    """
     path = find_recipe(recipe)
+    tell_of_repeated(overrides)
     data = deep_merge(load_yaml(path), parse_overrides(overrides))
     if is_pipeline(path):
         raise ConfigError(f"recipe {recipe} has stages: it is for `grpo-ray pipeline {recipe}`")
-    return build(schema, data, f"recipe {recipe}" + (f" with {' '.join(overrides)}" if overrides else ""))
+    source = f"recipe {recipe}" + (f" with {' '.join(overrides)}" if overrides else "")
+    return build(schema, data, source, keep_home=keep_home)
 
 
 def load_run_config(schema: type[Config], path: Path) -> Config:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from grpo_ray.errors import WorkerError
 from launch.jobs import start_grpo, start_sft
+from launch.recipe import with_own
 
 GOAL = 0.90
 
@@ -24,7 +25,7 @@ def run_smoke(overrides: list[str]) -> None:
     )
     cold = start_sft("smoke_sft", [f"name=smoke-{stamp}-sft"])
     console.print("[bold]2/2 GRPO[/]: it learns from its own samples and a verifier (grpo-ray train smoke)")
-    run = start_grpo("smoke", [f"name=smoke-{stamp}", f"model.path={cold / 'hf'}", *overrides])
+    run = start_grpo("smoke", with_own([f"name=smoke-{stamp}", f"model.path={cold / 'hf'}"], overrides))
     before, after = held_out_accuracy(run)
     minutes = (time.monotonic() - began) / 60
     console.print(f"\n[bold]held-out accuracy {before:.1%} -> {after:.1%}[/] in {minutes:.1f} minutes")

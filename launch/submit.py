@@ -41,7 +41,7 @@ def submit(
     with tempfile.TemporaryDirectory(prefix="grpo-ray-") as scratch:
         size = stage(Path.cwd(), Path(scratch), exclude)
         if config is not None:
-            Path(scratch, RECIPE_FILE).write_text(to_yaml(config))
+            Path(scratch, RECIPE_FILE).write_text(to_yaml(config), encoding="utf-8")
         words = ["resume", recipe] if config is None else ["run", RECIPE_FILE]
         job = cluster.submit(name, words, scratch)
     again = f" --address {cluster.address}" if address else ""
@@ -54,7 +54,7 @@ def submit(
 
 def _resolve(recipe: str, overrides: list[str]) -> RunConfig | SftConfig:
     """Everything that is wrong with a recipe by itself is told here, before anything is shipped."""
-    config = load_recipe(SCHEMAS[kind_of(find_recipe(recipe))], recipe, overrides)
+    config = load_recipe(SCHEMAS[kind_of(find_recipe(recipe))], recipe, overrides, keep_home=True)
     on_cluster = config.cluster.model_copy(update={"address": None, "num_cpus": None})
     return config.model_copy(update={"name": run_folder(config, recipe).name, "cluster": on_cluster})
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from grpo_ray.config import DataSource
-from grpo_ray.config_base import NonNegFloat, PositiveFloat, PositiveInt, Strict
+from grpo_ray.config_base import HomePath, NonNegFloat, PositiveFloat, PositiveInt, Strict
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -41,7 +41,7 @@ class FilterConfig(Strict):
 class SampledSource(Strict):
     """Samples to choose from."""
 
-    path: str
+    path: HomePath
     """The samples/ of a run of `grpo-ray sample`."""
     filter: FilterConfig = FilterConfig()
     keep_per_prompt: PositiveInt | None = 1
@@ -58,7 +58,7 @@ class MixConfig(Strict):
     """Chosen samples, and other demonstrations at a ratio."""
 
     name: str | None = None
-    dir: str = "runs"
+    dir: HomePath = "runs"
     seed: int = 1
     samples: tuple[SampledSource, ...] = ()
     other: tuple[DataSource, ...] = ()
@@ -87,9 +87,9 @@ class PairsConfig(Strict):
     """Preferences between samples of the same prompt, by a judge who sees them in both orders; see `grpo_ray.judged_pairs`."""
 
     name: str | None = None
-    dir: str = "runs"
+    dir: HomePath = "runs"
     seed: int = 1
-    samples: str
+    samples: HomePath
     """The samples/ of a run of `grpo-ray sample`."""
     judge: JudgeConfig
     rubric: str | None = None
@@ -109,7 +109,7 @@ class PromptsConfig(Strict):
     """Prompts of several sources in one file, each row with its source in a column: what rewards by source go by."""
 
     name: str | None = None
-    dir: str = "runs"
+    dir: HomePath = "runs"
     seed: int = 1
     sources: Annotated[dict[str, DataSource], Field(min_length=1)]
     """What the column `source` says -> where the rows are; `limit` makes the shares."""

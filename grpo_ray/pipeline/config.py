@@ -18,7 +18,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from grpo_ray.config import ClusterConfig
-from grpo_ray.config_base import PositiveFloat, PositiveInt, Strict
+from grpo_ray.config_base import HomePath, PositiveFloat, PositiveInt, Strict
 
 StageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
@@ -50,7 +50,7 @@ class StageConfig(Strict):
     kind: str
     note: str = ""
     """One line for the plan and the report."""
-    recipe: str | None = None
+    recipe: HomePath | None = None
     """A recipe that `config` goes over."""
     needs: tuple[StageName, ...] = ()
     """Stages to wait for besides those that `config` names."""
@@ -78,7 +78,7 @@ class AssumeConfig(Strict):
 class PipelineConfig(Strict):
     name: str | None = None
     """Folder under `dir`. None: the recipe's name. Running it again goes on."""
-    dir: str = "runs"
+    dir: HomePath = "runs"
     seed: int = 1
     cluster: ClusterConfig = ClusterConfig()
     """One for all stages."""

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo_ray.config import RunConfig
 from grpo_ray.config_base import Strict
 from grpo_ray.config_files import build, deep_merge
+from grpo_ray.config_typed import with_types
 from grpo_ray.errors import ConfigError
 from grpo_ray.pipeline.config import GateConfig, PipelineConfig, StageConfig
 from grpo_ray.pipeline.kinds import EVAL, KINDS, Kind
@@ -92,6 +94,32 @@ class Plan:
             if out & set(stage.needs):
                 out.add(stage.name)
         return out
+
+
+def typed_stages(data: Data) -> Data:
+    """A pipeline as it was read, with the configs of its stages typed by the schemas of their kinds. What fits none of these
+    stays as it is: the stage's own validation names it.
+    """
+    out = dict(data)
+    common, stages = data.get("common"), data.get("stages")
+    if isinstance(common, dict):
+        out["common"] = {kind: _typed(kind, config) for kind, config in common.items()}
+    if isinstance(data.get("eval"), dict):
+        out["eval"] = _typed("sample", data["eval"])
+    if isinstance(stages, dict):
+        out["stages"] = {
+            name: _typed_stage(stage) if isinstance(stage, dict) else stage for name, stage in stages.items()
+        }
+    return out
+
+
+def _typed_stage(stage: Data) -> Data:
+    kinds = {"config": stage.get("kind"), "eval": "sample"}
+    return stage | {key: _typed(kind, stage[key]) for key, kind in kinds.items() if isinstance(stage.get(key), dict)}
+
+
+def _typed(kind: Any, config: Any) -> Any:
+    return with_types(KINDS[str(kind)].schema if str(kind) in KINDS else RunConfig, config, {})
 
 
 def make_plan(config: PipelineConfig, name: str, load_recipe: Callable[[str], Data]) -> Plan:
