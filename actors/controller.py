@@ -29,6 +29,7 @@ from actors.workers import Started, Workers
 from grpo_ray.attention import cpu_has_bf16
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.config import RunConfig, SftConfig, Strict
+from grpo_ray.config_effects import about_context, check_context
 from grpo_ray.cursor import Cursor
 from grpo_ray.epochs import run_length
 from grpo_ray.errors import CheckpointError, ConfigError, GrpoRayError, LostSamplesError, WorkerError
@@ -504,6 +505,10 @@ class Controller:
         tokenizer = await asyncio.to_thread(load_tokenizer, model, trust_remote_code=code)
         prompts = await asyncio.to_thread(load_prompts, config.data, tokenizer, seed=config.seed, max_context=context)
         self._tell_what_was_left_out(prompts.train.report)
+        check_context(config, context)
+        told = about_context(config, context, max(len(prompt.token_ids) for prompt in prompts.train))
+        if told is not None:
+            self._warn(told)
         return prompts
 
     def _tell_what_was_left_out(self, report: LoadReport) -> None:

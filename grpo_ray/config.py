@@ -112,14 +112,36 @@ class DataSource(Strict):
     """`file.jsonl`, `file.parquet`, a Hugging Face data set (name or folder), `reasoning_gym:TASK`, or
     `python:module.function` that returns rows."""
     name: str | None = None
-    """Subset (Hugging Face data sets)."""
+    """Subset; of Hugging Face data sets alone."""
     split: str = "train"
+    """Also a part of one, in the words of Hugging Face's `datasets`: `train[:50%]`, `train[100:200]`. Files and generators have one
+    split, `train`."""
     args: dict[str, Any] = {}
-    """Passed to the generator (reasoning_gym, python)."""
+    """Passed to the generator; of reasoning_gym and python alone."""
     columns: dict[str, str] = {}
     """Name here -> name in the data, dots for nested ones: `{prompt: question, answer: metadata.answer}`."""
     limit: PositiveInt | None = None
-    """Only the first rows."""
+    """Only the first rows, of the split."""
+
+    @property
+    def is_generator(self) -> bool:
+        return self.path.startswith(("reasoning_gym:", "python:"))
+
+    @property
+    def is_file(self) -> bool:
+        return not self.is_generator and self.path.endswith((".jsonl", ".ndjson", ".parquet"))
+
+    @model_validator(mode="after")
+    def _of_this_kind(self) -> Self:
+        if self.name is not None and (self.is_file or self.is_generator):
+            raise ValueError(
+                f"{self.path}: name {self.name!r} is a subset of a Hugging Face data set, and this has none; take it out"
+            )
+        if self.args and not self.is_generator:
+            raise ValueError(
+                f"{self.path}: args {self.args} are a generator's (reasoning_gym:TASK, python:module.function); take them out"
+            )
+        return self
 
 
 def _one_or_named(value: Any) -> str:

@@ -7,10 +7,10 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,56 @@ def load_table(source: DataSource, *, seed: int) -> Table:
         raise DataError(f"{source.path}: can't read this kind of file; expected .jsonl or .parquet")
     else:
         table = _hugging_face(source)
+    if (source.is_generator or source.is_file) and _is_part(source):
+        table = _part(table, source)
     if len(table.rows) == 0:
         raise DataError(f"{source.path}: the data set is empty; expected at least one row")
     return table
+
+
+def _is_part(source: DataSource) -> bool:
+    return source.split != "train"
+
+
+def _first_rows(source: DataSource) -> int | None:
+    """So many have to be read; None: all."""
+    return None if _is_part(source) else source.limit
+
+
+def _part(table: Table, source: DataSource) -> Table:
+    """What `split` and `limit` leave of a file or a generator, whose one split is `train`."""
+    rows = [row for _, row in _chosen(source, {"train": len(table.rows)})][: source.limit]
+    lines = None if table.lines is None else [table.lines[row] for row in rows]
+    return Table(table.name, table.label, [table.rows[row] for row in rows], lines)
+
+
+def _chosen(source: DataSource, splits: Mapping[str, int]) -> list[tuple[str, int]]:
+    """(split, row) of each row that `split` names, in the words of `datasets`.
+
+    Args:
+        splits: their numbers of rows.
+
+    Raises:
+        DataError: none, or there is no such split.
+    """
+    from datasets import ReadInstruction
+
+    try:
+        parts = ReadInstruction.from_spec(source.split).to_absolute(dict(splits))
+    except (ValueError, AssertionError):
+        first = next(iter(splits))
+        raise DataError(
+            f"{source.path} has no split {source.split!r}; it has: {', '.join(splits)}, and a part of one is {first}[:50%] or "
+            f"{first}[100:200]" + ("; for another split name another file" if source.is_file else "")
+        ) from None
+    rows = [(part.splitname, row) for part in parts for row in range(part.from_, part.to)]
+    if not rows:
+        raise DataError(f"{source.path}: split {source.split!r} holds none of its rows; it has: {_sizes(splits)}")
+    return rows
+
+
+def _sizes(splits: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} with {size}" for name, size in splits.items())
 
 
 def _existing(path: str) -> Path:
@@ -99,7 +146,7 @@ def _jsonl(source: DataSource) -> Table:
                 )
             rows.append(row)
             lines.append(number)
-            if len(rows) == source.limit:
+            if len(rows) == _first_rows(source):
                 break
     return Table(file.stem, source.path, rows, lines)
 
@@ -111,7 +158,7 @@ def _parquet(source: DataSource) -> Table:
     file = _existing(source.path)
     try:
         with pq.ParquetFile(file) as f:
-            limit = f.metadata.num_rows if source.limit is None else source.limit
+            limit = _first_rows(source)
             batches = (row for batch in f.iter_batches() for row in batch.to_pylist())
             return Table(file.stem, source.path, list(islice(batches, limit)))
     except (pa.ArrowException, OSError) as e:
@@ -123,6 +170,8 @@ def _hugging_face(source: DataSource) -> Table:
 
     folder = Path(source.path).expanduser()
     saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+    if saved and source.name is not None:
+        raise DataError(f"data set {source.path!r} was saved to disk, without subsets: take name {source.name!r} out")
     options = f"name {source.name!r}, split {source.split!r}"
     try:
         found = (
@@ -136,14 +185,24 @@ def _hugging_face(source: DataSource) -> Table:
             f"data set {source.path!r} ({options}) can't be loaded: {_first_line(e)}; expected a .jsonl or .parquet "
             "file, a local folder, or a name on the Hugging Face hub (from there: a network, or an earlier download)"
         ) from e
-    if isinstance(found, datasets.DatasetDict):
-        if source.split not in found:
-            raise DataError(f"data set {source.path!r} has no split {source.split!r}; it has: {', '.join(found)}")
-        found = found[source.split]
+    if saved:
+        found = _saved_part(source, found)
     if source.limit is not None:
         found = found.select(range(min(source.limit, len(found))))
     parts = (folder.name, source.name, source.split)
     return Table("-".join(p for p in parts if p), source.path, found)
+
+
+def _saved_part(source: DataSource, found: Any) -> Any:
+    """What `split` names of a data set, or of a mapping of splits, that was saved to disk."""
+    from datasets import Dataset, concatenate_datasets
+
+    splits = {str(found.split or "train"): found} if isinstance(found, Dataset) else dict(found)
+    if isinstance(found, Dataset) and not _is_part(source):
+        return found
+    chosen = _chosen(source, {name: len(rows) for name, rows in splits.items()})
+    runs = [(name, [row for _, row in run]) for name, run in groupby(chosen, key=lambda one: one[0])]
+    return concatenate_datasets([splits[name].select(rows) for name, rows in runs])
 
 
 def _reasoning_gym(source: DataSource, task: str, seed: int) -> Table:
@@ -165,7 +224,8 @@ def _reasoning_gym(source: DataSource, task: str, seed: int) -> Table:
         fields = ", ".join(DATASETS[task][1].__dataclass_fields__)
         raise DataError(f"{source.path}: args {args} are refused: {_first_line(e)}; it takes: {fields}") from None
     rows = []
-    size = len(dataset) if source.limit is None else min(source.limit, len(dataset))
+    limit = _first_rows(source)
+    size = len(dataset) if limit is None else min(limit, len(dataset))
     with progress(f"generating {source.path}", size) as advance:
         for entry in islice(dataset, size):
             columns = {"prompt": entry["question"], **entry}
@@ -190,7 +250,7 @@ def _python(source: DataSource, dotted: str) -> Table:
             hint = f"; did you mean {close[0]}?" if close else ""
             raise DataError(f"{source.path}: {module_name} has no function {function_name!r}{hint}")
         try:
-            rows = list(islice(_checked(function(**source.args), source.path), source.limit))
+            rows = list(islice(_checked(function(**source.args), source.path), _first_rows(source)))
         except TypeError as e:
             raise DataError(f"{source.path}: calling it with args {source.args} failed: {e}") from e
     return Table(function_name, source.path, rows)

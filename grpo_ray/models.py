@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,19 @@ def check_model_path(path: str) -> None:
         raise ConfigError(
             f"model.path {path} does not exist; give a folder with a Hugging Face model, or a name on the hub"
         )
+
+
+def known_context(config: ModelConfig) -> int | None:
+    """What `context_length` says, where it can be told without Transformers: of tiny models and of folders."""
+    if config.tiny is not None:
+        return config.tiny.context
+    try:
+        found = json.loads((Path(config.path or "") / "config.json").read_bytes())
+        text = found.get("text_config") or found
+        length = text.get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return length if isinstance(length, int) else None
 
 
 def load_config(path: str, *, trust_remote_code: bool) -> Any:

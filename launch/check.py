@@ -9,12 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.cluster import demands, missing
-from grpo_ray.config import AlgorithmConfig, RunConfig, SftConfig
+from grpo_ray.config import AlgorithmConfig, DataSource, RunConfig, SftConfig
+from grpo_ray.config_effects import about_context, check_context
 from grpo_ray.epochs import describe
 from grpo_ray.errors import ResourceError
 from grpo_ray.memory import count_parameters, learner_memory
 from grpo_ray.models import check_model_path, context_length, load_config, load_tokenizer, prepare_model
 from grpo_ray.rewards import BUILTINS, resolve
+from launch.effects import check_effects
 from launch.pipeline import run_pipeline
 from launch.recipe import COMMANDS, SCHEMAS, find_recipe, is_pipeline, kind_of, load_recipe, recipe_names
 
@@ -39,16 +41,19 @@ def check_recipe(recipe: str, overrides: list[str]) -> None:
     kind = kind_of(find_recipe(recipe))
     config = load_recipe(SCHEMAS[kind], recipe, overrides)
     preflight(config)
+    check_effects(config, COMMANDS[kind], [])
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     with console.status("reading model config and data ..."), tempfile.TemporaryDirectory() as scratch:
         offered, where = _offered(config)
         model = prepare_model(config.model, Path(scratch))
+        context = context_length(load_config(model, trust_remote_code=config.model.trust_remote_code))
+        check_context(config, context)
         for name, text in [
             *_model_rows(config, model, on_gpu=offered.get("GPU", 0) > 0),
             *_data_rows(config, model),
-            *_step_rows(config),
+            *_step_rows(config, context),
             *_cluster_rows(config, offered, where),
         ]:
             table.add_row(name, text)
@@ -93,7 +98,7 @@ def _data_rows(config: RunConfig | SftConfig, model: str) -> list[tuple[str, str
         dataset = load_task(config, tokenizer).dataset
         report = dataset.report
         return [
-            ("data", f"{config.data.train.path}: {report.num_kept} of {report.num_rows} examples"),
+            ("data", f"{source_told(config.data.train)}: {report.num_kept} of {report.num_rows} examples"),
             ("length", describe(config, len(dataset))),
         ]
     context = context_length(load_config(model, trust_remote_code=config.model.trust_remote_code))
@@ -105,20 +110,29 @@ def _data_rows(config: RunConfig | SftConfig, model: str) -> list[tuple[str, str
         else ""
     )
     rows = [
-        ("data", f"{config.data.train.path}: {report.num_kept} of {report.num_rows} prompts{left_out}"),
+        ("data", f"{source_told(config.data.train)}: {report.num_kept} of {report.num_rows} prompts{left_out}"),
         ("length", describe(config, len(prompts.train))),
     ]
     for name, source in config.data.eval_sets.items():
-        what = f"{name}, {source.path}" if name else source.path
+        what = f"{name}, {source_told(source)}" if name else source_told(source)
         rows.append(("held out", f"{what}: {len(prompts.eval[name])} prompts x {config.eval.num_samples}"))
+    longest = max(len(prompt.token_ids) for prompt in prompts.train)
+    if (warning := about_context(config, context, longest)) is not None:
+        rows.append(("warning", warning))
     first = prompts.train.item(0, 0)
     rows.append(("prompt", repr(first.text if len(first.text) < 300 else first.text[:297] + "...")))
     return rows
 
 
-def _step_rows(config: RunConfig | SftConfig) -> list[tuple[str, str]]:
+def source_told(source: DataSource) -> str:
+    """With its split, where that is not the usual one."""
+    return source.path + (f" {source.split}" if source.split != "train" else "")
+
+
+def _step_rows(config: RunConfig | SftConfig, context: int) -> list[tuple[str, str]]:
     if isinstance(config, SftConfig):
-        return [("step", f"{config.examples_per_step} examples")]
+        warning = about_context(config, context)
+        return [("step", f"{config.examples_per_step} examples"), *([("warning", warning)] if warning else [])]
     a, r = config.algorithm, config.rollout
     updates = a.num_iterations * a.num_mini_batches
     rewards = " + ".join(f"{f.weight:g} x {f.title}" for f in config.reward.functions)
@@ -135,7 +149,8 @@ def _step_rows(config: RunConfig | SftConfig) -> list[tuple[str, str]]:
     return [
         (
             "step",
-            f"{config.prompts_per_step} prompts x {r.num_generations} samples of up to {r.max_completion_length} tokens, "
+            f"{config.prompts_per_step} prompts x {r.num_generations} samples of up to "
+            f"{min(r.max_completion_length, context - 1)} tokens, "
             f"{updates} optimizer step{'s' * (updates > 1)}",
         ),
         ("reward", rewards),

@@ -171,15 +171,17 @@ def decontaminate(
     column: Annotated[str | None, typer.Option(help="Where TRAIN has its prompt; else prompt, or messages")] = None,
     against_column: Annotated[str | None, typer.Option(help="Where TEST has it; else as in TRAIN")] = None,
     name: Annotated[str | None, typer.Option(help="Subset of both, for data sets on the hub")] = None,
-    split: Annotated[str, typer.Option(help="Of TRAIN, for data sets on the hub")] = "train",
-    against_split: Annotated[str, typer.Option(help="Of TEST, likewise")] = "test",
+    split: Annotated[str | None, typer.Option(help="Of TRAIN, or a part of it: train[:50%]; else train")] = None,
+    against_split: Annotated[str | None, typer.Option(help="Of TEST, likewise; else test, or all of a file")] = None,
 ) -> None:
     """Leave out the training rows that share ten words in a row with a test prompt, and write the others as JSONL."""
-    from grpo_ray.config import DataSource
     from launch.decontaminate import decontaminate as run
+    from launch.decontaminate import source_of
 
-    tests = [DataSource(path=path, name=name, split=against_split) for path in against]
-    source = DataSource(path=train, name=name, split=split)
+    tests = [source_of(path, name, against_split, "test") for path in against]
+    source = source_of(train, name, split, "train")
+    if name is not None and not any(s.name for s in (source, *tests)):
+        raise ConfigError(f"--name {name} is a subset of a data set on the hub, and none is named here")
     run(source, tests, column, against_column or column, ngram, out)
 
 

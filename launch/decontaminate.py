@@ -17,6 +17,14 @@ SEED = 1
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
 
+def source_of(path: str, name: str | None, split: str | None, usual: str) -> DataSource:
+    """A subset is of data sets on the hub, and so is the `usual` split; of a file all rows are compared."""
+    source = DataSource(path=path)
+    if source.is_file or source.is_generator:
+        return DataSource(path=path, split=split or "train")
+    return DataSource(path=path, name=name, split=split or usual)
+
+
 def decontaminate(
     train: DataSource, tests: list[DataSource], column: str | None, test_column: str | None, n: int, out: Path | None
 ) -> Path:

@@ -16,6 +16,7 @@ from grpo_ray.errors import ConfigError, WorkerError
 from grpo_ray.events import EndEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.records import step_to_resume
+from launch.effects import check_effects
 from launch.recipe import COMMANDS, SCHEMAS, kind_of, load_recipe, load_run_config, run_folder, with_own
 
 console = Console(highlight=False, soft_wrap=True)
@@ -24,28 +25,29 @@ SIGNAL_EXITS = {"SIGINT": 130, "SIGTERM": 143, "stopped": 143, "preempted": 143}
 
 def start_grpo(recipe: str, overrides: list[str]) -> Path:
     config = load_recipe(RunConfig, recipe, overrides)
-    return _start("grpo", config, run_folder(config, recipe))
+    return _start("grpo", config, run_folder(config, recipe), overrides)
 
 
 def start_sft(recipe: str, overrides: list[str]) -> Path:
     config = load_recipe(SftConfig, recipe, overrides)
-    return _start("sft", config, run_folder(config, recipe))
+    return _start("sft", config, run_folder(config, recipe), overrides)
 
 
 def start_dpo(recipe: str, overrides: list[str]) -> Path:
     config = load_recipe(DpoConfig, recipe, overrides)
-    return _start("dpo", config, run_folder(config, recipe))
+    return _start("dpo", config, run_folder(config, recipe), overrides)
 
 
 def start_reward_model(recipe: str, overrides: list[str]) -> Path:
     config = load_recipe(RewardModelConfig, recipe, overrides)
-    return _start("reward_model", config, run_folder(config, recipe))
+    return _start("reward_model", config, run_folder(config, recipe), overrides)
 
 
-def _start(kind: str, config: RunConfig | SftConfig, folder: Path) -> Path:
+def _start(kind: str, config: RunConfig | SftConfig, folder: Path, overrides: list[str]) -> Path:
     from launch.check import preflight
 
     preflight(config)
+    check_effects(config, COMMANDS[kind], overrides)
     run = RunDir.create(folder).with_checkpoints(config.checkpoint.path)
     if run.steps():
         raise ConfigError(
@@ -63,6 +65,7 @@ def _start(kind: str, config: RunConfig | SftConfig, folder: Path) -> Path:
 def start_sample(recipe: str, overrides: list[str]) -> Path:
     """New samples, or the rest of those that a run of this name has begun."""
     config = load_recipe(RunConfig, recipe, overrides)
+    check_effects(config, "sample", overrides)
     folder = run_folder(config, recipe)
     if RunDir(folder).samples.is_dir():
         run = RunDir.open(folder)
@@ -145,6 +148,7 @@ def evaluate_target(target: str, overrides: list[str]) -> None:
     from launch.check import preflight
 
     preflight(config)
+    check_effects(config, "eval", overrides)
     scratch = Path(config.dir) / ".eval"
     scratch.mkdir(parents=True, exist_ok=True)
     exit_unless_finished(_run("eval", config, RunDir(scratch), None))

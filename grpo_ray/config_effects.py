@@ -1,0 +1,265 @@
+"""Where options have an effect, and which of a config's have none: nothing that is set is ignored in silence.
+
+    not_looked_at(config, "sample")  ->  {"num_steps": "`grpo-ray sample` does not look at it", ..}
+    without_effect(config, "train")  ->  {"eval.top_p": "eval.temperature is 0: the likeliest token is taken", ..}
+
+Options that can never do anything together are refused by the schema itself. These here are reported, for recipes are shared and
+resumed; of those that were typed for this very command the first kind is refused (`launch/effects.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from grpo_ray.config import RolloutConfig, RunConfig, SftConfig
+from grpo_ray.config_algorithm import AlgorithmConfig
+from grpo_ray.config_reward import SHARED_POOL
+from grpo_ray.errors import ConfigError
+
+Command = Literal["train", "sample", "eval", "sft", "dpo", "reward-model"]
+LEARNING = "train sft dpo reward-model"
+SAMPLING = "train sample eval"
+SUPERVISED = "sft dpo reward-model"
+ALL = f"{SAMPLING} {SUPERVISED}"
+
+WHERE: dict[str, dict[str, str]] = {
+    "": {
+        "dir seed": ALL,
+        "name": f"{LEARNING} sample",
+        "num_steps num_epochs": LEARNING,
+        "prompts_per_step": "train",
+        "examples_per_step max_length": SUPERVISED,
+    },
+    "model": {
+        "path tiny dtype trust_remote_code": ALL,
+        "attention gradient_checkpointing": LEARNING,
+        "lora": "train sft dpo",
+    },
+    "model.tiny": {
+        "hidden_size num_layers num_heads num_kv_heads context intermediate_size words vocab_size seed": ALL,
+    },
+    "model.lora": {"r alpha target_modules": "train sft dpo", "transfer": "train"},
+    "data": {
+        "eval template system long_prompts chat_template_kwargs": ALL,
+        "exclude_eval": f"{LEARNING} sample",
+        "shuffle last_batch": LEARNING,
+        "max_prompt_length": SAMPLING,
+    },
+    "data.train": {"path name split args columns limit": ALL},
+    "data.eval": {"path name split args columns limit": ALL},
+    "rollout": {
+        "num_actors num_cpus num_gpus resources labels tensor_parallel_size max_completion_length stop stop_token_ids "
+        "max_num_seqs kv_cache_gb gpu_memory_utilization enforce_eager num_threads env": SAMPLING,
+        "min_actors max_actors num_generations temperature top_p": "train",
+        "top_k min_p": "train sample",
+    },
+    "reward": {
+        "functions num_actors num_cpus resources labels timeout_s num_gpus unit memory_gb env": SAMPLING,
+        "min_actors max_actors": "train",
+    },
+    "reward.on_failure": {"retries": SAMPLING, "action value": "train", "abort_above": "train sample"},
+    "reward.functions": {"name label weight args sources from_step part": SAMPLING},
+    "reward.functions.workers": {"num_actors num_cpus num_gpus timeout_s": SAMPLING},
+    "algorithm": {
+        "preset advantage gamma lam std_ddof std_eps loss epsilon_low epsilon_high dual_clip_c cispo_max_ratio "
+        "sapo_temperature_pos sapo_temperature_neg entropy_coef beta kl_in kl_estimator ref_refresh_steps ref_polyak_tau "
+        "old_logprobs importance_sampling importance_sampling_clip_min importance_sampling_clip_max geometric_mask "
+        "off_policy_mask_threshold dynamic_sampling max_sampling_rounds mask_truncated num_iterations num_mini_batches "
+        "max_staleness": "train",
+    },
+    "learner": {
+        "num_actors num_cpus num_gpus resources labels sequence_parallel_size zero_stage offload_optimizer offload_params "
+        "learning_rate lr_scheduler_type min_lr_ratio warmup_steps weight_decay adam_betas adam_eps max_grad_norm "
+        "micro_batch_tokens packing logprob_chunk_tokens max_restarts num_threads env": LEARNING,
+        "share_prompts skip_no_signal overlap": "train",
+    },
+    "critic": {"learning_rate warmup_steps value_clip_range": "train"},
+    "weights": {"backend bucket_mb": "train"},
+    "deadlines": {"resources_s start_s sync_s": ALL, "sample_s": SAMPLING, "update_s save_s": LEARNING},
+    "checkpoint": {"path every_steps every_minutes keep export": LEARNING},
+    # Pipelines measure by the last two what a stage `sample` has made.
+    "eval": {"every_steps": "train", "num_samples temperature top_p": "train eval", "accuracy threshold": SAMPLING},
+    "sample": {"num_samples temperature top_p shard_prompts": "sample"},
+    "tracking": {"tensorboard wandb mlflow prometheus project trace": LEARNING, "rollouts": "train"},
+    "cluster": {"address num_cpus": ALL, "placement": "train"},
+    "dpo": {"loss beta": "dpo"},
+    "reward_model": {"loss use_margin": "reward-model"},
+}  # fmt: skip
+"""Section -> options -> the commands that they change something in. A new option is entered here."""
+
+COMMANDS_OF = {
+    f"{section}.{name}".lstrip("."): frozenset(commands.split())
+    for section, options in WHERE.items()
+    for names, commands in options.items()
+    for name in names.split()
+}
+
+
+def not_looked_at(config: RunConfig | SftConfig, command: str) -> dict[str, str]:
+    """Options that differ from their default, and are of other commands -> why they do nothing in this one."""
+    return {
+        key: f"`grpo-ray {command}` does not look at it" + _instead(key, command)
+        for key, _ in _given(config)
+        if command not in COMMANDS_OF.get(key, ALL.split())
+    }
+
+
+def without_effect(config: RunConfig | SftConfig, command: str) -> dict[str, str]:
+    """Options that differ from their default, and change nothing beside the others of this config -> why."""
+    given = dict(_given(config))
+    found = {key: why for find in _FINDERS for key, why in find(config, command)}
+    return {key: why for key, why in found.items() if key in given and command in COMMANDS_OF.get(key, ALL.split())}
+
+
+def _instead(key: str, command: str) -> str:
+    if command in ("eval", "sample") and key in ("rollout.temperature", "rollout.top_p", "rollout.num_generations"):
+        return f"; it is {command}.{key.removeprefix('rollout.').replace('generations', 'samples')} there"
+    return ""
+
+
+def check_context(config: RunConfig | SftConfig, context: int) -> None:
+    """
+    Args:
+        context: tokens that the model was made for, prompt included.
+
+    Raises:
+        ConfigError: no sample can be as long as the given rollout.max_completion_length.
+    """
+    if not isinstance(config, RunConfig):
+        return
+    asked = config.rollout.max_completion_length
+    if asked < context or asked == RolloutConfig.model_fields["max_completion_length"].default:
+        return
+    room = max(1, context - min(config.data.max_prompt_length, context // 2))
+    raise ConfigError(
+        f"rollout.max_completion_length is {asked}, and the model's context is {context} tokens, prompt included: no sample can be "
+        f"that long; lower it, e.g. to {room}"
+    )
+
+
+def about_context(config: RunConfig | SftConfig, context: int, longest_prompt: int = 0) -> str | None:
+    """One line, where the model has less room than options allow.
+
+    Args:
+        longest_prompt: tokens, of the data.
+    """
+    if isinstance(config, SftConfig):
+        if config.max_length <= context:
+            return None
+        return (
+            f"max_length is {config.max_length}, and the model's context is {context} tokens: what is longer is trained beyond it; "
+            f"lower max_length to {context}"
+        )
+    asked, room = config.rollout.max_completion_length, context - longest_prompt
+    if room >= asked:
+        return None
+    return (
+        f"rollout.max_completion_length is {asked}, but the longest prompt has {longest_prompt} tokens and the model's context is "
+        f"{context}: its samples are cut at {room}; lower max_completion_length to {room}"
+        + (f", or data.max_prompt_length to {context - asked}" if asked < context else "")
+    )
+
+
+def _given(node: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of what is not at its default. (A resolved config names every key.)"""
+    for name, field in type(node).model_fields.items():
+        value = getattr(node, name)
+        if value is not None and field.default is None:
+            yield prefix + name, value
+        if isinstance(value, BaseModel):
+            yield from _given(value, f"{prefix}{name}.")
+        elif field.default is not None and value != field.get_default(call_default_factory=True):
+            yield prefix + name, value
+
+
+Found = Iterator[tuple[str, str]]
+
+
+def _of_steps(config: RunConfig | SftConfig, command: str) -> Found:
+    if config.num_steps is not None:
+        yield "num_epochs", f"num_steps is given ({config.num_steps}); num_steps=null lets num_epochs decide"
+    learner = config.learner
+    if learner.lr_scheduler_type != "cosine_with_min_lr":
+        yield (
+            "learner.min_lr_ratio",
+            f"it is of cosine_with_min_lr, and lr_scheduler_type is {learner.lr_scheduler_type}",
+        )
+    if not learner.packing:
+        yield "learner.share_prompts", "sequences that are padded (packing false) share no prompt"
+    elif learner.sequence_parallel_size > 1:
+        yield "learner.share_prompts", "sequences that several learners share (sequence_parallel_size) share no prompt"
+
+
+def _of_tracking(config: RunConfig | SftConfig, command: str) -> Found:
+    if not (config.tracking.wandb or config.tracking.mlflow):
+        yield "tracking.project", "it is of tracking.wandb and tracking.mlflow, and both are off"
+    if config.cluster.address is not None:
+        yield "cluster.num_cpus", "it is of a cluster started here, and cluster.address joins one"
+    if config.model.tiny is not None:
+        yield "model.trust_remote_code", "a tiny model has no code of its own"
+
+
+def _of_data(config: RunConfig | SftConfig, command: str) -> Found:
+    if config.data.eval is None:
+        yield "data.exclude_eval", "there is no data.eval"
+    elif command == "sft" and not config.data.exclude_eval:
+        yield "data.eval", "fine-tuning measures nothing on it, and data.exclude_eval is off"
+    elif command == "sample" and not config.data.exclude_eval:
+        yield "data.eval", "`grpo-ray sample` takes data.train, and data.exclude_eval is off"
+
+
+def _of_evaluation(config: RunConfig | SftConfig, command: str) -> Found:
+    if not isinstance(config, RunConfig):
+        return
+    if config.data.eval is None and command == "train":
+        for name in ("every_steps", "num_samples", "temperature", "top_p", "accuracy", "threshold"):
+            yield f"eval.{name}", "there is no data.eval to measure on"
+    for section, temperature in (("eval", config.eval.temperature), ("sample", config.sample.temperature)):
+        if temperature == 0:
+            yield f"{section}.top_p", f"{section}.temperature is 0: the likeliest token is taken"
+            yield f"{section}.num_samples", f"{section}.temperature is 0: all samples of a prompt are the same"
+    if command == "sample" and config.sample.temperature == 0:
+        for name in ("top_k", "min_p"):
+            yield f"rollout.{name}", "sample.temperature is 0: the likeliest token is taken"
+
+
+def _of_workers(config: RunConfig | SftConfig, command: str) -> Found:
+    if not isinstance(config, RunConfig):
+        return
+    if config.rollout.kv_cache_gb is not None:
+        yield "rollout.gpu_memory_utilization", "rollout.kv_cache_gb says how large the cache is"
+    reward = config.reward
+    if SHARED_POOL not in reward.pools:
+        for name in ("num_actors", "min_actors", "max_actors", "num_cpus", "num_gpus", "unit"):
+            yield f"reward.{name}", "every reward function has workers of its own"
+    if reward.on_failure.action != "value":
+        yield "reward.on_failure.value", "it is of action value, and reward.on_failure.action is drop_group"
+
+
+def _of_the_loss(config: RunConfig | SftConfig, command: str) -> Found:
+    if not isinstance(config, RunConfig):
+        return
+    a = config.algorithm
+    if a.advantage in ("dr_grpo", "rloo", "gae"):
+        for name in ("std_ddof", "std_eps"):
+            yield f"algorithm.{name}", f"advantage {a.advantage} divides by no standard deviation"
+    on_policy = a.num_iterations * a.num_mini_batches == 1 and a.max_staleness == 0 and a.old_logprobs == "recompute"
+    if on_policy:
+        usual = AlgorithmConfig.model_validate({"preset": a.preset, "loss": a.loss})
+        bounds = ["epsilon_low", "epsilon_high", "dual_clip_c", "sapo_temperature_pos", "sapo_temperature_neg"]
+        for name in bounds + ["cispo_max_ratio"] * (a.cispo_max_ratio >= 1):
+            if getattr(a, name) != getattr(usual, name):
+                yield f"algorithm.{name}", "with one update a batch the ratio is 1, which nothing clips"
+
+
+_FINDERS: tuple[Callable[[RunConfig | SftConfig, str], Found], ...] = (
+    _of_steps,
+    _of_tracking,
+    _of_data,
+    _of_evaluation,
+    _of_workers,
+    _of_the_loss,
+)

@@ -1,0 +1,47 @@
+"""What a command tells of options that do nothing in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import groupby
+
+from rich.console import Console
+
+from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.config_effects import check_context, not_looked_at, without_effect
+from grpo_ray.errors import ConfigError
+from grpo_ray.models import known_context
+
+console = Console(highlight=False, soft_wrap=True, stderr=True)
+SHARED = ("sample", "eval")
+"""They take recipes of `grpo-ray train`, most of which is not for them."""
+
+
+def check_effects(config: RunConfig | SftConfig, command: str, overrides: list[str]) -> None:
+    """Warn of options without an effect.
+
+    Raises:
+        ConfigError: one was typed for this command, which does not look at it; or the model has no room for what is asked.
+    """
+    others = not_looked_at(config, command)
+    for item in overrides:
+        typed = item.partition("=")[0].strip()
+        for key, why in others.items():
+            if f"{key}.".startswith(f"{typed}.") or typed.startswith(f"{key}."):
+                raise ConfigError(f"override {item!r}: {key}: {why}; leave it out")
+    context = known_context(config.model)
+    if context is not None:
+        check_context(config, context)
+    for line in told(
+        without_effect(config, command) if command in SHARED else others | without_effect(config, command)
+    ):
+        console.print(f"warning: {line}", style="yellow", markup=False)
+
+
+def told(found: Mapping[str, str]) -> list[str]:
+    """A line for each reason."""
+    by_why = sorted(found.items(), key=lambda entry: entry[1])
+    return [
+        f"{', '.join(key for key, _ in entries)}: no effect: {why}"
+        for why, entries in groupby(by_why, key=lambda entry: entry[1])
+    ]
