@@ -170,7 +170,11 @@ class DataConfig(Strict):
     template: HomePath = "chat"
     """`chat` (the tokenizer's own), `raw` (the prompt as it is), `r1`, `r1_zero`, or the path of a Jinja file."""
     system: str | None = None
-    """System message put before string prompts under a chat template."""
+    """System message of prompts that have none, under a chat template: put before strings, and before conversations that begin
+    without one."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables of the chat template, e.g. `{enable_thinking: false}`. A row's column of this name comes before it, and a row's
+    column `tools` is shown too (TRL's names; verl's apply_chat_template_kwargs)."""
     shuffle: bool = True
     max_prompt_length: PositiveInt = 512
     """Tokens."""

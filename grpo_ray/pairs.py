@@ -38,7 +38,7 @@ class Pair:
     prompt_ids: list[int]
     """[N]. The very ids that reinforcement learning would sample from."""
     answers: tuple[list[int], ...]
-    """[T] each, the end-of-sequence token last: chosen and rejected, or the one."""
+    """[T] each, the token that ends the turn last: chosen and rejected, or the one."""
     target: float
     """By how much the first should be better; or the one's label."""
 
@@ -93,10 +93,8 @@ def load_pairs(
     Raises:
         DataError: names source, line or row, and the mend.
     """
-    eos: int | None = tokenizer.eos_token_id
-    if eos is None:
-        raise DataError("the tokenizer has no end-of-sequence token, so that no answer could end; set its eos_token")
-    render = make_template(data.template, tokenizer, data.system)
+    render = make_template(data.template, tokenizer, data.system, data.chat_template_kwargs)
+    _ = render.end  # Without one no row is at fault.
 
     def load(name: str, table: Table, source: DataSource, held_out: frozenset[str]) -> tuple[PairDataset, set[str]]:
         kept, texts = [], set()
@@ -105,9 +103,9 @@ def load_pairs(
             if row.rendered.text in held_out:
                 num_in_eval += 1
                 continue
-            ids = [
-                np.asarray([*tokenizer(text, add_special_tokens=False)["input_ids"], eos], np.int32) for text in answers
-            ]
+            ids = [row.answer_ids(tokenizer, render, text) for text in answers]
+            if len({x.tobytes() for x in ids}) < len(ids):
+                raise DataError(f"{row.where}: chosen and rejected are the same text; leave the row out")
             length = len(row.token_ids) + max(map(len, ids))
             if length > max_length:
                 refuse_if_asked(data, f"{row.where}: prompt and answer are {length} tokens", max_length, "max_length")
@@ -169,8 +167,6 @@ def _rows(
     explicit = replace(table, rows=_explicit(table, source))
     for row in tokenized_rows(explicit, source, render, tokenizer, demonstrations=False):
         answers = tuple(_answer(row, name) for name in ("chosen", "rejected"))
-        if answers[0] == answers[1]:
-            raise DataError(f"{row.where}: chosen and rejected are the same text; leave the row out")
         yield row, answers, _number(row, "margin") if use_margin else 0.0
 
 

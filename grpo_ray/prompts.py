@@ -47,7 +47,7 @@ class SftExample:
     prompt_ids: list[int]
     """[N]. The very ids that reinforcement learning would sample from."""
     completion_ids: list[int]
-    """[T], the end-of-sequence token last. Tokenized apart from the prompt: sampling meets the same seam."""
+    """[T], the token that ends the turn last; see `grpo_ray.tokenized.answer_ids`."""
 
 
 class PromptDataset:
@@ -134,7 +134,7 @@ def load_prompts(data: DataConfig, tokenizer: Any, *, seed: int, max_context: in
     Raises:
         DataError: names source, line or row, and the mend.
     """
-    render = make_template(data.template, tokenizer, data.system)
+    render = make_template(data.template, tokenizer, data.system, data.chat_template_kwargs)
     limit, option = data.max_prompt_length, "data.max_prompt_length"
     if max_context is not None and max_context <= limit:
         limit, option = max_context - 1, "what the model's context leaves"
@@ -178,12 +178,8 @@ def load_demonstrations(data: DataConfig, tokenizer: Any, *, seed: int, max_leng
     Raises:
         DataError: names source, line or row, and the mend.
     """
-    eos: int | None = tokenizer.eos_token_id
-    if eos is None:
-        raise DataError(
-            "the tokenizer has no end-of-sequence token, so that no demonstration could end; set its eos_token"
-        )
-    render = make_template(data.template, tokenizer, data.system)
+    render = make_template(data.template, tokenizer, data.system, data.chat_template_kwargs)
+    _ = render.end  # Without one no row is at fault.
     sources = data.eval_sets.values() if data.exclude_eval else ()
     held_out = frozenset(text for source in sources for text in _texts(source, render, tokenizer, seed))
     table = load_table(data.train, seed=seed)
@@ -193,7 +189,8 @@ def load_demonstrations(data: DataConfig, tokenizer: Any, *, seed: int, max_leng
         if row.rendered.text in held_out:
             num_in_eval += 1
             continue
-        ids = [*tokenizer(row.completion, add_special_tokens=False)["input_ids"], eos]
+        assert row.completion is not None
+        ids = row.answer_ids(tokenizer, render, row.completion)
         length = len(row.token_ids) + len(ids)
         if length > max_length:
             refuse_if_asked(data, f"{row.where}: prompt and completion are {length} tokens", max_length, "max_length")
@@ -201,7 +198,7 @@ def load_demonstrations(data: DataConfig, tokenizer: Any, *, seed: int, max_leng
             continue
         rows.append(row.row)
         prompts.append(row.token_ids)
-        completions.append(np.asarray(ids, np.int32))
+        completions.append(ids)
     report = LoadReport(len(table.rows), num_too_long, num_in_eval)
     check_any_left(report, table, max_length, "max_length")
     return SftDataset(table.name, rows, prompts, completions, report)

@@ -6,15 +6,21 @@
 | `r1`      | `chat`, with `R1_SYSTEM` as system message                 | none                                   |
 | `raw`     | the prompt as it is                                        | those the tokenizer puts around a text |
 | `r1_zero` | `R1_ZERO`, for base models                                 | the same                               |
-| a file    | Jinja, see below                                           | the same, unless it starts with bos    |
+| a file    | Jinja, see below                                           | the same                               |
 
-A Jinja file sees `prompt` (text or messages), `messages` (or none), `system`, `columns`, `bos_token` and `eos_token`.
+No text gets a second bos. A Jinja file sees `prompt` (text or messages), `messages` (or none), `system`, `columns`, `bos_token` and
+`eos_token`. A chat template sees a row's columns `tools` and `chat_template_kwargs`, as in TRL.
+
+Demonstrations are what follows the prompt in the template's text of the whole conversation, up to the token that ends the turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +28,8 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from grpo_ray.errors import DataError
+from grpo_ray.thinking import CLOSE, OPEN, opens_thinking, without_opening
+from grpo_ray.turns import TurnEnd, end_of_text, end_of_turn
 
 R1_SYSTEM = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
@@ -34,7 +42,9 @@ R1_SYSTEM = (
 R1_ZERO = R1_SYSTEM + " User: {prompt}. Assistant:"
 """DeepSeek-R1-Zero's template (2501.12948, Table 1), whole. The full stop after the prompt is the paper's."""
 
+CHAT = ("chat", "r1")
 BUILT_IN = ("chat", "raw", "r1", "r1_zero")
+KWARGS, TOOLS = "chat_template_kwargs", "tools"
 
 
 @dataclass(frozen=True)
@@ -46,19 +56,101 @@ class Rendered:
     """The conversation, system message included; None for a string prompt outside a chat template."""
     add_special_tokens: bool
     """Does the tokenizer still have to put its own (bos) around `text`?"""
+    options: Mapping[str, Any] | None = None
+    """What the chat template was given besides: `tools`, and its keyword arguments."""
 
 
 Render = Callable[[Any, dict[str, Any]], Rendered]
 """(prompt: str or list of messages, other columns) -> Rendered."""
 
 
-def make_template(name: str, tokenizer: Any, system: str | None = None) -> Render:
-    """The function that templates one row.
+class Template:
+    """A template in the tokenizer's words. Called with (prompt: str or list of messages, other columns) it templates one row."""
+
+    def __init__(self, render: Render, tokenizer: Any) -> None:
+        self._render = render
+        self._tokenizer = tokenizer
+
+    def __call__(self, prompt: Any, columns: dict[str, Any]) -> Rendered:
+        """Raises DataError for a row that does not fit the template."""
+        return self._render(prompt, columns)
+
+    @cached_property
+    def end(self) -> TurnEnd:
+        """How an answer ends.
+
+        Raises:
+            DataError: nothing tells.
+        """
+        return end_of_text(self._tokenizer)
+
+    def answer(self, prompt: Rendered, text: str, *, sampled: bool = False) -> str:
+        """What is written behind the prompt for an answer, without the token that ends it.
+
+        Args:
+            sampled: it is a model's, which may break off anywhere, and is taken as it is where it does not fit the template.
+
+        Raises:
+            DataError: the template has no place for it.
+        """
+        return self._as_written(prompt, text)
+
+    def _as_written(self, prompt: Rendered, text: str) -> str:
+        return without_opening(prompt.text, self.end.stripped(text)) + self.end.before
+
+
+class ChatTemplate(Template):
+    """The tokenizer's own."""
+
+    @cached_property
+    def end(self) -> TurnEnd:
+        return end_of_turn(self._tokenizer, lambda messages: _apply(self._tokenizer, messages, False, None))
+
+    def answer(self, prompt: Rendered, text: str, *, sampled: bool = False) -> str:
+        """As the template writes the whole conversation. Some drop reasoning from it: then as it was demonstrated, for that is
+        what is sampled."""
+        end = self.end
+        text = end.stripped(text)
+        whole = _apply(
+            self._tokenizer, [*(prompt.messages or ()), {"role": "assistant", "content": text}], False, prompt.options
+        )
+        follows = whole.startswith(prompt.text) and whole.endswith(end.tail)
+        if follows:
+            rest = whole.removeprefix(prompt.text).removesuffix(end.tail)
+            if CLOSE not in text or CLOSE in rest:
+                return rest + end.before
+        opened = opens_thinking(prompt.text) and whole.startswith(prompt.text[: prompt.text.rindex(OPEN)])
+        if sampled or (CLOSE in text and (follows or opened)):
+            return self._as_written(prompt, text)
+        if opened:
+            raise DataError(
+                "the tokenizer's chat template opens <think> in the prompt, and this answer does not close it; write "
+                f"{OPEN}{CLOSE} before it, or set data.template to the path of a Jinja file"
+            )
+        raise DataError(
+            "the tokenizer's chat template renders the prompt in another way when an answer follows, so the model would be trained "
+            f"on what it is never asked (prompt {prompt.text[-80:]!r}, with the answer {whole[-120:]!r}); set data.template to "
+            "the path of a Jinja file"
+        )
+
+
+def make_template(
+    name: str, tokenizer: Any, system: str | None = None, kwargs: Mapping[str, Any] | None = None
+) -> Template:
+    """The template that `data.template` names.
+
+    Args:
+        system: of prompts that have none, under a chat template.
+        kwargs: of the chat template; a row's own come before them.
 
     Raises:
-        DataError: a template that doesn't exist or doesn't parse, a tokenizer without chat template, `system` with a
-            template that has no place for it. The returned function raises it for a row that doesn't fit the template.
+        DataError: a template that doesn't exist or doesn't parse, a tokenizer without chat template, `system` or `kwargs` with a
+            template that has no place for them.
     """
+    if kwargs and name not in CHAT:
+        raise DataError(
+            f"data.template {name} has no place for data.chat_template_kwargs; drop them, or set data.template=chat"
+        )
     match name:
         case "chat" | "r1":
             if not getattr(tokenizer, "chat_template", None):
@@ -70,43 +162,95 @@ def make_template(name: str, tokenizer: Any, system: str | None = None) -> Rende
                 raise DataError(
                     "data.template r1 brings its own system message; drop data.system, or set data.template=chat"
                 )
-            return _chat(tokenizer, R1_SYSTEM if name == "r1" else system)
+            shared = _checked_kwargs(kwargs, "data.chat_template_kwargs", tokenizer)
+            return ChatTemplate(_chat(tokenizer, R1_SYSTEM if name == "r1" else system, shared), tokenizer)
         case "raw" | "r1_zero":
             if system is not None:
                 raise DataError(
                     f"data.template {name} has no place for data.system; drop it, or set data.template=chat"
                 )
-            return _text("{prompt}" if name == "raw" else R1_ZERO, name)
+            return Template(_text("{prompt}" if name == "raw" else R1_ZERO, name, tokenizer), tokenizer)
         case _:
-            return _jinja(Path(name), tokenizer, system)
+            return Template(_jinja(Path(name), tokenizer, system), tokenizer)
 
 
 def _name(tokenizer: Any) -> str:
     return getattr(tokenizer, "name_or_path", "") or "the model"
 
 
-def _chat(tokenizer: Any, system: str | None) -> Render:
-    def render(prompt: Any, _columns: dict[str, Any]) -> Rendered:
+def _chat(tokenizer: Any, system: str | None, kwargs: Mapping[str, Any]) -> Render:
+    def render(prompt: Any, columns: dict[str, Any]) -> Rendered:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if system is not None and messages[0]["role"] != "system":
+        if system is not None and messages[0]["role"] not in ("system", "developer"):
             messages.insert(0, {"role": "system", "content": system})
-        try:
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except jinja2.TemplateError as e:
-            raise DataError(f"the tokenizer's chat template refuses the conversation: {e}") from None
-        return Rendered(text, messages, add_special_tokens=False)
+        options: Mapping[str, Any] | None = kwargs or None
+        if columns.get(KWARGS) is not None or columns.get(TOOLS) is not None:
+            own = _checked_kwargs(columns.get(KWARGS), f"column {KWARGS!r}", tokenizer)
+            options = {**kwargs, TOOLS: _tools(columns.get(TOOLS)), **own}
+        return Rendered(_apply(tokenizer, messages, True, options), messages, add_special_tokens=False, options=options)
 
     return render
 
 
-def _text(template: str, name: str) -> Render:
+def _apply(tokenizer: Any, messages: list[dict[str, Any]], ask: bool, options: Mapping[str, Any] | None) -> str:
+    """`ask`: with what begins the assistant's turn."""
+    try:
+        text: str = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=ask, tokenize=False, **(options or {})
+        )
+    except (jinja2.TemplateError, TypeError, ValueError) as e:
+        raise DataError(f"the tokenizer's chat template refuses the conversation: {e}") from None
+    return text
+
+
+def _checked_kwargs(value: Any, where: str, tokenizer: Any) -> dict[str, Any]:
+    """Of a Parquet file a row has the keys of all rows, null where it has none itself."""
+    value = _parsed(value)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
+        raise DataError(
+            f"expected {where} to be a mapping such as {{enable_thinking: false}}, got {type(value).__name__} {value!r:.60}"
+        )
+    ours = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {TOOLS, "documents", "kwargs"}
+    if taken := sorted(ours.intersection(value)):
+        raise DataError(f"{where} holds {taken[0]!r}, which is no variable of a chat template; remove it")
+    out = {k: v for k, v in value.items() if v is not None}
+    return {**out, TOOLS: _tools(out[TOOLS])} if TOOLS in out else out
+
+
+def _tools(value: Any) -> list[dict[str, Any]] | None:
+    """JSON schemas, or their text, as in TRL. An empty list is none: some templates write a heading for it."""
+    value = _parsed(value)
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise DataError(
+            f"expected column {TOOLS!r} to be a list of JSON schemas, got {type(value).__name__} {value!r:.60}"
+        )
+    return value or None
+
+
+def _parsed(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _text(template: str, name: str, tokenizer: Any) -> Render:
+    bos = getattr(tokenizer, "bos_token", None)
+
     def render(prompt: Any, _columns: dict[str, Any]) -> Rendered:
         if not isinstance(prompt, str):
             raise DataError(
                 f"the prompt is a conversation, and data.template {name} takes a string; set data.template=chat, "
                 "or map a column that holds the text: data.train.columns={prompt: NAME}"
             )
-        return Rendered(template.replace("{prompt}", prompt), None, add_special_tokens=True)
+        text = template.replace("{prompt}", prompt)
+        return Rendered(text, None, add_special_tokens=not (bos and text.startswith(bos)))
 
     return render
 

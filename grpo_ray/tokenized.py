@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from grpo_ray.config import DataSource
 from grpo_ray.data import Row, Table, map_columns, progress
 from grpo_ray.errors import DataError
-from grpo_ray.templates import Render, Rendered
+from grpo_ray.templates import Render, Rendered, Template
 
 _CHUNK = 1000
 
@@ -63,6 +63,13 @@ class TokenizedRow:
     """Mapped, without the prompt; for demonstrations also without the completion."""
     completion: str | None
 
+    def answer_ids(self, tokenizer: Any, template: Template, text: str) -> NDArray[np.int32]:
+        """Of an answer to it, see `answer_ids`. Raises DataError, which names the row."""
+        try:
+            return answer_ids(tokenizer, template, self.rendered, self.token_ids, text)
+        except DataError as e:
+            raise DataError(f"{self.where}: {e}") from None
+
 
 def tokenized_rows(
     table: Table, source: DataSource, render: Render, tokenizer: Any, *, demonstrations: bool
@@ -93,16 +100,52 @@ def tokenized_rows(
 
 
 def tokenize(tokenizer: Any, rendered: Sequence[Rendered]) -> list[NDArray[np.int32]]:
-    """Token ids of each text, [N] each."""
+    """Token ids of each text, [N] each. Something always follows, so none gets the token that ends a text (`add_eos_token`)."""
     out: list[NDArray[np.int32]] = [np.zeros(0, np.int32)] * len(rendered)
     for special in (False, True):
         places = [i for i, r in enumerate(rendered) if r.add_special_tokens is special]
         if places:
             texts = [rendered[i].text for i in places]
             ids = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+            behind = _num_added_behind(tokenizer) if special else 0
             for i, x in zip(places, ids, strict=True):
-                out[i] = np.asarray(x, np.int32)
+                out[i] = np.asarray(x[: len(x) - behind], np.int32)
     return out
+
+
+def _num_added_behind(tokenizer: Any) -> int:
+    """Special tokens that the tokenizer puts behind every text."""
+    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    for behind in range(len(whole) - len(plain) + 1):
+        end = len(whole) - behind
+        if whole[end - len(plain) : end] == plain:
+            return behind
+    return 0
+
+
+def answer_ids(
+    tokenizer: Any,
+    template: Template,
+    prompt: Rendered,
+    prompt_ids: NDArray[np.int32],
+    text: str,
+    *,
+    sampled: bool = False,
+) -> NDArray[np.int32]:
+    """Token ids of an answer, the one that ends it last: [T]. They are those of prompt and answer in one text, as in TRL, where the
+    prompt's own stay the same in it; else the answer is tokenized apart, for sampling meets the same seam.
+
+    Args:
+        sampled: see `Template.answer`.
+
+    Raises:
+        DataError: the template has no place for the answer, or nothing ends it.
+    """
+    answer = template.answer(prompt, text, sampled=sampled)
+    (whole,) = tokenize(tokenizer, [replace(prompt, text=prompt.text + answer)])
+    same = np.array_equal(whole[: len(prompt_ids)], prompt_ids)
+    ids = whole[len(prompt_ids) :] if same else tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return np.asarray([*ids, template.end.id], np.int32)
 
 
 def fingerprint(name: str, rows: Sequence[int], columns: Sequence[Row], *token_ids: TokenLists) -> str:

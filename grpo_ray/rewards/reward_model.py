@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from grpo_ray.errors import ConfigError, DataError, RewardError
 from grpo_ray.judge import KEY_VARIABLE, NO_KEY
 from grpo_ray.rewards.function import Completions, Conversation, text_of
-from grpo_ray.templates import Render, make_template
-from grpo_ray.tokenized import tokenize
+from grpo_ray.templates import Template, make_template
+from grpo_ray.tokenized import answer_ids, tokenize
 
 _Forward = Callable[[list[NDArray[np.int32]]], list[float]]
 
@@ -81,7 +81,7 @@ class _Scorer:
             raise RewardError(f"reward 'reward_model': {path} has {config.num_labels} labels, expected 1, a score")
         self._forward = forward
         self._context = int(config.get_text_config().max_position_embeddings)
-        self._renders: dict[str, Render] = {}
+        self._templates: dict[str, Template] = {}
 
     def scores(self, prompts: Completions, completions: Completions, batch_tokens: int) -> list[float | RewardError]:
         texts = [self._ids(p, text_of(c)) for p, c in zip(prompts, completions, strict=True)]
@@ -99,16 +99,18 @@ class _Scorer:
         return out
 
     def _ids(self, prompt: str | Conversation, completion: str) -> NDArray[np.int32]:
-        """Tokenized apart, as in training."""
+        """As in training."""
         name = "raw" if isinstance(prompt, str) else "chat"
         try:
-            if name not in self._renders:
-                self._renders[name] = make_template(name, self._tokenizer)
-            (ids,) = tokenize(self._tokenizer, [self._renders[name](prompt, {})])
+            if name not in self._templates:
+                self._templates[name] = make_template(name, self._tokenizer)
+            template = self._templates[name]
+            rendered = template(prompt, {})
+            (ids,) = tokenize(self._tokenizer, [rendered])
+            answer = answer_ids(self._tokenizer, template, rendered, ids, completion, sampled=True)
+            return np.concatenate([ids, answer])
         except (DataError, ConfigError) as e:
             raise RewardError(f"reward 'reward_model': {e}") from None
-        answer = self._tokenizer(completion, add_special_tokens=False)["input_ids"]
-        return np.asarray([*ids, *answer, self._tokenizer.eos_token_id], np.int32)
 
 
 class _Here:
