@@ -50,6 +50,7 @@ from grpo_ray.sampling import about_samples, sample_all
 from grpo_ray.scaling import record, rescaled
 from grpo_ray.secrets import hide_secrets
 from grpo_ray.sft_loop import SftLoop
+from grpo_ray.stops import stops_of_run
 from grpo_ray.supervised import load_task
 from grpo_ray.tokenized import LoadReport
 from grpo_ray.tracking import make_trackers, read_metrics
@@ -503,6 +504,7 @@ class Controller:
         code = config.model.trust_remote_code
         context = context_length(await asyncio.to_thread(load_config, model, trust_remote_code=code))
         tokenizer = await asyncio.to_thread(load_tokenizer, model, trust_remote_code=code)
+        stops_of_run(config, tokenizer, model)
         prompts = await asyncio.to_thread(load_prompts, config.data, tokenizer, seed=config.seed, max_context=context)
         self._tell_what_was_left_out(prompts.train.report)
         check_context(config, context)

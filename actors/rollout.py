@@ -22,8 +22,9 @@ from actors.engine_adapters import Adapter, AdapterOptions, EngineAdapters, lora
 from actors.runtime import give_way, own_log, own_scratch, use_nodes_interface
 from grpo_ray.config import RolloutConfig
 from grpo_ray.errors import WorkerError
-from grpo_ray.models import context_length, load_config
-from grpo_ray.types import Sample, SampleInfo, SampleRequest, VersionSpan
+from grpo_ray.models import context_length, eos_ids, load_config, vocab_size
+from grpo_ray.stops import Stops, find_stops, template_end
+from grpo_ray.types import Sample, SampleInfo, SampleRequest, SamplingParams, VersionSpan
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -154,6 +155,7 @@ class RolloutActor:
         trust_remote_code: bool = False,
         adapters: AdapterOptions | None = None,
         colocated: bool = False,
+        template: str = "raw",
     ) -> None:
         self.name = f"rollout-{index}"
         own_log(run_dir, self.name)
@@ -184,6 +186,10 @@ class RolloutActor:
         give_way()
         self._adapters = EngineAdapters(self.engine, adapters, model, self.name)
         self.tokenizer: Any = self.engine.get_tokenizer()
+        self._eos_ids = eos_ids(model, self.tokenizer, trust_remote_code=trust_remote_code)
+        self._turn_end = template_end(self.tokenizer, template)
+        self._vocab_size = vocab_size(model_config)
+        self._stops: dict[SamplingParams, Stops] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._outcomes: list[Outcome] = []
         self._samples: list[Sample] = []
@@ -248,12 +254,15 @@ class RolloutActor:
         final: RequestOutput | None = None
         try:
             prompt = {"prompt_token_ids": request.prompt_token_ids}
+            stops = self._stops_of(request.params)
             with self._adapters.use() as adapter:
                 lora = adapter.request if adapter is not None else None
-                async for output in self.engine.generate(prompt, _vllm_params(request), str(ticket), lora_request=lora):
+                async for output in self.engine.generate(
+                    prompt, _vllm_params(request, stops), str(ticket), lora_request=lora
+                ):
                     final = output
             assert final is not None
-            self._finish(ticket, request, final, adapter)
+            self._finish(ticket, request, final, adapter, stops)
         except EngineDeadError:
             self._arrived.set()
         except VLLMClientError as e:
@@ -266,7 +275,21 @@ class RolloutActor:
             if not self._tasks:
                 self._busy_s += time.monotonic() - self._busy_since
 
-    def _finish(self, ticket: int, request: SampleRequest, final: RequestOutput, adapter: Adapter | None) -> None:
+    def _stops_of(self, params: SamplingParams) -> Stops:
+        if params not in self._stops:
+            self._stops[params] = find_stops(
+                self.tokenizer,
+                self._eos_ids,
+                self._turn_end,
+                self._vocab_size,
+                params.stop,
+                params.stop_token_ids,
+            )
+        return self._stops[params]
+
+    def _finish(
+        self, ticket: int, request: SampleRequest, final: RequestOutput, adapter: Adapter | None, stops: Stops
+    ) -> None:
         completion = final.outputs[0]
         if completion.finish_reason not in ("stop", "length"):
             self._add(Outcome(ticket, None, "aborted", f"finish_reason {completion.finish_reason}"))
@@ -284,7 +307,7 @@ class RolloutActor:
             logprobs=_sampled_logprobs(completion.logprobs, len(token_ids), self.name),
             versions=versions,
             finish_reason=completion.finish_reason,
-            text=self.tokenizer.decode(token_ids, skip_special_tokens=True),
+            text=stops.read(self.tokenizer, token_ids),
         )
         info = SampleInfo(
             prompt_id=sample.prompt_id,
@@ -424,20 +447,23 @@ class RolloutActor:
         return int(processes[0].pid)
 
 
-def _vllm_params(request: SampleRequest) -> VllmSamplingParams:
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
+def _vllm_params(request: SampleRequest, stops: Stops) -> VllmSamplingParams:
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import SamplingParams as VllmSamplingParams
 
     p = request.params
-    return SamplingParams(
+    return VllmSamplingParams(
         temperature=p.temperature,
         top_p=p.top_p,
         top_k=p.top_k,
         min_p=p.min_p,
         max_tokens=p.max_tokens,
         seed=request.seed,
-        stop=list(p.stop),
+        stop=list(stops.strings),
+        stop_token_ids=list(stops.token_ids),
         # Stop strings are found in text; without them the text is made once, at the end.
-        detokenize=bool(p.stop),
+        detokenize=bool(stops.strings),
+        skip_special_tokens=False,
         include_stop_str_in_output=True,
         logprobs=0,
         flat_logprobs=True,

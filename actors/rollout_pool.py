@@ -654,6 +654,7 @@ class RolloutPool:
             c.model.trust_remote_code,
             AdapterOptions.of(c),
             c.colocated,
+            c.data.template,
             run_dir=self._run_dir,
             name=engine.name,
             num_cpus=rollout.num_cpus,

@@ -218,6 +218,10 @@ class RolloutConfig(Strict):
     """0: all."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     stop: tuple[str, ...] = ()
+    """Texts that end a sample, looked for in it as it is written, special tokens included. They stay in what rewards see; but a
+    special token that ends a turn (`<|im_end|>`, not `</answer>`) does not."""
+    stop_token_ids: tuple[NonNegInt, ...] = ()
+    """Tokens that end one, besides the model's end-of-sequence tokens and the one that ends the chat template's turns."""
     max_num_seqs: PositiveInt = 256
     """Sequences that one engine samples at once."""
     kv_cache_gb: PositiveFloat | None = None

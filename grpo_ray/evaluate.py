@@ -83,6 +83,7 @@ def eval_sampling(config: RunConfig) -> SamplingParams:
         min_p=0.0,
         max_tokens=config.rollout.max_completion_length,
         stop=config.rollout.stop,
+        stop_token_ids=config.rollout.stop_token_ids,
     )
 
 

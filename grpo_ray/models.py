@@ -86,6 +86,26 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizer
         ) from None
 
 
+def eos_ids(path: str, tokenizer: Any, *, trust_remote_code: bool) -> list[int]:
+    """The tokens that end a sample of this model whatever the run's options are, as vLLM reads them: the tokenizer's, and those of
+    generation_config.json (Llama 3 has three); without such a file, those of config.json."""
+    from transformers import GenerationConfig
+
+    try:
+        named = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:
+        config = load_config(path, trust_remote_code=trust_remote_code)
+        named = GenerationConfig.from_model_config(config).eos_token_id
+    several = named if isinstance(named, list) else [named]
+    return [int(i) for i in dict.fromkeys([tokenizer.eos_token_id, *several]) if i is not None]
+
+
+def vocab_size(model_config: Any) -> int:
+    """Rows of the output layer, at times more than the tokenizer has tokens."""
+    text = getattr(model_config, "text_config", None) or model_config
+    return int(text.vocab_size)
+
+
 def context_length(model_config: Any) -> int:
     """Tokens that the model was made for."""
     text = getattr(model_config, "text_config", None) or model_config

@@ -57,6 +57,7 @@ def sampling_params(config: RunConfig) -> SamplingParams:
         min_p=config.rollout.min_p,
         max_tokens=config.rollout.max_completion_length,
         stop=config.rollout.stop,
+        stop_token_ids=config.rollout.stop_token_ids,
     )
 
 
@@ -77,6 +78,7 @@ def about_samples(config: RunConfig, prompts: PromptDataset, model: str, model_s
             "min_p": params.min_p,
             "max_tokens": params.max_tokens,
             "stop": list(params.stop),
+            **({"stop_token_ids": list(params.stop_token_ids)} if params.stop_token_ids else {}),
         },
         rewards=[f.model_dump(mode="json") for f in config.reward.functions],
     )

@@ -45,7 +45,7 @@ def build_tiny_model(folder: Path, config: TinyModelConfig) -> Path:
         model_max_length=config.context,
         clean_up_tokenization_spaces=False,
     )
-    # Not special: decoding for rewards and people skips special tokens, and has to keep these.
+    # Not special: other programs that decode for rewards skip special tokens, and have to keep these.
     tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in (*TAGS, *config.words)])
     ids = {"pad_token_id": vocab["<pad>"], "eos_token_id": vocab["<eos>"], "bos_token_id": vocab["<bos>"]}
     model_config = Qwen2Config(

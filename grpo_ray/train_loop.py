@@ -163,6 +163,7 @@ class TrainLoop:
             min_p=config.rollout.min_p,
             max_tokens=config.rollout.max_completion_length,
             stop=config.rollout.stop,
+            stop_token_ids=config.rollout.stop_token_ids,
         )
         self._sampling = how_sampled(config, self._params)
 

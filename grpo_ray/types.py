@@ -65,6 +65,7 @@ class SamplingParams:
     min_p: float
     max_tokens: int
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
 
 
 @_record
@@ -108,7 +109,8 @@ class Sample:
     finish_reason: str
     """`stop` or `length`."""
     text: str
-    """Decoded once, without special tokens. For rewards and people; never tokenized again."""
+    """Decoded once, as it was written: without the token that ended the turn, with all others. For rewards and people; never
+    tokenized again."""
 
 
 @_record

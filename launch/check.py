@@ -16,6 +16,8 @@ from grpo_ray.errors import ResourceError
 from grpo_ray.memory import count_parameters, learner_memory
 from grpo_ray.models import check_model_path, context_length, load_config, load_tokenizer, prepare_model
 from grpo_ray.rewards import BUILTINS, resolve
+from grpo_ray.stops import describe_end, stops_of_run
+from grpo_ray.thinking import opens_thinking
 from launch.effects import check_effects
 from launch.pipeline import run_pipeline
 from launch.recipe import COMMANDS, SCHEMAS, find_recipe, is_pipeline, kind_of, load_recipe, recipe_names
@@ -100,7 +102,9 @@ def _data_rows(config: RunConfig | SftConfig, model: str) -> list[tuple[str, str
         return [
             ("data", f"{source_told(config.data.train)}: {report.num_kept} of {report.num_rows} examples"),
             ("length", describe(config, len(dataset))),
+            ("ends", describe_end(tokenizer, config.data.template)),
         ]
+    stops = stops_of_run(config, tokenizer, model)
     context = context_length(load_config(model, trust_remote_code=config.model.trust_remote_code))
     prompts = load_prompts(config.data, tokenizer, seed=config.seed, max_context=context)
     report = prompts.train.report
@@ -121,6 +125,11 @@ def _data_rows(config: RunConfig | SftConfig, model: str) -> list[tuple[str, str
         rows.append(("warning", warning))
     first = prompts.train.item(0, 0)
     rows.append(("prompt", repr(first.text if len(first.text) < 300 else first.text[:297] + "...")))
+    if opens_thinking(first.text):
+        rows.append(
+            ("thinking", "the template opens <think>: rewards, filters and demonstrations take it as the answer's")
+        )
+    rows.append(("ends", f"a sample ends at {stops.describe(tokenizer)}"))
     return rows
 
 

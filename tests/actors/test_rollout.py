@@ -146,8 +146,8 @@ def test_samples_keep_prompt_ids_and_text_is_decoded_from_the_tokens(bench: Benc
     wanted = requests(4, SAMPLING)
     for request, sample in zip(wanted, bench.draw(wanted)[1], strict=True):
         assert sample.prompt_token_ids.tolist() == request.prompt_token_ids
-        assert sample.text == tokenizer.decode(sample.token_ids.tolist(), skip_special_tokens=True)
         ended = sample.token_ids[-1] == tokenizer.eos_token_id
+        assert sample.text == tokenizer.decode(sample.token_ids[: len(sample.token_ids) - ended].tolist())
         assert sample.finish_reason == ("stop" if ended else "length")
 
 
@@ -166,6 +166,37 @@ def test_a_stop_string_ends_the_sample_and_stays_in_it(bench: Bench) -> None:
     assert cut.finish_reason == "stop"
     assert cut.text == whole.text[: whole.text.index(stop) + len(stop)]
     assert whole.token_ids[: len(cut.token_ids)].tolist() == cut.token_ids.tolist()
+
+
+def test_a_special_token_is_written_down_and_ends_a_sample_as_text_or_by_its_number(
+    bench: Bench, tiny_model: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    (_, drawn) = bench.draw(requests(16, LONG))
+    special = {int(i): str(t.content) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    places = [
+        (r, s, k)
+        for r, s in zip(requests(16, LONG), drawn, strict=True)
+        for k, i in enumerate(s.token_ids.tolist())
+        if i in special and i != tokenizer.eos_token_id and k > 1 and i not in s.token_ids[:k]
+    ]
+    request, whole, place = places[0]
+    token = int(whole.token_ids[place])
+    assert special[token] in whole.text
+    before = tokenizer.decode(whole.token_ids[:place].tolist())
+    within = before[-1] + special[token]
+    for params, left in (
+        ({"stop": (special[token],)}, before),
+        ({"stop": (within,)}, before + special[token]),
+        ({"stop_token_ids": (token,)}, before),
+    ):
+        (_, (cut,)) = bench.draw([replace(request, params=replace(LONG, **params))])
+        assert cut.finish_reason == "stop"
+        assert cut.token_ids.tolist() == whole.token_ids[: place + 1].tolist()
+        assert len(cut.logprobs) == place + 1
+        assert cut.text == left
 
 
 def test_same_seeds_draw_the_same_tokens_in_any_order_on_any_engine(bench: Bench) -> None:

@@ -1,0 +1,128 @@
+"""What ends a sample, and what of it rewards and people read.
+
+    the model's end-of-sequence tokens + the template's end of a turn + rollout.stop_token_ids + rollout.stop -> Stops
+
+A completion is read as the model wrote it, tokens that are special included (`<think>` is one in many tokenizers). Left out is
+only the token that ended the turn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grpo_ray.config import RunConfig
+from grpo_ray.errors import ConfigError, DataError
+from grpo_ray.models import eos_ids, load_config, vocab_size
+from grpo_ray.templates import CHAT, make_template
+from grpo_ray.turns import TurnEnd
+
+_TAG = re.compile(r"</\w+>")
+"""Closes a part of the answer, and so belongs to it, also where it is a special token that ends the sample."""
+
+
+@dataclass(frozen=True)
+class Stops:
+    token_ids: tuple[int, ...]
+    strings: tuple[str, ...]
+    """Looked for in the text as it is written, special tokens included; they stay in it."""
+    hidden: frozenset[int]
+    """Of `token_ids`, those that are left out at the end of the text: they end a turn and say nothing."""
+
+    def read(self, tokenizer: Any, token_ids: Sequence[int]) -> str:
+        """The text of a completion of [T] tokens."""
+        ids = list(token_ids)
+        if ids and ids[-1] in self.hidden:
+            ids.pop()
+        text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    def describe(self, tokenizer: Any) -> str:
+        """For people: `<|im_end|> (151645), '</answer>'`."""
+        tokens = [f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in self.token_ids]
+        return ", ".join([*tokens, *(repr(s) for s in self.strings)])
+
+
+def template_end(tokenizer: Any, template: str) -> TurnEnd | None:
+    """How data.template ends an assistant's turn; None outside chat templates, and for one that does not tell."""
+    if template not in CHAT:
+        return None
+    try:
+        return make_template(template, tokenizer).end
+    except DataError:
+        return None
+
+
+def describe_end(tokenizer: Any, template: str) -> str:
+    """For people: what ends a demonstration. Raises DataError: nothing does."""
+    end = make_template(template, tokenizer).end
+    whence = "as the chat template ends a turn" if end.token in end.tail else "the tokenizer's end-of-sequence token"
+    return f"an answer ends with {end.token} ({end.id}), {whence}"
+
+
+def stops_of_run(config: RunConfig, tokenizer: Any, model: str) -> Stops:
+    """All that ends a run's samples. Raises ConfigError, see `find_stops`."""
+    code = config.model.trust_remote_code
+    return find_stops(
+        tokenizer,
+        eos_ids(model, tokenizer, trust_remote_code=code),
+        template_end(tokenizer, config.data.template),
+        vocab_size(load_config(model, trust_remote_code=code)),
+        config.rollout.stop,
+        config.rollout.stop_token_ids,
+    )
+
+
+def find_stops(
+    tokenizer: Any,
+    eos_ids: Sequence[int],
+    end: TurnEnd | None,
+    num_tokens: int,
+    strings: Sequence[str] = (),
+    token_ids: Sequence[int] = (),
+) -> Stops:
+    """All that ends a sample.
+
+    Args:
+        eos_ids: that the model itself names, see `grpo_ray.models.eos_ids`.
+        end: how the template ends a turn.
+        num_tokens: that the model can sample.
+        strings: `rollout.stop`.
+        token_ids: `rollout.stop_token_ids`.
+
+    Raises:
+        ConfigError: a string that can never come, or a token that the tokenizer does not have.
+    """
+    ends = [i for i in dict.fromkeys([*eos_ids, *([end.id] if end is not None else [])]) if i < num_tokens]
+    special = {str(t.content): int(i) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    last = min(num_tokens, len(tokenizer)) - 1
+    for i in token_ids:
+        if i > last:
+            raise ConfigError(
+                f"rollout.stop_token_ids holds {i}, and the model's tokens go from 0 to {last}; take it out"
+            )
+    for string in strings:
+        _check_string(tokenizer, string, [str(tokenizer.convert_ids_to_tokens(i)) for i in ends])
+    wanted = [*token_ids, *(special[s] for s in strings if special.get(s, num_tokens) < num_tokens)]
+    names = {i: text for text, i in special.items()}
+    hidden = {i for i in wanted if i in names and not _TAG.fullmatch(names[i])}
+    return Stops(tuple(dict.fromkeys([*ends, *wanted])), tuple(strings), frozenset([*ends, *hidden]))
+
+
+def _check_string(tokenizer: Any, string: str, ends: Sequence[str]) -> None:
+    if not string:
+        raise ConfigError("rollout.stop holds an empty text, which is nowhere to be found; take it out")
+    for end in ends:
+        if end in string.removesuffix(end):
+            raise ConfigError(
+                f"rollout.stop {string!r} can never match: a sample ends with its {end}, before the rest is written; "
+                "take the rest away"
+            )
+    ids = tokenizer(string, add_special_tokens=False)["input_ids"]
+    unknown = tokenizer.unk_token_id
+    if not ids or (unknown is not None and unknown in ids and tokenizer.unk_token not in string):
+        raise ConfigError(
+            f"rollout.stop {string!r} can never match: the tokenizer has no tokens for all of it; use another text"
+        )
