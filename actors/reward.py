@@ -20,6 +20,7 @@ from grpo_ray.config_reward import RewardConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.function import NOT_COLUMNS, Conversation, ScoreInputs
 from grpo_ray.rewards.scoring import weighted_sum
+from grpo_ray.thinking import opens_thinking
 from grpo_ray.types import Sample, Score, ScoreRequest, ScoreStatus
 
 FETCH_TIMEOUT_S = 60.0
@@ -135,11 +136,14 @@ def build_inputs(unit: Sequence[ScoreRequest], texts: dict[int, list[Sample] | s
     names = {name: None for r in unit for name in r.columns if name not in NOT_COLUMNS}
     columns = {name: [r.columns.get(name) for r in unit] for name in names}
     steps = [r.step for r in unit]
+    opened = [opens_thinking(r.prompt_text) for r in unit]
     conversations = [r.messages for r in unit]
     if any(messages is None for messages in conversations):
-        return ScoreInputs([r.prompt_text for r in unit], texts_of_samples, ids, columns, steps)
+        return ScoreInputs([r.prompt_text for r in unit], texts_of_samples, ids, columns, steps, opened)
     turns = [_conversation(m or [], text) for m, text in zip(conversations, texts_of_samples, strict=True)]
-    return ScoreInputs([prompt for prompt, _ in turns], [completion for _, completion in turns], ids, columns, steps)
+    return ScoreInputs(
+        [prompt for prompt, _ in turns], [completion for _, completion in turns], ids, columns, steps, opened
+    )
 
 
 def _conversation(messages: Conversation, text: str) -> tuple[Conversation, Conversation]:

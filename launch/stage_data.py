@@ -8,6 +8,7 @@ from grpo_ray.data import Table
 from grpo_ray.filters.config import MixConfig, PairsConfig, PromptsConfig
 from grpo_ray.filters.mix import MixReport, make_mix
 from grpo_ray.filters.prompts import join_prompts
+from grpo_ray.filters.trace import completion_of
 from grpo_ray.judge import JudgeOptions
 from grpo_ray.judged_pairs import RUBRIC
 from grpo_ray.sample_files import read_samples
@@ -22,7 +23,7 @@ def make_data(config: MixConfig | PairsConfig | PromptsConfig, target: Path) -> 
         case PromptsConfig():
             return join_prompts(config, target)
     samples = list(read_samples(Path(config.samples)))
-    rows = [{"prompt": row["messages"], "completion": row["completion"]} for row in samples]
+    rows = [{"prompt": row["messages"], "completion": completion_of(row)} for row in samples]
     make_pairs(
         Table("samples", config.samples, rows),
         target,

@@ -11,9 +11,10 @@ from typing import Any
 
 from grpo_ray.errors import DataError
 from grpo_ray.filters.config import SampledSource
-from grpo_ray.filters.trace import first_fault, trace_of
+from grpo_ray.filters.trace import completion_of, first_fault, trace_of
 from grpo_ray.rewards.answer_tag import answer_of
 from grpo_ray.rewards.parts import part_of
+from grpo_ray.templates import KWARGS, TOOLS
 
 Row = dict[str, Any]
 
@@ -83,12 +84,14 @@ def _keep(rows: list[Row], config: SampledSource, rng: random.Random) -> list[Ro
 def _demonstration(row: Row, config: SampledSource) -> Row:
     return {
         "prompt": row["messages"],
-        "completion": [{"role": "assistant", "content": written(row["completion"], row["columns"], config.summary)}],
+        "completion": [{"role": "assistant", "content": written(completion_of(row), row["columns"], config.summary)}],
         "source": "samples",
         "prompt_id": row["prompt_id"],
         "index": row["index"],
         "model_sha256": row["model_sha256"],
         "columns": row["columns"],
+        # What the chat template was shown of the prompt, it has to be shown of the demonstration.
+        **{name: row["columns"][name] for name in (TOOLS, KWARGS) if row["columns"].get(name) is not None},
     }
 
 

@@ -11,6 +11,7 @@ from grpo_ray.filters.config import FilterConfig
 from grpo_ray.rewards.language_consistency import script_of, words_of
 from grpo_ray.rewards.parts import part_of
 from grpo_ray.rewards.r1_format import match_r1
+from grpo_ray.thinking import begun, opens_thinking
 from grpo_ray.types import ScoreStatus
 
 _THINK = re.compile(r"\s*<think>.*?</think>(?P<answer>.*)", re.DOTALL)
@@ -41,11 +42,17 @@ def trace_of(row: dict[str, Any]) -> Trace:
     """Of a row of `read_samples`."""
     return Trace(
         prompt="\n".join(str(m["content"]) for m in row["messages"]),
-        completion=row["completion"],
+        completion=completion_of(row),
         finish_reason=row["finish_reason"],
         num_tokens=len(row["completion_ids"]),
         scores={part["name"]: (part["status"], part["value"]) for part in row["rewards"]},
     )
+
+
+def completion_of(row: dict[str, Any]) -> str:
+    """Of a row of `read_samples`; it begins with `<think>` also where the prompt's template wrote that."""
+    completion: str = row["completion"]
+    return begun(completion) if opens_thinking(row["prompt"]) else completion
 
 
 def first_fault(trace: Trace, config: FilterConfig) -> str | None:

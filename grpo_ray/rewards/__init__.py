@@ -78,6 +78,7 @@ def resolve(config: RewardFunctionConfig, *, load: bool = False) -> RewardFuncti
         sources=config.sources,
         from_step=config.from_step,
         part=config.part,
+        built_in=config.name in BUILTINS,
     )
     if config.name in _CHECKS:
         _CHECKS[config.name](config.args)

@@ -24,6 +24,7 @@ from typing import Any
 
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.parts import Part, part_of
+from grpo_ray.thinking import begun
 
 Conversation = list[dict[str, Any]]
 Completions = Sequence[str | Conversation]
@@ -51,6 +52,8 @@ class ScoreInputs:
     """Name -> [S]."""
     steps: list[int | None] | None = None
     """[S] steps done when each was asked for; None, or None for all: it is no step's, an evaluation's."""
+    opened: list[bool] | None = None
+    """[S] of which the prompt's template wrote `<think>` already; None: of none."""
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -60,11 +63,16 @@ class ScoreInputs:
         """[S] tokens."""
         return tuple(len(ids) for ids in self.completion_ids)
 
-    def take(self, rows: Sequence[int], part: Part = "all") -> ScoreInputs:
-        """These samples, and of their completions this part; tokens stay whole."""
+    def take(self, rows: Sequence[int], part: Part = "all", *, with_opening: bool = False) -> ScoreInputs:
+        """These samples, and of their completions this part; tokens stay whole.
+
+        Args:
+            with_opening: a `<think>` that the template wrote counts as the completion's.
+        """
+        opened = self.opened or [False] * len(self)
         return ScoreInputs(
             [self.prompts[i] for i in rows],
-            [_take_part(self.completions[i], part) for i in rows],
+            [_take_part(self.completions[i], part, opened=opened[i], with_opening=with_opening) for i in rows],
             [self.completion_ids[i] for i in rows],
             {name: [values[i] for i in rows] for name, values in self.columns.items()},
         )
@@ -88,6 +96,8 @@ class RewardFunction:
     """It applies from this step on."""
     part: Part = "all"
     """What it sees of a completion."""
+    built_in: bool = False
+    """It sees a `<think>` that the prompt's template wrote as the completion's; others see what was sampled, as in TRL."""
 
     def applies_to(self, inputs: ScoreInputs) -> list[int]:
         """Which samples it is for.
@@ -196,8 +206,9 @@ def text_of(completion: str | Conversation) -> str:
     return completion if isinstance(completion, str) else str(completion[0]["content"])
 
 
-def _take_part(completion: str | Conversation, part: Part) -> str | Conversation:
-    if part == "all":
+def _take_part(completion: str | Conversation, part: Part, *, opened: bool, with_opening: bool) -> str | Conversation:
+    if part == "all" and not (opened and with_opening):
         return completion
-    text = part_of(text_of(completion), part)
+    text = text_of(completion)
+    text = part_of(begun(text) if opened else text, part)
     return text if isinstance(completion, str) else [{**completion[0], "content": text}]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+from grpo_ray.thinking import CLOSE, OPEN
+
 Part = Literal["all", "reasoning", "summary"]
-_OPEN, _CLOSE = "<think>", "</think>"
 
 
 def part_of(text: str, part: Part) -> str:
@@ -16,9 +17,9 @@ def part_of(text: str, part: Part) -> str:
     """
     if part == "all":
         return text
-    before, closed, after = text.rpartition(_CLOSE)
+    before, closed, after = text.rpartition(CLOSE)
     if closed:
-        return before.lstrip().removeprefix(_OPEN) if part == "reasoning" else after
-    if _OPEN in text:
-        return text.partition(_OPEN)[2] if part == "reasoning" else ""
+        return before.lstrip().removeprefix(OPEN) if part == "reasoning" else after
+    if OPEN in text:
+        return text.partition(OPEN)[2] if part == "reasoning" else ""
     return text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from grpo_ray.rewards.function import Completions, text_of
+from grpo_ray.thinking import OPEN, begun
 
 _R1 = re.compile(r"\s*<think>(?P<think>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
 _TAG = re.compile(r"</?(?:think|answer)>")
@@ -13,10 +14,12 @@ _TAG = re.compile(r"</?(?:think|answer)>")
 def r1_format(completions: Completions, prefilled: bool = False) -> list[float]:
     """1 if the whole completion is `<think>...</think>`, then `<answer>...</answer>`, each tag once, else 0.
 
-    Range {0, 1}. `prefilled`: the prompt's template already wrote `<think>`, so the completion starts behind it.
+    Range {0, 1}. `prefilled`: the completion starts behind a `<think>`. A prompt that ends in one is seen by itself; this is for
+    others.
     Source: DeepSeek-R1-Zero's format reward (2501.12948, section 2.2.2 and its Table 1).
     """
-    return [float(match_r1(("<think>" if prefilled else "") + text_of(c)) is not None) for c in completions]
+    texts = [text_of(c) for c in completions]
+    return [float(match_r1(begun(t) if prefilled and not t.startswith(OPEN) else t) is not None) for t in texts]
 
 
 def match_r1(text: str) -> re.Match[str] | None:

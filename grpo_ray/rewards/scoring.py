@@ -37,7 +37,7 @@ def call_reward(function: RewardFunction, inputs: ScoreInputs) -> list[RewardSco
     start = time.perf_counter()
     try:
         rows = function.applies_to(inputs)
-        asked = inputs.take(rows, function.part)
+        asked = inputs.take(rows, function.part, with_opening=function.built_in)
         values = function.call(**function.keywords(asked)) if rows else []
         if inspect.isawaitable(values):
             values = _run(values)
