@@ -43,6 +43,7 @@ from grpo_ray.names import check_name, run_name
 from grpo_ray.prompts import PromptSets, load_prompts
 from grpo_ray.records import last_step, set_aside
 from grpo_ray.replay import TOLERANCE, compare, parts_of, read_batch
+from grpo_ray.rewards.columns import ColumnNeeds, check_columns
 from grpo_ray.roles import Tracker
 from grpo_ray.rollout_log import ParquetRolloutLog, remove_after, rollout_path
 from grpo_ray.sample_files import SampleFolder
@@ -67,11 +68,19 @@ LINGER_S = 30.0
 
 
 def start_controller(
-    kind: str, config: RunConfig | SftConfig, run_dir: Path, resume_step: int | None, *, detached: bool = False
+    kind: str,
+    config: RunConfig | SftConfig,
+    run_dir: Path,
+    resume_step: int | None,
+    *,
+    needs: Sequence[ColumnNeeds] = (),
+    detached: bool = False,
 ) -> Any:
     """The handle of a new controller for this run, on this node. It does nothing before `run`.
 
-    `detached`: it, and all that it starts, outlives this process.
+    Args:
+        needs: what the rewards take from the data.
+        detached: it, and all that it starts, outlives this process.
 
     Raises:
         ConfigError: a run of this name is under way on the cluster.
@@ -89,7 +98,7 @@ def start_controller(
         **NO_RECORDS,
     )
     try:
-        return actor.remote(kind, config, str(run_dir.resolve()), resume_step)
+        return actor.remote(kind, config, str(run_dir.resolve()), resume_step, needs)
     except ValueError:
         raise ConfigError(
             f"a run named {run} is under way on this cluster: `grpo-ray logs {run}` shows it, `grpo-ray stop {run}` ends it; or "
@@ -100,13 +109,21 @@ def start_controller(
 class Controller:
     """One run. Its methods are coroutines on one event loop: `stop` and `events` answer while `run` is under way."""
 
-    def __init__(self, kind: str, config: RunConfig | SftConfig, run_dir: str, resume_step: int | None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        config: RunConfig | SftConfig,
+        run_dir: str,
+        resume_step: int | None,
+        needs: Sequence[ColumnNeeds] = (),
+    ) -> None:
         own_log(run_dir, LOG_NAME)
         give_way()
         self._kind = kind
         self._config: Strict = config
         self._run = RunDir(Path(run_dir), config.checkpoint.path)
         self._resume_step = resume_step
+        self._needs = needs
         self._events = EventLog()
         self._messages = MessageLog(self._run.path) if kind in KEEP_MESSAGES else None
         self._news = asyncio.Event()
@@ -511,6 +528,9 @@ class Controller:
         told = about_context(config, context, max(len(prompt.token_ids) for prompt in prompts.train))
         if told is not None:
             self._warn(told)
+        train, evaluation = self._kind != "eval", self._kind != "sample"
+        for note in check_columns(self._needs, prompts, train=train, evaluation=evaluation):
+            self._emit(MessageEvent("info", note))
         return prompts
 
     def _tell_what_was_left_out(self, report: LoadReport) -> None:

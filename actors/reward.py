@@ -51,7 +51,7 @@ class RewardActor:
         return os.getpid()
 
     async def score(self, groups: list[list[ScoreRequest]]) -> list[list[Score]]:
-        """Score each list of requests: sample by sample; by `reward.unit: group` each list in one call, by `batch` all of them.
+        """Score each list of requests: by `reward.unit` sample by sample, each list in one call, or all of them.
 
         A failing function, or a sample whose object is lost, is a `Score` with that status.
 
@@ -82,17 +82,23 @@ class RewardActor:
         return {key: fetched[ref] if isinstance(ref, ray.ObjectRef) else ref for key, ref in refs.items()}
 
     def _score(self, groups: list[list[ScoreRequest]], texts: dict[int, list[Sample] | str]) -> list[list[Score]]:
-        units = _units(groups, self._config.unit)
+        whole = [self._process.takes_whole(f) for f in range(len(self._weights))]
+        units = _units(groups, self._config.unit if any(whole) else "sample")
         lost = [_first_loss(unit, texts) for unit in units]
-        inputs = [None if lost[u] else build_inputs(unit, texts) for u, unit in enumerate(units)]
-        calls = [(f, x) for x in inputs if x is not None for f in range(len(self._weights))]
-        results = iter(self._process.run(calls))
+        calls = [
+            (f, build_inputs(part, texts, templated=function.built_in))
+            for u, unit in enumerate(units)
+            if not lost[u]
+            for f, function in enumerate(self._config.functions)
+            for part in ([unit] if whole[f] else [[request] for request in unit])
+        ]
+        results = (result for call in self._process.run(calls) for result in call)
         scores: list[Score] = []
         for u, unit in enumerate(units):
             if lost[u]:
                 scores += [Score(ScoreStatus.CRASHED, math.nan, (), lost[u]) for _ in unit]
                 continue
-            parts = [next(results) for _ in self._weights]
+            parts = [[next(results) for _ in unit] for _ in self._weights]
             scores += [
                 weighted_sum([p[s] for p in parts], self._weights, request.sample.num_tokens)
                 for s, request in enumerate(unit)
@@ -103,7 +109,7 @@ class RewardActor:
 
 def _units(groups: list[list[ScoreRequest]], unit: str) -> list[list[ScoreRequest]]:
     """What functions are called with at once."""
-    if unit == "group":
+    if unit in ("auto", "group"):
         return groups
     single = [request for group in groups for request in group]
     return [single] if unit == "batch" else [[request] for request in single]
@@ -125,8 +131,11 @@ def _first_loss(unit: list[ScoreRequest], texts: dict[int, list[Sample] | str]) 
     return ""
 
 
-def build_inputs(unit: Sequence[ScoreRequest], texts: dict[int, list[Sample] | str]) -> ScoreInputs:
-    """What the functions see of these samples, in TRL's form.
+def build_inputs(
+    unit: Sequence[ScoreRequest], texts: dict[int, list[Sample] | str], *, templated: bool = False
+) -> ScoreInputs:
+    """What the functions see of these samples, in TRL's form: prompts as the rows have them, or, for built-ins, `templated`: the
+    conversations that the model was asked in.
 
     A conversation that ends with an assistant message is a prefill: as in TRL, it moves from prompt to completion.
     """
@@ -136,14 +145,21 @@ def build_inputs(unit: Sequence[ScoreRequest], texts: dict[int, list[Sample] | s
     names = {name: None for r in unit for name in r.columns if name not in NOT_COLUMNS}
     columns = {name: [r.columns.get(name) for r in unit] for name in names}
     steps = [r.step for r in unit]
+    trainer = max((r.trainer for r in unit if r.trainer is not None), key=lambda t: t.global_step, default=None)
+    turns = [_turns(_prompt(r, templated), text) for r, text in zip(unit, texts_of_samples, strict=True)]
+    prompts, completions = [prompt for prompt, _ in turns], [completion for _, completion in turns]
     opened = [opens_thinking(r.prompt_text) for r in unit]
-    conversations = [r.messages for r in unit]
-    if any(messages is None for messages in conversations):
-        return ScoreInputs([r.prompt_text for r in unit], texts_of_samples, ids, columns, steps, opened)
-    turns = [_conversation(m or [], text) for m, text in zip(conversations, texts_of_samples, strict=True)]
-    return ScoreInputs(
-        [prompt for prompt, _ in turns], [completion for _, completion in turns], ids, columns, steps, opened
-    )
+    return ScoreInputs(prompts, completions, ids, columns, steps, opened, trainer)
+
+
+def _prompt(request: ScoreRequest, templated: bool) -> str | Conversation:
+    if not templated and request.asked is not None:
+        return request.asked
+    return request.prompt_text if request.messages is None else request.messages
+
+
+def _turns(prompt: str | Conversation, text: str) -> tuple[str | Conversation, str | Conversation]:
+    return (prompt, text) if isinstance(prompt, str) else _conversation(prompt, text)
 
 
 def _conversation(messages: Conversation, text: str) -> tuple[Conversation, Conversation]:

@@ -74,7 +74,7 @@ def main() -> None:
     sys.path.extend(p for p in setup.search_path if p not in sys.path)
     functions = import_functions(setup, responses)
     limit_memory(setup.memory_bytes)
-    reply(responses, {"ready": True})
+    reply(responses, {"ready": True, "per_sample": [function.per_sample for function in functions]})
     calls_done = 0
     while True:
         calls: list[Call] = pickle.loads(read_message(requests))
@@ -129,14 +129,15 @@ def too_many_children(calls_done: int) -> bool:
 
 
 def encode(result: RewardScore) -> list[Any]:
-    """[status, value, detail, seconds, [[end, value], ..]]; NaN has no JSON."""
-    return [
+    """[status, value, detail, seconds, [[end, value], ..]], then extras and metrics where it logs some; NaN has no JSON."""
+    said: list[Any] = [
         result.status.value,
         result.value if result.status is ScoreStatus.OK else None,
         result.detail,
         result.seconds,
         [[step.end, step.value] for step in result.steps],
     ]
+    return [*said, result.extra, result.logged] if result.extra or result.logged else said
 
 
 def reply(fd: int, message: dict[str, Any]) -> None:

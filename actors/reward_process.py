@@ -30,9 +30,10 @@ from actors.runtime import again_within
 from grpo_ray.config_reward import RewardConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.function import ScoreInputs
+from grpo_ray.rewards.logs import MAX_COLUMNS, MAX_METRICS, checked_name, plain
 from grpo_ray.rewards.scoring import failures
 from grpo_ray.secrets import resolve
-from grpo_ray.types import RewardScore, ScoreStatus, Step
+from grpo_ray.types import LoggedMetric, RewardScore, ScoreStatus, Step
 
 # What a scoring process inherits; tokens and passwords of the environment stay here. The rest comes from `reward.env`.
 KEPT_ENV = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR", "TZ")
@@ -77,6 +78,7 @@ class ScoringProcess:
         self._from_child = -1
         self._buffer = bytearray()
         self._stopped = False
+        self._per_sample = [False] * len(config.functions)
         self._import_s = 0.0
         """The longest start so far; 0 before the first."""
         self.restarts = 0
@@ -133,6 +135,7 @@ class ScoringProcess:
                 if "refused" in message:
                     raise RewardError(str(message["refused"]))
                 if message.get("ready") is True:
+                    self._per_sample = [told is True for told in message["per_sample"]]
                     return
                 importing = str(message.get("importing", importing))
         except _Late:
@@ -149,6 +152,12 @@ class ScoringProcess:
         finally:
             if sys.exc_info()[0] is not None:
                 self.kill()
+
+    def takes_whole(self, function: int) -> bool:
+        """Is it called with all samples of a unit at once (`reward.unit`)?"""
+        return self._config.unit in ("group", "batch") or (
+            self._config.unit == "auto" and not self._per_sample[function]
+        )
 
     def run(self, calls: Sequence[tuple[int, ScoreInputs]]) -> list[list[RewardScore]]:
         """Make the calls, (function index, inputs), in order; for each one result per sample.
@@ -320,14 +329,26 @@ def _decode(name: str, lengths: Sequence[int], message: dict[str, Any]) -> list[
                 str(detail),
                 float(seconds),
                 tuple(Step(int(end), float(reward)) for end, reward in steps),
+                *_decode_logs(*logs),
             )
-            for status, value, detail, seconds, steps in message["scores"]
+            for status, value, detail, seconds, steps, *logs in message["scores"]
         ]
     except (KeyError, TypeError, ValueError):
         raise _Ended from None
     if len(scores) != len(lengths) or not all(map(_possible, scores, lengths)):
         raise _Ended
     return scores
+
+
+def _decode_logs(extra: Any = (), metrics: Any = ()) -> tuple[tuple[Any, ...], tuple[LoggedMetric, ...]]:
+    """Raises ValueError, TypeError."""
+    pairs = tuple((checked_name(column), plain(value)) for column, value in extra)
+    logged = tuple(
+        LoggedMetric(checked_name(n), float(total), int(count), int(odd)) for n, total, count, odd in metrics
+    )
+    if len(pairs) > MAX_COLUMNS or len(logged) > MAX_METRICS or not all(math.isfinite(m.total) for m in logged):
+        raise ValueError("more than a function can log")
+    return pairs, logged
 
 
 def _possible(score: RewardScore, length: int) -> bool:

@@ -63,6 +63,10 @@ class RewardFunctionConfig(Strict):
     def title(self) -> str:
         return self.label or self.name
 
+    @property
+    def built_in(self) -> bool:
+        return "." not in self.name
+
 
 CODE_TIMEOUT_S = 8.0
 """`timeout_s` of the reward `code`: for all tests of one program."""
@@ -92,16 +96,22 @@ class RewardConfig(Strict):
     resources: Resources = {}
     labels: Labels = {}
     timeout_s: PositiveFloat = 10.0
-    """For one function on one sample."""
+    """For one function on one sample; a call with a group of G gets G times as long."""
     num_gpus: NonNegFloat = 0
     """Per actor."""
-    unit: Literal["sample", "group", "batch"] = "sample"
-    """`group`: functions are called with the whole group at once, when it is complete. `batch`: with all samples that a worker has
-    at hand; a call that fails then fails all of them."""
+    unit: Literal["auto", "sample", "group", "batch"] = "auto"
+    """What functions are called with. `auto`: built-ins and verl's with one sample, all others with a whole group, as by TRL; if
+    one is not built in, all wait until the group is complete. `sample`: one, the moment it is drawn. `group`: the whole group.
+    `batch`: all samples that a worker has at hand. A call that fails fails all of its samples."""
     memory_gb: PositiveFloat = 4.0
     """A scoring process that takes more gets a MemoryError."""
     on_failure: FailurePolicy = FailurePolicy()
     env: Env = {}
+
+    @property
+    def whole_groups(self) -> bool:
+        """Do the samples of a group go to the functions together, when all are drawn?"""
+        return self.unit == "group" or (self.unit == "auto" and not all(f.built_in for f in self.functions))
 
     @property
     def pools(self) -> dict[str, RewardConfig]:

@@ -22,7 +22,16 @@ from grpo_ray.events import EvalEvent
 from grpo_ray.measures import Estimate, consensus, estimate, pass_at, pass_ks
 from grpo_ray.roles import Sampler, Scorer
 from grpo_ray.seeds import sample_seed
-from grpo_ray.types import Prompt, SampleInfo, SampleRequest, SamplingParams, Score, ScoreRequest, ScoreStatus
+from grpo_ray.types import (
+    Prompt,
+    SampleInfo,
+    SampleRequest,
+    SamplingParams,
+    Score,
+    ScoreRequest,
+    ScoreStatus,
+    TrainerState,
+)
 
 MATH_VOTES = "grpo_ray.rewards.votes.math_votes"
 TEXT_VOTES = "grpo_ray.rewards.votes.text_votes"
@@ -44,6 +53,8 @@ class EvalResult:
     """Samples of which the accuracy has nothing to say."""
     why_not: str = ""
     """Of the first of them, in words."""
+    scores: tuple[Score, ...] = ()
+    """Of all samples."""
 
     @property
     def accuracy(self) -> Estimate | None:
@@ -114,11 +125,13 @@ async def evaluate(
     voter: Scorer | None,
     config: RunConfig,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    trainer: TrainerState | None = None,
 ) -> EvalResult:
     """Sample and score every prompt `eval.num_samples` times.
 
     Args:
         voter: a scorer of `vote_config`. None: no cons@k.
+        trainer: how far training is, for reward functions. None: nothing is trained.
 
     Raises:
         RewardError: a score or a vote failed. An accuracy with holes would be compared with one without.
@@ -128,19 +141,25 @@ async def evaluate(
     total = len(prompts) * config.eval.num_samples
     done = 0
 
-    async def one(prompt: Prompt, index: int) -> tuple[SampleInfo, Score]:
+    async def draw(prompt: Prompt, indices: Sequence[int]) -> list[tuple[SampleInfo, Score]]:
         nonlocal done
-        seed = sample_seed(config.seed, prompt.id, index)
-        info = await sampler.generate(SampleRequest(prompt.id, index, prompt.token_ids, seed, params))
-        (score,) = await _score(scorer, prompt, [info])
-        done += 1
+        requests = [
+            SampleRequest(prompt.id, i, prompt.token_ids, sample_seed(config.seed, prompt.id, i), params)
+            for i in indices
+        ]
+        infos = list(await asyncio.gather(*(sampler.generate(r) for r in requests)))
+        scores = await _score(scorer, prompt, infos, trainer)
+        done += len(infos)
         progress(done, total)
-        return info, score
+        return list(zip(infos, scores, strict=True))
 
     async def all_of(prompt: Prompt) -> _Answered:
+        every = range(config.eval.num_samples)
+        units = [every] if config.reward.whole_groups else [[i] for i in every]
         async with asyncio.TaskGroup() as tasks:
-            pairs = [tasks.create_task(one(prompt, i)) for i in range(config.eval.num_samples)]
-        infos, scores = [p.result()[0] for p in pairs], [p.result()[1] for p in pairs]
+            drawn = [tasks.create_task(draw(prompt, unit)) for unit in units]
+        pairs = [pair for task in drawn for pair in task.result()]
+        infos, scores = [info for info, _ in pairs], [score for _, score in pairs]
         right = [_right(s, name, config.eval.threshold) for s in scores]
         votes = None if voter is None else [_vote(s) for s in await _score(voter, prompt, infos)]
         return _Answered(infos, scores, right, votes)
@@ -159,6 +178,7 @@ async def evaluate(
         mean_length=sum(i.num_tokens for a in answered for i in a.infos) / total,
         num_not_applicable=sum(a.right.count(None) for a in answered),
         why_not=why_not_applicable(function, silent.columns, None) if silent is not None else "",
+        scores=tuple(s for a in answered for s in a.scores),
     )
 
 
@@ -189,8 +209,10 @@ def _votes_that_count(answered: _Answered) -> tuple[list[float | None], list[boo
     return ([v for v, _ in pairs], [right for _, right in pairs]) if pairs else None
 
 
-async def _score(scorer: Scorer, prompt: Prompt, infos: Sequence[SampleInfo]) -> list[Score]:
-    scores = await scorer.score([ScoreRequest(i, prompt.text, prompt.messages, prompt.columns) for i in infos])
+async def _score(
+    scorer: Scorer, prompt: Prompt, infos: Sequence[SampleInfo], trainer: TrainerState | None = None
+) -> list[Score]:
+    scores = await scorer.score([ScoreRequest.of(info, prompt, None, trainer) for info in infos])
     failed = next((s for s in scores if s.status.failed), None)
     if failed is not None:
         raise RewardError(f"evaluation of prompt {prompt.id}: a reward failed ({failed.status}): {failed.detail}")

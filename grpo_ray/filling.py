@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from grpo_ray.answers import Answer
 from grpo_ray.roles import Sampler, Scorer
-from grpo_ray.types import Group, SampleInfo, SampleRequest, Score, ScoreRequest
+from grpo_ray.types import Group, SampleInfo, SampleRequest, Score, ScoreRequest, TrainerState
 
 T = TypeVar("T")
 
@@ -22,15 +22,23 @@ T = TypeVar("T")
 class Filling(asyncio.Future[None]):
     """Done when the group is full. The first failure is its failure, and ends the rest; cancelling it ends all."""
 
-    __slots__ = ("_drawn", "_per_call", "_scored", "_scorer", "_size", "_under_way", "group")
+    __slots__ = ("_drawn", "_per_call", "_scored", "_scorer", "_size", "_trainer", "_under_way", "group")
 
     def __init__(
-        self, group: Group, requests: Sequence[SampleRequest], sampler: Sampler, scorer: Scorer, *, at_once: bool
+        self,
+        group: Group,
+        requests: Sequence[SampleRequest],
+        sampler: Sampler,
+        scorer: Scorer,
+        *,
+        at_once: bool,
+        trainer: TrainerState | None = None,
     ) -> None:
-        """`at_once`: the samples of the group are scored in one call, when all are drawn (`reward.unit: group`)."""
+        """`at_once`: the samples of the group are scored in one call, when all are drawn (`RewardConfig.whole_groups`)."""
         super().__init__(loop=asyncio.get_running_loop())
         self.group = group
         self._scorer = scorer
+        self._trainer = trainer
         self._size = len(requests)
         self._per_call = self._size if at_once else 1
         self._drawn: list[SampleInfo] = []
@@ -76,7 +84,7 @@ class Filling(asyncio.Future[None]):
             if self._per_call > 1:
                 infos.sort(key=_index)
             prompt, version = self.group.prompt, self.group.dispatched_version
-            requests = [ScoreRequest(i, prompt.text, prompt.messages, prompt.columns, version) for i in infos]
+            requests = [ScoreRequest.of(i, prompt, version, self._trainer) for i in infos]
             self._begin(self._scorer.score(requests), partial(self._take_scores, infos))
 
     def _take_scores(self, infos: Sequence[SampleInfo], scores: Sequence[Score]) -> None:

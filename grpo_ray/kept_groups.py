@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from grpo_ray.checkpoint import LOOP
 from grpo_ray.rollout_log import SPAN, distinct_refs, sample_of, utf8
-from grpo_ray.types import Group, RewardScore, Sample, SampleInfo, Score, ScoreStatus, Step
+from grpo_ray.types import Group, LoggedMetric, RewardScore, Sample, SampleInfo, Score, ScoreStatus, Step
 
 KEPT_GROUPS = f"{LOOP}/groups.parquet"
 _SCHEMA = pa.schema(
@@ -126,7 +126,15 @@ def _row(group: Group, info: SampleInfo, sample: Sample, score: Score) -> dict[s
 
 def _score(saved: Mapping[str, Any]) -> Score:
     parts = tuple(
-        RewardScore(**{**part, "status": ScoreStatus(part["status"]), "steps": _steps(part["steps"])})
+        RewardScore(
+            **{
+                **part,
+                "status": ScoreStatus(part["status"]),
+                "steps": _steps(part["steps"]),
+                "extra": tuple((column, value) for column, value in part.get("extra", ())),
+                "logged": tuple(LoggedMetric(*figures) for figures in part.get("logged", ())),
+            }
+        )
         for part in saved["parts"]
     )
     status, steps = ScoreStatus(saved["status"]), _steps(saved["steps"])

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from grpo_ray.activity import Activity
 from grpo_ray.evaluate import EvalResult
 from grpo_ray.spread import has_spread
-from grpo_ray.types import Group, ScoreStatus, SyncReport, TimeSpan, UpdateReport
+from grpo_ray.types import Group, Score, ScoreStatus, SyncReport, TimeSpan, UpdateReport
 
 ROLES = ("rollout", "reward", "update", "sync", "log", "other", "eval", "checkpoint")
 """What a run's time can go to, in the order in which a step meets it."""
@@ -26,12 +26,18 @@ ROLES = ("rollout", "reward", "update", "sync", "log", "other", "eval", "checkpo
 LOSSES = ("loss/sft", "loss/dpo", "loss/reward_model", "loss")
 """What a supervised run has one of."""
 
+MAX_LOGGED = 200
+"""Names of a step that reward functions may log: they can come from completions."""
+
 METRICS: dict[str, tuple[str, str]] = {
     "reward/mean": ("Reward: weighted sum of the functions, mean over the scored samples", ""),
     "reward/std": ("Reward: standard deviation over all scored samples of the step (n - 1)", ""),
     "reward/group_std": ("Reward: standard deviation within a group (n - 1), mean over groups", ""),
     "reward/*/mean": ("Reward function *: mean over the samples it applies to, before its weight", ""),
     "reward/*/std": ("Reward function *: standard deviation over those samples (n - 1)", ""),
+    "logged/*/not_finite": ("Values of * that a reward function logged and that are no finite number", ""),
+    "logged_names_left_out": (f"Names that reward functions logged beyond {MAX_LOGGED}", ""),
+    "logged/*": ("Logged by a reward function: *, mean over its values", ""),
     "reward/kl_penalty": ("What the KL took off the reward of a sample, beta included, mean (kl_in reward)", ""),
     "reward/failed": ("Scores that failed (timeout, crash, error), dropped groups included", "scores"),
     "reward/*/failed": ("Scores of function * that failed", "scores"),
@@ -260,6 +266,7 @@ def eval_metrics(result: EvalResult, name: str = "") -> dict[str, float]:
     out = {
         f"{prefix}/mean_length": result.mean_length,
         f"{prefix}/not_applicable": float(result.num_not_applicable),
+        **{f"{prefix}/{name}": value for name, value in logged_metrics(result.scores).items()},
     }
     if result.accuracy is not None:
         out |= {
@@ -304,6 +311,24 @@ def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
         out |= _mean_and_std(f"reward/{name}", values)
     if values_of:
         out["reward/busy_s"] = busy_s
+    return out | logged_metrics(score for group in groups for score in group.scores)
+
+
+def logged_metrics(scores: Iterable[Score]) -> dict[str, float]:
+    """`logged/NAME` of what reward functions logged: the mean over all values, as in TRL."""
+    totals: dict[str, list[float]] = {}
+    for name, *figures in (m for score in scores for part in score.parts for m in part.logged):
+        so_far = totals.get(name, [0.0, 0, 0])
+        totals[name] = [a + b for a, b in zip(so_far, figures, strict=True)]
+    out = {}
+    for name in sorted(totals)[:MAX_LOGGED]:
+        total, count, not_finite = totals[name]
+        if count:
+            out[f"logged/{name}"] = total / count
+        if not_finite:
+            out[f"logged/{name}/not_finite"] = not_finite
+    if len(totals) > MAX_LOGGED:
+        out["logged_names_left_out"] = float(len(totals) - MAX_LOGGED)
     return out
 
 

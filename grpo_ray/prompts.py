@@ -61,6 +61,8 @@ class PromptDataset:
         self._columns: list[Row] = [k.columns for k in kept]
         self._asked = [k.prompt for k in kept]
         self._token_ids = TokenLists([k.token_ids for k in kept])
+        self.column_names = tuple(dict.fromkeys(name for row in self._columns for name in row))
+        """Of all its rows."""
         self.fingerprint = fingerprint(name, self._rows, self._columns, self._token_ids)
 
     def __len__(self) -> int:
@@ -68,14 +70,23 @@ class PromptDataset:
 
     def item(self, index: int, epoch: int) -> Prompt:
         """The index-th kept row, as the prompt of an epoch."""
-        rendered = self._rendered[index]
+        rendered, columns = self._rendered[index], self._columns[index]
+        if len(columns) < len(self.column_names):
+            # As Arrow has them, and so TRL's data sets.
+            columns = dict.fromkeys(self.column_names) | columns
         return Prompt(
             id=f"{self.name}/{epoch}/{self._rows[index]}",
             token_ids=self._token_ids[index],
             text=rendered.text,
             messages=rendered.messages,
-            columns=self._columns[index],
+            columns=columns,
+            asked=self._asked[index],
         )
+
+    @property
+    def rows_of_columns(self) -> list[Row]:
+        """Of each kept row its own columns."""
+        return self._columns
 
     def conversation(self, index: int) -> list[dict[str, Any]]:
         """What the index-th kept row asks, without anything that the template adds."""

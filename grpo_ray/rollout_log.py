@@ -7,6 +7,7 @@ Readable by anything that reads Parquet: `pandas.read_parquet(folder)`, `load_da
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from grpo_ray.seeds import sample_seed
-from grpo_ray.types import Group, Sample, SampleInfo, Score, Step, TrainBatch, TrainSample, VersionSpan
+from grpo_ray.types import Group, RewardScore, Sample, SampleInfo, Score, Step, TrainBatch, TrainSample, VersionSpan
 
 _STEPS = pa.list_(pa.struct([("end", pa.int32()), ("value", pa.float64())]))
 _PART = pa.struct(
@@ -31,6 +32,7 @@ _PART = pa.struct(
         ("detail", pa.string()),
         ("seconds", pa.float64()),
         ("steps", _STEPS),
+        ("extra", pa.string()),
     ]
 )
 SPAN = pa.struct([("version", pa.int64()), ("start", pa.int64()), ("end", pa.int64())])
@@ -66,7 +68,8 @@ SCHEMA = pa.schema(
 """`completion_ids` and `rollout_logprobs` are [T], `prompt_ids` [N]. A reward or advantage that is no number: null. `group`,
 `loss_mask` and `part` as in `types.TrainSample`; `temperature`, `top_p`, `top_k` and `min_p` of the whole batch.
 
-`reward` and `rewards` are the scores, before a KL is taken off. `advantage` is what the learner was given: the reward itself
+`reward` and `rewards` are the scores, before a KL is taken off; `extra` is JSON, what a function logs of the sample beside its
+reward, or null. `advantage` is what the learner was given: the reward itself
 where it makes the advantages (gae, kl_in reward); under process the mean over the tokens, whose own are in `advantage_steps`
 (`end`, and the value of each token from the end before it)."""
 
@@ -167,6 +170,7 @@ def _row(
                 "detail": utf8(p.detail),
                 "seconds": p.seconds,
                 "steps": _steps(p.steps),
+                "extra": extra_json(p),
             }
             for p in score.parts
         ],
@@ -227,6 +231,10 @@ def sample_of(
         finish_reason=row["finish_reason"],
         text=row["completion"],
     )
+
+
+def extra_json(part: RewardScore) -> str | None:
+    return utf8(json.dumps(dict(part.extra), ensure_ascii=False)) if part.extra else None
 
 
 def utf8(text: str) -> str:

@@ -22,11 +22,19 @@ import pyarrow.parquet as pq
 
 from grpo_ray.errors import DataError
 from grpo_ray.files import ASIDE, write_whole
-from grpo_ray.rollout_log import utf8
+from grpo_ray.rollout_log import extra_json, utf8
 from grpo_ray.seeds import sample_seed
 from grpo_ray.types import Prompt, Sample, Score
 
-_PART = pa.struct([("name", pa.string()), ("status", pa.string()), ("value", pa.float64()), ("detail", pa.string())])
+_PART = pa.struct(
+    [
+        ("name", pa.string()),
+        ("status", pa.string()),
+        ("value", pa.float64()),
+        ("detail", pa.string()),
+        ("extra", pa.string()),
+    ]
+)
 SCHEMA = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -46,7 +54,8 @@ SCHEMA = pa.schema(
     ]
 )
 """`prompt_ids` [N], `completion_ids` [T]. `messages` and `columns` are JSON: what was asked as a conversation, without anything
-that the template adds, and the other columns of the prompt's row. A reward that is no number: null."""
+that the template adds, and the other columns of the prompt's row; `extra` too,
+what a function logs of the sample. A reward that is no number: null."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +178,13 @@ class SampleFolder:
             "reward": _number(score.value),
             "reward_status": str(score.status),
             "rewards": [
-                {"name": p.name, "status": str(p.status), "value": _number(p.value), "detail": utf8(p.detail)}
+                {
+                    "name": p.name,
+                    "status": str(p.status),
+                    "value": _number(p.value),
+                    "detail": utf8(p.detail),
+                    "extra": extra_json(p),
+                }
                 for p in score.parts
             ],
             "columns": _json(prompt.columns),

@@ -125,7 +125,7 @@ async def sample_all(
                 SampleRequest(prompt.id, i, prompt.token_ids, sample_seed(config.seed, prompt.id, i), params)
                 for i in range(k)
             ]
-            await Filling(group, requests, sampler, scorer, at_once=config.reward.unit == "group")
+            await Filling(group, requests, sampler, scorer, at_once=config.reward.whole_groups)
         except PoisonedError as e:
             out = LeftOut(prompt.id, str(e))
         finally:

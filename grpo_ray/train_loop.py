@@ -63,6 +63,7 @@ from grpo_ray.types import (
     SyncReport,
     Track,
     TrainBatch,
+    TrainerState,
     UpdateReport,
 )
 from grpo_ray.untrained import why_untrained
@@ -438,8 +439,18 @@ class TrainLoop:
             SampleRequest(prompt.id, i, prompt.token_ids, sample_seed(seed, prompt.id, i), self._params)
             for i in range(self.config.rollout.num_generations)
         ]
-        at_once = self.config.reward.unit == "group"
-        return Filling(group, requests, self.roles.sampler, self.roles.scorer, at_once=at_once)
+        return Filling(
+            group,
+            requests,
+            self.roles.sampler,
+            self.roles.scorer,
+            at_once=self.config.reward.whole_groups,
+            trainer=self._trainer_state(group.dispatched_version),
+        )
+
+    def _trainer_state(self, step: int) -> TrainerState:
+        size, rows = self.config.prompts_per_step, len(self.cursor)
+        return TrainerState.at(step, self.total_steps, prompts_per_step=size, num_prompts=rows)
 
     def _keep(self, group: Group) -> bool:
         """Apply the failure policy. A dropped group is replaced by the next prompt.
@@ -593,6 +604,7 @@ class TrainLoop:
                     self.roles.voter,
                     self.config,
                     progress=partial(self._tell, "eval", name),
+                    trainer=self._trainer_state(self.step),
                 )
             metrics |= eval_metrics(result, name) | {"time/eval": metrics["time/eval"] + span.seconds}
             self.emit(eval_event(self.step, name, result))

@@ -8,9 +8,10 @@ Arrays are numpy (they travel through Ray's object store without a copy); the le
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +39,10 @@ class Prompt:
     messages: list[dict[str, Any]] | None
     """The conversation, when the row is conversational or a chat template wrapped it; None for raw text."""
     columns: dict[str, Any]
-    """Every other column of the row under its (mapped) name: reward functions get them by keyword."""
+    """Every other column of the row under its (mapped) name: reward functions get them by keyword. None where this row lacks one
+    that others of its data set have."""
+    asked: str | list[dict[str, Any]] | None = None
+    """The prompt as the row has it, text or messages, before any template; None: as `messages`, else as `text`."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,17 @@ class Step:
     """What it is worth; of a trained sample the advantage of its tokens."""
 
 
+class LoggedMetric(NamedTuple):
+    """A figure that a reward function logs beside its rewards (TRL's `log_metric`, numbers of verl's dict), over the values of one
+    call."""
+
+    name: str
+    total: float
+    """The sum of the finite ones."""
+    num_finite: int
+    num_not_finite: int
+
+
 @_record
 class RewardScore:
     """What one reward function said of one sample."""
@@ -182,6 +197,10 @@ class RewardScore:
     seconds: float = 0.0
     steps: tuple[Step, ...] = ()
     """Before their weight, by their ends. None: one number for the whole completion."""
+    extra: tuple[tuple[str, str | float | bool | None], ...] = ()
+    """(column, value) pairs that the function logs of this sample: TRL's `log_extra`, the entries of verl's dict."""
+    logged: tuple[LoggedMetric, ...] = ()
+    """Of the call that scored it, at the call's first sample alone."""
 
 
 @_record
@@ -204,6 +223,30 @@ class Score:
         return tuple(step.value for step in self.steps) if self.steps else (self.value,)
 
 
+@dataclass(frozen=True)
+class TrainerState:
+    """How far training is, for reward functions: what TRL's `trainer_state` (transformers' TrainerState) has of it."""
+
+    global_step: int
+    """Steps done when the prompt was dispatched, 0 at first; in an evaluation, steps done."""
+    max_steps: int
+    """Of the whole run."""
+    epoch: float
+    """Passes through the data set at that step, parts of one included."""
+    num_train_epochs: int
+    """Passes that the run begins."""
+
+    @classmethod
+    def at(cls, step: int, max_steps: int, *, prompts_per_step: int, num_prompts: int) -> TrainerState:
+        passes = prompts_per_step / num_prompts
+        return cls(step, max_steps, step * passes, math.ceil(max_steps * passes))
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"trainer_state has no {name!r} here; it has {', '.join(f.name for f in fields(TrainerState))}"
+        )
+
+
 @_record
 class ScoreRequest:
     """One sample to score. The scorer fetches the text behind `sample.ref` itself."""
@@ -214,6 +257,16 @@ class ScoreRequest:
     columns: dict[str, Any]
     step: int | None = None
     """Steps done when the prompt was dispatched; None: it is no step's, an evaluation's."""
+    asked: str | list[dict[str, Any]] | None = None
+    """As in `Prompt`."""
+    trainer: TrainerState | None = None
+    """None: nothing is trained."""
+
+    @classmethod
+    def of(
+        cls, sample: SampleInfo, prompt: Prompt, step: int | None = None, trainer: TrainerState | None = None
+    ) -> ScoreRequest:
+        return cls(sample, prompt.text, prompt.messages, prompt.columns, step, prompt.asked, trainer)
 
 
 @dataclass(slots=True)

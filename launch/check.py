@@ -11,11 +11,12 @@ from rich.table import Table
 from actors.cluster import demands, missing
 from grpo_ray.config import AlgorithmConfig, DataSource, RunConfig, SftConfig
 from grpo_ray.config_effects import about_context, check_context
+from grpo_ray.config_reward import RewardConfig
 from grpo_ray.epochs import describe
 from grpo_ray.errors import ResourceError
 from grpo_ray.memory import count_parameters, learner_memory
 from grpo_ray.models import check_model_path, context_length, load_config, load_tokenizer, prepare_model
-from grpo_ray.rewards import BUILTINS, resolve
+from grpo_ray.rewards import BUILTINS, described, resolve
 from grpo_ray.stops import describe_end, stops_of_run
 from grpo_ray.thinking import opens_thinking
 from launch.effects import check_effects
@@ -93,6 +94,7 @@ def _model_rows(config: RunConfig | SftConfig, model: str, *, on_gpu: bool) -> l
 
 def _data_rows(config: RunConfig | SftConfig, model: str) -> list[tuple[str, str]]:
     from grpo_ray.prompts import load_prompts
+    from grpo_ray.rewards.columns import check_columns, column_needs
     from grpo_ray.supervised import load_task
 
     tokenizer = load_tokenizer(model, trust_remote_code=config.model.trust_remote_code)
@@ -123,6 +125,9 @@ def _data_rows(config: RunConfig | SftConfig, model: str) -> list[tuple[str, str
     longest = max(len(prompt.token_ids) for prompt in prompts.train)
     if (warning := about_context(config, context, longest)) is not None:
         rows.append(("warning", warning))
+    rows += [
+        ("columns", note) for note in check_columns(column_needs(config.reward), prompts, train=True, evaluation=True)
+    ]
     first = prompts.train.item(0, 0)
     rows.append(("prompt", repr(first.text if len(first.text) < 300 else first.text[:297] + "...")))
     if opens_thinking(first.text):
@@ -163,6 +168,7 @@ def _step_rows(config: RunConfig | SftConfig, context: int) -> list[tuple[str, s
             f"{updates} optimizer step{'s' * (updates > 1)}",
         ),
         ("reward", rewards),
+        ("called", _called(config.reward, r.num_generations)),
         (
             "loss",
             f"{a.loss}, advantage {a.advantage}, {_bounds(a)}, beta {a.beta:g}{' in the reward' * (a.kl_in == 'reward')}, "
@@ -171,6 +177,24 @@ def _step_rows(config: RunConfig | SftConfig, context: int) -> list[tuple[str, s
         *([("correction", ", ".join(correction))] if correction else []),
         *([("sampling", f"{r.truncation}: the learner renormalises over the tokens left")] if r.truncation else []),
     ]
+
+
+def _called(reward: RewardConfig, num_generations: int) -> str:
+    """With what the reward functions are called."""
+    found = [described(f) for f in reward.functions]
+    whole = [f.name for f in found if not f.per_sample]
+    group, one = f"the {num_generations} samples of a group at once", "one sample, the moment it is drawn"
+    at_hand = "all samples that a worker has at hand"
+    own = [f.title for f in reward.functions if f.workers is not None]
+    rest = f"; {', '.join(own)} with {at_hand}, of workers of its own" if own else ""
+    match reward.unit:
+        case "auto" if whole and len(whole) < len(found):
+            text = f"with {group}: {', '.join(whole)}; the others sample by sample, when the group is complete"
+        case "auto":
+            text = f"with {group}" if whole else f"with {one}"
+        case unit:
+            text = f"with {({'sample': one, 'group': group, 'batch': at_hand})[unit]} (reward.unit {unit})"
+    return text + rest
 
 
 def _bounds(a: AlgorithmConfig) -> str:

@@ -16,6 +16,7 @@ from actors.runtime import log_tail
 from grpo_ray.config import RunConfig, SftConfig
 from grpo_ray.errors import WorkerError
 from grpo_ray.events import EndEvent
+from grpo_ray.rewards.columns import column_needs
 from launch.live import LiveView
 
 POLL_S = 0.5
@@ -67,7 +68,9 @@ def run_here(
     asyncio.run(await_free(wanted, FREE_S))
     from actors.controller import start_controller
 
-    controller = start_controller(kind, config, run_dir, resume_step, detached=joins(config))
+    # Here, where the functions can be imported; the controller has the data.
+    needs = column_needs(config.reward) if isinstance(config, RunConfig) and kind != "replay" else ()
+    controller = start_controller(kind, config, run_dir, resume_step, needs=needs, detached=joins(config))
     try:
         no_steps = kind in WITHOUT_STEPS
         with LiveView(run_dir=run_dir, began=began, no_steps=no_steps) as view, _signals_to(controller, view):

@@ -54,7 +54,7 @@ def test_a_function_written_for_trl_gets_what_trl_gives_it() -> None:
         "completions": completions,
         "ids": [[5], [6, 7]],
         "answer": ["2", "3"],
-        "rest": {"level": [1, 2]},
+        "rest": {"level": [1, 2]} | {name: seen["rest"][name] for name in ("trainer_state", "log_extra", "log_metric")},
     }
 
 
@@ -143,7 +143,7 @@ def test_a_failed_part_fails_the_whole_and_says_where() -> None:
 def test_a_missing_column_is_named() -> None:
     (part,) = call_reward(resolve(RewardFunctionConfig(name="countdown")), inputs_of(["1+1"], answer=["2"]))
     assert part.status is ScoreStatus.ERROR
-    assert "needs the column 'target'; the row has ['answer']" in part.detail
+    assert "needs the column 'target'; the row has answer;" in part.detail
 
 
 # ---- finding functions
@@ -178,14 +178,14 @@ def test_a_function_of_the_current_folder_is_found(tmp_path: Path, monkeypatch: 
     assert [s.value for s in score_samples([function], inputs_of(["a"]))] == [1.5]
 
 
-def test_parameters_that_only_trls_trainer_fills_are_refused_unless_they_have_a_default() -> None:
-    def wants(completions, trainer_state):
+def test_environments_are_refused_unless_they_have_a_default() -> None:
+    def wants(completions, environments):
         return [0.0]
 
-    def may_have(completions, log_extra=None, **kwargs):
+    def may_have(completions, environments=None, **kwargs):
         return [0.0]
 
-    with pytest.raises(RewardError, match="'trainer_state', which only TRL's trainer passes"):
+    with pytest.raises(RewardError, match="'environments', which TRL's trainer makes of its environment_factory"):
         function_of(wants)
     assert call_reward(function_of(may_have), inputs_of(["a"]))[0].value == 0.0
 
@@ -265,7 +265,7 @@ def test_text_votes_go_by_the_answer_alone() -> None:
 def test_accuracy_takes_the_column_solution_too_and_says_when_there_is_neither() -> None:
     assert values("accuracy", ["\\boxed{4}"], solution=["4"]) == [1.0]
     (part,) = call_reward(resolve(RewardFunctionConfig(name="accuracy")), inputs_of(["4"], gold=["4"]))
-    assert "needs a column 'answer' or 'solution'" in part.detail
+    assert "needs the column 'answer' or 'solution'; the row has gold;" in part.detail
 
 
 @pytest.mark.timeout(60)

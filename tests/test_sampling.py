@@ -162,7 +162,13 @@ def test_every_prompt_has_its_samples_in_order_with_where_they_come_from(config,
     assert first["model_sha256"] == "0" * 64
     assert first["completion"] == " ".join(map(str, first["completion_ids"]))
     assert first["rewards"] == [
-        {"name": "even", "status": "ok", "value": float(first["completion_ids"][0] % 2 == 0), "detail": ""}
+        {
+            "name": "even",
+            "status": "ok",
+            "value": float(first["completion_ids"][0] % 2 == 0),
+            "detail": "",
+            "extra": None,
+        }
     ]
     assert len({r["seed"] for r in rows}) == len(rows)
 

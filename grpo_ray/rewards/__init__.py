@@ -16,10 +16,11 @@ from grpo_ray.rewards.accuracy import accuracy
 from grpo_ray.rewards.code import check_code, code
 from grpo_ray.rewards.countdown import countdown
 from grpo_ray.rewards.exact_match import exact_match
-from grpo_ray.rewards.function import RewardFunction, ScoreInputs, inspect_function
+from grpo_ray.rewards.function import Columns, RewardFunction, ScoreInputs, inspect_function
 from grpo_ray.rewards.instructions import instructions
 from grpo_ray.rewards.judge import judge
 from grpo_ray.rewards.language_consistency import check_languages, language_consistency, load_dictionaries
+from grpo_ray.rewards.made import made
 from grpo_ray.rewards.r1_format import r1_format
 from grpo_ray.rewards.reasoning_gym_task import reasoning_gym
 from grpo_ray.rewards.repetition_penalty import repetition_penalty
@@ -27,6 +28,7 @@ from grpo_ray.rewards.reward_model import check_reward_model, load_reward_model,
 from grpo_ray.rewards.scoring import call_reward, score_samples, weighted_sum
 from grpo_ray.rewards.soft_overlong import soft_overlong
 from grpo_ray.rewards.think_format import think_format
+from grpo_ray.rewards.verl import is_verl, verl_function
 
 __all__ = ["BUILTINS", "RewardFunction", "ScoreInputs", "call_reward", "resolve", "score_samples", "weighted_sum"]
 
@@ -45,6 +47,39 @@ BUILTINS: dict[str, Callable[..., Any]] = {
     "reward_model": reward_model,
     "judge": judge,
 }
+_ANSWER = Columns(required=(("answer",),))
+_COLUMNS: dict[str, Columns] = {
+    "accuracy": Columns(required=(("answer", "solution"),)),
+    "code": Columns(required=(("tests",),), optional=("entry_point",)),
+    "countdown": Columns(required=(("target",), ("nums",))),
+    "reasoning_gym": Columns(required=(("reasoning_gym_entry",), ("reasoning_gym_task",))),
+    "exact_match": _ANSWER,
+    "language_consistency": Columns(required=(("language",),)),
+    "instructions": Columns(required=(("instruction_id_list",), ("kwargs",))),
+}
+"""What each takes from the data. All other parameters are options, which come from `args` alone."""
+
+
+def columns_of(name: str, args: dict[str, Any]) -> Columns:
+    """The columns that a built-in takes from the data under these options.
+
+    Raises:
+        RewardError: `args` hold what only the data can say.
+    """
+    if name == "judge":
+        return _ANSWER if args.get("use_answer") else Columns()
+    if name == "language_consistency" and "language" in args:
+        return Columns()
+    columns = _COLUMNS.get(name, Columns())
+    taken = next((k for k in args if k in columns.names), None)
+    if taken is not None:
+        raise RewardError(
+            f"reward {name!r} takes {taken!r} from the data, a value for each row, and not from args; map a column to it: "
+            f"data.train.columns: {{{taken}: NAME}}"
+        )
+    return columns
+
+
 # Imported when the function is resolved: at the first sample it would count against the sample's deadline.
 _LIBRARIES = {"accuracy": "math_verify", "reasoning_gym": "reasoning_gym", "judge": "openai"}
 # What has to be there besides, given `args`.
@@ -68,23 +103,34 @@ def resolve(config: RewardFunctionConfig, *, load: bool = False) -> RewardFuncti
     Raises:
         RewardError: it does not exist, can't be imported, does not take the `args` given, or lacks what it needs.
     """
-    call = BUILTINS.get(config.name)
-    if call is None:
-        call = _import(config.name) if "." in config.name else _unknown(config.name)
-    if config.name in _LIBRARIES:
-        importlib.import_module(_LIBRARIES[config.name])
-    function = replace(
-        inspect_function(config.title, call, config.weight, config.args),
-        sources=config.sources,
-        from_step=config.from_step,
-        part=config.part,
-        built_in=config.name in BUILTINS,
-    )
     if config.name in _CHECKS:
         _CHECKS[config.name](config.args)
+    function = described(config)
+    if config.name in _LIBRARIES:
+        importlib.import_module(_LIBRARIES[config.name])
     if load and config.name in _LOADS:
         _LOADS[config.name](config.args)
     return function
+
+
+def described(config: RewardFunctionConfig) -> RewardFunction:
+    """As `resolve`, without a look at what it needs besides: programs, models, libraries."""
+    call = BUILTINS.get(config.name)
+    if call is not None:
+        declared = columns_of(config.name, config.args)
+        function = inspect_function(config.title, call, config.weight, config.args, declared)
+    else:
+        function = _users(config, _import(config.name) if "." in config.name else _unknown(config.name))
+    built_in = config.name in BUILTINS
+    return replace(
+        function, sources=config.sources, from_step=config.from_step, part=config.part, built_in=built_in
+    )
+
+
+def _users(config: RewardFunctionConfig, found: Callable[..., Any]) -> RewardFunction:
+    call, args = made(config.name, found, config.args)
+    kind = verl_function if is_verl(call) else inspect_function
+    return kind(config.title, call, config.weight, args)
 
 
 def _unknown(name: str) -> Callable[..., Any]:

@@ -2,12 +2,21 @@
 
     def reward(prompts, completions, completion_ids, **columns) -> list[float | None]
 
-It is called by keyword. Every argument is a list with one entry per sample: `prompts` and `completions` are strings,
-or conversations (`[{"role": "assistant", "content": ...}]`) where the row is conversational; `completion_ids` are the
-tokens; then come all other columns of the data set, and the `args` of the recipe as they are. It gives one number per
-sample, or None where it does not apply; an `Explained` number says why beside it; a RewardError in a number's place fails that
-sample alone. It may be `async def`. TRL's `trainer_state`,
-`log_extra` and `log_metric` are not passed.
+It is called by keyword, with whole groups (`reward.unit`). Every argument is a list with one entry per sample. `prompts` are as
+the rows have them, before any template. Where a row's prompt is text, `completions` are text, also under a chat template; where it
+is a conversation, they are `[{"role": "assistant", "content": ...}]`. `completion_ids` are the tokens. Then come all other columns
+of the data set, None where a row lacks one, and the `args` of the recipe as they are, which come before a column of the same name.
+
+It gives one number per sample, or None where it does not apply; an `Explained` number says why beside it; a RewardError in a
+number's place fails that sample alone. It may be `async def`, and an instance with `__call__`; a class, or a function that makes
+the reward from `args` alone (TRL's `get_soft_overlong_punishment`), is called with `args` once.
+
+`log_extra(column, values)`, `log_metric(name, value)` and `trainer_state` are TRL's, and passed to those that name them or take
+`**kwargs`: see `rewards.logs` and `types.TrainerState`. TRL's `environments` are not supported. verl's `compute_score` is known by
+its parameter `solution_str`, see `rewards.verl`.
+
+A built-in reward gets options from `args` alone: of the columns it sees those that it declares (`Columns`), whatever others are
+called, and its prompts are the conversations that the model was asked in.
 
 One thing more than TRL's: for `algorithm.advantage: process` it may give, instead of a number, what each step of the
 sample is worth, `[(end, reward), ..]`: `end` is the index in `completion_ids` of the step's last token, ascending. A number
@@ -18,24 +27,39 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from grpo_ray.errors import RewardError
+from grpo_ray.rewards.logs import CallLog
 from grpo_ray.rewards.parts import Part, part_of
 from grpo_ray.thinking import begun
+from grpo_ray.types import TrainerState
 
 Conversation = list[dict[str, Any]]
 Completions = Sequence[str | Conversation]
 Values = Sequence[float | Sequence[tuple[int, float]] | RewardError | None]
 RewardCallable = Callable[..., Values | Awaitable[Values]]
 
-RESERVED = ("prompts", "completions", "completion_ids")
+RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 # TRL leaves these out of the columns too; they would be the row's own, not the sample's.
 NOT_COLUMNS = frozenset({"prompt", "completion", *RESERVED})
 SOURCE = "source"
-_TRAINER_ONLY = ("trainer_state", "log_extra", "log_metric", "environments")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns that a built-in reward takes from the data; every other parameter is an option."""
+
+    required: tuple[tuple[str, ...], ...] = ()
+    """One of each of these has to be there. The function gets it under the first of the names; it does not apply to a row in which
+    it is null."""
+    optional: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset({*self.optional, *(name for names in self.required for name in names)})
 
 
 @dataclass(frozen=True)
@@ -54,6 +78,8 @@ class ScoreInputs:
     """[S] steps done when each was asked for; None, or None for all: it is no step's, an evaluation's."""
     opened: list[bool] | None = None
     """[S] of which the prompt's template wrote `<think>` already; None: of none."""
+    trainer: TrainerState | None = None
+    """Of the newest of the samples; None: nothing is trained."""
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -75,6 +101,7 @@ class ScoreInputs:
             [_take_part(self.completions[i], part, opened=opened[i], with_opening=with_opening) for i in rows],
             [self.completion_ids[i] for i in rows],
             {name: [values[i] for i in rows] for name, values in self.columns.items()},
+            trainer=self.trainer,
         )
 
 
@@ -88,8 +115,12 @@ class RewardFunction:
     args: dict[str, Any] = field(default_factory=dict)
     accepts: frozenset[str] | None = None
     """The parameters it names; None: it takes any (`**kwargs`)."""
-    required: tuple[str, ...] = ()
-    """Columns that it can't do without."""
+    required: tuple[tuple[str, ...], ...] = ()
+    """Columns that it can't do without: one of each of these. `a.b` is entry b of column a."""
+    declared: Columns | None = None
+    """Of a built-in: the only columns that it gets."""
+    per_sample: bool = False
+    """It judges samples one by one, and `reward.unit: auto` calls it so."""
     sources: tuple[str, ...] = ()
     """It applies to rows with one of these in their column `source`; empty: to all."""
     from_step: int = 0
@@ -109,6 +140,9 @@ class RewardFunction:
         if self.from_step and inputs.steps is not None:
             steps = inputs.steps
             rows = [i for i in rows if (step := steps[i]) is None or step >= self.from_step]
+        if self.declared is not None:
+            given = [v for names in self.declared.required if (v := _coalesced(inputs.columns, names)) is not None]
+            rows = [i for i in rows if all(values[i] is not None for values in given)]
         if not self.sources:
             return list(rows)
         if SOURCE not in inputs.columns:
@@ -118,32 +152,78 @@ class RewardFunction:
             )
         return [i for i in rows if inputs.columns[SOURCE][i] in self.sources]
 
-    def keywords(self, inputs: ScoreInputs) -> dict[str, Any]:
+    def keywords(self, inputs: ScoreInputs, log: CallLog) -> dict[str, Any]:
         """The keyword arguments of one call: all of them, or those that it names.
 
         Raises:
             RewardError: a column that it needs is not there.
         """
+        columns = {k: v for k, v in inputs.columns.items() if k not in NOT_COLUMNS}
+        for names in self.required:
+            if not any(has_column(columns, name) for name in names):
+                raise RewardError(missing_column(self.name, names, columns))
         everything: dict[str, Any] = {
-            **{k: v for k, v in inputs.columns.items() if k not in NOT_COLUMNS},
+            **(columns if self.declared is None else _declared(self.declared, columns)),
+            **self.args,
             "prompts": inputs.prompts,
             "completions": inputs.completions,
             "completion_ids": inputs.completion_ids,
-            **self.args,
+            "trainer_state": inputs.trainer or NotTraining(),
+            "log_extra": log.log_extra,
+            "log_metric": log.log_metric,
         }
-        missing = [name for name in self.required if name not in everything]
-        if missing:
-            raise RewardError(
-                f"reward {self.name!r} needs the column {missing[0]!r}; the row has "
-                f"{sorted(inputs.columns) or 'none'}; map one to it, e.g. data.train.columns: {{{missing[0]}: NAME}}"
-            )
         if self.accepts is None:
             return everything
         return {k: v for k, v in everything.items() if k in self.accepts}
 
 
-def inspect_function(name: str, call: Callable[..., Any], weight: float, args: dict[str, Any]) -> RewardFunction:
+def has_column(columns: Mapping[str, Any], name: str) -> bool:
+    """Is there such a column? Of `a.b` its first part is looked for."""
+    return name in columns or name.partition(".")[0] in columns
+
+
+def missing_column(reward: str, names: Sequence[str], there: Iterable[str], where: str = "") -> str:
+    """What to say where a reward has none of the columns that it needs one of; `where`: the option of the data set, if it is not in
+    one row alone."""
+    known = sorted(map(str, there))
+    wanted = " or ".join(map(repr, names))
+    close = next((m for name in names for m in difflib.get_close_matches(name, known, n=1, cutoff=0.7)), "NAME")
+    return (
+        f"reward {reward!r} needs the column {wanted}; {where or 'the row'} has {', '.join(known) or 'none'}; map one to it, e.g. "
+        f"{where or 'data.train'}.columns: {{{next(n for n in names if '.' not in n)}: {close}}}"
+    )
+
+
+def _declared(declared: Columns, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    out = {name: columns[name] for name in declared.optional if name in columns}
+    for names in declared.required:
+        if (values := _coalesced(columns, names)) is not None:
+            out[names[0]] = values
+    return out
+
+
+def _coalesced(columns: Mapping[str, list[Any]], names: Sequence[str]) -> list[Any] | None:
+    """[S] of each row the first of these columns that is not null; None: there is none of them."""
+    found = [columns[name] for name in names if name in columns]
+    if len(found) < 2:
+        return found[0] if found else None
+    return [next((v for v in values if v is not None), None) for values in zip(*found, strict=True)]
+
+
+class NotTraining:
+    """`trainer_state` where nothing is trained (`sample`, `eval`): a reward that goes by the step has no right value there."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"trainer_state.{name} is not known here: nothing is trained by `sample` and `eval`")
+
+
+def inspect_function(
+    name: str, call: Callable[..., Any], weight: float, args: dict[str, Any], declared: Columns | None = None
+) -> RewardFunction:
     """Read the signature, so that what can't work is said before the run rather than at its first sample.
+
+    Args:
+        declared: the columns of a built-in; None: a user's function, whose parameters are columns.
 
     Raises:
         RewardError: `args` that the function does not take, or parameters that only TRL's trainer can fill.
@@ -155,9 +235,7 @@ def inspect_function(name: str, call: Callable[..., Any], weight: float, args: d
     by_keyword = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     names = frozenset(p.name for p in by_keyword)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    required = tuple(
-        p.name for p in by_keyword if p.default is p.empty and p.name not in args and p.name not in RESERVED
-    )
+    needed = [p.name for p in by_keyword if p.default is p.empty and p.name not in args and p.name not in RESERVED]
 
     reserved = [k for k in args if k in NOT_COLUMNS]
     if reserved:
@@ -168,10 +246,9 @@ def inspect_function(name: str, call: Callable[..., Any], weight: float, args: d
     if unknown:
         options = [n for n in names if n not in RESERVED]
         raise RewardError(f"reward {name!r} takes no argument {unknown[0]!r}; {_suggest(unknown[0], options)}")
-    trainers = [n for n in required if n in _TRAINER_ONLY]
-    if trainers:
+    if "environments" in needed:
         raise RewardError(
-            f"reward {name!r} requires {trainers[0]!r}, which only TRL's trainer passes; "
+            f"reward {name!r} requires 'environments', which TRL's trainer makes of its environment_factory; there are none here: "
             "give that parameter a default of None"
         )
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
@@ -180,7 +257,17 @@ def inspect_function(name: str, call: Callable[..., Any], weight: float, args: d
             f"reward {name!r} is called by keyword, but its parameter {positional[0]!r} "
             "is positional-only; drop the `/`"
         )
-    return RewardFunction(name, call, weight, dict(args), None if open_ended else names, required)
+    accepts = None if open_ended else names
+    if declared is None:
+        return RewardFunction(name, call, weight, dict(args), accepts, tuple((n,) for n in needed))
+    options = [n for n in needed if n not in declared.names]
+    if options:
+        raise RewardError(
+            f"reward {name!r} needs args: {{{options[0]}: ...}}; a column of that name is not taken for it"
+        )
+    return RewardFunction(
+        name, call, weight, dict(args), accepts, declared.required, declared=declared, per_sample=True
+    )
 
 
 def _suggest(word: str, known: Sequence[str]) -> str:

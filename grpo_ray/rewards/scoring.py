@@ -10,10 +10,12 @@ import operator
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.function import Explained, RewardFunction, ScoreInputs
+from grpo_ray.rewards.logs import CallLog, Plain
 from grpo_ray.types import RewardScore, Score, ScoreStatus, Step
 
 MAX_DETAIL_CHARS = 500
@@ -38,18 +40,35 @@ def call_reward(function: RewardFunction, inputs: ScoreInputs) -> list[RewardSco
     try:
         rows = function.applies_to(inputs)
         asked = inputs.take(rows, function.part, with_opening=function.built_in)
-        values = function.call(**function.keywords(asked)) if rows else []
+        log = CallLog(function.name, len(rows))
+        values = function.call(**function.keywords(asked, log)) if rows else []
         if inspect.isawaitable(values):
             values = _run(values)
+        extras = log.extras()
     except KeyboardInterrupt:
         raise
     except BaseException as e:  # SystemExit too: a reward function may not end the run
-        return failures(function.name, len(inputs), ScoreStatus.ERROR, _explain(e), time.perf_counter() - start)
-    results = dict(
-        zip(rows, check_values(function.name, values, asked.lengths, time.perf_counter() - start), strict=True)
-    )
+        detail = explain(e) + _hint(e, inputs)
+        return failures(function.name, len(inputs), ScoreStatus.ERROR, detail, time.perf_counter() - start)
+    checked = check_values(function.name, values, asked.lengths, time.perf_counter() - start)
+    results = dict(zip(rows, map(_with_extra, checked, extras), strict=True))
+    if log.metrics:
+        results[rows[0]] = replace(results[rows[0]], logged=log.metrics)
     other = RewardScore(function.name, ScoreStatus.NOT_APPLICABLE, math.nan)
     return [results.get(i, other) for i in range(len(inputs))]
+
+
+def _with_extra(score: RewardScore, extra: tuple[tuple[str, Plain], ...]) -> RewardScore:
+    return replace(score, extra=extra) if extra else score
+
+
+def _hint(error: BaseException, inputs: ScoreInputs) -> str:
+    """For `completion[0]["content"]`, which TRL's users know from conversations."""
+    if not (isinstance(error, TypeError) and "string indices" in str(error) and isinstance(inputs.completions[0], str)):
+        return ""
+    return (
+        "; completions are text where the row's prompt is text: use c, or make the column `prompt` a list of messages"
+    )
 
 
 def check_values(name: str, values: Any, lengths: Sequence[int], seconds: float) -> list[RewardScore]:
@@ -175,7 +194,7 @@ def _run(awaitable: Any) -> Any:
     return _runner.run(whole())
 
 
-def _explain(error: BaseException) -> str:
+def explain(error: BaseException) -> str:
     """`ValueError: no digits (rewards.py:12)`: type, first line, and the innermost line of the user's code."""
     try:
         message = (str(error).splitlines() or [""])[0]

@@ -25,7 +25,8 @@ def math_votes(
     """By the answers that `accuracy` finds; those that math-verify holds for equal (1/2 and 0.5) are one."""
     from math_verify import verify
 
-    golds = answer if answer is not None else solution if solution is not None else [""] * len(completions)
+    none = [None] * len(completions)
+    golds = [a if a is not None else s for a, s in zip(answer or none, solution or none, strict=True)]
     found = [extract(text_of(c), "####" in str(g), timeout_s) for c, g in zip(completions, golds, strict=True)]
 
     def same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:

@@ -193,7 +193,7 @@ def functions(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def config_of(folder: str, *names: str, retries: int = 0, **options: object) -> RewardConfig:
     entries = tuple(RewardFunctionConfig(name=n if "." in n else f"bad_rewards.{n}") for n in names)
-    settings = {"timeout_s": TIMEOUT_S, "memory_gb": 0.15, "env": {"PYTHONPATH": folder}, **options}
+    settings = {"unit": "sample", "timeout_s": TIMEOUT_S, "memory_gb": 0.15, "env": {"PYTHONPATH": folder}, **options}
     return RewardConfig(functions=entries, on_failure=FailurePolicy(retries=retries), **settings)
 
 

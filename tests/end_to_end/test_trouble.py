@@ -30,7 +30,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("name", "expected"),
     [
         pytest.param("raises", "raises: error: KeyError: 'no such column'", marks=SLOW),
-        pytest.param("too_few", "returned 0 values, expected 1, one for each completion", marks=SLOW),
+        pytest.param("too_few", "returned 0 values, expected 4, one for each completion", marks=SLOW),
         pytest.param("nan", "returned nan, expected a finite number, or None", marks=SLOW),
         pytest.param("hangs", "hangs: timeout: ", marks=SLOW),
         pytest.param("exits", "exits: crashed: ", marks=SLOW),

@@ -1,0 +1,90 @@
+"""Before a run: do the data have the columns that its rewards take?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grpo_ray.config_reward import RewardConfig
+from grpo_ray.errors import RewardError
+from grpo_ray.prompts import PromptSets
+from grpo_ray.rewards import described
+from grpo_ray.rewards.function import SOURCE, missing_column
+
+
+@dataclass(frozen=True)
+class ColumnNeeds:
+    """What one reward of a recipe takes from the data. Made where its function can be imported, used where the data are."""
+
+    reward: str
+    required: tuple[tuple[str, ...], ...]
+    """One of each of these."""
+    args: tuple[str, ...]
+    """Names that the recipe gives values to."""
+    sources: tuple[str, ...]
+    built_in: bool
+
+
+def column_needs(reward: RewardConfig) -> list[ColumnNeeds]:
+    """Of every function of a recipe. Raises RewardError: one of them can't be used."""
+    found = [(config, described(config)) for config in reward.functions]
+    return [ColumnNeeds(c.title, f.required, tuple(c.args), c.sources, c.built_in) for c, f in found]
+
+
+def check_columns(needs: Sequence[ColumnNeeds], prompts: PromptSets, *, train: bool, evaluation: bool) -> list[str]:
+    """What should be known of the columns that rewards take, of the sets that are used.
+
+    Raises:
+        RewardError: a column that a reward needs is not there; names those that are.
+    """
+    sets = {"data.train": prompts.train} if train else {}
+    if evaluation:
+        sets |= {f"data.eval.{name}" if name else "data.eval": found for name, found in prompts.eval.items()}
+    return [
+        note for where, found in sets.items() for need in needs for note in _check(need, where, found.rows_of_columns)
+    ]
+
+
+def _check(need: ColumnNeeds, where: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    there = dict.fromkeys(name for row in rows for name in row)
+    if need.sources:
+        if SOURCE not in there:
+            why = f" (it is for the sources {', '.join(need.sources)})"
+            raise RewardError(missing_column(need.reward, (SOURCE,), there, where) + why)
+        rows = [row for row in rows if row.get(SOURCE) in need.sources]
+        if not rows:
+            return [
+                f"reward {need.reward!r} applies to no row of {where}: none is of the sources {', '.join(need.sources)}"
+            ]
+    notes = [
+        f"reward {need.reward!r} takes {name!r} from its args, and not the column of {where} that is called so"
+        for name in need.args
+        if name in there
+    ]
+    for names in need.required:
+        lacking = [row for row in rows if all(value_of(row, name) is None for name in names)]
+        if len(lacking) == len(rows) and not any(_has(row, name) for row in rows for name in names):
+            raise RewardError(missing_column(need.reward, names, there, where))
+        if lacking:
+            what = "does not apply to" if need.built_in else "gets None for"
+            wanted = " or ".join(map(repr, names))
+            notes.append(
+                f"reward {need.reward!r} {what} {len(lacking)} of {len(rows)} rows of {where}: they have no {wanted}"
+            )
+    return notes
+
+
+def value_of(row: Mapping[str, Any], name: str) -> Any:
+    """Of column `a`, or of entry b of column a for `a.b`; None without."""
+    if name in row:
+        return row[name]
+    column, _, entry = name.partition(".")
+    inside = row.get(column)
+    return inside.get(entry) if isinstance(inside, Mapping) else None
+
+
+def _has(row: Mapping[str, Any], name: str) -> bool:
+    column, _, entry = name.partition(".")
+    inside = row.get(column)
+    return name in row or (isinstance(inside, Mapping) and entry in inside)

@@ -1,0 +1,51 @@
+"""Rewards that are made before they are called: classes, and functions that return one (TRL's `get_cosine_scaled_reward`)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from grpo_ray.errors import RewardError
+from grpo_ray.rewards.function import NOT_COLUMNS
+
+_FROM_SAMPLES = NOT_COLUMNS | {"environments", "solution_str", "solution_strs"}
+
+
+def made(name: str, found: Callable[..., Any], args: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The reward itself and what is left of `args`: a class and a maker are called with all of them, once.
+
+    Raises:
+        RewardError: `args` that it does not take, that it refuses, or a class whose instances can't be called.
+    """
+    if isinstance(found, type):
+        can_be_called = any("__call__" in vars(base) for base in found.__mro__)
+    elif _is_maker(found, args):
+        can_be_called = True
+    else:
+        return found, args
+    if not can_be_called:
+        raise RewardError(
+            f"reward {name!r} is a class whose instances can't be called; give it a method __call__(self, completions, **columns)"
+        )
+    try:
+        reward = found(**args)
+    except Exception as e:
+        first_line = (str(e).splitlines() or [""])[0]
+        raise RewardError(
+            f"reward {name!r} can't be made with args {args!r:.200}: {type(e).__name__}: {first_line}"
+        ) from None
+    return (reward, {}) if callable(reward) else (found, args)
+
+
+def _is_maker(found: Callable[..., Any], args: dict[str, Any]) -> bool:
+    """Takes it nothing of a sample, and are all parameters that it needs in `args`?"""
+    try:
+        parameters = inspect.signature(found).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    if inspect.iscoroutinefunction(found) or any(
+        p.kind is p.VAR_KEYWORD or p.name in _FROM_SAMPLES for p in parameters
+    ):
+        return False
+    return all(p.default is not p.empty or p.name in args or p.kind is p.VAR_POSITIONAL for p in parameters)

@@ -1,0 +1,457 @@
+"""TRL's and verl's reward functions run unchanged, and columns are data: they never become options of a built-in reward."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.reward import build_inputs
+from grpo_ray.config_reward import RewardConfig, RewardFunctionConfig
+from grpo_ray.errors import RewardError
+from grpo_ray.metrics import logged_metrics
+from grpo_ray.prompts import PromptSets
+from grpo_ray.rewards import BUILTINS, ScoreInputs, call_reward, columns_of, described, resolve
+from grpo_ray.rewards.columns import check_columns, column_needs
+from grpo_ray.rewards.function import RESERVED, RewardFunction
+from grpo_ray.rewards.logs import MAX_COLUMNS, MAX_METRICS, MAX_VALUE_CHARS, CallLog
+from grpo_ray.types import RewardScore, SampleInfo, Score, ScoreRequest, ScoreStatus, TrainerState
+
+STATE = TrainerState.at(5, 10, prompts_per_step=4, num_prompts=16)
+
+
+def example(name: str, **args: Any) -> RewardFunction:
+    return resolve(RewardFunctionConfig(name=f"tests.reward_examples.{name}", args=args))
+
+
+def told(completions: list[str], prompts: list[Any] | None = None, **columns: list[Any]) -> ScoreInputs:
+    return ScoreInputs(
+        prompts or ["p"] * len(completions), completions, [[1] * len(c) for c in completions], columns, trainer=STATE
+    )
+
+
+def said(function: RewardFunction, inputs: ScoreInputs) -> list[float | None]:
+    scores = call_reward(function, inputs)
+    assert not any(s.status.failed for s in scores), scores[0].detail
+    return [s.value if s.status is ScoreStatus.OK else None for s in scores]
+
+
+def chat(*texts: str) -> list[Any]:
+    return [[{"role": "assistant", "content": t}] for t in texts]
+
+
+# ---- TRL
+
+
+@pytest.mark.parametrize(
+    ("name", "completions", "columns", "expected"),
+    [
+        ("length_reward", ["a", "bcd"], {}, [1.0, 3.0]),
+        ("ground_truth_reward", [r"so \boxed{1}", "no"], {"ground_truth": ["1", "1"]}, [1.0, 0.0]),
+        ("only_ids", ["ab", ""], {}, [2.0, 0.0]),
+        ("math_task_reward", ["3", "x", "3"], {"task": ["math", "math", "code"]}, [1.0, -1.0, None]),
+        ("slow_reward", ["2+2=4", "5"], {}, [1.0, 0.0]),
+        ("rank_reward", ["long one", "s", "mid"], {}, [0.0, 1.0, 0.5]),
+        ("scheduled_reward", ["12345", "123456"], {}, [1.0, 0.0]),
+        ("chat_format_reward", chat("<think>a</think><answer>b</answer>", "b"), {}, [1.0, 0.0]),
+        ("tenth", ["abc"], {}, [pytest.approx(0.3)]),
+    ],
+)
+def test_trls_documented_functions_run_unchanged(
+    name: str, completions: list[Any], columns: dict[str, list[Any]], expected: list[Any]
+) -> None:
+    assert said(example(name), told(completions, **columns)) == expected
+
+
+def test_trls_own_functions_and_makers_run_by_their_path() -> None:
+    accuracy = resolve(RewardFunctionConfig(name="trl.rewards.accuracy_reward"))
+    (right, wrong) = call_reward(accuracy, told(chat(r"\boxed{\frac{1}{3}}", r"\boxed{2}"), solution=["1/3", "1/3"]))
+    assert (right.value, wrong.value) == (1.0, 0.0)
+    assert [column for column, _ in right.extra] == ["solution", "gold_parsed", "answer_parsed"]
+    assert said(resolve(RewardFunctionConfig(name="trl.rewards.think_format_reward")), told(chat("x"))) == [0.0]
+    overlong = RewardFunctionConfig(
+        name="trl.rewards.get_soft_overlong_punishment", args={"max_completion_len": 10, "soft_punish_cache": 5}
+    )
+    assert said(resolve(overlong), told(["1234", "12345678", "123456789012"])) == pytest.approx([0.0, -0.6, -1.0])
+
+
+def test_classes_and_makers_are_called_once_with_args() -> None:
+    assert said(example("Scaled", scale=2.0), told(["abc"])) == [6.0]
+    assert said(example("make_bonus", bonus=0.25), told(["abc"])) == [0.25]
+    with pytest.raises(RewardError, match="a class whose instances can't be called; give it a method __call__"):
+        example("NotCallable")
+    with pytest.raises(RewardError, match=r"can't be made with args \{'scael': 2\}: TypeError"):
+        example("Scaled", scael=2)
+
+
+def test_what_a_function_logs_comes_back_with_its_scores() -> None:
+    scores = call_reward(example("logging_reward"), told(["it is 4", "", "4"], answer=["4", "4", "4"]))
+    assert [s.value for s in scores] == [1.0, 0.0, 1.0]
+    assert [dict(s.extra) for s in scores][1] == {"golden_answer": "4", "extracted_answer": "[none]"}
+    more = call_reward(example("logging_reward"), told(["5"], answer=["4"]))
+    whole = [Score(ScoreStatus.OK, 0.0, (s,)) for s in [*scores, *more]]
+    assert logged_metrics(whole) == {"logged/accuracy": pytest.approx((2 / 3 + 0.0) / 2)}
+
+
+def test_a_hint_is_given_to_who_takes_a_text_for_a_conversation() -> None:
+    (score,) = call_reward(example("chat_format_reward"), told(["<think>"]))
+    assert score.status is ScoreStatus.ERROR
+    assert "completions are text where the row's prompt is text" in score.detail
+
+
+def test_trainer_state_knows_how_far_training_is_and_names_what_it_has_not() -> None:
+    assert (STATE.global_step, STATE.max_steps, STATE.epoch, STATE.num_train_epochs) == (5, 10, 1.25, 3)
+    with pytest.raises(AttributeError, match="no 'log_history' here; it has global_step, max_steps, epoch"):
+        _ = STATE.log_history
+    (score,) = call_reward(example("scheduled_reward"), ScoreInputs(["p"], ["a"], [[1]]))
+    assert score.status is ScoreStatus.ERROR
+    assert "nothing is trained by `sample` and `eval`" in score.detail
+
+
+def request(text: str, **fields: Any) -> ScoreRequest:
+    info = SampleInfo("d/0/0", 0, 1, len(text), 0, "stop", "w", [text], 0)
+    return ScoreRequest(info, **{"prompt_text": "<user>1+1?<assistant>", "messages": None, "columns": {}, **fields})
+
+
+def test_string_prompts_stay_strings_under_a_chat_template_but_for_built_ins() -> None:
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "1+1?"}]
+    one = request("2", messages=messages, asked="1+1?", trainer=STATE)
+    texts = {id(one.sample.ref): one.sample.ref}
+    seen = build_inputs([one], texts)
+    assert (seen.prompts, seen.completions, seen.trainer) == (["1+1?"], ["2"], STATE)
+    templated = build_inputs([one], texts, templated=True)
+    assert (templated.prompts, templated.completions) == ([messages], chat("2"))
+    raw = request("2", prompt_text="R1: 1+1?", asked="1+1?")
+    assert build_inputs([raw], {id(raw.sample.ref): ["2"]}).prompts == ["1+1?"]
+    asked = [{"role": "user", "content": "1+1?"}]
+    talk = request("2", messages=messages, asked=asked)
+    seen = build_inputs([talk], {id(talk.sample.ref): ["2"]})
+    assert (seen.prompts, seen.completions) == ([asked], chat("2"))
+
+
+# ---- what functions log is bounded
+
+
+def test_extra_columns_have_one_value_for_each_completion() -> None:
+    log = CallLog("f", 2)
+    log.log_extra("in_turns", [1])
+    log.log_extra("in_turns", ["x" * 5000])
+    (first, second) = log.extras()
+    assert first == (("in_turns", 1),)
+    assert MAX_VALUE_CHARS <= len(second[0][1]) < MAX_VALUE_CHARS + 40
+    with pytest.raises(RewardError, match=r"log_extra\('in_turns', ..\) got 3 values, expected a list of 2"):
+        log.log_extra("in_turns", [1])
+    log.log_extra("short", [1])
+    with pytest.raises(RewardError, match=r"log_extra\('short', ..\) got 1 values"):
+        log.extras()
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        (None, None),
+        (True, True),
+        (0.5, 0.5),
+        (float("nan"), "nan"),
+        (10**400, str(10**400)),
+        ([1, {"a": 2}], "[1, {'a': 2}]"),
+        ("\ud800", "\ud800"),
+    ],
+)
+def test_extra_values_of_any_kind_are_kept_as_json_can_hold_them(value: Any, kept: Any) -> None:
+    log = CallLog("f", 1)
+    log.log_extra("x", [value])
+    ((pair,),) = log.extras()
+    assert pair == ("x", kept)
+    json.dumps(dict([pair]), allow_nan=False)
+
+
+def test_metrics_that_are_not_finite_are_counted_and_others_refused() -> None:
+    log = CallLog("f", 1)
+    for value in (1.0, 3, float("nan"), float("inf"), 1e308, 1e308):
+        log.log_metric("x", value)
+    (metric,) = log.metrics
+    assert (metric.total, metric.num_finite, metric.num_not_finite) == (1e308, 3, 3)
+    with pytest.raises(RewardError, match=r"log_metric\('y', ..\) got a str, expected a number"):
+        log.log_metric("y", "good")
+    for bad in ("", "a\nb", "x" * 101, 3):
+        with pytest.raises(RewardError, match="printable characters"):
+            log.log_metric(bad, 1.0)  # type: ignore[arg-type]
+    for i in range(MAX_METRICS - 1):
+        log.log_metric(str(i), 1.0)
+    with pytest.raises(RewardError, match=f"more than {MAX_METRICS} names"):
+        log.log_metric("more", 1.0)
+    for i in range(MAX_COLUMNS):
+        log.log_extra(str(i), [1])
+    with pytest.raises(RewardError, match=f"more than {MAX_COLUMNS} columns"):
+        log.log_extra("more", [1])
+
+
+# ---- verl
+
+VERL_ROW = {
+    "data_source": ["openai/gsm8k"] * 2,
+    "ability": ["math"] * 2,
+    "reward_model": [{"style": "rule", "ground_truth": "72"}, {"style": "rule", "ground_truth": "5"}],
+    "extra_info": [{"split": "train"}, None],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "expected"),
+    [
+        ("compute_score", {}, [1.0, 0.0]),
+        ("gsm8k_score", {"format_score": 0.1}, [1.0, 0.1]),
+        ("served_score", {}, [1.0, 0.0]),
+        ("dict_score", {}, [1.0, -1.0]),
+        ("batched_score", {}, [1.0, 0.0]),
+    ],
+)
+def test_verls_functions_run_unchanged(name: str, args: dict[str, Any], expected: list[float]) -> None:
+    completions = ["so it is 72", "so it is 72"]
+    assert said(example(name, **args), told(completions, **VERL_ROW)) == expected
+    assert said(example(name, **args), told(chat(*completions), **VERL_ROW)) == expected
+
+
+def test_verls_ground_truth_may_be_a_column_of_its_own() -> None:
+    function = example("gsm8k_score")
+    for columns in ({"ground_truth": ["72"]}, {"answer": ["72"]}, {"reward_model": [None], "answer": ["72"]}):
+        assert said(function, told(["72"], **columns)) == [1.0]
+
+
+def test_verls_dict_is_logged_beside_its_score() -> None:
+    first, second = call_reward(example("dict_score"), told(["is 72", "is 72"], **VERL_ROW))
+    assert dict(first.extra) == {"acc": True, "pred": "is 72", "split": "train"}
+    assert dict(second.extra) == {"acc": False, "pred": "is 72", "split": None}
+    assert [(m.name, m.total, m.num_finite) for m in first.logged] == [("acc", 1.0, 2)]
+
+
+def test_a_sample_that_verls_function_fails_at_fails_alone() -> None:
+    columns = VERL_ROW | {"data_source": ["openai/gsm8k", "other"]}
+    right, failed = call_reward(example("compute_score"), told(["72", "5"], **columns))
+    assert right.value == 1.0
+    assert failed.status is ScoreStatus.ERROR
+    assert failed.detail.startswith("NotImplementedError: no score for other")
+
+
+def test_what_verl_alone_passes_is_refused_and_can_be_given() -> None:
+    with pytest.raises(
+        RewardError, match="'reward_router_address', which verl's reward loop alone passes; give it in args"
+    ):
+        example("routed_score")
+    assert said(example("routed_score", reward_router_address="x"), told(["72", "5"], **VERL_ROW)) == [0.0, 0.0]
+    with pytest.raises(RewardError, match="args can't hold 'ground_truth'"):
+        example("compute_score", ground_truth="72")
+
+
+# ---- what functions are called with
+
+
+def test_the_unit_is_the_group_as_soon_as_a_function_is_not_built_in() -> None:
+    built_in, own = RewardFunctionConfig(name="accuracy"), RewardFunctionConfig(name="my.f")
+    assert RewardConfig().unit == "auto"
+    assert not RewardConfig(functions=(built_in,)).whole_groups
+    assert RewardConfig(functions=(built_in, own)).whole_groups
+    assert not RewardConfig(functions=(own,), unit="sample").whole_groups
+    assert not RewardConfig(functions=(own,), unit="batch").whole_groups
+    assert RewardConfig(functions=(built_in,), unit="group").whole_groups
+    assert RewardConfig.model_validate(RewardConfig(functions=(own,)).model_dump()).unit == "auto"
+    per_sample = {name: example(name).per_sample for name in ("rank_reward", "compute_score", "batched_score")}
+    assert per_sample == {"rank_reward": False, "compute_score": True, "batched_score": False}
+
+
+# ---- columns are data
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "soft_overlong": {"max_length": 10, "cache_length": 5},
+    "reward_model": {"path": "a/b"},
+    "judge": {"model": "m", "base_url": "http://127.0.0.1:9/v1"},
+}
+GOOD: dict[str, list[Any]] = {
+    "answer": ["4"],
+    "tests": [[{"input": "", "output": "4"}]],
+    "target": [4],
+    "nums": [[2, 2]],
+    "language": ["en"],
+    "instruction_id_list": [["punctuation:no_comma"]],
+    "kwargs": [[{}]],
+    "reasoning_gym_entry": [{"question": "2+2", "answer": "4", "metadata": {}}],
+    "reasoning_gym_task": ["basic_arithmetic"],
+}
+OPTION_NAMES = sorted(
+    {name for title, call in BUILTINS.items() for name in inspect.signature(call).parameters if name not in RESERVED}
+    | {"weight", "sources", "part", "name", "args", "env", "self", "completion", "trainer_state", "log_metric"}
+)
+HOSTILE = ["/etc", False, None, 10**9, ["x"], {"a": 1}]
+
+
+def builtin(name: str) -> RewardFunction:
+    return described(RewardFunctionConfig(name=name, args=OPTIONS.get(name, {})))
+
+
+@pytest.mark.parametrize("name", list(BUILTINS))
+def test_no_column_reaches_an_option_of_a_built_in(name: str) -> None:
+    function = builtin(name)
+    declared = columns_of(name, OPTIONS.get(name, {})).names
+    data = {k: v for k, v in GOOD.items() if k in declared}
+    log = CallLog(name, 1)
+    plain = function.keywords(told(["x"], **data), log)
+    for column in OPTION_NAMES:
+        for value in HOSTILE:
+            if column not in declared:
+                assert function.keywords(told(["x"], **data, **{column: [value]}), log) == plain, (column, value)
+
+
+@pytest.mark.parametrize("name", [n for n in BUILTINS if n not in ("reward_model", "judge", "code")])
+def test_the_score_of_a_built_in_is_the_same_with_columns_that_are_called_like_options(name: str) -> None:
+    function = resolve(RewardFunctionConfig(name=name, args=OPTIONS.get(name, {})))
+    declared = columns_of(name, OPTIONS.get(name, {})).names
+    data = {k: v for k, v in GOOD.items() if k in declared}
+    text = (
+        r"<think>so it is</think><answer>2+2</answer>"
+        if name == "countdown"
+        else r"<think>so it is</think><answer>4</answer>"
+    )
+    (expected,) = said(function, told([text], **data))
+    hostile = {k: [False] for k in OPTION_NAMES if k not in declared}
+    assert said(function, told([text], **data, **hostile)) == [expected]
+
+
+@pytest.fixture
+def readable() -> Iterator[Path]:
+    """A folder that the sandbox's user can read, were it mounted."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_a_column_never_mounts_a_folder_into_the_sandbox(readable: Path) -> None:
+    secret = readable / "secret.txt"
+    secret.write_text("4")
+    program = f"```python\nprint(open({str(secret)!r}).read())\n```"
+    data = {"tests": [[{"input": "", "output": "4"}]]}
+    mounted = resolve(RewardFunctionConfig(name="code", args={"read_only": [str(readable)]}))
+    assert said(mounted, told([program], **data)) == [1.0]
+    columns = {
+        "read_only": [[str(readable)]],
+        "python_path": [[str(readable)]],
+        "language": ["Python"],
+        "timeout_s": [100],
+    }
+    function = resolve(RewardFunctionConfig(name="code"))
+    assert said(function, told([program], **data, **columns)) == [0.0]
+    assert said(function, told(["```python\nprint(4)\n```"], **data, **columns)) == [1.0]
+
+
+def test_what_only_the_data_can_say_is_refused_in_args() -> None:
+    for name, args in (("accuracy", {"answer": "4"}), ("code", {"tests": []}), ("countdown", {"nums": [1]})):
+        with pytest.raises(RewardError, match=r"takes '.*' from the data, a value for each row, and not from args"):
+            described(RewardFunctionConfig(name=name, args=args))
+    with pytest.raises(RewardError, match=r"'soft_overlong' needs args: \{max_length"):
+        described(RewardFunctionConfig(name="soft_overlong"))
+
+
+def test_a_language_is_an_option_or_a_column_and_args_come_first() -> None:
+    german = described(RewardFunctionConfig(name="language_consistency", args={"language": "de"}))
+    log = CallLog("x", 1)
+    assert german.keywords(told(["x"], language=["en"]), log)["language"] == "de"
+    by_row = described(RewardFunctionConfig(name="language_consistency"))
+    assert by_row.keywords(told(["x"], language=["en"]), log)["language"] == ["en"]
+
+
+def test_a_built_in_does_not_apply_to_a_row_whose_column_is_null() -> None:
+    function = resolve(RewardFunctionConfig(name="exact_match"))
+    assert said(function, told(["4", "None", "4"], answer=["4", None, "5"])) == [1.0, None, 0.0]
+    accuracy = resolve(RewardFunctionConfig(name="accuracy"))
+    both = told(["4", "4", "4"], answer=[None, "5", None], solution=["4", "4", None])
+    assert said(accuracy, both) == [1.0, 0.0, None]
+
+
+# ---- columns are checked before the run
+
+
+class Rows:
+    def __init__(self, *rows: dict[str, Any]) -> None:
+        self.rows_of_columns = list(rows)
+
+
+def checked(functions: list[dict[str, Any]], *rows: dict[str, Any], **evaluation: list[dict[str, Any]]) -> list[str]:
+    reward = RewardConfig.model_validate({"functions": functions})
+    sets = PromptSets(Rows(*rows), {name: Rows(*held_out) for name, held_out in evaluation.items()})  # type: ignore[arg-type]
+    return check_columns(column_needs(reward), sets, train=True, evaluation=True)
+
+
+OWN = "tests.reward_examples."
+
+
+@pytest.mark.parametrize(
+    ("function", "rows", "words"),
+    [
+        ({"name": "accuracy"}, [{"anwser": "4"}], "needs the column 'answer' or 'solution'; data.train has anwser;"),
+        ({"name": "exact_match"}, [{"anwser": "4"}], "data.train.columns: {answer: anwser}"),
+        ({"name": "code"}, [{}], "needs the column 'tests'; data.train has none;"),
+        ({"name": f"{OWN}ground_truth_reward"}, [{"answer": "4"}], "needs the column 'ground_truth'"),
+        ({"name": f"{OWN}compute_score"}, [{"answer": "4"}], "needs the column 'data_source'"),
+        (
+            {"name": f"{OWN}gsm8k_score"},
+            [{"reward_model": {"style": "rule"}}],
+            "'reward_model.ground_truth' or 'ground_truth'",
+        ),
+        ({"name": "accuracy", "sources": ["math"]}, [{"answer": "4"}], "needs the column 'source'"),
+        (
+            {"name": "accuracy", "sources": ["b"]},
+            [{"source": "a", "answer": 1}, {"source": "b", "gold": 1}],
+            "needs the column",
+        ),
+    ],
+)
+def test_a_column_that_is_not_there_is_named_before_the_run(
+    function: dict[str, Any], rows: list[dict[str, Any]], words: str
+) -> None:
+    with pytest.raises(RewardError) as error:
+        checked([function], *rows)
+    assert words in str(error.value)
+
+
+def test_only_rows_of_a_rewards_sources_need_its_columns() -> None:
+    rows = [{"source": "math", "answer": "4"}, {"source": "code", "tests": []}]
+    functions = [{"name": "accuracy", "sources": ["math"]}, {"name": "code", "sources": ["code"]}]
+    assert checked(functions, *rows) == []
+    (note,) = checked([{"name": "accuracy", "sources": ["prose"]}], *rows)
+    assert note == "reward 'accuracy' applies to no row of data.train: none is of the sources prose"
+
+
+def test_what_should_be_known_of_the_columns_is_told() -> None:
+    rows = [{"answer": "4", "scale": 3}, {"answer": None, "scale": 3}, {}]
+    assert checked([{"name": "accuracy"}], *rows) == [
+        "reward 'accuracy' does not apply to 2 of 3 rows of data.train: they have no 'answer' or 'solution'"
+    ]
+    assert checked([{"name": f"{OWN}logging_reward", "args": {"scale": 2}}], *rows) == [
+        f"reward '{OWN}logging_reward' takes 'scale' from its args, and not the column of data.train that is called so",
+        f"reward '{OWN}logging_reward' gets None for 2 of 3 rows of data.train: they have no 'answer'",
+    ]
+
+
+def test_the_columns_of_every_evaluation_set_are_checked() -> None:
+    with pytest.raises(
+        RewardError, match=r"data\.eval\.aime has answers; .* data\.eval\.aime\.columns: \{answer: answers\}"
+    ):
+        checked([{"name": "accuracy"}], {"answer": 1}, math=[{"solution": 1}], aime=[{"answers": 1}])
+
+
+def test_scores_keep_what_was_logged_in_a_checkpoint(tmp_path: Path) -> None:
+    from dataclasses import asdict
+
+    from grpo_ray.kept_groups import _score
+
+    scores = call_reward(example("logging_reward"), told(["4", "5"], answer=["4", "4"]))
+    whole = Score(ScoreStatus.OK, 1.0, (scores[0],))
+    assert _score(json.loads(json.dumps(asdict(whole)))) == whole
+    old = {"name": "f", "status": "ok", "value": 1.0, "detail": "", "seconds": 0.0, "steps": []}
+    saved = {"status": "ok", "value": 1.0, "parts": [old], "detail": "", "steps": []}
+    assert _score(saved).parts == (RewardScore("f", ScoreStatus.OK, 1.0),)
