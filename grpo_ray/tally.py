@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from grpo_ray.train_batch import has_spread
+from grpo_ray.spread import has_spread
 from grpo_ray.types import Group, RewardScore, SampleInfo, ScoreStatus
 
 

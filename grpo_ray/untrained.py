@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from grpo_ray.config import RunConfig
-from grpo_ray.train_batch import has_spread
+from grpo_ray.spread import has_spread
 from grpo_ray.types import Group, TrainBatch, TrainSample
 
 NOT_APPLICABLE, NO_SIGNAL, TRUNCATED, EMPTY, NO_GRADIENT = (

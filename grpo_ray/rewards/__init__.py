@@ -122,9 +122,7 @@ def described(config: RewardFunctionConfig) -> RewardFunction:
     else:
         function = _users(config, _import(config.name) if "." in config.name else _unknown(config.name))
     built_in = config.name in BUILTINS
-    return replace(
-        function, sources=config.sources, from_step=config.from_step, part=config.part, built_in=built_in
-    )
+    return replace(function, sources=config.sources, from_step=config.from_step, part=config.part, built_in=built_in)
 
 
 def _users(config: RewardFunctionConfig, found: Callable[..., Any]) -> RewardFunction:
