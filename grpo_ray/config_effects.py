@@ -68,7 +68,7 @@ WHERE: dict[str, dict[str, str]] = {
         "sapo_temperature_pos sapo_temperature_neg entropy_coef beta kl_in kl_estimator ref_refresh_steps ref_polyak_tau "
         "old_logprobs importance_sampling importance_sampling_clip_min importance_sampling_clip_max geometric_mask "
         "off_policy_mask_threshold dynamic_sampling max_sampling_rounds mask_truncated num_iterations num_mini_batches "
-        "max_staleness": "train",
+        "max_staleness max_steps_without_signal": "train",
     },
     "learner": {
         "num_actors num_cpus num_gpus resources labels sequence_parallel_size zero_stage offload_optimizer offload_params "
