@@ -32,7 +32,8 @@ _PIECES = 8
 def keep_mask(logits_CV: Tensor, targets_C: Tensor, truncation: Truncation) -> Tensor:
     """The set of each row, as vLLM makes it: min_p first, then top_k of what is left, then top_p of that, renormalised.
 
-    Tokens as likely as the least likely of the top_k are all kept. The sampled token is in its set whatever rounding says: it was.
+    Of tokens as likely as the last of the top_k all are kept on CPUs, and as many as make k on GPUs. The sampled token is in its
+    set whatever rounding says: it was.
 
     Args:
         logits_CV: [C, V] fp32, after the temperature.
@@ -44,21 +45,25 @@ def keep_mask(logits_CV: Tensor, targets_C: Tensor, truncation: Truncation) -> T
     """
     rows = max(1, -(-len(logits_CV) // _PIECES))
     pieces = zip(logits_CV.split(rows), targets_C.split(rows), strict=True)
-    masks = [_with_target(_keep(logits, truncation), logits, targets) for logits, targets in pieces]
+    exact_k = logits_CV.is_cuda
+    masks = [_with_target(_keep(logits, truncation, exact_k), logits, targets) for logits, targets in pieces]
     return torch.cat(masks) if masks else torch.ones_like(logits_CV, dtype=torch.bool)
 
 
 # Comparisons are negated where a NaN has to stay in the set: the loss is then none either, and says so.
 
 
-def _keep(logits: Tensor, truncation: Truncation) -> Tensor:
+def _keep(logits: Tensor, truncation: Truncation, exact_k: bool) -> Tensor:
     least = logits.amin(dim=1, keepdim=True)
     if truncation.min_p > 0:
         least = torch.maximum(least, logits.amax(dim=1, keepdim=True) + math.log(truncation.min_p))
+    first = None
     if 0 < truncation.top_k < logits.shape[1]:
-        kth = logits.topk(truncation.top_k, dim=1).values[:, -1:]
-        least = torch.maximum(least, kth)
+        values, first = logits.topk(truncation.top_k, dim=1)
+        least = torch.maximum(least, values[:, -1:])
     mask = ~(logits < least)
+    if exact_k and first is not None:
+        mask &= torch.zeros_like(mask).scatter_(1, first, True)
     if truncation.top_p == 1:
         return mask
     candidates = min(_CANDIDATES, truncation.top_k or _CANDIDATES, logits.shape[1])

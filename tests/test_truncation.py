@@ -117,6 +117,18 @@ def test_ties_at_the_border_keep_the_sampled_token_and_the_sum(t: Truncation) ->
         torch.testing.assert_close(masked(logits, got).logsumexp(1), masked(logits, base).logsumexp(1))
 
 
+def test_equally_likely_tokens_are_all_of_the_top_k_on_cpus_and_k_on_gpus() -> None:
+    logits = torch.tensor([[3.0, 2.0, 2.0, 2.0, 1.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    t = Truncation(top_k=2)
+    assert module._keep(logits, t, False).sum(1).tolist() == [4, 5]
+    exact = module._keep(logits, t, True)
+    assert exact.sum(1).tolist() == [2, 2]
+    for target in range(1, 4):
+        mask = module._with_target(exact.clone(), logits, torch.tensor([target, target]))
+        assert mask.sum(1).tolist() == [2, 2]
+        assert mask[:, target].all()
+
+
 def test_a_token_that_rounding_put_outside_is_in_the_set() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
     assert keep_mask(logits, torch.tensor([2]), Truncation(top_k=2)).tolist() == [[True, True, True, False]]
