@@ -29,10 +29,10 @@ def why_no_signal(
         why = _why_not_applicable(config, step, tally)
         return NOT_APPLICABLE, f"no reward applies to any of the {total} samples, so nothing is trained: {why}"
     if rewards.flat:
-        return (
-            "equal",
-            f"all {tally.of_samples.count} rewards are {rewards.highest:g}, {_why_equal(config, tally, before)}",
-        )
+        scored = tally.of_samples.count
+        why = _why_not_applicable(config, step, tally) if scored < total else ""
+        silent = f"; {total - scored} samples have none: {why}" if why else ""
+        return "equal", f"all {scored} rewards are {rewards.highest:g}, {_why_equal(config, tally, before)}{silent}"
     if not tally.with_spread:
         return "no_spread", f"nothing is trained: {_why_no_spread(config, tally)}"
     reasons = set(untrained.values()) - {NO_SIGNAL, NOT_APPLICABLE}

@@ -54,7 +54,7 @@ class Health:
         self._cause_name = self._cause = ""
         """Of the steps without signal: a name, and words, those of the first step of this cause."""
         self._active: dict[str, str] = {}
-        """What is wrong as of the last step: its name, and what was told."""
+        """What is wrong as of the last step: its name, and what was told when it came up."""
         self._tallies: deque[Tally] = deque(maxlen=REMEMBERED)
         self._metrics: deque[Mapping[str, float]] = deque(maxlen=REMEMBERED)
         self._with_signal: deque[tuple[int, int]] = deque(maxlen=REMEMBERED)
@@ -113,14 +113,19 @@ class Health:
         else:
             self.steps_without_signal += 1
             self._idle_groups += num_groups
-            name, cause = why_no_signal(self.config, step, tally, untrained, self._tallies)
+            before = list(self._tallies)[: len(self._tallies) + 1 - self.steps_without_signal]
+            name, cause = why_no_signal(self.config, step, tally, untrained, before)
             if name != self._cause_name:
                 self._cause_name, self._cause = name, cause
             if self._no_accident() or self._idle_is_told:
                 found[f"signal/{name}"] = f"step {step}: {cause}"
         found |= self._truncation(step, tally) | self._collapse(step, tally, metrics)
-        notices = [Notice("warning", text) for name, text in found.items() if name not in self._active]
-        self._active = found
+        new = [name for name in found if name not in self._active]
+        if any(name.startswith("signal/") for name in new):
+            # It says so of the same fall.
+            new = [name for name in new if name not in ("accuracy", "reward")]
+        notices = [Notice("warning", found[name]) for name in new]
+        self._active = {name: self._active.get(name, text) for name, text in found.items()}
         self._tallies.append(tally)
         self._metrics.append(metrics)
         return notices + self._of_functions(step, tally)

@@ -150,6 +150,14 @@ def test_a_policy_that_broke_down_is_told_from_a_task_that_was_too_hard(tmp_path
     assert "Lower learner.learning_rate (0.03)" in warnings(session)[0]
 
 
+def test_rows_that_no_reward_applies_to_are_told_beside_those_whose_rewards_are_equal(tmp_path: Path) -> None:
+    rule: Rule = lambda r, v: None if r.columns["answer"] % 2 else 0.0  # noqa: E731
+    session = scored(Session(tmp_path, config("num_steps=2")), rule)
+    with pytest.raises(NoSignalError, match=r"all \d rewards are 0, .*; \d samples have none: r returned None"):
+        session.go()
+    assert {row[4] for row in session.ledger_rows} == {"no_signal", "not_applicable"}
+
+
 def test_truncated_completions_are_told_and_so_is_that_mask_truncated_leaves_all_of_them_out(tmp_path: Path) -> None:
     cfg = config("algorithm.mask_truncated=true", "algorithm.max_steps_without_signal=2")
     session = learner_of(scored(Session(tmp_path, cfg), by_index))
