@@ -11,6 +11,8 @@ from grpo_ray.config import RunConfig, SftConfig
 from grpo_ray.config_effects import check_context, not_looked_at, without_effect
 from grpo_ray.errors import ConfigError
 from grpo_ray.models import known_context
+from grpo_ray.pipeline.effects import pipeline_without_effect, stage_without_effect
+from grpo_ray.pipeline.plan import Plan
 
 console = Console(highlight=False, soft_wrap=True, stderr=True)
 SHARED = ("sample", "eval")
@@ -32,9 +34,19 @@ def check_effects(config: RunConfig | SftConfig, command: str, overrides: list[s
     context = known_context(config.model)
     if context is not None:
         check_context(config, context)
-    for line in told(
-        without_effect(config, command) if command in SHARED else others | without_effect(config, command)
-    ):
+    _tell(without_effect(config, command) if command in SHARED else others | without_effect(config, command))
+
+
+def tell_idle_of_pipeline(plan: Plan) -> None:
+    """Of the pipeline, and of each of its stages beside what it shares with others."""
+    _tell(pipeline_without_effect(plan.config))
+    for stage in plan.stages:
+        found = stage_without_effect(plan.config_of(stage), stage.spec.run)
+        _tell({f"stage {stage.name}: {key}": why for key, why in found.items()})
+
+
+def _tell(found: Mapping[str, str]) -> None:
+    for line in told(found):
         console.print(f"warning: {line}", style="yellow", markup=False)
 
 

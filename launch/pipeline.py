@@ -35,6 +35,7 @@ from grpo_ray.records import step_to_resume
 from grpo_ray.rewards import resolve
 from grpo_ray.sample_files import read_samples
 from grpo_ray.tracking import read_metrics
+from launch.effects import tell_idle_of_pipeline
 from launch.jobs import exit_unless_finished, write_config
 from launch.pipeline_view import print_figures, print_plan
 from launch.recipe import find_recipe, is_pipeline, tell_of_repeated
@@ -75,6 +76,7 @@ def run_pipeline(recipe: str, overrides: list[str], first: str | None, last: str
         GrpoRayError: a stage failed, its gate did not open, or something that it was made from has changed.
     """
     plan = load_plan(recipe, overrides)
+    tell_idle_of_pipeline(plan)
     for name in (first, last):
         if name is not None:
             plan.stage(name)

@@ -14,7 +14,8 @@ from grpo_ray.config_files import all_keys, build, deep_merge, parse_overrides
 from grpo_ray.data import load_table
 from grpo_ray.errors import ConfigError, DataError
 from launch.check import check_recipe
-from launch.effects import check_effects
+from launch.effects import check_effects, tell_idle_of_pipeline
+from launch.pipeline import load_plan
 from launch.recipe import COMMANDS, SCHEMAS, kind_of, load_recipe
 from tests.test_cli import ROOT
 
@@ -26,6 +27,8 @@ RL: dict[str, Any] = {
 SUPERVISED: dict[str, Any] = {"model": {"tiny": {}}, "data": {"train": {"path": "rows.jsonl"}}}
 
 
+PAIRS = {**SUPERVISED, "max_length": 128}
+KEPT = {"path": "a", "keep_per_prompt": None, "prefer": "random"}
 RECIPES = [p.relative_to(ROOT) for folder in ("launch/recipes", "tests/bench") for p in (ROOT / folder).glob("*.yaml")]
 
 
@@ -171,6 +174,41 @@ def test_no_shipped_recipe_sets_an_option_that_does_nothing(recipe: Path) -> Non
     kind = kind_of(recipe)
     config = load_recipe(SCHEMAS[kind], str(recipe), [])
     assert not_looked_at(config, COMMANDS[kind]) | without_effect(config, COMMANDS[kind]) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"samples_shown": 3}, "samples_shown"),
+        ({"eval_by": None}, "eval_by"),
+        ({"common": {"dpo": {"num_steps": 3}}}, "common.dpo"),
+        ({"assume": {"tokens_per_s": {"sfft": 3}}}, "assume.tokens_per_s.sfft"),
+        ({"stages": {"base": {"kind": "sft", "config": {**SUPERVISED, "name": "x"}}}}, "stages.base.config.name"),
+        ({"stages": {"base": {"kind": "sft", "config": {**SUPERVISED, "dir": "x"}}}}, "stages.base.config.dir"),
+        (
+            {"stages": {"base": {"kind": "sft", "config": {**SUPERVISED, "cluster": {"num_cpus": 3}}}}},
+            "stages.base.config.cluster.num_cpus",
+        ),
+        ({"stages": {"base": {"kind": "sft", "config": SUPERVISED, "eval": {"seed": 3}}}}, "stages.base.eval"),
+        ({"stages": {"base": {"kind": "reward_model", "config": PAIRS, "eval": False}}}, "stages.base.eval"),
+        ({"stages": {"base": {"kind": "data", "config": {"ngram": 5}}}}, "stage base: ngram"),
+        ({"stages": {"base": {"kind": "data", "config": {"ratio": 2, "other": [{"path": "a"}]}}}}, "stage base: ratio"),
+        (
+            {"stages": {"base": {"kind": "data", "config": {"samples": [KEPT]}}}},
+            "stage base: samples.0.prefer",
+        ),
+        (
+            {"stages": {"base": {"kind": "sft", "config": {**SUPERVISED, "learner": {"min_lr_ratio": 0.3}}}}},
+            "stage base: learner.min_lr_ratio",
+        ),
+    ],
+)  # fmt: skip
+def test_options_of_a_pipeline_that_do_nothing_are_told(tmp_path, capsys, change, key):
+    recipe = {"stages": {"base": {"kind": "sft", "config": SUPERVISED}}} | change
+    path = tmp_path / "stages.yaml"
+    path.write_text(json.dumps(recipe))
+    tell_idle_of_pipeline(load_plan(str(path), []))
+    assert f"{key}: no effect" in capsys.readouterr().err
 
 
 def test_a_completion_that_no_context_holds_is_refused():
