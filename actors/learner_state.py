@@ -95,9 +95,12 @@ def _write_export(export: Export, spec: LearnerSpec, folder: Path) -> None:
     """A Hugging Face model in the model's dtype, with tokenizer. Adapters are merged in, and also written by themselves
     (`lora/`)."""
     from grpo_ray.models import load_tokenizer
+    from grpo_ray.stops import name_turn_end
 
+    tokenizer = load_tokenizer(spec.model_path, trust_remote_code=spec.model.trust_remote_code)
+    name_turn_end(export.hf, tokenizer)
     export.hf.save_pretrained(folder, state_dict=export.weights)
-    load_tokenizer(spec.model_path, trust_remote_code=spec.model.trust_remote_code).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     if spec.model.lora:
         write_adapter(export.adapter, spec.model.lora, spec.model_path, folder / "lora")
 

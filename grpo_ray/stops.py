@@ -55,6 +55,17 @@ def template_end(tokenizer: Any, template: str) -> TurnEnd | None:
         return None
 
 
+def name_turn_end(model: Any, tokenizer: Any) -> None:
+    """Let generation_config.json of an exported model name the end of its chat template's turns, so that it ends an answer in any
+    program as it does here: a base model's files often name another token."""
+    config, end = getattr(model, "generation_config", None), template_end(tokenizer, "chat")
+    if config is None or end is None:
+        return
+    named = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if end.id not in named:
+        config.eos_token_id = [*(i for i in named if i is not None), end.id]
+
+
 def describe_end(tokenizer: Any, template: str) -> str:
     """For people: what ends a demonstration. Raises DataError: nothing does."""
     end = make_template(template, tokenizer).end

@@ -21,6 +21,8 @@ from grpo_ray.files import write_whole
 from grpo_ray.pairs import Pair, PairDataset, PairSets, load_pairs, pair_batch
 from grpo_ray.prompts import SftDataset, load_demonstrations
 from grpo_ray.sft_loop import sft_batch
+from grpo_ray.templates import make_template
+from grpo_ray.turns import TurnEnd
 from grpo_ray.types import TrainBatch
 
 REFERENCE = "reference.safetensors"
@@ -154,13 +156,13 @@ def load_task(config: SftConfig, tokenizer: Any) -> Task:
 
     Raises:
         DataError: names source, line or row, and the mend.
-        ConfigError: a reward model whose end-of-sequence token is its padding.
+        ConfigError: a reward model whose texts end in its padding.
     """
     match config:
         case DpoConfig():
             return DirectPreferences(load_pairs(config.data, tokenizer, seed=config.seed, max_length=config.max_length))
         case RewardModelConfig():
-            check_padding(tokenizer)
+            check_padding(tokenizer, make_template(config.data.template, tokenizer).end)
             options = config.reward_model
             return Preferences(
                 load_pairs(
@@ -175,19 +177,25 @@ def load_task(config: SftConfig, tokenizer: Any) -> Task:
     return Demonstrations(load_demonstrations(config.data, tokenizer, seed=config.seed, max_length=config.max_length))
 
 
-def check_padding(tokenizer: Any) -> None:
+def check_padding(tokenizer: Any, end: TurnEnd | None = None) -> None:
     """Transformers reads a score at the last token that is no padding.
+
+    Args:
+        end: of the texts; None: the end-of-sequence token.
 
     Raises:
         ConfigError: that would not be the end of the text.
     """
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+    last = tokenizer.eos_token_id if end is None else end.id
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == last:
         raise ConfigError(
             "a reward model needs a padding token of its own, and the tokenizer has "
             + (
                 "none"
                 if tokenizer.pad_token_id is None
                 else f"its end-of-sequence token {tokenizer.eos_token!r} for it"
+                if last == tokenizer.eos_token_id
+                else f"{tokenizer.pad_token!r} for it, which ends every answer"
             )
             + ": Transformers would read scores in the wrong place; set pad_token in the model's tokenizer_config.json to a token "
             "that texts don't hold"

@@ -27,7 +27,7 @@ class TurnEnd:
     """All that the template writes behind the answer, often with a line break behind the token: nothing samples that, so nothing is
     trained on it."""
     also: tuple[str, ...] = ()
-    """Other tokens that a written answer may already end with."""
+    """Other ends that a written answer may already have."""
 
     def stripped(self, answer: str) -> str:
         """Without the ends that it brings itself, and the white space between them."""
@@ -71,7 +71,7 @@ def end_of_turn(tokenizer: Any, apply: Callable[[list[dict[str, Any]]], str]) ->
     found = re.search(pattern, behind) if pattern else None
     if found is None:
         end = end_of_text(tokenizer)
-        return TurnEnd(end.id, end.token, behind.rstrip(), behind)
+        return TurnEnd(end.id, end.token, behind.rstrip(), behind, (behind.strip(),) if behind.strip() else ())
     token = found.group()
     also = (eos,) if eos and eos != token else ()
     return TurnEnd(ids[token], token, behind[: found.start()], behind, also)

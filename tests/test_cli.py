@@ -91,7 +91,13 @@ def test_check_names_the_culprit_in_data_and_resources(folder: Path, change: lis
 def test_check_prints_the_plan(folder: Path) -> None:
     result = grpo_ray(folder, "check", "recipe.yaml", "learner.num_cpus=0.5")
     assert result.returncode == 0, result.stderr
-    for part in ("20 of 20 prompts", "32 prompts x 8 samples", "this machine (2 CPUs", "ok"):
+    for part in (
+        "20 of 20 prompts",
+        "32 prompts x 8 samples",
+        "a sample ends at <eos> (1)",
+        "this machine (2 CPUs",
+        "ok",
+    ):
         assert part in result.stdout
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from grpo_ray.cursor import Cursor
 from grpo_ray.errors import ConfigError, DataError
 from grpo_ray.pairs import load_pairs, pair_batch
 from grpo_ray.supervised import DirectPreferences, Preferences, check_padding, load_task
+from grpo_ray.templates import make_template
 from grpo_ray.types import TrainBatch
+from tests.families import family_tokenizer
 
 ASK = [{"role": "user", "content": "1+1?"}]
 
@@ -192,6 +195,13 @@ def test_a_reward_model_needs_a_padding_token_of_its_own(tokenizer: Any, tiny_mo
     other.pad_token = other.eos_token
     with pytest.raises(ConfigError, match="has its end-of-sequence token '<eos>' for it"):
         check_padding(other)
+    ends_turns = make_template("chat", family_tokenizer("llama3")).end
+    other = copy.copy(family_tokenizer("llama3"))
+    other.pad_token = "<|eot_id|>"
+    with pytest.raises(ConfigError, match=r"'<\|eot_id\|>' for it, which ends every answer"):
+        check_padding(other, ends_turns)
+    other.pad_token = other.eos_token
+    check_padding(other, ends_turns)
 
 
 def test_a_labelled_answer_is_one_sample(tokenizer: Any, tmp_path: Path) -> None:

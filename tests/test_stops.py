@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from grpo_ray.config_reward import RewardFunctionConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.models import eos_ids, load_tokenizer
 from grpo_ray.rewards import ScoreInputs, call_reward, resolve
-from grpo_ray.stops import Stops, find_stops, stops_of_run, template_end
+from grpo_ray.stops import Stops, find_stops, name_turn_end, stops_of_run, template_end
 from tests.families import FAMILIES, family_tokenizer
 
 PERFECT = "<think>2+2</think><answer>4</answer>"
@@ -51,6 +52,22 @@ def test_the_model_s_own_ends_are_those_of_its_files(tiny_model: Path, tmp_path:
     config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 4}
     (folder / "config.json").write_text(json.dumps(config))
     assert eos_ids(str(folder), tokenizer, trust_remote_code=False) == [eos, 4]
+
+
+def test_an_exported_model_names_the_end_of_its_template_s_turns() -> None:
+    from transformers import GenerationConfig
+
+    for name, before in (("qwen base", 0), ("qwen base", None), ("qwen base", [0, 2]), ("llama2", 0)):
+        (end,) = ids_of(name, FAMILIES[name].end)
+        model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=before))
+        for _ in range(2):
+            name_turn_end(model, family_tokenizer(name))
+            named = before if isinstance(before, list) else [i for i in [before] if i is not None]
+            assert model.generation_config.eos_token_id == [*named, end]
+    model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=end))
+    name_turn_end(model, family_tokenizer("llama2"))
+    assert model.generation_config.eos_token_id == end
+    name_turn_end(SimpleNamespace(generation_config=None), family_tokenizer("llama2"))
 
 
 @pytest.mark.parametrize("template", ["raw", "chat"])

@@ -184,6 +184,16 @@ def test_thinking_opened_by_any_template_is_not_opened_again(template: str, writ
 # Templates that tell nothing
 
 
+def test_a_turn_that_ends_in_text_gets_the_end_of_sequence_behind_it_and_not_twice(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = family_tokenizer("qwen base")
+    turns = "{% for m in messages %}### {{ m.role }}: {{ m.content }}\n### End\n{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", turns + "{% if add_generation_prompt %}### assistant: {% endif %}")
+    data = write({"prompt": "q", "completion": "b"}, {"prompt": "q", "completion": "b\n### End\n"})
+    assert [c for _, c in ours(data, tokenizer)] == ["b\n### End<|endoftext|>", "b\n\n### End<|endoftext|>"]
+
+
 def test_a_template_that_writes_the_prompt_otherwise_before_an_answer_is_refused_with_the_row(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
