@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from grpo_ray.config import RunConfig
+from grpo_ray.config import RunConfig, SftConfig
 from grpo_ray.config_files import build
 from grpo_ray.config_reward import RewardFunctionConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.models import eos_ids, load_tokenizer
 from grpo_ray.rewards import ScoreInputs, call_reward, resolve
 from grpo_ray.stops import Stops, find_stops, name_turn_end, stops_of_run, template_end
+from launch.check import _data_rows
 from tests.families import FAMILIES, family_tokenizer
 
 PERFECT = "<think>2+2</think><answer>4</answer>"
@@ -137,6 +138,31 @@ def test_stop_tokens_are_those_of_the_model_s_vocabulary(tiny_model: Path) -> No
             stops_of_run(run(stop_token_ids=[wrong]), tokenizer, str(tiny_model))
     with pytest.raises(ConfigError, match=r"rollout\.stop_token_ids"):
         run(stop_token_ids=[-1])
+
+
+def test_check_says_what_ends_a_sample_or_an_answer_and_that_the_template_opens_the_thinking(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    tokenizer = load_tokenizer(str(folder), trust_remote_code=False)
+    ends = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|system|>\n{% endfor %}"
+    tokenizer.chat_template = ends + "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "q", "completion": "<think>\nr</think>a"}) + "\n")
+    common = {"model": {"path": str(folder)}, "data": {"train": {"path": str(tmp_path / "rows.jsonl")}}}
+    rollout = {
+        "rollout": {"stop": ["</answer>"], "stop_token_ids": [0]},
+        "reward": {"functions": [{"name": "accuracy"}]},
+    }
+    rows = dict(_data_rows(build(RunConfig, {**common, **rollout}, "t"), str(folder)))
+    assert rows["ends"] == "a sample ends at <eos> (1), <|system|> (4), <pad> (0), '</answer>'"
+    assert rows["thinking"].startswith("the template opens <think>")
+    rows = dict(_data_rows(build(SftConfig, common, "t"), str(folder)))
+    assert rows["ends"] == "an answer ends with <|system|> (4), as the chat template ends a turn"
+    rows = dict(
+        _data_rows(build(SftConfig, {**common, "data": {**common["data"], "template": "raw"}}, "t"), str(folder))
+    )
+    assert rows["ends"] == "an answer ends with <eos> (1), the tokenizer's end-of-sequence token"
 
 
 # What rewards read
