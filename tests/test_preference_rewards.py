@@ -1,4 +1,4 @@
-"""Language consistency, checkable instructions, and which samples a reward is for."""
+"""Language consistency, and which samples a reward is for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from grpo_ray.config_files import build
 from grpo_ray.config_reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import ConfigError, RewardError
 from grpo_ray.rewards import ScoreInputs, resolve, score_samples
-from grpo_ray.rewards.instructions import CHECKS
 from grpo_ray.rewards.language_consistency import language_consistency, words_of
 from grpo_ray.rewards.parts import part_of
 from grpo_ray.types import ScoreStatus
@@ -76,6 +75,7 @@ def test_a_language_that_is_not_known_is_refused_before_the_run() -> None:
     [
         ("<think>a</think>b", "reasoning", "a"),
         ("<think>a</think>b", "summary", "b"),
+        ("<think>a</think>\n\n b\n", "summary", " b\n"),
         ("a</think>b", "reasoning", "a"),
         ("<think>a", "summary", ""),
         ("<think>a", "reasoning", "a"),
@@ -87,98 +87,11 @@ def test_the_parts_of_a_completion(text: str, part: Any, want: str) -> None:
     assert part_of(text, part) == want
 
 
-# ---- instructions, each with a text that keeps it and one that does not
-
-KEPT = [
-    ("keywords:existence", {"keywords": ["sea", "salt"]}, "Salt is in the sea.", "Salt is in the season."),
-    ("keywords:forbidden_words", {"forbidden_words": ["cat"]}, "a category", "A Cat."),
-    ("keywords:frequency", {"keyword": "no", "frequency": 2, "relation": "less than"}, "no nose", "no, no"),
-    ("keywords:letter_frequency", {"letter": "z", "let_frequency": 2, "let_relation": "at least"}, "Zzt", "zt"),
-    ("language:response_language", {"language": "de"}, DE, EN),
-    ("length_constraints:number_words", {"num_words": 3, "relation": "at most"}, "don't you know", "a b c d"),
-    (
-        "length_constraints:number_sentences",
-        {"num_sentences": 2, "relation": "at least"},
-        "It is 3.5. Yes!",
-        "It is 3.5.",
-    ),
-    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "one\n***\ntwo", "one\n\ntwo"),
-    (
-        "length_constraints:nth_paragraph_first_word",
-        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "so"},
-        "one\n\n'So it is",
-        "so\n\none",
-    ),
-    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[name], [town]", "[name]"),
-    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "end.\nP.S. more", "the P.S. is"),
-    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* one\n- two", "* one\n**two**"),
-    ("detectable_format:constrained_response", {}, "My answer is no.", "no"),
-    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*a* and **b**", "**b**"),
-    (
-        "detectable_format:multiple_sections",
-        {"section_spliter": "SECTION", "num_sections": 2},
-        "SECTION 1\nSECTION 2",
-        "SECTION 1",
-    ),
-    ("detectable_format:json_format", {}, '```json\n{"a": 1}\n```', "{a: 1}"),
-    ("detectable_format:title", {}, "<<The sea>>\nIt is.", "<< >>"),
-    ("combination:two_responses", {}, "one\n******\ntwo", "one\n******\none"),
-    ("combination:repeat_prompt", {"prompt_to_repeat": "Why?"}, "why? Because.", "Because."),
-    ("startend:end_checker", {"end_phrase": "Any questions?"}, "So. any questions?", "Any questions? No."),
-    ("startend:quotation", {}, '"so"', '"so'),
-    (
-        "change_case:capital_word_frequency",
-        {"capital_frequency": 1, "capital_relation": "at most"},
-        "THE sea",
-        "THE SEA",
-    ),
-    ("change_case:english_capital", {}, "THE SEA IS BLUE", "DIE SEE IST BLAU"),
-    ("change_case:english_lowercase", {}, "the sea is blue", "The sea is blue"),
-    ("punctuation:no_comma", {}, "a; b", "a, b"),
-]
-
-
-def test_every_instruction_of_the_table_is_tried() -> None:
-    assert [id for id, *_ in KEPT] == list(CHECKS)
-    assert len(CHECKS) == 25
+# ---- which samples a reward is for
 
 
 def inputs_of(completions: list[Any], steps: list[int | None] | None = None, **columns: list[Any]) -> ScoreInputs:
     return ScoreInputs(["Why?"] * len(completions), completions, [[1, 2]] * len(completions), columns, steps)
-
-
-@pytest.mark.parametrize(("id", "arguments", "good", "bad"), KEPT)
-def test_an_instruction_is_kept_or_not(id: str, arguments: dict[str, Any], good: str, bad: str) -> None:
-    function = resolve(RewardFunctionConfig(name="instructions"))
-    columns = {"instruction_id_list": [[id]] * 3, "kwargs": [[{**arguments, "other": None}]] * 3}
-    assert [s.value for s in score_samples([function], inputs_of([good, bad, ""], **columns))] == [1.0, 0.0, 0.0]
-
-
-def test_the_share_of_several_instructions_or_all_of_them() -> None:
-    ids = [["punctuation:no_comma", "startend:quotation"]]
-    columns = {"instruction_id_list": ids, "kwargs": [[None, None]]}
-    for strict, want in ((False, 0.5), (True, 0.0)):
-        function = resolve(RewardFunctionConfig(name="instructions", args={"strict": strict}))
-        assert [s.value for s in score_samples([function], inputs_of(["no commas"], **columns))] == [want]
-
-
-@pytest.mark.parametrize(
-    ("id", "arguments", "words"),
-    [
-        ("keywords:nothing", {}, "no instruction 'keywords:nothing'; known are keywords:existence"),
-        ("keywords:existence", {}, "keywords:existence lacks its argument 'keywords'"),
-        ("length_constraints:number_words", {"num_words": 3, "relation": "about"}, "relation is 'about'"),
-    ],
-)
-def test_an_instruction_that_cannot_be_checked_is_an_error(id: str, arguments: dict[str, Any], words: str) -> None:
-    function = resolve(RewardFunctionConfig(name="instructions"))
-    columns = {"instruction_id_list": [[id]], "kwargs": [[arguments]]}
-    (score,) = score_samples([function], inputs_of(["text"], **columns))
-    assert score.status is ScoreStatus.ERROR
-    assert words in score.detail
-
-
-# ---- which samples a reward is for
 
 
 def length_of_text(completions: list[Any], **columns: Any) -> list[float]:

@@ -17,6 +17,7 @@ from grpo_ray.rewards.code import check_code, code
 from grpo_ray.rewards.countdown import countdown
 from grpo_ray.rewards.exact_match import exact_match
 from grpo_ray.rewards.function import Columns, RewardFunction, ScoreInputs, inspect_function
+from grpo_ray.rewards.instruction_checks import load_libraries
 from grpo_ray.rewards.instructions import instructions
 from grpo_ray.rewards.judge import judge
 from grpo_ray.rewards.language_consistency import check_languages, language_consistency, load_dictionaries
@@ -90,6 +91,7 @@ _CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
 }
 # What is read before the first sample, where it is scored.
 _LOADS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "instructions": load_libraries,
     "language_consistency": load_dictionaries,
     "reward_model": load_reward_model,
 }
