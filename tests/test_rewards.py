@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_ray.config_reward import RewardFunctionConfig
@@ -17,6 +17,8 @@ from grpo_ray.errors import RewardError
 from grpo_ray.rewards import BUILTINS, ScoreInputs, call_reward, resolve, score_samples
 from grpo_ray.rewards.countdown import evaluate
 from grpo_ray.rewards.function import RewardFunction, inspect_function
+from grpo_ray.rewards.repetition_penalty import repetition_penalty
+from grpo_ray.rewards.soft_overlong import soft_overlong
 from grpo_ray.rewards.votes import math_votes, text_votes
 from grpo_ray.types import Score, ScoreStatus, Step
 
@@ -366,10 +368,54 @@ def test_soft_overlong_is_dapos_formula() -> None:
     assert got == pytest.approx([0, 0, -0.05, -0.5, -1, -1, -1])
 
 
-def test_repetition_penalty_counts_distinct_ngrams() -> None:
-    texts = ["a b c d", "a b c A B C", "x x x x x", "a b", ""]
-    assert values("repetition_penalty", texts) == pytest.approx([0.0, -(1 - 3 / 4), -(1 - 1 / 3), 0.0, 0.0])
-    assert values("repetition_penalty", ["x x x"], args={"ngram_size": 1, "max_penalty": -0.3}) == pytest.approx([-0.2])
+REPEATED = [
+    ([1, 2, 3, 4], 0.0),
+    ([1, 2, 3, 1, 2, 3], -(1 - 3 / 4)),
+    ([7] * 5, -(1 - 1 / 3)),
+    ([7] * 300, -(1 - 1 / 298)),
+    ([7] * 3, 0.0),
+    ([1, 2], 0.0),
+    ([], 0.0),
+]
+
+
+def test_repetition_penalty_counts_tokens_and_no_words() -> None:
+    texts, ids, wanted = ["one word"] * len(REPEATED), [i for i, _ in REPEATED], [v for _, v in REPEATED]
+    assert values("repetition_penalty", texts, ids) == pytest.approx(wanted, abs=1e-12)
+    assert values("repetition_penalty", ["\u4e2d" * 300], [[7] * 300])[0] == pytest.approx(-0.997, abs=5e-4)
+    args = {"ngram_size": 1, "max_penalty": -0.3}
+    assert values("repetition_penalty", ["x"], [[7, 7, 7]], args=args) == pytest.approx([-0.2])
+    assert values("repetition_penalty", ["x"], [[7, 7, 7]], args={"max_penalty": 0.0}) == [0.0]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 3), max_size=20), max_size=5), st.integers(1, 6), st.floats(-3, 0))
+def test_repetition_penalty_is_trls(ids: list[list[int]], ngram_size: int, max_penalty: float) -> None:
+    from trl.rewards import get_repetition_penalty_reward
+
+    trls = get_repetition_penalty_reward(ngram_size, max_penalty)(completion_ids=ids)
+    assert repetition_penalty(ids, ngram_size, max_penalty) == pytest.approx(trls, abs=1e-12)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 300), max_size=5), st.integers(1, 200), st.data())
+def test_soft_overlong_is_trls(lengths: list[int], max_length: int, data: Any) -> None:
+    from trl.rewards import get_soft_overlong_punishment
+
+    cache_length = data.draw(st.integers(1, max_length))
+    ids = [[0] * n for n in lengths]
+    trls = get_soft_overlong_punishment(max_length, cache_length)(completion_ids=ids)
+    assert soft_overlong(ids, max_length, cache_length) == pytest.approx(trls, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"), [("repetition_penalty", {}), ("soft_overlong", {"max_length": 9, "cache_length": 3})]
+)
+def test_a_part_of_the_text_is_refused_where_tokens_are_counted(name: str, args: dict[str, Any]) -> None:
+    with pytest.raises(
+        RewardError, match=f"reward '{name}': part: reasoning has no effect.*whole completion; remove part"
+    ):
+        resolve(RewardFunctionConfig(name=name, args=args, part="reasoning"))
 
 
 # ---- reasoning-gym

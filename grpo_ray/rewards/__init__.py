@@ -108,6 +108,11 @@ def resolve(config: RewardFunctionConfig, *, load: bool = False) -> RewardFuncti
     if config.name in _CHECKS:
         _CHECKS[config.name](config.args)
     function = described(config)
+    if config.part != "all" and function.accepts is not None and "completions" not in function.accepts:
+        raise RewardError(
+            f"reward {config.title!r}: part: {config.part} has no effect, for it reads no text: completion_ids are the tokens of "
+            "the whole completion; remove part"
+        )
     if config.name in _LIBRARIES:
         importlib.import_module(_LIBRARIES[config.name])
     if load and config.name in _LOADS:

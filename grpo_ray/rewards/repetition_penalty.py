@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from grpo_ray.errors import RewardError
-from grpo_ray.rewards.function import Completions, text_of
 
 
-def repetition_penalty(completions: Completions, ngram_size: int = 3, max_penalty: float = -1.0) -> list[float]:
-    """max_penalty * (1 - distinct n-grams / n-grams) over lower-case words; 0 for fewer than `ngram_size` words.
+def repetition_penalty(completion_ids: list[list[int]], ngram_size: int = 3, max_penalty: float = -1.0) -> list[float]:
+    """max_penalty * (1 - distinct n-grams / n-grams) over the completion's tokens; 0 for fewer than `ngram_size` tokens.
 
-    Range (max_penalty, 0]. Source: "Demystifying Long Chain-of-Thought Reasoning" (2502.03373), appendix C.2, as
-    TRL and Open-R1 have it.
+    One token 300 times is worth -(1 - 1/298) = -0.9966.
+
+    Range (max_penalty, 0]. Source: "Demystifying Long Chain-of-Thought Reasoning" (2502.03373), appendix C.2, of tokens as
+    there and in TRL's `get_repetition_penalty_reward`. (Open-R1 counts words, of which Chinese text has one.)
 
     Raises:
         RewardError: a positive `max_penalty`, or `ngram_size` below 1.
@@ -20,12 +23,12 @@ def repetition_penalty(completions: Completions, ngram_size: int = 3, max_penalt
             f"reward 'repetition_penalty': got ngram_size {ngram_size} and max_penalty {max_penalty}; "
             "expected at least 1, and at most 0 (a penalty is negative)"
         )
-    return [_penalty(text_of(c), ngram_size, max_penalty) for c in completions]
+    return [_penalty(ids, ngram_size, max_penalty) for ids in completion_ids]
 
 
-def _penalty(text: str, ngram_size: int, max_penalty: float) -> float:
-    words = text.lower().split()
-    ngrams = list(zip(*(words[i:] for i in range(ngram_size)), strict=False))
-    if not ngrams:
+def _penalty(ids: Sequence[int], ngram_size: int, max_penalty: float) -> float:
+    total = len(ids) - ngram_size + 1
+    if total < 1:
         return 0.0
-    return max_penalty * (1 - len(set(ngrams)) / len(ngrams))
+    distinct = len({tuple(ids[i : i + ngram_size]) for i in range(total)})
+    return max_penalty * (1 - distinct / total) if distinct < total else 0.0
