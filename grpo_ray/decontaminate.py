@@ -3,6 +3,13 @@ when any n words in a row, n = 10, stand in a test prompt too.
 
     test tables -> hashes of their n-grams -> a set;  training table -> rows whose prompt holds one of them
 
+Texts are compared as a reader sees them: without case, accents, signs of no width, emphasis and the marks of a sentence, and
+full-width letters as others. Where words are written without spaces, a Chinese character counts as a word, and one of kana, Thai,
+Lao, Khmer or Burmese, of which a word takes several, as a third of one.
+
+A test prompt of fewer than n words is looked for whole, anywhere in a row, from SHORTEST words on: `Yes` would be in every row,
+and counts only where it is the whole row.
+
 Only the hashes of the test sets' n-grams are kept in memory, 64 bits each. Two n-grams with one hash could cost a good row
 (less than one in ten million for 10^4 test prompts and 10^6 training rows); they never let a bad one pass.
 """
@@ -11,16 +18,41 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from grpo_ray.data import Row, Table, map_columns, progress
 from grpo_ray.errors import DataError
+from grpo_ray.plain_text import bound_marks
 
-SENTENCE_MARKS = ".,;:!?\"'`()[]{}\u2026\u201c\u201d\u2018\u2019"
+SENTENCE_MARKS = ".,;:!?\"'`()[]{}\u3001\u3002\u300c\u300d\u300e\u300f\u300a\u300b\u3010\u3011"
 """Stripped from both ends of a word. Signs stay: without them `7 + 5` would be `7 - 5`."""
+SHORTEST = 3
+"""Words, from which a whole test prompt is looked for inside of rows."""
+_EMPHASIS = "*_~"
+_SAME = str.maketrans(
+    {
+        **dict.fromkeys("\u2018\u2019\u201a\u201b\u02bc\u2032", "'"),
+        **dict.fromkeys("\u201c\u201d\u201e\u201f\u00ab\u00bb\u2033", '"'),
+        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-"),
+        "\u2044": "/",
+    }
+)
+# Unicode's default ignorable code points, and control characters that are no white space.
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+_ACCENTS = re.compile("[\u0300-\u036f]+")
+_CHINESE = "\u2e80-\u2fdf\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_THIRDS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3100-\u312f\u31f0-\u31ff"
+_UNSPACED = re.compile(f"([{_CHINESE}{_THIRDS}])")
+_THIRD = re.compile(f"[{_THIRDS}]")
+_WORD_WEIGHT = 3
 
 
 @dataclass(frozen=True)
@@ -29,33 +61,101 @@ class Contaminated:
 
     row: int
     shared: str
-    """The first n words, normalised, that it shares; all its words if it has fewer."""
+    """The first n words, normalised, that it shares, or a whole test prompt of fewer."""
+
+
+@dataclass
+class TestPrompts:
+    """What rows are compared with. Python's own hash differs from process to process: not to be stored."""
+
+    grams: set[int] = field(default_factory=set)
+    """Hashes of n-grams."""
+    short: dict[str, set[int]] = field(default_factory=dict)
+    """First word of a prompt that is shorter than n -> in how many words such prompts are written."""
+    short_hashes: set[int] = field(default_factory=set)
+    tiny_hashes: set[int] = field(default_factory=set)
+    """Of prompts of fewer than SHORTEST words."""
+
+    def __len__(self) -> int:
+        return len(self.grams) + len(self.short_hashes) + len(self.tiny_hashes)
+
+    def update(self, other: TestPrompts) -> None:
+        self.grams |= other.grams
+        self.short_hashes |= other.short_hashes
+        self.tiny_hashes |= other.tiny_hashes
+        for word, sizes in other.short.items():
+            self.short.setdefault(word, set()).update(sizes)
 
 
 def words_of(text: str) -> list[str]:
-    """Between white space, lower-case, without the marks of a sentence."""
-    stripped = (word.strip(SENTENCE_MARKS) for word in text.casefold().split())
-    return [word for word in stripped if word]
+    """Between white space, plain (see the file's head); characters of scripts without spaces are words of their own."""
+    plain = _UNSEEN.sub("", text).casefold() if text.isascii() else _plain(text)
+    return [word for piece in plain.split() if (word := _bare(piece))]
+
+
+def _plain(text: str) -> str:
+    seen = bound_marks(_UNSEEN.sub("", text).translate(_SAME))
+    # Marks come off by themselves, and what case folding splits is put together again.
+    folded = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", seen).casefold())
+    return _UNSPACED.sub(r" \1 ", unicodedata.normalize("NFKC", _ACCENTS.sub("", folded)).translate(_SAME))
+
+
+def _bare(word: str) -> str:
+    bare = word.strip(SENTENCE_MARKS)
+    return bare.strip(SENTENCE_MARKS + _EMPHASIS) or bare
+
+
+def _weight(word: str) -> int:
+    return 1 if len(word) == 1 and word > "\u0dff" and _THIRD.match(word) else _WORD_WEIGHT
+
+
+def size_of(words: Sequence[str]) -> float:
+    """In words, of which a character may be a third."""
+    return sum(map(_weight, words)) / _WORD_WEIGHT
 
 
 def ngrams(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
-    """Every n words in a row. Of fewer than n words: all of them as one, so that a short text is compared whole."""
-    if len(words) < n:
-        if words:
-            yield tuple(words)
-        return
-    for start in range(len(words) - n + 1):
-        yield tuple(words[start : start + n])
+    """Every n words in a row. Of fewer than n words: all of them as one."""
+    weights = [_weight(word) for word in words]
+    end = weight = 0
+    for start in range(len(words)):
+        while weight < n * _WORD_WEIGHT and end < len(words):
+            weight += weights[end]
+            end += 1
+        if weight < n * _WORD_WEIGHT and start:
+            return
+        yield tuple(words[start:end])
+        weight -= weights[start]
 
 
-def ngram_hashes(texts: Iterable[str], n: int) -> set[int]:
-    """Of all the texts together. Python's own hash differs from process to process: not to be stored."""
-    return {hash(gram) for text in texts for gram in ngrams(words_of(text), n)}
+def ngram_hashes(texts: Iterable[str], n: int) -> TestPrompts:
+    """Of all the texts together; those of fewer than n words as wholes."""
+    known = TestPrompts()
+    for words in map(words_of, texts):
+        size = size_of(words)
+        if size >= n:
+            known.grams.update(map(hash, ngrams(words, n)))
+        elif size >= SHORTEST:
+            known.short.setdefault(words[0], set()).add(len(words))
+            known.short_hashes.add(hash(tuple(words)))
+        elif words:
+            known.tiny_hashes.add(hash(tuple(words)))
+    return known
 
 
-def shared_words(text: str, known: set[int], n: int) -> str | None:
-    """The first n-gram of the text that is known."""
-    return next((" ".join(gram) for gram in ngrams(words_of(text), n) if hash(gram) in known), None)
+def shared_words(text: str, known: TestPrompts, n: int) -> str | None:
+    """The first n-gram of the text that is known, else the first short test prompt in it."""
+    words = words_of(text)
+    if size_of(words) >= n:
+        for gram in ngrams(words, n):
+            if hash(gram) in known.grams:
+                return " ".join(gram)
+    for start, word in enumerate(words):
+        for size in sorted(known.short.get(word, ())):
+            piece = tuple(words[start : start + size])
+            if hash(piece) in known.short_hashes:
+                return " ".join(piece)
+    return " ".join(words) if words and hash(tuple(words)) in known.tiny_hashes else None
 
 
 def prompt_texts(table: Table, column: str | None) -> Iterator[str]:
@@ -73,8 +173,8 @@ def prompt_texts(table: Table, column: str | None) -> Iterator[str]:
             advance(1)
 
 
-def find_contaminated(train: Table, column: str | None, known: set[int], n: int) -> list[Contaminated]:
-    """The rows of `train` with an n-gram whose hash is known, in order."""
+def find_contaminated(train: Table, column: str | None, known: TestPrompts, n: int) -> list[Contaminated]:
+    """The rows of `train` that share words with test prompts, in order."""
     texts = enumerate(prompt_texts(train, column))
     return [Contaminated(row, shared) for row, text in texts if (shared := shared_words(text, known, n)) is not None]
 

@@ -166,7 +166,9 @@ def decontaminate(
     against: Annotated[
         list[str], typer.Option(metavar="TEST", help="A test set, likewise; may be given several times")
     ],
-    ngram: Annotated[int, typer.Option(min=1, help="Words in a row that make a row contaminated")] = 10,
+    ngram: Annotated[
+        int, typer.Option(min=1, help="Words in a row that make a row contaminated; each Chinese character is one")
+    ] = 10,
     out: Annotated[Path | None, typer.Option(help="File for the kept rows; else NAME.decontaminated.jsonl")] = None,
     column: Annotated[str | None, typer.Option(help="Where TRAIN has its prompt; else prompt, or messages")] = None,
     against_column: Annotated[str | None, typer.Option(help="Where TEST has it; else as in TRAIN")] = None,
@@ -174,7 +176,8 @@ def decontaminate(
     split: Annotated[str | None, typer.Option(help="Of TRAIN, or a part of it: train[:50%]; else train")] = None,
     against_split: Annotated[str | None, typer.Option(help="Of TEST, likewise; else test, or all of a file")] = None,
 ) -> None:
-    """Leave out the training rows that share ten words in a row with a test prompt, and write the others as JSONL."""
+    """Leave out the training rows that share ten words in a row with a test prompt, or hold all of a shorter one, and write the
+    others as JSONL."""
     from launch.decontaminate import decontaminate as run
     from launch.decontaminate import source_of
 

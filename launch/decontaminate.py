@@ -8,7 +8,15 @@ from rich.console import Console
 
 from grpo_ray.config import DataSource
 from grpo_ray.data import Table, load_table
-from grpo_ray.decontaminate import Contaminated, find_contaminated, ngram_hashes, prompt_texts, write_jsonl
+from grpo_ray.decontaminate import (
+    SHORTEST,
+    Contaminated,
+    TestPrompts,
+    find_contaminated,
+    ngram_hashes,
+    prompt_texts,
+    write_jsonl,
+)
 from grpo_ray.errors import ConfigError, DataError
 
 EXAMPLES = 5
@@ -34,12 +42,12 @@ def decontaminate(
         ConfigError: `out` is one of the inputs.
         DataError: something can't be read or written, or no row would be left.
     """
-    known: set[int] = set()
+    known = TestPrompts()
     for source in tests:
         table = load_table(source, seed=SEED)
         new = ngram_hashes(prompt_texts(table, test_column), n)
-        console.print(f"against  {table.label}: {len(table.rows):,} prompts, {len(new):,} different {n}-grams")
-        known |= new
+        console.print(f"against  {table.label}: {len(table.rows):,} prompts, {_parts(new, n)}")
+        known.update(new)
     table = load_table(train, seed=SEED)
     target = out or _beside(train.path, table.name)
     if any(target.resolve() == Path(source.path).resolve() for source in [train, *tests]):
@@ -57,6 +65,17 @@ def decontaminate(
     console.print(f"removed  {len(found):,} of {len(table.rows):,} rows of {table.label} ({share:.2%})")
     console.print(f"kept     {kept:,} rows in {target}")
     return target
+
+
+def _parts(known: TestPrompts, n: int) -> str:
+    parts = [f"{len(known.grams):,} different {n}-grams"]
+    if known.short_hashes:
+        parts.append(f"{len(known.short_hashes):,} prompts of fewer words, looked for whole in every row")
+    if known.tiny_hashes:
+        parts.append(
+            f"{len(known.tiny_hashes):,} of fewer than {SHORTEST} words, found only where they are the whole row"
+        )
+    return ", ".join(parts)
 
 
 def _beside(path: str, name: str) -> Path:

@@ -67,7 +67,8 @@ class MixConfig(Strict):
     """Chosen samples for one row of `other` (R1: 600k : 200k); of the larger part so many are drawn. None: all of both."""
     max_rows: PositiveInt | None = None
     decontaminate: tuple[DataSource, ...] = ()
-    """Rows whose prompt shares `ngram` words in a row with one of these are left out."""
+    """Rows whose prompt shares `ngram` words in a row with one of these, or holds a whole prompt of fewer, are left out; each
+    Chinese character is a word (`grpo_ray.decontaminate`)."""
     ngram: PositiveInt = 10
     group_by: str | None = "source"
     """The column by which the composition is told."""

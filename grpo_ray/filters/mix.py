@@ -6,6 +6,7 @@ Each row has TRL's conversational form, `prompt` and `completion` as messages, s
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections import Counter
@@ -15,7 +16,7 @@ from typing import Any
 
 from grpo_ray.config import DataSource
 from grpo_ray.data import Table, load_table, map_columns
-from grpo_ray.decontaminate import find_contaminated, ngram_hashes, prompt_texts, write_jsonl
+from grpo_ray.decontaminate import TestPrompts, find_contaminated, ngram_hashes, prompt_texts, write_jsonl
 from grpo_ray.errors import DataError
 from grpo_ray.filters.config import MixConfig
 from grpo_ray.filters.select import Selection, select
@@ -113,12 +114,12 @@ def _messages(text: Any, role: str) -> list[Row]:
     return [{"role": role, "content": text}] if isinstance(text, str) else list(text)
 
 
-def _known(config: MixConfig) -> set[int]:
+def _known(config: MixConfig) -> TestPrompts:
     tables = [load_table(source, seed=config.seed) for source in config.decontaminate]
-    return {h for table in tables for h in ngram_hashes(prompt_texts(table, None), config.ngram)}
+    return ngram_hashes(itertools.chain.from_iterable(prompt_texts(table, None) for table in tables), config.ngram)
 
 
-def _clean(rows: list[Row], known: set[int], n: int) -> tuple[list[Row], int]:
+def _clean(rows: list[Row], known: TestPrompts, n: int) -> tuple[list[Row], int]:
     if not known:
         return rows, 0
     found = {c.row for c in find_contaminated(Table("mix", "the mix", rows), None, known, n)}
