@@ -15,7 +15,8 @@ from grpo_ray.thinking import begun, opens_thinking
 from grpo_ray.types import ScoreStatus
 
 _THINK = re.compile(r"\s*<think>.*?</think>(?P<answer>.*)", re.DOTALL)
-_FORMULA = re.compile(r"\$[^$]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[a-zA-Z]+|```.*?```", re.DOTALL)
+_FORMULA_START = re.compile(r"\$|\\[(\[]|```|\\[a-zA-Z]+")
+_FORMULA_ENDS = {"$": "$", r"\(": r"\)", r"\[": r"\]", "```": "```"}
 _UNSPACED_RANGES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 _WORD = re.compile(rf"[{_UNSPACED_RANGES}]|[^\W{_UNSPACED_RANGES}]+|[^\w\s]")
 LOOP_CHARS = 2000
@@ -98,10 +99,10 @@ def _has_form(completion: str, form: str) -> bool:
     """With something in the answer's place, which the rewards of these forms don't ask for."""
     if form == "r1":
         found = match_r1(completion)
-    else:
-        once = completion.count("<think>") == completion.count("</think>") == 1
-        found = _THINK.fullmatch(completion) if once else None
-    return found is not None and bool(found["answer"].strip())
+        return found is not None and bool(found["answer"].strip())
+    once = completion.count("<think>") == completion.count("</think>") == 1
+    thought = _THINK.fullmatch(completion) if once else None
+    return thought is not None and bool(thought["answer"].strip())
 
 
 def foreign(prompt: str, completion: str) -> float:
@@ -120,10 +121,27 @@ def foreign(prompt: str, completion: str) -> float:
 def words_by_script(text: str) -> dict[str, list[str]]:
     """`LATIN`, `CJK`, `CYRILLIC`, ..: kana counts as CJK, for Japanese is written with both."""
     out: dict[str, list[str]] = {}
-    for word in words_of(_FORMULA.sub(" ", text)):
+    for word in words_of(without_formulas(text)):
         script = script_of(word)
         out.setdefault("CJK" if script in ("HIRAGANA", "KATAKANA") else script, []).append(word)
     return out
+
+
+def without_formulas(text: str) -> str:
+    """A space in the place of each formula, LaTeX command and code block; a mark that nothing closes stays."""
+    kept, at, search_from = [], 0, 0
+    unclosed: set[str] = set()
+    while start := _FORMULA_START.search(text, search_from):
+        mark = start[0]
+        closing = _FORMULA_ENDS.get(mark)
+        end = -1 if mark in unclosed else start.end() if closing is None else text.find(closing, start.end())
+        if end < 0:
+            unclosed.add(mark)
+            search_from = start.start() + 1
+            continue
+        kept += [text[at : start.start()], " "]
+        at = search_from = end + len(closing or "")
+    return "".join([*kept, text[at:]])
 
 
 def repeated(text: str, n: int) -> float:

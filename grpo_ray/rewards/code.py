@@ -17,7 +17,8 @@ from grpo_ray.rewards.function import Completions, Explained, text_of
 from grpo_ray.sandbox import Box, BoxEnded, Languages, Limits, Outcome, check_isolation
 from grpo_ray.sandbox.isolation import PATH
 
-_FENCE = re.compile(r"```[ \t]*([\w+#.-]*)[^\n`]*\n")
+# Possessive: where no line break follows, none is reached by giving signs back.
+_FENCE = re.compile(r"```[ \t]*+([\w+#.-]*+)[^\n`]*+\n")
 _END_OF_FENCE = re.compile(r"^[ \t]*```", re.MULTILINE)
 _OTHER_NAMES = {"python": ("py", "python3"), "javascript": ("js", "node"), "cpp": ("c++",), "rust": ("rs",)}
 _SIGNALS = {-9: "killed", -11: "segmentation fault", -24: "out of CPU time", -25: "a file too large"}

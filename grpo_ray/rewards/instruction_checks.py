@@ -93,7 +93,8 @@ def is_english_in_lowercase(text: str) -> bool:
 
 def has_capital_words_so_often(text: str, capital_frequency: int, capital_relation: str) -> bool:
     """NLTK's tokens without a small letter: `U.S.` is one, `DON'T` two, `WELL-KNOWN` one."""
-    return _compare((t for t in _tokens(text) if t.isupper()), capital_frequency, capital_relation)
+    tokens = _tokens(text) if _has_capital(text) else iter(())
+    return _compare((t for t in tokens if t.isupper()), capital_frequency, capital_relation)
 
 
 # ---- lengths
@@ -300,12 +301,18 @@ def _count_bullets(text: str, sign: str) -> int:
     return count
 
 
+def _has_capital(text: str) -> bool:
+    return any(map(str.isupper, text))
+
+
 def _tokens(text: str) -> Iterator[str]:
+    """Of the sentences with a capital."""
     from nltk.tokenize.destructive import NLTKWordTokenizer
 
     words = NLTKWordTokenizer()
     for start, end in _punkt().span_tokenize(text):
-        yield from words.tokenize(text[start:end])
+        if _has_capital(text[start:end]):
+            yield from words.tokenize(text[start:end])
 
 
 @lru_cache(maxsize=1)

@@ -25,6 +25,7 @@ from itertools import groupby
 from typing import Any
 
 from grpo_ray.errors import RewardError
+from grpo_ray.plain_text import nfkc
 from grpo_ray.rewards.function import Completions, text_of
 from grpo_ray.rewards.parts import Part, part_of
 
@@ -110,25 +111,27 @@ def _languages(args: dict[str, Any]) -> set[str]:
 
 def words_of(text: str) -> list[str]:
     """In order; see the file's head for what counts."""
-    plain = _NO_WORDS.sub(" ", unicodedata.normalize("NFKC", text))
+    plain = _NO_WORDS.sub(" ", nfkc(text))
     return [word for run in _runs(plain) for word in (run if script_of(run) in _UNSPACED else [run] * (len(run) > 1))]
 
 
 def _runs(text: str) -> Iterator[str]:
     """Letters of one script, with what belongs to them: marks, and an apostrophe within (`don't`)."""
+    for script, places in groupby(enumerate(_scripts(text)), key=lambda place: place[1]):
+        if script:
+            yield "".join(text[i] for i, _ in places)
 
-    def kind(place: int) -> str:
-        sign = text[place]
+
+def _scripts(text: str) -> Iterator[str]:
+    """Of each sign; of marks and apostrophes that of the letter before them, "" for what belongs to no word."""
+    before = ""
+    for place, sign in enumerate(text):
         if sign in "'\u2019":
             within = 0 < place < len(text) - 1 and text[place - 1].isalpha() and text[place + 1].isalpha()
-            return script_of(text[place - 1]) if within else ""
-        if unicodedata.category(sign)[0] == "M":
-            return kind(place - 1) if place else ""
-        return script_of(sign) if sign.isalpha() else ""
-
-    for script, places in groupby(range(len(text)), key=kind):
-        if script:
-            yield "".join(text[i] for i in places)
+            before = script_of(text[place - 1]) if within else ""
+        elif unicodedata.category(sign)[0] != "M":
+            before = script_of(sign) if sign.isalpha() else ""
+        yield before
 
 
 @lru_cache(maxsize=1 << 16)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 from grpo_ray.rewards.function import Completions, text_of
 from grpo_ray.thinking import OPEN, begun
 
-_R1 = re.compile(r"\s*<think>(?P<think>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
 _TAG = re.compile(r"</?(?:think|answer)>")
 
 
@@ -22,7 +22,11 @@ def r1_format(completions: Completions, prefilled: bool = False) -> list[float]:
     return [float(match_r1(begun(t) if prefilled and not t.startswith(OPEN) else t) is not None) for t in texts]
 
 
-def match_r1(text: str) -> re.Match[str] | None:
-    """The groups `think` and `answer` of a text in that form; None for any other."""
-    found = _R1.fullmatch(text)
-    return found if len(_TAG.findall(text)) == 4 else None
+def match_r1(text: str) -> dict[str, str] | None:
+    """What stands in `think` and `answer` of a text in that form; None for any other."""
+    tags = list(itertools.islice(_TAG.finditer(text), 5))
+    if [tag[0] for tag in tags] != ["<think>", "</think>", "<answer>", "</answer>"]:
+        return None
+    ends = [0, *(place for tag in tags for place in tag.span()), len(text)]
+    before, think, between, answer, after = (text[ends[i] : ends[i + 1]] for i in range(0, 10, 2))
+    return None if (before + between + after).strip() else {"think": think, "answer": answer}
