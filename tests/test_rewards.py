@@ -270,13 +270,6 @@ def test_accuracy_takes_the_column_solution_too_and_says_when_there_is_neither()
     assert "needs the column 'answer' or 'solution'; the row has gold;" in part.detail
 
 
-@pytest.mark.timeout(60)
-def test_an_answer_that_cannot_be_computed_is_wrong_and_quick() -> None:
-    start = time.monotonic()
-    assert values("accuracy", ["\\boxed{9^{9^{9}}}"], args={"timeout_s": 1}, answer=["42"]) == [0.0]
-    assert time.monotonic() - start < 8
-
-
 # ---- format
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from grpo_ray.config_reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
-from grpo_ray.rewards.accuracy import accuracy
+from grpo_ray.rewards.accuracy import accuracy, load_parser
 from grpo_ray.rewards.code import check_code, code
 from grpo_ray.rewards.countdown import countdown
 from grpo_ray.rewards.exact_match import exact_match
@@ -91,6 +91,7 @@ _CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
 }
 # What is read before the first sample, where it is scored.
 _LOADS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "accuracy": load_parser,
     "instructions": load_libraries,
     "language_consistency": load_dictionaries,
     "reward_model": load_reward_model,

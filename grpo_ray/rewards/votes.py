@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from grpo_ray.rewards.accuracy import extract
+from grpo_ray.errors import RewardError
 from grpo_ray.rewards.answer_tag import answer_of
+from grpo_ray.rewards.cpu_clock import OutOfTimeError
 from grpo_ray.rewards.function import Completions, text_of
+from grpo_ray.rewards.golds import Gold, chosen, read_answer, read_gold, said_words
+from grpo_ray.rewards.plain_numbers import Reading
+from grpo_ray.rewards.readings import same_value
 
 A = TypeVar("A")
 
@@ -20,20 +24,36 @@ def math_votes(
     completions: Completions,
     answer: list[Any] | None = None,
     solution: list[Any] | None = None,
-    timeout_s: int = 3,
+    timeout_s: float = 3,
 ) -> list[float | None]:
     """By the answers that `accuracy` finds; those that math-verify holds for equal (1/2 and 0.5) are one."""
-    from math_verify import verify
-
     none = [None] * len(completions)
     golds = [a if a is not None else s for a, s in zip(answer or none, solution or none, strict=True)]
-    found = [extract(text_of(c), "####" in str(g), timeout_s) for c, g in zip(completions, golds, strict=True)]
+    found = [_answer(text_of(c), g, timeout_s) for c, g in zip(completions, golds, strict=True)]
 
-    def same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-        # The texts are the last parts; most are equal, which needs no algebra.
-        return one[-1] == other[-1] or verify(list(one), list(other), timeout_seconds=timeout_s)
+    def same(one: Reading, other: Reading) -> bool:
+        try:
+            return same_value(one, other, timeout_s)
+        except OutOfTimeError:
+            return False
 
-    return number_answers([answer or None for answer in found], same)
+    return number_answers(found, same)
+
+
+def _answer(completion: str, gold: Any, timeout_s: float) -> Reading | None:
+    """What is compared with other samples' answers: letters and words by their texts, where the gold is such."""
+    try:
+        golds: tuple[Gold, ...] = read_gold(gold, timeout_s)
+    except RewardError:
+        golds = ()
+    if any(g.letters for g in golds) and (letters := chosen(completion)):
+        return Reading("choice " + " ".join(sorted(letters)), ())
+    if any(g.words for g in golds):
+        return Reading("words " + said_words(completion)[0], ())
+    try:
+        return read_answer(completion, any(g.marked for g in golds), timeout_s)
+    except OutOfTimeError:
+        return None
 
 
 def text_votes(completions: Completions) -> list[float | None]:

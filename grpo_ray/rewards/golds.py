@@ -1,0 +1,342 @@
+r"""What a gold answer means, whatever type the data holds it in; and which completion gives it.
+
+A gold that is not understood has no meaning here rather than a wrong one: `accuracy` does not apply to its row.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+from grpo_ray.errors import RewardError
+from grpo_ray.rewards import readings
+from grpo_ray.rewards.answer_text import (
+    final_text,
+    is_text_command,
+    last_box,
+    last_sentences,
+    marked_number,
+    phrases,
+    plain_characters,
+    sentences,
+    unwrap,
+    without_bullets,
+    without_markup,
+)
+from grpo_ray.rewards.cpu_clock import OutOfTimeError
+from grpo_ray.rewards.plain_numbers import Reading, number_reading
+from grpo_ray.rewards.readings import read_answer_phrase, read_phrases, read_sentence, read_value, same_value
+
+MAX_GOLD_CHARS = 100_000
+MAX_GOLD_BITS = 4000
+
+
+@dataclass(frozen=True)
+class Gold:
+    """One right answer: a value, letters of a multiple choice, or words in `\\text{}`; a choice may have its value beside it."""
+
+    value: Reading | None = None
+    letters: frozenset[str] = frozenset()
+    words: str = ""
+    marked: bool = False
+    """It stands behind `####`, where GSM8K has it."""
+
+
+def read_gold(value: Any, timeout_s: float) -> tuple[Gold, ...]:
+    """The right answers that a gold answer allows; none if it is not understood.
+
+    A list holds alternatives, as in OlympiadBench and Skywork-OR1: each is right, and all of them together are. With one that
+    is not understood, none is: an answer that equals no other could still be right.
+
+    Raises:
+        RewardError: to read it took more than `timeout_s` of CPU time.
+    """
+    try:
+        return _read(value, timeout_s)
+    except OutOfTimeError:
+        raise RewardError(
+            f"reward 'accuracy': to read the gold answer {str(value)[:80]!r} took more than {timeout_s:g} s of CPU time; raise "
+            "timeout_s in the args of this reward, or leave the row out"
+        ) from None
+
+
+def _read(value: Any, timeout_s: float) -> tuple[Gold, ...]:
+    if hasattr(value, "tolist"):
+        # NumPy's scalars and arrays; a 32-bit float by its own shortest form.
+        value = float(str(value)) if type(value).__name__ in ("float16", "float32") else value.tolist()
+    if isinstance(value, str):
+        listed = _listed(value)
+        return _read_list(listed, timeout_s) if listed is not None else _read_text(value, timeout_s)
+    if isinstance(value, list | tuple | set | frozenset):
+        return _read_list(list(value), timeout_s)
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal | Fraction):
+        return ()
+    return tuple(Gold(number) for number in _numbers(value))
+
+
+def _numbers(value: int | float | Decimal | Fraction) -> list[Reading]:
+    """A number as it was written; a float also as the 32-bit one that Parquet may have widened."""
+    if isinstance(value, float | Decimal) and not math.isfinite(value):
+        return []
+    if isinstance(value, int) and value.bit_length() > MAX_GOLD_BITS:
+        return []
+    if isinstance(value, Decimal) and abs(value.adjusted()) > MAX_GOLD_BITS:
+        return []
+    if not isinstance(value, float):
+        return [number_reading(Fraction(value), has_point=isinstance(value, Decimal))]
+    import numpy as np
+
+    exact = number_reading(Fraction(repr(value)), has_point=True)
+    narrow = np.float32(value) if abs(value) < 3e38 else np.float32(0)
+    if value.is_integer() or float(narrow) != value:
+        return [exact]
+    short, long = (np.format_float_positional(v, trim="-") for v in (narrow, np.float64(value)))
+    return [exact] if short == long else [exact, number_reading(Fraction(short), has_point=True)]
+
+
+_LISTED = re.compile(r"\[\s*'[^'\\]*'(?:\s*,\s*'[^'\\]*')*\s*,?\s*\]")
+
+
+def _listed(text: str) -> list[Any] | None:
+    """The entries of a list of texts that was stored as one text, `["12"]`; None: it is something else."""
+    text = text.strip()
+    if not text.startswith(('["', "['", '[ "', "[ '")) or len(text) > MAX_GOLD_CHARS:
+        return None
+    if _LISTED.fullmatch(text):
+        return re.findall(r"'([^']*)'", text)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) else None
+
+
+def _read_list(values: Sequence[Any], timeout_s: float) -> tuple[Gold, ...]:
+    values = [v for v in values if v is not None and v != "" and v != []]
+    if len(values) == 1:
+        return _read(values[0], timeout_s)
+    each: list[tuple[Gold, ...]] = []
+    for value in values[:100]:
+        if isinstance(value, list | tuple | dict) or not (found := _read(value, timeout_s)):
+            return ()
+        each.append(found)
+    golds = tuple(gold for found in each for gold in found)
+    return (*golds, *_all_of([found[0] for found in each], timeout_s))
+
+
+def _all_of(golds: Sequence[Gold], timeout_s: float) -> list[Gold]:
+    """The answer that gives all of them."""
+    if not golds:
+        return []
+    if all(gold.letters for gold in golds):
+        return [Gold(letters=frozenset[str]().union(*(gold.letters for gold in golds)))]
+    listed = readings.together([gold.value for gold in golds], timeout_s) if len(golds) > 1 else None
+    return [Gold(listed, marked=any(gold.marked for gold in golds))] if listed else []
+
+
+# ---- texts
+
+
+@lru_cache(maxsize=4096)
+def _read_text(text: str, timeout_s: float) -> tuple[Gold, ...]:
+    """Cached, for the samples of a group share their gold; a reading that ran out of time is no result, and not kept."""
+    if len(text) > MAX_GOLD_CHARS or not text.strip():
+        return ()
+    text = plain_characters(text).strip()
+    marked = "####" in text
+    if marked:
+        text = next((line for line in text.rpartition("####")[2].splitlines() if line.strip()), "")
+    final = without_markup(final_text(text)).strip()
+    box = last_box(text)
+    whole = box if box is not None else final
+    found = _read_whole(whole, timeout_s)
+    if found is None and box is None:
+        found = _read_solution(final, timeout_s)
+    return () if found is None else (replace(found, marked=marked),)
+
+
+def _read_whole(text: str, timeout_s: float) -> Gold | None:
+    """A gold that is one answer as a whole."""
+    if choice := whole_choice(text):
+        letters, rest = choice
+        return Gold(read_value(rest, timeout_s) if rest else None, letters)
+    inner = unwrap(text)
+    if readings.is_ambiguous(inner) or re.search(r"[A-Za-z]\s*:|^\W*$", inner):
+        return None
+    value = read_value(text, timeout_s)
+    if value is not None and value.members and re.search(r"(?<![\\A-Za-z{])(?!and\b)[a-z]{3,}", inner):
+        return None  # `3 apples and 4 pears` is more than two numbers.
+    if value is not None and not (is_text_command(text) and value.number is None):
+        return Gold(value)
+    if is_text_command(text) and re.search(r"[^\W\d_]", inner):
+        return Gold(words=normal_words(text))
+    return None
+
+
+def _read_solution(text: str, timeout_s: float) -> Gold | None:
+    """A gold that is a whole solution: what it calls the answer, or the value of the equation or formula that it ends in.
+
+    The last number of other prose is none: `iPhone 12` is not 12.
+    """
+    for said in phrases(text):
+        if (choice := leading_choice(said)) and (letters := choice):
+            return Gold(letters=letters)
+        if readings.is_ambiguous(next(iter(sentences(said)), "")):
+            return None
+        if value := read_answer_phrase(said, timeout_s):
+            return Gold(value)
+    last = next(iter(last_sentences(text)), "")
+    formula = re.search(r"(\$[^$\n]+\$|\$\$[^$]+\$\$)\s*$", last)
+    tail = formula[1].strip("$") if formula else last.rpartition("=")[2] if "=" in last else ""
+    if not tail or readings.is_ambiguous(tail) or not text.rstrip().rstrip(".").endswith(last.rstrip()):
+        return None
+    value = read_value(tail, timeout_s)
+    return Gold(value) if value else None
+
+
+# ---- multiple choice
+
+_CHOICE = r"(?:\(\s?([A-J])\s?\)|\[\s?([A-J])\s?\]|([A-J])(?![A-Za-z0-9']))"
+_COMMANDS = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|boxed|mbox|bf|quad|qquad|ensuremath)(?![A-Za-z])\s?|\\[ ,;:!]|[{}$*`]|~"
+)
+_LIST = re.compile(
+    rf"(?:(?:options?|choices?|answers?)\s)?{_CHOICE}(?:\s?(?:,\s?(?:and|or)?|;|/|&|\+|and|or)\s?{_CHOICE})*",
+    re.IGNORECASE,
+)
+_ENDS = re.compile(r"\s?(?:[.,:;!?]|$|(?:because|since|as|is|with|which|for)\b|-\s)")
+_MENTIONED = re.compile(
+    rf"\b(?:options?|choices?|choose|pick|select|answer)\s(?:is\s|option\s)?{_CHOICE}", re.IGNORECASE
+)
+
+
+def whole_choice(text: str) -> tuple[frozenset[str], str] | None:
+    """The letters of a text that is nothing but a choice, and the value beside it: `C`, `(C)`, `A, C`, `(C) 42`, `ABD`."""
+    plain = _COMMANDS.sub("", unwrap(text)).strip().rstrip(".").strip()
+    if re.fullmatch(r"[A-F]{2,6}", plain) and list(plain) == sorted(set(plain)):
+        return frozenset(plain), ""
+    found = _LIST.match(plain)
+    if found is None:
+        return None
+    letters = _letters(found[0])
+    rest = plain[found.end() :]
+    if letters is None or (rest and not (found[0].endswith((")", "]")) or re.match(r"[.):]", rest))):
+        return None
+    return letters, rest.lstrip(".):] ").strip()
+
+
+def _letters(text: str) -> frozenset[str] | None:
+    """Capital letters alone, in brackets also small ones; None: there is one that is no choice."""
+    found = re.findall(r"(?<![A-Za-z])([A-Ja-j])(?![A-Za-z])", text)
+    bare = re.findall(r"(?<![A-Za-z(\[])([a-j])(?![A-Za-z)\]])", text)
+    return None if bare or not found else frozenset(letter.upper() for letter in found)
+
+
+def leading_choice(said: str) -> frozenset[str] | None:
+    """The letters that a phrase begins with: `(C), because (A) is too small`, `A or C`; None: it begins with something else."""
+    plain = _COMMANDS.sub("", said).strip()
+    found = _LIST.match(plain)
+    if found is None or (letters := _letters(found[0])) is None:
+        return None
+    rest = plain[found.end() :]
+    return letters if found[0].endswith((")", "]")) or _ENDS.match(rest) or re.match(r"[)\].:]", rest) else None
+
+
+def chosen(completion: str) -> frozenset[str] | None:
+    """The letters that a completion chooses: its box, what it calls the answer, or its last line; None: it chooses none."""
+    final = plain_characters(final_text(completion))
+    box = last_box(final)
+    if box is not None:
+        whole = whole_choice(box)
+        return whole[0] if whole else leading_choice(box) or _small_letter(box)
+    final = without_markup(without_bullets(final)).strip()
+    if (whole := whole_choice(final.partition("\n")[0])) and "\n" not in final:
+        return whole[0]
+    for said in phrases(final):
+        if letters := leading_choice(said):
+            return letters
+    last = final.rpartition("\n")[2]
+    if whole := whole_choice(last):
+        return whole[0]
+    mentions = [m for m in _MENTIONED.finditer(last) if _letters(next(g for g in m.groups() if g)) is not None]
+    if mentions:
+        found = _LIST.match(_COMMANDS.sub("", last[mentions[-1].start(mentions[-1].lastindex or 1) :].lstrip("([ ")))
+        listed = _letters(found[0]) if found else None
+        return listed or frozenset(next(g for g in mentions[-1].groups() if g))
+    return _small_letter(final)
+
+
+def _small_letter(text: str) -> frozenset[str] | None:
+    inner = unwrap(text).strip("().")
+    return frozenset(inner.upper()) if re.fullmatch(r"[a-j]", inner) else None
+
+
+# ---- words
+
+
+def normal_words(text: str) -> str:
+    """Words without case, commands, punctuation at the ends and extra white space."""
+    return " ".join(_COMMANDS.sub("", unwrap(text)).casefold().strip(" .,;:!?\"'").split())
+
+
+def said_words(completion: str) -> list[str]:
+    """What of a completion may be its answer in words: the box alone where there is one."""
+    final = plain_characters(final_text(completion))
+    box = last_box(final)
+    if box is not None:
+        return [normal_words(box)]
+    final = without_markup(final).strip()
+    said = [part for phrase in phrases(final) for part in (phrase, next(iter(sentences(phrase)), ""))][:2]
+    return [normal_words(part) for part in (said or [final[-1000:], final.rpartition("\n")[2]]) if len(part) <= 1000]
+
+
+# ---- values
+
+
+def read_answer(completion: str, marked: bool, timeout_s: float) -> Reading | None:
+    """The value that a completion answers with; None: it gives none that is understood.
+
+    Args:
+        marked: the gold answer has the form `#### 42`, so that such a line is looked for first.
+
+    Raises:
+        OutOfTimeError: to read it took more than `timeout_s` of CPU time.
+    """
+    final = plain_characters(final_text(completion))
+    mark = marked_number(final)
+    box = last_box(final)
+    if mark is not None and (marked or (box is None and not phrases(final.rpartition("####")[2]))):
+        return read_value(mark, timeout_s)
+    if box is not None:
+        return read_value(box, timeout_s)
+    final = without_markup(without_bullets(final)).strip()
+    if "\n\n" not in final and (found := read_value(final, timeout_s)):
+        return found
+    if found := read_phrases(final, timeout_s):
+        return found
+    return next((found for s in last_sentences(final) if (found := read_sentence(s, timeout_s))), None)
+
+
+def is_right(completion: str, golds: Sequence[Gold], timeout_s: float) -> bool:
+    """Whether a completion gives one of these answers; an answer that takes too long to read or compare is wrong."""
+    if any(gold.letters for gold in golds):
+        letters = chosen(completion)
+        if letters is not None:
+            return any(gold.letters == letters for gold in golds)
+    if any(gold.words and gold.words in said_words(completion) for gold in golds):
+        return True
+    values = [gold.value for gold in golds if gold.value is not None]
+    if not values:
+        return False
+    try:
+        answer = read_answer(completion, golds[0].marked, timeout_s)
+        return answer is not None and any(same_value(value, answer, timeout_s) for value in values)
+    except OutOfTimeError:
+        return False
