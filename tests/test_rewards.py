@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from grpo_ray.errors import RewardError
 from grpo_ray.rewards import BUILTINS, ScoreInputs, call_reward, resolve, score_samples
 from grpo_ray.rewards.countdown import evaluate
 from grpo_ray.rewards.function import RewardFunction, inspect_function
+from grpo_ray.rewards.r1_format import r1_format
 from grpo_ray.rewards.repetition_penalty import repetition_penalty
 from grpo_ray.rewards.soft_overlong import soft_overlong
+from grpo_ray.rewards.think_format import think_format
 from grpo_ray.rewards.votes import math_votes, text_votes
 from grpo_ray.types import Score, ScoreStatus, Step
 
@@ -300,6 +303,14 @@ def test_r1_format_behind_a_template_that_opens_the_thinking() -> None:
 
 def test_exact_match() -> None:
     assert values("exact_match", [" 12\n", "12.0", "Yes"], answer=[12, 12, "yes"]) == [1.0, 0.0, 0.0]
+    assert values("exact_match", ["12", "12.0", "13", "1.5"], answer=[12.0, 12.0, 12.0, 1.5]) == [1.0, 1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("answer", [None, float("nan"), ["12"], {"a": 1}])
+def test_exact_match_is_not_for_rows_whose_answer_is_no_text(answer: Any) -> None:
+    for text in ("None", "nan", "12", str(answer)):
+        (part,) = call_reward(resolve(RewardFunctionConfig(name="exact_match")), inputs_of([text], answer=[answer]))
+        assert part.status is ScoreStatus.NOT_APPLICABLE
 
 
 # ---- countdown
@@ -340,6 +351,32 @@ def test_countdown_is_exact_in_fractions_and_pays_for_form_only_when_asked() -> 
     assert values("countdown", ["1 / 3 * 3"], target=[1], nums=[[1, 3, 3]]) == [1.0]
     got = values("countdown", ["1 + 1", "one"], args={"format_score": 0.1}, target=[3, 3], nums=[[1, 1], [1, 1]])
     assert got == [0.1, 0.0]
+
+
+@pytest.mark.parametrize("target", [None, "", "x", "1e999999999", float("nan"), float("inf")])
+def test_countdown_says_which_target_is_no_number(target: Any) -> None:
+    columns = {"target": [target], "nums": [[1, 2]]}
+    (part,) = call_reward(resolve(RewardFunctionConfig(name="countdown")), inputs_of(["1 + 2"], **columns))
+    assert part.status is ScoreStatus.ERROR
+    assert "in column target or nums is no number" in part.detail
+
+
+def test_countdown_takes_numbers_as_tables_and_texts_hold_them() -> None:
+    assert values("countdown", ["1 + 2", "+1 + 2"], target=[3.0, " 3 "], nums=[[1.0, 2.0], ["1", "2"]]) == [1.0, 1.0]
+
+
+TAGS = ["<think>", "</think>", "<answer>", "</answer>", "\n", "a", " "]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(TAGS), max_size=8).map("".join))
+def test_think_format_is_trls_and_r1_format_its_own_expression(text: str) -> None:
+    from trl.rewards import think_format_reward
+
+    assert think_format([text]) == think_format_reward([[{"content": text}]])
+    once = all(text.count(tag) == 1 for tag in TAGS[:4])
+    form = re.fullmatch(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", text, re.DOTALL)
+    assert r1_format([text]) == [float(once and form is not None)]
 
 
 @given(st.text(alphabet="0123456789+-*/() .=", max_size=60))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ast
 import operator
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+from grpo_ray.errors import RewardError
 from grpo_ray.rewards.answer_tag import answer_of
 from grpo_ray.rewards.function import Completions, text_of
 
 MAX_CHARS = 200
+_DIGITS = re.compile(r"\s*[-+]?[0-9]{1,50}(?:[./][0-9]{1,50})?\s*")
 # No powers: 9**9**9 needs more memory than there is. What remains grows with the length of the text at most.
 _OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
@@ -25,9 +28,13 @@ def countdown(completions: Completions, target: list[Any], nums: list[Any], form
     """1 if the answer is an expression that uses each of `nums` exactly once and equals `target`; else 0.
 
     The expression is what `<answer>` holds, else the whole completion; `+ - * / ( )` over whole numbers, computed in
-    exact fractions; `= target` may follow. `format_score` is for a readable expression that is wrong (TinyZero: 0.1).
+    exact fractions; `= target` may follow. `format_score` is for a readable expression that is wrong (TinyZero gives its 0.1 to
+    any `<answer>`, readable or not).
 
-    Range {0, format_score, 1}. Source: TinyZero's countdown reward, without its `eval`.
+    Range {0, format_score, 1}. Source: TinyZero's countdown reward, without its `eval`, and so without its powers and `//`.
+
+    Raises:
+        RewardError: a target or a number of the row that is none.
     """
     return [
         _score(answer_of(text_of(c)), t, numbers, format_score)
@@ -37,14 +44,24 @@ def countdown(completions: Completions, target: list[Any], nums: list[Any], form
 
 def _score(answer: str, target: Any, numbers: Any, format_score: float) -> float:
     expression, equals, result = answer.partition("=")
-    goal = Fraction(target)
+    goal, given = _exact(target), sorted(map(_exact, numbers))
     try:
         value, used = evaluate(expression)
         stated = evaluate(result)[0] if equals else goal
     except ValueError:
         return 0.0
-    right = value == goal and stated == goal and sorted(used) == sorted(Fraction(n) for n in numbers)
+    right = value == goal and stated == goal and sorted(used) == given
     return 1.0 if right else format_score
+
+
+def _exact(number: Any) -> Fraction:
+    """Of a row: a number, or its digits. (Fraction itself would write out `1e999999999`.)"""
+    try:
+        if not isinstance(number, str) or _DIGITS.fullmatch(number):
+            return Fraction(number)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise RewardError(f"reward 'countdown': {str(number)[:80]!r} in column target or nums is no number")
 
 
 def evaluate(expression: str) -> tuple[Fraction, list[Fraction]]:
@@ -71,6 +88,8 @@ def _value(node: ast.expr, used: list[Fraction]) -> Fraction:
             return Fraction(number)
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -_value(operand, used)
+        case ast.UnaryOp(op=ast.UAdd(), operand=operand):
+            return _value(operand, used)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             return _OPERATORS[type(op)](_value(left, used), _value(right, used))
         case _:
