@@ -131,18 +131,6 @@ class DataSource(Strict):
     def is_file(self) -> bool:
         return not self.is_generator and self.path.endswith((".jsonl", ".ndjson", ".parquet"))
 
-    @model_validator(mode="after")
-    def _of_this_kind(self) -> Self:
-        if self.name is not None and (self.is_file or self.is_generator):
-            raise ValueError(
-                f"{self.path}: name {self.name!r} is a subset of a Hugging Face data set, and this has none; take it out"
-            )
-        if self.args and not self.is_generator:
-            raise ValueError(
-                f"{self.path}: args {self.args} are a generator's (reasoning_gym:TASK, python:module.function); take them out"
-            )
-        return self
-
 
 def _one_or_named(value: Any) -> str:
     """Which form `data.eval` has. The tags are in angle brackets: `_explain` leaves them out of what a user reads."""

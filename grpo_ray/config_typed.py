@@ -154,7 +154,10 @@ def _scalar(members: list[Any], value: Any, problems: Problems, key: str) -> Any
             problems[key] = f"{value} is not a number"
     elif isinstance(value, str) and str not in kinds and Any not in members:
         if number and _is_number(value):
-            problems[key] = f"{value!r} is text, and a number is meant; take the quotes off"
+            padded = len(value) > 1 and value[0] == "0" and value.isdecimal()
+            problems[key] = (
+                f"{value!r} is text, and a number is meant; take the {'leading 0' if padded else 'quotes'} off"
+            )
         elif bool in kinds and not number:
             problems[key] = f"{value!r} is text, and true or false is meant" + "; take the quotes off" * _is_bool(value)
     return value

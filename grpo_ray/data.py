@@ -47,6 +47,7 @@ def load_table(source: DataSource, *, seed: int) -> Table:
     Raises:
         DataError: what can't be read, where, and the mend; also for a source without a single row.
     """
+    _check_options(source)
     scheme, colon, rest = source.path.partition(":")
     if colon and scheme == "reasoning_gym":
         table = _reasoning_gym(source, rest, seed)
@@ -65,6 +66,18 @@ def load_table(source: DataSource, *, seed: int) -> Table:
     if len(table.rows) == 0:
         raise DataError(f"{source.path}: the data set is empty; expected at least one row")
     return table
+
+
+def _check_options(source: DataSource) -> None:
+    """Raises DataError for what is of another kind of source."""
+    if source.name is not None and (source.is_file or source.is_generator):
+        raise DataError(
+            f"{source.path}: name {source.name!r} is a subset of a Hugging Face data set, and this has none; take it out"
+        )
+    if source.args and not source.is_generator:
+        raise DataError(
+            f"{source.path}: args {source.args} are a generator's (reasoning_gym:TASK, python:module.function); take them out"
+        )
 
 
 def _is_part(source: DataSource) -> bool:
