@@ -745,3 +745,76 @@ def test_a_lost_object_is_a_crashed_score_and_not_a_zero(local_ray, functions: s
     assert gone[0].status is ScoreStatus.CRASHED
     assert "rollout-0" in gone[0].detail
     assert kept[0].value == 0.25
+
+
+@pytest.mark.timeout(120)
+def test_by_default_built_ins_and_verls_see_samples_and_trls_the_whole_group(
+    local_ray, functions: str, tmp_path: Path
+) -> None:
+    examples = "tests.reward_examples."
+    entries = (
+        RewardFunctionConfig(name="exact_match"),
+        RewardFunctionConfig(name=f"{examples}rank_reward"),
+        RewardFunctionConfig(name=f"{examples}dict_score"),
+        RewardFunctionConfig(name=f"{examples}logging_reward", weight=0.0),
+        RewardFunctionConfig(name="bad_rewards.process_id", weight=0.0),
+    )
+    config = config_of(functions, "raises", num_cpus=0.5, unit="auto", memory_gb=4.0).model_copy(
+        update={"functions": entries}
+    )
+    assert config.whole_groups
+    columns = {"answer": "bb", "data_source": "x", "extra_info": {"split": "train"}}
+
+    async def use(pool):
+        return await asyncio.gather(
+            pool.score(put(requests_of(["a", "bb", "cccc"], **columns))),
+            pool.score(put(requests_of(["bb"], **columns))),
+        )
+
+    three, (alone,) = asyncio.run(with_pool(config, tmp_path, use))
+    assert [[p.value for p in s.parts[:4]] for s in three] == [[0, 1.0, -1, 0], [1, 0.5, 1, 1], [0, 0.0, -1, 0]]
+    assert [p.value for p in alone.parts[:4]] == [1.0, 1.0, 1.0, 1.0]
+    assert dict(three[2].parts[2].extra) == {"acc": False, "pred": "cccc", "split": "train"}
+    assert [[m.num_finite for m in s.parts[2].logged] for s in three] == [[1], [1], [1]]
+    assert [s.parts[3].extra[1] for s in three] == [("extracted_answer", t) for t in ("a", "bb", "cccc")]
+    assert [[(m.name, m.total) for m in s.parts[3].logged] for s in three] == [
+        [("accuracy", pytest.approx(1 / 3))],
+        [],
+        [],
+    ]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [("raises", ScoreStatus.ERROR), ("hangs_in_c", ScoreStatus.TIMEOUT), ("exits", ScoreStatus.CRASHED)],
+)
+def test_a_group_that_a_function_fails_at_has_a_typed_result_for_each_of_its_samples(
+    started, name: str, status: ScoreStatus
+) -> None:
+    process = started(name, unit="auto", timeout_s=0.3)
+    assert process.takes_whole(0)
+    group = ScoreInputs(["p"] * 3, ["good", "bad", "good"], [[1]] * 3)
+    (failed, fine) = process.run([(0, group), (0, one("good"))])
+    assert [s.status for s in failed] == [status] * 3
+    assert [s.value for s in fine] == [1.0]
+    assert status is not ScoreStatus.TIMEOUT or "did not return within 0.9 s" in failed[0].detail
+
+
+@pytest.mark.parametrize(
+    "logs",
+    [
+        [[["a", 1]] * 40, []],
+        [[["x" * 200, 1]], []],
+        [[], [["m", float("inf"), 1, 0]]],
+        [[], [["m", 1.0, 1]]],
+        [[3], []],
+        [[], [["m", 1.0, 1, 0]] * 100],
+    ],
+)
+def test_logs_that_no_function_can_have_written_are_not_believed(logs: list[object]) -> None:
+    good = ["ok", 1.0, "", 0.0, [], [["a", "b"]], [["m", 1.0, 1, 0]]]
+    (score,) = _decode("f", [3], {"scores": [good]})
+    assert (score.extra, score.logged[0].name) == ((("a", "b"),), "m")
+    with pytest.raises(_Ended):
+        _decode("f", [3], {"scores": [["ok", 1.0, "", 0.0, [], *logs]]})
