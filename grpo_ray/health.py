@@ -224,7 +224,12 @@ class Health:
                 else "raise it, or see whether the model ends its answers at all under this data.template (rollout.stop)"
             )
             what = f"{tally.cut} of {tally.samples} completions were cut at rollout.max_completion_length ({limit})"
-            found["truncated"] = f"step {step}: {what}; {mend}"
+            masked = (
+                ", and algorithm.mask_truncated leaves them out of the loss"
+                if self.config.algorithm.mask_truncated
+                else ""
+            )
+            found["truncated"] = f"step {step}: {what}{masked}; {mend}"
         if self._most(tally.empty, tally.samples, "empty"):
             found["empty"] = (
                 f"step {step}: {tally.empty} of {tally.samples} completions are empty: the policy ends its answers at once. See "

@@ -168,7 +168,7 @@ def test_truncated_completions_are_told_and_so_is_that_mask_truncated_leaves_all
         session.go()
     assert [row[4] for row in session.ledger_rows if row[2] == "trained"] == ["truncated"] * 6
     assert any(
-        "12 of 12 completions were cut at rollout.max_completion_length (8); raise it" in w for w in warnings(session)
+        "(8), and algorithm.mask_truncated leaves them out of the loss; raise it" in w for w in warnings(session)
     )
     kept = scored(Session(tmp_path / "kept", config()), by_index)
     kept.world.truncate_above = 0
