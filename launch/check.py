@@ -6,7 +6,9 @@ import tempfile
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from actors.cluster import demands, missing
 from grpo_ray.config import AlgorithmConfig, DataSource, RunConfig, SftConfig
@@ -19,6 +21,7 @@ from grpo_ray.models import check_model_path, context_length, load_config, load_
 from grpo_ray.rewards import BUILTINS, described, resolve
 from grpo_ray.stops import describe_end, stops_of_run
 from grpo_ray.thinking import opens_thinking
+from launch.check_golds import gold_rows
 from launch.effects import check_effects
 from launch.pipeline import run_pipeline
 from launch.recipe import COMMANDS, SCHEMAS, find_recipe, is_pipeline, kind_of, load_recipe, recipe_names
@@ -39,7 +42,7 @@ def check_recipe(recipe: str, overrides: list[str]) -> None:
     """Raises GrpoRayError at the first thing that would keep the run from working."""
     if is_pipeline(find_recipe(recipe)):
         run_pipeline(recipe, overrides, None, None, dry_run=True)
-        console.print(f"[green]ok[/]     grpo-ray pipeline {' '.join([recipe, *overrides])}")
+        console.print(f"[green]ok[/]     grpo-ray pipeline {escape(' '.join([recipe, *overrides]))}")
         return
     kind = kind_of(find_recipe(recipe))
     config = load_recipe(SCHEMAS[kind], recipe, overrides)
@@ -59,9 +62,10 @@ def check_recipe(recipe: str, overrides: list[str]) -> None:
             *_step_rows(config, context),
             *_cluster_rows(config, offered, where),
         ]:
-            table.add_row(name, text)
+            # As users wrote it: `[red]` in a prompt or a gold is no markup.
+            table.add_row(name, Text(text))
     console.print(table)
-    console.print(f"[green]ok[/]     grpo-ray {COMMANDS[kind]} {' '.join([recipe, *overrides])}")
+    console.print(f"[green]ok[/]     grpo-ray {COMMANDS[kind]} {escape(' '.join([recipe, *overrides]))}")
 
 
 def _model_rows(config: RunConfig | SftConfig, model: str, *, on_gpu: bool) -> list[tuple[str, str]]:
@@ -129,6 +133,7 @@ def _data_rows(config: RunConfig | SftConfig, model: str) -> list[tuple[str, str
         ("columns", note) for note in check_columns(column_needs(config.reward), prompts, train=True, evaluation=True)
     ]
     first = prompts.train.item(0, 0)
+    rows.extend(gold_rows(config, prompts))
     rows.append(("prompt", repr(first.text if len(first.text) < 300 else first.text[:297] + "...")))
     if opens_thinking(first.text):
         rows.append(

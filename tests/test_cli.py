@@ -108,6 +108,20 @@ def test_more_actors_than_cpus_are_told_without_waiting(folder: Path) -> None:
     assert not any(p.name != "logs" for p in (folder / "runs" / "run").iterdir())
 
 
+def test_check_says_how_many_golds_accuracy_does_not_understand(folder: Path) -> None:
+    golds = ["Paris", "2", "[red]yes[/red]", "2024-01-02", ["12", "34"], 1e-05, [], 8]
+    rows = [{"prompt": f"Question {i}?", "answer": gold} for i, gold in enumerate(golds)]
+    (folder / "mixed.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "words.jsonl").write_text("".join(json.dumps({**r, "answer": "yes"}) + "\n" for r in rows))
+    result = grpo_ray(folder, "check", "recipe.yaml", "data.train.path=mixed.jsonl", "data.eval={path: words.jsonl}")
+    assert result.returncode == 0, result.stderr
+    told = " ".join(result.stdout.split())
+    assert "data.train: 4 not understood by accuracy (8), e.g. mixed.jsonl, row 0: 'Paris'" in told
+    assert "'[red]yes[/red]'" in told
+    assert "WARNING: data.eval: 8 not understood by accuracy (8)" in told
+    assert "No row would get a reward from accuracy" in told
+
+
 @pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["check", "--list"]])
 def test_help_helps(folder: Path, args: list[str]) -> None:
     result = grpo_ray(folder, *args)

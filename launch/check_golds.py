@@ -1,0 +1,104 @@
+"""How many gold answers the reward `accuracy` understands, told before a run: the rest gets no reward."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from grpo_ray.config import RunConfig
+from grpo_ray.config_reward import RewardFunctionConfig
+from grpo_ray.errors import RewardError
+from grpo_ray.prompts import PromptDataset, PromptSets
+
+MAX_GOLDS = 2000
+MAX_SECONDS = 20.0
+_NUM_EXAMPLES = 3
+_MAX_EXAMPLE_CHARS = 60
+
+
+@dataclass
+class GoldReport:
+    """What `accuracy` makes of the gold answers of one data set."""
+
+    num_rows: int
+    """Rows that the reward is for."""
+    num_read: int = 0
+    num_unknown: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def text(self, what: str) -> str:
+        """What to print of it: one line, and a warning where not a single gold is understood."""
+        asked = (
+            f"{self.num_read:,}"
+            if self.num_read == self.num_rows
+            else f"{self.num_read:,} looked at, of {self.num_rows:,}"
+        )
+        if not self.num_unknown:
+            return f"{what}: all understood by accuracy ({asked})"
+        said = f"{what}: {self.num_unknown:,} not understood by accuracy ({asked}), e.g. {'; '.join(self.examples)}"
+        if self.num_unknown < self.num_read:
+            return f"{said}. Such rows get no reward"
+        how = "map the right column to 'answer' in its columns, or use a reward that is made for these answers"
+        return f"WARNING: {said}. No row would get a reward from accuracy, and nothing be learned from it: {how}"
+
+
+def gold_rows(config: RunConfig, prompts: PromptSets) -> list[tuple[str, str]]:
+    """A line for each data set and each reward `accuracy` of the recipe."""
+    rows = []
+    sets = [("data.train", config.data.train.path, prompts.train)]
+    for name, source in config.data.eval_sets.items():
+        sets.append((f"data.eval {name}".strip(), source.path, prompts.eval[name]))
+    for function in config.reward.functions:
+        if function.name == "accuracy":
+            for option, path, dataset in sets:
+                if (report := read_golds(dataset, path, function)).num_rows:
+                    rows.append(("golds", report.text(option)))
+    return rows
+
+
+def read_golds(dataset: PromptDataset, path: str, function: RewardFunctionConfig) -> GoldReport:
+    """Reads up to 2,000 golds that lie evenly over the data set, for 20 s at most."""
+    from grpo_ray.rewards.golds import read_gold
+    from grpo_ray.rewards.readings import warm_up
+
+    indices = _rows_of(dataset, function.sources)
+    report = GoldReport(len(indices))
+    warm_up()
+    timeout_s = float(function.args.get("timeout_s", 3))
+    end = time.monotonic() + MAX_SECONDS
+    for index in _evenly(indices, MAX_GOLDS):
+        if time.monotonic() > end:
+            break
+        prompt = dataset.item(index, 0)
+        report.num_read += 1
+        column = next((c for c in ("answer", "solution") if c in prompt.columns), None)
+        gold = prompt.columns[column] if column else None
+        try:
+            if read_gold(gold, timeout_s):
+                continue
+            why = ""
+        except RewardError:
+            why = f" (more than {timeout_s:g} s to read)"
+        report.num_unknown += 1
+        if len(report.examples) < _NUM_EXAMPLES:
+            said = _short(gold) if column else "no column 'answer' or 'solution'"
+            report.examples.append(f"{path}, row {prompt.id.rpartition('/')[2]}: {said}{why}")
+    return report
+
+
+def _rows_of(dataset: PromptDataset, sources: Sequence[str]) -> list[int]:
+    return [i for i in range(len(dataset)) if not sources or dataset.item(i, 0).columns.get("source") in sources]
+
+
+def _evenly(indices: Sequence[int], count: int) -> list[int]:
+    """Up to `count` of them, the first one and then one in so many."""
+    if len(indices) <= count:
+        return list(indices)
+    return [indices[i * len(indices) // count] for i in range(count)]
+
+
+def _short(gold: Any) -> str:
+    text = repr(gold)
+    return text if len(text) <= _MAX_EXAMPLE_CHARS else text[: _MAX_EXAMPLE_CHARS - 3] + "..."
