@@ -243,6 +243,12 @@ def last_box(text: str) -> str | None:
     return content
 
 
+def ends_in_a_cut_box(text: str) -> bool:
+    r"""Whether nothing closes the last `\boxed{`: what it begins with, `\boxed{7`, may not be all of it."""
+    _, box, inside = text.rpartition("\\boxed{")
+    return bool(box) and "}" not in inside
+
+
 def phrases(text: str) -> list[str]:
     """What follows `the answer is`, `Answer:` and the like, to the end of its line; the last one first."""
     places = [m.end() for m in _PHRASE.finditer(text)][-_MAX_PHRASES:]

@@ -18,6 +18,7 @@ from typing import Any
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards import readings
 from grpo_ray.rewards.answer_text import (
+    ends_in_a_cut_box,
     final_text,
     is_text_command,
     last_box,
@@ -217,6 +218,12 @@ _MENTIONED = re.compile(
 )
 
 
+_CALLED = re.compile(
+    r"(?<![A-Za-z])((?:\([A-J]\)|[A-J])(?:,? (?:and|or) (?:\([A-J]\)|[A-J]))*) (?:is|are) "
+    r"(?:the )?(?:correct|right|best|answer|true)\b"
+)
+
+
 def whole_choice(text: str) -> tuple[frozenset[str], str] | None:
     """The letters of a text that is nothing but a choice, and the value beside it: `C`, `(C)`, `A, C`, `(C) 42`, `ABD`."""
     plain = _COMMANDS.sub("", unwrap(text)).strip().rstrip(".").strip()
@@ -256,15 +263,21 @@ def chosen(completion: str) -> frozenset[str] | None:
     if box is not None:
         whole = whole_choice(box)
         return whole[0] if whole else leading_choice(box) or _small_letter(box)
+    if ends_in_a_cut_box(final):
+        return None
     final = without_markup(without_bullets(final)).strip()
     if (whole := whole_choice(final.partition("\n")[0])) and "\n" not in final:
         return whole[0]
     for said in phrases(final):
         if letters := leading_choice(said):
             return letters
-    last = final.rpartition("\n")[2]
+    before, _, last = final.rpartition("\n")
     if whole := whole_choice(last):
-        return whole[0]
+        # The last one of a list of options is not chosen.
+        is_option = bool(whole[1]) and whole_choice(before.rstrip().rpartition("\n")[2]) is not None
+        return None if is_option else whole[0]
+    if called := _CALLED.findall(last):
+        return _letters(called[-1]) if len(called) == 1 else None
     mentions = [m for m in _MENTIONED.finditer(last) if _letters(next(g for g in m.groups() if g)) is not None]
     if mentions:
         found = _LIST.match(_COMMANDS.sub("", last[mentions[-1].start(mentions[-1].lastindex or 1) :].lstrip("([ ")))
@@ -316,6 +329,8 @@ def read_answer(completion: str, marked: bool, timeout_s: float) -> Reading | No
         return read_value(mark, timeout_s)
     if box is not None:
         return read_value(box, timeout_s)
+    if ends_in_a_cut_box(final):
+        return None
     final = without_markup(without_bullets(final)).strip()
     if "\n\n" not in final and (found := read_value(final, timeout_s)):
         return found
