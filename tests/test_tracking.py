@@ -278,6 +278,7 @@ def test_rollouts_come_back_from_parquet_as_they_went_in(tmp_path: Path) -> None
         "detail": "10 s are over",
         "seconds": 10.0,
         "steps": [],
+        "extra": None,
     }
     assert rows[0]["rewards"][0]["steps"] == [{"end": 0, "value": 0.25}, {"end": 2, "value": 0.75}]
     assert rows[0]["advantage_steps"] == []
