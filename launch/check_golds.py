@@ -73,7 +73,7 @@ def read_golds(dataset: PromptDataset, path: str, function: RewardFunctionConfig
             break
         prompt = dataset.item(index, 0)
         report.num_read += 1
-        column = next((c for c in ("answer", "solution") if c in prompt.columns), None)
+        column = next((c for c in ("answer", "solution") if prompt.columns.get(c) is not None), None)
         gold = prompt.columns[column] if column else None
         try:
             if read_gold(gold, timeout_s):
@@ -83,7 +83,7 @@ def read_golds(dataset: PromptDataset, path: str, function: RewardFunctionConfig
             why = f" (more than {timeout_s:g} s to read)"
         report.num_unknown += 1
         if len(report.examples) < _NUM_EXAMPLES:
-            said = _short(gold) if column else "no column 'answer' or 'solution'"
+            said = _short(gold) if column else "nothing in 'answer' or 'solution'"
             report.examples.append(f"{path}, row {prompt.id.rpartition('/')[2]}: {said}{why}")
     return report
 

@@ -515,6 +515,10 @@ def test_each_answer_gets_its_right_value(table: list[tuple[Any, str, float | No
     assert [g for g, (_, _, value) in zip(got, table, strict=True) if g[2] != value] == []
 
 
+def test_a_row_without_an_answer_has_its_solution_as_gold() -> None:
+    assert accuracy(["4", "5", "6"], answer=["4", None, None], solution=["7", "5", None]) == [1, 1, None]
+
+
 # ---- beside math-verify's defaults
 
 TEMPLATES = [

@@ -18,7 +18,7 @@ def accuracy(
 ) -> list[float | RewardError | None]:
     r"""1 if the completion's answer equals the gold answer by math-verify, else 0; None if the gold is not understood.
 
-    Gold is column `answer` (or `solution`): a number of any type; a text that is one value (`\frac12`, `1,234`, `50%`, `5 cm`),
+    Gold is column `answer` (`solution` where a row has none): a number of any type; a text that is one value (`\frac12`, `1,234`, `50%`, `5 cm`),
     a choice (`C`, `(C) 42`), or a solution with its answer behind `####` (GSM8K), in a box, or called the answer; or a list of
     alternatives, each of which is right, and all of them together. Units are passed over. Not understood: words
     (`Paris`, `yes`; but `\text{Paris}` is taken as written), dates, ranges (`3-5`), versions, empty ones, NaN.
@@ -39,11 +39,12 @@ def accuracy(
     Raises:
         RewardError: the row has neither column.
     """
-    golds = answer if answer is not None else solution
-    if golds is None:
+    if answer is None and solution is None:
         raise RewardError(
             "reward 'accuracy' needs a column 'answer' or 'solution'; map one, e.g. data.train.columns: {answer: NAME}"
         )
+    none = [None] * len(completions)
+    golds = [a if a is not None else s for a, s in zip(answer or none, solution or none, strict=True)]
     return [_score(text_of(c), g, timeout_s) for c, g in zip(completions, golds, strict=True)]
 
 
