@@ -18,10 +18,10 @@ def accuracy(
 ) -> list[float | RewardError | None]:
     r"""1 if the completion's answer equals the gold answer by math-verify, else 0; None if the gold is not understood.
 
-    Gold is column `answer` (`solution` where a row has none): a number of any type; a text that is one value (`\frac12`, `1,234`, `50%`, `5 cm`),
-    a choice (`C`, `(C) 42`), or a solution with its answer behind `####` (GSM8K), in a box, or called the answer; or a list of
-    alternatives, each of which is right, and all of them together. Units are passed over. Not understood: words
-    (`Paris`, `yes`; but `\text{Paris}` is taken as written), dates, ranges (`3-5`), versions, empty ones, NaN.
+    Gold is column `answer` (`solution` where a row has none): a number of any type; a text that is one value (`\frac12`,
+    `1,234`, `50%`, `5 cm`), a choice (`C`, `(C) 42`), or a solution with its answer behind `####` (GSM8K), in a box, or called
+    the answer; or a list of alternatives, each of which is right, and all of them together. Units are passed over. Not
+    understood: words (`Paris`, `yes`; but `\text{Paris}` is taken as written), dates, ranges (`3-5`), versions, empty ones, NaN.
 
     The completion's answer is looked for behind `</think>` and inside `<answer>` where there are such tags: a last line
     `#### 1,234` if the gold has that form, else the last `\boxed{..}`, else what follows `the answer is`, else the last
