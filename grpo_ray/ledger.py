@@ -254,5 +254,19 @@ class Ledger:
                     )
 
 
+def last_trained(path: Path) -> int:
+    """The latest step at which something was trained; 0: none. Only looks: what a killed run has left stays as it is."""
+    # Without a log of changes beside it, SQLite would make one, and leave it.
+    how = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"
+    db = sqlite3.connect(f"{path.resolve().as_uri()}?{how}", uri=True)
+    try:
+        (step,) = db.execute("SELECT MAX(step) FROM groups WHERE state = 'trained'").fetchone()
+    except sqlite3.OperationalError:  # Killed before it had a table.
+        return 0
+    finally:
+        db.close()
+    return int(step or 0)
+
+
 def _num_failed(scores: Iterable[Score]) -> int:
     return sum([s.status.failed for s in scores])

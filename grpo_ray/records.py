@@ -24,7 +24,7 @@ from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import sync_folder, sync_tree
 from grpo_ray.errors import CheckpointError
 from grpo_ray.files import ASIDE, write_whole
-from grpo_ray.ledger import Ledger
+from grpo_ray.ledger import Ledger, last_trained
 from grpo_ray.rollout_log import rollout_steps
 from grpo_ray.trace_file import read_trace, step_of, write_trace
 from grpo_ray.tracking import lines_after, read_metrics
@@ -50,9 +50,7 @@ def last_step(run: RunDir) -> int:
     """The latest that something is recorded of; 0: of none."""
     found = [line["step"] for line in read_metrics(run.metrics)] + list(rollout_steps(run.rollouts))
     if run.ledger.is_file():
-        ledger = Ledger(run.ledger)
-        found += [row.step for row in ledger.after(0) if row.step is not None and row.state == "trained"]
-        ledger.close()
+        found.append(last_trained(run.ledger))
     return max(found, default=0)
 
 

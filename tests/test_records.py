@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,28 @@ def test_a_run_with_steps_and_without_checkpoints_is_not_resumed_and_not_touched
         resume_run(run.path)
     for part in (f"has recorded {STEPS} steps", run.store.url, "Mount", "grpo-ray train", "Nothing was changed"):
         assert part in str(e.value)
-    assert {k: v for k, v in everything(run.path).items() if "sqlite-" not in k} == before
+    assert everything(run.path) == before
+
+
+def test_what_a_killed_run_left_of_its_ledger_is_not_touched_either(tmp_path: Path) -> None:
+    run = recorded(tmp_path / "run", steps=0)
+    ledger = Ledger(run.ledger)
+    group = group_of("p/0/0", 0, 0)
+    ledger.dispatched([group])
+    ledger.sampled(group)
+    ledger.trained([group], 1)
+    killed = RunDir(Path(shutil.copytree(run.path, tmp_path / "killed")))
+    ledger.close()
+    before = everything(killed.path)
+    assert any(name.endswith("-wal") for name in before)
+    with pytest.raises(CheckpointError, match="has recorded 1 step,"):
+        step_to_resume(killed, lambda text: None)
+    after = everything(killed.path)
+    assert {k: v for k, v in after.items() if not k.endswith("-shm")} == {
+        k: v for k, v in before.items() if not k.endswith("-shm")
+    }
+    killed.ledger.write_bytes(b"")
+    assert last_step(killed) == 0
 
 
 def test_a_run_that_has_recorded_no_step_may_begin_again(tmp_path: Path) -> None:
