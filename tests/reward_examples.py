@@ -62,6 +62,10 @@ def logging_reward(completions, answer, log_extra=None, log_metric=None, **kwarg
     return rewards
 
 
+def generated_reward(completions, **kwargs):
+    return (float(len(c)) for c in completions)
+
+
 # ---- TRL, conversations
 
 

@@ -53,6 +53,7 @@ def chat(*texts: str) -> list[Any]:
     [
         ("length_reward", ["a", "bcd"], {}, [1.0, 3.0]),
         ("ground_truth_reward", [r"so \boxed{1}", "no"], {"ground_truth": ["1", "1"]}, [1.0, 0.0]),
+        ("generated_reward", ["ab", ""], {}, [2.0, 0.0]),
         ("only_ids", ["ab", ""], {}, [2.0, 0.0]),
         ("math_task_reward", ["3", "x", "3"], {"task": ["math", "math", "code"]}, [1.0, -1.0, None]),
         ("slow_reward", ["2+2=4", "5"], {}, [1.0, 0.0]),

@@ -9,8 +9,9 @@ import math
 import operator
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from grpo_ray.errors import RewardError
@@ -44,6 +45,9 @@ def call_reward(function: RewardFunction, inputs: ScoreInputs) -> list[RewardSco
         values = function.call(**function.keywords(asked, log)) if rows else []
         if inspect.isawaitable(values):
             values = _run(values)
+        if isinstance(values, Iterator):
+            # TRL takes whatever can be iterated over; one that never ends is read no further than it takes to refuse it.
+            values = list(islice(values, len(rows) + 1))
         extras = log.extras()
     except KeyboardInterrupt:
         raise
