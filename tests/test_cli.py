@@ -112,7 +112,8 @@ def test_check_says_how_many_golds_accuracy_does_not_understand(folder: Path) ->
     golds = ["Paris", "2", "[red]yes[/red]", "2024-01-02", ["12", "34"], 1e-05, [], 8]
     rows = [{"prompt": f"Question {i}?", "answer": gold} for i, gold in enumerate(golds)]
     (folder / "mixed.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (folder / "words.jsonl").write_text("".join(json.dumps({**r, "answer": "yes"}) + "\n" for r in rows))
+    words = [{"prompt": f"Is it {r['prompt']}", "answer": "yes"} for r in rows]
+    (folder / "words.jsonl").write_text("".join(json.dumps(r) + "\n" for r in words))
     result = grpo_ray(folder, "check", "recipe.yaml", "data.train.path=mixed.jsonl", "data.eval={path: words.jsonl}")
     assert result.returncode == 0, result.stderr
     told = " ".join(result.stdout.split())
