@@ -89,7 +89,7 @@ def test_a_run_without_anything_to_learn_from_says_why_at_its_first_step_and_end
     assert len(warnings(session)) == 1, "once, not at every step"
     assert warnings(session)[0].startswith("step 1: ")
     assert steps_done(session) == 3
-    assert session.run_dir.steps() == [3], "saved before it ends"
+    assert session.run_dir.steps() == [0, 3], "saved before it ends"
     assert [row[2:] for row in session.ledger_rows if row[2] == "trained"] == [
         ("trained", step, reason) for step in (1, 2, 3) for _ in range(3)
     ]
