@@ -45,6 +45,7 @@ _SYMBOLS = {
     "\u2205": r"\emptyset ",
     "\u211d": r"\mathbb{R}",
     "\u2208": r"\in ",
+    **dict.fromkeys("\u2713\u2714\u2705", ""),
     "\u066b": ".",
     "\u066c": ",",
     "\u3002": ".",
@@ -85,10 +86,10 @@ def _plain(match: re.Match[str]) -> str:
 
 # ---- markup
 
-_EMPHASIS = re.compile(r"(?<![\w)*`])(\*{1,3}|_{2,3}|`{1,3})(?=[^\s*`_])([^*`\n]{0,300}[^\s*`\\])\1(?![\w(*`])")
+_EMPHASIS = re.compile(r"(?<![\w)}*`])(\*{1,3}|_{1,3}|`{1,3})(?=[^\s*`_])([^*`\n]{0,300}[^\s*`\\])\1(?![\w(*`])")
 _FENCE = re.compile(r"^[ \t]{0,3}(?:```|~~~)[^\n`]{0,40}$", re.MULTILINE)
 _TAG = re.compile(
-    r"</?(?:b|strong|i|em|u|p|br|span|div|code|mark|math|center|answer)(?:\s[^<>\n]{0,100})?/?>|<\|[^|<>\n]{1,40}\|>",
+    r"</?(?:b|strong|i|em|u|p|br|span|div|code|mark|math|center|answer)(?:\s[^<>\n]{0,100})?/?>|</s>|<\|[^|<>\n]{1,40}\|>",
     re.IGNORECASE,
 )
 _SPACING = re.compile(r"\\(?:displaystyle|left|right|bigl?|bigr|Bigl?|Bigr|limits)(?![A-Za-z])\s?|\\[;:]|~")
@@ -96,7 +97,7 @@ _OPENING = re.compile(r"\\\(|\\\)")
 _DISPLAY = re.compile(r"\\\[|\\\]|\\(?:begin|end)\{(?:equation|align|gather|displaymath|math)\*?\}")
 
 
-_BULLET = re.compile(r"^[ \t]{0,8}(?:[-*+\u2022]|>{1,3})[ \t]+(?=\S)", re.MULTILINE)
+_BULLET = re.compile(r"^[ \t]{0,8}(?:[-*+\u2022\u2192\u21d2\u2234]|=?>{1,3}|#{1,6})[ \t]+(?=\S)", re.MULTILINE)
 
 
 def without_bullets(text: str) -> str:

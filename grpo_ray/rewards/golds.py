@@ -223,6 +223,9 @@ _CALLED = re.compile(
     r"(?:the )?(?:correct|right|best|answer|true)\b"
 )
 
+_CAPITAL = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z'])")
+_CLOSES = re.compile(r"(?:\([A-J]\)|\$[A-J]\$|(?:[,:\u2192]|=>|\bwith)\s[A-J])[.!]?$")
+
 
 def whole_choice(text: str) -> tuple[frozenset[str], str] | None:
     """The letters of a text that is nothing but a choice, and the value beside it: `C`, `(C)`, `A, C`, `(C) 42`, `ABD`."""
@@ -283,7 +286,14 @@ def chosen(completion: str) -> frozenset[str] | None:
         found = _LIST.match(_COMMANDS.sub("", last[mentions[-1].start(mentions[-1].lastindex or 1) :].lstrip("([ ")))
         listed = _letters(found[0]) if found else None
         return listed or frozenset(next(g for g in mentions[-1].groups() if g))
-    return _small_letter(final)
+    return _closing_letter(last) or _small_letter(final)
+
+
+def _closing_letter(line: str) -> frozenset[str] | None:
+    """The only letter of a line, which ends with it: `None of these (D)`, `Hence $C$.`, `Therefore, C.`"""
+    plain = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s?\{([^{}]{1,9})\}", r"\1", line.strip())
+    capitals = _CAPITAL.findall(plain)
+    return frozenset(capitals) if len(capitals) == 1 and _CLOSES.search(plain) else None
 
 
 def _small_letter(text: str) -> frozenset[str] | None:
@@ -351,7 +361,12 @@ def is_right(completion: str, golds: Sequence[Gold], timeout_s: float) -> bool:
     if not values:
         return False
     try:
-        answer = read_answer(completion, golds[0].marked, timeout_s)
-        return answer is not None and any(same_value(value, answer, timeout_s) for value in values)
+        # `48 + 24 = 72!` may be a sum or a factorial.
+        plain = completion.rstrip()
+        for said in (completion, plain[:-1]) if plain.endswith("!") else (completion,):
+            answer = read_answer(said, golds[0].marked, timeout_s)
+            if answer is not None and any(same_value(value, answer, timeout_s) for value in values):
+                return True
+        return False
     except OutOfTimeError:
         return False

@@ -111,6 +111,8 @@ _FUNCTIONS = re.compile(
 _INFINITY = re.compile(r"(?<![\\A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])")
 _SQRT = re.compile(r"(?<![\\A-Za-z])\\?sqrt\s?\(([^()]{1,100})\)|(?<![\\A-Za-z])sqrt\s?(\d{1,20}|[a-z](?![a-z]))")
 _CODED = re.compile(r"(?<![\w.])0[xXbBoO][0-9A-Fa-f]+")
+# `She has 72` and `Sum: 72` are no products of variables.
+_PROSE = re.compile(r"(?<![A-Za-z])(?!(?:mod|and|or) )[A-Za-z]{2,}(?: (?!(?:mod|and|or) )[A-Za-z]{2,}| \d|\s?:)")
 _SHORT_WORDS = re.compile(
     r"(?:no|yes|up|on|in|of|to|is|am|pm|or|and|the|cm|mm|km|kg|ft|"
     r"mi|lb|oz|hr|min|sec|an|at|as|by|do|go|he|if|it|me|my|so|us|we)\Z",
@@ -142,6 +144,8 @@ def formula_of(text: str) -> str | None:
     text = _FUNCTIONS.sub(r"\\\1 ", text)
     text = THOUSANDS.sub("", text)
     bare = _LATEX_WORDS.sub(" ", text)
+    if _PROSE.search(bare):
+        return None
     has_operator = re.search(r"[\d^*/+=<>|()-]", bare) is not None
     for word in _LETTERS.findall(bare):
         if len(word) > 3 or _SHORT_WORDS.match(word) or not has_operator:
@@ -246,6 +250,9 @@ _LEAD = re.compile(
     r"(?:so|thus|hence|therefore|then|and|now|finally|we get|we have|this gives|it is|it's|that is|i get)\b[,:]?\s+",
     re.IGNORECASE,
 )
+_LABEL = re.compile(
+    r"\s*(?:\\(?:text|textbf|mathbf|mathrm|mbox)\s*\{\s*[A-Za-z][A-Za-z ]{0,40}:\s*\}|[A-Za-z][A-Za-z ]{0,40}:\s)\s*(?=\S)"
+)
 _OPTION = re.compile(
     r"\s*(?:\\(?:text|textbf|mathbf|mathrm)\s*\{\s*)?(?:\(([A-J])\)|([A-J])[.):])\s*\}?\s*(?:~|\\ )?(?=\S)"
 )
@@ -260,7 +267,7 @@ def is_ambiguous(text: str) -> bool:
 def read_one(text: str, timeout_s: float) -> Reading | None:
     """A text that is one value as a whole."""
     text = unwrap(text)
-    if label := _OPTION.match(text):
+    if label := _LABEL.match(text) or _OPTION.match(text):
         text = unwrap(text[label.end() :])
     if found := read_number(text) or read_ratio(text):
         return found
