@@ -152,7 +152,7 @@ def test_check_says_what_ends_a_sample_or_an_answer_and_that_the_template_opens_
     common = {"model": {"path": str(folder)}, "data": {"train": {"path": str(tmp_path / "rows.jsonl")}}}
     rollout = {
         "rollout": {"stop": ["</answer>"], "stop_token_ids": [0]},
-        "reward": {"functions": [{"name": "accuracy"}]},
+        "reward": {"functions": [{"name": "r1_format"}]},
     }
     rows = dict(_data_rows(build(RunConfig, {**common, **rollout}, "t"), str(folder)))
     assert rows["ends"] == "a sample ends at <eos> (1), <|system|> (4), <pad> (0), '</answer>'"
