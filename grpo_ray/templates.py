@@ -212,7 +212,9 @@ def _checked_kwargs(value: Any, where: str, tokenizer: Any) -> dict[str, Any]:
         raise DataError(
             f"expected {where} to be a mapping such as {{enable_thinking: false}}, got {type(value).__name__} {value!r:.60}"
         )
-    ours = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {TOOLS, "documents", "kwargs"}
+    ours = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {TOOLS, "documents", "kwargs"} | {
+        "messages"
+    }
     if taken := sorted(ours.intersection(value)):
         raise DataError(f"{where} holds {taken[0]!r}, which is no variable of a chat template; remove it")
     out = {k: v for k, v in value.items() if v is not None}
@@ -234,6 +236,8 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
 def _parsed(value: Any) -> Any:
     if not isinstance(value, str):
         return value
+    if not value.strip():
+        return None
     try:
         return json.loads(value)
     except ValueError:

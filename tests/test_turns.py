@@ -249,6 +249,7 @@ def test_a_row_s_variables_and_tools_reach_the_chat_template(write: Write) -> No
         ({"chat_template_kwargs": "no"}, r"to be a mapping .* got str 'no'"),
         ({"chat_template_kwargs": {"tokenize": True}}, r"holds 'tokenize', which is no variable of a chat template"),
         ({"chat_template_kwargs": {"chat_template": "x"}}, r"holds 'chat_template', which is no variable"),
+        ({"chat_template_kwargs": {"messages": []}}, r"holds 'messages', which is no variable"),
         ({"tools": {"name": "add"}}, r"expected column 'tools' to be a list of JSON schemas, got dict"),
         ({"tools": ["add"]}, r"expected column 'tools' to be a list of JSON schemas, got list"),
     ],
@@ -258,6 +259,11 @@ def test_variables_and_tools_of_the_wrong_kind_are_named_with_their_row(
 ) -> None:
     with pytest.raises(DataError, match=rf"rows\.jsonl, line 2: .*{words}"):
         texts(write({"prompt": "q"}, {"prompt": "q", **columns}))
+
+
+def test_blank_text_is_no_variable_and_no_tool(write: Write) -> None:
+    blank = write({"prompt": "q"}, {"prompt": "q", "chat_template_kwargs": " ", "tools": ""})
+    assert len(set(texts(blank))) == 1
 
 
 def test_variables_of_a_template_that_has_none_are_refused(write: Write) -> None:
