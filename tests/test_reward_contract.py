@@ -225,6 +225,14 @@ def test_verls_ground_truth_may_be_a_column_of_its_own() -> None:
         assert said(function, told(["72"], **columns)) == [1.0]
 
 
+@pytest.mark.parametrize("held", [{"style": "rule"}, '{"ground_truth": "72"}', "72", None])
+@pytest.mark.parametrize("name", ["compute_score", "batched_score"])
+def test_a_row_of_verls_that_has_no_truth_fails_and_is_no_wrong_answer(name: str, held: Any) -> None:
+    (part,) = call_reward(example(name), told(["72"], data_source=["gsm8k"], reward_model=[held]))
+    assert part.status is ScoreStatus.ERROR
+    assert "expected a mapping with 'ground_truth'" in part.detail
+
+
 def test_verls_dict_is_logged_beside_its_score() -> None:
     first, second = call_reward(example("dict_score"), told(["is 72", "is 72"], **VERL_ROW))
     assert dict(first.extra) == {"acc": True, "pred": "is 72", "split": "train"}

@@ -70,7 +70,7 @@ def verl_function(name: str, call: Callable[..., Any], weight: float, args: dict
         rows = zip(
             columns.get(_SINGULAR[0]) or [None] * len(completions),
             map(text_of, completions),
-            [_ground_truth(columns, i) for i in range(len(completions))],
+            [_ground_truth(name, columns, i) if brought[2] in accepted else None for i in range(len(completions))],
             [{} if info is None else info for info in columns.get(_SINGULAR[3]) or [None] * len(completions)],
             strict=True,
         )
@@ -86,8 +86,12 @@ def _one_by_one(
     call: Callable[..., Any], rows: list[dict[str, Any]], accepted: Sequence[str], args: dict[str, Any]
 ) -> list[Any] | Awaitable[list[Any]]:
     """What it says of each sample; a RewardError where it raises."""
-    results = [_tried(call, {k: row[k] for k in accepted} | args) for row in rows]
+    results = [_lacking(row) or _tried(call, {k: row[k] for k in accepted} | args) for row in rows]
     return _all(results) if any(map(inspect.isawaitable, results)) else results
+
+
+def _lacking(row: Mapping[str, Any]) -> RewardError | None:
+    return next((value for value in row.values() if isinstance(value, RewardError)), None)
 
 
 def _tried(call: Callable[..., Any], keywords: dict[str, Any]) -> Any:
@@ -110,6 +114,8 @@ async def _all(results: list[Any]) -> list[Any]:
 def _batched(
     call: Callable[..., Any], rows: list[dict[str, Any]], accepted: Sequence[str], args: dict[str, Any]
 ) -> Any:
+    if error := next(filter(None, map(_lacking, rows)), None):
+        raise error
     return call(**{k: [row[k] for row in rows] for k in accepted}, **args)
 
 
@@ -142,14 +148,22 @@ def _value(result: Any) -> Any:
     return result["score"]
 
 
-def _ground_truth(columns: Mapping[str, Sequence[Any]], i: int) -> Any:
-    """Of row i; None where all of them are."""
+def _ground_truth(reward: str, columns: Mapping[str, Sequence[Any]], i: int) -> Any:
+    """Of row i; None where it says so, a RewardError where it has no place for one (verl raises a KeyError)."""
+    there = False
     for name in GROUND_TRUTH:
-        value: Any = columns
-        for depth, part in enumerate(name.split(".")):
-            value = value.get(part) if isinstance(value, Mapping) else None
-            if depth == 0 and value is not None:
-                value = value[i]
+        column, _, entry = name.partition(".")
+        value = columns[column][i] if columns.get(column) is not None else None
+        if entry:
+            there |= isinstance(value, Mapping) and entry in value
+            value = value.get(entry) if isinstance(value, Mapping) else None
+        else:
+            there |= column in columns
         if value is not None:
             return value
+    if not there:
+        return RewardError(
+            f"reward {reward!r}: the row's column 'reward_model' is {columns['reward_model'][i]!r:.80}, expected a mapping with "
+            "'ground_truth'; or map a column that holds the truth: data.train.columns: {ground_truth: NAME}"
+        )
     return None
