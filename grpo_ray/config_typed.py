@@ -154,10 +154,10 @@ def _scalar(members: list[Any], value: Any, problems: Problems, key: str) -> Any
             problems[key] = f"{value} is not a number"
     elif isinstance(value, str) and str not in kinds and Any not in members:
         if number and _is_number(value):
-            padded = len(value) > 1 and value[0] == "0" and value.isdecimal()
-            problems[key] = (
-                f"{value!r} is text, and a number is meant; take the {'leading 0' if padded else 'quotes'} off"
-            )
+            digits = value.lstrip("+-")
+            padded = len(digits) > 1 and digits[0] == "0" and digits.isdecimal()
+            mend = "; take the leading 0 off" if padded else "; take the quotes off" * _is_quoted(value)
+            problems[key] = f"{value!r} is text, and a number is meant{mend}"
         elif bool in kinds and not number:
             problems[key] = f"{value!r} is text, and true or false is meant" + "; take the quotes off" * _is_bool(value)
     return value
@@ -169,6 +169,14 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_quoted(number: str) -> bool:
+    """It would be a number without quotes, so it has some. (Others are one to Python alone: inf, 1e1_0.)"""
+    try:
+        return not isinstance(read_scalar(number), str)
+    except ValueError:
+        return True
 
 
 def _is_bool(text: str) -> bool:

@@ -306,6 +306,12 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _text(dumper: _Dumper, value: str) -> ScalarNode:
+    """Escaped where it holds a next-line character: YAML takes a bare one for a line break."""
+    return dumper.represent_scalar(f"{_TAGS}str", value, style='"' if "\x85" in value else None)
+
+
+_Dumper.add_representer(str, _text)
 _Dumper.add_implicit_resolver(f"{_TAGS}float", _FLOAT, list("-+.0123456789"))
 _Dumper.add_implicit_resolver(f"{_TAGS}int", _BASED, ["0"])
 _Dumper.add_representer(IntText, lambda dumper, value: dumper.represent_scalar(f"{_TAGS}int", value.text))

@@ -200,6 +200,7 @@ def test_what_an_override_means_is_the_schemas_to_say(override, get, expected):
         (["num_steps=3 # steps"], "num_steps"),
         (["num_steps=012"], "take the leading 0 off"),
         (["num_steps='0'"], "take the quotes off"),
+        (["num_steps=-012"], "take the leading 0 off"),
         (["num_steps=12:30"], "num_steps"),
         (["num_steps=1e400"], "num_steps"),
         (["learner.learning_rate=.nan"], "learner.learning_rate"),
@@ -340,6 +341,19 @@ json_values = st.recursive(
     max_leaves=8,
 )
 texts = st.sampled_from(NASTY) | st.text(st.characters(codec="utf-8"), max_size=40)
+
+
+@pytest.mark.parametrize("text", ["inf", "nan", "1e1_0", "\uff11\uff10"])
+def test_what_was_typed_without_quotes_is_not_told_to_take_them_off(text):
+    with pytest.raises(ConfigError) as e:
+        make(f"learner.learning_rate={text}")
+    assert f"learner.learning_rate: {text!r} is text, and a number is meant" in str(e.value)
+    assert "quotes" not in str(e.value)
+
+
+def test_a_next_line_character_reads_back_as_itself(tmp_path):
+    config = build(DataConfig, {"system": "a\x85b", "train": {"path": "a.jsonl", "args": {"k\x85": "\x85"}}}, "r")
+    assert build(DataConfig, load_yaml_text(tmp_path, to_yaml(config)), "again") == config
 
 
 @settings(max_examples=40, deadline=None)
