@@ -418,6 +418,7 @@ OTHERS: list[tuple[Any, str, float | None]] = [
     ("C", r"Hence $\text{C}$.", 1),
     ("C", "→ C", 1),
     ("C", "Therefore, C.", 1),
+    ("C", "Answer - C", 1),
     ("D", "None of the above (D)", 1),
     ("C", "None of the above (D)", 0),
     ("D", "Is it (A), (B), (C) or (D)", 0),

@@ -67,7 +67,8 @@ def _check(need: ColumnNeeds, where: str, rows: Sequence[Mapping[str, Any]]) -> 
         if len(lacking) == len(rows) and not any(_has(row, name) for row in rows for name in names):
             raise RewardError(missing_column(need.reward, names, there, where))
         if lacking:
-            what = "does not apply to" if need.built_in else "gets None for"
+            of_mapping = any("." in name for name in names)
+            what = "does not apply to" if need.built_in else "gets None for" + ", or fails at," * of_mapping
             wanted = " or ".join(map(repr, names))
             notes.append(
                 f"reward {need.reward!r} {what} {len(lacking)} of {len(rows)} rows of {where}: they have no {wanted}"

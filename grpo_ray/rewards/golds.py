@@ -224,7 +224,7 @@ _CALLED = re.compile(
 )
 
 _CAPITAL = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z'])")
-_CLOSES = re.compile(r"(?:\([A-J]\)|\$[A-J]\$|(?:[,:\u2192]|=>|\bwith)\s[A-J])[.!]?$")
+_CLOSES = re.compile(r"(?:\([A-J]\)|\$[A-J]\$|(?:[,:\u2192-]|=>|\bwith)\s[A-J])[.!]?$")
 
 
 def whole_choice(text: str) -> tuple[frozenset[str], str] | None:

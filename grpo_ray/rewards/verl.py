@@ -7,7 +7,8 @@ is called for each sample by keyword, as verl's `NaiveRewardManager` does; `solu
 
     data_source    the row's column of that name
     solution_str   the completion's text
-    ground_truth   of the column `reward_model` its entry `ground_truth`; else the column `ground_truth`, else `answer`
+    ground_truth   of the column `reward_model` its entry `ground_truth`; else the column `ground_truth`, else `answer`;
+                   where a row has none of them the sample fails
     extra_info     the row's column, {} without one
 
 The entries of a dict beside `score` are logged: all of them of the sample, the numbers as metrics as well (`logged/NAME`).
