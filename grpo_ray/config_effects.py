@@ -181,6 +181,7 @@ Found = Iterator[tuple[str, str]]
 def _of_steps(config: RunConfig | SftConfig, command: str) -> Found:
     if config.num_steps is not None:
         yield "num_epochs", f"num_steps is given ({config.num_steps}); num_steps=null lets num_epochs decide"
+        yield "data.last_batch", f"it is about the end of num_epochs, and num_steps is given ({config.num_steps})"
     learner = config.learner
     if learner.lr_scheduler_type != "cosine_with_min_lr":
         yield (
@@ -232,6 +233,13 @@ def _of_workers(config: RunConfig | SftConfig, command: str) -> Found:
     if config.rollout.kv_cache_gb is not None:
         yield "rollout.gpu_memory_utilization", "rollout.kv_cache_gb says how large the cache is"
     reward = config.reward
+    if command == "train" and config.num_steps is not None:
+        late = ", ".join(f.title for f in reward.functions if f.from_step >= config.num_steps)
+        if late:
+            yield (
+                "reward.functions",
+                f"{late} would begin after the last step (from_step), for num_steps is {config.num_steps}",
+            )
     if SHARED_POOL not in reward.pools:
         for name in ("num_actors", "min_actors", "max_actors", "num_cpus", "num_gpus", "unit"):
             yield f"reward.{name}", "every reward function has workers of its own"

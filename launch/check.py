@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def check_recipe(recipe: str, overrides: list[str]) -> None:
     """Raises GrpoRayError at the first thing that would keep the run from working."""
     if is_pipeline(find_recipe(recipe)):
         run_pipeline(recipe, overrides, None, None, dry_run=True)
-        console.print(f"[green]ok[/]     grpo-ray pipeline {escape(' '.join([recipe, *overrides]))}")
+        _print_ok("pipeline", recipe, overrides)
         return
     kind = kind_of(find_recipe(recipe))
     config = load_recipe(SCHEMAS[kind], recipe, overrides)
@@ -65,7 +66,13 @@ def check_recipe(recipe: str, overrides: list[str]) -> None:
             # As users wrote it: `[red]` in a prompt or a gold is no markup.
             table.add_row(name, Text(text))
     console.print(table)
-    console.print(f"[green]ok[/]     grpo-ray {COMMANDS[kind]} {escape(' '.join([recipe, *overrides]))}")
+    _print_ok(COMMANDS[kind], recipe, overrides)
+
+
+def _print_ok(command: str, recipe: str, overrides: list[str]) -> None:
+    """The command that this was about, to be copied to a shell."""
+    words = shlex.join(["grpo-ray", command, recipe, *overrides])
+    console.print(f"[green]ok[/]     {escape(words)}", soft_wrap=True)
 
 
 def _model_rows(config: RunConfig | SftConfig, model: str, *, on_gpu: bool) -> list[tuple[str, str]]:

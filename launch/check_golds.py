@@ -41,7 +41,8 @@ class GoldReport:
         if self.num_unknown < self.num_read:
             return f"{said}. Such rows get no reward"
         how = "map the right column to 'answer' in its columns, or use a reward that is made for these answers"
-        return f"WARNING: {said}. No row would get a reward from accuracy, and nothing be learned from it: {how}"
+        lost = "learned from it" if what == "data.train" else "measured on it"
+        return f"WARNING: {said}. No row would get a reward from accuracy, and nothing be {lost}: {how}"
 
 
 def gold_rows(config: RunConfig, prompts: PromptSets) -> list[tuple[str, str]]:

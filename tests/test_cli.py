@@ -120,6 +120,7 @@ def test_check_says_how_many_golds_accuracy_does_not_understand(folder: Path) ->
     assert "data.train: 4 not understood by accuracy (8), e.g. mixed.jsonl, row 0: 'Paris'" in told
     assert "'[red]yes[/red]'" in told
     assert "WARNING: data.eval: 8 not understood by accuracy (8)" in told
+    assert "nothing be measured on it" in told
     assert "No row would get a reward from accuracy" in told
 
 

@@ -112,6 +112,8 @@ def test_an_option_typed_for_a_command_that_does_not_look_at_it_is_refused(comma
     ("overrides", "key", "expected"),
     [
         (["num_steps=3", "num_epochs=2"], "num_epochs", "num_steps is given (3)"),
+        (["num_steps=3", "data.last_batch=drop"], "data.last_batch", "num_steps is given (3)"),
+        (["num_steps=3", "reward.functions=[{name: accuracy, from_step: 3}]"], "reward.functions", "num_steps is 3"),
         (["learner.min_lr_ratio=0.2"], "learner.min_lr_ratio", "cosine_with_min_lr"),
         (["learner.packing=false", "learner.share_prompts=false"], "learner.share_prompts", "packing"),
         (["tracking.project=x"], "tracking.project", "both are off"),
@@ -147,7 +149,8 @@ def test_options_that_do_nothing_beside_the_others_are_told(overrides, key, expe
 def test_options_that_have_an_effect_beside_the_others_are_not_told():
     for overrides in (
         ["num_steps=3"],
-        ["num_epochs=2"],
+        ["num_epochs=2", "data.last_batch=drop"],
+        ["num_steps=4", "reward.functions=[{name: accuracy, from_step: 3}]"],
         ["learner.lr_scheduler_type=cosine_with_min_lr", "learner.min_lr_ratio=0.2"],
         ["tracking.project=x", "tracking.wandb=true"],
         ["data.eval.path=a", "eval={num_samples: 4, temperature: 1, top_p: 0.9}", "data.exclude_eval=false"],
@@ -237,8 +240,9 @@ def test_check_says_how_long_samples_can_be(tmp_path, monkeypatch, capsys):
     Path("r.yaml").write_text(
         json.dumps(recipe | {"reward": {**RL["reward"], "num_cpus": 0}, "cluster": {"num_cpus": 2}})
     )
-    check_recipe("r.yaml", [])
+    check_recipe("r.yaml", ["data.system=Add them up."])
     out = " ".join(capsys.readouterr().out.split())
+    assert out.endswith("ok grpo-ray train r.yaml 'data.system=Add them up.'")
     assert "samples of up to 255 tokens" in out
     assert "rows.jsonl train[:50%]: 4 of 4 prompts" in out
     assert "its samples are cut at" in out
