@@ -131,8 +131,14 @@ def _explain(schema: type[BaseModel], err: Any) -> str:
         return f"{key}: unknown key; {hint or 'known here: ' + ', '.join(known)}"
     if err["type"] == "missing":
         return f"{key}: required"
-    message = err["msg"].removeprefix("Value error, ")
+    message = _SHAPES.get(err["type"]) or err["msg"].removeprefix("Value error, ")
+    if err["type"] == "model_type":
+        message = f"a mapping is meant, {{{_fields_at(schema, loc)[0]}: ..}}"
     return f"{key}: {message} (got {err['input']!r})" if loc and err["type"] != "value_error" else message
+
+
+_SHAPES = {"tuple_type": "a list is meant, [..]", "dict_type": "a mapping is meant, {..}"}
+"""Kind of an error of pydantic -> what is meant there, without Python's words."""
 
 
 def _fields_at(schema: type[BaseModel], loc: list[str]) -> list[str]:
