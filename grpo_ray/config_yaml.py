@@ -160,7 +160,7 @@ class _Reader:
 
     def _scalar(self, node: ScalarNode) -> Any:
         self._check_tag(node, "str")
-        text = str(node.value)
+        text = self._text_of(node)
         if node.style is not None or node.tag != _UNWRITTEN:
             return text
         if (not text or " " in text) and _CUT.match(self._text, node.end_mark.index):
@@ -173,6 +173,14 @@ class _Reader:
         except ValueError:
             raise ConfigError(f"{self._at(node)}: {text[:40]}.. has too many digits for a number") from None
 
+    def _text_of(self, node: ScalarNode) -> str:
+        try:
+            return joined(str(node.value))
+        except ValueError:
+            raise ConfigError(
+                f"{self._at(node)}: an escape \\ud800 to \\udfff is half of a character; write it out"
+            ) from None
+
     def _mapping(self, node: MappingNode) -> dict[str, Any]:
         own: dict[str, Any] = {}
         merged: dict[str, Any] = {}
@@ -180,7 +188,7 @@ class _Reader:
         for key_node, value_node in node.value:
             if not isinstance(key_node, ScalarNode):
                 raise ConfigError(f"{self._at(key_node)}: a key has to be text, not a list or a mapping")
-            key = str(key_node.value)
+            key = self._text_of(key_node)
             if key in first:
                 raise ConfigError(self._twice(key, first[key], key_node))
             first[key] = key_node
@@ -271,8 +279,25 @@ def read_flow(text: str) -> Any:
         raise ConfigError("the value has lists and mappings inside each other, hundreds deep") from None
 
 
+def joined(text: str) -> str:
+    """JSON's escapes of a character in two halves, `\\ud83d\\ude00`, as the character. Raises ValueError for a half alone."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16")
+
+
 def quoted_text(text: str) -> str | None:
-    """What stands between the quotes, where all of `text` is one quoted scalar of YAML or JSON."""
+    """What stands between the quotes, where all of `text` is one quoted scalar of YAML or JSON.
+
+    Raises:
+        ConfigError: it holds half of a character.
+    """
+    found = _quoted(text)
+    try:
+        return None if found is None else joined(found)
+    except ValueError:
+        raise ConfigError("an escape \\ud800 to \\udfff is half of a character; write it out") from None
+
+
+def _quoted(text: str) -> str | None:
     if text[:1] not in ('"', "'") or len(text) < 2 or text[-1] != text[0]:
         return None
     if text[0] == '"':

@@ -356,6 +356,18 @@ def test_what_was_typed_without_quotes_is_not_told_to_take_them_off(text):
     assert "quotes" not in str(e.value)
 
 
+def test_the_escapes_of_json_are_one_character_and_half_of_one_is_refused(tmp_path):
+    text = json.dumps({"system": "\U0001f600", "train": {"path": "a", "args": {"\U0001f600": ["\U0001f600"]}}})
+    assert "\\ud83d" in text
+    config = build(DataConfig, load_yaml_text(tmp_path, text), "r")
+    assert (config.system, config.train.args) == ("\U0001f600", {"\U0001f600": ["\U0001f600"]})
+    assert make('rollout.stop=["\\ud83d\\ude00"]').rollout.stop == ("\U0001f600",)
+    with pytest.raises(ConfigError, match=r"line 2.*half of a character"):
+        load_yaml_text(tmp_path, 'seed: 1\nname: "\\ud83d"\n')
+    with pytest.raises(ConfigError, match="half of a character"):
+        make('data.system="\\udcff"')
+
+
 def test_a_next_line_character_reads_back_as_itself(tmp_path):
     config = build(DataConfig, {"system": "a\x85b", "train": {"path": "a.jsonl", "args": {"k\x85": "\x85"}}}, "r")
     assert build(DataConfig, load_yaml_text(tmp_path, to_yaml(config)), "again") == config
