@@ -122,8 +122,9 @@ class LiveView:
                 prefix = f"{event.level}: " if event.level in LEVELS else ""
                 self._print(prefix + event.text, LEVELS.get(event.level, ""))
             case EndEvent():
-                text = event.status if event.text in ("", event.status) else f"{event.status}: {event.text}"
-                self._print(f"{text} after {duration(time.monotonic() - self._began)}", _end_style(event.status))
+                why = "" if event.text in ("", event.status) else f": {event.text}"
+                took = duration(time.monotonic() - self._began)
+                self._print(f"{event.status} after {took}{why}", _end_style(event.status))
 
     def note(self, text: str) -> None:
         """A line of the launcher's own."""

@@ -89,6 +89,7 @@ def test_a_log_gets_start_up_evaluation_checkpoint_and_end() -> None:
         MessageEvent("warning", "sampler and learner disagree"),
         MessageEvent("info", "2 groups will be sampled again"),
         EndEvent("finished", ""),
+        EndEvent("failed", "or raise it"),
     )
     assert [re.sub(r"\d+\.\d s\]", "T]", line) for line in lines[:2]] == [
         "[   T] start: rollout-0",
@@ -102,7 +103,8 @@ def test_a_log_gets_start_up_evaluation_checkpoint_and_end() -> None:
         "2 groups will be sampled again",
     ]
     assert re.fullmatch(r"finished after \d\.\ds", lines[7])
-    assert len(lines) == 8
+    assert re.fullmatch(r"failed after \d\.\ds: or raise it", lines[8])
+    assert len(lines) == 9
 
 
 @pytest.mark.parametrize("terminal", [False, True])
