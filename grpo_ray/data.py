@@ -76,7 +76,8 @@ def _check_options(source: DataSource) -> None:
         )
     if source.args and not source.is_generator:
         raise DataError(
-            f"{source.path}: args {source.args} are a generator's (reasoning_gym:TASK, python:module.function); take them out"
+            f"{source.path}: args {source.args} are a generator's (reasoning_gym:TASK, python:module.function); take them out "
+            "(over a recipe that has some: data.train.args={})"
         )
 
 

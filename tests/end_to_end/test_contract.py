@@ -49,7 +49,7 @@ def test_verls_function_runs_on_verls_data(tmp_path: Path) -> None:
     args, run_dir = train(
         write_recipe(tmp_path), "verl", functions, "num_steps=2", "data.eval=null", "data.template=chat"
     )
-    code, output = run(*args, f"data.train={{path: {tmp_path}/train.parquet}}")
+    code, output = run(*args, f"data.train={{path: {tmp_path}/train.parquet, args: {{}}}}")
     assert code == 0, output
     (path, *_) = rollout_steps(run_dir / "rollouts").values()
     for row in read_rollouts(path):
@@ -57,7 +57,9 @@ def test_verls_function_runs_on_verls_data(tmp_path: Path) -> None:
         assert (row["reward_status"], extra["pred"]) == ("ok", row["completion"][-3:])
     assert all(0 <= line["logged/acc"] <= 1 for line in metrics(run_dir))
     code, output = run(
-        *args, f"data.train={{path: {tmp_path}/train.parquet, columns: {{source: reward_model}}}}", "name=bad"
+        *args,
+        f"data.train={{path: {tmp_path}/train.parquet, args: {{}}, columns: {{source: reward_model}}}}",
+        "name=bad",
     )
     assert code == 1, output
     assert "needs the column 'reward_model.ground_truth' or 'ground_truth' or 'answer'" in " ".join(output.split())
