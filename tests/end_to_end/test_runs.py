@@ -62,7 +62,7 @@ def test_the_trace_tells_what_every_worker_did_in_every_step(whole_run):
     for own in spans.values():
         assert all(a[2] <= b[1] for a, b in itertools.pairwise(sorted(own, key=lambda s: s[1])))
     assert [name for name, *_ in spans["steps"]] == [f"step {s}" for s in range(1, NUM_STEPS + 1)]
-    quiet = {"paused", "save", "export"}
+    quiet = {"paused", "hold", "save", "export"}
     paused = [b - a for name, a, b, _ in spans["rollout-0"] if name == "paused"]
     assert paused == pytest.approx([line["sync/pause_s"] for line in metrics(whole_run)], abs=5e-3)
     for line, (_, start, end, step) in zip(metrics(whole_run), spans["steps"], strict=True):
