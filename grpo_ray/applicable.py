@@ -7,9 +7,8 @@ from typing import Any
 
 from grpo_ray.config_reward import RewardFunctionConfig
 from grpo_ray.rewards.function import SOURCE
+from grpo_ray.rewards.golds import gold_of
 
-GOLDS = ("answer", "solution")
-"""Columns in which `accuracy` looks for the right answer, the first that is there."""
 QUOTED = 60
 """Characters of a value that a message shows."""
 
@@ -28,10 +27,10 @@ def why_not_applicable(function: RewardFunctionConfig, columns: Mapping[str, Any
             f"{name} is for the sources {', '.join(function.sources)}, and here column {SOURCE} is {quoted(columns.get(SOURCE))}: "
             "correct its sources, or the column"
         )
-    gold = next((column for column in GOLDS if columns.get(column) is not None), None)
-    if function.name == "accuracy" and gold is not None:
+    column, gold = gold_of(columns)
+    if function.name == "accuracy" and column:
         return (
-            f"{name} can't read the right answers of column {gold} as mathematics, e.g. {quoted(columns[gold])}: for words use the "
+            f"{name} can't read the right answers of column {column} as mathematics, e.g. {quoted(gold)}: for words use the "
             "reward exact_match or one of your own, or map the column that holds the answers"
         )
     there = ", ".join(sorted(map(str, columns))) or "none"

@@ -114,6 +114,16 @@ def without_effect(config: RunConfig | SftConfig, command: str) -> dict[str, str
     return {key: why for key, why in found.items() if key in given and command in COMMANDS_OF.get(key, ALL.split())}
 
 
+def without_gpu(config: RunConfig | SftConfig) -> dict[str, str]:
+    """Options that differ from their default, and are of GPUs alone -> why, on a cluster that has none."""
+    of_gpus = {
+        "rollout.gpu_memory_utilization": "there is no GPU; rollout.kv_cache_gb says how large the cache is",
+        "learner.offload_optimizer": "there is no GPU whose memory it would spare",
+        "learner.offload_params": "there is no GPU whose memory it would spare",
+    }
+    return {key: of_gpus[key] for key, _ in _given(config) if key in of_gpus}
+
+
 def _instead(key: str, command: str) -> str:
     if command in ("eval", "sample") and key in ("rollout.temperature", "rollout.top_p", "rollout.num_generations"):
         return f"; it is {command}.{key.removeprefix('rollout.').replace('generations', 'samples')} there"

@@ -104,6 +104,8 @@ def describe(config: RunConfig | SftConfig, num_rows: int) -> str:
     odd = rows_of_epochs(config, num_rows) % size
     if not odd:
         return f"{text} of {size}"
+    if length.num_rows < size:
+        return f"{text} of {_count(length.num_rows, what)}"
     match config.data.last_batch:
         case "short":
             return f"{text}, the last of {_count(odd, what)}"

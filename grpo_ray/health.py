@@ -1,7 +1,7 @@
 """Is there anything to learn from? Looked at after every step, told in words with the cause and the mend. Pure.
 
 scored groups -> Tally ---+
-why a group moves nothing +-> Health.after_step -> Notice: each once, when it comes up
+why a group moves nothing +-> Health.after_step -> MessageEvent: each once, when it comes up
 metrics of the update ----+
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from grpo_ray.applicable import why_not_applicable
@@ -18,6 +17,7 @@ from grpo_ray.collapse import accuracy_fell, entropy_rose, entropy_vanished, gra
 from grpo_ray.config import RunConfig
 from grpo_ray.errors import NoSignalError
 from grpo_ray.evaluate import EvalResult, accuracy_name
+from grpo_ray.events import MessageEvent
 from grpo_ray.measures import Estimate
 from grpo_ray.tally import FunctionTally, Tally
 
@@ -34,13 +34,6 @@ SETTLED = 5
 UNSCORED = 0.25
 PENALTIES = ("repetition_penalty", "soft_overlong")
 """Rewards for which 0 is the best there is."""
-
-
-@dataclass(frozen=True)
-class Notice:
-    level: str
-    """As of a `MessageEvent`."""
-    text: str
 
 
 class Health:
@@ -93,7 +86,7 @@ class Health:
 
     def after_step(
         self, step: int, tally: Tally, num_groups: int, untrained: Mapping[str, str], metrics: Mapping[str, float]
-    ) -> list[Notice]:
+    ) -> list[MessageEvent]:
         """What has come up.
 
         Args:
@@ -124,19 +117,19 @@ class Health:
         if any(name.startswith("signal/") for name in new):
             # It says so of the same fall.
             new = [name for name in new if name not in ("accuracy", "reward")]
-        notices = [Notice("warning", found[name]) for name in new]
+        notices = [MessageEvent("warning", found[name]) for name in new]
         self._active = {name: self._active.get(name, text) for name, text in found.items()}
         self._tallies.append(tally)
         self._metrics.append(metrics)
         return notices + self._of_functions(step, tally)
 
-    def after_eval(self, step: int, name: str, result: EvalResult) -> list[Notice]:
+    def after_eval(self, step: int, name: str, result: EvalResult) -> list[MessageEvent]:
         """What has come up; `name` of its set where there are several."""
         now, warning = result.accuracy, result.warning
         if now is None or warning is not None:
             told, self._unmeasured = name in self._unmeasured, self._unmeasured | {name}
             on = f" of {name}" if name else ""
-            return [] if told else [Notice("warning", f"step {step}, evaluation{on}: {warning}")]
+            return [] if told else [MessageEvent("warning", f"step {step}, evaluation{on}: {warning}")]
         best = self._accuracies.get(name)
         if best is None or now.mean >= best.mean:
             self._accuracies[name] = now
@@ -152,13 +145,13 @@ class Health:
         self._accuracies[name] = now
         on = f" on {name}" if name else ""
         return [
-            Notice(
+            MessageEvent(
                 "warning",
                 f"step {step}: held-out accuracy{on} fell from {best.mean:.1%} to {now.mean:.1%}: {after_a_fall(self.config)}",
             )
         ]
 
-    def at_the_end(self, step: int) -> list[Notice]:
+    def at_the_end(self, step: int) -> list[MessageEvent]:
         """What a run too short for it has not been told."""
         if self.steps_with_signal == 0:
             return []
@@ -291,7 +284,7 @@ class Health:
 
     # Of single reward functions.
 
-    def _of_functions(self, step: int, tally: Tally) -> list[Notice]:
+    def _of_functions(self, step: int, tally: Tally) -> list[MessageEvent]:
         self._scored[0] += tally.of_samples.count
         self._scored[1] += tally.samples
         due = []
@@ -308,7 +301,7 @@ class Health:
                 due.append(name)
         return self._say_of_functions(step, due)
 
-    def _say_of_functions(self, step: int, names: Sequence[str]) -> list[Notice]:
+    def _say_of_functions(self, step: int, names: Sequence[str]) -> list[MessageEvent]:
         out = []
         functions = {f.title: f for f in self.config.reward.functions}
         for name in names:
@@ -318,7 +311,7 @@ class Health:
             self._settled.add(name)
             if len(functions) > 1 and not of.values.count and of.columns is not None:
                 why = why_not_applicable(functions[name], of.columns, step - 1)
-                out.append(Notice("warning", f"reward {name} has applied to no sample up to step {step}: {why}"))
+                out.append(MessageEvent("warning", f"reward {name} has applied to no sample up to step {step}: {why}"))
             elif (
                 len(functions) > 1
                 and of.values.flat
@@ -326,7 +319,7 @@ class Health:
                 and functions[name].name not in PENALTIES
             ):
                 out.append(
-                    Notice(
+                    MessageEvent(
                         "info",
                         f"reward {name} has been 0 for every sample up to step {step}: does the model ever do what it asks?",
                     )
@@ -340,7 +333,9 @@ class Health:
             why = ""
             if first is not None and (columns := self._functions[first.title].columns) is not None:
                 why = f", e.g.: {why_not_applicable(first, columns, step - 1)}"
-            out.append(Notice("warning", f"{every - scored} of {every} samples up to step {step} have no reward{why}"))
+            out.append(
+                MessageEvent("warning", f"{every - scored} of {every} samples up to step {step} have no reward{why}")
+            )
         return out
 
 

@@ -39,7 +39,7 @@ from grpo_ray.errors import NonFiniteError, PoisonedError, RewardError
 from grpo_ray.evaluate import eval_event, evaluate
 from grpo_ray.events import Event, MessageEvent, PhaseEvent, StepEvent
 from grpo_ray.filling import Filling
-from grpo_ray.health import Health, Notice
+from grpo_ray.health import Health
 from grpo_ray.kept_groups import KEPT_GROUPS, KeptGroup, read_groups, write_groups
 from grpo_ray.ledger import Ledger, LedgerRow
 from grpo_ray.metrics import TimeKeeper, eval_metrics, step_metrics
@@ -565,9 +565,9 @@ class TrainLoop:
             "votes": self.roles.voter.take_tracks() if self.roles.voter else [],
         }
 
-    def _tell_all(self, notices: Sequence[Notice]) -> None:
-        for notice in notices:
-            self.emit(MessageEvent(notice.level, notice.text))
+    def _tell_all(self, messages: Sequence[MessageEvent]) -> None:
+        for message in messages:
+            self.emit(message)
 
     def _advise(self) -> None:
         if self._health.problem is not None:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from actors.cluster import demands, missing
 from grpo_ray.config import AlgorithmConfig, DataSource, RunConfig, SftConfig
-from grpo_ray.config_effects import about_context, check_context
+from grpo_ray.config_effects import about_context, check_context, without_gpu
 from grpo_ray.config_reward import RewardConfig
 from grpo_ray.epochs import describe
 from grpo_ray.errors import ResourceError
@@ -23,7 +23,7 @@ from grpo_ray.rewards import BUILTINS, described, resolve
 from grpo_ray.stops import describe_end, stops_of_run
 from grpo_ray.thinking import opens_thinking
 from launch.check_golds import gold_rows
-from launch.effects import check_effects
+from launch.effects import check_effects, told
 from launch.pipeline import run_pipeline
 from launch.recipe import COMMANDS, SCHEMAS, find_recipe, is_pipeline, kind_of, load_recipe, recipe_names
 
@@ -54,6 +54,7 @@ def check_recipe(recipe: str, overrides: list[str]) -> None:
     table.add_column(overflow="fold")
     with console.status("reading model config and data ..."), tempfile.TemporaryDirectory() as scratch:
         offered, where = _offered(config)
+        idle = told(without_gpu(config)) if not offered.get("GPU") else []
         model = prepare_model(config.model, Path(scratch))
         context = context_length(load_config(model, trust_remote_code=config.model.trust_remote_code))
         check_context(config, context)
@@ -62,6 +63,7 @@ def check_recipe(recipe: str, overrides: list[str]) -> None:
             *_data_rows(config, model),
             *_step_rows(config, context),
             *_cluster_rows(config, offered, where),
+            *(("warning", line) for line in idle),
         ]:
             # As users wrote it: `[red]` in a prompt or a gold is no markup.
             table.add_row(name, Text(text))

@@ -5,17 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from grpo_ray.applicable import quoted
 from grpo_ray.config import RunConfig
 from grpo_ray.config_reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.prompts import PromptDataset, PromptSets
+from grpo_ray.rewards.function import SOURCE
 
 MAX_GOLDS = 2000
 MAX_SECONDS = 20.0
 _NUM_EXAMPLES = 3
-_MAX_EXAMPLE_CHARS = 60
 
 
 @dataclass
@@ -61,7 +61,7 @@ def gold_rows(config: RunConfig, prompts: PromptSets) -> list[tuple[str, str]]:
 
 def read_golds(dataset: PromptDataset, path: str, function: RewardFunctionConfig) -> GoldReport:
     """Reads up to 2,000 golds that lie evenly over the data set, for 20 s at most."""
-    from grpo_ray.rewards.golds import read_gold
+    from grpo_ray.rewards.golds import COLUMNS, gold_of, read_gold
     from grpo_ray.rewards.readings import warm_up
 
     indices = _rows_of(dataset, function.sources)
@@ -72,10 +72,8 @@ def read_golds(dataset: PromptDataset, path: str, function: RewardFunctionConfig
     for index in _evenly(indices, MAX_GOLDS):
         if time.monotonic() > end:
             break
-        prompt = dataset.item(index, 0)
         report.num_read += 1
-        column = next((c for c in ("answer", "solution") if prompt.columns.get(c) is not None), None)
-        gold = prompt.columns[column] if column else None
+        column, gold = gold_of(dataset.rows_of_columns[index])
         try:
             if read_gold(gold, timeout_s):
                 continue
@@ -84,13 +82,13 @@ def read_golds(dataset: PromptDataset, path: str, function: RewardFunctionConfig
             why = f" (more than {timeout_s:g} s to read)"
         report.num_unknown += 1
         if len(report.examples) < _NUM_EXAMPLES:
-            said = _short(gold) if column else "nothing in 'answer' or 'solution'"
-            report.examples.append(f"{path}, row {prompt.id.rpartition('/')[2]}: {said}{why}")
+            said = quoted(gold) if column else f"nothing in {' or '.join(map(repr, COLUMNS))}"
+            report.examples.append(f"{path}, row {dataset.item(index, 0).id.rpartition('/')[2]}: {said}{why}")
     return report
 
 
 def _rows_of(dataset: PromptDataset, sources: Sequence[str]) -> list[int]:
-    return [i for i in range(len(dataset)) if not sources or dataset.item(i, 0).columns.get("source") in sources]
+    return [i for i, row in enumerate(dataset.rows_of_columns) if not sources or row.get(SOURCE) in sources]
 
 
 def _evenly(indices: Sequence[int], count: int) -> list[int]:
@@ -98,8 +96,3 @@ def _evenly(indices: Sequence[int], count: int) -> list[int]:
     if len(indices) <= count:
         return list(indices)
     return [indices[i * len(indices) // count] for i in range(count)]
-
-
-def _short(gold: Any) -> str:
-    text = repr(gold)
-    return text if len(text) <= _MAX_EXAMPLE_CHARS else text[: _MAX_EXAMPLE_CHARS - 3] + "..."

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from grpo_ray.config import DataSource, DpoConfig, RewardModelConfig, RunConfig, SftConfig
-from grpo_ray.config_effects import COMMANDS_OF, WHERE, about_context, check_context, not_looked_at, without_effect
+from grpo_ray.config_effects import (
+    COMMANDS_OF,
+    WHERE,
+    about_context,
+    check_context,
+    not_looked_at,
+    without_effect,
+    without_gpu,
+)
 from grpo_ray.config_files import all_keys, build, deep_merge, parse_overrides
 from grpo_ray.data import load_table
 from grpo_ray.errors import ConfigError, DataError
@@ -17,23 +25,15 @@ from launch.check import check_recipe
 from launch.effects import check_effects, tell_idle_of_pipeline
 from launch.pipeline import load_plan
 from launch.recipe import COMMANDS, SCHEMAS, kind_of, load_recipe
+from tests.recipes import RL, run_config
 from tests.test_cli import ROOT
 
-RL: dict[str, Any] = {
-    "model": {"tiny": {}},
-    "data": {"train": {"path": "rows.jsonl"}},
-    "reward": {"functions": [{"name": "accuracy"}]},
-}
 SUPERVISED: dict[str, Any] = {"model": {"tiny": {}}, "data": {"train": {"path": "rows.jsonl"}}}
 
 
 PAIRS = {**SUPERVISED, "max_length": 128}
 KEPT = {"path": "a", "keep_per_prompt": None, "prefer": "random"}
 RECIPES = [p.relative_to(ROOT) for folder in ("launch/recipes", "tests/bench") for p in (ROOT / folder).glob("*.yaml")]
-
-
-def make(*overrides: str) -> RunConfig:
-    return build(RunConfig, deep_merge(RL, parse_overrides(list(overrides))), "r")
 
 
 def supervised(schema: type[SftConfig], *overrides: str) -> SftConfig:
@@ -61,13 +61,13 @@ def test_options_that_a_command_does_not_look_at_are_found_wherever_they_stand()
         "checkpoint.keep=3",
         "data.shuffle=no",
     ]
-    config = make(*sections, "tracking.wandb=true", "rollout.temperature=0.6", "model.lora={r: 4}", "name=x")
+    config = run_config(*sections, "tracking.wandb=true", "rollout.temperature=0.6", "model.lora={r: 4}", "name=x")
     found = set(not_looked_at(config, "eval"))
     assert {"num_steps", "algorithm.preset", "learner.zero_stage", "checkpoint.keep", "data.shuffle", "name"} <= found
     assert {"tracking.wandb", "rollout.temperature", "model.lora", "model.lora.r"} <= found
     assert "name" not in not_looked_at(config, "sample")
     assert not_looked_at(config, "train") == {}
-    assert not_looked_at(make(), "eval") == {}
+    assert not_looked_at(run_config(), "eval") == {}
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_options_that_a_command_does_not_look_at_are_found_wherever_they_stand()
 def test_an_option_typed_for_a_command_that_does_not_look_at_it_is_refused(command, override, expected):
     schemas = {"sft": SftConfig, "dpo": DpoConfig, "reward-model": RewardModelConfig}
     needed = "rollout.max_completion_length=64"
-    config = supervised(schemas[command], override) if command in schemas else make(override, needed)
+    config = supervised(schemas[command], override) if command in schemas else run_config(override, needed)
     with pytest.raises(ConfigError) as e:
         check_effects(config, command, [override])
     assert expected in str(e.value)
@@ -140,7 +140,7 @@ def test_an_option_typed_for_a_command_that_does_not_look_at_it_is_refused(comma
     ],
 )  # fmt: skip
 def test_options_that_do_nothing_beside_the_others_are_told(overrides, key, expected, capsys):
-    config = make("rollout.max_completion_length=64", *overrides)
+    config = run_config("rollout.max_completion_length=64", *overrides)
     assert expected in without_effect(config, "train")[key]
     check_effects(config, "train", overrides)
     assert f"{key}" in capsys.readouterr().err
@@ -160,7 +160,7 @@ def test_options_that_have_an_effect_beside_the_others_are_not_told():
         ["algorithm=dapo"],
         ["algorithm=v3_2"],
     ):
-        assert without_effect(make(*overrides), "train") == {}, overrides
+        assert without_effect(run_config(*overrides), "train") == {}, overrides
 
 
 def test_held_out_rows_of_fine_tuning_that_exclude_nothing_are_told():
@@ -216,15 +216,15 @@ def test_options_of_a_pipeline_that_do_nothing_are_told(tmp_path, capsys, change
 
 def test_a_completion_that_no_context_holds_is_refused():
     with pytest.raises(ConfigError, match="is 1000, and the model's context is 512 tokens"):
-        check_context(make("rollout.max_completion_length=1000"), 512)
-    config = make("rollout.max_completion_length=500", "data.max_prompt_length=64")
+        check_context(run_config("rollout.max_completion_length=1000"), 512)
+    config = run_config("rollout.max_completion_length=500", "data.max_prompt_length=64")
     check_context(config, 512)
     assert about_context(config, 512, longest_prompt=12) is None
     told = about_context(config, 512, longest_prompt=13)
     assert told is not None
     assert "its samples are cut at 499" in told
     with pytest.raises(ConfigError, match="the model's context is 256"):
-        check_effects(make("rollout.max_completion_length=300"), "train", [])
+        check_effects(run_config("rollout.max_completion_length=300"), "train", [])
 
 
 def test_check_says_how_long_samples_can_be(tmp_path, monkeypatch, capsys):
@@ -307,3 +307,9 @@ def test_a_split_that_a_file_does_not_have_is_refused(tmp_path, split):
 def test_options_of_other_kinds_of_sources_are_refused(source, expected):
     with pytest.raises(DataError, match=expected):
         load_table(DataSource(**source), seed=1)
+
+
+def test_options_of_gpus_are_told_where_there_is_none() -> None:
+    config = run_config("rollout.gpu_memory_utilization=0.5", "learner.offload_optimizer=true", "learner.zero_stage=1")
+    assert set(without_gpu(config)) == {"rollout.gpu_memory_utilization", "learner.offload_optimizer"}
+    assert without_gpu(run_config()) == {}

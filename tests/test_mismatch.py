@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from grpo_ray.batching import PackItem, pack, tokens_of_version
-from grpo_ray.config import AlgorithmConfig, RunConfig
-from grpo_ray.config_files import build, deep_merge, parse_overrides
+from grpo_ray.config import AlgorithmConfig
 from grpo_ray.losses.aggregation import Normalizers
 from grpo_ray.mismatch import MISMATCH_BOUNDS, mismatch_warning
 from grpo_ray.objectives import GrpoObjective, MicroBatchData
 from grpo_ray.types import VersionSpan
+from tests.recipes import run_config
 
 STEP = 5
 
@@ -91,16 +91,6 @@ def test_the_correction_is_that_of_every_token() -> None:
     assert GrpoObjective(algorithm).weight(2, Normalizers.unit(4)) > 0
 
 
-def config(*overrides: str) -> RunConfig:
-    base = {
-        "model": {"tiny": {}},
-        "data": {"train": {"path": "x"}},
-        "reward": {"functions": [{"name": "accuracy"}]},
-        "num_steps": 7,
-    }
-    return build(RunConfig, deep_merge(base, parse_overrides(list(overrides))), "test")
-
-
 @pytest.mark.parametrize(
     ("options", "mend"),
     [
@@ -115,16 +105,16 @@ def config(*overrides: str) -> RunConfig:
     ],
 )
 def test_the_advice_can_be_followed(options: list[str], mend: str) -> None:
-    run = config("model.dtype=bfloat16", *options)
+    run = run_config("model.dtype=bfloat16", *options)
     warning = mismatch_warning(0.3, run)
     assert warning is not None
     assert mend in warning
-    assert config("model.dtype=bfloat16", *options, *re.findall(r"algorithm[.]\w+=\w+", warning))
+    assert run_config("model.dtype=bfloat16", *options, *re.findall(r"algorithm[.]\w+=\w+", warning))
 
 
 @pytest.mark.parametrize("dtype", list(MISMATCH_BOUNDS))
 def test_rounding_is_no_reason_to_warn_and_a_fault_is(dtype: str) -> None:
     """Measured: float32 up to 3e-5; a real model in bfloat16 0.043; another temperature 0.33."""
     healthy = {"float32": 3e-5, "bfloat16": 0.043}[dtype]
-    assert mismatch_warning(healthy, config(f"model.dtype={dtype}")) is None
-    assert mismatch_warning(0.33, config(f"model.dtype={dtype}")) is not None
+    assert mismatch_warning(healthy, run_config(f"model.dtype={dtype}")) is None
+    assert mismatch_warning(0.33, run_config(f"model.dtype={dtype}")) is not None

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from grpo_ray import truncation as module
-from grpo_ray.config import RunConfig
-from grpo_ray.config_files import build, deep_merge, parse_overrides
 from grpo_ray.errors import ConfigError
 from grpo_ray.logprobs import chunked_logprobs
 from grpo_ray.truncation import TokenSets, keep_mask
 from grpo_ray.types import Truncation
+from tests.recipes import run_config
 from tests.test_logprobs import H, N, V, inputs, plain
 
 SAMPLERS = [
@@ -31,39 +30,29 @@ SAMPLERS = [
 ]
 
 
-def config(*overrides: str) -> RunConfig:
-    base = {
-        "model": {"tiny": {}},
-        "data": {"train": {"path": "x"}},
-        "reward": {"functions": [{"name": "accuracy"}]},
-        "num_steps": 7,
-    }
-    return build(RunConfig, deep_merge(base, parse_overrides(list(overrides))), "test")
-
-
 @pytest.mark.parametrize("cut", ["top_p=0.9", "top_k=20", "min_p=0.1"])
 def test_a_policy_that_is_gone_can_not_be_cut_down_again(cut: str) -> None:
     name, _, value = cut.partition("=")
     with pytest.raises(
         ConfigError, match=rf"rollout.{name} {value} leaves out tokens .*max_staleness 2 .*Use max_stal"
     ):
-        config(f"rollout.{cut}", "algorithm.max_staleness=2")
+        run_config(f"rollout.{cut}", "algorithm.max_staleness=2")
     for other in ("num_mini_batches=4", "num_iterations=3", "old_logprobs=rollout", "beta=0.1", "preset=v3_2"):
-        assert config(f"rollout.{cut}", f"algorithm.{other}").rollout.truncation == f"{name} {value}"
-    assert config("algorithm.max_staleness=2", "eval.top_p=0.9", "sample.top_p=0.9").rollout.truncation == ""
+        assert run_config(f"rollout.{cut}", f"algorithm.{other}").rollout.truncation == f"{name} {value}"
+    assert run_config("algorithm.max_staleness=2", "eval.top_p=0.9", "sample.top_p=0.9").rollout.truncation == ""
 
 
 @pytest.mark.parametrize("section", ["rollout", "eval", "sample"])
 def test_a_temperature_that_the_sampler_would_raise_is_refused(section: str) -> None:
     """vLLM samples at 0.01 then, and the learner would divide by what is written."""
     with pytest.raises(ConfigError, match=rf"{section}.temperature 0.005 is below 0.01, which vLLM"):
-        config(f"{section}.temperature=0.005")
-    assert config(f"{section}.temperature=0.01")
+        run_config(f"{section}.temperature=0.005")
+    assert run_config(f"{section}.temperature=0.01")
     if section == "rollout":
         with pytest.raises(ConfigError, match=r"rollout\.temperature"):
-            config("rollout.temperature=0")
+            run_config("rollout.temperature=0")
     else:
-        assert config(f"{section}.temperature=0")
+        assert run_config(f"{section}.temperature=0")
 
 
 def plain_set(logits: list[float], t: Truncation) -> set[int]:

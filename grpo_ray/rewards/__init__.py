@@ -12,6 +12,7 @@ from typing import Any
 
 from grpo_ray.config_reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
+from grpo_ray.rewards import golds
 from grpo_ray.rewards.accuracy import accuracy, load_parser
 from grpo_ray.rewards.code import check_code, code
 from grpo_ray.rewards.countdown import countdown
@@ -50,7 +51,7 @@ BUILTINS: dict[str, Callable[..., Any]] = {
 }
 _ANSWER = Columns(required=(("answer",),))
 _COLUMNS: dict[str, Columns] = {
-    "accuracy": Columns(required=(("answer", "solution"),)),
+    "accuracy": Columns(required=(golds.COLUMNS,)),
     "code": Columns(required=(("tests",),), optional=("entry_point",)),
     "countdown": Columns(required=(("target",), ("nums",))),
     "reasoning_gym": Columns(required=(("reasoning_gym_entry",), ("reasoning_gym_task",))),

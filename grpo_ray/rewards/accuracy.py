@@ -6,7 +6,7 @@ from typing import Any
 
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.function import Completions, text_of
-from grpo_ray.rewards.golds import is_right, read_gold
+from grpo_ray.rewards.golds import golds_of, is_right, read_gold
 from grpo_ray.rewards.readings import warm_up
 
 
@@ -43,8 +43,7 @@ def accuracy(
         raise RewardError(
             "reward 'accuracy' needs a column 'answer' or 'solution'; map one, e.g. data.train.columns: {answer: NAME}"
         )
-    none = [None] * len(completions)
-    golds = [a if a is not None else s for a, s in zip(answer or none, solution or none, strict=True)]
+    golds = golds_of(answer, solution, len(completions))
     return [_score(text_of(c), g, timeout_s) for c, g in zip(completions, golds, strict=True)]
 
 

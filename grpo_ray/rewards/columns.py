@@ -10,7 +10,7 @@ from grpo_ray.config_reward import RewardConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.prompts import PromptSets
 from grpo_ray.rewards import described
-from grpo_ray.rewards.function import SOURCE, missing_column
+from grpo_ray.rewards.function import SOURCE, has_value, missing_column, value_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _check(need: ColumnNeeds, where: str, rows: Sequence[Mapping[str, Any]]) -> 
     ]
     for names in need.required:
         lacking = [row for row in rows if all(value_of(row, name) is None for name in names)]
-        if len(lacking) == len(rows) and not any(_has(row, name) for row in rows for name in names):
+        if len(lacking) == len(rows) and not any(has_value(row, name) for row in rows for name in names):
             raise RewardError(missing_column(need.reward, names, there, where))
         if lacking:
             of_mapping = any("." in name for name in names)
@@ -74,18 +74,3 @@ def _check(need: ColumnNeeds, where: str, rows: Sequence[Mapping[str, Any]]) -> 
                 f"reward {need.reward!r} {what} {len(lacking)} of {len(rows)} rows of {where}: they have no {wanted}"
             )
     return notes
-
-
-def value_of(row: Mapping[str, Any], name: str) -> Any:
-    """Of column `a`, or of entry b of column a for `a.b`; None without."""
-    if name in row:
-        return row[name]
-    column, _, entry = name.partition(".")
-    inside = row.get(column)
-    return inside.get(entry) if isinstance(inside, Mapping) else None
-
-
-def _has(row: Mapping[str, Any], name: str) -> bool:
-    column, _, entry = name.partition(".")
-    inside = row.get(column)
-    return name in row or (isinstance(inside, Mapping) and entry in inside)

@@ -177,6 +177,22 @@ class RewardFunction:
         return {k: v for k, v in everything.items() if k in self.accepts}
 
 
+def value_of(row: Mapping[str, Any], name: str) -> Any:
+    """Of a row's column `a`, or of entry b of its column a for `a.b`; None without."""
+    if name in row:
+        return row[name]
+    column, _, entry = name.partition(".")
+    inside = row.get(column)
+    return inside.get(entry) if isinstance(inside, Mapping) else None
+
+
+def has_value(row: Mapping[str, Any], name: str) -> bool:
+    """Is there a place for it, null or not?"""
+    column, _, entry = name.partition(".")
+    inside = row.get(column)
+    return name in row or (isinstance(inside, Mapping) and entry in inside)
+
+
 def has_column(columns: Mapping[str, Any], name: str) -> bool:
     """Is there such a column? Of `a.b` its first part is looked for."""
     return name in columns or name.partition(".")[0] in columns

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
@@ -35,6 +35,8 @@ from grpo_ray.rewards.cpu_clock import OutOfTimeError
 from grpo_ray.rewards.plain_numbers import Reading, number_reading
 from grpo_ray.rewards.readings import read_answer_phrase, read_phrases, read_sentence, read_value, same_value
 
+COLUMNS = ("answer", "solution")
+"""Where a gold answer is, the first that a row has."""
 MAX_GOLD_CHARS = 100_000
 MAX_GOLD_BITS = 4000
 
@@ -48,6 +50,17 @@ class Gold:
     words: str = ""
     marked: bool = False
     """It stands behind `####`, where GSM8K has it."""
+
+
+def gold_of(row: Mapping[str, Any]) -> tuple[str, Any]:
+    """(column, gold answer) of a row's columns; ("", None) where it has none."""
+    return next(((name, row[name]) for name in COLUMNS if row.get(name) is not None), ("", None))
+
+
+def golds_of(answer: Sequence[Any] | None, solution: Sequence[Any] | None, count: int) -> list[Any]:
+    """[S] of the two columns as reward functions get them: each a list of `count` values, or None."""
+    columns = [values or [None] * count for values in (answer, solution)]
+    return [gold_of(dict(zip(COLUMNS, row, strict=True)))[1] for row in zip(*columns, strict=True)]
 
 
 def read_gold(value: Any, timeout_s: float) -> tuple[Gold, ...]:

@@ -22,11 +22,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from grpo_ray.errors import RewardError
-from grpo_ray.rewards.function import Completions, RewardFunction, inspect_function, text_of
+from grpo_ray.rewards.function import Completions, RewardFunction, has_value, inspect_function, text_of, value_of
 from grpo_ray.rewards.logs import plain
 from grpo_ray.rewards.scoring import explain
 
 GROUND_TRUTH = ("reward_model.ground_truth", "ground_truth", "answer")
+_TRUTH_COLUMNS = tuple(name.partition(".")[0] for name in GROUND_TRUTH)
 _SINGULAR = ("data_source", "solution_str", "ground_truth", "extra_info")
 _PLURAL = ("data_sources", "solution_strs", "ground_truths", "extra_infos")
 _MANAGER_ONLY = ("reward_router_address", "reward_model_tokenizer")
@@ -151,20 +152,11 @@ def _value(result: Any) -> Any:
 
 def _ground_truth(reward: str, columns: Mapping[str, Sequence[Any]], i: int) -> Any:
     """Of row i; None where it says so, a RewardError where it has no place for one (verl raises a KeyError)."""
-    there = False
-    for name in GROUND_TRUTH:
-        column, _, entry = name.partition(".")
-        value = columns[column][i] if columns.get(column) is not None else None
-        if entry:
-            there |= isinstance(value, Mapping) and entry in value
-            value = value.get(entry) if isinstance(value, Mapping) else None
-        else:
-            there |= column in columns
-        if value is not None:
-            return value
-    if not there:
-        return RewardError(
-            f"reward {reward!r}: the row's column 'reward_model' is {columns['reward_model'][i]!r:.80}, expected a mapping with "
-            "'ground_truth'; or map a column that holds the truth: data.train.columns: {ground_truth: NAME}"
-        )
-    return None
+    row = {name: columns[name][i] for name in _TRUTH_COLUMNS if name in columns}
+    found = next((value for name in GROUND_TRUTH if (value := value_of(row, name)) is not None), None)
+    if found is not None or any(has_value(row, name) for name in GROUND_TRUTH):
+        return found
+    return RewardError(
+        f"reward {reward!r}: the row's column 'reward_model' is {row.get('reward_model')!r:.80}, expected a mapping with "
+        "'ground_truth'; or map a column that holds the truth: data.train.columns: {ground_truth: NAME}"
+    )

@@ -13,7 +13,7 @@ from grpo_ray.errors import RewardError
 from grpo_ray.rewards.answer_tag import answer_of
 from grpo_ray.rewards.cpu_clock import OutOfTimeError
 from grpo_ray.rewards.function import Completions, text_of
-from grpo_ray.rewards.golds import Gold, chosen, read_answer, read_gold, said_words
+from grpo_ray.rewards.golds import Gold, chosen, golds_of, read_answer, read_gold, said_words
 from grpo_ray.rewards.plain_numbers import Reading
 from grpo_ray.rewards.readings import same_value
 
@@ -27,8 +27,7 @@ def math_votes(
     timeout_s: float = 3,
 ) -> list[float | None]:
     """By the answers that `accuracy` finds; those that math-verify holds for equal (1/2 and 0.5) are one."""
-    none = [None] * len(completions)
-    golds = [a if a is not None else s for a, s in zip(answer or none, solution or none, strict=True)]
+    golds = golds_of(answer, solution, len(completions))
     found = [_answer(text_of(c), g, timeout_s) for c, g in zip(completions, golds, strict=True)]
 
     def same(one: Reading, other: Reading) -> bool:
