@@ -8,12 +8,17 @@ import math
 import time
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from grpo_ray.config import DataSource
 from grpo_ray.config_reward import RewardFunctionConfig
+from grpo_ray.data import load_table
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards import ScoreInputs, call_reward, readings, resolve
 from grpo_ray.rewards.accuracy import accuracy
@@ -650,3 +655,67 @@ def test_units_of_endless_letters_do_not_backtrack() -> None:
     assert score(6, r"\boxed{5 \text{" + "a" * 300 + "}}") == 0
     assert read_gold("5 " + "a" * 300, 3) == ()
     assert time.process_time() - start < 2
+
+
+IN_PARQUET: list[tuple[Any, Any, str, float | None]] = [
+    *((kind, 72, "72", 1) for kind in (pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16())),
+    (pa.int64(), -(2**62), str(-(2**62)), 1),
+    (pa.uint64(), 2**63 + 1, str(2**63 + 1), 1),
+    (pa.float16(), 0.5, "1/2", 1),
+    (pa.float32(), 0.1, "0.1", 1),
+    (pa.float64(), 1e-05, "0.00001", 1),
+    (pa.float64(), 1e22, "1" + 22 * "0", 1),
+    (pa.float64(), 2.5e16, "25000000000000000", 1),
+    (pa.float64(), math.nan, "nan", None),
+    (pa.float64(), -math.inf, "-inf", None),
+    (pa.decimal128(10, 2), Decimal("72.50"), "72.5", 1),
+    (pa.string(), "1,234", "1234", 1),
+    (pa.large_string(), "so #### 72", "72", 1),
+    (pa.dictionary(pa.int8(), pa.string()), "72", "72", 1),
+    (pa.list_(pa.string()), ["12", "34"], "34", 1),
+    (pa.list_(pa.int64(), 2), [12, 34], "12, 34", 1),
+    (pa.large_list(pa.float64()), [0.5], "0.5", 1),
+    (pa.list_(pa.string()), [], "72", None),
+    (pa.string(), "", "72", None),
+    (pa.string(), "Paris", "Paris", None),
+    (pa.null(), None, "None", None),
+    (pa.bool_(), True, "1", None),
+    (pa.binary(), b"72", "72", None),
+    (pa.date32(), datetime.date(2024, 1, 2), "2024-01-02", None),
+    (pa.timestamp("s"), datetime.datetime(2024, 1, 2), "2024", None),
+    (pa.time32("s"), datetime.time(10, 30), "10:30", None),
+    (pa.duration("s"), datetime.timedelta(seconds=72), "72", None),
+    (pa.struct([("a", pa.int64())]), {"a": 72}, "72", None),
+    (pa.map_(pa.string(), pa.int64()), [("a", 72)], "72", None),
+]
+
+
+@pytest.mark.parametrize(("kind", "value", "answer", "expected"), IN_PARQUET, ids=[str(c[0]) for c in IN_PARQUET])
+def test_a_gold_of_any_type_of_parquet_is_read_right_or_not_at_all(
+    tmp_path: Path, kind: Any, value: Any, answer: str, expected: float | None
+) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"prompt": ["q"], "answer": pa.array([value], kind)}), path)
+    (row,) = load_table(DataSource(path=str(path)), seed=1).rows
+    golds = [row["answer"]] * 2
+    assert accuracy([f"The answer is {answer}.", "The answer is 71.123."], golds) == [expected, expected and 0.0]
+
+
+@pytest.mark.parametrize(
+    ("written", "answer", "expected"),
+    [
+        ("72", "72", 1), ("72.0", "72", 1), ("1e-05", "0.00001", 1), ("1E22", "1" + 22 * "0", 1),
+        ("123456789012345678901234567890", "123456789012345678901234567890", 1), ('"72"', "72", 1),
+        ('["12", "34"]', "12", 1), ("[12, 34]", "34", 1), ("[]", "72", None), ("null", "None", None),
+        ("true", "1", None), ("NaN", "nan", None), ("Infinity", "inf", None), ('{"a": 72}', "72", None),
+        ("[[1, 2], [3]]", "1", None), ('"\\u0000"', "72", None),
+    ],
+)  # fmt: skip
+def test_a_gold_of_any_type_of_json_is_read_right_or_not_at_all(
+    tmp_path: Path, written: str, answer: str, expected: float | None
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"prompt": "q", "answer": {written}}}\n')
+    (row,) = load_table(DataSource(path=str(path)), seed=1).rows
+    golds = [row["answer"]] * 2
+    assert accuracy([f"The answer is {answer}.", "The answer is 71.123."], golds) == [expected, expected and 0.0]

@@ -134,7 +134,7 @@ def _listed(text: str) -> list[Any] | None:
 
 def _read_list(values: Sequence[Any], timeout_s: float) -> tuple[Gold, ...]:
     values = [v for v in values if v is not None and v != "" and v != []]
-    if len(values) == 1:
+    if len(values) == 1 and not isinstance(values[0], tuple):  # A map of Parquet is a list of (key, value).
         return _read(values[0], timeout_s)
     each: list[tuple[Gold, ...]] = []
     for value in values[:100]:
