@@ -21,6 +21,7 @@ from grpo_ray.config import (
     RewardModelOptions,
     WeightsConfig,
 )
+from grpo_ray.dropout import without_dropout
 from grpo_ray.errors import ConfigError, NonFiniteError
 from grpo_ray.linear import use_faster_products
 from grpo_ray.logprobs import chunk_rows
@@ -29,8 +30,6 @@ from grpo_ray.policy import PolicyModel
 from grpo_ray.reward_model import RewardModel
 from grpo_ray.sequence import SequenceRanks
 from grpo_ray.value_model import ValueModel
-
-_DROPOUTS = ("attention_dropout", "hidden_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop")
 
 
 @dataclass(frozen=True)
@@ -243,11 +242,7 @@ def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
     auto = AutoModelForSequenceClassification if spec.is_reward_model else AutoModelForCausalLM
     path, code = spec.model_path, spec.model.trust_remote_code
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=code)
-        # With dropout, old and current log-probabilities of the same weights would differ.
-        for name in _DROPOUTS:
-            if getattr(config, name, None):
-                setattr(config, name, 0.0)
+        config = without_dropout(AutoConfig.from_pretrained(path, trust_remote_code=code))
         if spec.is_reward_model:
             config.num_labels = 1
         hf, loading = auto.from_pretrained(
