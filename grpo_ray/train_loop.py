@@ -449,8 +449,14 @@ class TrainLoop:
         )
 
     def _trainer_state(self, step: int) -> TrainerState:
-        size, rows = self.config.prompts_per_step, len(self.cursor)
-        return TrainerState.at(step, self.total_steps, prompts_per_step=size, num_prompts=rows)
+        length = self._length
+        return TrainerState.at(
+            step,
+            self.total_steps,
+            prompts_per_step=length.size,
+            num_prompts=len(self.cursor),
+            num_trained=length.num_rows,
+        )
 
     def _keep(self, group: Group) -> bool:
         """Apply the failure policy. A dropped group is replaced by the next prompt.

@@ -237,9 +237,12 @@ class TrainerState:
     """Passes that the run begins."""
 
     @classmethod
-    def at(cls, step: int, max_steps: int, *, prompts_per_step: int, num_prompts: int) -> TrainerState:
-        passes = prompts_per_step / num_prompts
-        return cls(step, max_steps, step * passes, math.ceil(max_steps * passes))
+    def at(
+        cls, step: int, max_steps: int, *, prompts_per_step: int, num_prompts: int, num_trained: int | None = None
+    ) -> TrainerState:
+        """`num_trained`: prompts of the whole run, where its last step may have fewer. None: all steps have as many."""
+        whole = max_steps * prompts_per_step if num_trained is None else num_trained
+        return cls(step, max_steps, min(step * prompts_per_step, whole) / num_prompts, math.ceil(whole / num_prompts))
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(

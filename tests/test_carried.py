@@ -16,6 +16,7 @@ from grpo_ray.carried import Carried
 from grpo_ray.errors import CheckpointError
 from grpo_ray.events import MessageEvent
 from grpo_ray.kept_groups import KeptGroup, read_groups, write_groups
+from grpo_ray.ledger import LedgerRow
 from grpo_ray.types import (
     Group,
     Prompt,
@@ -208,6 +209,22 @@ def test_a_place_behind_dropped_ones_is_trained_sooner() -> None:
     kept = [KeptGroup(order, 4, f"p/0/{order}", [], [4], [], []) for order in (20, 22, 23)]
     carried, too_old = Carried.of(kept, [], 20, 5, cfg)
     assert (sorted(carried.groups), too_old) == ([20, 22], 1)
+
+
+def test_only_dropped_ones_before_a_place_and_behind_the_first_bring_it_forward() -> None:
+    """As above, and of four that are dropped 18 comes before all, and 26 behind: only 20 and 22 leave their places to others."""
+    cfg = config("algorithm.max_staleness=1")
+    kept = [KeptGroup(order, 4, f"p/0/{order}", [], [4], [], []) for order in (21, 23, 25)]
+    rows = [
+        LedgerRow(f"p/0/{order}", order, "dropped", 4, None, 5, None, None, None, None, "no_signal", 0.0, None)
+        for order in (18, 20, 22, 26)
+    ]
+    carried, too_old = Carried.of(kept, rows, 20, 5, cfg)
+    # Their places are 0, 1 and 3: with 20 and 22 gone, 24 is the third of its step, and 25 waits for the next.
+    assert (sorted(carried.groups), too_old) == ([21, 23], 1)
+    assert carried.dropped == {18, 20, 22, 26}
+    without, too_old = Carried.of(kept, [], 20, 5, cfg)
+    assert (sorted(without.groups), too_old) == ([21], 2)
 
 
 def test_the_loop_does_not_wait_for_the_disk_but_its_end_does(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from grpo_ray.epochs import describe, run_length
 from grpo_ray.errors import ConfigError, RewardError
 from grpo_ray.events import MessageEvent, StepEvent
 from grpo_ray.sft_loop import SftLoop, sft_batch
-from grpo_ray.types import ScoreStatus
+from grpo_ray.types import ScoreRequest, ScoreStatus, TrainerState
 from tests.test_sft_loop import Learner
 from tests.test_sft_loop import Rows as Examples
 from tests.test_train_loop import Rows, Session, config
@@ -271,3 +271,37 @@ def test_fine_tuning_ends_its_epochs_likewise(
     if last == "short":
         ids = [i for batch in seen for i in batch]
         assert len(ids) == len(set(ids)) == math.ceil(Fraction(repr(number)) * 4)
+
+
+@pytest.mark.parametrize(
+    ("number", "last", "passes", "epochs_at_steps"),
+    [
+        ("1", "short", 1, [0, 0.4, 0.8]),
+        ("1", "wrap", 2, [0, 0.4, 0.8]),
+        ("1", "drop", 1, [0, 0.4]),
+        ("2", "short", 2, [0, 0.4, 0.8, 1.2, 1.6]),
+        ("1.25", "short", 2, [0, 0.4, 0.8, 1.2]),
+    ],
+)
+def test_rewards_are_told_the_epochs_of_a_run_whose_last_batch_is_incomplete(
+    tmp_path: Path, number: str, last: str, passes: int, epochs_at_steps: list[float]
+) -> None:
+    """Ten prompts, four a step."""
+    session = Session(tmp_path, epochs(number=number, last=last))
+    told: dict[int, TrainerState] = {}
+    score = session.world.score
+
+    async def note(requests: list[ScoreRequest]) -> Any:
+        told.update({r.trainer.global_step: r.trainer for r in requests if r.trainer is not None})
+        return await score(requests)
+
+    session.world.score = note
+    session.go()
+    assert [told[step].epoch for step in sorted(told)] == pytest.approx(epochs_at_steps)
+    assert {state.num_train_epochs for state in told.values()} == {passes}
+    assert {state.max_steps for state in told.values()} == {len(epochs_at_steps)}
+
+
+def test_at_its_end_a_run_has_passed_through_the_data_as_often_as_it_was_asked_to() -> None:
+    end = TrainerState.at(3, 3, prompts_per_step=4, num_prompts=10, num_trained=10)
+    assert (end.epoch, end.num_train_epochs) == (1.0, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,42 @@ def test_an_sft_run_tells_how_busy_its_learner_was_and_leaves_a_trace(tmp_path: 
     ]
     controller = [e["name"] for e in spans if e["cat"] == "controller" and not e["name"].startswith("step ")]
     assert controller == ["checkpoint", "update", "update", "checkpoint", "update", "checkpoint"]
+
+
+def test_a_resumed_run_goes_on_in_the_data_where_it_was_stopped(tmp_path: Path) -> None:
+    config = build(
+        SftConfig,
+        {
+            "model": {"tiny": {}, "dtype": "float32"},
+            "data": {"train": {"path": "x"}},
+            "examples_per_step": 1,
+            "num_steps": 8,
+            "tracking": {"trace": False},
+        },
+        "test",
+    )
+    seen: list[str] = []
+
+    def session(folder: Path, stop_at: int | None) -> SftLoop[SftExample]:
+        def batch_of(step: int, examples: Sequence[SftExample]) -> TrainBatch:
+            seen.extend(e.id for e in examples)
+            if step == stop_at:
+                loop.stop("SIGTERM")
+            return sft_batch(step, examples)
+
+        run = RunDir(folder)
+        loop = SftLoop(config, Learner(), Cursor(Rows(), seed=1), run, [], lambda event: None, batch_of)
+        return loop
+
+    async def go(loop: SftLoop[SftExample]) -> str:
+        if steps := loop.run_dir.steps():
+            await loop.restore(steps[-1])
+        return await asyncio.wait_for(loop.run(), 20)
+
+    asyncio.run(go(session(tmp_path / "whole", None)))
+    whole, seen[:] = list(seen), []
+    # In the first epoch, at its very end, and in the second one.
+    for stop_at in (1, 3, 5, None):
+        asyncio.run(go(session(tmp_path / "cut", stop_at)))
+    assert seen == whole
+    assert len(set(whole)) == 8

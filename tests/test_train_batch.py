@@ -214,3 +214,18 @@ def test_spread_is_of_the_steps_where_there_are_some() -> None:
     assert not has_spread(group_of_steps(list(flat), [4, 4, 4]))
     assert process_tokens([group_of_steps(list(flat), [4, 4, 4])]) == [[0.0] * 4] * 3
     assert process_tokens([group_of_steps([NAN, NAN], [2, 2])]) == [[0.0] * 2] * 2
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_no_batch_holds_a_token_that_is_older_than_the_staleness_bound(staleness: int) -> None:
+    """The oldest token of any sample counts, and the bound itself is young enough."""
+    algorithm = AlgorithmConfig(max_staleness=staleness)
+    cfg = config(algorithm)
+    young, old = group([1.0, 0.0]), group([1.0, 0.0])
+    old.samples[1] = SampleInfo("p", 1, 3, 5, 5 - staleness, "stop", "w-0", ref=[], row=1)
+    young.samples[:] = [SampleInfo("p", i, 3, 5, 5, "stop", "w-0", ref=[], row=i) for i in range(2)]
+    old.samples[0] = young.samples[0]
+    set_advantages([young, old], algorithm)
+    assert len(cut_batch([young, old], 5, cfg).samples) == 4
+    with pytest.raises(AssertionError, match=f"holds tokens of version {5 - staleness}, the bound is {6 - staleness}"):
+        cut_batch([young, old], 6, cfg)

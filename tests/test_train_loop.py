@@ -81,6 +81,7 @@ class World:
         self.num_parts = 0
         self.written: list[tuple[int, list[str]]] = []
         self.broken: dict[str, ScoreStatus] = {}
+        """Prompt, with or without `#index` -> how its score fails."""
         self.same: set[str] = set()
         """Prompts whose samples all score the same."""
         self.distinct = False
@@ -135,13 +136,13 @@ class World:
         return [self._score(r) for r in requests]
 
     def _score(self, request: ScoreRequest) -> Score:
-        status = self.broken.get(request.sample.prompt_id, ScoreStatus.OK)
+        name = request.sample.prompt_id
+        status = self.broken.get(f"{name}#{request.sample.index}", self.broken.get(name, ScoreStatus.OK))
         if status is not ScoreStatus.OK:
             part = RewardScore("r", status, float("nan"), "broken on purpose")
             return Score(status, float("nan"), (part,), part.detail)
         value = float(request.sample.index if self.distinct else int(request.sample.ref[request.sample.row].text) % 3)
-        value = 1.0 if request.sample.prompt_id in self.same else value
-        name = request.sample.prompt_id
+        value = 1.0 if name in self.same else value
         steps = self.steps.get(f"{name}#{request.sample.index}", self.steps.get(name, ()))
         if steps:
             value = sum(s.value for s in steps)
@@ -478,6 +479,30 @@ def test_a_stopped_and_resumed_run_equals_one_never_stopped(tmp_path, stop_at):
     assert [b.step for b in halves] == list(range(7))
 
 
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_resumed_run_gives_the_samplers_its_weights_before_they_sample(tmp_path, staleness):
+    cfg = config(f"algorithm.max_staleness={staleness}")
+    first = Session(tmp_path, cfg)
+    first.world.on_update = lambda step: first.loop.stop("SIGTERM") if step == 3 else None
+    assert first.go() == "SIGTERM"
+    second = Session(tmp_path, cfg, jitter=2)
+    done: list[tuple[str, int]] = []
+    generate, sync = second.world.generate, second.world.sync
+
+    async def noted_generate(request: SampleRequest) -> SampleInfo:
+        done.append(("sample", -1))
+        return await generate(request)
+
+    async def noted_sync(version: int) -> SyncReport:
+        done.append(("sync", version))
+        return await sync(version)
+
+    second.world.generate, second.world.sync = noted_generate, noted_sync
+    assert second.go() == "finished"
+    assert [version for what, version in done if what == "sync"] == [4, 5, 6, 7]
+    assert done[:2] == [("sync", 4), ("sample", -1)]
+
+
 def test_a_checkpoint_that_is_asked_for_comes_after_the_step_under_way_and_the_run_goes_on(tmp_path):
     session = Session(tmp_path, config("checkpoint.every_steps=100", "checkpoint.keep=10"))
     session.world.on_update = lambda step: session.loop.checkpoint_soon() if step == 2 else None
@@ -609,12 +634,31 @@ def test_a_failed_score_drops_its_group_and_the_next_prompt_takes_its_place(tmp_
     assert (victim, "dropped", "reward_timeout") in [(r[0], r[2], r[4]) for r in session.ledger_rows]
 
 
-def test_under_the_value_policy_a_failed_score_gets_the_value_and_keeps_its_status(tmp_path):
-    cfg = config("num_steps=1", "reward.on_failure={action: value, value: -5, abort_above: 1}")
+@pytest.mark.parametrize("value", [-5, 0, 3])
+def test_under_the_value_policy_a_failed_score_gets_the_value_and_keeps_its_status(tmp_path, value):
+    cfg = config(
+        "num_steps=1",
+        f"reward.on_failure={{action: value, value: {value}, abort_above: 1}}",
+        "algorithm.advantage=dr_grpo",
+    )
     session = Session(tmp_path, cfg)
-    session.world.broken = {f"ten/0/{r}": ScoreStatus.CRASHED for r in range(ROWS)}
+    session.world.same = {f"ten/0/{r}" for r in range(ROWS)}
+    session.world.broken = {f"ten/0/{r}#2": ScoreStatus.CRASHED for r in range(ROWS)}
+    statuses: list[ScoreStatus] = []
+    write = session.world.write
+
+    async def note(step: int, groups: Sequence[Group], batch: TrainBatch) -> None:
+        statuses.extend(group.scores[2].status for group in groups)
+        await write(step, groups, batch)
+
+    session.world.write = note
     assert session.go() == "finished"
-    assert all(s.advantage == 0 for s in session.world.batches[0].samples)
+    assert statuses == [ScoreStatus.CRASHED] * 3
+    # Three of a group have the reward 1, the failed one the value.
+    mean = (3 + value) / 4
+    for sample in session.world.batches[0].samples:
+        assert sample.advantage == pytest.approx((value if sample.index == 2 else 1) - mean)
+        assert sample.loss_mask
 
 
 def test_too_many_failures_end_the_run_and_name_the_function(tmp_path):
