@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, cast
 
 from grpo_ray import manifest
 from grpo_ray.errors import CheckpointError
+from grpo_ray.files import sync_folder
 from grpo_ray.manifest import FileSum, Sums
 
 SET_ASIDE = "manifest.broken.json"
@@ -230,14 +231,6 @@ def sync_tree(folder: Path) -> None:
             os.fsync(file.fileno())
     sync_folder(folder)
     sync_folder(folder.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _name(step: int) -> str:

@@ -10,10 +10,24 @@ ASIDE = ".new"
 
 
 def write_whole(path: Path, data: bytes | memoryview) -> None:
-    """In place of what is there. On disk, too, when this returns."""
+    """In place of what is there. On disk, too, when this returns; what can't be written leaves no trace."""
     aside = path.with_name(f"{path.name}{ASIDE}")
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Which names are in it, on the disk to stay."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -21,9 +21,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from grpo_ray.checkpoint import RunDir
-from grpo_ray.checkpoint_store import sync_folder, sync_tree
+from grpo_ray.checkpoint_store import sync_tree
 from grpo_ray.errors import CheckpointError
-from grpo_ray.files import ASIDE, write_whole
+from grpo_ray.files import ASIDE, sync_folder, write_whole
 from grpo_ray.ledger import Ledger, last_trained
 from grpo_ray.rollout_log import rollout_steps
 from grpo_ray.trace_file import read_trace, step_of, write_trace

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from grpo_ray.files import write_whole
 from grpo_ray.seeds import sample_seed
 from grpo_ray.types import Group, RewardScore, Sample, SampleInfo, Score, Step, TrainBatch, TrainSample, VersionSpan
 
@@ -140,9 +141,9 @@ def write_rollouts(
         rows.append({**row, "temperature": batch.temperature, **asdict(batch.truncation)})
     folder.mkdir(parents=True, exist_ok=True)
     path = rollout_path(folder, step)
-    aside = path.with_suffix(".parquet.new")
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), aside, compression="zstd")
-    aside.replace(path)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
+    write_whole(path, memoryview(sink.getvalue()))
     return path
 
 
