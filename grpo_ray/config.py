@@ -410,6 +410,9 @@ class RunConfig(Strict):
     name: str | None = None
     """Folder of the run under `dir`. None: the recipe's name and the time."""
     dir: HomePath = "runs"
+    code_dir: HomePath | None = None
+    """Folder in which modules of rewards and `python:` data are looked for besides the current one. A run writes down the one that
+    it was begun in, so that it can be resumed from any."""
     seed: int = 1
     num_steps: PositiveInt | None = None
     num_epochs: Epochs = 1.0
@@ -518,6 +521,7 @@ class SftConfig(Strict):
 
     name: str | None = None
     dir: HomePath = "runs"
+    code_dir: HomePath | None = None
     seed: int = 1
     num_steps: PositiveInt | None = None
     num_epochs: Epochs = 1.0

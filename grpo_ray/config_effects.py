@@ -27,7 +27,7 @@ ALL = f"{SAMPLING} {SUPERVISED}"
 
 WHERE: dict[str, dict[str, str]] = {
     "": {
-        "dir seed": ALL,
+        "dir seed code_dir": ALL,
         "name": f"{LEARNING} sample",
         "num_steps num_epochs": LEARNING,
         "prompts_per_step": "train",

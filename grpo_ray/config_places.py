@@ -1,0 +1,90 @@
+"""A config with every path in it as an absolute one: what a run writes down is right from any folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import AfterValidator
+
+from grpo_ray.config import DataSource, RunConfig, SftConfig
+from grpo_ray.config_base import Strict, expand_home
+from grpo_ray.config_reward import RewardFunctionConfig
+
+Config = TypeVar("Config", RunConfig, SftConfig, RunConfig | SftConfig)
+S = TypeVar("S", bound=Strict)
+MAY_BE_NAMES = ("path", "template")
+"""Options that take a name as well as a path: those are paths where something is there by that name, or when they look like one."""
+REWARD_ARGS = ("path", "cache")
+"""`args` of built-in rewards that are paths: a model's, and a file of answers."""
+_FILES = (".jsonl", ".ndjson", ".parquet", ".json", ".jinja", ".jinja2", ".txt", ".py")
+_WORDS = ("chat", "raw", "r1", "r1_zero")
+
+
+def with_places(config: Config, folder: Path) -> Config:
+    """
+    Args:
+        folder: what relative paths are relative to, and where modules of rewards and data were looked for.
+    """
+    out = _absolute(config, folder)
+    return out if config.code_dir is not None else out.model_copy(update={"code_dir": str(folder)})
+
+
+def path_options(schema: type[Strict]) -> Iterator[str]:
+    """Names of the fields of this section that are paths."""
+    return (name for name, field in schema.model_fields.items() if _is_path(field.annotation, field.metadata))
+
+
+def _is_path(annotation: Any, metadata: Any) -> bool:
+    if any(isinstance(m, AfterValidator) and m.func is expand_home for m in metadata):
+        return True
+    return any(_is_path(arg, getattr(arg, "__metadata__", ())) for arg in get_args(annotation))
+
+
+def _absolute(section: S, folder: Path) -> S:
+    update: dict[str, Any] = {}
+    paths = set(path_options(type(section)))
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if name in paths and isinstance(value, str):
+            update[name] = _place(value, folder, named=name in MAY_BE_NAMES and not _is_output(section, name))
+        else:
+            update[name] = _below(value, folder)
+    if isinstance(section, DataSource) and section.is_generator:
+        del update["path"]
+    if isinstance(section, RewardFunctionConfig):
+        update["args"] = {k: _reward_place(k, v, folder) for k, v in section.args.items()}
+    return section.model_copy(update=update)
+
+
+def _reward_place(name: str, value: Any, folder: Path) -> Any:
+    return _place(value, folder, named=name == "path") if name in REWARD_ARGS and isinstance(value, str) else value
+
+
+def _is_output(section: Strict, name: str) -> bool:
+    """Where something is written, which may not be there yet."""
+    return type(section).__name__ == "CheckpointConfig" and name == "path"
+
+
+def _below(value: Any, folder: Path) -> Any:
+    match value:
+        case Strict():
+            return _absolute(value, folder)
+        case dict():
+            return {k: _below(v, folder) if isinstance(v, Strict) else v for k, v in value.items()}
+        case tuple():
+            return tuple(_below(v, folder) for v in value)
+    return value
+
+
+def _place(value: str, folder: Path, *, named: bool) -> str:
+    """Links stay what they are: that of a run's newest model leads to another folder tomorrow."""
+    if "://" in value or value.startswith("~") or Path(value).is_absolute():
+        return value
+    here = os.path.abspath(folder / value)
+    if named and value in _WORDS:
+        return value
+    looks = value.startswith(("./", "../")) or value in (".", "..") or value.endswith(_FILES)
+    return here if not named or looks or os.path.exists(here) else value

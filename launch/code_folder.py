@@ -1,0 +1,20 @@
+"""A run is resumed from any folder: the modules of its rewards and data are looked for where it was begun, too."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from grpo_ray.config import RunConfig, SftConfig
+
+
+def use_code_of(config: RunConfig | SftConfig) -> None:
+    """In this process and in those that it starts."""
+    folder = config.code_dir
+    if folder is None or os.path.realpath(folder) == os.getcwd():
+        return
+    if folder not in sys.path:
+        sys.path.append(folder)
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if folder not in known:
+        os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, known), folder])
