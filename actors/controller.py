@@ -9,6 +9,7 @@ The driver may vanish and come back; the run is here. Only references and small 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import time
 import traceback
@@ -31,6 +32,7 @@ from grpo_ray.checkpoint import RunDir
 from grpo_ray.config import RunConfig, SftConfig, Strict
 from grpo_ray.config_effects import about_context, check_context
 from grpo_ray.cursor import Cursor
+from grpo_ray.ended import write_ended
 from grpo_ray.epochs import run_length
 from grpo_ray.errors import CheckpointError, ConfigError, GrpoRayError, LostSamplesError, WorkerError
 from grpo_ray.evaluate import eval_event, evaluate
@@ -146,8 +148,17 @@ class Controller:
         if self._scaler is not None:
             await self._scaler.close()
             self._scaler = None
+        self._keep_end(end)
         self._emit(end)
         self._leaving = asyncio.create_task(self._leave())
+
+    def _keep_end(self, end: EndEvent) -> None:
+        """For `resume`, which need not start anything then. A full disk is told by what has to be written."""
+        if self._messages is not None and self._loop is not None:
+            assert isinstance(self._config, RunConfig | SftConfig)
+            with contextlib.suppress(OSError):
+                loop = self._loop
+                write_ended(self._run.path, self._config, end.status, end.text, loop.step, loop.total_steps)
 
     async def _leave(self) -> None:
         """A detached actor has nobody who ends it; the name of its run must become free."""

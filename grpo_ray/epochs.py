@@ -37,6 +37,17 @@ class RunLength:
             return math.inf
         return max(0, end - taken - sum(taken <= place < end for place in passed_over))
 
+    def steps_from(self, step: int, num_left: float) -> int:
+        """Of the whole run, which has done `step` of them. More than `num_steps` where it was shorter before: its last batch then
+        was not whole, so what is left takes one step more.
+
+        Args:
+            num_left: rows that may still be trained.
+        """
+        if self.end is None or self.whole_batches:
+            return self.num_steps
+        return max(self.num_steps, step + -(-int(num_left) // self.size))
+
     def next_batch(self, num_left: float, num_begun: int = 0) -> int:
         """Rows of the next batch; 0: there is none any more.
 

@@ -2,6 +2,8 @@
 
     dispatched -> sampled -> trained (at which step) | dropped (at which step, why)
 
+A second table has the options that `resume` has changed, and after which step.
+
 A group that is `trained` had its turn in a batch. Where nothing was learned from it, `drop_reason` says why: `not_applicable`,
 `no_signal` (its rewards are all equal), `truncated` and `empty` (what differs is out of the loss), `no_gradient`.
 
@@ -39,6 +41,13 @@ CREATE TABLE IF NOT EXISTS groups (
     finished_at        REAL
 );
 CREATE INDEX IF NOT EXISTS groups_by_step ON groups (step);
+CREATE TABLE IF NOT EXISTS changes (
+    step      INTEGER NOT NULL,
+    option    TEXT NOT NULL,
+    before    TEXT NOT NULL,
+    after     TEXT NOT NULL,
+    at        REAL NOT NULL
+);
 """
 
 
@@ -91,6 +100,15 @@ class Ledger:
         self._db.executescript(_SCHEMA)
         self._sampled: list[tuple[object, ...]] = []
         """Not written yet."""
+
+    def changed(self, step: int, options: Mapping[str, tuple[object, object]]) -> None:
+        """`resume` goes on after this step with other values of these options: dotted key -> (before, after)."""
+        now = time.time()
+        with self._transaction():
+            self._db.executemany(
+                "INSERT INTO changes (step, option, before, after, at) VALUES (?, ?, ?, ?, ?)",
+                [(step, option, repr(before), repr(after), now) for option, (before, after) in options.items()],
+            )
 
     def dispatched(self, groups: Iterable[Group]) -> None:
         """Raises sqlite3.IntegrityError when a prompt is dispatched twice: the invariant that the ledger is for."""

@@ -72,6 +72,7 @@ class SftLoop(Generic[E]):
         await self.learner.load(self.run_dir.store.place(step))
         self.cursor.load_state_dict(state["cursor"])
         self.step = self._saved_step = step
+        self.total_steps = self._length.steps_from(step, self._length.num_left(self.cursor.num_taken))
 
     async def run(self) -> str:
         """Train to the end, or until `stop`. Returns how it ended: `finished`, or the reason of the stop."""

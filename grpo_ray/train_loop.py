@@ -200,6 +200,7 @@ class TrainLoop:
                     + (f", {too_old} since they are too old now" if too_old else ""),
                 )
             )
+        self.total_steps = self._length.steps_from(step, self._num_left())
         await self.roles.weights.sync(step)
 
     def _read_kept(self, step: int) -> list[KeptGroup]:

@@ -1,0 +1,58 @@
+"""`ended.json` of a run: how it ended and how far it had come, so that a finished run is known without starting anything."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo_ray.checkpoint import RunDir
+from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.files import write_whole
+
+FILE = "ended.json"
+
+
+@dataclass(frozen=True)
+class Ended:
+    status: str
+    """As in `events.EndEvent`."""
+    text: str
+    step: int
+    """Steps done."""
+    total_steps: int
+    length: list[Any]
+    """The options that say how long the run is, see `length_of`."""
+
+
+def length_of(config: RunConfig | SftConfig) -> list[Any]:
+    return [config.num_steps, config.num_epochs if config.num_steps is None else None, config.data.last_batch]
+
+
+def write_ended(run: Path, config: RunConfig | SftConfig, status: str, text: str, step: int, total_steps: int) -> None:
+    ended = Ended(status, text, step, total_steps, length_of(config))
+    write_whole(run / FILE, json.dumps(asdict(ended)).encode())
+
+
+def read_ended(run: Path) -> Ended | None:
+    """None: the run has not ended by itself, or what is there can't be read."""
+    try:
+        return Ended(**json.loads((run / FILE).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def finished(run: RunDir, config: RunConfig | SftConfig) -> Ended | None:
+    """How the run ended, if all of its steps are done and its newest checkpoint is of the last: then nothing is left to do. None:
+    it has steps to do, or nobody knows without its data."""
+    steps = run.steps()
+    if not steps:
+        return None
+    newest = steps[-1]
+    ended = read_ended(run.path)
+    if ended is not None and ended.length == length_of(config) and ended.step == newest >= ended.total_steps:
+        return ended
+    if config.num_steps is not None and newest >= config.num_steps:
+        return Ended("finished", "", newest, config.num_steps, length_of(config))
+    return None
