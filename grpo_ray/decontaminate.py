@@ -179,9 +179,14 @@ def find_contaminated(train: Table, column: str | None, known: TestPrompts, n: i
     return [Contaminated(row, shared) for row, text in texts if (shared := shared_words(text, known, n)) is not None]
 
 
+def aside_of(path: Path) -> Path:
+    """Where `write_jsonl` writes before it is whole."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 def write_jsonl(path: Path, rows: Iterable[Row]) -> int:
     """Write all rows or nothing; how many they are."""
-    aside = path.with_name(f".{path.name}.tmp")
+    aside = aside_of(path)
     count = 0
     try:
         with aside.open("w", encoding="utf-8") as file:

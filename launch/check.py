@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import tempfile
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -23,7 +21,9 @@ from grpo_ray.rewards import BUILTINS, described, resolve
 from grpo_ray.stops import describe_end, stops_of_run
 from grpo_ray.thinking import opens_thinking
 from launch.check_golds import gold_rows
+from launch.code_folder import use_code_of
 from launch.effects import check_effects, told
+from launch.interrupts import scratch_folder
 from launch.pipeline import run_pipeline
 from launch.recipe import COMMANDS, SCHEMAS, find_recipe, is_pipeline, kind_of, load_recipe, recipe_names
 
@@ -32,6 +32,7 @@ console = Console(highlight=False)
 
 def preflight(config: RunConfig | SftConfig) -> None:
     """What takes no time and should fail before a cluster is started: the model's folder, and the names of rewards."""
+    use_code_of(config)
     if config.model.path is not None:
         check_model_path(config.model.path)
     if isinstance(config, RunConfig):
@@ -52,10 +53,10 @@ def check_recipe(recipe: str, overrides: list[str]) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    with console.status("reading model config and data ..."), tempfile.TemporaryDirectory() as scratch:
+    with console.status("reading model config and data ..."), scratch_folder() as scratch:
         offered, where = _offered(config)
         idle = told(without_gpu(config)) if not offered.get("GPU") else []
-        model = prepare_model(config.model, Path(scratch))
+        model = prepare_model(config.model, scratch)
         context = context_length(load_config(model, trust_remote_code=config.model.trust_remote_code))
         check_context(config, context)
         for name, text in [

@@ -10,8 +10,10 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from grpo_ray.errors import ConfigError, GrpoRayError
+from launch.program import runnable
 
 app = typer.Typer(
     name="grpo-ray",
@@ -45,6 +47,26 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, e
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from launch.versions import versions
+
+        for name, version in versions():
+            print(f"{name:<13}{version}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Of grpo-ray and of what it runs on"),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -106,11 +128,12 @@ def reward_model(recipe: Recipe, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def resume(run: Run) -> None:
-    """Go on with a run from its newest checkpoint: no prompt is skipped or trained twice."""
+def resume(run: Run, overrides: Overrides = None) -> None:
+    """Go on with a run from its newest checkpoint: no prompt is skipped or trained twice. num_steps=N trains a finished one longer;
+    options may change where that does not belie what was trained."""
     from launch.jobs import resume_run
 
-    resume_run(run)
+    resume_run(run, overrides or [])
 
 
 @app.command(name="eval")
@@ -326,10 +349,10 @@ def job_run(recipe: Path) -> None:
 
 
 @job.command(name="resume")
-def job_resume(run: str) -> None:
+def job_resume(run: str, overrides: Overrides = None) -> None:
     from launch.in_cluster import resume
 
-    resume(run)
+    resume(run, overrides or [])
 
 
 @job.command(name="stop")
@@ -354,31 +377,26 @@ def job_attach(run: str) -> None:
 
 
 def main() -> NoReturn:
-    """Entry point: errors for the user are one message on stderr and an exit code, without a traceback."""
+    """Runs the command: errors for the user are one message on stderr and an exit code, without a traceback."""
     # A cluster protects itself by a token when it finds one, but a client shows its token only when told to, before Ray's import.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     # Shown once, at the first import after an installation, by packages that reasoning-gym brings.
     warnings.filterwarnings("ignore", category=SyntaxWarning)
     try:
         check_one_root()
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except GrpoRayError as e:
-        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escape(str(e))}", soft_wrap=True)
+        _tell_error(str(e))
         sys.exit(EXIT_USAGE if isinstance(e, ConfigError) else EXIT_FAILED)
-    except typer.Exit as e:
-        sys.exit(e.exit_code)
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(EXIT_INTERRUPTED)
     except Exception as e:
         if hasattr(e, "format_message") and hasattr(e, "exit_code"):  # click's usage errors
-            Console(stderr=True, highlight=False).print(
-                f"[bold red]error:[/] {_escape(e.format_message())}; see grpo-ray --help", soft_wrap=True
-            )
+            _tell_error(f"{e.format_message()}; see grpo-ray --help")
             sys.exit(e.exit_code)
         raise
-    sys.exit(0)
+    # Without its standalone mode typer gives back the code of an Exit, among them its 130 for a KeyboardInterrupt.
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def check_one_root() -> None:
@@ -395,7 +413,5 @@ def check_one_root() -> None:
         )
 
 
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+def _tell_error(text: str) -> None:
+    Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(runnable(text))}", soft_wrap=True)

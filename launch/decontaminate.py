@@ -12,12 +12,14 @@ from grpo_ray.decontaminate import (
     SHORTEST,
     Contaminated,
     TestPrompts,
+    aside_of,
     find_contaminated,
     ngram_hashes,
     prompt_texts,
     write_jsonl,
 )
 from grpo_ray.errors import ConfigError, DataError
+from launch.interrupts import leaving
 
 EXAMPLES = 5
 SEED = 1
@@ -59,7 +61,8 @@ def decontaminate(
             "written; are they the same data, or do all prompts begin with the same instruction? Then raise --ngram"
         )
     removed = {c.row for c in found}
-    kept = write_jsonl(target, (table.rows[i] for i in range(len(table.rows)) if i not in removed))
+    with leaving(f"{target} was not written", lambda: aside_of(target).unlink(missing_ok=True)):
+        kept = write_jsonl(target, (table.rows[i] for i in range(len(table.rows)) if i not in removed))
     _print_examples(table, found)
     share = len(found) / len(table.rows)
     console.print(f"removed  {len(found):,} of {len(table.rows):,} rows of {table.label} ({share:.2%})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -10,13 +11,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from actors.cluster import await_free, await_resources, connect, demands, has_gpus, joins
+from actors.cluster import OnCluster, await_free, await_resources, connect, demands, has_gpus, joins
 from actors.colocated import check_colocated
 from actors.runtime import log_tail
 from grpo_ray.config import RunConfig, SftConfig
 from grpo_ray.errors import WorkerError
-from grpo_ray.events import EndEvent
+from grpo_ray.events import EndEvent, PhaseEvent
 from grpo_ray.rewards.columns import column_needs
+from launch import interrupts
 from launch.live import LiveView
 
 POLL_S = 0.5
@@ -25,6 +27,9 @@ FREE_S = 20.0
 SILENCE_S = 60.0
 """A controller that does not answer for so long is taken for dead."""
 
+KILL_S = 0.3
+"""From the order to kill a controller to its death, on another process's word."""
+
 UNUSED = {"replay": ("rollout", "reward"), "eval": ("learner",), "sample": ("learner",)}
 """Kind of run -> the workers of its recipe that it starts none of."""
 WITHOUT_STEPS = ("eval", "sample")
@@ -32,18 +37,33 @@ WITHOUT_STEPS = ("eval", "sample")
 
 def run_and_follow(kind: str, config: RunConfig | SftConfig, run_dir: Path, resume_step: int | None) -> EndEvent:
     """Join or start a cluster for one run, see `run_here`."""
+    with (
+        LiveView(run_dir=run_dir, began=time.monotonic(), no_steps=kind in WITHOUT_STEPS) as view,
+        cluster_of(config, view),
+    ):
+        return run_here(kind, config, run_dir, resume_step, view)
+
+
+@contextmanager
+def cluster_of(config: OnCluster, view: LiveView | None = None) -> Iterator[None]:
+    """Joined, or started on this machine and ended; what it is waiting for is told."""
+    tell = view.handle if view is not None else lambda event: None
+    where = f"joining {config.cluster.address or os.environ['RAY_ADDRESS']}" if joins(config) else "on this machine"
+    tell(PhaseEvent("Ray", "importing it"))
     import ray
 
-    began = time.monotonic()
-    connect(config)
-    try:
-        return run_here(kind, config, run_dir, resume_step, began)
-    finally:
-        ray.shutdown()
+    tell(PhaseEvent("Ray", where))
+    with interrupts.leaving(end=interrupts.end_descendants):
+        with interrupts.kept():
+            connect(config)
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def run_here(
-    kind: str, config: RunConfig | SftConfig, run_dir: Path, resume_step: int | None, began: float | None = None
+    kind: str, config: RunConfig | SftConfig, run_dir: Path, resume_step: int | None, view: LiveView | None = None
 ) -> EndEvent:
     """Run `kind` (grpo, sft, eval, sample, replay) in a controller actor of the cluster that is joined, until it ends; its
     workers are gone then.
@@ -51,7 +71,7 @@ def run_here(
     On a cluster that was there before, the controller outlives this process if that is killed: the run goes on.
 
     Args:
-        began: `time.monotonic()` at the start, for the time shown; None: now.
+        view: where it is shown; None: one of its own.
 
     Raises:
         GrpoRayError: the cluster is too small, or the controller died.
@@ -60,20 +80,24 @@ def run_here(
 
     import ray
 
+    if view is None:
+        with LiveView(run_dir=run_dir, no_steps=kind in WITHOUT_STEPS) as own:
+            return run_here(kind, config, run_dir, resume_step, own)
     gpus = has_gpus()
     if isinstance(config, RunConfig):
         check_colocated(config, has_gpus=gpus)
     wanted = [d for d in demands(config, gpus) if d.option not in UNUSED.get(kind, ())]
+    view.handle(PhaseEvent("cluster", "waiting for what the workers ask for"))
     asyncio.run(await_resources(wanted, config.deadlines.resources_s))
     asyncio.run(await_free(wanted, FREE_S))
+    view.handle(PhaseEvent("controller", "importing torch and Transformers"))
     from actors.controller import start_controller
 
     # Here, where the functions can be imported; the controller has the data.
     needs = column_needs(config.reward) if isinstance(config, RunConfig) and kind != "replay" else ()
     controller = start_controller(kind, config, run_dir, resume_step, needs=needs, detached=joins(config))
     try:
-        no_steps = kind in WITHOUT_STEPS
-        with LiveView(run_dir=run_dir, began=began, no_steps=no_steps) as view, _signals_to(controller, view):
+        with _signals_to(controller, view, joined=joins(config)):
             finished = controller.run.remote()
             end = follow_events(controller, view, run_dir)
             ray.get(finished, timeout=SILENCE_S)
@@ -108,27 +132,34 @@ def follow_events(controller: Any, view: LiveView, run_dir: Path) -> EndEvent:
                 return event
 
 
-class Interrupted(SystemExit):
-    """A second signal: end at once, from the checkpoint that there is."""
-
-
 @contextmanager
-def _signals_to(controller: Any, view: LiveView) -> Iterator[None]:
-    """The first SIGINT or SIGTERM asks for a graceful end; the second ends at once."""
+def _signals_to(controller: Any, view: LiveView, *, joined: bool) -> Iterator[None]:
+    """While steps are done, the first SIGINT or SIGTERM asks for an end after the one under way; the second, and one at any other
+    time, ends at once."""
     asked = False
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        name = signal.Signals(number).name
-        if asked:
-            raise Interrupted(128 + number)
+        if asked or not view.in_steps:
+            interrupts.end_now(number)
         asked = True
+        name = signal.Signals(number).name
         controller.stop.remote(name)
         view.note(f"{name}: ending after this step, with a checkpoint (once more: end now)")
 
-    old = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
+    def end() -> None:
+        # What it has started is on other machines too, and goes with it.
+        if joined:
+            import ray
+
+            ray.kill(controller)
+            time.sleep(KILL_S)
+        interrupts.end_descendants()
+
+    with interrupts.leaving(end=end):
+        old = {s: signal.signal(s, on_signal) for s in interrupts.SIGNALS}
+        try:
+            yield
+        finally:
+            for s, handler in old.items():
+                signal.signal(s, handler)

@@ -32,13 +32,13 @@ def run_recipe(recipe: Path) -> None:
     start = {"grpo": start_grpo, "sft": start_sft, "dpo": start_dpo, "reward_model": start_reward_model}[
         kind_of(recipe)
     ]
-    start(str(recipe), [f"dir={folder}"])
+    start(str(recipe), [f"dir={folder}"], shipped=True)
 
 
-def resume(run: str) -> None:
+def resume(run: str, overrides: list[str]) -> None:
     from launch.jobs import resume_run
 
-    resume_run(home() / (run if "/" in run else f"{SftConfig.model_fields['dir'].default}/{run}"))
+    resume_run(home() / (run if "/" in run else f"{SftConfig.model_fields['dir'].default}/{run}"), overrides)
 
 
 def stop(run: str, *, now: bool) -> None:

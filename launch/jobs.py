@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,55 +11,67 @@ from rich.console import Console
 
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import is_url
-from grpo_ray.config import DpoConfig, RewardModelConfig, RunConfig, SftConfig
+from grpo_ray.config import RunConfig, SftConfig
 from grpo_ray.config_files import to_yaml
+from grpo_ray.config_places import with_places
+from grpo_ray.ended import Ended, finished, read_ended
 from grpo_ray.errors import ConfigError, WorkerError
 from grpo_ray.events import EndEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.records import step_to_resume
+from launch.code_folder import use_code_of
 from launch.effects import check_effects
+from launch.interrupts import leaving
+from launch.left import left_of, left_of_samples, remove_if_nothing_happened
+from launch.program import runnable
 from launch.recipe import COMMANDS, SCHEMAS, kind_of, load_recipe, load_run_config, run_folder, with_own
+from launch.resumed import about_schedule, changed_config, check_length, record_changes
 
 console = Console(highlight=False, soft_wrap=True)
 SIGNAL_EXITS = {"SIGINT": 130, "SIGTERM": 143, "stopped": 143, "preempted": 143}
 
 
-def start_grpo(recipe: str, overrides: list[str]) -> Path:
-    config = load_recipe(RunConfig, recipe, overrides)
-    return _start("grpo", config, run_folder(config, recipe), overrides)
+def start_grpo(recipe: str, overrides: list[str], *, shipped: bool = False) -> Path:
+    """
+    Args:
+        shipped: the current folder is a copy that a cluster made for this run, so nothing is written down by its place.
+    """
+    return _start("grpo", recipe, overrides, shipped)
 
 
-def start_sft(recipe: str, overrides: list[str]) -> Path:
-    config = load_recipe(SftConfig, recipe, overrides)
-    return _start("sft", config, run_folder(config, recipe), overrides)
+def start_sft(recipe: str, overrides: list[str], *, shipped: bool = False) -> Path:
+    return _start("sft", recipe, overrides, shipped)
 
 
-def start_dpo(recipe: str, overrides: list[str]) -> Path:
-    config = load_recipe(DpoConfig, recipe, overrides)
-    return _start("dpo", config, run_folder(config, recipe), overrides)
+def start_dpo(recipe: str, overrides: list[str], *, shipped: bool = False) -> Path:
+    return _start("dpo", recipe, overrides, shipped)
 
 
-def start_reward_model(recipe: str, overrides: list[str]) -> Path:
-    config = load_recipe(RewardModelConfig, recipe, overrides)
-    return _start("reward_model", config, run_folder(config, recipe), overrides)
+def start_reward_model(recipe: str, overrides: list[str], *, shipped: bool = False) -> Path:
+    return _start("reward_model", recipe, overrides, shipped)
 
 
-def _start(kind: str, config: RunConfig | SftConfig, folder: Path, overrides: list[str]) -> Path:
+def _start(kind: str, recipe: str, overrides: list[str], shipped: bool) -> Path:
+    config = load_recipe(SCHEMAS[kind], recipe, overrides)
+    folder = run_folder(config, recipe)
     from launch.check import preflight
 
     preflight(config)
     check_effects(config, COMMANDS[kind], overrides)
-    run = RunDir.create(folder).with_checkpoints(config.checkpoint.path)
-    if run.steps():
-        raise ConfigError(
-            f"{run.store.url} holds checkpoints of another run of this name; choose another with name=..., or remove them"
-        )
-    try:
-        write_config(run, config)
-        _finish(run, _run(kind, config, run, None))
-    except BaseException:
-        _remove_if_nothing_happened(run)
-        raise
+    command = shlex.join(["grpo-ray", COMMANDS[kind], recipe, *overrides])
+    run = RunDir(folder).with_checkpoints(config.checkpoint.path)
+    made = RunDir.create(folder)
+    with leaving(lambda: left_of(run, command), lambda: remove_if_nothing_happened(run)):
+        if run.steps():
+            raise ConfigError(
+                f"{run.store.url} holds checkpoints of another run of this name; choose another with name=..., or remove them"
+            )
+        try:
+            write_config(made, config, shipped=shipped)
+            _finish(run, _run(kind, config, run, None))
+        except BaseException:
+            remove_if_nothing_happened(run)
+            raise
     return folder
 
 
@@ -67,6 +80,7 @@ def start_sample(recipe: str, overrides: list[str]) -> Path:
     config = load_recipe(RunConfig, recipe, overrides)
     check_effects(config, "sample", overrides)
     folder = run_folder(config, recipe)
+    command = shlex.join(["grpo-ray", "sample", recipe, *overrides])
     if RunDir(folder).samples.is_dir():
         run = RunDir.open(folder)
         console.print(f"going on with {run.path}")
@@ -77,26 +91,50 @@ def start_sample(recipe: str, overrides: list[str]) -> Path:
         run = RunDir.create(folder)
         write_config(run, config)
         run.samples.mkdir()
-    _finish_samples(run, _run("sample", config, run, None))
+    with leaving(lambda: left_of_samples(run, command)):
+        _finish_samples(run, _run("sample", config, run, None))
     return folder
 
 
 def _finish_samples(run: RunDir, end: EndEvent) -> None:
     console.print(f"samples  {run.samples}")
     if end.status != "finished":
-        console.print(f"go on    grpo-ray resume {run.path}")
+        console.print(runnable(f"go on    grpo-ray resume {run.path}"))
     exit_unless_finished(end)
 
 
-def resume_run(path: Path) -> None:
+def resume_run(path: Path, overrides: Sequence[str] = ()) -> None:
+    """
+    Args:
+        overrides: options that are other from here on, see `launch.resumed`.
+    """
     run = RunDir.open(path)
     if run.samples.is_dir():
-        _finish_samples(run, _run("sample", load_run_config(RunConfig, run.config), run, None))
+        if overrides:
+            raise ConfigError(f"{overrides[0]}: samples are made as they were begun; leave the overrides out")
+        of_samples = load_run_config(RunConfig, run.config)
+        use_code_of(of_samples)
+        with leaving(lambda: left_of_samples(run, f"grpo-ray resume {path}")):
+            _finish_samples(run, _run("sample", of_samples, run, None))
         return
     kind = kind_of(run.config)
-    config = load_run_config(SCHEMAS[kind], run.config)
+    old = load_run_config(SCHEMAS[kind], run.config)
+    config, changes = changed_config(SCHEMAS[kind], run, list(overrides)) if overrides else (old, {})
+    use_code_of(config)
     run = run.with_checkpoints(config.checkpoint.path)
+    if (ended := finished(run, config)) is not None:
+        _tell_finished(run, ended)
+        return
     step = step_to_resume(run, lambda text: console.print(f"warning: {text}", style="yellow"))
+    check_length(run, config, step)
+    if changes:
+        record_changes(run, config, changes, step or 0)
+    for text in (
+        *(f"{key}: {was} -> {now}" for key, (was, now) in changes.items()),
+        about_schedule(old, config, step or 0),
+    ):
+        if text is not None:
+            console.print(text, markup=False)
     console.print(
         f"resuming {run.path} "
         + (
@@ -105,7 +143,17 @@ def resume_run(path: Path) -> None:
             else "from its beginning: it has no checkpoint yet, and has recorded no step"
         )
     )
-    _finish(run, _run(kind, config, run, step))
+    with leaving(lambda: left_of(run, f"grpo-ray resume {path}")):
+        _finish(run, _run(kind, config, run, step))
+
+
+def _tell_finished(run: RunDir, ended: Ended) -> None:
+    """Raises WorkerError for a run that had failed: it has no step left to do, and is no success for that."""
+    console.print(f"finished {run.path} has done all of its {ended.total_steps} steps")
+    _tell_model(run)
+    console.print(runnable(f"go on    grpo-ray resume {run.path} num_steps=N trains it longer"))
+    if ended.status == "failed":
+        raise WorkerError(ended.text)
 
 
 def replay_step(path: Path, step: int) -> None:
@@ -117,11 +165,13 @@ def replay_step(path: Path, step: int) -> None:
             f"{path} is a run of `grpo-ray {COMMANDS[kind]}`: it records no batches; only steps of `grpo-ray train` can be replayed"
         )
     config = load_run_config(RunConfig, run.config)
+    use_code_of(config)
     run = run.with_checkpoints(config.checkpoint.path)
     check_replayable(run, step)
     start = f"its checkpoint of step {step - 1}" if step > 1 else "the starting model"
     console.print(f"replaying step {step} of {run.path} from {start}")
-    exit_unless_finished(_run("replay", config, run, step - 1))
+    with leaving(f"nothing of {run.path} is changed; the same command replays step {step} again"):
+        exit_unless_finished(_run("replay", config, run, step - 1))
 
 
 def evaluate_target(target: str, overrides: list[str]) -> None:
@@ -151,7 +201,8 @@ def evaluate_target(target: str, overrides: list[str]) -> None:
     check_effects(config, "eval", overrides)
     scratch = Path(config.dir) / ".eval"
     scratch.mkdir(parents=True, exist_ok=True)
-    exit_unless_finished(_run("eval", config, RunDir(scratch), None))
+    with leaving("nothing was measured, and nothing is changed; the same command begins again"):
+        exit_unless_finished(_run("eval", config, RunDir(scratch), None))
 
 
 def _run(kind: str, config: RunConfig | SftConfig, run: RunDir, resume_step: int | None) -> EndEvent:
@@ -161,17 +212,24 @@ def _run(kind: str, config: RunConfig | SftConfig, run: RunDir, resume_step: int
 
 
 def _finish(run: RunDir, end: EndEvent) -> None:
+    if end.status != "finished" and not run.steps() and not run.metrics.exists():
+        exit_unless_finished(end)
     try:
         console.print(f"report   {make_report(run)}")
     except OSError as e:
-        console.print(f"report   not written: {e}; `grpo-ray report {run.path}` writes it")
+        console.print(runnable(f"report   not written: {e}; `grpo-ray report {run.path}` writes it"))
+    _tell_model(run)
+    ended = read_ended(run.path)
+    if end.status != "finished" and run.steps() and (ended is None or ended.step < ended.total_steps):
+        console.print(runnable(f"go on    grpo-ray resume {run.path}"))
+    exit_unless_finished(end)
+
+
+def _tell_model(run: RunDir) -> None:
     if run.exported.is_dir():
         console.print(f"model    {run.exported}")
     elif is_url(run.store.url) and any(run.steps()):
         console.print(f"model    {run.store.place(run.steps()[-1]).path('hf')}")
-    if end.status != "finished" and run.steps():
-        console.print(f"go on    grpo-ray resume {run.path}")
-    exit_unless_finished(end)
 
 
 def make_report(run: RunDir) -> Path:
@@ -195,18 +253,5 @@ def exit_unless_finished(end: EndEvent) -> None:
         raise SystemExit(SIGNAL_EXITS.get(end.status, 1))
 
 
-def write_config(run: RunDir, config: RunConfig | SftConfig) -> None:
-    run.config.write_text(to_yaml(config), encoding="utf-8")
-
-
-def _remove_if_nothing_happened(run: RunDir) -> None:
-    """A run that ended before its first step leaves its logs and nothing else: its name is free again."""
-    if run.steps() or run.metrics.exists():
-        return
-    for entry in run.path.iterdir():
-        if entry.name == RunDir.LOGS:
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)
+def write_config(run: RunDir, config: RunConfig | SftConfig, *, shipped: bool = False) -> None:
+    run.config.write_text(to_yaml(config if shipped else with_places(config, Path.cwd())), encoding="utf-8")

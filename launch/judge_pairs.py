@@ -14,6 +14,7 @@ from grpo_ray.errors import ConfigError, DataError
 from grpo_ray.judge import Judge, JudgeOptions
 from grpo_ray.judged_pairs import RUBRIC, Counts, JudgedPair, balance_lengths, judge_pairs, read_candidates
 from grpo_ray.rewards.parts import Part
+from launch.interrupts import leaving
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
@@ -64,7 +65,9 @@ def make_pairs(
             finally:
                 await judge.close()
 
-    pairs = asyncio.run(ask())
+    kept_answers = f"; {options.cache} has the answers until now, and the same command goes on" if options.cache else ""
+    with leaving(f"{out} was not written{kept_answers}"):
+        pairs = asyncio.run(ask())
     kept = balance_lengths(pairs, length_tolerance)
     console.print(f"asked    {counts.asked:,} comparisons of {len(candidates):,} prompts, {2 * rounds} judgements each")
     console.print(f"left out {counts.disagreed:,} where judgements disagree, {counts.too_close:,} too close")

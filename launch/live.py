@@ -1,4 +1,5 @@
-"""What a run looks like in a terminal: a picture that is redrawn, or one plain line a step where there is no terminal.
+"""What a run looks like in a terminal: a picture that is redrawn, or a plain line for it every ten seconds where there is no
+terminal.
 
 step 43/60  ━━━━━━━━━━━━━━━━━━╸━━━━━━━━  2.76 s a step  47s left  2m03s
 sampling 11/16
@@ -27,10 +28,13 @@ from rich.text import Text
 
 from grpo_ray.events import CheckpointEvent, EndEvent, EvalEvent, Event, MessageEvent, PhaseEvent, StepEvent
 from grpo_ray.metrics import LOSSES, ROLES, duration
+from launch.program import runnable
 
 REFRESHES_A_SECOND = 4
 HISTORY = 400
 """Steps that the small curves remember."""
+STEP_LINE_S = 10.0
+"""Without a terminal, steps that are quicker than that share a line: it is the last one's."""
 ETA_STEPS = 15
 """The time left is the median of so many last steps, times the steps left: one slow step does not move it."""
 
@@ -57,6 +61,9 @@ DOING = {
     "log": "writing",
 }
 """Phases inside the loop, in words. Any other phase is part of starting up."""
+
+STEPPING = ("rollout", "update")
+"""Phases of a step."""
 
 COLORS = dict(
     zip(ROLES, ("blue", "magenta", "yellow", "green", "cyan", "bright_black", "red", "bright_blue"), strict=True)
@@ -89,6 +96,7 @@ class LiveView:
         self._began = time.monotonic() if began is None else began
         self._state = _State(total_steps, no_steps)
         self._told = ("", "")
+        self._untold, self._told_step_at = "", -STEP_LINE_S
         self._live: Live | None = None
         if self.console.is_terminal:
             self._live = Live(self, console=self.console, refresh_per_second=REFRESHES_A_SECOND)
@@ -113,7 +121,10 @@ class LiveView:
                 self._phase(event)
             case StepEvent():
                 if self._live is None:
-                    self._print(step_line(event, self._state.seconds_left()))
+                    self._untold = step_line(event, self._state.seconds_left())
+                    now = time.monotonic()
+                    if now - self._told_step_at >= STEP_LINE_S or event.step == event.total_steps:
+                        self._tell_step(now)
             case EvalEvent():
                 self._print(eval_line(event), "green")
             case CheckpointEvent():
@@ -122,13 +133,26 @@ class LiveView:
                 prefix = f"{event.level}: " if event.level in LEVELS else ""
                 self._print(prefix + event.text, LEVELS.get(event.level, ""))
             case EndEvent():
-                why = "" if event.text in ("", event.status) else f": {event.text}"
+                self._tell_step(time.monotonic())
+                # Why it failed is told by who asked for the run.
+                why = "" if event.text in ("", event.status) or event.status == "failed" else f": {event.text}"
                 took = duration(time.monotonic() - self._began)
                 self._print(f"{event.status} after {took}{why}", _end_style(event.status))
+
+    @property
+    def in_steps(self) -> bool:
+        """A step is under way, or one has been done."""
+        return not self._state.no_steps and self._state.in_steps
 
     def note(self, text: str) -> None:
         """A line of the launcher's own."""
         self._print(text, "yellow")
+
+    def _tell_step(self, now: float) -> None:
+        """The last step's line, if it was not told yet."""
+        if self._untold:
+            self._print(self._untold)
+            self._untold, self._told_step_at = "", now
 
     def _phase(self, event: PhaseEvent) -> None:
         told = (event.phase, event.detail)
@@ -144,7 +168,7 @@ class LiveView:
             self._print(f"[{time.monotonic() - self._began:6.1f} s] {what}")
 
     def _print(self, text: str, style: str = "") -> None:
-        self.console.print(Text(printable(text), style=style), soft_wrap=True)
+        self.console.print(Text(printable(runnable(text)), style=style), soft_wrap=True)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield _picture(self._state, self._title, time.monotonic() - self._began, options.max_width)
@@ -158,6 +182,7 @@ class _State:
         self.step = 0
         self.total_steps = total_steps or 0
         self.doing = "starting"
+        self.in_steps = False
         self.counted = (0, 0)
         """(done, total) of the phase under way."""
         self.history: dict[str, deque[float]] = {label: deque(maxlen=HISTORY) for label, _, _ in ROWS}
@@ -170,10 +195,12 @@ class _State:
         match event:
             case PhaseEvent():
                 self.counted = (event.done, event.total)
+                self.in_steps = self.in_steps or event.phase in STEPPING
                 count = f" {event.done}/{event.total}" if event.total else ""
                 words = DOING.get(event.phase, event.phase)
                 self.doing = f"{words}{count}" + (f": {event.detail}" if event.detail else "")
             case StepEvent():
+                self.in_steps = True
                 self._take_step(event)
             case EvalEvent():
                 # One curve: that of the first set, where there are several.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -36,8 +37,10 @@ from grpo_ray.rewards import resolve
 from grpo_ray.sample_files import read_samples
 from grpo_ray.tracking import read_metrics
 from launch.effects import tell_idle_of_pipeline
+from launch.interrupts import leaving
 from launch.jobs import exit_unless_finished, write_config
 from launch.pipeline_view import print_figures, print_plan
+from launch.program import runnable
 from launch.recipe import find_recipe, is_pipeline, tell_of_repeated
 from launch.stage_data import make_data
 
@@ -91,7 +94,11 @@ def run_pipeline(recipe: str, overrides: list[str], first: str | None, last: str
         if first is not None:
             runner.start_again(plan.builds_on(first))
         (plan.folder / RECIPE_COPY).write_text(to_yaml(plan.config), encoding="utf-8")
-        runner.run(todo)
+        again = (
+            f"what is done is in {plan.folder}; `{shlex.join(['grpo-ray', 'pipeline', recipe, *overrides])}` goes on"
+        )
+        with leaving(again):
+            runner.run(todo)
 
 
 @contextmanager
@@ -227,7 +234,7 @@ class _Runner:
 
         end = run_here(stage.spec.run, config, run.path, resume_step)
         if end.status != "finished":
-            console.print(f"go on    grpo-ray pipeline {self._command}")
+            console.print(runnable(f"go on    grpo-ray pipeline {self._command}"))
         exit_unless_finished(end)
         if stage.spec.trains:
             from launch.jobs import make_report
@@ -275,15 +282,11 @@ def _cluster(config: PipelineConfig, *, needed: bool) -> Iterator[None]:
     if not needed:
         yield
         return
-    import ray
+    from launch.follow import cluster_of
 
-    from actors.cluster import connect
-
-    connect(config)
-    try:
+    console.print("starting or joining Ray ..", style="dim")
+    with cluster_of(config):
         yield
-    finally:
-        ray.shutdown()
 
 
 def _open_run(stage: Stage, config: RunConfig | SftConfig, folder: Path) -> tuple[RunDir, int | None]:

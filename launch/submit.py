@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -11,11 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from grpo_ray.config import RunConfig, SftConfig
-from grpo_ray.config_files import to_yaml
+from grpo_ray.config_files import parse_overrides, to_yaml
 from grpo_ray.errors import ConfigError, WorkerError
 from grpo_ray.metrics import duration
 from grpo_ray.names import check_name
 from grpo_ray.scaling import SCALED, parse_counts
+from launch import interrupts
 from launch.cluster import COMMAND_S, STOPPED_EXITS, Cluster, ClusterRun
 from launch.package import stage
 from launch.recipe import SCHEMAS, find_recipe, kind_of, load_recipe, run_folder
@@ -29,8 +29,9 @@ console = Console(highlight=False, soft_wrap=True)
 def submit(
     recipe: str, overrides: list[str], address: str | None, exclude: list[str], *, wait: bool, resume: bool
 ) -> None:
-    if resume and overrides:
-        raise ConfigError(f"{overrides[0]}: a run is resumed as it was begun; leave the overrides out")
+    if resume:
+        # That they are overrides; whether the run takes them is seen where it is.
+        parse_overrides(overrides)
     config = None if resume else _resolve(recipe, overrides)
     name = check_name(Path(recipe).name if config is None else str(config.name))
     cluster = Cluster(address)
@@ -38,13 +39,14 @@ def submit(
         raise ConfigError(
             f"a run named {name} is under way on this cluster: `grpo-ray logs {name}` shows it; or choose another with name=..."
         )
-    with tempfile.TemporaryDirectory(prefix="grpo-ray-") as scratch:
-        size = stage(Path.cwd(), Path(scratch), exclude)
+    with interrupts.scratch_folder() as scratch:
+        size = stage(Path.cwd(), scratch, exclude)
         if config is not None:
-            Path(scratch, RECIPE_FILE).write_text(to_yaml(config), encoding="utf-8")
-        words = ["resume", recipe] if config is None else ["run", RECIPE_FILE]
-        job = cluster.submit(name, words, scratch)
-    again = f" --address {cluster.address}" if address else ""
+            (scratch / RECIPE_FILE).write_text(to_yaml(config), encoding="utf-8")
+        words = ["resume", recipe, *overrides] if config is None else ["run", RECIPE_FILE]
+        again = f" --address {cluster.address}" if address else ""
+        with interrupts.leaving(f"{name} may have been submitted: grpo-ray status {name}{again} says whether it was"):
+            job = cluster.submit(name, words, str(scratch))
     console.print(
         f"submitted {name} as job {job} ({size / 1e6:.1f} MB of this folder); see it again: grpo-ray logs {name}{again}"
     )
@@ -85,7 +87,8 @@ def stop(run: str, address: str | None, *, now: bool) -> None:
     found = cluster.find(run)
     if not found.is_live:
         raise ConfigError(f"{run} is not under way: it is {found.state}")
-    cluster.command(["stop", run, *(["--now"] if now else [])], found, _tell, COMMAND_S)
+    with interrupts.leaving(f"{run} may have been told to stop: grpo-ray status {run} says what becomes of it"):
+        cluster.command(["stop", run, *(["--now"] if now else [])], found, _tell, COMMAND_S)
 
 
 def scale(run: str, words: list[str], address: str | None) -> None:
@@ -94,18 +97,20 @@ def scale(run: str, words: list[str], address: str | None) -> None:
     found = cluster.find(run)
     if not found.is_live:
         raise ConfigError(f"{run} is not under way: it is {found.state}")
-    cluster.command(["scale", run, *words], found, _tell, COMMAND_S)
+    with interrupts.leaving(f"{run} may have been told to scale: grpo-ray status {run} says how many workers it has"):
+        cluster.command(["scale", run, *words], found, _tell, COMMAND_S)
 
 
 def _follow(cluster: Cluster, run: ClusterRun, again: str) -> None:
     """To the end of the run. Raises WorkerError for one that failed, SystemExit with a signal's code for one that was stopped."""
     try:
-        if run.job_id is not None:
-            cluster.follow(run.job_id, _tell)
-        now = cluster.find(run.name)
-        if now.state == "running alone" or now.job_id is None:
-            cluster.command(["attach", run.name], now, _tell)
-            return
+        with interrupts.as_exceptions():
+            if run.job_id is not None:
+                cluster.follow(run.job_id, _tell)
+            now = cluster.find(run.name)
+            if now.state == "running alone" or now.job_id is None:
+                cluster.command(["attach", run.name], now, _tell)
+                return
     except KeyboardInterrupt:
         console.print(
             f"\n{run.name} goes on without this window: grpo-ray logs {run.name}{again} shows it, grpo-ray stop {run.name}{again} "

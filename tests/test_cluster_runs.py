@@ -182,7 +182,7 @@ def grpo_ray(place: Path, *args: str, **env: str) -> subprocess.CompletedProcess
         (["submit", "recipe.yaml", "learner.zero_stge=1", "--address", "x:1"], 2, "did you mean learner.zero_stage?"),
         (["submit", "recipe.yaml", "name=a b", "--address", "x:1"], 2, "name 'a b' can't be used"),
         (["submit", "smok", "--address", "x:1"], 2, "did you mean smoke"),
-        (["submit", "--resume", "a", "seed=2", "--address", "x:1"], 2, "a run is resumed as it was begun"),
+        (["submit", "--resume", "a", "seed", "--address", "x:1"], 2, "is not of the form key=value"),
         (["job", "stop", "a;b"], 2, "the run's name 'a;b' can't be used"),
         (["job", "stop", "a"], 1, "this command runs inside a Ray job"),
     ],

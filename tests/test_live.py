@@ -51,8 +51,41 @@ def drawn(width: int, *events: Event) -> list[str]:
     return text.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
 
-def test_a_log_gets_one_aligned_line_a_step() -> None:
-    lines = plain(*[step(n) for n in (1, 2, 12)])
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What time it is for the live view, in its only entry."""
+    now = [1000.0]
+    monkeypatch.setattr("launch.live.time.monotonic", lambda: now[0])
+    return now
+
+
+def test_steps_of_a_moment_share_a_line_and_the_last_one_has_its_own(clock: list[float]) -> None:
+    out = io.StringIO()
+    with LiveView(600, console=Console(file=out, width=80, force_terminal=False)) as view:
+        for number in range(1, 451):
+            clock[0] += 0.125
+            view.handle(step(number, 600))
+        view.handle(EndEvent("SIGINT", ""))
+    numbers = [int(line.split()[1].partition("/")[0]) for line in out.getvalue().splitlines()[:-1]]
+    assert numbers == [1, 81, 161, 241, 321, 401, 450]
+
+
+def test_steps_of_ten_seconds_have_a_line_each(clock: list[float]) -> None:
+    out = io.StringIO()
+    with LiveView(12, console=Console(file=out, width=80, force_terminal=False)) as view:
+        for number in range(1, 13):
+            clock[0] += 10.0
+            view.handle(step(number))
+    assert len(out.getvalue().splitlines()) == 12
+
+
+def test_a_log_gets_aligned_lines(clock: list[float]) -> None:
+    out = io.StringIO()
+    with LiveView(12, console=Console(file=out, width=80, force_terminal=False)) as view:
+        for number in (1, 2, 12):
+            view.handle(step(number))
+            clock[0] += 10.0
+    lines = out.getvalue().splitlines()
     assert lines[0] == (
         "step  1/12  reward  0.100  length   60.2  tok/s   3054  grad      0.5  mismatch 1.3e-06  sec   2.00  left 22s"
     )
@@ -103,7 +136,8 @@ def test_a_log_gets_start_up_evaluation_checkpoint_and_end() -> None:
         "2 groups will be sampled again",
     ]
     assert re.fullmatch(r"finished after \d\.\ds", lines[7])
-    assert re.fullmatch(r"failed after \d\.\ds: or raise it", lines[8])
+    # Why is told by the error that follows.
+    assert re.fullmatch(r"failed after \d\.\ds", lines[8])
     assert len(lines) == 9
 
 
@@ -125,7 +159,7 @@ def test_what_a_model_wrote_commands_no_terminal(terminal: bool) -> None:
 
 def test_the_time_left_is_the_median_step_times_the_steps_left() -> None:
     slow = [step(1), step(2), step(3, **{"time/step": 500.0})]
-    assert plain(*slow)[-1].endswith("left 18s")
+    assert plain(*slow, EndEvent("finished", ""))[-2].endswith("left 18s")
     assert step_line(step(12), None).endswith("sec   2.00")
 
 
@@ -136,7 +170,8 @@ def test_a_step_without_its_seconds_is_timed_by_its_arrival() -> None:
         view.handle(events[0])
         time.sleep(0.2)
         view.handle(events[1])
-    first, second = out.getvalue().splitlines()
+        view.handle(EndEvent("finished", ""))
+    first, second, _ = out.getvalue().splitlines()
     assert first == "step  1/12  loss  2.5000"
     left = re.fullmatch(r"step  2/12  loss  2\.5000  left (\d+\.\d)s", second)
     assert left

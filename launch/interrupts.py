@@ -1,0 +1,191 @@
+"""What Ctrl-C and SIGTERM do, at every moment of a command: it ends at once, with 130 or 143 and one line on what is left.
+
+The first signal runs the endings that are open, the innermost first, says the line of the innermost that has one, and leaves
+without unwinding: an exception out of a signal handler would come up anywhere, inside of an import too, where some library turns
+it into another error. Little is imported here and nothing that takes time, since the command line begins with this module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LIMIT_S = 10.0
+"""Endings that take longer are given up."""
+BEFORE = "nothing was begun, and nothing is changed"
+SHOW_CURSOR = b"\x1b[?25h"
+
+
+class _Open(NamedTuple):
+    line: Callable[[], str] | None
+    end: Callable[[], None] | None
+
+
+_open: list[_Open] = []
+_owner = 0
+"""The process that these are about; one that it forks is not."""
+
+
+def install() -> None:
+    """From now on. Also where SIGINT was ignored, as in the background of a script: `kill -INT` is how such a run is stopped."""
+    global _owner
+    _owner = os.getpid()
+    for number in SIGNALS:
+        signal.signal(number, _on_signal)
+
+
+@contextlib.contextmanager
+def leaving(line: str | Callable[[], str] | None = None, end: Callable[[], None] | None = None) -> Iterator[None]:
+    """While this is open, what a signal does.
+
+    Args:
+        line: what is left and how to go on, asked for after the endings. None: what the one around it says.
+        end: ends or removes what must not stay.
+    """
+    entry = _Open((lambda: line) if isinstance(line, str) else line, end)
+    _open.append(entry)
+    try:
+        yield
+    finally:
+        _open.remove(entry)
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder that a signal removes too."""
+    import shutil
+    import tempfile
+    from pathlib import Path
+
+    with (
+        tempfile.TemporaryDirectory(prefix="grpo-ray-") as name,
+        leaving(end=lambda: shutil.rmtree(name, ignore_errors=True)),
+    ):
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def as_exceptions() -> Iterator[None]:
+    """For code that catches them: SIGINT raises KeyboardInterrupt, SIGTERM SystemExit(143); a second signal ends at once."""
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    before = {number: signal.signal(number, on_signal) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Nobody else sets handlers of these signals meanwhile: Ray's for SIGTERM ends its process in silence, and by another code."""
+    setting = signal.signal
+
+    def signal_(number: int, handler: Any) -> Any:
+        return signal.getsignal(number) if number in SIGNALS else setting(number, handler)
+
+    signal.signal = signal_  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        signal.signal = setting
+
+
+def end_now(number: int) -> NoReturn:
+    """End this process as a signal does."""
+    import threading
+
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    code = 128 + number
+    name = signal.Signals(number).name
+    late = threading.Timer(LIMIT_S, _give_up, (code, name))
+    late.daemon = True
+    late.start()
+    line = BEFORE
+    entries = list(reversed(_open))
+    for entry in entries:
+        if entry.end is not None:
+            with contextlib.suppress(Exception):
+                entry.end()
+    end_descendants()
+    for entry in entries:
+        if entry.line is not None:
+            try:
+                line = entry.line()
+            except Exception as e:
+                line = f"what is left can't be told ({e})"
+            break
+    _say(f"{name}: {line}")
+    _exit(code)
+
+
+def end_descendants() -> None:
+    """All processes that this one has started, and what they started; also their temporary folders."""
+    if "psutil" not in sys.modules and not _has_children():
+        return
+    import shutil
+    import tempfile
+    from pathlib import Path
+
+    import psutil
+
+    found = psutil.Process().children(recursive=True)
+    for process in found:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(found, timeout=2.0)
+    for process in found:
+        for folder in Path(tempfile.gettempdir()).glob(f"grpo-ray-*-{process.pid}-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _has_children() -> bool:
+    try:
+        for task in os.listdir("/proc/self/task"):
+            with open(f"/proc/self/task/{task}/children") as file:
+                if file.read().strip():
+                    return True
+    except OSError:
+        return True
+    return False
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    if os.getpid() != _owner:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        return
+    end_now(number)
+
+
+def _give_up(code: int, name: str) -> None:
+    _say(f"{name}: ended before everything was tidied up")
+    _exit(code)
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        if os.isatty(1):
+            os.write(1, SHOW_CURSOR + b"\n")
+        os.write(2, f"{line}\n".encode(errors="replace"))
+
+
+def _exit(code: int) -> NoReturn:
+    os._exit(code)

@@ -1,0 +1,64 @@
+"""What is left of a run that has ended before its time, in one line, and how to go on: as its folder is at that moment."""
+
+from __future__ import annotations
+
+import shutil
+
+from grpo_ray.checkpoint import RunDir
+from grpo_ray.checkpoint_store import is_url
+from grpo_ray.records import last_step
+
+
+def remove_if_nothing_happened(run: RunDir) -> None:
+    """A run that ended before its first step leaves its logs and nothing else: its name is free again."""
+    if run.steps() or run.metrics.exists() or not run.path.is_dir():
+        return
+    for entry in run.path.iterdir():
+        if entry.name == RunDir.LOGS:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+    if not any(run.path.iterdir()):
+        run.path.rmdir()
+
+
+def left_of(run: RunDir, command: str) -> str:
+    """
+    Args:
+        command: what began the run.
+    """
+    if not run.config.is_file():
+        there = (
+            f"of the run only {run.path}/{RunDir.LOGS} is left" if run.path.is_dir() else "nothing is left of the run"
+        )
+        return f"nothing was trained, and {there}; `{command}` begins again"
+    again = f"`grpo-ray resume {run.path}`"
+    recorded = last_step(run)
+    if is_url(run.store.url):
+        # Not asked for here: a store that does not answer would hold up the end.
+        return f"{again} goes on from the newest checkpoint in {run.store.url}; {recorded} steps are recorded"
+    steps = run.steps()
+    if not steps:
+        return (
+            f"there is no checkpoint yet; {again} begins from the start"
+            if not recorded
+            else (f"{recorded} steps are recorded, and there is no checkpoint in {run.store.url} to go on from")
+        )
+    again_from = f"{again} goes on after step {steps[-1]}"
+    if recorded > steps[-1]:
+        return f"{again_from}, its newest checkpoint, and does {_steps(steps[-1] + 1, recorded)} again"
+    return again_from
+
+
+def _steps(first: int, last: int) -> str:
+    return f"step {first}" if first == last else f"steps {first} to {last}"
+
+
+def left_of_samples(run: RunDir, command: str) -> str:
+    files = len(list(run.samples.glob("*.parquet"))) if run.samples.is_dir() else 0
+    if not run.config.is_file():
+        return f"nothing was sampled and nothing is left; `{command}` begins again"
+    kept = f"{files} finished file{'s' * (files != 1)} of samples {'are' if files != 1 else 'is'} in {run.samples}"
+    return f"{kept}; `grpo-ray resume {run.path}` makes the rest"
