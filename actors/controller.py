@@ -21,10 +21,11 @@ from typing import Any
 
 import ray
 
-from actors.cluster import controller_name, has_gpus, shares_devices
+from actors.cluster import has_gpus, shares_devices
+from actors.controller_start import LOG_NAME
 from actors.notices import heed, watch_notices
 from actors.ray_metrics import RayMetrics
-from actors.runtime import NO_RECORDS, give_way, own_log, settle_garbage_collector, within
+from actors.runtime import give_way, settle_garbage_collector, within
 from actors.scaler import RunScaler
 from actors.workers import Started, Workers
 from grpo_ray.attention import cpu_has_bf16
@@ -60,52 +61,12 @@ from grpo_ray.tracking import make_trackers, read_metrics
 from grpo_ray.train_loop import Roles, TrainLoop
 from grpo_ray.types import Group, Sample, TrainBatch
 
-LOG_NAME = "controller"
 KEEP_MESSAGES = ("grpo", "sft", "dpo", "reward_model")
 """Kinds of run that have a report of their own."""
 START_AGAIN_S, LONGEST_WAIT_S = 2.0, 16.0
 """Between two starts of learners, at first and at most."""
 LINGER_S = 30.0
 """How long a controller whose run has ended waits for someone to read that, before it goes."""
-
-
-def start_controller(
-    kind: str,
-    config: RunConfig | SftConfig,
-    run_dir: Path,
-    resume_step: int | None,
-    *,
-    needs: Sequence[ColumnNeeds] = (),
-    detached: bool = False,
-) -> Any:
-    """The handle of a new controller for this run, on this node. It does nothing before `run`.
-
-    Args:
-        needs: what the rewards take from the data.
-        detached: it, and all that it starts, outlives this process.
-
-    Raises:
-        ConfigError: a run of this name is under way on the cluster.
-    """
-    run = run_name(run_dir)
-    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-        ray.get_runtime_context().get_node_id(), soft=False
-    )
-    actor = ray.remote(Controller).options(
-        name=controller_name(run),
-        lifetime="detached" if detached else None,
-        num_cpus=0,
-        scheduling_strategy=here,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}},
-        **NO_RECORDS,
-    )
-    try:
-        return actor.remote(kind, config, str(run_dir.resolve()), resume_step, needs)
-    except ValueError:
-        raise ConfigError(
-            f"a run named {run} is under way on this cluster: `grpo-ray logs {run}` shows it, `grpo-ray stop {run}` ends it; or "
-            "choose another name with name=..."
-        ) from None
 
 
 class Controller:
@@ -119,7 +80,6 @@ class Controller:
         resume_step: int | None,
         needs: Sequence[ColumnNeeds] = (),
     ) -> None:
-        own_log(run_dir, LOG_NAME)
         give_way()
         self._kind = kind
         self._config: Strict = config

@@ -113,9 +113,6 @@ class Cluster:
         Raises:
             ResourceError: nothing answers there, or it does not take our token.
         """
-        import ray
-        from ray.job_submission import JobSubmissionClient
-
         where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
         if not where:
             raise ResourceError(
@@ -125,6 +122,9 @@ class Cluster:
         self.address = complete(where)
         check_reachable(self.address)
         check_token()
+        import ray
+        from ray.job_submission import JobSubmissionClient
+
         # Ray lets the environment win over the argument.
         os.environ["RAY_API_SERVER_ADDRESS"] = self.address
         logging.getLogger("ray").setLevel(logging.WARNING)

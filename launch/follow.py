@@ -13,7 +13,6 @@ from typing import Any
 
 from actors.cluster import OnCluster, await_free, await_resources, connect, demands, has_gpus, joins
 from actors.colocated import check_colocated
-from actors.runtime import log_tail
 from grpo_ray.config import RunConfig, SftConfig
 from grpo_ray.errors import WorkerError
 from grpo_ray.events import EndEvent, PhaseEvent
@@ -90,8 +89,7 @@ def run_here(
     view.handle(PhaseEvent("cluster", "waiting for what the workers ask for"))
     asyncio.run(await_resources(wanted, config.deadlines.resources_s))
     asyncio.run(await_free(wanted, FREE_S))
-    view.handle(PhaseEvent("controller", "importing torch and Transformers"))
-    from actors.controller import start_controller
+    from actors.controller_start import start_controller
 
     # Here, where the functions can be imported; the controller has the data.
     needs = column_needs(config.reward) if isinstance(config, RunConfig) and kind != "replay" else ()
@@ -99,6 +97,7 @@ def run_here(
     try:
         with _signals_to(controller, view, joined=joins(config)):
             finished = controller.run.remote()
+            view.handle(PhaseEvent("controller", "importing torch and Transformers"))
             end = follow_events(controller, view, run_dir)
             ray.get(finished, timeout=SILENCE_S)
             return end
@@ -113,6 +112,8 @@ def follow_events(controller: Any, view: LiveView, run_dir: Path) -> EndEvent:
         WorkerError: it died, or does not answer.
     """
     import ray
+
+    from actors.runtime import log_tail
 
     seen = 0
     while True:
