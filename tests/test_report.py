@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -362,3 +364,51 @@ def test_the_middle_step_is_the_one_nearest_to_half_way() -> None:
     assert first_middle_last([4]) == [4]
     assert first_middle_last([1, 2]) == [1, 2]
     assert first_middle_last([1, 2, 3, 30, 60]) == [1, 30, 60]
+
+
+PHONE = "<style>body { width: 390px }</style>"
+MEASURE = """
+<script>
+addEventListener("load", () => setTimeout(() => {
+  const box = (e) => e.getBoundingClientRect();
+  const meet = (a, b) => a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1;
+  const found = [...document.querySelectorAll(".plot")].map((plot) => {
+    const legends = [plot.querySelector("g.legend"), plot.previousElementSibling].filter((e) => e?.matches(".legend"));
+    const drawn = [...plot.querySelectorAll(".barlayer .point path, .scatterlayer .js-line")];
+    const wide = Math.max(...drawn.map((d) => box(d).right)) - box(plot).left;
+    return { id: plot.id, legends: legends.length, drawn: drawn.length, wide: wide,
+             covered: legends.some((l) => drawn.some((d) => meet(box(l), box(d)))) };
+  });
+  document.body.replaceChildren(JSON.stringify(found));
+}, 500));
+</script>
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser")
+def test_no_legend_covers_what_is_drawn_on_a_phone(tmp_path: Path) -> None:
+    many = {f"reward/a_function_of_a_long_name_{i}/mean": i / 10 for i in range(5)}
+    trace_steps(tmp_path, 5)
+    log_steps(tmp_path, 5, many)
+    page = write_report(tmp_path)
+    head, end_of_title, rest = page.read_text().partition("</title>")
+    body, end_of_body, after = rest.rpartition("</body>")
+    page.write_text(head + end_of_title + PHONE + body + MEASURE + end_of_body + after)
+    options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    command = [
+        "chromium",
+        *options.split(),
+        "--disable-component-update",
+        "--disable-sync",
+        "--virtual-time-budget=5000",
+    ]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    charts = json.loads(dom.partition("<body>")[2].partition("</body>")[0])
+    assert {"chart-timeline", "chart-time"} <= {chart["id"] for chart in charts}
+    assert sum(chart["legends"] for chart in charts) >= 3
+    for chart in charts:
+        assert chart["drawn"] > 0
+        assert not chart["covered"], chart
+        assert chart["wide"] <= 390, chart
