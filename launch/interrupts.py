@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LIMIT_S = 10.0
 """Endings that take longer are given up."""
+GONE_S = 3.0
+"""From the order to kill a process to its end."""
 BEFORE = "nothing was begun, and nothing is changed"
 SHOW_CURSOR = b"\x1b[?25h"
 
@@ -140,6 +142,7 @@ def end_descendants() -> None:
         return
     import shutil
     import tempfile
+    import time
     from pathlib import Path
 
     import psutil
@@ -148,10 +151,22 @@ def end_descendants() -> None:
     for process in found:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(found, timeout=2.0)
+    give_up = time.monotonic() + GONE_S
+    while time.monotonic() < give_up and any(_is_alive(process) for process in found):
+        time.sleep(0.02)
     for process in found:
         for folder in Path(tempfile.gettempdir()).glob(f"grpo-ray-*-{process.pid}-*"):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(process: Any) -> bool:
+    """What is dead and was not asked for by its parent, which may be dead too, is gone."""
+    import psutil
+
+    try:
+        return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.Error:
+        return False
 
 
 def _has_children() -> bool:
