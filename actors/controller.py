@@ -24,6 +24,7 @@ import ray
 from actors.cluster import has_gpus, shares_devices
 from actors.controller_start import LOG_NAME
 from actors.notices import heed, watch_notices
+from actors.owner import controller_of, folders_of
 from actors.ray_metrics import RayMetrics
 from actors.runtime import give_way, settle_garbage_collector, within
 from actors.scaler import RunScaler
@@ -43,6 +44,7 @@ from grpo_ray.manifest import digest_of
 from grpo_ray.messages import MessageLog
 from grpo_ray.models import context_length, load_config, load_tokenizer, prepare_model
 from grpo_ray.names import check_name, run_name
+from grpo_ray.ownership import holding
 from grpo_ray.prompts import PromptSets, load_prompts
 from grpo_ray.records import last_step, set_aside
 from grpo_ray.replay import TOLERANCE, compare, parts_of, read_batch
@@ -79,6 +81,7 @@ class Controller:
         run_dir: str,
         resume_step: int | None,
         needs: Sequence[ColumnNeeds] = (),
+        detached: bool = False,
     ) -> None:
         give_way()
         self._kind = kind
@@ -86,6 +89,8 @@ class Controller:
         self._run = RunDir(Path(run_dir), config.checkpoint.path)
         self._resume_step = resume_step
         self._needs = needs
+        self._detached = detached
+        self._lost: str | None = None
         self._events = EventLog()
         self._messages = MessageLog(self._run.path) if kind in KEEP_MESSAGES else None
         self._news = asyncio.Event()
@@ -96,12 +101,12 @@ class Controller:
 
     async def run(self) -> None:
         """The whole run. How it ended is the last event; this never raises."""
-        self._work = asyncio.create_task(self._run_kind())
+        self._work = asyncio.create_task(self._alone())
         try:
             reason = await self._work
             end = EndEvent(reason, "")
         except asyncio.CancelledError:
-            end = EndEvent(self._stop_reason or "cancelled", "")
+            end = EndEvent("failed", self._lost) if self._lost else EndEvent(self._stop_reason or "cancelled", "")
         except BaseException as e:
             end = EndEvent("failed", hide_secrets(_message(e)))
             print(hide_secrets(traceback.format_exc()), file=sys.stderr, flush=True)
@@ -178,6 +183,31 @@ class Controller:
 
     def _warn(self, text: str) -> None:
         self._emit(MessageEvent("warning", text))
+
+    async def _alone(self) -> str:
+        """The run, while nobody else writes in its folders. To them this writes nothing when somebody does."""
+        messages, self._messages = self._messages, None
+        here = asyncio.get_running_loop()
+
+        def tell(text: str) -> None:
+            here.call_soon_threadsafe(self._warn, text)
+
+        def lose(reason: str) -> None:
+            here.call_soon_threadsafe(self._lose, reason)
+
+        me = controller_of(run_name(self._run.path), self._kind, detached=self._detached)
+        held = holding(folders_of(self._run, self._kind), me, tell, lose)
+        await asyncio.to_thread(held.__enter__)
+        self._messages = messages
+        try:
+            return await self._run_kind()
+        finally:
+            await asyncio.to_thread(held.__exit__, None, None, None)
+
+    def _lose(self, reason: str) -> None:
+        self._lost, self._messages = reason, None
+        if self._work is not None:
+            self._work.cancel()
 
     async def _run_kind(self) -> str:
         match self._config, self._kind:

@@ -52,7 +52,7 @@ def start_controller(
         **NO_RECORDS,
     )
     try:
-        return actor.remote(kind, config, str(run_dir.resolve()), resume_step, needs)
+        return actor.remote(kind, config, str(run_dir.resolve()), resume_step, needs, detached)
     except ValueError:
         raise ConfigError(
             f"a run named {run} is under way on this cluster: `grpo-ray logs {run}` shows it, `grpo-ray stop {run}` ends it; or "
@@ -70,11 +70,12 @@ class Controller:
         run_dir: str,
         resume_step: int | None,
         needs: Sequence[ColumnNeeds] = (),
+        detached: bool = False,
     ) -> None:
         own_log(run_dir, LOG_NAME)
         from actors import controller
 
-        self._controller = controller.Controller(kind, config, run_dir, resume_step, needs)
+        self._controller = controller.Controller(kind, config, run_dir, resume_step, needs, detached)
 
     async def run(self) -> None:
         await self._controller.run()

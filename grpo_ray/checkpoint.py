@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from grpo_ray import ownership
 from grpo_ray.checkpoint_store import Place, Store, is_url
 from grpo_ray.errors import CheckpointError, ConfigError
 
@@ -31,11 +32,13 @@ class RunDir:
     checkpoint_path: str | None = None
     """checkpoint.path: a folder or URL in which each run has one of its name. None: `checkpoints/` of the run."""
     LOGS: ClassVar[str] = "logs"
+    NO_RUN: ClassVar[tuple[str, ...]] = (LOGS, ownership.FOLDER)
+    """What is left of a start that failed, and what a start begins with."""
 
     @classmethod
     def create(cls, path: Path) -> RunDir:
         """Raises ConfigError when the name is taken: runs are never overwritten. Logs of a start that failed are no run."""
-        if path.exists() and any(entry.name != cls.LOGS for entry in path.iterdir()):
+        if path.exists() and any(entry.name not in cls.NO_RUN for entry in path.iterdir()):
             raise ConfigError(
                 f"run {path} exists already; continue it with `grpo-ray resume {path}` (on a cluster "
                 f"`grpo-ray submit --resume {path.name}`), or choose another with name=..."

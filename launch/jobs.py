@@ -22,7 +22,7 @@ from grpo_ray.records import step_to_resume
 from launch.code_folder import use_code_of
 from launch.effects import check_effects
 from launch.interrupts import leaving
-from launch.left import left_of, left_of_samples, remove_if_nothing_happened
+from launch.left import left_of, left_of_samples, owned, remove_if_nothing_happened
 from launch.program import runnable
 from launch.recipe import COMMANDS, SCHEMAS, kind_of, load_recipe, load_run_config, run_folder, with_own
 from launch.resumed import about_schedule, changed_config, check_length, record_changes
@@ -60,8 +60,8 @@ def _start(kind: str, recipe: str, overrides: list[str], shipped: bool) -> Path:
     check_effects(config, COMMANDS[kind], overrides)
     command = shlex.join(["grpo-ray", COMMANDS[kind], recipe, *overrides])
     run = RunDir(folder).with_checkpoints(config.checkpoint.path)
-    made = RunDir.create(folder)
-    with leaving(lambda: left_of(run, command), lambda: remove_if_nothing_happened(run)):
+    with owned(folder), leaving(lambda: left_of(run, command), lambda: remove_if_nothing_happened(run)):
+        made = RunDir.create(folder)
         if run.steps():
             raise ConfigError(
                 f"{run.store.url} holds checkpoints of another run of this name; choose another with name=..., or remove them"
@@ -81,18 +81,19 @@ def start_sample(recipe: str, overrides: list[str]) -> Path:
     check_effects(config, "sample", overrides)
     folder = run_folder(config, recipe)
     command = shlex.join(["grpo-ray", "sample", recipe, *overrides])
-    if RunDir(folder).samples.is_dir():
-        run = RunDir.open(folder)
-        console.print(f"going on with {run.path}")
-    else:
-        from launch.check import preflight
+    with owned(folder):
+        if RunDir(folder).samples.is_dir():
+            run = RunDir.open(folder)
+            console.print(f"going on with {run.path}")
+        else:
+            from launch.check import preflight
 
-        preflight(config)
-        run = RunDir.create(folder)
-        write_config(run, config)
-        run.samples.mkdir()
-    with leaving(lambda: left_of_samples(run, command)):
-        _finish_samples(run, _run("sample", config, run, None))
+            preflight(config)
+            run = RunDir.create(folder)
+            write_config(run, config)
+            run.samples.mkdir()
+        with leaving(lambda: left_of_samples(run, command)):
+            _finish_samples(run, _run("sample", config, run, None))
     return folder
 
 
@@ -109,12 +110,17 @@ def resume_run(path: Path, overrides: Sequence[str] = ()) -> None:
         overrides: options that are other from here on, see `launch.resumed`.
     """
     run = RunDir.open(path)
+    with owned(path):
+        _resume(run, overrides)
+
+
+def _resume(run: RunDir, overrides: Sequence[str]) -> None:
     if run.samples.is_dir():
         if overrides:
             raise ConfigError(f"{overrides[0]}: samples are made as they were begun; leave the overrides out")
         of_samples = load_run_config(RunConfig, run.config)
         use_code_of(of_samples)
-        with leaving(lambda: left_of_samples(run, f"grpo-ray resume {path}")):
+        with leaving(lambda: left_of_samples(run, f"grpo-ray resume {run.path}")):
             _finish_samples(run, _run("sample", of_samples, run, None))
         return
     kind = kind_of(run.config)
@@ -143,7 +149,7 @@ def resume_run(path: Path, overrides: Sequence[str] = ()) -> None:
             else "from its beginning: it has no checkpoint yet, and has recorded no step"
         )
     )
-    with leaving(lambda: left_of(run, f"grpo-ray resume {path}")):
+    with leaving(lambda: left_of(run, f"grpo-ray resume {run.path}")):
         _finish(run, _run(kind, config, run, step))
 
 

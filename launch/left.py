@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import is_url
+from grpo_ray.ownership import commanded
 from grpo_ray.records import last_step
+from launch.interrupts import leaving
+
+
+@contextlib.contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """This command alone writes in a run's folder, see `grpo_ray.ownership`; what stays empty goes, after a signal too."""
+    with commanded(folder) as command:
+
+        def release() -> None:
+            command.release()
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+        with leaving(end=release):
+            try:
+                yield
+            finally:
+                release()
 
 
 def remove_if_nothing_happened(run: RunDir) -> None:
@@ -14,7 +36,7 @@ def remove_if_nothing_happened(run: RunDir) -> None:
     if run.steps() or run.metrics.exists() or not run.path.is_dir():
         return
     for entry in run.path.iterdir():
-        if entry.name == RunDir.LOGS:
+        if entry.name in RunDir.NO_RUN:
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)

@@ -5,12 +5,11 @@ plan -> for each stage: inputs unchanged? -> run, or go on with it -> measure ->
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from grpo_ray.evaluate import accuracy_name
 from grpo_ray.filters.config import MixConfig, PairsConfig, PromptsConfig
 from grpo_ray.manifest import digest_of
 from grpo_ray.names import check_name
+from grpo_ray.ownership import commanded
 from grpo_ray.pipeline.config import PipelineConfig
 from grpo_ray.pipeline.gates import figures_of, judge
 from grpo_ray.pipeline.measure import measure
@@ -83,13 +83,12 @@ def run_pipeline(recipe: str, overrides: list[str], first: str | None, last: str
     for name in (first, last):
         if name is not None:
             plan.stage(name)
-    record = Record.open(plan.folder)
-    todo = _to_run(plan, record, first, last)
-    print_plan(plan, record, todo)
-    if dry_run:
-        return
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    with _alone(plan.folder):
+    with nullcontext() if dry_run else commanded(plan.folder):
+        record = Record.open(plan.folder)
+        todo = _to_run(plan, record, first, last)
+        print_plan(plan, record, todo)
+        if dry_run:
+            return
         runner = _Runner(plan, record, " ".join([recipe, *overrides]))
         if first is not None:
             runner.start_again(plan.builds_on(first))
@@ -99,19 +98,6 @@ def run_pipeline(recipe: str, overrides: list[str], first: str | None, last: str
         )
         with leaving(again):
             runner.run(todo)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Raises ConfigError while another process runs this pipeline; a killed one leaves no lock behind."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{folder} is being run by another process; wait for it, or choose another name=..."
-            ) from None
-        yield
 
 
 def _to_run(plan: Plan, record: Record, first: str | None, last: str | None) -> list[Stage]:
@@ -139,8 +125,6 @@ def _to_run(plan: Plan, record: Record, first: str | None, last: str | None) -> 
 
 def _set_aside(folder: Path) -> None:
     """A run is never overwritten: what a stage made before keeps its files under another name."""
-    if not folder.exists():
-        return
     number = 1
     while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1
@@ -158,7 +142,10 @@ class _Runner:
         for name in names:
             self._inputs(self._plan.stage(name), but=names)
         for name in names:
-            _set_aside(self._plan.folder_of(name))
+            if (folder := self._plan.folder_of(name)).exists():
+                with commanded(folder):
+                    pass
+                _set_aside(folder)
             self._record.forget(name)
 
     def run(self, stages: list[Stage]) -> None:
@@ -229,17 +216,19 @@ class _Runner:
             return asdict(make_data(config, folder / stage.spec.outputs["data"]))
         assert isinstance(config, RunConfig | SftConfig)
         assert stage.spec.run is not None
-        run, resume_step = _open_run(stage, config, folder)
         from launch.follow import run_here
+        from launch.jobs import make_report
 
-        end = run_here(stage.spec.run, config, run.path, resume_step)
-        if end.status != "finished":
-            console.print(runnable(f"go on    grpo-ray pipeline {self._command}"))
-        exit_unless_finished(end)
-        if stage.spec.trains:
-            from launch.jobs import make_report
+        with commanded(folder):
+            run, resume_step = _open_run(stage, config, folder)
+            end = run_here(stage.spec.run, config, run.path, resume_step)
+            if end.status != "finished":
+                console.print(runnable(f"go on    grpo-ray pipeline {self._command}"))
+            exit_unless_finished(end)
+            if stage.spec.trains:
+                from launch.jobs import make_report
 
-            make_report(run)
+                make_report(run)
         return {}
 
     def _metrics(self, stage: Stage, config: Strict, folder: Path, details: dict[str, Any]) -> dict[str, float]:

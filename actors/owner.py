@@ -1,0 +1,31 @@
+"""The controller as the owner of its run's folders, see `grpo_ray.ownership`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from grpo_ray.checkpoint import RunDir
+from grpo_ray.checkpoint_store import is_url
+from grpo_ray.ownership import Owner, describe
+
+WRITERS = {"grpo": "train", "sft": "sft", "dpo": "dpo", "reward_model": "reward-model", "sample": "sample"}
+"""Kinds of run that write in their folder, and their commands. The others leave logs there."""
+
+
+def folders_of(run: RunDir, kind: str) -> list[Path]:
+    """In which nobody else may write: of two runs of one name and one `checkpoint.path` the second would clear away what the first
+    saves. In object stores nothing can be held."""
+    if kind not in WRITERS:
+        return []
+    store = run.store.url
+    return [run.path] if run.checkpoint_path is None or is_url(store) else [run.path, Path(store)]
+
+
+def controller_of(name: str, kind: str, *, detached: bool) -> Owner:
+    """This process, which is that controller."""
+    if detached:
+        end = f"`grpo-ray logs {name}` shows it, `grpo-ray stop {name}` ends it"
+    else:
+        end = f"it ends by itself without the command that started it, or by `kill {os.getpid()}` there"
+    return describe(f"a run of `grpo-ray {WRITERS.get(kind, kind)}`", end, ends_with_command=not detached)
