@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from grpo_ray.config_aliases import called_here, suggestion
 from grpo_ray.config_base import Strict
 from grpo_ray.config_typed import Problems, Typed, with_types
 from grpo_ray.config_yaml import dump_yaml, load_yaml, read_flow
@@ -109,7 +109,7 @@ def build(schema: type[C], data: dict[str, Any], source: str, *, keep_home: bool
     try:
         config = schema.model_validate(data, context={"keep_home": keep_home})
     except ValidationError as e:
-        lines += [_explain(schema, err) for err in e.errors() if _key_of(err) not in problems]
+        lines += [line for err in e.errors() if _key_of(err) not in problems for line in _explain(schema, err)]
     if lines:
         raise ConfigError(f"{source} can't be used:\n" + "\n".join(f"  - {line}" for line in lines))
     return config
@@ -119,22 +119,27 @@ def _key_of(err: Any) -> str:
     return ".".join(str(p) for p in err["loc"] if not str(p).startswith("<"))
 
 
-def _explain(schema: type[BaseModel], err: Any) -> str:
+def _explain(schema: type[BaseModel], err: Any) -> list[str]:
     loc = [str(p) for p in err["loc"] if not str(p).startswith("<")]
     key = ".".join(loc)
     if err["type"] == "extra_forbidden":
-        known = _fields_at(schema, loc[:-1])
-        close = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.5)
-        everywhere = [p for p in all_keys(schema) if p.rsplit(".", 1)[-1] == loc[-1]]
-        guess = everywhere[0] if everywhere else ".".join([*loc[:-1], close[0]]) if close else None
-        hint = f"did you mean {guess}?" if guess else ""
-        return f"{key}: unknown key; {hint or 'known here: ' + ', '.join(known)}"
+        known, siblings = all_keys(schema), _fields_at(schema, loc[:-1])
+        inside = [leaf for leaf in _leaves(err["input"], f"{key}.") if called_here(leaf, known)]
+        unknown = [key] if called_here(key, known) or not inside else inside
+        return [f"{k}: unknown key; {suggestion(k, known, siblings)}" for k in unknown]
     if err["type"] == "missing":
-        return f"{key}: required"
+        return [f"{key}: required"]
     message = _SHAPES.get(err["type"]) or err["msg"].removeprefix("Value error, ")
     if err["type"] == "model_type":
         message = f"a mapping is meant, {{{_fields_at(schema, loc)[0]}: ..}}"
-    return f"{key}: {message} (got {err['input']!r})" if loc and err["type"] != "value_error" else message
+    return [f"{key}: {message} (got {err['input']!r})" if loc and err["type"] != "value_error" else message]
+
+
+def _leaves(value: Any, prefix: str) -> list[str]:
+    """Dotted keys of what is in a section."""
+    if not isinstance(value, dict):
+        return [prefix[:-1]]
+    return [leaf for name, inner in value.items() for leaf in _leaves(inner, f"{prefix}{name}.")]
 
 
 _SHAPES = {"tuple_type": "a list is meant, [..]", "dict_type": "a mapping is meant, {..}"}

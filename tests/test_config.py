@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.config import DpoConfig, RewardModelConfig, RunConfig, SftConfig
+from grpo_ray.config_aliases import ALIASES, suggestion
 from grpo_ray.config_files import all_keys, build, deep_merge, load_yaml, parse_overrides, to_yaml
 from grpo_ray.errors import ConfigError
 from grpo_ray.presets import PRESETS
@@ -270,3 +271,61 @@ def test_a_kl_in_the_reward_is_the_papers_k1_unless_another_is_given(algorithm, 
     config = make(f"algorithm={algorithm}")
     assert config.algorithm.kl_estimator == estimator
     assert build(RunConfig, yaml.safe_load(to_yaml(config)), "again") == config
+
+
+ALL_KEYS = {key for schema in (RunConfig, SftConfig, DpoConfig, RewardModelConfig) for key in all_keys(schema)}
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_a_name_of_another_project_leads_to_an_option_that_is_there(name):
+    targets, _ = ALIASES[name]
+    assert set(targets) <= ALL_KEYS
+    assert name not in ALL_KEYS or targets[0] != name
+
+
+@pytest.mark.parametrize(
+    ("schema", "key", "expected"),
+    [
+        (RunConfig, "rollout.n", "rollout.n is called rollout.num_generations here"),
+        (RunConfig, "actor_rollout_ref.rollout.n", "is called rollout.num_generations here"),
+        (RunConfig, "rollout.max_tokens", "is called rollout.max_completion_length here"),
+        (RunConfig, "learner.lr", "learner.lr is called learner.learning_rate here"),
+        (RunConfig, "actor_rollout_ref.actor.optim.lr", "is called learner.learning_rate here"),
+        (RunConfig, "critic.optim.lr", "is called critic.learning_rate here"),
+        (RunConfig, "data.train_batch_size", "is called prompts_per_step here (prompts"),
+        (SftConfig, "per_device_train_batch_size", "is called examples_per_step here"),
+        (RunConfig, "algorithm.adv_estimator", "is called algorithm.advantage here (or algorithm: NAME"),
+        (RunConfig, "trainer.total_epochs", "is called num_epochs here"),
+        (RunConfig, "actor_rollout_ref.rollout.val_kwargs.n", "is called eval.num_samples here"),
+        (RunConfig, "beta", "is called algorithm.beta here"),
+        (DpoConfig, "beta", "is called dpo.beta here"),
+        (DpoConfig, "loss_type", "is called dpo.loss here"),
+        (RunConfig, "num_generations", "did you mean rollout.num_generations?"),
+        (RunConfig, "data.num_generation", "did you mean rollout.num_generations?"),
+        (RunConfig, "rollout.temprature", "did you mean rollout.temperature?"),
+        (RunConfig, "reward.temperature", "an option of this name is rollout.temperature, eval.temperature"),
+        (RunConfig, "--n_samples_per_prompt", "is called rollout.num_generations here"),
+        (RunConfig, "--micro-train-batch-size", "is called learner.micro_batch_tokens here (tokens, not samples)"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_what_it_is_called_here(schema, key, expected):
+    section = getattr(schema.model_fields.get(key.split(".")[0]), "annotation", schema)
+    siblings = list(getattr(section, "model_fields", schema.model_fields))
+    assert expected in suggestion(key, all_keys(schema), siblings)
+
+
+@pytest.mark.parametrize("key", ["rollout.xyz", "learner.gradient", "foo", "rollout.ne", "eval.k"])
+def test_what_is_like_nothing_is_not_guessed_at(key):
+    assert suggestion(key, all_keys(RunConfig), ["env", "max_actors", "num_actors"]).startswith("known here: env")
+
+
+def test_a_section_of_another_project_is_answered_key_by_key():
+    with pytest.raises(ConfigError) as told:
+        make("actor_rollout_ref.rollout.n=8", "actor_rollout_ref.actor.optim.lr=1e-6", "trainer.total_epochs=2")
+    lines = str(told.value).splitlines()[1:]
+    assert [line.split(":")[0].strip(" -") for line in lines] == [
+        "actor_rollout_ref.rollout.n",
+        "actor_rollout_ref.actor.optim.lr",
+        "trainer.total_epochs",
+    ]
+    assert all(" is called " in line for line in lines)
