@@ -29,6 +29,7 @@ from grpo_ray.lora import inject
 from grpo_ray.policy import PolicyModel
 from grpo_ray.reward_model import RewardModel
 from grpo_ray.sequence import SequenceRanks
+from grpo_ray.trainable import MAKING, why_not
 from grpo_ray.value_model import ValueModel
 
 
@@ -241,6 +242,7 @@ def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
 
     auto = AutoModelForSequenceClassification if spec.is_reward_model else AutoModelForCausalLM
     path, code = spec.model_path, spec.model.trust_remote_code
+    config: Any = None
     try:
         config = without_dropout(AutoConfig.from_pretrained(path, trust_remote_code=code))
         if spec.is_reward_model:
@@ -257,8 +259,8 @@ def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
         if spec.is_reward_model and "score.weight" in loading["missing_keys"]:
             # Random otherwise, and another on every rank.
             torch.nn.init.zeros_(hf.score.weight)
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"the learner can't load model {path}: {e}") from None
+    except MAKING as e:
+        raise ConfigError(f"the learner can't load model {path}: {why_not(e, config)}") from None
     ranks.split_heads(hf)
     if trained and spec.model.lora is not None:
         inject(hf, spec.model.lora)

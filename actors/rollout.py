@@ -22,6 +22,7 @@ from actors.engine_adapters import Adapter, AdapterOptions, EngineAdapters, lora
 from actors.runtime import give_way, own_log, own_scratch, use_nodes_interface
 from grpo_ray.config import RolloutConfig
 from grpo_ray.errors import WorkerError
+from grpo_ray.kv_cache import DEFAULT_GB, check_kv_cache, machine_memory
 from grpo_ray.models import context_length, eos_ids, load_config, vocab_size
 from grpo_ray.stops import Stops, find_stops, template_end
 from grpo_ray.types import Sample, SampleInfo, SampleRequest, SamplingParams, VersionSpan
@@ -41,7 +42,6 @@ DEATH_CHECK_S = 0.5
 SHUTDOWN_S = 2.0
 """For a core that was told to end. It aborts its requests at once and then takes its objects apart, often for longer than the pool
 waits; whatever it holds goes with its process."""
-CPU_KV_CACHE_GB = 0.25
 CPU_BATCHED_TOKENS = 2048
 SMALL_VOCABULARY = 1024
 """Up to here ranks of tokens are counted faster than the function for it is compiled (256 rows: 1 ms a step against 0.2)."""
@@ -92,9 +92,10 @@ def engine_args(
     from vllm.platforms import current_platform
 
     on_cpu = current_platform.is_cpu()
-    kv_cache_gb = config.kv_cache_gb or (CPU_KV_CACHE_GB if on_cpu else None)
+    kv_cache_gb = config.kv_cache_gb or (DEFAULT_GB if on_cpu else None)
     device: dict[str, Any] = {}
     if on_cpu:
+        check_kv_cache(config, machine_memory(), 1)
         # vLLM's CPU sampler dies of a seeded request whose prompt is prefilled in pieces, so prompts are prefilled whole. The
         # default block of 128 tokens would keep shorter prompts out of the prefix cache.
         device = {
@@ -177,7 +178,7 @@ class RolloutActor:
             adapters=adapters,
             colocated=colocated,
         )
-        if args.enforce_eager and model_config.vocab_size <= SMALL_VOCABULARY:
+        if args.enforce_eager and vocab_size(model_config) <= SMALL_VOCABULARY:
             # vLLM compiles a function of its sampler even then, for seconds in the first step, that so short rows do not need.
             os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
         self._can_sleep = bool(args.enable_sleep_mode)

@@ -156,7 +156,8 @@ class DataConfig(Strict):
     eval: EvalSources | None = None
     """One source (`eval/accuracy`), or several by name (`eval/NAME/accuracy`): `{math: {path: ..}, aime: {path: ..}}`."""
     template: HomePath = "chat"
-    """`chat` (the tokenizer's own), `raw` (the prompt as it is), `r1`, `r1_zero`, or the path of a Jinja file."""
+    """`chat` (the tokenizer's own; `chat:NAME` where it has several), `raw` (the prompt as it is), `r1`, `r1_zero`, or the path of
+    a Jinja file."""
     system: str | None = None
     """System message of prompts that have none, under a chat template: put before strings, and before conversations that begin
     without one."""

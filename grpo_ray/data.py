@@ -128,12 +128,19 @@ def _sizes(splits: Mapping[str, int]) -> str:
 
 def _existing(path: str) -> Path:
     file = Path(path).expanduser()
+    if file.is_dir():
+        inside = sorted(f.name for f in file.iterdir() if f.suffix in (".jsonl", ".ndjson", ".parquet"))
+        hint = f": name the file in it, e.g. {file / inside[0]}" if inside else " without data files in it"
+        raise DataError(f"{path} is a folder{hint}")
     if not file.is_file():
         close = []
         if file.parent.is_dir():
-            close = difflib.get_close_matches(file.name, os.listdir(file.parent), n=1)
+            files = [f.name for f in file.parent.iterdir() if not f.is_dir()]
+            close = difflib.get_close_matches(file.name, files, n=1)
         hint = f"; did you mean {file.parent / close[0]}?" if close else f" (looked from {Path.cwd()})"
         raise DataError(f"{path}: no such file{hint}")
+    if not os.access(file, os.R_OK):
+        raise DataError(f"{path} can't be read by this user")
     return file
 
 
@@ -153,6 +160,8 @@ def _jsonl(source: DataSource) -> Table:
                 ) from None
             except json.JSONDecodeError as e:
                 raise DataError(f"{source.path}, line {number}: not valid JSON: {e.msg} at column {e.colno}") from None
+            except RecursionError:
+                raise DataError(f"{source.path}, line {number}: not usable JSON: it is nested too deeply") from None
             if not isinstance(row, dict):
                 raise DataError(
                     f"{source.path}, line {number}: expected a JSON object such as "
@@ -322,11 +331,12 @@ def _lookup(row: Row, name: str, new: str, where: str) -> Any:
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr while `total` rows are worked on, if they are many and someone watches; gives `advance(rows)`."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     shown = total >= _MANY_ROWS and sys.stderr.isatty()
     with Progress(console=Console(stderr=True), transient=True, disable=not shown) as bar:
-        task = bar.add_task(what, total=total)
+        task = bar.add_task(escape(what), total=total)
         yield lambda rows: bar.advance(task, rows)
 
 

@@ -45,13 +45,3 @@ def learner_memory(
         reference=num_params * width // split[0] if reference else 0,
         logits=2 * 4 * (learner.logprob_chunk_tokens or chunk_rows(vocab_size, on_gpu=on_gpu)) * vocab_size,
     )
-
-
-def count_parameters(model_config: object) -> int:
-    """Parameters of a model of this configuration, made without memory (torch's meta device)."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
-    return sum(p.numel() for p in model.parameters())

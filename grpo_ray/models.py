@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_ray.config import ModelConfig
 from grpo_ray.errors import ConfigError
+from grpo_ray.model_files import check_model_files
 from grpo_ray.tiny import build_tiny_model
 
 if TYPE_CHECKING:
@@ -32,11 +33,12 @@ def prepare_model(config: ModelConfig, run_dir: Path) -> str:
 
 
 def check_model_path(path: str) -> None:
-    """Raises ConfigError for a folder that is not there or holds no model. Names on the hub are left to the download."""
+    """Raises ConfigError for a folder that is not there or holds no whole model. Names on the hub are left to the download."""
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ConfigError(f"model.path {path} is a folder without config.json, so no Hugging Face model")
+        check_model_files(folder)
         return
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if folder.is_file() or (looks_local and "/" in path):
@@ -68,11 +70,15 @@ def load_config(path: str, *, trust_remote_code: bool) -> Any:
 
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as e:
-        raise ConfigError(
-            f"model.path {path} can't be loaded: it is no folder here, and the hub did not give it "
-            f"({str(e).strip().splitlines()[0]})"
-        ) from None
+    # Configs check themselves, with errors of many kinds.
+    except Exception as e:
+        first_line = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        why = (
+            "Transformers makes nothing of its config.json"
+            if Path(path).is_dir()
+            else ("it is no folder here, and the hub did not give it")
+        )
+        raise ConfigError(f"model.path {path} can't be loaded: {why} ({first_line})") from None
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -80,9 +86,12 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as e:
+    # What reads tokenizer.json raises plain Exception, the library AttributeError and others where files are missing.
+    except Exception as e:
+        first_line = (str(e).strip().splitlines() or [""])[0]
         raise ConfigError(
-            f"model.path {path} has no tokenizer that can be loaded ({str(e).strip().splitlines()[0]})"
+            f"model.path {path} has no tokenizer that can be loaded ({type(e).__name__}: {first_line}); copy the tokenizer's files "
+            "(tokenizer.json, tokenizer_config.json) into its folder"
         ) from None
 
 
@@ -101,12 +110,33 @@ def eos_ids(path: str, tokenizer: Any, *, trust_remote_code: bool) -> list[int]:
 
 
 def vocab_size(model_config: Any) -> int:
-    """Rows of the output layer, at times more than the tokenizer has tokens."""
-    text = getattr(model_config, "text_config", None) or model_config
-    return int(text.vocab_size)
+    """Rows of the output layer, at times more than the tokenizer has tokens.
+
+    Raises:
+        ConfigError: the config does not say.
+    """
+    return _number(model_config, ("vocab_size",), "its vocabulary")
 
 
 def context_length(model_config: Any) -> int:
-    """Tokens that the model was made for."""
+    """Tokens that the model was made for.
+
+    Raises:
+        ConfigError: the config does not say.
+    """
+    return _number(model_config, _CONTEXT, "its context")
+
+
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
+"""What configs call it; the first one there counts."""
+
+
+def _number(model_config: Any, names: tuple[str, ...], what: str) -> int:
     text = getattr(model_config, "text_config", None) or model_config
-    return int(text.max_position_embeddings)
+    found = next((value for name in names if isinstance(value := getattr(text, name, None), int)), None)
+    if found is None:
+        raise ConfigError(
+            f"config.json of the model (model_type {getattr(text, 'model_type', '?')!r}) does not say how large {what} is: "
+            f"no {' or '.join(names[:2])}"
+        )
+    return found

@@ -27,10 +27,7 @@ class PolicyModel(nn.Module):
 
     def __init__(self, hf: nn.Module, *, chunk: int, ranks: SequenceRanks | None = None) -> None:
         super().__init__()
-        config: Any = hf.config
-        odd = [name for name in _HEAD_FEATURES if getattr(config, name, None) not in (None, 1.0)]
-        if odd:
-            raise ValueError(f"{type(hf).__name__} changes its logits ({', '.join(odd)} in its config): not supported")
+        check_head(hf)
         hf.set_output_embeddings(LogprobHead(hf.get_output_embeddings()))  # type: ignore[operator]
         self.hf = hf
         self.chunk = chunk
@@ -47,6 +44,15 @@ class PolicyModel(nn.Module):
         logp_c, entropy_c = hf.get_output_embeddings()(hidden_cH, targets, temperature, self.chunk, sets)
         logp_C, entropy_C = self.ranks.gather(own.counts, logp_c, entropy_c)
         return logp_C, entropy_C
+
+
+def check_head(hf: nn.Module) -> None:
+    """Raises ValueError: a Transformers model does something to its logits that `LogprobHead` would leave out."""
+    config: Any = hf.config
+    text = config.get_text_config()
+    odd = [n for n in _HEAD_FEATURES if any(getattr(c, n, None) not in (None, 1.0) for c in (config, text))]
+    if odd:
+        raise ValueError(f"{type(hf).__name__} changes its logits ({', '.join(odd)} in its config): not supported")
 
 
 def own_slice(batch: PackedBatch, ranks: SequenceRanks, device: torch.device) -> Slice:

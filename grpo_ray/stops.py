@@ -16,7 +16,7 @@ from typing import Any
 from grpo_ray.config import RunConfig
 from grpo_ray.errors import ConfigError, DataError
 from grpo_ray.models import eos_ids, load_config, vocab_size
-from grpo_ray.templates import CHAT, make_template
+from grpo_ray.templates import is_chat, make_template
 from grpo_ray.turns import TurnEnd
 
 _TAG = re.compile(r"</\w+>")
@@ -47,7 +47,7 @@ class Stops:
 
 def template_end(tokenizer: Any, template: str) -> TurnEnd | None:
     """How data.template ends an assistant's turn; None outside chat templates, and for one that does not tell."""
-    if template not in CHAT:
+    if not is_chat(template):
         return None
     try:
         return make_template(template, tokenizer).end

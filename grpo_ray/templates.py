@@ -3,6 +3,7 @@
 | template  | text                                                       | special tokens added to it             |
 |-----------|------------------------------------------------------------|----------------------------------------|
 | `chat`    | the tokenizer's own chat template, generation prompt added | none: the template has its own         |
+| `chat:X`  | that of its chat templates which is called X               | none                                   |
 | `r1`      | `chat`, with `R1_SYSTEM` as system message                 | none                                   |
 | `raw`     | the prompt as it is                                        | those the tokenizer puts around a text |
 | `r1_zero` | `R1_ZERO`, for base models                                 | the same                               |
@@ -100,11 +101,15 @@ class Template:
 
 
 class ChatTemplate(Template):
-    """The tokenizer's own."""
+    """The tokenizer's own, or of several the one that `chosen` names."""
+
+    def __init__(self, render: Render, tokenizer: Any, chosen: Mapping[str, Any]) -> None:
+        super().__init__(render, tokenizer)
+        self._chosen = chosen
 
     @cached_property
     def end(self) -> TurnEnd:
-        return end_of_turn(self._tokenizer, lambda messages: _apply(self._tokenizer, messages, False, None))
+        return end_of_turn(self._tokenizer, lambda messages: _apply(self._tokenizer, messages, False, self._chosen))
 
     def answer(self, prompt: Rendered, text: str, *, sampled: bool = False) -> str:
         """As the template writes the whole conversation. Some drop reasoning from it: then as it was demonstrated, for that is
@@ -147,11 +152,11 @@ def make_template(
         DataError: a template that doesn't exist or doesn't parse, a tokenizer without chat template, `system` or `kwargs` with a
             template that has no place for them.
     """
-    if kwargs and name not in CHAT:
+    if kwargs and not is_chat(name):
         raise DataError(
             f"data.template {name} has no place for data.chat_template_kwargs; drop them, or set data.template=chat"
         )
-    match name:
+    match name.partition(":")[0] if is_chat(name) else name:
         case "chat" | "r1":
             if not getattr(tokenizer, "chat_template", None):
                 raise DataError(
@@ -162,8 +167,9 @@ def make_template(
                 raise DataError(
                     "data.template r1 brings its own system message; drop data.system, or set data.template=chat"
                 )
-            shared = _checked_kwargs(kwargs, "data.chat_template_kwargs", tokenizer)
-            return ChatTemplate(_chat(tokenizer, R1_SYSTEM if name == "r1" else system, shared), tokenizer)
+            chosen = _chosen(name, tokenizer)
+            shared = {**chosen, **_checked_kwargs(kwargs, "data.chat_template_kwargs", tokenizer)}
+            return ChatTemplate(_chat(tokenizer, R1_SYSTEM if name == "r1" else system, shared), tokenizer, chosen)
         case "raw" | "r1_zero":
             if system is not None:
                 raise DataError(
@@ -172,6 +178,38 @@ def make_template(
             return Template(_text("{prompt}" if name == "raw" else R1_ZERO, name, tokenizer), tokenizer)
         case _:
             return Template(_jinja(Path(name), tokenizer, system), tokenizer)
+
+
+def is_chat(name: str) -> bool:
+    """Does `data.template` name a chat template of the tokenizer?"""
+    return name in CHAT or name.startswith("chat:")
+
+
+def _chosen(name: str, tokenizer: Any) -> dict[str, Any]:
+    """Of a tokenizer with several templates, the keyword argument that chooses one; of others none.
+
+    Raises:
+        DataError: it has none of this name, or several and none is the usual one.
+    """
+    there, wanted = tokenizer.chat_template, name.partition(":")[2]
+    if not isinstance(there, dict):
+        if wanted:
+            raise DataError(
+                f"data.template is {name!r}, and the tokenizer of {_name(tokenizer)} has one chat template, without a name; "
+                "use chat"
+            )
+        return {}
+    names = ", ".join(map(str, there))
+    if wanted and wanted not in there:
+        raise DataError(
+            f"data.template is {name!r}, and the tokenizer of {_name(tokenizer)} has no chat template of that name; it has: {names}"
+        )
+    if not wanted and "default" not in there:
+        raise DataError(
+            f"the tokenizer of {_name(tokenizer)} has several chat templates ({names}) and none is called default; choose one: "
+            f"data.template=chat:{next(iter(there), 'NAME')}"
+        )
+    return {"chat_template": wanted} if wanted else {}
 
 
 def _name(tokenizer: Any) -> str:
@@ -260,14 +298,18 @@ def _text(template: str, name: str, tokenizer: Any) -> Render:
 
 
 def _jinja(path: Path, tokenizer: Any, system: str | None) -> Render:
+    if path.is_dir():
+        raise DataError(f"data.template {str(path)!r} is a folder; name the Jinja file in it")
     if not path.is_file():
-        raise DataError(f"data.template {str(path)!r} is neither a file nor one of {', '.join(BUILT_IN)}")
+        raise DataError(f"data.template {str(path)!r} is neither a file nor one of {', '.join(BUILT_IN)}, chat:NAME")
     # Sandboxed as Transformers' own chat templates are: a template is often downloaded with the data.
     environment = ImmutableSandboxedEnvironment(
         undefined=jinja2.StrictUndefined, keep_trailing_newline=False, trim_blocks=True, lstrip_blocks=True
     )
     try:
         template = environment.from_string(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f"data.template {str(path)!r} can't be read: {e}") from None
     except jinja2.TemplateSyntaxError as e:
         raise DataError(f"{path}, line {e.lineno}: not a valid Jinja template: {e.message}") from None
     bos = getattr(tokenizer, "bos_token", None) or ""

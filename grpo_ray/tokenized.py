@@ -66,6 +66,7 @@ class TokenizedRow:
     def answer_ids(self, tokenizer: Any, template: Template, text: str) -> NDArray[np.int32]:
         """Of an answer to it, see `answer_ids`. Raises DataError, which names the row."""
         try:
+            check_characters(text, "the answer")
             return answer_ids(tokenizer, template, self.rendered, self.token_ids, text)
         except DataError as e:
             raise DataError(f"{self.where}: {e}") from None
@@ -88,7 +89,9 @@ def tokenized_rows(
                 row = map_columns(table.rows[i], source.columns, where)
                 prompt, completion, columns = _split(row, where, demonstrations)
                 try:
-                    parts.append((i, where, render(prompt, columns), prompt, columns, completion))
+                    rendered = render(prompt, columns)
+                    check_characters(rendered.text, "the prompt")
+                    parts.append((i, where, rendered, prompt, columns, completion))
                 except DataError as e:
                     raise DataError(f"{where}: {e}") from None
             all_ids = tokenize(tokenizer, [rendered for _, _, rendered, *_ in parts])
@@ -97,6 +100,17 @@ def tokenized_rows(
                     raise DataError(f"{where}: the prompt is empty; expected text to continue")
                 yield TokenizedRow(i, where, rendered, ids, prompt, columns, completion)
             advance(stop - start)
+
+
+def check_characters(text: str, what: str) -> None:
+    """Raises DataError for half of a character (a lone surrogate, JSON's `\\ud83d`), of which no tokenizer makes anything."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        around = text[max(0, e.start - 20) : e.start + 20]
+        raise DataError(
+            f"{what} holds half of a character, {text[e.start]!a}, at {around!a}: write the whole one, or leave the row out"
+        ) from None
 
 
 def tokenize(tokenizer: Any, rendered: Sequence[Rendered]) -> list[NDArray[np.int32]]:
@@ -171,7 +185,7 @@ def _split(row: Row, where: str, demonstrations: bool) -> tuple[Any, str | None,
             "name the one to use: columns: {prompt: NAME}"
         )
     if not isinstance(prompt, str):
-        _check_messages(prompt, where)
+        _check_messages(prompt, f"{where}, column {'prompt' if 'messages' not in used else 'messages'!r}")
     if not demonstrations:
         if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
             raise DataError(

@@ -6,6 +6,7 @@ A tracker other than that one never ends a run: its first failure is told, and t
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import logging
 import math
@@ -130,7 +131,7 @@ class WandbTracker:
     """
 
     def __init__(self, project: str, run_dir: Path, config: dict[str, Any]) -> None:
-        wandb = _package("wandb", "wandb")
+        wandb = _package("wandb")
         id_file = run_dir / "wandb-run-id"
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:12])
@@ -151,7 +152,7 @@ class MlflowTracker:
     """An MLflow run on the server at MLFLOW_TRACKING_URI, in the experiment `project`; its id is in the run folder."""
 
     def __init__(self, project: str, run_dir: Path, config: dict[str, Any]) -> None:
-        _package("mlflow", "mlflow")
+        _package("mlflow")
         tracking = importlib.import_module("mlflow.tracking")
         self._param = importlib.import_module("mlflow.entities").Param
         self._metric = importlib.import_module("mlflow.entities").Metric
@@ -237,16 +238,27 @@ def make_trackers(
     return trackers
 
 
-def _package(module: str, extra: str) -> Any:
+def check_packages(config: TrackingConfig) -> None:
+    """Raises ConfigError: the package of an asked-for tracker is not installed."""
+    for name in ("wandb", "mlflow"):
+        if getattr(config, name) and importlib.util.find_spec(name) is None:
+            raise _lacking(name)
+
+
+def _package(name: str) -> Any:
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(name)
     except ModuleNotFoundError as e:
-        if e.name != module:
+        if e.name != name:
             raise
-        raise ConfigError(
-            f"tracking.{extra} is true, but the package {module} is not installed; "
-            f"pip install grpo-ray[{extra}], or set tracking.{extra} to false"
-        ) from None
+        raise _lacking(name) from None
+
+
+def _lacking(name: str) -> ConfigError:
+    return ConfigError(
+        f"tracking.{name} is true, but the package {name} is not installed; "
+        f"pip install grpo-ray[{name}], or set tracking.{name} to false"
+    )
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

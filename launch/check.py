@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import shlex
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from actors.cluster import demands, missing
-from grpo_ray.config import AlgorithmConfig, DataSource, RunConfig, SftConfig
+from grpo_ray.config import AlgorithmConfig, DataSource, RewardModelConfig, RunConfig, SftConfig
 from grpo_ray.config_effects import about_context, check_context, without_gpu
 from grpo_ray.config_reward import RewardConfig
 from grpo_ray.epochs import describe
 from grpo_ray.errors import ResourceError
-from grpo_ray.memory import count_parameters, learner_memory
-from grpo_ray.models import check_model_path, context_length, load_config, load_tokenizer, prepare_model
+from grpo_ray.memory import learner_memory
+from grpo_ray.models import check_model_path, context_length, load_config, load_tokenizer, prepare_model, vocab_size
 from grpo_ray.rewards import BUILTINS, described, resolve
 from grpo_ray.stops import describe_end, stops_of_run
 from grpo_ray.thinking import opens_thinking
 from launch.check_golds import gold_rows
 from launch.code_folder import use_code_of
+from launch.console import headed, plain_console
 from launch.effects import check_effects, told
 from launch.interrupts import scratch_folder
+from launch.machine import check_machine, unset_variables
 from launch.pipeline import run_pipeline
-from launch.recipe import COMMANDS, SCHEMAS, find_recipe, is_pipeline, kind_of, load_recipe, recipe_names
+from launch.recipe import COMMANDS, SCHEMAS, check_kind, find_recipe, is_pipeline, kind_of, load_recipe, recipe_names
 
-console = Console(highlight=False)
+console = plain_console()
 
 
 def preflight(config: RunConfig | SftConfig) -> None:
@@ -35,18 +34,25 @@ def preflight(config: RunConfig | SftConfig) -> None:
     use_code_of(config)
     if config.model.path is not None:
         check_model_path(config.model.path)
+    check_machine(config)
     if isinstance(config, RunConfig):
         for function in config.reward.functions:
             resolve(function)
 
 
-def check_recipe(recipe: str, overrides: list[str]) -> None:
-    """Raises GrpoRayError at the first thing that would keep the run from working."""
+def check_recipe(recipe: str, overrides: list[str], as_kind: str | None = None) -> None:
+    """
+    Args:
+        as_kind: a name of `check_kind`; None: the recipe tells.
+
+    Raises:
+        GrpoRayError: at the first thing that would keep the run from working.
+    """
     if is_pipeline(find_recipe(recipe)):
         run_pipeline(recipe, overrides, None, None, dry_run=True)
         _print_ok("pipeline", recipe, overrides)
         return
-    kind = kind_of(find_recipe(recipe))
+    kind = kind_of(find_recipe(recipe), overrides) if as_kind is None else check_kind(as_kind)
     config = load_recipe(SCHEMAS[kind], recipe, overrides)
     preflight(config)
     check_effects(config, COMMANDS[kind], [])
@@ -57,17 +63,17 @@ def check_recipe(recipe: str, overrides: list[str]) -> None:
         offered, where = _offered(config)
         idle = told(without_gpu(config)) if not offered.get("GPU") else []
         model = prepare_model(config.model, scratch)
+        num_params = _trainable_size(config, model, on_gpu=offered.get("GPU", 0) > 0)
         context = context_length(load_config(model, trust_remote_code=config.model.trust_remote_code))
         check_context(config, context)
         for name, text in [
-            *_model_rows(config, model, on_gpu=offered.get("GPU", 0) > 0),
+            *_model_rows(config, model, num_params, on_gpu=offered.get("GPU", 0) > 0),
             *_data_rows(config, model),
             *_step_rows(config, context),
             *_cluster_rows(config, offered, where),
-            *(("warning", line) for line in idle),
+            *(("warning", line) for line in [*idle, *unset_variables(config)]),
         ]:
-            # As users wrote it: `[red]` in a prompt or a gold is no markup.
-            table.add_row(name, Text(text))
+            table.add_row(name, text)
     console.print(table)
     _print_ok(COMMANDS[kind], recipe, overrides)
 
@@ -75,15 +81,30 @@ def check_recipe(recipe: str, overrides: list[str]) -> None:
 def _print_ok(command: str, recipe: str, overrides: list[str]) -> None:
     """The command that this was about, to be copied to a shell."""
     words = shlex.join(["grpo-ray", command, recipe, *overrides])
-    console.print(f"[green]ok[/]     {escape(words)}", soft_wrap=True)
+    console.print(headed("ok", "green", f"     {words}"), soft_wrap=True)
 
 
-def _model_rows(config: RunConfig | SftConfig, model: str, *, on_gpu: bool) -> list[tuple[str, str]]:
+def _trainable_size(config: RunConfig | SftConfig, model: str, *, on_gpu: bool) -> int:
+    """Parameters of the model. Raises ConfigError: the learner would refuse it."""
+    from grpo_ray.trainable import check_adapters, skeleton
+
+    hf = skeleton(
+        load_config(model, trust_remote_code=config.model.trust_remote_code),
+        config.model,
+        reward_model=isinstance(config, RewardModelConfig),
+        slices=config.learner.sequence_parallel_size,
+        on_gpu=on_gpu,
+    )
+    size = sum(p.numel() for p in hf.parameters())
+    check_adapters(hf, config.model)
+    return size
+
+
+def _model_rows(config: RunConfig | SftConfig, model: str, params: int, *, on_gpu: bool) -> list[tuple[str, str]]:
     model_config = load_config(model, trust_remote_code=config.model.trust_remote_code)
-    params = count_parameters(model_config)
     reference = isinstance(config, RunConfig) and config.algorithm.beta > 0
     memory = learner_memory(
-        params, model_config.vocab_size, config.model, config.learner, reference=reference, on_gpu=on_gpu
+        params, vocab_size(model_config), config.model, config.learner, reference=reference, on_gpu=on_gpu
     )
     parts = ", ".join(
         f"{what} {_gib(n)}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 import warnings
@@ -9,8 +11,6 @@ from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from grpo_ray.errors import ConfigError, GrpoRayError
 from launch.program import runnable
@@ -152,6 +152,9 @@ def check(
     recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name or a .yaml file")] = None,
     overrides: Overrides = None,
     list_: Annotated[bool, typer.Option("--list", help="Name the shipped recipes and the built-in rewards")] = False,
+    kind: Annotated[
+        str | None, typer.Option(metavar="KIND", help="train, sft, dpo or reward-model; else the recipe tells")
+    ] = None,
 ) -> None:
     """Everything that can be known without loading a model: schema, data, rewards, memory, resources. Prints the plan."""
     from launch.check import check_recipe, print_lists
@@ -161,7 +164,7 @@ def check(
     elif recipe is None:
         raise ConfigError("name a recipe to check, or ask for --list")
     else:
-        check_recipe(recipe, overrides or [])
+        check_recipe(recipe, overrides or [], kind)
 
 
 @app.command()
@@ -380,6 +383,11 @@ def main() -> NoReturn:
     """Runs the command: errors for the user are one message on stderr and an exit code, without a traceback."""
     # A cluster protects itself by a token when it finds one, but a client shows its token only when told to, before Ray's import.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
+    for stream in (sys.stdout, sys.stderr):
+        # What a model or a file says may hold what the terminal's encoding has not; a message is never lost for that.
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError):
+                stream.reconfigure(errors="backslashreplace")
     # Shown once, at the first import after an installation, by packages that reasoning-gym brings.
     warnings.filterwarnings("ignore", category=SyntaxWarning)
     try:
@@ -392,7 +400,7 @@ def main() -> NoReturn:
         sys.exit(EXIT_INTERRUPTED)
     except Exception as e:
         if hasattr(e, "format_message") and hasattr(e, "exit_code"):  # click's usage errors
-            _tell_error(f"{e.format_message()}; see grpo-ray --help")
+            _tell_error(f"{e.format_message()}; {_meant(e) or 'see grpo-ray --help'}")
             sys.exit(e.exit_code)
         raise
     # Without its standalone mode typer gives back the code of an Exit, among them its 130 for a KeyboardInterrupt.
@@ -413,5 +421,18 @@ def check_one_root() -> None:
         )
 
 
+def _meant(error: Exception) -> str | None:
+    """For `--actor_learning_rate 1e-6`, an option of another project's command line: what it is called here."""
+    from grpo_ray.config import RunConfig
+    from grpo_ray.config_aliases import called_here
+    from grpo_ray.config_files import all_keys
+
+    option = getattr(error, "option_name", None)
+    called = called_here(option, all_keys(RunConfig)) if option else None
+    return None if called is None else f"{called}, and given as KEY=VALUE"
+
+
 def _tell_error(text: str) -> None:
-    Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(runnable(text))}", soft_wrap=True)
+    from launch.console import headed, plain_console
+
+    plain_console(stderr=True).print(headed("error:", "bold red", f" {runnable(text)}"), soft_wrap=True)

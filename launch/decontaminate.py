@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
 from grpo_ray.config import DataSource
 from grpo_ray.data import Table, load_table
 from grpo_ray.decontaminate import (
@@ -19,12 +17,13 @@ from grpo_ray.decontaminate import (
     write_jsonl,
 )
 from grpo_ray.errors import ConfigError, DataError
+from launch.console import plain_console
 from launch.interrupts import leaving
 
 EXAMPLES = 5
 SEED = 1
 """Of generators that name none, as in a run."""
-console = Console(highlight=False, soft_wrap=True, markup=False)
+console = plain_console(soft_wrap=True)
 
 
 def source_of(path: str, name: str | None, split: str | None, usual: str) -> DataSource:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import groupby
 
-from rich.console import Console
-
 from grpo_ray.config import RunConfig, SftConfig
 from grpo_ray.config_effects import check_context, not_looked_at, without_effect
 from grpo_ray.errors import ConfigError
 from grpo_ray.models import known_context
 from grpo_ray.pipeline.effects import pipeline_without_effect, stage_without_effect
 from grpo_ray.pipeline.plan import Plan
+from launch.console import plain_console
 
-console = Console(highlight=False, soft_wrap=True, stderr=True)
+console = plain_console(soft_wrap=True, stderr=True)
 SHARED = ("sample", "eval")
 """They take recipes of `grpo-ray train`, most of which is not for them."""
 
@@ -47,7 +46,7 @@ def tell_idle_of_pipeline(plan: Plan) -> None:
 
 def _tell(found: Mapping[str, str]) -> None:
     for line in told(found):
-        console.print(f"warning: {line}", style="yellow", markup=False)
+        console.print(f"warning: {line}", style="yellow")
 
 
 def told(found: Mapping[str, str]) -> list[str]:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import is_url
 from grpo_ray.config import RunConfig, SftConfig
@@ -20,6 +18,7 @@ from grpo_ray.events import EndEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.records import step_to_resume
 from launch.code_folder import use_code_of
+from launch.console import plain_console
 from launch.effects import check_effects
 from launch.interrupts import leaving
 from launch.left import left_of, left_of_samples, owned, remove_if_nothing_happened
@@ -27,7 +26,7 @@ from launch.program import runnable
 from launch.recipe import COMMANDS, SCHEMAS, kind_of, load_recipe, load_run_config, run_folder, with_own
 from launch.resumed import about_schedule, changed_config, check_length, record_changes
 
-console = Console(highlight=False, soft_wrap=True)
+console = plain_console(soft_wrap=True)
 SIGNAL_EXITS = {"SIGINT": 130, "SIGTERM": 143, "stopped": 143, "preempted": 143}
 
 

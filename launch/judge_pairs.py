@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from rich.console import Console
-
 from grpo_ray.config import DataSource
 from grpo_ray.data import Table, load_table, progress
 from grpo_ray.decontaminate import write_jsonl
@@ -14,9 +12,10 @@ from grpo_ray.errors import ConfigError, DataError
 from grpo_ray.judge import Judge, JudgeOptions
 from grpo_ray.judged_pairs import RUBRIC, Counts, JudgedPair, balance_lengths, judge_pairs, read_candidates
 from grpo_ray.rewards.parts import Part
+from launch.console import plain_console
 from launch.interrupts import leaving
 
-console = Console(highlight=False, soft_wrap=True, markup=False)
+console = plain_console(soft_wrap=True)
 
 
 def make_pairs(

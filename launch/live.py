@@ -28,6 +28,7 @@ from rich.text import Text
 
 from grpo_ray.events import CheckpointEvent, EndEvent, EvalEvent, Event, MessageEvent, PhaseEvent, StepEvent
 from grpo_ray.metrics import LOSSES, ROLES, duration
+from launch.console import plain_console
 from launch.program import runnable
 
 REFRESHES_A_SECOND = 4
@@ -91,7 +92,7 @@ class LiveView:
             run_dir: its name is the title.
             began: `time.monotonic()` at the start, for the time shown; None: now.
         """
-        self.console = console or Console(highlight=False)
+        self.console = console or plain_console()
         self._title = run_dir.name if run_dir else ""
         self._began = time.monotonic() if began is None else began
         self._state = _State(total_steps, no_steps)

@@ -14,8 +14,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.config import RunConfig, SftConfig
 from grpo_ray.config_base import Strict
@@ -36,6 +34,7 @@ from grpo_ray.records import step_to_resume
 from grpo_ray.rewards import resolve
 from grpo_ray.sample_files import read_samples
 from grpo_ray.tracking import read_metrics
+from launch.console import headed, plain_console
 from launch.effects import tell_idle_of_pipeline
 from launch.interrupts import leaving
 from launch.jobs import exit_unless_finished, write_config
@@ -44,7 +43,7 @@ from launch.program import runnable
 from launch.recipe import find_recipe, is_pipeline, tell_of_repeated
 from launch.stage_data import make_data
 
-console = Console(highlight=False, soft_wrap=True)
+console = plain_console(soft_wrap=True)
 RECIPE_COPY = "recipe.yaml"
 TRAINING = ("loss", "reward/mean", "completions/mean_length", "pairs/", "score/", "eval/")
 """Metrics of a stage that trains, by their beginnings, which are its figures for gates."""
@@ -153,7 +152,7 @@ class _Runner:
         self._check_gates([s for s in self._plan.stages if self._record.done(s.name) and s not in stages])
         with _cluster(self._plan.config, needed=any(s.spec.run for s in stages)):
             for number, stage in enumerate(stages, 1):
-                console.print(f"\n[bold]{number}/{len(stages)} {stage.name}[/] ({stage.kind}) {stage.note}")
+                console.print(headed(f"\n{number}/{len(stages)} {stage.name}", "bold", f" ({stage.kind}) {stage.note}"))
                 self._stage(stage)
         print_figures(self._plan, self._record)
         console.print(f"report   {self._report()}")

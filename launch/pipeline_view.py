@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
@@ -12,8 +11,9 @@ from grpo_ray.pipeline.estimate import Estimate, estimate, rows_known
 from grpo_ray.pipeline.plan import Plan, Stage
 from grpo_ray.pipeline.record import Record
 from grpo_ray.pipeline.report import held_out_figures
+from launch.console import plain_console
 
-console = Console(highlight=False, soft_wrap=True)
+console = plain_console(soft_wrap=True)
 MAX_WIDTH = 240
 
 
@@ -31,7 +31,7 @@ def print_figures(plan: Plan, record: Record) -> None:
     console.print()
     # Whole, also where the output is a file or a narrow terminal.
     whole = Measurement.get(console, console.options.update(max_width=MAX_WIDTH), table).maximum
-    Console(highlight=False, width=max(console.width, whole)).print(table)
+    plain_console(width=max(console.width, whole)).print(table)
 
 
 def print_plan(plan: Plan, record: Record, todo: list[Stage]) -> None:

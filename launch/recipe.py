@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import json
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from grpo_ray.config import DpoConfig, RewardModelConfig, RunConfig, SftConfig
+from grpo_ray.config import DataConfig, DpoConfig, RewardModelConfig, RunConfig, SftConfig
 from grpo_ray.config_files import build, deep_merge, load_yaml, parse_overrides
+from grpo_ray.config_typed import with_types
 from grpo_ray.errors import ConfigError
 from grpo_ray.names import check_name
 
@@ -37,6 +40,8 @@ def find_recipe(recipe: str) -> Path:
     """
     path = Path(recipe).expanduser()
     if path.suffix in (".yaml", ".yml"):
+        if path.is_dir():
+            raise ConfigError(f"recipe {path} is a folder, and a file is meant")
         if not path.is_file():
             raise ConfigError(f"recipe file {path} does not exist")
         return path
@@ -88,12 +93,51 @@ def is_pipeline(path: Path) -> bool:
     return "stages" in load_yaml(path)
 
 
-def kind_of(path: Path) -> str:
-    """Of a recipe or a config.yaml: by its section `dpo` or `reward_model`; without these and without rewards it trains on
-    demonstrations."""
-    sections = load_yaml(path)
+def kind_of(path: Path, overrides: Sequence[str] = ()) -> str:
+    """Of a recipe or a config.yaml: by its section `dpo` or `reward_model`, also of an override; without these and without rewards
+    it trains on demonstrations, or by `dpo` where its data are pairs."""
+    sections = deep_merge(load_yaml(path), parse_overrides(list(overrides)))
     kinds = [kind for kind in ("dpo", "reward_model") if kind in sections]
-    return kinds[0] if kinds else "grpo" if "reward" in sections else "sft"
+    if kinds or "reward" in sections:
+        return kinds[0] if kinds else "grpo"
+    return "dpo" if _has_pairs(sections.get("data")) else "sft"
+
+
+def check_kind(name: str) -> str:
+    """The kind that a command's or a kind's name stands for. Raises ConfigError: there is none."""
+    kinds = {**{command: kind for kind, command in COMMANDS.items()}, **{kind: kind for kind in COMMANDS}}
+    if name not in kinds:
+        raise ConfigError(f"there is no kind {name!r} of a run; there are {', '.join(COMMANDS.values())}")
+    return kinds[name]
+
+
+def _has_pairs(data: Any) -> bool:
+    """Do `data.train.columns`, or the first row of a file, name what is chosen and what is rejected?"""
+    data = with_types(DataConfig, data, {})
+    source = data.get("train") if isinstance(data, dict) else None
+    if not isinstance(source, dict):
+        return False
+    columns = source.get("columns")
+    if isinstance(columns, dict) and {"chosen", "rejected"} <= set(columns):
+        return True
+    path = Path(str(source.get("path", ""))).expanduser()
+    try:
+        return {"chosen", "rejected"} <= set(_first_columns(path))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _first_columns(path: Path) -> Iterable[str]:
+    """Raises OSError or ValueError for what can't be read."""
+    if path.suffix in (".jsonl", ".ndjson"):
+        with path.open("rb") as file:
+            row = json.loads(next((line for line in file if line.strip()), b"{}"))
+        return row if isinstance(row, dict) else ()
+    if path.suffix == ".parquet":
+        from pyarrow.parquet import read_schema
+
+        return list(read_schema(path).names)
+    return ()
 
 
 def run_folder(config: RunConfig | SftConfig, recipe: str) -> Path:

@@ -6,9 +6,8 @@ import json
 import time
 from pathlib import Path
 
-from rich.console import Console
-
 from grpo_ray.errors import WorkerError
+from launch.console import headed, plain_console
 from launch.jobs import start_grpo, start_sft
 from launch.recipe import with_own
 
@@ -17,18 +16,22 @@ GOAL = 0.90
 
 def run_smoke(overrides: list[str]) -> None:
     """Overrides go to the GRPO stage. Raises WorkerError when the held-out accuracy stays below the goal."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console(soft_wrap=True)
     began = time.monotonic()
     stamp = time.strftime("%Y%m%d-%H%M%S")
     console.print(
-        "[bold]1/2 cold start[/]: a random model of 2.3 M parameters learns flawed demonstrations (grpo-ray sft smoke_sft)"
+        headed(
+            "1/2 cold start",
+            "bold",
+            ": a random model of 2.3 M parameters learns flawed demonstrations (grpo-ray sft smoke_sft)",
+        )
     )
     cold = start_sft("smoke_sft", [f"name=smoke-{stamp}-sft"])
-    console.print("[bold]2/2 GRPO[/]: it learns from its own samples and a verifier (grpo-ray train smoke)")
+    console.print(headed("2/2 GRPO", "bold", ": it learns from its own samples and a verifier (grpo-ray train smoke)"))
     run = start_grpo("smoke", with_own([f"name=smoke-{stamp}", f"model.path={cold / 'hf'}"], overrides))
     before, after = held_out_accuracy(run)
     minutes = (time.monotonic() - began) / 60
-    console.print(f"\n[bold]held-out accuracy {before:.1%} -> {after:.1%}[/] in {minutes:.1f} minutes")
+    console.print(headed(f"\nheld-out accuracy {before:.1%} -> {after:.1%}", "bold", f" in {minutes:.1f} minutes"))
     if after < GOAL:
         raise WorkerError(
             f"held-out accuracy {after:.1%} after training is below the goal of {GOAL:.0%}; see {run}/report.html"

@@ -6,7 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from grpo_ray.config import RunConfig, SftConfig
@@ -17,13 +16,14 @@ from grpo_ray.names import check_name
 from grpo_ray.scaling import SCALED, parse_counts
 from launch import interrupts
 from launch.cluster import COMMAND_S, STOPPED_EXITS, Cluster, ClusterRun
+from launch.console import plain_console
 from launch.package import stage
 from launch.recipe import SCHEMAS, find_recipe, kind_of, load_recipe, run_folder
 
 RECIPE_FILE = "grpo-ray-job.yaml"
 LAST_LINES = 5
 """Of a run, in its status."""
-console = Console(highlight=False, soft_wrap=True)
+console = plain_console(soft_wrap=True)
 
 
 def submit(
@@ -56,7 +56,7 @@ def submit(
 
 def _resolve(recipe: str, overrides: list[str]) -> RunConfig | SftConfig:
     """Everything that is wrong with a recipe by itself is told here, before anything is shipped."""
-    config = load_recipe(SCHEMAS[kind_of(find_recipe(recipe))], recipe, overrides, keep_home=True)
+    config = load_recipe(SCHEMAS[kind_of(find_recipe(recipe), overrides)], recipe, overrides, keep_home=True)
     on_cluster = config.cluster.model_copy(update={"address": None, "num_cpus": None})
     return config.model_copy(update={"name": run_folder(config, recipe).name, "cluster": on_cluster})
 
@@ -74,7 +74,7 @@ def status(run: str | None, address: str | None) -> None:
     console.print(_table([found]))
     if found.job_id is not None:
         lines = cluster.log(found.job_id).splitlines()
-        console.print("\n".join(lines[-LAST_LINES:]), markup=False)
+        console.print("\n".join(lines[-LAST_LINES:]))
 
 
 def logs(run: str, address: str | None) -> None:

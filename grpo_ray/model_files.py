@@ -1,0 +1,94 @@
+"""Are the files of a model's folder whole? Told from their names, their sizes and the heads of safetensors files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from grpo_ray.errors import ConfigError
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_LFS = b"version https://git-lfs"
+_MAX_HEADER = 100 << 20
+"""Bytes; as safetensors itself has it."""
+
+
+def check_model_files(folder: Path) -> None:
+    """Is there all of a Hugging Face model: a config, weights that are whole, a tokenizer?
+
+    Raises:
+        ConfigError: names what is missing or broken.
+    """
+    _json(folder / "config.json")
+    for file in _weights(folder):
+        _check_whole(file)
+    if not any((folder / name).is_file() for name in TOKENIZERS) and not list(folder.glob("*.tiktoken")):
+        raise ConfigError(
+            f"model.path {folder} has no tokenizer: none of {', '.join(TOKENIZERS[:4])} is there; copy the tokenizer's files "
+            "into it"
+        )
+
+
+def _weights(folder: Path) -> list[Path]:
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            named = _json(index).get("weight_map")
+            if not isinstance(named, dict) or not all(isinstance(shard, str) for shard in named.values()):
+                raise ConfigError(f"{index} has no weight_map from tensors to files; download the model again")
+            shards = sorted(set(named.values()))
+            lost = [shard for shard in shards if not (folder / shard).is_file()]
+            if lost:
+                raise ConfigError(
+                    f"model.path {folder}: {len(lost)} of its {len(shards)} files of weights are missing: {', '.join(lost[:3])}"
+                    f"{', ..' * (len(lost) > 3)}; download the model again"
+                )
+            return [folder / shard for shard in shards]
+    hint = (
+        "; it holds a LoRA adapter: merge that into its base model first (peft's merge_and_unload)"
+        if (folder / "adapter_config.json").is_file()
+        else ""
+    )
+    raise ConfigError(
+        f"model.path {folder} has no weights: neither {' nor '.join(WEIGHTS)}, whole or in parts, is there{hint}"
+    )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{file} can't be read ({str(e).splitlines()[0]})") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file}: expected a mapping, got {type(found).__name__}")
+    return found
+
+
+def _check_whole(file: Path) -> None:
+    """A safetensors file tells how long it is: 8 bytes with the length of a header, and in that where each tensor ends."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as f:
+            head = f.read(8)
+            if (head + f.read(len(_LFS) - 8)) == _LFS:
+                raise ConfigError(f"{file} is a pointer of Git LFS, not the weights; fetch them: git lfs pull")
+            if file.suffix != ".safetensors":
+                return
+            length = int.from_bytes(head, "little") if len(head) == 8 else size
+            if 8 + length > size or length > _MAX_HEADER:
+                raise ConfigError(f"{file} is no whole safetensors file: its header is cut off; download it again")
+            f.seek(8)
+            tensors = json.loads(f.read(length))
+        ends = [int(tensor["data_offsets"][1]) for name, tensor in tensors.items() if name != "__metadata__"]
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+        if isinstance(e, ConfigError):
+            raise
+        raise ConfigError(f"{file} is no readable safetensors file ({type(e).__name__}: {e})") from None
+    whole = 8 + length + max(ends, default=0)
+    if size != whole:
+        what = "is cut off" if size < whole else "has something behind its tensors"
+        raise ConfigError(f"{file} {what}: it has {size:,} of {whole:,} bytes; download it again")

@@ -1,0 +1,83 @@
+"""Can the learner train this model? Told from its config alone, by a model without memory (torch's meta device)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from grpo_ray.attention import FLASH, PACKED, check_packable, choose_attention
+from grpo_ray.config import ModelConfig
+from grpo_ray.errors import ConfigError
+from grpo_ray.lora import inject
+from grpo_ray.policy import check_head
+from grpo_ray.sequence import check_model
+
+MAKING = (OSError, ValueError, KeyError, AttributeError, TypeError, AssertionError, ImportError)
+"""What Transformers raises for a config that its own class can't be made from."""
+
+
+def skeleton(
+    model_config: Any, model: ModelConfig, *, reward_model: bool = False, slices: int = 1, on_gpu: bool = False
+) -> nn.Module:
+    """The model that the learner would hold, without memory and without adapters.
+
+    Args:
+        model_config: as Transformers reads it.
+        reward_model: it has one output, no language head.
+        slices: learners that share a sequence.
+        on_gpu: learners have GPUs.
+
+    Raises:
+        ConfigError: the learner would refuse it; says why.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    check_text_alone(model_config, model.path or "")
+    if model.attention == FLASH and not on_gpu:
+        raise ConfigError(f"model.attention is {FLASH}, which needs GPUs, and there are none; use auto")
+    auto = AutoModelForSequenceClassification if reward_model else AutoModelForCausalLM
+    attention = choose_attention("sdpa", torch.device("cpu"))
+    try:
+        with torch.device("meta"):
+            hf: nn.Module = auto.from_config(
+                model_config, attn_implementation=attention, trust_remote_code=model.trust_remote_code
+            )
+        check_packable(hf)
+        if not reward_model:
+            check_head(hf)
+    except MAKING as e:
+        raise ConfigError(f"the learner can't train model {model.path}: {why_not(e, model_config)}") from None
+    if slices > 1:
+        check_model(hf, slices)
+    return hf
+
+
+def check_adapters(hf: nn.Module, model: ModelConfig) -> None:
+    """Puts adapters on the skeleton. Raises ConfigError: `model.lora.target_modules` fits no layer."""
+    if model.lora is not None:
+        inject(hf, model.lora)
+
+
+def check_text_alone(model_config: Any, path: str) -> None:
+    """Raises ConfigError for a model that reads or writes more than text: samplers and learners would hold different models."""
+    text = model_config.get_text_config()
+    if text is not model_config:
+        parts = ", ".join(sorted(name for name in model_config.sub_configs if getattr(model_config, name, None)))
+        raise ConfigError(
+            f"model.path {path}: {model_config.model_type} is more than a language model (its config has "
+            f"{parts or text.model_type}); only language models are trained: take a checkpoint of the text model alone "
+            f"(model_type {text.model_type!r})"
+        )
+
+
+def why_not(error: BaseException, model_config: Any) -> str:
+    """In words, what Transformers raised while it made a model."""
+    kind = getattr(model_config, "model_type", "") or "model"
+    if isinstance(error, KeyError) and PACKED in error.args:
+        return f"{kind} has attention of its own, beside Transformers' interface, over which packed sequences would see each other"
+    if isinstance(error, ValueError | OSError):
+        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return f"Transformers makes no {kind} of its config.json ({type(error).__name__}: {first_line})"
