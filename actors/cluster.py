@@ -13,6 +13,7 @@ from grpo_ray.config import ClusterConfig, LearnerConfig, RolloutConfig, RunConf
 from grpo_ray.config_reward import RewardConfig
 from grpo_ray.errors import ResourceError
 from grpo_ray.labels import fits
+from grpo_ray.machine import usable_cpus
 from grpo_ray.secrets import token_path
 
 NAMESPACE = "grpo-ray"
@@ -29,17 +30,21 @@ class OnCluster(Protocol):
 
 
 def connect(config: OnCluster) -> None:
-    """Join `cluster.address`, or start a cluster on this machine.
+    """Join `cluster.address`, or start a cluster on this machine; nothing when this process has joined one.
 
     Raises:
         ResourceError: the address does not answer.
     """
+    import ray
+
+    if ray.is_initialized():
+        return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_agent_register_timeout_ms", "100000")
     if joins(config):
         join(config.cluster.address or os.environ["RAY_ADDRESS"])
     else:
-        _start_local(config.cluster.num_cpus, COMMON)
+        _start_local(config.cluster.num_cpus or usable_cpus(), COMMON)
 
 
 def joins(config: OnCluster) -> bool:
@@ -79,7 +84,7 @@ def controller_name(run: str) -> str:
     return run + CONTROLLER
 
 
-def _start_local(num_cpus: int | None, common: dict[str, Any]) -> None:
+def _start_local(num_cpus: int, common: dict[str, Any]) -> None:
     """Ray gives its own processes 30 s, which a busy machine's first, cold start can miss; the second finds warm files."""
     import ray
 
@@ -119,7 +124,7 @@ def shares_devices(config: RunConfig, gpus: bool) -> bool:
         return True
     if gpus:
         return any(part is not None and part % 1 > 0 for part in (rollout.num_gpus, learner.num_gpus))
-    cores = os.cpu_count() or 1
+    cores = usable_cpus()
     threads = learner.num_threads or (1 if learner.num_actors > 1 else cores)
     return rollout.num_actors * (rollout.num_threads or 1) + learner.num_actors * threads > cores
 
@@ -199,10 +204,19 @@ def demands(config: RunConfig | SftConfig, gpus: bool) -> list[Demand]:
 
 
 def missing(wanted: list[Demand], offered: dict[str, float]) -> str | None:
-    """One line saying what is asked for beyond what there is; None when everything fits.
+    """One line saying what is asked for beyond what there is, and what can be done; None when everything fits.
 
     Sums only: whether single nodes can hold single actors shows when they are placed.
     """
+    lacking = beyond(wanted, offered)
+    return lacking and (
+        f"{lacking}. Lower num_actors, num_cpus or num_gpus of those, add nodes, or on this machine alone let more actors share "
+        "its cores with cluster.num_cpus"
+    )
+
+
+def beyond(wanted: list[Demand], offered: dict[str, float]) -> str | None:
+    """What is asked for beyond what there is; None: nothing."""
     lines = []
     for kind in dict.fromkeys(name for d in wanted for name in d.each):
         asked = sum(d.num_actors * d.each.get(kind, 0) for d in wanted)
@@ -211,12 +225,7 @@ def missing(wanted: list[Demand], offered: dict[str, float]) -> str | None:
             parts = " + ".join(f"{d.option} {d.num_actors} x {d.each[kind]:g}" for d in wanted if kind in d.each)
             what = f"{kind}s" if kind in ("CPU", "GPU") else f"of the resource {kind}"
             lines.append(f"{asked:g} {what} are asked for ({parts}), {have:g} are there")
-    if not lines:
-        return None
-    return (
-        "; ".join(lines) + ". Lower num_actors, num_cpus or num_gpus of those, add nodes, "
-        "or on this machine alone let more actors share its cores with cluster.num_cpus"
-    )
+    return "; ".join(lines) or None
 
 
 def misplaced(wanted: list[Demand], nodes: Iterable[Mapping[str, str]]) -> str | None:

@@ -40,6 +40,7 @@ from grpo_ray.flops import ModelShape, UpdatePasses, model_shape, throughput_met
 from grpo_ray.learner_files import SavedLearner
 from grpo_ray.lora import adapter_bytes, adapter_checksum, adapters_off
 from grpo_ray.losses.aggregation import Normalizers
+from grpo_ray.machine import usable_cpus
 from grpo_ray.manifest import FileSum
 from grpo_ray.objectives import GrpoObjective, MicroBatchData, Objective, SftObjective
 from grpo_ray.objectives_pairs import DpoObjective, RewardModelObjective
@@ -145,7 +146,7 @@ class LearnerActor:
         learner = self.spec.learner
         on_cpu = self.device.type == "cpu"
         one = on_cpu and self.num_ranks > 1
-        torch.set_num_threads(learner.num_threads or (1 if one else len(os.sched_getaffinity(0))))
+        torch.set_num_threads(learner.num_threads or (1 if one else usable_cpus()))
         torch.manual_seed(self.spec.seed + self.rank)
         os.environ |= {
             "RANK": str(self.rank),

@@ -7,7 +7,6 @@ collective; so the whole group is ended, and the error names the rank and shows 
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,6 +24,7 @@ from actors.weights import resolve_backend
 from grpo_ray.checkpoint_store import Place
 from grpo_ray.config import CriticConfig, DeadlineConfig, RunConfig, SftConfig, preferences
 from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
+from grpo_ray.machine import usable_cpus
 from grpo_ray.manifest import FileSum
 from grpo_ray.types import TrainBatch, UpdateReport
 
@@ -301,7 +301,7 @@ def _env(config: RunConfig | SftConfig, *, on_gpu: bool) -> dict[str, str]:
     if not on_gpu:
         # Threads that wait must sleep: the cores are shared with the samplers.
         env |= {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
-    threads = learner.num_threads or (1 if learner.num_actors > 1 else os.cpu_count() or 1)
+    threads = learner.num_threads or (1 if learner.num_actors > 1 else usable_cpus())
     return env | {"OMP_NUM_THREADS": str(threads)} | learner.env
 
 

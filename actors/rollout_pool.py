@@ -22,7 +22,6 @@ from __future__ import annotations
 import asyncio
 import bisect
 import itertools
-import os
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -42,6 +41,7 @@ from grpo_ray.activity import IDLE, Activity
 from grpo_ray.answers import Answer
 from grpo_ray.config import RunConfig
 from grpo_ray.errors import DataError, DeadlineError, GrpoRayError, PoisonedError, WorkerError
+from grpo_ray.machine import usable_cpus
 from grpo_ray.types import SampleInfo, SampleRequest, Track
 
 POLL_S = 10.0
@@ -638,7 +638,7 @@ class RolloutPool:
         engine.incarnation = next(self._lives)
         rollout = c.rollout
         if c.colocated and rollout.num_threads is None:
-            threads = max(1, (os.cpu_count() or 1) // rollout.num_actors)
+            threads = max(1, usable_cpus() // rollout.num_actors)
             rollout = rollout.model_copy(update={"num_threads": threads})
         engine.handle = start_named(
             self._source,

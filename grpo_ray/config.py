@@ -185,6 +185,9 @@ class DataConfig(Strict):
 
 
 class RolloutConfig(Strict):
+    """Where a recipe does not name them, a command chooses num_actors, num_cpus and cluster.placement for its machine, here and in
+    `reward` and `learner`; see `actors.placement_defaults`. The defaults here are what is left where nothing fits."""
+
     num_actors: PositiveInt = 1
     min_actors: PositiveInt | None = None
     max_actors: PositiveInt | None = None
@@ -398,7 +401,7 @@ class ClusterConfig(Strict):
     address: str | None = None
     """A running Ray cluster (`auto`, or host:port). None: start one on this machine."""
     num_cpus: PositiveInt | None = None
-    """CPUs that a cluster started here counts. None: the machine's."""
+    """CPUs that a cluster started here counts. None: those that this process may use, by a container's quota too."""
     placement: Literal["disaggregated", "colocated"] = "disaggregated"
     """disaggregated: samplers and learners have devices of their own, and work at the same time. colocated: they take turns on the
     same ones (verl's hybrid engine, TRL's vllm_mode colocate); each GPU holds an engine and a learner, weights go by CUDA IPC. On

@@ -6,7 +6,7 @@ import shlex
 
 from rich.table import Table
 
-from actors.cluster import demands, missing
+from actors.placement_defaults import Machine, fit_to, too_small, used
 from grpo_ray.config import AlgorithmConfig, DataSource, RewardModelConfig, RunConfig, SftConfig
 from grpo_ray.config_effects import about_context, check_context, without_gpu
 from grpo_ray.config_reward import RewardConfig
@@ -24,6 +24,7 @@ from launch.effects import check_effects, told
 from launch.interrupts import scratch_folder
 from launch.machine import check_machine, unset_variables
 from launch.pipeline import run_pipeline
+from launch.placement import chosen_told, machine_of, offers_told, where
 from launch.recipe import COMMANDS, SCHEMAS, check_kind, find_recipe, is_pipeline, kind_of, load_recipe, recipe_names
 
 console = plain_console()
@@ -60,7 +61,8 @@ def check_recipe(recipe: str, overrides: list[str], as_kind: str | None = None) 
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     with console.status("reading model config and data ..."), scratch_folder() as scratch:
-        offered, where = _offered(config)
+        machine, place = _offered(config)
+        offered = machine.offers
         idle = told(without_gpu(config)) if not offered.get("GPU") else []
         model = prepare_model(config.model, scratch)
         num_params = _trainable_size(config, model, on_gpu=offered.get("GPU", 0) > 0)
@@ -70,7 +72,7 @@ def check_recipe(recipe: str, overrides: list[str], as_kind: str | None = None) 
             *_model_rows(config, model, num_params, on_gpu=offered.get("GPU", 0) > 0),
             *_data_rows(config, model),
             *_step_rows(config, context),
-            *_cluster_rows(config, offered, where),
+            *_cluster_rows(config, machine, place, kind),
             *(("warning", line) for line in [*idle, *unset_variables(config)]),
         ]:
             table.add_row(name, text)
@@ -242,35 +244,31 @@ def _bounds(a: AlgorithmConfig) -> str:
     return f"clip {a.epsilon_low:g}/{a.epsilon_high:g}" + (f", dual {a.dual_clip_c:g}" if a.dual_clip_c else "")
 
 
-def _cluster_rows(config: RunConfig | SftConfig, offered: dict[str, float], where: str) -> list[tuple[str, str]]:
+def _cluster_rows(config: RunConfig | SftConfig, machine: Machine, place: str, kind: str) -> list[tuple[str, str]]:
     """Raises ResourceError when this machine, or the cluster at `cluster.address`, is too small."""
-    wanted = demands(config, offered.get("GPU", 0) > 0)
-    lacking = missing(wanted, offered)
-    if lacking is not None:
-        raise ResourceError(f"{where} is too small: {lacking}")
+    found, chosen = fit_to(machine, config, kind)
+    if (lacking := too_small(machine, config, kind, found)) is not None:
+        raise ResourceError(f"{place} is too small: {lacking}")
     asked = ", ".join(
         f"{d.num_actors} {d.option} x ({d.num_cpus:g} CPU{f', {d.num_gpus:g} GPU' if d.num_gpus else ''})"
-        for d in wanted
+        for d in used(found, kind, gpus=machine.offers.get("GPU", 0) > 0)
     )
-    return [("cluster", f"{where} ({offered.get('CPU', 0):g} CPUs, {offered.get('GPU', 0):g} GPUs): {asked}")]
+    rows = [("cluster", f"{place} ({offers_told(machine)}): {asked}")]
+    return rows + ([("chosen", f"for {place}: {said}")] if (said := chosen_told(chosen)) else [])
 
 
-def _offered(config: RunConfig | SftConfig) -> tuple[dict[str, float], str]:
-    if config.cluster.address is not None:
-        import ray
+def _offered(config: RunConfig | SftConfig) -> tuple[Machine, str]:
+    if config.cluster.address is None:
+        return machine_of(config), "this machine"
+    import ray
 
-        from actors.cluster import connect
+    from actors.cluster import connect
 
-        connect(config)
-        try:
-            return dict(ray.cluster_resources()), f"the cluster at {config.cluster.address}"
-        finally:
-            ray.shutdown()
-    import os
-
-    import torch
-
-    return {"CPU": config.cluster.num_cpus or os.cpu_count() or 1, "GPU": torch.cuda.device_count()}, "this machine"
+    connect(config)
+    try:
+        return machine_of(config), where(config)
+    finally:
+        ray.shutdown()
 
 
 def _gib(num_bytes: int) -> str:

@@ -11,14 +11,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from actors.cluster import OnCluster, await_free, await_resources, connect, demands, has_gpus, joins
+from actors.cluster import OnCluster, await_free, await_resources, connect, has_gpus, joins
 from actors.colocated import check_colocated
+from actors.placement_defaults import used
 from grpo_ray.config import RunConfig, SftConfig
-from grpo_ray.errors import WorkerError
+from grpo_ray.errors import ResourceError, WorkerError
 from grpo_ray.events import EndEvent, PhaseEvent
 from grpo_ray.rewards.columns import column_needs
 from launch import interrupts
 from launch.live import LiveView
+from launch.placement import with_mend
 
 POLL_S = 0.5
 FREE_S = 20.0
@@ -28,9 +30,6 @@ SILENCE_S = 60.0
 
 KILL_S = 0.3
 """From the order to kill a controller to its death, on another process's word."""
-
-UNUSED = {"replay": ("rollout", "reward"), "eval": ("learner",), "sample": ("learner",)}
-"""Kind of run -> the workers of its recipe that it starts none of."""
 WITHOUT_STEPS = ("eval", "sample")
 
 
@@ -85,9 +84,12 @@ def run_here(
     gpus = has_gpus()
     if isinstance(config, RunConfig):
         check_colocated(config, has_gpus=gpus)
-    wanted = [d for d in demands(config, gpus) if d.option not in UNUSED.get(kind, ())]
+    wanted = used(config, kind, gpus=gpus)
     view.handle(PhaseEvent("cluster", "waiting for what the workers ask for"))
-    asyncio.run(await_resources(wanted, config.deadlines.resources_s))
+    try:
+        asyncio.run(await_resources(wanted, config.deadlines.resources_s))
+    except ResourceError as e:
+        raise with_mend(e, config, kind, run_dir) from None
     asyncio.run(await_free(wanted, FREE_S))
     from actors.controller_start import start_controller
 

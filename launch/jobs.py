@@ -22,6 +22,7 @@ from launch.console import plain_console
 from launch.effects import check_effects
 from launch.interrupts import leaving
 from launch.left import left_of, left_of_samples, owned, remove_if_nothing_happened
+from launch.placement import settled
 from launch.program import runnable
 from launch.recipe import COMMANDS, SCHEMAS, kind_of, load_recipe, load_run_config, run_folder, with_own
 from launch.resumed import about_schedule, changed_config, check_length, record_changes
@@ -57,6 +58,7 @@ def _start(kind: str, recipe: str, overrides: list[str], shipped: bool) -> Path:
 
     preflight(config)
     check_effects(config, COMMANDS[kind], overrides)
+    config = settled(config, kind)
     command = shlex.join(["grpo-ray", COMMANDS[kind], recipe, *overrides])
     run = RunDir(folder).with_checkpoints(config.checkpoint.path)
     with owned(folder), leaving(lambda: left_of(run, command), lambda: remove_if_nothing_happened(run)):
@@ -88,6 +90,7 @@ def start_sample(recipe: str, overrides: list[str]) -> Path:
             from launch.check import preflight
 
             preflight(config)
+            config = settled(config, "sample")
             run = RunDir.create(folder)
             write_config(run, config)
             run.samples.mkdir()
@@ -204,6 +207,7 @@ def evaluate_target(target: str, overrides: list[str]) -> None:
 
     preflight(config)
     check_effects(config, "eval", overrides)
+    config = settled(config, "eval")
     scratch = Path(config.dir) / ".eval"
     scratch.mkdir(parents=True, exist_ok=True)
     with leaving("nothing was measured, and nothing is changed; the same command begins again"):

@@ -39,6 +39,7 @@ from launch.effects import tell_idle_of_pipeline
 from launch.interrupts import leaving
 from launch.jobs import exit_unless_finished, write_config
 from launch.pipeline_view import print_figures, print_plan
+from launch.placement import settled
 from launch.program import runnable
 from launch.recipe import find_recipe, is_pipeline, tell_of_repeated
 from launch.stage_data import make_data
@@ -215,6 +216,7 @@ class _Runner:
             return asdict(make_data(config, folder / stage.spec.outputs["data"]))
         assert isinstance(config, RunConfig | SftConfig)
         assert stage.spec.run is not None
+        config = settled(config, stage.spec.run)
         from launch.follow import run_here
         from launch.jobs import make_report
 
@@ -225,8 +227,6 @@ class _Runner:
                 console.print(runnable(f"go on    grpo-ray pipeline {self._command}"))
             exit_unless_finished(end)
             if stage.spec.trains:
-                from launch.jobs import make_report
-
                 make_report(run)
         return {}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from grpo_ray.config import RunConfig, SftConfig
-from grpo_ray.config_files import parse_overrides, to_yaml
+from grpo_ray.config_files import parse_overrides
 from grpo_ray.errors import ConfigError, WorkerError
 from grpo_ray.metrics import duration
 from grpo_ray.names import check_name
@@ -18,6 +18,7 @@ from launch import interrupts
 from launch.cluster import COMMAND_S, STOPPED_EXITS, Cluster, ClusterRun
 from launch.console import plain_console
 from launch.package import stage
+from launch.placement import open_yaml
 from launch.recipe import SCHEMAS, find_recipe, kind_of, load_recipe, run_folder
 
 RECIPE_FILE = "grpo-ray-job.yaml"
@@ -42,7 +43,7 @@ def submit(
     with interrupts.scratch_folder() as scratch:
         size = stage(Path.cwd(), scratch, exclude)
         if config is not None:
-            (scratch / RECIPE_FILE).write_text(to_yaml(config), encoding="utf-8")
+            (scratch / RECIPE_FILE).write_text(open_yaml(config), encoding="utf-8")
         words = ["resume", recipe, *overrides] if config is None else ["run", RECIPE_FILE]
         again = f" --address {cluster.address}" if address else ""
         with interrupts.leaving(f"{name} may have been submitted: grpo-ray status {name}{again} says whether it was"):

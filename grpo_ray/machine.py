@@ -1,0 +1,80 @@
+"""What this machine lets a process have: a container's limits as well as the hardware.
+
+Control groups of both versions are asked, from the process's own up to the root: the tightest limit counts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import psutil
+
+CGROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+UNLIMITED = 1 << 60
+"""Bytes. Version 1 writes the largest multiple of a page where there is no limit."""
+
+
+def usable_cpus() -> int:
+    """Cores that this process may keep busy at once: those it may run on, or what its quota pays for; 1 or more."""
+    cores = len(os.sched_getaffinity(0))
+    quota = cpu_quota()
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def cpu_quota(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float | None:
+    """CPUs that the control groups of this process may use in the mean; None: as many as there are."""
+    found = []
+    for folder in _folders("cpu", root, membership):
+        match _words(folder / "cpu.max"):
+            case [quota, period] if quota != "max":
+                found.append(float(quota) / float(period))
+        match _words(folder / "cpu.cfs_quota_us"), _words(folder / "cpu.cfs_period_us"):
+            case [quota], [period] if float(quota) > 0:
+                found.append(float(quota) / float(period))
+    return min(found, default=None)
+
+
+def free_memory(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
+    """Bytes that can be taken before the machine, or a control group of this process, has none left."""
+    free = [int(psutil.virtual_memory().available)]
+    for folder in _folders("memory", root, membership):
+        for limit_name, used_name in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            match _words(folder / limit_name), _words(folder / used_name):
+                case [limit], [used] if limit.isdecimal() and used.isdecimal() and int(limit) < UNLIMITED:
+                    free.append(max(0, int(limit) - int(used) + _reclaimable(folder)))
+    return min(free)
+
+
+def _reclaimable(folder: Path) -> int:
+    """Bytes of files that a control group holds and would give back."""
+    words = _words(folder / "memory.stat")
+    stat = dict(zip(words[::2], words[1::2], strict=False))
+    return int(stat.get("total_inactive_file", stat.get("inactive_file", "0")))
+
+
+def _folders(controller: str, root: Path, membership: Path) -> Iterator[Path]:
+    """Of the control groups that this process is in, the innermost first."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        base = root / controller if controllers else root
+        inner = PurePosixPath(path.lstrip("/"))
+        yield from (base / part for part in (inner, *inner.parents) if ".." not in part.parts)
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []

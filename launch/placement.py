@@ -1,0 +1,106 @@
+"""What there is for a run, and the numbers of workers that fit it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+
+from actors.cluster import connect, joins
+from actors.placement_defaults import Machine, Node, fit_to, open_options, told, too_small, would_fit
+from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.config_yaml import dump_yaml
+from grpo_ray.errors import ResourceError
+from grpo_ray.machine import usable_cpus
+
+Config = TypeVar("Config", bound=RunConfig | SftConfig)
+console = Console(highlight=False, soft_wrap=True)
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""One of them is there where a GPU may be."""
+
+
+def settled(config: Config, kind: str) -> Config:
+    """With numbers for the machine, or the cluster, in the place of what the recipe leaves open; what was chosen is printed. Joins
+    the cluster, where there is one.
+
+    Raises:
+        ResourceError: what the recipe asks for can't fit, and what would.
+    """
+    if joins(config):
+        connect(config)
+    machine = machine_of(config)
+    found, chosen = fit_to(machine, config, kind)
+    if (lacking := too_small(machine, config, kind, found)) is not None and not _may_grow(config):
+        raise ResourceError(f"{where(config)} is too small: {lacking}")
+    if said := chosen_told(chosen):
+        console.print(f"chosen for {where(config)} ({offers_told(machine)}): {said}")
+    return found
+
+
+def machine_of(config: RunConfig | SftConfig) -> Machine:
+    """The cluster that is joined, else this machine."""
+    import ray
+
+    if not ray.is_initialized():
+        cores = usable_cpus()
+        return Machine((Node(config.cluster.num_cpus or cores, num_gpus()),), cores=cores)
+    nodes = tuple(
+        Node(offers.pop("CPU", 0.0), offers.pop("GPU", 0.0), offers, node["Labels"])
+        for node in ray.nodes()
+        if node["Alive"]
+        for offers in [dict(node["Resources"])]
+    )
+    free = ray.available_resources()
+    return Machine(nodes, free={name: free.get(name, 0.0) for name in ("CPU", "GPU")})
+
+
+def num_gpus() -> int:
+    """Of this machine. torch, which takes seconds to load, is asked only where there may be one."""
+    if not any(Path(device).exists() for device in GPU_DEVICES):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def where(config: RunConfig | SftConfig) -> str:
+    return (
+        f"the cluster at {config.cluster.address}"
+        if config.cluster.address
+        else ("the cluster" if joins(config) else "this machine")
+    )
+
+
+def offers_told(machine: Machine) -> str:
+    offers = machine.offers
+    return f"{offers.get('CPU', 0):g} CPUs, {offers.get('GPU', 0):g} GPUs"
+
+
+def chosen_told(chosen: Mapping[str, Any]) -> str:
+    """As overrides that would say the same."""
+    return told({key: value for key, value in chosen.items() if value is not None})
+
+
+def with_mend(error: ResourceError, config: RunConfig | SftConfig, kind: str, run_dir: Path) -> ResourceError:
+    """Of a cluster that has stayed too small for a run: with what would fit, in the run's own file where it has one."""
+    mend = would_fit(machine_of(config), config, kind)
+    if not mend:
+        return error
+    file = run_dir / "config.yaml"
+    return ResourceError(f"{error}. This would fit{f', in {file}' if file.is_file() else ''}: {told(mend)}")
+
+
+def open_yaml(config: RunConfig | SftConfig) -> str:
+    """The config without what it leaves open: for another machine, which chooses."""
+    data: dict[str, Any] = config.model_dump(mode="json")
+    for key in open_options(config):
+        section, _, name = key.partition(".")
+        data[section] = {k: v for k, v in data[section].items() if k != name}
+    return dump_yaml(data)
+
+
+def _may_grow(config: RunConfig | SftConfig) -> bool:
+    """Nodes may still be joining, or an autoscaler brings them: see `await_resources`, which waits."""
+    return joins(config)
