@@ -36,7 +36,8 @@ from grpo_ray.config_effects import about_context, check_context
 from grpo_ray.cursor import Cursor
 from grpo_ray.ended import write_ended
 from grpo_ray.epochs import run_length
-from grpo_ray.errors import CheckpointError, ConfigError, GrpoRayError, LostSamplesError, WorkerError
+from grpo_ray.errors import CheckpointError, ConfigError, DataError, GrpoRayError, LostSamplesError, WorkerError
+from grpo_ray.eval_record import answers_folder, set_figures, write_figures
 from grpo_ray.evaluate import eval_event, evaluate
 from grpo_ray.events import EndEvent, Event, EventLog, MessageEvent, PhaseEvent
 from grpo_ray.ledger import Ledger
@@ -45,14 +46,15 @@ from grpo_ray.messages import MessageLog
 from grpo_ray.models import context_length, load_config, load_tokenizer, prepare_model
 from grpo_ray.names import check_name, run_name
 from grpo_ray.ownership import holding
-from grpo_ray.prompts import PromptSets, load_prompts
+from grpo_ray.prompts import PromptDataset, PromptSets, load_eval_prompts, load_prompts, trained_on
 from grpo_ray.records import last_step, set_aside
 from grpo_ray.replay import TOLERANCE, compare, parts_of, read_batch
-from grpo_ray.rewards.columns import ColumnNeeds, check_columns
+from grpo_ray.rewards.columns import ColumnNeeds, check_columns, check_sets, eval_sets_told
 from grpo_ray.roles import Tracker
 from grpo_ray.rollout_log import ParquetRolloutLog, remove_after, rollout_path
+from grpo_ray.sample_figures import figures_in
 from grpo_ray.sample_files import SampleFolder
-from grpo_ray.sampling import about_samples, sample_all
+from grpo_ray.sampling import about_answers, about_samples, sample_all, write_answers
 from grpo_ray.scaling import record, rescaled
 from grpo_ray.secrets import hide_secrets
 from grpo_ray.sft_loop import SftLoop
@@ -429,11 +431,14 @@ class Controller:
         model = await self._prepare_model(config)
         async with Workers(config, self._run, model, self._phase, self._warn) as workers:
             async with asyncio.TaskGroup() as tasks:
-                loading = tasks.create_task(self._load_prompts(config, model))
+                loading = tasks.create_task(self._load_held_out(config, model))
+                hashing = tasks.create_task(asyncio.to_thread(model_digest, model))
                 sampling = tasks.create_task(workers.start_sampler())
                 scoring = tasks.create_task(workers.start_scorer())
                 voting = tasks.create_task(workers.start_voter())
-            for name, prompts in loading.result().eval.items():
+            began = time.monotonic()
+            sets = {}
+            for name, prompts in loading.result().items():
                 result = await evaluate(
                     list(prompts),
                     sampling.result(),
@@ -442,23 +447,31 @@ class Controller:
                     config,
                     progress=partial(self._phase, "eval", name),
                 )
+                about = about_answers(config, prompts, config.model.path or "tiny", hashing.result())
+                figures = await write_answers(
+                    answers_folder(self._run.path, name), about, prompts, result, RaySamples()
+                )
+                sets[name] = set_figures(result, figures)
                 self._emit(eval_event(0, name, result))
+                self._emit(MessageEvent("info", f"{name}: {figures}" if name else str(figures)))
                 if result.warning is not None:
                     self._warn(result.warning)
+            seconds = time.monotonic() - began
+            await asyncio.to_thread(write_figures, self._run.path, config, hashing.result(), sets, seconds)
         return "finished"
 
     async def _sample(self, config: RunConfig) -> str:
         # As in `_eval`: nothing is trained.
         config = config.model_copy(update={"model": config.model.model_copy(update={"lora": None})})
         model = await self._prepare_model(config)
-        folder = Path(model)
         async with asyncio.TaskGroup() as tasks:
             loading = tasks.create_task(self._load_prompts(config, model))
-            hashing = tasks.create_task(asyncio.to_thread(digest_of, folder)) if folder.is_dir() else None
+            hashing = tasks.create_task(asyncio.to_thread(model_digest, model))
         prompts = loading.result().train
-        about = about_samples(config, prompts, config.model.path or "tiny", hashing.result() if hashing else "")
+        about = about_samples(config, prompts, config.model.path or "tiny", hashing.result())
         samples = await asyncio.to_thread(SampleFolder.open, self._run.samples, about)
         if not samples.missing():
+            await self._tell_figures(samples)
             return "finished"
         async with Workers(config, self._run, model, self._phase, self._warn) as workers:
             async with asyncio.TaskGroup() as tasks:
@@ -473,6 +486,7 @@ class Controller:
         if report.num_before:
             told += f"; {report.num_before} samples were there already"
         self._emit(MessageEvent("info", told))
+        await self._tell_figures(samples)
         if report.num_unscored:
             self._warn(
                 f"{report.num_unscored} of {report.num_made} samples have no reward, e.g.: {report.why_unscored}"
@@ -480,6 +494,10 @@ class Controller:
         for one in report.left_out:
             self._emit(MessageEvent("warning", f"without samples: {one.why}"))
         return "finished"
+
+    async def _tell_figures(self, samples: SampleFolder) -> None:
+        """Of all that is there, also of what an earlier call made."""
+        self._emit(MessageEvent("info", str(await asyncio.to_thread(figures_in, samples.path))))
 
     async def _replay(self, config: RunConfig) -> str:
         """The learner's part of the step after `resume_step` once more, with nothing written but logs."""
@@ -517,20 +535,51 @@ class Controller:
             )
         return await asyncio.to_thread(prepare_model, config.model, self._run.path)
 
-    async def _load_prompts(self, config: RunConfig, model: str) -> PromptSets:
+    async def _load_held_out(self, config: RunConfig, model: str) -> dict[str, PromptDataset]:
+        """Of an evaluation alone. Prompts that are trained on stay: nothing is trained here, and that is said."""
+        tokenizer, context = await self._prepare_data(config, model)
+        held_out = await asyncio.to_thread(
+            load_eval_prompts, config.data, tokenizer, seed=config.seed, max_context=context
+        )
+        for name, prompts in held_out.items():
+            if prompts.report.num_too_long:
+                self._tell_what_was_left_out(prompts.report)
+            told = about_context(config, context, max(len(prompt.token_ids) for prompt in prompts))
+            if told is not None:
+                self._warn(f"{name}: {told}" if name else told)
+        for note in check_sets(self._needs, eval_sets_told(held_out)):
+            self._emit(MessageEvent("info", note))
+        try:
+            shared = await asyncio.to_thread(trained_on, config.data, tokenizer, held_out, seed=config.seed)
+        except DataError as e:
+            self._warn(f"whether prompts of data.eval are also in data.train is not known: {e}")
+            return held_out
+        if shared:
+            total = sum(len(prompts) for prompts in held_out.values())
+            self._warn(
+                f"{shared} of {total} prompts of data.eval are also in data.train: for a model that was trained on them this is "
+                "no held-out accuracy (training leaves them out, unless data.exclude_eval is off or data.eval was another)"
+            )
+        return held_out
+
+    async def _prepare_data(self, config: RunConfig, model: str) -> tuple[Any, int]:
+        """The tokenizer, and the model's context in tokens."""
         self._phase("data")
         code = config.model.trust_remote_code
         context = context_length(await asyncio.to_thread(load_config, model, trust_remote_code=code))
         tokenizer = await asyncio.to_thread(load_tokenizer, model, trust_remote_code=code)
         stops_of_run(config, tokenizer, model)
+        check_context(config, context)
+        return tokenizer, context
+
+    async def _load_prompts(self, config: RunConfig, model: str) -> PromptSets:
+        tokenizer, context = await self._prepare_data(config, model)
         prompts = await asyncio.to_thread(load_prompts, config.data, tokenizer, seed=config.seed, max_context=context)
         self._tell_what_was_left_out(prompts.train.report)
-        check_context(config, context)
         told = about_context(config, context, max(len(prompt.token_ids) for prompt in prompts.train))
         if told is not None:
             self._warn(told)
-        train, evaluation = self._kind != "eval", self._kind != "sample"
-        for note in check_columns(self._needs, prompts, train=train, evaluation=evaluation):
+        for note in check_columns(self._needs, prompts, train=True, evaluation=self._kind != "sample"):
             self._emit(MessageEvent("info", note))
         return prompts
 
@@ -570,6 +619,11 @@ class RaySamples:
 
     def put(self, samples: list[Sample]) -> Any:
         return ray.put(samples)
+
+
+def model_digest(model: str) -> str:
+    """Of a folder's files; empty for a name on the hub."""
+    return digest_of(Path(model)) if Path(model).is_dir() else ""
 
 
 class NoRolloutLog:

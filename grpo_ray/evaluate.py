@@ -55,6 +55,8 @@ class EvalResult:
     """Of the first of them, in words."""
     scores: tuple[Score, ...] = ()
     """Of all samples."""
+    infos: tuple[SampleInfo, ...] = ()
+    """Of the same, in the same order: the prompts', k of each."""
 
     @property
     def accuracy(self) -> Estimate | None:
@@ -179,6 +181,7 @@ async def evaluate(
         num_not_applicable=sum(a.right.count(None) for a in answered),
         why_not=why_not_applicable(function, silent.columns, None) if silent is not None else "",
         scores=tuple(s for a in answered for s in a.scores),
+        infos=tuple(i for a in answered for i in a.infos),
     )
 
 

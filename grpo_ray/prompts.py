@@ -8,7 +8,7 @@ changes, and its `fingerprint` says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,6 +145,46 @@ def load_prompts(data: DataConfig, tokenizer: Any, *, seed: int, max_context: in
     Raises:
         DataError: names source, line or row, and the mend.
     """
+    evaluation = load_eval_prompts(data, tokenizer, seed=seed, max_context=max_context)
+    load = _loader(data, tokenizer, max_context)
+    table = load_table(data.train, seed=seed)
+    return PromptSets(
+        load(table.name, table, data.train, _texts_of(evaluation) if data.exclude_eval else frozenset()), evaluation
+    )
+
+
+def load_eval_prompts(
+    data: DataConfig, tokenizer: Any, *, seed: int, max_context: int | None = None
+) -> dict[str, PromptDataset]:
+    """Those of `data.eval` alone, by name. See `load_prompts`."""
+    load = _loader(data, tokenizer, max_context)
+    evaluation = {}
+    for name, source in data.eval_sets.items():
+        table = load_table(source, seed=seed + EVAL_SEED_OFFSET)
+        evaluation[name] = load(f"eval-{name or table.name}", table, source, frozenset())
+    return evaluation
+
+
+def trained_on(data: DataConfig, tokenizer: Any, evaluation: Mapping[str, PromptDataset], *, seed: int) -> int:
+    """Prompts of the evaluation that are also among the rows of `data.train`.
+
+    Raises:
+        DataError: these can't be read.
+    """
+    render = make_template(data.template, tokenizer, data.system, data.chat_template_kwargs)
+    rows = tokenized_rows(load_table(data.train, seed=seed), data.train, render, tokenizer, demonstrations=False)
+    trained = {row.rendered.text for row in rows}
+    return sum(prompt.text in trained for prompts in evaluation.values() for prompt in prompts)
+
+
+def _texts_of(evaluation: Mapping[str, PromptDataset]) -> frozenset[str]:
+    return frozenset(p.text for prompts in evaluation.values() for p in prompts)
+
+
+def _loader(
+    data: DataConfig, tokenizer: Any, max_context: int | None
+) -> Callable[[str, Table, DataSource, frozenset[str]], PromptDataset]:
+    """(name, table, its source, texts to leave out) -> the prompts."""
     render = make_template(data.template, tokenizer, data.system, data.chat_template_kwargs)
     limit, option = data.max_prompt_length, "data.max_prompt_length"
     if max_context is not None and max_context <= limit:
@@ -165,15 +205,7 @@ def load_prompts(data: DataConfig, tokenizer: Any, *, seed: int, max_context: in
         check_any_left(report, table, limit, option)
         return PromptDataset(name, kept, report)
 
-    evaluation = {}
-    for name, source in data.eval_sets.items():
-        table = load_table(source, seed=seed + EVAL_SEED_OFFSET)
-        evaluation[name] = load(f"eval-{name or table.name}", table, source, frozenset())
-    held_out = (
-        frozenset(p.text for prompts in evaluation.values() for p in prompts) if data.exclude_eval else frozenset()
-    )
-    table = load_table(data.train, seed=seed)
-    return PromptSets(load(table.name, table, data.train, held_out), evaluation)
+    return load
 
 
 def load_demonstrations(data: DataConfig, tokenizer: Any, *, seed: int, max_length: int) -> SftDataset:

@@ -11,14 +11,17 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from grpo_ray.applicable import why_not_applicable
 from grpo_ray.config import RunConfig
 from grpo_ray.errors import LostSamplesError, PoisonedError, RewardError
+from grpo_ray.evaluate import EvalResult, eval_sampling
 from grpo_ray.filling import Filling
 from grpo_ray.prompts import PromptDataset
 from grpo_ray.roles import Sampler, SampleStore, Scorer
 from grpo_ray.rollout_log import distinct_refs
+from grpo_ray.sample_figures import Figures, figures_in
 from grpo_ray.sample_files import About, Drawn, LeftOut, SampleFolder
 from grpo_ray.seeds import sample_seed
 from grpo_ray.types import Group, SampleRequest, SamplingParams, ScoreStatus
@@ -62,14 +65,33 @@ def sampling_params(config: RunConfig) -> SamplingParams:
 
 
 def about_samples(config: RunConfig, prompts: PromptDataset, model: str, model_sha256: str) -> About:
-    params = sampling_params(config)
+    sample = config.sample
+    return _about(
+        config, prompts, model, model_sha256, sampling_params(config), sample.num_samples, sample.shard_prompts
+    )
+
+
+def about_answers(config: RunConfig, prompts: PromptDataset, model: str, model_sha256: str) -> About:
+    """Of an evaluation: all in one file."""
+    return _about(config, prompts, model, model_sha256, eval_sampling(config), config.eval.num_samples, len(prompts))
+
+
+def _about(
+    config: RunConfig,
+    prompts: PromptDataset,
+    model: str,
+    model_sha256: str,
+    params: SamplingParams,
+    num_samples: int,
+    shard_prompts: int,
+) -> About:
     return About(
         model=model,
         model_sha256=model_sha256,
         prompts=prompts.fingerprint,
         num_prompts=len(prompts),
-        num_samples=config.sample.num_samples,
-        shard_prompts=config.sample.shard_prompts,
+        num_samples=num_samples,
+        shard_prompts=shard_prompts,
         seed=config.seed,
         sampling={
             "temperature": params.temperature,
@@ -82,6 +104,26 @@ def about_samples(config: RunConfig, prompts: PromptDataset, model: str, model_s
         },
         rewards=[f.model_dump(mode="json") for f in config.reward.functions],
     )
+
+
+async def write_answers(
+    path: Path, about: About, prompts: PromptDataset, result: EvalResult, samples: SampleStore
+) -> Figures:
+    """What an evaluation drew, to a folder of samples; what they are worth."""
+    k = about.num_samples
+    refs = list({id(info.ref): info.ref for info in result.infos}.values())
+    lists = {id(ref): rows for ref, rows in zip(refs, await samples.fetch(refs), strict=True)}
+    drawn = [
+        Drawn(
+            prompt,
+            prompts.conversation(n),
+            [lists[id(info.ref)][info.row] for info in result.infos[n * k : (n + 1) * k]],
+            result.scores[n * k : (n + 1) * k],
+        )
+        for n, prompt in enumerate(prompts)
+    ]
+    await asyncio.to_thread(SampleFolder.open(path, about).write, 0, drawn)
+    return await asyncio.to_thread(figures_in, path)
 
 
 async def sample_all(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,8 +15,10 @@ from grpo_ray.config_files import to_yaml
 from grpo_ray.config_places import with_places
 from grpo_ray.ended import Ended, finished, read_ended
 from grpo_ray.errors import ConfigError, WorkerError
+from grpo_ray.eval_record import FOLDER, new_record, step_of
 from grpo_ray.events import EndEvent
 from grpo_ray.ledger import Ledger
+from grpo_ray.names import run_name
 from grpo_ray.records import step_to_resume
 from launch.code_folder import use_code_of
 from launch.console import plain_console
@@ -197,7 +200,7 @@ def evaluate_target(target: str, overrides: list[str]) -> None:
                 "evaluate a copy of that with model.path=)"
             )
         config = load_recipe(
-            RunConfig, str(run.config), with_own([f"model.path={run.exported}", "model.tiny=null"], overrides)
+            RunConfig, str(run.config), with_own([f"model.path={run.exported.resolve()}", "model.tiny=null"], overrides)
         )
     else:
         config = load_recipe(RunConfig, target, overrides)
@@ -208,10 +211,22 @@ def evaluate_target(target: str, overrides: list[str]) -> None:
     preflight(config)
     check_effects(config, "eval", overrides)
     config = settled(config, "eval")
-    scratch = Path(config.dir) / ".eval"
-    scratch.mkdir(parents=True, exist_ok=True)
-    with leaving("nothing was measured, and nothing is changed; the same command begins again"):
-        exit_unless_finished(_run("eval", config, RunDir(scratch), None))
+    record = new_record(*_record_place(folder, config, overrides), config)
+    with leaving(f"nothing was measured to its end; what there is lies in {record}; the same command begins again"):
+        end = _run("eval", config, RunDir(record), None)
+    console.print(f"record   {record}")
+    exit_unless_finished(end)
+
+
+def _record_place(target: Path, config: RunConfig, overrides: list[str]) -> tuple[Path, str]:
+    """Where the record of an evaluation is put, and its name: with the step, where a checkpoint is measured."""
+    run = target if (target / "config.yaml").is_file() else None
+    moved = any(item.partition("=")[0].strip() == "dir" for item in overrides)
+    parent = Path(config.dir) if run is None or moved else run
+    model = Path(config.model.path) if config.model.path else None
+    step = step_of(model) if model else None
+    title = run_name(target.resolve()) if run is not None else re.sub(r"[^A-Za-z0-9_.-]", "-", target.stem)
+    return parent / FOLDER, title if step is None else f"{title}-step-{step:06d}"
 
 
 def _run(kind: str, config: RunConfig | SftConfig, run: RunDir, resume_step: int | None) -> EndEvent:

@@ -37,7 +37,7 @@ from grpo_ray.tracking import read_metrics
 from launch.console import headed, plain_console
 from launch.effects import tell_idle_of_pipeline
 from launch.interrupts import leaving
-from launch.jobs import exit_unless_finished, write_config
+from launch.jobs import exit_unless_finished, make_report, write_config
 from launch.pipeline_view import print_figures, print_plan
 from launch.placement import settled
 from launch.program import runnable
@@ -218,7 +218,6 @@ class _Runner:
         assert stage.spec.run is not None
         config = settled(config, stage.spec.run)
         from launch.follow import run_here
-        from launch.jobs import make_report
 
         with commanded(folder):
             run, resume_step = _open_run(stage, config, folder)

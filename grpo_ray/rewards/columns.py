@@ -8,7 +8,7 @@ from typing import Any
 
 from grpo_ray.config_reward import RewardConfig
 from grpo_ray.errors import RewardError
-from grpo_ray.prompts import PromptSets
+from grpo_ray.prompts import PromptDataset, PromptSets
 from grpo_ray.rewards import described
 from grpo_ray.rewards.function import SOURCE, has_value, missing_column, value_of
 
@@ -40,7 +40,17 @@ def check_columns(needs: Sequence[ColumnNeeds], prompts: PromptSets, *, train: b
     """
     sets = {"data.train": prompts.train} if train else {}
     if evaluation:
-        sets |= {f"data.eval.{name}" if name else "data.eval": found for name, found in prompts.eval.items()}
+        sets |= eval_sets_told(prompts.eval)
+    return check_sets(needs, sets)
+
+
+def eval_sets_told(sets: Mapping[str, PromptDataset]) -> dict[str, PromptDataset]:
+    """By the option that they are from."""
+    return {f"data.eval.{name}" if name else "data.eval": found for name, found in sets.items()}
+
+
+def check_sets(needs: Sequence[ColumnNeeds], sets: Mapping[str, PromptDataset]) -> list[str]:
+    """See `check_columns`; `sets`: by where they are from."""
     return [
         note for where, found in sets.items() for need in needs for note in _check(need, where, found.rows_of_columns)
     ]

@@ -1,0 +1,97 @@
+"""What the samples of a folder are worth together: means over those that have a reward, and how many have none, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import fsum
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from grpo_ray.types import ScoreStatus
+
+
+@dataclass(frozen=True)
+class Worth:
+    """Of one reward function, or of all together."""
+
+    mean: float | None
+    """Over the samples that are scored; None: none is."""
+    num_scored: int
+    num_not_applicable: int
+    num_failed: int
+
+    def __str__(self) -> str:
+        mean = "none" if self.mean is None else f"{self.mean:.4g}"
+        others = [
+            f"{number} {what}"
+            for number, what in ((self.num_not_applicable, "not applicable"), (self.num_failed, "failed"))
+            if number
+        ]
+        return f"{mean} over {self.num_scored}" + (f" ({', '.join(others)})" if others else "")
+
+
+@dataclass(frozen=True)
+class Figures:
+    reward: Worth
+    """The weighted sum."""
+    functions: dict[str, Worth]
+    """By the function's title, in the order of the recipe; without its weight."""
+    num_samples: int
+    mean_length: float | None
+    """Completion tokens."""
+
+    def __str__(self) -> str:
+        parts = "; ".join(f"{name} {worth}" for name, worth in self.functions.items())
+        return f"mean reward {self.reward} samples: {parts}" if parts else f"mean reward {self.reward} samples"
+
+
+@dataclass
+class _Sum:
+    values: list[float] = field(default_factory=list)
+    not_applicable: int = 0
+    failed: int = 0
+
+    def add(self, status: str, value: float | None) -> None:
+        if status == ScoreStatus.OK and value is not None:
+            self.values.append(value)
+        elif status == ScoreStatus.NOT_APPLICABLE:
+            self.not_applicable += 1
+        else:
+            self.failed += 1
+
+    @property
+    def worth(self) -> Worth:
+        mean = fsum(self.values) / len(self.values) if self.values else None
+        return Worth(mean, len(self.values), self.not_applicable, self.failed)
+
+
+def figures_of(rows: Iterable[dict[str, Any]]) -> Figures:
+    """Of rows as `grpo-ray sample` writes them: `reward`, `reward_status`, `rewards` and `num_tokens`."""
+    total, by_name, num_tokens = _Sum(), dict[str, _Sum](), []
+    for row in rows:
+        total.add(row["reward_status"], row["reward"])
+        num_tokens.append(row["num_tokens"])
+        for part in row["rewards"]:
+            by_name.setdefault(part["name"], _Sum()).add(part["status"], part["value"])
+    return Figures(
+        reward=total.worth,
+        functions={name: found.worth for name, found in by_name.items()},
+        num_samples=len(num_tokens),
+        mean_length=sum(num_tokens) / len(num_tokens) if num_tokens else None,
+    )
+
+
+def figures_in(folder: Path) -> Figures:
+    """Of the files of a folder of samples that are there."""
+    return figures_of(row for file in sorted(folder.glob("samples-*.parquet")) for row in _rows(file))
+
+
+def _rows(file: Path) -> Iterable[dict[str, Any]]:
+    with pq.ParquetFile(file) as parquet:
+        for batch in parquet.iter_batches(columns=["reward", "reward_status", "rewards", "completion_ids"]):
+            lengths = batch.column("completion_ids").value_lengths().to_pylist()
+            rows = batch.drop_columns(["completion_ids"]).to_pylist()
+            yield from ({**row, "num_tokens": n} for row, n in zip(rows, lengths, strict=True))
