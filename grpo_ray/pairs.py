@@ -8,6 +8,7 @@ begin alike; or `prompt`, `completion` and `label`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -80,7 +81,14 @@ class PairSets:
 
 
 def load_pairs(
-    data: DataConfig, tokenizer: Any, *, seed: int, max_length: int, labelled: bool = False, use_margin: bool = False
+    data: DataConfig,
+    tokenizer: Any,
+    *,
+    seed: int,
+    max_length: int,
+    labelled: bool = False,
+    use_margin: bool = False,
+    highest: float = math.inf,
 ) -> PairSets:
     """Read, template and tokenize `data.train` and `data.eval`.
 
@@ -89,6 +97,7 @@ def load_pairs(
         max_length: tokens of the prompt and either answer.
         labelled: rows are single answers with a label.
         use_margin: pairs have a column `margin`.
+        highest: 1 where labels are probabilities, from 0 on.
 
     Raises:
         DataError: names source, line or row, and the mend.
@@ -100,6 +109,11 @@ def load_pairs(
         kept, texts = [], set()
         num_too_long = num_in_eval = 0
         for row, answers, target in _rows(table, source, render, tokenizer, labelled, use_margin):
+            if highest < math.inf and not 0 <= target <= highest:
+                raise DataError(
+                    f"{row.where}: the label is {target:g}, and reward_model.loss bce takes labels from 0 to 1; scale them, or "
+                    "use mse"
+                )
             if row.rendered.text in held_out:
                 num_in_eval += 1
                 continue
@@ -201,6 +215,6 @@ def _answer(row: TokenizedRow, name: str) -> str:
 
 def _number(row: TokenizedRow, name: str) -> float:
     value = row.columns.get(name)
-    if not isinstance(value, int | float):
+    if not isinstance(value, int | float) or not math.isfinite(value):
         raise DataError(f"{row.where}: expected a number in column {name!r}, got {value!r:.60}")
     return float(value)

@@ -5,6 +5,7 @@ dataset -> Cursor -> examples -> batch -> learner;  before the first step `prepa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,6 +173,7 @@ def load_task(config: SftConfig, tokenizer: Any) -> Task:
                     max_length=config.max_length,
                     labelled=not options.pairwise,
                     use_margin=options.use_margin,
+                    highest=1.0 if options.loss == "bce" else math.inf,
                 )
             )
     return Demonstrations(load_demonstrations(config.data, tokenizer, seed=config.seed, max_length=config.max_length))

@@ -88,6 +88,13 @@ def test_an_answer_without_a_program_is_wrong_without_a_sandbox() -> None:
         (b"1", "1.0", True),
         (b"1.0", "1", False),
         (b"123456789012345678", "123456789012345679", False),
+        (b"1e-7", "0.0", True),
+        (b"-1e-7", "0.0", True),
+        (b"0", "0.0000001", True),
+        (b"1e-5", "0.0", False),
+        (b"0.00001", "0.00002", False),
+        (b"2000000.5", "2000001.5", True),
+        (b"2000001.5", "2000005.5", False),
         (b"nan", "1.5", False),
         (b"inf", "1.5", False),
         (b"YES", "Yes", False),
@@ -106,6 +113,10 @@ def test_outputs_are_compared_line_by_line(output: bytes, expected: str, same: b
         (b"3", [3], True),
         (b"[3]", 3, False),
         (b"0.30000000000000004", 0.3, True),
+        (b"1e-7", 0.0, True),
+        (b"0", 1e-7, True),
+        (b"1e-5", 0.0, False),
+        (b"[-0.0, 5e-7]", [0.0, 0.0], True),
         (b'"3"', 3, False),
         (b'{"a": [0.1]}', {"a": [0.1]}, True),
         (b'{"a": 1, "b": 2}', {"a": 1}, False),
@@ -273,6 +284,16 @@ def test_a_program_has_its_processor_time_for_each_test_and_no_more() -> None:
     assert score(burn, tests, cpu_s=1).value == 1.0
     result = score(burn, [*tests, {"input": "60", "output": "1"}], cpu_s=1)
     assert (result.value, result.detail) == (0.0, "test 4 of 4: out of CPU time")
+
+
+@pytest.mark.parametrize("form", ["scripts", "asserts"])
+def test_the_time_of_a_program_is_for_all_of_its_tests_together(form: str) -> None:
+    """Each has a fraction of it; a slower machine only makes them longer."""
+    program = "import time\ntime.sleep(0.3)\nprint(1)\ndef f():\n    time.sleep(0.3)\n    return 1"
+    tests: Any = [{"input": "", "output": "1"}] * 9 if form == "scripts" else ["assert f() == 1"] * 9
+    result = score(program, tests, timeout_s=1.0)
+    assert result.value == 0.0
+    assert "out of time" in result.detail
 
 
 def test_one_test_leaves_no_process_to_the_next() -> None:

@@ -242,6 +242,9 @@ def test_sft_refuses_a_micro_batch_that_holds_no_example():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
+        (["algorithm.max_staleness=0"], (None, 2.0)),
+        (["algorithm.max_staleness=1"], ("token_truncate", 2.0)),
+        (["algorithm=gspo", "algorithm.max_staleness=1"], ("sequence_truncate", 3.0)),
         (["algorithm.max_staleness=2"], ("token_truncate", 2.0)),
         (["algorithm=gspo", "algorithm.max_staleness=2"], ("sequence_truncate", 3.0)),
         (["algorithm.max_staleness=2", "algorithm.importance_sampling=token_mask"], ("token_mask", 5.0)),

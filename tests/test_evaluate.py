@@ -94,6 +94,36 @@ def test_every_measure_is_a_mean_over_prompts() -> None:
     assert (result.num_prompts, result.num_samples) == (3, 4)
 
 
+def test_samples_are_drawn_as_the_evaluation_asks_for_and_not_as_training_does() -> None:
+    cfg = config(
+        "rollout.temperature=0.8",
+        "rollout.top_p=0.9",
+        "rollout.top_k=7",
+        "rollout.min_p=0.1",
+        "rollout.max_completion_length=99",
+        "eval.top_p=0.5",
+    )
+    asked: list[SampleRequest] = []
+
+    class Asked(Sampler):
+        async def generate(self, request: SampleRequest) -> SampleInfo:
+            asked.append(request)
+            return await super().generate(request)
+
+    asyncio.run(evaluate(PROMPTS, Asked(), LocalScorer(cfg.reward), None, cfg))
+    assert {(r.params.temperature, r.params.top_p) for r in asked} == {(0.6, 0.5)}
+    assert {(r.params.top_k, r.params.min_p, r.params.max_tokens) for r in asked} == {(0, 0.0, 99)}
+    assert len({r.seed for r in asked}) == 12
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_the_mean_length_is_that_of_all_samples(k: int) -> None:
+    result = run(config(f"eval.num_samples={k}"), None)
+    lengths = [len(text) for answers in ANSWERS.values() for text in answers[:k]]
+    assert result.mean_length == pytest.approx(sum(lengths) / len(lengths))
+    assert eval_metrics(result)["eval/mean_length"] == result.mean_length
+
+
 def test_without_a_voter_there_is_no_consensus() -> None:
     assert list(run(config(), None).measures) == ["pass@1", "pass@2", "pass@4"]
     one = config("eval.num_samples=1")

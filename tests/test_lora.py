@@ -60,6 +60,14 @@ def test_switched_off_they_leave_the_bare_model_and_the_gradients_alone(adapted:
     assert not torch.equal(logits(adapted), logits(plain))
 
 
+def test_an_error_while_they_are_off_leaves_them_on(adapted: Any) -> None:
+    """A reference pass that fails, of which the run goes on."""
+    before = logits(adapted)
+    with pytest.raises(RuntimeError, match="out of memory"), adapters_off(adapted):
+        raise RuntimeError("out of memory")
+    assert torch.equal(logits(adapted), before)
+
+
 def test_peft_loads_the_written_adapter(adapted: Any, tiny_model: Path, tmp_path: Path) -> None:
     write_adapter({n: p.detach() for n, p in adapter_tensors(adapted).items()}, LORA, str(tiny_model), tmp_path)
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path)

@@ -20,6 +20,7 @@ from grpo_ray.losses.aggregation import Normalizers
 from grpo_ray.losses.segments import Segments
 from grpo_ray.objectives import MicroBatchData
 from grpo_ray.objectives_pairs import DpoObjective, RewardModelObjective
+from grpo_ray.supervised import held_out
 
 BETA = 0.3
 PAIRS = 5
@@ -202,6 +203,33 @@ def test_a_reward_model_of_labels_is_the_naive_loop(kind: Any, split: list[range
     else:
         gaps = [abs(s - y) for s, y in zip(last(rows).tolist(), rows.targets, strict=True)]
         assert metrics["score/error"] == pytest.approx(sum(gaps) / 10)
+
+
+@pytest.mark.parametrize("objective", [DpoObjective(DpoOptions(beta=BETA)), RewardModelObjective(RewardModelOptions())])
+def test_of_two_answers_that_are_worth_the_same_the_chosen_one_is_not_ahead(objective: Any) -> None:
+    """A model that says the same of everything is right about nothing."""
+    rows = Rows(0)
+    rows.theta = [torch.full((n,), -1.0, dtype=torch.float64, requires_grad=True) for n in LENGTHS]
+    rows.ref = [t.detach().clone() for t in rows.theta]
+    rows.targets = np.zeros(len(LENGTHS))
+    _, metrics = run(objective, rows, SPLITS[0])
+    assert (metrics["pairs/accuracy"], metrics["pairs/margin"]) == (0.0, 0.0)
+    assert held_out(torch.ones(3, 2), torch.zeros(3)) == {"accuracy": 0.0, "margin": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("score", "label", "right"),
+    [(1.0, 1.0, 1), (-1.0, 0.0, 1), (1.0, 0.7, 1), (-1.0, 0.7, 0), (1.0, 0.3, 0), (-1.0, 0.3, 1), (0.0, 0.7, 0)],
+)
+def test_a_label_between_0_and_1_is_met_on_its_side_of_the_half(score: float, label: float, right: int) -> None:
+    rows = Rows(0)
+    rows.theta = [torch.full((n,), score, dtype=torch.float64, requires_grad=True) for n in LENGTHS]
+    rows.targets = np.full(len(LENGTHS), label)
+    loss, metrics = run(RewardModelObjective(RewardModelOptions(loss="bce")), rows, SPLITS[0])
+    assert metrics["score/accuracy"] == right
+    assert held_out(torch.tensor([[score]]), torch.tensor([label]))["accuracy"] == right
+    p = 1 / (1 + math.exp(-score))
+    assert loss.item() == pytest.approx(-label * math.log(p) - (1 - label) * math.log(1 - p))
 
 
 @pytest.mark.parametrize("objective", [DpoObjective(DpoOptions()), RewardModelObjective(RewardModelOptions())])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -212,3 +213,48 @@ def test_a_labelled_answer_is_one_sample(tokenizer: Any, tmp_path: Path) -> None
     batch = task.batch(0, list(task.dataset))
     assert [(s.num_tokens, s.advantage) for s in batch.samples] == [(4, 1.0)]
     assert not task.measures
+
+
+@pytest.mark.parametrize(
+    ("loss", "label", "target"),
+    [
+        ("bce", True, 1.0),
+        ("bce", 0, 0.0),
+        ("bce", 0.25, 0.25),
+        ("bce", 0.75, 0.75),
+        ("mse", 7, 7.0),
+        ("mse", -2.5, -2.5),
+    ],
+)
+def test_a_label_is_the_number_that_the_row_has(
+    loss: str, label: Any, target: float, tokenizer: Any, tmp_path: Path
+) -> None:
+    write(tmp_path / "x.jsonl", [{"prompt": "a", "completion": "bc", "label": label}])
+    raw = recipe(reward_model={"loss": loss}, data={"train": {"path": str(tmp_path / "x.jsonl")}})
+    task = load_task(build(RewardModelConfig, raw, "r"), tokenizer)
+    assert [s.advantage for s in task.batch(0, list(task.dataset)).samples] == [target]
+
+
+@pytest.mark.parametrize(
+    ("loss", "label", "words"),
+    [
+        (
+            "bce",
+            1.5,
+            r"line 2: the label is 1\.5, and reward_model.loss bce takes labels from 0 to 1; scale them, or use mse",
+        ),
+        ("bce", -1, "line 2: the label is -1, "),
+        ("bce", math.nan, "expected a number in column 'label', got nan"),
+        ("mse", math.inf, "expected a number in column 'label', got inf"),
+        ("mse", "good", "expected a number in column 'label', got 'good'"),
+        ("mse", None, "expected a number in column 'label', got None"),
+    ],
+)
+def test_a_label_that_can_not_be_learned_is_named_with_its_line(
+    loss: str, label: Any, words: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "a", "completion": "bc", "label": value} for value in (1, label)]
+    write(tmp_path / "x.jsonl", rows)
+    raw = recipe(reward_model={"loss": loss}, data={"train": {"path": str(tmp_path / "x.jsonl")}})
+    with pytest.raises(DataError, match=words):
+        load_task(build(RewardModelConfig, raw, "r"), tokenizer)

@@ -305,6 +305,21 @@ def test_templates_give_the_papers_text(tokenizer: Any, jsonl: Callable[..., str
     )
 
 
+@pytest.mark.parametrize("template", ["chat", "r1"])
+def test_a_conversation_with_a_system_message_of_its_own_gets_no_second_one(
+    template: str, tokenizer: Any, jsonl: Callable[..., str]
+) -> None:
+    user = {"role": "user", "content": "1+1"}
+    rows = [{"prompt": [{"role": role, "content": "own"}, user]} for role in ("system", "developer")]
+    given = None if template == "r1" else "ours"
+    source = jsonl([*rows, {"prompt": [user]}, {"prompt": [user, {"role": "assistant", "content": "2"}, user]}])
+    prompts = list(load_prompts(config(source, template=template, system=given), tokenizer, seed=1).train)
+    roles = [[m["role"] for m in p.messages or []] for p in prompts]
+    assert roles[:3] == [["system", "user"], ["developer", "user"], ["system", "user"]]
+    assert roles[3] == ["system", "user", "assistant", "user"]
+    assert [(p.messages or [])[0]["content"] for p in prompts] == ["own", "own", *[given or R1_SYSTEM] * 2]
+
+
 def test_a_chat_template_gives_the_ids_that_transformers_gives(tokenizer: Any, jsonl: Callable[..., str]) -> None:
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "1+1"}]
     (prompt,) = load_prompts(

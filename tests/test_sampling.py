@@ -234,6 +234,18 @@ def test_samples_of_two_kinds_are_never_mixed(config, prompts, tmp_path) -> None
         sample(tmp_path / "samples", other, prompts, Engine())
 
 
+@pytest.mark.parametrize("change", [{"weight": 0.5}, {"args": {"timeout_s": 9}}, {"name": "another"}, None])
+def test_samples_of_other_rewards_are_never_mixed_either(config, prompts, tmp_path, change) -> None:
+    """A name, a weight, an argument; or one function more."""
+    sample(tmp_path / "samples", config, prompts, Engine())
+    first, *others = config.reward.functions
+    changed = first.model_copy(update=change) if change else first
+    more = () if change else (first.model_copy(update={"label": "again"}),)
+    reward = config.reward.model_copy(update={"functions": (changed, *others, *more)})
+    with pytest.raises(DataError, match="holds samples made with another rewards"):
+        sample(tmp_path / "samples", config.model_copy(update={"reward": reward}), prompts, Engine())
+
+
 def test_a_folder_that_is_not_complete_is_not_read(config, prompts, tmp_path) -> None:
     sample(tmp_path / "samples", config, prompts, Engine())
     (tmp_path / "samples" / "samples-000002.parquet").unlink()

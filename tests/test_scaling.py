@@ -136,6 +136,16 @@ def test_more_workers_are_not_asked_for_where_they_would_not_help(load: Load) ->
     assert decide(2, 1, 8, [load] * 9) == 2
 
 
+@pytest.mark.parametrize("waiting", [1, 9])
+@pytest.mark.parametrize("place", range(PATIENCE))
+def test_workers_for_whom_samples_wait_are_not_made_fewer(waiting: int, place: int) -> None:
+    """However idle they look: what waits comes at once, or is too large for the others."""
+    loads = [SLACK] * PATIENCE
+    loads[place] = Load(busy=0.0, held_up=0.0, waiting=waiting)
+    assert decide(4, 1, 8, loads) == 4
+    assert decide(4, 1, 8, [Load(busy=0.05, held_up=0.0, waiting=waiting)] * 9) == 4
+
+
 @given(st.integers(1, 200), st.floats(0.001, 0.999), st.integers(0, 9), st.integers(0, 9))
 def test_what_was_changed_is_not_changed_back(now: int, work: float, waiting: int, then: int) -> None:
     """On-policy: a step is what the workers do, shared by them, and the rest, one after the other."""

@@ -9,6 +9,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -186,6 +187,29 @@ def test_wandb_gets_every_step_offline(tmp_path: Path, monkeypatch: pytest.Monke
     tracker.close()
     assert len((tmp_path / "wandb-run-id").read_text()) == 12
     assert [p.stat().st_size > 0 for p in tmp_path.glob("wandb/offline-run-*/run-*.wandb")] == [True]
+
+
+def test_a_resumed_run_goes_on_in_its_own_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the package makes of it: what it is asked for."""
+    asked: list[dict[str, Any]] = []
+
+    class Run:
+        def define_metric(self, name: str, step_metric: str | None = None) -> None: ...
+
+        def finish(self) -> None: ...
+
+    def init(**options: Any) -> Run:
+        asked.append(options)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for name in ("one", "one", "other"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        WandbTracker("tests", tmp_path / name, {"seed": 1}).close()
+    first, resumed, other = (options["id"] for options in asked)
+    assert first == resumed != other
+    assert {options["resume"] for options in asked} == {"allow"}
+    assert [options["name"] for options in asked] == ["one", "one", "other"]
 
 
 @pytest.mark.timeout(120)
