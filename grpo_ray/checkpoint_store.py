@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 
 from grpo_ray import manifest
 from grpo_ray.errors import CheckpointError
-from grpo_ray.files import sync_folder
+from grpo_ray.files import readable_as_asked, sync_folder
 from grpo_ray.manifest import FileSum, Sums
 
 SET_ASIDE = "manifest.broken.json"
@@ -63,6 +63,7 @@ class Place:
             folder = Path(self.path(part))
             folder.mkdir(parents=True)
             yield folder, sums
+            readable_as_asked(folder)
             sums |= manifest.sums_below(folder, part)
             sync_tree(folder)
             return

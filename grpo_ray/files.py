@@ -31,3 +31,18 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def readable_as_asked(folder: Path) -> None:
+    """Files below `folder` get the mode that the umask asks for. safetensors makes its own 0600 whatever that says, and a model
+    that none but its owner may read is not exported."""
+    mode = 0o666 & ~_umask()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
+def _umask() -> int:
+    """Of this process. Asking `os.umask` changes it for a moment, under the feet of other threads."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("Umask:")[2].split()[0], 8)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from grpo_ray.config import TinyModelConfig
+from grpo_ray.files import readable_as_asked
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -68,6 +69,7 @@ def build_tiny_model(folder: Path, config: TinyModelConfig) -> Path:
     logging.disable_progress_bar()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    readable_as_asked(folder)
     if progress:
         logging.enable_progress_bar()
     return folder
