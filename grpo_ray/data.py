@@ -206,7 +206,8 @@ def _hugging_face(source: DataSource) -> Table:
     except Exception as e:
         raise DataError(
             f"data set {source.path!r} ({options}) can't be loaded: {_first_line(e)}; expected a .jsonl or .parquet "
-            "file, a local folder, or a name on the Hugging Face hub (from there: a network, or an earlier download)"
+            "file, a local folder, or a name on the Hugging Face hub (from there: a network, or an earlier download and "
+            "HF_HUB_OFFLINE=1)"
         ) from e
     if saved:
         found = _saved_part(source, found)

@@ -20,7 +20,7 @@ from grpo_ray.thinking import opens_thinking
 from launch.check_golds import gold_rows
 from launch.code_folder import use_code_of
 from launch.console import headed, plain_console
-from launch.effects import check_effects, told
+from launch.effects import check_effects, tell_of_hub, told
 from launch.interrupts import scratch_folder
 from launch.machine import check_machine, unset_variables
 from launch.pipeline import run_pipeline
@@ -33,6 +33,7 @@ console = plain_console()
 def preflight(config: RunConfig | SftConfig) -> None:
     """What takes no time and should fail before a cluster is started: the model's folder, and the names of rewards."""
     use_code_of(config)
+    tell_of_hub(config)
     if config.model.path is not None:
         check_model_path(config.model.path)
     check_machine(config)

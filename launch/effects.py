@@ -12,6 +12,7 @@ from grpo_ray.models import known_context
 from grpo_ray.pipeline.effects import pipeline_without_effect, stage_without_effect
 from grpo_ray.pipeline.plan import Plan
 from launch.console import plain_console
+from launch.hub import check_hub
 
 console = plain_console(soft_wrap=True, stderr=True)
 SHARED = ("sample", "eval")
@@ -42,6 +43,12 @@ def tell_idle_of_pipeline(plan: Plan) -> None:
     for stage in plan.stages:
         found = stage_without_effect(plan.config_of(stage), stage.spec.run)
         _tell({f"stage {stage.name}: {key}": why for key, why in found.items()})
+
+
+def tell_of_hub(config: RunConfig | SftConfig) -> None:
+    """Raises ConfigError as `check_hub` does."""
+    if (text := check_hub(config)) is not None:
+        console.print(f"warning: {text}", style="yellow", markup=False)
 
 
 def _tell(found: Mapping[str, str]) -> None:

@@ -22,7 +22,7 @@ from grpo_ray.names import run_name
 from grpo_ray.records import step_to_resume
 from launch.code_folder import use_code_of
 from launch.console import plain_console
-from launch.effects import check_effects
+from launch.effects import check_effects, tell_of_hub
 from launch.interrupts import leaving
 from launch.left import left_of, left_of_samples, owned, remove_if_nothing_happened
 from launch.placement import settled
@@ -136,6 +136,7 @@ def _resume(run: RunDir, overrides: Sequence[str]) -> None:
     if (ended := finished(run, config)) is not None:
         _tell_finished(run, ended)
         return
+    tell_of_hub(config)
     step = step_to_resume(run, lambda text: console.print(f"warning: {text}", style="yellow"))
     check_length(run, config, step)
     if changes:

@@ -1,0 +1,92 @@
+"""Names on the Hugging Face hub, before anything is started: is it within reach, or is what they name here already?
+
+Without this, a machine without a network waits for half a minute of retries, in each process that loads something.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from grpo_ray.config import DataSource, RunConfig, SftConfig
+from grpo_ray.errors import ConfigError
+
+OFFLINE = "HF_HUB_OFFLINE"
+ENDPOINT = "https://huggingface.co"
+REACH_S = 3.0
+PORTS = {"http": 80, "https": 443}
+
+
+def check_hub(config: RunConfig | SftConfig) -> str | None:
+    """Where the hub is needed and out of reach, `HF_HUB_OFFLINE` is set for this process and those that it starts: what was
+    downloaded before is used at once.
+
+    Returns:
+        What to tell; None: nothing.
+
+    Raises:
+        ConfigError: the model is neither here nor to be had.
+    """
+    model = config.model.path
+    on_hub = [model] if model is not None and _is_name(model) else []
+    named = [*on_hub, *(source.path for source in _sources(config) if _is_data_set(source))]
+    if not named:
+        return None
+    asked = os.environ.get(OFFLINE, "").lower() in ("1", "true", "yes", "on")
+    why = f"{OFFLINE} is set" if asked else unreachable(os.environ.get("HF_ENDPOINT") or ENDPOINT)
+    if why is None:
+        return None
+    _go_offline()
+    if on_hub and not _is_cached(on_hub[0]):
+        raise ConfigError(
+            f"model.path {on_hub[0]} is no folder here, it was not downloaded before, and the hub can't be asked: {why}. Give a "
+            f"local folder, or download it where there is a network, bring ~/.cache/huggingface here and set {OFFLINE}=1"
+        )
+    return (
+        None
+        if asked
+        else f"{why}: {OFFLINE}=1 from here on, so what was downloaded before is used for {', '.join(named)}"
+    )
+
+
+def unreachable(endpoint: str) -> str | None:
+    """Why nothing answers there, or at the proxy on the way; None: something does."""
+    parts = urlsplit(endpoint)
+    proxy = getproxies().get(parts.scheme)
+    if proxy and not proxy_bypass(parts.hostname or ""):
+        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    where = (parts.hostname or "", parts.port or PORTS.get(parts.scheme, 443))
+    try:
+        socket.create_connection(where, timeout=REACH_S).close()
+    except OSError as e:
+        return f"{endpoint} is out of reach ({where[0]}:{where[1]}: {e.strerror or e})"
+    return None
+
+
+def _sources(config: RunConfig | SftConfig) -> list[DataSource]:
+    return [config.data.train, *config.data.eval_sets.values()]
+
+
+def _is_data_set(source: DataSource) -> bool:
+    return not source.is_generator and not source.is_file and not Path(source.path).exists()
+
+
+def _is_name(path: str) -> bool:
+    return not Path(path).exists() and not path.startswith((".", "/", "~"))
+
+
+def _is_cached(model: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(model, "config.json"), str)
+
+
+def _go_offline() -> None:
+    os.environ[OFFLINE] = "1"
+    if (constants := sys.modules.get("huggingface_hub.constants")) is not None:
+        # Read from the environment once, when it was imported.
+        setattr(constants, OFFLINE, True)
