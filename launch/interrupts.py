@@ -163,6 +163,8 @@ def _is_alive(process: Any) -> bool:
     """What is dead and was not asked for by its parent, which may be dead too, is gone."""
     import psutil
 
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(process.pid, os.WNOHANG)
     try:
         return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.Error:

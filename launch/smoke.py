@@ -9,9 +9,12 @@ from pathlib import Path
 from grpo_ray.errors import WorkerError
 from launch.console import headed, plain_console
 from launch.jobs import start_grpo, start_sft
+from launch.program import program, runnable
 from launch.recipe import with_own
 
 GOAL = 0.90
+COLD_START = "smoke-sft"
+"""Of the run that `grpo-ray sft smoke_sft` makes."""
 
 
 def run_smoke(overrides: list[str]) -> None:
@@ -29,6 +32,7 @@ def run_smoke(overrides: list[str]) -> None:
     cold = start_sft("smoke_sft", [f"name=smoke-{stamp}-sft"])
     console.print(headed("2/2 GRPO", "bold", ": it learns from its own samples and a verifier (grpo-ray train smoke)"))
     run = start_grpo("smoke", with_own([f"name=smoke-{stamp}", f"model.path={cold / 'hf'}"], overrides))
+    _link_cold_start(cold)
     before, after = held_out_accuracy(run)
     minutes = (time.monotonic() - began) / 60
     console.print(headed(f"\nheld-out accuracy {before:.1%} -> {after:.1%}", "bold", f" in {minutes:.1f} minutes"))
@@ -36,6 +40,23 @@ def run_smoke(overrides: list[str]) -> None:
         raise WorkerError(
             f"held-out accuracy {after:.1%} after training is below the goal of {GOAL:.0%}; see {run}/report.html"
         )
+    console.print(f"next     {runnable('grpo-ray check smoke')}, or look at {run}/report.html{_on_path()}")
+
+
+def _on_path() -> str:
+    """How to have the program by its bare name, where the shell does not find it."""
+    called = program()
+    return "" if called == "grpo-ray" else f"; for `grpo-ray` by itself: source {Path(called).parent}/activate"
+
+
+def _link_cold_start(cold: Path) -> None:
+    """Under the name that the recipe `smoke` starts from, unless `grpo-ray sft smoke_sft` has made a run of it."""
+    link = cold.parent / COLD_START
+    if link.is_symlink() or not link.exists():
+        aside = link.with_name(f".{COLD_START}.new")
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(cold.name)
+        aside.replace(link)
 
 
 def held_out_accuracy(run: Path) -> tuple[float, float]:
