@@ -31,7 +31,7 @@ from actors.scaler import RunScaler
 from actors.workers import Started, Workers
 from grpo_ray.attention import cpu_has_bf16
 from grpo_ray.checkpoint import RunDir
-from grpo_ray.config import RunConfig, SftConfig, Strict
+from grpo_ray.config import DpoConfig, RunConfig, SftConfig, Strict
 from grpo_ray.config_effects import about_context, check_context
 from grpo_ray.cursor import Cursor
 from grpo_ray.ended import write_ended
@@ -374,7 +374,8 @@ class Controller:
                     task.batch,
                     measure if task.measures else None,
                 )
-                self._phase("reference")
+                if isinstance(config, DpoConfig):
+                    self._phase("reference")
                 await task.prepare(learner, self._run.path, cursor(), length.num_rows)
                 try:
                     return await self._run_loop(loop)

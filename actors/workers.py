@@ -206,6 +206,7 @@ class Workers:
 
     async def start_sampler(self, placement: Any = None) -> RolloutPool:
         assert isinstance(self._config, RunConfig)
+        self._phase("starting", "rollout: vLLM")
         pool = await RolloutPool.create(
             self._config, self._model, self._run_dir, has_gpus=self._gpus, placement=placement
         )
@@ -216,6 +217,7 @@ class Workers:
 
     async def start_learner(self, num_steps: int, placement: Any = None, limit_s: float | None = None) -> LearnerGroup:
         began = time.monotonic()
+        self._phase("starting", "learner: DeepSpeed")
         pool = await LearnerGroup.create(
             self._config,
             self._model,

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent.parent
 # In a process of its own: a controller takes over the output of the process that it is made in.
 PROGRAM = """
 import asyncio, sys
-from actors.controller import Controller
+from actors.controller_start import Controller
 from grpo_ray.config import RunConfig
 from grpo_ray.errors import ConfigError
 
@@ -24,7 +24,7 @@ async def main(told):
             await controller.stop(reason)
         except ConfigError:
             print("refused", file=told)
-    controller._warn("GET https://x/?key=hf_abcdefgh failed")
+    controller._controller._warn("GET https://x/?key=hf_abcdefgh failed")
     await controller.run()
     events, count = await controller.events(0, 1)
     for event in events:
