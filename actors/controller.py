@@ -23,6 +23,7 @@ import ray
 
 from actors.cluster import has_gpus, shares_devices
 from actors.controller_start import LOG_NAME
+from actors.deaths import memory_wait_s
 from actors.notices import heed, watch_notices
 from actors.owner import controller_of, folders_of
 from actors.ray_metrics import RayMetrics
@@ -36,7 +37,15 @@ from grpo_ray.config_effects import about_context, check_context
 from grpo_ray.cursor import Cursor
 from grpo_ray.ended import write_ended
 from grpo_ray.epochs import run_length
-from grpo_ray.errors import CheckpointError, ConfigError, DataError, GrpoRayError, LostSamplesError, WorkerError
+from grpo_ray.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    GrpoRayError,
+    LostSamplesError,
+    NoMemoryError,
+    WorkerError,
+)
 from grpo_ray.eval_record import answers_folder, set_figures, write_figures
 from grpo_ray.evaluate import eval_event, evaluate
 from grpo_ray.events import EndEvent, Event, EventLog, MessageEvent, PhaseEvent
@@ -303,6 +312,12 @@ class Controller:
                 step = self._loop.step if self._loop is not None else 0
                 deaths = deaths + 1 if step <= died_at else 1
                 mendable = workers.lost_learner is not None or isinstance(_first_typed(e), LostSamplesError)
+                short = isinstance(_first_typed(e), NoMemoryError)
+                if mendable and short and self._stop_reason is None and deaths > config.learner.max_restarts:
+                    raise NoMemoryError(
+                        f"{_message(e)}\nThat was {deaths} times without a step more (learner.max_restarts). Lower that in "
+                        f"{self._run.config}, and `grpo-ray resume {self._run.path}` goes on"
+                    ) from None
                 if not mendable or self._stop_reason is not None or deaths > config.learner.max_restarts:
                     raise
                 died_at = max(step, died_at)
@@ -321,6 +336,7 @@ class Controller:
                 f"{lost}\nStep {step + 1} can't be done with what is left; learners start again from {start}",
             ):
                 self._warn(text)
+            await asyncio.sleep(memory_wait_s(deaths) if short else 0)
             await self._started(start_again, config.deadlines.start_s)
 
     async def _started(self, start_again: Callable[[], Awaitable[None]], limit_s: float) -> None:

@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from actors.cluster import gpus_per_learner, placed
+from actors.deaths import KernelKills, fate, killed_by_kernel, kind_of
 from actors.learner import DISK, LearnerActor
 from actors.learner_engine import LearnerSpec
 from actors.runtime import ALLOCATOR_ENV, RayActors, log_tail, start_named
 from actors.weights import resolve_backend
 from grpo_ray.checkpoint_store import Place
 from grpo_ray.config import CriticConfig, DeadlineConfig, RunConfig, SftConfig, preferences
-from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
+from grpo_ray.errors import DeadlineError, GrpoRayError, NoMemoryError, WorkerError
 from grpo_ray.machine import usable_cpus
 from grpo_ray.manifest import FileSum
 from grpo_ray.types import TrainBatch, UpdateReport
@@ -44,6 +45,7 @@ class LearnerGroup:
         self._spec = spec
         self._deadlines = deadlines
         self._broken: str | None = None
+        self._kernel = KernelKills()
         self.unsent = False
         """See `actors.weights.LearnerWeights`."""
         self.num_parameters = 0
@@ -238,9 +240,15 @@ class LearnerGroup:
 
     def _failure(self, method: str, errors: dict[int, BaseException], *, in_step: bool) -> BaseException:
         """The error to raise. The group survives only if all ranks came back, and every failure is one that says so."""
-        died = {rank: e for rank, e in errors.items() if isinstance(e, RayActorError)}
+        short = (rank for rank, e in errors.items() if kind_of(e) == "out of memory")
+        if (rank := next(short, None)) is not None:
+            self._end(f"learner-{rank} died for lack of memory")
+            return NoMemoryError(f"learner-{rank} died during {method}: {fate(errors[rank], f'learner-{rank}')}")
+        died = {rank: e for rank, e in errors.items() if kind_of(e) == "died"}
         for rank in died:
             self._end(f"learner-{rank} died")
+            if self._kernel.took_some():
+                return NoMemoryError(f"learner-{rank} died during {method}: {killed_by_kernel(f'learner-{rank}')}")
             log = self._log(rank)
             return WorkerError(f"learner-{rank} died during {method}; the end of {log}:\n{log_tail(log)}")
         # What a rank says by itself comes before what the others say of the broken connection to it.

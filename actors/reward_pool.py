@@ -26,6 +26,7 @@ from typing import Any
 import ray
 
 from actors.cluster import placed
+from actors.deaths import KernelKills, fate, is_lost, kind_of, memory_wait_s
 from actors.reward import FETCH_TIMEOUT_S, RewardActor
 from actors.reward_process import START_TRIES
 from actors.runtime import Actors, RayActors, again_within, late, start_named, within
@@ -127,6 +128,7 @@ class RewardPool:
         self._ending: set[asyncio.Task[None]] = set()
         """Of workers that leave."""
         self._broken: Exception | None = None
+        self._kernel = KernelKills()
         self.on_trouble: Callable[[str], None] = log.warning
         """Told what went wrong and costs nothing but a worker."""
 
@@ -330,7 +332,7 @@ class RewardPool:
         batch = self._end_call(worker)
         self._queue.extendleft(reversed(batch))
         self._num_waiting += sum(len(w.requests) for w in batch)
-        if self._broken is not None or not isinstance(error, ray.exceptions.RayActorError):
+        if self._broken is not None or not is_lost(error):
             self._fail(self._broken or _cause(error, worker.name))
             return
         for waiting in batch:
@@ -396,7 +398,7 @@ class RewardPool:
                 "deadlines.start_s",
             )
         except ray.exceptions.RayError as e:
-            raise _cause(e, worker.name) from None
+            raise _cause(e, worker.name) from e
         worker.started = worker.alive = True
         self._start_s = max(self._start_s, loop.time() - began)
 
@@ -410,10 +412,17 @@ class RewardPool:
         time = asyncio.get_running_loop().time
         self._died_at = time()
         patience_s = again_within(self._start_s, self._start_limit_s)
+        memory_deaths = 0
         while tries > 0 and not worker.leaving:
             self._num_restarts += 1
-            log.warning("%s died (%s); starting another", worker.name, _first_line(cause))
+            why = fate(cause, worker.name, self._kernel)
+            (self.on_trouble if kind_of(cause) == "out of memory" else log.warning)(
+                f"{worker.name} died and is restarted: {why}"
+            )
             self._source.kill(worker.actor)
+            if kind_of(cause) == "out of memory":
+                memory_deaths += 1
+                await asyncio.sleep(memory_wait_s(deaths + memory_deaths))
             told = asyncio.get_running_loop().call_later(
                 LATE_S, self.on_trouble, f"{worker.name} has not started again for {LATE_S:g} s: {self._room}"
             )
@@ -423,7 +432,7 @@ class RewardPool:
                 await self._start(worker, min(patience_s, left_s) if alone else patience_s)
                 return self._free(worker)
             except WorkerError as e:
-                cause = e
+                cause = e.__cause__ or e
                 tries -= 1
             except DeadlineError as e:
                 late_s = time() - self._died_at
@@ -439,8 +448,8 @@ class RewardPool:
             return self._remove(worker)
         return self._fail(
             WorkerError(
-                f"{worker.name} died ({_first_line(cause)}), as {self._max_restarts} before it over the same samples or while "
-                f"starting; see {self._run_dir}/logs/{worker.name}.log"
+                f"{worker.name} died, as {self._max_restarts} before it over the same samples or while starting; see "
+                f"{self._run_dir}/logs/{worker.name}.log. The last time: {fate(cause, worker.name)}"
             )
         )
 
@@ -473,13 +482,11 @@ def _new_worker(pool: str, index: int) -> _Worker:
     return _Worker(index, name, Activity(name))
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
 def _cause(error: BaseException, name: str) -> Exception:
     """Ray's wrapping holds a remote traceback; users get the message alone."""
     inner = getattr(error, "cause", error)
     if isinstance(inner, RewardError):
         return RewardError(str(inner))
+    if is_lost(error):
+        return WorkerError(f"{name} died: {fate(error, name)}")
     return WorkerError(f"{name} failed: {type(inner).__name__}: {inner}")

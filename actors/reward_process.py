@@ -145,9 +145,10 @@ class ScoringProcess:
             ) from None
         except _Ended:
             how = self._how_it_ended()
+            hint = _hint(how)
             killed = self._process is not None and (self._process.returncode or 0) < 0
             raise (_KilledAtStart if killed else RewardError)(
-                f"the scoring process {how} while importing reward {importing!r}; see its log in the run's logs folder"
+                f"the scoring process {how} while importing reward {importing!r}; see its log in the run's logs folder{hint}"
             ) from None
         finally:
             if sys.exc_info()[0] is not None:
@@ -239,7 +240,8 @@ class ScoringProcess:
                 f"reward {name!r} did not return within {self._limit_s(call):g} s and was killed; "
                 "mend it, or raise reward.timeout_s"
             )
-        return ScoreStatus.CRASHED, f"the scoring process {self._how_it_ended()} during reward {name!r}"
+        how = self._how_it_ended()
+        return ScoreStatus.CRASHED, f"the scoring process {how} during reward {name!r}{_hint(how)}"
 
     def _how_it_ended(self) -> str:
         if self._process is None:
@@ -310,6 +312,10 @@ class ScoringProcess:
             family = [parent, *parent.children(recursive=True)]
             found |= {p.pid for p in family if p.status() != psutil.STATUS_ZOMBIE}
         return sorted(found)
+
+
+def _hint(how: str) -> str:
+    return "; the kernel does that when memory runs out: then lower reward.num_actors" if "SIGKILL" in how else ""
 
 
 def _signal(pids: Iterable[int], number: signal.Signals) -> None:

@@ -33,10 +33,11 @@ from typing import Any, Literal, Self
 from ray.exceptions import RayError
 
 from actors.cluster import demands, gpus_per_engine, placed
+from actors.deaths import KernelKills, fate, is_blameless, kind_of
 from actors.engine_adapters import AdapterOptions
 from actors.rollout import Outcome, RolloutActor, rollout_env
 from actors.runtime import Actors, RayActors, again_within, core_error, log_tail, node_died, start_named, within
-from actors.weights import EngineTarget, last_line, resolve_backend
+from actors.weights import EngineTarget, resolve_backend
 from grpo_ray.activity import IDLE, Activity
 from grpo_ray.answers import Answer
 from grpo_ray.config import RunConfig
@@ -206,6 +207,7 @@ class RolloutPool:
         """When an engine did, or its start, the last time."""
         self._most_waiting = 0
         self._closed = False
+        self._kernel = KernelKills()
         self.membership = asyncio.Lock()
         """Held by a weight sync: meanwhile no engine leaves."""
         self.version = 0
@@ -282,7 +284,7 @@ class RolloutPool:
                 call = getattr(target.handle, method).remote(*args)
                 await within(_answer(call), limit_s, f"{method} of {target.name}", f"deadlines.{limit}")
             except (RayError, GrpoRayError) as e:
-                self.engine_failed(target, f"it failed in {method}: {last_line(e)}", blame_work=False)
+                self.engine_failed(target, f"it failed in {method}: {fate(e, target.name)}", blame_work=False)
 
         await asyncio.gather(*(ask(t) for t in self.engines()))
 
@@ -426,7 +428,12 @@ class RolloutPool:
             except (RayError, GrpoRayError) as e:
                 # The other half of the answer holds the same error; left unread, Ray prints it on every screen.
                 await asyncio.gather(asyncio.wait_for(_answer(samples_ref), 1.0), return_exceptions=True)
-                self._died(engine, incarnation, last_line(e), blame_work=not node_died(e))
+                self._died(
+                    engine,
+                    incarnation,
+                    fate(e, engine.name, self._kernel),
+                    blame_work=not (node_died(e) or is_blameless(e)),
+                )
                 return
             if outcomes:
                 self._settle(engine, outcomes, samples_ref)
@@ -674,8 +681,11 @@ class RolloutPool:
         except DeadlineError as e:
             raise DeadlineError(f"{e}; the end of {log}:\n{log_tail(log)}") from None
         except (RayError, GrpoRayError) as e:
+            why = fate(e, engine.name, self._kernel)
+            if kind_of(e) == "out of memory":
+                raise WorkerError(f"{engine.name} does not start: {why}") from None
             raise WorkerError(
-                f"{engine.name} does not start: {core_error(log, last_line(e))}; the end of {log}:\n{log_tail(log)}"
+                f"{engine.name} does not start: {core_error(log, why)}; the end of {log}:\n{log_tail(log)}"
             ) from None
         self._start_s = max(self._start_s, now() - began)
         engine.version = 0

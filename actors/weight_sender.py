@@ -20,11 +20,12 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
 from actors import weight_backend
+from actors.deaths import fate
 from actors.learner_state import gathered
 from actors.weight_buckets import DigestSource
 from actors.weight_gloo import GlooTrainerInitInfo, listening_socket
 from actors.weight_memory import Address
-from actors.weights import EngineSyncError, EngineTarget, SendReport, last_line
+from actors.weights import EngineSyncError, EngineTarget, SendReport
 from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
 from grpo_ray.named_weights import buckets, named_weights
 
@@ -143,7 +144,7 @@ class EngineClient:
                     answers[names[ref]] = ray.get(ref)
                 except (RayError, WorkerError) as e:
                     raise EngineSyncError(
-                        f"weight sync: {names[ref]} failed in {method}: {last_line(e)}; see logs/{names[ref]}.log"
+                        f"weight sync: {names[ref]} failed in {method}: {fate(e, names[ref])}; see logs/{names[ref]}.log"
                     ) from None
         return answers
 

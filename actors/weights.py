@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol, TypedDict
 
 from ray.exceptions import RayError
 
+from actors.deaths import fate
 from actors.runtime import end_with_parent, late, within
 from grpo_ray.config import RunConfig
 from grpo_ray.errors import ConfigError, DeadlineError, GrpoRayError, WorkerError
@@ -92,12 +93,6 @@ class LearnerWeights(Protocol):
 
 class EngineSyncError(WorkerError):
     """A transfer that failed on the engines' side; names the engine. Another try, without it, may succeed."""
-
-
-def last_line(error: BaseException) -> str:
-    """Of its message; Ray puts the actor's traceback before it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 def register() -> None:
@@ -241,7 +236,7 @@ class RayWeightSync:
             self._connected = []
             for target in targets:
                 self._pool.engine_failed(
-                    target, f"its weight sync to version {version} failed: {last_line(e)}", blame_work=False
+                    target, f"its weight sync to version {version} failed: {fate(e, target.name)}", blame_work=False
                 )
             raise
         targets = await self._each(targets, "resume")
@@ -294,8 +289,9 @@ async def ask_each(
     calls = [(t, asyncio.wrap_future(getattr(t.handle, method).remote(*args).future())) for t in targets]
 
     def fail(target: EngineTarget, error: BaseException) -> None:
-        failures.append(f"{target.name} failed in {method}: {last_line(error)}")
-        pool.engine_failed(target, f"it failed in {method}: {last_line(error)}", blame_work=False)
+        why = fate(error, target.name)
+        failures.append(f"{target.name} failed in {method}: {why}")
+        pool.engine_failed(target, f"it failed in {method}: {why}", blame_work=False)
 
     def look(target: EngineTarget, call: asyncio.Future[Any]) -> None:
         # At once: it is restarted while others are waited for.

@@ -40,6 +40,10 @@ class WorkerError(GrpoRayError):
     """An actor failed or died; names it, and the log file that tells more."""
 
 
+class NoMemoryError(WorkerError):
+    """An actor that memory ran out for; says what took it, and which options lower that."""
+
+
 class PoisonedError(WorkerError):
     """A prompt that ends rollout engines; names it."""
 

@@ -71,6 +71,8 @@ class Ownership:
         self.lost: str | None = None
         self._on_lost = on_lost
         self._run = folder
+        self._made = [f for f in (folder, *folder.parents) if not f.exists()]
+        """Folders that are there for the lock alone, unless something comes into them."""
         self._path = folder.resolve() / FOLDER / f"{part}.lock"
         self._about = self._path.with_suffix(".json")
         self._lease = self._new_lease()
@@ -224,7 +226,8 @@ class Ownership:
                 self._about.unlink(missing_ok=True)
                 self._path.with_suffix(".break").unlink(missing_ok=True)
             self._lease.release()
-            self._path.parent.rmdir()
+            for made in (self._path.parent, *self._made):
+                made.rmdir()
 
 
 @cache

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import contextlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -35,7 +36,7 @@ from grpo_ray.checkpoint import RunDir
 from grpo_ray.config import RunConfig
 from grpo_ray.cursor import Cursor
 from grpo_ray.epochs import run_length, used_up
-from grpo_ray.errors import NonFiniteError, PoisonedError, RewardError
+from grpo_ray.errors import GrpoRayError, NonFiniteError, PoisonedError, RewardError, WorkerError
 from grpo_ray.evaluate import eval_event, evaluate
 from grpo_ray.events import Event, MessageEvent, PhaseEvent, StepEvent
 from grpo_ray.filling import Filling
@@ -252,7 +253,11 @@ class TrainLoop:
         self._time.start_step()
         self._counts, self._tally = StepCounts(), self._health.tally()
         with self._time.phase("rollout"):
-            groups = await self._collect()
+            try:
+                groups = await self._collect()
+            except WorkerError:
+                await self._keep_what_is_done()
+                raise
         if not groups:
             await self._end_here()
             return
@@ -273,6 +278,14 @@ class TrainLoop:
         with self._time.phase("log"):
             await self.roles.rollout_log.write(self.step, groups, batch)
         self._record(groups, update, sync, untrained)
+
+    async def _keep_what_is_done(self) -> None:
+        """Of a run that ends for want of samplers or scorers, with learners that live."""
+        if self.step > 0 and self._saved_step != self.step:
+            with contextlib.suppress(GrpoRayError):
+                await self._early.finish()
+                await self._checkpoint(export=False)
+                await self._saver.finish()
 
     async def _scale_learners(self) -> None:
         """Through a checkpoint of the step that is done: what is under way is sampled on, and the new learners go on from the very

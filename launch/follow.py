@@ -13,7 +13,9 @@ from typing import Any
 
 from actors.cluster import OnCluster, await_free, await_resources, connect, has_gpus, joins
 from actors.colocated import check_colocated
+from actors.deaths import KernelKills, fate, is_lost, killed_by_kernel, kind_of
 from actors.placement_defaults import used
+from actors.runtime import log_tail
 from grpo_ray.config import RunConfig, SftConfig
 from grpo_ray.errors import ResourceError, WorkerError
 from grpo_ray.events import EndEvent, PhaseEvent
@@ -101,7 +103,12 @@ def run_here(
             finished = controller.run.remote()
             view.handle(PhaseEvent("controller", "importing torch and Transformers"))
             end = follow_events(controller, view, run_dir)
-            ray.get(finished, timeout=SILENCE_S)
+            try:
+                ray.get(finished, timeout=SILENCE_S)
+            except ray.exceptions.RayError as e:
+                # All is said and written.
+                if not is_lost(e):
+                    raise
             return end
     finally:
         ray.kill(controller)
@@ -115,19 +122,22 @@ def follow_events(controller: Any, view: LiveView, run_dir: Path) -> EndEvent:
     """
     import ray
 
-    from actors.runtime import log_tail
-
-    seen = 0
+    seen, kernel = 0, KernelKills()
     while True:
         try:
             events, seen = ray.get(controller.events.remote(seen, POLL_S), timeout=SILENCE_S)
-        except ray.exceptions.RayActorError as e:
-            raise WorkerError(
-                f"the controller died ({e}); `grpo-ray resume {run_dir}` goes on.\n{log_tail(run_dir / 'logs' / 'controller.log')}"
-            ) from None
         except ray.exceptions.GetTimeoutError:
             raise WorkerError(
                 f"the controller did not answer for {SILENCE_S:g} s; `grpo-ray resume {run_dir}` goes on from its checkpoint"
+            ) from None
+        except ray.exceptions.RayError as e:
+            if not is_lost(e):
+                raise
+            if kind_of(e) == "out of memory" or kernel.took_some():
+                why = fate(e, "controller") if kind_of(e) == "out of memory" else killed_by_kernel("controller")
+                raise WorkerError(f"the controller died: {why}\n`grpo-ray resume {run_dir}` goes on") from None
+            raise WorkerError(
+                f"the controller died ({e}); `grpo-ray resume {run_dir}` goes on.\n{log_tail(run_dir / 'logs' / 'controller.log')}"
             ) from None
         for event in events:
             view.handle(event)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.cluster import CONTROLLER, NAMESPACE, controller_name, join
+from actors.deaths import is_lost
 from grpo_ray.config import RunConfig, SftConfig
 from grpo_ray.config_files import load_yaml
 from grpo_ray.errors import ConfigError, GrpoRayError, ResourceError, WorkerError
@@ -65,7 +66,9 @@ def stop(run: str, *, now: bool) -> None:
             ) from None
         ray.kill(controller)
         print(f"the controller of {run} did not answer and was killed")
-    except ray.exceptions.RayActorError:
+    except ray.exceptions.RayError as e:
+        if not is_lost(e):
+            raise
         print(f"{run} has ended")
     finally:
         ray.shutdown()
@@ -84,7 +87,9 @@ def scale(run: str, words: list[str]) -> None:
         ) from None
     except ray.exceptions.RayTaskError as e:
         raise e.cause if isinstance(e.cause, GrpoRayError) else e from None
-    except ray.exceptions.RayActorError:
+    except ray.exceptions.RayError as e:
+        if not is_lost(e):
+            raise
         raise ConfigError(f"{run} has ended") from None
     finally:
         ray.shutdown()

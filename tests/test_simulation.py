@@ -194,6 +194,37 @@ def test_scorers_that_die_as_long_as_a_run_lasts_are_replaced_every_time(tmp_pat
     assert result.alive == (plan.samplers, plan.scorers)
 
 
+def test_scorers_that_memory_runs_out_for_are_replaced_like_dead_ones(tmp_path):
+    plan = SMALL.with_(steps=3, scorer_deaths=20, out_of_memory=True)
+    result, rows = simulate(tmp_path, plan)
+    check_every_prompt_once_in_order(result, rows)
+    assert result.num_scorer_deaths > plan.scorers
+    assert result.alive == (plan.samplers, plan.scorers)
+
+
+def test_memory_that_stays_short_is_waited_for_later_and_later_and_ends_the_pool_with_what_took_it(tmp_path):
+    plan = SMALL.with_(scorers=1, scorer_deaths=1, out_of_memory=True)
+
+    async def work(world: World) -> None:
+        pool = await RewardPool.create(plan.config().reward, str(tmp_path), actors=world, max_restarts=4)
+        told: list[str] = []
+        pool.on_trouble = told.append
+        began = world.cluster.now
+        with pytest.raises(
+            WorkerError, match=r"as 4 before it(.|\n)*learners 14\.05\.\nLower learner\.micro_batch_tokens"
+        ):
+            await pool.score([REQUEST])
+        assert world.num_scorer_deaths == 5
+        assert world.cluster.now - began > 2 + 4 + 8 + 16
+        assert len(told) == 4
+        assert all(
+            t.startswith("reward-0 died and is restarted: Ray ended it for lack of memory: 22.59 of") for t in told
+        )
+        await pool.close()
+
+    on_paper(plan, work)
+
+
 def test_an_engine_that_hangs_behind_an_actor_that_answers_is_ended_when_a_probe_is_overdue(tmp_path):
     plan = SMALL.with_(steps=10)
     whole, rows = simulate(tmp_path / "whole", plan)

@@ -20,7 +20,7 @@ from grpo_ray.checkpoint_store import Place
 from grpo_ray.config import RunConfig
 from grpo_ray.config_files import build, deep_merge, parse_overrides
 from grpo_ray.cursor import Cursor
-from grpo_ray.errors import NonFiniteError, PoisonedError, RewardError
+from grpo_ray.errors import NonFiniteError, PoisonedError, RewardError, WorkerError
 from grpo_ray.events import EvalEvent, MessageEvent, StepEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.manifest import FileSum
@@ -573,6 +573,34 @@ def steps_in_trace(folder: Path) -> list[str]:
 def test_without_tracking_trace_there_is_no_file(tmp_path):
     assert Session(tmp_path, config("tracking.trace=false")).go() == "finished"
     assert not (tmp_path / "trace.json").exists()
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_run_that_ends_for_want_of_scorers_keeps_the_steps_that_are_done(tmp_path, staleness):
+    def prompts_of(session: Session) -> list[set[str]]:
+        return [{s.prompt_id for s in batch.samples} for batch in session.world.batches]
+
+    options = config(f"algorithm.max_staleness={staleness}")
+    whole = Session(tmp_path / "whole", options)
+    whole.go()
+    first = Session(tmp_path / "cut", options)
+    score = first.world.score
+
+    async def die(requests: Sequence[ScoreRequest]) -> list[Score]:
+        if requests[0].sample.prompt_id in prompts_of(whole)[4]:
+            raise WorkerError("no reward worker is left")
+        return await score(requests)
+
+    first.world.score = die
+    with pytest.raises(WorkerError, match="no reward worker is left"):
+        first.go()
+    done = len(first.world.batches)
+    assert first.run_dir.steps() == [0, done]
+    assert 4 - staleness <= done <= 4
+    second = Session(tmp_path / "cut", options)
+    assert second.go() == "finished"
+    assert [b.step for b in second.world.batches] == list(range(done, 7))
+    assert prompts_of(first) + prompts_of(second) == prompts_of(whole)
 
 
 def test_a_run_that_died_after_its_checkpoint_trains_the_lost_steps_again(tmp_path):

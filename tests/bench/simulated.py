@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from actors.reward_pool import RewardPool
 from actors.rollout import POLL_LINGER_S, Outcome, RolloutActor
@@ -62,6 +62,17 @@ from grpo_ray.types import (
 PROMPT_TOKENS = 256
 NUM_LENGTHS = 1 << 16
 MAX_TURNS = 10_000
+
+
+NO_MEMORY = """1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID: 09ec98) was \
+22.59GB used / 23.54GB limit (0.9597)
+Selected to kill: (Actor(9fd4): job ID=01, task name=run/reward-0:RewardActor.score, required resources={}, pid=32, actual memory \
+used=0.06GB, worker ID=c8)
+Top 10 memory users: PID\tMEM(GB)\tCOMMAND
+31\t14.05\tray::LearnerActor
+Refer to the documentation on how to address the out of memory issue.
+"""
+"""As Ray says it."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,8 @@ class Plan:
     """Of those, the ones whose worker does not answer anything else either."""
     scorer_deaths: float = math.inf
     """Each scorer dies in its call of this number."""
+    out_of_memory: bool = False
+    """That is what Ray says of dead scorers."""
     no_room: tuple[float, float] = (math.inf, math.inf)
     """Between these virtual seconds no actor starts: they wait for the second."""
     poison: frozenset[str] = frozenset()
@@ -584,7 +597,7 @@ class Scorer:
         self._num_calls += 1
         if self.dead or self._num_calls >= self.world.plan.scorer_deaths:
             self.world.num_scorer_deaths += 1
-            raise ActorDiedError
+            raise OutOfMemoryError(NO_MEMORY) if self.world.plan.out_of_memory else ActorDiedError()
         if self.world.num_hung < self.world.plan.hangs:
             self.world.num_hung += 1
             self._is_frozen = self.world.num_hung <= self.world.plan.frozen
