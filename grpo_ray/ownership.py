@@ -258,10 +258,7 @@ def commanded(
     Raises:
         ConfigError: another one does, or the controller of one that is gone.
     """
-    me = describe(
-        f"grpo-ray {sys.argv[1]}" if len(sys.argv) > 1 else "a program",
-        f"wait for it, or end it with `kill -INT {os.getpid()}` there, after the step under way and with a checkpoint",
-    )
+    me = _this_command(folder.name)
     command = Ownership(folder, "command")
     command.take(me, tell)
     try:
@@ -270,6 +267,14 @@ def commanded(
         yield command
     finally:
         command.release()
+
+
+def _this_command(run: str) -> Owner:
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    if word == "job":
+        return describe("a run of `grpo-ray submit`", f"`grpo-ray logs {run}` shows it, `grpo-ray stop {run}` ends it")
+    end = f"wait for it, or end it with `kill -INT {os.getpid()}` there, after the step under way and with a checkpoint"
+    return describe(f"`grpo-ray {word}`", end)
 
 
 @contextmanager

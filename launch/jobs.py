@@ -59,12 +59,12 @@ def _start(kind: str, recipe: str, overrides: list[str], shipped: bool) -> Path:
     folder = run_folder(config, recipe)
     from launch.check import preflight
 
-    preflight(config)
-    check_effects(config, COMMANDS[kind], overrides)
-    config = settled(config, kind)
     command = shlex.join(["grpo-ray", COMMANDS[kind], recipe, *overrides])
     run = RunDir(folder).with_checkpoints(config.checkpoint.path)
     with owned(folder), leaving(lambda: left_of(run, command), lambda: remove_if_nothing_happened(run)):
+        preflight(config)
+        check_effects(config, COMMANDS[kind], overrides)
+        config = settled(config, kind)
         made = RunDir.create(folder)
         if run.steps():
             raise ConfigError(

@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from filelock import SoftFileLease
 
 from grpo_ray import ownership
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.errors import ConfigError
 from grpo_ray.ownership import FOLDER, Ownership, commanded, describe, holding
+from launch.jobs import resume_run, start_grpo, start_sample
+from launch.pipeline import run_pipeline
 
 ROOT = Path(__file__).parent.parent
 HOLDS = """
@@ -95,6 +98,35 @@ def test_the_second_is_refused_with_the_first_ones_host_process_and_time(tmp_pat
     with commanded(tmp_path / "run"):
         pass
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "resume", "sample", "pipeline"])
+def test_every_command_that_writes_is_refused_before_anything_is_started(
+    command: str, tmp_path: Path, hold: Hold
+) -> None:
+    run = tmp_path / "run"
+    first = hold(run)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1 =", "answer": "2"}\n' * 8)
+    body: dict[str, object] = {
+        "model": {"tiny": {}, "dtype": "float32"},
+        "data": {"train": {"path": str(tmp_path / "rows.jsonl")}},
+        "reward": {"functions": [{"name": "accuracy"}]},
+    }
+    recipe, named = tmp_path / "recipe.yaml", {"dir": str(tmp_path), "name": "run"}
+    recipe.write_text(yaml.safe_dump(body | named))
+    stages = tmp_path / "stages.yaml"
+    stages.write_text(yaml.safe_dump(named | {"stages": {"only": {"kind": "train", "config": body}}}))
+    assert said(first) == "mine\n"
+    (run / "config.yaml").write_text(recipe.read_text())
+    commands: dict[str, Callable[[], object]] = {
+        "train": lambda: start_grpo(str(recipe), []),
+        "resume": lambda: resume_run(run),
+        "sample": lambda: start_sample(str(recipe), []),
+        "pipeline": lambda: run_pipeline(str(stages), [], None, None, dry_run=False),
+    }
+    with pytest.raises(ConfigError, match=rf"in use: by .*process {first.pid}"):
+        commands[command]()
+    assert [p.name for p in run.iterdir() if p.name != FOLDER] == ["config.yaml"]
 
 
 def test_of_many_that_start_at_once_one_gets_it(tmp_path: Path, hold: Hold) -> None:
