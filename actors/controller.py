@@ -23,7 +23,7 @@ import ray
 
 from actors.cluster import has_gpus, shares_devices
 from actors.controller_start import LOG_NAME
-from actors.deaths import memory_wait_s
+from actors.deaths import fate, kind_of, memory_wait_s
 from actors.notices import heed, watch_notices
 from actors.owner import controller_of, folders_of
 from actors.ray_metrics import RayMetrics
@@ -665,4 +665,6 @@ def _message(error: BaseException) -> str:
     error = _first_typed(error)
     if isinstance(error, GrpoRayError):
         return str(error)
+    if kind_of(error) == "out of memory":
+        return f"the controller failed: {fate(error, LOG_NAME)}"
     return f"{type(error).__name__}: {error} (the traceback is in logs/{LOG_NAME}.log)"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
 from actors.deaths import KernelKills, fate, is_lost, kind_of, memory_wait_s, users
-from grpo_ray.errors import RewardError, WorkerError
+from actors.learner_group import LearnerGroup
+from grpo_ray.config import DeadlineConfig
+from grpo_ray.errors import NoMemoryError, RewardError, WorkerError
 
 RAYS = """1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID: 09ec98) was \
 22.59GB used / 23.54GB limit (0.9597)
@@ -124,3 +128,15 @@ def test_a_death_while_the_kernel_ended_something_is_for_memory(tmp_path: Path) 
 
 def test_waits_grow_to_a_bound() -> None:
     assert [memory_wait_s(n) for n in (1, 2, 3, 4, 5, 50)] == [2, 4, 8, 16, 30, 30]
+
+
+def test_learners_that_memory_ran_out_for_are_lost_with_the_reason(tmp_path: Path) -> None:
+    spec = SimpleNamespace(run_dir=str(tmp_path))
+    for error in (OutOfMemoryError(RAYS), task_error(MemoryError("no room"))):
+        group = LearnerGroup([], cast(Any, spec), DeadlineConfig())
+        # What the others say of the broken connection comes from them first.
+        failure = group._failure("update", {0: task_error(RuntimeError("connection closed")), 1: error}, in_step=True)
+        assert isinstance(failure, NoMemoryError)
+        assert str(failure).startswith("learner-1 died during update: ")
+        assert "learner.micro_batch_tokens" in str(failure)
+        assert group.lost is not None
