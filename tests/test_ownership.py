@@ -245,6 +245,7 @@ def test_an_owner_that_was_taken_over_is_told_and_leaves_the_others_lock(tmp_pat
     assert "belongs to" in told[0]
     first.release()
     assert path.exists()
+    assert path.with_suffix(".json").exists()
 
 
 def test_a_lock_that_was_removed_by_hand_is_made_again(tmp_path: Path, quick: None) -> None:
