@@ -32,10 +32,22 @@ class Table:
     rows: Sequence[Row]
     lines: Sequence[int] | None = None
     """Line number of each row, for JSONL."""
+    numbers: Sequence[int] | None = None
+    """Which row of the source each is; None: they are all of them, in order."""
 
     def where(self, row: int) -> str:
         """`file.jsonl, line 17` or `gym:task, row 16`."""
-        return f"{self.label}, line {self.lines[row]}" if self.lines is not None else f"{self.label}, row {row}"
+        if self.lines is not None:
+            return f"{self.label}, line {self.lines[row]}"
+        return f"{self.label}, row {self.number(row)}"
+
+    def number(self, row: int) -> int:
+        """Of the source."""
+        return row if self.numbers is None else self.numbers[row]
+
+
+Read = Callable[..., Table]
+"""What `load_table` is: (source, *, seed) -> its rows."""
 
 
 def load_table(source: DataSource, *, seed: int) -> Table:
@@ -61,7 +73,7 @@ def load_table(source: DataSource, *, seed: int) -> Table:
         raise DataError(f"{source.path}: can't read this kind of file; expected .jsonl or .parquet")
     else:
         table = _hugging_face(source)
-    if (source.is_generator or source.is_file) and _is_part(source):
+    if (source.is_generator or source.is_file) and is_part(source):
         table = _part(table, source)
     if len(table.rows) == 0:
         raise DataError(f"{source.path}: the data set is empty; expected at least one row")
@@ -81,13 +93,13 @@ def _check_options(source: DataSource) -> None:
         )
 
 
-def _is_part(source: DataSource) -> bool:
+def is_part(source: DataSource) -> bool:
     return source.split != "train"
 
 
 def _first_rows(source: DataSource) -> int | None:
     """So many have to be read; None: all."""
-    return None if _is_part(source) else source.limit
+    return None if is_part(source) else source.limit
 
 
 def _part(table: Table, source: DataSource) -> Table:
@@ -222,7 +234,7 @@ def _saved_part(source: DataSource, found: Any) -> Any:
     from datasets import Dataset, concatenate_datasets
 
     splits = {str(found.split or "train"): found} if isinstance(found, Dataset) else dict(found)
-    if isinstance(found, Dataset) and not _is_part(source):
+    if isinstance(found, Dataset) and not is_part(source):
         return found
     chosen = _chosen(source, {name: len(rows) for name, rows in splits.items()})
     runs = [(name, [row for _, row in run]) for name, run in groupby(chosen, key=lambda one: one[0])]

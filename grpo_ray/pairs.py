@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grpo_ray.config import DataConfig, DataSource
-from grpo_ray.data import Row, Table, load_table, map_columns
+from grpo_ray.data import Read, Row, Table, load_table, map_columns
 from grpo_ray.errors import DataError
 from grpo_ray.prompts import EVAL_SEED_OFFSET, check_any_left, refuse_if_asked
 from grpo_ray.templates import Render, make_template
@@ -89,6 +89,7 @@ def load_pairs(
     labelled: bool = False,
     use_margin: bool = False,
     highest: float = math.inf,
+    read: Read = load_table,
 ) -> PairSets:
     """Read, template and tokenize `data.train` and `data.eval`.
 
@@ -98,6 +99,7 @@ def load_pairs(
         labelled: rows are single answers with a label.
         use_margin: pairs have a column `margin`.
         highest: 1 where labels are probabilities, from 0 on.
+        read: how rows are read.
 
     Raises:
         DataError: names source, line or row, and the mend.
@@ -133,10 +135,10 @@ def load_pairs(
 
     evaluation, held_out = {}, set[str]()
     for name, source in data.eval_sets.items():
-        table = load_table(source, seed=seed + EVAL_SEED_OFFSET)
+        table = read(source, seed=seed + EVAL_SEED_OFFSET)
         evaluation[name], texts = load(f"eval-{name or table.name}", table, source, frozenset())
         held_out |= texts
-    table = load_table(data.train, seed=seed)
+    table = read(data.train, seed=seed)
     train, _ = load(table.name, table, data.train, frozenset(held_out) if data.exclude_eval else frozenset())
     return PairSets(train, evaluation)
 

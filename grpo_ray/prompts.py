@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from grpo_ray.config import DataConfig, DataSource
 from grpo_ray.cursor import Cursor
-from grpo_ray.data import Row, Table, load_table
+from grpo_ray.data import Read, Row, Table, load_table
 from grpo_ray.errors import DataError
 from grpo_ray.templates import Render, Rendered, make_template
 from grpo_ray.tokenized import LoadReport, TokenizedRow, TokenLists, fingerprint, tokenized_rows
@@ -135,32 +135,35 @@ class PromptSets:
     """By name, '' for a single one. Ids start with `eval-`: no prompt has the id of another set's."""
 
 
-def load_prompts(data: DataConfig, tokenizer: Any, *, seed: int, max_context: int | None = None) -> PromptSets:
+def load_prompts(
+    data: DataConfig, tokenizer: Any, *, seed: int, max_context: int | None = None, read: Read = load_table
+) -> PromptSets:
     """Read, template and tokenize `data.train` and `data.eval`.
 
     Args:
         seed: for generators whose `args` name none.
         max_context: tokens that the model can see; a prompt must leave room for one more.
+        read: how rows are read.
 
     Raises:
         DataError: names source, line or row, and the mend.
     """
-    evaluation = load_eval_prompts(data, tokenizer, seed=seed, max_context=max_context)
+    evaluation = load_eval_prompts(data, tokenizer, seed=seed, max_context=max_context, read=read)
     load = _loader(data, tokenizer, max_context)
-    table = load_table(data.train, seed=seed)
+    table = read(data.train, seed=seed)
     return PromptSets(
         load(table.name, table, data.train, _texts_of(evaluation) if data.exclude_eval else frozenset()), evaluation
     )
 
 
 def load_eval_prompts(
-    data: DataConfig, tokenizer: Any, *, seed: int, max_context: int | None = None
+    data: DataConfig, tokenizer: Any, *, seed: int, max_context: int | None = None, read: Read = load_table
 ) -> dict[str, PromptDataset]:
     """Those of `data.eval` alone, by name. See `load_prompts`."""
     load = _loader(data, tokenizer, max_context)
     evaluation = {}
     for name, source in data.eval_sets.items():
-        table = load_table(source, seed=seed + EVAL_SEED_OFFSET)
+        table = read(source, seed=seed + EVAL_SEED_OFFSET)
         evaluation[name] = load(f"eval-{name or table.name}", table, source, frozenset())
     return evaluation
 
@@ -208,7 +211,9 @@ def _loader(
     return load
 
 
-def load_demonstrations(data: DataConfig, tokenizer: Any, *, seed: int, max_length: int) -> SftDataset:
+def load_demonstrations(
+    data: DataConfig, tokenizer: Any, *, seed: int, max_length: int, read: Read = load_table
+) -> SftDataset:
     """Read, template and tokenize `data.train` as demonstrations.
 
     A row has `prompt` and `completion` (text or messages), or `messages` whose last turn is the completion.
@@ -217,6 +222,7 @@ def load_demonstrations(data: DataConfig, tokenizer: Any, *, seed: int, max_leng
     Args:
         seed: for generators whose `args` name none.
         max_length: tokens of prompt and completion together.
+        read: how rows are read.
 
     Raises:
         DataError: names source, line or row, and the mend.
@@ -224,8 +230,8 @@ def load_demonstrations(data: DataConfig, tokenizer: Any, *, seed: int, max_leng
     render = make_template(data.template, tokenizer, data.system, data.chat_template_kwargs)
     _ = render.end  # Without one no row is at fault.
     sources = data.eval_sets.values() if data.exclude_eval else ()
-    held_out = frozenset(text for source in sources for text in _texts(source, render, tokenizer, seed))
-    table = load_table(data.train, seed=seed)
+    held_out = frozenset(text for source in sources for text in _texts(source, render, tokenizer, seed, read))
+    table = read(data.train, seed=seed)
     rows, prompts, completions = [], [], []
     num_too_long = num_in_eval = 0
     for row in tokenized_rows(table, data.train, render, tokenizer, demonstrations=True):
@@ -247,8 +253,8 @@ def load_demonstrations(data: DataConfig, tokenizer: Any, *, seed: int, max_leng
     return SftDataset(table.name, rows, prompts, completions, report)
 
 
-def _texts(source: DataSource, render: Render, tokenizer: Any, seed: int) -> Iterator[str]:
-    table = load_table(source, seed=seed + EVAL_SEED_OFFSET)
+def _texts(source: DataSource, render: Render, tokenizer: Any, seed: int, read: Read) -> Iterator[str]:
+    table = read(source, seed=seed + EVAL_SEED_OFFSET)
     return (row.rendered.text for row in tokenized_rows(table, source, render, tokenizer, demonstrations=False))
 
 

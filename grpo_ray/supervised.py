@@ -17,6 +17,7 @@ from safetensors.torch import save
 
 from grpo_ray.config import DpoConfig, RewardModelConfig, SftConfig
 from grpo_ray.cursor import Cursor
+from grpo_ray.data import Read, load_table
 from grpo_ray.errors import ConfigError
 from grpo_ray.files import write_whole
 from grpo_ray.pairs import Pair, PairDataset, PairSets, load_pairs, pair_batch
@@ -152,8 +153,13 @@ class DirectPreferences(Preferences):
 Task = Demonstrations | Preferences
 
 
-def load_task(config: SftConfig, tokenizer: Any) -> Task:
+def load_task(config: SftConfig, tokenizer: Any, read: Read = load_table) -> Task:
     """Read the data of a supervised run.
+
+    Args:
+        config: its options.
+        tokenizer: of its model.
+        read: how rows are read.
 
     Raises:
         DataError: names source, line or row, and the mend.
@@ -161,7 +167,9 @@ def load_task(config: SftConfig, tokenizer: Any) -> Task:
     """
     match config:
         case DpoConfig():
-            return DirectPreferences(load_pairs(config.data, tokenizer, seed=config.seed, max_length=config.max_length))
+            return DirectPreferences(
+                load_pairs(config.data, tokenizer, seed=config.seed, max_length=config.max_length, read=read)
+            )
         case RewardModelConfig():
             check_padding(tokenizer, make_template(config.data.template, tokenizer).end)
             options = config.reward_model
@@ -171,12 +179,15 @@ def load_task(config: SftConfig, tokenizer: Any) -> Task:
                     tokenizer,
                     seed=config.seed,
                     max_length=config.max_length,
+                    read=read,
                     labelled=not options.pairwise,
                     use_margin=options.use_margin,
                     highest=1.0 if options.loss == "bce" else math.inf,
                 )
             )
-    return Demonstrations(load_demonstrations(config.data, tokenizer, seed=config.seed, max_length=config.max_length))
+    return Demonstrations(
+        load_demonstrations(config.data, tokenizer, seed=config.seed, max_length=config.max_length, read=read)
+    )
 
 
 def check_padding(tokenizer: Any, end: TurnEnd | None = None) -> None:

@@ -98,7 +98,7 @@ def tokenized_rows(
             for (i, where, rendered, prompt, columns, completion), ids in zip(parts, all_ids, strict=True):
                 if not len(ids):
                     raise DataError(f"{where}: the prompt is empty; expected text to continue")
-                yield TokenizedRow(i, where, rendered, ids, prompt, columns, completion)
+                yield TokenizedRow(table.number(i), where, rendered, ids, prompt, columns, completion)
             advance(stop - start)
 
 

@@ -131,23 +131,30 @@ def _model_rows(config: RunConfig | SftConfig, model: str, params: int, *, on_gp
 
 
 def _data_rows(config: RunConfig | SftConfig, model: str) -> list[tuple[str, str]]:
+    from grpo_ray.overview import Sampler, key_of
     from grpo_ray.prompts import load_prompts
     from grpo_ray.rewards.columns import check_columns, column_needs
     from grpo_ray.supervised import load_task
+    from grpo_ray.templates import make_template
+    from launch.check_large import facts_of, longest_prompt, num_in_eval, of_all_rows, overview_rows
 
     tokenizer = load_tokenizer(model, trust_remote_code=config.model.trust_remote_code)
+    sampler = Sampler()
+    overview_key = key_of(config.data.train)
     if isinstance(config, SftConfig):
-        dataset = load_task(config, tokenizer).dataset
-        report = dataset.report
+        report = load_task(config, tokenizer, sampler.read).dataset.report
+        report = of_all_rows(report, sampler.overviews.get(overview_key))
         return [
             ("data", f"{source_told(config.data.train)}: {report.num_kept} of {report.num_rows} examples"),
-            ("length", describe(config, len(dataset))),
+            *overview_rows(config, sampler),
+            ("length", describe(config, report.num_kept)),
             ("ends", describe_end(tokenizer, config.data.template)),
         ]
     stops = stops_of_run(config, tokenizer, model)
     context = context_length(load_config(model, trust_remote_code=config.model.trust_remote_code))
-    prompts = load_prompts(config.data, tokenizer, seed=config.seed, max_context=context)
-    report = prompts.train.report
+    prompts = load_prompts(config.data, tokenizer, seed=config.seed, max_context=context, read=sampler.read)
+    overview = sampler.overviews.get(overview_key)
+    report = of_all_rows(prompts.train.report, overview, num_in_eval(config, sampler, prompts))
     left_out = (
         f" ({report.num_too_long} too long, {report.num_in_eval} also in data.eval)"
         if report.num_kept < report.num_rows
@@ -155,19 +162,24 @@ def _data_rows(config: RunConfig | SftConfig, model: str) -> list[tuple[str, str
     )
     rows = [
         ("data", f"{source_told(config.data.train)}: {report.num_kept} of {report.num_rows} prompts{left_out}"),
-        ("length", describe(config, len(prompts.train))),
+        *overview_rows(config, sampler),
+        ("length", describe(config, report.num_kept)),
     ]
     for name, source in config.data.eval_sets.items():
         what = f"{name}, {source_told(source)}" if name else source_told(source)
-        rows.append(("held out", f"{what}: {len(prompts.eval[name])} prompts x {config.eval.num_samples}"))
+        held_out = of_all_rows(prompts.eval[name].report, sampler.overviews.get(key_of(source)))
+        rows.append(("held out", f"{what}: {held_out.num_kept} prompts x {config.eval.num_samples}"))
     longest = max(len(prompt.token_ids) for prompt in prompts.train)
+    if overview is not None:
+        limit = min(config.data.max_prompt_length, context - 1)
+        template = make_template(config.data.template, tokenizer, config.data.system, config.data.chat_template_kwargs)
+        longest = longest_prompt(config, sampler, template, tokenizer, limit, longest)
     if (warning := about_context(config, context, longest)) is not None:
         rows.append(("warning", warning))
-    rows += [
-        ("columns", note) for note in check_columns(column_needs(config.reward), prompts, train=True, evaluation=True)
-    ]
+    needs, facts = column_needs(config.reward), facts_of(config, sampler)
+    rows += [("columns", note) for note in check_columns(needs, prompts, train=True, evaluation=True, facts=facts)]
     first = prompts.train.item(0, 0)
-    rows.extend(gold_rows(config, prompts))
+    rows.extend(gold_rows(config, prompts, facts))
     rows.append(("prompt", repr(first.text if len(first.text) < 300 else first.text[:297] + "...")))
     if opens_thinking(first.text):
         rows.append(

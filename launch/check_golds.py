@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from grpo_ray.applicable import quoted
@@ -11,6 +11,7 @@ from grpo_ray.config import RunConfig
 from grpo_ray.config_reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.prompts import PromptDataset, PromptSets
+from grpo_ray.rewards.columns import ColumnFacts
 from grpo_ray.rewards.function import SOURCE
 
 MAX_GOLDS = 2000
@@ -45,8 +46,14 @@ class GoldReport:
         return f"WARNING: {said}. No row would get a reward from accuracy, and nothing be {lost}: {how}"
 
 
-def gold_rows(config: RunConfig, prompts: PromptSets) -> list[tuple[str, str]]:
-    """A line for each data set and each reward `accuracy` of the recipe."""
+def gold_rows(config: RunConfig, prompts: PromptSets, facts: Mapping[str, ColumnFacts]) -> list[tuple[str, str]]:
+    """A line for each data set and each reward `accuracy` of the recipe.
+
+    Args:
+        config: the recipe.
+        prompts: of its data sets.
+        facts: option of a data set -> of all its rows, where `prompts` has a part of them.
+    """
     rows = []
     sets = [("data.train", config.data.train.path, prompts.train)]
     for name, source in config.data.eval_sets.items():
@@ -54,7 +61,11 @@ def gold_rows(config: RunConfig, prompts: PromptSets) -> list[tuple[str, str]]:
     for function in config.reward.functions:
         if function.name == "accuracy":
             for option, path, dataset in sets:
-                if (report := read_golds(dataset, path, function)).num_rows:
+                report = read_golds(dataset, path, function)
+                if (of_all := facts.get(option.replace(" ", "."))) is not None:
+                    of = SOURCE if function.sources else None
+                    report.num_rows = of_all.lacking((), of, function.sources)[0]
+                if report.num_rows:
                     rows.append(("golds", report.text(option)))
     return rows
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from grpo_ray.config_reward import RewardConfig
 from grpo_ray.errors import RewardError
@@ -26,14 +26,58 @@ class ColumnNeeds:
     built_in: bool
 
 
+class ColumnFacts(Protocol):
+    """What is known of the columns of all rows of a data set."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    def lacking(self, names: Sequence[str], of: str | None, values: Sequence[str]) -> tuple[int, int, bool]:
+        """(rows, those of them in which each of these columns is null or missing, whether one of the columns is there).
+
+        Args:
+            names: of columns; `a.b` is entry b of column a.
+            of: column that tells which rows count; None: all.
+            values: of that column.
+        """
+        ...
+
+
+class RowFacts:
+    """`ColumnFacts` of rows that are at hand."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._rows = rows
+        self.names = list(dict.fromkeys(name for row in rows for name in row))
+
+    def lacking(self, names: Sequence[str], of: str | None, values: Sequence[str]) -> tuple[int, int, bool]:
+        rows = self._rows if of is None else [row for row in self._rows if row.get(of) in values]
+        null = sum(all(value_of(row, name) is None for name in names) for row in rows)
+        return len(rows), null, any(has_value(row, name) for row in rows for name in names)
+
+
 def column_needs(reward: RewardConfig) -> list[ColumnNeeds]:
     """Of every function of a recipe. Raises RewardError: one of them can't be used."""
     found = [(config, described(config)) for config in reward.functions]
     return [ColumnNeeds(c.title, f.required, tuple(c.args), c.sources, c.built_in) for c, f in found]
 
 
-def check_columns(needs: Sequence[ColumnNeeds], prompts: PromptSets, *, train: bool, evaluation: bool) -> list[str]:
+def check_columns(
+    needs: Sequence[ColumnNeeds],
+    prompts: PromptSets,
+    *,
+    train: bool,
+    evaluation: bool,
+    facts: Mapping[str, ColumnFacts] | None = None,
+) -> list[str]:
     """What should be known of the columns that rewards take, of the sets that are used.
+
+    Args:
+        needs: of the rewards.
+        prompts: the sets.
+        train: `data.train` is used.
+        evaluation: `data.eval` is used.
+        facts: option of a data set -> of all its rows, where `prompts` has a part of them.
 
     Raises:
         RewardError: a column that a reward needs is not there; names those that are.
@@ -41,7 +85,7 @@ def check_columns(needs: Sequence[ColumnNeeds], prompts: PromptSets, *, train: b
     sets = {"data.train": prompts.train} if train else {}
     if evaluation:
         sets |= eval_sets_told(prompts.eval)
-    return check_sets(needs, sets)
+    return check_sets(needs, sets, facts)
 
 
 def eval_sets_told(sets: Mapping[str, PromptDataset]) -> dict[str, PromptDataset]:
@@ -49,21 +93,27 @@ def eval_sets_told(sets: Mapping[str, PromptDataset]) -> dict[str, PromptDataset
     return {f"data.eval.{name}" if name else "data.eval": found for name, found in sets.items()}
 
 
-def check_sets(needs: Sequence[ColumnNeeds], sets: Mapping[str, PromptDataset]) -> list[str]:
+def check_sets(
+    needs: Sequence[ColumnNeeds], sets: Mapping[str, PromptDataset], facts: Mapping[str, ColumnFacts] | None = None
+) -> list[str]:
     """See `check_columns`; `sets`: by where they are from."""
     return [
-        note for where, found in sets.items() for need in needs for note in _check(need, where, found.rows_of_columns)
+        note
+        for where, found in sets.items()
+        for of_all in [(facts or {}).get(where) or RowFacts(found.rows_of_columns)]
+        for need in needs
+        for note in _check(need, where, of_all)
     ]
 
 
-def _check(need: ColumnNeeds, where: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    there = dict.fromkeys(name for row in rows for name in row)
+def _check(need: ColumnNeeds, where: str, facts: ColumnFacts) -> list[str]:
+    there = facts.names
+    of = SOURCE if need.sources else None
     if need.sources:
         if SOURCE not in there:
             why = f" (it is for the sources {', '.join(need.sources)})"
             raise RewardError(missing_column(need.reward, (SOURCE,), there, where) + why)
-        rows = [row for row in rows if row.get(SOURCE) in need.sources]
-        if not rows:
+        if not facts.lacking((), of, need.sources)[0]:
             return [
                 f"reward {need.reward!r} applies to no row of {where}: none is of the sources {', '.join(need.sources)}"
             ]
@@ -73,14 +123,14 @@ def _check(need: ColumnNeeds, where: str, rows: Sequence[Mapping[str, Any]]) -> 
         if name in there
     ]
     for names in need.required:
-        lacking = [row for row in rows if all(value_of(row, name) is None for name in names)]
-        if len(lacking) == len(rows) and not any(has_value(row, name) for row in rows for name in names):
+        num_rows, lacking, is_there = facts.lacking(names, of, need.sources)
+        if lacking == num_rows and not is_there:
             raise RewardError(missing_column(need.reward, names, there, where))
         if lacking:
             of_mapping = any("." in name for name in names)
             what = "does not apply to" if need.built_in else "gets None for" + ", or fails at," * of_mapping
             wanted = " or ".join(map(repr, names))
             notes.append(
-                f"reward {need.reward!r} {what} {len(lacking)} of {len(rows)} rows of {where}: they have no {wanted}"
+                f"reward {need.reward!r} {what} {lacking} of {num_rows} rows of {where}: they have no {wanted}"
             )
     return notes

@@ -1,0 +1,295 @@
+"""Large data sets for `grpo-ray check`: counts over all rows by Arrow, and a sample of rows to be templated and tokenized.
+
+What is exact: rows, columns that are missing or null, prompts that come twice, prompts that are held out too. What is estimated
+from the sample: lengths, and what is left out for them. A JSONL file that Arrow does not read (a column of several types, half a
+character, a torn line) is read row by row, as for a run, and every one of its rows is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from grpo_ray.config import DataSource
+from grpo_ray.data import Row, Table, is_part, load_table, map_columns
+from grpo_ray.errors import DataError
+from grpo_ray.rewards.columns import ColumnFacts, RowFacts
+from grpo_ray.tokenized import check_characters
+
+MANY_ROWS = 20_000
+"""Fewer are looked at one by one."""
+SAMPLE = 1000
+LONGEST = 16
+_KEYS = ("prompt", "messages", "completion", "chosen", "rejected", "label")
+"""Columns without which a row is none; the first row that lacks one is in the sample, where it is told."""
+
+
+class ArrowFacts:
+    """`ColumnFacts` of an Arrow table."""
+
+    def __init__(self, table: pa.Table, columns: Mapping[str, str]) -> None:
+        taken = set(columns.values())
+        kept = {name: table.column(name) for name in table.column_names if name not in taken}
+        # A prompt is no column of rewards; nor are messages where they are the prompt.
+        self._hidden = {"prompt"} if "prompt" in kept or "prompt" in columns else {"messages"}
+        self._columns = kept | {
+            new: found for new, old in columns.items() if (found := _nested(table, old)) is not None
+        }
+        self._num_rows = table.num_rows
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in self._columns if name not in self._hidden]
+
+    def column(self, name: str) -> pa.ChunkedArray | None:
+        return self._columns.get(name)
+
+    def lacking(self, names: Sequence[str], of: str | None, values: Sequence[str]) -> tuple[int, int, bool]:
+        found = [column for name in names if (column := self._value(name)) is not None]
+        rows = self._rows_of(of, values)
+        null = pa.array(np.ones(self._num_rows, dtype=bool))
+        for column in found:
+            null = pc.and_(null, pc.is_null(column))
+        if rows is None:
+            return self._num_rows, _count(null), bool(found)
+        num_rows = _count(rows)
+        return num_rows, _count(pc.and_(null, rows)), bool(found) and num_rows > 0
+
+    def _rows_of(self, of: str | None, values: Sequence[str]) -> Any:
+        if of is None:
+            return None
+        column = self._columns[of]
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            return pa.array(np.zeros(self._num_rows, dtype=bool))
+        return pc.fill_null(pc.is_in(column, pa.array(values, column.type)), False)
+
+    def _value(self, name: str) -> pa.ChunkedArray | None:
+        if name in self._columns:
+            return self._columns[name]
+        head, _, entry = name.partition(".")
+        column = self._columns.get(head)
+        return None if column is None or not entry else _entry(column, entry)
+
+
+def _nested(table: pa.Table, name: str) -> pa.ChunkedArray | None:
+    if name in table.column_names:
+        return table.column(name)
+    head, *rest = name.split(".")
+    column = table.column(head) if head in table.column_names else None
+    for entry in rest:
+        column = None if column is None else _entry(column, entry)
+    return column
+
+
+def _entry(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray | None:
+    kind = column.type
+    if not pa.types.is_struct(kind) or kind.get_field_index(name) < 0:
+        return None
+    return pc.struct_field(column, name)
+
+
+def _count(mask: Any) -> int:
+    return int(pc.sum(mask).as_py() or 0)
+
+
+@dataclass
+class Overview:
+    """Of one data set of many rows."""
+
+    num_rows: int
+    num_looked_at: int
+    """Rows of the sample."""
+    facts: ColumnFacts
+    longest: Table
+    """The rows with the longest prompts."""
+    prompts: pa.ChunkedArray | None
+    """[num_rows], where they are text."""
+
+    @cached_property
+    def num_repeated(self) -> int:
+        """Rows whose prompt an earlier row has."""
+        if self.prompts is None:
+            return 0
+        return self.num_rows - int(pc.count_distinct(self.prompts, mode="all").as_py())
+
+    def num_in(self, prompts: Iterable[Any]) -> int | None:
+        """Rows whose prompt is one of these; None: not known, for prompts that are no text."""
+        texts = list(prompts)
+        if self.prompts is None or not all(isinstance(p, str) for p in texts):
+            return None
+        return _count(pc.is_in(self.prompts, pa.array(texts, self.prompts.type)))
+
+    def scaled(self, number: int) -> int:
+        """Of the sample -> of all rows, about."""
+        return round(number * self.num_rows / max(1, self.num_looked_at))
+
+
+@dataclass
+class Sampler:
+    """Reads data sets as `load_table` does; of large ones it gives a sample, and keeps an overview."""
+
+    many_rows: int = MANY_ROWS
+    overviews: dict[str, Overview] = field(default_factory=dict)
+    """Key of a source -> what is known of all of it."""
+
+    def read(self, source: DataSource, *, seed: int) -> Table:
+        """Raises DataError as `load_table` does."""
+        found = _arrow(source)
+        if found is not None and found[0].num_rows <= self.many_rows:
+            return load_table(source, seed=seed)
+        if found is None:
+            return self._sample_of_rows(load_table(source, seed=seed), source)
+        arrow, pick = found
+        facts = ArrowFacts(arrow, source.columns)
+        prompts = facts.column("prompt")
+        chosen = dict.fromkeys([*_evenly(arrow.num_rows), *_first_nulls(facts)])
+        name = Path(source.path).stem
+        text = _is_text(prompts)
+        longest = _longest(prompts) if text else []
+        self.overviews[key_of(source)] = Overview(
+            arrow.num_rows, len(chosen), facts, pick(name, longest), prompts if text else None
+        )
+        return pick(name, sorted(chosen))
+
+    def _sample_of_rows(self, table: Table, source: DataSource) -> Table:
+        num_rows = len(table.rows)
+        if num_rows <= self.many_rows:
+            return table
+        rows = [map_columns(table.rows[i], source.columns, table.where(i)) for i in range(num_rows)]
+        for i, row in enumerate(rows):
+            for name in _KEYS:
+                if isinstance(text := row.get(name), str):
+                    _check_text(text, table.where(i), name)
+        texts = [row.get("prompt") for row in rows]
+        strings = all(isinstance(text, str) for text in texts)
+        prompts = pa.chunked_array([pa.array(texts, pa.string())]) if strings else None
+        bad = next((i for i, row in enumerate(rows) if not _asks(row)), None)
+        chosen = dict.fromkeys([*_evenly(num_rows), *([] if bad is None else [bad])])
+        self.overviews[key_of(source)] = Overview(
+            num_rows, len(chosen), RowFacts(rows), _picked(table, _longest(prompts) if strings else []), prompts
+        )
+        return _picked(table, sorted(chosen))
+
+
+def key_of(source: DataSource) -> str:
+    return source.model_dump_json()
+
+
+def _asks(row: Row) -> bool:
+    """Has it text or messages for a prompt, as far as types tell?"""
+    prompt = row["messages"] if row.get("prompt") is None and "messages" in row else row.get("prompt")
+    if isinstance(prompt, list):
+        return bool(prompt) and all(isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in prompt)
+    return isinstance(prompt, str) and bool(prompt)
+
+
+def _check_text(text: str, where: str, name: str) -> None:
+    try:
+        check_characters(text, f"column {name!r}")
+    except DataError as e:
+        raise DataError(f"{where}: {e}") from None
+
+
+def _picked(table: Table, places: Sequence[int]) -> Table:
+    lines = None if table.lines is None else [table.lines[i] for i in places]
+    return replace(table, rows=[table.rows[i] for i in places], lines=lines, numbers=list(places))
+
+
+def _arrow(source: DataSource) -> tuple[pa.Table, Any] | None:
+    """(the table, (name, places) -> these rows as they are for a run); None: not a file that Arrow reads as a run would."""
+    if is_part(source) or not source.is_file or not Path(source.path).expanduser().is_file():
+        return None
+    try:
+        table, pick = (_of_parquet if source.path.endswith(".parquet") else _of_jsonl)(source)
+    except (pa.ArrowException, OSError, ValueError):
+        return None
+    return table, pick
+
+
+def _of_parquet(source: DataSource) -> tuple[pa.Table, Any]:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(Path(source.path).expanduser()).slice(0, source.limit)
+
+    def pick(name: str, places: Sequence[int]) -> Table:
+        rows: list[Row] = table.take(pa.array(places, pa.int64())).to_pylist()
+        return Table(name, source.path, rows, numbers=list(places))
+
+    return table, pick
+
+
+def _of_jsonl(source: DataSource) -> tuple[pa.Table, Any]:
+    """Raises ValueError where lines and rows do not go together."""
+    import json
+
+    import pyarrow.json as pj
+
+    data = Path(source.path).expanduser().read_bytes()
+    table = pj.read_json(pa.BufferReader(data))
+    table.validate(full=True)
+    ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
+    starts = np.concatenate([[0], ends + 1])
+    ends = np.concatenate([ends, [len(data)]])
+    lines = np.flatnonzero(ends - starts > 1)
+    if len(lines) != table.num_rows:
+        raise ValueError("blank lines that are not empty, or several rows in a line")
+    table = table.slice(0, source.limit)
+
+    def pick(name: str, places: Sequence[int]) -> Table:
+        chosen = [int(lines[i]) for i in places]
+        rows = [json.loads(data[starts[line] : ends[line]]) for line in chosen]
+        return Table(name, source.path, rows, [line + 1 for line in chosen], list(places))
+
+    return table, pick
+
+
+def _evenly(num_rows: int) -> list[int]:
+    return [i * num_rows // SAMPLE for i in range(SAMPLE)]
+
+
+def _first_nulls(facts: ArrowFacts) -> list[int]:
+    """Of each key column the first row without a value, and the first that is empty."""
+    out = []
+    for name in _KEYS:
+        column = facts.column(name)
+        if column is None:
+            continue
+        masks = [pc.is_null(column)] if column.null_count else []
+        if _is_text(column):
+            masks.append(pc.equal(pc.binary_length(column), 0))
+        elif pa.types.is_list(column.type):
+            masks.append(pc.equal(pc.list_value_length(column), 0))
+        places = (pc.index(mask, True).as_py() for mask in masks)
+        out += [place for place in places if place >= 0]
+        out += _first_without_content(column)
+    return out
+
+
+def _first_without_content(column: pa.ChunkedArray) -> list[int]:
+    """Of conversations, the first with a message that has none."""
+    if not (pa.types.is_list(column.type) and pa.types.is_struct(column.type.value_type)):
+        return []
+    conversations = column.combine_chunks()
+    messages = pc.list_flatten(conversations)
+    if messages.type.get_field_index("content") < 0:
+        return []
+    place = pc.index(pc.is_null(pc.struct_field(messages, "content")), True).as_py()
+    return [] if place < 0 else [pc.list_parent_indices(conversations)[place].as_py()]
+
+
+def _is_text(column: pa.ChunkedArray | None) -> bool:
+    return column is not None and (pa.types.is_string(column.type) or pa.types.is_large_string(column.type))
+
+
+def _longest(prompts: pa.ChunkedArray) -> list[int]:
+    order = pc.select_k_unstable(
+        pa.table({"n": pc.fill_null(pc.binary_length(prompts), 0)}), LONGEST, [("n", "descending")]
+    )
+    return [int(i) for i in order.to_pylist()]
