@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
@@ -39,9 +41,21 @@ def _at_home(args: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     return {k: expand_home(v, info) if k in ("path", "cache") and isinstance(v, str) else v for k, v in args.items()}
 
 
+_IN_FILE = re.compile(r"(?P<file>.*\.py)(:(?P<function>.*))?", re.DOTALL)
+
+
+def file_and_function(name: str) -> tuple[str, str]:
+    """Of `file.py:function`; the function is '' where it is not named. Raises ValueError for a name of another kind."""
+    found = _IN_FILE.fullmatch(name)
+    if found is None:
+        raise ValueError(f"{name!r} names no file")
+    return found["file"], found["function"] or ""
+
+
 class RewardFunctionConfig(Strict):
-    name: str
-    """A built-in (`grpo-ray check` lists them) or a function by dotted path, `package.module.function`."""
+    name: Annotated[str, AfterValidator(expand_home)]
+    """A built-in (`grpo-ray check` lists them), a function by dotted path, `package.module.function`, or by its file,
+    `rewards.py:function` (absolute, or relative to the recipe or the current folder)."""
     label: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
     """What metrics and `eval.accuracy` call it, where a function stands in the list more than once. None: its name."""
     weight: float = 1.0
@@ -61,7 +75,15 @@ class RewardFunctionConfig(Strict):
 
     @property
     def title(self) -> str:
-        return self.label or self.name
+        if self.label or not self.in_file:
+            return self.label or self.name
+        path, function = file_and_function(self.name)
+        return re.sub(r"[^A-Za-z0-9_.-]", "_", f"{PurePath(path).stem}.{function}".rstrip("."))
+
+    @property
+    def in_file(self) -> bool:
+        """Is it named by the file that it is in?"""
+        return _IN_FILE.fullmatch(self.name) is not None
 
     @property
     def built_in(self) -> bool:

@@ -8,13 +8,14 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from grpo_ray.config import DataConfig, DpoConfig, RewardModelConfig, RunConfig, SftConfig
 from grpo_ray.config_files import build, deep_merge, load_yaml, parse_overrides
 from grpo_ray.config_typed import with_types
 from grpo_ray.errors import ConfigError
 from grpo_ray.names import check_name
+from grpo_ray.reward_files import with_absolute_files, with_shipped_files
 
 RECIPES = Path(__file__).parent / "recipes"
 Config = TypeVar("Config", bound=RunConfig | SftConfig)
@@ -24,6 +25,8 @@ SCHEMAS: dict[str, type[RunConfig | SftConfig]] = {
     "dpo": DpoConfig,
     "reward_model": RewardModelConfig,
 }
+SHIPPED = "grpo-ray-job.yaml"
+"""A recipe that `submit` has resolved: paths of reward files are relative to the folder that was shipped, on every node."""
 COMMANDS = {"grpo": "train", "sft": "sft", "dpo": "dpo", "reward_model": "reward-model"}
 """Kind of a run -> the command that starts one."""
 
@@ -82,7 +85,10 @@ def load_recipe(schema: type[Config], recipe: str, overrides: list[str], *, keep
     if is_pipeline(path):
         raise ConfigError(f"recipe {recipe} has stages: it is for `grpo-ray pipeline {recipe}`")
     source = f"recipe {recipe}" + (f" with {' '.join(overrides)}" if overrides else "")
-    return build(schema, data, source, keep_home=keep_home)
+    config = build(schema, data, source, keep_home=keep_home)
+    if keep_home:
+        return cast(Config, with_shipped_files(config, path.parent, Path.cwd()))
+    return config if path.name == SHIPPED else cast(Config, with_absolute_files(config, path.parent))
 
 
 def load_run_config(schema: type[Config], path: Path) -> Config:

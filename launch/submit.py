@@ -19,9 +19,8 @@ from launch.cluster import COMMAND_S, STOPPED_EXITS, Cluster, ClusterRun
 from launch.console import plain_console
 from launch.package import stage
 from launch.placement import open_yaml
-from launch.recipe import SCHEMAS, find_recipe, kind_of, load_recipe, run_folder
+from launch.recipe import SCHEMAS, SHIPPED, find_recipe, kind_of, load_recipe, run_folder
 
-RECIPE_FILE = "grpo-ray-job.yaml"
 LAST_LINES = 5
 """Of a run, in its status."""
 console = plain_console(soft_wrap=True)
@@ -43,8 +42,8 @@ def submit(
     with interrupts.scratch_folder() as scratch:
         size = stage(Path.cwd(), scratch, exclude)
         if config is not None:
-            (scratch / RECIPE_FILE).write_text(open_yaml(config), encoding="utf-8")
-        words = ["resume", recipe, *overrides] if config is None else ["run", RECIPE_FILE]
+            (scratch / SHIPPED).write_text(open_yaml(config), encoding="utf-8")
+        words = ["resume", recipe, *overrides] if config is None else ["run", SHIPPED]
         again = f" --address {cluster.address}" if address else ""
         with interrupts.leaving(f"{name} may have been submitted: grpo-ray status {name}{again} says whether it was"):
             job = cluster.submit(name, words, str(scratch))

@@ -14,6 +14,7 @@ from grpo_ray.config_reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards import golds
 from grpo_ray.rewards.accuracy import accuracy, load_parser
+from grpo_ray.rewards.by_path import load_from_file
 from grpo_ray.rewards.code import check_code, code
 from grpo_ray.rewards.countdown import countdown
 from grpo_ray.rewards.exact_match import exact_match
@@ -100,7 +101,8 @@ _LOADS: dict[str, Callable[[dict[str, Any]], None]] = {
 
 
 def resolve(config: RewardFunctionConfig, *, load: bool = False) -> RewardFunction:
-    """Find the function that a recipe names: a built-in, or `package.module.function`, the current folder included.
+    """Find the function that a recipe names: a built-in, `package.module.function`, the current folder included, or
+    `file.py:function`.
 
     `load`: also read what it works with (a model, dictionaries), which takes seconds and memory.
 
@@ -129,7 +131,7 @@ def described(config: RewardFunctionConfig) -> RewardFunction:
         declared = columns_of(config.name, config.args)
         function = inspect_function(config.title, call, config.weight, config.args, declared)
     else:
-        function = _users(config, _import(config.name) if "." in config.name else _unknown(config.name))
+        function = _users(config, _find(config))
     built_in = config.name in BUILTINS
     return replace(function, sources=config.sources, from_step=config.from_step, part=config.part, built_in=built_in)
 
@@ -140,11 +142,17 @@ def _users(config: RewardFunctionConfig, found: Callable[..., Any]) -> RewardFun
     return kind(config.title, call, config.weight, args)
 
 
+def _find(config: RewardFunctionConfig) -> Callable[..., Any]:
+    if config.in_file:
+        return load_from_file(config.name)
+    return _import(config.name) if "." in config.name else _unknown(config.name)
+
+
 def _unknown(name: str) -> Callable[..., Any]:
     close = difflib.get_close_matches(name, BUILTINS, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else f"built in: {', '.join(BUILTINS)};"
     raise RewardError(
-        f"no reward is called {name!r}; {hint} A function of yours is named by its path, package.module.function"
+        f"no reward is called {name!r}; {hint} A function of yours is named package.module.function or file.py:function"
     )
 
 

@@ -1,0 +1,79 @@
+"""Where the files of rewards are that a recipe names (`rewards.py:mine`).
+
+A path is absolute in what a run is given and in its config.yaml, so that workers and later commands find the file from wherever
+they run. In a submitted run it stays relative to the folder that is shipped, which is the working folder of every worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.config_reward import file_and_function
+from grpo_ray.errors import ConfigError
+
+
+def with_absolute_files(config: RunConfig | SftConfig, folder: Path) -> RunConfig | SftConfig:
+    """The config, with every reward's file named by its absolute path.
+
+    Args:
+        config: of a recipe.
+        folder: of the recipe; a relative path is looked up there, then in the current folder.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+
+    def absolute(name: str, path: str) -> str:
+        places = [place for place in (folder / path, Path(path)) if place.is_file()]
+        if not places:
+            raise ConfigError(f"reward {name!r}: there is no file {path} in {folder.resolve()} or in {Path.cwd()}")
+        return str(places[0].resolve())
+
+    return _with_files(config, absolute)
+
+
+def with_shipped_files(config: RunConfig | SftConfig, folder: Path, shipped: Path) -> RunConfig | SftConfig:
+    """The config of a run that is submitted: every reward's file by its path in the folder that is shipped.
+
+    Args:
+        config: of a recipe, `~` not expanded.
+        folder: of the recipe.
+        shipped: the folder.
+
+    Raises:
+        ConfigError: there is no such file, or it is elsewhere: it would not reach the nodes.
+    """
+
+    def inside(name: str, path: str) -> str:
+        places = [p for p in (folder / Path(path).expanduser(), Path(path).expanduser()) if p.is_file()]
+        if not places:
+            raise ConfigError(f"reward {name!r}: there is no file {path} in {folder.resolve()} or in {shipped}")
+        file = places[0].resolve()
+        if not file.is_relative_to(shipped.resolve()):
+            raise ConfigError(
+                f"reward {name!r}: {file} is outside of {shipped}, the folder that is shipped, and would not reach the cluster's "
+                "nodes; move it there, or submit from a folder that holds it"
+            )
+        relative = file.relative_to(shipped.resolve())
+        if any(part.startswith(".") for part in relative.parts):
+            raise ConfigError(f"reward {name!r}: {relative} is hidden, and hidden files are not shipped; rename it")
+        return str(relative)
+
+    return _with_files(config, inside)
+
+
+def _with_files(config: RunConfig | SftConfig, place: Callable[[str, str], str]) -> RunConfig | SftConfig:
+    if not isinstance(config, RunConfig):
+        return config
+    functions = []
+    for function in config.reward.functions:
+        if function.in_file:
+            path, attribute = file_and_function(function.name)
+            named = f"{place(function.name, path)}:{attribute}" if attribute else place(function.name, path)
+            functions.append(function.model_copy(update={"name": named}))
+        else:
+            functions.append(function)
+    reward = config.reward.model_copy(update={"functions": tuple(functions)})
+    return config.model_copy(update={"reward": reward})
