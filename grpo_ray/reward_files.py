@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from grpo_ray.config import RunConfig, SftConfig
 from grpo_ray.config_reward import file_and_function
 from grpo_ray.errors import ConfigError
 
+C = TypeVar("C", bound=RunConfig | SftConfig)
 
-def with_absolute_files(config: RunConfig | SftConfig, folder: Path) -> RunConfig | SftConfig:
+
+def with_absolute_files(config: C, folder: Path) -> C:
     """The config, with every reward's file named by its absolute path.
 
     Args:
@@ -34,7 +37,7 @@ def with_absolute_files(config: RunConfig | SftConfig, folder: Path) -> RunConfi
     return _with_files(config, absolute)
 
 
-def with_shipped_files(config: RunConfig | SftConfig, folder: Path, shipped: Path) -> RunConfig | SftConfig:
+def with_shipped_files(config: C, folder: Path, shipped: Path) -> C:
     """The config of a run that is submitted: every reward's file by its path in the folder that is shipped.
 
     Args:
@@ -64,7 +67,7 @@ def with_shipped_files(config: RunConfig | SftConfig, folder: Path, shipped: Pat
     return _with_files(config, inside)
 
 
-def _with_files(config: RunConfig | SftConfig, place: Callable[[str, str], str]) -> RunConfig | SftConfig:
+def _with_files(config: C, place: Callable[[str, str], str]) -> C:
     if not isinstance(config, RunConfig):
         return config
     functions = []

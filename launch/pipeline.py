@@ -31,6 +31,7 @@ from grpo_ray.pipeline.plan import Plan, Stage, make_plan, typed_stages
 from grpo_ray.pipeline.record import Record, StageRecord, check_unchanged
 from grpo_ray.pipeline.report import write_pipeline_report
 from grpo_ray.records import step_to_resume
+from grpo_ray.reward_files import with_absolute_files
 from grpo_ray.rewards import resolve
 from grpo_ray.sample_files import read_samples
 from grpo_ray.tracking import read_metrics
@@ -38,6 +39,7 @@ from launch.console import headed, plain_console
 from launch.effects import tell_idle_of_pipeline
 from launch.interrupts import leaving
 from launch.jobs import exit_unless_finished, make_report, write_config
+from launch.machine import check_machine
 from launch.pipeline_view import print_figures, print_plan
 from launch.placement import settled
 from launch.program import runnable
@@ -61,8 +63,10 @@ def load_plan(recipe: str, overrides: list[str]) -> Plan:
     plan = make_plan(config, check_name(config.name or Path(recipe).stem), lambda name: load_yaml(find_recipe(name)))
     for stage in plan.stages:
         stage_config = plan.config_of(stage)
+        if isinstance(stage_config, RunConfig | SftConfig):
+            check_machine(stage_config)
         if isinstance(stage_config, RunConfig):
-            for function in stage_config.reward.functions:
+            for function in with_absolute_files(stage_config, path.parent).reward.functions:
                 # A model that an earlier stage will make is not there yet.
                 if not any(str(value).startswith(f"{plan.folder}/") for value in function.args.values()):
                     resolve(function)
@@ -89,7 +93,7 @@ def run_pipeline(recipe: str, overrides: list[str], first: str | None, last: str
         print_plan(plan, record, todo)
         if dry_run:
             return
-        runner = _Runner(plan, record, " ".join([recipe, *overrides]))
+        runner = _Runner(plan, record, " ".join([recipe, *overrides]), find_recipe(recipe).parent)
         if first is not None:
             runner.start_again(plan.builds_on(first))
         (plan.folder / RECIPE_COPY).write_text(to_yaml(plan.config), encoding="utf-8")
@@ -132,7 +136,8 @@ def _set_aside(folder: Path) -> None:
 
 
 class _Runner:
-    def __init__(self, plan: Plan, record: Record, command: str) -> None:
+    def __init__(self, plan: Plan, record: Record, command: str, recipe_folder: Path) -> None:
+        self._recipe_folder = recipe_folder
         self._plan = plan
         self._record = record
         self._command = command
@@ -161,6 +166,8 @@ class _Runner:
     def _stage(self, stage: Stage) -> None:
         plan, record = self._plan, self._record
         config = plan.config_of(stage)
+        if isinstance(config, RunConfig):
+            config = with_absolute_files(config, self._recipe_folder)
         inputs = self._inputs(stage)
         old = record.stages.get(stage.name)
         if old is None:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from grpo_ray.config import DataConfig, DpoConfig, RewardModelConfig, RunConfig, SftConfig
 from grpo_ray.config_files import build, deep_merge, load_yaml, parse_overrides
@@ -87,8 +87,8 @@ def load_recipe(schema: type[Config], recipe: str, overrides: list[str], *, keep
     source = f"recipe {recipe}" + (f" with {' '.join(overrides)}" if overrides else "")
     config = build(schema, data, source, keep_home=keep_home)
     if keep_home:
-        return cast(Config, with_shipped_files(config, path.parent, Path.cwd()))
-    return config if path.name == SHIPPED else cast(Config, with_absolute_files(config, path.parent))
+        return with_shipped_files(config, path.parent, Path.cwd())
+    return config if path.name == SHIPPED else with_absolute_files(config, path.parent)
 
 
 def load_run_config(schema: type[Config], path: Path) -> Config:
