@@ -116,7 +116,11 @@ class ScoringProcess:
         os.set_blocking(self._to_child, False)
         self._buffer.clear()
         self._process = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-m", "actors.reward_child", str(request_read), str(response_write)],
+            # -P: the folder that it runs in is the user's, and comes last, see `search_path`.
+            [
+                *(sys.executable, "-P", "-X", "faulthandler"),
+                *("-m", "actors.reward_child", str(request_read), str(response_write)),
+            ],
             stdin=subprocess.DEVNULL,
             pass_fds=(request_read, response_write),
             start_new_session=True,

@@ -16,6 +16,7 @@ from typing import Any
 
 from grpo_ray.config import DataSource
 from grpo_ray.errors import DataError
+from grpo_ray.user_modules import name_taken
 
 Row = dict[str, Any]
 _MANY_ROWS = 1000
@@ -278,9 +279,14 @@ def _python(source: DataSource, dotted: str) -> Table:
         try:
             module = importlib.import_module(module_name)
         except ImportError as e:
-            raise DataError(f"{source.path}: can't import {module_name!r}: {e}") from e
+            taken = name_taken(e.name) if e.name is not None else None
+            raise DataError(
+                f"{source.path}: can't import {module_name!r}: {e}" + (f"; {taken}" if taken is not None else "")
+            ) from e
         function = getattr(module, function_name, None)
         if not callable(function):
+            if (taken := name_taken(module_name)) is not None:
+                raise DataError(f"{source.path}: {module_name} has no function {function_name!r}: {taken}")
             names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
             close = difflib.get_close_matches(function_name, names, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
@@ -301,12 +307,12 @@ def _checked(rows: Iterable[Any], label: str) -> Iterator[Row]:
 
 @contextmanager
 def _importable_from_here() -> Iterator[None]:
-    """Modules beside the user count, as they do for `python script.py`."""
+    """Modules beside the user count, after those of libraries: a `random.py` of theirs is not everybody's."""
     here = str(Path.cwd())
     if here in sys.path:
         yield
         return
-    sys.path.insert(0, here)
+    sys.path.append(here)
     try:
         yield
     finally:

@@ -1,5 +1,5 @@
 """`python -m launch`: the command line where the script is not on the path, e.g. inside a Ray job."""
 
-from launch.entry import main
+from grpo_ray.entry import main
 
 main()

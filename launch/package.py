@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from actors.search_path import PACKAGES, hidden_by, hiding
 from grpo_ray.errors import ConfigError
 
-PACKAGES = ("grpo_ray", "actors", "launch")
 LEFT_OUT = (
     *(".*", "__pycache__", "*.pyc", "*.egg-info", "build", "dist", "node_modules"),
     *("runs", "wandb", "mlruns", "*.pem", "*.key", "id_rsa*", "id_ed25519*"),
@@ -34,11 +34,16 @@ def stage(folder: Path, into: Path, exclude: Sequence[str] = (), limit_bytes: in
     ours = Path(__file__).parent.parent
     if folder.resolve() != ours:
         for package in PACKAGES:
-            if (folder / package).exists():
+            if any((folder / name).exists() for name in (package, f"{package}.py")):
                 raise ConfigError(
                     f"{folder / package} would hide grpo-ray's own package {package}: rename it, or submit from another folder"
                 )
-    files = [f for f in shipped(folder, (*LEFT_OUT, *exclude)) if f.parts[0] not in PACKAGES]
+    left_out = (*LEFT_OUT, *exclude)
+    for module in hiding(str(folder)):
+        # The cluster's processes search the shipped folder first.
+        if not _matches(Path(module).name, left_out):
+            raise ConfigError(f"{hidden_by(module)}, leave it out with --exclude, or submit from another folder")
+    files = [f for f in shipped(folder, left_out) if f.parts[0] not in PACKAGES]
     sizes = Counter[str]()
     for file in files:
         sizes[file.parts[0]] += (folder / file).stat().st_size

@@ -32,6 +32,7 @@ from grpo_ray.rewards.scoring import call_reward, score_samples, weighted_sum
 from grpo_ray.rewards.soft_overlong import soft_overlong
 from grpo_ray.rewards.think_format import think_format
 from grpo_ray.rewards.verl import is_verl, verl_function
+from grpo_ray.user_modules import name_taken
 
 __all__ = ["BUILTINS", "RewardFunction", "ScoreInputs", "call_reward", "resolve", "score_samples", "weighted_sum"]
 
@@ -163,6 +164,8 @@ def _import(path: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as e:
+        if e.name is not None and (taken := name_taken(e.name)) is not None:
+            raise RewardError(f"reward {path!r}: there is no module {e.name!r}: {taken}") from None
         if e.name is not None and (module_name == e.name or module_name.startswith(f"{e.name}.")):
             raise RewardError(
                 f"reward {path!r}: there is no module {e.name!r} in {os.getcwd()} or on PYTHONPATH; start the run from "
@@ -173,12 +176,16 @@ def _import(path: str) -> Callable[..., Any]:
         ) from e
     except (Exception, SystemExit) as e:
         first_line = (str(e).splitlines() or [""])[0]
+        taken = name_taken(e.name) if isinstance(e, ImportError) and e.name is not None else None
         raise RewardError(
             f"reward {path!r}: importing {module_name!r} failed with {type(e).__name__}: {first_line}"
+            + (f"; {taken}" if taken is not None else "")
         ) from e
     try:
         found = getattr(module, attribute)
     except AttributeError:
+        if (taken := name_taken(module_name)) is not None:
+            raise RewardError(f"reward {path!r}: module {module_name!r} has no {attribute!r}: {taken}") from None
         names = [n for n in vars(module) if not n.startswith("_") and callable(getattr(module, n))]
         close = difflib.get_close_matches(attribute, names, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(sorted(names)) or 'no functions'}"
