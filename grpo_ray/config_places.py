@@ -55,8 +55,17 @@ def _absolute(section: S, folder: Path) -> S:
     if isinstance(section, DataSource) and section.is_generator:
         del update["path"]
     if isinstance(section, RewardFunctionConfig):
+        update["name"] = _reward_file(section.name, folder)
         update["args"] = {k: _reward_place(k, v, folder) for k, v in section.args.items()}
     return section.model_copy(update=update)
+
+
+def _reward_file(name: str, folder: Path) -> str:
+    """Of a reward that is named by its file, `rewards.py:mine`; a dotted path is looked for in `code_dir`."""
+    file, ending, function = name.partition(".py")
+    if not ending or (function and not function.startswith(":")):
+        return name
+    return f"{_place(file + ending, folder, named=False)}{function}"
 
 
 def _reward_place(name: str, value: Any, folder: Path) -> Any:

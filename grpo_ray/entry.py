@@ -1,5 +1,5 @@
 """What the script `grpo-ray` calls. It lies in the package whose name no user has: a `launch.py` or `actors/` on PYTHONPATH would
-be found first and run in the place of ours, so those two are imported from beside this one, by name: nothing here depends on them."""
+be found first and run in the place of ours, so those two are imported from beside this one. By name: nothing here needs them."""
 
 from __future__ import annotations
 

@@ -116,6 +116,13 @@ def test_names_urls_and_generators_stay_what_they_are(folder: Path) -> None:
         assert after.model_copy(update={"dir": before.dir, "code_dir": None}) == before
 
 
+def test_a_reward_by_its_file_is_found_from_anywhere_and_a_dotted_one_by_its_name(folder: Path) -> None:
+    names = ["rewards/mine.py:right", "pkg.pyramid.score", "accuracy"]
+    recipe = RECIPE | {"reward": {"functions": [{"name": name, "label": str(i)} for i, name in enumerate(names)]}}
+    found = with_places(build(RunConfig, recipe, "test"), folder).reward.functions
+    assert [f.name for f in found] == [f"{folder}/rewards/mine.py:right", "pkg.pyramid.score", "accuracy"]
+
+
 def test_a_link_stays_a_link(folder: Path) -> None:
     """The newest exported model of a run is one, and leads to another folder after each checkpoint."""
     (folder / "hf").symlink_to("models/base")

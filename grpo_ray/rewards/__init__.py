@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -84,7 +85,7 @@ def columns_of(name: str, args: dict[str, Any]) -> Columns:
     return columns
 
 
-# Imported when the function is resolved: at the first sample it would count against the sample's deadline.
+# Imported where samples are scored when the function is resolved: at the first sample it would count against its deadline.
 _LIBRARIES = {"accuracy": "math_verify", "reasoning_gym": "reasoning_gym", "judge": "openai"}
 # What has to be there besides, given `args`.
 _CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
@@ -118,8 +119,11 @@ def resolve(config: RewardFunctionConfig, *, load: bool = False) -> RewardFuncti
             f"reward {config.title!r}: part: {config.part} has no effect, for it reads no text: completion_ids are the tokens of "
             "the whole completion; remove part"
         )
-    if config.name in _LIBRARIES:
-        importlib.import_module(_LIBRARIES[config.name])
+    library = _LIBRARIES.get(config.name)
+    if library is not None and importlib.util.find_spec(library) is None:
+        raise RewardError(f"reward {config.title!r} needs the package {library}, which is not installed")
+    if load and library is not None:
+        importlib.import_module(library)
     if load and config.name in _LOADS:
         _LOADS[config.name](config.args)
     return function
