@@ -35,8 +35,10 @@ from grpo_ray.files import write_whole
 FOLDER = ".owner"
 LEASE_S, HEARTBEAT_S = 60.0, 10.0
 """A lock that is not touched for LEASE_S is left over. It is touched so often that five misses in a row are no death."""
-ENDING_S = 30.0
-"""How long the processes of a run may take to notice that the command which started them is gone."""
+ENDING_S = 20.0
+"""How long the controller of a run may take to notice that the command which started it is gone. In a container in which nobody
+reaps the dead it never does; it is ended then."""
+KILL_S = 5.0
 POLL_S = 0.2
 SAYS_S = 2.0
 """A wait that is longer is told."""
@@ -108,7 +110,7 @@ class Ownership:
             ) from None
 
     def _take(self, tell: Callable[[str], None]) -> None:
-        began, told = time.monotonic(), False
+        began, told, ended = time.monotonic(), False, False
         seen, seen_at = _look(self._path), began
         while True:
             now = time.monotonic()
@@ -123,7 +125,9 @@ class Ownership:
             if state != "unclear" and self._acquired():
                 return
             if state == "here" and now - began > self._patience():
-                raise self._held()
+                if ended or not self._end_left_over():
+                    raise self._held()
+                ended = True
             if now - began > SAYS_S and not told:
                 told = True
                 tell(f"{self._run} was left by {self._holder()}: seeing whether that is gone, for up to {LEASE_S:g} s")
@@ -167,6 +171,19 @@ class Ownership:
     def _patience(self) -> float:
         about = self._described()
         return ENDING_S if about is not None and about.ends_with_command else 0.0
+
+    def _end_left_over(self) -> bool:
+        """A controller without the command that it belongs to, if that is what it is."""
+        about = self._described()
+        if about is None or not about.ends_with_command or about.pid == os.getpid():
+            return False
+        try:
+            process = psutil.Process(about.pid)
+            process.kill()
+            process.wait(KILL_S)
+        except psutil.Error:
+            return False
+        return True
 
     def _held(self) -> ConfigError:
         about = self._described()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from filelock import SoftFileLease
@@ -220,7 +221,25 @@ def test_a_controller_that_outlives_its_command_is_named_with_how_to_end_it(tmp_
         pass
 
 
-def test_a_controller_whose_command_is_gone_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_controller_whose_command_is_gone_is_waited_for_and_then_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ownership, "ENDING_S", 0.4)
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom grpo_ray.ownership import describe, holding\n"
+        "with holding([Path(sys.argv[1])], describe('a run', 'wait', ends_with_command=True), print):\n"
+        "    print('mine', flush=True); time.sleep(600)"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", program, tmp_path], env=env, stdout=subprocess.PIPE, text=True) as run:
+        assert said(run) == "mine\n"
+        began = time.monotonic()
+        with commanded(tmp_path):
+            assert time.monotonic() - began > 0.4
+        assert not psutil.pid_exists(run.pid)
+
+
+def test_no_process_ends_itself_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ownership, "ENDING_S", 0.4)
     run = Ownership(tmp_path, "run")
     run.take(describe("a run", "wait", ends_with_command=True), print)
