@@ -1,47 +1,271 @@
-"""What a run will hold in memory, before anything is loaded. An estimate for `grpo-ray check`, not a promise.
+"""What a run will hold in memory, before anything is loaded: of each kind of worker its parts, in bytes.
 
-ZeRO's accounting (Rajbhandari et al., 1910.02054, section 3.1): with mixed-precision Adam a parameter costs 2 bytes of weight,
-4 of accumulated gradient here, and 12 of fp32 master, momentum and variance; stage 1 splits the last, stage 2 the gradient
-too, stage 3 everything.
+The states are ZeRO's (Rajbhandari et al., 1910.02054, section 3.1): weights, fp32 masters and Adam's two moments; stage 1 splits
+the last three over the learners, stage 2 the gradient too, stage 3 everything. What comes on top was measured on CPUs, with
+SmolLM2-135M (tests/actors/test_memory.py measures again): a backward pass fills a bucket with the whole gradient, adds a copy of it
+to the accumulated one, and the step lays that out flat once more. What the allocator has had it keeps (actors/runtime.py), so a
+learner at rest holds what it held in its largest step.
 """
 
 from __future__ import annotations
 
+import json
+import struct
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from grpo_ray.config import LearnerConfig, ModelConfig
+from grpo_ray.config import DpoConfig, LoraConfig, ModelConfig, RunConfig, SftConfig, TinyModelConfig
+
+GIB = 1 << 30
+FP32, BF16 = 4, 2
+LEARNER_BASE = int(0.56 * GIB)
+"""Python with torch, DeepSpeed, Transformers and, for the weight sync, vLLM: on a GPU it is the host's memory."""
+ENGINE_BASE = int(0.9 * GIB)
+"""The same with vLLM's engine in it."""
+REWARD_BASE = int(0.35 * GIB)
+"""A reward actor and the process that scores, without a model of its own."""
+CONTROLLER_BASE = int(0.6 * GIB)
+RAY_BASE = int(0.6 * GIB)
+"""Ray's own processes, and the samples of a step in its object store."""
+LARGEST_BUCKET = 500_000_000
+"""Elements that DeepSpeed reduces at once: its `reduce_bucket_size`."""
+CHUNKS = 4
+"""Buffers of one chunk of logits in fp32 that exist at once: in the forward pass two, and in the backward pass two more."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Of a model, what its memory follows from."""
+
+    num_params: int
+    """Tied weights once."""
+    num_layers: int
+    hidden: int
+    attention: int
+    """Heads times the size of one."""
+    intermediate: int
+    """Of all experts that a token meets."""
+    vocab: int
+
+    @property
+    def per_layer(self) -> int:
+        """Elements that one layer keeps for the backward pass, of one token, as measured: seven of the two norms and residuals,
+        five of the attention (queries, keys and values of all heads, its output twice), six of the gated MLP."""
+        return 7 * self.hidden + 5 * self.attention + 6 * self.intermediate
+
+    @property
+    def beside_layers(self) -> int:
+        """Elements of a token beside these: the last norm, the head's input and their gradients."""
+        return 6 * self.hidden
 
 
 @dataclass(frozen=True)
 class LearnerMemory:
     """Bytes of one learner rank."""
 
+    base: int
+    """0 on a GPU: it is in the host's memory."""
     weights: int
     gradients: int
+    """The accumulated gradient, and what passes and the step make beside it."""
     optimizer: int
     reference: int
+    """Of a reference model, and of the critic."""
+    activations: int
+    """Of one micro-batch."""
     logits: int
-    """One chunk of logits in fp32 and its gradient."""
+    """Chunks of logits in fp32 and the gradient of the output layer."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.reference + self.logits
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, int]:
+        return {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "reference": self.reference,
+            "activations": self.activations,
+            "logits": self.logits,
+            "libraries": self.base,
+        }
 
 
-def learner_memory(
-    num_params: int, vocab_size: int, model: ModelConfig, learner: LearnerConfig, *, reference: bool, on_gpu: bool
-) -> LearnerMemory:
-    """Without activations, which depend on micro_batch_tokens and gradient_checkpointing."""
+def learner_memory(facts: ModelFacts, config: RunConfig | SftConfig, *, on_gpu: bool) -> LearnerMemory:
+    """Of one rank in its largest step."""
     from grpo_ray.logprobs import chunk_rows
 
+    model, learner = config.model, config.learner
     ranks, stage = learner.num_actors, learner.zero_stage
-    width = 2 if model.dtype == "bfloat16" else 4
-    master = 4 if width == 2 else 0
-    split = [ranks if stage >= s else 1 for s in (3, 2, 1)]
+    width = BF16 if model.dtype == "bfloat16" else FP32
+    trained = facts.num_params if model.lora is None else adapter_params(facts, model.lora)
+    n = facts.num_params
+    of_weights, of_gradients, of_optimizer = (ranks if stage >= s else 1 for s in (3, 2, 1))
+    bucket = min(trained, LARGEST_BUCKET)
+    if stage == 0:
+        gradients, states = FP32 * trained, 2 * FP32 * trained
+    else:
+        copies = 2 if _several(config) else 1
+        gradients = width * bucket + FP32 * trained * copies // of_gradients + FP32 * trained // of_optimizer
+        states = 3 * FP32 * trained // of_optimizer
+    weights = width * n // of_weights
+    if stage == 3:
+        weights += width * min(n, 2 * LARGEST_BUCKET)
+    more = _second_models(config)
+    rows = learner.logprob_chunk_tokens or chunk_rows(facts.vocab, on_gpu=on_gpu)
+    head = 0 if model.lora else 2 * FP32 * facts.vocab * facts.hidden
     return LearnerMemory(
-        weights=num_params * width // split[0],
-        gradients=num_params * 4 // split[1],
-        optimizer=0 if learner.offload_optimizer else num_params * (master + 8) // split[2],
-        reference=num_params * width // split[0] if reference else 0,
-        logits=2 * 4 * (learner.logprob_chunk_tokens or chunk_rows(vocab_size, on_gpu=on_gpu)) * vocab_size,
+        base=0 if on_gpu else LEARNER_BASE,
+        weights=0 if learner.offload_params and on_gpu else weights,
+        gradients=gradients,
+        optimizer=0 if learner.offload_optimizer and on_gpu else states,
+        reference=more.frozen * width * n // of_weights + more.trained * (width * n + states + gradients),
+        activations=activations(facts, config, width),
+        logits=CHUNKS * FP32 * min(rows, tokens_at_once(config)) * facts.vocab + head,
     )
+
+
+def activations(facts: ModelFacts, config: RunConfig | SftConfig, width: int) -> int:
+    """Bytes of one micro-batch, on one rank."""
+    kept = facts.num_layers * facts.per_layer
+    if config.model.gradient_checkpointing:
+        kept = facts.num_layers * facts.hidden + facts.per_layer
+    return tokens_at_once(config) * (kept + facts.beside_layers) * width // config.learner.sequence_parallel_size
+
+
+def tokens_at_once(config: RunConfig | SftConfig) -> int:
+    """Of a micro-batch: no more than a step has for each of those that share it."""
+    return min(config.learner.micro_batch_tokens, _tokens_of_step(config))
+
+
+def _tokens_of_step(config: RunConfig | SftConfig) -> int:
+    """At most, for each of the learners that have micro-batches of their own."""
+    if isinstance(config, RunConfig):
+        longest = config.data.max_prompt_length + config.rollout.max_completion_length
+        step = config.prompts_per_step * config.rollout.num_generations * longest
+    else:
+        step = config.examples_per_step * config.max_length * (2 if isinstance(config, DpoConfig) else 1)
+    return -(-step // config.learner.data_parallel_size)
+
+
+def _several(config: RunConfig | SftConfig) -> bool:
+    """Does a step have more than one micro-batch? With `overlap` its groups come one after the other."""
+    if isinstance(config, RunConfig) and config.learner.overlap:
+        return True
+    return _tokens_of_step(config) > config.learner.micro_batch_tokens
+
+
+@dataclass(frozen=True)
+class _Models:
+    frozen: int
+    trained: int
+
+
+def _second_models(config: RunConfig | SftConfig) -> _Models:
+    if not isinstance(config, RunConfig):
+        return _Models(0, 0)
+    reference = config.algorithm.beta > 0 and config.model.lora is None
+    return _Models(int(reference), int(config.algorithm.advantage == "gae"))
+
+
+def adapter_params(facts: ModelFacts, lora: LoraConfig) -> int:
+    """Of adapters on all linear layers: two matrices of rank r for each."""
+    per_layer = 4 * (facts.hidden + facts.attention) + 3 * (facts.hidden + facts.intermediate)
+    return lora.r * facts.num_layers * per_layer
+
+
+def engine_memory(facts: ModelFacts, config: RunConfig, kv_cache_gb: float) -> dict[str, int]:
+    """Of one engine on CPUs, by part."""
+    width = BF16 if config.model.dtype == "bfloat16" else FP32
+    return {
+        "weights": width * facts.num_params // config.rollout.tensor_parallel_size,
+        "KV cache": int(kv_cache_gb * GIB),
+        "libraries": ENGINE_BASE,
+    }
+
+
+def facts_of(config: Any, num_params: int) -> ModelFacts:
+    """Of a config as Transformers reads it (or a mapping of config.json's, by `_Words`)."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    hidden = int(text.hidden_size)
+    heads = int(getattr(text, "num_attention_heads", 1) or 1)
+    size = int(getattr(text, "head_dim", None) or hidden // heads)
+    inner = getattr(text, "moe_intermediate_size", None)
+    experts = int(getattr(text, "num_experts_per_tok", None) or 1)
+    wide = inner if inner and experts > 1 else getattr(text, "intermediate_size", None)
+    return ModelFacts(
+        num_params=num_params,
+        num_layers=int(text.num_hidden_layers),
+        hidden=hidden,
+        attention=heads * size,
+        intermediate=int(wide or 4 * hidden) * experts,
+        vocab=int(text.vocab_size),
+    )
+
+
+_OTHER_NAMES = {
+    "hidden_size": ("n_embd", "d_model"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "num_attention_heads": ("n_head", "n_heads"),
+    "intermediate_size": ("n_inner", "ffn_dim"),
+}
+
+
+class _Words:
+    """config.json as attributes, with the names of older kinds of models."""
+
+    def __init__(self, found: dict[str, Any]) -> None:
+        self._found = found.get("text_config") or found
+
+    def __getattr__(self, name: str) -> Any:
+        for known in (name, *_OTHER_NAMES.get(name, ())):
+            if self._found.get(known) is not None:
+                return self._found[known]
+        raise AttributeError(name)
+
+
+def known_facts(config: ModelConfig) -> ModelFacts | None:
+    """Without Transformers, in milliseconds: of tiny models and of folders with safetensors. None: of others."""
+    if config.tiny is not None:
+        return _tiny_facts(config.tiny)
+    folder = Path(config.path or "")
+    try:
+        found = json.loads((folder / "config.json").read_bytes())
+        return facts_of(_Words(found), sum(map(_num_elements, folder.glob("model*.safetensors"))) or _nothing(folder))
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, struct.error):
+        return None
+
+
+def _nothing(folder: Path) -> int:
+    raise ValueError(f"{folder} has no safetensors")
+
+
+def _num_elements(file: Path) -> int:
+    """By the header of a safetensors file: its length, then JSON."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(min(length, 100 << 20)))
+    total = 0
+    for name, entry in header.items():
+        if name != "__metadata__":
+            size = 1
+            for dimension in entry["shape"]:
+                size *= int(dimension)
+            total += size
+    return total
+
+
+def _tiny_facts(tiny: TinyModelConfig) -> ModelFacts:
+    hidden = tiny.hidden_size
+    wide = tiny.intermediate_size or 11 * hidden // 4
+    vocab = tiny.vocab_size or 128 + len(tiny.words)
+    kv = hidden // tiny.num_heads * tiny.num_kv_heads
+    layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * wide
+    return ModelFacts(vocab * hidden + tiny.num_layers * layer, tiny.num_layers, hidden, hidden, wide, vocab)
+
+
+def gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.2f} GiB"

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import shlex
+from typing import Any
 
 from rich.table import Table
 
-from actors.placement_defaults import Machine, fit_to, too_small, used
+from actors.placement_defaults import Machine, used
 from grpo_ray.config import AlgorithmConfig, DataSource, RewardModelConfig, RunConfig, SftConfig
 from grpo_ray.config_effects import about_context, check_context, without_gpu
 from grpo_ray.config_reward import RewardConfig
 from grpo_ray.epochs import describe
-from grpo_ray.errors import ResourceError
-from grpo_ray.memory import learner_memory
-from grpo_ray.models import check_model_path, context_length, load_config, load_tokenizer, prepare_model, vocab_size
+from grpo_ray.memory import facts_of, gib, learner_memory
+from grpo_ray.memory_fit import parts_of
+from grpo_ray.models import check_model_path, context_length, load_config, load_tokenizer, prepare_model
 from grpo_ray.rewards import BUILTINS, described, resolve
 from grpo_ray.stops import describe_end, stops_of_run
 from grpo_ray.thinking import opens_thinking
@@ -24,7 +25,7 @@ from launch.effects import check_effects, tell_of_hub, told
 from launch.interrupts import scratch_folder
 from launch.machine import check_machine, unset_variables
 from launch.pipeline import run_pipeline
-from launch.placement import chosen_told, machine_of, offers_told, where
+from launch.placement import chosen_told, fitted, machine_of, offers_told, where
 from launch.recipe import COMMANDS, SCHEMAS, check_kind, find_recipe, is_pipeline, kind_of, load_recipe, recipe_names
 
 console = plain_console()
@@ -64,16 +65,17 @@ def check_recipe(recipe: str, overrides: list[str], as_kind: str | None = None) 
     with console.status("reading model config and data ..."), scratch_folder() as scratch:
         machine, place = _offered(config)
         offered = machine.offers
+        found, chosen = fitted(config, machine, place, kind)
         idle = told(without_gpu(config)) if not offered.get("GPU") else []
         model = prepare_model(config.model, scratch)
         num_params = _trainable_size(config, model, on_gpu=offered.get("GPU", 0) > 0)
         context = context_length(load_config(model, trust_remote_code=config.model.trust_remote_code))
         check_context(config, context)
         for name, text in [
-            *_model_rows(config, model, num_params, on_gpu=offered.get("GPU", 0) > 0),
+            *_model_rows(found, model, num_params, kind, on_gpu=offered.get("GPU", 0) > 0),
             *_data_rows(config, model),
             *_step_rows(config, context),
-            *_cluster_rows(config, machine, place, kind),
+            *_cluster_rows(found, machine, place, kind, chosen),
             *(("warning", line) for line in [*idle, *unset_variables(config)]),
         ]:
             table.add_row(name, text)
@@ -103,31 +105,25 @@ def _trainable_size(config: RunConfig | SftConfig, model: str, *, on_gpu: bool) 
     return size
 
 
-def _model_rows(config: RunConfig | SftConfig, model: str, params: int, *, on_gpu: bool) -> list[tuple[str, str]]:
+def _model_rows(
+    config: RunConfig | SftConfig, model: str, params: int, kind: str, *, on_gpu: bool
+) -> list[tuple[str, str]]:
     model_config = load_config(model, trust_remote_code=config.model.trust_remote_code)
-    reference = isinstance(config, RunConfig) and config.algorithm.beta > 0
-    memory = learner_memory(
-        params, vocab_size(model_config), config.model, config.learner, reference=reference, on_gpu=on_gpu
-    )
-    parts = ", ".join(
-        f"{what} {_gib(n)}"
-        for what, n in (
-            ("weights", memory.weights),
-            ("gradients", memory.gradients),
-            ("optimizer", memory.optimizer),
-            ("reference", memory.reference),
-            ("one chunk of logits", memory.logits),
-        )
-        if n
-    )
+    facts = facts_of(model_config, params)
+    memory = learner_memory(facts, config, on_gpu=on_gpu)
+    parts = ", ".join(f"{what} {gib(n)}" for what, n in memory.parts.items() if n)
     source = config.model.path or "tiny, made on the spot"
-    return [
+    rows = [
         (
             "model",
             f"{source}: {params / 1e6:,.1f} M parameters, {config.model.dtype}, context {context_length(model_config)}",
         ),
-        ("memory", f"each learner {_gib(memory.total)} and activations ({parts})"),
+        ("memory", f"each learner {gib(memory.total)} in its largest step ({parts})"),
     ]
+    if not on_gpu:
+        every = parts_of(facts, config, kind)
+        rows.append(("", f"in all {gib(sum(part.total for part in every))}: {', '.join(map(str, every))}"))
+    return rows
 
 
 def _data_rows(config: RunConfig | SftConfig, model: str) -> list[tuple[str, str]]:
@@ -257,11 +253,9 @@ def _bounds(a: AlgorithmConfig) -> str:
     return f"clip {a.epsilon_low:g}/{a.epsilon_high:g}" + (f", dual {a.dual_clip_c:g}" if a.dual_clip_c else "")
 
 
-def _cluster_rows(config: RunConfig | SftConfig, machine: Machine, place: str, kind: str) -> list[tuple[str, str]]:
-    """Raises ResourceError when this machine, or the cluster at `cluster.address`, is too small."""
-    found, chosen = fit_to(machine, config, kind)
-    if (lacking := too_small(machine, config, kind, found)) is not None:
-        raise ResourceError(f"{place} is too small: {lacking}")
+def _cluster_rows(
+    found: RunConfig | SftConfig, machine: Machine, place: str, kind: str, chosen: dict[str, Any]
+) -> list[tuple[str, str]]:
     asked = ", ".join(
         f"{d.num_actors} {d.option} x ({d.num_cpus:g} CPU{f', {d.num_gpus:g} GPU' if d.num_gpus else ''})"
         for d in used(found, kind, gpus=machine.offers.get("GPU", 0) > 0)
@@ -282,10 +276,6 @@ def _offered(config: RunConfig | SftConfig) -> tuple[Machine, str]:
         return machine_of(config), where(config)
     finally:
         ray.shutdown()
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
 
 
 def print_lists() -> None:

@@ -13,10 +13,13 @@ from actors.placement_defaults import Machine, Node, fit_to, open_options, told,
 from grpo_ray.config import RunConfig, SftConfig
 from grpo_ray.config_yaml import dump_yaml
 from grpo_ray.errors import ResourceError
-from grpo_ray.machine import usable_cpus
+from grpo_ray.machine import free_memory, usable_cpus
+from grpo_ray.memory import known_facts
+from grpo_ray.memory_fit import fit_memory, too_large
 
 Config = TypeVar("Config", bound=RunConfig | SftConfig)
 console = Console(highlight=False, soft_wrap=True)
+ENGINES = "rollout.num_actors"
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """One of them is there where a GPU may be."""
 
@@ -31,12 +34,49 @@ def settled(config: Config, kind: str) -> Config:
     if joins(config):
         connect(config)
     machine = machine_of(config)
-    found, chosen = fit_to(machine, config, kind)
-    if (lacking := too_small(machine, config, kind, found)) is not None and not _may_grow(config):
-        raise ResourceError(f"{where(config)} is too small: {lacking}")
+    found, chosen = fitted(config, machine, where(config), kind, may_grow=joins(config))
     if said := chosen_told(chosen):
         console.print(f"chosen for {where(config)} ({offers_told(machine)}): {said}")
     return found
+
+
+def fitted(
+    config: Config, machine: Machine, place: str, kind: str, *, may_grow: bool = False
+) -> tuple[Config, dict[str, Any]]:
+    """With what fits in the place of what is left open, and what was chosen.
+
+    Args:
+        may_grow: nodes may still be joining, or an autoscaler brings them: see `await_resources`, which waits.
+
+    Raises:
+        ResourceError: what the recipe asks for can't fit, and what would.
+    """
+    found, chosen = fit_to(machine, config, kind)
+    if (lacking := too_small(machine, config, kind, found)) is not None and not may_grow:
+        raise ResourceError(f"{place} is too small: {lacking}")
+    return fit_to_memory(machine, found, chosen, kind)
+
+
+def fit_to_memory(machine: Machine, config: Config, chosen: dict[str, Any], kind: str) -> tuple[Config, dict[str, Any]]:
+    """The config with what fits this machine's memory in the place of what was left open, and what was chosen in all. Clusters,
+    GPUs and models that are not in a folder here are left as they are: their memory is not known.
+
+    Raises:
+        ResourceError: nothing fits; with what takes how much.
+    """
+    facts = known_facts(config.model)
+    if facts is None or joins(config) or machine.offers.get("GPU"):
+        return config, chosen
+    free = free_memory()
+    found = fit_memory(facts, config, kind, free, engines_are_open=ENGINES in chosen)
+    if (lacking := too_large(facts, found, kind, free)) is not None:
+        raise ResourceError(f"this machine is too small: {lacking}")
+    more: dict[str, Any] = {}
+    if found.learner.micro_batch_tokens != config.learner.micro_batch_tokens:
+        more["learner.micro_batch_tokens"] = found.learner.micro_batch_tokens
+    if isinstance(found, RunConfig) and ENGINES in chosen:
+        more[ENGINES] = found.rollout.num_actors
+    return found, chosen | more
 
 
 def machine_of(config: RunConfig | SftConfig) -> Machine:
@@ -95,12 +135,11 @@ def with_mend(error: ResourceError, config: RunConfig | SftConfig, kind: str, ru
 def open_yaml(config: RunConfig | SftConfig) -> str:
     """The config without what it leaves open: for another machine, which chooses."""
     data: dict[str, Any] = config.model_dump(mode="json")
-    for key in open_options(config):
+    tokens = "micro_batch_tokens"
+    for key in (
+        *open_options(config),
+        *([f"learner.{tokens}"] if tokens not in config.learner.model_fields_set else []),
+    ):
         section, _, name = key.partition(".")
         data[section] = {k: v for k, v in data[section].items() if k != name}
     return dump_yaml(data)
-
-
-def _may_grow(config: RunConfig | SftConfig) -> bool:
-    """Nodes may still be joining, or an autoscaler brings them: see `await_resources`, which waits."""
-    return joins(config)

@@ -1,65 +1,196 @@
-"""What a learner will hold, in numbers worked out by hand."""
+"""Estimates of memory against what was measured, and what is made of them."""
 
 from __future__ import annotations
 
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from grpo_ray.config import LearnerConfig, ModelConfig
-from grpo_ray.memory import count_parameters, learner_memory
+from grpo_ray.config import ModelConfig, RunConfig, SftConfig
+from grpo_ray.config_files import build
+from grpo_ray.memory import (
+    GIB,
+    LEARNER_BASE,
+    ModelFacts,
+    adapter_params,
+    engine_memory,
+    facts_of,
+    known_facts,
+    learner_memory,
+)
+from grpo_ray.memory_fit import fit_memory, fits, parts_of, too_large
+from grpo_ray.models import load_config
+from grpo_ray.trainable import skeleton
+from tests.recipes import run_config
 
-PARAMS = 1200
-"""Of which four ranks have 300 each."""
+SMOLLM2 = ModelFacts(134_515_008, 30, 576, 576, 1536, 49_152)
+FOUR_LAYERS = ModelFacts(42_472_512, 4, 576, 576, 1536, 49_152)
+"""The same with four layers instead of thirty."""
+BIG = ModelFacts(7_615_616_512, 28, 3584, 3584, 18_944, 152_064)
+
+
+def config(*overrides: str, tokens: int = 1024, micro_batches: int = 2) -> RunConfig:
+    """A step of so many micro-batches of so many tokens, samples of 128."""
+    samples = tokens * micro_batches // 128
+    groups = max(1, samples // 2)
+    return run_config(
+        "model.dtype=float32",
+        "data.max_prompt_length=64",
+        "rollout.max_completion_length=64",
+        "rollout.num_generations=2",
+        f"prompts_per_step={groups}",
+        f"learner.micro_batch_tokens={tokens}",
+        "learner.overlap=false",
+        *overrides,
+    )
 
 
 @pytest.mark.parametrize(
-    ("stage", "weights", "gradients", "optimizer"),
-    # 2, 4 and 12 bytes of a parameter.
-    [(0, 2400, 4800, 14400), (1, 2400, 4800, 3600), (2, 2400, 1200, 3600), (3, 600, 1200, 3600)],
+    ("facts", "overrides", "tokens", "micro_batches", "measured_gib"),
+    [
+        (SMOLLM2, (), 1024, 2, 6.40),
+        (FOUR_LAYERS, (), 1024, 2, 1.92),
+        (FOUR_LAYERS, (), 256, 1, 1.36),
+        (FOUR_LAYERS, (), 4096, 1, 2.34),
+        (FOUR_LAYERS, ("model.gradient_checkpointing=true",), 4096, 1, 1.63),
+        (FOUR_LAYERS, ("algorithm.beta=0.1",), 1024, 1, 1.69),
+        (FOUR_LAYERS, ("model.lora={}",), 1024, 1, 0.82),
+    ],
 )
-def test_zero_splits_optimizer_gradients_and_weights_one_after_the_other(
-    stage: int, weights: int, gradients: int, optimizer: int
+def test_estimates_are_within_a_fifth_of_what_was_measured(
+    facts: ModelFacts, overrides: tuple[str, ...], tokens: int, micro_batches: int, measured_gib: float
 ) -> None:
-    learner = LearnerConfig(num_actors=4, zero_stage=stage, logprob_chunk_tokens=10)
-    got = learner_memory(PARAMS, 50, ModelConfig(path="x"), learner, reference=True, on_gpu=False)
-    assert (got.weights, got.gradients, got.optimizer) == (weights, gradients, optimizer)
-    assert got.reference == weights, "split as the weights are"
-    # Ten rows of fifty logits, of 4 bytes, and their gradient.
-    assert got.logits == 4000
-    assert got.total == weights + gradients + optimizer + weights + 4000
+    memory = learner_memory(facts, config(*overrides, tokens=tokens, micro_batches=micro_batches), on_gpu=False)
+    assert (memory.total - memory.base) / GIB == pytest.approx(measured_gib, rel=0.2)
 
 
-def test_in_fp32_a_parameter_is_its_own_master() -> None:
-    learner = LearnerConfig(logprob_chunk_tokens=1, zero_stage=0)
-    got = learner_memory(PARAMS, 50, ModelConfig(path="x", dtype="float32"), learner, reference=False, on_gpu=False)
-    assert (got.weights, got.gradients, got.optimizer, got.reference) == (4800, 4800, 9600, 0)
-    assert got.logits == 400
+def test_states_are_those_of_the_paper() -> None:
+    """16 bytes a parameter in fp32 and 14 in bf16, the gradient aside."""
+    n = SMOLLM2.num_params
+    whole = learner_memory(SMOLLM2, config(), on_gpu=True)
+    assert (whole.weights, whole.optimizer, whole.base) == (4 * n, 12 * n, 0)
+    half = learner_memory(SMOLLM2, config("model.dtype=bfloat16"), on_gpu=True)
+    assert (half.weights, half.optimizer) == (2 * n, 12 * n)
+    none = learner_memory(SMOLLM2, config("learner.zero_stage=0"), on_gpu=True)
+    assert (none.weights, none.gradients, none.optimizer) == (4 * n, 4 * n, 8 * n)
 
 
-def test_an_optimizer_on_the_host_takes_none_of_it() -> None:
-    learner = LearnerConfig(offload_optimizer=True, zero_stage=2)
-    assert learner_memory(PARAMS, 50, ModelConfig(path="x"), learner, reference=False, on_gpu=True).optimizer == 0
+@pytest.mark.parametrize(("stage", "optimizer", "gradients"), [(1, 3, 1 + 2 + 0.25), (2, 3, 1 + 0.5 + 0.25)])
+def test_stages_split_over_the_learners(stage: int, optimizer: float, gradients: float) -> None:
+    four = config("learner.num_actors=4", f"learner.zero_stage={stage}", micro_batches=16)
+    memory = learner_memory(SMOLLM2, four, on_gpu=True)
+    n = SMOLLM2.num_params
+    assert memory.optimizer == pytest.approx(optimizer * n, rel=1e-6)
+    assert memory.gradients == pytest.approx(4 * gradients * n, rel=1e-6)
+    assert memory.weights == 4 * n
 
 
-@pytest.mark.parametrize(("on_gpu", "mebibytes"), [(False, 64), (True, 256)])
-def test_without_a_chunk_of_its_own_the_logits_are_as_many_as_fit(on_gpu: bool, mebibytes: int) -> None:
-    vocabulary = 1 << 14
-    got = learner_memory(PARAMS, vocabulary, ModelConfig(path="x"), LearnerConfig(), reference=False, on_gpu=on_gpu)
-    assert got.logits == 2 * mebibytes << 20
+def test_stage_3_splits_the_weights_and_gathers_them_for_a_while() -> None:
+    eight = config("learner.num_actors=8", "learner.zero_stage=3", micro_batches=16)
+    memory = learner_memory(BIG, eight, on_gpu=True)
+    assert memory.weights == 4 * BIG.num_params // 8 + 4 * 1_000_000_000
+    assert memory.optimizer == 12 * BIG.num_params // 8
 
 
-def test_parameters_are_counted_without_making_them() -> None:
-    from transformers import Qwen2Config
+def test_offloaded_states_are_not_on_the_gpu_and_stay_in_memory_without_one() -> None:
+    off = config("learner.offload_optimizer=true")
+    assert learner_memory(SMOLLM2, off, on_gpu=True).optimizer == 0
+    assert learner_memory(SMOLLM2, off, on_gpu=False).optimizer == 12 * SMOLLM2.num_params
 
-    size, layers, vocabulary, middle = 16, 2, 50, 40
-    config = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=size,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=middle,
-        tie_word_embeddings=True,
+
+def test_a_critic_is_trained_as_the_policy_is() -> None:
+    alone, both = (learner_memory(SMOLLM2, config(*o), on_gpu=True) for o in ((), ("algorithm=ppo",)))
+    assert both.reference - alone.reference == alone.weights + alone.gradients + alone.optimizer
+
+
+def test_a_micro_batch_is_no_larger_than_the_step() -> None:
+    small, large = config(tokens=1024, micro_batches=1), config("learner.micro_batch_tokens=8192", micro_batches=1)
+    of_small, of_large = (learner_memory(SMOLLM2, c, on_gpu=True).activations for c in (small, large))
+    assert of_small == of_large
+    sliced = config("learner.num_actors=2", "learner.sequence_parallel_size=2", micro_batches=1)
+    assert learner_memory(SMOLLM2, sliced, on_gpu=True).activations * 2 == of_small
+
+
+def test_adapters_of_all_linear_layers_are_counted() -> None:
+    lora = config("model.lora={r: 8}").model.lora
+    assert lora is not None
+    assert adapter_params(FOUR_LAYERS, lora) == 8 * 4 * (4 * (576 + 576) + 3 * (576 + 1536))
+
+
+def test_an_engine_holds_weights_and_its_cache() -> None:
+    parts = engine_memory(SMOLLM2, config("model.dtype=bfloat16"), 2.5)
+    assert (parts["weights"], parts["KV cache"]) == (2 * SMOLLM2.num_params, int(2.5 * GIB))
+
+
+def test_facts_come_from_files_as_from_transformers(tmp_path: Path, tiny_model: Path) -> None:
+    known = known_facts(run_config(f"model={{path: {tiny_model}, tiny: null}}").model)
+    read = load_config(str(tiny_model), trust_remote_code=False)
+    held = skeleton(read, ModelConfig(path=str(tiny_model)))
+    assert known == facts_of(read, sum(p.numel() for p in held.parameters()))
+
+
+def test_facts_of_older_kinds_and_of_no_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100, "n_inner": None})
     )
-    attention = size * size + size + 2 * (size * size // 2 + size // 2) + size * size
-    layer = attention + 3 * size * middle + 2 * size
-    assert count_parameters(config) == vocabulary * size + layers * layer + size
+    header = json.dumps({"__metadata__": {}, "a": {"shape": [3, 4]}, "b": {"shape": [5]}}).encode()
+    (tmp_path / "model-1.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    there = run_config(f"model={{path: {tmp_path}, tiny: null}}").model
+    assert known_facts(there) == ModelFacts(17, 2, 64, 64, 256, 100)
+    (tmp_path / "model-1.safetensors").write_bytes(b"torn")
+    assert known_facts(there) is None
+    assert known_facts(run_config("model={path: org/name, tiny: null}").model) is None
+
+
+def test_tiny_models_are_counted_without_being_made(tmp_path: Path) -> None:
+    facts = known_facts(run_config("model.tiny={hidden_size: 128, vocab_size: 32768}").model)
+    assert facts is not None
+    assert facts.num_params == pytest.approx(32768 * 128 + 4 * (3 * 128 * 128 + 3 * 128 * 352), rel=0.02)
+
+
+RECIPE: dict[str, Any] = {
+    "model": {"path": "x", "dtype": "float32"},
+    "data": {"train": {"path": "x"}},
+    "reward": {"functions": [{"name": "accuracy"}]},
+}
+
+
+def _fitted(free_gib: float, kind: str = "grpo", **learner: Any) -> RunConfig:
+    run = build(RunConfig, RECIPE | ({"learner": learner} if learner else {}), "test")
+    return fit_memory(SMOLLM2, run, kind, int(free_gib * GIB), engines_are_open=True)
+
+
+def test_micro_batches_are_as_large_as_memory_lets_them_be() -> None:
+    assert [_fitted(free).learner.micro_batch_tokens for free in (64, 20, 14, 12, 1)] == [8192, 4096, 2048, 1024, 1024]
+    assert _fitted(20, micro_batch_tokens=8192).learner.micro_batch_tokens == 8192
+    assert _fitted(1, kind="eval").learner.micro_batch_tokens == 8192
+
+
+def test_engines_are_fewer_where_memory_is_short() -> None:
+    run = build(RunConfig, RECIPE | {"rollout": {"num_actors": 8}}, "test")
+    assert fit_memory(SMOLLM2, run, "grpo", 64 * GIB, engines_are_open=True).rollout.num_actors == 8
+    less = fit_memory(SMOLLM2, run, "grpo", 16 * GIB, engines_are_open=True)
+    assert less.rollout.num_actors < 8
+    assert fits(SMOLLM2, less, "grpo", 16 * GIB)
+    assert fit_memory(SMOLLM2, run, "grpo", 16 * GIB, engines_are_open=False).rollout.num_actors == 8
+
+
+def test_what_does_not_fit_is_told_by_part_with_what_lowers_it() -> None:
+    assert too_large(SMOLLM2, _fitted(64), "grpo", 64 * GIB) is None
+    told = too_large(BIG, _fitted(64), "grpo", 64 * GIB)
+    assert told is not None
+    assert "\n" not in told
+    for word in ("64.00 GiB are free", "learner", "model.gradient_checkpointing", "model.lora", "rollout", "reward"):
+        assert word in told
+    assert told.index("learner") < told.index("rollout")
+    assert too_large(BIG, _fitted(64), "eval", 64 * GIB) is None
+
+
+def test_a_supervised_run_is_a_learner_and_what_drives_it() -> None:
+    sft = build(SftConfig, {"model": {"path": "x"}, "data": {"train": {"path": "x"}}}, "test")
+    parts = {part.what: part for part in parts_of(SMOLLM2, sft, "sft")}
+    assert set(parts) == {"learner", "the controller", "Ray"}
+    assert parts["learner"].each == learner_memory(SMOLLM2, sft, on_gpu=False).total > LEARNER_BASE

@@ -1,0 +1,126 @@
+"""Does a run fit the memory of this machine? Micro-batches that do, and one line on what takes how much where nothing helps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+from grpo_ray.config import DpoConfig, LearnerConfig, RewardModelConfig, RunConfig, SftConfig
+from grpo_ray.memory import (
+    CONTROLLER_BASE,
+    RAY_BASE,
+    REWARD_BASE,
+    ModelFacts,
+    engine_memory,
+    gib,
+    learner_memory,
+)
+
+Config = TypeVar("Config", bound=RunConfig | SftConfig)
+CPU_KV_CACHE_GB = 0.25
+"""Of an engine on CPUs, where rollout.kv_cache_gb is not given."""
+MARGIN = 0.1
+"""Of the free memory. An estimate may be wrong by so much: what is chosen leaves it free, and what exceeds it is refused."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one kind of process takes on this machine."""
+
+    what: str
+    number: int
+    each: int
+    """Bytes."""
+    mend: str
+    """The options that lower it; empty: none does."""
+
+    @property
+    def total(self) -> int:
+        return self.number * self.each
+
+    def __str__(self) -> str:
+        many = f"{self.number} x " if self.number > 1 else ""
+        return f"{self.what} {many}{gib(self.each)}" + (f" ({self.mend})" if self.mend else "")
+
+
+def parts_of(facts: ModelFacts, config: RunConfig | SftConfig, kind: str) -> list[Part]:
+    """Of a run on CPUs, all on this machine; the largest first.
+
+    Args:
+        kind: of the run: `eval` and `sample` start no learners.
+    """
+    parts = [Part("the controller", 1, CONTROLLER_BASE, ""), Part("Ray", 1, RAY_BASE, "")]
+    if kind not in ("eval", "sample"):
+        memory = learner_memory(facts, config, on_gpu=False)
+        parts.append(Part("learner", config.learner.num_actors, memory.total, _learner_mend(config)))
+    if isinstance(config, RunConfig):
+        engine = engine_memory(facts, config, config.rollout.kv_cache_gb or CPU_KV_CACHE_GB)
+        parts.append(
+            Part("rollout", config.rollout.num_actors, sum(engine.values()), "rollout.num_actors, rollout.kv_cache_gb")
+        )
+        workers = sum(pool.num_actors for pool in config.reward.pools.values())
+        parts.append(Part("reward", workers, REWARD_BASE, "reward.num_actors"))
+    return sorted(parts, key=lambda part: -part.total)
+
+
+def _learner_mend(config: RunConfig | SftConfig) -> str:
+    more = [
+        name
+        for name, used in (
+            ("model.gradient_checkpointing=true", config.model.gradient_checkpointing),
+            ("model.lora", config.model.lora is not None or isinstance(config, RewardModelConfig)),
+        )
+        if not used
+    ]
+    return ", ".join(["learner.micro_batch_tokens", *more])
+
+
+def fit_memory(facts: ModelFacts, config: Config, kind: str, free: int, *, engines_are_open: bool) -> Config:
+    """With what fits the free memory in the place of what no recipe has named: fewer engines, and the largest micro-batch of the
+    default, a half of it, a quarter, .. that holds the longest sample."""
+    found = _fit_micro_batch(facts, config, kind, free)
+    if not isinstance(config, RunConfig) or not engines_are_open or config.rollout.num_actors == 1:
+        return found
+    if fits(facts, found, kind, free):
+        return found
+    fewer = config.rollout.model_copy(update={"num_actors": config.rollout.num_actors // 2})
+    less = cast(Config, config.model_copy(update={"rollout": fewer}))
+    return fit_memory(facts, less, kind, free, engines_are_open=True)
+
+
+def _fit_micro_batch(facts: ModelFacts, config: Config, kind: str, free: int) -> Config:
+    if kind in ("eval", "sample") or "micro_batch_tokens" in config.learner.model_fields_set:
+        return config
+    tokens = LearnerConfig.model_fields["micro_batch_tokens"].default
+    found = config
+    while tokens >= _shortest(config):
+        found = _with_tokens(config, tokens)
+        if fits(facts, found, kind, free):
+            return found
+        tokens //= 2
+    return found
+
+
+def _shortest(config: RunConfig | SftConfig) -> int:
+    if isinstance(config, RunConfig):
+        return config.data.max_prompt_length + config.rollout.max_completion_length
+    pairs = isinstance(config, DpoConfig) or (isinstance(config, RewardModelConfig) and config.reward_model.pairwise)
+    return config.max_length * (2 if pairs else 1)
+
+
+def _with_tokens(config: Config, tokens: int) -> Config:
+    learner = config.learner.model_copy(update={"micro_batch_tokens": tokens})
+    return cast(Config, config.model_copy(update={"learner": learner}))
+
+
+def fits(facts: ModelFacts, config: RunConfig | SftConfig, kind: str, free: int) -> bool:
+    return sum(part.total for part in parts_of(facts, config, kind)) <= (1 - MARGIN) * free
+
+
+def too_large(facts: ModelFacts, config: RunConfig | SftConfig, kind: str, free: int) -> str | None:
+    """One line on what takes how much of a run that can't fit, with the options that lower each; None: it may fit."""
+    parts = parts_of(facts, config, kind)
+    total = sum(part.total for part in parts)
+    if total <= (1 + MARGIN) * free:
+        return None
+    return f"about {gib(total)} of memory are needed, and {gib(free)} are free: {', '.join(map(str, parts))}"
