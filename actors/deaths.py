@@ -38,6 +38,9 @@ GPU_OPTIONS = (
 SHARE = 0.1
 """Of what is in use: who takes less is not what it is about."""
 
+CORE_DIED = "the engine core died"
+"""What an actor says whose engine, a process of its own, was killed."""
+
 _NO_ROOM = re.compile(
     r"MemoryError|std::bad_alloc|can't allocate memory|Cannot allocate memory|CUDA out of memory|CUDA error: out of memory"
     r"|running low on memory|HIP out of memory",
@@ -89,7 +92,8 @@ def fate(error: BaseException, name: str, kernel: KernelKills | None = None) -> 
     kind = kind_of(error)
     if kind == "out of memory":
         return _told_of_memory(error, name)
-    if kind == "died" and kernel is not None and kernel.took_some():
+    inner = error.cause if isinstance(error, RayTaskError) else error
+    if kernel is not None and (kind == "died" or CORE_DIED in str(inner)) and kernel.took_some():
         return killed_by_kernel(name)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from actors.deaths import CORE_DIED
 from actors.engine_adapters import Adapter, AdapterOptions, EngineAdapters, lora_args
 from actors.runtime import give_way, own_log, own_scratch, use_nodes_interface
 from grpo_ray.config import RolloutConfig
@@ -441,7 +442,7 @@ class RolloutActor:
 
     def _check_alive(self) -> None:
         if self.engine.errored:
-            raise WorkerError(f"{self.name}: the engine core died; logs/{self.name}.log tells more")
+            raise WorkerError(f"{self.name}: {CORE_DIED}; logs/{self.name}.log tells more")
 
     def _core_pid(self) -> int:
         processes = self.engine.engine_core.resources.engine_manager.processes

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
-from actors.deaths import KernelKills, fate, is_lost, kind_of, memory_wait_s, users
+from actors.deaths import CORE_DIED, KernelKills, fate, is_lost, kind_of, memory_wait_s, users
 from actors.learner_group import LearnerGroup
 from grpo_ray.config import DeadlineConfig
 from grpo_ray.errors import NoMemoryError, RewardError, WorkerError
@@ -124,6 +124,11 @@ def test_a_death_while_the_kernel_ended_something_is_for_memory(tmp_path: Path) 
     counts.write_text("pgfault 9\noom_kill 4\n")
     assert "for lack of memory. Lower reward.num_actors" in fate(ActorDiedError(), "rewards-0", kernel)
     assert "kernel" not in fate(ActorDiedError(), "rewards-0", kernel)
+    core = task_error(WorkerError(f"rollout-0: {CORE_DIED}; logs/rollout-0.log tells more"))
+    assert "kernel" not in fate(core, "rollout-0", kernel)
+    counts.write_text("oom_kill 5\n")
+    assert "kernel" not in fate(task_error(ValueError("its own")), "rollout-0", kernel)
+    assert "Lower rollout.kv_cache_gb" in fate(core, "rollout-0", kernel)
 
 
 def test_waits_grow_to_a_bound() -> None:
