@@ -97,7 +97,7 @@ class Controller:
         give_way()
         self._kind = kind
         self._config: Strict = config
-        self._run = RunDir(Path(run_dir), config.checkpoint.path)
+        self._run = RunDir(Path(run_dir)).with_checkpoints(config.checkpoint.path, config.deadlines.store_s)
         self._resume_step = resume_step
         self._needs = needs
         self._detached = detached
@@ -534,7 +534,7 @@ class Controller:
             learner = await workers.start_learner(num_steps)
             if self._resume_step > 0:
                 self._phase("restoring", f"step {self._resume_step}")
-                await learner.load(self._run.store.place(self._resume_step))
+                await learner.load(self._run.place(self._resume_step))
             self._phase("update")
             for part in parts_of(batch):
                 await learner.accumulate(part)

@@ -198,7 +198,7 @@ def check_room(engine: Any, spec: LearnerSpec, place: Place) -> None:
     whole = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     copies = 1 + spec.saves_reference
     needed = trained * _STATE_BYTES + whole * copies * spec.dtype.itemsize
-    folder = place.scratch
+    folder = Path(place.url)
     free = torch.tensor([shutil.disk_usage(folder).free if folder.is_dir() else -1], dtype=torch.int64)
     dist.all_reduce(free, op=dist.ReduceOp.MIN)
     if free.item() < 0:
@@ -218,7 +218,7 @@ def _writing(place: Place) -> Iterator[None]:
         yield
     except Exception as e:
         # Whatever the store's own client raises; safetensors reports a full disk as an error of its own.
-        folder = place.scratch
+        folder = Path(place.url)
         free = f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB free" if folder.is_dir() else "the folder is gone"
         what = (str(e) or type(e).__name__).splitlines()[0]
         raise CheckpointError(f"can't write the checkpoint in {place.url} ({free}): {what}") from e

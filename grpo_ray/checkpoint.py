@@ -1,6 +1,6 @@
 """Where a run lives on disk, and which of its checkpoints to go on from.
 
-runs/NAME/checkpoints/step-000040/     or below checkpoint.path; see checkpoint_store.py
+runs/NAME/checkpoints/step-000040/     and below checkpoint.path, where that is given; see checkpoint_store.py
     manifest.json   written last: size and SHA-256 of every other file
     learner/        a folder for every rank; see learner_files.py
     hf/             the policy as a Hugging Face model
@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 
 from grpo_ray import ownership
 from grpo_ray.checkpoint_store import Place, Store, is_url
-from grpo_ray.errors import CheckpointError, ConfigError
+from grpo_ray.errors import CheckpointError, ConfigError, StoreAwayError
+from grpo_ray.object_store import PATIENCE_S
 
 LOOP = "loop"
 LOOP_STATE = f"{LOOP}/loop.json"
@@ -31,6 +32,8 @@ class RunDir:
     path: Path
     checkpoint_path: str | None = None
     """checkpoint.path: a folder or URL in which each run has one of its name. None: `checkpoints/` of the run."""
+    patience_s: float = PATIENCE_S
+    """For a store that does not answer, where the run can't do without."""
     LOGS: ClassVar[str] = "logs"
     NO_RUN: ClassVar[tuple[str, ...]] = (LOGS, ownership.FOLDER)
     """What is left of a start that failed, and what a start begins with."""
@@ -60,17 +63,23 @@ class RunDir:
     def ledger(self) -> Path:
         return self.path / "ledger.sqlite"
 
-    def with_checkpoints(self, path: str | None) -> RunDir:
-        return replace(self, checkpoint_path=path)
+    def with_checkpoints(self, path: str | None, store_s: float = PATIENCE_S) -> RunDir:
+        """`store_s`: deadlines.store_s."""
+        return replace(self, checkpoint_path=path, patience_s=min(store_s, PATIENCE_S))
 
     @property
     def store(self) -> Store:
-        """Of its checkpoints."""
+        """Of its checkpoints, in the end."""
         where = self.checkpoint_path
         if where is None:
             return Store(str(self.path / "checkpoints"))
         folder = where.rstrip("/") if is_url(where) else str(Path(where).expanduser().resolve())
-        return Store(f"{folder}/{self.path.resolve().name}")
+        return Store(f"{folder}/{self.path.resolve().name}", self.patience_s)
+
+    @property
+    def outbox(self) -> Store:
+        """Where checkpoints are made: in the store itself, or if that is remote in a folder from which they are sent there."""
+        return Store(str(self.path / "checkpoints")) if self.store.is_remote else self.store
 
     @property
     def metrics(self) -> Path:
@@ -100,31 +109,70 @@ class RunDir:
         return self.path / "hf"
 
     def steps(self) -> list[int]:
-        """Steps with a checkpoint, ascending."""
-        return self.store.steps()
+        """Steps with a checkpoint, ascending. Raises StoreError."""
+        return sorted({step for store in self._stores for step in store.steps()})
+
+    @property
+    def _stores(self) -> list[Store]:
+        """The nearest first."""
+        return [self.outbox, self.store] if self.store.is_remote else [self.store]
+
+    def place(self, step: int) -> Place:
+        """Where to read that checkpoint."""
+        return (self.outbox if self.outbox.has(step) else self.store).place(step)
+
+    def first_wrong(self, step: int) -> str | None:
+        """See `Store.first_wrong`."""
+        return (self.outbox if self.outbox.has(step) else self.store).first_wrong(step)
+
+    def has_some(self) -> bool:
+        """Is there a checkpoint? A store that says nothing is taken to have one."""
+        if self.outbox.steps():
+            return True
+        try:
+            return self.store.is_remote and bool(self.store.steps())
+        except CheckpointError:
+            return True
 
     def newest_whole(self, tell: Callable[[str], None]) -> int | None:
         """The step to go on from: of the newest checkpoint whose every byte is what it was. None: the run has none.
 
-        What is broken above it is told, and no checkpoint any more.
+        What is broken above it is told, and no checkpoint any more. While the store does not answer, one that was not sent there
+        yet is the newest.
 
         Raises:
             CheckpointError: there are some, and none is whole.
+            StoreError: the store refuses, or it does not answer and nothing else is whole.
         """
-        wrong: dict[int, str] = {}
-        for step in reversed(self.steps()):
-            found = self.store.first_wrong(step)
-            if found is None:
-                for broken in wrong:
-                    self.store.set_aside(broken)
+        away: StoreAwayError | None = None
+        found: list[tuple[int, int, Store]] = []
+        for distance, store in enumerate(self._stores):
+            try:
+                found += [(-step, distance, store) for step in store.steps()]
+            except StoreAwayError as e:
+                if not found:
+                    raise
+                away = e
+        wrong: list[tuple[int, Store]] = []
+        for negative, _, store in sorted(found, key=lambda one: one[:2]):
+            step = -negative
+            reason = store.first_wrong(step)
+            if reason is None:
+                for broken, of in wrong:
+                    of.set_aside(broken)
+                if away is not None:
+                    tell(f"{away}; going on from what is in {store.url}, which was not sent there yet")
                 return step
-            wrong[step] = found
+            wrong.append((step, store))
             tell(
-                f"the checkpoint of step {step} is broken: {found}, in {self.store.place(step).url}; using the one before it"
+                f"the checkpoint of step {step} is broken: {reason}, in {store.place(step).url}; using the one before it"
             )
+        if away is not None:
+            raise away
         if wrong:
             raise CheckpointError(
-                f"none of the checkpoints in {self.store.url} is whole (steps {', '.join(map(str, sorted(wrong)))}); put one back "
+                f"none of the checkpoints in {self.store.url} is whole (steps "
+                f"{', '.join(map(str, sorted({step for step, _ in wrong})))}); put one back "
                 "from a copy, or start a new run, e.g. from the newest exported model with model.path="
             )
         if old := self.store.earlier_format():
@@ -136,10 +184,9 @@ class RunDir:
 
     def load_state(self, step: int) -> dict[str, Any]:
         """What the loop has saved of itself."""
-        place = self.store.place(step)
+        place = self.place(step)
         try:
-            with place.open(LOOP_STATE) as file:
-                state = json.loads(file.read())
+            state = json.loads(place.read(LOOP_STATE))
         except (OSError, ValueError) as e:
             raise CheckpointError(f"{place.path(LOOP_STATE)} can't be read ({e})") from None
         if not isinstance(state, dict):
@@ -147,9 +194,9 @@ class RunDir:
         return state
 
     def link_export(self, place: Place) -> None:
-        """Let `hf` lead to the model of this checkpoint, where it has one and is here."""
+        """Let `hf` lead to the model of this checkpoint, where it has one and stays here."""
         target = Path(place.url) / "hf"
-        if is_url(place.url) or not target.is_dir():
+        if self.store.is_remote or not target.is_dir():
             return
         aside = self.exported.with_name(f".{self.exported.name}.tmp")
         aside.unlink(missing_ok=True)

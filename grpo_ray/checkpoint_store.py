@@ -1,7 +1,7 @@
 """Where checkpoints are: a folder, or an object store by fsspec. A checkpoint is whole when its manifest is there.
 
 folder        filled aside as `.step-000040.tmp`, every file and folder synced, then renamed
-object store  has no rename: filled in place, each file by way of a temporary folder, the manifest last
+object store  gets what is whole in a folder already, the manifest last; see delivery.py
 
 store.begin(40) -> Place -> workers fill parts of it, each a folder of its own -> store.commit(place, sums)
 """
@@ -11,23 +11,24 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, TypeVar
 
 from grpo_ray import manifest
-from grpo_ray.errors import CheckpointError
+from grpo_ray.errors import CheckpointError, StoreError
 from grpo_ray.files import readable_as_asked, sync_folder
 from grpo_ray.manifest import FileSum, Sums
+from grpo_ray.object_store import PATIENCE_S, ask, is_url, make_folder, reason
 
+__all__ = ["Place", "Reading", "Store", "is_url"]
+
+T = TypeVar("T")
 SET_ASIDE = "manifest.broken.json"
 """The name of a manifest that was found to be wrong: what lies beside it is no checkpoint any more, and is left to look at."""
-
-
-def is_url(path: str) -> bool:
-    return "://" in path
 
 
 @dataclass(frozen=True)
@@ -36,45 +37,49 @@ class Place:
 
     url: str
     """A local path, or what fsspec takes."""
-
-    @property
-    def scratch(self) -> Path:
-        """Where the room is that a worker needs to write its part."""
-        return Path(tempfile.gettempdir()) if is_url(self.url) else Path(self.url)
+    patience_s: float = PATIENCE_S
+    """For a store that does not answer."""
 
     def path(self, name: str) -> str:
         return f"{self.url}/{name}"
 
-    def open(self, name: str) -> BinaryIO:
-        """Raises OSError when it is not there."""
+    def read(self, name: str) -> bytes:
+        """Raises FileNotFoundError when it is not there, OSError or StoreError when it can't be read."""
         if is_url(self.url):
-            return cast(BinaryIO, _filesystem(self.url).open(self.path(name), "rb"))
-        return Path(self.path(name)).open("rb")
+            data: bytes = self._ask("read", lambda fs: fs.cat_file(self.path(name)))
+            return data
+        return Path(self.path(name)).read_bytes()
+
+    def sum(self, name: str) -> FileSum:
+        """Of all its bytes. Raises as `read`."""
+
+        def of_remote(fs: Any) -> FileSum:
+            with fs.open(self.path(name), "rb") as file:
+                return manifest.sum_of(file)
+
+        if is_url(self.url):
+            return self._ask("read", of_remote)
+        with Path(self.path(name)).open("rb") as file:
+            return manifest.sum_of(file)
+
+    def _ask(self, what: str, call: Callable[[Any], T]) -> T:
+        return ask(self.url, what, call, patience_s=self.patience_s)
 
     @contextmanager
     def filling(self, part: str) -> Iterator[tuple[Path, dict[str, FileSum]]]:
-        """A local folder to write in. When it ends everything in it is in the store to stay, and the dictionary says what.
+        """A folder to write in, of a place that is local. When it ends everything in it is on the disk to stay, and the
+        dictionary says what.
 
         Args:
             part: path inside the checkpoint; nobody else writes there.
         """
         sums: dict[str, FileSum] = {}
-        if not is_url(self.url):
-            folder = Path(self.path(part))
-            folder.mkdir(parents=True)
-            yield folder, sums
-            readable_as_asked(folder)
-            sums |= manifest.sums_below(folder, part)
-            sync_tree(folder)
-            return
-        filesystem = _filesystem(self.url)
-        with tempfile.TemporaryDirectory(prefix="grpo-ray-") as temporary:
-            folder = Path(temporary)
-            yield folder, sums
-            sums |= manifest.sums_below(folder, part)
-            for name in sums:
-                filesystem.makedirs(os.path.dirname(self.path(name)), exist_ok=True)
-                filesystem.put_file(str(folder / name.removeprefix(f"{part}/")), self.path(name))
+        folder = Path(self.path(part))
+        folder.mkdir(parents=True)
+        yield folder, sums
+        readable_as_asked(folder)
+        sums |= manifest.sums_below(folder, part)
+        sync_tree(folder)
 
     @contextmanager
     def reading(self) -> Iterator[Reading]:
@@ -101,7 +106,7 @@ class Reading:
             if not is_url(self.place.url):
                 raise FileNotFoundError("no such file")
             path.parent.mkdir(parents=True, exist_ok=True)
-            _filesystem(self.place.url).get_file(self.place.path(name), str(path))
+            self.place._ask("read", lambda fs: fs.get_file(self.place.path(name), str(path)))
         except OSError as e:
             raise CheckpointError(f"{self.place.path(name)} can't be read ({e})") from None
         return path
@@ -112,34 +117,48 @@ class Store:
     """All checkpoints of a run."""
 
     url: str
+    patience_s: float = PATIENCE_S
+
+    @property
+    def is_remote(self) -> bool:
+        return is_url(self.url)
 
     def place(self, step: int) -> Place:
-        return Place(f"{self.url}/{_name(step)}")
+        return Place(f"{self.url}/{_name(step)}", self.patience_s)
+
+    def has(self, step: int) -> bool:
+        """In a folder."""
+        return Path(self.place(step).path(manifest.NAME)).is_file()
 
     def steps(self) -> list[int]:
-        """Steps with a manifest, ascending."""
+        """Steps with a manifest, ascending. Raises StoreError."""
         return self._steps_with(manifest.NAME)
 
     def _steps_with(self, name: str = "") -> list[int]:
         """Steps with a file of that name; without one, all that there is something of."""
         pattern = f"step-*/{name}".rstrip("/")
-        if is_url(self.url):
-            filesystem = _filesystem(self.url)
-            filesystem.invalidate_cache()
-            found = [str(p).rstrip("/") for p in filesystem.glob(f"{self.url}/{pattern}")]
+        if self.is_remote:
+            found = [str(p).rstrip("/") for p in self._list(pattern)]
         else:
             found = [str(p) for p in Path(self.url).glob(pattern)]
-        return sorted({_step(p.split("/")[-1 - pattern.count("/")]) for p in found})
+        names = {p.split("/")[-1 - pattern.count("/")] for p in found}
+        return sorted(_step(name) for name in names if name.removeprefix("step-").isdecimal())
 
-    # Writing.
+    def _list(self, pattern: str) -> list[str]:
+        try:
+            found: list[str] = self._ask("list the checkpoints", lambda fs: fs.glob(f"{self.url}/{pattern}"))
+        except FileNotFoundError as e:
+            raise StoreError(f"can't list the checkpoints in {self.url}: {reason(e)}") from None
+        return found
+
+    def _ask(self, what: str, call: Callable[[Any], T]) -> T:
+        return ask(self.url, what, call, patience_s=self.patience_s)
+
+    # Writing, into a folder.
 
     def begin(self, step: int) -> Place:
         """An empty place for this step. What saves that were cut off have left is removed."""
-        if is_url(self.url):
-            kept = {*self.steps(), *self._steps_with(SET_ASIDE)} - {step}
-            for cut_off in set(self._steps_with()) - kept:
-                self._remove_remote(cut_off)
-            return self.place(step)
+        assert not self.is_remote, "made in a folder, then sent"
         root = Path(self.url)
         root.mkdir(parents=True, exist_ok=True)
         for left in root.glob(".step-*.tmp"):
@@ -148,16 +167,12 @@ class Store:
         aside.mkdir()
         return Place(str(aside))
 
-    def commit(self, place: Place, step: int, sums: Sums, *, keep: int) -> Place:
-        """Make it whole; then remove older ones than the newest `keep`. From the manifest on it is there, before it is not."""
-        data = manifest.to_json(step, sums)
-        if is_url(self.url):
-            _filesystem(self.url).pipe_file(place.path(manifest.NAME), data)
-            final = place
-        else:
-            final = self._rename(place, step, data)
-        for old in self.steps()[:-keep]:
-            self._remove(old)
+    def commit(self, place: Place, step: int, sums: Sums, *, keep: int | None) -> Place:
+        """Make it whole; then remove older ones than the newest `keep`, None: keep all. From the manifest on it is there, before
+        it is not."""
+        final = self._rename(place, step, manifest.to_json(step, sums))
+        if keep is not None:
+            self.remove(self.steps()[:-keep])
         return final
 
     def _rename(self, place: Place, step: int, data: bytes) -> Place:
@@ -177,43 +192,87 @@ class Store:
 
     def discard(self, place: Place) -> None:
         """Nothing is left of a save that failed."""
-        if is_url(self.url):
-            self._remove_remote(_step(place.url.split("/")[-1]))
-        else:
-            shutil.rmtree(place.url, ignore_errors=True)
+        shutil.rmtree(place.url, ignore_errors=True)
 
-    def _remove(self, step: int) -> None:
-        """Never half of it under its name."""
-        if is_url(self.url):
-            self._remove_remote(step)
-            return
-        gone = Path(self.url) / f".{_name(step)}.old.tmp"
-        os.replace(self.place(step).url, gone)
-        shutil.rmtree(gone, ignore_errors=True)
+    def remove(self, steps: Iterable[int]) -> None:
+        """From a folder; never half of one under its name."""
+        for step in steps:
+            gone = Path(self.url) / f".{_name(step)}.old.tmp"
+            os.replace(self.place(step).url, gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+    # Writing, into an object store, which has no rename.
+
+    def send(self, source: Place, step: int, sent: set[str], *, beat: Callable[[], None]) -> None:
+        """A whole checkpoint from a folder. Called again after a failure it goes on where it was.
+
+        Args:
+            sent: names of the files that are there; empty at first.
+            beat: called whenever a part of a file has gone through; what it raises ends the sending.
+
+        Raises:
+            StoreError: the store refuses or does not answer.
+            OSError: the source can't be read.
+        """
+        sums, place = manifest.from_json(source.read(manifest.NAME), step), self.place(step)
+        if not sent:
+            # What saves that were cut off have left, and an earlier one of this step: that may have other files.
+            kept = {*self.steps(), *self._steps_with(SET_ASIDE)} - {step}
+            for cut_off in set(self._steps_with()) - kept:
+                self._remove_remote(cut_off)
+        for name in (*sums, manifest.NAME):
+            if name not in sent:
+                self._put(source.path(name), place.path(name), beat)
+                sent.add(name)
+                beat()
+
+    def _put(self, source: str, path: str, beat: Callable[[], None]) -> None:
+        def put(fs: Any) -> None:
+            make_folder(fs, path)
+            fs.put_file(source, path, callback=_beats(beat))
+            if (size := fs.info(path)["size"]) != os.path.getsize(source):
+                raise ConnectionError(f"{path} has {size} bytes there instead of {os.path.getsize(source)}")
+
+        try:
+            self._ask("write", put)
+        except FileNotFoundError as e:
+            raise StoreError(f"can't write in {self.url}: {reason(e)}") from None
+
+    def keep_newest(self, number: int, step: int) -> None:
+        """Remove older ones in an object store, and set aside what is newer than `step`: it is of a future that was given up.
+
+        Raises:
+            StoreError: the store refuses or does not answer.
+        """
+        steps = self.steps()
+        for newer in (s for s in steps if s > step):
+            self.set_aside(newer)
+        for old in [s for s in steps if s <= step][:-number]:
+            self._remove_remote(old)
 
     def _remove_remote(self, step: int) -> None:
-        filesystem, place = _filesystem(self.url), self.place(step)
+        place = self.place(step)
         for path in (place.path(manifest.NAME), place.url):
-            if filesystem.exists(path):
-                filesystem.rm(path, recursive=True)
+            # Already gone is as good.
+            with suppress(FileNotFoundError):
+                self._ask("remove an old checkpoint", partial(_remove_tree, path))
 
     # Reading.
 
     def first_wrong(self, step: int) -> str | None:
-        """What is wrong with this checkpoint, every byte of it read; None: nothing."""
+        """What is wrong with this checkpoint, every byte of it read; None: nothing. Raises StoreError when that can't be known."""
         place = self.place(step)
         try:
-            with place.open(manifest.NAME) as file:
-                sums = manifest.from_json(file.read(), step)
+            sums = manifest.from_json(place.read(manifest.NAME), step)
         except (OSError, ValueError) as e:
             return f"{manifest.NAME} {e}"
-        return manifest.first_wrong(sums, place.open)
+        return manifest.first_wrong(sums, place.sum)
 
     def set_aside(self, step: int) -> None:
         """It is no checkpoint any more; its files stay."""
         place = self.place(step)
-        if is_url(self.url):
-            _filesystem(self.url).mv(place.path(manifest.NAME), place.path(SET_ASIDE))
+        if self.is_remote:
+            self._ask("rename", lambda fs: fs.mv(place.path(manifest.NAME), place.path(SET_ASIDE)))
         else:
             os.replace(place.path(manifest.NAME), place.path(SET_ASIDE))
 
@@ -242,12 +301,19 @@ def _step(name: str) -> int:
     return int(name.removeprefix("step-"))
 
 
-def _filesystem(url: str) -> Any:
-    """Raises CheckpointError when fsspec has nothing for that protocol."""
-    from fsspec.core import url_to_fs
+def _remove_tree(path: str, fs: Any) -> None:
+    fs.rm(path, recursive=True)
 
-    try:
-        filesystem, _ = url_to_fs(url)
-    except (ImportError, ValueError) as e:
-        raise CheckpointError(f"checkpoint.path {url}: {e}; install the fsspec package of that store") from None
-    return filesystem
+
+def _beats(beat: Callable[[], None]) -> Any:
+    """For fsspec, which tells of every part of a file that has gone through."""
+    from fsspec.callbacks import Callback
+
+    class Beats(Callback):
+        def relative_update(self, inc: int = 1) -> None:
+            beat()
+
+        def absolute_update(self, value: int) -> None:
+            beat()
+
+    return Beats()

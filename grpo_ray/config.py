@@ -334,6 +334,10 @@ class DeadlineConfig(Strict):
     """One weight transfer."""
     save_s: PositiveFloat = 1800.0
     """One checkpoint."""
+    store_s: PositiveFloat = 1800.0
+    """An object store of checkpoint.path that does not answer. Training goes on meanwhile, and each checkpoint stays in the run's
+    folder until it is there; then the run ends, with the newest of them to resume from. What can't go on without the store, a
+    start or a `resume`, waits for a minute at most."""
 
 
 class CheckpointConfig(Strict):

@@ -18,6 +18,7 @@ from grpo_ray.config import RolloutConfig, RunConfig, SftConfig
 from grpo_ray.config_algorithm import AlgorithmConfig
 from grpo_ray.config_reward import SHARED_POOL
 from grpo_ray.errors import ConfigError
+from grpo_ray.object_store import is_url
 
 Command = Literal["train", "sample", "eval", "sft", "dpo", "reward-model"]
 LEARNING = "train sft dpo reward-model"
@@ -78,7 +79,7 @@ WHERE: dict[str, dict[str, str]] = {
     },
     "critic": {"learning_rate warmup_steps value_clip_range": "train"},
     "weights": {"backend bucket_mb": "train"},
-    "deadlines": {"resources_s start_s sync_s": ALL, "sample_s": SAMPLING, "update_s save_s": LEARNING},
+    "deadlines": {"resources_s start_s sync_s": ALL, "sample_s": SAMPLING, "update_s save_s store_s": LEARNING},
     "checkpoint": {"path every_steps every_minutes keep export": LEARNING},
     # Pipelines measure by the last two what a stage `sample` has made.
     "eval": {"every_steps": "train", "num_samples temperature top_p": "train eval", "accuracy threshold": SAMPLING},
@@ -209,6 +210,8 @@ def _of_tracking(config: RunConfig | SftConfig, command: str) -> Found:
         yield "tracking.project", "it is of tracking.wandb and tracking.mlflow, and both are off"
     if config.cluster.address is not None:
         yield "cluster.num_cpus", "it is of a cluster started here, and cluster.address joins one"
+    if config.checkpoint.path is None or not is_url(config.checkpoint.path):
+        yield "deadlines.store_s", "it is of an object store, and checkpoint.path names none"
     if config.model.tiny is not None:
         yield "model.trust_remote_code", "a tiny model has no code of its own"
 

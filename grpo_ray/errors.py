@@ -56,5 +56,13 @@ class CheckpointError(GrpoRayError):
     """A checkpoint can't be written or read."""
 
 
+class StoreError(CheckpointError):
+    """An object store refuses, or is not there under that name; says which and why."""
+
+
+class StoreAwayError(StoreError):
+    """An object store that does not answer: it may come back."""
+
+
 class NonFiniteError(GrpoRayError):
     """A loss or a gradient that is not a finite number; names the step, and the sample where it is known."""

@@ -64,22 +64,25 @@ def from_json(data: bytes, step: int) -> Sums:
     return sums
 
 
-def first_wrong(sums: Sums, open_file: Callable[[str], BinaryIO]) -> str | None:
+def first_wrong(sums: Sums, sum_now: Callable[[str], FileSum]) -> str | None:
     """Which file is not what it was, and how; None: every one is.
 
     Args:
         sums: what was written.
-        open_file: path inside the checkpoint -> the file; raises OSError when it is not there.
+        sum_now: path inside the checkpoint -> what is in it; raises OSError when it is not there. What else it raises is raised.
     """
-    with ThreadPoolExecutor(THREADS) as pool:
-        found: Iterable[str | None] = pool.map(lambda name: _wrong(name, sums[name], open_file), sums)
-        return next((wrong for wrong in found if wrong), None)
-
-
-def _wrong(name: str, want: FileSum, open_file: Callable[[str], BinaryIO]) -> str | None:
+    pool = ThreadPoolExecutor(THREADS)
     try:
-        with open_file(name) as file:
-            got = sum_of(file)
+        found: Iterable[str | None] = pool.map(lambda name: _wrong(name, sums[name], sum_now), sums)
+        return next((wrong for wrong in found if wrong), None)
+    finally:
+        # After the first answer that matters nobody waits for those of hundreds of other files.
+        pool.shutdown(cancel_futures=True)
+
+
+def _wrong(name: str, want: FileSum, sum_now: Callable[[str], FileSum]) -> str | None:
+    try:
+        got = sum_now(name)
     except OSError as e:
         return f"{name} can't be read ({e})"
     if got.size != want.size:

@@ -39,7 +39,7 @@ def check_replayable(run: RunDir, step: int) -> None:
     """Raises CheckpointError saying what is missing for this step, and which steps can be replayed."""
     possible = replayable_steps(run)
     if step in possible:
-        wrong = run.store.first_wrong(step - 1) if step > 1 else None
+        wrong = run.first_wrong(step - 1) if step > 1 else None
         if wrong is None:
             return
         raise CheckpointError(

@@ -1,6 +1,6 @@
 """Saving while training goes on: copies are taken between two steps, and written behind the loop's back.
 
-    save  ->  [the save before it is through]  begin -> hold   |   write -> commit
+    save  ->  [the save before it is through]  begin -> hold   |   write -> commit  (-> sent to the store, see delivery.py)
               what the loop waits for                          |   in the background
 
 A write that fails is told at once, and is the error of the next save, or of the run's end.
@@ -18,7 +18,9 @@ from typing import Any
 
 from grpo_ray.checkpoint import LOOP, LOOP_STATE, RunDir
 from grpo_ray.checkpoint_store import Place
-from grpo_ray.errors import CheckpointError, GrpoRayError
+from grpo_ray.config import DeadlineConfig
+from grpo_ray.delivery import Delivery
+from grpo_ray.errors import CheckpointError, GrpoRayError, StoreError
 from grpo_ray.events import CheckpointEvent, Event, MessageEvent
 from grpo_ray.manifest import FileSum
 from grpo_ray.roles import Learner
@@ -31,12 +33,26 @@ More = Callable[[], Awaitable[Callable[[Path], None]]]
 class Saver:
     """One checkpoint at a time."""
 
-    def __init__(self, run: RunDir, learner: Learner, *, keep: int, emit: Callable[[Event], None]) -> None:
-        """`keep`: older checkpoints than the newest `keep` are removed."""
+    def __init__(
+        self,
+        run: RunDir,
+        learner: Learner,
+        *,
+        keep: int,
+        emit: Callable[[Event], None],
+        store_s: float = DeadlineConfig.model_fields["store_s"].default,
+    ) -> None:
+        """
+        Args:
+            keep: older checkpoints than the newest `keep` are removed.
+            store_s: see deadlines.store_s.
+        """
         self._run = run
         self._learner = learner
         self._keep = keep
         self._emit = emit
+        remote = run.store.is_remote
+        self._delivery = Delivery(run.outbox, run.store, keep=keep, limit_s=store_s, emit=emit) if remote else None
         self._writing: asyncio.Task[None] | None = None
         self._seconds: float | None = None
         self._began = time.monotonic()
@@ -45,6 +61,16 @@ class Saver:
     def is_late(self, minutes: float) -> bool:
         """Has the last one, or the start, been so long ago? 0: it never is."""
         return 0 < minutes * 60 <= time.monotonic() - self._began
+
+    def send_leftovers(self) -> None:
+        """To the store, of what an earlier life of the run could not send."""
+        if self._delivery is not None:
+            self._delivery.offer_leftovers()
+
+    @property
+    def gave_up(self) -> bool:
+        """The store did not answer for too long: the run has to end, from a checkpoint in its own folder."""
+        return self._delivery is not None and self._delivery.gave_up is not None
 
     async def save(self, step: int, state: dict[str, Any], *, export: bool, more: More | None = None) -> None:
         """Returns when training may go on; the checkpoint is whole later, or not there at all.
@@ -60,11 +86,11 @@ class Saver:
         """
         await self.finish()
         self._began = began = time.monotonic()
-        place = await asyncio.to_thread(self._run.store.begin, step)
+        place = await asyncio.to_thread(self._run.outbox.begin, step)
         try:
             await self._learner.hold(place, export=export)
         except BaseException:
-            await asyncio.to_thread(self._run.store.discard, place)
+            await asyncio.to_thread(self._run.outbox.discard, place)
             raise
         self._writing = asyncio.create_task(self._write(place, step, state, more, began))
 
@@ -74,10 +100,28 @@ class Saver:
         if writing is not None:
             await writing
 
+    async def deliver(self) -> None:
+        """As `finish`, and it is in the store, too.
+
+        Raises:
+            CheckpointError: as `finish`; or it could not be sent, and is in the run's folder.
+        """
+        await self.finish()
+        if self._delivery is None:
+            return
+        try:
+            await self._delivery.finish()
+        except StoreError as e:
+            kept = self._run.outbox.steps()[-1:]
+            where = "".join(f". The checkpoint of step {s} is in {self._run.outbox.place(s).url}" for s in kept)
+            raise StoreError(f"{e}{where}: `grpo-ray resume {self._run.path}` goes on") from None
+
     async def close(self) -> None:
         """As `finish`, for a run that ends by another error: what goes wrong has been told."""
         if self._writing is not None:
             await asyncio.gather(self._writing, return_exceptions=True)
+        if self._delivery is not None:
+            await self._delivery.close()
 
     def take_metrics(self) -> dict[str, float]:
         """Of a save that came to its end since the last call."""
@@ -89,12 +133,15 @@ class Saver:
         try:
             final = await self._write_all(place, step, state, more)
         except Exception as e:
-            await asyncio.to_thread(self._run.store.discard, place)
+            await asyncio.to_thread(self._run.outbox.discard, place)
             failure = e if isinstance(e, GrpoRayError) else self._failure(step, e)
             self._emit(MessageEvent("warning", f"{failure}; the run ends at its next checkpoint"))
             raise failure from e
         self._seconds = time.monotonic() - held
-        self._emit(CheckpointEvent(step, final.url, time.monotonic() - began))
+        if self._delivery is not None:
+            self._delivery.offer(step)
+        else:
+            self._emit(CheckpointEvent(step, final.url, time.monotonic() - began))
 
     async def _write_all(self, place: Place, step: int, state: dict[str, Any], more: More | None) -> Place:
         sums = dict(await self._learner.write(place))
@@ -113,12 +160,14 @@ class Saver:
             (folder / Path(LOOP_STATE).name).write_text(json.dumps(state))
             if write_more is not None:
                 write_more(folder)
-        final = self._run.store.commit(place, step, sums | of_loop, keep=self._keep)
+        # Those that wait to be sent are removed by the delivery, which knows what it is reading.
+        keep = self._keep if self._delivery is None else None
+        final = self._run.outbox.commit(place, step, sums | of_loop, keep=keep)
         self._run.link_export(final)
         return final
 
     def _failure(self, step: int, error: Exception) -> CheckpointError:
-        url = self._run.store.url
-        folder = Place(url).scratch
+        url = self._run.outbox.url
+        folder = Path(url)
         free = f" ({shutil.disk_usage(folder).free / 1e9:.1f} GB free in {folder})" if folder.is_dir() else ""
         return CheckpointError(f"the checkpoint of step {step} could not be written to {url}{free}: {error}")

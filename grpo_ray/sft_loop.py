@@ -52,7 +52,7 @@ class SftLoop(Generic[E]):
         self.total_steps = self._length.num_steps
         self._saved_step = -1
         self._checkpoint_wanted = False
-        self._saver = Saver(run, learner, keep=config.checkpoint.keep, emit=emit)
+        self._saver = Saver(run, learner, keep=config.checkpoint.keep, emit=emit, store_s=config.deadlines.store_s)
         self._stop_reason: str | None = None
         self._activity = Activity("controller")
         self._time = TimeKeeper(activity=self._activity)
@@ -69,7 +69,7 @@ class SftLoop(Generic[E]):
     async def restore(self, step: int) -> None:
         state = self.run_dir.load_state(step)
         self._timeline.resume(step)
-        await self.learner.load(self.run_dir.store.place(step))
+        await self.learner.load(self.run_dir.place(step))
         self.cursor.load_state_dict(state["cursor"])
         self.step = self._saved_step = step
         self.total_steps = self._length.steps_from(step, self._length.num_left(self.cursor.num_taken))
@@ -77,10 +77,11 @@ class SftLoop(Generic[E]):
     async def run(self) -> str:
         """Train to the end, or until `stop`. Returns how it ended: `finished`, or the reason of the stop."""
         try:
+            self._saver.send_leftovers()
             if self.step == 0 and self._saved_step < 0:
                 await self._measure()
                 await self._checkpoint(export=False)
-            while self.step < self.total_steps and self._stop_reason is None:
+            while self.step < self.total_steps and self._stop_reason is None and not self._saver.gave_up:
                 await self._one_step()
                 if self.step < self.total_steps and self._checkpoint_is_due():
                     await self._checkpoint(export=self.config.checkpoint.export)
@@ -88,7 +89,7 @@ class SftLoop(Generic[E]):
                 await self._measure()
             if self.step != self._saved_step:
                 await self._checkpoint(export=True)
-            await self._saver.finish()
+            await self._saver.deliver()
             self._track(self._saver.take_metrics())
         finally:
             await self._saver.close()

@@ -148,7 +148,9 @@ class TrainLoop:
         self._health = Health(config)
         self._tally: Tally = self._health.tally()
         """Of the step under way; meanwhile, of the groups that dynamic sampling leaves out."""
-        self._saver = Saver(run, roles.learner, keep=config.checkpoint.keep, emit=emit)
+        self._saver = Saver(
+            run, roles.learner, keep=config.checkpoint.keep, emit=emit, store_s=config.deadlines.store_s
+        )
         self._stop_reason: str | None = None
         self._saved_step = self._evaluated_step = -1
         self._checkpoint_wanted = False
@@ -181,7 +183,7 @@ class TrainLoop:
         """Go on from a checkpoint: the learner, the samplers, the cursor and the ledger are as they were after `step`."""
         state = self.run_dir.load_state(step)
         self._timeline.resume(step)
-        await self.roles.learner.load(self.run_dir.store.place(step))
+        await self.roles.learner.load(self.run_dir.place(step))
         self.cursor.load_state_dict(state["cursor"])
         self.step = self._saved_step = step
         self._order = state["order"]
@@ -205,16 +207,17 @@ class TrainLoop:
         await self.roles.weights.sync(step)
 
     def _read_kept(self, step: int) -> list[KeptGroup]:
-        with self.run_dir.store.place(step).reading() as files:
+        with self.run_dir.place(step).reading() as files:
             return read_groups(files.local(KEPT_GROUPS))
 
     async def run(self) -> str:
         """Train to the end, or until `stop`. Returns how it ended: `finished`, or the reason of the stop."""
         try:
+            self._saver.send_leftovers()
             if self.step == 0 and self._saved_step < 0:
                 await self._evaluate()
                 await self._checkpoint(export=False)
-            while self.step < self.total_steps and self._stop_reason is None:
+            while self.step < self.total_steps and self._stop_reason is None and not self._saver.gave_up:
                 await self._scale_learners()
                 await self._one_step()
                 if self._health.gave_up:
@@ -225,7 +228,7 @@ class TrainLoop:
                     await self._checkpoint(export=self.config.checkpoint.export)
             if self.step != self._saved_step:
                 await self._checkpoint(export=True)
-            await self._saver.finish()
+            await self._saver.deliver()
             self._track(self._saver.take_metrics())
             self._tell_all(self._health.at_the_end(self.step))
             self._health.check(self.step, finished=self.step == self.total_steps)
@@ -298,7 +301,7 @@ class TrainLoop:
                 await self._checkpoint(export=False)
             await self._saver.finish()
             self._track(self._saver.take_metrics())
-        place = self.run_dir.store.place(self.step) if self.step > 0 else None
+        place = self.run_dir.place(self.step) if self.step > 0 else None
         with self._time.phase("scale") as span:
             self.emit(PhaseEvent("scale", "learners", 0, 0))
             learner, weights = await scaler.change_learners(place)

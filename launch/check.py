@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from actors.placement_defaults import Machine, used
+from grpo_ray.checkpoint_store import Store, is_url
 from grpo_ray.config import AlgorithmConfig, DataSource, RewardModelConfig, RunConfig, SftConfig
 from grpo_ray.config_effects import about_context, check_context, without_gpu
 from grpo_ray.config_reward import RewardConfig
@@ -29,6 +30,8 @@ from launch.placement import chosen_told, fitted, machine_of, offers_told, where
 from launch.recipe import COMMANDS, SCHEMAS, check_kind, find_recipe, is_pipeline, kind_of, load_recipe, recipe_names
 
 console = plain_console()
+STORE_S = 5.0
+"""How long it waits for an object store."""
 
 
 def preflight(config: RunConfig | SftConfig) -> None:
@@ -59,6 +62,8 @@ def check_recipe(recipe: str, overrides: list[str], as_kind: str | None = None) 
     config = load_recipe(SCHEMAS[kind], recipe, overrides)
     preflight(config)
     check_effects(config, COMMANDS[kind], [])
+    if (place := config.checkpoint.path) is not None and is_url(place):
+        Store(place.rstrip("/"), patience_s=STORE_S).steps()
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")

@@ -9,16 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from grpo_ray.checkpoint import RunDir
-from grpo_ray.checkpoint_store import is_url
 from grpo_ray.config import RunConfig, SftConfig
 from grpo_ray.config_files import to_yaml
 from grpo_ray.config_places import with_places
 from grpo_ray.ended import Ended, finished, read_ended
-from grpo_ray.errors import ConfigError, WorkerError
+from grpo_ray.errors import CheckpointError, ConfigError, WorkerError
 from grpo_ray.eval_record import FOLDER, new_record, step_of
 from grpo_ray.events import EndEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.names import run_name
+from grpo_ray.object_store import check_store
 from grpo_ray.records import step_to_resume
 from launch.code_folder import use_code_of
 from launch.console import plain_console
@@ -60,10 +60,11 @@ def _start(kind: str, recipe: str, overrides: list[str], shipped: bool) -> Path:
     from launch.check import preflight
 
     command = shlex.join(["grpo-ray", COMMANDS[kind], recipe, *overrides])
-    run = RunDir(folder).with_checkpoints(config.checkpoint.path)
+    run = RunDir(folder).with_checkpoints(config.checkpoint.path, config.deadlines.store_s)
     with owned(folder), leaving(lambda: left_of(run, command), lambda: remove_if_nothing_happened(run)):
         preflight(config)
         check_effects(config, COMMANDS[kind], overrides)
+        check_store_of(run)
         config = settled(config, kind)
         made = RunDir.create(folder)
         if run.steps():
@@ -132,7 +133,7 @@ def _resume(run: RunDir, overrides: Sequence[str]) -> None:
     old = load_run_config(SCHEMAS[kind], run.config)
     config, changes = changed_config(SCHEMAS[kind], run, list(overrides)) if overrides else (old, {})
     use_code_of(config)
-    run = run.with_checkpoints(config.checkpoint.path)
+    run = run.with_checkpoints(config.checkpoint.path, config.deadlines.store_s)
     if (ended := finished(run, config)) is not None:
         _tell_finished(run, ended)
         return
@@ -178,7 +179,7 @@ def replay_step(path: Path, step: int) -> None:
         )
     config = load_run_config(RunConfig, run.config)
     use_code_of(config)
-    run = run.with_checkpoints(config.checkpoint.path)
+    run = run.with_checkpoints(config.checkpoint.path, config.deadlines.store_s)
     check_replayable(run, step)
     start = f"its checkpoint of step {step - 1}" if step > 1 else "the starting model"
     console.print(f"replaying step {step} of {run.path} from {start}")
@@ -237,15 +238,16 @@ def _run(kind: str, config: RunConfig | SftConfig, run: RunDir, resume_step: int
 
 
 def _finish(run: RunDir, end: EndEvent) -> None:
-    if end.status != "finished" and not run.steps() and not run.metrics.exists():
+    if end.status != "finished" and not run.metrics.exists() and not run.has_some():
         exit_unless_finished(end)
     try:
         console.print(f"report   {make_report(run)}")
     except OSError as e:
         console.print(runnable(f"report   not written: {e}; `grpo-ray report {run.path}` writes it"))
-    _tell_model(run)
+    if end.status == "finished" or not run.store.is_remote:
+        _tell_model(run)
     ended = read_ended(run.path)
-    if end.status != "finished" and run.steps() and (ended is None or ended.step < ended.total_steps):
+    if end.status != "finished" and run.has_some() and (ended is None or ended.step < ended.total_steps):
         console.print(runnable(f"go on    grpo-ray resume {run.path}"))
     exit_unless_finished(end)
 
@@ -253,8 +255,24 @@ def _finish(run: RunDir, end: EndEvent) -> None:
 def _tell_model(run: RunDir) -> None:
     if run.exported.is_dir():
         console.print(f"model    {run.exported}")
-    elif is_url(run.store.url) and any(run.steps()):
-        console.print(f"model    {run.store.place(run.steps()[-1]).path('hf')}")
+    elif run.store.is_remote:
+        _print_remote_model(run)
+
+
+def check_store_of(run: RunDir) -> None:
+    """See `check_store`; nothing where checkpoints are in a folder."""
+    if run.store.is_remote:
+        check_store(run.store.url, run.patience_s)
+
+
+def _print_remote_model(run: RunDir) -> None:
+    try:
+        steps = run.store.steps()
+    except CheckpointError as e:
+        console.print(f"model    in {run.store.url}; {e}")
+        return
+    if steps:
+        console.print(f"model    {run.store.place(steps[-1]).path('hf')}")
 
 
 def make_report(run: RunDir) -> Path:

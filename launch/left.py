@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from grpo_ray.checkpoint import RunDir
-from grpo_ray.checkpoint_store import is_url
 from grpo_ray.ownership import commanded
 from grpo_ray.records import last_step
 from launch.interrupts import leaving
@@ -33,7 +32,7 @@ def owned(folder: Path) -> Iterator[None]:
 
 def remove_if_nothing_happened(run: RunDir) -> None:
     """A run that ended before its first step leaves its logs and nothing else: its name is free again."""
-    if run.steps() or run.metrics.exists() or not run.path.is_dir():
+    if not run.path.is_dir() or run.metrics.exists() or run.has_some():
         return
     for entry in run.path.iterdir():
         if entry.name in RunDir.NO_RUN:
@@ -58,10 +57,10 @@ def left_of(run: RunDir, command: str) -> str:
         return f"nothing was trained, and {there}; `{command}` begins again"
     again = f"`grpo-ray resume {run.path}`"
     recorded = last_step(run)
-    if is_url(run.store.url):
-        # Not asked for here: a store that does not answer would hold up the end.
+    # A remote store is not asked here: one that does not answer would hold up the end.
+    steps = run.outbox.steps()
+    if not steps and run.store.is_remote:
         return f"{again} goes on from the newest checkpoint in {run.store.url}; {recorded} steps are recorded"
-    steps = run.steps()
     if not steps:
         return (
             f"there is no checkpoint yet; {again} begins from the start"

@@ -285,7 +285,7 @@ def _cluster(config: PipelineConfig, *, needed: bool) -> Iterator[None]:
 
 def _open_run(stage: Stage, config: RunConfig | SftConfig, folder: Path) -> tuple[RunDir, int | None]:
     """The run of a stage, new or cut off, and the step to go on from."""
-    run = RunDir(folder).with_checkpoints(config.checkpoint.path)
+    run = RunDir(folder).with_checkpoints(config.checkpoint.path, config.deadlines.store_s)
     if not run.config.is_file():
         from launch.check import preflight
 

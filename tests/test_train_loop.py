@@ -219,8 +219,7 @@ class Keeper:
         return sums
 
     async def load(self, place: Place) -> None:
-        with place.open("learner/state.json") as file:
-            self.world.version = json.loads(file.read())
+        self.world.version = json.loads(place.read("learner/state.json"))
 
 
 class Session:

@@ -77,7 +77,7 @@ def save(run: RunDir, step: int) -> None:
 
     async def work() -> None:
         await saver.save(step, {"step": step}, export=True, more=groups)
-        await saver.finish()
+        await saver.deliver()
 
     asyncio.run(work())
 
@@ -87,7 +87,7 @@ def what_is_left(run: RunDir) -> int:
     step = run.newest_whole(lambda text: None)
     assert step is not None
     assert run.load_state(step) == {"step": step}
-    with run.store.place(step).reading() as files:
+    with run.place(step).reading() as files:
         reader = SavedLearner.open(files).reader("policy")
         assert torch.equal(reader.read("weight", "master", 0, NUMEL), weights(step))
         assert files.local("hf/config.json").read_text() == str(step)

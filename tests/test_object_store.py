@@ -1,0 +1,343 @@
+"""Checkpoints in S3, with its real client against a server that speaks it: refused, away for a moment, away for too long, slow."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_ray import delivery, object_store
+from grpo_ray.checkpoint import RunDir
+from grpo_ray.checkpoint_store import SET_ASIDE, Place, Store
+from grpo_ray.errors import CheckpointError, StoreAwayError, StoreError
+from grpo_ray.events import CheckpointEvent, Event, MessageEvent
+from grpo_ray.manifest import FileSum
+from grpo_ray.object_store import check_store
+from grpo_ray.saver import Saver
+from tests.s3 import S3
+
+FILES = {"learner/rank-0/weights", "hf/config.json", "loop/loop.json"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3]:
+    server = S3()
+    server.start()
+    forget_clients()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(server: S3, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> S3:
+    server.start()
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    for module in (delivery, object_store):
+        monkeypatch.setattr(module, "FIRST_WAIT_S", 0.05)
+    server.make_bucket(bucket_of(request))
+    return server
+
+
+@pytest.fixture
+def bucket(s3: S3, request: pytest.FixtureRequest) -> str:
+    return f"s3://{bucket_of(request)}/runs"
+
+
+def bucket_of(request: pytest.FixtureRequest) -> str:
+    """Tests see nothing of each other's."""
+    return f"b-{abs(hash(request.node.name))}"
+
+
+def forget_clients() -> None:
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+class Learner:
+    async def hold(self, place: Place, *, export: bool) -> None:
+        self.place = place
+
+    async def write(self, place: Place) -> dict[str, FileSum]:
+        out: dict[str, FileSum] = {}
+        for part, name in (("learner/rank-0", "weights"), ("hf", "config.json")):
+            with place.filling(part) as (folder, sums):
+                (folder / name).write_bytes(b"x" * 1000)
+            out |= sums
+        return out
+
+
+class Run:
+    def __init__(self, folder: Path, where: str, store_s: float = 60.0, keep: int = 2) -> None:
+        folder.mkdir(exist_ok=True)
+        self.dir = RunDir(folder).with_checkpoints(where, 0.1)
+        self.events: list[Event] = []
+        self.saver = Saver(self.dir, Learner(), keep=keep, emit=self.events.append, store_s=store_s)  # type: ignore[arg-type]
+
+    async def save(self, *steps: int) -> None:
+        for step in steps:
+            await self.saver.save(step, {"step": step}, export=True)
+            await self.saver.finish()
+
+    def told(self, level: str) -> list[str]:
+        return [e.text for e in self.events if isinstance(e, MessageEvent) and e.level == level]
+
+    @property
+    def arrived(self) -> list[int]:
+        return [e.step for e in self.events if isinstance(e, CheckpointEvent)]
+
+    def newest(self) -> tuple[int | None, list[str]]:
+        told: list[str] = []
+        return self.dir.newest_whole(told.append), told
+
+
+def within(seconds: float, work: Any) -> None:
+    asyncio.run(asyncio.wait_for(work, seconds))
+
+
+def test_checkpoints_are_made_in_the_runs_folder_and_are_in_the_store_alone_at_the_end(
+    bucket: str, tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "run", bucket)
+
+    async def work() -> None:
+        await run.save(1, 2, 3)
+        assert run.dir.outbox.steps()[-1] == 3, "the newest stays while the run goes on"
+        await run.saver.deliver()
+
+    within(30, work())
+    assert run.dir.store.steps()[-1] == 3
+    assert len(run.dir.store.steps()) <= 2
+    assert run.newest() == (3, [])
+    assert run.dir.load_state(3) == {"step": 3}
+    assert run.arrived[-1] == 3
+    assert list(run.dir.path.iterdir()) == []
+    with run.dir.place(3).reading() as files:
+        assert files.local("learner/rank-0/weights").read_bytes() == b"x" * 1000
+        with pytest.raises(CheckpointError, match=r"nothing can't be read"):
+            files.local("nothing")
+
+
+def test_while_the_store_is_away_training_goes_on_and_what_waits_is_the_newest_alone(
+    s3: S3, bucket: str, tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "run", bucket)
+
+    async def work() -> None:
+        await run.save(1)
+        while run.arrived != [1]:
+            await asyncio.sleep(0.01)
+        s3.stop()
+        began = time.monotonic()
+        await run.save(2)
+        while not run.told("warning"):
+            await asyncio.sleep(0.01)
+        await run.save(3, 4, 5)
+        assert time.monotonic() - began < 15, "no save waits for the store"
+        assert run.dir.outbox.steps()[-1] == 5
+        assert len(run.dir.outbox.steps()) <= 2
+        assert not run.saver.gave_up
+        s3.start()
+        await run.saver.deliver()
+
+    within(60, work())
+    (warning,) = run.told("warning")
+    for part in ("step 2", "EndpointConnectionError", "deadlines.store_s", str(run.dir.outbox.url)):
+        assert part in warning
+    assert "\n" not in warning
+    assert any("answers again" in text for text in run.told("info"))
+    assert run.dir.store.steps()[-1] == 5
+    assert run.newest() == (5, [])
+    assert run.dir.outbox.steps() == []
+
+
+def test_a_store_that_is_away_for_too_long_ends_the_run_with_a_checkpoint_that_a_resumed_one_sends(
+    s3: S3, bucket: str, tmp_path: Path
+) -> None:
+    before = Run(tmp_path / "run", bucket)
+
+    async def at_first() -> None:
+        await before.save(1)
+        await before.saver.deliver()
+
+    within(30, at_first())
+    run = Run(tmp_path / "run", bucket, store_s=0.5)
+
+    async def cut_off() -> None:
+        s3.stop()
+        await run.save(2)
+        while not run.saver.gave_up:
+            await asyncio.sleep(0.01)
+        await run.save(3)
+        with pytest.raises(StoreError) as e:
+            await run.saver.deliver()
+        for part in (
+            "0.5 s (deadlines.store_s)",
+            "step 3 is in",
+            run.dir.outbox.url,
+            f"grpo-ray resume {run.dir.path}",
+        ):
+            assert part in str(e.value)
+        await run.saver.close()
+
+    within(60, cut_off())
+    assert run.dir.outbox.steps() == [3]
+    step, (told,) = run.newest()
+    assert step == 3
+    assert "did not answer" in told
+    s3.start()
+    assert run.newest() == (3, []), "though the store's newest is older"
+    assert run.dir.store.steps() == [1]
+    again = Run(run.dir.path, bucket)
+
+    async def resumed() -> None:
+        again.saver.send_leftovers()
+        await again.saver.deliver()
+
+    within(30, resumed())
+    assert run.dir.store.steps() == [1, 3]
+    assert run.dir.outbox.steps() == []
+
+
+def test_a_whole_checkpoint_is_not_taken_for_a_broken_one_when_the_store_does_not_answer(
+    s3: S3, bucket: str, tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "run", bucket)
+
+    async def work() -> None:
+        await run.save(1)
+        await run.saver.deliver()
+
+    within(30, work())
+    s3.stop()
+    for ask in (run.newest, run.dir.steps, lambda: run.dir.store.first_wrong(1), lambda: run.dir.load_state(1)):
+        with pytest.raises(StoreAwayError, match=r"s3://.* did not answer for 0.1 s.*EndpointConnectionError") as e:
+            ask()
+        assert "\n" not in str(e.value)
+    assert run.dir.has_some()
+    s3.start()
+    assert run.newest() == (1, [])
+
+
+def test_a_flipped_bit_in_the_store_is_told_and_the_one_before_is_used(bucket: str, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", bucket)
+
+    async def work() -> None:
+        for step in (1, 2):
+            await run.save(step)
+            while step not in run.arrived:
+                await asyncio.sleep(0.01)
+        await run.saver.deliver()
+
+    within(30, work())
+    place = run.dir.store.place(2)
+    object_store.filesystem(place.url).pipe_file(place.path("hf/config.json"), b"y" + b"x" * 999)
+    step, (told,) = run.newest()
+    assert step == 1
+    assert "hf/config.json is damaged" in told
+    assert run.dir.store.steps() == [1]
+    assert object_store.filesystem(place.url).exists(place.path(SET_ASIDE))
+
+
+def test_what_was_half_sent_is_no_checkpoint_and_is_removed_by_the_next(bucket: str, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", bucket)
+
+    async def work(step: int) -> None:
+        await run.save(step)
+        await run.saver.deliver()
+
+    within(30, work(1))
+    outbox = Store(str(tmp_path / "other"))
+    with (place := outbox.begin(2)).filling("odd") as (folder, sums):
+        for name in "abc":
+            (folder / name).write_text(name)
+    outbox.commit(place, 2, sums, keep=None)
+    sent: set[str] = set()
+
+    def beat() -> None:
+        if len(sent) == 2:
+            raise CheckpointError("killed")
+
+    with pytest.raises(CheckpointError, match="killed"):
+        run.dir.store.send(outbox.place(2), 2, sent, beat=beat)
+    assert run.newest() == (1, [])
+    within(30, work(3))
+    assert run.dir.store.steps() == [1, 3]
+    assert object_store.filesystem(bucket).glob(f"{run.dir.store.url}/step-000002*") == []
+
+
+def test_of_a_slow_store_only_the_newest_waits_and_the_folder_holds_no_more_than_two(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path / "run", bucket, keep=9)
+    may_go, put = threading.Event(), Store._put
+
+    def slowly(self: Store, *args: Any) -> None:
+        assert may_go.wait(20)
+        put(self, *args)
+
+    monkeypatch.setattr(Store, "_put", slowly)
+
+    async def work() -> None:
+        await run.save(1)
+        await asyncio.sleep(0.2)
+        for step in (2, 3, 4):
+            await run.save(step)
+            assert run.dir.outbox.steps() == [1, step]
+        may_go.set()
+        await run.saver.deliver()
+
+    within(30, work())
+    assert run.dir.store.steps() == [1, 4]
+    assert [text[:23] for text in run.told("info")] == [
+        "the checkpoint of step 2"[:23],
+        "the checkpoint of step 3"[:23],
+    ]
+    assert run.told("warning") == []
+
+
+def test_a_bucket_that_is_not_there_is_refused_at_once_and_is_not_made(s3: S3) -> None:
+    began = time.monotonic()
+    with pytest.raises(
+        StoreError, match=r"checkpoint\.path s3://no-such-bucket/x: .*bucket does not exist; make the bucket"
+    ):
+        check_store("s3://no-such-bucket/x", 60)
+    with pytest.raises(StoreError, match="bucket does not exist"):
+        Store("s3://no-such-bucket/x", 60).steps()
+    assert time.monotonic() - began < 10
+    assert "no-such-bucket" not in s3.buckets()
+
+
+def test_keys_that_are_not_known_are_refused_at_once(s3: S3, bucket: str) -> None:
+    s3.count_as_strangers(0)
+    try:
+        began = time.monotonic()
+        with pytest.raises(StoreError, match=r"can't write in s3://.*permissions") as e:
+            check_store(bucket, 60)
+        assert not isinstance(e.value, StoreAwayError)
+        assert time.monotonic() - began < 10
+    finally:
+        s3.count_as_strangers(None)
+    check_store(bucket, 60)
+    assert object_store.filesystem(bucket).glob(f"{bucket}/*") == []
+
+
+@pytest.mark.parametrize(
+    ("error", "refused"),
+    [
+        (PermissionError("Access Denied"), True),
+        (OSError(28, "No space left on device"), True),
+        (ConnectionResetError("reset"), False),
+        (TimeoutError(), False),
+        (OSError(5, "Please reduce your request rate. (SlowDown)"), False),
+        (OSError(5, "InternalError"), False),
+    ],
+)
+def test_what_would_be_refused_again_is_told_from_an_outage(error: Exception, refused: bool) -> None:
+    assert object_store.is_refusal(error) is refused
