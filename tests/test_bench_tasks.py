@@ -16,7 +16,7 @@ from grpo_ray.tiny import build_tiny_model
 from tests.bench.addition import TASKS, Flaws, correct, demonstrations, right_completions, rows, well_formed
 from tests.bench.versus_steps import StepLog, read_steps, step_seconds
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")

@@ -106,8 +106,10 @@ def cut_run(folder: Path, stop_at: int = 4, jitter: int = 1) -> Session:
     sync = session.world.sync
 
     async def slow(version: int) -> SyncReport:
-        """So that something is finished meanwhile."""
-        await asyncio.sleep(0.005)
+        """So that something is finished meanwhile, however slow the machine is."""
+        loop = session.loop
+        while loop._under_way and not loop._ready and not any(filling.done() for filling in loop._under_way):
+            await asyncio.sleep(0.001)
         return await sync(version)
 
     session.world.sync = slow

@@ -30,7 +30,7 @@ def grpo_ray(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
         env=env | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 

@@ -16,6 +16,7 @@ from grpo_ray.errors import ConfigError, RewardError
 from grpo_ray.rewards import ScoreInputs, call_reward, resolve
 from grpo_ray.rewards.code import find_program
 from grpo_ray.rewards.code_tests import free_names, read_tests, same_output, same_value
+from grpo_ray.sandbox.box import Box, Outcome
 from grpo_ray.types import RewardScore, ScoreStatus
 from tests.bench.programs import TASKS, ordinary
 from tests.bench.sandbox import score_ordinary
@@ -60,13 +61,15 @@ def test_the_program_is_the_last_block_of_the_answer(text: str, program: str | N
     assert find_program(text, ("python", "py", "python3")) == program
 
 
-def test_an_answer_without_a_program_is_wrong_without_a_sandbox() -> None:
+def test_an_answer_without_a_program_is_wrong_without_a_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def start(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a sandbox was started")
+
     function = resolve(RewardFunctionConfig(name="code"))
-    started = time.perf_counter()
+    monkeypatch.setattr(Box, "start", start)
     results = call_reward(
         function, ScoreInputs(["p"] * 50, ["I don't know."] * 50, [[1]] * 50, {"tests": [["assert f()"]] * 50})
     )
-    assert time.perf_counter() - started < 1
     assert {(r.status, r.value, r.detail) for r in results} == {
         (ScoreStatus.OK, 0.0, "no fenced block of python in the answer")
     }
@@ -140,13 +143,14 @@ def test_hostile_text_takes_no_time_to_read() -> None:
         "`" * 300_000,
     ]
     outputs = [b"\n" * (16 << 20), b"1" * 200_000 + b"x", b"1." * 100_000, b"[]," * 1_000_000, b"{" * 1_000_000]
-    started = time.perf_counter()
+    started = time.process_time()
     for text in texts:
         find_program(text, ("python",))
     for output in outputs:
         assert not same_output(output, "1.5 " * 20_000)
         assert not same_value(output, [1.5] * 20_000)
-    assert time.perf_counter() - started < 5
+    # What goes back over the text again and again takes minutes.
+    assert time.process_time() - started < 30
 
 
 def test_only_what_nobody_else_defines_is_taken_from_the_program() -> None:
@@ -302,14 +306,25 @@ def test_one_test_leaves_no_process_to_the_next() -> None:
     assert score(program, [{"input": "", "output": "2"}] * 3).value == 1.0
 
 
-def test_a_group_is_scored_several_at_once_each_by_its_own_tests() -> None:
-    function = resolve(RewardFunctionConfig(name="code", args={"timeout_s": 60.0, "concurrency": 4}))
+def test_a_group_is_scored_several_at_once_each_by_its_own_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, under_way, most = Box.script, 0, 0
+
+    async def counted(self: Box, stdin: bytes) -> Outcome:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        try:
+            return await run(self, stdin)
+        finally:
+            under_way -= 1
+
+    monkeypatch.setattr(Box, "script", counted)
+    function = resolve(RewardFunctionConfig(name="code", args={"timeout_s": 60.0, "concurrency": 3}))
     completions = [f"```\nimport time\ntime.sleep(3)\nprint({i})\n```" for i in range(4)]
     tests = [[{"input": "", "output": str(i if i != 2 else 9)}] for i in range(4)]
-    started = time.monotonic()
     results = call_reward(function, ScoreInputs(["p"] * 4, completions, [[1]] * 4, {"tests": tests}))
     assert [r.value for r in results] == [1.0, 1.0, 0.0, 1.0]
-    assert time.monotonic() - started < 10
+    assert 1 < most <= 3
 
 
 @pytest.mark.parametrize(

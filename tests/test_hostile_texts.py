@@ -136,17 +136,17 @@ COUNTERS = ("language_consistency", "foreign", "loops", "repeated", "repetition_
 """They look at each sign or word: slower, and with less to go wrong."""
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("reader", READERS)
 def test_no_text_takes_a_second(reader: str) -> None:
     whole = TEXTS if reader != "instructions" else TEXTS[:: len(ENDS)]
     for text in FEW_TEXTS if reader in COUNTERS else whole:
         start = time.process_time()
         READERS[reader](text)
-        assert time.process_time() - start < 1, f"{text[:20]!r} .. {text[-9:]!r}"
+        assert time.process_time() - start < 5, f"{text[:20]!r} .. {text[-9:]!r}"
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("id", LIBRARIES)
 def test_libraries_take_time_in_proportion_to_the_text(id: str) -> None:
     CHECKS[id]("A text.", **LIBRARIES[id])
@@ -156,7 +156,7 @@ def test_libraries_take_time_in_proportion_to_the_text(id: str) -> None:
     ]:
         start = time.process_time()
         CHECKS[id](text, **LIBRARIES[id])
-        assert time.process_time() - start < 3, f"{text[:20]!r}"
+        assert time.process_time() - start < 15, f"{text[:20]!r}"
 
 
 def test_tags_within_tags_are_no_form() -> None:
@@ -164,4 +164,4 @@ def test_tags_within_tags_are_no_form() -> None:
     assert r1_format(
         ["<think>" + "</think><answer>" * 8_000, "<think>" + "</think> <answer>" * 8_000 + "</answer>"]
     ) == [0.0, 0.0]
-    assert time.process_time() - start < 0.5
+    assert time.process_time() - start < 5

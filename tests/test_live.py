@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -135,9 +134,9 @@ def test_a_log_gets_start_up_evaluation_checkpoint_and_end() -> None:
         "warning: sampler and learner disagree",
         "2 groups will be sampled again",
     ]
-    assert re.fullmatch(r"finished after \d\.\ds", lines[7])
+    assert re.fullmatch(r"finished after \d+\.\ds", lines[7])
     # Why is told by the error that follows.
-    assert re.fullmatch(r"failed after \d\.\ds", lines[8])
+    assert re.fullmatch(r"failed after \d+\.\ds", lines[8])
     assert len(lines) == 9
 
 
@@ -163,19 +162,19 @@ def test_the_time_left_is_the_median_step_times_the_steps_left() -> None:
     assert step_line(step(12), None).endswith("sec   2.00")
 
 
-def test_a_step_without_its_seconds_is_timed_by_its_arrival() -> None:
+def test_a_step_without_its_seconds_is_timed_by_its_arrival(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("launch.live.time.monotonic", lambda: now)
     events = [StepEvent(n, 12, {"loss/sft": 2.5}) for n in (1, 2)]
     out = io.StringIO()
     with LiveView(12, None, console=Console(file=out, width=80)) as view:
         view.handle(events[0])
-        time.sleep(0.2)
+        now += 0.25
         view.handle(events[1])
         view.handle(EndEvent("finished", ""))
     first, second, _ = out.getvalue().splitlines()
     assert first == "step  1/12  loss  2.5000"
-    left = re.fullmatch(r"step  2/12  loss  2\.5000  left (\d+\.\d)s", second)
-    assert left
-    assert 1.9 < float(left[1]) < 6.0
+    assert second == "step  2/12  loss  2.5000  left 2.5s"
 
 
 @pytest.mark.parametrize("width", [40, 80, 140])

@@ -194,7 +194,7 @@ def test_a_slurm_job_starts_ray_on_all_nodes_and_ends_its_run_gracefully_before_
         assert job.poll() is None
         time.sleep(0.05)
     job.send_signal(signal.SIGTERM)
-    _, errors = job.communicate(timeout=60)
+    _, errors = job.communicate(timeout=300)
     lines = told.read_text().splitlines()
     assert job.returncode == 143, errors
     assert lines[-1] == "checkpoint"
@@ -214,7 +214,7 @@ def test_a_head_by_hand_makes_a_private_token_and_a_worker_without_one_is_told(t
     env = {"PATH": f"{path}:/usr/bin:/bin", "TOLD": str(told), "HOME": str(tmp_path)}
 
     def start(*args: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([script, *args], env=env, capture_output=True, text=True, check=False, timeout=60)
+        return subprocess.run([script, *args], env=env, capture_output=True, text=True, check=False, timeout=300)
 
     assert "the token is missing: copy it" in start("worker", "n1:6379").stderr
     assert start("worker").returncode == 1

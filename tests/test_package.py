@@ -99,7 +99,7 @@ def test_what_is_shipped_runs_by_itself(user: Path, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=300,
     ).stdout
     assert told.startswith(str(staged))
     assert "smoke_sft" in told

@@ -27,7 +27,7 @@ from tests.hostile import CONTAINED, DECEIVING, PUNISHED, TRY, WHY
 LIMITS = {"timeout_s": 8.0, "cpu_s": 2, "memory_mb": 400}
 SHORT = {**LIMITS, "timeout_s": 1.5, "cpu_s": 1}
 """Of those that would take all of it."""
-SLACK_S = 20.0
+SLACK_S = 120.0
 """Starting and ending a sandbox takes 0.1 s, on a busy machine seconds."""
 ANSWER = f"ANSWER-{os.urandom(16).hex()}"
 # A number that no interpreter holds by chance.
@@ -178,7 +178,7 @@ def test_the_tests_of_this_file_can_fail(host: Host, code: RewardFunction) -> No
             input="7",
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             check=False,
         )
         assert "49" not in done.stdout.split(), name
@@ -205,7 +205,7 @@ def test_a_killed_scorer_takes_its_sandboxes_with_it(tmp_path: Path) -> None:
             time.sleep(0.05)
         assert len(in_other_namespaces() - before) >= 2
         scorer.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while in_other_namespaces() - before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert in_other_namespaces() - before == set()

@@ -13,7 +13,7 @@ from grpo_ray.rewards.answer_tag import answer_of
 from grpo_ray.rewards.r1_format import r1_format
 from grpo_ray.tiny_arithmetic import Flaws, demonstrate, flawed_demonstrations
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 NONE = Flaws(0, 0, 0)
 
 

@@ -118,7 +118,7 @@ def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
     return [(e.step, e.value) for e in events.Scalars(name)]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_tensorboard_shows_a_resumed_run_without_the_forgotten_steps(tmp_path: Path) -> None:
     for resume, steps in ((None, range(1, 6)), (3, range(4, 6))):
         trackers = make_trackers(TrackingConfig(tensorboard=True), tmp_path, resume, {})
@@ -176,7 +176,7 @@ def test_a_tracker_that_can_not_start_is_told_once_and_ends_nothing(caplog: pyte
     assert len(caplog.records) == 1
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_wandb_gets_every_step_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -212,7 +212,7 @@ def test_a_resumed_run_goes_on_in_its_own_wandb_run(tmp_path: Path, monkeypatch:
     assert [options["name"] for options in asked] == ["one", "one", "other"]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_mlflow_gets_every_step_and_a_resumed_run_goes_on_in_the_same_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

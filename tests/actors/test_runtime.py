@@ -31,7 +31,7 @@ class Connecting:
         return os.environ["GLOO_SOCKET_IFNAME"]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_gloo_connects_by_the_address_that_ray_has_for_the_node(local_ray) -> None:
     import ray
 
@@ -39,7 +39,7 @@ def test_gloo_connects_by_the_address_that_ray_has_for_the_node(local_ray) -> No
     assert ray.util.get_node_ip_address() in {entry.address for entry in psutil.net_if_addrs()[interface]}
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_rays_head_keeps_no_record_of_our_calls(local_ray) -> None:
     import ray
 

@@ -20,7 +20,7 @@ from actors.weight_gloo import GlooInitInfo, GlooTrainer, GlooTrainerInitInfo, _
 from actors.weight_memory import Address, map_memory
 from actors.weights import EngineTarget
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(300)
 TIMEOUT_S = 10.0
 BUCKET_BYTES = 4096
 SHAPES = {"embed": (100, 16), "tiny": (3,), "norm": (16,), "proj": (64, 16), "head": (100, 16)}

@@ -16,7 +16,7 @@ import pytest
 
 from actors.weight_memory import Address, SharedMemory, map_memory
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(300)
 MAKER = """
 import json, time
 from actors.weight_memory import SharedMemory

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import yaml
 
-from tests.end_to_end.runs import RECIPE, ROOT
+from tests.end_to_end.runs import RECIPE, ROOT, interruptible
 
 START_S = 240
 LIMIT_S = 480
@@ -185,15 +185,16 @@ class Place:
 
     def begin(self, *args: str) -> subprocess.Popen[str]:
         """`grpo-ray ARGS` in the user's folder."""
-        process = subprocess.Popen(
-            [sys.executable, "-m", "launch", *args],
-            cwd=self.folder,
-            env=self.env() | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        with interruptible():
+            process = subprocess.Popen(
+                [sys.executable, "-m", "launch", *args],
+                cwd=self.folder,
+                env=self.env() | {"PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
         self._started.append(process)
         return process
 

@@ -8,6 +8,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,21 +49,32 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"} | {"COLUMNS": "150", "PYTHONPATH": str(ROOT)}
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """What is started inside ends by SIGINT. Under nohup, and in the background of a shell, it would be born with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def launch(*args: str, wrapper: list[str] | None = None, output: IO[str] | None = None) -> subprocess.Popen[str]:
     """`grpo-ray ARGS` in a session of its own; `wrapper` gets the interpreter and ARGS appended.
 
     `output`: for what is printed; None: a pipe, which `finish` reads.
     """
     command = [*wrapper, sys.executable, *args] if wrapper else [sys.executable, "-m", "launch", *args]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE if output is None else output,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    with interruptible():
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE if output is None else output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
     started.append(process)
     return process
 

@@ -23,9 +23,9 @@ pytestmark = pytest.mark.timeout(900)
 LIMIT_S = 300
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    place = Place(tmp_path_factory.mktemp("place"))
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    place = Place(tmp_path)
     yield place
     place.close()
 
@@ -72,6 +72,8 @@ def test_who_ran_on_this_machine_first_can_submit_to_a_cluster_started_afterward
 
 @pytest.mark.slow
 def test_a_run_outlives_all_who_watch_it_and_ends_when_told(place: Place) -> None:
+    place.make_token()
+    place.start_head()
     at = ("--address", place.address)
     run = place.runs / "long"
     code, output = place.run(
