@@ -15,6 +15,7 @@ import pytest
 import yaml
 from filelock import SoftFileLease
 
+from actors.owner import folders_of
 from grpo_ray import ownership
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.errors import ConfigError
@@ -280,6 +281,22 @@ def test_a_lock_that_was_removed_by_hand_is_made_again(tmp_path: Path, quick: No
     assert told == []
     run.release()
     assert not path.exists()
+
+
+def test_a_run_holds_its_checkpoints_too_where_they_are_elsewhere(tmp_path: Path) -> None:
+    run, store = RunDir(tmp_path / "a" / "x"), tmp_path / "checkpoints"
+    assert folders_of(run, "grpo") == [run.path]
+    assert folders_of(run.with_checkpoints(str(store)), "sft") == [run.path, store / "x"]
+    assert folders_of(run.with_checkpoints("s3://bucket"), "dpo") == [run.path]
+    assert folders_of(run, "eval") == folders_of(run, "replay") == []
+    me, other = describe("a run", "wait"), RunDir(tmp_path / "b" / "x").with_checkpoints(str(store))
+    with (
+        holding(folders_of(run.with_checkpoints(str(store)), "grpo"), me, print),
+        pytest.raises(ConfigError, match="checkpoints/x is in use"),
+        holding(folders_of(other, "grpo"), me, print),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_can_not_be_written_says_so(tmp_path: Path) -> None:
