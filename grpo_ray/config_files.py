@@ -126,7 +126,9 @@ def _explain(schema: type[BaseModel], err: Any) -> list[str]:
         known, siblings = all_keys(schema), _fields_at(schema, loc[:-1])
         inside = [leaf for leaf in _leaves(err["input"], f"{key}.") if called_here(leaf, known)]
         unknown = [key] if called_here(key, known) or not inside else inside
-        return [f"{k}: unknown key; {suggestion(k, known, siblings)}" for k in unknown]
+        # A section is never meant for an option that is spelt like it.
+        places = siblings if isinstance(err["input"], dict) and unknown == [key] else known
+        return [f"{k}: unknown key; {called_here(k, known) or suggestion(k, places, siblings)}" for k in unknown]
     if err["type"] == "missing":
         return [f"{key}: required"]
     message = _SHAPES.get(err["type"]) or err["msg"].removeprefix("Value error, ")

@@ -268,7 +268,8 @@ def refuse_if_asked(data: DataConfig, what: str, limit: int, option: str) -> Non
 def check_any_left(report: LoadReport, table: Table, limit: int, option: str) -> None:
     if not report.num_kept:
         raise DataError(
-            f"{table.label}: none of its {report.num_rows} rows is left: {report.num_too_long} are longer than "
+            f"{table.label}: none of {'its' if table.numbers is None else 'the'} {report.num_rows} rows "
+            f"{'' if table.numbers is None else 'that were looked at '}is left: {report.num_too_long} are longer than "
             f"{option} ({limit} tokens), {report.num_in_eval} are also in the evaluation set; "
             "raise the limit, or set data.exclude_eval=false"
         )

@@ -178,6 +178,8 @@ def _split(row: Row, where: str, demonstrations: bool) -> tuple[Any, str | None,
     """(prompt, completion, other columns)."""
     used = {"prompt", "messages"} if row.get("prompt") is None else {"prompt"}
     prompt = row["prompt"] if row.get("prompt") is not None else row.get("messages")
+    if prompt is None and (null := next((name for name in ("prompt", "messages") if name in row), None)):
+        raise DataError(f"{where}: column {null!r} is null; leave the row out, or give it text to continue")
     if prompt is None:
         there = ", ".join(map(str, row))
         raise DataError(

@@ -33,6 +33,7 @@ from launch.check import check_recipe
 from launch.console import headed, plain_console
 from launch.live import LiveView
 from launch.machine import check_folder, check_machine, check_store, unset_variables
+from launch.pipeline import load_plan
 from launch.recipe import check_kind, kind_of
 from tests.recipes import run_config
 
@@ -438,3 +439,16 @@ def test_check_takes_a_recipe_of_pairs_for_dpo(
     check_recipe("pairs.yaml", ["data.train.path=rows.jsonl"], "sft")
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ok")]
     assert [line.split()[2] for line in told] == ["dpo", "dpo", "sft"]
+
+
+def test_what_the_stages_of_a_pipeline_need_is_looked_at_before_the_first(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(recipe)
+    run = yaml.safe_load((recipe / "recipe.yaml").read_text())
+    (recipe / "stages.yaml").write_text(yaml.safe_dump({"stages": {"zero": {"kind": "train", "config": run}}}))
+    load_plan("stages.yaml", ["stages.zero.config.reward.functions=[{name: 'user_rewards.py:of_level'}]"])
+    with pytest.raises(ResourceError, match="kv_cache_gb is 20000"):
+        load_plan("stages.yaml", ["stages.zero.config.rollout.kv_cache_gb=20000"])
+    with pytest.raises(ConfigError, match=r"there is no file none\.py"):
+        load_plan("stages.yaml", ["stages.zero.config.reward.functions=[{name: 'none.py:f'}]"])

@@ -322,6 +322,11 @@ def test_what_is_like_nothing_is_not_guessed_at(key):
     assert suggestion(key, all_keys(RunConfig), ["env", "max_actors", "num_actors"]).startswith("known here: env")
 
 
+def test_a_section_of_another_command_is_not_taken_for_an_option():
+    with pytest.raises(ConfigError, match="rollout: unknown key; known here: name, dir"):
+        build(SftConfig, {"model": {"tiny": {}}, "data": MINIMAL["data"], "rollout": {"num_actors": 1}}, "test")
+
+
 def test_a_section_of_another_project_is_answered_key_by_key():
     with pytest.raises(ConfigError) as told:
         make("actor_rollout_ref.rollout.n=8", "actor_rollout_ref.actor.optim.lr=1e-6", "trainer.total_epochs=2")

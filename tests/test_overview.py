@@ -82,7 +82,7 @@ def test_a_small_data_set_is_read_whole(tmp_path: Path) -> None:
 
 
 BAD: list[tuple[str, str]] = [
-    ('{"question": null, "meta": {"level": 1}}', "no column 'prompt' or 'messages'"),
+    ('{"question": null, "meta": {"level": 1}}', "column 'prompt' is null"),
     ('{"question": "a \\ud83d", "meta": {"level": 1}}', "holds half of a character"),
     ('{"question": "a", "meta": {"level": 1}', "not valid JSON"),
     ('{"question": 7, "meta": {"level": 1}}', "expected text or a list of messages"),
