@@ -163,46 +163,71 @@ def shims(folder: Path, **scripts: str) -> Path:
     return folder
 
 
-PYTHON = f'exec {sys.executable} "$@"'
+PYTHON = f'[ "$1" != -P ] || {{ shift 3; exec grpo-ray "$@"; }}; exec {sys.executable} "$@"'
 SRUN = """
 while [[ $1 == -* ]]; do shift; done
 exec "$@"
+"""
+SCONTROL = """
+case "$*" in
+    "show hostnames"*) printf 'n1\\nn2\\nn3\\n';;
+    "show node"*) echo "NodeName=$4 Arch=x86_64 NodeAddr=10.0.0.1 NodeHostName=$4";;
+    *) echo "scontrol $*" >>"$TOLD";;
+esac
 """
 RAY = """
 echo "ray $* token=$(stat -c %a:%s "$RAY_AUTH_TOKEN_PATH") mode=$RAY_AUTH_MODE" >>"$TOLD"
 case $1 in health-check) [ "$(grep -c health-check "$TOLD")" -ge 2 ];; start) exec sleep 60;; esac
 """
 GRPO_RAY = """
-echo "grpo-ray $* at $RAY_ADDRESS" >>"$TOLD"
 trap 'echo checkpoint >>"$TOLD"; exit 143' TERM
+echo "grpo-ray $* at $RAY_ADDRESS" >>"$TOLD"
 while true; do sleep 0.05; done
 """
 
 
-def test_a_slurm_job_starts_ray_on_all_nodes_and_ends_its_run_gracefully_before_its_time_is_up(tmp_path: Path) -> None:
-    """Slurm itself and Ray are replaced by scripts that write down what they are asked to do."""
+@pytest.mark.parametrize(
+    ("number", "state", "requeue", "asked"),
+    [
+        (signal.SIGTERM, "RUNNING", "yes", ["scontrol requeue 7"]),
+        (signal.SIGTERM, "RUNNING", "no", []),
+        (signal.SIGUSR1, "RUNNING", "yes", []),
+        # Slurm ends the job.
+        (signal.SIGTERM, "COMPLETING", "yes", []),
+    ],
+)
+def test_a_slurm_job_starts_ray_on_all_nodes_and_ends_its_run_gracefully_before_its_time_is_up(
+    tmp_path: Path, number: int, state: str, requeue: str, asked: list[str]
+) -> None:
+    """Slurm itself and Ray are replaced by scripts that write down what they are asked to do; end_to_end/test_slurm.py has the
+    real ones."""
     told = tmp_path / "told"
     told.touch()
-    nodes = "printf 'n1\\nn2\\nn3\\n'"
-    path = shims(tmp_path / "bin", srun=SRUN, ray=RAY, grpo_ray=GRPO_RAY, scontrol=nodes, python=PYTHON)
+    squeue = f"echo {state}"
+    path = shims(
+        tmp_path / "bin", srun=SRUN, ray=RAY, grpo_ray=GRPO_RAY, scontrol=SCONTROL, python=PYTHON, squeue=squeue
+    )
+    (temporary := tmp_path / "t").mkdir()
     env = {"PATH": f"{path}:/usr/bin:/bin", "TOLD": str(told), "HOME": str(tmp_path), "SLURM_SUBMIT_DIR": str(tmp_path)}
-    env |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_JOB_NUM_NODES": "3"}
+    env |= {"TMPDIR": str(temporary), "GRPO_RAY_REQUEUE": requeue, "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3"}
+    env |= {"SLURM_JOB_NODELIST": "n[1-3]"}
     job = subprocess.Popen([SCRIPTS[0], "train", "smoke", "name=a b"], env=env, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while "grpo-ray" not in told.read_text():
         assert time.monotonic() < deadline
         assert job.poll() is None
         time.sleep(0.05)
-    job.send_signal(signal.SIGTERM)
+    job.send_signal(number)
     _, errors = job.communicate(timeout=300)
     lines = told.read_text().splitlines()
     assert job.returncode == 143, errors
-    assert lines[-1] == "checkpoint"
-    assert "grpo-ray train smoke name=a b at n1:6379" in lines
+    assert [line for line in lines if line.startswith("scontrol")] == asked
+    assert state != "RUNNING" or lines.count("checkpoint") == 1
+    assert "grpo-ray train smoke name=a b at 10.0.0.1:6379" in lines
     starts = [line for line in lines if line.startswith("ray start")]
-    assert [("--head" in s, "--address=n1:6379" in s) for s in starts] == [(True, False), (False, True)]
+    assert [("--head" in s, "--address=10.0.0.1:6379" in s) for s in starts] == [(True, False), (False, True)]
     assert all("token=600:64 mode=token" in line for line in lines if line.startswith("ray "))
-    assert list(tmp_path.glob(".grpo-ray-token*")) == []
+    assert [p for p in (*tmp_path.iterdir(), *temporary.iterdir()) if "token" in p.name or "grpo-ray." in p.name] == []
 
 
 def test_a_head_by_hand_makes_a_private_token_and_a_worker_without_one_is_told(tmp_path: Path) -> None:

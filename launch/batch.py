@@ -1,0 +1,58 @@
+"""The command of a job that may be started again, by its scheduler or by itself: `python -m launch.batch train RECIPE ...`.
+
+As typed at first, and `resume` of the run as soon as that exists. Other commands go on by themselves when given again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from launch.recipe import COMMANDS, SCHEMAS, load_recipe, run_folder
+
+KINDS = {command: kind for kind, command in COMMANDS.items()}
+NAMED = (*KINDS, "sample", "pipeline")
+"""Commands whose runs have a name; made up from the time it would be another one at every start."""
+
+
+def command_of(words: list[str], job: str) -> list[str]:
+    """What to give to `grpo-ray` this time.
+
+    Args:
+        words: the command as typed.
+        job: the name of a run that was given none.
+
+    Raises:
+        ConfigError: the recipe is wrong.
+    """
+    if len(words) < 2 or words[0] not in NAMED:
+        return words
+    command, recipe, *overrides = words
+    if not any(word.startswith("name=") and word != "name=" for word in overrides) and not _has_name(command, recipe):
+        overrides = [*overrides, f"name={job}"]
+    if command in KINDS:
+        folder = run_folder(load_recipe(SCHEMAS[KINDS[command]], recipe, [w for w in overrides if "=" in w]), recipe)
+        if (folder / "config.yaml").is_file():
+            return ["resume", str(folder)]
+    return [command, recipe, *overrides]
+
+
+def _has_name(command: str, recipe: str) -> bool:
+    from grpo_ray.config_files import load_yaml
+    from launch.recipe import find_recipe
+
+    return load_yaml(find_recipe(recipe)).get("name") is not None
+
+
+def main() -> None:
+    from launch.cli import main as grpo_ray
+
+    words = sys.argv[1:]
+    job = f"{Path(words[1]).stem}-{os.environ.get('SLURM_JOB_ID', 'job')}" if len(words) > 1 else ""
+    sys.argv[1:] = command_of(words, job)
+    grpo_ray()
+
+
+if __name__ == "__main__":
+    main()
