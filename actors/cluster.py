@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from actors.addresses import VARIABLE, Address, bypass_proxies, check_answers, read_address
+from actors.search_path import worker_env
 from grpo_ray.config import ClusterConfig, LearnerConfig, RolloutConfig, RunConfig, SftConfig
 from grpo_ray.config_reward import RewardConfig
 from grpo_ray.errors import ResourceError
@@ -33,7 +35,8 @@ def connect(config: OnCluster) -> None:
     """Join `cluster.address`, or start a cluster on this machine; nothing when this process has joined one.
 
     Raises:
-        ResourceError: the address does not answer.
+        ConfigError: the address is none.
+        ResourceError: it does not answer.
     """
     import ray
 
@@ -41,28 +44,41 @@ def connect(config: OnCluster) -> None:
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_agent_register_timeout_ms", "100000")
-    if joins(config):
-        join(config.cluster.address or os.environ["RAY_ADDRESS"])
+    address = read_address(config.cluster.address)
+    if address is not None:
+        join(address)
     else:
-        _start_local(config.cluster.num_cpus or usable_cpus(), COMMON)
+        bypass_proxies([])
+        env = worker_env(os.getcwd())
+        _start_local(config.cluster.num_cpus or usable_cpus(), COMMON | {"runtime_env": env})
 
 
 def joins(config: OnCluster) -> bool:
     """Is there a cluster already, that goes on when this process ends?"""
-    return config.cluster.address is not None or "RAY_ADDRESS" in os.environ
+    return read_address(config.cluster.address) is not None
 
 
-def join(address: str) -> None:
-    """Raises ResourceError: nothing answers there, or it does not take our token."""
+def join(address: Address) -> None:
+    """Raises ConfigError: it is no address. ResourceError: nothing answers there, or it does not take our token."""
     check_token()
+    check_answers(address)
     import ray
 
     try:
-        ray.init(address=address, **COMMON)
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as e:
+        # Ray's client server takes no code before it knows the job.
+        env = {} if address.where.startswith("ray://") else worker_env(os.getcwd())
+        ray.init(address=address.where, runtime_env=env, **COMMON)
+    except ray.exceptions.AuthenticationError as e:
         raise ResourceError(
-            f"no Ray cluster answers at cluster.address {address} ({e}); is its head started?"
+            f"the Ray cluster at {address} does not take our token ({_first_line(e)}): it must be the one that its head was "
+            "started with, in ~/.ray/auth_token or RAY_AUTH_TOKEN"
         ) from None
+    except (ConnectionError, ValueError, RuntimeError) as e:
+        raise ResourceError(f"no run can join the Ray cluster at {address}: {_first_line(e)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def check_token() -> None:
@@ -97,10 +113,21 @@ def _start_local(num_cpus: int, common: dict[str, Any]) -> None:
         except Exception as e:
             ray.shutdown()
             if not left:
+                place = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
                 raise ResourceError(
                     f"Ray did not start on this machine in {LOCAL_START_TRIES} tries ({e}); is it very busy, or out of memory or "
-                    "disk? Its logs are in the session_latest folder of Ray's temporary directory"
+                    f"disk? Its logs are in {place}/ray/session_latest/logs{_of_environment()}"
                 ) from None
+
+
+OWN_VARIABLES = ("RAY_AUTH_MODE", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_agent_register_timeout_ms")
+"""Set here."""
+
+
+def _of_environment() -> str:
+    """Names of what else Ray is told; a value may be a secret."""
+    names = sorted(name for name in os.environ if name.startswith("RAY_") and name not in OWN_VARIABLES)
+    return f"; of the environment it has {', '.join(names)}" if names else ""
 
 
 def _keep_token_private() -> None:
@@ -246,7 +273,7 @@ async def await_resources(wanted: list[Demand], deadline_s: float) -> None:
     import ray
     import ray.autoscaler.sdk
 
-    alone = len([n for n in ray.nodes() if n["Alive"]]) == 1 and "RAY_ADDRESS" not in os.environ
+    alone = len([n for n in ray.nodes() if n["Alive"]]) == 1 and not os.environ.get(VARIABLE)
     give_up = time.monotonic() + (0 if alone else deadline_s)
     asked = False
     try:

@@ -21,6 +21,7 @@ import psutil
 import ray
 from ray.exceptions import RayActorError
 
+from actors.folders import short_place
 from grpo_ray.errors import DeadlineError
 from grpo_ray.names import run_name
 
@@ -31,8 +32,6 @@ GC_THRESHOLD = 50_000
 GC_THRESHOLD_PER_SAMPLE = 32
 """Twice or three times what the controller holds for a sample under way: then those of a step that begins are no reason to look."""
 NAME_TRIES = 20
-SOCKET_FOLDER = 107 - 37
-"""Longest path of a folder, in characters, in which a socket may have the name that vLLM gives it."""
 NO_RECORDS = {"enable_task_events": False}
 """Options of every actor: Ray's head keeps 3 KB of each of the last 100,000 calls otherwise, and ours are many and small."""
 
@@ -120,16 +119,15 @@ def own_scratch(run_dir: str, name: str) -> Path:
     """A folder for the temporary files of this process and of those that it starts. What dead processes of that `name` left is
     removed: vLLM takes nothing away when it is killed, and three sockets and a file of each engine stay else."""
     whose = hashlib.blake2b(f"{run_dir}/{name}".encode(), digest_size=4).hexdigest()
-    temporary = tempfile.gettempdir()
+    temporary = short_place()
     for left_over in Path(temporary).glob(f"grpo-ray-{whose}-*-*"):
         # Another may be alive: evaluations share a folder.
         if not psutil.pid_exists(int(left_over.name.split("-")[3])):
             shutil.rmtree(left_over, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"grpo-ray-{whose}-{os.getpid()}-"))
-    if len(str(folder)) <= SOCKET_FOLDER:
-        # What torch compiles is for later lives too.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{temporary}/torchinductor_{os.getuid()}")
-        os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    folder = Path(tempfile.mkdtemp(prefix=f"grpo-ray-{whose}-{os.getpid()}-", dir=temporary))
+    # What torch compiles is for later lives too.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{temporary}/torchinductor_{os.getuid()}")
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
     return folder
 
 

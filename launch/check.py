@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from actors.cluster import connect, joins
 from actors.placement_defaults import Machine, used
 from grpo_ray.checkpoint_store import Store, is_url
 from grpo_ray.config import AlgorithmConfig, DataSource, RewardModelConfig, RunConfig, SftConfig
@@ -23,6 +24,7 @@ from launch.check_golds import gold_rows
 from launch.code_folder import use_code_of
 from launch.console import headed, plain_console
 from launch.effects import check_effects, tell_of_hub, told
+from launch.environment import check_cluster
 from launch.interrupts import scratch_folder
 from launch.machine import check_machine, unset_variables
 from launch.pipeline import run_pipeline
@@ -60,6 +62,7 @@ def check_recipe(recipe: str, overrides: list[str], as_kind: str | None = None) 
         return
     kind = kind_of(find_recipe(recipe), overrides) if as_kind is None else check_kind(as_kind)
     config = load_recipe(SCHEMAS[kind], recipe, overrides)
+    check_cluster(config.cluster.address)
     preflight(config)
     check_effects(config, COMMANDS[kind], [])
     if (place := config.checkpoint.path) is not None and is_url(place):
@@ -270,11 +273,9 @@ def _cluster_rows(
 
 
 def _offered(config: RunConfig | SftConfig) -> tuple[Machine, str]:
-    if config.cluster.address is None:
+    if not joins(config):
         return machine_of(config), "this machine"
     import ray
-
-    from actors.cluster import connect
 
     connect(config)
     try:

@@ -48,6 +48,8 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, e
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+WITHOUT_RAY = ("report", "decontaminate", "judge-pairs")
+"""Commands that neither start nor join a cluster."""
 
 
 def _print_version(asked: bool) -> None:
@@ -60,13 +62,17 @@ def _print_version(asked: bool) -> None:
 
 
 @app.callback()
-def options(
+def before_any(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Of grpo-ray and of what it runs on"),
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand not in WITHOUT_RAY:
+        from launch.environment import prepare
+
+        prepare()
 
 
 @app.command()
@@ -394,7 +400,7 @@ def main() -> NoReturn:
         check_one_root()
         code = app(standalone_mode=False)
     except GrpoRayError as e:
-        _tell_error(str(e))
+        _tell_error(_with_cause(str(e)))
         sys.exit(EXIT_USAGE if isinstance(e, ConfigError) else EXIT_FAILED)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(EXIT_INTERRUPTED)
@@ -402,9 +408,20 @@ def main() -> NoReturn:
         if hasattr(e, "format_message") and hasattr(e, "exit_code"):  # click's usage errors
             _tell_error(f"{e.format_message()}; {_meant(e) or 'see grpo-ray --help'}")
             sys.exit(e.exit_code)
+        from launch.environment import blamed
+
+        if (cause := blamed(str(e))) is not None:
+            e.add_note(cause)
         raise
     # Without its standalone mode typer gives back the code of an Exit, among them its 130 for a KeyboardInterrupt.
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _with_cause(text: str) -> str:
+    """The text of an error, and the variables of the environment that it may be about."""
+    from launch.environment import blamed
+
+    return "\n".join(part for part in (text, blamed(text)) if part is not None)
 
 
 def check_one_root() -> None:
@@ -413,12 +430,15 @@ def check_one_root() -> None:
     import grpo_ray
     import launch
 
-    roots = {p.__name__: Path(p.__file__ or "").parent.parent for p in (grpo_ray, actors, launch)}
-    if len(set(roots.values())) != 1:
-        found = ", ".join(f"{name} from {root}" for name, root in roots.items())
-        raise ConfigError(
-            f"the packages of grpo-ray come from different places ({found}); install one checkout: pip install -e ."
-        )
+    root = Path(launch.__file__ or "").parent.parent
+    for package in (grpo_ray, actors):
+        # A folder without a file __init__.py has no file.
+        where = Path(package.__file__ or next(iter(package.__path__)))
+        if not where.is_relative_to(root / package.__name__):
+            raise ConfigError(
+                f"the package {package.__name__} comes from {where}, and launch from {root}: rename what hides grpo-ray's own "
+                "package (it is first on PYTHONPATH, or in this folder), or install one checkout: pip install -e ."
+            )
 
 
 def _meant(error: Exception) -> str | None:

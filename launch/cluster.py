@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from actors.addresses import EVERYWHERE, bypass_proxies
 from actors.cluster import NAMESPACE, check_token
 from grpo_ray.errors import ConfigError, ResourceError, WorkerError
 from grpo_ray.names import check_name
@@ -113,14 +114,15 @@ class Cluster:
         Raises:
             ResourceError: nothing answers there, or it does not take our token.
         """
-        where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+        said = ((source, os.environ.get(source)) for source in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"))
+        source, where = next(((s, w) for s, w in (("--address", address), *said) if w), ("", None))
         if not where:
             raise ResourceError(
                 f"which cluster? Give --address http://HEAD:{DASHBOARD_PORT} (KubeRay: kubectl port-forward "
                 f"service/CLUSTER-head-svc {DASHBOARD_PORT}), or set RAY_ADDRESS"
             )
         self.address = complete(where)
-        check_reachable(self.address)
+        check_reachable(self.address, source)
         check_token()
         import ray
         from ray.job_submission import JobSubmissionClient
@@ -137,7 +139,9 @@ class Cluster:
                 "head was started with, in ~/.ray/auth_token or RAY_AUTH_TOKEN"
             ) from None
         except (ConnectionError, ValueError, RuntimeError, OSError) as e:
-            raise ResourceError(f"no Ray cluster answers at {self.address} ({e}); is its head started?") from None
+            raise ResourceError(
+                f"no Ray cluster answers at {self.address} (from {source}): {e}; is its head started?"
+            ) from None
 
     def runs(self) -> list[ClusterRun]:
         from ray.util.state import list_actors
@@ -279,22 +283,27 @@ def complete(address: str) -> str:
     return f"http://{address}" if address.endswith(f":{DASHBOARD_PORT}") and "://" not in address else address
 
 
-def check_reachable(address: str) -> None:
-    """Raises ResourceError at once where Ray's own clients would try for minutes."""
-    parts = urlsplit(address if "://" in address else f"tcp://{address}")
+def check_reachable(address: str, source: str = "--address") -> None:
+    """Raises ResourceError at once where Ray's own clients would try for minutes. From now on nothing that this process sends goes
+    to a proxy: Ray finds the dashboard by itself, and shows it the token.
+
+    Args:
+        source: who says so, an option or an environment variable.
+    """
+    told = f"{address} (from {source})"
     try:
+        parts = urlsplit(address if "://" in address else f"tcp://{address}")
         port = parts.port or {"https": 443, "http": 80}.get(parts.scheme)
     except ValueError:
-        raise ConfigError(
-            f"--address {address} has no port that is a number; it reads http://HEAD:{DASHBOARD_PORT}"
-        ) from None
+        raise ConfigError(f"{told} has no port that is a number; it reads http://HEAD:{DASHBOARD_PORT}") from None
+    bypass_proxies([EVERYWHERE])
     if parts.hostname is None or port is None:
         return
     try:
         socket.create_connection((parts.hostname, port), timeout=REACH_S).close()
-    except OSError as e:
+    except (OSError, UnicodeError) as e:
         raise ResourceError(
-            f"no Ray cluster answers at {address} ({e}); is its head started, and its port {port} within reach?"
+            f"no Ray cluster answers at {told}: {e}; is its head started, and its port {port} within reach?"
         ) from None
 
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from actors.addresses import read_address
 from actors.cluster import CONTROLLER, NAMESPACE, controller_name, join
 from actors.deaths import is_lost
 from grpo_ray.config import RunConfig, SftConfig
@@ -116,7 +117,7 @@ def find_controller(run: str) -> Any:
     import ray
 
     check_name(run, "the run's name")
-    address = os.environ.get("RAY_ADDRESS")
+    address = read_address(None)
     if address is None:
         raise ResourceError("this command runs inside a Ray job: use grpo-ray submit, logs or stop")
     join(address)

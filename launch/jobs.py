@@ -23,6 +23,7 @@ from grpo_ray.records import step_to_resume
 from launch.code_folder import use_code_of
 from launch.console import plain_console
 from launch.effects import check_effects, tell_of_hub
+from launch.environment import check_cluster
 from launch.interrupts import leaving
 from launch.left import left_of, left_of_samples, owned, remove_if_nothing_happened
 from launch.placement import settled
@@ -57,6 +58,7 @@ def start_reward_model(recipe: str, overrides: list[str], *, shipped: bool = Fal
 def _start(kind: str, recipe: str, overrides: list[str], shipped: bool) -> Path:
     config = load_recipe(SCHEMAS[kind], recipe, overrides)
     folder = run_folder(config, recipe)
+    check_cluster(config.cluster.address)
     from launch.check import preflight
 
     command = shlex.join(["grpo-ray", COMMANDS[kind], recipe, *overrides])
@@ -83,6 +85,7 @@ def _start(kind: str, recipe: str, overrides: list[str], shipped: bool) -> Path:
 def start_sample(recipe: str, overrides: list[str]) -> Path:
     """New samples, or the rest of those that a run of this name has begun."""
     config = load_recipe(RunConfig, recipe, overrides)
+    check_cluster(config.cluster.address)
     check_effects(config, "sample", overrides)
     folder = run_folder(config, recipe)
     command = shlex.join(["grpo-ray", "sample", recipe, *overrides])
@@ -208,6 +211,7 @@ def evaluate_target(target: str, overrides: list[str]) -> None:
         config = load_recipe(RunConfig, target, overrides)
     if config.data.eval is None:
         raise ConfigError(f"{target} has no data.eval to measure on; add data.eval.path=...")
+    check_cluster(config.cluster.address)
     from launch.check import preflight
 
     preflight(config)
@@ -232,6 +236,7 @@ def _record_place(target: Path, config: RunConfig, overrides: list[str]) -> tupl
 
 
 def _run(kind: str, config: RunConfig | SftConfig, run: RunDir, resume_step: int | None) -> EndEvent:
+    check_cluster(config.cluster.address)
     from launch.follow import run_and_follow
 
     return run_and_follow(kind, config, run.path, resume_step)

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.console import Console
-
 from actors.cluster import connect, joins
 from actors.placement_defaults import Machine, Node, fit_to, open_options, told, too_small, would_fit
 from grpo_ray.config import RunConfig, SftConfig
@@ -16,9 +14,10 @@ from grpo_ray.errors import ResourceError
 from grpo_ray.machine import free_memory, usable_cpus
 from grpo_ray.memory import known_facts
 from grpo_ray.memory_fit import fit_memory, too_large
+from launch.console import plain_console
 
 Config = TypeVar("Config", bound=RunConfig | SftConfig)
-console = Console(highlight=False, soft_wrap=True)
+console = plain_console(soft_wrap=True)
 ENGINES = "rollout.num_actors"
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """One of them is there where a GPU may be."""

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -202,6 +204,43 @@ def test_a_missing_token_is_told_with_where_it_belongs(place: Path) -> None:
     assert "Ray's token is missing" in result.stderr
     assert str(place / ".ray" / "auth_token") in result.stderr
     assert "Traceback" not in result.stderr
+
+
+class Listener(BaseHTTPRequestHandler):
+    """Answers nothing but 404, and keeps what it was shown: at its address, whether it was asked as a proxy, with which token."""
+
+    shown: ClassVar[list[tuple[int, bool, str]]] = []
+
+    def do_GET(self) -> None:
+        as_proxy = self.path.startswith("http://")
+        self.shown.append((self.server.server_address[1], as_proxy, str(self.headers.get("Authorization"))))
+        self.send_error(404)
+
+    do_CONNECT = do_POST = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("said_by", ["option", "variable"])
+def test_the_token_goes_to_the_cluster_and_to_no_proxy(place: Path, said_by: str) -> None:
+    token = "0123456789abcdef" * 4
+    Listener.shown.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Listener) as cluster, ThreadingHTTPServer(("", 0), Listener) as proxy:
+        for server in (cluster, proxy):
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        at, through = (f"http://127.0.0.1:{server.server_address[1]}" for server in (cluster, proxy))
+        proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"), through)
+        named = {"RAY_API_SERVER_ADDRESS": at} if said_by == "variable" else {}
+        args = ["--address", at] if said_by == "option" else []
+        result = grpo_ray(place, "status", *args, RAY_AUTH_TOKEN=token, NO_PROXY="elsewhere.com", **proxies, **named)
+        for server in (cluster, proxy):
+            server.shutdown()
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert Listener.shown
+    assert {(port, as_proxy) for port, as_proxy, _ in Listener.shown} == {(cluster.server_address[1], False)}
+    assert any(token in shown for _, _, shown in Listener.shown)
+    assert token not in result.stdout + result.stderr
 
 
 class Connections:

@@ -63,7 +63,7 @@ def test_what_an_actor_left_that_was_killed_goes_with_its_next_life_and_what_liv
     def live(run_dir: str, pid: int) -> Path:
         monkeypatch.setenv("TMPDIR", str(tmp_path))
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
-        monkeypatch.setattr("actors.runtime.SOCKET_FOLDER", 1000)
+        monkeypatch.setattr("actors.folders.LONGEST_FOLDER", 1000)
         monkeypatch.setattr(tempfile, "tempdir", None)
         monkeypatch.setattr(os, "getpid", lambda: pid)
         folder = own_scratch(run_dir, "rollout-0")
@@ -76,12 +76,15 @@ def test_what_an_actor_left_that_was_killed_goes_with_its_next_life_and_what_liv
     assert [len(list(folder.iterdir())) for folder in (other, alive, again)] == [1, 1, 1]
 
 
-def test_a_folder_too_deep_for_sockets_is_no_place_for_temporary_files(
+def test_a_folder_too_deep_for_sockets_is_no_place_for_temporary_files_and_a_short_one_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deep = tmp_path / "a" / ("b" * 60)
     deep.mkdir(parents=True)
     monkeypatch.setenv("TMPDIR", str(deep))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    own_scratch("run", "rollout-0")
-    assert tempfile.gettempdir() == str(deep)
+    folder = own_scratch("run", "rollout-0")
+    assert tempfile.gettempdir() == str(folder)
+    assert len(str(folder)) + len("/") + 36 <= 107
+    assert not list(deep.iterdir())
+    folder.rmdir()

@@ -1,0 +1,167 @@
+"""Which cluster is meant, who says so, and whether anything answers there: known in seconds, where Ray's own client would try for a
+quarter of an hour."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterable, MutableMapping
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from grpo_ray.errors import ConfigError, ResourceError
+
+VARIABLE = "RAY_ADDRESS"
+OPTION = "cluster.address"
+ANSWER_S = 8.0
+"""For a head that is there; one that restarts is asked again within it."""
+AGAIN_S = 0.5
+PROXY_EXCEPTIONS = ("no_proxy", "NO_PROXY")
+EVERYWHERE = "*"
+LOCAL = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass(frozen=True)
+class Address:
+    """Of a running cluster: `HOST:PORT` of its head, `ray://HOST:PORT` of Ray's client server, or `auto`."""
+
+    where: str
+    source: str
+    """The option or the environment variable that says so."""
+
+    def __str__(self) -> str:
+        return f"{self.where} (from {self.source})"
+
+    @property
+    def mend(self) -> str:
+        return (
+            f"unset {VARIABLE} to start a cluster on this machine, or set it to the address of a head that runs"
+            if self.source == VARIABLE
+            else f"leave {OPTION} out to start a cluster on this machine, or name a head that runs"
+        )
+
+
+def read_address(option: str | None) -> Address | None:
+    """The cluster to join by `cluster.address`, else by the environment; None: start one here."""
+    named = os.environ.get(VARIABLE, "").strip()
+    # An empty option is none, as an empty variable is.
+    said = (option or "").strip()
+    if said and said != "auto":
+        found = Address(said, OPTION)
+    elif named:
+        found = Address(named, VARIABLE)
+    elif said:
+        found = Address(said, OPTION)
+    else:
+        return None
+    return None if found.where == "local" else found
+
+
+def host_and_port(address: Address) -> tuple[str, int] | None:
+    """None: of `auto`, which Ray looks up.
+
+    Raises:
+        ConfigError: it is no address of a cluster that a run can join.
+    """
+    where = address.where
+    if where == "auto":
+        return None
+    if where.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"{address} is a dashboard, where `grpo-ray submit` sends runs; this command joins a cluster at HOST:PORT of its head, "
+            f"6379 as a rule: {address.mend}"
+        )
+    if not where.startswith("ray://") and "://" in where:
+        raise ConfigError(f"{address} is no address of a Ray cluster; it reads HOST:PORT or auto: {address.mend}")
+    try:
+        parts = urlsplit(where if "://" in where else f"tcp://{where}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if not host or not port or parts.path.strip("/"):
+        raise ConfigError(f"{address} is no address of a Ray cluster; it reads HOST:PORT or auto: {address.mend}")
+    return host, port
+
+
+def check_answers(address: Address, limit_s: float = ANSWER_S) -> None:
+    """See that a head answers, by its own protocol and without the token.
+
+    Raises:
+        ConfigError: it is no address.
+        ResourceError: nothing answers there within `limit_s` seconds, or something else does.
+    """
+    at = host_and_port(address)
+    if at is None:
+        try:
+            at = _running_here()
+        except ConnectionError:
+            raise ResourceError(f"no Ray cluster runs on this machine for {address}: {address.mend}") from None
+    host, port = at
+    bypass_proxies([host])
+    give_up = time.monotonic() + limit_s
+    _await_port(host, port, address, give_up)
+    # Ray's client server has no such question, and ends by itself when nothing answers it.
+    if not address.where.startswith("ray://") and not _is_head(host, port, max(1.0, give_up - time.monotonic())):
+        raise ResourceError(
+            f"what answers at {address} is no head of a Ray cluster, or it hangs: nothing of Ray's protocol within {limit_s:g} s; "
+            f"{address.mend}"
+        )
+
+
+def _running_here() -> tuple[str, int]:
+    """Raises ConnectionError when Ray knows of no cluster on this machine."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    found = canonicalize_bootstrap_address("auto")
+    host, _, port = str(found).rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _await_port(host: str, port: int, address: Address, give_up: float) -> None:
+    """Raises ResourceError when it takes no connection; a refusal is tried again for a while, for the head may restart."""
+    while True:
+        left = give_up - time.monotonic()
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, left)).close()
+            return
+        except OSError as e:
+            # A name that nobody knows is known no better a moment later.
+            if isinstance(e, socket.gaierror | UnicodeError) or give_up - time.monotonic() < AGAIN_S:
+                raise ResourceError(
+                    f"no Ray cluster answers at {address} ({e.strerror or e}); is its head started? {address.mend}"
+                ) from None
+        except UnicodeError:
+            raise ConfigError(f"{address} names no host: {address.mend}") from None
+        time.sleep(AGAIN_S)
+
+
+def _is_head(host: str, port: int, limit_s: float) -> bool:
+    """Does it answer what Ray asks heads for a sign of life? A protected one says that it wants to see the token first."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+    name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    options = [("grpc.enable_http_proxy", 0)]
+    encrypted = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+    channel = init_grpc_channel(name, options) if encrypted else grpc.insecure_channel(name, options)
+    try:
+        NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=limit_s, wait_for_ready=True)
+    except grpc.RpcError as e:
+        return bool(e.code() == grpc.StatusCode.UNAUTHENTICATED)
+    finally:
+        channel.close()
+    return True
+
+
+def bypass_proxies(hosts: Iterable[str], env: MutableMapping[str, str] = os.environ) -> None:
+    """Let what this process and its children send to these hosts, and to this machine, go there and to no proxy: with it goes
+    Ray's token, which is nobody else's business."""
+    told = [entry.strip() for name in PROXY_EXCEPTIONS for entry in env.get(name, "").split(",")]
+    # A star means everything as long as it stands alone.
+    entries = dict.fromkeys(entry for entry in (*told, *LOCAL, *hosts) if entry)
+    wanted = EVERYWHERE if EVERYWHERE in entries else ",".join(entries)
+    for name in PROXY_EXCEPTIONS:
+        env[name] = wanted

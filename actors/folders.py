@@ -1,0 +1,73 @@
+"""Where temporary files go: a folder that can be written to, with a path short enough for the sockets in it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+SOCKET_PATH = 107
+"""Bytes, Linux's limit."""
+RAYS_PART = len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store") + 2
+"""What Ray puts behind its temporary folder for the longest of its sockets."""
+VLLMS_PART = len("/grpo-ray-01234567-4194304-abcdefgh") + 37
+"""What our folder of an engine takes, and the name of a socket of vLLM's in it."""
+LONGEST_FOLDER = SOCKET_PATH - max(RAYS_PART, VLLMS_PART)
+MIN_FREE = 64 << 20
+"""Bytes. Ray's logs and sockets alone; what it spills is refused by Ray itself where a disk is 95% full."""
+SHORT_ONES = ("/tmp", "/var/tmp", "/dev/shm")
+PREFIX = "grpo-ray-"
+
+
+def unusable(folder: str) -> str | None:
+    """Why no file can be made in it; None: it can."""
+    path = Path(folder)
+    if not path.is_absolute():
+        return "is no absolute path"
+    try:
+        if not path.exists():
+            return "does not exist"
+        if not path.is_dir():
+            return "is no folder"
+        # Permissions tell root nothing, nor of a file system that is read-only.
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(b"x")
+        if shutil.disk_usage(path).free < MIN_FREE:
+            return f"has less than {MIN_FREE >> 20} MiB free"
+    except (OSError, ValueError) as e:
+        return f"can't be written to ({getattr(e, 'strerror', None) or e})"
+    return None
+
+
+def too_long(folder: str) -> bool:
+    """Would the path of a socket in it be longer than Linux allows?"""
+    return len(os.fsencode(folder)) > LONGEST_FOLDER
+
+
+def candidates() -> Iterator[str]:
+    """Short folders, the best first."""
+    yield from SHORT_ONES
+    if (of_session := os.environ.get("XDG_RUNTIME_DIR")) is not None:
+        yield of_session
+
+
+def short_place() -> str:
+    """The folder for temporary files that the environment names, or the first short one, where that is too long or of no use.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    for place in (tempfile.gettempdir(), *candidates()):
+        if not too_long(place) and unusable(place) is None:
+            return place
+    return tempfile.gettempdir()
+
+
+def make_short() -> Path | None:
+    """A new folder with a short path, for this user alone, with a name that nobody can guess; None: there is no place for it."""
+    for place in candidates():
+        if unusable(place) is None and not too_long(f"{place}/{PREFIX}01234567"):
+            return Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+    return None

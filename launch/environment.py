@@ -1,0 +1,313 @@
+"""What the environment does to Ray, vLLM and torch, seen before they start: what can be mended is, and said; what can't is named.
+
+Every command that starts or joins a cluster calls `prepare` before it imports Ray, and so does `check`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from actors.addresses import check_answers, read_address
+from actors.folders import LONGEST_FOLDER, make_short, too_long, unusable
+from grpo_ray.errors import ConfigError, ResourceError
+from grpo_ray.secrets import is_secret_name
+
+TEMPORARY = ("RAY_TMPDIR", "TMPDIR")
+"""The first that is set says where Ray's sockets are."""
+SPILLING = "RAY_object_spilling_directory"
+TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
+CACHES = (
+    *("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "TRITON_CACHE_DIR", "TRITON_HOME"),
+    *("TORCH_HOME", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "NUMBA_CACHE_DIR", "MPLCONFIGDIR"),
+    *("HF_DATASETS_CACHE", "HF_MODULES_CACHE"),
+)
+"""Folders that libraries write to, and make when they are not there."""
+HUBS = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE")
+"""Those with models, which may well be read-only."""
+
+_made: Path | None = None
+
+
+def prepare() -> None:
+    """Mend this process's environment, which its cluster inherits; tell on stderr what was mended.
+
+    Raises:
+        ConfigError: a variable that a library does not survive; names it.
+        ResourceError: there is no place for temporary files.
+    """
+    for note in (*_temporary(), *_home(), *_caches()):
+        print(f"note: {note}", file=sys.stderr)
+    check_variables()
+
+
+def _own() -> Path:
+    """This process's private folder, removed at its end."""
+    global _made
+    if _made is None:
+        _made = make_short()
+        if _made is None:
+            raise ResourceError(
+                "there is no place for temporary files: none of /tmp, /var/tmp, /dev/shm and XDG_RUNTIME_DIR can be written to; "
+                "set TMPDIR to a folder on this machine that can, with a path of at most "
+                f"{LONGEST_FOLDER} characters"
+            )
+        atexit.register(shutil.rmtree, _made, ignore_errors=True)
+    return _made
+
+
+def _temporary() -> list[str]:
+    notes = []
+    for name in TEMPORARY:
+        folder = os.environ.get(name)
+        if folder is None:
+            continue
+        reason = unusable(folder)
+        if reason is None and not too_long(folder):
+            continue
+        own = str(_own())
+        if reason is None:
+            # There is room there, for all that is no socket.
+            os.environ.setdefault(SPILLING, folder)
+            reason = (
+                f"has {len(os.fsencode(folder))} characters, and the sockets of Ray and vLLM allow {LONGEST_FOLDER}"
+            )
+        notes.append(f"{name}={folder} {reason}: temporary files of this run are in {own}")
+        os.environ[name] = own
+    if "TMPDIR" not in os.environ and unusable("/tmp") is not None:
+        # Ray looks nowhere else.
+        os.environ["TMPDIR"] = str(_own())
+        notes.append(f"/tmp {unusable('/tmp')}: temporary files of this run are in {_own()}")
+    # It was read when the first temporary file was made.
+    tempfile.tempdir = None
+    return notes
+
+
+def _home() -> list[str]:
+    """Ray keeps its token there, and libraries what they compile."""
+    told = os.environ.get("HOME")
+    if not told:
+        try:
+            told = os.environ["HOME"] = str(Path("~").expanduser())
+        except RuntimeError:
+            told = "~"
+    reason = unusable(told)
+    if reason is None:
+        return []
+    home = _own() / "home"
+    home.mkdir(mode=0o700, exist_ok=True)
+    for name, path in (
+        ("HF_HOME", Path(told, ".cache", "huggingface")),
+        (TOKEN_PATH, Path(told, ".ray", "auth_token")),
+    ):
+        # What can be read there still counts.
+        if os.access(path, os.R_OK):
+            os.environ.setdefault(name, str(path))
+    os.environ["HOME"] = str(home)
+    return [f"HOME={told} {reason}: what libraries keep there, Ray's token too, is in {home} until this command ends"]
+
+
+def _caches() -> list[str]:
+    notes = []
+    for name in CACHES:
+        folder = os.environ.get(name)
+        if not folder:
+            continue
+        if (reason := _unmakeable(folder)) is not None:
+            os.environ[name] = str(_own() / name.lower())
+            notes.append(f"{name}={folder} {reason}: {_own()} takes its place until this command ends")
+    for name in HUBS:
+        folder = os.environ.get(name)
+        if folder and not os.access(folder, os.R_OK | os.X_OK) and (reason := _unmakeable(folder)) is not None:
+            os.environ[name] = str(_own() / name.lower())
+            notes.append(f"{name}={folder} {reason}: {_own()} takes its place until this command ends")
+    return notes
+
+
+def _unmakeable(folder: str) -> str | None:
+    """As `unusable`, of a folder that may not be there yet: then the first above it that is counts."""
+    path = Path(folder).expanduser().absolute()
+    while not os.path.lexists(path) and path != path.parent:
+        path = path.parent
+    return unusable(str(path))
+
+
+class _Probe:
+    """A group of variables, and what reads them at its import."""
+
+    def __init__(self, names: str, code: str, harmless: Iterable[str] = ()) -> None:
+        self.names = re.compile(names)
+        self.code = code
+        self.harmless = frozenset(harmless)
+
+    def suspects(self) -> list[str]:
+        """Those that are set, and not to what no library stumbles over."""
+        return sorted(
+            name
+            for name, value in os.environ.items()
+            if self.names.match(name) and name not in self.harmless and not _is_harmless(name, value)
+        )
+
+
+_ALONE = """
+import importlib.util as util, os
+def alone(package, file):
+    spec = util.spec_from_file_location(file, os.path.join(os.path.dirname(util.find_spec(package).origin), file + ".py"))
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+"""
+"""A library's file without all the rest of it: what reads the environment takes no second, vLLM's import takes ten."""
+_HUGGING_FACE = f"""{_ALONE}
+alone("datasets", "config")
+import huggingface_hub.constants
+"""
+_VLLM = f"""{_ALONE}
+envs = alone("vllm", "envs")
+for name in envs.environment_variables:
+    if name in os.environ:
+        envs.environment_variables[name]()
+"""
+_PROBES = (
+    _Probe(
+        r"RAY_",
+        "import ray",
+        # Addresses and folders are looked at by themselves; the others are names, and what Ray gives to the jobs that it starts.
+        (
+            *("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR", SPILLING),
+            *("RAY_NAMESPACE", "RAY_IP", "RAY_CLUSTER_NAME", "RAY_CLUSTER_NAMESPACE", "RAY_NODE_TYPE_NAME"),
+            *("RAY_DASHBOARD_ADDRESS", "RAY_CLOUD_INSTANCE_ID", "RAY_USAGE_STATS_EXTRA_TAGS", "RAY_OVERRIDE_RESOURCES"),
+            "RAY_JOB_CONFIG_JSON_ENV_VAR",
+        ),
+    ),
+    _Probe(r"VLLM_", _VLLM, ("VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT")),
+    _Probe(r"(TORCH|PYTORCH|ATEN_|OMP_|KMP_|MKL_|GOMP_|DNNL_|ONEDNN_)", "import torch; torch.ones(2).sum()", CACHES),
+    _Probe(
+        r"(HF_|HUGGINGFACE_|TRANSFORMERS_|DATASETS_|TQDM_|USE_(TORCH|TF)|ARROW_)",
+        _HUGGING_FACE,
+        (*HUBS, *CACHES, "HF_HUB_OFFLINE", "HF_ENDPOINT", "TRANSFORMERS_OFFLINE", "HF_HUB_ENABLE_HF_TRANSFER"),
+    ),
+    _Probe(
+        r"PYTHON(WARNINGS|OPTIMIZE)$",
+        "import typer, torch, transformers, datasets, ray; from transformers import AutoModelForCausalLM",
+    ),
+)
+PROBE_S = 40.0
+"""For one import, on a busy machine."""
+TRIES = 12
+"""Children more, to find which of several variables it is."""
+
+
+def _is_harmless(name: str, value: str) -> bool:
+    """Integers are understood wherever numbers are; secrets are words."""
+    return value.isascii() and (value.isdigit() or is_secret_name(name))
+
+
+def check_variables() -> None:
+    """Have a child try what is about to be imported, where the environment holds something out of the usual for it.
+
+    Raises:
+        ConfigError: naming the variables that an import does not survive.
+    """
+    _check_json("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_OVERRIDE_RESOURCES")
+    if (mode := os.environ.get("RAY_AUTH_MODE", "token")) not in ("token", "disabled"):
+        raise ConfigError(f"RAY_AUTH_MODE is {mode!r} in the environment; it is token or disabled")
+    for probe in _PROBES:
+        suspects = probe.suspects()
+        if not suspects:
+            continue
+        error = _tried(probe.code, ())
+        if error is None or _tried(probe.code, suspects) is not None:
+            # It works; or it fails for another reason, which its own message tells.
+            continue
+        culprits = _culprits(probe.code, suspects)
+        told = ", ".join(f"{name}={os.environ[name]!r:.100}" for name in culprits)
+        what = "a variable" if len(culprits) == 1 else "variables"
+        raise ConfigError(
+            f"{what} of the environment that the libraries do not survive: {told} ({error}); unset or correct "
+            f"{'it' if len(culprits) == 1 else 'them'}"
+        )
+
+
+def check_cluster(option: str | None) -> None:
+    """See that the cluster to join answers, before anything that takes time.
+
+    Args:
+        option: `cluster.address`.
+
+    Raises:
+        ConfigError: it is no address.
+        ResourceError: nothing answers there.
+    """
+    address = read_address(option)
+    if address is not None:
+        check_answers(address)
+
+
+def blamed(text: str) -> str | None:
+    """One sentence on the variables whose value an error quotes, but not their name; None: there are none."""
+    names = [
+        name
+        for name, value in sorted(os.environ.items())
+        if any(probe.names.match(name) for probe in _PROBES)
+        and not is_secret_name(name)
+        and name not in text
+        and (value and repr(value) in text)
+    ]
+    if not names:
+        return None
+    told = ", ".join(f"{name}={os.environ[name]!r:.100}" for name in names)
+    return f"the environment holds {told}: if that is the cause, unset or correct it"
+
+
+def _check_json(*names: str) -> None:
+    """Raises ConfigError for one that Ray would read, and can't."""
+    for name in names:
+        value = os.environ.get(name)
+        if not value:
+            continue
+        try:
+            read = json.loads(value)
+        except ValueError as e:
+            raise ConfigError(f"{name} in the environment is no JSON ({e}): {value!r:.100}; unset it") from None
+        if not isinstance(read, dict):
+            raise ConfigError(f"{name} in the environment is no JSON object: {value!r:.100}; unset it")
+
+
+def _culprits(code: str, suspects: Sequence[str]) -> list[str]:
+    """Those without which it works, as far as a few tries tell them."""
+    if len(suspects) == 1 or len(suspects) > TRIES:
+        return list(suspects)
+    alone = [name for name in suspects if _tried(code, [s for s in suspects if s != name]) is not None]
+    return alone or list(suspects)
+
+
+def _tried(code: str, without: Sequence[str]) -> str | None:
+    """How this code fails in a process with this environment but for some variables; None: it does not."""
+    env = {k: v for k, v in os.environ.items() if k not in without}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=PROBE_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"not imported within {PROBE_S:g} s"
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.decode(errors="replace").strip().splitlines()
+    if done.returncode < 0:
+        return f"killed by {signal.Signals(-done.returncode).name}"
+    return lines[-1][:200] if lines else f"exit code {done.returncode}"
