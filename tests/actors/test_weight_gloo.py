@@ -232,3 +232,19 @@ def test_without_memory_to_share_engines_are_sent_the_weights_and_the_log_says_s
     trainer.send_weights()
     client.inboxes[0].swap(trainer.digest_source.digest.hex())
     assert torch.equal(client.loaders[0].used["head"], Source().weights()["head"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_are_sent_in_the_dtype_that_the_engines_were_told(dtype: torch.dtype) -> None:
+    """The learner holds fp32."""
+    from actors.weight_sender import ZeroWeightSource
+
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    source = ZeroWeightSource(module, 1 << 20, dtype)
+    sent = dict(source)
+    assert list(sent) == [name for name, _ in module.named_parameters()]
+    for name, param in module.named_parameters():
+        assert sent[name].dtype == dtype, name
+        assert torch.equal(sent[name], param.detach().to(dtype)), name
+    assert {meta.dtype for meta in source.metadata()} == {dtype}
+    assert source.num_bytes() == sum(t.numel() * t.element_size() for t in sent.values())
