@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def prepare() -> None:
         ConfigError: a variable that a library does not survive; names it.
         ResourceError: there is no place for temporary files.
     """
-    for note in (*_temporary(), *_home(), *_caches()):
+    for note in (*_temporary(), *_home(), *_caches(), *_warnings()):
         print(f"note: {note}", file=sys.stderr)
     check_variables()
 
@@ -133,6 +134,16 @@ def _caches() -> list[str]:
     return notes
 
 
+def _warnings() -> list[str]:
+    """Every library warns of something, and none is written to be ended by it."""
+    told = os.environ.get("PYTHONWARNINGS", "")
+    if not any(part.strip().partition(":")[0].startswith("e") for part in told.split(",")):
+        return []
+    del os.environ["PYTHONWARNINGS"]
+    warnings.resetwarnings()
+    return [f"PYTHONWARNINGS={told} would end libraries by what they warn of: it is left out"]
+
+
 def _unmakeable(folder: str) -> str | None:
     """As `unusable`, of a folder that may not be there yet: then the first above it that is counts."""
     path = Path(folder).expanduser().absolute()
@@ -169,7 +180,7 @@ def alone(package, file):
 """A library's file without all the rest of it: what reads the environment takes no second, vLLM's import takes ten."""
 _HUGGING_FACE = f"""{_ALONE}
 alone("datasets", "config")
-import huggingface_hub.constants
+import huggingface_hub.constants, tqdm
 """
 _VLLM = f"""{_ALONE}
 envs = alone("vllm", "envs")
@@ -196,12 +207,8 @@ _PROBES = (
         _HUGGING_FACE,
         (*HUBS, *CACHES, "HF_HUB_OFFLINE", "HF_ENDPOINT", "TRANSFORMERS_OFFLINE", "HF_HUB_ENABLE_HF_TRANSFER"),
     ),
-    _Probe(
-        r"PYTHON(WARNINGS|OPTIMIZE)$",
-        "import typer, torch, transformers, datasets, ray; from transformers import AutoModelForCausalLM",
-    ),
 )
-PROBE_S = 40.0
+PROBE_S = 20.0
 """For one import, on a busy machine."""
 TRIES = 12
 """Children more, to find which of several variables it is."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import stat
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
@@ -38,6 +40,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
     monkeypatch.setattr(launch.environment, "_made", None)
     monkeypatch.setattr(tempfile, "tempdir", None)
     yield monkeypatch
+    if launch.environment._made is not None:
+        shutil.rmtree(launch.environment._made)
     os.environ.clear()
     os.environ.update(before)
 
@@ -153,7 +157,9 @@ def test_hosts_are_added_to_what_no_proxy_is_for_in_both_cases_and_a_star_stays_
 
 
 def test_in_the_longest_folder_that_is_taken_the_longest_of_rays_sockets_can_be_made() -> None:
-    base = tempfile.mkdtemp(prefix="g", dir="/tmp")
+    made = make_short()
+    assert made is not None
+    base = str(made)
     folder = base + "/" + "x" * (LONGEST_FOLDER - len(base) - 1)
     assert (len(folder), too_long(folder), too_long(folder + "x")) == (LONGEST_FOLDER, False, True)
     place = Path(folder, "r" * (RAYS_PART - len("//plasma_store")))
@@ -162,6 +168,7 @@ def test_in_the_longest_folder_that_is_taken_the_longest_of_rays_sockets_can_be_
     assert len(str(longest)) <= SOCKET_PATH
     with socket.socket(socket.AF_UNIX) as s:
         s.bind(str(longest))
+    shutil.rmtree(made)
 
 
 def test_a_short_folder_is_for_its_user_alone_and_has_another_name_each_time() -> None:
@@ -258,11 +265,25 @@ def test_a_cache_that_cannot_be_made_is_replaced_and_one_that_can_is_not(
     assert unusable(str(Path(os.environ[name]).parent)) is None
 
 
+def test_warnings_are_no_errors_to_the_libraries_of_a_run(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment.setenv("PYTHONWARNINGS", "ignore::DeprecationWarning")
+    with warnings.catch_warnings():
+        prepare()
+        assert os.environ["PYTHONWARNINGS"] == "ignore::DeprecationWarning"
+        environment.setenv("PYTHONWARNINGS", "default,error")
+        warnings.simplefilter("error")
+        prepare()
+        warnings.simplefilter("ignore", append=True)
+        warnings.warn("not an error", stacklevel=1)
+    assert "PYTHONWARNINGS" not in os.environ
+    assert "PYTHONWARNINGS=default,error would end libraries" in capsys.readouterr().err
+
+
 def test_a_variable_that_ends_rays_import_without_a_word_is_named(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("RAY_memory_usage_threshold", "abc")
-    with pytest.raises(
-        ConfigError, match=r"RAY_memory_usage_threshold='abc' \(killed by SIGSEGV\); unset or correct it"
-    ):
+    with pytest.raises(ConfigError, match=r"RAY_memory_usage_threshold='abc' \(.+\); unset or correct it"):
         check_variables()
 
 
@@ -314,3 +335,41 @@ def test_an_error_that_quotes_a_variables_value_is_told_with_its_name(environmen
     assert blamed(error) == "the environment holds VLLM_SOMETHING='abc': if that is the cause, unset or correct it"
     assert blamed("VLLM_SOMETHING 'abc' is no number") is None
     assert blamed("something else") is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("RAY_gcs_server_request_timeout_seconds=abc", "RAY_task_events_report_interval_ms="),
+        *("RAY_gcs_rpc_server_reconnect_timeout_s=5s", "RAY_LOG_MONITOR_MAX_OPEN_FILES=many", "VLLM_PORT=tcp://a:1"),
+        *("TORCH_DISTRIBUTED_DEBUG=abc", "PYTORCH_JIT=abc", "GOMP_CPU_AFFINITY=abc", "TQDM_MININTERVAL=abc"),
+        *("HF_HUB_DOWNLOAD_TIMEOUT=10s", "VLLM_CPU_KVCACHE_SPACE=abc"),
+    ],
+)
+def test_nonsense_that_a_library_does_not_survive_is_named(environment: pytest.MonkeyPatch, setting: str) -> None:
+    name, _, value = setting.partition("=")
+    environment.setenv(name, value)
+    environment.setenv("RAY_memory_monitor_refresh_ms", "0")
+    with pytest.raises(ConfigError, match=f"{name}="):
+        check_variables()
+
+
+@pytest.mark.slow
+def test_nonsense_that_libraries_only_warn_of_keeps_no_run_from_starting(environment: pytest.MonkeyPatch) -> None:
+    for setting in (
+        *("TORCH_LOGS=abc", "TORCH_COMPILE_DEBUG=abc", "PYTORCH_CUDA_ALLOC_CONF=abc", "ATEN_CPU_CAPABILITY=abc"),
+        *("TORCH_CPP_LOG_LEVEL=abc", "OMP_NUM_THREADS=abc", "OMP_WAIT_POLICY=abc", "MKL_NUM_THREADS=abc"),
+        *("HF_HUB_VERBOSITY=abc", "HF_ENDPOINT=abc", "TRANSFORMERS_VERBOSITY=abc", "DATASETS_VERBOSITY=abc"),
+        *("CUDA_VISIBLE_DEVICES=nonsense", "LD_PRELOAD=/nonexistent.so", "LC_ALL=xx_YY", "COLUMNS=abc", "TERM=abc"),
+        *(
+            "RAY_NAMESPACE=abc",
+            "RAY_NONSENSE=abc",
+            "RAY_event_stats=abc",
+            "VLLM_NONSENSE=1",
+            "NO_COLOR=1",
+            "KMP_AFFINITY=abc",
+        ),
+    ):
+        environment.setenv(*setting.split("="))
+    check_variables()
