@@ -39,10 +39,10 @@ STORE_S = 5.0
 def preflight(config: RunConfig | SftConfig) -> None:
     """What takes no time and should fail before a cluster is started: the model's folder, and the names of rewards."""
     use_code_of(config)
-    tell_of_hub(config)
     if config.model.path is not None:
         check_model_path(config.model.path)
     check_machine(config)
+    tell_of_hub(config)
     if isinstance(config, RunConfig):
         for function in config.reward.functions:
             resolve(function)
