@@ -112,6 +112,11 @@ class RunDir:
         """Steps with a checkpoint, ascending. Raises StoreError."""
         return sorted({step for store in self._stores for step in store.steps()})
 
+    def newest_step(self) -> int | None:
+        """The newest step with a checkpoint. A remote store is asked only where none is in the folder that they are sent from.
+        Raises StoreError."""
+        return max(self.outbox.steps() or self.store.steps(), default=None)
+
     @property
     def _stores(self) -> list[Store]:
         """The nearest first."""

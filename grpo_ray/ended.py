@@ -46,10 +46,9 @@ def read_ended(run: Path) -> Ended | None:
 def finished(run: RunDir, config: RunConfig | SftConfig) -> Ended | None:
     """How the run ended, if all of its steps are done and its newest checkpoint is of the last: then nothing is left to do. None:
     it has steps to do, or nobody knows without its data."""
-    steps = run.steps()
-    if not steps:
+    newest = run.newest_step()
+    if newest is None:
         return None
-    newest = steps[-1]
     ended = read_ended(run.path)
     if ended is not None and ended.length == length_of(config) and ended.step == newest >= ended.total_steps:
         return ended

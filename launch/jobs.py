@@ -137,12 +137,13 @@ def _resume(run: RunDir, overrides: Sequence[str]) -> None:
     config, changes = changed_config(SCHEMAS[kind], run, list(overrides)) if overrides else (old, {})
     use_code_of(config)
     run = run.with_checkpoints(config.checkpoint.path, config.deadlines.store_s)
+    if changes:
+        check_length(run, config, run.newest_step())
     if (ended := finished(run, config)) is not None:
         _tell_finished(run, ended)
         return
     tell_of_hub(config)
     step = step_to_resume(run, lambda text: console.print(f"warning: {text}", style="yellow"))
-    check_length(run, config, step)
     if changes:
         record_changes(run, config, changes, step or 0)
     for text in (

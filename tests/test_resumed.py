@@ -20,6 +20,7 @@ from grpo_ray.ended import finished, write_ended
 from grpo_ray.epochs import run_length
 from grpo_ray.errors import ConfigError
 from grpo_ray.ledger import Ledger
+from launch.jobs import resume_run
 from launch.resumed import MAY_CHANGE, about_schedule, changed_config, check_length, record_changes
 
 ROOT = Path(__file__).parent.parent
@@ -134,6 +135,10 @@ def test_a_run_cannot_become_shorter_than_it_is(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has done 70 steps already"):
         check_length(run, sft(num_steps=20), 70)
     check_length(run, sft(num_steps=200), 70)
+    before = run.config.read_bytes()
+    with pytest.raises(ConfigError, match="has done 70 steps already"):
+        resume_run(run.path, ["num_steps=20"])
+    assert run.config.read_bytes() == before
 
 
 def test_a_schedule_that_ends_with_the_run_is_told() -> None:
