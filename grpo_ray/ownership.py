@@ -130,7 +130,7 @@ class Ownership:
                 ended = True
             if now - began > SAYS_S and not told:
                 told = True
-                tell(f"{self._run} was left by {self._holder()}: seeing whether that is gone, for up to {LEASE_S:g} s")
+                tell(f"{self._run} was taken by {self._holder()}: waiting up to {LEASE_S:g} s for a sign that it lives")
             time.sleep(POLL_S)
 
     def _acquired(self) -> bool:

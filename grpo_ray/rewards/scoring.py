@@ -67,7 +67,9 @@ def _with_extra(score: RewardScore, extra: tuple[tuple[str, Plain], ...]) -> Rew
 
 
 def _hint(error: BaseException, inputs: ScoreInputs) -> str:
-    """For `completion[0]["content"]`, which TRL's users know from conversations."""
+    """The mend, where it is known: of memory, and of `completion[0]["content"]`, which TRL's users know from conversations."""
+    if isinstance(error, MemoryError):
+        return "; a scoring process may take reward.memory_gb: raise that, or let the function take less"
     if not (isinstance(error, TypeError) and "string indices" in str(error) and isinstance(inputs.completions[0], str)):
         return ""
     return (

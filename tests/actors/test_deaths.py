@@ -13,6 +13,8 @@ from actors.deaths import CORE_DIED, KernelKills, fate, is_lost, kind_of, memory
 from actors.learner_group import LearnerGroup
 from grpo_ray.config import DeadlineConfig
 from grpo_ray.errors import NoMemoryError, RewardError, WorkerError
+from grpo_ray.rewards.function import RewardFunction, ScoreInputs
+from grpo_ray.rewards.scoring import call_reward
 
 RAYS = """1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID: 09ec98) was \
 22.59GB used / 23.54GB limit (0.9597)
@@ -145,3 +147,14 @@ def test_learners_that_memory_ran_out_for_are_lost_with_the_reason(tmp_path: Pat
         assert str(failure).startswith("learner-1 died during update: ")
         assert "learner.micro_batch_tokens" in str(failure)
         assert group.lost is not None
+
+
+def test_a_reward_that_takes_more_than_it_may_is_told_which_option_that_is() -> None:
+    def greedy(**_: object) -> list[float]:
+        raise MemoryError
+
+    function = RewardFunction("greedy", greedy)
+    inputs = ScoreInputs(["p"], ["c"], [[1]], {})
+    (score,) = call_reward(function, inputs)
+    assert score.detail.startswith("MemoryError")
+    assert "reward.memory_gb" in score.detail
