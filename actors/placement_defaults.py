@@ -167,8 +167,9 @@ def _candidates(
 ) -> Iterator[dict[str, Any]]:
     """Choices for what is free, the best first."""
     reward = isinstance(config, RunConfig) and SHARED_POOL in config.reward.pools
+    shares = CPU_SHARES if _may_share(machine, config, free) else CPU_SHARES[:1]
     for counts in _counts(machine, config, kind, free):
-        for share, of_rewards in product(CPU_SHARES, (1.0, 0.0) if reward else (None,)):
+        for share, of_rewards in product(shares, (1.0, 0.0) if reward else (None,)):
             if share < 1 and of_rewards:
                 continue
             options = dict(counts)
@@ -180,6 +181,17 @@ def _candidates(
                 options["reward.num_actors"] = _reward_workers(machine, config)
             idle = UNUSED.get(kind, ())
             yield {key: value for key, value in options.items() if key in free and _section(key) not in idle}
+
+
+def _may_share(machine: Machine, config: RunConfig | SftConfig, free: Collection[str]) -> bool:
+    """May engines and learners ask for less than a CPU? Those that work on GPUs, and one of each on CPUs: more of them than cores
+    are for the user to ask for."""
+    several = [
+        key
+        for key in ("rollout.num_actors", "learner.num_actors")
+        if _has(config, key) and key not in free and _get(config, key) > 1
+    ]
+    return machine.offers.get("GPU", 0) > 0 or not several
 
 
 def _reward_workers(machine: Machine, config: RunConfig | SftConfig) -> int:

@@ -170,7 +170,9 @@ def test_nodes_without_the_labels_that_are_asked_for_do_not_count() -> None:
     [
         (TWO_CORES, ("rollout.num_cpus=1", "learner.num_cpus=1", "reward.num_cpus=1"), {"reward.num_cpus": 0.0}),
         (ONE_CORE, ("rollout.num_cpus=1", "learner.num_cpus=1"), {"learner.num_cpus": 0.0}),
-        (TWO_CORES, ("rollout.num_actors=3", "rollout.num_cpus=1"), {"rollout.num_cpus": 0.5}),
+        (TWO_CORES, ("rollout.num_actors=3", "rollout.num_cpus=1"), {"rollout.num_actors": 1}),
+        (TWO_CORES, ("rollout.num_actors=9",), {"rollout.num_actors": 1}),
+        (TWO_CORES, ("learner.num_actors=3",), {"learner.num_actors": 1}),
         (TWO_CORES, ("learner.num_cpus=8",), {"learner.num_cpus": 1.0}),
         (LAPTOP, ("rollout.num_gpus=1",), {"rollout.num_gpus": None}),
         (ONE_GPU, ("learner.num_actors=2",), {"learner.num_actors": 1}),
