@@ -20,6 +20,7 @@ from grpo_ray.manifest import FileSum
 from grpo_ray.object_store import check_store
 from grpo_ray.saver import Saver
 from tests.s3 import S3
+from tests.test_train_loop import Session, config
 
 FILES = {"learner/rank-0/weights", "hf/config.json", "loop/loop.json"}
 
@@ -203,6 +204,44 @@ def test_a_store_that_is_away_for_too_long_ends_the_run_with_a_checkpoint_that_a
     within(30, resumed())
     assert run.dir.store.steps() == [1, 3]
     assert run.dir.outbox.steps() == []
+
+
+def trained_once(session: Session, steps: int) -> None:
+    """Three prompts a step, and none twice or left out."""
+    trained = [(row[0], row[3]) for row in session.ledger_rows if row[2] == "trained"]
+    assert [step for _, step in trained] == [step for step in range(1, steps + 1) for _ in range(3)]
+    assert len({prompt for prompt, _ in trained}) == 3 * steps
+
+
+def test_a_run_trains_on_while_its_store_is_away_and_ends_with_everything_there(
+    s3: S3, bucket: str, tmp_path: Path
+) -> None:
+    settings = [f"checkpoint.path={bucket}", "checkpoint.every_steps=2", "num_steps=40"]
+    session = Session(tmp_path / "run", config(*settings))
+    session.world.on_update = lambda step: {3: s3.stop, 30: s3.start}.get(step, bool)()
+    assert session.go() == "finished"
+    trained_once(session, 40)
+    assert session.run_dir.store.steps()[-1] == 40
+    assert session.run_dir.outbox.steps() == []
+    assert "learner/state.json" in str(session.run_dir.store.place(40).read("manifest.json"))
+
+
+def test_a_run_whose_store_stays_away_ends_after_a_step_and_the_resumed_one_repeats_none(
+    s3: S3, bucket: str, tmp_path: Path
+) -> None:
+    settings = [f"checkpoint.path={bucket}", "checkpoint.every_steps=2", "deadlines.store_s=0.5"]
+    session = Session(tmp_path / "run", config(*settings, "num_steps=100000"))
+    session.world.on_update = lambda step: s3.stop() if step == 3 else None
+    with pytest.raises(StoreError, match=r"0\.5 s \(deadlines\.store_s\).*grpo-ray resume"):
+        session.go()
+    done = session.loop.step
+    assert done > 3
+    assert session.run_dir.outbox.steps() == [done]
+    s3.start()
+    again = Session(tmp_path / "run", config(f"checkpoint.path={bucket}", f"num_steps={done + 2}"))
+    assert again.go() == "finished"
+    trained_once(again, done + 2)
+    assert again.run_dir.store.steps()[-1] == done + 2
 
 
 def test_a_whole_checkpoint_is_not_taken_for_a_broken_one_when_the_store_does_not_answer(

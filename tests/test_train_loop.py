@@ -230,7 +230,7 @@ class Session:
     ) -> None:
         self.world = World(jitter)
         self.events: list[Any] = []
-        self.run_dir = RunDir(folder)
+        self.run_dir = RunDir(folder).with_checkpoints(cfg.checkpoint.path, cfg.deadlines.store_s)
         self.ledger = Ledger(self.run_dir.ledger)
         world = self.world
         self.loop = TrainLoop(
