@@ -75,9 +75,8 @@ bench-sandbox: .venv/.ready  ## 10,000 ordinary programs through the sandbox: ri
 
 # uv does not read pip's find-links, where torch's build for CPUs may lie.
 lock: export UV_FIND_LINKS ?= $(shell $(BIN)/python -m pip config get global.find-links 2>/dev/null | tr ' ' ',')
-lock: .venv/.ready  ## resolve pyproject.toml into the lock files again
-	@$(BIN)/uv pip compile pyproject.toml -q --extra cpu --extra dev --python-version 3.11 --no-header --no-annotate -o lock-cpu.txt
-	@$(BIN)/uv pip compile pyproject.toml -q --no-config --extra gpu --extra dev --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate -o lock-gpu.txt
+lock: .venv/.ready  ## resolve pyproject.toml into the lock files again, for every Python that is taken
+	@$(BIN)/python -m launch.lock
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18

@@ -1,17 +1,23 @@
 #!/usr/bin/env bash
 # Everything that the project needs, into .venv, from the lock files. `make` calls it when something is missing or newer.
 #   install.sh packages   stops before the project itself: a layer of docker/Dockerfile
+#   install.sh python     stops when .venv is there
+#   PYTHON=/path/to/it    instead of looking for Python 3.11, 3.12 or 3.13, and for uv's own where there is none
 #   GRPO_RAY_GPU=yes|no   instead of looking for a GPU
 set -euo pipefail
 cd "$(dirname "$0")/.."
 stop() { echo "grpo-ray set-up: $*" >&2; exit 1; }
 
 # What is missing is said at once, before anything is downloaded.
-python=""
-for candidate in ${PYTHON:-} python3.11 python3 python; do
-    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then python=$candidate; break; fi
+suits='import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v <= (3, 13))'
+python="" without_venv=""
+for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3 python}; do
+    "$candidate" -c "$suits" 2>/dev/null || continue
+    if "$candidate" -c 'import venv, ensurepip' 2>/dev/null; then python=$candidate; break; fi
+    without_venv=${without_venv:-$candidate}
 done
-[ -n "$python" ] || stop "Python 3.11 with venv was not found (ray, vllm and deepspeed are pinned for it); install it, or name it: make PYTHON=/path/to/python3.11"
+[ -n "$python" ] || [ -z "${PYTHON:-}" ] || stop "PYTHON=$PYTHON is no Python 3.11, 3.12 or 3.13 with venv and ensurepip (Debian, Ubuntu: apt-get install python3-venv); name another, or none: then uv brings its own"
+uv_version=0.13.9
 command -v g++ >/dev/null || command -v c++ >/dev/null || stop "no C++ compiler; install g++ (Debian: apt-get install g++ python3-dev), DeepSpeed builds with it"
 # The reward `code` runs programs in a sandbox of bubblewrap and libseccomp; nothing else needs them.
 if ! command -v bwrap >/dev/null; then
@@ -25,11 +31,25 @@ free_gb=$(df -Pk . | awk 'NR==2 {print int($4 / 1048576)}')
 [ "$free_gb" -ge $need_gb ] || stop "$free_gb GB free on this disk, $need_gb GB are needed for the packages"
 
 lock="lock-cpu.txt"; [ "$gpu" = yes ] && lock="lock-gpu.txt"
-echo "grpo-ray set-up: Python 3.11, $( [ $gpu = yes ] && echo 'vLLM for GPUs' || echo 'no GPU found: the CPU stack' ), packages of $lock into .venv (a few minutes the first time)"
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+echo "grpo-ray set-up: $( [ $gpu = yes ] && echo 'vLLM for GPUs' || echo 'no GPU found: the CPU stack' ), packages of $lock into .venv (a few minutes the first time)"
+if [ ! -x .venv/bin/python ] && [ -n "$python" ]; then
+    "$python" -m venv .venv
+elif [ ! -x .venv/bin/python ]; then
+    here="no Python 3.11, 3.12 or 3.13 was found"; [ -z "$without_venv" ] || here="$without_venv has no venv (Debian, Ubuntu: apt-get install python3-venv)"
+    echo "  $here: uv brings a Python 3.11 of its own (30 MB, from GitHub, into $( uv python dir 2>/dev/null || echo "$HOME/.local/share/uv/python" )); to avoid that, install one and call make again, or name it: make PYTHON=/path/to/python3.12"
+    uv=$(command -v uv || true)
+    if [ -z "$uv" ]; then
+        uv=.uv/uv
+        script=https://astral.sh/uv/$uv_version/install.sh
+        { curl -LsSf "$script" || wget -qO- "$script"; } 2>/dev/null | env UV_UNMANAGED_INSTALL="$PWD/.uv" sh >/dev/null 2>&1 || true
+        [ -x $uv ] || stop "uv is not here and could not be had from $script; install a Python 3.11, 3.12 or 3.13 with venv, or uv, and call make again"
+    fi
+    "$uv" venv -q --seed --managed-python --python 3.11 .venv || stop "uv could not bring its Python (see above); install a Python 3.11, 3.12 or 3.13 with venv and call make again"
+fi
+[ "${1:-}" != python ] || exit 0
 .venv/bin/python -m pip --version >/dev/null 2>&1 || stop "the .venv here is broken; remove it (rm -rf .venv) and call make again"
 echo "  1/4 uv, the installer"
-.venv/bin/python -m pip install -q --disable-pip-version-check uv==0.13.9
+.venv/bin/python -m pip install -q --disable-pip-version-check "uv==$uv_version"
 
 # uv does not read pip's find-links; a wheel of torch for CPUs may lie there.
 links=${PIP_FIND_LINKS:-$(.venv/bin/python -m pip config get global.find-links 2>/dev/null || true)}
