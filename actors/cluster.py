@@ -120,8 +120,11 @@ def _start_local(num_cpus: int, common: dict[str, Any]) -> None:
                 ) from None
 
 
-OWN_VARIABLES = ("RAY_AUTH_MODE", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_agent_register_timeout_ms")
-"""Set here."""
+OWN_VARIABLES = (
+    *("RAY_AUTH_MODE", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_agent_register_timeout_ms"),
+    *("RAY_CLIENT_MODE", "RAY_USAGE_STATS_ENABLED"),
+)
+"""Set here, and by Ray for itself."""
 
 
 def _of_environment() -> str:

@@ -26,7 +26,8 @@ from grpo_ray.secrets import is_secret_name
 TEMPORARY = ("RAY_TMPDIR", "TMPDIR")
 """The first that is set says where Ray's sockets are."""
 SPILLING = "RAY_object_spilling_directory"
-TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
+TOKEN, TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+CERTIFICATES = ("RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
 CACHES = (
     *("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "TRITON_CACHE_DIR", "TRITON_HOME"),
     *("TORCH_HOME", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "NUMBA_CACHE_DIR", "MPLCONFIGDIR"),
@@ -230,6 +231,7 @@ def check_variables() -> None:
     _check_json("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_OVERRIDE_RESOURCES")
     if (mode := os.environ.get("RAY_AUTH_MODE", "token")) not in ("token", "disabled"):
         raise ConfigError(f"RAY_AUTH_MODE is {mode!r} in the environment; it is token or disabled")
+    _check_files(mode)
     for probe in _PROBES:
         suspects = probe.suspects()
         if not suspects:
@@ -251,6 +253,21 @@ def check_variables() -> None:
             f"{what} of the environment that the libraries do not survive: {told} ({error}); unset or correct "
             f"{'it' if len(culprits) == 1 else 'them'}"
         )
+
+
+def _check_files(mode: str) -> None:
+    """Raises ConfigError for a file that Ray would wait for, or end without."""
+    needed = [TOKEN_PATH] if mode == "token" and os.environ.get(TOKEN_PATH) and not os.environ.get(TOKEN) else []
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        needed += CERTIFICATES
+    for name in needed:
+        path = os.environ.get(name)
+        if not path:
+            raise ConfigError(
+                f"RAY_USE_TLS is set in the environment, and {name} is not: it names a file; or unset RAY_USE_TLS"
+            )
+        if not os.path.isfile(path) or not os.access(path, os.R_OK):
+            raise ConfigError(f"{name} in the environment names no file that can be read: {path}; correct or unset it")
 
 
 def check_cluster(option: str | None) -> None:

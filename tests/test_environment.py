@@ -303,6 +303,8 @@ def test_of_several_variables_those_that_are_the_cause_are_named(environment: py
         ("RAY_JOB_CONFIG_JSON_ENV_VAR", "{", "is no JSON"),
         ("RAY_JOB_CONFIG_JSON_ENV_VAR", "[]", "is no JSON object"),
         ("RAY_AUTH_MODE", "yes", "is token or disabled"),
+        ("RAY_AUTH_TOKEN_PATH", "/nope", "names no file that can be read: /nope"),
+        ("RAY_USE_TLS", "1", "is set in the environment, and RAY_TLS_SERVER_CERT is not"),
     ],
 )
 def test_what_ray_reads_as_it_starts_is_refused_with_its_name(
