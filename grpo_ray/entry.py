@@ -19,7 +19,8 @@ def main() -> NoReturn:
     root = str(Path(__file__).parent.parent)
     sys.path.insert(0, root)
     try:
-        import_module("launch.interrupts").install()
+        interrupts = import_module("launch.interrupts")
+        interrupts.install()
         search_path = import_module("actors.search_path")
     finally:
         sys.path.remove(root)
@@ -29,6 +30,7 @@ def main() -> NoReturn:
         raise AssertionError("the command line has come back")
     except SystemExit as end:
         if isinstance(end.code, int | None) and any(name in sys.modules for name in SLOW_TO_LEAVE):
+            interrupts.run_last()
             _leave(end.code or 0)
         raise
 

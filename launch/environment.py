@@ -5,7 +5,6 @@ Every command that starts or joins a cluster calls `prepare` before it imports R
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import re
@@ -16,12 +15,14 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from actors.addresses import check_answers, read_address
 from actors.folders import LONGEST_FOLDER, make_short, too_long, unusable
 from grpo_ray.errors import ConfigError, ResourceError
 from grpo_ray.secrets import is_secret_name
+from launch import interrupts
 
 TEMPORARY = ("RAY_TMPDIR", "TMPDIR")
 """The first that is set says where Ray's sockets are."""
@@ -63,7 +64,7 @@ def _own() -> Path:
                 "set TMPDIR to a folder on this machine that can, with a path of at most "
                 f"{LONGEST_FOLDER} characters"
             )
-        atexit.register(shutil.rmtree, _made, ignore_errors=True)
+        interrupts.at_end(partial(shutil.rmtree, _made, ignore_errors=True))
     return _made
 
 

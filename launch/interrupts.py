@@ -33,6 +33,7 @@ class _Open(NamedTuple):
 
 
 _open: list[_Open] = []
+_last: list[Callable[[], object]] = []
 _owner = 0
 """The process that these are about; one that it forks is not."""
 
@@ -59,6 +60,21 @@ def leaving(line: str | Callable[[], str] | None = None, end: Callable[[], None]
         yield
     finally:
         _open.remove(entry)
+
+
+def at_end(call: Callable[[], object]) -> None:
+    """Have this called when the command ends, in whatever way."""
+    import atexit
+
+    _last.append(call)
+    atexit.register(call)
+
+
+def run_last() -> None:
+    """For an end at which Python runs nothing by itself."""
+    for call in _last:
+        with contextlib.suppress(Exception):
+            call()
 
 
 @contextlib.contextmanager
@@ -205,4 +221,5 @@ def _say(line: str) -> None:
 
 
 def _exit(code: int) -> NoReturn:
+    run_last()
     os._exit(code)

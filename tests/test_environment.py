@@ -6,6 +6,8 @@ import os
 import shutil
 import socket
 import stat
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -375,3 +377,35 @@ def test_nonsense_that_libraries_only_warn_of_keeps_no_run_from_starting(environ
     ):
         environment.setenv(*setting.split("="))
     check_variables()
+
+
+@pytest.mark.parametrize("imported", ["", "import ray"])
+@pytest.mark.parametrize("end", ["sys.exit(0)", "os.kill(os.getpid(), signal.SIGTERM)"])
+def test_the_folder_that_took_anothers_place_is_gone_however_the_command_ends(
+    tmp_path: Path, imported: str, end: str
+) -> None:
+    code = f"""
+import os, signal, sys
+{imported}
+from grpo_ray import entry
+from launch import cli
+def run():
+    from launch.environment import prepare
+    prepare()
+    print(os.environ["TMPDIR"])
+    sys.stdout.flush()
+    {end}
+cli.main = run
+entry.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TMPDIR": str(tmp_path / "absent"), "PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    folder = Path(done.stdout.split()[0])
+    assert folder.name.startswith("grpo-ray-"), done.stderr
+    assert not folder.exists()
