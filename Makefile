@@ -1,7 +1,7 @@
 # make smoke   sets everything up and trains a tiny model for real, on any machine
 # make test    sets everything up and runs the tests
 # make bench   the tables of the README
-.PHONY: smoke r1 test test-all test-cluster chaos soak recovery lint bench bench-versus bench-to-accuracy bench-learning bench-side-by-side bench-simulate bench-sync bench-growth bench-sample bench-gpu bench-sandbox lock help
+.PHONY: smoke r1 test test-all test-cluster chaos soak recovery mutants lint bench bench-versus bench-to-accuracy bench-learning bench-side-by-side bench-simulate bench-sync bench-growth bench-sample bench-gpu bench-sandbox lock help
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 # Set in many images; without bytecode every worker process compiles its packages again.
@@ -33,6 +33,9 @@ recovery: .venv/.ready  ## how long a run needs after each kind of death, five t
 
 test-cluster: .venv/.ready  ## a Ray cluster of several nodes on this machine: workers come and go, a node dies (20 minutes)
 	@$(BIN)/pytest -s tests/end_to_end/test_cluster.py tests/end_to_end/test_scale.py
+
+mutants: .venv/.ready  ## small mistakes put into the code, and whether a fast test notices (MUTANTS='grpo_ray.losses.*': some; SAMPLE=100: of each part)
+	@$(BIN)/python -m tests.mutants $(if $(SAMPLE),--sample $(SAMPLE)) $(MUTANTS)
 
 lint: .venv/.ready  ## ruff, mypy, import layers
 	@$(BIN)/ruff check .

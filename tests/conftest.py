@@ -53,7 +53,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Everything is told and ended. Threads that Ray left here, of twenty clusters, are not; one ran into what an orderly exit had
     taken apart, and a run in which all tests had passed ended in a segmentation fault."""
-    if (status := config.stash.get(STATUS, None)) is not None:
+    started_ray = "ray" in sys.modules and "MUTANT_UNDER_TEST" not in os.environ
+    if started_ray and (status := config.stash.get(STATUS, None)) is not None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

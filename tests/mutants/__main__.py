@@ -1,0 +1,93 @@
+"""`make mutants`: small mistakes put into the code one at a time by mutmut, and whether a fast test notices each.
+
+Which modules and which tests: `[tool.mutmut]` in pyproject.toml. Mistakes that change nothing are listed with their reasons in
+equivalent.yaml. The exit code is 1 below 95% in any part, with every mistake that nobody noticed printed as a diff. mutmut keeps
+what it found under mutants/ and repeats only what changed. `MUTANTS='grpo_ray.losses.*'` tries some, `SAMPLE=100` so many of each
+part, drawn by a seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.mutants.survivors import Equivalents, Mutant, read_mutants
+
+GOAL = 0.95
+PARTS = {
+    "algorithms": ("advantages", "losses", "truncation", "mismatch"),
+    "batches": ("train_batch", "batching", "sequence"),
+    "run files": (
+        *("checkpoint", "saver", "manifest", "checkpoint_store", "files", "delivery", "ended"),
+        *("fragments", "ledger", "rollout_log", "records"),
+    ),
+    "data": ("data", "prompts", "cursor", "epochs", "turns", "thinking", "stops"),
+    "rewards": ("rewards",),
+}
+EQUIVALENTS = Path(__file__).with_name("equivalent.yaml")
+
+
+def part_of(mutant: Mutant) -> str:
+    """The part that a mutant's module belongs to."""
+    stem = mutant.module.split(".")[1]
+    return next((part for part, stems in PARTS.items() if stem in stems), "others")
+
+
+def mutmut(*words: str) -> None:
+    subprocess.run([sys.executable, "-m", "mutmut", *words], check=False)
+
+
+def drawn(size: int, seed: int) -> list[str]:
+    """Names of so many mutants of each part."""
+    mutmut("print-time-estimates")
+    by_part: dict[str, list[str]] = defaultdict(list)
+    for mutant in read_mutants():
+        by_part[part_of(mutant)].append(mutant.name)
+    of_seed = random.Random(seed)
+    return [name for names in by_part.values() for name in of_seed.sample(sorted(names), min(size, len(names)))]
+
+
+def main(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
+    parser.add_argument("patterns", nargs="*", help="names of mutants, as mutmut gives them; none: all")
+    parser.add_argument("--sample", type=int, help="so many of each part")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args(words)
+    patterns = drawn(options.sample, options.seed) if options.sample else options.patterns
+    mutmut("run", *patterns)
+    equivalents = Equivalents.read(EQUIVALENTS)
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    unnoticed: list[Mutant] = []
+    for mutant in read_mutants(patterns):
+        verdict = "equivalent" if mutant.verdict == "survived" and equivalents.reason(mutant) else mutant.verdict
+        counts[part_of(mutant)][verdict] += 1
+        unnoticed += [mutant] if verdict == "survived" else []
+    console = Console(width=120, markup=False, highlight=False)
+    for mutant in unnoticed:
+        console.print(f"{mutant.name}\n{mutant.diff}\n")
+    return show(console, counts)
+
+
+def show(console: Console, counts: dict[str, Counter[str]]) -> int:
+    """The table by part; 0 where each reaches the goal and nothing was left unchecked."""
+    table = Table("part", "mistakes", "killed", "equivalent", "unnoticed", "not checked", "killed of the rest")
+    failed = not counts
+    for part, count in counts.items():
+        real = count["killed"] + count["survived"]
+        share = count["killed"] / max(real, 1)
+        failed |= share < GOAL or count["not checked"] > 0
+        cells = (count.total(), count["killed"], count["equivalent"], count["survived"], count["not checked"])
+        table.add_row(part, *map(str, cells), f"{share:.1%}")
+    console.print(table)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
