@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -99,11 +100,17 @@ class Slurm:
         self.until(lambda: self.call("sinfo", "-h", "-p", "main", "-o", "%T %D").split() == ["idle", "2"], 60)
 
     def stop(self) -> None:
-        """What was started here, by its number."""
+        """What was started here, by its number; their jobs first, whose processes would stay."""
+        with suppress(AssertionError, subprocess.SubprocessError):
+            self.cancel_all()
         for name in ("slurmd-n1.pid", "slurmd-n2.pid", "slurmctld.pid", "munge/pid-file"):
             path = self.folder / name
             if path.is_file():
                 subprocess.run(["kill", path.read_text().strip()], check=False, capture_output=True)
+
+    def cancel_all(self) -> None:
+        subprocess.run(["scancel", "--user=root"], env=self.env, timeout=60, check=False)
+        self.until(lambda: not self.call("squeue", "--noheader").strip(), 120)
 
     def call(self, *command: str, cwd: Path | None = None) -> str:
         done = subprocess.run(command, env=self.env, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
@@ -142,6 +149,12 @@ def slurm() -> Iterator[Slurm]:
             cluster.stop()
 
 
+@pytest.fixture(autouse=True)
+def no_job_is_left(slurm: Slurm) -> Iterator[None]:
+    yield
+    slurm.cancel_all()
+
+
 class Job:
     def __init__(self, slurm: Slurm, folder: Path, *options: str) -> None:
         self.slurm, self.folder, self.run_dir = slurm, folder, folder / "runs" / "mine"
@@ -173,7 +186,9 @@ class Job:
         self.slurm.until(true, seconds, lambda: f"{self.slurm.state(self.id)}\n{self.log}")
 
     def wait_for_requeue(self) -> None:
-        self.until(lambda: self.slurm.state(self.id).startswith("PENDING"))
+        """It is in the queue at first, too."""
+        self.until(lambda: bool(self.steps()))
+        self.until(lambda: self.slurm.state(self.id).startswith("PENDING"), 400)
 
     def start_again(self) -> None:
         """Without the two minutes that Slurm lets a job wait that came back."""
@@ -201,7 +216,7 @@ def assert_nothing_lost(job: Job, cut_at: int) -> None:
 def test_a_run_ends_with_a_checkpoint_before_its_time_is_up_and_goes_on_by_requeue(
     slurm: Slurm, tmp_path: Path
 ) -> None:
-    job = Job(slurm, tmp_path, "--time=5", "--signal=B:TERM@150")
+    job = Job(slurm, tmp_path, "--time=8", "--signal=B:TERM@240")
     job.wait_for_requeue()
     first = job.steps()
     assert first, job.log
