@@ -11,6 +11,8 @@ from collections.abc import Collection, Sequence
 
 GUESS_CUTOFF = 0.8
 """Of `difflib`'s ratio: `zero_stge` is `zero_stage` (0.95), `max_tokens` is not `max_actors` (0.7)."""
+ELSEWHERE_CUTOFF = 0.9
+"""In another section, where short words are alike by chance: `betas` (of Adam) and `beta` (of the KL) are at 0.89."""
 MAX_PLACES = 4
 
 _BATCH = ("prompts_per_step", "examples_per_step")
@@ -18,6 +20,9 @@ _SAMPLES = " (prompts of a step; it trains on so many times rollout.num_generati
 _TOKENS = " (tokens, not samples)"
 _PARAMS = " (or algorithm: NAME, a preset)"
 _STEPS = " (steps)"
+_AT_ONCE = " (what an engine samples at once, in evaluations too)"
+_ZERO = " (of DeepSpeed: 3 shares weights, gradients and optimizer, as FSDP does)"
+_LENGTHS = ", after prompts of up to data.max_prompt_length"
 
 ALIASES: dict[str, tuple[tuple[str, ...], str]] = {
     # Short forms that are typed by habit.
@@ -106,6 +111,32 @@ ALIASES: dict[str, tuple[tuple[str, ...], str]] = {
     "test_freq": (("eval.every_steps",), ""),
     "default_local_dir": (("dir",), ""),
     "max_actor_ckpt_to_keep": (("checkpoint.keep",), ""),
+    "max_critic_ckpt_to_keep": (("checkpoint.keep",), ""),
+    "default_hdfs_dir": (("checkpoint.path",), ""),
+    "rollout_data_dir": (("tracking.rollouts",), ""),
+    "val_max_samples": (("data.eval.limit", "data.eval"), ""),
+    "val_batch_size": (("rollout.max_num_seqs",), _AT_ONCE),
+    "val_kwargs.do_sample": (("eval.temperature",), ": 0 is greedy"),
+    "optim.betas": (("learner.adam_betas",), ": [BETA1, BETA2]"),
+    "clip_grad": (("learner.max_grad_norm",), ""),
+    "actor.strategy": (("learner.zero_stage",), _ZERO),
+    "fsdp_size": (("learner.zero_stage",), _ZERO),
+    "use_dynamic_bsz": (("learner.micro_batch_tokens",), " (batches are always made by tokens)"),
+    "log_prob_micro_batch_size": (("learner.micro_batch_tokens",), _TOKENS),
+    "log_prob_max_token_len_per_gpu": (("learner.micro_batch_tokens",), ""),
+    "forward_max_token_len_per_gpu": (("learner.micro_batch_tokens",), ""),
+    "max_model_len": (("rollout.max_completion_length",), _LENGTHS),
+    "free_cache_engine": (("cluster.placement",), ": colocated"),
+    "hybrid_engine": (("cluster.placement",), ": colocated"),
+    "update_weights_bucket_megabytes": (("weights.bucket_mb",), ""),
+    "custom_chat_template": (("data.template",), ": a Jinja file"),
+    "max_num_gen_batches": (("algorithm.max_sampling_rounds",), ""),
+    "rollout_rs": (("algorithm.geometric_mask",), ""),
+    "rollout_rs_threshold": (("algorithm.geometric_mask",), ""),
+    "bypass_mode": (("algorithm.old_logprobs",), ": rollout"),
+    "reward_model.model.path": (("reward.functions",), ": [{name: reward_model, args: {path: ..}}]"),
+    "reward_manager": (("reward.functions",), ": [{name: NAME}]"),
+    "sandbox_fusion.url": (("reward.functions",), ": [{name: code}], with a sandbox of its own"),
     # TRL, and the TrainingArguments of Transformers
     "model_name_or_path": (("model.path",), ""),
     "dataset_name": (("data.train.path",), ""),
@@ -159,14 +190,26 @@ ALIASES: dict[str, tuple[tuple[str, ...], str]] = {
     "save_total_limit": (("checkpoint.keep",), ""),
     "eval_steps": (("eval.every_steps",), ""),
     "log_completions": (("tracking.rollouts",), ""),
-    "resume_from_checkpoint": (
-        ("checkpoint.path",),
-        " says where they are; `grpo-ray resume RUN` goes on from the newest",
-    ),
+    "eval_strategy": (("eval.every_steps",), ""),
+    "save_strategy": (("checkpoint.every_steps",), ""),
+    "per_device_eval_batch_size": (("rollout.max_num_seqs",), _AT_ONCE),
+    "vllm_max_model_length": (("rollout.max_completion_length",), _LENGTHS),
+    "vllm_enable_sleep_mode": (("cluster.placement",), ": colocated"),
+    "max_seq_length": (("max_length", "rollout.max_completion_length"), ""),
+    "chat_template_path": (("data.template",), ": a Jinja file"),
+    "dataloader_drop_last": (("data.last_batch",), ": drop"),
+    "data_seed": (("seed",), ""),
+    "fp16": (("model.dtype",), ": bfloat16 or float32"),
+    "deepspeed": (("learner.zero_stage",), ""),
+    "fsdp": (("learner.zero_stage",), _ZERO),
     # OpenRLHF
     "pretrain": (("model.path",), ""),
     "prompt_data": (("data.train.path",), ""),
+    "dataset": (("data.train.path",), ""),
     "prompt_split": (("data.train.split",), ""),
+    "eval_split": (("data.eval.split", "data.eval"), ""),
+    "chosen_key": (("data.train.columns",), ": {chosen: NAME}"),
+    "rejected_key": (("data.train.columns",), ": {rejected: NAME}"),
     "eval_dataset": (("data.eval.path", "data.eval"), ""),
     "eval_temperature": (("eval.temperature",), ""),
     "eval_n_samples_per_prompt": (("eval.num_samples",), ""),
@@ -192,6 +235,11 @@ ALIASES: dict[str, tuple[tuple[str, ...], str]] = {
     "l2": (("learner.weight_decay",), ""),
     "max_norm": (("learner.max_grad_norm",), ""),
     "adam_offload": (("learner.offload_optimizer",), ""),
+    "use_dynamic_batch": (("learner.micro_batch_tokens",), " (batches are always made by tokens)"),
+    "vllm_generate_batch_size": (("rollout.max_num_seqs",), _AT_ONCE),
+    "vllm_sync_backend": (("weights.backend",), ""),
+    "deepspeed_enable_sleep": (("cluster.placement",), ": colocated"),
+    "actor_num_nodes": (("learner.num_actors",), " (all in all, on whatever nodes there are)"),
     "packing_samples": (("learner.packing",), ""),
     "ring_attn_size": (("learner.sequence_parallel_size",), ""),
     "init_kl_coef": (("algorithm.beta",), ""),
@@ -226,6 +274,42 @@ ALIASES: dict[str, tuple[tuple[str, ...], str]] = {
 }
 """Ending of a dotted name -> (options here, the first that a schema has counts; what there is to say of it)."""
 
+_OF_ITSELF = "it is so of itself"
+_CONSTANT = "a KL's weight is constant (algorithm.beta)"
+_POLICY = "what is sampled is the policy itself, cut down by rollout.top_p, top_k and min_p"
+_RESUME = "`grpo-ray resume RUN` goes on from the newest checkpoint of a run"
+ABSENT: dict[str, str] = {
+    "use_vllm": f"{_OF_ITSELF}: all samples are vLLM's",
+    "rollout.name": "engines are vLLM's",
+    "rollout.mode": "samples are asked for one by one, asynchronously",
+    "do_sample": f"{_OF_ITSELF}; eval.temperature 0 is greedy",
+    "vllm_server_host": "engines are actors of the cluster (rollout.num_actors)",
+    "vllm_server_port": "engines are actors of the cluster (rollout.num_actors)",
+    "vllm_server_base_url": "engines are actors of the cluster (rollout.num_actors)",
+    "generation_kwargs": _POLICY,
+    "repetition_penalty": _POLICY,
+    "calculate_log_probs": f"{_OF_ITSELF}: every sample comes with its log-probabilities",
+    "disable_dropout": f"{_OF_ITSELF}: rates in a model's config.json are set to 0",
+    "logging_steps": f"{_OF_ITSELF}: every step is a line of metrics.jsonl",
+    "val_before_train": f"{_OF_ITSELF}, where there is data.eval",
+    "eval_on_start": f"{_OF_ITSELF}, where there is data.eval",
+    "val_only": "`grpo-ray eval` measures without training",
+    "balance_batch": f"{_OF_ITSELF}: batches are balanced by tokens",
+    "kl_ctrl.type": _CONSTANT,
+    "kl_ctrl.horizon": _CONSTANT,
+    "target_kl": _CONSTANT,
+    "kl_target": _CONSTANT,
+    "kl_horizon": _CONSTANT,
+    "resume_mode": _RESUME,
+    "resume_from_path": _RESUME,
+    "resume_from_checkpoint": _RESUME,
+    "load_checkpoint": _RESUME,
+    "reward_fn_key": "a reward gets every column, data_source too",
+    "optim": "it is AdamW",
+    "ds_tensor_parallel_size": "learners share a model by learner.zero_stage, and a sequence by sequence_parallel_size",
+}
+"""The same of what has no option here -> what is instead."""
+
 
 def called_here(key: str, known: Collection[str]) -> str | None:
     """`rollout.n` -> `rollout.n is called rollout.num_generations here`; None: it is no name of another project.
@@ -237,12 +321,17 @@ def called_here(key: str, known: Collection[str]) -> str | None:
     name = key.lstrip("-").replace("-", "_")
     parts = name.split(".")
     for start in range(len(parts)):
-        targets, note = ALIASES.get(".".join(parts[start:]), ((), ""))
+        ending = ".".join(parts[start:])
+        targets, note = ALIASES.get(ending, ((), ""))
+        if "." in ending and start > 0 and ending in known:
+            targets, note = (ending,), ""
         target = next((t for t in targets if t in known), None)
         if target is not None and target != name:
             if target == "examples_per_step":
                 note = ""
             return f"{key} is called {target} here{note}"
+        if ending in ABSENT:
+            return f"there is no option for {key} here: {ABSENT[ending]}"
     return None
 
 
@@ -257,19 +346,33 @@ def suggestion(key: str, known: Sequence[str], siblings: Sequence[str]) -> str:
     if (called := called_here(key, known)) is not None:
         return called
     section, _, last = key.rpartition(".")
-    places = [k for k in known if k.rpartition(".")[2] == last]
-    # A critic has some of the learner's options, and is never meant without being named.
-    places = [k for k in places if not k.startswith("critic.")] or places
+    places = _named(last, known)
     if len(places) == 1:
         return f"did you mean {places[0]}?"
     if places:
         more = ", .." * (len(places) > MAX_PLACES)
         return f"an option of this name is {', '.join(places[:MAX_PLACES])}{more}"
-    close = difflib.get_close_matches(last, siblings, n=1, cutoff=GUESS_CUTOFF)
+    close = difflib.get_close_matches(last, _spelt_alike(last, siblings), n=1, cutoff=GUESS_CUTOFF)
     if close:
         return f"did you mean {f'{section}.{close[0]}' if section else close[0]}?"
-    elsewhere = difflib.get_close_matches(last, {k.rpartition(".")[2] for k in known}, n=1, cutoff=GUESS_CUTOFF)
-    places = [k for k in known if elsewhere and k.rpartition(".")[2] == elsewhere[0]]
+    names = _spelt_alike(last, {k.rpartition(".")[2] for k in known})
+    elsewhere = difflib.get_close_matches(last, names, n=1, cutoff=ELSEWHERE_CUTOFF)
+    places = _named(elsewhere[0], known) if elsewhere else []
     if len(places) == 1:
         return f"did you mean {places[0]}?"
     return "known here: " + ", ".join(siblings)
+
+
+def _named(last: str, known: Sequence[str]) -> list[str]:
+    """Options of this name. A critic has some of the learner's, and is never meant without being named."""
+    places = [k for k in known if k.rpartition(".")[2] == last]
+    return [k for k in places if not k.startswith("critic.")] or places
+
+
+def _spelt_alike(name: str, others: Collection[str]) -> list[str]:
+    """Those of as many words: a word more or less is another meaning, as in `load_checkpoint`, and no slip of the finger."""
+    return [other for other in others if other.count("_") == name.count("_") or _joined(other) == _joined(name)]
+
+
+def _joined(name: str) -> str:
+    return name.replace("_", "")

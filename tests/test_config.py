@@ -307,6 +307,24 @@ def test_a_name_of_another_project_leads_to_an_option_that_is_there(name):
         (RunConfig, "data.num_generation", "did you mean rollout.num_generations?"),
         (RunConfig, "rollout.temprature", "did you mean rollout.temperature?"),
         (RunConfig, "reward.temperature", "an option of this name is rollout.temperature, eval.temperature"),
+        (RunConfig, "actor_rollout_ref.model.path", "is called model.path here"),
+        (RunConfig, "actor_rollout_ref.rollout.temperature", "is called rollout.temperature here"),
+        (RunConfig, "actor_rollout_ref.rollout.val_kwargs.temperature", "is called eval.temperature here"),
+        (RunConfig, "actor_rollout_ref.actor.optim.betas", "is called learner.adam_betas here"),
+        (RunConfig, "algorithm.rollout_correction.rollout_rs", "is called algorithm.geometric_mask here"),
+        (
+            RunConfig,
+            "actor_rollout_ref.rollout.name",
+            "there is no option for actor_rollout_ref.rollout.name here: engines",
+        ),
+        (RunConfig, "use_vllm", "here: it is so of itself: all samples are vLLM's"),
+        (RunConfig, "algorithm.kl_ctrl.type", "a KL's weight is constant"),
+        (RunConfig, "trainer.resume_mode", "`grpo-ray resume RUN` goes on"),
+        (RunConfig, "resume_from_checkpoint", "`grpo-ray resume RUN` goes on"),
+        (SftConfig, "max_seq_length", "is called max_length here"),
+        (DpoConfig, "--chosen_key", "is called data.train.columns here: {chosen: NAME}"),
+        (RunConfig, "learning_rat", "did you mean learner.learning_rate?"),
+        (RunConfig, "learner.zerostage", "did you mean learner.zero_stage?"),
         (RunConfig, "--n_samples_per_prompt", "is called rollout.num_generations here"),
         (RunConfig, "--micro-train-batch-size", "is called learner.micro_batch_tokens here (tokens, not samples)"),
     ],
@@ -317,7 +335,19 @@ def test_an_unknown_key_is_answered_with_what_it_is_called_here(schema, key, exp
     assert expected in suggestion(key, all_keys(schema), siblings)
 
 
-@pytest.mark.parametrize("key", ["rollout.xyz", "learner.gradient", "foo", "rollout.ne", "eval.k"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("rollout.xyz", "learner.gradient", "foo", "rollout.ne", "eval.k"),
+        *(
+            "entropy_coef_min",
+            "entropy_coef_max",
+            "optim_target_modules",
+            "gradient_checkpointing_kwargs",
+            "vespo_k_pos",
+        ),
+    ],
+)
 def test_what_is_like_nothing_is_not_guessed_at(key):
     assert suggestion(key, all_keys(RunConfig), ["env", "max_actors", "num_actors"]).startswith("known here: env")
 
