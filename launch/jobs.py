@@ -63,22 +63,24 @@ def _start(kind: str, recipe: str, overrides: list[str], shipped: bool) -> Path:
 
     command = shlex.join(["grpo-ray", COMMANDS[kind], recipe, *overrides])
     run = RunDir(folder).with_checkpoints(config.checkpoint.path, config.deadlines.store_s)
-    with owned(folder), leaving(lambda: left_of(run, command), lambda: remove_if_nothing_happened(run)):
+    with owned(folder):
         preflight(config)
         check_effects(config, COMMANDS[kind], overrides)
         check_store_of(run)
         config = settled(config, kind)
         made = RunDir.create(folder)
-        if run.steps():
-            raise ConfigError(
-                f"{run.store.url} holds checkpoints of another run of this name; choose another with name=..., or remove them"
-            )
-        try:
-            write_config(made, config, shipped=shipped)
-            _finish(run, _run(kind, config, run, None))
-        except BaseException:
-            remove_if_nothing_happened(run)
-            raise
+        # Not before: until here the folder may hold what is somebody else's.
+        with leaving(lambda: left_of(run, command), lambda: remove_if_nothing_happened(run)):
+            if run.steps():
+                raise ConfigError(
+                    f"{run.store.url} holds checkpoints of another run of this name; choose another with name=..., or remove them"
+                )
+            try:
+                write_config(made, config, shipped=shipped)
+                _finish(run, _run(kind, config, run, None))
+            except BaseException:
+                remove_if_nothing_happened(run)
+                raise
     return folder
 
 

@@ -39,6 +39,7 @@ from launch.console import headed, plain_console
 from launch.effects import tell_idle_of_pipeline
 from launch.interrupts import leaving
 from launch.jobs import exit_unless_finished, make_report, write_config
+from launch.left import owned
 from launch.machine import check_machine
 from launch.pipeline_view import print_figures, print_plan
 from launch.placement import settled
@@ -87,7 +88,7 @@ def run_pipeline(recipe: str, overrides: list[str], first: str | None, last: str
     for name in (first, last):
         if name is not None:
             plan.stage(name)
-    with nullcontext() if dry_run else commanded(plan.folder):
+    with nullcontext() if dry_run else owned(plan.folder):
         record = Record.open(plan.folder)
         todo = _to_run(plan, record, first, last)
         print_plan(plan, record, todo)
@@ -226,7 +227,7 @@ class _Runner:
         config = settled(config, stage.spec.run)
         from launch.follow import run_here
 
-        with commanded(folder):
+        with owned(folder):
             run, resume_step = _open_run(stage, config, folder)
             end = run_here(stage.spec.run, config, run.path, resume_step)
             if end.status != "finished":

@@ -12,7 +12,8 @@ from grpo_ray.config_files import build
 from grpo_ray.ended import write_ended
 from grpo_ray.errors import WorkerError
 from grpo_ray.events import EndEvent
-from launch.jobs import _finish
+from launch import interrupts
+from launch.jobs import _finish, start_sft
 from launch.left import left_of, remove_if_nothing_happened
 
 CONFIG = build(SftConfig, {"model": {"path": "a/b"}, "data": {"train": {"path": "c/d"}}, "num_steps": 5}, "test")
@@ -85,3 +86,25 @@ def test_of_a_run_without_a_step_its_logs_are_left_and_its_name_is_free(run: Run
     remove_if_nothing_happened(run)
     assert not run.path.exists()
     assert left_of(run, command) == f"nothing was trained, and nothing is left of the run; `{command}` begins again"
+
+
+def test_a_signal_during_the_checks_takes_nothing_of_a_folder_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def signalled(config: SftConfig) -> None:
+        for entry in reversed(interrupts._open):
+            if entry.end is not None:
+                entry.end()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launch.check.preflight", signalled)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("{num_steps: 1, model: {path: a/b}, data: {train: {path: c/d}}}")
+    for name in ("samples", "new"):
+        if name == "samples":
+            (tmp_path / name / "samples").mkdir(parents=True)
+            (tmp_path / name / "samples" / "0.parquet").write_bytes(b"mine")
+        with pytest.raises(KeyboardInterrupt):
+            start_sft(str(recipe), [f"dir={tmp_path}", f"name={name}"])
+    assert (tmp_path / "samples" / "samples" / "0.parquet").read_bytes() == b"mine"
+    assert not (tmp_path / "new").exists()
