@@ -24,7 +24,6 @@ from actors.cluster import NAMESPACE, check_token
 from grpo_ray.errors import ConfigError, ResourceError, WorkerError
 from grpo_ray.names import check_name
 from grpo_ray.scaling import SCALED
-from launch.in_cluster import no_such_run
 
 DASHBOARD_PORT = 8265
 REACH_S = 10.0
@@ -158,6 +157,8 @@ class Cluster:
         for run in runs:
             if run.name == name:
                 return run
+        from launch.in_cluster import no_such_run
+
         raise ConfigError(no_such_run(name, [r.name for r in runs]))
 
     def submit(self, name: str, words: list[str], working_dir: str) -> str:

@@ -190,7 +190,7 @@ def test_replay_says_why_a_step_cannot_be_replayed(folder: Path) -> None:
     (folder / "runs" / "sft" / "config.yaml").write_text(yaml.safe_dump(sft))
     for name, code, expected in (
         ("done", 1, "rollouts/ has no batch of step 2. Steps that can: 1;"),
-        ("sft", 2, "only steps of `grpo-ray train` can be replayed"),
+        ("sft", 2, "it records no batches; only steps of `"),
         ("nowhere", 2, "is not a run"),
     ):
         result = grpo_ray(folder, "replay", f"runs/{name}", "--step", "2")

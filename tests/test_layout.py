@@ -30,7 +30,8 @@ def test_a_package_of_another_root_is_refused_by_name(monkeypatch, tmp_path):
 def test_both_lock_files_pin_what_pyproject_asks_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for lock, extra in (("lock-cpu.txt", "cpu"), ("lock-gpu.txt", "gpu")):
-        pins = dict(line.split("==") for line in (ROOT / lock).read_text().splitlines() if "==" in line)
+        lines = (line.partition(";")[0].strip() for line in (ROOT / lock).read_text().splitlines())
+        pins = dict(line.split("==") for line in lines if "==" in line)
         for requirement in project["dependencies"] + project["optional-dependencies"][extra]:
             name, _, version = requirement.split(";")[0].strip().partition("==")
             assert pins[name.split("[")[0]].split("+")[0] == version, requirement

@@ -213,7 +213,7 @@ def test_a_slurm_job_starts_ray_on_all_nodes_and_ends_its_run_gracefully_before_
     env |= {"SLURM_JOB_NODELIST": "n[1-3]"}
     job = subprocess.Popen([SCRIPTS[0], "train", "smoke", "name=a b"], env=env, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while "grpo-ray" not in told.read_text():
+    while not all(word in told.read_text() for word in ("grpo-ray", "--address=10.0.0.1:6379 --disable")):
         assert time.monotonic() < deadline
         assert job.poll() is None
         time.sleep(0.05)
