@@ -54,6 +54,10 @@ def check_packable(hf: nn.Module) -> None:
         raise ValueError(
             f"{type(hf).__name__} has {what}, over which packed sequences would see each other: not supported"
         )
+    if any(getattr(layer, "is_causal", None) is False for layer in hf.modules()):
+        raise ValueError(
+            f"{type(hf).__name__} attends to what comes after a token, too: only causal models are trained"
+        )
 
 
 @cache

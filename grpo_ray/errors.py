@@ -66,3 +66,11 @@ class StoreAwayError(StoreError):
 
 class NonFiniteError(GrpoRayError):
     """A loss or a gradient that is not a finite number; names the step, and the sample where it is known."""
+
+
+def told(error: BaseException) -> str:
+    """The first line of a library's error, and the next where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

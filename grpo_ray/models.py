@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_ray.config import ModelConfig
-from grpo_ray.errors import ConfigError
+from grpo_ray.errors import ConfigError, told
 from grpo_ray.model_files import check_model_files
 from grpo_ray.tiny import build_tiny_model
 
@@ -72,13 +72,12 @@ def load_config(path: str, *, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     # Configs check themselves, with errors of many kinds.
     except Exception as e:
-        first_line = (str(e).strip().splitlines() or [type(e).__name__])[0]
         why = (
             "Transformers makes nothing of its config.json"
             if Path(path).is_dir()
             else ("it is no folder here, and the hub did not give it")
         )
-        raise ConfigError(f"model.path {path} can't be loaded: {why} ({first_line})") from None
+        raise ConfigError(f"model.path {path} can't be loaded: {why} ({told(e)})") from None
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -28,7 +28,7 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from grpo_ray.errors import DataError
+from grpo_ray.errors import DataError, told
 from grpo_ray.thinking import CLOSE, OPEN, opens_thinking, without_opening
 from grpo_ray.turns import TurnEnd, end_of_text, end_of_turn
 
@@ -236,8 +236,9 @@ def _apply(tokenizer: Any, messages: list[dict[str, Any]], ask: bool, options: M
         text: str = tokenizer.apply_chat_template(
             messages, add_generation_prompt=ask, tokenize=False, **(options or {})
         )
-    except (jinja2.TemplateError, TypeError, ValueError) as e:
-        raise DataError(f"the tokenizer's chat template refuses the conversation: {e}") from None
+    # A template is a program that came with the model, and fails in whatever way it likes.
+    except Exception as e:
+        raise DataError(f"the tokenizer's chat template refuses the conversation: {told(e)}") from None
     return text
 
 
@@ -320,8 +321,8 @@ def _jinja(path: Path, tokenizer: Any, system: str | None) -> Render:
         values = {"prompt": prompt, "messages": messages, "system": system, "columns": columns}
         try:
             text = template.render(**values, bos_token=bos, eos_token=eos)
-        except jinja2.TemplateError as e:
-            raise DataError(f"{path}: {e}; known names: {', '.join(values)}, bos_token, eos_token") from None
+        except Exception as e:
+            raise DataError(f"{path}: {told(e)}; known names: {', '.join(values)}, bos_token, eos_token") from None
         return Rendered(text, messages, add_special_tokens=not (bos and text.startswith(bos)))
 
     return render

@@ -9,7 +9,7 @@ from torch import nn
 
 from grpo_ray.attention import FLASH, PACKED, check_packable, choose_attention
 from grpo_ray.config import ModelConfig
-from grpo_ray.errors import ConfigError
+from grpo_ray.errors import ConfigError, told
 from grpo_ray.lora import inject
 from grpo_ray.policy import check_head
 from grpo_ray.sequence import check_model
@@ -47,7 +47,8 @@ def skeleton(
         check_packable(hf)
         if not reward_model:
             check_head(hf)
-    except MAKING as e:
+    # A config is anybody's file: sizes that are 0 or below raise errors of arithmetic and of torch.
+    except Exception as e:
         raise ConfigError(f"the learner can't train model {model.path}: {why_not(e, model_config)}") from None
     if slices > 1:
         check_model(hf, slices)
@@ -78,6 +79,5 @@ def why_not(error: BaseException, model_config: Any) -> str:
     if isinstance(error, KeyError) and PACKED in error.args:
         return f"{kind} has attention of its own, beside Transformers' interface, over which packed sequences would see each other"
     if isinstance(error, ValueError | OSError):
-        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    first_line = (str(error).strip().splitlines() or [""])[0]
-    return f"Transformers makes no {kind} of its config.json ({type(error).__name__}: {first_line})"
+        return told(error)
+    return f"Transformers makes no {kind} of its config.json ({type(error).__name__}: {told(error)})"

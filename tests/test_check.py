@@ -83,11 +83,31 @@ def small_config(kind: str) -> Any:
         ("gemma2", "changes its logits"),
         ("gemma3", "more than a language model .*text_config, vision_config.*'gemma3_text'"),
         ("hunyuan_v1_dense", "Transformers makes no hunyuan_v1_dense of its config.json"),
+        ("bert", "BertLMHeadModel attends to what comes after a token, too"),
     ],
 )
 def test_a_model_that_the_learner_would_refuse_is_told_by_its_config(kind: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         skeleton(small_config(kind), ModelConfig(path="m"))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"hidden_size": 0}, "ZeroDivisionError"),
+        ({"intermediate_size": -5}, "negative dimension"),
+        ({"vocab_size": -1}, "negative dimension"),
+        ({"hidden_size": "x"}, "hidden_size'?: .*str"),
+        ({"num_hidden_layers": -1}, "validate_layer_type'?: .*layer"),
+    ],
+)
+def test_a_config_that_no_model_can_be_made_of_is_refused_with_the_cause(
+    tiny: Path, tmp_path: Path, change: dict[str, Any], expected: str
+) -> None:
+    written = json.loads((tiny / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    with pytest.raises(ConfigError, match=expected):
+        skeleton(load_config(str(tmp_path), trust_remote_code=False), ModelConfig(path=str(tmp_path)))
 
 
 def test_a_skeleton_has_the_size_of_the_model_and_no_memory(tiny: Path) -> None:
