@@ -140,7 +140,11 @@ def end_now(number: int) -> NoReturn:
         if entry.end is not None:
             with contextlib.suppress(Exception):
                 entry.end()
-    end_descendants()
+    try:
+        end_descendants()
+    except Exception:
+        # The signal came in the middle of the import of something that this needs.
+        _kill_descendants()
     for entry in entries:
         if entry.line is not None:
             try:
@@ -173,6 +177,23 @@ def end_descendants() -> None:
     for process in found:
         for folder in Path(tempfile.gettempdir()).glob(f"grpo-ray-*-{process.pid}-*"):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _kill_descendants() -> None:
+    """By what the kernel says alone."""
+    for pid in _started_by(os.getpid()):
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _started_by(pid: int) -> list[int]:
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children") as file:
+                for child in map(int, file.read().split()):
+                    found += [child, *_started_by(child)]
+    return found
 
 
 def _is_alive(process: Any) -> bool:

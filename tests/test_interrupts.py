@@ -68,6 +68,29 @@ with interrupts.leaving("outer", lambda: print("end of outer", flush=True)):
     assert not Path("/proc", (tmp_path / "child").read_text()).exists()
 
 
+def test_a_signal_during_the_import_of_what_it_needs_ends_children_all_the_same(tmp_path: Path) -> None:
+    script = """
+import pathlib, subprocess, sys, time, types
+from launch import interrupts
+interrupts.install()
+child = subprocess.Popen(["sh", "-c", "sleep 600 & echo $! > grandchild; wait"])
+while not pathlib.Path("grandchild").exists() or not pathlib.Path("grandchild").read_text().strip():
+    time.sleep(0.01)
+sys.modules["psutil"] = types.ModuleType("psutil")
+with interrupts.leaving("all is well"):
+    pathlib.Path("ready").touch()
+    time.sleep(600)
+"""
+    code, _, err = interrupt(start(tmp_path, "-c", script), tmp_path / "ready", signal.SIGTERM)
+    assert (code, err) == (143, "SIGTERM: all is well\n")
+    grandchild = Path("/proc", (tmp_path / "grandchild").read_text().strip(), "stat")
+    give_up = time.monotonic() + LIMIT_S
+    # A container in which nobody reaps the dead keeps it as one.
+    while grandchild.exists() and " Z " not in grandchild.read_text():
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+
+
 def test_a_background_job_of_a_script_is_interrupted_too(tmp_path: Path) -> None:
     script = """
 import pathlib, signal, time
