@@ -41,13 +41,17 @@ class RunDir:
     @classmethod
     def create(cls, path: Path) -> RunDir:
         """Raises ConfigError when the name is taken: runs are never overwritten. Logs of a start that failed are no run."""
-        if path.exists() and any(entry.name not in cls.NO_RUN for entry in path.iterdir()):
+        if cls.is_taken(path):
             raise ConfigError(
                 f"run {path} exists already; continue it with `grpo-ray resume {path}` (on a cluster "
                 f"`grpo-ray submit --resume {path.name}`), or choose another with name=..."
             )
         path.mkdir(parents=True, exist_ok=True)
         return cls(path)
+
+    @classmethod
+    def is_taken(cls, path: Path) -> bool:
+        return path.exists() and (not path.is_dir() or any(entry.name not in cls.NO_RUN for entry in path.iterdir()))
 
     @classmethod
     def open(cls, path: Path) -> RunDir:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -56,6 +57,38 @@ def check_kv_cache(
     raise ResourceError(
         f"rollout.kv_cache_gb is {asked:g}, which {engines}{beside}, and the {what} has {memory / _GIB:.1f} GiB of memory; {most}"
     )
+
+
+BLOCK = 32
+"""Tokens of a block of an engine's cache on CPUs."""
+
+
+def check_one_sample(rollout: RolloutConfig, model_config: Any, tokens: int, width: int) -> None:
+    """vLLM starts no engine whose cache can't hold the longest sample. Of models whose layers do not all keep every token's keys
+    and values nothing is said.
+
+    Args:
+        model_config: as Transformers reads it.
+        tokens: of the longest sample, with its prompt.
+        width: bytes of a number in the cache.
+
+    Raises:
+        ResourceError: it is too small; says how much is enough.
+    """
+    text = model_config.get_text_config()
+    odd = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    if odd or getattr(text, "kv_lora_rank", None) or getattr(text, "sliding_window", None):
+        return
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    needed = -(-tokens // BLOCK) * BLOCK * 2 * text.num_hidden_layers * heads * size * width
+    asked = DEFAULT_GB if rollout.kv_cache_gb is None else rollout.kv_cache_gb
+    if asked * _GIB < needed:
+        enough = -(-needed * 1000 // _GIB) / 1000
+        raise ResourceError(
+            f"rollout.kv_cache_gb is {asked:g}, and a sample of up to {tokens} tokens takes {needed / _GIB:.2g} GiB of it; raise "
+            f"it to {enough:g} at least, or shorten data.max_prompt_length or rollout.max_completion_length"
+        )
 
 
 def check_gpu_shares(config: RunConfig) -> None:

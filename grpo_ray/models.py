@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +116,16 @@ def vocab_size(model_config: Any) -> int:
         ConfigError: the config does not say.
     """
     return _number(model_config, ("vocab_size",), "its vocabulary")
+
+
+def check_ids(prompts: Iterable[Sequence[int]], model: str, size: int) -> None:
+    """Raises ConfigError for a token id of a prompt that the model, with `size` of them, has no embedding for."""
+    largest = max((max(ids) for ids in prompts if ids), default=0)
+    if largest >= size:
+        raise ConfigError(
+            f"model.path {model}: its tokenizer makes a token {largest} of a prompt, more than the {size} that the model has "
+            "(vocab_size in its config.json); the tokenizer is another model's, or tokens were added to it without making the model larger"
+        )
 
 
 def context_length(model_config: Any) -> int:

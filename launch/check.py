@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from actors.cluster import connect, joins
 from actors.placement_defaults import Machine, used
+from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import Store, is_url
 from grpo_ray.config import AlgorithmConfig, DataSource, RewardModelConfig, RunConfig, SftConfig
 from grpo_ray.config_effects import about_context, check_context, without_gpu
 from grpo_ray.config_reward import RewardConfig
 from grpo_ray.epochs import describe
-from grpo_ray.memory import facts_of, gib, learner_memory
+from grpo_ray.kv_cache import check_one_sample
+from grpo_ray.memory import BF16, FP32, facts_of, gib, learner_memory
 from grpo_ray.memory_fit import parts_of
-from grpo_ray.models import check_model_path, context_length, load_config, load_tokenizer, prepare_model
+from grpo_ray.models import (
+    check_ids,
+    check_model_path,
+    context_length,
+    load_config,
+    load_tokenizer,
+    prepare_model,
+    vocab_size,
+)
 from grpo_ray.rewards import BUILTINS, described, resolve
 from grpo_ray.stops import describe_end, stops_of_run
 from grpo_ray.thinking import opens_thinking
@@ -29,7 +41,17 @@ from launch.interrupts import scratch_folder
 from launch.machine import check_machine, unset_variables
 from launch.pipeline import run_pipeline
 from launch.placement import chosen_told, fitted, machine_of, offers_told, where
-from launch.recipe import COMMANDS, SCHEMAS, check_kind, find_recipe, is_pipeline, kind_of, load_recipe, recipe_names
+from launch.recipe import (
+    COMMANDS,
+    SCHEMAS,
+    check_kind,
+    find_recipe,
+    is_pipeline,
+    kind_of,
+    load_recipe,
+    recipe_names,
+    run_folder,
+)
 
 console = plain_console()
 STORE_S = 5.0
@@ -62,6 +84,7 @@ def check_recipe(recipe: str, overrides: list[str], as_kind: str | None = None) 
         return
     kind = kind_of(find_recipe(recipe), overrides) if as_kind is None else check_kind(as_kind)
     config = load_recipe(SCHEMAS[kind], recipe, overrides)
+    folder = run_folder(config, recipe)
     check_cluster(config.cluster.address)
     preflight(config)
     check_effects(config, COMMANDS[kind], [])
@@ -77,18 +100,28 @@ def check_recipe(recipe: str, overrides: list[str], as_kind: str | None = None) 
         idle = told(without_gpu(config)) if not offered.get("GPU") else []
         model = prepare_model(config.model, scratch)
         num_params = _trainable_size(config, model, on_gpu=offered.get("GPU", 0) > 0)
-        context = context_length(load_config(model, trust_remote_code=config.model.trust_remote_code))
+        model_config = load_config(model, trust_remote_code=config.model.trust_remote_code)
+        context = context_length(model_config)
         check_context(config, context)
+        if isinstance(config, RunConfig) and not offered.get("GPU"):
+            longest = config.data.max_prompt_length + config.rollout.max_completion_length
+            width = BF16 if config.model.dtype == "bfloat16" else FP32
+            check_one_sample(config.rollout, model_config, min(longest, context), width)
         for name, text in [
             *_model_rows(found, model, num_params, kind, on_gpu=offered.get("GPU", 0) > 0),
             *_data_rows(config, model),
             *_step_rows(config, context),
             *_cluster_rows(found, machine, place, kind, chosen),
-            *(("warning", line) for line in [*idle, *unset_variables(config)]),
+            *(("warning", line) for line in [*idle, *unset_variables(config), *_taken(folder)]),
         ]:
             table.add_row(name, text)
     console.print(table)
     _print_ok(COMMANDS[kind], recipe, overrides)
+
+
+def _taken(folder: Path) -> Iterator[str]:
+    if RunDir.is_taken(folder):
+        yield f"there is a run {folder} already, and none is overwritten: give another name=.., or resume that one"
 
 
 def _print_ok(command: str, recipe: str, overrides: list[str]) -> None:
@@ -142,7 +175,8 @@ def _data_rows(config: RunConfig | SftConfig, model: str) -> list[tuple[str, str
     from grpo_ray.templates import make_template
     from launch.check_large import facts_of, longest_prompt, num_in_eval, of_all_rows, overview_rows
 
-    tokenizer = load_tokenizer(model, trust_remote_code=config.model.trust_remote_code)
+    trusted = config.model.trust_remote_code
+    tokenizer = load_tokenizer(model, trust_remote_code=trusted)
     sampler = Sampler()
     overview_key = key_of(config.data.train)
     if isinstance(config, SftConfig):
@@ -155,7 +189,7 @@ def _data_rows(config: RunConfig | SftConfig, model: str) -> list[tuple[str, str
             ("ends", describe_end(tokenizer, config.data.template)),
         ]
     stops = stops_of_run(config, tokenizer, model)
-    context = context_length(load_config(model, trust_remote_code=config.model.trust_remote_code))
+    context = context_length(load_config(model, trust_remote_code=trusted))
     prompts = load_prompts(config.data, tokenizer, seed=config.seed, max_context=context, read=sampler.read)
     overview = sampler.overviews.get(overview_key)
     report = of_all_rows(prompts.train.report, overview, num_in_eval(config, sampler, prompts))
@@ -173,6 +207,7 @@ def _data_rows(config: RunConfig | SftConfig, model: str) -> list[tuple[str, str
         what = f"{name}, {source_told(source)}" if name else source_told(source)
         held_out = of_all_rows(prompts.eval[name].report, sampler.overviews.get(key_of(source)))
         rows.append(("held out", f"{what}: {held_out.num_kept} prompts x {config.eval.num_samples}"))
+    check_ids((p.token_ids for p in prompts.train), model, vocab_size(load_config(model, trust_remote_code=trusted)))
     longest = max(len(prompt.token_ids) for prompt in prompts.train)
     if overview is not None:
         limit = min(config.data.max_prompt_length, context - 1)

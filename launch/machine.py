@@ -75,7 +75,9 @@ def check_store(path: str) -> None:
         return
     from fsspec.registry import get_filesystem_class
 
-    scheme = path.partition("://")[0]
+    scheme, _, bucket = path.partition("://")
+    if not bucket.strip("/"):
+        raise ConfigError(f"checkpoint.path {path} names no bucket; write {scheme}://BUCKET/FOLDER")
     try:
         get_filesystem_class(scheme)
     except (ImportError, ValueError) as e:

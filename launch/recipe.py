@@ -85,7 +85,13 @@ def load_recipe(schema: type[Config], recipe: str, overrides: list[str], *, keep
     if is_pipeline(path):
         raise ConfigError(f"recipe {recipe} has stages: it is for `grpo-ray pipeline {recipe}`")
     source = f"recipe {recipe}" + (f" with {' '.join(overrides)}" if overrides else "")
-    config = build(schema, data, source, keep_home=keep_home)
+    try:
+        config = build(schema, data, source, keep_home=keep_home)
+    except ConfigError as e:
+        kind = kind_of(path, overrides)
+        if SCHEMAS[kind] is schema:
+            raise
+        raise ConfigError(f"{e}\nBy its sections it is a recipe for `grpo-ray {COMMANDS[kind]}`") from None
     if keep_home:
         return with_shipped_files(config, path.parent, Path.cwd())
     return config if path.name == SHIPPED else with_absolute_files(config, path.parent)

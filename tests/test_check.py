@@ -20,7 +20,7 @@ from rich.table import Table
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from grpo_ray.config import LoraConfig, ModelConfig, RolloutConfig, TinyModelConfig
+from grpo_ray.config import LoraConfig, ModelConfig, RolloutConfig, SftConfig, TinyModelConfig
 from grpo_ray.errors import ConfigError, DataError, GrpoRayError, ResourceError
 from grpo_ray.kv_cache import check_gpu_shares, check_kv_cache
 from grpo_ray.models import check_model_path, context_length, load_config, load_tokenizer, vocab_size
@@ -34,7 +34,7 @@ from launch.console import headed, plain_console
 from launch.live import LiveView
 from launch.machine import check_folder, check_machine, check_store, unset_variables
 from launch.pipeline import load_plan
-from launch.recipe import check_kind, kind_of
+from launch.recipe import check_kind, kind_of, load_recipe
 from tests.recipes import run_config
 
 ROOT = Path(__file__).parent.parent
@@ -343,7 +343,12 @@ CAUSES: list[tuple[list[str], str]] = [
     (["reward.functions=[{name: user_rewards.of_level}]"], "needs the column 'level'"),
     (["reward.functions=[{name: user_rewards.NoCall}]"], "a class whose instances can't be called"),
     (["rollout.kv_cache_gb=20000"], "lower it to"),
+    (["rollout.kv_cache_gb=0.00001"], "a sample of up to 256 tokens takes"),
     (["checkpoint.path=nosuch://b/runs"], "fsspec can't reach"),
+    (["checkpoint.path=s3://"], "names no bucket"),
+    (["name=../x"], "name"),
+    (["model={path: small, tiny: null}"], "more than the 20 that the model has"),
+    (["model={path: loops, tiny: null}", "data.template=chat"], "Range too big"),
     (["dir=rows.jsonl"], "is a file, and a folder is meant"),
     (["data.train.path=half.jsonl"], "half.jsonl, line 2"),
     (["data.train.path=torn.jsonl"], "torn.jsonl, line 2: not valid JSON"),
@@ -384,6 +389,13 @@ def recipe(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "user_rewards.py").write_text(
         "class NoCall: pass\n\ndef of_level(completions, level, **columns):\n    return [0.0] * len(completions)\n"
     )
+    for kind in ("small", "loops"):
+        (folder / kind).mkdir()
+        for file in tiny.iterdir():
+            (folder / kind / file.name).write_bytes(file.read_bytes())
+    small = json.loads((tiny / "config.json").read_text()) | {"vocab_size": 20}
+    (folder / "small" / "config.json").write_text(json.dumps(small))
+    (folder / "loops" / "chat_template.jinja").write_text("{% for i in range(99999999) %}{% endfor %}")
     for kind in ("falcon", "gemma3", "cut"):
         (folder / kind).mkdir()
         for file in tiny.iterdir():
@@ -404,6 +416,24 @@ def test_check_finds_each_cause_in_seconds(
     assert time.process_time() - began < 10
     assert expected in str(told.value)
     assert "\n" not in str(told.value)
+
+
+def test_a_recipe_for_another_command_is_told_as_one(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match="By its sections it is a recipe for `grpo-ray train`"):
+        load_recipe(SftConfig, str(recipe / "recipe.yaml"), [])
+
+
+def test_check_tells_of_a_run_of_that_name(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(recipe)
+    overrides = [f"dir={tmp_path}", "name=mine"]
+    (tmp_path / "mine" / "logs").mkdir(parents=True)
+    check_recipe("recipe.yaml", overrides)
+    assert "already" not in capsys.readouterr().out
+    (tmp_path / "mine" / "config.yaml").touch()
+    check_recipe("recipe.yaml", overrides)
+    assert "already" in capsys.readouterr().out
 
 
 PAIR = '{"prompt": "1 + 1", "chosen": "2", "rejected": "3"}'
