@@ -130,9 +130,10 @@ class Delivery:
                     heard_at = max(heard_at, self._sending.heard_at)
                 if len(sent[step]) > had:
                     wait_s = FIRST_WAIT_S
-                if not self._is_worth_waiting(e, step, heard_at, wait_s):
+                left_s = heard_at + self._limit_s - time.monotonic()
+                if not self._is_worth_waiting(e, step, heard_at, left_s):
                     break
-                await asyncio.sleep(wait_s)
+                await asyncio.sleep(min(wait_s, left_s))
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)
                 continue
             finally:
@@ -174,14 +175,14 @@ class Delivery:
             if not self._clutter:
                 self._clutter = text
 
-    def _is_worth_waiting(self, error: Exception, step: int, heard_at: float, wait_s: float) -> bool:
+    def _is_worth_waiting(self, error: Exception, step: int, heard_at: float, left_s: float) -> bool:
         """Tells of the first failure; False: the store is given up."""
         why = str(error) if isinstance(error, CheckpointError) else reason(error)
         place = self._outbox.place(step).url
         if not self._outbox.has(step):
             self._give_up(f"the checkpoint of step {step} is gone from {place} before it was sent to {self._store.url}")
             return False
-        if time.monotonic() + wait_s - heard_at > self._limit_s:
+        if left_s <= 0:
             self._give_up(
                 f"checkpoints could not be sent to {self._store.url} for {self._limit_s:g} s (deadlines.store_s): {why}"
             )

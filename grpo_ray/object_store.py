@@ -70,7 +70,7 @@ def ask(
             if is_refusal(e):
                 _forget(url)
                 raise StoreError(f"can't {what} in {url}: {reason(e)}") from None
-            if time.monotonic() + wait_s > give_up:
+            if (left_s := give_up - time.monotonic()) <= 0:
                 waited = f" for {patience_s:g} s" if patience_s else ""
                 raise StoreAwayError(f"{url} did not answer{waited}, asked to {what}: {reason(e)}") from None
             if not told:
@@ -78,7 +78,7 @@ def ask(
                     f"{url} does not answer, asked to {what} ({reason(e)}); trying again for {patience_s:g} s"
                 )
             told = True
-        time.sleep(wait_s)
+        time.sleep(min(wait_s, left_s))
         wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
 
