@@ -9,6 +9,7 @@ from typing import Any
 
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.errors import StoreAwayError
 from grpo_ray.files import write_whole
 
 FILE = "ended.json"
@@ -45,12 +46,19 @@ def read_ended(run: Path) -> Ended | None:
 
 def finished(run: RunDir, config: RunConfig | SftConfig) -> Ended | None:
     """How the run ended, if all of its steps are done and its newest checkpoint is of the last: then nothing is left to do. None:
-    it has steps to do, or nobody knows without its data."""
-    newest = run.newest_step()
-    if newest is None:
+    it has steps to do, or a checkpoint to send to its store, or nobody knows without its data."""
+    if run.store.is_remote and run.outbox.steps():
         return None
     ended = read_ended(run.path)
-    if ended is not None and ended.length == length_of(config) and ended.step == newest >= ended.total_steps:
+    if ended is not None and (ended.length != length_of(config) or ended.step < ended.total_steps):
+        ended = None
+    try:
+        newest = run.newest_step()
+    except StoreAwayError:
+        return ended
+    if newest is None:
+        return None
+    if ended is not None and ended.step == newest:
         return ended
     if config.num_steps is not None and newest >= config.num_steps:
         return Ended("finished", "", newest, config.num_steps, length_of(config))

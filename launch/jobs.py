@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from grpo_ray.checkpoint import RunDir
@@ -29,10 +29,12 @@ from launch.left import left_of, left_of_samples, owned, remove_if_nothing_happe
 from launch.placement import settled
 from launch.program import runnable
 from launch.recipe import COMMANDS, SCHEMAS, kind_of, load_recipe, load_run_config, run_folder, with_own
-from launch.resumed import about_schedule, changed_config, check_length, record_changes
+from launch.resumed import about_schedule, changed_config, check_changes, check_length, record_changes
 
 console = plain_console(soft_wrap=True)
 SIGNAL_EXITS = {"SIGINT": 130, "SIGTERM": 143, "stopped": 143, "preempted": 143}
+ASKED_S = 5.0
+"""For a store that may know nothing that the run's folder does not say."""
 
 
 def start_grpo(recipe: str, overrides: list[str], *, shipped: bool = False) -> Path:
@@ -140,9 +142,11 @@ def _resume(run: RunDir, overrides: Sequence[str]) -> None:
     use_code_of(config)
     run = run.with_checkpoints(config.checkpoint.path, config.deadlines.store_s)
     if changes:
+        check_changes(config, kind, changes)
         check_length(run, config, run.newest_step())
-    if (ended := finished(run, config)) is not None:
-        _tell_finished(run, ended)
+    asked = replace(run, patience_s=min(run.patience_s, ASKED_S))
+    if (ended := finished(asked, config)) is not None:
+        _tell_finished(asked, ended)
         return
     tell_of_hub(config)
     step = step_to_resume(run, lambda text: console.print(f"warning: {text}", style="yellow"))
@@ -170,7 +174,8 @@ def _tell_finished(run: RunDir, ended: Ended) -> None:
     """Raises WorkerError for a run that had failed: it has no step left to do, and is no success for that."""
     console.print(f"finished {run.path} has done all of its {ended.total_steps} steps")
     _tell_model(run)
-    console.print(runnable(f"go on    grpo-ray resume {run.path} num_steps=N trains it longer"))
+    longer = "num_steps" if ended.length[0] is not None else "num_epochs"
+    console.print(runnable(f"go on    grpo-ray resume {run.path} {longer}=N trains it longer"))
     if ended.status == "failed":
         raise WorkerError(ended.text)
 

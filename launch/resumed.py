@@ -6,17 +6,20 @@ another loss or another batch. What says how long, where, how fast and how safel
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.config_effects import without_effect
 from grpo_ray.config_files import build, deep_merge, load_yaml, parse_overrides, to_yaml
+from grpo_ray.ended import read_ended
 from grpo_ray.errors import ConfigError
 from grpo_ray.files import write_whole
 from grpo_ray.ledger import Ledger
+from launch.recipe import COMMANDS
 
 Config = TypeVar("Config", bound=RunConfig | SftConfig)
 _PLACES = ("num_actors", "num_cpus", "num_gpus", "resources", "labels", "env", "num_threads")
@@ -77,11 +80,31 @@ def changed_config(
 
 
 def check_length(run: RunDir, config: RunConfig | SftConfig, step: int | None) -> None:
-    """Raises ConfigError when more steps are done than the run is to have."""
+    """Raises ConfigError when more steps, or epochs, are done than the run is to have."""
     if config.num_steps is not None and step is not None and config.num_steps < step:
         raise ConfigError(
             f"num_steps={config.num_steps}: {run.path} has done {step} steps already; give more than that"
         )
+    ended = read_ended(run.path)
+    if config.num_steps is None and ended is not None and ended.step >= ended.total_steps:
+        steps, epochs, _ = ended.length
+        if steps is None and config.num_epochs < epochs:
+            raise ConfigError(
+                f"num_epochs={config.num_epochs:g}: {run.path} has done {epochs:g} epochs already; give more than that"
+            )
+
+
+def check_changes(config: RunConfig | SftConfig, kind: str, changes: Iterable[str]) -> None:
+    """Raises ConfigError when one of these options does nothing in the run as it is then.
+
+    Args:
+        kind: of the run.
+        changes: dotted keys.
+    """
+    idle = without_effect(config, COMMANDS[kind])
+    lines = [f"  - {key}: {idle[key]}" for key in changes if key in idle]
+    if lines:
+        raise ConfigError("these changes would do nothing:\n" + "\n".join(lines))
 
 
 def record_changes(run: RunDir, config: RunConfig | SftConfig, changes: dict[str, tuple[Any, Any]], step: int) -> None:

@@ -14,11 +14,14 @@ import pytest
 from grpo_ray import delivery, object_store
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import SET_ASIDE, Place, Store
+from grpo_ray.config import RunConfig
+from grpo_ray.ended import finished, write_ended
 from grpo_ray.errors import CheckpointError, StoreAwayError, StoreError
 from grpo_ray.events import CheckpointEvent, Event, MessageEvent
 from grpo_ray.manifest import FileSum
 from grpo_ray.object_store import check_store
 from grpo_ray.saver import Saver
+from tests.recipes import run_config
 from tests.s3 import S3
 from tests.test_train_loop import Session, config
 
@@ -204,6 +207,79 @@ def test_a_store_that_is_away_for_too_long_ends_the_run_with_a_checkpoint_that_a
     within(30, resumed())
     assert run.dir.store.steps() == [1, 3]
     assert run.dir.outbox.steps() == []
+
+
+def test_what_is_asked_is_tried_until_the_time_that_was_told_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(object_store.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(object_store.time, "sleep", lambda s: now.__setitem__(0, now[0] + s))
+    tried: list[float] = []
+
+    def call(fs: Any) -> None:
+        tried.append(now[0])
+        raise OSError("away")
+
+    with pytest.raises(StoreAwayError, match="did not answer for 60 s"):
+        object_store.ask("memory://x", "list", call, patience_s=60, tell=lambda text: None)
+    assert tried == [0, 1, 3, 7, 15, 31, 60]
+
+
+def test_no_store_is_given_up_for_the_length_of_the_next_wait(
+    s3: S3, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery, "FIRST_WAIT_S", 1000.0)
+    run = Run(tmp_path / "run", bucket, store_s=60)
+
+    async def work() -> None:
+        s3.stop()
+        await run.save(1)
+        while not run.told("warning"):
+            await asyncio.sleep(0.01)
+        assert not run.saver.gave_up
+        await run.saver.close()
+
+    within(30, work())
+
+
+def ended_of(run: Run, status: str) -> RunConfig:
+    config = run_config("num_steps=2")
+    write_ended(run.dir.path, config, status, "", 2, 2)
+    return config
+
+
+def test_a_run_is_not_finished_while_its_last_checkpoint_is_not_in_the_store(
+    s3: S3, bucket: str, tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "run", bucket)
+    within(30, run.save(2))
+    config = ended_of(run, "failed")
+    assert finished(run.dir, config) is None
+    (run.dir.path / "ended.json").unlink()
+    assert finished(run.dir, config) is None, "killed before it was sent"
+    again = Run(run.dir.path, bucket)
+
+    async def resumed() -> None:
+        again.saver.send_leftovers()
+        await again.saver.deliver()
+
+    within(30, resumed())
+    assert finished(run.dir, config) is not None
+
+
+def test_a_finished_run_is_known_for_one_though_its_store_is_away(s3: S3, bucket: str, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", bucket)
+
+    async def work() -> None:
+        await run.save(2)
+        await run.saver.deliver()
+
+    within(30, work())
+    config = ended_of(run, "finished")
+    s3.stop()
+    found = finished(run.dir, config)
+    assert found is not None
+    assert (found.status, found.step) == ("finished", 2)
+    assert finished(run.dir, run_config("num_steps=3")) is None
 
 
 def trained_once(session: Session, steps: int) -> None:

@@ -141,6 +141,26 @@ def test_a_run_cannot_become_shorter_than_it_is(tmp_path: Path) -> None:
     assert run.config.read_bytes() == before
 
 
+def test_a_run_by_epochs_cannot_become_shorter_either_and_is_told_how_it_is_trained_longer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(tmp_path, SFT | {"num_steps": None, "num_epochs": 2})
+    write_ended(run.path, sft(num_steps=None, num_epochs=2), "finished", "", 70, 70)
+    with pytest.raises(ConfigError, match=r"num_epochs=0.5: .* has done 2 epochs already"):
+        resume_run(run.path, ["num_epochs=0.5"])
+    check_length(run, sft(num_steps=None, num_epochs=3), 70)
+    resume_run(run.path)
+    assert "num_epochs=N trains it longer" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_change_that_would_do_nothing_is_refused(tmp_path: Path) -> None:
+    run = run_of(tmp_path, SFT)
+    before = run.config.read_bytes()
+    with pytest.raises(ConfigError, match=r"num_epochs: num_steps is given \(70\)"):
+        resume_run(run.path, ["num_epochs=3"])
+    assert run.config.read_bytes() == before
+
+
 def test_a_schedule_that_ends_with_the_run_is_told() -> None:
     linear = {"learner": {"lr_scheduler_type": "linear"}}
     told = about_schedule(sft(**linear), sft(num_steps=200, **linear), 70)
