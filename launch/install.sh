@@ -11,12 +11,15 @@ stop() { echo "grpo-ray set-up: $*" >&2; exit 1; }
 # What is missing is said at once, before anything is downloaded.
 suits='import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v <= (3, 13))'
 python="" without_venv=""
-for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3 python}; do
+candidates=(python3.11 python3.12 python3.13 python3 python); [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+for candidate in "${candidates[@]}"; do
     "$candidate" -c "$suits" 2>/dev/null || continue
     if "$candidate" -c 'import venv, ensurepip' 2>/dev/null; then python=$candidate; break; fi
     without_venv=${without_venv:-$candidate}
 done
 [ -n "$python" ] || [ -z "${PYTHON:-}" ] || stop "PYTHON=$PYTHON is no Python 3.11, 3.12 or 3.13 with venv and ensurepip (Debian, Ubuntu: apt-get install python3-venv); name another, or none: then uv brings its own"
+[ ! -x .venv/bin/python ] || .venv/bin/python -c "$suits" 2>/dev/null || stop "the .venv here is of $(.venv/bin/python --version 2>&1 || echo "a Python that does not run"), not of Python 3.11, 3.12 or 3.13; remove it (rm -rf .venv) and call make again"
+case ${GRPO_RAY_GPU:-no} in yes|no) ;; *) stop "GRPO_RAY_GPU=$GRPO_RAY_GPU: yes or no is meant, or nothing: then a GPU is looked for";; esac
 uv_version=0.13.9
 command -v g++ >/dev/null || command -v c++ >/dev/null || stop "no C++ compiler; install g++ (Debian: apt-get install g++ python3-dev), DeepSpeed builds with it"
 # The reward `code` runs programs in a sandbox of bubblewrap and libseccomp; nothing else needs them.
@@ -36,7 +39,7 @@ if [ ! -x .venv/bin/python ] && [ -n "$python" ]; then
     "$python" -m venv .venv
 elif [ ! -x .venv/bin/python ]; then
     here="no Python 3.11, 3.12 or 3.13 was found"; [ -z "$without_venv" ] || here="$without_venv has no venv (Debian, Ubuntu: apt-get install python3-venv)"
-    echo "  $here: uv brings a Python 3.11 of its own (30 MB, from GitHub, into $( uv python dir 2>/dev/null || echo "$HOME/.local/share/uv/python" )); to avoid that, install one and call make again, or name it: make PYTHON=/path/to/python3.12"
+    echo "  $here: uv brings a Python 3.11 of its own (30 MB, from GitHub, into $( uv python dir 2>/dev/null || echo "${HOME:-~}/.local/share/uv/python" )); to avoid that, install one and call make again, or name it: make PYTHON=/path/to/python3.12"
     uv=$(command -v uv || true)
     if [ -z "$uv" ]; then
         uv=.uv/uv

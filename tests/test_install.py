@@ -56,12 +56,12 @@ class Machine:
         self.put(name, INTERPRETER.format(unsuitable=int(not suits), no_venv=int(not venv)))
 
     def install(self, **env: str) -> subprocess.CompletedProcess[str]:
-        env |= {
+        env = {
             "PATH": str(self.bin),
             "HOME": str(self.folder),
             "TOLD": str(self.folder / "told"),
             "GRPO_RAY_GPU": "no",
-        }
+        } | env
         command = [str(self.bin / "bash"), "launch/install.sh", "python"]
         return subprocess.run(
             command, cwd=self.folder, env=env, capture_output=True, text=True, check=False, timeout=60
@@ -135,6 +135,36 @@ def test_a_python_that_was_named_is_taken_or_refused(machine: Machine) -> None:
     assert "PYTHON=old is no Python 3.11, 3.12 or 3.13" in done.stderr
     assert machine.install(PYTHON="mine").returncode == 0
     assert "bin/mine -m venv .venv" in machine.told
+
+
+def test_a_python_may_be_in_a_folder_with_a_space(machine: Machine) -> None:
+    folder = machine.bin / "my pythons"
+    folder.mkdir()
+    machine.python("my pythons/python")
+    done = machine.install(PYTHON=str(folder / "python"))
+    assert done.returncode == 0, done.stderr
+    assert f"{folder}/python -m venv .venv" in machine.told
+
+
+def test_an_environment_of_another_python_is_refused_and_left_as_it_is(machine: Machine) -> None:
+    machine.python("python3.11")
+    (machine.folder / ".venv" / "bin").mkdir(parents=True)
+    machine.python("../.venv/bin/python", suits=False)
+    done = machine.install()
+    assert done.returncode == 1
+    assert "the .venv here is of " in done.stderr
+    assert "rm -rf .venv" in done.stderr
+    assert "-m venv" not in machine.told
+    assert machine.is_set_up
+    machine.python("../.venv/bin/python")
+    assert machine.install().returncode == 0
+
+
+def test_whether_there_is_a_gpu_is_yes_or_no(machine: Machine) -> None:
+    machine.python("python3.11")
+    done = machine.install(GRPO_RAY_GPU="maybe")
+    assert done.returncode == 1
+    assert "GRPO_RAY_GPU=maybe: yes or no is meant" in done.stderr
 
 
 def test_a_lock_has_a_marker_where_pythons_differ_and_both_files_give_each_package_one_version() -> None:
