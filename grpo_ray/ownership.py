@@ -40,6 +40,8 @@ ENDING_S = 20.0
 reaps the dead it never does; it is ended then."""
 KILL_S = 5.0
 POLL_S = 0.2
+NOT_FOUND = 5
+"""How often a folder that was just made may be gone again."""
 SAYS_S = 2.0
 """A wait that is longer is told."""
 
@@ -78,6 +80,7 @@ class Ownership:
         self._path = folder.resolve() / FOLDER / f"{part}.lock"
         self._about = self._path.with_suffix(".json")
         self._lease = self._new_lease()
+        self._not_found = 0
 
     def _new_lease(self) -> SoftFileLease:
         return SoftFileLease(
@@ -137,8 +140,13 @@ class Ownership:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._lease.acquire()
-        except (Timeout, LeaseSettingsMismatch, FileNotFoundError):
-            # The last: the one before has just taken the empty folder away.
+        except (Timeout, LeaseSettingsMismatch):
+            return False
+        except FileNotFoundError:
+            # The one before has just taken the empty folder away. Or no folder can be made there, as in /proc.
+            self._not_found += 1
+            if self._not_found > NOT_FOUND:
+                raise
             return False
         return True
 

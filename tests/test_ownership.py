@@ -305,6 +305,14 @@ def test_a_folder_that_can_not_be_written_says_so(tmp_path: Path) -> None:
         pass
 
 
+def test_a_folder_that_can_not_be_made_is_not_waited_for(quick: None) -> None:
+    with (
+        pytest.raises(ConfigError, match=r"/proc/runs/x can't be written to \(No such file"),
+        commanded(Path("/proc/runs/x")),
+    ):
+        pass
+
+
 def test_a_lock_is_no_run(tmp_path: Path) -> None:
     with commanded(tmp_path):
         RunDir.create(tmp_path)
