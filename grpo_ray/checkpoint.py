@@ -55,6 +55,10 @@ class RunDir:
 
     @classmethod
     def open(cls, path: Path) -> RunDir:
+        if (path / "pipeline.json").is_file():
+            raise ConfigError(
+                f"{path} is a pipeline, not a run: `grpo-ray pipeline RECIPE`, as it was begun, goes on; its stages are runs"
+            )
         if not (path / "config.yaml").is_file():
             raise ConfigError(f"{path} is not a run: it has no config.yaml")
         return cls(path)

@@ -38,7 +38,7 @@ from grpo_ray.tracking import read_metrics
 from launch.console import headed, plain_console
 from launch.effects import tell_idle_of_pipeline
 from launch.interrupts import leaving
-from launch.jobs import exit_unless_finished, make_report, write_config
+from launch.jobs import check_store_of, exit_unless_finished, make_report, write_config
 from launch.left import owned
 from launch.machine import check_machine
 from launch.pipeline_view import print_figures, print_plan
@@ -291,6 +291,12 @@ def _open_run(stage: Stage, config: RunConfig | SftConfig, folder: Path) -> tupl
         from launch.check import preflight
 
         preflight(config)
+        check_store_of(run)
+        if run.steps():
+            raise ConfigError(
+                f"stage {stage.name} is to begin, and {run.store.url} holds checkpoints of another run of its name; give the stage "
+                "another checkpoint.path, or remove them"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         write_config(run, config)
     if not stage.spec.trains:

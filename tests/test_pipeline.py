@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from grpo_ray.checkpoint import RunDir
 from grpo_ray.config import RunConfig, SftConfig
 from grpo_ray.config_files import build, deep_merge
 from grpo_ray.errors import CheckpointError, ConfigError
@@ -212,6 +213,35 @@ def test_what_a_stage_left_may_not_change(tmp_path: Path) -> None:
         check_unchanged(folder, was, "model of stage zero", "mend")
     with pytest.raises(CheckpointError, match="not there any more"):
         check_unchanged(tmp_path / "none", was, "model of stage zero", "mend")
+
+
+def test_a_stage_that_begins_does_not_go_on_from_checkpoints_of_anothers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launch import check
+    from launch.pipeline import _open_run
+
+    monkeypatch.setattr(check, "preflight", lambda config: None)
+    plan = plan_of({"common": {"all": {"checkpoint": {"path": str(tmp_path / "store")}}}})
+    stage = plan.stage("base")
+    config = plan.config_of(stage)
+    assert isinstance(config, SftConfig)
+    folder = tmp_path / "r1" / "base"
+    assert _open_run(stage, config, folder)[1] is None
+    store = RunDir(folder).with_checkpoints(config.checkpoint.path).store
+    with (place := store.begin(10)).filling("loop") as (loop, sums):
+        (loop / "loop.json").write_text("{}")
+    store.commit(place, 10, sums, keep=None)
+    assert _open_run(stage, config, folder)[1] == 10
+    with pytest.raises(ConfigError, match=r"stage base is to begin, and .*store/base holds checkpoints of another run"):
+        _open_run(stage, config, tmp_path / "r2" / "base")
+    assert not (tmp_path / "r2").exists()
+
+
+def test_a_pipeline_is_no_run_and_says_how_it_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "pipeline.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is a pipeline, not a run: `grpo-ray pipeline RECIPE`"):
+        RunDir.open(tmp_path)
 
 
 def test_estimates_come_from_what_was_measured_as_soon_as_there_is_something(tmp_path: Path) -> None:
