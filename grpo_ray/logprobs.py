@@ -35,9 +35,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
         num = hidden_NH.shape[0]
         logp_N = torch.empty(num, dtype=_precision(hidden_NH), device=hidden_NH.device)
         lse_N, entropy_N = torch.empty_like(logp_N), torch.empty_like(logp_N)
+        factor_VH = _factor(weight_VH)
         for a in range(0, num, chunk):
             rows = slice(a, min(a + chunk, num))
-            logits_CV = _logits(hidden_NH[rows], weight_VH, bias_V, temperature)
+            logits_CV = _logits(hidden_NH[rows], factor_VH, bias_V, temperature)
             if sets is not None:
                 sets.drop(logits_CV, targets_N[rows], a)
             lse_C = logits_CV.logsumexp(-1)
@@ -57,6 +58,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         grad_logp_N, grad_entropy_N = grads
         hidden_NH, targets_N, lse_N, entropy_N = ctx.saved_tensors
         weight, bias = ctx.weight, ctx.bias
+        factor_VH = _factor(weight)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden_NH) if need_hidden else None
         # Summed over chunks in fp32: bf16 would lose the small addends.
@@ -64,7 +66,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         grad_bias = torch.zeros(bias.shape, dtype=_precision(bias), device=bias.device) if need_bias else None
         for a in range(0, hidden_NH.shape[0], ctx.chunk):
             rows = slice(a, min(a + ctx.chunk, hidden_NH.shape[0]))
-            logits_CV = _logits(hidden_NH[rows], weight, bias, ctx.temperature)
+            logits_CV = _logits(hidden_NH[rows], factor_VH, bias, ctx.temperature)
             if ctx.sets is not None:
                 ctx.sets.drop(logits_CV, targets_N[rows], a)
             grad_CV = _grad_logits(
@@ -79,11 +81,11 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 grad_CV.div_(ctx.temperature)
             if grad_bias is not None:
                 grad_bias += grad_CV.sum(0)
-            grad_CV = grad_CV.to(hidden_NH.dtype)
+            grad_CV = grad_CV.to(factor_VH.dtype)
             if grad_hidden is not None:
-                torch.mm(grad_CV, weight, out=grad_hidden[rows])
+                grad_hidden[rows] = grad_CV @ factor_VH
             if grad_weight is not None:
-                grad_weight += grad_CV.t() @ hidden_NH[rows]
+                grad_weight += grad_CV.t() @ hidden_NH[rows].to(factor_VH.dtype)
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -100,8 +102,21 @@ def _precision(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _logits(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, temperature: float) -> Tensor:
-    logits_CV = nn.functional.linear(hidden_CH, weight_VH, bias_V).to(_precision(hidden_CH))
+def _factor(weight_VH: Tensor) -> Tensor:
+    """What hidden states are multiplied by: on a GPU the weight, as products of bf16 come out in fp32 there; elsewhere a copy in
+    fp32."""
+    return weight_VH if weight_VH.is_cuda else weight_VH.to(_precision(weight_VH))
+
+
+def _logits(hidden_CH: Tensor, factor_VH: Tensor, bias_V: Tensor | None, temperature: float) -> Tensor:
+    precision = _precision(hidden_CH)
+    if factor_VH.dtype == precision:
+        bias = None if bias_V is None else bias_V.to(precision)
+        logits_CV = nn.functional.linear(hidden_CH.to(precision), factor_VH, bias)
+    else:
+        logits_CV = torch.mm(hidden_CH, factor_VH.t(), out_dtype=precision)
+        if bias_V is not None:
+            logits_CV += bias_V
     return logits_CV if temperature == 1.0 else logits_CV / temperature
 
 
@@ -145,8 +160,8 @@ def chunked_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target, and the entropy of each distribution.
 
-    Logits are computed in the dtype of the model, as the sampler does, then everything is fp32 (float64
-    for a model in float64).
+    Logits are fp32 from the products on, and so is all that follows (float64 for a model in float64). In bf16 a logit of 16 to 32
+    is off by up to 0.06: MiniMax-M1 (2506.13585, section 3.2) and ScaleRL (2510.13786) keep the head in fp32 for it.
 
     Args:
         hidden_NH: [N, H].

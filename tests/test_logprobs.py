@@ -65,6 +65,21 @@ def test_bf16_gradients_are_as_good_as_the_plain_ones() -> None:
         assert (mine.float() - want).norm() <= 1.1 * (other.float() - want).norm()
 
 
+def test_logits_of_a_bf16_model_are_not_rounded_to_bf16() -> None:
+    """Of logits of 16 to 32, as those of trained models, that would cost 0.03 nats a token: an eighth of a bit in eight."""
+    g = torch.Generator().manual_seed(3)
+    hidden = (8 * torch.randn(200, 64, generator=g)).bfloat16()
+    weight = (torch.randn(90, 64, generator=g) / 2).bfloat16()
+    bias = torch.randn(90, generator=g).bfloat16()
+    targets = nn.functional.linear(hidden, weight, bias).argmax(-1)
+    exact, _ = plain(hidden.double(), weight.double(), bias.double(), targets, 1.3)
+    got, _ = chunked_logprobs(hidden, weight, bias, targets, temperature=1.3, chunk=64)
+    rounded, _ = plain(hidden, weight, bias, targets, 1.3)
+    assert got.dtype == torch.float32
+    assert float((got - exact).abs().max()) < 1e-4
+    assert float((rounded - exact).abs().mean()) > 1e-3
+
+
 def test_the_head_shares_the_weight_and_still_gives_logits() -> None:
     linear = nn.Linear(H, V, bias=False)
     head = LogprobHead(linear)
