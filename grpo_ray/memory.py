@@ -4,7 +4,8 @@ The states are ZeRO's (Rajbhandari et al., 1910.02054, section 3.1): weights, fp
 the last three over the learners, stage 2 the gradient too, stage 3 everything. What comes on top was measured on CPUs, with
 SmolLM2-135M (tests/actors/test_memory.py measures again): a backward pass fills a bucket with the whole gradient, adds a copy of it
 to the accumulated one, and the step lays that out flat once more. What the allocator has had it keeps (actors/runtime.py), so a
-learner at rest holds what it held in its largest step.
+learner at rest holds what it held in its largest step. The constants are proportional shares (PSS) of the processes of a run of
+that model: pages that they share, 0.17 GiB of each, are in one of them alone.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ GIB = 1 << 30
 FP32, BF16 = 4, 2
 LEARNER_BASE = int(0.56 * GIB)
 """Python with torch, DeepSpeed, Transformers and, for the weight sync, vLLM: on a GPU it is the host's memory."""
-ENGINE_BASE = int(0.9 * GIB)
-"""The same with vLLM's engine in it."""
-REWARD_BASE = int(0.35 * GIB)
+ENGINE_BASE = int(1.3 * GIB)
+"""Of the rollout actor and vLLM's core, its own process, without weights and cache."""
+REWARD_BASE = int(0.2 * GIB)
 """A reward actor and the process that scores, without a model of its own."""
-CONTROLLER_BASE = int(0.6 * GIB)
-RAY_BASE = int(0.6 * GIB)
+CONTROLLER_BASE = int(0.65 * GIB)
+"""The controller (0.42) and the command that was typed (0.23)."""
+RAY_BASE = int(0.5 * GIB)
 """Ray's own processes, and the samples of a step in its object store."""
+SYNCED_WEIGHTS = 3
+"""Times that an engine on CPUs holds its weights, once it has got new ones: those that it samples with, those packed beside them
+(actors/weight_shadow.py), and what packing has had of its heap."""
 LARGEST_BUCKET = 500_000_000
 """Elements that DeepSpeed reduces at once: its `reduce_bucket_size`."""
 CHUNKS = 4
@@ -75,7 +80,7 @@ class LearnerMemory:
     activations: int
     """Of one micro-batch."""
     logits: int
-    """Chunks of logits in fp32 and the gradient of the output layer."""
+    """Chunks of logits in fp32, the gradient of the output layer, and its copy in fp32 where the model's is in bf16."""
 
     @property
     def total(self) -> int:
@@ -117,6 +122,8 @@ def learner_memory(facts: ModelFacts, config: RunConfig | SftConfig, *, on_gpu: 
     more = _second_models(config)
     rows = learner.logprob_chunk_tokens or chunk_rows(facts.vocab, on_gpu=on_gpu)
     head = 0 if model.lora else 2 * FP32 * facts.vocab * facts.hidden
+    if not on_gpu:
+        head += _head_copy(facts, model)
     return LearnerMemory(
         base=0 if on_gpu else LEARNER_BASE,
         weights=0 if learner.offload_params and on_gpu else weights,
@@ -126,6 +133,11 @@ def learner_memory(facts: ModelFacts, config: RunConfig | SftConfig, *, on_gpu: 
         activations=activations(facts, config, width),
         logits=CHUNKS * FP32 * min(rows, tokens_at_once(config)) * facts.vocab + head,
     )
+
+
+def _head_copy(facts: ModelFacts, model: ModelConfig) -> int:
+    """Of the output layer of a bf16 model in fp32, which CPUs need for logits in fp32."""
+    return FP32 * facts.vocab * facts.hidden if model.dtype == "bfloat16" else 0
 
 
 def activations(facts: ModelFacts, config: RunConfig | SftConfig, width: int) -> int:
@@ -177,14 +189,23 @@ def adapter_params(facts: ModelFacts, lora: LoraConfig) -> int:
     return lora.r * facts.num_layers * per_layer
 
 
-def engine_memory(facts: ModelFacts, config: RunConfig, kv_cache_gb: float) -> dict[str, int]:
-    """Of one engine on CPUs, by part."""
-    width = BF16 if config.model.dtype == "bfloat16" else FP32
+def engine_memory(facts: ModelFacts, config: RunConfig, kv_cache_gb: float, *, synced: bool) -> dict[str, int]:
+    """Of one engine on CPUs, by part.
+
+    Args:
+        synced: it gets new weights.
+    """
+    weights = weight_bytes(facts, config.model) // config.rollout.tensor_parallel_size
     return {
-        "weights": width * facts.num_params // config.rollout.tensor_parallel_size,
+        "weights": (SYNCED_WEIGHTS if synced else 1) * weights,
         "KV cache": int(kv_cache_gb * GIB),
         "libraries": ENGINE_BASE,
     }
+
+
+def weight_bytes(facts: ModelFacts, model: ModelConfig) -> int:
+    """Of all weights, as they are computed with and sent."""
+    return (BF16 if model.dtype == "bfloat16" else FP32) * facts.num_params
 
 
 def facts_of(config: Any, num_params: int) -> ModelFacts:

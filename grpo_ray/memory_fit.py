@@ -14,6 +14,7 @@ from grpo_ray.memory import (
     engine_memory,
     gib,
     learner_memory,
+    weight_bytes,
 )
 
 Config = TypeVar("Config", bound=RunConfig | SftConfig)
@@ -54,7 +55,10 @@ def parts_of(facts: ModelFacts, config: RunConfig | SftConfig, kind: str) -> lis
         memory = learner_memory(facts, config, on_gpu=False)
         parts.append(Part("learner", config.learner.num_actors, memory.total, _learner_mend(config)))
     if isinstance(config, RunConfig):
-        engine = engine_memory(facts, config, config.rollout.kv_cache_gb or CPU_KV_CACHE_GB)
+        synced = kind not in ("eval", "sample") and not config.model.sends_adapters
+        if synced:
+            parts.append(Part("weights on their way to the engines", 1, weight_bytes(facts, config.model), ""))
+        engine = engine_memory(facts, config, config.rollout.kv_cache_gb or CPU_KV_CACHE_GB, synced=synced)
         parts.append(
             Part("rollout", config.rollout.num_actors, sum(engine.values()), "rollout.num_actors, rollout.kv_cache_gb")
         )

@@ -124,7 +124,8 @@ def check_ids(prompts: Iterable[Sequence[int]], model: str, size: int) -> None:
     if largest >= size:
         raise ConfigError(
             f"model.path {model}: its tokenizer makes a token {largest} of a prompt, more than the {size} that the model has "
-            "(vocab_size in its config.json); the tokenizer is another model's, or tokens were added to it without making the model larger"
+            "(vocab_size in its config.json); the tokenizer is another model's, or tokens were added to it and the model was not made "
+            "larger"
         )
 
 

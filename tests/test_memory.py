@@ -29,6 +29,7 @@ from tests.recipes import run_config
 SMOLLM2 = ModelFacts(134_515_008, 30, 576, 576, 1536, 49_152)
 FOUR_LAYERS = ModelFacts(42_472_512, 4, 576, 576, 1536, 49_152)
 """The same with four layers instead of thirty."""
+DTYPES = ("float32", "bfloat16")
 BIG = ModelFacts(7_615_616_512, 28, 3584, 3584, 18_944, 152_064)
 
 
@@ -120,9 +121,41 @@ def test_adapters_of_all_linear_layers_are_counted() -> None:
     assert adapter_params(FOUR_LAYERS, lora) == 8 * 4 * (4 * (576 + 576) + 3 * (576 + 1536))
 
 
-def test_an_engine_holds_weights_and_its_cache() -> None:
-    parts = engine_memory(SMOLLM2, config("model.dtype=bfloat16"), 2.5)
-    assert (parts["weights"], parts["KV cache"]) == (2 * SMOLLM2.num_params, int(2.5 * GIB))
+def test_an_engine_holds_its_cache_and_more_than_its_weights_where_it_gets_new_ones() -> None:
+    bf16 = config("model.dtype=bfloat16")
+    for synced, times in ((True, 3), (False, 1)):
+        parts = engine_memory(SMOLLM2, bf16, 2.5, synced=synced)
+        assert (parts["weights"], parts["KV cache"]) == (times * 2 * SMOLLM2.num_params, int(2.5 * GIB))
+
+
+def test_weights_are_once_more_in_memory_on_their_way_unless_adapters_or_none_are_sent() -> None:
+    sent = "weights on their way to the engines"
+    parts = {part.what: part.each for part in parts_of(SMOLLM2, config(), "grpo")}
+    assert parts[sent] == 4 * SMOLLM2.num_params
+    for run, kind in ((config("model.lora={transfer: adapter}"), "grpo"), (config(), "eval"), (config(), "sample")):
+        less = {part.what: part.each for part in parts_of(SMOLLM2, run, kind)}
+        assert sent not in less
+        assert parts["rollout"] - less["rollout"] == 2 * 4 * SMOLLM2.num_params
+
+
+@pytest.mark.parametrize(("kind", "measured_gib"), [("grpo", 3.32), ("eval", 2.09)])
+def test_an_engine_and_what_a_run_has_beside_it_are_as_measured(kind: str, measured_gib: float) -> None:
+    """SmolLM2-135M in fp32 on two cores: proportional shares of the processes' memory, before and after two weight syncs."""
+    parts = {part.what: part.each / GIB for part in parts_of(SMOLLM2, config(), kind)}
+    assert parts["rollout"] == pytest.approx(measured_gib, rel=0.2)
+    assert parts["the controller"] == pytest.approx(0.65, rel=0.2)
+    assert parts["Ray"] == pytest.approx(0.46, rel=0.2)
+    assert parts["reward"] == pytest.approx(0.145, abs=0.1)
+
+
+def test_logits_in_fp32_take_a_copy_of_a_bf16_head_on_cpus() -> None:
+    of = {
+        d: [learner_memory(SMOLLM2, config(f"model.dtype={d}"), on_gpu=g).logits for g in (True, False)] for d in DTYPES
+    }
+    chunks = [learner_memory(SMOLLM2, config("model.lora={}"), on_gpu=g).logits for g in (True, False)]
+    head = 4 * SMOLLM2.vocab * SMOLLM2.hidden
+    assert of["float32"] == [chunks[0] + 2 * head, chunks[1] + 2 * head]
+    assert of["bfloat16"] == [chunks[0] + 2 * head, chunks[1] + 3 * head]
 
 
 def test_facts_come_from_files_as_from_transformers(tmp_path: Path, tiny_model: Path) -> None:
@@ -164,7 +197,7 @@ def _fitted(free_gib: float, kind: str = "grpo", **learner: Any) -> RunConfig:
 
 
 def test_micro_batches_are_as_large_as_memory_lets_them_be() -> None:
-    assert [_fitted(free).learner.micro_batch_tokens for free in (64, 20, 14, 12, 1)] == [8192, 4096, 2048, 1024, 1024]
+    assert [_fitted(free).learner.micro_batch_tokens for free in (64, 20, 16, 12, 1)] == [8192, 4096, 2048, 1024, 1024]
     assert _fitted(20, micro_batch_tokens=8192).learner.micro_batch_tokens == 8192
     assert _fitted(1, kind="eval").learner.micro_batch_tokens == 8192
 
