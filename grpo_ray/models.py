@@ -124,8 +124,7 @@ def check_ids(prompts: Iterable[Sequence[int]], model: str, size: int) -> None:
     if largest >= size:
         raise ConfigError(
             f"model.path {model}: its tokenizer makes a token {largest} of a prompt, more than the {size} that the model has "
-            "(vocab_size in its config.json); the tokenizer is another model's, or tokens were added to it and the model was not made "
-            "larger"
+            "(vocab_size in its config.json); the tokenizer is another model's, or it was given tokens and the model was not"
         )
 
 

@@ -66,12 +66,11 @@ def _start(kind: str, recipe: str, overrides: list[str], shipped: bool) -> Path:
     command = shlex.join(["grpo-ray", COMMANDS[kind], recipe, *overrides])
     run = RunDir(folder).with_checkpoints(config.checkpoint.path, config.deadlines.store_s)
     with owned(folder):
+        made = RunDir.create(folder)
         preflight(config)
         check_effects(config, COMMANDS[kind], overrides)
         check_store_of(run)
         config = settled(config, kind)
-        made = RunDir.create(folder)
-        # Not before: until here the folder may hold what is somebody else's.
         with leaving(lambda: left_of(run, command), lambda: remove_if_nothing_happened(run)):
             if run.steps():
                 raise ConfigError(
