@@ -31,7 +31,7 @@ def with_absolute_files(config: C, folder: Path) -> C:
     def absolute(name: str, path: str) -> str:
         places = [place for place in (folder / path, Path(path)) if place.is_file()]
         if not places:
-            raise ConfigError(f"reward {name!r}: there is no file {path} in {folder.resolve()} or in {Path.cwd()}")
+            raise ConfigError(f"reward {name!r}: there is no file {path}{_looked(path, folder, Path.cwd())}")
         return str(places[0].resolve())
 
     return _with_files(config, absolute)
@@ -52,7 +52,7 @@ def with_shipped_files(config: C, folder: Path, shipped: Path) -> C:
     def inside(name: str, path: str) -> str:
         places = [p for p in (folder / Path(path).expanduser(), Path(path).expanduser()) if p.is_file()]
         if not places:
-            raise ConfigError(f"reward {name!r}: there is no file {path} in {folder.resolve()} or in {shipped}")
+            raise ConfigError(f"reward {name!r}: there is no file {path}{_looked(path, folder, shipped)}")
         file = places[0].resolve()
         if not file.is_relative_to(shipped.resolve()):
             raise ConfigError(
@@ -80,3 +80,10 @@ def _with_files(config: C, place: Callable[[str, str], str]) -> C:
             functions.append(function)
     reward = config.reward.model_copy(update={"functions": tuple(functions)})
     return config.model_copy(update={"reward": reward})
+
+
+def _looked(path: str, *folders: Path) -> str:
+    """Where a relative path was looked up."""
+    if Path(path).is_absolute():
+        return ""
+    return " in " + " or in ".join(dict.fromkeys(str(folder.resolve()) for folder in folders))

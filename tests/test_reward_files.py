@@ -117,6 +117,8 @@ def test_what_is_wrong_with_a_file_is_told(name: str, expected: str, home: Path)
 def test_a_file_that_is_not_there_is_told_with_where_it_was_looked_for(home: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no file none\.py in .*code or in .*project"):
         loaded(home / "code" / "recipe.yaml", "none.py:f")
+    with pytest.raises(ConfigError, match=r"there is no file /none/none\.py$"):
+        loaded(home / "recipe.yaml", "/none/none.py:f")
     with pytest.raises(RewardError, match="every node has to see it"):
         resolve(RewardFunctionConfig(name="/nowhere/none.py:f"))
 
