@@ -179,7 +179,10 @@ def report(run: Run) -> None:
     from grpo_ray.checkpoint import RunDir
     from launch.jobs import make_report
 
-    print(make_report(RunDir.open(run)))
+    try:
+        print(make_report(RunDir.open(run)))
+    except OSError as e:
+        raise ConfigError(f"the report of {run} can't be written: {e}") from None
 
 
 @app.command()

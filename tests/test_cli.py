@@ -197,3 +197,13 @@ def test_replay_says_why_a_step_cannot_be_replayed(folder: Path) -> None:
         assert result.returncode == code, result.stderr
         assert expected in result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_a_report_that_can_not_be_written_is_one_line(folder: Path) -> None:
+    run = folder / "run"
+    (run / "report.html.new").mkdir(parents=True)
+    (run / "config.yaml").write_text("num_steps: 1\n")
+    done = grpo_ray(folder, "report", "run")
+    assert done.returncode == 2
+    assert "error: the report of run can't be written: " in done.stderr
+    assert "Traceback" not in done.stderr
