@@ -320,6 +320,24 @@ def test_a_run_whose_store_stays_away_ends_after_a_step_and_the_resumed_one_repe
     assert again.run_dir.store.steps()[-1] == done + 2
 
 
+def test_a_run_whose_store_went_away_before_its_end_is_resumed_to_send_its_last_checkpoint(
+    s3: S3, bucket: str, tmp_path: Path
+) -> None:
+    settings = [f"checkpoint.path={bucket}", "num_steps=4"]
+    session = Session(tmp_path / "run", config(*settings, "deadlines.store_s=0.5"))
+    session.world.on_update = lambda step: s3.stop() if step == 3 else None
+    with pytest.raises(StoreError, match="step 4 is in"):
+        session.go()
+    write_ended(session.run_dir.path, config(*settings), "failed", "away", 4, 4)
+    assert finished(session.run_dir, config(*settings)) is None
+    s3.start()
+    again = Session(tmp_path / "run", config(*settings))
+    assert again.go() == "finished"
+    trained_once(again, 4)
+    assert again.run_dir.store.steps()[-1] == 4
+    assert again.run_dir.outbox.steps() == []
+
+
 def test_a_whole_checkpoint_is_not_taken_for_a_broken_one_when_the_store_does_not_answer(
     s3: S3, bucket: str, tmp_path: Path
 ) -> None:
