@@ -14,7 +14,7 @@ A CPU here is what Ray counts. Threads may be more or fewer: see rollout.num_thr
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, TypeVar, cast
@@ -135,12 +135,32 @@ def too_small(machine: Machine, config: Config, kind: str, found: Config) -> str
     if _is_placed(machine, found, kind):
         return None
     wanted = used(found, kind, gpus=machine.offers.get("GPU", 0) > 0)
+    if (nowhere := _nowhere(machine, wanted)) is not None:
+        return nowhere
     mend = would_fit(machine, config, kind)
     if mend:
         lacking = beyond(wanted, machine.offers) or "no node has room for one of its workers"
         return f"{lacking}. This would fit: {told(mend)}"
     each = " and ".join(f"a {d.option} worker of {_words(d.each)}" for d in wanted if d.each)
     return missing(wanted, machine.offers) or f"no nodes have room for {each}"
+
+
+def _nowhere(machine: Machine, wanted: Iterable[Demand]) -> str | None:
+    """One line on labels and resources that no node has at all; None: each has one."""
+    lines = []
+    for demand in wanted:
+        option = demand.option.partition("-")[0]
+        if not any(fits(node.labels, demand.labels) for node in machine.nodes):
+            labels = ", ".join(f"{key}: {value}" for key, value in demand.labels.items())
+            lines.append(f"no node has the labels of {option}.labels {{{labels}}}")
+        lines += [
+            f"no node has the {name} of {option}.resources" for name in demand.resources if name not in machine.offers
+        ]
+    return (
+        f"{'; '.join(dict.fromkeys(lines))}: leave them out, or join a cluster that has them (cluster.address)"
+        if lines
+        else None
+    )
 
 
 def told(options: Mapping[str, Any]) -> str:

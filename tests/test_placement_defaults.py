@@ -159,6 +159,25 @@ def test_supervised_learners_take_all_gpus_and_no_more_than_examples() -> None:
     assert fit_to(LAPTOP, few, "sft")[1] == {"learner.num_actors": 1, "learner.num_cpus": 1.0}
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("rollout.labels={zone: x}", "no node has the labels of rollout.labels {zone: x}"),
+        ("learner.resources={a100: 1}", "no node has the a100 of learner.resources"),
+    ],
+)
+@pytest.mark.parametrize("cpus", [1, 8])
+def test_labels_and_resources_that_no_node_has_are_named_and_nothing_else(
+    cpus: int, override: str, expected: str
+) -> None:
+    machine, config = Machine((Node(cpus),)), run_config(override)
+    found, _ = fit_to(machine, config, "grpo")
+    text = too_small(machine, config, "grpo", found)
+    assert text is not None
+    assert text.startswith(expected)
+    assert "CPU" not in text
+
+
 def test_nodes_without_the_labels_that_are_asked_for_do_not_count() -> None:
     machine = Machine((Node(16, 4, labels={"zone": "a"}), Node(16, 4, labels={"zone": "b"})))
     labels = ("rollout.labels={zone: a}", "learner.labels={zone: a}")
@@ -199,7 +218,7 @@ def test_what_no_option_mends_is_still_told() -> None:
     config = run_config("rollout.resources={engines: 1}")
     told = too_small(TWO_CORES, config, "grpo", fit_to(TWO_CORES, config, "grpo")[0])
     assert told is not None
-    assert "of the resource engines" in told
+    assert "no node has the engines of rollout.resources" in told
 
 
 def test_a_worker_that_no_single_node_holds_does_not_fit() -> None:
