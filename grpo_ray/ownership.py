@@ -325,6 +325,16 @@ def holding(
         yield
 
 
+def forget_dead(folder: Path) -> None:
+    """Remove the lock of a controller that was ended and could not do so itself; one that lives keeps it."""
+    if not (folder / FOLDER).is_dir():
+        return
+    left = Ownership(folder, "run")
+    with contextlib.suppress(ConfigError):
+        left.take(describe("the end of a command", ""), lambda text: None)
+        left.release()
+
+
 def describe(command: str, end: str, *, ends_with_command: bool = False) -> Owner:
     """This process as an owner."""
     since = time.strftime("%Y-%m-%d %H:%M:%S %Z")

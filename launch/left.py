@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from grpo_ray.checkpoint import RunDir
-from grpo_ray.ownership import commanded
+from grpo_ray.ownership import commanded, forget_dead
 from grpo_ray.records import last_step
-from launch.interrupts import leaving
+from launch.interrupts import at_end, leaving
 
 
 @contextlib.contextmanager
@@ -23,6 +23,13 @@ def owned(folder: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
+        def last() -> None:
+            # A controller that a signal has ended meanwhile gave nothing back.
+            forget_dead(folder)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+        at_end(last)
         with leaving(end=release):
             try:
                 yield

@@ -19,7 +19,7 @@ from actors.owner import folders_of
 from grpo_ray import ownership
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.errors import ConfigError
-from grpo_ray.ownership import FOLDER, Ownership, commanded, describe, holding
+from grpo_ray.ownership import FOLDER, Ownership, commanded, describe, forget_dead, holding
 from launch.jobs import resume_run, start_grpo, start_sample
 from launch.pipeline import run_pipeline
 
@@ -327,3 +327,34 @@ def test_filelock_keeps_to_what_is_leant_on(tmp_path: Path) -> None:
         assert (owner.start or 0) >> ownership.BOOT_ID_BITS == int(
             Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""), 16
         )
+
+
+RUNS = """
+import sys
+from pathlib import Path
+from grpo_ray.ownership import describe, holding
+with holding([Path(sys.argv[1])], describe("a run", ""), print):
+    print("mine", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_the_lock_of_a_controller_that_was_ended_goes_with_its_command_and_that_of_a_live_one_stays(
+    tmp_path: Path,
+) -> None:
+    controller = subprocess.Popen(
+        [sys.executable, "-c", RUNS, tmp_path],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert said(controller) == "mine\n"
+        forget_dead(tmp_path)
+        assert (tmp_path / FOLDER / "run.lock").is_file()
+    finally:
+        controller.kill()
+        controller.communicate()
+    forget_dead(tmp_path)
+    assert not (tmp_path / FOLDER).exists()
