@@ -127,7 +127,7 @@ def _await_port(host: str, port: int, address: Address, give_up: float) -> None:
             return
         except OSError as e:
             # A name that nobody knows is known no better a moment later.
-            if isinstance(e, socket.gaierror | UnicodeError) or give_up - time.monotonic() < AGAIN_S:
+            if isinstance(e, socket.gaierror) or give_up - time.monotonic() < AGAIN_S:
                 raise ResourceError(
                     f"no Ray cluster answers at {address} ({e.strerror or e}); is its head started? {address.mend}"
                 ) from None

@@ -23,7 +23,8 @@ from actors.engine_adapters import Adapter, AdapterOptions, EngineAdapters, lora
 from actors.runtime import give_way, own_log, own_scratch, use_nodes_interface
 from grpo_ray.config import RolloutConfig
 from grpo_ray.errors import WorkerError
-from grpo_ray.kv_cache import DEFAULT_GB, check_kv_cache, machine_memory
+from grpo_ray.kv_cache import DEFAULT_GB, check_kv_cache
+from grpo_ray.machine import total_memory
 from grpo_ray.models import context_length, eos_ids, load_config, vocab_size
 from grpo_ray.stops import Stops, find_stops, template_end
 from grpo_ray.types import Sample, SampleInfo, SampleRequest, SamplingParams, VersionSpan
@@ -96,7 +97,7 @@ def engine_args(
     kv_cache_gb = config.kv_cache_gb or (DEFAULT_GB if on_cpu else None)
     device: dict[str, Any] = {}
     if on_cpu:
-        check_kv_cache(config, machine_memory(), 1)
+        check_kv_cache(config, total_memory(), 1)
         # vLLM's CPU sampler dies of a seeded request whose prompt is prefilled in pieces, so prompts are prefilled whole. The
         # default block of 128 tokens would keep shorter prompts out of the prefix cache.
         device = {

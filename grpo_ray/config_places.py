@@ -11,7 +11,7 @@ from pydantic import AfterValidator
 
 from grpo_ray.config import DataSource, RunConfig, SftConfig
 from grpo_ray.config_base import Strict, expand_home
-from grpo_ray.config_reward import RewardFunctionConfig
+from grpo_ray.config_reward import RewardFunctionConfig, file_and_function
 
 Config = TypeVar("Config", RunConfig, SftConfig, RunConfig | SftConfig)
 S = TypeVar("S", bound=Strict)
@@ -55,17 +55,17 @@ def _absolute(section: S, folder: Path) -> S:
     if isinstance(section, DataSource) and section.is_generator:
         del update["path"]
     if isinstance(section, RewardFunctionConfig):
-        update["name"] = _reward_file(section.name, folder)
+        update["name"] = _reward_file(section, folder)
         update["args"] = {k: _reward_place(k, v, folder) for k, v in section.args.items()}
     return section.model_copy(update=update)
 
 
-def _reward_file(name: str, folder: Path) -> str:
-    """Of a reward that is named by its file, `rewards.py:mine`; a dotted path is looked for in `code_dir`."""
-    file, ending, function = name.partition(".py")
-    if not ending or (function and not function.startswith(":")):
-        return name
-    return f"{_place(file + ending, folder, named=False)}{function}"
+def _reward_file(reward: RewardFunctionConfig, folder: Path) -> str:
+    """The name of a reward, with its file as an absolute path; a dotted name is looked for in `code_dir`."""
+    if not reward.in_file:
+        return reward.name
+    path, function = file_and_function(reward.name)
+    return f"{_place(path, folder, named=False)}{':' * bool(function)}{function}"
 
 
 def _reward_place(name: str, value: Any, folder: Path) -> Any:

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from pathlib import Path
 from typing import Any
-
-import psutil
 
 from grpo_ray.config import RolloutConfig, RunConfig
 from grpo_ray.errors import ResourceError
 
 DEFAULT_GB = 0.25
 """Of an engine on CPUs, where rollout.kv_cache_gb says nothing."""
-_CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _GIB = 1 << 30
 SHARE = 0.85
 """Of memory: what is left is for Python, libraries and what the learner computes with."""
-
-
-def machine_memory() -> int:
-    """Bytes that processes here may have: the machine's, or the container's if that is less."""
-    limits = [psutil.virtual_memory().total]
-    for file in _CGROUPS:
-        with contextlib.suppress(OSError, ValueError):
-            limits.append(int(Path(file).read_text()))
-    return min(limits)
 
 
 def check_kv_cache(

@@ -37,9 +37,21 @@ def cpu_quota(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float | No
     return min(found, default=None)
 
 
+def total_memory(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
+    """Bytes that processes here may have: the machine's, or what a control group of this process allows if that is less."""
+    total = int(psutil.virtual_memory().total)
+    return min([total, *(limit for _, limit, _ in _memory_limits(root, membership))])
+
+
 def free_memory(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
     """Bytes that can be taken before the machine, or a control group of this process, has none left."""
-    free = [int(psutil.virtual_memory().available)]
+    free = int(psutil.virtual_memory().available)
+    limits = _memory_limits(root, membership)
+    return min([free, *(max(0, limit - used + _reclaimable(folder)) for folder, limit, used in limits)])
+
+
+def _memory_limits(root: Path, membership: Path) -> Iterator[tuple[Path, int, int]]:
+    """(control group, bytes that it may have, bytes that it has) of those with a limit."""
     for folder in _folders("memory", root, membership):
         for limit_name, used_name in (
             ("memory.max", "memory.current"),
@@ -47,8 +59,7 @@ def free_memory(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
         ):
             match _words(folder / limit_name), _words(folder / used_name):
                 case [limit], [used] if limit.isdecimal() and used.isdecimal() and int(limit) < UNLIMITED:
-                    free.append(max(0, int(limit) - int(used) + _reclaimable(folder)))
-    return min(free)
+                    yield folder, int(limit), int(used)
 
 
 def _reclaimable(folder: Path) -> int:

@@ -11,12 +11,14 @@ that model: pages that they share, 0.17 GiB of each, are in one of them alone.
 from __future__ import annotations
 
 import json
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from grpo_ray.config import DpoConfig, LoraConfig, ModelConfig, RunConfig, SftConfig, TinyModelConfig
+from grpo_ray.model_files import num_elements
 
 GIB = 1 << 30
 FP32, BF16 = 4, 2
@@ -255,28 +257,13 @@ def known_facts(config: ModelConfig) -> ModelFacts | None:
     folder = Path(config.path or "")
     try:
         found = json.loads((folder / "config.json").read_bytes())
-        return facts_of(_Words(found), sum(map(_num_elements, folder.glob("model*.safetensors"))) or _nothing(folder))
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, struct.error):
+        return facts_of(_Words(found), sum(map(num_elements, folder.glob("model*.safetensors"))) or _nothing(folder))
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, SafetensorError):
         return None
 
 
 def _nothing(folder: Path) -> int:
     raise ValueError(f"{folder} has no safetensors")
-
-
-def _num_elements(file: Path) -> int:
-    """By the header of a safetensors file: its length, then JSON."""
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(min(length, 100 << 20)))
-    total = 0
-    for name, entry in header.items():
-        if name != "__metadata__":
-            size = 1
-            for dimension in entry["shape"]:
-                size *= int(dimension)
-            total += size
-    return total
 
 
 def _tiny_facts(tiny: TinyModelConfig) -> ModelFacts:

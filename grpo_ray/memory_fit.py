@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TypeVar, cast
 
 from grpo_ray.config import DpoConfig, LearnerConfig, RewardModelConfig, RunConfig, SftConfig
+from grpo_ray.kv_cache import DEFAULT_GB
 from grpo_ray.memory import (
     CONTROLLER_BASE,
     RAY_BASE,
@@ -18,8 +19,6 @@ from grpo_ray.memory import (
 )
 
 Config = TypeVar("Config", bound=RunConfig | SftConfig)
-CPU_KV_CACHE_GB = 0.25
-"""Of an engine on CPUs, where rollout.kv_cache_gb is not given."""
 MARGIN = 0.1
 """Of the free memory. An estimate may be wrong by so much: what is chosen leaves it free, and what exceeds it is refused."""
 
@@ -58,7 +57,7 @@ def parts_of(facts: ModelFacts, config: RunConfig | SftConfig, kind: str) -> lis
         synced = kind not in ("eval", "sample") and not config.model.sends_adapters
         if synced:
             parts.append(Part("weights on their way to the engines", 1, weight_bytes(facts, config.model), ""))
-        engine = engine_memory(facts, config, config.rollout.kv_cache_gb or CPU_KV_CACHE_GB, synced=synced)
+        engine = engine_memory(facts, config, config.rollout.kv_cache_gb or DEFAULT_GB, synced=synced)
         parts.append(
             Part("rollout", config.rollout.num_actors, sum(engine.values()), "rollout.num_actors, rollout.kv_cache_gb")
         )

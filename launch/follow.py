@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from actors.addresses import read_address
 from actors.cluster import OnCluster, await_free, await_resources, connect, has_gpus, joins
 from actors.colocated import check_colocated
 from actors.deaths import KernelKills, fate, is_lost, killed_by_kernel, kind_of
@@ -48,7 +48,8 @@ def run_and_follow(kind: str, config: RunConfig | SftConfig, run_dir: Path, resu
 def cluster_of(config: OnCluster, view: LiveView | None = None) -> Iterator[None]:
     """Joined, or started on this machine and ended; what it is waiting for is told."""
     tell = view.handle if view is not None else lambda event: None
-    where = f"joining {config.cluster.address or os.environ['RAY_ADDRESS']}" if joins(config) else "on this machine"
+    address = read_address(config.cluster.address)
+    where = f"joining {address}" if address is not None else "on this machine"
     tell(PhaseEvent("Ray", "importing it"))
     import ray
 

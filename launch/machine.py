@@ -12,7 +12,8 @@ from grpo_ray.checkpoint_store import is_url
 from grpo_ray.config import RunConfig, SftConfig
 from grpo_ray.errors import ConfigError, ResourceError
 from grpo_ray.judge import KEY_VARIABLE
-from grpo_ray.kv_cache import check_gpu_shares, check_kv_cache, machine_memory
+from grpo_ray.kv_cache import check_gpu_shares, check_kv_cache
+from grpo_ray.machine import total_memory
 from grpo_ray.secrets import REFERENCE
 from grpo_ray.tracking import check_packages
 
@@ -28,7 +29,7 @@ def check_machine(config: RunConfig | SftConfig) -> None:
     """
     check_folder(config.dir, "dir")
     if config.checkpoint.path is not None:
-        check_store(config.checkpoint.path)
+        check_checkpoint_path(config.checkpoint.path)
     if joins(config):
         # What the nodes of a cluster have, only they know.
         return
@@ -36,7 +37,7 @@ def check_machine(config: RunConfig | SftConfig) -> None:
     if isinstance(config, RunConfig):
         check_gpu_shares(config)
         if not _asks_for_gpus(config):
-            check_kv_cache(config.rollout, machine_memory(), config.rollout.num_actors, weights_on_disk(config))
+            check_kv_cache(config.rollout, total_memory(), config.rollout.num_actors, weights_on_disk(config))
 
 
 def check_folder(path: str, option: str, needed: int = 0) -> None:
@@ -68,7 +69,7 @@ def check_folder(path: str, option: str, needed: int = 0) -> None:
         )
 
 
-def check_store(path: str) -> None:
+def check_checkpoint_path(path: str) -> None:
     """Of `checkpoint.path`. Raises ConfigError: fsspec has nothing for this kind of URL, or the folder can't be written to."""
     if not is_url(path):
         check_folder(path, "checkpoint.path")

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from grpo_ray.machine import cpu_quota, free_memory, usable_cpus
+from grpo_ray.machine import cpu_quota, free_memory, total_memory, usable_cpus
 
 
 def written(folder: Path, files: dict[str, str]) -> tuple[Path, Path]:
@@ -66,6 +66,7 @@ def test_memory_is_what_the_container_leaves(tmp_path: Path) -> None:
         },
     )
     assert free_memory(*second) == 2200
+    assert total_memory(*second) == 3000
     first = written(
         tmp_path / "1",
         {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from grpo_ray.config import ModelConfig, RunConfig, SftConfig
 from grpo_ray.config_files import build
@@ -169,8 +170,7 @@ def test_facts_of_older_kinds_and_of_no_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps({"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100, "n_inner": None})
     )
-    header = json.dumps({"__metadata__": {}, "a": {"shape": [3, 4]}, "b": {"shape": [5]}}).encode()
-    (tmp_path / "model-1.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    save_file({"a": np.zeros((3, 4)), "b": np.zeros(5)}, tmp_path / "model-1.safetensors")
     there = run_config(f"model={{path: {tmp_path}, tiny: null}}").model
     assert known_facts(there) == ModelFacts(17, 2, 64, 64, 256, 100)
     (tmp_path / "model-1.safetensors").write_bytes(b"torn")

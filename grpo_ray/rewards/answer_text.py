@@ -92,7 +92,6 @@ _TAG = re.compile(
     r"</?(?:b|strong|i|em|u|p|br|span|div|code|mark|math|center|answer)(?:\s[^<>\n]{0,100})?/?>|</s>|<\|[^|<>\n]{1,40}\|>",
     re.IGNORECASE,
 )
-_SPACING = re.compile(r"\\(?:displaystyle|left|right|bigl?|bigr|Bigl?|Bigr|limits)(?![A-Za-z])\s?|\\[;:]|~")
 _OPENING = re.compile(r"\\\(|\\\)")
 _DISPLAY = re.compile(r"\\\[|\\\]|\\(?:begin|end)\{(?:equation|align|gather|displaymath|math)\*?\}")
 
