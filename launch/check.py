@@ -41,6 +41,7 @@ from launch.interrupts import scratch_folder
 from launch.machine import check_machine, unset_variables
 from launch.pipeline import run_pipeline
 from launch.placement import chosen_told, fitted, machine_of, offers_told, where
+from launch.program import runnable
 from launch.recipe import (
     COMMANDS,
     SCHEMAS,
@@ -127,7 +128,7 @@ def _taken(folder: Path) -> Iterator[str]:
 def _print_ok(command: str, recipe: str, overrides: list[str]) -> None:
     """The command that this was about, to be copied to a shell."""
     words = shlex.join(["grpo-ray", command, recipe, *overrides])
-    console.print(headed("ok", "green", f"     {words}"), soft_wrap=True)
+    console.print(headed("ok", "green", f"     {runnable(words)}"), soft_wrap=True)
 
 
 def _trainable_size(config: RunConfig | SftConfig, model: str, *, on_gpu: bool) -> int:

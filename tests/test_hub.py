@@ -70,6 +70,8 @@ def test_a_hub_that_answers_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_behind_a_proxy_the_proxy_is_what_has_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("https_proxy", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{server.getsockname()[1]}")
         assert hub.unreachable("https://nowhere.invalid") is None

@@ -138,7 +138,7 @@ def prints_a_lot(completions, **kwargs):
 
 def writes_to_every_pipe(completions, **kwargs):
     def bad():
-        for fd in range(3, 64):
+        for fd in map(int, os.listdir("/proc/self/fd")):
             try: os.write(fd, b"not an answer\\n")
             except OSError: pass
         return 1.0

@@ -79,7 +79,7 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(local_ray: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def shared(local_ray: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     run_dir = str(tmp_path_factory.mktemp("run"))
     temporary = tmp_path_factory.mktemp("tmp")
     config = run_config(tiny_model, rollout=ROLLOUT | {"env": {"TMPDIR": str(temporary)}})
@@ -90,6 +90,18 @@ def bench(local_ray: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
         )
         yield Bench(runner, pool)
         runner.run(pool.close())
+
+
+@pytest.fixture
+def bench(shared: Bench) -> Bench:
+    """The module's pool with both of its engines, also after a test that ended one."""
+
+    async def whole() -> None:
+        while len(shared.pool.engines()) < 2:
+            await asyncio.sleep(0.1)
+
+    shared.run(whole())
+    return shared
 
 
 @pytest.fixture(scope="module")
