@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).parent.parent
+from tests.commands import run_command
+
 RECIPE = {
     "model": {"tiny": {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}, "dtype": "float32"},
     "data": {"train": {"path": "rows.jsonl"}, "max_prompt_length": 64},
@@ -22,17 +22,9 @@ RECIPE = {
 }
 
 
-def grpo_ray(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+def grpo_ray(folder: Path, *args: str) -> CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"}
-    return subprocess.run(
-        [sys.executable, "-m", "launch", *args],
-        cwd=folder,
-        env=env | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    return run_command(folder, *args, env=env | {"COLUMNS": "200"})
 
 
 @pytest.fixture

@@ -26,13 +26,13 @@ from launch.effects import check_effects, tell_idle_of_pipeline
 from launch.pipeline import load_plan
 from launch.recipe import COMMANDS, SCHEMAS, kind_of, load_recipe
 from tests.recipes import RL, run_config
-from tests.test_cli import ROOT
 
 SUPERVISED: dict[str, Any] = {"model": {"tiny": {}}, "data": {"train": {"path": "rows.jsonl"}}}
 
 
 PAIRS = {**SUPERVISED, "max_length": 128}
 KEPT = {"path": "a", "keep_per_prompt": None, "prefer": "random"}
+ROOT = Path(__file__).parent.parent
 RECIPES = [p.relative_to(ROOT) for folder in ("launch/recipes", "tests/bench") for p in (ROOT / folder).glob("*.yaml")]
 
 
