@@ -210,10 +210,6 @@ class Ledger:
                 out[group.prompt.id] = float(found[0])
         return out
 
-    def next_order(self) -> int:
-        (top,) = self._db.execute("SELECT MAX(dispatch_order) FROM groups").fetchone()
-        return 0 if top is None else int(top) + 1
-
     def summary(self) -> LedgerSummary:
         self.flush()
         counts = dict(self._db.execute("SELECT state, COUNT(*) FROM groups GROUP BY state"))
