@@ -424,3 +424,8 @@ def test_tokens_may_have_advantages_of_their_own() -> None:
     packed = pack([item(token_values(steps, 4), 0), item(2.0, 1)])
     assert packed.advantages.tolist() == [0.5, -1.5, -1.5, 0.0, 2.0, 2.0, 2.0, 2.0]
     assert packed.advantages.dtype == np.float32
+
+
+def test_a_plan_of_some_samples_is_told_by_the_names_of_all() -> None:
+    plan = MiniBatchPlan((((0, 2), (1,)), ((3,), ())), idle=(4,))
+    assert plan.renumbered([7, 5, 3, 1, 0]) == MiniBatchPlan((((7, 3), (5,)), ((1,), ())), idle=(0,))

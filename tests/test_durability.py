@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import resource
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from grpo_ray.checkpoint_store import Store
 from grpo_ray.decontaminate import write_jsonl
 from grpo_ray.errors import DataError
 from grpo_ray.files import write_whole
-from grpo_ray.manifest import FileSum
+from grpo_ray.manifest import FileSum, digest_of
 from grpo_ray.rollout_log import distinct_refs, rollout_path, write_rollouts
 from tests.batches import batch_of
 from tests.test_replay import odd_groups
@@ -225,3 +226,13 @@ def test_of_a_checkpoint_in_an_object_store_the_manifest_goes_first(monkeypatch:
         monkeypatch.undo()
         if filesystem.exists("memory://durable"):
             filesystem.rm("memory://durable", recursive=True)
+
+
+def test_the_digest_of_a_folder_is_of_the_names_and_bytes_below_it(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    files = {"./a.json": b"{}", "./b/c.bin": bytes(range(256))}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    lines = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items())
+    assert digest_of(tmp_path) == hashlib.sha256(lines.encode()).hexdigest()
+    assert digest_of(tmp_path / "b" / "c.bin") == hashlib.sha256(bytes(range(256))).hexdigest()

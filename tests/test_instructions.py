@@ -8,7 +8,7 @@ import pytest
 
 from grpo_ray.config_reward import RewardFunctionConfig
 from grpo_ray.rewards import ScoreInputs, resolve, score_samples
-from grpo_ray.rewards.instruction_checks import CHECKS
+from grpo_ray.rewards.instruction_checks import CHECKS, _languages, _punkt
 from grpo_ray.types import Score, ScoreStatus
 
 # Instruction, its arguments, responses that keep it, responses that don't: what IFEval's own checker says, over NLTK 3.10 and
@@ -364,3 +364,10 @@ def test_columns_that_do_not_fit_together_are_an_error(ids: Any, kwargs: Any) ->
     (score,) = scores(["a"], ids, kwargs)
     assert score.status is ScoreStatus.ERROR
     assert "expected two lists of the same length" in score.detail
+
+
+def test_libraries_are_read_at_the_start_and_not_on_the_first_samples_time() -> None:
+    _languages.cache_clear()
+    _punkt.cache_clear()
+    resolve(RewardFunctionConfig(name="instructions"), load=True)
+    assert (_languages.cache_info().currsize, _punkt.cache_info().currsize) == (1, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,15 @@ def test_rolling_back_and_doing_it_again_gives_the_same_ledger(fates, per_step, 
         summary = ledger.summary()
         assert summary.trained + summary.dropped + summary.in_flight == len(fates)
         ledger.close()
+
+
+def test_options_that_a_resume_changed_are_noted_with_their_step(ledger):
+    ledger.changed(7, {"learner.learning_rate": (1e-3, 5e-4), "rollout.env": ({}, {"A": "b"})})
+    ledger.changed(9, {"log_every": (1, None)})
+    noted = ledger._db.execute("SELECT step, option, before, after, at FROM changes ORDER BY step, option").fetchall()
+    assert [row[:4] for row in noted] == [
+        (7, "learner.learning_rate", "0.001", "0.0005"),
+        (7, "rollout.env", "{}", "{'A': 'b'}"),
+        (9, "log_every", "1", "None"),
+    ]
+    assert all(abs(row[4] - time.time()) < 600 for row in noted)

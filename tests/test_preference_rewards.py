@@ -11,7 +11,7 @@ from grpo_ray.config_files import build
 from grpo_ray.config_reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import ConfigError, RewardError
 from grpo_ray.rewards import ScoreInputs, resolve, score_samples
-from grpo_ray.rewards.language_consistency import language_consistency, words_of
+from grpo_ray.rewards.language_consistency import _knows, language_consistency, words_of
 from grpo_ray.rewards.parts import part_of
 from grpo_ray.types import ScoreStatus
 
@@ -158,3 +158,13 @@ def test_two_rewards_of_one_name_need_labels() -> None:
     config = build(RunConfig, recipe, "r")
     assert isinstance(config.reward, RewardConfig)
     assert [f.title for f in config.reward.functions] == ["accuracy", "math"]
+
+
+def test_dictionaries_are_read_at_the_start_and_not_on_the_first_samples_time() -> None:
+    _knows.cache_clear()
+    args = {"language": "de", "others": ["en", "zh"]}
+    resolve(RewardFunctionConfig(name="language_consistency", args=args), load=True)
+    assert _knows.cache_info().misses == 2
+    for name in ("de", "en"):
+        _knows("a", name)
+    assert _knows.cache_info().hits == 2

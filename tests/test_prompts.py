@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from grpo_ray.config import DataConfig, DataSource
 from grpo_ray.cursor import Cursor
 from grpo_ray.data import load_table
 from grpo_ray.errors import DataError
-from grpo_ray.prompts import load_demonstrations, load_prompts
+from grpo_ray.prompts import EVAL_SEED_OFFSET, load_demonstrations, load_prompts
 from grpo_ray.templates import R1_SYSTEM
 from grpo_ray.tokenized import TokenLists
 
@@ -490,3 +491,50 @@ def test_a_hundred_thousand_rows_load_in_seconds(tokenizer: Any, jsonl: Callable
 def test_token_lists_come_back_as_they_went_in() -> None:
     lists = TokenLists([np.arange(n, dtype=np.int32) for n in (3, 0, 5)])
     assert [lists[i] for i in range(3)] == [[0, 1, 2], [], [0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("split", "limit", "kept"),
+    [
+        ("train[20%:50%]", None, [2, 3, 4]),
+        ("train[20%:50%]", 2, [2, 3]),
+        ("train[7:]", 5, [7, 8, 9]),
+        ("train[:2]+train[8:]", None, [0, 1, 8, 9]),
+    ],
+)
+def test_a_part_of_a_file_keeps_its_line_numbers(
+    tmp_path: Path, split: str, limit: int | None, kept: list[int]
+) -> None:
+    path = tmp_path / "sums.jsonl"
+    path.write_text("\n".join(json.dumps(row) + "\n" for row in sums(10)))
+    table = load_table(DataSource(path=str(path), split=split, limit=limit), seed=1)
+    assert list(table.rows) == [sums(10)[i] for i in kept]
+    assert [table.where(i) for i in range(len(kept))] == [f"{path}, line {2 * i + 1}" for i in kept]
+    assert (table.name, table.label) == ("sums", str(path))
+
+
+def test_a_part_without_rows_is_refused_with_what_there_is(jsonl: Callable[..., str]) -> None:
+    path = jsonl(sums(4))
+    with pytest.raises(
+        DataError, match=re.escape(f"{path}: split 'train[4:]' holds none of its rows; it has: train with 4")
+    ):
+        load_table(DataSource(path=path, split="train[4:]"), seed=1)
+
+
+def test_prompts_of_the_evaluation_set_are_kept_out_of_demonstrations(
+    tokenizer: Any, jsonl: Callable[..., str]
+) -> None:
+    train = jsonl([row | {"completion": row["answer"]} for row in sums(6)], "train.jsonl")
+    data = config(train).model_copy(update={"eval": DataSource(path=jsonl(sums(6)[2:4], "eval.jsonl"))})
+    left = load_demonstrations(data, tokenizer, seed=1, max_length=64)
+    ids = [left.item(i, 3).id for i in range(len(left))]
+    assert ids == [f"train/3/{row}" for row in (0, 1, 4, 5)]
+    assert (left.report.num_in_eval, left.report.num_kept) == (2, 4)
+    seeds = []
+
+    def read(source: DataSource, *, seed: int) -> Any:
+        seeds.append((Path(source.path).name, seed))
+        return load_table(source, seed=seed)
+
+    load_demonstrations(data, tokenizer, seed=5, max_length=64, read=read)
+    assert seeds == [("eval.jsonl", 5 + EVAL_SEED_OFFSET), ("train.jsonl", 5)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from grpo_ray.config_reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards import ScoreInputs, call_reward, resolve
 from grpo_ray.types import Sample, SampleInfo, Score, ScoreRequest, ScoreStatus, VersionSpan
-from tests.endpoints import vllm_server
+from tests.endpoints import endpoint, vllm_server
 
 TEXTS = ["yes", "no, not at all", "<think>hm</think>perhaps", ""]
 
@@ -175,3 +176,35 @@ def test_a_sample_that_is_lost_to_one_pool_is_a_lost_sample(scorer: Path) -> Non
     lost = Score(ScoreStatus.CRASHED, float("nan"), (), "its object is gone")
     fine = replace(lost, status=ScoreStatus.OK, parts=(object(),))  # type: ignore[arg-type]
     assert pools._joined([fine, lost], 2) is lost
+
+
+def test_a_served_model_is_asked_for_raw_scores_and_they_come_back_in_their_order(
+    scorer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(request: dict[str, Any], _: int) -> tuple[int, dict[str, str], str]:
+        rows = [{"index": i, "probs": [len(ids) / 2]} for i, ids in enumerate(request["input"])]
+        return 200, {}, json.dumps({"data": rows[::-1]})
+
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame")
+    with endpoint(answer) as server:
+        args = {"path": str(scorer), "url": server.url, "batch_tokens": 100}
+        function = resolve(RewardFunctionConfig(name="reward_model", args=args), load=True)
+        scores = call_reward(function, ScoreInputs(["1+1?", "a"], ["22", "bcdefgh"], [[1]] * 2))
+    (request,) = server.requests
+    tokenizer = AutoTokenizer.from_pretrained(scorer)
+    ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in ("1+1?22", "abcdefgh")]
+    assert request == {"input": ids, "use_activation": False}
+    assert server.keys == ["Bearer sesame"]
+    assert [s.value for s in scores] == [len(one) / 2 for one in ids]
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [('{"object": "list"}', "KeyError: 'data'"), ('{"data": [{"index": 0, "probs": []}]}', "IndexError")],
+)
+def test_an_answer_without_scores_is_no_score(scorer: Path, body: str, what: str) -> None:
+    with endpoint(lambda request, number: (200, {}, body)) as server:
+        function = resolve(RewardFunctionConfig(name="reward_model", args={"path": str(scorer), "url": server.url}))
+        (score,) = call_reward(function, ScoreInputs(["a"], ["b"], [[1]]))
+    assert score.status is ScoreStatus.ERROR
+    assert f"reward 'reward_model': {server.url}/classify does not score ({what}" in score.detail
