@@ -426,6 +426,7 @@ def test_tokens_may_have_advantages_of_their_own() -> None:
     assert packed.advantages.dtype == np.float32
 
 
-def test_a_plan_of_some_samples_is_told_by_the_names_of_all() -> None:
+def test_a_plan_is_told_by_other_numbers() -> None:
     plan = MiniBatchPlan((((0, 2), (1,)), ((3,), ())), idle=(4,))
+    assert plan.of_pairs() == MiniBatchPlan((((0, 1, 4, 5), (2, 3)), ((6, 7), ())), idle=(8, 9))
     assert plan.renumbered([7, 5, 3, 1, 0]) == MiniBatchPlan((((7, 3), (5,)), ((1,), ())), idle=(0,))

@@ -202,6 +202,27 @@ def test_a_save_that_fails_leaves_the_one_before_it_and_no_trace_and_is_an_error
     assert sorted(p.name for p in run.folder(1).parent.iterdir()) == ["step-000001"]
 
 
+def test_what_is_told_of_a_failed_write_names_the_room_where_there_is_a_folder(local: Run) -> None:
+    folder = Path(local.dir.outbox.url)
+    shutil.rmtree(folder, ignore_errors=True)
+    text = f"the checkpoint of step 7 could not be written to {folder}"
+    assert str(local.saver._failure(7, OSError("full"))) == f"{text}: full"
+    folder.mkdir(parents=True)
+    told = str(local.saver._failure(7, OSError("full")))
+    assert told.startswith(f"{text} (")
+    assert told.endswith(f" GB free in {folder}): full")
+    free = float(told.removeprefix(f"{text} (").split()[0])
+    assert free == pytest.approx(shutil.disk_usage(folder).free / 1e9, rel=0.2)
+
+
+def test_a_save_may_be_discarded_twice(local: Run) -> None:
+    place = local.dir.store.begin(5)
+    assert Path(place.url).is_dir()
+    for _ in range(2):
+        local.dir.store.discard(place)
+        assert not Path(place.url).exists()
+
+
 def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(run: Run) -> None:
     async def work() -> None:
         run.learner.may_write.clear()

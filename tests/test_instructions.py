@@ -191,7 +191,7 @@ VERDICTS: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
     (
         "detectable_format:title",
         {},
-        ["<<The sea>>\nIt is.", "<<<a>>>", "so <<a>> b", "<< <b> >>", "<<>> a >>"],
+        ["<<The sea>>\nIt is.", "<<<a>>>", "so <<a>> b", "<< <b> >>", "<<>> a >>", "<<a>> <<b", "a>> <<b>>"],
         ["<< >>", "<<>>", "<<a\nb>>", "<a>"],
     ),
     (

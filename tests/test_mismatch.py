@@ -89,6 +89,7 @@ def test_the_correction_is_that_of_every_token() -> None:
     got = metrics(algorithm, (data, torch.tensor([-1.5, -1.2])))
     assert got["correction/mean_weight"] == pytest.approx((np.exp(-0.5) + np.exp(-0.2)) / 2)
     assert GrpoObjective(algorithm).weight(2, Normalizers.unit(4)) > 0
+    assert Normalizers.unit(4) == Normalizers(num_sequences=1, num_tokens=1, max_completion_length=4)
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,7 @@ def test_parquet_and_saved_hugging_face_data_give_the_same_rows_as_jsonl(
     for path in (jsonl(rows), str(tmp_path / "rows.parquet"), str(tmp_path / "saved"), str(tmp_path / "splits")):
         table = load_table(DataSource(path=path, limit=5), seed=1)
         assert list(table.rows) == rows[:5], path
+        assert table.where(3).startswith(f"{path}, ")
     assert list(load_table(DataSource(path=str(tmp_path / "splits"), split="test"), seed=1).rows) == [rows[6]]
     with pytest.raises(DataError, match="no split 'validation'; it has: train, test"):
         load_table(DataSource(path=str(tmp_path / "splits"), split="validation"), seed=1)
@@ -189,7 +190,7 @@ def test_parquet_and_saved_hugging_face_data_give_the_same_rows_as_jsonl(
 
 def test_broken_parquet_and_unreachable_hub_data_are_data_errors(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"not parquet")
-    with pytest.raises(DataError, match=r"x\.parquet: not a readable Parquet file"):
+    with pytest.raises(DataError, match=r"x\.parquet: not a readable Parquet file: ArrowInvalid: \w"):
         load_table(DataSource(path=str(tmp_path / "x.parquet")), seed=1)
     with pytest.raises(DataError, match=r"data set 'nobody/no-such-data' .* can't be loaded: .*from there: a network"):
         load_table(DataSource(path="nobody/no-such-data"), seed=1)
@@ -203,6 +204,9 @@ def test_reasoning_gym_rows_carry_their_entry_and_task(tokenizer: Any) -> None:
     )
     prompts = list(load_prompts(DataConfig(train=source, template="raw"), tokenizer, seed=1).train)
     assert [p.id for p in prompts] == [f"chain_sum/0/{i}" for i in range(9)]
+    some = load_table(source.model_copy(update={"limit": 4}), seed=1)
+    assert [row["question"] for row in some.rows] == [p.columns["question"] for p in prompts[:4]]
+    assert some.where(2) == "reasoning_gym:chain_sum, row 2"
     for i, p in enumerate(prompts):
         assert p.columns["reasoning_gym_task"] == "chain_sum"
         assert p.columns["reasoning_gym_entry"]["answer"] == p.columns["answer"]
@@ -229,9 +233,9 @@ def test_a_generator_without_a_seed_follows_the_run_s_and_eval_is_other_rows(tok
     [
         ("reasoning_gym:chain_sums", {}, "no task 'chain_sums'; did you mean chain_sum"),
         ("reasoning_gym:chain_sum", {"terms": 2}, "refused.*it takes: min_terms, max_terms"),
-        ("reasoning_gym:chain_sum", {"min_terms": 5, "max_terms": 2}, "refused"),
+        ("reasoning_gym:chain_sum", {"min_terms": 5, "max_terms": 2}, r"are refused: AssertionError: \w"),
         ("python:flawed", {}, "expected python:module.function"),
-        ("python:no.such.module", {}, "can't import 'no.such'"),
+        ("python:no.such.module", {}, "can't import 'no.such': No module named 'no'$"),
         ("python:grpo_ray.tiny_arithmetic.flawed_demonstration", {}, "did you mean flawed_demonstrations?"),
         ("python:grpo_ray.tiny_arithmetic.flawed_demonstrations", {"sice": 3}, "unexpected keyword argument 'sice'"),
     ],
@@ -239,6 +243,16 @@ def test_a_generator_without_a_seed_follows_the_run_s_and_eval_is_other_rows(tok
 def test_a_generator_that_can_t_run_says_what_to_change(path: str, args: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_table(DataSource(path=path, args=args), seed=1)
+
+
+def test_a_module_under_a_name_that_is_taken_is_refused_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        DataError, match=r"can't import 'actors\.mine': No module named 'actors\.mine'; the name actors is taken"
+    ):
+        load_table(DataSource(path="python:actors.mine.rows"), seed=1)
 
 
 def test_a_function_beside_the_user_gives_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

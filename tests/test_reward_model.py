@@ -18,6 +18,7 @@ from actors.reward_pools import RewardPools
 from grpo_ray.config_reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards import ScoreInputs, call_reward, resolve
+from grpo_ray.rewards.reward_model import _load
 from grpo_ray.types import Sample, SampleInfo, Score, ScoreRequest, ScoreStatus, VersionSpan
 from tests.endpoints import endpoint, vllm_server
 
@@ -68,6 +69,15 @@ def test_scores_are_those_of_plain_transformers_however_they_are_batched(
         completions = [[{"role": "assistant", "content": c}] for c in TEXTS]
     scores = call_reward(function, ScoreInputs(prompts, completions, [[1]] * 4))
     assert [s.value for s in scores] == pytest.approx(plain_scores(scorer, prompts, TEXTS), abs=1e-5)
+
+
+def test_a_model_is_loaded_in_the_dtype_that_args_name(scorer: Path) -> None:
+    _load.cache_clear()
+    for given, loaded in (({"dtype": "bfloat16", "num_threads": 2}, (2, "bfloat16")), ({}, (1, "float32"))):
+        resolve(RewardFunctionConfig(name="reward_model", args={"path": str(scorer), **given}), load=True)
+        assert _load(str(scorer), None, *loaded, False)._forward._model.dtype is getattr(torch, loaded[1])
+        assert torch.get_num_threads() == loaded[0]
+    assert _load.cache_info()[:2] == (2, 2)
 
 
 def test_a_text_beyond_the_context_fails_alone(scorer: Path) -> None:

@@ -133,6 +133,8 @@ def test_stop_tokens_are_those_of_the_model_s_vocabulary(tiny_model: Path) -> No
     tokenizer = load_tokenizer(str(tiny_model), trust_remote_code=False)
     assert stops_of_run(run(stop_token_ids=[7, 7]), tokenizer, str(tiny_model)).token_ids == (1, 7)
     last = len(tokenizer) - 1
+    # A model's file may name an end that its logits do not reach.
+    assert find_stops(tokenizer, [last + 1, 1, last], None, last + 1).token_ids == (1, last)
     for wrong in (last + 1, 10**6):
         with pytest.raises(ConfigError, match=rf"rollout\.stop_token_ids holds {wrong}, .* go from 0 to {last}"):
             stops_of_run(run(stop_token_ids=[wrong]), tokenizer, str(tiny_model))
