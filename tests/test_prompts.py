@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 
 from grpo_ray.config import DataConfig, DataSource
 from grpo_ray.cursor import Cursor
-from grpo_ray.data import load_table
+from grpo_ray.data import load_table, progress
 from grpo_ray.errors import DataError
 from grpo_ray.prompts import EVAL_SEED_OFFSET, load_demonstrations, load_prompts
 from grpo_ray.templates import R1_SYSTEM
@@ -260,6 +262,106 @@ def test_a_function_beside_the_user_gives_rows(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     table = load_table(DataSource(path="python:my_rows_here.rows", args={"n": 10}, limit=4), seed=1)
     assert (table.name, list(table.rows)) == ("rows", [{"prompt": str(i)} for i in range(4)])
+
+
+SPLITS = "has no split 'test'; it has: train, and a part of one is train[:50%] or train[100:200]"
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ({"path": "rows.txt"}, "rows.txt: can't read this kind of file; expected .jsonl or .parquet"),
+        (
+            {"path": "rows.jsonl", "name": "main"},
+            "rows.jsonl: name 'main' is a subset of a Hugging Face data set, and this has none; take it out",
+        ),
+        (
+            {"path": "python:rows_of_here.good", "name": "main"},
+            "python:rows_of_here.good: name 'main' is a subset of a Hugging Face data set, and this has none; take it out",
+        ),
+        (
+            {"path": "rows.jsonl", "args": {"n": 3}},
+            "rows.jsonl: args {'n': 3} are a generator's (reasoning_gym:TASK, python:module.function); take them out "
+            "(over a recipe that has some: data.train.args={})",
+        ),
+        ({"path": "rows.jsonl", "split": "test"}, f"rows.jsonl {SPLITS}; for another split name another file"),
+        ({"path": "python:rows_of_here.good", "split": "test"}, f"python:rows_of_here.good {SPLITS}"),
+        ({"path": "full.jsonl"}, "full.jsonl is a folder: name the file in it, e.g. full.jsonl/a.parquet"),
+        ({"path": "bare.jsonl"}, "bare.jsonl is a folder without data files in it"),
+        ({"path": "HERE/rwos.jsonl"}, "HERE/rwos.jsonl: no such file; did you mean HERE/rows.jsonl?"),
+        ({"path": "HERE/none/a.jsonl"}, "HERE/none/a.jsonl: no such file (looked from HERE)"),
+        ({"path": "latin.jsonl"}, "latin.jsonl, line 2: not UTF-8 text (invalid start byte at byte 12)"),
+        ({"path": "broken.jsonl"}, "broken.jsonl, line 3: not valid JSON: Expecting value at column 12"),
+        (
+            {"path": "list.jsonl"},
+            'list.jsonl, line 1: expected a JSON object such as {"prompt": "..."}, got list',
+        ),
+        (
+            {"path": "saved", "name": "main"},
+            "data set 'saved' was saved to disk, without subsets: take name 'main' out",
+        ),
+        ({"path": "python:rows"}, "python:rows: expected python:module.function"),
+        (
+            {"path": "python:rows_of_here.godo"},
+            "python:rows_of_here.godo: rows_of_here has no function 'godo'; did you mean good?",
+        ),
+        ({"path": "python:rows_of_here.zzz"}, "python:rows_of_here.zzz: rows_of_here has no function 'zzz'"),
+        ({"path": "python:rows_of_here.VALUE"}, "python:rows_of_here.VALUE: rows_of_here has no function 'VALUE'"),
+        (
+            {"path": "python:rows_of_here.bad"},
+            "python:rows_of_here.bad, row 1: expected a dict such as {'prompt': ...}, got str",
+        ),
+        (
+            {"path": "python:rows_of_here.good", "args": {"m": 1}},
+            "python:rows_of_here.good: calling it with args {'m': 1} failed: good() got an unexpected keyword argument 'm'",
+        ),
+    ],
+)
+def test_a_source_that_can_t_be_read_is_told_with_the_mend(
+    source: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "rows.txt": b"",
+        "rows.jsonl": b'{"prompt": "a"}\n',
+        "full.jsonl/b.jsonl": b"",
+        "full.jsonl/a.parquet": b"",
+        "full.jsonl/a.csv": b"",
+        "bare.jsonl/a.csv": b"",
+        "latin.jsonl": b'{"prompt": "a"}\n{"prompt": "\xff"}\n',
+        "broken.jsonl": b'{"prompt": "a"}\n\n{"prompt": }\n',
+        "list.jsonl": b"[]\n",
+        "saved/state.json": b"{}",
+        "rows_of_here.py": b"""
+VALUE = 3
+def good(n=2):
+    return [{"prompt": "a"}] * n
+def bad():
+    return [{"prompt": "a"}, "b"]
+""",
+    }
+    for name, data in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    monkeypatch.delitem(sys.modules, "rows_of_here", raising=False)
+    with pytest.raises(DataError) as e:
+        load_table(DataSource(**source | {"path": source["path"].replace("HERE", str(tmp_path))}), seed=1)
+    assert str(e.value) == told.replace("HERE", str(tmp_path))
+    assert str(tmp_path) not in sys.path
+
+
+@pytest.mark.parametrize(("rows", "terminal", "shown"), [(999, True, False), (1000, True, True), (1000, False, False)])
+def test_a_bar_is_shown_of_many_rows_to_who_watches(
+    rows: int, terminal: bool, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", screen)
+    with progress("reading [mine]", rows) as advance:
+        advance(rows // 2)
+        advance(rows - rows // 2)
+    assert ("reading [mine]" in screen.getvalue() and "100%" in screen.getvalue()) is shown
 
 
 # Columns
