@@ -24,8 +24,8 @@ from grpo_ray.config import (
 from grpo_ray.dropout import without_dropout
 from grpo_ray.errors import ConfigError, NonFiniteError
 from grpo_ray.linear import use_faster_products
-from grpo_ray.logprobs import chunk_rows
 from grpo_ray.lora import inject
+from grpo_ray.memory import chunk_rows
 from grpo_ray.policy import PolicyModel
 from grpo_ray.reward_model import RewardModel
 from grpo_ray.sequence import SequenceRanks

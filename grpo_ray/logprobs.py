@@ -143,11 +143,6 @@ def _grad_logits(
     return grad_CV
 
 
-def chunk_rows(vocab_size: int, *, on_gpu: bool) -> int:
-    """Rows of logits that fit the budget of a chunk: 64 MiB in fp32, or 256 on a GPU, whose products need to be large."""
-    return max(1, (256 if on_gpu else 64) * 2**20 // (4 * vocab_size))
-
-
 def chunked_logprobs(
     hidden_NH: Tensor,
     weight_VH: Tensor,

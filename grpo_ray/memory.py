@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from grpo_ray.config import DpoConfig, LoraConfig, ModelConfig, RunConfig, SftConfig, TinyModelConfig
 from grpo_ray.model_files import num_elements
+from grpo_ray.tiny import num_tiny_tokens
 
 GIB = 1 << 30
 FP32, BF16 = 4, 2
@@ -39,6 +40,11 @@ LARGEST_BUCKET = 500_000_000
 """Elements that DeepSpeed reduces at once: its `reduce_bucket_size`."""
 CHUNKS = 4
 """Buffers of one chunk of logits in fp32 that exist at once: in the forward pass two, and in the backward pass two more."""
+
+
+def chunk_rows(vocab_size: int, *, on_gpu: bool) -> int:
+    """Rows of logits that fit the budget of a chunk: 64 MiB in fp32, or 256 on a GPU, whose products need to be large."""
+    return max(1, (256 if on_gpu else 64) * 2**20 // (4 * vocab_size))
 
 
 @dataclass(frozen=True)
@@ -103,8 +109,6 @@ class LearnerMemory:
 
 def learner_memory(facts: ModelFacts, config: RunConfig | SftConfig, *, on_gpu: bool) -> LearnerMemory:
     """Of one rank in its largest step."""
-    from grpo_ray.logprobs import chunk_rows
-
     model, learner = config.model, config.learner
     ranks, stage = learner.num_actors, learner.zero_stage
     width = BF16 if model.dtype == "bfloat16" else FP32
@@ -269,10 +273,11 @@ def _nothing(folder: Path) -> int:
 def _tiny_facts(tiny: TinyModelConfig) -> ModelFacts:
     hidden = tiny.hidden_size
     wide = tiny.intermediate_size or 11 * hidden // 4
-    vocab = tiny.vocab_size or 128 + len(tiny.words)
+    vocab = num_tiny_tokens(tiny)
     kv = hidden // tiny.num_heads * tiny.num_kv_heads
-    layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * wide
-    return ModelFacts(vocab * hidden + tiny.num_layers * layer, tiny.num_layers, hidden, hidden, wide, vocab)
+    matrices, biases, norms = 2 * hidden * (hidden + kv) + 3 * hidden * wide, hidden + 2 * kv, 2 * hidden
+    num_params = (vocab + 1) * hidden + tiny.num_layers * (matrices + biases + norms)
+    return ModelFacts(num_params, tiny.num_layers, hidden, hidden, wide, vocab)
 
 
 def gib(num_bytes: float) -> str:

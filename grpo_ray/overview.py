@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,8 @@ MANY_ROWS = 20_000
 """Fewer are looked at one by one."""
 SAMPLE = 1000
 LONGEST = 16
+PARTS = 8
+"""A power of two."""
 _KEYS = ("prompt", "messages", "completion", "chosen", "rejected", "label")
 """Columns without which a row is none; the first row that lacks one is in the sample, where it is told."""
 
@@ -117,7 +119,7 @@ class Overview:
         """Rows whose prompt an earlier row has."""
         if self.prompts is None:
             return 0
-        return self.num_rows - int(pc.count_distinct(self.prompts, mode="all").as_py())
+        return self.num_rows - _num_different(self.prompts)
 
     def num_in(self, prompts: Iterable[Any]) -> int | None:
         """Rows whose prompt is one of these; None: not known, for prompts that are no text."""
@@ -231,8 +233,10 @@ def _of_jsonl(source: DataSource) -> tuple[pa.Table, Any]:
 
     import pyarrow.json as pj
 
-    data = Path(source.path).expanduser().read_bytes()
-    table = pj.read_json(pa.BufferReader(data))
+    path = Path(source.path).expanduser()
+    data = path.read_bytes()
+    # The system's pool gives back what was needed for a moment; Arrow's own keeps it.
+    table = pj.read_json(pa.BufferReader(data), memory_pool=pa.system_memory_pool())
     table.validate(full=True)
     ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
     starts = np.concatenate([[0], ends + 1])
@@ -244,10 +248,16 @@ def _of_jsonl(source: DataSource) -> tuple[pa.Table, Any]:
 
     def pick(name: str, places: Sequence[int]) -> Table:
         chosen = [int(lines[i]) for i in places]
-        rows = [json.loads(data[starts[line] : ends[line]]) for line in chosen]
+        with path.open("rb") as file:
+            rows = [json.loads(_bytes_of(file, starts[line], ends[line])) for line in chosen]
         return Table(name, source.path, rows, [line + 1 for line in chosen], list(places))
 
     return table, pick
+
+
+def _bytes_of(file: BinaryIO, start: int, end: int) -> bytes:
+    file.seek(start)
+    return file.read(end - start)
 
 
 def _evenly(num_rows: int) -> list[int]:
@@ -282,6 +292,14 @@ def _first_without_content(column: pa.ChunkedArray) -> list[int]:
         return []
     place = pc.index(pc.is_null(pc.struct_field(messages, "content")), True).as_py()
     return [] if place < 0 else [pc.list_parent_indices(conversations)[place].as_py()]
+
+
+def _num_different(texts: pa.ChunkedArray) -> int:
+    """By their length one part after the other, so that the table of those seen stays small. Null is one more."""
+    pool = pa.system_memory_pool()
+    part = pc.bit_wise_and(pc.binary_length(texts), PARTS - 1)
+    parts = (pc.filter(texts, pc.equal(part, i), memory_pool=pool) for i in range(PARTS))
+    return sum(pc.count_distinct(each, memory_pool=pool).as_py() for each in parts) + (texts.null_count > 0)
 
 
 def _is_text(column: pa.ChunkedArray | None) -> bool:

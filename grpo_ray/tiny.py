@@ -9,11 +9,13 @@ It lets the real engine, learner and loop run on a laptop and in tests with noth
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from grpo_ray.config import TinyModelConfig
 from grpo_ray.files import readable_as_asked
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>")
+NUM_BYTES = 256
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 CHAT_TEMPLATE = (
     "<bos>{% for m in messages %}"
@@ -23,12 +25,44 @@ CHAT_TEMPLATE = (
 )
 
 
+def num_tiny_tokens(config: TinyModelConfig) -> int:
+    """Rows of the embedding."""
+    tokens = len(SPECIAL_TOKENS) + NUM_BYTES + len({*TAGS, *config.words})
+    return config.vocab_size or (tokens + 63) // 64 * 64
+
+
 def build_tiny_model(folder: Path, config: TinyModelConfig) -> Path:
     """Write model (fp32 safetensors) and tokenizer in Hugging Face's layout. The same seed gives the same bytes."""
     import torch
-    from tokenizers import AddedToken, pre_tokenizers
-    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+    from transformers import Qwen2ForCausalLM
     from transformers.utils import logging
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = Qwen2ForCausalLM(_model_config(config)).float()
+    model.generation_config = _generation_config()
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    _tokenizer(config).save_pretrained(folder)
+    readable_as_asked(folder)
+    if progress:
+        logging.enable_progress_bar()
+    return folder
+
+
+def describe_tiny_model(folder: Path, config: TinyModelConfig) -> Path:
+    """Write what `build_tiny_model` does, without the weights: torch is not needed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in (_model_config(config), _generation_config(), _tokenizer(config)):
+        part.save_pretrained(folder)
+    return folder
+
+
+def _tokenizer(config: TinyModelConfig) -> Any:
+    from tokenizers import AddedToken, pre_tokenizers
+    from transformers import Qwen2Tokenizer
 
     # Byte-level BPE without a single merge: Transformers rebuilds the tokenizer of a qwen2 folder as Qwen2's own
     # (a character tokenizer of another kind would silently lose its spaces), and any text can be encoded.
@@ -48,9 +82,18 @@ def build_tiny_model(folder: Path, config: TinyModelConfig) -> Path:
     )
     # Not special: other programs that decode for rewards skip special tokens, and have to keep these.
     tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in (*TAGS, *config.words)])
-    ids = {"pad_token_id": vocab["<pad>"], "eos_token_id": vocab["<eos>"], "bos_token_id": vocab["<bos>"]}
-    model_config = Qwen2Config(
-        vocab_size=config.vocab_size or (len(tokenizer) + 63) // 64 * 64,
+    return tokenizer
+
+
+def _ids() -> dict[str, int]:
+    return {f"{name}_token_id": SPECIAL_TOKENS.index(f"<{name}>") for name in ("pad", "eos", "bos")}
+
+
+def _model_config(config: TinyModelConfig) -> Any:
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
+        vocab_size=num_tiny_tokens(config),
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size or config.hidden_size * 11 // 4,
         num_hidden_layers=config.num_layers,
@@ -58,18 +101,11 @@ def build_tiny_model(folder: Path, config: TinyModelConfig) -> Path:
         num_key_value_heads=config.num_kv_heads,
         max_position_embeddings=config.context,
         tie_word_embeddings=True,
-        **ids,
+        **_ids(),
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = Qwen2ForCausalLM(model_config).float()
-    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **ids)
-    folder.mkdir(parents=True, exist_ok=True)
-    progress = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    readable_as_asked(folder)
-    if progress:
-        logging.enable_progress_bar()
-    return folder
+
+
+def _generation_config() -> Any:
+    from transformers import GenerationConfig
+
+    return GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **_ids())

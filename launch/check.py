@@ -13,34 +13,34 @@ from actors.cluster import connect, joins
 from actors.placement_defaults import Machine, used
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import Store, is_url
-from grpo_ray.config import AlgorithmConfig, DataSource, RewardModelConfig, RunConfig, SftConfig
+from grpo_ray.config import AlgorithmConfig, DataSource, RunConfig, SftConfig
 from grpo_ray.config_effects import about_context, check_context, without_gpu
 from grpo_ray.config_reward import RewardConfig
 from grpo_ray.epochs import describe
+from grpo_ray.errors import GrpoRayError
 from grpo_ray.kv_cache import check_one_sample
 from grpo_ray.memory import BF16, FP32, facts_of, gib, learner_memory
 from grpo_ray.memory_fit import parts_of
 from grpo_ray.models import (
     check_ids,
-    check_model_path,
     context_length,
     load_config,
     load_tokenizer,
     prepare_model,
     vocab_size,
 )
-from grpo_ray.rewards import BUILTINS, described, resolve
+from grpo_ray.rewards import BUILTINS, described
 from grpo_ray.stops import describe_end, stops_of_run
 from grpo_ray.thinking import opens_thinking
 from launch.check_golds import gold_rows
-from launch.code_folder import use_code_of
 from launch.console import headed, plain_console
-from launch.effects import check_effects, tell_of_hub, told
+from launch.effects import check_effects, told
 from launch.environment import check_cluster
 from launch.interrupts import scratch_folder
-from launch.machine import check_machine, unset_variables
-from launch.pipeline import run_pipeline
+from launch.machine import unset_variables
+from launch.model_check import keep_torch_out, num_params_of
 from launch.placement import chosen_told, fitted, machine_of, offers_told, where
+from launch.preflight import preflight
 from launch.program import runnable
 from launch.recipe import (
     COMMANDS,
@@ -59,27 +59,18 @@ STORE_S = 5.0
 """How long it waits for an object store."""
 
 
-def preflight(config: RunConfig | SftConfig) -> None:
-    """What takes no time and should fail before a cluster is started: the model's folder, and the names of rewards."""
-    use_code_of(config)
-    if config.model.path is not None:
-        check_model_path(config.model.path)
-    check_machine(config)
-    tell_of_hub(config)
-    if isinstance(config, RunConfig):
-        for function in config.reward.functions:
-            resolve(function)
-
-
-def check_recipe(recipe: str, overrides: list[str], as_kind: str | None = None) -> None:
+def check_recipe(recipe: str, overrides: list[str], as_kind: str | None = None, *, makes_models: bool = True) -> None:
     """
     Args:
         as_kind: a name of `check_kind`; None: the recipe tells.
+        makes_models: this process may have to, once this is done; else it is spared the import of torch.
 
     Raises:
         GrpoRayError: at the first thing that would keep the run from working.
     """
     if is_pipeline(find_recipe(recipe)):
+        from launch.pipeline import run_pipeline
+
         run_pipeline(recipe, overrides, None, None, dry_run=True)
         _print_ok("pipeline", recipe, overrides)
         return
@@ -99,18 +90,22 @@ def check_recipe(recipe: str, overrides: list[str], as_kind: str | None = None) 
         offered = machine.offers
         found, chosen = fitted(config, machine, place, kind)
         idle = told(without_gpu(config)) if not offered.get("GPU") else []
-        model = prepare_model(config.model, scratch)
-        num_params = _trainable_size(config, model, on_gpu=offered.get("GPU", 0) > 0)
-        model_config = load_config(model, trust_remote_code=config.model.trust_remote_code)
-        context = context_length(model_config)
-        check_context(config, context)
-        if isinstance(config, RunConfig) and not offered.get("GPU"):
-            longest = config.data.max_prompt_length + config.rollout.max_completion_length
-            width = BF16 if config.model.dtype == "bfloat16" else FP32
-            check_one_sample(config.rollout, model_config, min(longest, context), width)
+        on_gpu = offered.get("GPU", 0) > 0
+        if not makes_models and not config.model.trust_remote_code:
+            keep_torch_out()
+        model = prepare_model(config.model, scratch, with_weights=False)
+        with num_params_of(config, model, on_gpu=on_gpu) as num_params:
+            try:
+                context = _context(config, model, on_gpu=on_gpu)
+                of_data = _data_rows(config, model)
+            except GrpoRayError:
+                # A model that can't be trained may be why.
+                num_params()
+                raise
+            of_model = _model_rows(found, model, num_params(), kind, on_gpu=on_gpu)
         for name, text in [
-            *_model_rows(found, model, num_params, kind, on_gpu=offered.get("GPU", 0) > 0),
-            *_data_rows(config, model),
+            *of_model,
+            *of_data,
             *_step_rows(config, context),
             *_cluster_rows(found, machine, place, kind, chosen),
             *(("warning", line) for line in [*idle, *unset_variables(config), *_taken(folder)]),
@@ -131,20 +126,16 @@ def _print_ok(command: str, recipe: str, overrides: list[str]) -> None:
     console.print(headed("ok", "green", f"     {runnable(words)}"), soft_wrap=True)
 
 
-def _trainable_size(config: RunConfig | SftConfig, model: str, *, on_gpu: bool) -> int:
-    """Parameters of the model. Raises ConfigError: the learner would refuse it."""
-    from grpo_ray.trainable import check_adapters, skeleton
-
-    hf = skeleton(
-        load_config(model, trust_remote_code=config.model.trust_remote_code),
-        config.model,
-        reward_model=isinstance(config, RewardModelConfig),
-        slices=config.learner.sequence_parallel_size,
-        on_gpu=on_gpu,
-    )
-    size = sum(p.numel() for p in hf.parameters())
-    check_adapters(hf, config.model)
-    return size
+def _context(config: RunConfig | SftConfig, model: str, *, on_gpu: bool) -> int:
+    """Of the model. Raises ConfigError or ResourceError: what a sample may take does not fit it, or the cache."""
+    model_config = load_config(model, trust_remote_code=config.model.trust_remote_code)
+    context = context_length(model_config)
+    check_context(config, context)
+    if isinstance(config, RunConfig) and not on_gpu:
+        longest = config.data.max_prompt_length + config.rollout.max_completion_length
+        width = BF16 if config.model.dtype == "bfloat16" else FP32
+        check_one_sample(config.rollout, model_config, min(longest, context), width)
+    return context
 
 
 def _model_rows(
@@ -172,7 +163,6 @@ def _data_rows(config: RunConfig | SftConfig, model: str) -> list[tuple[str, str
     from grpo_ray.overview import Sampler, key_of
     from grpo_ray.prompts import load_prompts
     from grpo_ray.rewards.columns import check_columns, column_needs
-    from grpo_ray.supervised import load_task
     from grpo_ray.templates import make_template
     from launch.check_large import facts_of, longest_prompt, num_in_eval, of_all_rows, overview_rows
 
@@ -181,6 +171,8 @@ def _data_rows(config: RunConfig | SftConfig, model: str) -> list[tuple[str, str
     sampler = Sampler()
     overview_key = key_of(config.data.train)
     if isinstance(config, SftConfig):
+        from grpo_ray.supervised import load_task
+
         report = load_task(config, tokenizer, sampler.read).dataset.report
         report = of_all_rows(report, sampler.overviews.get(overview_key))
         return [

@@ -170,7 +170,7 @@ def check(
     elif recipe is None:
         raise ConfigError("name a recipe to check, or ask for --list")
     else:
-        check_recipe(recipe, overrides or [], kind)
+        check_recipe(recipe, overrides or [], kind, makes_models=False)
 
 
 @app.command()

@@ -27,6 +27,7 @@ from launch.environment import check_cluster
 from launch.interrupts import leaving
 from launch.left import left_of, left_of_samples, owned, remove_if_nothing_happened
 from launch.placement import settled
+from launch.preflight import preflight
 from launch.program import runnable
 from launch.recipe import COMMANDS, SCHEMAS, kind_of, load_recipe, load_run_config, run_folder, with_own
 from launch.resumed import about_schedule, changed_config, check_changes, check_length, record_changes
@@ -61,8 +62,6 @@ def _start(kind: str, recipe: str, overrides: list[str], shipped: bool) -> Path:
     config = load_recipe(SCHEMAS[kind], recipe, overrides)
     folder = run_folder(config, recipe)
     check_cluster(config.cluster.address)
-    from launch.check import preflight
-
     command = shlex.join(["grpo-ray", COMMANDS[kind], recipe, *overrides])
     run = RunDir(folder).with_checkpoints(config.checkpoint.path, config.deadlines.store_s)
     with owned(folder):
@@ -97,8 +96,6 @@ def start_sample(recipe: str, overrides: list[str]) -> Path:
             run = RunDir.open(folder)
             console.print(f"going on with {run.path}")
         else:
-            from launch.check import preflight
-
             preflight(config)
             config = settled(config, "sample")
             run = RunDir.create(folder)
@@ -219,8 +216,6 @@ def evaluate_target(target: str, overrides: list[str]) -> None:
     if config.data.eval is None:
         raise ConfigError(f"{target} has no data.eval to measure on; add data.eval.path=...")
     check_cluster(config.cluster.address)
-    from launch.check import preflight
-
     preflight(config)
     check_effects(config, "eval", overrides)
     config = settled(config, "eval")

@@ -288,7 +288,7 @@ def _open_run(stage: Stage, config: RunConfig | SftConfig, folder: Path) -> tupl
     """The run of a stage, new or cut off, and the step to go on from."""
     run = RunDir(folder).with_checkpoints(config.checkpoint.path, config.deadlines.store_s)
     if not run.config.is_file():
-        from launch.check import preflight
+        from launch.preflight import preflight
 
         preflight(config)
         check_store_of(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,9 +81,8 @@ def fit_to_memory(machine: Machine, config: Config, chosen: dict[str, Any], kind
 
 def machine_of(config: RunConfig | SftConfig) -> Machine:
     """The cluster that is joined, else this machine."""
-    import ray
-
-    if not ray.is_initialized():
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
         cores = usable_cpus()
         return Machine((Node(config.cluster.num_cpus or cores, num_gpus()),), cores=cores)
     nodes = tuple(

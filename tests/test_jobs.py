@@ -97,7 +97,7 @@ def test_a_signal_during_the_checks_takes_nothing_of_a_folder_that_was_there(
                 entry.end()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("launch.check.preflight", signalled)
+    monkeypatch.setattr("launch.jobs.preflight", signalled)
     recipe = tmp_path / "r.yaml"
     recipe.write_text("{num_steps: 1, model: {path: a/b}, data: {train: {path: c/d}}}")
     for name in ("samples", "new"):

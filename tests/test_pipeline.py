@@ -218,10 +218,10 @@ def test_what_a_stage_left_may_not_change(tmp_path: Path) -> None:
 def test_a_stage_that_begins_does_not_go_on_from_checkpoints_of_anothers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from launch import check
+    from launch import preflight
     from launch.pipeline import _open_run
 
-    monkeypatch.setattr(check, "preflight", lambda config: None)
+    monkeypatch.setattr(preflight, "preflight", lambda config: None)
     plan = plan_of({"common": {"all": {"checkpoint": {"path": str(tmp_path / "store")}}}})
     stage = plan.stage("base")
     config = plan.config_of(stage)

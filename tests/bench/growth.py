@@ -55,7 +55,7 @@ def measure(row: Row) -> dict[str, float]:
 
     from grpo_ray.config import TinyModelConfig
     from grpo_ray.flops import forward_flops, model_shape
-    from grpo_ray.logprobs import chunk_rows
+    from grpo_ray.memory import chunk_rows
     from grpo_ray.tiny import build_tiny_model
     from tests.bench.passes import packed_pass, policy
 

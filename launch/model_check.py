@@ -1,0 +1,130 @@
+"""What `check` asks of a model, without torch: that takes 3 s and 220 MB, and the layers of Transformers' models as much again.
+
+Whether the learner can train the model is found by a process of its own, while this one reads the data.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from grpo_ray.config import ModelConfig, RewardModelConfig, RunConfig, SftConfig
+from grpo_ray.errors import ConfigError
+from grpo_ray.memory import known_facts
+from grpo_ray.models import load_config
+
+_QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+_CHILD = "import sys; sys.path[:] = {path!r}; from launch.model_check import answer; answer()"
+QUESTION_S = 600.0
+"""For code and config of a model that the hub still has to give."""
+
+
+def keep_torch_out() -> None:
+    """From here on Transformers reads configs and tokenizers in this process, and makes no models. Nothing where it, or torch, is
+    imported already."""
+    if not {"torch", "transformers"}.isdisjoint(sys.modules):
+        return
+    find_spec, quiet = importlib.util.find_spec, os.environ.get(_QUIET)
+
+    def find(name: str, package: str | None = None) -> Any:
+        return None if name == "torch" else find_spec(name, package)
+
+    importlib.util.find_spec, os.environ[_QUIET] = find, "1"
+    try:
+        import transformers
+
+        # The answer is kept.
+        transformers.utils.is_torch_available()
+    finally:
+        importlib.util.find_spec = find_spec
+        del os.environ[_QUIET]
+        os.environ |= {} if quiet is None else {_QUIET: quiet}
+
+
+@contextmanager
+def num_params_of(config: RunConfig | SftConfig, model: str, *, on_gpu: bool) -> Iterator[Callable[[], int]]:
+    """Has the model looked at meanwhile. What it gives waits for that and returns the number of its parameters.
+
+    Raises:
+        ConfigError: the learner would refuse it.
+    """
+    known = known_facts(config.model)
+    if known is not None and _is_ours(config):
+        yield lambda: known.num_params
+        return
+    question = {
+        "model": config.model.model_dump(mode="json"),
+        "path": model,
+        "reward_model": isinstance(config, RewardModelConfig),
+        "slices": config.learner.sequence_parallel_size,
+        "on_gpu": on_gpu,
+    }
+    if "torch" in sys.modules:
+        yield lambda: _count(question)
+        return
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", _CHILD.format(path=sys.path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as child:
+        try:
+            assert child.stdin is not None
+            child.stdin.write(json.dumps(question))
+            child.stdin.close()
+            child.stdin = None
+            yield lambda: _told(child)
+        finally:
+            child.kill()
+
+
+def _is_ours(config: RunConfig | SftConfig) -> bool:
+    """Is it a tiny model as any, of which tests show that it is trained?"""
+    plain = config.model.tiny is not None and config.model.lora is None and config.model.attention == "auto"
+    return plain and config.learner.sequence_parallel_size == 1 and not isinstance(config, RewardModelConfig)
+
+
+def _told(child: subprocess.Popen[str]) -> int:
+    out, _ = child.communicate(timeout=QUESTION_S)
+    lines = out.splitlines()
+    if child.returncode or not lines:
+        raise ConfigError(
+            f"the process that looks at the model has died (exit code {child.returncode}): is there memory for it?"
+        )
+    said = json.loads(lines[-1])
+    if "refused" in said:
+        raise ConfigError(said["refused"])
+    return int(said["num_params"])
+
+
+def answer() -> None:
+    """The child: a question on stdin, the answer in the last line of stdout."""
+    question = json.loads(sys.stdin.read())
+    try:
+        said: dict[str, Any] = {"num_params": _count(question)}
+    except ConfigError as e:
+        said = {"refused": str(e)}
+    print(f"\n{json.dumps(said)}", flush=True)
+
+
+def _count(question: dict[str, Any]) -> int:
+    """Parameters of the model. Raises ConfigError: the learner would refuse it."""
+    from grpo_ray.trainable import check_adapters, skeleton
+
+    config = ModelConfig.model_validate(question["model"])
+    hf = skeleton(
+        load_config(question["path"], trust_remote_code=config.trust_remote_code),
+        config,
+        reward_model=question["reward_model"],
+        slices=question["slices"],
+        on_gpu=question["on_gpu"],
+    )
+    size = sum(p.numel() for p in hf.parameters())
+    check_adapters(hf, config)
+    return size

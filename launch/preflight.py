@@ -1,0 +1,22 @@
+"""What takes no time, and should fail before a cluster is started."""
+
+from __future__ import annotations
+
+from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.models import check_model_path
+from grpo_ray.rewards import resolve
+from launch.code_folder import use_code_of
+from launch.effects import tell_of_hub
+from launch.machine import check_machine
+
+
+def preflight(config: RunConfig | SftConfig) -> None:
+    """Look at the model's folder, at what is needed of this machine, and for the reward functions."""
+    use_code_of(config)
+    if config.model.path is not None:
+        check_model_path(config.model.path)
+    check_machine(config)
+    tell_of_hub(config)
+    if isinstance(config, RunConfig):
+        for function in config.reward.functions:
+            resolve(function)
