@@ -3,28 +3,37 @@
 What a program gets, and what keeps it to that:
 
     other processes       a process namespace of its own; nothing of the host's in /proc, and nothing to signal
-    network               a network namespace without interfaces; the filter refuses every socket but a pair
+    network               a network namespace without interfaces; the filter refuses every socket but a Unix pair
     files                 an empty read-only root with /usr and the interpreter, read-only; /tmp and /dev/shm, `disk_mb` together;
-                          no home, no /etc, no /sys, no device beyond null, zero, full, random, urandom, tty
+                          no home, no /etc, no /sys, no device beyond null, full, random, urandom
     environment           PATH, HOME=/tmp, LANG and one thread for OpenMP; bwrap itself starts with an empty one
     privileges            none: no capability, no_new_privs, no namespace of its own; under root a user of its own (nobody)
-    kernel surface        the filter refuses what no ordinary program calls (`isolation.REFUSED`), System V memory, message
-                          queues and memory files among them, which no limit of a process counts
+    kernel surface        the filter refuses what no ordinary program calls (`isolation.REFUSED`), and whatever is newer than Linux
+                          6.6
     CPU                   RLIMIT_CPU: `cpu_s` for each process of each test
     time                  `timeout_s` from the first test to the last: the parent kills the namespace's first process,
                           and with it, says Linux, everything in it, sessions and orphans alike
     memory                RLIMIT_AS: `memory_mb` for a process. RLIMIT_NPROC, which counts in the user namespace: at most
                           `processes` processes and threads, so never more than the product; and what holds more than
-                          `memory_mb` in all of them, looked at every WATCH_S, is killed
+                          `memory_mb` in all of them, looked at every WATCH_S, is killed. The look counts pages, and each pipe
+                          and socket as full
+    memory of no process  the filter refuses shared memory without a file, huge pages, memory files, System V memory, message
+                          queues, terminals, io_uring, attributes of files, and larger buffers of sockets and pipes; more than
+                          MAX_LOCKS locks at a look, and it is killed. Files in /tmp and /dev/shm count as `disk_mb`
     files' size, number   RLIMIT_FSIZE: `file_mb` for each file, standard output too; the size of /tmp; RLIMIT_NOFILE; more than
                           MAX_FILES files at a look, and it is killed
     after its end         the sandbox's files are in its memory, and its processes in its namespace: both are gone with it
 
-`isolation` makes the cage and tries it, `box` is one cage, `inside` is what runs in it, `remote` lets tests in one cage call a
-program in another: no program ever shares a process, or a file system, with the answers that it is judged by.
+What can't be measured is ended, and `trial` tries each of these before anything else runs. Not bounded: the kernel's own tables of
+a process (page tables, maps, descriptors), some 20 MiB each at worst.
+
+`isolation` makes the cage, `trial` tries it, `box` is one cage, `watch` measures what it holds, `inside` is what runs in it,
+`remote` lets tests in one cage call a program in another: no program ever shares a process, or a file system, with the answers
+that it is judged by. `verifier` keeps third-party code in a cage that lives on, and asks it about text after text.
 """
 
 from grpo_ray.sandbox.box import Box, BoxEnded, Limits, Outcome
-from grpo_ray.sandbox.isolation import Languages, check_isolation
+from grpo_ray.sandbox.isolation import Languages
+from grpo_ray.sandbox.trial import check_isolation
 
 __all__ = ["Box", "BoxEnded", "Languages", "Limits", "Outcome", "check_isolation"]

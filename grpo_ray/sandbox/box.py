@@ -17,14 +17,15 @@ from typing import Any
 
 from grpo_ray.errors import RewardError
 from grpo_ray.sandbox.inside import HEADER_BYTES, MAX_STDERR_BYTES
-from grpo_ray.sandbox.isolation import MAX_FILES, MEND, Languages, command, interpreter, last_line, syscall_filter
+from grpo_ray.sandbox.isolation import MEND, Languages, command, interpreter, last_line, syscall_filter
+from grpo_ray.sandbox.watch import GoneError, UnmeasuredError, excess
 
 START_S = 60.0
 """For a sandbox to say its first word; a busy machine needs seconds."""
 END_S = 60.0
 """For a killed one to be gone."""
 WATCH_S = 0.1
-OPEN_FILES = 128
+OPEN_FILES = 64
 INSIDE = Path(__file__).with_name("inside.py").read_text()
 REMOTE = Path(__file__).with_name("remote.py").read_text()
 
@@ -43,6 +44,8 @@ class Limits:
     processes: int = 16
     file_mb: int = 16
     disk_mb: int = 64
+    watch_s: float = WATCH_S
+    """Between two looks at what no limit of a process bounds."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Box:
     Every request raises:
         BoxEnded: there is no more sandbox.
         TimeoutError: `timeout_s` since the first request are over.
+        UnmeasuredError: what it holds can't be told any more, so it was ended.
     """
 
     def __init__(self, process: asyncio.subprocess.Process, limits: Limits) -> None:
@@ -76,6 +80,7 @@ class Box:
         self._deadline = 0.0
         """From the first request on: a program is not to pay for the start of its sandbox."""
         self._end = ""
+        """Why the watch has ended it."""
 
     @classmethod
     async def start(
@@ -127,6 +132,7 @@ class Box:
                     "RLIMIT_CORE": 0,
                     "RLIMIT_MSGQUEUE": 0,
                     "RLIMIT_MEMLOCK": 0,
+                    "RLIMIT_SIGPENDING": 256,
                 },
                 "fds": list(pass_fds),
                 "source": source,
@@ -169,6 +175,10 @@ class Box:
         """Run tests, each with the names that it takes from the program at the other end of `fd`; one character of output for each,
         see `remote.judge`."""
         return await self._request(kind="judge", fd=fd, tests=list(tests), all=every)
+
+    async def verify(self, fd: int, item_s: int) -> Outcome:
+        """Let whoever is at the other end of `fd` call the program's `verify`, without end; see `verifier`."""
+        return await self._request(kind="verify", fd=fd, item_s=item_s)
 
     async def close(self) -> None:
         """Kill the namespace's first process and wait for its end: it comes after that of all others in it.
@@ -236,8 +246,13 @@ class Box:
             async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
                 await self._send(whole)
                 body = await self._receive()
+        except BoxEnded:
+            if watch.done():
+                watch.result()
+            raise
         finally:
             watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
         return _outcome(body)
 
     async def _send(self, message: dict[str, Any]) -> None:
@@ -259,28 +274,22 @@ class Box:
         except (asyncio.IncompleteReadError, ConnectionResetError):
             raise BoxEnded(self._end or "it ended its sandbox") from None
 
+    @property
+    def _root(self) -> str:
+        return f"/proc/{self._first_pid}/root"
+
     async def _watch(self) -> None:
-        """What no rlimit bounds: memory of all processes together, and how many files there are."""
-        root = f"/proc/{self._first_pid}/root"
+        """Raises UnmeasuredError once the sandbox is dead."""
         while not self._end:
-            await asyncio.sleep(WATCH_S)
-            with contextlib.suppress(OSError):
-                disks = [os.statvfs(f"{root}{folder}") for folder in ("/tmp", "/dev/shm")]
-                if sum(disk.f_files - disk.f_ffree for disk in disks) > MAX_FILES:
-                    self._end = f"it made more than {MAX_FILES} files"
-                if _memory_kb(root) > self._limits.memory_mb << 10:
-                    self._end = f"its processes took more than {self._limits.memory_mb} MiB together"
-            if self._end:
+            await asyncio.sleep(self._limits.watch_s)
+            try:
+                self._end = excess(f"/proc/{self._first_pid}/root", self._limits.memory_mb)
+            except GoneError:
+                break
+            except UnmeasuredError:
                 self._kill()
-
-
-def _memory_kb(root: str) -> int:
-    """Proportional set size of every process in the namespace."""
-    total = 0
-    for pid in filter(str.isdigit, os.listdir(f"{root}/proc")):
-        with contextlib.suppress(OSError), open(f"{root}/proc/{pid}/smaps_rollup") as f:
-            total += next((int(line.split()[1]) for line in f if line.startswith("Pss:")), 0)
-    return total
+                raise
+        self._kill()
 
 
 def _outcome(body: bytes) -> Outcome:

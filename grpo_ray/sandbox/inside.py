@@ -31,12 +31,15 @@ def main() -> Job | None:
     close_all_but({0, 1, 2, requests, replies, *setup["fds"]})
     for name, value in setup["limits"].items():
         limit(name, value)
+    sys.path.extend(setup["python_path"])
     for module in setup["imports"]:
         __import__(module)
     if setup["file"]:
         with open(setup["file"], "w", encoding="utf-8", errors="surrogatepass") as f:
             f.write(setup["source"])
     while (request := receive(requests)) is not None:
+        if request["kind"] == "verify":
+            return keep_verifying(setup, request, requests, replies)
         result, errors, stdin = (os.open("/tmp", os.O_TMPFILE | os.O_RDWR) for _ in range(3))
         write(stdin, request["stdin"])
         os.lseek(stdin, 0, os.SEEK_SET)
@@ -51,13 +54,64 @@ def main() -> Job | None:
         end_all()
         code = os.waitstatus_to_exitcode(status)
         output = os.pread(result, os.fstat(result).st_size, 0)
-        size = os.fstat(errors).st_size
-        trouble = os.pread(errors, MAX_STDERR_BYTES, max(0, size - MAX_STDERR_BYTES))
+        trouble = end_of(errors)
         for fd in (result, errors, stdin):
             os.close(fd)
         seconds = used.ru_utime + used.ru_stime
         send(replies, b"%d %.6f %d\n%b%b" % (code, seconds, len(output), output, trouble))
     return None
+
+
+def keep_verifying(setup: dict[str, Any], request: dict[str, Any], *ours: int) -> Job:
+    """What to do in a process that verifies. When one has ended, whoever waits for its answers gets those that it has given and
+    hears of its end, and the next one begins."""
+    import json
+
+    fd, nothing = request["fd"], os.open("/dev/null", os.O_RDWR)
+    write(fd, b"null\n")
+    while True:
+        errors, results = (os.open("/tmp", os.O_TMPFILE | os.O_RDWR) for _ in range(2))
+        child = os.fork()
+        if child == 0:
+            for number, source in enumerate((nothing, nothing, errors)):
+                os.dup2(source, number)
+            for inherited in {nothing, errors, *ours}:
+                os.close(inherited)
+            return lambda: verify(setup["source"], fd, results, request)
+        _, status = os.waitpid(child, 0)
+        end_all()
+        ended = {"ended": os.waitstatus_to_exitcode(status), "trouble": end_of(errors).decode(errors="replace")}
+        given = os.pread(results, os.fstat(results).st_size, 0)
+        os.close(errors)
+        os.close(results)
+        write(fd, given[: given.rfind(b"\n") + 1] + json.dumps(ended).encode() + b"\n")
+
+
+def verify(source: str, fd: int, results: int, request: dict[str, Any]) -> None:
+    """`verify(*item)` of the program for each item of each message, a line of JSON for each. `renew()` gives it its time again."""
+    import json
+    import signal
+
+    def renew() -> None:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        limit = int(used.ru_utime + used.ru_stime) + 1 + request["cpu_s"]
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+        signal.alarm(request["item_s"])
+
+    namespace = run(source, renew=renew)
+    while (items := receive(fd)) is not None:
+        for item in items:
+            renew()
+            write(results, json.dumps(namespace["verify"](*item)).encode() + b"\n")
+        signal.alarm(0)
+        write(fd, os.pread(results, os.fstat(results).st_size, 0))
+        os.lseek(results, 0, os.SEEK_SET)
+        os.ftruncate(results, 0)
+
+
+def end_of(errors: int) -> bytes:
+    size = os.fstat(errors).st_size
+    return os.pread(errors, MAX_STDERR_BYTES, max(0, size - MAX_STDERR_BYTES))
 
 
 def close_all_but(kept: set[int]) -> None:
@@ -93,7 +147,6 @@ def prepare(setup: dict[str, Any], request: dict[str, Any], stdin: int, result: 
     if kind == "command":
         argv = request["argv"]
         return lambda: os.execvpe(argv[0], argv, dict(os.environ))
-    sys.path.extend(setup["python_path"])
     if kind == "script":
         return lambda: run(setup["source"])
     if kind == "call":
@@ -105,8 +158,8 @@ def prepare(setup: dict[str, Any], request: dict[str, Any], stdin: int, result: 
     return lambda: remote["judge"](request, result)
 
 
-def run(source: str) -> dict[str, Any]:
-    """The program as `__main__`; an uncaught exception ends this process as it would end the interpreter."""
+def run(source: str, **given: Any) -> dict[str, Any]:
+    """The program as `__main__`, with these names; an uncaught exception ends this process as it would end the interpreter."""
     import builtins
 
     module = type(sys)("__main__")
@@ -114,7 +167,7 @@ def run(source: str) -> dict[str, Any]:
     sys.argv = ["program.py"]
     # The site module, which is not loaded, gives these two.
     vars(builtins)["exit"] = vars(builtins)["quit"] = sys.exit
-    module.__dict__.update(__file__="program.py", __builtins__=builtins)
+    module.__dict__.update(given, __file__="program.py", __builtins__=builtins)
     exec(compile(source, "program.py", "exec", dont_inherit=True), module.__dict__)
     return module.__dict__
 
@@ -154,12 +207,10 @@ def send(fd: int, body: bytes) -> None:
     write(fd, len(body).to_bytes(HEADER_BYTES, "little") + body)
 
 
-def receive(fd: int) -> dict[str, Any] | None:
+def receive(fd: int) -> Any:
+    """None at the end."""
     header = read(fd, HEADER_BYTES)
-    if not header:
-        return None
-    body: dict[str, Any] = marshal.loads(read(fd, int.from_bytes(header, "little")))
-    return body
+    return marshal.loads(read(fd, int.from_bytes(header, "little"))) if header else None
 
 
 def write(fd: int, data: bytes) -> None:

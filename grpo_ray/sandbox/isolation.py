@@ -1,4 +1,4 @@
-"""The cage: bubblewrap's command line, libseccomp's filter, and a trial of both before anything is run in them."""
+"""The cage: bubblewrap's command line and libseccomp's filter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ SYSTEM = (
 CACHES = ("/etc/ld.so.cache", "/etc/alternatives")
 """Where libraries and commands are, of no interest otherwise."""
 PATH = "/usr/local/bin:/usr/bin:/bin"
-MAX_FILES = 4096
 MEND = (
     "grpo-ray never runs a model's program without isolation. Needed: bubblewrap 0.8 or newer, libseccomp 2 and util-linux "
     "(Debian: apt-get install bubblewrap libseccomp2), and user namespaces: sysctl user.max_user_namespaces above 0, on "
@@ -45,9 +44,27 @@ REFUSED = """
     kexec_load kexec_file_load init_module finit_module delete_module reboot swapon swapoff acct syslog
     settimeofday clock_settime clock_adjtime adjtimex sethostname setdomainname ioperm iopl modify_ldt personality vhangup
     mknod mknodat lookup_dcookie nfsservctl uselib vmsplice migrate_pages move_pages mbind set_mempolicy
+    setsockopt setxattr lsetxattr fsetxattr io_setup io_submit io_destroy
+    landlock_create_ruleset landlock_add_rule landlock_restrict_self
 """
+NEWER = range(453, 512)
+"""Numbers of system calls after Linux 6.6, which are missing here as they are on an older kernel."""
 NEW_NAMESPACES = 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000 | 0x00020000
 """CLONE_NEW*: cgroup, uts, ipc, user, pid, net, mount."""
+CLONE_FILES, CLONE_THREAD = 0x400, 0x10000
+MAP_SHARED, MAP_ANONYMOUS, MAP_HUGETLB = 0x1, 0x20, 0x40000
+F_SETPIPE_SZ = 1031
+AF_UNIX = 1
+
+# (system call, number of an argument, mask, value): pages that nobody maps any more and no process is charged for, huge pages that
+# no measure of a process has, threads with descriptors that /proc/PID/fd does not show, and pipes of a MiB.
+_REFUSED_WITH = (
+    *(("clone", 0, 1 << bit, 1 << bit) for bit in range(32) if NEW_NAMESPACES >> bit & 1),
+    ("clone", 0, CLONE_THREAD | CLONE_FILES, CLONE_THREAD),
+    ("mmap", 3, MAP_SHARED | MAP_ANONYMOUS, MAP_SHARED | MAP_ANONYMOUS),
+    ("mmap", 3, MAP_HUGETLB, MAP_HUGETLB),
+    ("fcntl", 1, 0xFFFFFFFF, F_SETPIPE_SZ),  # of which the kernel reads the lower half
+)
 
 
 @dataclass(frozen=True)
@@ -90,8 +107,11 @@ def syscall_filter() -> bytes:
             if pyseccomp.resolve_syscall(pyseccomp.system_arch(), name) >= 0:
                 raise
     rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "clone3")
-    for flag in (1 << bit for bit in range(32) if NEW_NAMESPACES >> bit & 1):
-        rules.add_rule(pyseccomp.ERRNO(errno.EPERM), "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, flag, flag))
+    for name, number, mask, value in _REFUSED_WITH:
+        rules.add_rule(pyseccomp.ERRNO(errno.EPERM), name, pyseccomp.Arg(number, pyseccomp.MASKED_EQ, mask, value))
+    rules.add_rule(pyseccomp.ERRNO(errno.EPERM), "socketpair", pyseccomp.Arg(0, pyseccomp.NE, AF_UNIX))
+    for newer in NEWER:
+        rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), newer)
     with tempfile.TemporaryFile() as f:
         rules.export_bpf(f)
         f.seek(0)
@@ -125,7 +145,10 @@ def command(
     for path in filter(os.path.exists, CACHES):
         parts += ["--ro-bind", path, path]
     half = str(disk_bytes // 2)
-    parts += ["--proc", "/proc", "--dev", "/dev", "--size", half, "--perms", "1777", "--tmpfs", "/dev/shm"]
+    parts += ["--proc", "/proc", "--dev", "/dev"]
+    # Shared memory, and buffers of terminals, that no process is charged for.
+    parts += ["--dev-bind", "/dev/null", "/dev/zero", "--tmpfs", "/dev/pts", "--remount-ro", "/dev/pts"]
+    parts += ["--size", half, "--perms", "1777", "--tmpfs", "/dev/shm"]
     parts += ["--size", half, "--perms", "1777", "--tmpfs", "/tmp"]
     for folder, source in sources.items():
         parts += ["--ro-bind", source, folder]
@@ -168,84 +191,6 @@ def _tool(name: str) -> str:
     if found is None:
         raise RewardError(f"{name} is not installed. {MEND}")
     return found
-
-
-# Each line is something that must not work; what does is printed.
-TRIAL = """
-import ctypes, os, resource, socket
-
-def breach(what, attempt, *args):
-    try:
-        attempt(*args)
-    except (OSError, ValueError):
-        return
-    print(what)
-
-if left := [line.split(":")[0].strip() for line in open("/proc/net/dev") if ":" in line and "lo:" not in line]:
-    print("it sees the network interfaces", *left)
-breach("it opens a socket", socket.socket)
-breach("it writes to the root", open, "/grpo-ray-breach", "w")
-breach("it writes to /dev", open, "/dev/grpo-ray-breach", "w")
-breach("it writes to /usr", open, "/usr/grpo-ray-breach", "w")
-breach("it raises its limit of processes", resource.setrlimit, resource.RLIMIT_NPROC, (9999, 9999))
-libc = ctypes.CDLL(None, use_errno=True)
-if libc.unshare(0x10000000) == 0:
-    print("it makes a user namespace")
-if libc.shmget(0, 4096, 0o1600) >= 0:
-    print("it makes System V memory")
-if os.getuid() != 65534:
-    print("it runs as user", os.getuid())
-if len(pids := [p for p in os.listdir("/proc") if p.isdigit()]) > 2:
-    print("it sees the processes", *pids)
-if left := set(os.environ) - {"PATH", "HOME", "LANG", "PWD", "OMP_NUM_THREADS"}:
-    print("it has the environment", *left)
-for path in ("/etc/passwd", "/sys/kernel", "/run/lock"):
-    if os.path.exists(path):
-        print("it sees", path)
-if (status := open("/proc/self/status").read()) and ("NoNewPrivs:\\t1" not in status or "CapEff:\\t0000000000000000" not in status):
-    print("it has privileges")
-children = []
-try:
-    for _ in range(64):
-        if (pid := os.fork()) == 0:
-            os.read(os.pipe()[0], 1)
-        children.append(pid)
-    print("it forks without end")
-except OSError:
-    pass
-try:
-    bytearray(1 << 34)
-    print("it takes 16 GiB of memory")
-except MemoryError:
-    pass
-print("tried", end="")
-"""
-
-
-async def check_isolation(languages: Languages) -> None:
-    """Run a program that tries to get out.
-
-    Raises:
-        RewardError: no sandbox can be started, or it is not tight; says which, and the mend.
-    """
-    from grpo_ray.sandbox.box import Box, BoxEnded, Limits
-
-    for folder in languages.folders:
-        if not os.path.isdir(folder):
-            raise RewardError(f"there is no folder {folder!r} to show to programs; mend read_only or python_path")
-        if os.geteuid() == 0 and os.stat(folder).st_mode & 0o005 != 0o005:
-            raise RewardError(
-                f"folder {folder!r} is root's alone, and under root programs run as nobody; chmod o+rx, or run as another user"
-            )
-    try:
-        async with await Box.start(TRIAL, Limits(), languages) as box:
-            outcome = await box.script(b"")
-    except (BoxEnded, TimeoutError) as e:
-        raise RewardError(f"the sandbox ended in its own trial ({type(e).__name__}: {e}). {MEND}") from None
-    said = outcome.output.decode(errors="replace").splitlines()
-    if said != ["tried"]:
-        trouble = "; ".join(said[:5]) or outcome.trouble or f"exit code {outcome.code}"
-        raise RewardError(f"the sandbox is not tight: {trouble}. {MEND}")
 
 
 def last_line(lines: Sequence[str]) -> str:

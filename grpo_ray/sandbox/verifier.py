@@ -1,0 +1,257 @@
+"""Third-party code that judges texts, in a sandbox that lives on: starting one for each text would take longer than judging it.
+
+    Verifier -- items, many in a message --> [worker: verify(*item)] -- a line of JSON for each --> results
+
+A worker that dies at an item (its time, its memory, a fault) is followed by another, and the next items go on there. What a worker
+says is believed in nothing but its form.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import marshal
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from grpo_ray.errors import RewardError
+from grpo_ray.sandbox.box import Box, BoxEnded, Limits
+from grpo_ray.sandbox.inside import HEADER_BYTES
+from grpo_ray.sandbox.isolation import Languages
+
+T = TypeVar("T")
+LIMITS = Limits(timeout_s=float("inf"), cpu_s=2, memory_mb=2048, processes=2, file_mb=1, disk_mb=2, watch_s=1.0)
+"""`cpu_s` is for each item."""
+ITEM_S = 60
+"""For one item by the wall's clock; one that computes is ended by its processor time before."""
+START_S = 300.0
+"""For the imports; a busy machine needs many seconds."""
+MAX_ITEMS = 256
+"""In one message."""
+MAX_LINE_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The worker ended at this item twice, or took all of its time."""
+
+    how: str
+
+
+class Verifier:
+    """One sandbox at a time, started at the first call. For one thread at a time."""
+
+    def __init__(self, source: str, imports: Sequence[str], limits: Limits = LIMITS) -> None:
+        self._source = source
+        self._imports = imports
+        self._limits = limits
+        self._turn = threading.Lock()
+        self._session: _Session | None = None
+
+    def __call__(self, items: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """What `verify` gives for each item (`sendable`), or an `Ended`.
+
+        Raises:
+            RewardError: there is no sandbox, or what it holds can't be measured.
+        """
+        with self._turn:
+            results: list[Any] = []
+            again = False
+            while len(results) < len(items):
+                replies, end = self._ask(items[len(results) : len(results) + MAX_ITEMS])
+                results += replies
+                again = again and not replies
+                if end is not None:
+                    # Memory may have been what the items before it left.
+                    if again or end.out_of_cpu:
+                        results.append(Ended(end.how))
+                    again = not again and not end.out_of_cpu
+            return results
+
+    def start(self) -> None:
+        with self._turn:
+            self._running()
+
+    def close(self) -> None:
+        session, self._session = self._session, None
+        if session is not None and session.pid == os.getpid():
+            session.close()
+
+    def _running(self) -> _Session:
+        if self._session is None or self._session.pid != os.getpid():
+            self._session = _Session(self._source, self._imports, self._limits)
+        return self._session
+
+    def _ask(self, items: Sequence[tuple[Any, ...]]) -> tuple[list[Any], _End | None]:
+        """Replies to the first of the items, and what ended the worker at the next one."""
+        session = self._running()
+        try:
+            return session.ask(items)
+        except (OSError, EOFError, ValueError) as e:
+            self._session = None
+            return session.replies, _End(session.why_ended() or f"{type(e).__name__}: {e}", 0)
+        except BaseException:
+            self.close()
+            raise
+
+
+@dataclass(frozen=True)
+class _End:
+    how: str
+    code: int
+
+    @property
+    def out_of_cpu(self) -> bool:
+        return self.code == -signal.SIGXCPU
+
+
+class _Session:
+    """One sandbox and the socket to its worker."""
+
+    def __init__(self, source: str, imports: Sequence[str], limits: Limits) -> None:
+        self.pid = os.getpid()
+        self.replies: list[Any] = []
+        """To the items that were asked last."""
+        self._buffer = bytearray()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                self._box = _run(_start(source, imports, limits, theirs.fileno()))
+            except BaseException:
+                ours.close()
+                raise
+            self._serving = _run(_begin(self._box, theirs.fileno()))
+        self._socket = ours
+        self._socket.settimeout(START_S)
+        try:
+            self._line()
+        except (OSError, EOFError):
+            why = self.why_ended() or f"its imports took more than {START_S:g} s"
+            raise RewardError(f"no sandbox for {', '.join(imports)} can be started: {why}") from None
+
+    def ask(self, items: Sequence[tuple[Any, ...]]) -> tuple[list[Any], _End | None]:
+        """Raises OSError, EOFError, ValueError when there is no more sandbox, or it speaks nonsense."""
+        self.replies = []
+        self._socket.settimeout(ITEM_S * (len(items) + 1))
+        body = marshal.dumps(list(items))
+        self._socket.sendall(len(body).to_bytes(HEADER_BYTES, "little") + body)
+        while len(self.replies) < len(items):
+            reply = json.loads(self._line())
+            if isinstance(reply, dict):
+                return self.replies, _End(_words(reply), int(reply["ended"]))
+            self.replies.append(reply)
+        return self.replies, None
+
+    def why_ended(self) -> str:
+        """Its sandbox is closed then.
+
+        Raises:
+            RewardError: it could not be measured.
+        """
+        self._socket.close()
+        return _run(_close(self._box, self._serving))
+
+    def close(self) -> None:
+        with contextlib.suppress(RewardError):
+            self.why_ended()
+
+    def _line(self) -> bytes:
+        while (end := self._buffer.find(b"\n")) < 0:
+            part = self._socket.recv(1 << 16)
+            if not part or len(self._buffer) > MAX_LINE_BYTES:
+                raise EOFError
+            self._buffer += part
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        return line
+
+
+def library_folders(*modules: str) -> tuple[str, ...]:
+    """Where these packages and what they import are installed."""
+    own = [os.path.dirname(os.path.dirname(str(s.origin))) for m in modules if (s := importlib.util.find_spec(m))]
+    installed = [p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages")]
+    return tuple(dict.fromkeys(p for p in [*own, *installed] if os.path.isdir(p)))
+
+
+_EXACT = {str, int, float, bool, type(None)}
+
+
+def sendable(value: Any) -> Any:
+    """With the types that marshal keeps: a text of numpy's would come over as bytes.
+
+    Raises:
+        RewardError: it is of no such type.
+    """
+    kind = type(value)
+    if kind in _EXACT:
+        return value
+    if isinstance(value, dict):
+        if kind is dict and _EXACT.issuperset(map(type, value)) and _EXACT.issuperset(map(type, value.values())):
+            return value
+        return {sendable(k): sendable(v) for k, v in value.items()}
+    for base in (list, tuple, set, frozenset):
+        if isinstance(value, base):
+            return value if kind is base and _EXACT.issuperset(map(type, value)) else base(map(sendable, value))
+    if isinstance(value, str):
+        return str(value)
+    if kind in (bytes, complex):
+        return value
+    if hasattr(value, "tolist"):
+        return sendable(value.tolist())
+    raise RewardError(f"a {kind.__name__} in a row can't be given to a verifier; use numbers, texts, lists and dicts")
+
+
+def _words(reply: dict[str, Any]) -> str:
+    code = int(reply["ended"])
+    lines = [line for line in str(reply["trouble"])[-500:].splitlines() if line.strip()]
+    return (f"signal {-code}" if code < 0 else f"exit code {code}") + (f", {lines[-1]}" if lines else "")
+
+
+async def _start(source: str, imports: Sequence[str], limits: Limits, fd: int) -> Box:
+    languages = Languages(python_path=library_folders(*imports))
+    return await Box.start(source, limits, languages, imports=imports, pass_fds=(fd,))
+
+
+async def _begin(box: Box, fd: int) -> asyncio.Task[Any]:
+    return asyncio.create_task(box.verify(fd, ITEM_S))
+
+
+async def _close(box: Box, serving: asyncio.Task[Any]) -> str:
+    """Why it had ended, "" if it had not."""
+    await asyncio.wait([serving], timeout=0.2)
+    ended = serving.done()
+    serving.cancel()
+    await box.close()
+    error = (await asyncio.gather(serving, return_exceptions=True))[0]
+    if isinstance(error, RewardError):
+        raise error
+    return str(error) if ended and isinstance(error, BoxEnded) else ""
+
+
+class _Loop:
+    """Where sandboxes that live on are watched: a thread of its own, as long as the process."""
+
+    pid = 0
+    loop: asyncio.AbstractEventLoop
+    turn = threading.Lock()
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    with _Loop.turn:
+        if _Loop.pid != os.getpid():
+            _Loop.pid, _Loop.loop = os.getpid(), asyncio.new_event_loop()
+            threading.Thread(target=_Loop.loop.run_forever, name="sandboxes", daemon=True).start()
+    future = asyncio.run_coroutine_threadsafe(work, _Loop.loop)
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
