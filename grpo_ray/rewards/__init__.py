@@ -26,7 +26,7 @@ from grpo_ray.rewards.judge import judge
 from grpo_ray.rewards.language_consistency import check_languages, language_consistency, load_dictionaries
 from grpo_ray.rewards.made import made
 from grpo_ray.rewards.r1_format import r1_format
-from grpo_ray.rewards.reasoning_gym_task import reasoning_gym
+from grpo_ray.rewards.reasoning_gym_task import check_reasoning_gym, load_verifier, reasoning_gym
 from grpo_ray.rewards.repetition_penalty import repetition_penalty
 from grpo_ray.rewards.reward_model import check_reward_model, load_reward_model, reward_model
 from grpo_ray.rewards.scoring import call_reward, score_samples, weighted_sum
@@ -86,11 +86,12 @@ def columns_of(name: str, args: dict[str, Any]) -> Columns:
 
 
 # Imported where samples are scored when the function is resolved: at the first sample it would count against its deadline.
-_LIBRARIES = {"accuracy": "math_verify", "reasoning_gym": "reasoning_gym", "judge": "openai"}
+_LIBRARIES = {"accuracy": "math_verify", "judge": "openai"}
 # What has to be there besides, given `args`.
 _CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "code": check_code,
     "language_consistency": check_languages,
+    "reasoning_gym": check_reasoning_gym,
     "reward_model": check_reward_model,
 }
 # What is read before the first sample, where it is scored.
@@ -98,6 +99,7 @@ _LOADS: dict[str, Callable[[dict[str, Any]], None]] = {
     "accuracy": load_parser,
     "instructions": load_libraries,
     "language_consistency": load_dictionaries,
+    "reasoning_gym": load_verifier,
     "reward_model": load_reward_model,
 }
 
