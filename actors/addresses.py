@@ -19,6 +19,7 @@ ANSWER_S = 8.0
 AGAIN_S = 0.5
 PROXY_EXCEPTIONS = ("no_proxy", "NO_PROXY")
 EVERYWHERE = "*"
+RAYLET, HEAD_FLAG = "raylet", "--gcs-address="
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
@@ -84,8 +85,12 @@ def host_and_port(address: Address) -> tuple[str, int] | None:
     return host, port
 
 
-def check_answers(address: Address, limit_s: float = ANSWER_S) -> None:
+def check_answers(address: Address, limit_s: float = ANSWER_S) -> str:
     """See that a head answers, by its own protocol and without the token.
+
+    Returns:
+        The address for Ray: HOST:PORT instead of `auto`, by which Ray would show the token to whatever process says that it is one
+        of Ray's.
 
     Raises:
         ConfigError: it is no address.
@@ -95,8 +100,8 @@ def check_answers(address: Address, limit_s: float = ANSWER_S) -> None:
     if at is None:
         try:
             at = _running_here()
-        except ConnectionError:
-            raise ResourceError(f"no Ray cluster runs on this machine for {address}: {address.mend}") from None
+        except ConnectionError as e:
+            raise ResourceError(f"{address} names no Ray cluster on this machine ({e}): {address.mend}") from None
     host, port = at
     bypass_proxies([host])
     give_up = time.monotonic() + limit_s
@@ -107,14 +112,26 @@ def check_answers(address: Address, limit_s: float = ANSWER_S) -> None:
             f"what answers at {address} is no head of a Ray cluster, or it hangs: nothing of Ray's protocol within {limit_s:g} s; "
             f"{address.mend}"
         )
+    return address.where if address.where != "auto" else f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _running_here() -> tuple[str, int]:
-    """Raises ConnectionError when Ray knows of no cluster on this machine."""
-    from ray._private.services import canonicalize_bootstrap_address
+    """The head that a raylet of this user, or of root, on this machine belongs to.
 
-    found = canonicalize_bootstrap_address("auto")
-    host, _, port = str(found).rpartition(":")
+    Raises:
+        ConnectionError: there is none, or there are several.
+    """
+    import psutil
+
+    found: set[str] = set()
+    for process in psutil.process_iter(["cmdline", "uids"]):
+        words = process.info["cmdline"] or []
+        uids = process.info["uids"]
+        if words and os.path.basename(words[0]) == RAYLET and uids is not None and uids.real in (0, os.getuid()):
+            found |= {word.partition("=")[2] for word in words if word.startswith(HEAD_FLAG)}
+    if len(found) != 1:
+        raise ConnectionError(f"{len(found)} Ray clusters run here")
+    host, _, port = found.pop().rpartition(":")
     return host.strip("[]"), int(port)
 
 

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from actors.addresses import VARIABLE, Address, bypass_proxies, check_answers, read_address
+from actors.private import is_closed, use_private_temporary_files, why_open
 from actors.search_path import worker_env
 from grpo_ray.config import ClusterConfig, LearnerConfig, RolloutConfig, RunConfig, SftConfig
 from grpo_ray.config_reward import RewardConfig
 from grpo_ray.errors import ResourceError
 from grpo_ray.labels import fits
 from grpo_ray.machine import usable_cpus
-from grpo_ray.secrets import token_path
+from grpo_ray.secrets import make_token, token_path
 
 NAMESPACE = "grpo-ray"
 CONTROLLER = "/controller"
 COMMON: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
 LOCAL_START_TRIES = 2
+RAYS = "ray"
+"""The folder of Ray's sessions in that for temporary files, as Ray names it."""
 
 
 class OnCluster(Protocol):
@@ -61,13 +65,13 @@ def joins(config: OnCluster) -> bool:
 def join(address: Address) -> None:
     """Raises ConfigError: it is no address. ResourceError: nothing answers there, or it does not take our token."""
     check_token()
-    check_answers(address)
+    where = check_answers(address)
     import ray
 
     try:
         # Ray's client server takes no code before it knows the job.
         env = {} if address.where.startswith("ray://") else worker_env(os.getcwd())
-        ray.init(address=address.where, runtime_env=env, **COMMON)
+        ray.init(address=where, runtime_env=env, **COMMON)
     except ray.exceptions.AuthenticationError as e:
         raise ResourceError(
             f"the Ray cluster at {address} does not take our token ({_first_line(e)}): it must be the one that its head was "
@@ -75,6 +79,24 @@ def join(address: Address) -> None:
         ) from None
     except (ConnectionError, ValueError, RuntimeError) as e:
         raise ResourceError(f"no run can join the Ray cluster at {address}: {_first_line(e)}") from None
+    if (warning := open_session()) is not None:
+        print(f"note: {warning}", file=sys.stderr)
+
+
+def open_session() -> str | None:
+    """What another user of this machine can do to the node of the cluster that this process has joined; None: nothing."""
+    import ray
+
+    if ray.util.client.ray.is_connected():
+        return None
+    folder = ray.get_runtime_context().get_temp_dir()
+    if is_closed(folder):
+        return None
+    reason = why_open(f"{folder}/session_latest/runtime_resources") or f"every user can enter {folder}"
+    return (
+        f"Ray's sessions on this machine are open to its other users ({reason}), who can change the code that runs in them: start "
+        "Ray by launch/plain/start_ray.sh, or with --temp-dir in a folder of mode 0700"
+    )
 
 
 def _first_line(error: BaseException) -> str:
@@ -104,19 +126,19 @@ def _start_local(num_cpus: int, common: dict[str, Any]) -> None:
     """Ray gives its own processes 30 s, which a busy machine's first, cold start can miss; the second finds warm files."""
     import ray
 
+    place = use_private_temporary_files()
+    if os.environ.get("RAY_AUTH_MODE", "token") == "token":
+        make_token(os.environ)
     for left in reversed(range(LOCAL_START_TRIES)):
         try:
-            # Makes the token, if there is none yet.
-            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **common)
-            _keep_token_private()
+            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, _temp_dir=f"{place}/{RAYS}", **common)
             return
         except Exception as e:
             ray.shutdown()
             if not left:
-                place = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
                 raise ResourceError(
                     f"Ray did not start on this machine in {LOCAL_START_TRIES} tries ({e}); is it very busy, or out of memory or "
-                    f"disk? Its logs are in {place}/ray/session_latest/logs{_of_environment()}"
+                    f"disk? Its logs are in {place}/{RAYS}/session_latest/logs{_of_environment()}"
                 ) from None
 
 
@@ -131,13 +153,6 @@ def _of_environment() -> str:
     """Names of what else Ray is told; a value may be a secret."""
     names = sorted(name for name in os.environ if name.startswith("RAY_") and name not in OWN_VARIABLES)
     return f"; of the environment it has {', '.join(names)}" if names else ""
-
-
-def _keep_token_private() -> None:
-    """Ray writes it readable for everyone on the machine."""
-    path = token_path(os.environ)
-    if path.is_file() and path.stat().st_uid == os.getuid():
-        path.chmod(0o600)
 
 
 def has_gpus() -> bool:

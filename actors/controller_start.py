@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.cluster import controller_name
-from actors.runtime import NO_RECORDS, own_log
+from actors.runtime import NO_RECORDS, own_process
 from grpo_ray.config import RunConfig, SftConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.events import Event
@@ -72,7 +72,7 @@ class Controller:
         needs: Sequence[ColumnNeeds] = (),
         detached: bool = False,
     ) -> None:
-        own_log(run_dir, LOG_NAME)
+        own_process(run_dir, LOG_NAME)
         from actors import controller
 
         self._controller = controller.Controller(kind, config, run_dir, resume_step, needs, detached)

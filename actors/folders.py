@@ -41,6 +41,14 @@ def unusable(folder: str) -> str | None:
     return None
 
 
+def unmakeable(folder: str) -> str | None:
+    """As `unusable`, of a folder that may not be there yet: then the first above it that is counts."""
+    path = Path(folder).expanduser().absolute()
+    while not os.path.lexists(path) and path != path.parent:
+        path = path.parent
+    return unusable(str(path))
+
+
 def too_long(folder: str) -> bool:
     """Would the path of a socket in it be longer than Linux allows?"""
     return len(os.fsencode(folder)) > LONGEST_FOLDER
@@ -51,18 +59,6 @@ def candidates() -> Iterator[str]:
     yield from SHORT_ONES
     if (of_session := os.environ.get("XDG_RUNTIME_DIR")) is not None:
         yield of_session
-
-
-def short_place() -> str:
-    """The folder for temporary files that the environment names, or the first short one, where that is too long or of no use.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    for place in (tempfile.gettempdir(), *candidates()):
-        if not too_long(place) and unusable(place) is None:
-            return place
-    return tempfile.gettempdir()
 
 
 def make_short() -> Path | None:

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from actors import learner_kl, learner_offload, learner_reference, learner_sequence, learner_state
 from actors.learner_critic import Critic
 from actors.learner_engine import LearnerSpec, build_engine, build_reference, can_share_prompts, step
-from actors.runtime import own_log, use_nodes_interface
+from actors.runtime import own_process, use_nodes_interface
 from grpo_ray.activity import Activity
 from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch, shared_cost, token_values, tokens_of_version
 from grpo_ray.checkpoint_store import Place
@@ -110,7 +110,7 @@ class LearnerActor:
     """Lives in its own process, started by `LearnerGroup`: first `rendezvous` on rank 0, then `start` on all."""
 
     def __init__(self, spec: LearnerSpec, rank: int, num_ranks: int) -> None:
-        self.log_path = own_log(spec.run_dir, f"learner-{rank}")
+        self.log_path = own_process(spec.run_dir, f"learner-{rank}")
         self.spec = spec
         self.rank = rank
         self.num_ranks = num_ranks

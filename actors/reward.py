@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from actors.reward_process import ScoringProcess
-from actors.runtime import give_way, own_log
+from actors.runtime import give_way, own_process
 from grpo_ray.config_reward import RewardConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.function import NOT_COLUMNS, Conversation, ScoreInputs
@@ -32,7 +32,7 @@ class RewardActor:
     def __init__(self, config: RewardConfig, run_dir: str, name: str, start_timeout_s: float) -> None:
         self._config = config
         self._weights = [f.weight for f in config.functions]
-        self._log = own_log(run_dir, name)
+        self._log = own_process(run_dir, name)
         give_way()
         self._process = ScoringProcess(config, start_timeout_s)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring")

@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 
 import grpo_ray
+from actors.caches import use_private_caches
 from actors.reward_child import HEADER, Call, Setup
 from actors.runtime import again_within
 from grpo_ray.config_reward import RewardConfig
@@ -264,6 +265,7 @@ class ScoringProcess:
         paths = (str(Path(grpo_ray.__file__).parents[1]), self._config.env.get("PYTHONPATH"), env.get("PYTHONPATH"))
         # Scorers share their cores with the other actors; a thread pool in each of them would fight for them.
         env |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        use_private_caches(env)
         ours = {"PYTHONPATH": os.pathsep.join(p for p in paths if p), TAG: self._tag}
         return env | resolve(self._config.env, os.environ) | ours
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from actors.deaths import CORE_DIED
 from actors.engine_adapters import Adapter, AdapterOptions, EngineAdapters, lora_args
-from actors.runtime import give_way, own_log, own_scratch, use_nodes_interface
+from actors.runtime import give_way, own_process, own_scratch, use_nodes_interface
 from grpo_ray.config import RolloutConfig
 from grpo_ray.errors import WorkerError
 from grpo_ray.kv_cache import DEFAULT_GB, check_kv_cache
@@ -161,7 +161,7 @@ class RolloutActor:
         template: str = "raw",
     ) -> None:
         self.name = f"rollout-{index}"
-        own_log(run_dir, self.name)
+        own_process(run_dir, self.name)
         self._scratch = own_scratch(run_dir, self.name)
         use_nodes_interface()
         from vllm.v1.engine.async_llm import AsyncLLM

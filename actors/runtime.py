@@ -21,7 +21,8 @@ import psutil
 import ray
 from ray.exceptions import RayActorError
 
-from actors.folders import short_place
+from actors.caches import own_cache, use_private_caches
+from actors.private import use_private_temporary_files
 from grpo_ray.errors import DeadlineError
 from grpo_ray.names import run_name
 
@@ -97,12 +98,21 @@ def own_log(run_dir: str, name: str) -> Path:
     """Send this process's output (and its children's) to `run_dir/logs/name.log`; the file that errors point to."""
     path = Path(run_dir) / "logs" / f"{name}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
+    return path
+
+
+def own_process(run_dir: str, name: str) -> Path:
+    """Begins the process of an actor: its log, see `own_log`, and folders that other users of the machine have no way into."""
+    path = own_log(run_dir, name)
+    use_private_temporary_files()
+    for note in use_private_caches():
+        print(f"note: {note}", file=sys.stderr)
     return path
 
 
@@ -119,14 +129,16 @@ def own_scratch(run_dir: str, name: str) -> Path:
     """A folder for the temporary files of this process and of those that it starts. What dead processes of that `name` left is
     removed: vLLM takes nothing away when it is killed, and three sockets and a file of each engine stay else."""
     whose = hashlib.blake2b(f"{run_dir}/{name}".encode(), digest_size=4).hexdigest()
-    temporary = short_place()
-    for left_over in Path(temporary).glob(f"grpo-ray-{whose}-*-*"):
+    temporary = str(use_private_temporary_files())
+    left_over = re.compile(rf"grpo-ray-{whose}-(\d+)-\w+")
+    for entry in os.scandir(temporary):
+        made = left_over.fullmatch(entry.name)
         # Another may be alive: evaluations share a folder.
-        if not psutil.pid_exists(int(left_over.name.split("-")[3])):
-            shutil.rmtree(left_over, ignore_errors=True)
+        if made and not psutil.pid_exists(int(made[1])):
+            shutil.rmtree(entry.path, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f"grpo-ray-{whose}-{os.getpid()}-", dir=temporary))
     # What torch compiles is for later lives too.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{temporary}/torchinductor_{os.getuid()}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own_cache("torchinductor")))
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
     return folder
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ SECRET_NAME = re.compile(
     re.IGNORECASE,
 )
 REFERENCE = re.compile(r"\$\{\w+\}")
+TOKEN_BYTES = 32
 MIN_LENGTH = 8
 """Shorter values are taken for words: `true`, `token`."""
 HIDDEN = "[hidden]"
@@ -56,6 +58,36 @@ def hide_secrets(text: str, env: Mapping[str, str] = os.environ) -> str:
     for value in secret_values(env):
         text = text.replace(value, HIDDEN)
     return text
+
+
+def make_token(env: Mapping[str, str]) -> None:
+    """Ray's token is there, and nobody else could read it at any moment: Ray's own would be readable by all until it is told
+    otherwise. One that is there already is kept."""
+    if env.get("RAY_AUTH_TOKEN"):
+        return
+    path = token_path(env)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not path.is_file() or not path.stat().st_size:
+        _write_once(path, secrets.token_hex(TOKEN_BYTES))
+    if path.stat().st_uid == os.getuid():
+        path.chmod(0o600)
+
+
+def _write_once(path: Path, text: str) -> None:
+    """All of it at once and for this user alone; another process that was first has its own kept."""
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        if path.is_file() and not path.stat().st_size:
+            aside.replace(path)
+        else:
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def token_path(env: Mapping[str, str]) -> Path:

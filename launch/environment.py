@@ -12,28 +12,23 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 from actors.addresses import check_answers, read_address
-from actors.folders import LONGEST_FOLDER, make_short, too_long, unusable
+from actors.caches import CACHES, use_private_caches
+from actors.folders import LONGEST_FOLDER, PREFIX, make_short, too_long, unmakeable, unusable
+from actors.private import TEMPORARY, make_private, use_private_temporary_files
 from grpo_ray.errors import ConfigError, ResourceError
 from grpo_ray.secrets import is_secret_name
 from launch import interrupts
 
-TEMPORARY = ("RAY_TMPDIR", "TMPDIR")
-"""The first that is set says where Ray's sockets are."""
 SPILLING = "RAY_object_spilling_directory"
 TOKEN, TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 CERTIFICATES = ("RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
-CACHES = (
-    *("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "TRITON_CACHE_DIR", "TRITON_HOME"),
-    *("TORCH_HOME", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "NUMBA_CACHE_DIR", "MPLCONFIGDIR"),
-    *("HF_DATASETS_CACHE", "HF_MODULES_CACHE"),
-)
+WRITTEN = tuple(cache.variable for cache in CACHES)
 """Folders that libraries write to, and make when they are not there."""
 HUBS = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE")
 """Those with models, which may well be read-only."""
@@ -48,7 +43,7 @@ def prepare() -> None:
         ConfigError: a variable that a library does not survive; names it.
         ResourceError: there is no place for temporary files.
     """
-    for note in (*_temporary(), *_home(), *_caches(), *_warnings()):
+    for note in (*_temporary(), *_home(), *_caches(), *use_private_caches(), *_warnings()):
         print(f"note: {note}", file=sys.stderr)
     check_variables()
 
@@ -80,7 +75,7 @@ def _temporary() -> list[str]:
         own = str(_own())
         if reason is None:
             # There is room there, for all that is no socket.
-            os.environ.setdefault(SPILLING, folder)
+            os.environ.setdefault(SPILLING, str(make_private(Path(folder))))
             reason = (
                 f"has {len(os.fsencode(folder))} characters, and the sockets of Ray and vLLM allow {LONGEST_FOLDER}"
             )
@@ -90,8 +85,20 @@ def _temporary() -> list[str]:
         # Ray looks nowhere else.
         os.environ["TMPDIR"] = str(_own())
         notes.append(f"/tmp {unusable('/tmp')}: temporary files of this run are in {_own()}")
-    # It was read when the first temporary file was made.
-    tempfile.tempdir = None
+    return notes + _closed()
+
+
+def _closed() -> list[str]:
+    """Temporary files, and what Ray spills, are where no other user of the machine can read or change them."""
+    notes = []
+    wanted = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    folder = use_private_temporary_files()
+    if folder.name != f"{PREFIX}{os.getuid()}" and str(folder) != wanted:
+        interrupts.at_end(partial(shutil.rmtree, folder, ignore_errors=True))
+        notes.append(f"another user holds {wanted}/{PREFIX}{os.getuid()}: temporary files of this run are in {folder}")
+    spilled = os.environ.get(SPILLING)
+    if spilled and os.path.isdir(spilled):
+        os.environ[SPILLING] = str(make_private(Path(spilled)))
     return notes
 
 
@@ -121,16 +128,16 @@ def _home() -> list[str]:
 
 def _caches() -> list[str]:
     notes = []
-    for name in CACHES:
+    for name in WRITTEN:
         folder = os.environ.get(name)
         if not folder:
             continue
-        if (reason := _unmakeable(folder)) is not None:
+        if (reason := unmakeable(folder)) is not None:
             os.environ[name] = str(_own() / name.lower())
             notes.append(f"{name}={folder} {reason}: {_own()} takes its place until this command ends")
     for name in HUBS:
         folder = os.environ.get(name)
-        if folder and not os.access(folder, os.R_OK | os.X_OK) and (reason := _unmakeable(folder)) is not None:
+        if folder and not os.access(folder, os.R_OK | os.X_OK) and (reason := unmakeable(folder)) is not None:
             os.environ[name] = str(_own() / name.lower())
             notes.append(f"{name}={folder} {reason}: {_own()} takes its place until this command ends")
     return notes
@@ -144,14 +151,6 @@ def _warnings() -> list[str]:
     del os.environ["PYTHONWARNINGS"]
     warnings.resetwarnings()
     return [f"PYTHONWARNINGS={told} would end libraries by what they warn of: it is left out"]
-
-
-def _unmakeable(folder: str) -> str | None:
-    """As `unusable`, of a folder that may not be there yet: then the first above it that is counts."""
-    path = Path(folder).expanduser().absolute()
-    while not os.path.lexists(path) and path != path.parent:
-        path = path.parent
-    return unusable(str(path))
 
 
 class _Probe:
@@ -203,11 +202,11 @@ _PROBES = (
         ),
     ),
     _Probe(r"VLLM_", _VLLM, ("VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT")),
-    _Probe(r"(TORCH|PYTORCH|ATEN_|OMP_|KMP_|MKL_|GOMP_|DNNL_|ONEDNN_)", "import torch; torch.ones(2).sum()", CACHES),
+    _Probe(r"(TORCH|PYTORCH|ATEN_|OMP_|KMP_|MKL_|GOMP_|DNNL_|ONEDNN_)", "import torch; torch.ones(2).sum()", WRITTEN),
     _Probe(
         r"(HF_|HUGGINGFACE_|TRANSFORMERS_|DATASETS_|TQDM_|USE_(TORCH|TF)|ARROW_)",
         _HUGGING_FACE,
-        (*HUBS, *CACHES, "HF_HUB_OFFLINE", "HF_ENDPOINT", "TRANSFORMERS_OFFLINE", "HF_HUB_ENABLE_HF_TRANSFER"),
+        (*HUBS, *WRITTEN, "HF_HUB_OFFLINE", "HF_ENDPOINT", "TRANSFORMERS_OFFLINE", "HF_HUB_ENABLE_HF_TRANSFER"),
     ),
 )
 PROBE_S = 20.0

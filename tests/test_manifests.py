@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from referencing import Registry, Resource
 from typer.testing import CliRunner
 
+from actors.private import private_folder
 from launch.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -163,7 +165,7 @@ def shims(folder: Path, **scripts: str) -> Path:
     return folder
 
 
-PYTHON = f'[ "$1" != -P ] || {{ shift 3; exec grpo-ray "$@"; }}; exec {sys.executable} "$@"'
+PYTHON = f'[ "$3" != launch.batch ] || {{ shift 3; exec grpo-ray "$@"; }}; exec {sys.executable} "$@"'
 SRUN = """
 while [[ $1 == -* ]]; do shift; done
 exec "$@"
@@ -208,9 +210,10 @@ def test_a_slurm_job_starts_ray_on_all_nodes_and_ends_its_run_gracefully_before_
         tmp_path / "bin", srun=SRUN, ray=RAY, grpo_ray=GRPO_RAY, scontrol=SCONTROL, python=PYTHON, squeue=squeue
     )
     (temporary := tmp_path / "t").mkdir()
+    private = private_folder()
     env = {"PATH": f"{path}:/usr/bin:/bin", "TOLD": str(told), "HOME": str(tmp_path), "SLURM_SUBMIT_DIR": str(tmp_path)}
     env |= {"TMPDIR": str(temporary), "GRPO_RAY_REQUEUE": requeue, "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3"}
-    env |= {"SLURM_JOB_NODELIST": "n[1-3]"}
+    env |= {"SLURM_JOB_NODELIST": "n[1-3]", "PYTHONPATH": str(ROOT)}
     job = subprocess.Popen([SCRIPTS[0], "train", "smoke", "name=a b"], env=env, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not all(word in told.read_text() for word in ("grpo-ray", "--address=10.0.0.1:6379 --disable")):
@@ -227,6 +230,8 @@ def test_a_slurm_job_starts_ray_on_all_nodes_and_ends_its_run_gracefully_before_
     starts = [line for line in lines if line.startswith("ray start")]
     assert [("--head" in s, "--address=10.0.0.1:6379" in s) for s in starts] == [(True, False), (False, True)]
     assert all("token=600:64 mode=token" in line for line in lines if line.startswith("ray "))
+    assert all(f"--temp-dir={private}/ray" in start for start in starts)
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
     assert [p for p in (*tmp_path.iterdir(), *temporary.iterdir()) if "token" in p.name or "grpo-ray." in p.name] == []
 
 
@@ -236,7 +241,7 @@ def test_a_head_by_hand_makes_a_private_token_and_a_worker_without_one_is_told(t
     script = tmp_path / "launch" / "plain" / "start_ray.sh"
     script.parent.mkdir(parents=True)
     shutil.copy(SCRIPTS[1], script)
-    env = {"PATH": f"{path}:/usr/bin:/bin", "TOLD": str(told), "HOME": str(tmp_path)}
+    env = {"PATH": f"{path}:/usr/bin:/bin", "TOLD": str(told), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
 
     def start(*args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([script, *args], env=env, capture_output=True, text=True, check=False, timeout=300)
@@ -252,5 +257,6 @@ def test_a_head_by_hand_makes_a_private_token_and_a_worker_without_one_is_told(t
     assert token.read_text() == first
     assert start("worker", "n1:6379").returncode == 0
     lines = told.read_text().splitlines()
-    assert lines[0] == "token start --head --dashboard-host=127.0.0.1 --disable-usage-stats --num-cpus=3"
-    assert lines[-1] == "token start --address=n1:6379 --disable-usage-stats"
+    place = f"--temp-dir={private_folder()}/ray"
+    assert lines[0] == f"token start --head --dashboard-host=127.0.0.1 {place} --disable-usage-stats --num-cpus=3"
+    assert lines[-1] == f"token start --address=n1:6379 {place} --disable-usage-stats"
