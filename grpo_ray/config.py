@@ -111,6 +111,8 @@ class DataSource(Strict):
     path: HomePath
     """`file.jsonl`, `file.parquet`, a Hugging Face data set (name or folder), `reasoning_gym:TASK`, or
     `python:module.function` that returns rows."""
+    package: str | None = None
+    """The installed package whose function `python:package.module.function` is; see `reward.functions`."""
     name: str | None = None
     """Subset; of Hugging Face data sets alone."""
     split: str = "train"

@@ -49,8 +49,8 @@ WHERE: dict[str, dict[str, str]] = {
         "shuffle last_batch": LEARNING,
         "max_prompt_length": SAMPLING,
     },
-    "data.train": {"path name split args columns limit": ALL},
-    "data.eval": {"path name split args columns limit": ALL},
+    "data.train": {"path package name split args columns limit": ALL},
+    "data.eval": {"path package name split args columns limit": ALL},
     "rollout": {
         "num_actors num_cpus num_gpus resources labels tensor_parallel_size max_completion_length stop stop_token_ids "
         "max_num_seqs kv_cache_gb gpu_memory_utilization enforce_eager num_threads env": SAMPLING,
@@ -62,7 +62,7 @@ WHERE: dict[str, dict[str, str]] = {
         "min_actors max_actors": "train",
     },
     "reward.on_failure": {"retries": SAMPLING, "action value": "train", "abort_above": "train sample"},
-    "reward.functions": {"name label weight args sources from_step part": SAMPLING},
+    "reward.functions": {"name package label weight args sources from_step part": SAMPLING},
     "reward.functions.workers": {"num_actors num_cpus num_gpus timeout_s": SAMPLING},
     "algorithm": {
         "preset advantage gamma lam std_ddof std_eps loss epsilon_low epsilon_high dual_clip_c cispo_max_ratio "

@@ -56,6 +56,9 @@ class RewardFunctionConfig(Strict):
     name: Annotated[str, AfterValidator(expand_home)]
     """A built-in (`grpo-ray check` lists them), a function by dotted path, `package.module.function`, or by its file,
     `rewards.py:function` (absolute, or relative to the recipe or the current folder)."""
+    package: str | None = None
+    """The installed package whose function `name` is, e.g. trl: only functions of the working folder, of files and of packages that
+    are named so are called; none of Python's own modules, of grpo-ray's or of the libraries that it is made of."""
     label: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
     """What metrics and `eval.accuracy` call it, where a function stands in the list more than once. None: its name."""
     weight: float = 1.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import json
 import os
 import sys
@@ -16,7 +15,8 @@ from typing import Any
 
 from grpo_ray.config import DataSource
 from grpo_ray.errors import DataError
-from grpo_ray.user_modules import name_taken
+from grpo_ray.user_code import UserFunction, of_module
+from grpo_ray.user_places import ForeignCodeError
 
 Row = dict[str, Any]
 _MANY_ROWS = 1000
@@ -64,8 +64,8 @@ def load_table(source: DataSource, *, seed: int) -> Table:
     scheme, colon, rest = source.path.partition(":")
     if colon and scheme == "reasoning_gym":
         table = _reasoning_gym(source, rest, seed)
-    elif colon and scheme == "python":
-        table = _python(source, rest)
+    elif (function := python_function(source)) is not None:
+        table = _python(source, function)
     elif source.path.endswith((".jsonl", ".ndjson")):
         table = _jsonl(source)
     elif source.path.endswith(".parquet"):
@@ -87,6 +87,8 @@ def _check_options(source: DataSource) -> None:
         raise DataError(
             f"{source.path}: name {source.name!r} is a subset of a Hugging Face data set, and this has none; take it out"
         )
+    if source.package is not None and not source.path.startswith("python:"):
+        raise DataError(f"{source.path}: package {source.package!r} is of python:module.function alone; take it out")
     if source.args and not source.is_generator:
         raise DataError(
             f"{source.path}: args {source.args} are a generator's (reasoning_gym:TASK, python:module.function); take them out "
@@ -271,31 +273,33 @@ def _reasoning_gym(source: DataSource, task: str, seed: int) -> Table:
     return Table(task, source.path, rows)
 
 
-def _python(source: DataSource, dotted: str) -> Table:
-    module_name, dot, function_name = dotted.rpartition(".")
-    if not dot:
+def python_function(source: DataSource) -> UserFunction | None:
+    """The function that makes the rows of a source, not imported; None: no function does.
+
+    Raises:
+        DataError: there is none, or it is not a recipe's to name.
+    """
+    scheme, colon, dotted = source.path.partition(":")
+    if not colon or scheme != "python":
+        return None
+    if "." not in dotted:
         raise DataError(f"{source.path}: expected python:module.function")
-    with _importable_from_here():
-        try:
-            module = importlib.import_module(module_name)
-        except ImportError as e:
-            taken = name_taken(e.name) if e.name is not None else None
-            raise DataError(
-                f"{source.path}: can't import {module_name!r}: {e}" + (f"; {taken}" if taken is not None else "")
-            ) from e
-        function = getattr(module, function_name, None)
-        if not callable(function):
-            if (taken := name_taken(module_name)) is not None:
-                raise DataError(f"{source.path}: {module_name} has no function {function_name!r}: {taken}")
-            names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-            close = difflib.get_close_matches(function_name, names, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise DataError(f"{source.path}: {module_name} has no function {function_name!r}{hint}")
-        try:
-            rows = list(islice(_checked(function(**source.args), source.path), _first_rows(source)))
-        except TypeError as e:
-            raise DataError(f"{source.path}: calling it with args {source.args} failed: {e}") from e
-    return Table(function_name, source.path, rows)
+    try:
+        return of_module(dotted, source.package)
+    except ForeignCodeError as e:
+        raise DataError(f"{source.path}: {e}") from None
+
+
+def _python(source: DataSource, found: UserFunction) -> Table:
+    try:
+        function = found.load()
+    except ForeignCodeError as e:
+        raise DataError(f"{source.path}: {e}") from e
+    try:
+        rows = list(islice(_checked(function(**source.args), source.path), _first_rows(source)))
+    except TypeError as e:
+        raise DataError(f"{source.path}: calling it with args {source.args} failed: {e}") from e
+    return Table(found.name, source.path, rows)
 
 
 def _checked(rows: Iterable[Any], label: str) -> Iterator[Row]:
@@ -303,20 +307,6 @@ def _checked(rows: Iterable[Any], label: str) -> Iterator[Row]:
         if not isinstance(row, dict):
             raise DataError(f"{label}, row {i}: expected a dict such as {{'prompt': ...}}, got {type(row).__name__}")
         yield row
-
-
-@contextmanager
-def _importable_from_here() -> Iterator[None]:
-    """Modules beside the user count, after those of libraries: a `random.py` of theirs is not everybody's."""
-    here = str(Path.cwd())
-    if here in sys.path:
-        yield
-        return
-    sys.path.append(here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)
 
 
 def map_columns(row: Row, columns: dict[str, str], where: str) -> Row:

@@ -36,6 +36,7 @@ from launch.check_golds import gold_rows
 from launch.console import headed, plain_console
 from launch.effects import check_effects, told
 from launch.environment import check_cluster
+from launch.foreign_code import RUN_CODE, foreign_model, foreign_rewards, foreign_rows
 from launch.interrupts import scratch_folder
 from launch.machine import unset_variables
 from launch.model_check import keep_torch_out, num_params_of
@@ -59,10 +60,13 @@ STORE_S = 5.0
 """How long it waits for an object store."""
 
 
-def check_recipe(recipe: str, overrides: list[str], as_kind: str | None = None, *, makes_models: bool = True) -> None:
+def check_recipe(
+    recipe: str, overrides: list[str], as_kind: str | None = None, *, run_code: bool = False, makes_models: bool = True
+) -> None:
     """
     Args:
         as_kind: a name of `check_kind`; None: the recipe tells.
+        run_code: import and call what the recipe brings of its own, too.
         makes_models: this process may have to, once this is done; else it is spared the import of torch.
 
     Raises:
@@ -71,15 +75,16 @@ def check_recipe(recipe: str, overrides: list[str], as_kind: str | None = None, 
     if is_pipeline(find_recipe(recipe)):
         from launch.pipeline import run_pipeline
 
-        run_pipeline(recipe, overrides, None, None, dry_run=True)
+        run_pipeline(recipe, overrides, None, None, dry_run=True, run_code=run_code)
         _print_ok("pipeline", recipe, overrides)
         return
     kind = kind_of(find_recipe(recipe), overrides) if as_kind is None else check_kind(as_kind)
     config = load_recipe(SCHEMAS[kind], recipe, overrides)
     folder = run_folder(config, recipe)
     check_cluster(config.cluster.address)
-    preflight(config)
+    preflight(config, imports=run_code)
     check_effects(config, COMMANDS[kind], [])
+    code = _Foreign(config, run=run_code)
     if (place := config.checkpoint.path) is not None and is_url(place):
         Store(place.rstrip("/"), patience_s=STORE_S).steps()
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -93,26 +98,57 @@ def check_recipe(recipe: str, overrides: list[str], as_kind: str | None = None, 
         on_gpu = offered.get("GPU", 0) > 0
         if not makes_models and not config.model.trust_remote_code:
             keep_torch_out()
-        model = prepare_model(config.model, scratch, with_weights=False)
-        with num_params_of(config, model, on_gpu=on_gpu) as num_params:
-            try:
-                context = _context(config, model, on_gpu=on_gpu)
-                of_data = _data_rows(config, model)
-            except GrpoRayError:
-                # A model that can't be trained may be why.
-                num_params()
-                raise
-            of_model = _model_rows(found, model, num_params(), kind, on_gpu=on_gpu)
         for name, text in [
-            *of_model,
-            *of_data,
-            *_step_rows(config, context),
+            *code.rows(),
+            *([] if code.of_model else _rows_of_model(config, found, kind, scratch, on_gpu, code)),
             *_cluster_rows(found, machine, place, kind, chosen),
             *(("warning", line) for line in [*idle, *unset_variables(config), *_taken(folder)]),
         ]:
             table.add_row(name, text)
     console.print(table)
     _print_ok(COMMANDS[kind], recipe, overrides)
+
+
+class _Foreign:
+    """Code that the recipe brings, and that is not run here."""
+
+    def __init__(self, config: RunConfig | SftConfig, *, run: bool) -> None:
+        # Found also where it is run: what is not a recipe's to name is refused.
+        found = [*foreign_rewards(config)], [*foreign_rows(config)], [*foreign_model(config)]
+        self.run = run
+        self.of_rewards, self.of_data, self.of_model = ([], [], []) if run else found
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        for line in (*self.of_rewards, *self.of_data, *self.of_model):
+            yield ("code", f"{line}: read, not run")
+        if self.of_data or self.of_model:
+            what = "the model and the data" if self.of_model else "the data"
+            yield ("", f"so nothing is said of {what}; if you trust that code, {RUN_CODE} runs it")
+
+
+def _rows_of_model(
+    config: RunConfig | SftConfig,
+    found: RunConfig | SftConfig,
+    kind: str,
+    scratch: Path,
+    on_gpu: bool,
+    code: _Foreign,
+) -> list[tuple[str, str]]:
+    """
+    Args:
+        found: the config with what was chosen for this machine.
+    """
+    model = prepare_model(config.model, scratch, with_weights=False)
+    with num_params_of(config, model, on_gpu=on_gpu) as num_params:
+        try:
+            context = _context(config, model, on_gpu=on_gpu)
+            of_data = [] if code.of_data else _data_rows(config, model, imports=code.run)
+        except GrpoRayError:
+            # A model that can't be trained may be why.
+            num_params()
+            raise
+        of_model = _model_rows(found, model, num_params(), kind, on_gpu=on_gpu)
+    return [*of_model, *of_data, *_step_rows(config, context, imports=code.run)]
 
 
 def _taken(folder: Path) -> Iterator[str]:
@@ -159,7 +195,7 @@ def _model_rows(
     return rows
 
 
-def _data_rows(config: RunConfig | SftConfig, model: str) -> list[tuple[str, str]]:
+def _data_rows(config: RunConfig | SftConfig, model: str, *, imports: bool) -> list[tuple[str, str]]:
     from grpo_ray.overview import Sampler, key_of
     from grpo_ray.prompts import load_prompts
     from grpo_ray.rewards.columns import check_columns, column_needs
@@ -208,7 +244,7 @@ def _data_rows(config: RunConfig | SftConfig, model: str) -> list[tuple[str, str
         longest = longest_prompt(config, sampler, template, tokenizer, limit, longest)
     if (warning := about_context(config, context, longest)) is not None:
         rows.append(("warning", warning))
-    needs, facts = column_needs(config.reward), facts_of(config, sampler)
+    needs, facts = column_needs(config.reward, imports=imports), facts_of(config, sampler)
     rows += [("columns", note) for note in check_columns(needs, prompts, train=True, evaluation=True, facts=facts)]
     first = prompts.train.item(0, 0)
     rows.extend(gold_rows(config, prompts, facts))
@@ -226,7 +262,7 @@ def source_told(source: DataSource) -> str:
     return source.path + (f" {source.split}" if source.split != "train" else "")
 
 
-def _step_rows(config: RunConfig | SftConfig, context: int) -> list[tuple[str, str]]:
+def _step_rows(config: RunConfig | SftConfig, context: int, *, imports: bool) -> list[tuple[str, str]]:
     if isinstance(config, SftConfig):
         warning = about_context(config, context)
         return [("step", f"{config.examples_per_step} examples"), *([("warning", warning)] if warning else [])]
@@ -251,7 +287,7 @@ def _step_rows(config: RunConfig | SftConfig, context: int) -> list[tuple[str, s
             f"{updates} optimizer step{'s' * (updates > 1)}",
         ),
         ("reward", rewards),
-        ("called", _called(config.reward, r.num_generations)),
+        ("called", _called(config.reward, r.num_generations, imports=imports)),
         (
             "loss",
             f"{a.loss}, advantage {a.advantage}, {_bounds(a)}, beta {a.beta:g}{' in the reward' * (a.kl_in == 'reward')}, "
@@ -262,9 +298,9 @@ def _step_rows(config: RunConfig | SftConfig, context: int) -> list[tuple[str, s
     ]
 
 
-def _called(reward: RewardConfig, num_generations: int) -> str:
+def _called(reward: RewardConfig, num_generations: int, *, imports: bool) -> str:
     """With what the reward functions are called."""
-    found = [described(f) for f in reward.functions]
+    found = [described(f, imports=imports) for f in reward.functions]
     whole = [f.name for f in found if not f.per_sample]
     group, one = f"the {num_generations} samples of a group at once", "one sample, the moment it is drawn"
     at_hand = "all samples that a worker has at hand"

@@ -161,8 +161,13 @@ def check(
     kind: Annotated[
         str | None, typer.Option(metavar="KIND", help="train, sft, dpo or reward-model; else the recipe tells")
     ] = None,
+    run_code: Annotated[
+        bool,
+        typer.Option("--run-code", help="Also run what the recipe brings: its rewards, data functions, model code"),
+    ] = False,
 ) -> None:
-    """Everything that can be known without loading a model: schema, data, rewards, memory, resources. Prints the plan."""
+    """Everything that can be known without loading a model: schema, data, rewards, memory, resources. Prints the plan, and names
+    code that is not grpo-ray's without running it."""
     from launch.check import check_recipe, print_lists
 
     if list_:
@@ -170,7 +175,7 @@ def check(
     elif recipe is None:
         raise ConfigError("name a recipe to check, or ask for --list")
     else:
-        check_recipe(recipe, overrides or [], kind, makes_models=False)
+        check_recipe(recipe, overrides or [], kind, run_code=run_code, makes_models=False)
 
 
 @app.command()

@@ -6,6 +6,7 @@ import os
 import sys
 
 from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.user_places import add_code_folder
 
 
 def use_code_of(config: RunConfig | SftConfig) -> None:
@@ -13,6 +14,7 @@ def use_code_of(config: RunConfig | SftConfig) -> None:
     folder = config.code_dir
     if folder is None or os.path.realpath(folder) == os.getcwd():
         return
+    add_code_folder(folder)
     if folder not in sys.path:
         sys.path.append(folder)
     known = os.environ.get("PYTHONPATH", "").split(os.pathsep)

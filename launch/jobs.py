@@ -24,6 +24,7 @@ from launch.code_folder import use_code_of
 from launch.console import plain_console
 from launch.effects import check_effects, tell_of_hub
 from launch.environment import check_cluster
+from launch.foreign_code import check_code
 from launch.interrupts import leaving
 from launch.left import left_of, left_of_samples, owned, remove_if_nothing_happened
 from launch.placement import settled
@@ -129,6 +130,7 @@ def _resume(run: RunDir, overrides: Sequence[str]) -> None:
             raise ConfigError(f"{overrides[0]}: samples are made as they were begun; leave the overrides out")
         of_samples = load_run_config(RunConfig, run.config)
         use_code_of(of_samples)
+        check_code(of_samples)
         with leaving(lambda: left_of_samples(run, f"grpo-ray resume {run.path}")):
             _finish_samples(run, _run("sample", of_samples, run, None))
         return
@@ -136,6 +138,7 @@ def _resume(run: RunDir, overrides: Sequence[str]) -> None:
     old = load_run_config(SCHEMAS[kind], run.config)
     config, changes = changed_config(SCHEMAS[kind], run, list(overrides)) if overrides else (old, {})
     use_code_of(config)
+    check_code(config)
     run = run.with_checkpoints(config.checkpoint.path, config.deadlines.store_s)
     if changes:
         check_changes(config, kind, changes)

@@ -37,6 +37,7 @@ from grpo_ray.sample_files import read_samples
 from grpo_ray.tracking import read_metrics
 from launch.console import headed, plain_console
 from launch.effects import tell_idle_of_pipeline
+from launch.foreign_code import foreign_model, foreign_rewards, foreign_rows
 from launch.interrupts import leaving
 from launch.jobs import check_store_of, exit_unless_finished, make_report, write_config
 from launch.left import owned
@@ -53,8 +54,11 @@ TRAINING = ("loss", "reward/mean", "completions/mean_length", "pairs/", "score/"
 """Metrics of a stage that trains, by their beginnings, which are its figures for gates."""
 
 
-def load_plan(recipe: str, overrides: list[str]) -> Plan:
-    """Raises ConfigError with every problem of the recipe, and of each stage's config."""
+def load_plan(recipe: str, overrides: list[str], *, imports: bool = True) -> Plan:
+    """`imports`: False: nothing of the recipe's own code is run.
+
+    Raises ConfigError with every problem of the recipe, and of each stage's config.
+    """
     path = find_recipe(recipe)
     if not is_pipeline(path):
         raise ConfigError(f"recipe {recipe} has no stages: it is for `grpo-ray train` or another command of one run")
@@ -70,20 +74,25 @@ def load_plan(recipe: str, overrides: list[str]) -> Plan:
             for function in with_absolute_files(stage_config, path.parent).reward.functions:
                 # A model that an earlier stage will make is not there yet.
                 if not any(str(value).startswith(f"{plan.folder}/") for value in function.args.values()):
-                    resolve(function)
+                    resolve(function, imports=imports)
     return plan
 
 
-def run_pipeline(recipe: str, overrides: list[str], first: str | None, last: str | None, *, dry_run: bool) -> None:
+def run_pipeline(
+    recipe: str, overrides: list[str], first: str | None, last: str | None, *, dry_run: bool, run_code: bool = False
+) -> None:
     """
     Args:
+        run_code: of a dry run: import what the recipe brings of its own, too.
         first: run this stage and what builds on it again.
         last: the last one to run.
 
     Raises:
         GrpoRayError: a stage failed, its gate did not open, or something that it was made from has changed.
     """
-    plan = load_plan(recipe, overrides)
+    plan = load_plan(recipe, overrides, imports=run_code or not dry_run)
+    if dry_run and not run_code:
+        _tell_foreign(plan)
     tell_idle_of_pipeline(plan)
     for name in (first, last):
         if name is not None:
@@ -103,6 +112,14 @@ def run_pipeline(recipe: str, overrides: list[str], first: str | None, last: str
         )
         with leaving(again):
             runner.run(todo)
+
+
+def _tell_foreign(plan: Plan) -> None:
+    for stage in plan.stages:
+        config = plan.config_of(stage)
+        if isinstance(config, RunConfig | SftConfig):
+            for line in (*foreign_rewards(config), *foreign_rows(config), *foreign_model(config)):
+                console.print(f"code     stage {stage.name}: {line}: read, not run")
 
 
 def _to_run(plan: Plan, record: Record, first: str | None, last: str | None) -> list[Stage]:

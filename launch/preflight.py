@@ -7,11 +7,16 @@ from grpo_ray.models import check_model_path
 from grpo_ray.rewards import resolve
 from launch.code_folder import use_code_of
 from launch.effects import tell_of_hub
+from launch.foreign_code import check_code
 from launch.machine import check_machine
 
 
-def preflight(config: RunConfig | SftConfig) -> None:
-    """Look at the model's folder, at what is needed of this machine, and for the reward functions."""
+def preflight(config: RunConfig | SftConfig, *, imports: bool = True) -> None:
+    """Look at the model's folder, at what is needed of this machine, and for the recipe's functions.
+
+    Args:
+        imports: False: nothing of the recipe's own code is run.
+    """
     use_code_of(config)
     if config.model.path is not None:
         check_model_path(config.model.path)
@@ -19,4 +24,5 @@ def preflight(config: RunConfig | SftConfig) -> None:
     tell_of_hub(config)
     if isinstance(config, RunConfig):
         for function in config.reward.functions:
-            resolve(function)
+            resolve(function, imports=imports)
+    check_code(config)

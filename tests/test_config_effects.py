@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,7 @@ def test_a_split_means_the_same_rows_of_every_kind_of_source(tmp_path, monkeypat
     elif kind == "python":
         (tmp_path / "made_rows.py").write_text(f"def rows():\n    return {rows!r}\n")
         monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "made_rows", raising=False)
         path = "python:made_rows.rows"
     else:
         data = datasets.Dataset.from_list(rows)

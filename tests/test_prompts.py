@@ -237,8 +237,8 @@ def test_a_generator_without_a_seed_follows_the_run_s_and_eval_is_other_rows(tok
         ("reasoning_gym:chain_sum", {"terms": 2}, "refused.*it takes: min_terms, max_terms"),
         ("reasoning_gym:chain_sum", {"min_terms": 5, "max_terms": 2}, r"are refused: AssertionError: \w"),
         ("python:flawed", {}, "expected python:module.function"),
-        ("python:no.such.module", {}, "can't import 'no.such': No module named 'no'$"),
-        ("python:grpo_ray.tiny_arithmetic.flawed_demonstration", {}, "did you mean flawed_demonstrations?"),
+        ("python:no.such.module", {}, "there is no module 'no'"),
+        ("python:grpo_ray.tiny_arithmetic.flawed_demonstration", {}, "did you mean 'flawed_demonstrations'"),
         ("python:grpo_ray.tiny_arithmetic.flawed_demonstrations", {"sice": 3}, "unexpected keyword argument 'sice'"),
     ],
 )

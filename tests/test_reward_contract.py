@@ -70,13 +70,17 @@ def test_trls_documented_functions_run_unchanged(
 
 
 def test_trls_own_functions_and_makers_run_by_their_path() -> None:
-    accuracy = resolve(RewardFunctionConfig(name="trl.rewards.accuracy_reward"))
+    accuracy = resolve(RewardFunctionConfig(name="trl.rewards.accuracy_reward", package="trl"))
     (right, wrong) = call_reward(accuracy, told(chat(r"\boxed{\frac{1}{3}}", r"\boxed{2}"), solution=["1/3", "1/3"]))
     assert (right.value, wrong.value) == (1.0, 0.0)
     assert [column for column, _ in right.extra] == ["solution", "gold_parsed", "answer_parsed"]
-    assert said(resolve(RewardFunctionConfig(name="trl.rewards.think_format_reward")), told(chat("x"))) == [0.0]
+    assert said(
+        resolve(RewardFunctionConfig(name="trl.rewards.think_format_reward", package="trl")), told(chat("x"))
+    ) == [0.0]
     overlong = RewardFunctionConfig(
-        name="trl.rewards.get_soft_overlong_punishment", args={"max_completion_len": 10, "soft_punish_cache": 5}
+        name="trl.rewards.get_soft_overlong_punishment",
+        package="trl",
+        args={"max_completion_len": 10, "soft_punish_cache": 5},
     )
     assert said(resolve(overlong), told(["1234", "12345678", "123456789012"])) == pytest.approx([0.0, -0.6, -1.0])
 

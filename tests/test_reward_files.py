@@ -108,8 +108,8 @@ def test_classes_and_verls_functions_are_taken_from_files(home: Path) -> None:
 )
 def test_what_is_wrong_with_a_file_is_told(name: str, expected: str, home: Path) -> None:
     (home / "code" / "broken.py").write_text("x = 1\ndef f(:\n")
-    (home / "code" / "raises.py").write_text("1 / 0\n")
-    (home / "code" / "needs.py").write_text("import not_installed\n")
+    (home / "code" / "raises.py").write_text("def f(completions): ...\n1 / 0\n")
+    (home / "code" / "needs.py").write_text("def f(completions): ...\nimport not_installed\n")
     with pytest.raises(RewardError, match=expected):
         resolve(loaded(home / "recipe.yaml", name))
 

@@ -160,8 +160,9 @@ def test_a_missing_column_is_named() -> None:
         ({"name": "acuracy"}, "no reward is called 'acuracy'; did you mean 'accuracy'?"),
         ({"name": "zzz"}, "built in: accuracy, think_format"),
         ({"name": "nowhere.at.all"}, "there is no module 'nowhere'"),
-        ({"name": "json.dump_s"}, "module 'json' has no 'dump_s'; did you mean 'dumps'?"),
-        ({"name": "math.pi"}, "'math.pi' is a float, expected a function"),
+        ({"name": "tests.samples.drawm"}, "module 'tests.samples' has no 'drawm'; did you mean 'drawn'?"),
+        ({"name": "tests.samples.math"}, "'math' is a module that"),
+        ({"name": "tests.hostile.CONTAINED"}, "expected a function"),
         (
             {"name": "soft_overlong", "args": {"max_lenght": 3}},
             "takes no argument 'max_lenght'; did you mean 'max_length'?",

@@ -132,16 +132,16 @@ def test_a_scoring_process_runs_the_users_reward_and_none_of_those_files(user: P
     ("reward", "expected"),
     [
         ("actors.my_reward.f", r"the name actors is taken by grpo-ray's own package .*; rename .*actors"),
-        ("actors.f", r"has no 'f': the name actors is taken by grpo-ray's own package"),
-        ("types.f", r"has no 'f': the name types is taken by Python's own module"),
+        ("actors.f", r"the name actors is taken by grpo-ray's own package"),
+        ("types.f", r"the name types is taken by Python's own module .*; rename .*types"),
         ("yaml.my_reward.f", r"no module 'yaml.my_reward': the name yaml is taken by a library"),
         ("uses.f", r"cannot import name 'helper' from 'actors' .*; the name actors is taken"),
         ("uses_more.f", r"there is no module 'actors.helpers': the name actors is taken"),
     ],
 )
 def test_a_reward_under_a_name_that_is_taken_is_refused_with_the_reason(user: Path, reward: str, expected: str) -> None:
-    (user / "uses.py").write_text("from actors import helper\n")
-    (user / "uses_more.py").write_text("import actors.helpers\n")
+    (user / "uses.py").write_text("from actors import helper\ndef f(completions): ...\n")
+    (user / "uses_more.py").write_text("import actors.helpers\ndef f(completions): ...\n")
     with pytest.raises(RewardError, match=expected):
         resolve(RewardFunctionConfig(name=reward))
 

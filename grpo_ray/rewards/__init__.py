@@ -5,8 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,7 +13,8 @@ from grpo_ray.config_reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards import golds
 from grpo_ray.rewards.accuracy import accuracy, load_parser
-from grpo_ray.rewards.by_path import load_from_file
+from grpo_ray.rewards.by_path import users_function
+from grpo_ray.rewards.by_source import described_by_source
 from grpo_ray.rewards.code import check_code, code
 from grpo_ray.rewards.countdown import countdown
 from grpo_ray.rewards.exact_match import exact_match
@@ -33,7 +32,7 @@ from grpo_ray.rewards.scoring import call_reward, score_samples, weighted_sum
 from grpo_ray.rewards.soft_overlong import soft_overlong
 from grpo_ray.rewards.think_format import think_format
 from grpo_ray.rewards.verl import is_verl, verl_function
-from grpo_ray.user_modules import name_taken
+from grpo_ray.user_places import ForeignCodeError
 
 __all__ = ["BUILTINS", "RewardFunction", "ScoreInputs", "call_reward", "resolve", "score_samples", "weighted_sum"]
 
@@ -104,18 +103,20 @@ _LOADS: dict[str, Callable[[dict[str, Any]], None]] = {
 }
 
 
-def resolve(config: RewardFunctionConfig, *, load: bool = False) -> RewardFunction:
+def resolve(config: RewardFunctionConfig, *, load: bool = False, imports: bool = True) -> RewardFunction:
     """Find the function that a recipe names: a built-in, `package.module.function`, the current folder included, or
     `file.py:function`.
 
-    `load`: also read what it works with (a model, dictionaries), which takes seconds and memory.
+    Args:
+        load: also read what it works with (a model, dictionaries), which takes seconds and memory.
+        imports: as of `described`.
 
     Raises:
         RewardError: it does not exist, can't be imported, does not take the `args` given, or lacks what it needs.
     """
     if config.name in _CHECKS:
         _CHECKS[config.name](config.args)
-    function = described(config)
+    function = described(config, imports=imports)
     if config.part != "all" and function.accepts is not None and "completions" not in function.accepts:
         raise RewardError(
             f"reward {config.title!r}: part: {config.part} has no effect, for it reads no text: completion_ids are the tokens of "
@@ -131,71 +132,40 @@ def resolve(config: RewardFunctionConfig, *, load: bool = False) -> RewardFuncti
     return function
 
 
-def described(config: RewardFunctionConfig) -> RewardFunction:
-    """As `resolve`, without a look at what it needs besides: programs, models, libraries."""
+def described(config: RewardFunctionConfig, *, imports: bool = True) -> RewardFunction:
+    """As `resolve`, without a look at what it needs besides: programs, models, libraries.
+
+    Args:
+        imports: False: nothing of the recipe's own code is run, and what its source tells is all that is known of it.
+    """
     call = BUILTINS.get(config.name)
     if call is not None:
         declared = columns_of(config.name, config.args)
         function = inspect_function(config.title, call, config.weight, config.args, declared)
     else:
-        function = _users(config, _find(config))
+        function = _users(config, imports=imports)
     built_in = config.name in BUILTINS
     return replace(function, sources=config.sources, from_step=config.from_step, part=config.part, built_in=built_in)
 
 
-def _users(config: RewardFunctionConfig, found: Callable[..., Any]) -> RewardFunction:
+def _users(config: RewardFunctionConfig, *, imports: bool) -> RewardFunction:
+    if "." not in config.name:
+        raise RewardError(_unknown(config.name))
+    function = users_function(config)
+    if not imports and function.foreign:
+        return described_by_source(config, function)
+    try:
+        found = function.load()
+    except ForeignCodeError as e:
+        raise RewardError(f"reward {config.name!r}: {e}") from e
     call, args = made(config.name, found, config.args)
     kind = verl_function if is_verl(call) else inspect_function
     return kind(config.title, call, config.weight, args)
 
 
-def _find(config: RewardFunctionConfig) -> Callable[..., Any]:
-    if config.in_file:
-        return load_from_file(config.name)
-    return _import(config.name) if "." in config.name else _unknown(config.name)
-
-
-def _unknown(name: str) -> Callable[..., Any]:
+def _unknown(name: str) -> str:
     close = difflib.get_close_matches(name, BUILTINS, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else f"built in: {', '.join(BUILTINS)};"
-    raise RewardError(
+    return (
         f"no reward is called {name!r}; {hint} A function of yours is named package.module.function or file.py:function"
     )
-
-
-def _import(path: str) -> Callable[..., Any]:
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    module_name, _, attribute = path.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as e:
-        if e.name is not None and (taken := name_taken(e.name)) is not None:
-            raise RewardError(f"reward {path!r}: there is no module {e.name!r}: {taken}") from None
-        if e.name is not None and (module_name == e.name or module_name.startswith(f"{e.name}.")):
-            raise RewardError(
-                f"reward {path!r}: there is no module {e.name!r} in {os.getcwd()} or on PYTHONPATH; start the run from "
-                "the folder that holds it, or install it"
-            ) from None
-        raise RewardError(
-            f"reward {path!r}: its module {module_name!r} imports {e.name!r}, which is not installed"
-        ) from e
-    except (Exception, SystemExit) as e:
-        first_line = (str(e).splitlines() or [""])[0]
-        taken = name_taken(e.name) if isinstance(e, ImportError) and e.name is not None else None
-        raise RewardError(
-            f"reward {path!r}: importing {module_name!r} failed with {type(e).__name__}: {first_line}"
-            + (f"; {taken}" if taken is not None else "")
-        ) from e
-    try:
-        found = getattr(module, attribute)
-    except AttributeError:
-        if (taken := name_taken(module_name)) is not None:
-            raise RewardError(f"reward {path!r}: module {module_name!r} has no {attribute!r}: {taken}") from None
-        names = [n for n in vars(module) if not n.startswith("_") and callable(getattr(module, n))]
-        close = difflib.get_close_matches(attribute, names, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(sorted(names)) or 'no functions'}"
-        raise RewardError(f"reward {path!r}: module {module_name!r} has no {attribute!r}; {hint}") from None
-    if not callable(found):
-        raise RewardError(f"reward {path!r} is a {type(found).__name__}, expected a function")
-    return found

@@ -1,49 +1,33 @@
-"""Reward functions by the file that they are in: `rewards.py:mine`, as in verl's `custom_reward_function`."""
+"""A recipe's own reward functions: `package.module.function`, or by the file that they are in, `rewards.py:mine`, as in verl's
+`custom_reward_function`."""
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import importlib.util
 import socket
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from grpo_ray.config_reward import file_and_function
+from grpo_ray.config_reward import RewardFunctionConfig, file_and_function
 from grpo_ray.errors import RewardError
+from grpo_ray.user_code import UserFunction, of_file, of_module
+from grpo_ray.user_places import ForeignCodeError
 
 
-def load_from_file(name: str) -> Callable[..., Any]:
-    """The function that `file.py:function` names. Modules beside the file can be imported in it, as in a script's.
+def users_function(config: RewardFunctionConfig) -> UserFunction:
+    """The function that a recipe names, not imported. Modules beside a file can be imported in it, as in a script's.
 
     Raises:
-        RewardError: there is no such file or function, or the file can't be imported.
+        RewardError: there is no such file or function, or it is not a recipe's to name.
     """
-    path, attribute = file_and_function(name)
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise RewardError(f"reward {name!r}: {_no_file(file)}")
-    module = _module(name, file.resolve())
-    names = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
-    if not attribute:
-        raise RewardError(
-            f"reward {name!r}: name the function in the file, {path}:{(names or ['NAME'])[0]}; {_has(names)}"
-        )
-    found = getattr(module, attribute, None)
-    if found is None:
-        close = difflib.get_close_matches(attribute, names, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else _has(names)
-        raise RewardError(f"reward {name!r}: {file} has no {attribute!r}; {hint}")
-    if not callable(found):
-        raise RewardError(f"reward {name!r} is a {type(found).__name__}, expected a function")
-    function: Callable[..., Any] = found
-    return function
-
-
-def _has(names: Sequence[str]) -> str:
-    return f"it has {', '.join(sorted(names)) or 'no functions'}"
+    try:
+        if not config.in_file:
+            return of_module(config.name, config.package)
+        path, attribute = file_and_function(config.name)
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise ForeignCodeError(_no_file(file))
+        return of_file(file, attribute)
+    except ForeignCodeError as e:
+        raise RewardError(f"reward {config.name!r}: {e}") from None
 
 
 def _no_file(file: Path) -> str:
@@ -55,26 +39,3 @@ def _no_file(file: Path) -> str:
         f"there is no file {file} on {socket.gethostname()}; every node has to see it: put it on a file system that all of them "
         "mount, or use `grpo-ray submit` from its folder, which ships it"
     )
-
-
-def _module(name: str, file: Path) -> Any:
-    known = f"reward_file_{file.stem}_{hashlib.blake2b(str(file).encode(), digest_size=6).hexdigest()}"
-    if known in sys.modules:
-        return sys.modules[known]
-    if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))
-    spec = importlib.util.spec_from_file_location(known, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[known] = module
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as e:
-        del sys.modules[known]
-        first_line = (str(e).splitlines() or [""])[0]
-        where = f", line {e.lineno}" if isinstance(e, SyntaxError) else ""
-        raise RewardError(
-            f"reward {name!r}: importing {file}{where} failed with {type(e).__name__}: {first_line}"
-        ) from e
-    return module

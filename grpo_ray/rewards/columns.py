@@ -56,9 +56,9 @@ class RowFacts:
         return len(rows), null, any(has_value(row, name) for row in rows for name in names)
 
 
-def column_needs(reward: RewardConfig) -> list[ColumnNeeds]:
-    """Of every function of a recipe. Raises RewardError: one of them can't be used."""
-    found = [(config, described(config)) for config in reward.functions]
+def column_needs(reward: RewardConfig, *, imports: bool = True) -> list[ColumnNeeds]:
+    """Of every function of a recipe. Raises RewardError: one of them can't be used. `imports`: as of `described`."""
+    found = [(config, described(config, imports=imports)) for config in reward.functions]
     return [ColumnNeeds(c.title, f.required, tuple(c.args), c.sources, c.built_in) for c, f in found]
 
 

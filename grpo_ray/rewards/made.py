@@ -20,14 +20,12 @@ def made(name: str, found: Callable[..., Any], args: dict[str, Any]) -> tuple[Ca
     """
     if isinstance(found, type):
         can_be_called = any("__call__" in vars(base) for base in found.__mro__)
-    elif _is_maker(found, args):
+    elif is_maker(found, args):
         can_be_called = True
     else:
         return found, args
     if not can_be_called:
-        raise RewardError(
-            f"reward {name!r} is a class whose instances can't be called; give it a method __call__(self, completions, **columns)"
-        )
+        raise RewardError(no_call(name))
     try:
         reward = found(**args)
     except Exception as e:
@@ -38,7 +36,11 @@ def made(name: str, found: Callable[..., Any], args: dict[str, Any]) -> tuple[Ca
     return (reward, {}) if callable(reward) else (found, args)
 
 
-def _is_maker(found: Callable[..., Any], args: dict[str, Any]) -> bool:
+def no_call(name: str) -> str:
+    return f"reward {name!r} is a class whose instances can't be called; give it a method __call__(self, completions, **columns)"
+
+
+def is_maker(found: Callable[..., Any], args: dict[str, Any]) -> bool:
     """Takes it nothing of a sample, and are all parameters that it needs in `args`?"""
     try:
         parameters = inspect.signature(found).parameters.values()

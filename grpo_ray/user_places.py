@@ -1,0 +1,222 @@
+"""Whose functions a recipe may name: those of the working folder, of a package that it names, of a file given by its path.
+
+A recipe or a run's folder may be a stranger's, and `subprocess.check_output` with `args` is a command of theirs. So Python's own
+modules, grpo-ray's and those of the libraries that it is made of are never a recipe's to call.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+import site
+import sys
+import sysconfig
+from collections.abc import Mapping
+from importlib import metadata
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+
+from grpo_ray.user_modules import OURS, name_taken
+
+OFFERED = ("grpo_ray.tiny_arithmetic", "grpo_ray.tiny_r1", "grpo_ray.rewards.votes")
+"""Our own modules that are made for recipes, and of which evaluations name functions."""
+TOOLS = frozenset(
+    {"pip", "wheel", "uv", "pkg_resources", "pytest", "_pytest", "pluggy", "coverage", "mutmut", "IPython"}
+)
+"""Installed beside the libraries to install and to run other code: likewise never a recipe's."""
+ROOT = Path(__file__).parent.parent
+_EXTRAS = ("cpu", "gpu", "wandb", "mlflow")
+_INSTALLED = frozenset({"site-packages", "dist-packages"})
+_code_folders: list[str] = []
+
+
+class ForeignCodeError(Exception):
+    """A function that a recipe may not name, or that is not there; says why, and how to name it."""
+
+
+class MissingCodeError(ForeignCodeError):
+    """There is no such module, or no such name in it."""
+
+
+def add_code_folder(folder: str) -> None:
+    """Let modules of this folder count as the user's: the one that a run was begun in."""
+    if folder not in _code_folders:
+        _code_folders.append(folder)
+
+
+def search_here() -> None:
+    """Put the current folder on the search path, behind the libraries: a `random.py` of a user's is not everybody's."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def locate(module: str, package: str | None) -> Path:
+    """The file of a module whose functions a recipe may name. Nothing is imported.
+
+    Args:
+        module: its dotted name.
+        package: the installed package that the recipe names.
+
+    Raises:
+        ForeignCodeError: there is none, or it is not the recipe's to name.
+    """
+    top = module.partition(".")[0]
+    if module in OFFERED:
+        return ROOT / f"{module.replace('.', '/')}.py"
+    if top in OURS:
+        theirs = any((Path.cwd() / name).exists() for name in (top, f"{top}.py")) and Path.cwd() != ROOT
+        raise (_taken(top) if theirs else None) or ForeignCodeError(
+            f"{module} is grpo-ray's own; of its modules recipes name functions of {OFFERED[0]} and {OFFERED[1]} alone"
+        )
+    if top in sys.stdlib_module_names or top in ("__main__", "builtins"):
+        raise _taken(top) or ForeignCodeError(_never(module, "Python's own"))
+    search_here()
+    spec = _spec_of(module)
+    file = Path(spec.origin) if spec.origin and spec.has_location else None
+    if file is None:
+        raise ForeignCodeError(f"{module} is a folder, or no module of Python; name a module in it")
+    _check_owner(top, module, file, package)
+    return file
+
+
+def check_file(file: Path) -> None:
+    """Raises ForeignCodeError for a file given by its path that is Python's, an installed package's or ours."""
+    real = file.resolve()
+    for path in (file.absolute(), real):
+        if is_installed(path):
+            raise ForeignCodeError(
+                f"{path} is of an installed package or of Python; a function of a package is named package.module.function, with "
+                "package: NAME"
+            )
+    if real.is_relative_to(ROOT.resolve()):
+        inside = ".".join(real.relative_to(ROOT.resolve()).with_suffix("").parts)
+        if inside.partition(".")[0] in OURS and inside not in OFFERED:
+            raise ForeignCodeError(
+                f"{real} is grpo-ray's own; of its modules recipes name functions of {OFFERED[0]} and {OFFERED[1]} alone"
+            )
+
+
+def is_installed(path: Path) -> bool:
+    """Is it where packages are installed, or where a Python is?"""
+    return bool(_INSTALLED & set(path.parts)) or any(_holds_installed(parent) for parent in path.parents)
+
+
+@functools.cache
+def _holds_installed(folder: Path) -> bool:
+    if (folder / "os.py").is_file() and (folder / "encodings").is_dir():
+        return True
+    if str(folder) in {
+        *site.getsitepackages(),
+        *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
+    }:
+        return True
+    return next(folder.glob("*.dist-info"), None) is not None
+
+
+def _spec_of(module: str) -> ModuleSpec:
+    top, *below = module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ValueError, ImportError):
+        spec = None
+    if spec is None:
+        raise MissingCodeError(
+            f"there is no module {top!r} in {os.getcwd()} or on PYTHONPATH; start the run from the folder that holds it, or "
+            "install it"
+        )
+    name = top
+    for part in below:
+        name = f"{name}.{part}"
+        inside = PathFinder.find_spec(name, list(spec.submodule_search_locations or ()))
+        if inside is None:
+            said = _taken(top)
+            raise MissingCodeError(
+                f"there is no module {name!r}: {said}"
+                if said
+                else f"there is no module {name!r} in {os.getcwd()} or on PYTHONPATH; functions are named package.module.function"
+            )
+        spec = inside
+    return spec
+
+
+def _check_owner(top: str, module: str, file: Path, package: str | None) -> None:
+    depth = len(module.split(".")) - 1 + (file.name == "__init__.py")
+    if _is_working(Path(os.path.abspath(file)).parents[depth], top) and not is_installed(file.resolve()):
+        return
+    if package != top:
+        raise _taken(top) or ForeignCodeError(
+            f"{module} is neither of the working folder nor of a package that the recipe names ({file}): a function of an "
+            f"installed package is named with package: {top}"
+        )
+    if sysconfig.get_path("stdlib") in map(str, file.parents) and not _INSTALLED & set(file.parts):
+        raise ForeignCodeError(_never(module, "Python's own"))
+    if top in TOOLS or top in libraries() or top not in _owners():
+        raise _taken(top) or ForeignCodeError(_never(module, "a library's that grpo-ray is made of"))
+
+
+def _is_working(root: Path, top: str) -> bool:
+    """Is this folder, which modules are looked for in, the user's?"""
+    if is_installed(root / top):
+        return False
+    own = (os.getcwd(), *sys.path[-1:], *_code_folders, *_python_path())
+    if str(root) in map(os.path.abspath, own):
+        return True
+    # Put there by the program that calls this one, or by an installation that leads to a project's folder.
+    return str(root) in map(os.path.abspath, sys.path) and top not in _owners()
+
+
+def _python_path() -> list[str]:
+    return [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+
+
+def _taken(top: str) -> ForeignCodeError | None:
+    said = name_taken(top)
+    return None if said is None else ForeignCodeError(said)
+
+
+def _never(module: str, whose: str) -> str:
+    return (
+        f"{module} is {whose}, and a recipe names functions of the working folder, of a package that it names (package: NAME) or "
+        "of a file (file.py:function): write one of yours that calls it"
+    )
+
+
+@functools.cache
+def libraries() -> frozenset[str]:
+    """Names by which the packages are imported that grpo-ray needs, and those that these need. Where it is not known what grpo-ray
+    needs, all that are installed."""
+    owners = _owners()
+    try:
+        needed = _needed("grpo-ray", _EXTRAS, set())
+    except metadata.PackageNotFoundError:
+        return frozenset(owners)
+    return frozenset(name for name, dists in owners.items() if any(_normal(dist) in needed for dist in dists))
+
+
+@functools.cache
+def _owners() -> Mapping[str, list[str]]:
+    """Names that can be imported -> the installed packages that bring them."""
+    return metadata.packages_distributions()
+
+
+def _needed(name: str, extras: tuple[str, ...], found: set[str]) -> set[str]:
+    from packaging.requirements import Requirement
+
+    for text in metadata.requires(name) or ():
+        wanted = Requirement(text)
+        if wanted.marker is not None and not any(wanted.marker.evaluate({"extra": e}) for e in (*extras, "")):
+            continue
+        key = f"{_normal(wanted.name)}[{','.join(sorted(wanted.extras))}]"
+        if key not in found:
+            found |= {key, _normal(wanted.name)}
+            try:
+                _needed(wanted.name, tuple(wanted.extras), found)
+            except metadata.PackageNotFoundError:
+                continue
+    return found
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()

@@ -1,0 +1,47 @@
+"""What of a recipe's code is not grpo-ray's: `check` names it, and runs none of it unless it is told to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from grpo_ray.config import DataSource, RunConfig, SftConfig
+from grpo_ray.data import python_function
+from grpo_ray.rewards import BUILTINS
+from grpo_ray.rewards.by_path import users_function
+
+RUN_CODE = "--run-code"
+
+
+def check_code(config: RunConfig | SftConfig) -> None:
+    """Raises RewardError or DataError for a function that the config may not name; nothing is run. A run's folder may be a
+    stranger's."""
+    for _ in (*foreign_rewards(config), *foreign_rows(config)):
+        pass
+
+
+def foreign_rewards(config: RunConfig | SftConfig) -> Iterator[str]:
+    """A line for each reward of the recipe's own. Raises RewardError: it is not there, or not a recipe's to name."""
+    if isinstance(config, RunConfig):
+        for reward in config.reward.functions:
+            if reward.name not in BUILTINS and (function := users_function(reward)).foreign:
+                yield f"reward {reward.title}: {function}"
+
+
+def foreign_rows(config: RunConfig | SftConfig) -> Iterator[str]:
+    """A line for each data set that a function of the recipe's own makes. Raises DataError, likewise."""
+    for option, source in sources_of(config).items():
+        function = python_function(source)
+        if function is not None and function.foreign:
+            yield f"{option}: {function}"
+
+
+def sources_of(config: RunConfig | SftConfig) -> dict[str, DataSource]:
+    """Of the data sets, by their options."""
+    named = {f"data.eval.{name}" if name else "data.eval": source for name, source in config.data.eval_sets.items()}
+    return {"data.train": config.data.train, **named}
+
+
+def foreign_model(config: RunConfig | SftConfig) -> Iterator[str]:
+    """A line, where the model may bring code of its own."""
+    if config.model.trust_remote_code and config.model.path is not None:
+        yield f"model.trust_remote_code: the Python files of {config.model.path}"
