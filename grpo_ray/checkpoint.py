@@ -9,7 +9,6 @@ runs/NAME/checkpoints/step-000040/     and below checkpoint.path, where that is 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from typing import Any, ClassVar
 from grpo_ray import ownership
 from grpo_ray.checkpoint_store import Place, Store, is_url
 from grpo_ray.errors import CheckpointError, ConfigError, StoreAwayError
+from grpo_ray.files import parse_json
 from grpo_ray.object_store import PATIENCE_S
 
 LOOP = "loop"
@@ -199,7 +199,7 @@ class RunDir:
         """What the loop has saved of itself."""
         place = self.place(step)
         try:
-            state = json.loads(place.read(LOOP_STATE))
+            state = parse_json(place.read(LOOP_STATE))
         except (OSError, ValueError) as e:
             raise CheckpointError(f"{place.path(LOOP_STATE)} can't be read ({e})") from None
         if not isinstance(state, dict):

@@ -9,6 +9,7 @@ store.begin(40) -> Place -> workers fill parts of it, each a folder of its own -
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -20,13 +21,14 @@ from typing import Any, TypeVar
 
 from grpo_ray import manifest
 from grpo_ray.errors import CheckpointError, StoreError
-from grpo_ray.files import readable_as_asked, sync_folder
+from grpo_ray.files import open_inside, readable_as_asked, sync_folder
 from grpo_ray.manifest import FileSum, Sums
 from grpo_ray.object_store import PATIENCE_S, ask, is_url, make_folder, reason
 
 __all__ = ["Place", "Reading", "Store", "is_url"]
 
 T = TypeVar("T")
+_STEP = re.compile("step-([0-9]{6,15})")
 SET_ASIDE = "manifest.broken.json"
 """The name of a manifest that was found to be wrong: what lies beside it is no checkpoint any more, and is left to look at."""
 
@@ -48,7 +50,8 @@ class Place:
         if is_url(self.url):
             data: bytes = self._ask("read", lambda fs: fs.cat_file(self.path(name)))
             return data
-        return Path(self.path(name)).read_bytes()
+        with open_inside(Path(self.url), name) as file:
+            return file.read()
 
     def sum(self, name: str) -> FileSum:
         """Of all its bytes. Raises as `read`."""
@@ -59,8 +62,13 @@ class Place:
 
         if is_url(self.url):
             return self._ask("read", of_remote)
-        with Path(self.path(name)).open("rb") as file:
+        with open_inside(Path(self.url), name) as file:
             return manifest.sum_of(file)
+
+    def size(self, name: str) -> int:
+        """Of a local file, without reading it. Raises as `read`."""
+        with open_inside(Path(self.url), name) as file:
+            return os.fstat(file.fileno()).st_size
 
     def _ask(self, what: str, call: Callable[[Any], T]) -> T:
         return ask(self.url, what, call, patience_s=self.patience_s)
@@ -100,11 +108,12 @@ class Reading:
     def local(self, name: str) -> Path:
         """Raises CheckpointError when it can't be had."""
         path = self.folder / name
-        if path.is_file():
-            return path
         try:
             if not is_url(self.place.url):
-                raise FileNotFoundError("no such file")
+                with open_inside(self.folder, name):
+                    return path
+            if path.is_file():
+                return path
             path.parent.mkdir(parents=True, exist_ok=True)
             self.place._ask("read", lambda fs: fs.get_file(self.place.path(name), str(path)))
         except OSError as e:
@@ -142,7 +151,7 @@ class Store:
         else:
             found = [str(p) for p in Path(self.url).glob(pattern)]
         names = {p.split("/")[-1 - pattern.count("/")] for p in found}
-        return sorted(_step(name) for name in names if name.removeprefix("step-").isdecimal())
+        return sorted(step for name in names if (step := step_of_name(name)) is not None)
 
     def _list(self, pattern: str) -> list[str]:
         try:
@@ -266,6 +275,8 @@ class Store:
             sums = manifest.from_json(place.read(manifest.NAME), step)
         except (OSError, ValueError) as e:
             return f"{manifest.NAME} {e}"
+        if not self.is_remote and (wrong := manifest.first_wrong_size(sums, place.size)) is not None:
+            return wrong
         return manifest.first_wrong(sums, place.sum)
 
     def set_aside(self, step: int) -> None:
@@ -297,8 +308,10 @@ def _name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def _step(name: str) -> int:
-    return int(name.removeprefix("step-"))
+def step_of_name(name: str) -> int | None:
+    """Of a folder that is called as the checkpoint of a step is; None: it is not."""
+    found = _STEP.fullmatch(name)
+    return int(found[1]) if found is not None and _name(int(found[1])) == name else None
 
 
 def _remove_tree(path: str, fs: Any) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.config import RunConfig, SftConfig
 from grpo_ray.errors import StoreAwayError
-from grpo_ray.files import write_whole
+from grpo_ray.files import open_regular, read_json, write_whole
 
 FILE = "ended.json"
 
@@ -39,7 +39,11 @@ def write_ended(run: Path, config: RunConfig | SftConfig, status: str, text: str
 def read_ended(run: Path) -> Ended | None:
     """None: the run has not ended by itself, or what is there can't be read."""
     try:
-        return Ended(**json.loads((run / FILE).read_bytes()))
+        with open_regular(run / FILE) as file:
+            ended = Ended(**read_json(file))
+        if type(ended.step) is not int or type(ended.total_steps) is not int:
+            return None
+        return replace(ended, status=str(ended.status), text=str(ended.text))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -11,13 +11,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from grpo_ray.checkpoint_store import step_of_name
 from grpo_ray.config import RunConfig
 from grpo_ray.config_files import to_yaml
 from grpo_ray.errors import ConfigError
@@ -27,7 +27,6 @@ from grpo_ray.sample_figures import Figures
 
 FOLDER = "evals"
 SETTINGS, FIGURES, ANSWERS = "settings.yaml", "figures.json", "answers"
-_STEP = re.compile(r"step-(\d+)")
 
 
 def new_record(parent: Path, name: str, config: RunConfig) -> Path:
@@ -53,8 +52,7 @@ def new_record(parent: Path, name: str, config: RunConfig) -> Path:
 
 def step_of(model: Path) -> int | None:
     """Of the checkpoint that a model lies in; None: it is in none."""
-    found = _STEP.fullmatch(model.resolve().parent.name)
-    return None if found is None else int(found.group(1))
+    return step_of_name(model.resolve().parent.name)
 
 
 def answers_folder(record: Path, set_name: str) -> Path:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-from pathlib import Path
+import shutil
+import stat
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 ASIDE = ".new"
 """Behind the name of a file that is being written. One that is left over is worth nothing."""
@@ -22,6 +26,62 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
         aside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+MAX_JSON_BYTES = 64 << 20
+"""Of a file that says what others hold."""
+
+
+def check_inside(name: object) -> str:
+    """A name of a file inside a folder, with `/`. Raises ValueError for one that leads out of it, or is none."""
+    if not isinstance(name, str) or not name or len(name) > 1024:
+        raise ValueError(f"names a file {str(name)[:40]!r}, expected a relative path")
+    parts = PurePosixPath(name).parts
+    if name.startswith("/") or ".." in parts or "/".join(parts) != name or not name.isprintable() or "\\" in name:
+        raise ValueError(f"names a file {name[:80]!r}, which is not one inside of its folder")
+    return name
+
+
+def open_inside(folder: Path, name: str) -> BinaryIO:
+    """A regular file of a folder, to be read.
+
+    Raises:
+        OSError: it is not there, leads out of the folder by a link, is no regular file, or claims to be larger than its disk.
+    """
+    real = os.path.realpath(folder / name)
+    if not Path(real).is_relative_to(os.path.realpath(folder)):
+        raise OSError(f"it leads out of {folder}")
+    return open_regular(Path(real))
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Likewise, wherever links lead; neither a pipe that nobody writes to nor a device is waited for."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("it is no regular file")
+        if status.st_size > shutil.disk_usage(path.parent).total:
+            raise OSError(f"it claims {status.st_size:,} bytes, more than its disk has")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_json(file: BinaryIO) -> Any:
+    """Raises ValueError for what is no JSON, larger than MAX_JSON_BYTES or too deep."""
+    return parse_json(file.read(MAX_JSON_BYTES + 1))
+
+
+def parse_json(data: bytes) -> Any:
+    """Likewise."""
+    if len(data) > MAX_JSON_BYTES:
+        raise ValueError(f"has more than {MAX_JSON_BYTES >> 20} MiB")
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nests too deep") from None
 
 
 def sync_folder(folder: Path) -> None:

@@ -20,11 +20,13 @@ from torch import Tensor
 
 from grpo_ray.checkpoint_store import Place, Reading
 from grpo_ray.errors import CheckpointError
+from grpo_ray.files import read_json
 from grpo_ray.fragments import Fragment, FragmentReader, write_fragments
 from grpo_ray.manifest import FileSum
 
 _STATE = "state.json"
 _RANDOM = "random.safetensors"
+MAX_RANKS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,22 @@ def _folder(rank: int) -> str:
 
 def _read_state(files: Reading, rank: int) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = json.loads(files.local(f"{_folder(rank)}/{_STATE}").read_text())
-    except (ValueError, CheckpointError) as e:
+        with files.local(f"{_folder(rank)}/{_STATE}").open("rb") as file:
+            state: dict[str, Any] = read_json(file)
+        _check_state(state)
+    except (ValueError, KeyError, TypeError, AttributeError, CheckpointError) as e:
         raise CheckpointError(f"{files.place.url} holds no learner checkpoint ({e})") from None
     return state
+
+
+def _check_state(state: dict[str, Any]) -> None:
+    """Raises ValueError, KeyError, TypeError or AttributeError for what `write_rank` has not written."""
+    if type(state["num_ranks"]) is not int or not 1 <= state["num_ranks"] <= MAX_RANKS:
+        raise ValueError(f"num_ranks is {str(state['num_ranks'])[:40]!r}")
+    state["facts"].items()
+    for name, model in state["models"].items():
+        if not name.isidentifier():
+            raise ValueError(f"it names a model {name[:40]!r}")
+        for start, numel in model["extents"].values():
+            if type(start) is not int or type(numel) is not int or start < 0 or numel < 0:
+                raise ValueError(f"it has elements {start!r:.20} and {numel!r:.20} of {name}")

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from grpo_ray.files import check_inside, parse_json
+
 NAME = "manifest.json"
 FORMAT = 1
+MAX_FILE_BYTES = 1 << 50
+_SHA256 = re.compile("[0-9a-f]{64}")
 THREADS = 4
 """Hashing and reading let go of the interpreter."""
 
@@ -49,19 +54,39 @@ def to_json(step: int, sums: Sums) -> bytes:
 
 
 def from_json(data: bytes, step: int) -> Sums:
-    """Raises ValueError when this is not what `to_json` wrote for that step."""
-    content = json.loads(data)
+    """Raises ValueError when this is not what `to_json` wrote for that step, or names what is not inside of the checkpoint."""
+    content = parse_json(data)
     try:
         if content["format"] != FORMAT:
             raise ValueError(f"is of format {content['format']}, this is grpo-ray's format {FORMAT}")
         if content["step"] != step:
             raise ValueError(f"is of step {content['step']}")
-        sums = {name: FileSum(**entry) for name, entry in content["files"].items()}
+        sums = {check_inside(name): _checked(FileSum(**entry)) for name, entry in content["files"].items()}
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"is not what was written ({type(e).__name__}: {e})") from None
     if not sums:
         raise ValueError("names no files")
     return sums
+
+
+def _checked(entry: FileSum) -> FileSum:
+    if type(entry.size) is not int or not 0 <= entry.size <= MAX_FILE_BYTES:
+        raise ValueError(f"gives a file a size of {str(entry.size)[:40]!r}")
+    if not isinstance(entry.sha256, str) or _SHA256.fullmatch(entry.sha256) is None:
+        raise ValueError(f"gives a file a SHA-256 of {str(entry.sha256)[:80]!r}")
+    return entry
+
+
+def first_wrong_size(sums: Sums, size_now: Callable[[str], int]) -> str | None:
+    """As `first_wrong`, without reading what has another size already."""
+    for name, want in sums.items():
+        try:
+            size = size_now(name)
+        except OSError as e:
+            return f"{name} can't be read ({e})"
+        if size != want.size:
+            return f"{name} has {size} bytes instead of {want.size}"
+    return None
 
 
 def first_wrong(sums: Sums, sum_now: Callable[[str], FileSum]) -> str | None:

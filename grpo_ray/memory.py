@@ -10,7 +10,6 @@ that model: pages that they share, 0.17 GiB of each, are in one of them alone.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from grpo_ray.config import DpoConfig, LoraConfig, ModelConfig, RunConfig, SftConfig, TinyModelConfig
+from grpo_ray.files import open_regular, read_json
 from grpo_ray.model_files import num_elements
 from grpo_ray.tiny import num_tiny_tokens
 
@@ -260,7 +260,8 @@ def known_facts(config: ModelConfig) -> ModelFacts | None:
         return _tiny_facts(config.tiny)
     folder = Path(config.path or "")
     try:
-        found = json.loads((folder / "config.json").read_bytes())
+        with open_regular(folder / "config.json") as file:
+            found = read_json(file)
         return facts_of(_Words(found), sum(map(num_elements, folder.glob("model*.safetensors"))) or _nothing(folder))
     except (OSError, ValueError, AttributeError, KeyError, TypeError, SafetensorError):
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from grpo_ray.errors import ConfigError
+from grpo_ray.files import check_inside, open_regular, read_json
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -42,6 +42,11 @@ def _weights(folder: Path) -> list[Path]:
             if not isinstance(named, dict) or not all(isinstance(shard, str) for shard in named.values()):
                 raise ConfigError(f"{index} has no weight_map from tensors to files; download the model again")
             shards = sorted(set(named.values()))
+            try:
+                for shard in shards:
+                    check_inside(shard)
+            except ValueError as e:
+                raise ConfigError(f"{index} {e}; download the model again") from None
             lost = [shard for shard in shards if not (folder / shard).is_file()]
             if lost:
                 raise ConfigError(
@@ -61,7 +66,9 @@ def _weights(folder: Path) -> list[Path]:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_bytes())
+        # Links are followed: a cache of the hub consists of them.
+        with open_regular(file) as opened:
+            found = read_json(opened)
     except (OSError, ValueError) as e:
         raise ConfigError(f"{file} can't be read ({str(e).splitlines()[0]})") from None
     if not isinstance(found, dict):
@@ -72,7 +79,7 @@ def _json(file: Path) -> dict[str, Any]:
 def _check_whole(file: Path) -> None:
     """A safetensors file says where each tensor ends, and the library does not open one of another size."""
     try:
-        with file.open("rb") as f:
+        with open_regular(file) as f:
             if f.read(len(_LFS)) == _LFS:
                 raise ConfigError(f"{file} is a pointer of Git LFS, not the weights; fetch them: git lfs pull")
         if file.suffix == ".safetensors":

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grpo_ray.errors import DataError
-from grpo_ray.files import ASIDE, write_whole
+from grpo_ray.files import ASIDE, open_regular, read_json, write_whole
 from grpo_ray.rollout_log import extra_json, utf8
 from grpo_ray.seeds import sample_seed
 from grpo_ray.types import Prompt, Sample, Score
@@ -125,7 +125,8 @@ class SampleFolder:
         file = about_file(path)
         wanted = json.loads(json.dumps(asdict(about)))
         if file.is_file():
-            there = json.loads(file.read_text())
+            with open_regular(file) as opened:
+                there = read_json(opened)
             different = [key for key, value in wanted.items() if there.get(key) != value]
             if different:
                 key = different[0]
@@ -204,7 +205,8 @@ def read_samples(folder: Path) -> Iterator[dict[str, Any]]:
         raise DataError(
             f"{folder} is no folder of samples: there is no {file}; expected the samples/ of `grpo-ray sample`"
         )
-    samples = SampleFolder(folder, About(**json.loads(file.read_text())))
+    with open_regular(file) as opened:
+        samples = SampleFolder(folder, About(**read_json(opened)))
     if lacking := samples.missing():
         raise DataError(
             f"{folder} is not complete: {len(lacking)} of {samples.about.num_shards} files are missing, the first is number "

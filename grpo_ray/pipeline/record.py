@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_ray.errors import CheckpointError
-from grpo_ray.files import write_whole
+from grpo_ray.files import open_regular, read_json, write_whole
 from grpo_ray.manifest import digest_of
 
 NAME = "pipeline.json"
@@ -62,14 +62,15 @@ class Record:
         if not path.is_file():
             return cls(path, {})
         try:
-            content = json.loads(path.read_text())
+            with open_regular(path) as file:
+                content = read_json(file)
             if content["format"] != FORMAT:
                 raise ValueError(f"it is of format {content['format']}, this is format {FORMAT}")
             stages = {
                 name: StageRecord(**{**entry, "cost": Cost(**entry["cost"])})
                 for name, entry in content["stages"].items()
             }
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise CheckpointError(
                 f"{path} can't be read ({e}); restore it from a copy, or take it away to run all stages again"
             ) from None
