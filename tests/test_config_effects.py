@@ -25,6 +25,7 @@ from grpo_ray.errors import ConfigError, DataError
 from launch.check import check_recipe
 from launch.effects import check_effects, tell_idle_of_pipeline
 from launch.pipeline import load_plan
+from launch.program import runnable
 from launch.recipe import COMMANDS, SCHEMAS, kind_of, load_recipe
 from tests.recipes import RL, run_config
 
@@ -243,7 +244,7 @@ def test_check_says_how_long_samples_can_be(tmp_path, monkeypatch, capsys):
     )
     check_recipe("r.yaml", ["data.system=Add them up."])
     out = " ".join(capsys.readouterr().out.split())
-    assert out.endswith("ok grpo-ray train r.yaml 'data.system=Add them up.'")
+    assert out.endswith(f"ok {runnable('grpo-ray train r.yaml')} 'data.system=Add them up.'")
     assert "samples of up to 255 tokens" in out
     assert "rows.jsonl train[:50%]: 4 of 4 prompts" in out
     assert "its samples are cut at" in out
