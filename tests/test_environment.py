@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from concurrent import futures
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,7 @@ def test_a_variable_that_ends_rays_import_without_a_word_is_named(environment: p
         check_variables()
 
 
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM reads them")
 def test_of_several_variables_those_that_are_the_cause_are_named(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("VLLM_LOGGING_LEVEL", "info")
     environment.setenv("VLLM_PORT", "abc")

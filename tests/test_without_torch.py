@@ -25,6 +25,7 @@ def report(text: str, *, log: str = "", outcome: str = "failed") -> Any:
     [
         ("E   ModuleNotFoundError: No module named 'torch'", "", True),
         ("E   ModuleNotFoundError: No module named 'torch.nn'", "", True),
+        ("E   importlib.metadata.PackageNotFoundError: No package metadata was found for torch", "", True),
         ("E   assert 1 == 0", "the run goes on: No module named 'torch'", True),
         ("AutoModel requires the PyTorch library but it was not found in your environment", "", True),
         ("E   ModuleNotFoundError: No module named 'torchvision'", "", False),

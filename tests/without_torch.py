@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-_MISSING = re.compile(r"No module named '(torch|vllm|deepspeed)\b|requires the PyTorch library")
+_MISSING = re.compile(
+    r"No module named '(torch|vllm|deepspeed)\b|No package metadata was found for (torch|vllm|deepspeed)\b"
+    "|requires the PyTorch library"
+)
 _REAL_ENGINES = ("actors", "chaos", "end_to_end", "gpu", "kills")
 """Folders of tests that start engines and learners."""
 _left_out = {"modules": 0, "tests": 0}
