@@ -103,7 +103,7 @@ def run_here(
         with _signals_to(controller, view, joined=joins(config)):
             finished = controller.run.remote()
             view.handle(PhaseEvent("controller", "importing torch and Transformers"))
-            end = follow_events(controller, view, run_dir)
+            end = follow_events(controller, view, run_dir, config.deadlines.start_s)
             try:
                 ray.get(finished, timeout=SILENCE_S)
             except ray.exceptions.RayError as e:
@@ -115,21 +115,25 @@ def run_here(
         ray.kill(controller)
 
 
-def follow_events(controller: Any, view: LiveView, run_dir: Path) -> EndEvent:
+def follow_events(controller: Any, view: LiveView, run_dir: Path, start_s: float = SILENCE_S) -> EndEvent:
     """Draw what a controller tells, from its first event to its last.
+
+    Args:
+        start_s: until its first answer: it imports torch before that, which a busy machine or a cold disk makes long.
 
     Raises:
         WorkerError: it died, or does not answer.
     """
     import ray
 
-    seen, kernel = 0, KernelKills()
+    seen, kernel, limit_s = 0, KernelKills(), start_s
     while True:
         try:
-            events, seen = ray.get(controller.events.remote(seen, POLL_S), timeout=SILENCE_S)
+            events, seen = ray.get(controller.events.remote(seen, POLL_S), timeout=limit_s)
+            limit_s = SILENCE_S
         except ray.exceptions.GetTimeoutError:
             raise WorkerError(
-                f"the controller did not answer for {SILENCE_S:g} s; `grpo-ray resume {run_dir}` goes on from its checkpoint"
+                f"the controller did not answer for {limit_s:g} s; `grpo-ray resume {run_dir}` goes on from its checkpoint"
             ) from None
         except ray.exceptions.RayError as e:
             if not is_lost(e):

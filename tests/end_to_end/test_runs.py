@@ -143,6 +143,22 @@ def test_a_run_stopped_by_sigterm_and_resumed_equals_one_never_stopped(recipe, w
     assert stop_after <= len(metrics(run_dir)) < NUM_STEPS
     code, output = run("resume", str(run_dir))
     assert code == 0, output
+    assert_equal_runs(run_dir, whole_run)
+
+
+@pytest.mark.slow
+def test_a_finished_run_that_is_trained_longer_equals_one_that_was_so_long_from_the_start(recipe, whole_run):
+    args, run_dir = train(recipe, "longer", "num_steps=2")
+    code, output = run(*args)
+    assert code == 0, output
+    assert len(metrics(run_dir)) == 2
+    code, output = run("resume", str(run_dir), f"num_steps={NUM_STEPS}")
+    assert code == 0, output
+    assert f"num_steps: 2 -> {NUM_STEPS}" in output
+    assert_equal_runs(run_dir, whole_run)
+
+
+def assert_equal_runs(run_dir, whole_run):
     assert ledger(run_dir) == ledger(whole_run)
     for cut, never_cut in zip(metrics(run_dir), metrics(whole_run), strict=True):
         assert cut["loss/policy"] == pytest.approx(never_cut["loss/policy"], abs=1e-5)
