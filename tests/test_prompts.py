@@ -609,6 +609,13 @@ def test_token_lists_come_back_as_they_went_in() -> None:
     assert [lists[i] for i in range(3)] == [[0, 1, 2], [], [0, 1, 2, 3, 4]]
 
 
+def test_a_part_of_a_generator_is_some_of_its_rows() -> None:
+    source = DataSource(path="reasoning_gym:chain_sum", args={"size": 9, "seed": 5}, split="train[3:]", limit=2)
+    table = load_table(source, seed=1)
+    whole = load_table(source.model_copy(update={"split": "train", "limit": None}), seed=1)
+    assert list(table.rows) == whole.rows[3:5]
+
+
 @pytest.mark.parametrize(
     ("split", "limit", "kept"),
     [

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from actors.reward import build_inputs
 from grpo_ray.config_reward import RewardConfig, RewardFunctionConfig
@@ -19,8 +23,8 @@ from grpo_ray.prompts import PromptSets
 from grpo_ray.rewards import BUILTINS, ScoreInputs, call_reward, columns_of, described, resolve
 from grpo_ray.rewards.columns import check_columns, column_needs
 from grpo_ray.rewards.function import RESERVED, RewardFunction
-from grpo_ray.rewards.logs import MAX_COLUMNS, MAX_METRICS, MAX_VALUE_CHARS, CallLog
-from grpo_ray.types import RewardScore, SampleInfo, Score, ScoreRequest, ScoreStatus, TrainerState
+from grpo_ray.rewards.logs import MAX_COLUMNS, MAX_METRICS, MAX_VALUE_CHARS, CallLog, checked_name, plain
+from grpo_ray.types import LoggedMetric, RewardScore, SampleInfo, Score, ScoreRequest, ScoreStatus, TrainerState
 
 STATE = TrainerState.at(5, 10, prompts_per_step=4, num_prompts=16)
 
@@ -139,7 +143,152 @@ def test_string_prompts_stay_strings_under_a_chat_template_but_for_built_ins() -
     assert (seen.prompts, seen.completions) == ([asked], chat("2"))
 
 
+# ---- what can't be used
+
+
+NAMED = "A function of yours is named package.module.function or file.py:function"
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "expected"),
+    [
+        ("accuracyy", {}, f"no reward is called 'accuracyy'; did you mean 'accuracy'? {NAMED}"),
+        ("zzzz", {}, f"no reward is called 'zzzz'; built in: {', '.join(BUILTINS)}; {NAMED}"),
+        (
+            "mine_of_here.godo",
+            {},
+            "reward 'mine_of_here.godo': module 'mine_of_here' has no 'godo'; did you mean 'good'?",
+        ),
+        (
+            "mine_of_here.zzz",
+            {},
+            "reward 'mine_of_here.zzz': module 'mine_of_here' has no 'zzz'; it has Picky, Silent, compute_score, good",
+        ),
+        ("bare_of_here.f", {}, "reward 'bare_of_here.f': module 'bare_of_here' has no 'f'; it has no functions"),
+        ("mine_of_here.VALUE", {}, "reward 'mine_of_here.VALUE' is a int, expected a function"),
+        (
+            "none_of_here.f",
+            {},
+            "reward 'none_of_here.f': there is no module 'none_of_here' in HERE or on PYTHONPATH; start the run from the folder "
+            "that holds it, or install it",
+        ),
+        (
+            "bare_of_here.none.f",
+            {},
+            "reward 'bare_of_here.none.f': there is no module 'bare_of_here.none' in HERE or on PYTHONPATH; start the run from "
+            "the folder that holds it, or install it",
+        ),
+        (
+            "needs_of_here.f",
+            {},
+            "reward 'needs_of_here.f': its module 'needs_of_here' imports 'not_installed_here', which is not installed",
+        ),
+        ("raises_of_here.f", {}, "reward 'raises_of_here.f': importing 'raises_of_here' failed with ValueError: "),
+        ("exits_of_here.f", {}, "reward 'exits_of_here.f': importing 'exits_of_here' failed with SystemExit: 3"),
+        (
+            "mine_of_here.Silent",
+            {},
+            "reward 'mine_of_here.Silent' is a class whose instances can't be called; give it a method "
+            "__call__(self, completions, **columns)",
+        ),
+        ("mine_of_here.Picky", {}, "reward 'mine_of_here.Picky' can't be made with args {}: ValueError: "),
+        (
+            "mine_of_here.Picky",
+            {"why": "no\nmore"},
+            "reward 'mine_of_here.Picky' can't be made with args {'why': 'no\\nmore'}: ValueError: no",
+        ),
+        (
+            "exact_match",
+            {"answer": "4"},
+            "reward 'exact_match' takes 'answer' from the data, a value for each row, and not from args; map a column to it: "
+            "data.train.columns: {answer: NAME}",
+        ),
+        (
+            "mine_of_here.compute_score",
+            {"tokenizer": 1, "ground_truth": "4"},
+            "reward 'mine_of_here.compute_score': args can't hold 'ground_truth', which every call gets from the sample; "
+            "remove it",
+        ),
+        (
+            "mine_of_here.compute_score",
+            {},
+            "reward 'mine_of_here.compute_score' requires 'tokenizer', which verl does not pass; give it in args, or give that "
+            "parameter a default",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_named_reward_is_told_with_the_mend(
+    name: str, args: dict[str, Any], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "bare_of_here": "",
+        "needs_of_here": "import not_installed_here",
+        "raises_of_here": "raise ValueError",
+        "exits_of_here": "raise SystemExit(3)",
+        "mine_of_here": """
+VALUE = 3
+def good(completions):
+    return [1.0] * len(completions)
+def compute_score(data_source, solution_str, ground_truth, tokenizer):
+    return 1.0
+class Silent:
+    pass
+class Picky:
+    def __init__(self, why=None):
+        raise ValueError(*([] if why is None else [why]))
+    def __call__(self, completions):
+        return []
+""",
+    }
+    for module, text in files.items():
+        (tmp_path / f"{module}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if not p.startswith(str(tmp_path.parent))])
+    importlib.invalidate_caches()
+    with pytest.raises(RewardError) as e:
+        resolve(RewardFunctionConfig(name=name, args=args))
+    assert str(e.value) == expected.replace("HERE", str(tmp_path))
+
+
 # ---- what functions log is bounded
+
+
+def test_names_and_values_that_are_logged_have_their_bounds() -> None:
+    class Nameless:
+        def __str__(self) -> str:
+            raise ValueError
+
+    assert checked_name("x" * 100) == "x" * 100
+    for bad in ("", "x" * 101, "a\nb", 3):
+        with pytest.raises(ValueError, match=r"^expected up to 100 printable characters$"):
+            checked_name(bad)
+    for value in (2**53 - 1, 1 - 2**53, False, 0.5, "x" * 2000):
+        assert plain(value) is value
+    assert [plain(2**53), plain(-(2**53)), plain(Nameless())] == [str(2**53), str(-(2**53)), "a Nameless"]
+    assert plain("x" * 2001) == "x" * 2000 + " .. (2,001 characters)"
+    assert [plain(np.float32(0.5)), plain(torch.tensor(3)), plain(np.arange(2))] == [0.5, 3, "[0 1]"]
+
+
+def test_what_is_logged_wrongly_is_told_with_what_is_expected() -> None:
+    log = CallLog("f", 2)
+    for values, got in (("ab", "2 values"), ([1, 2, 3], "3 values")):
+        with pytest.raises(RewardError) as e:
+            log.log_extra("x", values)
+        assert str(e.value) == (
+            f"reward 'f': log_extra('x', ..) got {got}, expected a list of 2, one for each completion"
+        )
+    with pytest.raises(RewardError) as e:
+        log.log_extra("y" * 200, [1, 2])
+    assert str(e.value) == (
+        f"reward 'f': log_extra got the name {'y' * 200!r:.80}, expected up to 100 printable characters"
+    )
+    with pytest.raises(RewardError) as e:
+        log.log_metric("", 1.0)
+    assert str(e.value) == "reward 'f': log_metric got the name '', expected up to 100 printable characters"
+    log.log_metric("z", None)  # type: ignore[arg-type]
+    log.log_metric("z", 2.0)
+    assert log.metrics == (LoggedMetric("z", 2.0, 1, 1),)
 
 
 def test_extra_columns_have_one_value_for_each_completion() -> None:

@@ -55,6 +55,14 @@ def test_a_temperature_that_the_sampler_would_raise_is_refused(section: str) -> 
         assert run_config(f"{section}.temperature=0")
 
 
+def test_what_top_k_leaves_out_stays_out_where_rounding_keeps_the_sum_below_top_p() -> None:
+    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(1))
+    likeliest = logits.topk(5, dim=1).indices
+    mask = keep_mask(logits, likeliest[:, 0], Truncation(top_p=1 - 1e-12, top_k=5))
+    assert mask.sum(dim=1).tolist() == [5] * 64
+    assert mask.gather(1, likeliest).all()
+
+
 def plain_set(logits: list[float], t: Truncation) -> set[int]:
     """Token by token, from the likeliest on."""
     order = sorted(range(len(logits)), key=lambda i: -logits[i])

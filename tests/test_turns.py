@@ -237,6 +237,8 @@ def test_a_row_s_variables_and_tools_reach_the_chat_template(write: Write) -> No
         "\n</think>\n\nso<|im_end|>",
         "\n</think>\n\nso<|im_end|>",
     ]
+    off = write({"prompt": "q", "completion": "so"}, chat_template_kwargs={"enable_thinking": False})
+    assert [c for _, c in ours(off, family_tokenizer("qwen3.5"))] == ["so<|im_end|>"]
     pairs = write({**rows[1], "chosen": "so", "rejected": "no"})
     (pair,) = load_pairs(pairs, family_tokenizer("qwen3.5"), seed=1, max_length=400).train
     assert family_tokenizer("qwen3.5").decode(pair.prompt_ids) == closed
