@@ -2,23 +2,28 @@
 
 Which modules and which tests: `[tool.mutmut]` in pyproject.toml. Mistakes that change nothing are listed with their reasons in
 equivalent.yaml. The exit code is 1 below 95% in any part, with every mistake that nobody noticed printed as a diff. mutmut keeps
-what it found under mutants/ and repeats only what changed. `MUTANTS='grpo_ray.losses.*'` tries some, `SAMPLE=100` so many of each
-part, drawn by a seed.
+what it found under mutants/: mistakes in functions that changed, and those that nobody noticed, are tried again; without that
+folder all are. `MUTANTS='grpo_ray.losses.*'` tries some, `SAMPLE=100` so many of each part, drawn by a seed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import random
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
+from mutmut.__main__ import create_mutants
+from mutmut.utils.file_utils import copy_src_dir
 from rich.console import Console
 from rich.table import Table
 
-from tests.mutants.survivors import Equivalents, Mutant, read_mutants
+from tests.mutants.survivors import Equivalents, Mutant, forget_unnoticed, read_mutants
 
 GOAL = 0.95
 PARTS = {
@@ -32,6 +37,8 @@ PARTS = {
     "rewards": ("rewards",),
 }
 EQUIVALENTS = Path(__file__).with_name("equivalent.yaml")
+FAILED = Path("mutants/mutmut-failed.txt")
+"""Written by quickest_first.py."""
 
 
 def part_of(mutant: Mutant) -> str:
@@ -40,13 +47,28 @@ def part_of(mutant: Mutant) -> str:
     return next((part for part, stems in PARTS.items() if stem in stems), "others")
 
 
-def mutmut(*words: str) -> None:
-    subprocess.run([sys.executable, "-m", "mutmut", *words], check=False)
+def try_mutants(patterns: Sequence[str]) -> None:
+    """mutmut's run, with no more of pytest than it needs: it starts once for each mistake. Processes that tests start find the
+    mutated copy first, too."""
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(Path("mutants").resolve()), os.environ.get("PYTHONPATH")))),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTEST_PLUGINS": "pytest_timeout,tests.mutants.quickest_first",
+    }
+    subprocess.run([sys.executable, "-m", "mutmut", "run", *patterns], check=False, env=env)
+
+
+def generate() -> None:
+    """The copy of the code with every mistake in it, under mutants/."""
+    Path("mutants").mkdir(exist_ok=True)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        copy_src_dir()
+        create_mutants(os.cpu_count() or 1)
 
 
 def drawn(size: int, seed: int) -> list[str]:
     """Names of so many mutants of each part."""
-    mutmut("print-time-estimates")
+    generate()
     by_part: dict[str, list[str]] = defaultdict(list)
     for mutant in read_mutants():
         by_part[part_of(mutant)].append(mutant.name)
@@ -61,7 +83,12 @@ def main(words: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(words)
     patterns = drawn(options.sample, options.seed) if options.sample else options.patterns
-    mutmut("run", *patterns)
+    forget_unnoticed()
+    FAILED.unlink(missing_ok=True)
+    try_mutants(patterns)
+    if FAILED.exists():
+        print(f"these tests fail without any mistake:\n{FAILED.read_text()}")
+        return 1
     equivalents = Equivalents.read(EQUIVALENTS)
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     unnoticed: list[Mutant] = []

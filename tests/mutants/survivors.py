@@ -6,14 +6,14 @@ import ast
 import fnmatch
 import json
 import re
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import libcst as cst
 import yaml
-from mutmut.mutation.diff_apply import get_diff_for_mutant
+from mutmut.mutation.diff_apply import get_diff_for_mutant, read_functions_from_index
 from mutmut.stats import status_by_exit_code
 
 VERDICTS = {
@@ -55,19 +55,46 @@ class Mutant:
         ]
         return "\n".join(line.strip() for line in changed)
 
-    @property
-    def in_message(self) -> bool:
-        """Whether the mistake lies inside a `raise`: it changes the words of an error, or which error ends what ends anyway."""
-        body = [line for line in self.diff.splitlines() if line[:1] in (" ", "-") and not line.startswith("---")]
-        try:
-            tree = ast.parse(textwrap.dedent("\n".join(line[1:] for line in body)))
-        except SyntaxError:
+    @cached_property
+    def changes_prose(self) -> bool:
+        """Whether it alters the case of a sentence in a `raise` or a warning, or puts XX around it, and nothing else."""
+        functions = read_functions_from_index(self.name, self.path)
+        if functions is None:
             return False
-        changed = {number for number, line in enumerate(body, 1) if line.startswith("-")}
-        spans = [
-            range(node.lineno, (node.end_lineno or 0) + 1) for node in ast.walk(tree) if isinstance(node, ast.Raise)
-        ]
-        return bool(changed) and all(any(number in span for span in spans) for number in changed)
+        was, becomes = (ast.parse(cst.Module([function]).code) for function in functions)
+        changes = list(_changes(was, becomes, in_message=False))
+        return len(changes) == 1 and all(_is_prose(*change) for change in changes)
+
+
+Change = tuple[object, object, bool]
+"""What was there, what is there now, and whether within an error or a warning."""
+
+
+def _changes(was: object, becomes: object, in_message: bool) -> Iterator[Change]:
+    if isinstance(was, ast.Constant) or type(was) is not type(becomes):
+        was, becomes = (part.value if isinstance(part, ast.Constant) else part for part in (was, becomes))
+        if was != becomes:
+            yield was, becomes, in_message
+    elif isinstance(was, ast.AST):
+        in_message = in_message or _is_message(was)
+        for name, part in ast.iter_fields(was):
+            yield from _changes(part, getattr(becomes, name), in_message)
+    elif isinstance(was, list) and isinstance(becomes, list) and len(was) == len(becomes):
+        for one, other in zip(was, becomes, strict=True):
+            yield from _changes(one, other, in_message)
+    elif was != becomes:
+        yield was, becomes, in_message
+
+
+def _is_message(node: ast.AST) -> bool:
+    called = node.func if isinstance(node, ast.Call) else None
+    return isinstance(node, ast.Raise) or (isinstance(called, ast.Attribute) and called.attr in ("warn", "warning"))
+
+
+def _is_prose(was: object, becomes: object, in_message: bool) -> bool:
+    if not (in_message and isinstance(was, str) and isinstance(becomes, str) and " " in was.strip()):
+        return False
+    return becomes.replace("XX", "") == was or becomes.lower() == was.lower()
 
 
 def read_mutants(patterns: Sequence[str] = ()) -> Iterator[Mutant]:
@@ -79,23 +106,35 @@ def read_mutants(patterns: Sequence[str] = ()) -> Iterator[Mutant]:
                 yield Mutant(name, path, VERDICTS.get(status_by_exit_code[code], "not checked"))
 
 
+def forget_unnoticed() -> None:
+    """mutmut tries again what nobody noticed: tests may be there now that it does not know."""
+    for meta in Path("mutants").rglob("*.py.meta"):
+        found = json.loads(meta.read_text())
+        codes = found["exit_code_by_key"]
+        found["exit_code_by_key"] = {
+            name: code if VERDICTS.get(status_by_exit_code[code]) == "killed" else None for name, code in codes.items()
+        }
+        meta.write_text(json.dumps(found))
+
+
 @dataclass(frozen=True)
 class Equivalents:
     """Mistakes that change nothing that a test could see: single ones, and kinds by what they change."""
 
     single: dict[tuple[str, str, str], str]
     kinds: dict[str, str]
+    prose: str
 
     @classmethod
     def read(cls, path: Path) -> Equivalents:
         listed = yaml.safe_load(path.read_text(encoding="utf-8"))
         single = {(entry["in"], entry["was"], entry["is"]): entry["because"] for entry in listed["single"]}
-        return cls(single, {kind["only"]: kind["because"] for kind in listed["kinds"]})
+        return cls(single, {kind["only"]: kind["because"] for kind in listed["kinds"]}, listed["prose"])
 
     def reason(self, mutant: Mutant) -> str | None:
         """Why a mutant changes nothing, or None where it is a mistake."""
-        if mutant.in_message:
-            return "the words of an error"
+        if mutant.changes_prose:
+            return self.prose
         was, becomes = mutant.lines("-"), mutant.lines("+")
         if reason := self.single.get((mutant.function, was, becomes)):
             return reason
