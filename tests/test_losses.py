@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -16,6 +17,8 @@ from grpo_ray.config import AlgorithmConfig
 from grpo_ray.losses.aggregation import Normalizers, token_mean
 from grpo_ray.losses.correction import IMPORTANCE_SAMPLING
 from grpo_ray.losses.kl import KL_ESTIMATORS, kl_of_tokens
+from grpo_ray.losses.policy import PolicyInputs
+from grpo_ray.losses.segments import Segments
 from grpo_ray.losses.sft import sft_loss
 from grpo_ray.losses.table import POLICY_LOSSES
 from grpo_ray.losses.value import value_loss
@@ -51,6 +54,38 @@ def test_dual_clip_bounds_the_loss_of_bad_samples(kind: str, seed: int) -> None:
     assert_same(got, want, b)
     plain, _ = run(algorithm(kind), b)
     assert got.item() <= plain.item()
+
+
+def clips(kind: str, log_ratios: Sequence[float], advantages: Sequence[float], **options: float) -> list[list[bool]]:
+    """Of sequences of one token each: which are cut off below, and which above."""
+    of_token = torch.tensor([log_ratios, advantages], dtype=torch.float64)
+    x = PolicyInputs(
+        of_token[0], torch.zeros_like(of_token[0]), of_token[1], Segments.of(torch.arange(len(log_ratios)))
+    )
+    got = POLICY_LOSSES[kind].token_loss(x, replace(OPTIONS, **options))
+    return [got.clip_low_N.tolist(), got.clip_high_N.tolist()]
+
+
+SIDES = {"sapo": (False, False), "cispo": (False, True)}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_what_is_cut_off_has_the_sign_of_its_advantage_whatever_its_size(kind: str) -> None:
+    pairs = [(d, a) for d in (-1.0, 0.0, 1.0) for a in (-0.5, 0.0, 0.5)]
+    low, high = SIDES.get(kind, (True, True))
+    assert clips(kind, *zip(*pairs, strict=True)) == [
+        [low and d < 0 and a < 0 for d, a in pairs],
+        [high and d > 0 and a > 0 for d, a in pairs],
+    ]
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_ratio_at_its_bound_is_not_cut_off(kind: str) -> None:
+    least, most = torch.tensor([-0.2, 0.2], dtype=torch.float64).exp().tolist()
+    bounds = {"epsilon_low": 1 - least, "epsilon_high": most - 1, "cispo_max_ratio": most}
+    if kind == "gmpo":  # Bounds the logarithm.
+        bounds = {"epsilon_low": 0.2, "epsilon_high": 0.2}
+    assert clips(kind, [-0.2, 0.2], [-1.0, 1.0], **bounds) == [[False] * 2] * 2
 
 
 CORRECTIONS: dict[str, dict[str, Any]] = {

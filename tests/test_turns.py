@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -18,6 +19,7 @@ from grpo_ray.errors import DataError
 from grpo_ray.pairs import load_pairs
 from grpo_ray.prompts import load_demonstrations, load_prompts
 from grpo_ray.templates import make_template
+from grpo_ray.turns import TurnEnd, end_of_text
 from tests.families import FAMILIES, family_tokenizer
 
 THOUGHT = "<think>\nhm\n</think>\n\nso"
@@ -206,6 +208,12 @@ def test_a_template_that_writes_the_prompt_otherwise_before_an_answer_is_refused
     with pytest.raises(DataError, match="does not write an assistant's text down once"):
         ours(write({"prompt": "q", "completion": "b"}), tokenizer)
     assert [p.text for p in load_prompts(write({"prompt": "q"}), tokenizer, seed=1).train] == ["Q"]
+
+
+def test_a_tokenizer_that_can_end_no_answer_is_refused_with_the_mend() -> None:
+    with pytest.raises(DataError, match=r"^the tokenizer has no end-of-sequence token, .*; set its eos_token$"):
+        end_of_text(SimpleNamespace(eos_token_id=None))
+    assert end_of_text(SimpleNamespace(eos_token_id="3", eos_token="</s>")) == TurnEnd(3, "</s>")
 
 
 # What a chat template is shown besides
