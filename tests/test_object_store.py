@@ -241,6 +241,77 @@ def test_no_store_is_given_up_for_the_length_of_the_next_wait(
     within(30, work())
 
 
+def delivery_of(folder: Path, *steps: int) -> tuple[delivery.Delivery, list[Event]]:
+    """Into a store in memory, with these checkpoints in its outbox."""
+    outbox, events = Store(str(folder)), []
+    for step in steps:
+        place = outbox.begin(step)
+        with place.filling("loop") as (inside, sums):
+            (inside / "loop.json").write_text("{}")
+        outbox.commit(place, step, sums, keep=9)
+    store = Store(f"memory://{folder.name}")
+    return delivery.Delivery(outbox, store, keep=2, limit_s=5, emit=events.append), events
+
+
+def test_what_is_told_of_a_store_that_does_not_take_a_checkpoint(tmp_path: Path) -> None:
+    out, events = delivery_of(tmp_path, 3)
+    url, place = "memory://" + tmp_path.name, tmp_path / "step-000003"
+    waits = MessageEvent(
+        "warning",
+        f"the checkpoint of step 3 can't be sent: it is full. It is in {place} and is sent when that works again; "
+        "training goes on meanwhile, for deadlines.store_s (5 s) at most",
+    )
+    for left_s in (2.0, 0.5):
+        assert out._is_worth_waiting(CheckpointError("it is full"), 3, heard_at=1.0, left_s=left_s)
+        assert (events, out.gave_up, out._away_since) == ([waits], None, 1.0)
+    assert not out._is_worth_waiting(CheckpointError("it is full"), 3, heard_at=1.0, left_s=0.0)
+    assert out.gave_up == f"checkpoints could not be sent to {url} for 5 s (deadlines.store_s): it is full"
+    ends = "; the run ends after this step, with a checkpoint in its folder"
+    assert events[1:] == [MessageEvent("warning", out.gave_up + ends)]
+    assert not out._is_worth_waiting(OSError(5, "Input/output error"), 4, heard_at=1.0, left_s=2.0)
+    assert (
+        out.gave_up == f"the checkpoint of step 4 is gone from {tmp_path / 'step-000004'} before it was sent to {url}"
+    )
+    assert events[2:] == [MessageEvent("warning", out.gave_up + ends)]
+
+
+def test_what_is_told_of_a_checkpoint_that_has_arrived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery.time, "monotonic", lambda: 16.0)
+    out, events = delivery_of(tmp_path, 3, 4)
+    url = "memory://" + tmp_path.name
+    out._waiting, out._away_since, out._clutter = 4, 10.0, "older ones were not removed"
+    out._began = {3: 4.0}
+    out._arrived(3)
+    assert events == [
+        MessageEvent("info", f"{url} answers again after 6 s; the checkpoint of step 3 is there"),
+        MessageEvent("warning", "older ones were not removed"),
+        CheckpointEvent(3, f"{url}/step-000003", 12.0),
+    ]
+    assert (out._waiting, out._away_since, out._began) == (4, None, {})
+    assert out._outbox.steps() == [4], "what was overtaken is not kept"
+    out._arrived(4)
+    assert events[3:] == [CheckpointEvent(4, f"{url}/step-000004", 0.0)]
+    assert (out._waiting, out._outbox.steps()) == (None, [4])
+
+
+def test_what_is_told_of_a_checkpoint_that_is_overtaken(tmp_path: Path) -> None:
+    out, events = delivery_of(tmp_path, 1, 2, 3)
+    out.gave_up = "so that nothing is sent"
+    out._sent_step = 1
+    out.offer(1)
+    out.offer(2)
+    assert events == []
+    out.offer(3)
+    text = f"the checkpoint of step 2 is not sent to memory://{tmp_path.name}: that of step 3 is newer"
+    assert events == [MessageEvent("info", text)]
+    assert out._outbox.steps() == [1, 3], "what is being sent stays"
+    out._away_since = 1.0
+    out.offer(4)
+    assert len(events) == 1, "while a store is away that is no news"
+    out.offer(4)
+    assert len(events) == 1
+
+
 def ended_of(run: Run, status: str) -> RunConfig:
     config = run_config("num_steps=2")
     write_ended(run.dir.path, config, status, "", 2, 2)
