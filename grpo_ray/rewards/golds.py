@@ -227,8 +227,9 @@ _LIST = re.compile(
 )
 _ENDS = re.compile(r"\s?(?:[.,:;!?]|$|(?:because|since|as|is|with|which|for)\b|-\s)")
 _MENTIONED = re.compile(
-    rf"\b(?:options?|choices?|choose|pick|select|answer)\s(?:is\s|option\s)?{_CHOICE}", re.IGNORECASE
+    rf"\b(?:options?|choices?|choose|pick|select|answer)\s(?:is\s|option\s)?(?={_CHOICE})", re.IGNORECASE
 )
+"""Ends where the choice begins."""
 
 
 _CALLED = re.compile(
@@ -296,7 +297,7 @@ def chosen(completion: str) -> frozenset[str] | None:
         return _letters(called[-1]) if len(called) == 1 else None
     mentions = [m for m in _MENTIONED.finditer(last) if _letters(next(g for g in m.groups() if g)) is not None]
     if mentions:
-        found = _LIST.match(_COMMANDS.sub("", last[mentions[-1].start(mentions[-1].lastindex or 1) :].lstrip("([ ")))
+        found = _LIST.match(_COMMANDS.sub("", last[mentions[-1].end() :]))
         listed = _letters(found[0]) if found else None
         return listed or frozenset(next(g for g in mentions[-1].groups() if g))
     return _closing_letter(last) or _small_letter(final)
