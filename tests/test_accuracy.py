@@ -445,6 +445,8 @@ OTHERS: list[tuple[Any, str, float | None]] = [
     ("C", "The correct answer is C, because A is too small.", 1),
     ("C", "A is too small, so I choose C", 1),
     ("C", "A is too small, so I choose (C)", 1),
+    ("5", "So the answer is 5!", 1),
+    ("120", "So the answer is 5!", 0),
     ("C", "A is too small, so I choose C or D", 0),
     ("C", "A is too small, so I choose (C) or (D)", 0),
     ("C", "A is too small, so I pick option [C] / [D]", 0),

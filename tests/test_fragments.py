@@ -114,3 +114,24 @@ def test_a_rank_whose_folder_is_missing_is_told(tmp_path: Path) -> None:
     write_rank(place, 0, 2, {"policy": HeldModel(of_each(2)[0])}, {}, {})
     with place.reading() as files, pytest.raises(CheckpointError, match=r"rank-1/state\.json can't be read"):
         SavedLearner.open(files)
+
+
+def test_a_stretch_in_the_midst_of_files_is_read_from_where_it_begins(tmp_path: Path) -> None:
+    values = torch.arange(12.0)
+    extents = []
+    for i, (start, stop) in enumerate([(8, 12), (0, 3), (3, 8)]):
+        extents.append(
+            write_fragments([Fragment("w", start, {"master": values[start:stop].clone()})], tmp_path / str(i))
+        )
+    assert extents == [{"w": (8, 4)}, {"w": (0, 3)}, {"w": (3, 5)}]
+    reader = FragmentReader(extents, lambda i: tmp_path / str(i))
+    for start in range(12):
+        for stop in range(start, 13):
+            assert reader.read("w", "master", start, stop - start).tolist() == values[start:stop].tolist()
+    assert (reader.numel("w"), reader.numel("v")) == (12, 0)
+    assert reader.read("w", "master", 12, 0).tolist() == []
+    with pytest.raises(CheckpointError, match=r"^elements 12 to 14 of master of w are in none of 3 files$"):
+        reader.read("w", "master", 10, 4)
+    (tmp_path / "3").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match=r"/3 can't be read \("):
+        FragmentReader([{"w": (0, 1)}], lambda i: tmp_path / "3").read("w", "master", 0, 1)

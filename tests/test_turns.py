@@ -210,6 +210,18 @@ def test_a_template_that_writes_the_prompt_otherwise_before_an_answer_is_refused
     assert [p.text for p in load_prompts(write({"prompt": "q"}), tokenizer, seed=1).train] == ["Q"]
 
 
+def test_a_template_that_knows_two_roles_alone_tells_how_its_turns_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = family_tokenizer("qwen")
+    turns = "{% if m.role == 'user' %}{{ m.content }}\n{% elif m.role == 'assistant' %}{{ m.content }} <|im_end|>\n"
+    other = "{% else %}{{ raise_exception('no such role') }}{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", f"{{% for m in messages %}}{turns}{other}{{% endfor %}}")
+    end = make_template("chat", tokenizer).end
+    assert (end.token, end.before, end.tail) == ("<|im_end|>", " ", " <|im_end|>\n")
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}{{ m.content }}\nEND \n{% endfor %}")
+    end = make_template("chat", tokenizer).end
+    assert (end.token, end.before, end.tail, end.also) == (tokenizer.eos_token, "\nEND", "\nEND \n", ("END",))
+
+
 def test_a_tokenizer_that_can_end_no_answer_is_refused_with_the_mend() -> None:
     with pytest.raises(DataError, match=r"^the tokenizer has no end-of-sequence token, .*; set its eos_token$"):
         end_of_text(SimpleNamespace(eos_token_id=None))
