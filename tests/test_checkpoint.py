@@ -14,7 +14,7 @@ from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import Place
 from grpo_ray.errors import CheckpointError, ConfigError, GrpoRayError
 from grpo_ray.events import CheckpointEvent, Event, MessageEvent
-from grpo_ray.manifest import FileSum
+from grpo_ray.manifest import FileSum, first_wrong, from_json, to_json
 from grpo_ray.saver import BACKGROUND, Saver
 
 
@@ -177,6 +177,93 @@ def test_checkpoints_of_an_earlier_version_are_told_with_the_way_on(local: Run) 
     with pytest.raises(CheckpointError, match=r"DeepSpeed's, .* model\.path=.*step-000040/hf"):
         local.newest()
     assert Run(local.dir.path.with_name("other")).newest() == (None, [])
+
+
+def test_a_manifest_that_was_not_written_for_this_step_says_what_it_is() -> None:
+    sums = {"b": FileSum(1, "x"), "a": FileSum(2, "y")}
+    data = to_json(3, sums)
+    content = {"format": 1, "step": 3, "files": {"a": {"size": 2, "sha256": "y"}, "b": {"size": 1, "sha256": "x"}}}
+    assert data.decode() == json.dumps(content, indent=1)
+    assert from_json(data, 3) == sums
+    for other, told in (
+        (content | {"format": 2}, "is of format 2, this is grpo-ray's format 1"),
+        (content | {"step": 4}, "is of step 4"),
+        (content | {"files": {}}, "names no files"),
+        (content | {"files": []}, "is not what was written (AttributeError: 'list' object has no attribute 'items')"),
+        ({"format": 1, "step": 3}, "is not what was written (KeyError: 'files')"),
+        ([], "is not what was written (TypeError: list indices must be integers or slices, not str)"),
+    ):
+        with pytest.raises(ValueError, match=r"is|names") as e:
+            from_json(json.dumps(other).encode(), 3)
+        assert str(e.value) == told
+
+
+def test_what_is_wrong_with_a_file_is_told_of_the_first_one() -> None:
+    written = {name: FileSum(3, "f" * 64) for name in ("whole", "gone", "short", "other")}
+    now = {"whole": FileSum(3, "f" * 64), "short": FileSum(2, "f" * 64), "other": FileSum(3, "e" * 64)}
+
+    def sum_now(name: str) -> FileSum:
+        if name not in now:
+            raise OSError("it is away")
+        return now[name]
+
+    told = {
+        "gone": "gone can't be read (it is away)",
+        "short": "short has 2 bytes instead of 3",
+        "other": "other is damaged: its SHA-256 is eeeeeeeeeeee.., and was ffffffffffff.. when it was written",
+    }
+    assert first_wrong({"whole": written["whole"]}, sum_now) is None
+    for name, text in told.items():
+        assert first_wrong({n: written[n] for n in ("whole", name)}, sum_now) == text
+    assert first_wrong(written, sum_now) == told["gone"]
+
+
+def test_what_is_told_of_checkpoints_and_runs_that_can_not_be_used(local: Run, tmp_path: Path) -> None:
+    local.save(1, 2)
+    (local.folder(2) / "hf" / "config.json").write_text("?2")
+    place = local.folder(2)
+    step, told = local.newest()
+    assert step == 1
+    assert told == [
+        f"the checkpoint of step 2 is broken: hf/config.json has 2 bytes instead of 1, in {place}; using the one before it"
+    ]
+    (local.folder(1) / "hf" / "config.json").unlink()
+    with pytest.raises(CheckpointError) as e:
+        local.newest()
+    assert str(e.value) == (
+        f"none of the checkpoints in {local.dir.store.url} is whole (steps 1); put one back from a copy, or start a new run, "
+        "e.g. from the newest exported model with model.path="
+    )
+    state = local.folder(1) / "loop" / "loop.json"
+    state.write_text("[]")
+    with pytest.raises(CheckpointError, match=r"loop/loop\.json: expected a mapping, got list$"):
+        local.dir.load_state(1)
+    state.write_text("{")
+    with pytest.raises(CheckpointError, match=r"loop/loop\.json can't be read \(Expecting property name"):
+        local.dir.load_state(1)
+    for name, text in (
+        (
+            "pipeline.json",
+            "is a pipeline, not a run: `grpo-ray pipeline RECIPE`, as it was begun, goes on; its stages are runs",
+        ),
+        ("other.json", "is not a run: it has no config.yaml"),
+    ):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        with pytest.raises(ConfigError) as refused:
+            RunDir.open(folder)
+        assert str(refused.value) == f"{folder} {text}"
+        with pytest.raises(ConfigError) as refused:
+            RunDir.create(folder)
+        assert str(refused.value) == (
+            f"run {folder} exists already; continue it with `grpo-ray resume {folder}` (on a cluster "
+            f"`grpo-ray submit --resume {folder.name}`), or choose another with name=..."
+        )
+    (tmp_path / "begun" / RunDir.LOGS).mkdir(parents=True)
+    assert RunDir.create(tmp_path / "begun").path == tmp_path / "begun"
+    (tmp_path / "file").touch()
+    assert RunDir.is_taken(tmp_path / "file")
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("rank 1 died")])
