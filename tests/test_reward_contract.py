@@ -22,9 +22,10 @@ from grpo_ray.metrics import logged_metrics
 from grpo_ray.prompts import PromptSets
 from grpo_ray.rewards import BUILTINS, ScoreInputs, call_reward, columns_of, described, resolve
 from grpo_ray.rewards.columns import check_columns, column_needs
-from grpo_ray.rewards.function import RESERVED, RewardFunction
+from grpo_ray.rewards.function import RESERVED, Explained, RewardFunction, inspect_function
 from grpo_ray.rewards.logs import MAX_COLUMNS, MAX_METRICS, MAX_VALUE_CHARS, CallLog, checked_name, plain
-from grpo_ray.types import LoggedMetric, RewardScore, SampleInfo, Score, ScoreRequest, ScoreStatus, TrainerState
+from grpo_ray.rewards.scoring import MAX_DETAIL_CHARS, check_values, explain, weighted_sum
+from grpo_ray.types import LoggedMetric, RewardScore, SampleInfo, Score, ScoreRequest, ScoreStatus, Step, TrainerState
 
 STATE = TrainerState.at(5, 10, prompts_per_step=4, num_prompts=16)
 
@@ -249,6 +250,136 @@ class Picky:
     with pytest.raises(RewardError) as e:
         resolve(RewardFunctionConfig(name=name, args=args))
     assert str(e.value) == expected.replace("HERE", str(tmp_path))
+
+
+# ---- what functions return
+
+WANTED = "expected a finite number, None for 'does not apply', or a list of (end, reward), one for each step"
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("0.5", f"'0.5', {WANTED}"),
+        (float("inf"), f"inf, {WANTED}"),
+        ("x" * 100, f"'{'x' * 79}, {WANTED}"),
+        ([], f"[], {WANTED}: there is none"),
+        ([(0, 1.0, 2)], f"[(0, 1.0, 2)], {WANTED}"),
+        ([(0, "1")], f"[(0, '1')], {WANTED}"),
+        *(
+            (
+                steps,
+                f"{steps}, {WANTED}: step {number} ends at {end}, expected the index of a token from {first} to 3, the last one of "
+                "this completion",
+            )
+            for steps, number, end, first in (
+                ([(4, 1.0)], 0, 4, 0),
+                ([(-1, 1.0)], 0, -1, 0),
+                ([(True, 1.0)], 0, True, 0),
+                ([(1.0, 1.0)], 0, 1.0, 0),
+                ([(1, 1.0), (1, 2.0)], 1, 1, 2),
+                ([(3, 1.0), (4, 2.0)], 1, 4, 4),
+            )
+        ),
+    ],
+)
+def test_what_is_no_reward_is_told_with_what_is_expected(value: Any, told: str) -> None:
+    (score,) = check_values("f", [value], [4], 2.0)
+    assert (score.status, score.detail, score.seconds) == (ScoreStatus.ERROR, f"reward 'f' returned {told}", 2.0)
+    assert score.value != score.value
+
+
+def test_rewards_of_every_kind_are_read_each_with_its_share_of_the_time() -> None:
+    values = [None, RewardError("x" * 9000), np.float32(2), [(1, 0.5), [3, 1]], Explained(0.25, "y" * 9000), True]
+    scores = check_values("f", values, [4] * 6, 3.0)
+    na, error, ok = ScoreStatus.NOT_APPLICABLE, ScoreStatus.ERROR, ScoreStatus.OK
+    assert [s.status for s in scores] == [na, error, ok, ok, ok, ok]
+    assert [s.value for s in scores[2:]] == [2.0, 1.5, 0.25, 1.0]
+    assert [s.steps for s in scores] == [(), (), (), (Step(1, 0.5), Step(3, 1.0)), (), ()]
+    most = MAX_DETAIL_CHARS
+    assert [s.detail for s in scores] == ["", "x" * most, "", "", "y" * most, ""]
+    assert [s.seconds for s in scores] == [0.5] * 6
+    for wrong, told in (
+        (3, "int, expected a list of 2 numbers or None"),
+        ([1], "1 values, expected 2, one for each completion"),
+    ):
+        scores = check_values("f", wrong, [4, 4], 3.0)
+        assert [(s.status, s.detail, s.seconds) for s in scores] == [(error, f"reward 'f' returned {told}", 1.5)] * 2
+
+
+def test_steps_of_several_rewards_that_end_at_one_token_are_one_step() -> None:
+    ok = ScoreStatus.OK
+    parts = [
+        RewardScore("a", ok, 3.0, steps=(Step(1, 1.0), Step(4, 2.0))),
+        RewardScore("b", ok, 5.0),
+        RewardScore("c", ScoreStatus.NOT_APPLICABLE, float("nan")),
+        RewardScore("d", ok, 1.0, steps=(Step(0, 1.0),)),
+    ]
+    pooled = weighted_sum(parts, [1.0, 0.5, 9.0, -2.0], 5)
+    assert (pooled.status, pooled.value, pooled.parts) == (ok, 3.0 + 2.5 - 2.0, tuple(parts))
+    assert pooled.steps == (Step(0, -2.0), Step(1, 1.0), Step(4, 4.5))
+    plain_sum = weighted_sum(parts[1:3], [0.5, 1.0], 5)
+    assert (plain_sum.value, plain_sum.steps) == (2.5, ())
+    none = weighted_sum(parts[2:3], [1.0], 5)
+    assert (none.status, none.detail) == (parts[2].status, "no reward function applies to this sample")
+    failed = weighted_sum([*parts, RewardScore("e", ScoreStatus.TIMEOUT, float("nan"), "too slow")], [1.0] * 5, 5)
+    assert (failed.status, failed.detail, len(failed.parts)) == (ScoreStatus.TIMEOUT, "too slow", 5)
+
+
+def test_an_error_of_a_reward_is_told_with_its_line() -> None:
+    class Silent(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    def told(error: Exception, *, inside: bool) -> str:
+        def fail() -> None:
+            raise error
+
+        try:
+            if inside:
+                fail()
+            raise error
+        except Exception as e:
+            return explain(e)
+
+    line = told.__code__.co_firstlineno + 2
+    assert told(ValueError("no digits\nat all"), inside=True) == (
+        f"ValueError: no digits (test_reward_contract.py:{line})"
+    )
+    assert told(ValueError("no digits"), inside=False) == "ValueError: no digits"
+    assert told(ValueError(), inside=False) == "ValueError: "
+    assert told(Silent(), inside=False) == "Silent: (its message can't be printed)"
+    assert told(ValueError("x" * 9000), inside=False) == f"ValueError: {'x' * (MAX_DETAIL_CHARS - 100)}"
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ({"scael": 2}, "takes no argument 'scael'; did you mean 'scale'?"),
+        ({"zzz": 2}, "takes no argument 'zzz'; known: scale, shift"),
+        ({"prompts": 2}, "args can't hold 'prompts', which every call gets from the sample; remove it"),
+    ],
+)
+def test_args_that_a_function_does_not_take_are_told(args: dict[str, Any], told: str) -> None:
+    def reward(completions: Any, scale: float, shift: float = 0.0) -> list[float]:
+        return []
+
+    with pytest.raises(RewardError) as e:
+        inspect_function("f", reward, 1.0, args)
+    assert str(e.value) == f"reward 'f'{':' * ('hold' in told)} {told}"
+    assert inspect_function("f", reward, 1.0, {"scale": 1}).required == ()
+    assert inspect_function("f", reward, 1.0, {}).required == (("scale",),)
+
+    def positional(completions: Any, x: int, /) -> list[float]:
+        return []
+
+    with pytest.raises(RewardError) as e:
+        inspect_function("f", positional, 1.0, {})
+    assert str(e.value) == (
+        "reward 'f' is called by keyword, but its parameter 'completions' is positional-only; drop the `/`"
+    )
+    with pytest.raises(RewardError, match=r"^reward 'f' takes no argument 'x'; known: none$"):
+        inspect_function("f", lambda completions: [], 1.0, {"x": 1})
 
 
 # ---- what functions log is bounded
