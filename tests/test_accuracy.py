@@ -22,6 +22,7 @@ from grpo_ray.data import load_table
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards import ScoreInputs, call_reward, readings, resolve
 from grpo_ray.rewards.accuracy import accuracy
+from grpo_ray.rewards.answer_text import ends_in_a_cut_box
 from grpo_ray.rewards.cpu_clock import OutOfTimeError, within_cpu_s
 from grpo_ray.rewards.golds import read_gold
 from grpo_ray.types import ScoreStatus
@@ -728,3 +729,8 @@ def test_a_gold_of_any_type_of_json_is_read_right_or_not_at_all(
     (row,) = load_table(DataSource(path=str(path)), seed=1).rows
     golds = [row["answer"]] * 2
     assert accuracy([f"The answer is {answer}.", "The answer is 71.123."], golds) == [expected, expected and 0.0]
+
+
+def test_a_box_is_cut_where_nothing_closes_the_last_one() -> None:
+    texts = {r"\boxed{1} and \boxed{2": True, r"\boxed{1 and \boxed{2}": False, "2": False, r"so \boxed{": True}
+    assert {text: ends_in_a_cut_box(text) for text in texts} == texts
