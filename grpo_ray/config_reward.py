@@ -95,6 +95,7 @@ class RewardFunctionConfig(Strict):
 
 CODE_TIMEOUT_S = 8.0
 """`timeout_s` of the reward `code`: for all tests of one program."""
+KEY_VARIABLE = "OPENAI_API_KEY"
 JUDGE_DEADLINE_S = 60.0
 """`deadline_s` of the reward `judge`: for one question, retries included."""
 

@@ -2,28 +2,29 @@
 
     messages -> cache on disk -> pace -> endpoint, with retries and a deadline -> text, or a JudgeError that says what is wrong
 
-Retries, their back-off and `Retry-After` are those of OpenAI's own client.
+Retries, their back-off and `Retry-After` are those of OpenAI's own client; what is read of an answer is bounded (`http_client`).
+What the messages show of a text that nobody vouches for is `judge_form`'s business.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import hmac
 import json
-import os
+import secrets
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo_ray.config_reward import JUDGE_DEADLINE_S
+from grpo_ray.config_reward import JUDGE_DEADLINE_S, KEY_VARIABLE
 from grpo_ray.errors import JudgeError
+from grpo_ray.plain_text import whole_characters
 
 Message = dict[str, str]
-KEY_VARIABLE = "OPENAI_API_KEY"
-NO_KEY = "none"
-"""For endpoints that want none; the client insists on one."""
+_MARK_CHARS = 12
 
 
 @dataclass(frozen=True)
@@ -47,20 +48,20 @@ class Judge:
     """For one event loop. The key is in the environment, OPENAI_API_KEY."""
 
     def __init__(self, options: JudgeOptions) -> None:
-        from openai import AsyncOpenAI
+        from grpo_ray.http_client import make_client
 
         self._options = options
-        self._client = AsyncOpenAI(
-            base_url=options.base_url,
-            api_key=os.environ.get(KEY_VARIABLE) or NO_KEY,
-            timeout=options.deadline_s,
-            max_retries=options.retries,
-        )
+        self._client = make_client(options.base_url, timeout_s=options.deadline_s, retries=options.retries)
         self._turns = asyncio.Semaphore(options.concurrency)
         self._cache = _Cache(options.cache)
         self._next_slot = 0.0
         self.num_asked = 0
         """Questions that went to the endpoint; the others were answered by the cache."""
+
+    def mark(self, question: Sequence[str]) -> str:
+        """A word for the tags of a question, which nobody can know who has not seen the cache. It is drawn at random with that, so
+        that the same question gets the same word, and is found there."""
+        return hmac.new(self._cache.secret, json.dumps(question).encode(), hashlib.sha256).hexdigest()[:_MARK_CHARS]
 
     async def ask(self, messages: Sequence[Message]) -> str:
         """What the judge answers.
@@ -97,12 +98,14 @@ class Judge:
     async def _ask(self, question: dict[str, Any]) -> str:
         import openai
 
+        from grpo_ray.http_client import RefusedAnswerError, post_json
+
         o = self._options
         where = f"the judge {o.model} at {o.base_url}"
         self.num_asked += 1
         try:
             async with asyncio.timeout(o.deadline_s):
-                answer = await self._client.chat.completions.create(**question)
+                answer = await post_json(self._client, "/chat/completions", question)
         except (TimeoutError, openai.APITimeoutError):
             raise JudgeError(f"{where} did not answer within {o.deadline_s:g} s; raise deadline_s") from None
         except openai.RateLimitError as e:
@@ -120,13 +123,27 @@ class Judge:
                 f"{where} can't be reached, after {o.retries} retries: {_line(e.__cause__ or e)}"
             ) from None
         except openai.APIStatusError as e:
+            if 300 <= e.status_code < 400:
+                to = e.response.headers.get("location", "")
+                raise JudgeError(f"{where} sends on to {to[:200]!r}; give that as base_url, if it is meant") from None
             raise JudgeError(f"{where} answers with status {e.status_code}: {_line(e)}") from None
+        except RefusedAnswerError as e:
+            raise JudgeError(f"{where} gave no answer that can be used: {_line(e)}") from None
         except openai.OpenAIError as e:
             raise JudgeError(f"{where}: {type(e).__name__}: {_line(e)}") from None
-        text: str | None = answer.choices[0].message.content if answer.choices else None
+        text = _content(answer)
         if not text:
             raise JudgeError(f"{where} gave an empty answer; does max_tokens ({o.max_tokens}) leave room for one?")
         return text
+
+
+def _content(answer: Any) -> str:
+    """The text of a chat completion; empty where there is none."""
+    try:
+        text = answer["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        return ""
+    return whole_characters(text) if isinstance(text, str) else ""
 
 
 class _Cache:
@@ -137,6 +154,9 @@ class _Cache:
             # Without a name SQLite keeps it in a file of its own that goes with the process.
             self._db = sqlite3.connect(path or "", timeout=30, isolation_level=None)
             self._db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
+            self._db.execute("CREATE TABLE IF NOT EXISTS secret (id INTEGER PRIMARY KEY, value BLOB NOT NULL)")
+            self._db.execute("INSERT OR IGNORE INTO secret VALUES (1, ?)", (secrets.token_bytes(32),))
+            self.secret = bytes(self._db.execute("SELECT value FROM secret").fetchone()[0])
         except (OSError, sqlite3.Error) as e:
             raise JudgeError(f"the judge's cache {path} can't be opened ({e}); name another file") from None
 

@@ -16,6 +16,11 @@ def nfkc(text: str) -> str:
     return text if text.isascii() else unicodedata.normalize("NFKC", bound_marks(text))
 
 
+def whole_characters(text: str) -> str:
+    """Halves of characters, which UTF-8 can't hold, as `\ufffd`."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def bound_marks(text: str) -> str:
     """Without the marks of a letter that has more than MAX_MARKS, from there on."""
     return _NO_LETTERS.sub(lambda found: _bound(found[0]), text)

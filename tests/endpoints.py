@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,8 +21,8 @@ from typing import Any
 
 START_S = 300
 
-Answer = str | tuple[int, dict[str, str], str] | float
-"""What it says; or a status with headers and a body; or the seconds that it waits before it hangs up."""
+Answer = str | tuple[int, dict[str, str], str] | float | Callable[[BaseHTTPRequestHandler], None]
+"""What it says; or a status with headers and a body; or the seconds that it waits before it hangs up; or what sends it."""
 
 
 @dataclass
@@ -54,6 +56,11 @@ def endpoint(answer: Callable[[dict[str, Any], int], Answer]) -> Iterator[Endpoi
                 time.sleep(told)
                 self.close_connection = True
                 return
+            if callable(told):
+                self.close_connection = True
+                with contextlib.suppress(OSError):
+                    told(self)
+                return
             status, headers, body = told if isinstance(told, tuple) else (200, {}, completion(told))
             self.send_response(status)
             for name, value in headers.items():
@@ -77,6 +84,29 @@ def endpoint(answer: Callable[[dict[str, Any], int], Answer]) -> Iterator[Endpoi
         server.shutdown()
         server.server_close()
         thread.join(timeout=10)
+
+
+def rated(request: dict[str, Any], *ratings: float | str, names: Sequence[str] = ("score",)) -> str:
+    """Ratings in the form that the question asks for."""
+    mark = mark_of(request)
+    return "".join(f"<{name}-{mark}>{rating}</{name}-{mark}>" for name, rating in zip(names, ratings, strict=True))
+
+
+def rated_pair(request: dict[str, Any], first: float, second: float) -> str:
+    return rated(request, first, second, names=("first", "second"))
+
+
+def mark_of(request: dict[str, Any]) -> str:
+    """What ends the tags of a question to a judge."""
+    found = re.match(r"<question-(\w+)>\n", request["messages"][1]["content"])
+    assert found is not None
+    return found[1]
+
+
+def shown_of(request: dict[str, Any], name: str) -> list[str]:
+    """The texts that a question to a judge shows under a name."""
+    tag = f"{name}-{mark_of(request)}"
+    return re.findall(rf"<{tag}>\n(.*?)\n</{tag}>", request["messages"][1]["content"], re.DOTALL)
 
 
 def completion(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from grpo_ray.pipeline.gates import judge
 from grpo_ray.pipeline.measure import measure
 from grpo_ray.pipeline.plan import Plan, make_plan
 from grpo_ray.pipeline.record import Cost, Record, StageRecord, check_unchanged
-from tests.endpoints import endpoint
+from tests.endpoints import endpoint, rated_pair, shown_of
 from tests.samples import row, sample_folder
 
 TINY = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
@@ -282,9 +281,8 @@ def test_a_stage_of_pairs_asks_the_judge_about_samples_of_a_prompt(tmp_path: Pat
     from launch.stage_data import make_data
 
     def by_length(request: dict[str, Any], n: int) -> str:
-        shown = re.findall(r"<response>\n(.*?)\n</response>", request["messages"][1]["content"], re.DOTALL)
-        first, second = (min(10, len(text)) for text in shown)
-        return f"<first>{first}</first><second>{second}</second>"
+        first, second = (min(10, len(text)) for text in shown_of(request, "response"))
+        return rated_pair(request, first, second)
 
     rows = [row(f"p/0/{i}", j, "ab" * (j + 1), question=f"question {i}") for i in range(3) for j in range(2)]
     samples = sample_folder(tmp_path / "samples", rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grpo_ray.errors import ConfigError, DataError, RewardError
-from grpo_ray.judge import KEY_VARIABLE, NO_KEY
 from grpo_ray.rewards.function import Completions, Conversation, text_of
 from grpo_ray.templates import Template, make_template
 from grpo_ray.tokenized import answer_ids, tokenize
 
+SERVER_S = 60.0
+"""For one batch, its retries included."""
 _Forward = Callable[[list[NDArray[np.int32]]], list[float]]
 
 
@@ -150,24 +151,34 @@ class _Served:
     """The model behind vLLM's `/classify`. Retries and their back-off are those of OpenAI's client."""
 
     def __init__(self, url: str) -> None:
-        from openai import OpenAI
+        from grpo_ray.http_client import make_client
 
         self._url = url
-        self._client = OpenAI(base_url=url, api_key=os.environ.get(KEY_VARIABLE) or NO_KEY, timeout=60.0, max_retries=4)
+        self._client = make_client(url, timeout_s=SERVER_S, retries=4)
+        self._loop = asyncio.Runner()
 
     def __call__(self, texts: list[NDArray[np.int32]]) -> list[float]:
         import openai
 
-        # Raw scores: vLLM would make probabilities of them.
-        body = {"input": [text.tolist() for text in texts], "use_activation": False}
         try:
-            answer: Any = self._client.post("/classify", body=body, cast_to=object)
-            return [float(row["probs"][0]) for row in sorted(answer["data"], key=lambda row: row["index"])]
-        except (openai.OpenAIError, KeyError, TypeError, IndexError) as e:
+            return self._loop.run(self._ask(texts))
+        except (openai.OpenAIError, KeyError, TypeError, ValueError, IndexError, OverflowError, TimeoutError) as e:
             raise RewardError(
                 f"reward 'reward_model': {self._url}/classify does not score ({type(e).__name__}: {str(e)[:120]}); does it run "
                 "`vllm serve PATH --runner pooling`?"
             ) from None
+
+    async def _ask(self, texts: list[NDArray[np.int32]]) -> list[float]:
+        from grpo_ray.http_client import post_json
+
+        # Raw scores: vLLM would make probabilities of them.
+        body = {"input": [text.tolist() for text in texts], "use_activation": False}
+        async with asyncio.timeout(SERVER_S):
+            answer = await post_json(self._client, "/classify", body)
+        scores = [float(row["probs"][0]) for row in sorted(answer["data"], key=lambda row: row["index"])]
+        if len(scores) != len(texts):
+            raise ValueError(f"{len(scores)} scores of {len(texts)} texts")
+        return scores
 
 
 @contextmanager
