@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from grpo_ray.config_aliases import called_here, suggestion
 from grpo_ray.config_base import Strict
 from grpo_ray.config_typed import Problems, Typed, with_types
-from grpo_ray.config_yaml import dump_yaml, load_yaml, read_flow
+from grpo_ray.config_yaml import MAX_DEPTH, dump_yaml, load_yaml, read_flow
 from grpo_ray.errors import ConfigError
 
 __all__ = ["all_keys", "build", "deep_merge", "load_yaml", "parse_overrides", "to_yaml"]
@@ -35,6 +35,8 @@ def parse_overrides(items: list[str]) -> dict[str, Any]:
         key = key.strip()
         if not eq or not all(key.split(".")):
             raise ConfigError(f"override {item!r} is not of the form key=value, e.g. learner.zero_stage=3")
+        if key.count(".") > MAX_DEPTH:
+            raise ConfigError(f"override {key[:40]!r}..: there are no sections more than {MAX_DEPTH} deep")
         if any("\ud800" <= c <= "\udfff" for c in item):
             raise ConfigError(f"override {item!r} is not UTF-8 text")
         opening = value.strip()[:1]
@@ -134,7 +136,7 @@ def _explain(schema: type[BaseModel], err: Any) -> list[str]:
     message = _SHAPES.get(err["type"]) or err["msg"].removeprefix("Value error, ")
     if err["type"] == "model_type":
         message = f"a mapping is meant, {{{_fields_at(schema, loc)[0]}: ..}}"
-    return [f"{key}: {message} (got {err['input']!r})" if loc and err["type"] != "value_error" else message]
+    return [f"{key}: {message} (got {err['input']!r:.200})" if loc and err["type"] != "value_error" else message]
 
 
 def _leaves(value: Any, prefix: str) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, Discriminator
 
-from grpo_ray.config_yaml import WORDS, FloatText, IntText, Word, quoted_text, read_flow, read_scalar
+from grpo_ray.config_yaml import WORDS, FloatText, IntText, Word, quoted_text, read_flow, read_scalar, shortened
 from grpo_ray.errors import ConfigError
 
 
@@ -89,8 +89,8 @@ def _from_text(members: list[Any], text: Typed) -> Any:
         return quoted
     try:
         found = read_scalar(bare)
-    except ValueError:
-        raise ConfigError(f"{bare[:40]}.. has too many digits for a number") from None
+    except ValueError as e:
+        raise ConfigError(f"{shortened(bare)} {e}") from None
     return str(text) if type(found) is str and Any in members else found
 
 

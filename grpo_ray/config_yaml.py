@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from grpo_ray.errors import ConfigError
 
-MAX_BYTES = 1 << 20
-MAX_NODES = 20_000
+MAX_BYTES = 1 << 18
+"""PyYAML reads a MB in ten seconds; recipes have a few KB."""
+MAX_NODES = 10_000
 """Of a document, each alias counted as what it stands for."""
 MAX_DEPTH = 100
+MAX_DIGITS = 400
 
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)")
 _BASED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
@@ -61,12 +64,16 @@ def read_scalar(text: str) -> Any:
     if text.lower() in WORDS:
         return Word(text)
     if _INT.fullmatch(text) or _BASED.fullmatch(text):
+        if len(text) > MAX_DIGITS:
+            raise ValueError("has too many digits for a number")
         whole = IntText(text, 0) if _BASED.fullmatch(text) else IntText(text)
         whole.text = text
         return whole
     if _FLOAT.fullmatch(text):
         number = FloatText(_INF_NAN.sub(r"\1", text.replace("_", "")))
         number.text = text
+        if math.isinf(number) and not _INF_NAN.search(text):
+            raise ValueError("is beyond what a float can hold")
         return number
     return text
 
@@ -99,6 +106,13 @@ class _Loader(yaml.SafeLoader):
             )
         super().fetch_flow_collection_start(token)
 
+    def add_indent(self, column: int) -> bool:
+        if len(self.indents) > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(
+                problem=f"more than {MAX_DEPTH} lists and mappings inside each other", problem_mark=self.get_mark()
+            )
+        return bool(super().add_indent(column))
+
 
 class _FlowLoader(_Loader):
     """Of an override: ` #` begins no comment there."""
@@ -122,10 +136,7 @@ class _Reader:
     def read(self, node: Node | None) -> Any:
         if node is None:
             return None
-        if self._size(node) > MAX_NODES:
-            raise ConfigError(
-                f"{self._source}: its aliases (`*name`) stand for more than {MAX_NODES:,} values; write out less"
-            )
+        self._size(node)
         return self._value(node)
 
     def _size(self, node: Node) -> int:
@@ -141,6 +152,10 @@ class _Reader:
             size += sum(self._size(child) for child in node.value)
         elif isinstance(node, MappingNode):
             size += sum(self._size(key) + self._size(value) for key, value in node.value)
+        if size > MAX_NODES:
+            raise ConfigError(
+                f"{self._at(node)}: its aliases (`*name`) stand for more than {MAX_NODES:,} values; write out less"
+            )
         self._open.discard(id(node))
         self._sizes[id(node)] = size
         return size
@@ -170,8 +185,10 @@ class _Reader:
             )
         try:
             return read_scalar(text)
-        except ValueError:
-            raise ConfigError(f"{self._at(node)}: {text[:40]}.. has too many digits for a number") from None
+        except ValueError as e:
+            start = self._text.rfind("\n", 0, node.start_mark.index) + 1
+            line = self._text[start : node.end_mark.index].strip()
+            raise ConfigError(f"{self._at(node)}: {shortened(line)} {e}") from None
 
     def _text_of(self, node: ScalarNode) -> str:
         try:
@@ -277,6 +294,10 @@ def read_flow(text: str) -> Any:
         raise ConfigError(f"the value is not YAML ({problem}){hint}") from None
     except RecursionError:
         raise ConfigError("the value has lists and mappings inside each other, hundreds deep") from None
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:40]}.."
 
 
 def joined(text: str) -> str:

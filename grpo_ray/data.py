@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
+from grpo_ray import json_text
 from grpo_ray.config import DataSource
 from grpo_ray.errors import DataError
 from grpo_ray.user_code import UserFunction, of_module
@@ -20,6 +20,7 @@ from grpo_ray.user_places import ForeignCodeError
 
 Row = dict[str, Any]
 _MANY_ROWS = 1000
+MAX_LINE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -164,19 +165,15 @@ def _jsonl(source: DataSource) -> Table:
     rows: list[Row] = []
     lines: list[int] = []
     with file.open("rb") as f:
-        for number, raw in enumerate(f, start=1):
+        for number, raw in enumerate(iter(lambda: f.readline(MAX_LINE_BYTES + 1), b""), start=1):
             if not raw.strip():
                 continue
+            if len(raw) > MAX_LINE_BYTES:
+                raise DataError(f"{source.path}, line {number}: longer than {MAX_LINE_BYTES:,} bytes; is it a row?")
             try:
-                row = json.loads(raw)
-            except UnicodeDecodeError as e:
-                raise DataError(
-                    f"{source.path}, line {number}: not UTF-8 text ({e.reason} at byte {e.start})"
-                ) from None
-            except json.JSONDecodeError as e:
-                raise DataError(f"{source.path}, line {number}: not valid JSON: {e.msg} at column {e.colno}") from None
-            except RecursionError:
-                raise DataError(f"{source.path}, line {number}: not usable JSON: it is nested too deeply") from None
+                row = json_text.read_strictly(raw)
+            except ValueError as e:
+                raise DataError(f"{source.path}, line {number}: {e}") from None
             if not isinstance(row, dict):
                 raise DataError(
                     f"{source.path}, line {number}: expected a JSON object such as "
@@ -194,13 +191,34 @@ def _parquet(source: DataSource) -> Table:
     import pyarrow.parquet as pq
 
     file = _existing(source.path)
+    rows: list[Row] = []
+    limit = _first_rows(source)
     try:
         with pq.ParquetFile(file) as f:
-            limit = _first_rows(source)
-            batches = (row for batch in f.iter_batches() for row in batch.to_pylist())
-            return Table(file.stem, source.path, list(islice(batches, limit)))
-    except (pa.ArrowException, OSError) as e:
+            names = f.schema_arrow.names
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise DataError(f"{source.path}: there are two columns {twice!r}; rename one")
+            for batch in f.iter_batches():
+                rows += _rows_of(batch, source.path, len(rows))
+                if limit is not None and len(rows) >= limit:
+                    break
+    except (pa.ArrowException, OSError, ValueError) as e:
+        if isinstance(e, DataError):
+            raise
         raise DataError(f"{source.path}: not a readable Parquet file: {_first_line(e)}") from None
+    return Table(file.stem, source.path, rows[:limit])
+
+
+def _rows_of(batch: Any, path: str, before: int) -> list[Row]:
+    """Raises DataError for a row that Python can't hold: text that is no UTF-8, a time of another age."""
+    try:
+        rows: list[Row] = batch.to_pylist()
+        return rows
+    except (ValueError, ArithmeticError) as e:
+        if batch.num_rows == 1:
+            raise DataError(f"{path}, row {before}: {_first_line(e)}") from None
+    half = batch.num_rows // 2
+    return [*_rows_of(batch.slice(0, half), path, before), *_rows_of(batch.slice(half), path, before + half)]
 
 
 def _hugging_face(source: DataSource) -> Table:

@@ -41,7 +41,8 @@ def read_ended(run: Path) -> Ended | None:
     try:
         with open_regular(run / FILE) as file:
             ended = Ended(**read_json(file))
-        if type(ended.step) is not int or type(ended.total_steps) is not int:
+        numbers = type(ended.step) is int and type(ended.total_steps) is int
+        if not numbers or not isinstance(ended.length, list) or len(ended.length) != 3:
             return None
         return replace(ended, status=str(ended.status), text=str(ended.text))
     except (OSError, ValueError, TypeError):

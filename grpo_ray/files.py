@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import stat
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
+
+from grpo_ray import json_text
 
 ASIDE = ".new"
 """Behind the name of a file that is being written. One that is left over is worth nothing."""
@@ -78,10 +79,7 @@ def parse_json(data: bytes) -> Any:
     """Likewise."""
     if len(data) > MAX_JSON_BYTES:
         raise ValueError(f"has more than {MAX_JSON_BYTES >> 20} MiB")
-    try:
-        return json.loads(data)
-    except RecursionError:
-        raise ValueError("nests too deep") from None
+    return json_text.read(data)
 
 
 def sync_folder(folder: Path) -> None:

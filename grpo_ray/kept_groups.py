@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from grpo_ray import json_text
 from grpo_ray.checkpoint import LOOP
 from grpo_ray.rollout_log import SPAN, distinct_refs, sample_of, utf8
 from grpo_ray.types import Group, LoggedMetric, RewardScore, Sample, SampleInfo, Score, ScoreStatus, Step
@@ -102,7 +103,7 @@ def _group(order: int, members: list[tuple[dict[str, Any], Sample]]) -> KeptGrou
         samples=[sample for _, sample in members],
         min_versions=[row["min_version"] for row in rows],
         workers=[row["worker"] for row in rows],
-        scores=[_score(json.loads(row["score"])) for row in rows],
+        scores=[_score(json_text.read(row["score"])) for row in rows],
     )
 
 

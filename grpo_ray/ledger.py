@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
+from grpo_ray.errors import CheckpointError
 from grpo_ray.types import Group, Score
 
 _SCHEMA = """
@@ -95,9 +96,15 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(path, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.executescript(_SCHEMA)
+        try:
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.executescript(_SCHEMA)
+        except sqlite3.DatabaseError as e:
+            self._db.close()
+            if isinstance(e, sqlite3.OperationalError):
+                raise
+            raise CheckpointError(f"{path} is no ledger ({e}); put it back from a copy, or take it away") from None
         self._sampled: list[tuple[object, ...]] = []
         """Not written yet."""
 
@@ -277,6 +284,8 @@ def last_trained(path: Path) -> int:
         (step,) = db.execute("SELECT MAX(step) FROM groups WHERE state = 'trained'").fetchone()
     except sqlite3.OperationalError:  # Killed before it had a table.
         return 0
+    except (sqlite3.DatabaseError, OverflowError) as e:
+        raise CheckpointError(f"{path} is no ledger ({e}); put it back from a copy, or take it away") from None
     finally:
         db.close()
     return int(step or 0)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from grpo_ray import json_text
+
 log = logging.getLogger(__name__)
 
 FILE = "messages.jsonl"
@@ -64,7 +66,7 @@ def told_once(messages: Sequence[Message]) -> list[tuple[Message, int]]:
 
 def _parse(line: str) -> Message | None:
     try:
-        record = json.loads(line)
+        record = json_text.read(line)
         return Message(*(kind(record[f.name]) for f, kind in zip(fields(Message), (int, float, str, str), strict=True)))
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         return None

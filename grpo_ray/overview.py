@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from grpo_ray import json_text
 from grpo_ray.config import DataSource
 from grpo_ray.data import Row, Table, is_part, load_table, map_columns
 from grpo_ray.errors import DataError
@@ -229,7 +230,6 @@ def _of_parquet(source: DataSource) -> tuple[pa.Table, Any]:
 
 def _of_jsonl(source: DataSource) -> tuple[pa.Table, Any]:
     """Raises ValueError where lines and rows do not go together."""
-    import json
 
     import pyarrow.json as pj
 
@@ -249,7 +249,7 @@ def _of_jsonl(source: DataSource) -> tuple[pa.Table, Any]:
     def pick(name: str, places: Sequence[int]) -> Table:
         chosen = [int(lines[i]) for i in places]
         with path.open("rb") as file:
-            rows = [json.loads(_bytes_of(file, starts[line], ends[line])) for line in chosen]
+            rows = [json_text.read_strictly(_bytes_of(file, starts[line], ends[line])) for line in chosen]
         return Table(name, source.path, rows, [line + 1 for line in chosen], list(places))
 
     return table, pick

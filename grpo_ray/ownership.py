@@ -29,6 +29,7 @@ from typing import Literal
 import psutil
 from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Timeout
 
+from grpo_ray import json_text
 from grpo_ray.errors import ConfigError
 from grpo_ray.files import write_whole
 
@@ -213,7 +214,7 @@ class Ownership:
         """Only if that is the one who holds it: it writes this a moment later."""
         record = self._lease.owner
         try:
-            about = Owner(**json.loads(self._about.read_bytes()))
+            about = Owner(**json_text.read(self._about.read_bytes()))
         except (OSError, ValueError, TypeError):
             return None
         return about if record is not None and record.pid == about.pid else None

@@ -12,12 +12,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from grpo_ray.advice import advise, mean_step
+from grpo_ray.config_yaml import dump_yaml, load_yaml
+from grpo_ray.errors import DataError, GrpoRayError
 from grpo_ray.files import write_whole
 from grpo_ray.messages import Message, read_messages, told_once
 from grpo_ray.metrics import LOSSES, describe, duration
@@ -63,8 +64,23 @@ def write_report(run_dir: Path, ledger: Mapping[str, Any] | None = None) -> Path
 
     Args:
         ledger: figures to show as they are, e.g. `asdict(Ledger(...).summary())`.
+
+    Raises:
+        ConfigError, DataError: what is there is not what a run writes.
     """
-    config = _read_config(run_dir / "config.yaml")
+    try:
+        page = _page(run_dir, ledger or {})
+    except (TypeError, AttributeError, KeyError, IndexError, ValueError, ArithmeticError) as e:
+        if isinstance(e, GrpoRayError):
+            raise
+        raise DataError(f"{run_dir}: its files are not what a run writes ({type(e).__name__}: {e!s:.200})") from e
+    path = run_dir / "report.html"
+    write_whole(path, page.encode("utf-8", errors="replace"))
+    return path
+
+
+def _page(run_dir: Path, ledger: Mapping[str, Any]) -> str:
+    config = load_yaml(run_dir / "config.yaml") if (run_dir / "config.yaml").exists() else {}
     lines = read_metrics(run_dir / "metrics.jsonl")
     steps = rollout_steps(run_dir / "rollouts")
     curves, timings = metric_charts(lines), time_charts(lines)
@@ -75,7 +91,7 @@ def write_report(run_dir: Path, ledger: Mapping[str, Any] | None = None) -> Path
     learns = not (lines and lines[-1].get("steps/without_signal"))
     advice = advise(times) if times and learns else None
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string((files("grpo_ray") / "report_template.html").read_text()).render(
+    return environment.from_string((files("grpo_ray") / "report_template.html").read_text()).render(
         title=config.get("name") or run_dir.resolve().name,
         subtitle=_subtitle(config),
         figures=_headlines(lines, config),
@@ -90,13 +106,10 @@ def write_report(run_dir: Path, ledger: Mapping[str, Any] | None = None) -> Path
         data=inert_json([asdict(c) for c in charts]),
         plotly=Markup(get_plotlyjs() if charts else ""),
         sampled=[_step_samples(step, steps[step]) for step in first_middle_last(list(steps))],
-        ledger=_flat_ledger(ledger or {}),
-        config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
+        ledger=_flat_ledger(ledger),
+        config=dump_yaml(config) if config else "",
         failures=_failures(lines),
     )
-    path = run_dir / "report.html"
-    write_whole(path, page.encode("utf-8", errors="replace"))
-    return path
 
 
 def first_middle_last(steps: Sequence[int]) -> list[int]:
@@ -105,11 +118,6 @@ def first_middle_last(steps: Sequence[int]) -> list[int]:
         return []
     half = (steps[0] + steps[-1]) / 2
     return sorted({steps[0], min(steps, key=lambda step: abs(step - half)), steps[-1]})
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    loaded = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
-    return loaded if isinstance(loaded, dict) else {}
 
 
 def _subtitle(config: Mapping[str, Any]) -> str:

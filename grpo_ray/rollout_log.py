@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from grpo_ray.errors import DataError
 from grpo_ray.files import write_whole
 from grpo_ray.seeds import sample_seed
 from grpo_ray.types import Group, RewardScore, Sample, SampleInfo, Score, Step, TrainBatch, TrainSample, VersionSpan
@@ -192,9 +193,19 @@ def rollout_steps(folder: Path) -> dict[int, Path]:
 
 
 def read_rollouts(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of one step as plain Python; only `columns` where given."""
-    rows: list[dict[str, Any]] = pq.read_table(path, columns=list(columns) if columns else None).to_pylist()
-    return rows
+    """The rows of one step as plain Python; only `columns` where given.
+
+    Raises:
+        DataError: it is not what `write_rollouts` writes.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            if missing := [name for name in columns or () if name not in file.schema_arrow.names]:
+                raise DataError(f"{path} holds no rollouts: it has no column {missing[0]!r}")
+            rows: list[dict[str, Any]] = file.read(columns and list(columns)).to_pylist()
+            return rows
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+        raise DataError(f"{path} can't be read: {str(e).splitlines()[0]}") from None
 
 
 def remove_after(folder: Path, step: int) -> int:

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from grpo_ray import json_text
 from grpo_ray.errors import DataError
 from grpo_ray.files import ASIDE, open_regular, read_json, write_whole
 from grpo_ray.rollout_log import extra_json, utf8
@@ -216,7 +217,11 @@ def read_samples(folder: Path) -> Iterator[dict[str, Any]]:
         with pq.ParquetFile(samples._file(number)) as parquet:
             for batch in parquet.iter_batches():
                 for row in batch.to_pylist():
-                    yield {**row, "messages": json.loads(row["messages"]), "columns": json.loads(row["columns"])}
+                    yield {
+                        **row,
+                        "messages": json_text.read(row["messages"]),
+                        "columns": json_text.read(row["columns"]),
+                    }
 
 
 def about_file(folder: Path) -> Path:

@@ -18,7 +18,6 @@ Demonstrations are what follows the prompt in the template's text of the whole c
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +27,7 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from grpo_ray import json_text
 from grpo_ray.errors import DataError, told
 from grpo_ray.thinking import CLOSE, OPEN, opens_thinking, without_opening
 from grpo_ray.turns import TurnEnd, end_of_text, end_of_turn
@@ -278,7 +278,7 @@ def _parsed(value: Any) -> Any:
     if not value.strip():
         return None
     try:
-        return json.loads(value)
+        return json_text.read(value)
     except ValueError:
         return value
 

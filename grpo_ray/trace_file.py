@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo_ray import json_text
 from grpo_ray.types import Track
 
 LIMIT_BYTES = 64 << 20
@@ -111,11 +112,23 @@ def read_trace(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         for line in file:
             try:
-                event = json.loads(line.rstrip(b",\n"))
+                event = json_text.read(line.rstrip(b",\n"))
             except ValueError:
                 continue
-            if isinstance(event, dict):
+            if _is_event(event):
                 yield event
+
+
+def _is_event(event: Any) -> bool:
+    """Of the form that `TraceFile` writes, with numbers that a float can hold."""
+    if not isinstance(event, dict) or not isinstance(args := event.get("args"), dict):
+        return False
+    numbers = [event.get("pid"), event.get("tid"), args.get("step", 0)]
+    if event.get("ph") == "X":
+        numbers += [event.get("ts"), event.get("dur")]
+    elif event.get("ph") != "M" or not isinstance(args.get("name", ""), str):
+        return False
+    return isinstance(event.get("name"), str) and all(isinstance(n, int) and abs(n) < 1 << 53 for n in numbers)
 
 
 def step_of(event: Mapping[str, Any]) -> int:
@@ -128,7 +141,7 @@ def _line(event: Mapping[str, Any]) -> bytes:
 
 
 def _event(line: bytes) -> dict[str, Any]:
-    event: dict[str, Any] = json.loads(line)
+    event: dict[str, Any] = json_text.read(line)
     return event
 
 

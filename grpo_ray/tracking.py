@@ -17,11 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from grpo_ray import json_text
 from grpo_ray.config import TrackingConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.files import write_whole
 from grpo_ray.roles import Tracker
 
+MAX_STEP = 1 << 40
+"""A step beyond is none that a run has come to."""
 log = logging.getLogger(__name__)
 
 
@@ -92,10 +95,19 @@ def _whole_lines(data: bytes) -> list[tuple[int, bytes]]:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        record = json_text.read(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    return record if isinstance(record, dict) and _is_step(record.get("step")) and _are_figures(record) else None
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_STEP
+
+
+def _are_figures(record: dict[str, Any]) -> bool:
+    """Numbers that a float can hold, or null: what `JsonlTracker` writes."""
+    return all(value is None or (isinstance(value, int | float) and abs(value) < math.inf) for value in record.values())
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ Every command that starts or joins a cluster calls `prepare` before it imports R
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ from actors.addresses import check_answers, read_address
 from actors.caches import CACHES, use_private_caches
 from actors.folders import LONGEST_FOLDER, PREFIX, make_short, too_long, unmakeable, unusable
 from actors.private import TEMPORARY, make_private, use_private_temporary_files
+from grpo_ray import json_text
 from grpo_ray.errors import ConfigError, ResourceError
 from grpo_ray.secrets import is_secret_name
 from launch import interrupts
@@ -308,7 +308,7 @@ def _check_json(*names: str) -> None:
         if not value:
             continue
         try:
-            read = json.loads(value)
+            read = json_text.read(value)
         except ValueError as e:
             raise ConfigError(f"{name} in the environment is no JSON ({e}): {value!r:.100}; unset it") from None
         if not isinstance(read, dict):

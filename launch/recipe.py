@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from grpo_ray import json_text
 from grpo_ray.config import DataConfig, DpoConfig, RewardModelConfig, RunConfig, SftConfig
 from grpo_ray.config_files import build, deep_merge, load_yaml, parse_overrides
 from grpo_ray.config_typed import with_types
@@ -135,7 +135,7 @@ def _has_pairs(data: Any) -> bool:
     path = Path(str(source.get("path", ""))).expanduser()
     try:
         return {"chosen", "rejected"} <= set(_first_columns(path))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return False
 
 
@@ -143,7 +143,7 @@ def _first_columns(path: Path) -> Iterable[str]:
     """Raises OSError or ValueError for what can't be read."""
     if path.suffix in (".jsonl", ".ndjson"):
         with path.open("rb") as file:
-            row = json.loads(next((line for line in file if line.strip()), b"{}"))
+            row = json_text.read(next((line for line in file if line.strip()), b"{}"))
         return row if isinstance(row, dict) else ()
     if path.suffix == ".parquet":
         from pyarrow.parquet import read_schema

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
+from grpo_ray import json_text
 from grpo_ray.errors import WorkerError
 from launch.console import headed, plain_console
 from launch.jobs import start_grpo, start_sft
@@ -65,7 +65,7 @@ def held_out_accuracy(run: Path) -> tuple[float, float]:
     Raises:
         WorkerError: there is none.
     """
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json_text.read(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     values = [line["eval/accuracy"] for line in lines if line.get("eval/accuracy") is not None]
     if not values:
         raise WorkerError(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from grpo_ray import json_text
 from grpo_ray.errors import RewardError
 
 _FLOAT = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?")
@@ -56,7 +57,7 @@ def read_tests(tests: Any, entry_point: str | None) -> list[Script | Call] | Ass
     """
     if isinstance(tests, str) and tests.lstrip()[:1] in ("{", "["):
         with contextlib.suppress(ValueError):
-            tests = json.loads(tests)
+            tests = json_text.read(tests)
     if isinstance(tests, dict) and {"inputs", "outputs"} <= tests.keys():
         function = tests.get("fn_name") or entry_point
         inputs, outputs = tests["inputs"], tests["outputs"]

@@ -1,0 +1,105 @@
+"""JSON of files that anybody may have written: whatever is wrong with it is a ValueError that says so, in no time.
+
+`read` is for what this project writes (NaN included), `read_strictly` for rows of data, where what Python would let pass, and
+nobody means, is refused: a key twice, NaN and infinities, numbers beyond a float, halves of characters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+MAX_DEPTH = 100
+"""Of data; Parquet's own bound. What is deeper can be read, and not sent between processes."""
+_HALF = re.compile("[\ud800-\udfff]")
+_MAY_BE_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def read(data: str | bytes) -> Any:
+    """
+    Raises:
+        ValueError: it is no JSON, nested too deeply, or holds a number of thousands of digits.
+    """
+    return _loaded(data, json.loads)
+
+
+def read_strictly(data: bytes) -> Any:
+    """
+    Raises:
+        ValueError: as `read`, and what the head of this file lists.
+    """
+    value = _loaded(data, lambda data: _STRICT.decode(data.decode().removeprefix("\ufeff").rstrip()))
+    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        raise ValueError(
+            f"not usable JSON: it is nested too deeply, more than {MAX_DEPTH} lists and objects inside each other"
+        )
+    if _MAY_BE_HALF.search(data):
+        _refuse_halves(value)
+    return value
+
+
+def _loaded(data: str | bytes, load: Any) -> Any:
+    try:
+        return load(data)
+    except UnicodeDecodeError as e:
+        raise ValueError(f"not UTF-8 text ({e.reason} at byte {e.start})") from None
+    except json.JSONDecodeError as e:
+        where = f"column {e.colno}" if e.lineno == 1 else f"line {e.lineno}, column {e.colno}"
+        raise ValueError(f"not valid JSON: {e.msg} at {where}") from None
+    except RecursionError:
+        raise ValueError("not usable JSON: it is nested too deeply") from None
+    except ValueError as e:
+        if "int_max_str_digits" in str(e):
+            raise ValueError("not usable JSON: a number has thousands of digits; put it in quotes") from None
+        raise ValueError(f"not usable JSON: {e}") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice[:80]!r} is given twice; leave one of them out")
+    return found
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number; write null, or put it in quotes")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(
+            f"the number {text[:20]}{'..' * (len(text) > 20)} is beyond what a float can hold; put it in quotes"
+        )
+    return number
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite)
+
+
+def _refuse_halves(value: Any) -> None:
+    for text in (text for level in _levels(value) for text in level if isinstance(text, str)):
+        if _HALF.search(text):
+            raise ValueError(f"{ascii(text)[:40]} holds half of a character; write the whole one, or leave the row out")
+
+
+def _depth(value: Any) -> int:
+    """Of a number or a text 0."""
+    return sum(1 for _ in _levels(value)) - 1
+
+
+def _levels(value: Any) -> Iterator[list[Any]]:
+    """The value itself, then what is in it, then what is in that, ..; keys count as being in an object."""
+    level = [value]
+    while level:
+        yield level
+        level = [inner for one in level if isinstance(one, dict | list) for inner in _members(one)]
+
+
+def _members(value: dict[str, Any] | list[Any]) -> list[Any]:
+    return value if isinstance(value, list) else [*value, *value.values()]
