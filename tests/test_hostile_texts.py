@@ -1,85 +1,32 @@
-"""Rewards and filters read what a model wrote: 32,000 signs in the worst order take none of them more than a second."""
+"""Whatever a completion says, every built-in reward scores it and every filter judges it, and none of that takes a second."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
+from grpo_ray.config_reward import RewardFunctionConfig
+from grpo_ray.decontaminate import ngram_hashes
 from grpo_ray.filters.config import FilterConfig
+from grpo_ray.filters.select import written
 from grpo_ray.filters.trace import Trace, first_fault, foreign, loops, repeated
+from grpo_ray.rewards import BUILTINS, ScoreInputs, call_reward, resolve
 from grpo_ray.rewards.code import find_program
-from grpo_ray.rewards.countdown import countdown
-from grpo_ray.rewards.exact_match import exact_match
+from grpo_ray.rewards.code_tests import same_output, same_value
 from grpo_ray.rewards.instruction_checks import CHECKS
-from grpo_ray.rewards.instructions import instructions
-from grpo_ray.rewards.language_consistency import language_consistency
+from grpo_ray.rewards.logs import plain
 from grpo_ray.rewards.parts import part_of
-from grpo_ray.rewards.r1_format import r1_format
-from grpo_ray.rewards.repetition_penalty import repetition_penalty
-from grpo_ray.rewards.soft_overlong import soft_overlong
-from grpo_ray.rewards.think_format import think_format
-from grpo_ray.rewards.votes import text_votes
+from grpo_ray.rewards.votes import math_votes, text_votes
+from grpo_ray.types import ScoreStatus
+from tests.hostile_texts import ALL, FORMULAS, MORE_FORMULAS, SIZE, SOME
 
-SIZE = 32_000
-PIECES = [
-    *(".", " ", "*", "<", ">", "[", "]", "-", "\n", "`", "$", "#", "=", '"', "'", "1", "a", "A", "\\", "(", ",", "\t"),
-    *(
-        "* ",
-        "\n*",
-        "\n-",
-        "- \n",
-        "<<",
-        "<<a",
-        "[a",
-        "**a",
-        "\\(",
-        "\\[",
-        "\\a",
-        "$a",
-        "```",
-        "```\n",
-        "a. ",
-        "A.",
-        "?!",
-    ),
-    *(
-        "a\n",
-        "a\n\n",
-        "\n\n",
-        "***",
-        "******",
-        " ***",
-        "<think>",
-        "</think>",
-        "<answer>",
-        "</answer>",
-        "</think><answer>",
-    ),
-    *(
-        "<a",
-        "a'",
-        "Section ",
-        "P.",
-        "p. ",
-        "\u4e2d",
-        "\u3002",
-        "\u0301",
-        "\u0315\u0300",
-        "\ufdfa",
-        "\u200b",
-        "don't ",
-        "1+",
-    ),
-]
-ENDS = [("", ""), ("<think>", ""), ("<think>", "</answer>"), ("```", "x"), ("", "\n\\("), ("<<", ">"), ("a ", " b")]
-TEXTS = [before + (piece * SIZE)[:SIZE] + after for piece in PIECES for before, after in ENDS]
-FEW_TEXTS = [
-    (piece * SIZE)[:SIZE]
-    for piece in ("\\(", "\\[a", "$a ", "`", "```\n", "<a", "a'", "\n", "\u0301", "\u0315\u0300", "\u4e2d", "x. ")
-]
+CPU_S = 1.0
+TRIES = 4
+"""The quickest counts: a busy machine makes CPU time longer, and never shorter."""
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "keywords:existence": {"keywords": ["needle", "a.b"]},
     "keywords:forbidden_words": {"forbidden_words": ["needle", "a"]},
@@ -103,7 +50,58 @@ LIBRARIES = {
     "change_case:english_capital": {},
     "change_case:english_lowercase": {},
 }
+
 PLAIN = [id for id in CHECKS if id not in LIBRARIES]
+
+
+def reward(name: str, part: str = "all", args: dict[str, Any] | None = None, **columns: Any) -> Callable[[str], None]:
+    """Scores a text by a built-in reward, for a row with these columns; fails where there is no score."""
+    function = resolve(RewardFunctionConfig.model_validate({"name": name, "part": part, "args": args or {}}))
+    of_row = {column: [value] for column, value in columns.items()}
+
+    def read(text: str) -> None:
+        ids = list(map(ord, text)) if function.accepts and "completion_ids" in function.accepts else [1]
+        (score,) = call_reward(function, ScoreInputs(["How?"], [text], [ids], of_row))
+        # A text without a word has no share of words.
+        none = name == "language_consistency" and score.status is ScoreStatus.NOT_APPLICABLE
+        assert none or (score.status is ScoreStatus.OK and math.isfinite(score.value)), score.detail
+
+    return read
+
+
+REWARDS: dict[str, Callable[[str], None]] = {
+    "accuracy": reward("accuracy", answer="42"),
+    "accuracy, a float": reward("accuracy", answer=0.5),
+    "accuracy, a formula": reward("accuracy", answer="\\frac{\\sqrt{2}}{x+1}"),
+    "accuracy, several": reward("accuracy", answer="1, 2, 3"),
+    "accuracy, marked": reward("accuracy", answer="so #### 42"),
+    "accuracy, a choice": reward("accuracy", answer="(C) 42"),
+    "accuracy, words": reward("accuracy", answer="\\text{Paris}"),
+    "think_format": reward("think_format"),
+    "r1_format": reward("r1_format"),
+    "r1_format, prefilled": reward("r1_format", args={"prefilled": True}),
+    "countdown": reward("countdown", target=24, nums=[1, 2, 3, 4]),
+    "countdown, floats": reward("countdown", target=24.5, nums=[1.5, 1e300]),
+    "soft_overlong": reward("soft_overlong", args={"max_length": 100, "cache_length": 10}),
+    "repetition_penalty": reward("repetition_penalty", args={"ngram_size": 40}),
+    "exact_match": reward("exact_match", answer="a"),
+    "exact_match, a float": reward("exact_match", answer=0.5),
+    "language_consistency": reward("language_consistency", language="zh"),
+    "language_consistency, a dictionary": reward("language_consistency", part="reasoning", language="de"),
+    "instructions": reward(
+        "instructions", instruction_id_list=PLAIN, kwargs=[ARGUMENTS.get(id, {}) for id in PLAIN], part="summary"
+    ),
+    **{
+        f"instructions, {id}": reward("instructions", instruction_id_list=[id], kwargs=[arguments])
+        for id, arguments in LIBRARIES.items()
+    },
+}
+ELSEWHERE = {
+    "code": "runs programs in a sandbox: tests/hostile.py",
+    "judge": "asks a model: tests/test_judge.py",
+    "reward_model": "asks a model",
+    "reasoning_gym": "its verifiers are third-party code",
+}
 FILTER = FilterConfig(max_foreign_words=1.0, max_loop=None, max_repeated=None, code_blocks=True)
 
 
@@ -112,56 +110,109 @@ def judged(text: str, form: Any) -> str | None:
 
 
 READERS: dict[str, Callable[[str], Any]] = {
-    "r1_format": lambda t: r1_format([t]),
-    "r1_format, prefilled": lambda t: r1_format([t], prefilled=True),
-    "think_format": lambda t: think_format([t]),
-    "countdown": lambda t: countdown([t], [1], [[1]]),
-    "exact_match": lambda t: exact_match([t], ["a"]),
-    "find_program": lambda t: find_program(t, ("python", "py")),
-    "language_consistency": lambda t: language_consistency([t], "zh", part="all"),
-    "part_of": lambda t: (part_of(t, "reasoning"), part_of(t, "summary")),
-    "text_votes": lambda t: text_votes([t, t]),
-    "repetition_penalty": lambda t: repetition_penalty([[ord(c) for c in t]], ngram_size=40),
-    "soft_overlong": lambda t: soft_overlong([[0] * len(t)], 100, 10),
     "filter of r1": lambda t: judged(t, "r1"),
     "filter of think": lambda t: judged(t, "think"),
+    "all filters": lambda t: first_fault(
+        Trace("How?", t, "stop", 9, {}), FilterConfig(form=None, min_reasoning_chars=1)
+    ),
     "foreign": lambda t: foreign("How?", t),
     "loops": lambda t: loops(t, 4),
     "repeated": lambda t: repeated(t, 6),
-    "instructions": lambda t: instructions([t], [PLAIN], [[ARGUMENTS.get(id) for id in PLAIN]], [""]),
+    "summary": lambda t: written(t, {}, "So it is {answer}."),
+    "n-grams": lambda t: ngram_hashes([t], 10),
+    "part_of": lambda t: (part_of(t, "reasoning"), part_of(t, "summary")),
+    "text_votes": lambda t: text_votes([t, t]),
+    "math_votes": lambda t: math_votes([t, "7", t], answer=["7"] * 3),
+    "find_program": lambda t: find_program(t, ("python", "py")),
+    "output of a program": lambda t: same_output(t.encode("utf-8", "replace"), "1.5 " * (SIZE // 4)),
+    "value of a program": lambda t: same_value(t.encode("utf-8", "replace"), [1.5]),
+    "log_extra": plain,
 }
+SLOW = (
+    *(
+        "language_consistency",
+        "foreign",
+        "loops",
+        "repeated",
+        "repetition_penalty",
+        "soft_overlong",
+        "all filters",
+        "n-grams",
+    ),
+    *(
+        "math_votes",
+        "instructions",
+        "output of a program",
+        *(name for name in REWARDS if name.startswith(("accuracy", "instr"))),
+    ),
+    "language_consistency, a dictionary",
+)
+"""They look at each sign or word, or take in the others: a part of the texts is enough for them."""
 
 
-COUNTERS = ("language_consistency", "foreign", "loops", "repeated", "repetition_penalty", "soft_overlong")
-"""They look at each sign or word: slower, and with less to go wrong."""
+def least_cpu_s(read: Callable[[], Any], enough_s: float, tries: int = TRIES) -> float:
+    """The CPU time of a call, the least of some if the first takes too much."""
+    least = math.inf
+    for _ in range(tries):
+        started = time.process_time()
+        read()
+        least = min(least, time.process_time() - started)
+        if least < enough_s:
+            break
+    return least
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("reader", READERS)
-def test_no_text_takes_a_second(reader: str) -> None:
-    whole = TEXTS if reader != "instructions" else TEXTS[:: len(ENDS)]
-    for text in FEW_TEXTS if reader in COUNTERS else whole:
-        start = time.process_time()
-        READERS[reader](text)
-        assert time.process_time() - start < 5, f"{text[:20]!r} .. {text[-9:]!r}"
+def check(name: str, read: Callable[[str], Any], of: Sequence[str]) -> None:
+    for text in of:
+        seconds = least_cpu_s(lambda: read(text), CPU_S)  # noqa: B023
+        assert seconds < CPU_S, f"{name} took {seconds:.2f} s for {text[:40]!r} .. {text[-20:]!r}"
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("id", LIBRARIES)
-def test_libraries_take_time_in_proportion_to_the_text(id: str) -> None:
-    CHECKS[id]("A text.", **LIBRARIES[id])
-    for text in [
-        piece * (SIZE // len(piece))
-        for piece in (". ", "a. ", "A.", "..  ", "?!", '"', "(", "\n", "\u0315\u0300", "a@")
-    ]:
-        start = time.process_time()
-        CHECKS[id](text, **LIBRARIES[id])
-        assert time.process_time() - start < 15, f"{text[:20]!r}"
+def test_every_built_in_reward_is_fed_here_or_elsewhere() -> None:
+    fed = {name.partition(",")[0] for name in REWARDS}
+    assert fed | set(ELSEWHERE) == set(BUILTINS)
+    assert not fed & set(ELSEWHERE)
 
 
-def test_tags_within_tags_are_no_form() -> None:
-    start = time.process_time()
-    assert r1_format(
-        ["<think>" + "</think><answer>" * 8_000, "<think>" + "</think> <answer>" * 8_000 + "</answer>"]
-    ) == [0.0, 0.0]
-    assert time.process_time() - start < 5
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", [*REWARDS, *READERS])
+def test_no_completion_chooses_to_fail_nor_takes_a_second(name: str) -> None:
+    slow = name in SLOW
+    texts = [*SOME[::2], *ALL[len(name) % 5 :: 47 if "," in name else 23]] if slow else ALL[len(name) % 2 :: 2]
+    (REWARDS | READERS)[name]("A first text, so that libraries are loaded.")
+    check(name, (REWARDS | READERS)[name], texts)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", [*REWARDS, *READERS])
+def test_time_grows_with_the_length_alone(name: str) -> None:
+    read = (REWARDS | READERS)[name]
+    for text in SOME[:: 4 if name in SLOW else 1]:
+        short = least_cpu_s(lambda: read(text), 0.0, tries=2)  # noqa: B023
+        long = least_cpu_s(lambda: read(text * 4), 6 * short + 0.05)  # noqa: B023
+        assert long < 8 * short + 0.2, f"{name}: {short:.3f} s, four times as long {long:.3f} s, for {text[:20]!r}"
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("gold", "formulas"),
+    [
+        ("accuracy", FORMULAS),
+        *(
+            pytest.param(gold, [*FORMULAS, *MORE_FORMULAS], marks=pytest.mark.slow)
+            for gold in ("accuracy", "accuracy, a formula", "accuracy, several")
+        ),
+    ],
+)
+def test_no_formula_chooses_to_fail_nor_takes_a_second(gold: str, formulas: Sequence[str]) -> None:
+    REWARDS[gold]("\\boxed{x+1}")
+    check(gold, REWARDS[gold], [f"\\boxed{{{formula}}}" for formula in formulas])
+
+
+def test_formulas_of_a_completion_share_its_time() -> None:
+    """Twelve integrals, each of which takes as long as all may: one clock for all, and for as many right answers."""
+    hard = "\\int_0^{\\infty} \\frac{\\sin(x^2)}{x^{%d}+1} dx"
+    many = ", ".join(hard % n for n in range(5, 17))
+    read = reward("accuracy", answer=["x+1", "x+2", "x^2", "\\sqrt{x}", "2x"])
+    read("\\boxed{x}")
+    check("accuracy", read, [f"\\boxed{{{many}}}", f"The answer is ${hard % 20}$"])

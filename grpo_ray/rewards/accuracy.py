@@ -6,7 +6,7 @@ from typing import Any
 
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.function import Completions, text_of
-from grpo_ray.rewards.golds import golds_of, is_right, read_gold
+from grpo_ray.rewards.golds import GOLD_TIMES, TIMEOUT_S, golds_of, is_right, read_gold
 from grpo_ray.rewards.readings import warm_up
 
 
@@ -14,7 +14,7 @@ def accuracy(
     completions: Completions,
     answer: list[Any] | None = None,
     solution: list[Any] | None = None,
-    timeout_s: float = 3,
+    timeout_s: float = TIMEOUT_S,
 ) -> list[float | RewardError | None]:
     r"""1 if the completion's answer equals the gold answer by math-verify, else 0; None if the gold is not understood.
 
@@ -30,9 +30,9 @@ def accuracy(
     An answer that lists several values (`12 or 13`, `12, 13`, `x = 1 or x = 2`) is right only for a gold that has just
     these, in any order: 0 for the gold 12. `(1, 2)` is a pair, whose order counts, `1,2` two values, `1,234` a thousand and more.
 
-    Range {0, 1}. `timeout_s`: CPU seconds for each of reading and comparing; an answer that takes longer (`9^{9^{9}}`) is
-    wrong, a gold that does fails its sample. The clock is a signal, so this has to run in a process's main thread, as it
-    does in the reward actors.
+    Range {0, 1}. `timeout_s`: CPU seconds for a completion, read and compared; one that takes longer (`(x+y+z+w)^{60}`) is
+    wrong. A gold answer gets six times as many, and fails its sample beyond them. The clock is a signal, so this has to run in a
+    process's main thread, as it does in the reward actors.
 
     Source: math-verify 0.9; TRL `accuracy_reward`.
 
@@ -49,7 +49,7 @@ def accuracy(
 
 def _score(completion: str, gold: Any, timeout_s: float) -> float | RewardError | None:
     try:
-        golds = read_gold(gold, timeout_s)
+        golds = read_gold(gold, GOLD_TIMES * timeout_s)
     except RewardError as error:
         return error
     return float(is_right(completion, golds, timeout_s)) if golds else None

@@ -5,7 +5,6 @@ A gold that is not understood has no meaning here rather than a wrong one: `accu
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from grpo_ray import json_text
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards import readings
 from grpo_ray.rewards.answer_text import (
@@ -31,12 +31,16 @@ from grpo_ray.rewards.answer_text import (
     without_bullets,
     without_markup,
 )
-from grpo_ray.rewards.cpu_clock import OutOfTimeError
+from grpo_ray.rewards.cpu_clock import OutOfTimeError, within_cpu_s
 from grpo_ray.rewards.plain_numbers import Reading, number_reading
 from grpo_ray.rewards.readings import read_answer_phrase, read_phrases, read_sentence, read_value, same_value
 
 COLUMNS = ("answer", "solution")
 """Where a gold answer is, the first that a row has."""
+TIMEOUT_S = 0.5
+"""CPU seconds for a completion."""
+GOLD_TIMES = 6
+"""A gold answer gets so many times as long; it is read once for all completions."""
 MAX_GOLD_CHARS = 100_000
 MAX_GOLD_BITS = 4000
 
@@ -126,8 +130,8 @@ def _listed(text: str) -> list[Any] | None:
     if _LISTED.fullmatch(text):
         return re.findall(r"'([^']*)'", text)
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = json_text.read(text)
+    except ValueError:
         return None
     return found if isinstance(found, list) else None
 
@@ -364,7 +368,14 @@ def read_answer(completion: str, marked: bool, timeout_s: float) -> Reading | No
 
 
 def is_right(completion: str, golds: Sequence[Gold], timeout_s: float) -> bool:
-    """Whether a completion gives one of these answers; an answer that takes too long to read or compare is wrong."""
+    """Whether a completion gives one of these answers; one that takes more than `timeout_s` of CPU time, in all, is wrong."""
+    try:
+        return within_cpu_s(timeout_s, lambda: _is_right(completion, golds, timeout_s))
+    except OutOfTimeError:
+        return False
+
+
+def _is_right(completion: str, golds: Sequence[Gold], timeout_s: float) -> bool:
     if any(gold.letters for gold in golds):
         letters = chosen(completion)
         if letters is not None:
@@ -374,13 +385,10 @@ def is_right(completion: str, golds: Sequence[Gold], timeout_s: float) -> bool:
     values = [gold.value for gold in golds if gold.value is not None]
     if not values:
         return False
-    try:
-        # `48 + 24 = 72!` may be a sum or a factorial.
-        plain = completion.rstrip()
-        for said in (completion, plain[:-1]) if plain.endswith("!") else (completion,):
-            answer = read_answer(said, golds[0].marked, timeout_s)
-            if answer is not None and any(same_value(value, answer, timeout_s) for value in values):
-                return True
-        return False
-    except OutOfTimeError:
-        return False
+    # `48 + 24 = 72!` may be a sum or a factorial.
+    plain = completion.rstrip()
+    for said in (completion, plain[:-1]) if plain.endswith("!") else (completion,):
+        answer = read_answer(said, golds[0].marked, timeout_s)
+        if answer is not None and any(same_value(value, answer, timeout_s) for value in values):
+            return True
+    return False

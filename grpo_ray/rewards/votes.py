@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.answer_tag import answer_of
-from grpo_ray.rewards.cpu_clock import OutOfTimeError
+from grpo_ray.rewards.cpu_clock import OutOfTimeError, within_cpu_s
 from grpo_ray.rewards.function import Completions, text_of
-from grpo_ray.rewards.golds import Gold, chosen, golds_of, read_answer, read_gold, said_words
+from grpo_ray.rewards.golds import GOLD_TIMES, TIMEOUT_S, Gold, chosen, golds_of, read_answer, read_gold, said_words
 from grpo_ray.rewards.plain_numbers import Reading
 from grpo_ray.rewards.readings import same_value
 
@@ -24,53 +24,67 @@ def math_votes(
     completions: Completions,
     answer: list[Any] | None = None,
     solution: list[Any] | None = None,
-    timeout_s: float = 3,
+    timeout_s: float = TIMEOUT_S,
 ) -> list[float | None]:
     """By the answers that `accuracy` finds; those that math-verify holds for equal (1/2 and 0.5) are one."""
     golds = golds_of(answer, solution, len(completions))
     found = [_answer(text_of(c), g, timeout_s) for c, g in zip(completions, golds, strict=True)]
+    return number_answers(found, lambda known, answer: _place(known, answer, timeout_s))
 
-    def same(one: Reading, other: Reading) -> bool:
-        try:
-            return same_value(one, other, timeout_s)
-        except OutOfTimeError:
-            return False
 
-    return number_answers(found, same)
+def _place(known: Sequence[Reading], answer: Reading, timeout_s: float) -> int | None:
+    """Numbers come first: they are compared in no time, formulas in `timeout_s` together."""
+    order = sorted(range(len(known)), key=lambda i: (known[i].text != answer.text, known[i].number is None))
+    try:
+        return within_cpu_s(
+            timeout_s, lambda: next((i for i in order if same_value(known[i], answer, timeout_s)), None)
+        )
+    except OutOfTimeError:
+        return None
 
 
 def _answer(completion: str, gold: Any, timeout_s: float) -> Reading | None:
     """What is compared with other samples' answers: letters and words by their texts, where the gold is such."""
     try:
-        golds: tuple[Gold, ...] = read_gold(gold, timeout_s)
+        golds: tuple[Gold, ...] = read_gold(gold, GOLD_TIMES * timeout_s)
     except RewardError:
         golds = ()
+    try:
+        return within_cpu_s(timeout_s, lambda: _compared(completion, golds, timeout_s))
+    except OutOfTimeError:
+        return None
+
+
+def _compared(completion: str, golds: Sequence[Gold], timeout_s: float) -> Reading | None:
     if any(g.letters for g in golds) and (letters := chosen(completion)):
         return Reading("choice " + " ".join(sorted(letters)), ())
     if any(g.words for g in golds):
         return Reading("words " + said_words(completion)[0], ())
-    try:
-        return read_answer(completion, any(g.marked for g in golds), timeout_s)
-    except OutOfTimeError:
-        return None
+    return read_answer(completion, any(g.marked for g in golds), timeout_s)
 
 
 def text_votes(completions: Completions) -> list[float | None]:
     """By the text in `<answer>`, else all that follows `</think>`, white space and case aside."""
     texts = [" ".join(answer_of(text_of(c).rpartition("</think>")[2]).casefold().split()) for c in completions]
-    return number_answers([text or None for text in texts], lambda one, other: one == other)
+    places: dict[str, float] = {}
+    return [places.setdefault(text, float(len(places))) if text else None for text in texts]
 
 
-def number_answers(answers: Sequence[A | None], same: Callable[[A, A], bool]) -> list[float | None]:
-    """Each answer's number: that of the first one before it which is the same, else a new one."""
+def number_answers(answers: Sequence[A | None], place: Callable[[Sequence[A], A], int | None]) -> list[float | None]:
+    """Each answer's number: that of the one before it which is the same, else a new one.
+
+    Args:
+        place: where among distinct answers the same one as this is; None: nowhere.
+    """
     known: list[A] = []
     numbers: list[float | None] = []
     for answer in answers:
         if answer is None:
             numbers.append(None)
             continue
-        number = next((i for i, one in enumerate(known) if same(one, answer)), len(known))
-        if number == len(known):
+        number = place(known, answer)
+        if number is None:
+            number = len(known)
             known.append(answer)
         numbers.append(float(number))
     return numbers
