@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from grpo_ray import json_text
 from grpo_ray.checkpoint import LOOP
+from grpo_ray.errors import CheckpointError
 from grpo_ray.rollout_log import SPAN, distinct_refs, sample_of, utf8
 from grpo_ray.types import Group, LoggedMetric, RewardScore, Sample, SampleInfo, Score, ScoreStatus, Step
 
@@ -83,8 +84,18 @@ def write_groups(path: Path, groups: Sequence[Group], lists: Sequence[Sequence[S
 
 
 def read_groups(path: Path) -> list[KeptGroup]:
-    """What `write_groups` wrote, bit for bit, in dispatch order."""
-    table = pq.read_table(path)
+    """What `write_groups` wrote, bit for bit, in dispatch order.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    try:
+        return _groups(pq.read_table(path))
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{path} is not what a run writes ({type(e).__name__}: {e!s:.200})") from None
+
+
+def _groups(table: pa.Table) -> list[KeptGroup]:
     arrays = [[s.values.to_numpy() for s in table[n]] for n in ("prompt_ids", "completion_ids", "rollout_logprobs")]
     by_order: dict[int, list[tuple[dict[str, Any], Sample]]] = {}
     rows = table.drop_columns(["prompt_ids", "completion_ids", "rollout_logprobs"]).to_pylist()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -78,6 +79,13 @@ def read_batch(path: Path) -> TrainBatch:
     if missing or not table.num_rows:
         what = f"has no column {missing[0]!r}: an earlier version of grpo-ray wrote it" if missing else "is empty"
         raise CheckpointError(f"{path} {what}; the step can't be replayed")
+    try:
+        return _batch(table)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
+        raise CheckpointError(f"{path} is not what a run writes ({type(e).__name__}: {e!s:.200})") from None
+
+
+def _batch(table: pa.Table) -> TrainBatch:
     rows = table.drop_columns(["prompt_ids", "completion_ids", "rollout_logprobs"]).to_pylist()
     arrays = zip(*(_arrays(table[name]) for name in ("prompt_ids", "completion_ids", "rollout_logprobs")), strict=True)
     samples = [sample_of(row, *lists) for row, lists in zip(rows, arrays, strict=True)]

@@ -59,6 +59,10 @@ that the template adds, and the other columns of the prompt's row; `extra` too,
 what a function logs of the sample. A reward that is no number: null."""
 
 
+MAX_SHARDS = 999_999
+"""As many as the names of files have digits for."""
+
+
 @dataclass(frozen=True)
 class About:
     """What all samples of a folder have in common."""
@@ -126,8 +130,7 @@ class SampleFolder:
         file = about_file(path)
         wanted = json.loads(json.dumps(asdict(about)))
         if file.is_file():
-            with open_regular(file) as opened:
-                there = read_json(opened)
+            there = _read_about(file)
             different = [key for key, value in wanted.items() if there.get(key) != value]
             if different:
                 key = different[0]
@@ -206,22 +209,50 @@ def read_samples(folder: Path) -> Iterator[dict[str, Any]]:
         raise DataError(
             f"{folder} is no folder of samples: there is no {file}; expected the samples/ of `grpo-ray sample`"
         )
-    with open_regular(file) as opened:
-        samples = SampleFolder(folder, About(**read_json(opened)))
+    samples = SampleFolder(folder, _about(file))
     if lacking := samples.missing():
         raise DataError(
             f"{folder} is not complete: {len(lacking)} of {samples.about.num_shards} files are missing, the first is number "
             f"{lacking[0]}; go on with the run that makes them"
         )
     for number in range(samples.about.num_shards):
-        with pq.ParquetFile(samples._file(number)) as parquet:
+        yield from _rows_of(samples._file(number))
+
+
+def _rows_of(file: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with pq.ParquetFile(file) as parquet:
             for batch in parquet.iter_batches():
-                for row in batch.to_pylist():
-                    yield {
-                        **row,
-                        "messages": json_text.read(row["messages"]),
-                        "columns": json_text.read(row["columns"]),
-                    }
+                rows = batch.to_pylist()
+                for row in rows:
+                    row |= {name: json_text.read(row[name]) for name in ("messages", "columns")}
+                yield from rows
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as e:
+        raise DataError(f"{file} is not what `grpo-ray sample` writes ({type(e).__name__}: {e!s:.200})") from None
+
+
+def _read_about(file: Path) -> dict[str, Any]:
+    """Raises DataError for a file that is no JSON object."""
+    try:
+        with open_regular(file) as opened:
+            found = read_json(opened)
+    except (OSError, ValueError) as e:
+        raise DataError(f"{file} can't be read ({e!s:.200}); put it back from a copy") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{file}: expected a mapping, got {type(found).__name__}")
+    return found
+
+
+def _about(file: Path) -> About:
+    """Raises DataError for a file that is not what was written."""
+    try:
+        about = About(**_read_about(file))
+        if 0 < about.num_shards <= MAX_SHARDS:
+            return about
+        why = f"it tells of {about.num_shards} files"
+    except (TypeError, ArithmeticError) as e:
+        why = str(e)
+    raise DataError(f"{file} is not what `grpo-ray sample` writes ({why:.200}); put it back from a copy")
 
 
 def about_file(folder: Path) -> Path:

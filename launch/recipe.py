@@ -13,6 +13,7 @@ from grpo_ray import json_text
 from grpo_ray.config import DataConfig, DpoConfig, RewardModelConfig, RunConfig, SftConfig
 from grpo_ray.config_files import build, deep_merge, load_yaml, parse_overrides
 from grpo_ray.config_typed import with_types
+from grpo_ray.data import MAX_LINE_BYTES
 from grpo_ray.errors import ConfigError
 from grpo_ray.names import check_name
 from grpo_ray.reward_files import with_absolute_files, with_shipped_files
@@ -143,7 +144,9 @@ def _first_columns(path: Path) -> Iterable[str]:
     """Raises OSError or ValueError for what can't be read."""
     if path.suffix in (".jsonl", ".ndjson"):
         with path.open("rb") as file:
-            row = json_text.read(next((line for line in file if line.strip()), b"{}"))
+            row = json_text.read(
+                next((line for line in iter(lambda: file.readline(MAX_LINE_BYTES), b"") if line.strip()), b"{}")
+            )
         return row if isinstance(row, dict) else ()
     if path.suffix == ".parquet":
         from pyarrow.parquet import read_schema

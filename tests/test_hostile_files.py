@@ -19,8 +19,18 @@ from grpo_ray.config import DataSource, RunConfig
 from grpo_ray.config_files import build, load_yaml, parse_overrides
 from grpo_ray.config_yaml import MAX_BYTES, MAX_NODES
 from grpo_ray.data import MAX_LINE_BYTES, load_table
-from grpo_ray.errors import ConfigError, DataError
-from launch.recipe import load_recipe
+from grpo_ray.ended import read_ended
+from grpo_ray.errors import CheckpointError, ConfigError, DataError, GrpoRayError
+from grpo_ray.kept_groups import read_groups
+from grpo_ray.ledger import Ledger, last_trained
+from grpo_ray.messages import read_messages
+from grpo_ray.pipeline.record import Record
+from grpo_ray.replay import read_batch
+from grpo_ray.report import write_report
+from grpo_ray.sample_files import read_samples
+from grpo_ray.trace_file import read_trace
+from grpo_ray.tracking import read_metrics
+from launch.recipe import kind_of, load_recipe
 
 DEEP = 200_000
 CPU_S = 3.0
@@ -241,3 +251,151 @@ def test_a_hostile_override_is_refused_with_its_key(override: str) -> None:
     told = refused(lambda: build(RunConfig, parse_overrides([override]), "the overrides"), ConfigError)
     assert override.partition("=")[0][:40] in told
     assert len(told) < 1000
+
+
+# ---- what a run has left
+
+LINES = [
+    *(
+        "[" * DEEP,
+        '{"step": 2, "a": ' + "[" * DEEP + "]" * DEEP + "}",
+        '{"step": ' + "9" * 5000 + "}",
+        '{"step": 2, "a": "b"}',
+    ),
+    *(
+        '{"step": 1e999}',
+        '{"step": NaN}',
+        '{"step": true}',
+        '{"step": -1}',
+        '{"step": ' + "9" * 300 + "}",
+        '{"step": 2, "a": 1e999}',
+    ),
+    *(
+        '{"step": 2, "a": NaN}',
+        '{"step": 2, "a": {}}',
+        "\0" * 1000,
+        '"' + "x" * 100_000,
+        "null",
+        "{}",
+        '{"step": [1]}',
+        "\ud800",
+    ),
+]
+"""Of a file of JSON lines."""
+
+
+def test_metrics_that_no_run_writes_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = ['{"step": 1, "loss/policy": 0.5}', '{"step": 3, "loss/policy": null}']
+    path.write_bytes("\n".join([good[0], *LINES, good[1], ""]).encode("utf-8", "surrogatepass"))
+    assert at_once(lambda: read_metrics(path)) == [json.loads(line) for line in good]
+
+
+def test_a_trace_and_messages_that_no_run_writes_are_passed_over(tmp_path: Path) -> None:
+    event = {
+        "ph": "X",
+        "name": "step 1",
+        "ts": 0,
+        "dur": 5,
+        "cat": "controller",
+        "pid": 1,
+        "tid": 1,
+        "args": {"step": 1},
+    }
+    wrong = [
+        {},
+        {"args": 1},
+        {"ts": "0"},
+        {"dur": 10**400},
+        {"name": None},
+        {"args": {"step": "1"}},
+        {"pid": 1e999},
+        {"ph": "Q"},
+    ]
+    lines = [json.dumps(event), *LINES, *(json.dumps({**event, **change} if change else {}) for change in wrong)]
+    (tmp_path / "trace.json").write_bytes(b"[\n" + ",\n".join(lines).encode("utf-8", "surrogatepass") + b"\n]\n")
+    assert at_once(lambda: list(read_trace(tmp_path / "trace.json"))) == [event]
+    message = {"step": 1, "time": 0.0, "level": "info", "text": "so"}
+    told = [
+        json.dumps(message),
+        *LINES,
+        json.dumps({**message, "step": 1e999}),
+        json.dumps({**message, "time": 10**400}),
+    ]
+    (tmp_path / "messages.jsonl").write_bytes("\n".join(told).encode("utf-8", "surrogatepass"))
+    assert [m.text for m in at_once(lambda: read_messages(tmp_path))] == ["so"]
+
+
+@pytest.mark.parametrize(
+    "content", [*LINES, '{"status": "failed", "text": "", "step": "9", "total_steps": 1, "length": []}']
+)
+def test_an_end_that_no_run_writes_is_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / "ended.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    assert at_once(lambda: read_ended(tmp_path)) is None
+
+
+CONFIGS = [
+    "model: text\n",
+    "data: [1, 2]\n",
+    "data: {train: 7}\n",
+    "rollout: null\nlearner: 3\n",
+    "model: {tiny: yes}\n",
+]
+
+
+@pytest.mark.parametrize("config", [bomb(8), *CONFIGS])
+def test_a_report_of_what_no_run_writes_is_an_error_or_a_report(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.yaml").write_text(config)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time/step": 1.0}\n')
+    if config == "rollout: null\nlearner: 3\n":
+        assert at_once(lambda: write_report(tmp_path)).is_file()
+    else:
+        assert str(tmp_path) in refused(lambda: write_report(tmp_path), GrpoRayError)
+
+
+def test_a_report_of_files_that_are_none_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "rollouts").mkdir()
+    file = tmp_path / "rollouts" / "step-000001.parquet"
+    file.write_bytes(b"PAR1" + bytes(100))
+    assert str(file) in refused(lambda: write_report(tmp_path), DataError)
+    pq.write_table(pa.table({"prompt_id": [1]}), file)
+    assert f"{file} holds no rollouts" in refused(lambda: write_report(tmp_path), DataError)
+
+
+@pytest.mark.parametrize("content", [b"\0" * 5000, b"SQLite format 3\0" + b"\xff" * 5000, b"[" * DEEP])
+def test_what_is_no_ledger_is_told(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "ledger.sqlite"
+    path.write_bytes(content)
+    assert refused(lambda: last_trained(path), CheckpointError).startswith(f"{path} is no ledger")
+    assert refused(lambda: Ledger(path), CheckpointError).startswith(f"{path} is no ledger")
+
+
+@pytest.mark.parametrize("content", ["[" * DEEP, "9" * 5000, "[]", "{}", '{"model": 1}', "\0"])
+def test_samples_and_records_that_nobody_wrote_are_told(tmp_path: Path, content: str) -> None:
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples.json").write_text(content)
+    assert str(tmp_path / "samples.json") in refused(lambda: list(read_samples(tmp_path / "samples")), DataError)
+    (tmp_path / "pipeline.json").write_text(content)
+    assert str(tmp_path / "pipeline.json") in refused(lambda: Record.open(tmp_path), CheckpointError)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        pa.table({"group": [1], "loss_mask": [True], "temperature": ["hot"]}),
+        pa.table({"order": [1], "score": ["[" * DEEP]}),
+    ],
+    ids=["other columns", "nested JSON"],
+)
+def test_a_batch_or_groups_that_nobody_wrote_are_told(tmp_path: Path, table: pa.Table) -> None:
+    file = tmp_path / "step-000001.parquet"
+    pq.write_table(table, file)
+    assert str(file) in refused(lambda: read_batch(file), CheckpointError)
+    assert str(file) in refused(lambda: read_groups(file), CheckpointError)
+
+
+def test_the_kind_of_a_recipe_is_told_by_no_more_than_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("[" * DEEP)
+    (tmp_path / "recipe.yaml").write_text(f"data: {{train: {{path: {file}}}}}\n")
+    assert at_once(lambda: kind_of(tmp_path / "recipe.yaml")) == "sft"
