@@ -126,6 +126,9 @@ class Cluster:
         import ray
         from ray.job_submission import JobSubmissionClient
 
+        from launch.bounded_requests import bound_requests
+
+        bound_requests()
         # Ray lets the environment win over the argument.
         os.environ["RAY_API_SERVER_ADDRESS"] = self.address
         logging.getLogger("ray").setLevel(logging.WARNING)

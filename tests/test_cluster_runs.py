@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gzip
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
+import tracemalloc
 from collections.abc import AsyncIterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
+import requests
 import yaml
 
 from actors.cluster import Demand, bundles, demands, misplaced, missing
 from grpo_ray.config import RunConfig
 from grpo_ray.config_files import build
 from grpo_ray.errors import ConfigError, ResourceError
+from launch.bounded_requests import BoundedAdapter, bound_requests
 from launch.cluster import RUN_KEY, Cluster, ClusterRun, check_reachable, complete, merge
 from launch.in_cluster import home
 
@@ -273,6 +279,64 @@ def following(client: Connections) -> Cluster:
     cluster = object.__new__(Cluster)
     cluster.address, cluster._client = "http://head", client
     return cluster
+
+
+PACKED = gzip.compress(bytes(1 << 25))
+
+
+class Endless(BaseHTTPRequestHandler):
+    """Answers without end, or all at once unpacked; trickles from /trickle."""
+
+    def do_GET(self) -> None:
+        packed = PACKED if self.path == "/packed" else b""
+        self.send_response(200)
+        if packed:
+            self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            self.wfile.write(packed)
+            while not packed:
+                self.wfile.write(b" " * (1 if self.path == "/trickle" else 1 << 20))
+                time.sleep(0.01 if self.path == "/trickle" else 0)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("path", ["/endless", "/packed", "/trickle"])
+def test_of_an_answer_without_end_rays_clients_read_no_more_than_they_may(
+    monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr("requests.sessions.HTTPAdapter", BoundedAdapter)
+    monkeypatch.setattr("launch.bounded_requests.MAX_ANSWER_BYTES", 4 << 20)
+    monkeypatch.setattr("launch.bounded_requests.READ_S", 0.2 if path == "/trickle" else 600.0)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        tracemalloc.start()
+        try:
+            with pytest.raises(OSError, match=r"its answer is longer than 4,194,304 bytes"):
+                requests.get(f"http://127.0.0.1:{server.server_port}{path}")
+            assert tracemalloc.get_traced_memory()[1] < 24 << 20
+        finally:
+            tracemalloc.stop()
+            server.shutdown()
+
+
+def test_rays_client_of_jobs_reads_by_that_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.job_submission import JobSubmissionClient
+
+    monkeypatch.setattr("requests.sessions.HTTPAdapter", requests.sessions.HTTPAdapter)
+    monkeypatch.setattr("launch.bounded_requests.MAX_ANSWER_BYTES", 4 << 20)
+    bound_requests()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            with pytest.raises(OSError, match="its answer is longer than"):
+                JobSubmissionClient(f"http://127.0.0.1:{server.server_port}").list_jobs()
+        finally:
+            server.shutdown()
 
 
 @pytest.mark.timeout(300)
