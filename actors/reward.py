@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from actors.reward_process import ScoringProcess
+from actors.reward_processes import ScoringProcesses
 from actors.runtime import give_way, own_process
 from grpo_ray.config_reward import RewardConfig
 from grpo_ray.errors import RewardError
@@ -34,7 +34,7 @@ class RewardActor:
         self._weights = [f.weight for f in config.functions]
         self._log = own_process(run_dir, name)
         give_way()
-        self._process = ScoringProcess(config, start_timeout_s)
+        self._process = ScoringProcesses(config, start_timeout_s)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring")
         self._turn = asyncio.Lock()
 

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 import psutil
 
+from actors.apart import leave_network
 from grpo_ray.config_reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards import RewardFunction, ScoreInputs, call_reward, resolve
@@ -41,6 +42,8 @@ class Setup:
     """Address space on top of what the imports took."""
     search_path: tuple[str, ...]
     """`sys.path` of the parent, so that a function is found where the driver would find it."""
+    apart: bool
+    """From the network."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ def main() -> None:
     os.register_at_fork(after_in_child=leave_the_pipes)
     setup: Setup = pickle.loads(read_message(requests))
     sys.path.extend(p for p in setup.search_path if p not in sys.path)
+    if setup.apart:
+        leave_or_refuse(responses)
     functions = import_functions(setup, responses)
     limit_memory(setup.memory_bytes)
     reply(responses, {"ready": True, "per_sample": [function.per_sample for function in functions]})
@@ -89,6 +94,14 @@ def main() -> None:
             reply(responses, {"scores": [encode(r) for r in results], "spent": spent})
             if spent:
                 os._exit(0)
+
+
+def leave_or_refuse(responses: int) -> None:
+    try:
+        leave_network()
+    except RewardError as e:
+        reply(responses, {"refused": str(e)})
+        sys.exit(1)
 
 
 def import_functions(setup: Setup, responses: int) -> list[RewardFunction]:

@@ -33,12 +33,13 @@ from grpo_ray.errors import RewardError
 from grpo_ray.rewards.function import ScoreInputs
 from grpo_ray.rewards.logs import MAX_COLUMNS, MAX_METRICS, checked_name, plain
 from grpo_ray.rewards.scoring import failures
-from grpo_ray.secrets import resolve
+from grpo_ray.secrets import is_secret_name, resolve
 from grpo_ray.types import LoggedMetric, RewardScore, ScoreStatus, Step
 
 # What a scoring process inherits; tokens and passwords of the environment stay here. The rest comes from `reward.env`.
-KEPT_ENV = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR", "TZ")
-KEPT_FOR_MODELS = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE")
+KEPT_ENV = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR", "TZ")
+KEPT_FOR_HOST = ("HOME", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE")
+"""Not for built-in rewards that need nothing of the host (`RewardFunctionConfig.needs_host`)."""
 TAG = "GRPO_RAY_SCORER"
 MAX_LINE_BYTES = 64 << 20
 """A whole group with a step at every token is some ten MiB."""
@@ -71,6 +72,7 @@ class ScoringProcess:
 
     def __init__(self, config: RewardConfig, start_timeout_s: float = 120.0) -> None:
         self._config = config
+        self._apart = not any(f.needs_host for f in config.functions)
         self._names = [f.title for f in config.functions]
         self._start_timeout_s = start_timeout_s
         self._tag = uuid.uuid4().hex
@@ -130,7 +132,7 @@ class ScoringProcess:
         os.close(request_read)
         os.close(response_write)
         memory_bytes = int(self._config.memory_gb * 2**30)
-        setup = Setup(self._config.functions, memory_bytes, tuple(p or os.getcwd() for p in sys.path))
+        setup = Setup(self._config.functions, memory_bytes, tuple(p or os.getcwd() for p in sys.path), self._apart)
         importing = "(nothing yet)"
         deadline = time.monotonic() + limit_s
         try:
@@ -261,13 +263,15 @@ class ScoringProcess:
         return Call(function, pickle.dumps(inputs, protocol=pickle.HIGHEST_PROTOCOL), inputs.lengths)
 
     def _environment(self) -> dict[str, str]:
-        env = {k: os.environ[k] for k in (*KEPT_ENV, *KEPT_FOR_MODELS) if k in os.environ}
+        kept = KEPT_ENV if self._apart else (*KEPT_ENV, *KEPT_FOR_HOST)
+        env = {k: os.environ[k] for k in kept if k in os.environ}
         paths = (str(Path(grpo_ray.__file__).parents[1]), self._config.env.get("PYTHONPATH"), env.get("PYTHONPATH"))
         # Scorers share their cores with the other actors; a thread pool in each of them would fight for them.
         env |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         use_private_caches(env)
         ours = {"PYTHONPATH": os.pathsep.join(p for p in paths if p), TAG: self._tag}
-        return env | resolve(self._config.env, os.environ) | ours
+        given = {k: v for k, v in self._config.env.items() if not (self._apart and (k == "HOME" or is_secret_name(k)))}
+        return env | resolve(given, os.environ) | ours
 
     def _write(self, body: bytes) -> None:
         data = memoryview(HEADER.pack(len(body)) + body)

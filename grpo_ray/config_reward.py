@@ -92,6 +92,11 @@ class RewardFunctionConfig(Strict):
     def built_in(self) -> bool:
         return "." not in self.name
 
+    @property
+    def needs_host(self) -> bool:
+        """Does it run with the network and HOME? The user's own do, and what asks a server or loads a model."""
+        return not self.built_in or self.name in ("judge", "reward_model")
+
 
 CODE_TIMEOUT_S = 8.0
 """`timeout_s` of the reward `code`: for all tests of one program."""

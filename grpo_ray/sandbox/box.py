@@ -28,6 +28,7 @@ WATCH_S = 0.1
 OPEN_FILES = 64
 INSIDE = Path(__file__).with_name("inside.py").read_text()
 REMOTE = Path(__file__).with_name("remote.py").read_text()
+WORKER = Path(__file__).with_name("worker.py").read_text()
 
 
 class BoxEnded(Exception):
@@ -178,7 +179,7 @@ class Box:
 
     async def verify(self, fd: int, item_s: int) -> Outcome:
         """Let whoever is at the other end of `fd` call the program's `verify`, without end; see `verifier`."""
-        return await self._request(kind="verify", fd=fd, item_s=item_s)
+        return await self._request(kind="verify", worker=WORKER, fd=fd, item_s=item_s)
 
     async def close(self) -> None:
         """Kill the namespace's first process and wait for its end: it comes after that of all others in it.

@@ -39,7 +39,9 @@ def main() -> Job | None:
             f.write(setup["source"])
     while (request := receive(requests)) is not None:
         if request["kind"] == "verify":
-            return keep_verifying(setup, request, requests, replies)
+            worker = globals().copy()
+            exec(request["worker"], worker)
+            return worker["keep_verifying"](setup["source"], request, requests, replies)
         result, errors, stdin = (os.open("/tmp", os.O_TMPFILE | os.O_RDWR) for _ in range(3))
         write(stdin, request["stdin"])
         os.lseek(stdin, 0, os.SEEK_SET)
@@ -60,53 +62,6 @@ def main() -> Job | None:
         seconds = used.ru_utime + used.ru_stime
         send(replies, b"%d %.6f %d\n%b%b" % (code, seconds, len(output), output, trouble))
     return None
-
-
-def keep_verifying(setup: dict[str, Any], request: dict[str, Any], *ours: int) -> Job:
-    """What to do in a process that verifies. When one has ended, whoever waits for its answers gets those that it has given and
-    hears of its end, and the next one begins."""
-    import json
-
-    fd, nothing = request["fd"], os.open("/dev/null", os.O_RDWR)
-    write(fd, b"null\n")
-    while True:
-        errors, results = (os.open("/tmp", os.O_TMPFILE | os.O_RDWR) for _ in range(2))
-        child = os.fork()
-        if child == 0:
-            for number, source in enumerate((nothing, nothing, errors)):
-                os.dup2(source, number)
-            for inherited in {nothing, errors, *ours}:
-                os.close(inherited)
-            return lambda: verify(setup["source"], fd, results, request)
-        _, status = os.waitpid(child, 0)
-        end_all()
-        ended = {"ended": os.waitstatus_to_exitcode(status), "trouble": end_of(errors).decode(errors="replace")}
-        given = os.pread(results, os.fstat(results).st_size, 0)
-        os.close(errors)
-        os.close(results)
-        write(fd, given[: given.rfind(b"\n") + 1] + json.dumps(ended).encode() + b"\n")
-
-
-def verify(source: str, fd: int, results: int, request: dict[str, Any]) -> None:
-    """`verify(*item)` of the program for each item of each message, a line of JSON for each. `renew()` gives it its time again."""
-    import json
-    import signal
-
-    def renew() -> None:
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        limit = int(used.ru_utime + used.ru_stime) + 1 + request["cpu_s"]
-        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
-        signal.alarm(request["item_s"])
-
-    namespace = run(source, renew=renew)
-    while (items := receive(fd)) is not None:
-        for item in items:
-            renew()
-            write(results, json.dumps(namespace["verify"](*item)).encode() + b"\n")
-        signal.alarm(0)
-        write(fd, os.pread(results, os.fstat(results).st_size, 0))
-        os.lseek(results, 0, os.SEEK_SET)
-        os.ftruncate(results, 0)
 
 
 def end_of(errors: int) -> bytes:

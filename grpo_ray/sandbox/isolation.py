@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from grpo_ray.errors import RewardError
 
@@ -54,16 +55,19 @@ NEW_NAMESPACES = 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 
 CLONE_FILES, CLONE_THREAD = 0x400, 0x10000
 MAP_SHARED, MAP_ANONYMOUS, MAP_HUGETLB = 0x1, 0x20, 0x40000
 F_SETPIPE_SZ = 1031
-AF_UNIX = 1
+PR_SET_DUMPABLE = 4
+AF_UNIX, AF_NETLINK, AF_MAX = 1, 16, 64
 
 # (system call, number of an argument, mask, value): pages that nobody maps any more and no process is charged for, huge pages that
-# no measure of a process has, threads with descriptors that /proc/PID/fd does not show, and pipes of a MiB.
+# no measure of a process has, threads with descriptors that /proc/PID/fd does not show, pipes of a MiB, and processes that hide
+# from the measure.
 _REFUSED_WITH = (
     *(("clone", 0, 1 << bit, 1 << bit) for bit in range(32) if NEW_NAMESPACES >> bit & 1),
     ("clone", 0, CLONE_THREAD | CLONE_FILES, CLONE_THREAD),
     ("mmap", 3, MAP_SHARED | MAP_ANONYMOUS, MAP_SHARED | MAP_ANONYMOUS),
     ("mmap", 3, MAP_HUGETLB, MAP_HUGETLB),
     ("fcntl", 1, 0xFFFFFFFF, F_SETPIPE_SZ),  # of which the kernel reads the lower half
+    ("prctl", 0, 0xFFFFFFFF, PR_SET_DUMPABLE),
 )
 
 
@@ -95,10 +99,7 @@ def syscall_filter() -> bytes:
     Raises:
         RewardError: libseccomp is not there.
     """
-    try:
-        import pyseccomp
-    except (ImportError, RuntimeError, OSError, AttributeError) as e:
-        raise RewardError(f"libseccomp can't be loaded ({e}). {MEND}") from None
+    pyseccomp = _libseccomp()
     rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
     for name in REFUSED.split():
         try:
@@ -116,6 +117,36 @@ def syscall_filter() -> bytes:
         rules.export_bpf(f)
         f.seek(0)
         return f.read()
+
+
+def refuse_connections() -> None:
+    """This process and all that it starts connect to nothing, for good. bubblewrap, which asks the kernel for a sandbox's loopback
+    interface, still works.
+
+    Raises:
+        RewardError: libseccomp is not there, or the kernel does not take its filter.
+    """
+    pyseccomp = _libseccomp()
+    rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+    rules.set_attr(pyseccomp.Attr.CTL_TSYNC, 1)
+    for name in ("connect", "listen", "socketcall", "io_uring_setup", "io_uring_enter", "io_uring_register"):
+        rules.add_rule(pyseccomp.ERRNO(errno.EPERM), name)
+    for family in set(range(AF_MAX)) - {AF_UNIX, AF_NETLINK}:
+        rules.add_rule(
+            pyseccomp.ERRNO(errno.EPERM), "socket", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, 0xFFFFFFFF, family)
+        )
+    try:
+        rules.load()
+    except OSError as e:
+        raise RewardError(f"a filter of system calls can't be loaded: {e}") from None
+
+
+def _libseccomp() -> Any:
+    try:
+        import pyseccomp
+    except (ImportError, RuntimeError, OSError, AttributeError) as e:
+        raise RewardError(f"libseccomp can't be loaded ({e}). {MEND}") from None
+    return pyseccomp
 
 
 def command(
@@ -147,7 +178,7 @@ def command(
     half = str(disk_bytes // 2)
     parts += ["--proc", "/proc", "--dev", "/dev"]
     # Shared memory, and buffers of terminals, that no process is charged for.
-    parts += ["--dev-bind", "/dev/null", "/dev/zero", "--tmpfs", "/dev/pts", "--remount-ro", "/dev/pts"]
+    parts += ["--dev-bind", "/dev/null", "/dev/zero", "--dev-bind", "/dev/null", "/dev/pts/ptmx"]
     parts += ["--size", half, "--perms", "1777", "--tmpfs", "/dev/shm"]
     parts += ["--size", half, "--perms", "1777", "--tmpfs", "/tmp"]
     for folder, source in sources.items():

@@ -140,8 +140,8 @@ EXCESSES = (
     ),
     Excess("runs without end", "import time\ntime.sleep(60)", "out of time", Limits(timeout_s=0.2)),
 )
-_held: set[tuple[Languages, object, object]] = set()
-"""What the excesses were tried with in this process, and by which watch: they take a second of processor time and a half."""
+_held: set[tuple[object, object]] = set()
+"""The watches that EXCESSES were tried with in this process: they take a second of processor time and a half."""
 
 
 async def check_isolation(languages: Languages) -> None:
@@ -165,7 +165,7 @@ async def check_isolation(languages: Languages) -> None:
     said = outcome.output.decode(errors="replace").splitlines()
     if said != ["tried"]:
         raise _not_tight("; ".join(said[:5]) or outcome.trouble or f"exit code {outcome.code}")
-    watched = languages, Box._watch, box.excess
+    watched = Box._watch, box.excess
     if watched in _held:
         return
     for excess, end in zip(EXCESSES, await asyncio.gather(*(_end(e, languages) for e in EXCESSES)), strict=True):

@@ -34,7 +34,7 @@ ITEM_S = 60
 """For one item by the wall's clock; one that computes is ended by its processor time before."""
 START_S = 300.0
 """For the imports; a busy machine needs many seconds."""
-MAX_ITEMS = 256
+MAX_ITEMS = 1024
 """In one message."""
 MAX_LINE_BYTES = 1 << 16
 

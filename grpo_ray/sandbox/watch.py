@@ -15,6 +15,8 @@ from grpo_ray.errors import RewardError
 
 MAX_FILES = 4096
 MAX_LOCKS = 4096
+FIRST = "1"
+"""The process that is ours. Where it can't be measured, nothing can."""
 PIPE_BYTES = 16 * 4096
 """The kernel's default, which the filter lets nobody change."""
 
@@ -25,6 +27,10 @@ class UnmeasuredError(RewardError):
 
 class GoneError(Exception):
     """The sandbox is ending by itself."""
+
+
+class _HiddenError(Exception):
+    """A process of the program's has taken itself out of our sight: by a program that only root may read."""
 
 
 def excess(root: str, memory_mb: int) -> str:
@@ -42,6 +48,8 @@ def excess(root: str, memory_mb: int) -> str:
             return f"it holds more than {MAX_LOCKS} locks"
         if _memory_bytes(f"{root}/proc") > memory_mb << 20:
             return f"its processes took more than {memory_mb} MiB together"
+    except _HiddenError:
+        return "one of its processes can't be measured"
     except (FileNotFoundError, ProcessLookupError):
         raise GoneError from None
     except OSError as e:
@@ -59,14 +67,19 @@ def _locks(root: str) -> int:
 
 
 def _memory_bytes(proc: str) -> int:
-    total, buffers = 0, {}
-    for pid in filter(str.isdigit, os.listdir(proc)):
-        for task in _tasks(f"{proc}/{pid}"):
-            pages = _pages(task)
-            total += pages
-            buffers.update(_buffers(task))
-            if pages:
-                break
+    total, buffers = 0, dict[str, int]()
+    for pid in sorted(filter(str.isdigit, os.listdir(proc)), key=int):
+        try:
+            for task in _tasks(f"{proc}/{pid}"):
+                pages = _pages(task)
+                total += pages
+                buffers.update(_buffers(task))
+                if pages:
+                    break
+        except PermissionError:
+            if pid == FIRST:
+                raise
+            raise _HiddenError from None
     return total + sum(buffers.values())
 
 
@@ -89,7 +102,7 @@ def _pages(task: str) -> int:
 def _buffers(task: str) -> dict[str, int]:
     """Pipe or socket -> what it can hold."""
     found = {}
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+    try:
         for fd in os.listdir(f"{task}/fd"):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 at = os.readlink(f"{task}/fd/{fd}")
@@ -97,7 +110,21 @@ def _buffers(task: str) -> dict[str, int]:
                     found[at] = PIPE_BYTES
                 elif at.startswith("socket:"):
                     found[at] = _socket_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    except PermissionError:
+        if not _has_ended(task):
+            raise
     return found
+
+
+def _has_ended(task: str) -> bool:
+    """One without memory is at its end, or past it and not yet waited for, and root's until then."""
+    try:
+        with open(f"{task}/statm", "rb") as f:
+            return f.read().startswith(b"0 ")
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 @lru_cache(maxsize=1)
