@@ -1,7 +1,7 @@
 # make smoke   sets everything up and trains a tiny model for real, on any machine
 # make test    sets everything up and runs the tests
 # make bench   the tables of the README
-.PHONY: smoke r1 test test-all test-cluster chaos soak recovery mutants lint bench bench-versus bench-to-accuracy bench-learning bench-side-by-side bench-simulate bench-sync bench-growth bench-sample bench-gpu bench-sandbox lock help
+.PHONY: smoke r1 test test-all test-cluster chaos soak recovery mutants lint bench bench-versus bench-to-accuracy bench-learning bench-side-by-side bench-simulate bench-sync bench-growth bench-sample bench-gpu bench-sandbox bench-verifiers lock help
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 # Set in many images; without bytecode every worker process compiles its packages again.
@@ -75,6 +75,9 @@ bench-simulate: .venv/.ready  ## the controller with 1,024 samplers and 256 lear
 
 bench-sandbox: .venv/.ready  ## 10,000 ordinary programs through the sandbox: right scores, and how many a second (10 minutes)
 	@$(BIN)/python -m tests.bench.sandbox
+
+bench-verifiers: .venv/.ready  ## 1,000 answers through reasoning-gym's verifiers in their sandbox, and without it (a minute)
+	@$(BIN)/python -m tests.bench.verifiers
 
 # uv does not read pip's find-links, where torch's build for CPUs may lie.
 lock: export UV_FIND_LINKS ?= $(shell $(BIN)/python -m pip config get global.find-links 2>/dev/null | tr ' ' ',')

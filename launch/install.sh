@@ -22,11 +22,11 @@ done
 case ${GRPO_RAY_GPU:-no} in yes|no) ;; *) stop "GRPO_RAY_GPU=$GRPO_RAY_GPU: yes or no is meant, or nothing: then a GPU is looked for";; esac
 uv_version=0.13.9
 command -v g++ >/dev/null || command -v c++ >/dev/null || stop "no C++ compiler; install g++ (Debian: apt-get install g++ python3-dev), DeepSpeed builds with it"
-# The reward `code` runs programs in a sandbox of bubblewrap and libseccomp; nothing else needs them.
+# The rewards `code` and `reasoning_gym` run in a sandbox of bubblewrap and libseccomp; nothing else needs them.
 if ! command -v bwrap >/dev/null; then
     apt=(apt-get install -qq -y --no-install-recommends bubblewrap libseccomp2)
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && { "${apt[@]}" || { apt-get update -qq && "${apt[@]}"; }; } >/dev/null 2>&1 ||
-        echo "grpo-ray set-up: bubblewrap is not here and can't be installed: the reward \`code\`, and its tests, need it (Debian: apt-get install bubblewrap libseccomp2)" >&2
+        echo "grpo-ray set-up: bubblewrap is not here and can't be installed: the rewards \`code\` and \`reasoning_gym\`, and their tests, need it (Debian: apt-get install bubblewrap libseccomp2)" >&2
 fi
 gpu=${GRPO_RAY_GPU:-no}; if [ -z "${GRPO_RAY_GPU:-}" ] && command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then gpu=yes; fi
 need_gb=6; [ $gpu = yes ] && need_gb=16
