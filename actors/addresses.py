@@ -3,13 +3,16 @@ quarter of an hour."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
 from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
+from actors.private import private_folder
 from grpo_ray.errors import ConfigError, ResourceError
 
 VARIABLE = "RAY_ADDRESS"
@@ -129,10 +132,20 @@ def _running_here() -> tuple[str, int]:
         uids = process.info["uids"]
         if words and os.path.basename(words[0]) == RAYLET and uids is not None and uids.real in (0, os.getuid()):
             found |= {word.partition("=")[2] for word in words if word.startswith(HEAD_FLAG)}
-    if len(found) != 1:
-        raise ConnectionError(f"{len(found)} Ray clusters run here")
-    host, _, port = found.pop().rpartition(":")
+    meant = found & set(_last_started()) if len(found) > 1 else found
+    if len(meant) != 1:
+        raise ConnectionError("there is none of this user's" if not found else "there are several")
+    host, _, port = meant.pop().rpartition(":")
     return host.strip("[]"), int(port)
+
+
+def _last_started() -> list[str]:
+    """The addresses that `ray start` left in files, of which others may have written some."""
+    files = [Path(folder, "ray", "ray_current_cluster") for folder in (str(private_folder()), "/tmp")]
+    for file in files:
+        with contextlib.suppress(OSError, ValueError):
+            return [file.read_text().strip()]
+    return []
 
 
 def _await_port(host: str, port: int, address: Address, give_up: float) -> None:

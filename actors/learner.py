@@ -30,7 +30,17 @@ import torch.distributed as dist
 from actors import learner_kl, learner_offload, learner_reference, learner_sequence, learner_state
 from actors.learner_critic import Critic
 from actors.learner_engine import LearnerSpec, build_engine, build_reference, can_share_prompts, step
-from actors.runtime import own_process, use_nodes_interface
+from actors.rendezvous import (
+    Meeting,
+    SealedStore,
+    gather_texts,
+    listen_at,
+    new_key,
+    open_store,
+    prove_membership,
+    refuse_objects,
+)
+from actors.runtime import LOOPBACK, own_process, use_nodes_interface
 from grpo_ray.activity import Activity
 from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch, shared_cost, token_values, tokens_of_version
 from grpo_ray.checkpoint_store import Place
@@ -121,7 +131,7 @@ class LearnerActor:
         self._activity = Activity(f"learner-{rank}")
         self._early: _Pass | None = None
         """Of the step under way, while its batch is not whole."""
-        self._store: dist.TCPStore | None = None
+        self._store: SealedStore | None = None
         self._ranks: SequenceRanks = Alone()
         """Those that share their micro-batches with this one."""
         self._engine: Any = None
@@ -135,13 +145,19 @@ class LearnerActor:
 
     # Start.
 
-    def rendezvous(self) -> tuple[str, int]:
-        """Host and port where the ranks meet. The port is bound from here on: nobody can take it in between."""
-        host = ray.util.get_node_ip_address()
-        self._store = self._open_store(host, 0)
-        return host, self._store.port
+    def node(self) -> str:
+        """Ray's id of the node that this rank is on."""
+        return str(ray.get_runtime_context().get_node_id())
 
-    def start(self, host: str, port: int) -> int:
+    def rendezvous(self, on_one_node: bool) -> Meeting:
+        """Where the ranks meet, and their key. The port is bound from here on: nobody can take it in between."""
+        host = LOOPBACK if on_one_node else ray.util.get_node_ip_address()
+        listening = listen_at(host)
+        meeting = Meeting(host, listening.getsockname()[1], new_key())
+        self._store = open_store(meeting, self._timeout, listening)
+        return meeting
+
+    def start(self, meeting: Meeting) -> int:
         """Meet the others, load the model, build the engine. Returns the number of parameters."""
         learner = self.spec.learner
         on_cpu = self.device.type == "cpu"
@@ -152,24 +168,27 @@ class LearnerActor:
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.num_ranks),
             "LOCAL_RANK": "0",
-            "MASTER_ADDR": host,
-            "MASTER_PORT": str(port),
+            "MASTER_ADDR": meeting.host,
+            "MASTER_PORT": str(meeting.port),
         }
-        use_nodes_interface()
-        timeout = timedelta(seconds=self.spec.collective_timeout_s)
+        use_nodes_interface(on_one_node=meeting.host == LOOPBACK)
+        refuse_objects()
+        # torch keeps only its C++ part alive.
+        self._store = self._store or open_store(meeting, self._timeout)
         dist.init_process_group(
             "gloo" if on_cpu else "cpu:gloo,cuda:nccl",
-            store=self._store or self._open_store(host, port),
+            store=self._store,
             rank=self.rank,
             world_size=self.num_ranks,
-            timeout=timeout,
+            timeout=self._timeout,
         )
+        prove_membership(dist.group.WORLD, meeting.key, self.rank, self.num_ranks)
         import deepspeed
 
         # Compiled at first use (18 s and more), for inference only.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", verbose=False)
-        self._ranks = learner_sequence.join(learner.sequence_parallel_size, timeout)
+        self._ranks = learner_sequence.join(learner.sequence_parallel_size, self._timeout)
         self._engine = build_engine(self.spec, self.device, self._ranks)
         self._shape = model_shape(self._engine.module.hf)
         self._shares_prompts = can_share_prompts(self.spec, self._engine.module.hf)
@@ -179,9 +198,10 @@ class LearnerActor:
             self._critic = Critic(self.spec, self.device, self._ranks)
         return sum(getattr(p, "ds_numel", p.numel()) for p in self._engine.module.parameters())
 
-    def _open_store(self, host: str, port: int) -> dist.TCPStore:
-        timeout = timedelta(seconds=self.spec.collective_timeout_s)
-        return dist.TCPStore(host, port, is_master=port == 0, wait_for_workers=False, timeout=timeout)
+    @property
+    def _timeout(self) -> timedelta:
+        """Of each collective."""
+        return timedelta(seconds=self.spec.collective_timeout_s)
 
     # Update.
 
@@ -504,8 +524,7 @@ class LearnerActor:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         if flag.item() == 0:
             return
-        names: list[str | None] = [None] * self.num_ranks
-        dist.all_gather_object(names, self._culprit(done.done))
+        names = gather_texts(self._culprit(done.done) or "", self.device)
         self._discard_gradients()
         culprit = next(n for n in names if n)
         raise NonFiniteError(

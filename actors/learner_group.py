@@ -101,9 +101,13 @@ class LearnerGroup:
         limit_s = config.deadlines.start_s if limit_s is None else limit_s
         give_up = time.monotonic() + limit_s
         try:
-            (host, port), *_ = await group._call("rendezvous", deadline="start_s", seconds=limit_s, only_first=True)
+            nodes = await group._call("node", deadline="start_s", seconds=limit_s)
             left = max(give_up - time.monotonic(), 0.1)
-            group.num_parameters, *_ = await group._call("start", host, port, deadline="start_s", seconds=left)
+            (meeting,) = await group._call(
+                "rendezvous", len(set(nodes)) == 1, deadline="start_s", seconds=left, only_first=True
+            )
+            left = max(give_up - time.monotonic(), 0.1)
+            group.num_parameters, *_ = await group._call("start", meeting, deadline="start_s", seconds=left)
         except BaseException:
             await group.close()
             raise

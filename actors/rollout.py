@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import ray
 
 from actors.deaths import CORE_DIED
 from actors.engine_adapters import Adapter, AdapterOptions, EngineAdapters, lora_args
@@ -163,7 +164,9 @@ class RolloutActor:
         self.name = f"rollout-{index}"
         own_process(run_dir, self.name)
         self._scratch = own_scratch(run_dir, self.name)
-        use_nodes_interface()
+        # What vLLM's own processes say to each other stays on this node; `weight_gloo` has an address for what comes from others.
+        use_nodes_interface(on_one_node=True)
+        os.environ.setdefault("VLLM_HOST_IP", ray.util.get_node_ip_address())
         from vllm.v1.engine.async_llm import AsyncLLM
 
         # Of the longest sample, prompt and completion; the model may have been made for less.
@@ -359,6 +362,10 @@ class RolloutActor:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
+
+    async def node(self) -> str:
+        """Ray's id of the node that this engine is on."""
+        return str(ray.get_runtime_context().get_node_id())
 
     async def share_memory(self, address: Address) -> bool:
         """Can this engine read the sender's memory (gloo)?"""

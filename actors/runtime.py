@@ -33,6 +33,7 @@ GC_THRESHOLD = 50_000
 GC_THRESHOLD_PER_SAMPLE = 32
 """Twice or three times what the controller holds for a sample under way: then those of a step that begins are no reason to look."""
 NAME_TRIES = 20
+LOOPBACK = "127.0.0.1"
 NO_RECORDS = {"enable_task_events": False}
 """Options of every actor: Ray's head keeps 3 KB of each of the last 100,000 calls otherwise, and ours are many and small."""
 
@@ -143,13 +144,21 @@ def own_scratch(run_dir: str, name: str) -> Path:
     return folder
 
 
-def use_nodes_interface() -> None:
-    """Let gloo connect this process by the address that Ray has for its node, and with the processes that it starts. By itself gloo
-    takes what the machine's own name stands for, on many machines 127.0.0.1: no other node reaches that."""
+def use_nodes_interface(*, on_one_node: bool) -> None:
+    """Let gloo and NCCL connect this process by the address that Ray has for its node, with the processes that it starts; gloo by
+    loopback, where its groups are all on one node. By itself gloo takes what the machine's own name stands for, and NCCL listens on
+    whatever interface it finds."""
     address = ray.util.get_node_ip_address()
-    for interface, addresses in psutil.net_if_addrs().items():
-        if any(entry.address == address for entry in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    if (interface := _interface_of(address)) is not None:
+        # Which has to reach engines on other nodes, too.
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+    if (interface := _interface_of(LOOPBACK if on_one_node else address)) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def _interface_of(address: str) -> str | None:
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, entries in interfaces if any(e.address == address for e in entries)), None)
 
 
 def end_with_parent() -> None:

@@ -96,3 +96,5 @@ def register() -> None:
             WeightTransferEngineFactory.register_engine(name, receiver)
     if "gloo" not in WeightTransferTrainerFactory._registry:
         WeightTransferTrainerFactory.register_engine("gloo", GlooTrainer)
+        WeightTransferTrainerFactory.register_engine("nccl_checked", "actors.weight_gpu", "NcclTrainer")
+        WeightTransferTrainerFactory.register_engine("ipc_checked", "actors.weight_gpu", "IpcTrainer")

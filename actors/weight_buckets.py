@@ -1,17 +1,22 @@
-"""What travels: weights cut into buckets by a plan that both ends make, and the digest that both ends compare."""
+"""What travels: weights cut into buckets by a plan that both ends make, the digest that both ends compare, and seals by which the
+receiver knows that it is the sender's."""
 
 from __future__ import annotations
 
+import hmac
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-TRAILER = 8
-"""Bytes at the end of each bucket: the running digest after its last tensor."""
+_DIGEST = 8
+_SEAL = 32
+TRAILER = _DIGEST + 2 * _SEAL
+"""Bytes at the end of each bucket: the running digest after its last tensor, the seal of that, and the seal of the whole bucket."""
 _ALIGN = 16
 _MASK = (1 << 64) - 1
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -22,7 +27,7 @@ class Digest:
     """A checksum of tensors in their order: their names, and the sum of each one's bit patterns read as integers.
 
     Sums run where the tensor lives and are fetched together, so that a GPU is not made to wait for every parameter.
-    It finds corruption, loss and mix-ups; it is no defence against a forger.
+    It finds corruption, loss and mix-ups; for forgers there are seals.
     """
 
     def __init__(self) -> None:
@@ -123,9 +128,44 @@ def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGN) * _ALIGN
 
 
-def set_trailer(bucket: Tensor, digest: int) -> None:
-    bucket[-TRAILER:] = torch.tensor(list(digest.to_bytes(TRAILER, "little")), dtype=torch.uint8)
+def set_digest(bucket: Tensor, digest: int) -> None:
+    """Write it into the trailer."""
+    bucket[-TRAILER : -2 * _SEAL] = _as_tensor(digest.to_bytes(_DIGEST, "little"))
 
 
-def trailer(bucket: Tensor) -> int:
-    return int.from_bytes(bytes(bucket[-TRAILER:].tolist()), "little")
+def digest_in(bucket: Tensor) -> int:
+    return int.from_bytes(bytes(bucket[-TRAILER : -2 * _SEAL].tolist()), "little")
+
+
+class Sealer:
+    """Makes and compares keyed hashes (BLAKE3) of one transfer's buckets: who has not the key can neither change one, nor send what
+    belongs to another place or an earlier transfer."""
+
+    def __init__(self, key: bytes, transfer: int) -> None:
+        self._key = key
+        self._transfer = transfer
+
+    def seal(self, bucket: Tensor, number: int, *, contents: bool) -> None:
+        """Write the seals into the trailer, after the digest.
+
+        Args:
+            number: of the bucket in its transfer.
+            contents: some receivers get all of the bucket, and do not read it in the sender's memory.
+        """
+        bucket[-2 * _SEAL : -_SEAL] = _as_tensor(self._of(bucket[-TRAILER : -2 * _SEAL], number))
+        if contents:
+            bucket[-_SEAL:] = _as_tensor(self._of(bucket[:-_SEAL], number))
+
+    def is_genuine(self, received: Tensor, number: int) -> bool:
+        """Of a whole bucket, or of a trailer alone."""
+        told = received[-2 * _SEAL : -_SEAL] if len(received) == TRAILER else received[-_SEAL:]
+        covered = received[: -2 * _SEAL] if len(received) == TRAILER else received[:-_SEAL]
+        return hmac.compare_digest(bytes(told.tolist()), self._of(covered, number))
+
+    def _of(self, part: Tensor, number: int) -> bytes:
+        place = f"{self._transfer}/{number}/{len(part)}:".encode()
+        return blake3(place, key=self._key).update(part.numpy().data).digest()
+
+
+def _as_tensor(data: bytes) -> Tensor:
+    return torch.tensor(list(data), dtype=torch.uint8)

@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
@@ -26,7 +25,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkab
 import ray
 import torch
 from torch import Tensor
-from vllm.distributed.utils import stateless_init_torch_distributed_process_group
 from vllm.distributed.weight_transfer.base import (
     ParamMeta,
     TrainerInitInfo,
@@ -37,8 +35,20 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.utils.network_utils import get_ip
 
-from actors.weight_buckets import TRAILER, Bucket, Digest, DigestSource, plan_buckets, set_trailer, trailer
+from actors.rendezvous import Meeting, join_gloo, listen_at, new_key
+from actors.runtime import LOOPBACK
+from actors.weight_buckets import (
+    TRAILER,
+    Bucket,
+    Digest,
+    DigestSource,
+    Sealer,
+    digest_in,
+    plan_buckets,
+    set_digest,
+)
 from actors.weight_memory import Address, SharedMemory, map_memory
 from actors.weights import EngineTarget
 
@@ -61,32 +71,18 @@ class GlooInitInfo(WeightTransferInitInfo):
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
+    key: str = field(repr=False)
+    """Of this group, as hexadecimal text."""
+
+    @property
+    def meeting(self) -> Meeting:
+        return Meeting(self.master_address, self.master_port, bytes.fromhex(self.key))
 
 
 @dataclass
 class GlooUpdateInfo(WeightTransferUpdateInfo):
     checksum: str
     """The sender's, of the weights that are to be taken into use."""
-
-
-def listening_socket() -> socket.socket:
-    listen = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listen.bind(("", 0))
-    listen.listen(128)
-    return listen
-
-
-def _gloo_group(info: GlooInitInfo, rank: int, listen_socket: socket.socket | None = None) -> Any:
-    """Handing over the socket, and not its number, leaves no moment for another to take the port."""
-    return stateless_init_torch_distributed_process_group(
-        info.master_address,
-        info.master_port,
-        rank,
-        info.world_size,
-        backend="gloo",
-        timeout=timedelta(seconds=info.timeout_s),
-        listen_socket=listen_socket,
-    )
 
 
 def _refusals(group: Any, refused: bool) -> int:
@@ -100,8 +96,13 @@ class _Inbox:
     """Weights on their way in, in a thread of their own. Each transfer group has one: what an older group may still write to is not
     touched again."""
 
-    def __init__(self, group: Any, plan: list[Bucket], loader: Loader, memory: Tensor | None) -> None:
-        self._group = group
+    def __init__(
+        self, info: GlooInitInfo, rank: int, loader: Loader, plan: list[Bucket], memory: Tensor | None
+    ) -> None:
+        timeout = timedelta(seconds=info.timeout_s)
+        self._group: Any = join_gloo(info.meeting, rank, info.world_size, timeout, get_ip())
+        self._key = info.meeting.key
+        self._num_transfers = 0
         self._plan = plan
         self._loader = loader
         self._memory = memory
@@ -110,6 +111,7 @@ class _Inbox:
 
     def open(self) -> None:
         """Begin to receive; returns at once."""
+        self._num_transfers += 1
         self._loaded = self._thread.submit(self._receive)
 
     def is_full(self) -> bool:
@@ -154,7 +156,8 @@ class _Inbox:
 
     def _arriving(self, digest: Digest) -> Iterator[list[tuple[str, Tensor]]]:
         refused = ""
-        for bucket in self._plan:
+        sealer = Sealer(self._key, self._num_transfers)
+        for number, bucket in enumerate(self._plan):
             if self._memory is None:
                 flat = told = torch.empty(bucket.size, dtype=torch.uint8)
             else:
@@ -162,13 +165,16 @@ class _Inbox:
             self._group.broadcast(told, 0).wait()
             if refused:
                 continue
+            if not sealer.is_genuine(told, number):
+                refused = f"{bucket} is not what the sender sealed: another process changed it, or sent it"
+                continue
             weights = [(slot.name, slot.view(flat)) for slot in bucket.slots]
             for name, tensor in weights:
                 digest.add(name, tensor)
-            if digest.value() == trailer(told):
+            if digest.value() == digest_in(told):
                 yield weights
             else:
-                refused = f"{bucket} has checksum {digest.hex()}, the sender's is {trailer(told):016x}"
+                refused = f"{bucket} has checksum {digest.hex()}, the sender's is {digest_in(told):016x}"
         if refused:
             raise RuntimeError(f"weight transfer: the bucket {refused}; it is refused")
 
@@ -201,12 +207,8 @@ class GlooEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
         described = zip(init_info.names, init_info.dtype_names, init_info.shapes, strict=True)
         metadata = [ParamMeta(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in described]
         loader = (Shadow if self.device.type == "cpu" else WhenPaused)(self.model, self.model_config)
-        self._inbox = _Inbox(
-            _gloo_group(init_info, rank),
-            plan_buckets(metadata, init_info.bucket_bytes),
-            loader,
-            self._memory if init_info.shared else None,
-        )
+        plan = plan_buckets(metadata, init_info.bucket_bytes)
+        self._inbox = _Inbox(init_info, rank, loader, plan, self._memory if init_info.shared else None)
         self._memory = None
 
     def stage(self) -> None:
@@ -254,6 +256,10 @@ class StagingClient(VLLMWeightSyncClient, Protocol):
         """Those that can map this memory, and have."""
         ...
 
+    def are_here(self, targets: list[EngineTarget]) -> bool:
+        """Are all of them on this process's node?"""
+        ...
+
     def join(self, targets: list[EngineTarget], init_info: dict[str, Any]) -> None:
         """Let these engines join a transfer group, their ranks one after the other from `rank_offset`."""
         ...
@@ -284,6 +290,9 @@ class GlooTrainer(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
         """Of buckets that are even and odd, without shared memory."""
         self._groups: list[tuple[Any, bool]] = []
         """Each with: its engines share the memory."""
+        self._key = new_key()
+        self._num_transfers = 0
+        self._sealer = Sealer(self._key, 0)
 
     @classmethod
     def trainer_init(
@@ -305,6 +314,8 @@ class GlooTrainer(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
             for _ in weights:
                 pass
             return
+        self._num_transfers += 1
+        self._sealer = Sealer(self._key, self._num_transfers)
         buckets = (self._fill(number, bucket, weights) for number, bucket in enumerate(self._plan))
         # The first one is filled while the engines get ready.
         ready = self._calls.submit(self.staging_client.stage)
@@ -339,8 +350,9 @@ class GlooTrainer(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
         others = [t for t in self.staging_client.targets if t not in sharing]
         if not sharing:
             self._memory = None
+        address_of_node = ray.util.get_node_ip_address()
         info = GlooInitInfo(
-            master_address=ray.util.get_node_ip_address(),
+            master_address=address_of_node,
             master_port=0,
             rank_offset=1,
             world_size=0,
@@ -350,19 +362,26 @@ class GlooTrainer(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
             names=[m.name for m in self._metadata],
             dtype_names=[str(m.dtype).removeprefix("torch.") for m in self._metadata],
             shapes=[list(m.shape) for m in self._metadata],
+            key=self._key.hex(),
         )
         for targets, shared in ((sharing, True), (others, False)):
             if not targets:
                 continue
-            listen = listening_socket()
+            host = LOOPBACK if self.staging_client.are_here(targets) else address_of_node
+            # Handing over the socket, and not its number, leaves no moment for another to take the port.
+            listening = listen_at(host)
             info = replace(
                 info,
-                master_port=listen.getsockname()[1],
+                master_address=host,
+                master_port=listening.getsockname()[1],
                 world_size=1 + sum(t.world_size for t in targets),
                 shared=shared,
             )
             joined = self._calls.submit(self.staging_client.join, targets, asdict(info))
-            self._groups.append((_gloo_group(info, 0, listen), shared))
+            timeout = timedelta(seconds=info.timeout_s)
+            self._groups.append(
+                (join_gloo(info.meeting, 0, info.world_size, timeout, address_of_node, listening), shared)
+            )
             joined.result()
 
     def _share(self) -> list[EngineTarget]:
@@ -389,7 +408,8 @@ class GlooTrainer(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
                     f"{slot.name} {slot.dtype} {slot.shape}"
                 )
             slot.view(flat).copy_(tensor)
-        set_trailer(flat, self.digest_source.digest.value())
+        set_digest(flat, self.digest_source.digest.value())
+        self._sealer.seal(flat, number, contents=not all(shared for _, shared in self._groups))
         return flat
 
     def _place(self, number: int, bucket: Bucket) -> Tensor:

@@ -23,13 +23,12 @@ from actors import weight_backend
 from actors.deaths import fate
 from actors.learner_state import gathered
 from actors.weight_buckets import DigestSource
-from actors.weight_gloo import GlooTrainerInitInfo, listening_socket
+from actors.weight_gloo import GlooTrainerInitInfo
 from actors.weight_memory import Address
 from actors.weights import EngineSyncError, EngineTarget, SendReport
 from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
 from grpo_ray.named_weights import buckets, named_weights
 
-_NCCL_PORT_TRIES = 3
 _OWN_PART = 0.9
 """Of the deadline, after which the sender gives up by itself: it knows which engine is late, its callers don't."""
 
@@ -106,6 +105,10 @@ class EngineClient:
         shares = self._call_all("share_memory", address)
         return [target for target in self.targets if shares[target.name]]
 
+    def are_here(self, targets: list[EngineTarget]) -> bool:
+        own = ray.get_runtime_context().get_node_id()
+        return set(self._call("node", {target.name: () for target in targets}).values()) <= {own}
+
     def start_weight_update(self) -> None:
         self._call_all("start_weight_update")
 
@@ -181,18 +184,14 @@ class WeightSender:
         self.close()
         self._client = EngineClient(targets, self._source)
         self._client.start_clock(self._timeout_s)
-        tries = _NCCL_PORT_TRIES if self.backend == "nccl" and self.rank == 0 else 1
-        for left in reversed(range(tries)):
-            try:
-                self._engine = WeightTransferTrainerFactory.trainer_init(
-                    self._init_info(targets), client=self._client, source=self._source
-                )
-                break
-            except (OSError, RuntimeError) as e:
-                if isinstance(e, GrpoRayError):
-                    raise
-                if not left or "address already in use" not in str(e).lower():
-                    raise EngineSyncError(f"weight sync: no transfer group with {self._names()}: {e}") from e
+        try:
+            self._engine = WeightTransferTrainerFactory.trainer_init(
+                self._init_info(targets), client=self._client, source=self._source
+            )
+        except (OSError, RuntimeError) as e:
+            if isinstance(e, GrpoRayError):
+                raise
+            raise EngineSyncError(f"weight sync: no transfer group with {self._names()}: {e}") from e
         self._generation = generation
 
     def send(self, version: int) -> SendReport:
@@ -237,17 +236,11 @@ class WeightSender:
             case "gloo":
                 return GlooTrainerInitInfo(self._bucket_bytes, self._timeout_s, rank=self.rank)
             case "nccl":
-                from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+                from actors.weight_gpu import NcclTrainerInitInfo
 
-                # vLLM opens the store itself and takes no socket, so the port can be lost between here and there: hence the tries.
-                with listening_socket() as probe:
-                    port = probe.getsockname()[1]
-                host = ray.util.get_node_ip_address()
                 world_size = 1 + sum(t.world_size for t in targets)
-                return NCCLTrainerInitInfo(
-                    host, port, world_size, packed=True, packed_buffer_size_bytes=self._bucket_bytes, rank=self.rank
-                )
+                return NcclTrainerInitInfo(world_size, self._bucket_bytes, rank=self.rank)
             case _:
-                from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+                from actors.weight_gpu import IpcTrainerInitInfo
 
-                return IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=self._bucket_bytes, rank=self.rank)
+                return IpcTrainerInitInfo(packed=True, packed_buffer_size_bytes=self._bucket_bytes, rank=self.rank)

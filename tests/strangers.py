@@ -1,4 +1,4 @@
-"""Another user of the machine, for tests that are root's."""
+"""Other processes, and another user of the machine, for tests that are root's."""
 
 from __future__ import annotations
 
@@ -14,29 +14,40 @@ IS_ROOT = os.getuid() == 0
 
 
 def as_nobody(attempt: Callable[[], object]) -> str:
-    """What comes of it as the user nobody: `None`, or whatever it returns, or the name of the exception that it raises.
+    """See `elsewhere`; as the user nobody, who could not start an interpreter that lies in root's home."""
 
-    In a fork: an interpreter that lies in root's home could not be started by others.
-    """
+    def become_nobody() -> object:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        os.umask(0)
+        os.chdir("/")
+        return attempt()
+
+    return elsewhere(become_nobody)()
+
+
+def elsewhere(attempt: Callable[[], object]) -> Callable[[], str]:
+    """Begins it in another process, a fork of this one. What comes back waits for its outcome: `None`, whatever it returns, or the
+    name of the exception that it raises."""
     told, tell = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-            os.umask(0)
-            os.chdir("/")
             result = str(attempt())
         except BaseException as e:
             result = type(e).__name__
         os.write(tell, result.encode())
         os._exit(0)
     os.close(tell)
-    with open(told) as answer:
-        result = answer.read()
-    os.waitpid(child, 0)
-    return result
+
+    def wait() -> str:
+        with open(told) as answer:
+            result = answer.read()
+        os.waitpid(child, 0)
+        return result
+
+    return wait
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from ray.core.generated.gcs_service_pb2 import CheckAliveReply
 from ray.core.generated.gcs_service_pb2_grpc import (
@@ -26,10 +27,12 @@ from ray.core.generated.gcs_service_pb2_grpc import (
 )
 
 import launch.environment
+from actors import addresses
 from actors.addresses import Address, bypass_proxies, check_answers, read_address
 from actors.folders import LONGEST_FOLDER, RAYS_PART, SOCKET_PATH, make_short, too_long, unusable
 from grpo_ray.errors import ConfigError, ResourceError
 from launch.environment import blamed, check_variables, prepare
+from tests.strangers import IS_ROOT, NOBODY
 
 SUSPECT = ("RAY_", "VLLM_", "TORCH", "PYTORCH", "OMP_", "HF_", "TRANSFORMERS_", "DATASETS_", "TQDM_", "PYTHON")
 
@@ -139,6 +142,41 @@ def test_a_head_is_known_by_its_answer_past_a_proxy_and_without_the_token(
 def test_what_is_no_address_is_refused_at_once(where: str) -> None:
     with pytest.raises(ConfigError, match=r"RAY_ADDRESS. is no address of a Ray cluster"):
         check_answers(Address(where, "RAY_ADDRESS"))
+
+
+def raylet(address: str, **options: Any) -> subprocess.Popen[bytes]:
+    """A process that says of itself what one of Ray's says."""
+    words = ["raylet", "-c", "read x", f"--gcs-address={address}"]
+    return subprocess.Popen(words, executable="/bin/sh", stdin=subprocess.PIPE, cwd="/", **options)
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="needs root, for a second user")
+def test_auto_means_a_head_of_this_user(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    environment.setenv("RAY_TMPDIR", str(tmp_path))
+    environment.setattr("actors.folders.LONGEST_FOLDER", 1000)
+    theirs = raylet("10.0.0.6:6379", user=NOBODY, group=NOBODY, extra_groups=[])
+    started = [theirs]
+    every = psutil.process_iter
+    environment.setattr(
+        psutil, "process_iter", lambda names: [p for p in every(names) if p.pid in {s.pid for s in started}]
+    )
+    try:
+        with pytest.raises(ResourceError, match=r"auto .from RAY_ADDRESS. names no Ray cluster .* none of this user's"):
+            check_answers(Address("auto", "RAY_ADDRESS"))
+        started.append(raylet("10.0.0.1:6379"))
+        assert addresses._running_here() == ("10.0.0.1", 6379)
+        started.append(raylet("[fd00::2]:6380"))
+        with pytest.raises(ResourceError, match="there are several"):
+            check_answers(Address("auto", "RAY_ADDRESS"))
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text("[fd00::2]:6380\n")
+        assert addresses._running_here() == ("fd00::2", 6380)
+        (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.6:6379")
+        with pytest.raises(ConnectionError):
+            addresses._running_here()
+    finally:
+        for process in started:
+            process.communicate(b"", timeout=30)
 
 
 def test_a_dashboard_is_no_address_to_join() -> None:

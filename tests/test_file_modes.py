@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +35,12 @@ def test_a_checkpoint_and_its_exported_model_follow_the_umask(tmp_path: Path, um
         save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
     final = store.commit(place, 1, sums, keep=1)
     assert modes(Path(final.url)) == {0o666 & ~umask}
+
+
+def test_the_log_of_an_actor_follows_it(tmp_path: Path, umask: int) -> None:
+    code = f"from actors.runtime import own_log; own_log({str(tmp_path)!r}, 'rollout-0')"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True, timeout=100)
+    assert modes(tmp_path) == {0o666 & ~umask}
 
 
 def test_a_model_that_is_made_on_the_spot_follows_it_too(tmp_path: Path) -> None:

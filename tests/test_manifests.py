@@ -22,6 +22,7 @@ import pytest
 import ray
 import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from ray.autoscaler._private.kuberay.node_provider import IN_CLUSTER_CA_CERT_PATH, IN_CLUSTER_TOKEN_PATH
 from referencing import Registry, Resource
 from typer.testing import CliRunner
 
@@ -117,8 +118,11 @@ def test_every_node_is_protected_unprivileged_and_writes_where_all_see_it(spec: 
         assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
         env = {e["name"]: e["value"] for e in container["env"]}
         assert env["GRPO_RAY_HOME"] in [m["mountPath"] for m in container["volumeMounts"]]
-        assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
-        assert re.fullmatch(r"grpo-ray:(cpu|gpu)", container["image"])
+        mounted = {m["name"] for m in container["volumeMounts"]}
+        assert mounted == {v["name"] for v in pod["volumes"]} - {"kubernetes-api"}
+        # By digest, or never another than what is on the node.
+        by_digest = re.fullmatch(r"grpo-ray@sha256:[0-9a-f]{64}", container["image"]) is not None
+        assert by_digest != (container["imagePullPolicy"] == "Never")
     claims = {d["metadata"]["name"] for _, d in documents() if d["kind"] == "PersistentVolumeClaim"}
     named = {
         v["persistentVolumeClaim"]["claimName"]
@@ -127,6 +131,43 @@ def test_every_node_is_protected_unprivileged_and_writes_where_all_see_it(spec: 
         if "persistentVolumeClaim" in v
     }
     assert named <= claims
+
+
+@pytest.mark.parametrize("spec", clusters())
+def test_no_container_of_ours_gets_a_token_for_kubernetes(spec: dict[str, Any]) -> None:
+    for group in [spec["headGroupSpec"], *spec.get("workerGroupSpecs", [])]:
+        pod = group["template"]["spec"]
+        assert pod["automountServiceAccountToken"] is False
+        secrets = {v["name"] for v in pod["volumes"] if "projected" in v or "secret" in v}
+        assert not secrets & {m["name"] for c in pod["containers"] for m in c["volumeMounts"]}
+    if spec.get("enableInTreeAutoscaling"):
+        (mount,) = spec["autoscalerOptions"]["volumeMounts"]
+        assert mount["mountPath"] == os.path.dirname(IN_CLUSTER_TOKEN_PATH) == os.path.dirname(IN_CLUSTER_CA_CERT_PATH)
+        (volume,) = [v for v in spec["headGroupSpec"]["template"]["spec"]["volumes"] if v["name"] == mount["name"]]
+        sources = {kind: source for each in volume["projected"]["sources"] for kind, source in each.items()}
+        assert sources["serviceAccountToken"]["path"] == os.path.basename(IN_CLUSTER_TOKEN_PATH)
+        assert sources["configMap"]["items"][0]["path"] == os.path.basename(IN_CLUSTER_CA_CERT_PATH)
+
+
+@pytest.mark.parametrize("file", ["raycluster.yaml", "rayjob.yaml"])
+def test_pods_of_others_reach_no_port_but_what_an_operator_a_submitter_and_prometheus_need(file: str) -> None:
+    found = dict(documents())
+    policy = found[f"{file}:NetworkPolicy"]["spec"]
+    cluster = next(d for name, d in found.items() if name in (f"{file}:RayCluster", f"{file}:RayJob"))
+    spec = cluster["spec"].get("rayClusterSpec", cluster["spec"])
+    ours = policy["podSelector"]["matchLabels"]
+    for group in [spec["headGroupSpec"], *spec.get("workerGroupSpecs", [])]:
+        labels = group["template"].get("metadata", {}).get("labels", {})
+        # KubeRay gives the first to every pod of a cluster.
+        assert ours.items() <= {"ray.io/cluster": cluster["metadata"]["name"], **labels}.items()
+    assert "Ingress" in policy["policyTypes"]
+    for rule in policy["ingress"]:
+        if rule["from"] == [{"podSelector": {"matchLabels": ours}}]:
+            continue
+        assert all(selector for selector in rule["from"])
+        assert {p["port"] for p in rule["ports"]} <= {8265, 52365, 8080}
+    blocks = [to["ipBlock"] for rule in policy.get("egress", []) for to in rule["to"] if "ipBlock" in to]
+    assert all(b["cidr"] == "169.254.20.10/32" or b["except"] == ["169.254.0.0/16"] for b in blocks)
 
 
 def test_rays_own_autoscaler_reads_from_the_cluster_what_it_may_bring() -> None:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed import distributed_c10d
 
 from actors.learner_group import LearnerGroup
 from actors.learner_sequence import HeadAttention
@@ -56,6 +58,11 @@ def on_all(group: LearnerGroup, function: Any, *args: Any) -> list[Any]:
     return ray.get([a.__ray_call__.remote(function, *args) for a in group._actors], timeout=60)
 
 
+def listening_addresses(actor: Any) -> set[str]:
+    connections = psutil.Process().net_connections("inet")
+    return {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+
+
 def attention_apart(actor: Any, heads: int, key_heads: int, window: int | None) -> float:
     """The largest difference of output and gradients between this rank's slice and the whole, float64."""
     torch.manual_seed(0)
@@ -89,6 +96,9 @@ def test_two_ranks_share_every_micro_batch_and_step_like_plain_pytorch(
         assert max(on_all(group, attention_apart, heads, key_heads, window)) < 1e-12, (heads, key_heads, window)
     timeouts = on_all(group, lambda a: a._ranks.group._get_backend(torch.device("cpu")).options._timeout)
     assert timeouts == [timedelta(seconds=60)] * 2
+    # The first is Ray's own.
+    assert on_all(group, listening_addresses) == [{"::", "127.0.0.1"}] * 2
+    assert on_all(group, lambda a: distributed_c10d._tensor_to_object.__module__) == ["actors.rendezvous"] * 2
 
     # Each body has half of the tokens, rounded up, and the same ones as its neighbour.
     on_all(group, watch)

@@ -26,17 +26,21 @@ class Other:
 
 
 class Connecting:
-    async def interface(self) -> str:
-        use_nodes_interface()
-        return os.environ["GLOO_SOCKET_IFNAME"]
+    async def interfaces(self, on_one_node: bool) -> tuple[str, str]:
+        use_nodes_interface(on_one_node=on_one_node)
+        return os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]
 
 
 @pytest.mark.timeout(300)
-def test_gloo_connects_by_the_address_that_ray_has_for_the_node(local_ray) -> None:
+def test_gloo_connects_by_the_address_that_ray_has_for_the_node_and_by_loopback_on_one_alone(local_ray) -> None:
     import ray
 
-    interface = ray.get(RayActors().start(Connecting, num_cpus=0).interface.remote())
-    assert ray.util.get_node_ip_address() in {entry.address for entry in psutil.net_if_addrs()[interface]}
+    actors = [RayActors().start(Connecting, num_cpus=0) for _ in range(2)]
+    (gloo, nccl), (alone, still) = ray.get([a.interfaces.remote(n == 1) for n, a in enumerate(actors)])
+    addresses = {name: {entry.address for entry in entries} for name, entries in psutil.net_if_addrs().items()}
+    assert ray.util.get_node_ip_address() in addresses[gloo]
+    assert nccl == still == f"={gloo}"
+    assert "127.0.0.1" in addresses[alone]
 
 
 @pytest.mark.timeout(300)

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-from actors.weight_buckets import DigestSource, plan_buckets
-from actors.weight_gloo import GlooInitInfo, GlooTrainer, GlooTrainerInitInfo, _gloo_group, _Inbox
+from actors.weight_buckets import TRAILER, DigestSource, plan_buckets
+from actors.weight_gloo import GlooInitInfo, GlooTrainer, GlooTrainerInitInfo, _Inbox
 from actors.weight_memory import Address, map_memory
 from actors.weights import EngineTarget
 
@@ -77,12 +78,15 @@ class Client:
         self.memories = [map_memory(address) if shares else None for shares in self.sharing]
         return [t for t, shares in zip(self.targets, self.sharing, strict=True) if shares]
 
+    def are_here(self, targets: list[EngineTarget]) -> bool:
+        return True
+
     def join(self, targets: list[EngineTarget], init_info: dict[str, Any]) -> None:
         def one(place: int, rank: int) -> None:
             info = GlooInitInfo(**init_info)
             plan = plan_buckets(Source().metadata(), info.bucket_bytes)
             memory = self.memories[place] if info.shared else None
-            self.inboxes[place] = _Inbox(_gloo_group(info, rank), plan, self.loaders[place], memory)
+            self.inboxes[place] = _Inbox(info, rank, self.loaders[place], plan, memory)
 
         with ThreadPoolExecutor(len(targets)) as pool:
             list(pool.map(one, [self.targets.index(t) for t in targets], range(1, 1 + len(targets))))
@@ -139,25 +143,91 @@ def test_every_engine_has_the_weights_when_the_sender_says_so(sharing: tuple[boo
         ends.assert_used(seed)
 
 
-def test_an_engine_that_reads_shared_memory_gets_no_weights_by_gloo() -> None:
-    ends = Ends(True)
-    sent: list[int] = []
+def on_the_way(ends: Ends, meddle: Callable[[Tensor], Tensor]) -> None:
+    """What is sent from now on is what `meddle` makes of it."""
     (group, shared) = ends.trainer._groups[0]
 
-    class Counted:
+    class Way:
         def broadcast(self, tensor: Tensor, root: int) -> Any:
-            sent.append(tensor.nbytes)
-            return group.broadcast(tensor, root)
+            return group.broadcast(meddle(tensor.clone()), root)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(group, name)
 
-    ends.trainer._groups = [(Counted(), shared)]
+    ends.trainer._groups = [(Way(), shared)]
+
+
+def test_an_engine_that_reads_shared_memory_gets_no_weights_by_gloo() -> None:
+    ends = Ends(True)
+    sent: list[int] = []
+
+    def count(tensor: Tensor) -> Tensor:
+        sent.append(tensor.nbytes)
+        return tensor
+
+    on_the_way(ends, count)
     ends.send(1)
     ends.swap()
     ends.assert_used(1)
     assert len(sent) > 3
-    assert set(sent) == {8}
+    assert set(sent) == {TRAILER}
+
+
+def keep_the_sum(bucket: Tensor) -> Tensor:
+    """Other weights with the same digest."""
+    words = bucket[: len(bucket) - len(bucket) % 8].view(torch.int64)
+    words[0] += 5
+    words[1] -= 5
+    return bucket
+
+
+def flip_the_digest(bucket: Tensor) -> Tensor:
+    bucket[-TRAILER] ^= 1
+    return bucket
+
+
+@pytest.mark.parametrize(
+    ("sharing", "forge"), [(False, keep_the_sum), (False, flip_the_digest), (True, flip_the_digest)]
+)
+def test_what_another_process_forged_on_the_way_is_refused(sharing: bool, forge: Callable[[Tensor], Tensor]) -> None:
+    ends = Ends(sharing)
+    ends.send(1)
+    ends.swap()
+    on_the_way(ends, forge)
+    with pytest.raises(RuntimeError, match="is not what the sender sealed"):
+        ends.send(2)
+    ends.assert_used(1)
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_weights_of_an_earlier_transfer_can_not_be_sent_again_nor_in_another_order(sharing: bool) -> None:
+    ends = Ends(sharing)
+    sent: list[Tensor] = []
+
+    def record(tensor: Tensor) -> Tensor:
+        sent.append(tensor)
+        return tensor
+
+    on_the_way(ends, record)
+    ends.send(1)
+    ends.swap()
+    number = iter(range(len(sent)))
+    on_the_way(ends, lambda tensor: sent[next(number)])
+    with pytest.raises(RuntimeError, match="is not what the sender sealed"):
+        ends.send(1)
+    ends.assert_used(1)
+
+
+def test_the_ports_of_a_transfer_are_on_loopback_where_all_is_on_one_node() -> None:
+    before = listening()
+    ends = Ends(True, False)
+    assert {host for host, _ in listening() - before} == {"127.0.0.1"}
+    ends.send(1)
+
+
+def listening() -> set[tuple[str, int]]:
+    connections = psutil.Process().net_connections("inet")
+    return {(c.laddr.ip, c.laddr.port) for c in connections if c.status == psutil.CONN_LISTEN}
 
 
 @pytest.mark.parametrize("sharing", [(True, True), (False, False), (True, False)])
@@ -169,10 +239,10 @@ def test_a_bit_that_changed_on_the_way_is_refused_and_what_was_there_stays(
     ends.swap()
     fill = GlooTrainer._fill
 
-    def corrupt(trainer: Any, number: int, *args: Any) -> Tensor:
-        flat = fill(trainer, number, *args)
+    def corrupt(trainer: Any, number: int, bucket: Any, *args: Any) -> Tensor:
+        flat = fill(trainer, number, bucket, *args)
         if number == 1:
-            flat[len(flat) // 2] ^= 1
+            flat[bucket.slots[-1].start] ^= 1
         return flat
 
     monkeypatch.setattr(GlooTrainer, "_fill", corrupt)
