@@ -87,9 +87,11 @@ def open_session() -> str | None:
     """What another user of this machine can do to the node of the cluster that this process has joined; None: nothing."""
     import ray
 
-    if ray.util.client.ray.is_connected():
-        return None
-    folder = ray.get_runtime_context().get_temp_dir()
+    return None if ray.util.client.ray.is_connected() else open_folder(ray.get_runtime_context().get_temp_dir())
+
+
+def open_folder(folder: str) -> str | None:
+    """See `open_session`, of Ray's folder for temporary files on this machine."""
     if is_closed(folder):
         return None
     reason = why_open(f"{folder}/session_latest/runtime_resources") or f"every user can enter {folder}"

@@ -15,6 +15,7 @@ import pytest
 
 import actors.private
 from actors.caches import CACHES, own_cache, use_private_caches
+from actors.cluster import open_folder
 from actors.private import is_closed, make_private, private_folder, use_private_temporary_files, why_open
 from grpo_ray.secrets import make_token, token_path
 from tests.strangers import IS_ROOT, as_nobody, shared_folder
@@ -197,6 +198,20 @@ def test_a_link_in_place_of_our_own_cache_opens_no_other_folder(
     assert is_closed(own_cache("x"))
     assert mode(victim) == 0o755
     assert not list(victim.iterdir())
+
+
+def test_a_node_that_others_started_where_every_user_can_change_its_code_is_told_when_it_is_joined() -> None:
+    with shared_folder() as shared:
+        session = shared / "ray" / "session_1"
+        for folder in (shared / "ray", session, session / "runtime_resources"):
+            folder.mkdir()
+            # As Ray makes them.
+            folder.chmod(0o777)
+        (shared / "ray" / "session_latest").symlink_to(session)
+        told = open_folder(str(shared / "ray"))
+        assert f"every user can write to {shared / 'ray'}" in str(told)
+        assert "start_ray.sh" in str(told)
+        assert open_folder(str(private_folder())) is None
 
 
 @pytest.mark.parametrize("there", ["nothing", "empty", "readable"])

@@ -1,66 +1,82 @@
-"""Ray's session folder, sockets and logs of a cluster that a command starts: no other user of the machine has a way in."""
+"""Ray as a command starts it on this machine: its folder is out of other users' reach, its ports ask for the token."""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
-import tempfile
+import stat
+import subprocess
+import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import ray
 
-from actors.cluster import connect, open_session
 from actors.private import is_closed, why_open
-from grpo_ray.config import ClusterConfig
+from grpo_ray.secrets import token_path
 from tests.strangers import IS_ROOT, as_nobody, shared_folder
 
 pytestmark = pytest.mark.timeout(300)
+HEALTH = "/api/local_raylet_healthz"
 
 
 @dataclass(frozen=True)
 class Alone:
-    cluster: ClusterConfig = field(default_factory=lambda: ClusterConfig(num_cpus=1))
+    session: Path
+    warning: str | None
+    ports: list[tuple[str, str, int]]
+    """Process, address and port."""
+    home: Path
 
 
 @pytest.fixture(scope="module")
-def session() -> Iterator[Path]:
-    """Of a cluster that was started where another user had been before."""
-    before = dict(os.environ)
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
+    """A cluster that was started where another user had been before, by a user who had no token yet."""
+    home = tmp_path_factory.mktemp("home")
+    left = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     with shared_folder() as shared:
-        os.environ |= {"TMPDIR": str(shared)}
-        os.environ.pop("RAY_TMPDIR", None)
         if IS_ROOT:
             assert as_nobody(lambda: (shared / f"grpo-ray-{os.getuid()}").mkdir(0o777)) == "None"
             assert as_nobody(lambda: (shared / "ray").mkdir(0o777)) == "None"
-        connect(Alone())
-        yield Path(ray.get_runtime_context().get_temp_dir(), "session_latest").resolve()
-        ray.shutdown()
-    os.environ.clear()
-    os.environ.update(before)
-    tempfile.tempdir = None
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.actors.alone"],
+            env=left | {"RAY_AUTH_MODE": "token", "HOME": str(home), "TMPDIR": str(shared)},
+            cwd=Path(__file__).parents[2],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        told = json.loads(process.stdout.readline())
+        session = Path(told["folder"], "session_latest").resolve()
+        yield Alone(session, told["open"], [tuple(p) for p in told["ports"]], home)
+        process.communicate(timeout=60)
 
 
-def test_everything_of_the_session_is_out_of_others_reach(session: Path) -> None:
-    assert is_closed(session)
-    assert open_session() is None
-    found = [session, *session.rglob("*")]
+def test_everything_of_a_session_is_out_of_others_reach(alone: Alone) -> None:
+    assert is_closed(alone.session)
+    assert alone.warning is None
+    found = [alone.session, *alone.session.rglob("*")]
     assert {"logs", "sockets", "runtime_resources"} <= {path.name for path in found}
     # Ray makes them for all users.
-    assert any(path.stat().st_mode & 0o002 for path in found)
+    assert any(path.lstat().st_mode & 0o002 for path in found if not path.is_symlink())
     assert [path for path in found if why_open(path) is not None] == []
+    token = token_path({"HOME": str(alone.home)})
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
 
 
 @pytest.mark.skipif(not IS_ROOT, reason="needs root, for a second user")
 def test_another_user_can_neither_replace_code_nor_turn_a_log_into_a_link_nor_talk_to_rays_sockets(
-    session: Path,
+    alone: Alone,
 ) -> None:
-    package = session / "runtime_resources" / "package"
+    package = alone.session / "runtime_resources" / "package"
     package.mkdir(parents=True, exist_ok=True)
-    log = session / "logs" / "raylet.out"
-    (store,) = session.glob("sockets/plasma_store*")
+    log = alone.session / "logs" / "raylet.out"
+    (store,) = alone.session.glob("sockets/plasma_store*")
 
     def talk() -> None:
         with socket.socket(socket.AF_UNIX) as s:
@@ -71,5 +87,33 @@ def test_another_user_can_neither_replace_code_nor_turn_a_log_into_a_link_nor_ta
     assert as_nobody(lambda: package.rename(f"{package}.away")) == "PermissionError"
     assert as_nobody(lambda: log.unlink()) == "PermissionError"
     assert as_nobody(lambda: log.with_name("next.out").symlink_to("/etc/passwd")) == "PermissionError"
-    assert as_nobody(lambda: os.listdir(session.parent)) == "PermissionError"
+    assert as_nobody(lambda: os.listdir(alone.session.parent)) == "PermissionError"
     assert as_nobody(talk) == "PermissionError"
+
+
+def test_without_the_token_rays_ports_tell_of_health_and_metrics_and_do_nothing(alone: Alone) -> None:
+    def ask(host: str, port: int, path: str, body: bytes | None = None) -> int:
+        """The status; 0: it speaks no HTTP."""
+        try:
+            with urllib.request.urlopen(
+                urllib.request.Request(f"http://{host}:{port}{path}", data=body), timeout=20
+            ) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as e:
+            return e.code
+        except (OSError, ValueError):
+            return 0
+
+    answers: dict[str, list[set[int]]] = {}
+    for name, address, port in alone.ports:
+        host = "127.0.0.1" if address in ("::", "0.0.0.0") else address
+        done = {ask(host, port, path, b"{}") for path in ("/api/job_agent/jobs/", "/get_or_create_runtime_env")}
+        read = {ask(host, port, path) for path in ("/logs", "/api/jobs/")}
+        answers.setdefault(f"{name} {address}", []).append(done | read)
+    every = [statuses for found in answers.values() for statuses in found]
+    # gRPC, what asks for the token, metrics.
+    assert {frozenset(statuses) for statuses in every} <= {frozenset({0}), frozenset({401}), frozenset({200, 405})}
+    assert sum(statuses == {401} for statuses in every) >= 2
+    assert all(set(a.split()[1:]) == {"0.0.0.0"} for a, found in answers.items() if {200, 405} in found)
+    agents = [(host, port) for name, host, port in alone.ports if "DashboardA" in name and port == 52365]
+    assert {ask(host, port, HEALTH) for host, port in agents} <= {200}
