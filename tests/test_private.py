@@ -59,11 +59,16 @@ def test_the_folder_for_temporary_files_is_its_users_alone_and_the_same_each_tim
 
 def test_one_that_was_open_to_others_is_not_taken(shared: Path) -> None:
     (shared / OURS).mkdir(mode=0o700)
-    for open_mode in (0o770, 0o707, 0o755, 0o777):
+    for open_mode in (0o744, 0o770, 0o707, 0o755, 0o777):
         (shared / OURS).chmod(open_mode)
         folder = private_folder()
         assert folder != shared / OURS
         assert is_closed(folder)
+
+
+def test_a_file_is_no_folder(shared: Path) -> None:
+    (shared / OURS).touch(mode=0o600)
+    assert private_folder().is_dir()
 
 
 def test_a_link_is_not_taken_even_to_a_folder_of_ones_own(shared: Path, tmp_path: Path) -> None:

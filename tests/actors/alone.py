@@ -1,4 +1,4 @@
-"""A cluster as a command starts it on this machine, with Ray's token: `python -m tests.actors.alone` tells its folder and its ports,
+"""A cluster as a command starts it on this machine, with Ray's token: `python -m tests.actors.alone` tells its folder and ports,
 and ends when its input does."""
 
 from __future__ import annotations
