@@ -11,6 +11,7 @@ from grpo_ray.config_base import Strict
 from grpo_ray.config_typed import Problems, Typed, with_types
 from grpo_ray.config_yaml import MAX_DEPTH, dump_yaml, load_yaml, read_flow
 from grpo_ray.errors import ConfigError
+from grpo_ray.secrets import hide_secrets, secrets_in
 
 __all__ = ["all_keys", "build", "deep_merge", "load_yaml", "parse_overrides", "to_yaml"]
 
@@ -105,16 +106,29 @@ def build(schema: type[C], data: dict[str, Any], source: str, *, keep_home: bool
     Raises:
         ConfigError: with all problems, and "did you mean" for unknown keys.
     """
+    check_secrets(data, source)
     problems: Problems = {}
     data = with_types(schema, data, problems)
+    check_secrets(data, source)
     lines = [f"{key}: {problem}" for key, problem in problems.items()]
     try:
         config = schema.model_validate(data, context={"keep_home": keep_home})
     except ValidationError as e:
         lines += [line for err in e.errors() if _key_of(err) not in problems for line in _explain(schema, err)]
     if lines:
-        raise ConfigError(f"{source} can't be used:\n" + "\n".join(f"  - {line}" for line in lines))
+        raise ConfigError(f"{hide_secrets(source)} can't be used:\n" + "\n".join(f"  - {line}" for line in lines))
     return config
+
+
+def check_secrets(data: Any, source: str) -> None:
+    """Raises ConfigError for a key or a token in a recipe or in overrides, without saying what it is."""
+    if found := list(dict.fromkeys(secrets_in(data))):
+        raise ConfigError(
+            f"{hide_secrets(source)} holds what looks like a secret ({', '.join(found)}), and a recipe is written to "
+            "config.yaml, shown by trackers and in reports. Take it out: set it in the environment (of Ray's nodes, for a cluster), name it in the "
+            "env of the worker that needs it, e.g. reward.env: {MY_API_KEY: '${MY_API_KEY}'}, and read it there; stores and hubs "
+            "find their keys in the environment, too (AWS_ACCESS_KEY_ID, HF_TOKEN)"
+        )
 
 
 def _key_of(err: Any) -> str:

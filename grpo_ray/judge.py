@@ -22,6 +22,7 @@ from typing import Any
 from grpo_ray.config_reward import JUDGE_DEADLINE_S, KEY_VARIABLE
 from grpo_ray.errors import JudgeError
 from grpo_ray.plain_text import whole_characters
+from grpo_ray.secrets import hide_forms, hide_secrets
 
 Message = dict[str, str]
 _MARK_CHARS = 12
@@ -101,7 +102,7 @@ class Judge:
         from grpo_ray.http_client import RefusedAnswerError, post_json
 
         o = self._options
-        where = f"the judge {o.model} at {o.base_url}"
+        where = f"the judge {o.model} at {hide_forms(o.base_url)}"
         self.num_asked += 1
         try:
             async with asyncio.timeout(o.deadline_s):
@@ -173,4 +174,4 @@ def _key(question: dict[str, Any]) -> str:
 
 
 def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return hide_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]

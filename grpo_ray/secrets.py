@@ -10,34 +10,147 @@ import contextlib
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
+_NAMED = (
+    "AUTH|AUTHORIZATION|(PASS|PASSWORD|PASSWD|PASSPHRASE|PWD|SECRET|CREDENTIAL|TOKEN)S?|API_?KEYS?|ACCOUNT_?KEY|ACCESS_?KEY(_ID)?|"
+    "(PRIVATE|SECRET|SHARED|SIGNING|ENCRYPTION|MASTER|SERVICE|CLIENT)_?KEY|PAT|(CONNECTION|CONN)_?STR(ING)?|SAS(_URL)?|COOKIES?|JWT|"
+    "BEARER|NETRC"
+)
 SECRET_NAME = re.compile(
-    r"(^|_)(AUTH|PASSWORD|PASSWD|SECRET|SECRETS|CREDENTIALS?|TOKEN|APIKEY|(API|ACCESS|PRIVATE|SECRET)_KEY)$",
-    re.IGNORECASE,
+    rf"((^|_)({_NAMED})|[A-Z0-9]_KEY|[A-Z0-9]{{2,}}(PASSWORD|PASSWD|PASSPHRASE|SECRET|TOKEN|APIKEY))$"
+)
+_SECRET_OPTION = re.compile(rf"((^|_)({_NAMED})|[A-Z0-9]{{2,}}(PASSWORD|PASSWD|PASSPHRASE|SECRET|APIKEY))$")
+"""Of an option of a recipe: other keys than these are a data set's to have."""
+_NO_SECRETS = re.compile(
+    r"^(OLD)?PWD$|^(PAD|EOS|BOS|UNK|SEP|CLS|MASK|STOP|START|END|BEGIN|SPECIAL|IMAGE|THINK|NEW|MAX|MIN|NUM|LAST|FIRST)(_[A-Z]+)*_TOKENS?$"
+    r"|(^|_)(MAX|MIN|NUM|PER|STOP|COMPLETION|PROMPT|BATCH|NEW|OF)_TOKENS$|^TOKENS$|(^|_)(PRIMARY|FOREIGN|SORT)_KEY$|^KEY$|^GPG_KEY$"
 )
 REFERENCE = re.compile(r"\$\{\w+\}")
 TOKEN_BYTES = 32
 MIN_LENGTH = 8
 """Shorter values are taken for words: `true`, `token`."""
 HIDDEN = "[hidden]"
+_WORDS = ("None", "True", "False", "null", "true", "false", HIDDEN)
+_VALUE = re.compile(
+    r"(?<![A-Za-z0-9])(?:sk|rk|pk)-[A-Za-z0-9_-]{16,}|(?<![A-Za-z0-9])(?:gh[oprsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,})"
+    r"|(?<![A-Za-z0-9])(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])|(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}"
+    r"|(?<![A-Za-z0-9])xox[abeoprs]-[\w-]{10,}"
+    r"|(?<![A-Za-z0-9])AIza[\w-]{30,}|(?<![A-Za-z0-9])(?:nvapi|gsk|npm|pypi|dckr_pat|wandb_v1)[-_][\w-]{24,}"
+    r"|(?<![\w-])eyJ[\w-]{8,}+\.[\w-]{8,}+\.[\w-]*+"
+    r"|-----BEGIN [A-Z ]{0,40}PRIVATE KEY(?: BLOCK)?-----(?:[^-]{0,20000}+-----END [A-Z ]{0,40}-----)?"
+    r"|(?i:\b(?:AccountKey|SharedAccessKey|SharedAccessSignature)=[^;\s]{8,})"
+)
+"""Keys that are known by their form, wherever they stand."""
+_URL_USER = re.compile(
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,30}+://)(?P<user>[^\s/?#@:]{0,200}+:(?!\d{1,5}(?:[/?#]|$))[^\s@\"']{1,500}+"
+    r"(?:@[^\s@/\"']{1,200}(?=@))*)(?=@)"
+)
+_URL_LONE_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,30}+://)(?P<user>[^\s/?#@:]{20,500}+)(?=@)")
+_QUERY = re.compile(r"(?P<name>[?&;#][\w.~%-]{1,64}=)(?P<value>[^&;#\s\"']{6,})")
+_QUERY_NAMES = re.compile(r"(^|_)(KEY|SIG|SIGNATURE|CODE)$")
+_ASSIGNED = re.compile(
+    r"(?<![\w.-])(?P<name>[A-Za-z][\w.-]{1,100}+)(?P<by>[\"']?\s{0,3}[=:]\s{0,3}[\"']?)(?P<value>[^\s,;(){}\[\]\"'&]{4,}|\$\{\w+\})"
+)
 
 
 def is_secret_name(variable: str) -> bool:
     """Does this environment variable hold a secret, by its name?"""
-    return SECRET_NAME.search(variable) is not None
+    return _is_named(variable, SECRET_NAME)
+
+
+def _is_named(name: str, pattern: re.Pattern[str]) -> bool:
+    upper = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
+    upper = re.sub(r"[^A-Za-z0-9]+", "_", upper).upper().strip("_")
+    return _NO_SECRETS.search(upper) is None and pattern.search(upper) is not None
 
 
 def check_env(env: dict[str, str]) -> dict[str, str]:
     """An `env:` of a recipe. Raises ValueError for a secret that is written out."""
     for name, value in env.items():
-        if is_secret_name(name) and not REFERENCE.fullmatch(value):
+        if REFERENCE.fullmatch(value):
+            continue
+        if is_secret_name(name) or holds_secret(value) or holds_secret(name):
             raise ValueError(
-                f"env.{name} looks like a secret, and a recipe is written to config.yaml and shown by trackers: set it in the "
-                f"environment of Ray's nodes, and write {name}: ${{{name}}} here"
+                f"env.{hide_forms(name)} looks like a secret, and a recipe is written to config.yaml and shown by trackers: set it "
+                f"in the environment of Ray's nodes, and write {hide_forms(name)}: ${{{hide_forms(name)}}} here"
             )
     return env
+
+
+def secrets_in(tree: Any, key: str = "") -> Iterator[str]:
+    """The dotted keys of a recipe that hold a secret, by their names or by what they hold; of `env`, `check_env` tells."""
+    match tree:
+        case dict():
+            for name, value in tree.items():
+                inner = f"{key}.{name}".lstrip(".")
+                if holds_secret(str(name)):
+                    yield hide_forms(inner)
+                elif name == "env" and isinstance(value, dict):
+                    continue
+                elif name == "columns" and isinstance(value, dict):
+                    # What a data set calls its columns.
+                    yield from secrets_in(list(value.values()), inner)
+                elif _names_secret(str(name), value):
+                    yield inner
+                else:
+                    yield from secrets_in(value, inner)
+        case list() | tuple():
+            for i, value in enumerate(tree):
+                yield from secrets_in(value, f"{key}.{i}")
+        case str() if not REFERENCE.fullmatch(tree):
+            if holds_secret(tree) or (tree.lstrip()[:1] in ("{", "[") and _assigned(tree) != tree):
+                yield key
+
+
+def _names_secret(name: str, value: Any) -> bool:
+    """Is it an option for a secret, and is one given?"""
+    given = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
+    if len(given) < 4 or REFERENCE.fullmatch(given) or any(c.isspace() or c in "<>|" for c in given) or given in _WORDS:
+        return False
+    return _is_named(name, _SECRET_OPTION) or (
+        is_secret_name(name) and len(given) >= 16 and any(map(str.isdigit, given)) and any(map(str.isalpha, given))
+    )
+
+
+def holds_secret(text: str) -> bool:
+    """Is there a key of a known form in it, a URL with a password, or one with a token among its parameters?"""
+    return hide_forms(text) != text
+
+
+def hide_forms(text: str) -> str:
+    """`text` without keys of known forms, and without what URLs hold of users and tokens."""
+    text = _VALUE.sub(HIDDEN, text)
+    if "://" not in text:
+        return text
+    for pattern in (_URL_USER, _URL_LONE_USER):
+        text = pattern.sub(lambda found: found["scheme"] + _unless_reference(found["user"]), text)
+    return _QUERY.sub(_hide_parameter, text)
+
+
+def _unless_reference(user: str) -> str:
+    return user if REFERENCE.search(user) else HIDDEN
+
+
+def _hide_parameter(found: re.Match[str]) -> str:
+    name = unquote(found["name"])[1:-1]
+    named = is_secret_name(name) or _is_named(name, _QUERY_NAMES) or name.lower() == "key"
+    return f"{found['name']}{HIDDEN}" if named and not REFERENCE.match(found["value"]) else found[0]
+
+
+def _assigned(text: str) -> str:
+    """`text` without what stands behind the names of secrets: `password=..`, `api_key: ..`."""
+
+    def hide(found: re.Match[str]) -> str:
+        name, value = found["name"].rpartition(".")[2], found["value"]
+        if value.startswith("${") or not _names_secret(name, value):
+            return found[0]
+        return f"{found['name']}{found['by']}{HIDDEN}"
+
+    return _ASSIGNED.sub(hide, text)
 
 
 def resolve(env: Mapping[str, str], node: Mapping[str, str]) -> dict[str, str]:
@@ -47,17 +160,17 @@ def resolve(env: Mapping[str, str], node: Mapping[str, str]) -> dict[str, str]:
 
 def secret_values(env: Mapping[str, str]) -> list[str]:
     """What must not be told: the secrets of this environment, and Ray's token. The longest first."""
-    values = {value for name, value in env.items() if is_secret_name(name)}
-    with contextlib.suppress(OSError):
+    values = {value for name, value in env.items() if is_secret_name(name) and not value.startswith(("/", "~"))}
+    with contextlib.suppress(OSError, ValueError):
         values.add(token_path(env).read_text().strip())
     return sorted((v for v in values if len(v) >= MIN_LENGTH), key=len, reverse=True)
 
 
 def hide_secrets(text: str, env: Mapping[str, str] = os.environ) -> str:
-    """`text` without them: what leaves a worker as a message or a traceback."""
+    """`text` without them: what leaves a worker, or goes to a terminal, as a message or a traceback."""
     for value in secret_values(env):
         text = text.replace(value, HIDDEN)
-    return text
+    return _assigned(hide_forms(text))
 
 
 def make_token(env: Mapping[str, str]) -> None:

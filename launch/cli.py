@@ -13,6 +13,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from grpo_ray.errors import ConfigError, GrpoRayError
+from grpo_ray.secrets import hide_secrets
 from launch.program import runnable
 
 app = typer.Typer(
@@ -463,4 +464,4 @@ def _meant(error: Exception) -> str | None:
 def _tell_error(text: str) -> None:
     from launch.console import headed, plain_console
 
-    plain_console(stderr=True).print(headed("error:", "bold red", f" {runnable(text)}"), soft_wrap=True)
+    plain_console(stderr=True).print(headed("error:", "bold red", f" {hide_secrets(runnable(text))}"), soft_wrap=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from grpo_ray.config import RunConfig, SftConfig
-from grpo_ray.config_files import parse_overrides
+from grpo_ray.config_files import check_secrets, parse_overrides
 from grpo_ray.errors import ConfigError, WorkerError
 from grpo_ray.metrics import duration
 from grpo_ray.names import check_name
@@ -30,8 +30,8 @@ def submit(
     recipe: str, overrides: list[str], address: str | None, exclude: list[str], *, wait: bool, resume: bool
 ) -> None:
     if resume:
-        # That they are overrides; whether the run takes them is seen where it is.
-        parse_overrides(overrides)
+        # That they are overrides without secrets, which the job's command would show; whether the run takes them is seen there.
+        check_secrets(parse_overrides(overrides), f"submit --resume {recipe}")
     config = None if resume else _resolve(recipe, overrides)
     name = check_name(Path(recipe).name if config is None else str(config.name))
     cluster = Cluster(address)
