@@ -125,9 +125,9 @@ def check_secrets(data: Any, source: str) -> None:
     if found := list(dict.fromkeys(secrets_in(data))):
         raise ConfigError(
             f"{hide_secrets(source)} holds what looks like a secret ({', '.join(found)}), and a recipe is written to "
-            "config.yaml, shown by trackers and in reports. Take it out: set it in the environment (of Ray's nodes, for a cluster), name it in the "
-            "env of the worker that needs it, e.g. reward.env: {MY_API_KEY: '${MY_API_KEY}'}, and read it there; stores and hubs "
-            "find their keys in the environment, too (AWS_ACCESS_KEY_ID, HF_TOKEN)"
+            "config.yaml, shown by trackers and in reports. Take it out: set it in the environment (of Ray's nodes, for a "
+            "cluster), name it in the env of the worker that needs it, e.g. reward.env: {MY_API_KEY: '${MY_API_KEY}'}, and read "
+            "it there; stores and hubs find their keys in the environment, too (AWS_ACCESS_KEY_ID, HF_TOKEN)"
         )
 
 

@@ -302,11 +302,18 @@ def submit(
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Files or folders not to ship, * allowed")
     ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Files or folders to ship that git does not track and the recipe does not name"
+        ),
+    ] = None,
 ) -> None:
-    """Train on a running Ray cluster: ships this folder, starts the run there and follows it. The run outlives this terminal."""
+    """Train on a running Ray cluster: ships what git tracks of this folder and what the recipe names, starts the run there and
+    follows it. The run outlives this terminal."""
     from launch.submit import submit as run
 
-    run(recipe, overrides or [], address, exclude or [], wait=wait, resume=resume)
+    run(recipe, overrides or [], address, exclude or [], include or [], wait=wait, resume=resume)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -17,9 +18,10 @@ from grpo_ray.scaling import SCALED, parse_counts
 from launch import interrupts
 from launch.cluster import COMMAND_S, STOPPED_EXITS, Cluster, ClusterRun
 from launch.console import plain_console
-from launch.package import stage
+from launch.package import stage, told
 from launch.placement import open_yaml
 from launch.recipe import SCHEMAS, SHIPPED, find_recipe, kind_of, load_recipe, run_folder
+from launch.shipped import named_by
 
 LAST_LINES = 5
 """Of a run, in its status."""
@@ -27,7 +29,14 @@ console = plain_console(soft_wrap=True)
 
 
 def submit(
-    recipe: str, overrides: list[str], address: str | None, exclude: list[str], *, wait: bool, resume: bool
+    recipe: str,
+    overrides: list[str],
+    address: str | None,
+    exclude: list[str],
+    include: Sequence[str] = (),
+    *,
+    wait: bool,
+    resume: bool,
 ) -> None:
     if resume:
         # That they are overrides without secrets, which the job's command would show; whether the run takes them is seen there.
@@ -40,7 +49,10 @@ def submit(
             f"a run named {name} is under way on this cluster: `grpo-ray logs {name}` shows it; or choose another with name=..."
         )
     with interrupts.scratch_folder() as scratch:
-        size = stage(Path.cwd(), scratch, exclude)
+        named = [*([] if config is None else named_by(config, Path.cwd()))]
+        found = stage(Path.cwd(), scratch, exclude, named=named, include=include)
+        for line in told(found):
+            console.print(line)
         if config is not None:
             (scratch / SHIPPED).write_text(open_yaml(config), encoding="utf-8")
         words = ["resume", recipe, *overrides] if config is None else ["run", SHIPPED]
@@ -48,7 +60,7 @@ def submit(
         with interrupts.leaving(f"{name} may have been submitted: grpo-ray status {name}{again} says whether it was"):
             job = cluster.submit(name, words, str(scratch))
     console.print(
-        f"submitted {name} as job {job} ({size / 1e6:.1f} MB of this folder); see it again: grpo-ray logs {name}{again}"
+        f"submitted {name} as job {job} ({found.size / 1e6:.1f} MB of this folder); see it again: grpo-ray logs {name}{again}"
     )
     if wait:
         _follow(cluster, ClusterRun(name, "waiting", job), again)

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from grpo_ray.config import RunConfig
+from grpo_ray.config_files import build
 from grpo_ray.errors import ConfigError
-from launch.package import PACKAGES, stage
+from launch.package import PACKAGES, stage, told
+from launch.shipped import named_by
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,7 +52,7 @@ def test_code_and_data_are_shipped_and_keys_runs_and_environments_are_not(user: 
     )
     make(user, "env/pyvenv.cfg", "env/lib/torch.py", "big/b.bin")
     (user / ".gitignore").write_text("ignored.jsonl\n")
-    size = stage(user, tmp_path / "staged", ["big"])
+    size = stage(user, tmp_path / "staged", ["big"]).size
     assert names(tmp_path / "staged") == wanted
     assert size == len(wanted)
 
@@ -58,11 +61,11 @@ def test_a_folder_too_large_is_refused_by_the_names_of_what_is_large_and_nothing
     user: Path, tmp_path: Path
 ) -> None:
     make(user, "small.py", size=10)
-    make(user, "data/a.bin", "data/b.bin", size=2000)
+    make(user, "data/a.jsonl", "data/b.jsonl", size=2000)
     with pytest.raises(ConfigError, match=r"largest: data .*--exclude NAME"):
         stage(user, tmp_path / "staged", limit_bytes=4000)
     assert not (tmp_path / "staged").exists()
-    stage(user, tmp_path / "staged", ["*.bin"], limit_bytes=4000)
+    stage(user, tmp_path / "staged", ["*.jsonl"], limit_bytes=4000)
     assert names(tmp_path / "staged") == {"small.py"}
 
 
@@ -103,3 +106,159 @@ def test_what_is_shipped_runs_by_itself(user: Path, tmp_path: Path) -> None:
     ).stdout
     assert told.startswith(str(staged))
     assert "smoke_sft" in told
+
+
+KEYS = [
+    *(
+        "prod.env",
+        ".env",
+        "env/.env.local",
+        "id_ecdsa",
+        "id_dsa",
+        "ID_RSA",
+        "id_ed25519.pub",
+        "x.p12",
+        "x.PFX",
+        "x.ppk",
+        "x.jks",
+    ),
+    *(
+        "kubeconfig",
+        "credentials.json",
+        "Credentials.JSON",
+        "service-account.json",
+        "my-service_account-1.json",
+        "secrets.yaml",
+    ),
+    *(
+        "token",
+        "hf_token",
+        "key.PEM",
+        "server.Key",
+        "a/b/token.txt",
+        "gcp-credentials.json",
+        "auth.json",
+        "x.tfstate",
+        "netrc",
+    ),
+    *(
+        "client_secret_1.json",
+        "secrets.toml",
+        "prod-secrets.yml",
+        "api_key.txt",
+        "cert.p8",
+        "vault.kdbx",
+        "production.env.json",
+    ),
+]
+PRIVATE = "-----BEGIN {}PRIVATE KEY-----{}MIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSjAgEAAoIBAQC7"
+
+
+def git(folder: Path, *words: str) -> None:
+    who = ("-c", "user.name=x", "-c", "user.email=x@x")
+    subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True, timeout=60)
+
+
+@pytest.fixture
+def tracked(user: Path) -> Path:
+    make(user, "mine.py", "data/rows.jsonl", "notes.bin")
+    git(user, "init", "-q")
+    git(user, "add", "-A")
+    return user
+
+
+@pytest.mark.parametrize("known_to_git", [True, False])
+def test_files_that_are_called_as_keys_are_never_shipped_and_told(
+    known_to_git: bool, user: Path, tmp_path: Path
+) -> None:
+    make(user, "mine.py", "my_token.py", "tokens.jsonl", "keys.yaml", "tokenizer.json", "environment.yaml", *KEYS)
+    if known_to_git:
+        git(user, "init", "-q")
+        git(user, "add", "-f", "-A")
+    found = stage(user, tmp_path / "staged", named=[user / name for name in KEYS], include=["*"])
+    assert names(tmp_path / "staged") == {
+        *("mine.py", "my_token.py", "tokens.jsonl", "keys.yaml", "tokenizer.json", "environment.yaml"),
+    }
+    hidden = {name for name in KEYS if any(part.startswith(".") for part in Path(name).parts)}
+    assert {str(path) for path in found.left_out} == set(KEYS) - hidden
+    assert "prod.env: its name is that of a key" in "\n".join(told(found))
+
+
+def test_what_git_tracks_and_the_recipe_names_is_shipped_and_the_rest_by_a_flag(tracked: Path, tmp_path: Path) -> None:
+    make(tracked, "untracked.py", "named.jsonl", "folder/a.jsonl", "beside.py", "private.txt", "pkg/inner.py", size=3)
+    recipe = {
+        "model": {"tiny": {}},
+        "data": {"train": {"path": "named.jsonl"}, "eval": {"path": f"{tracked}/folder/a.jsonl"}},
+        "reward": {"functions": [{"name": "pkg.inner.f"}, {"name": "beside.py:f"}]},
+    }
+    named = named_by(build(RunConfig, recipe, "recipe"), tracked)
+    found = stage(tracked, tmp_path / "staged", named=named)
+    wanted = {"mine.py", "data/rows.jsonl", "notes.bin", "named.jsonl", "folder/a.jsonl", "beside.py", "pkg/inner.py"}
+    assert names(tmp_path / "staged") == wanted
+    lines = list(told(found))
+    assert [line for line in lines if line.endswith("named.jsonl")] == ["upload          0.0 kB  named.jsonl"]
+    assert "left out private.txt: git does not track it" in lines
+    assert len([line for line in lines if line.startswith("upload")]) == len(wanted)
+    stage(tracked, tmp_path / "more", named=named, include=["private.txt", "untracked*"])
+    assert names(tmp_path / "more") == wanted | {"private.txt", "untracked.py"}
+
+
+def test_without_git_code_and_data_are_shipped(user: Path, tmp_path: Path) -> None:
+    make(user, "a.py", "b.yaml", "rows.parquet", "dump.sql", "notes.docx", "core")
+    stage(user, tmp_path / "staged")
+    assert names(tmp_path / "staged") == {"a.py", "b.yaml", "rows.parquet"}
+
+
+@pytest.mark.parametrize("known_to_git", [True, False])
+def test_a_link_to_a_file_outside_is_refused(known_to_git: bool, user: Path, tmp_path: Path) -> None:
+    make(tmp_path, "outside.txt")
+    make(user, "a.py")
+    (user / "rows.jsonl").symlink_to(tmp_path / "outside.txt")
+    (user / "inside.py").symlink_to("a.py")
+    if known_to_git:
+        git(user, "init", "-q")
+        git(user, "add", "-A")
+    with pytest.raises(ConfigError, match=r"rows\.jsonl is a link to .*outside\.txt, outside of the folder"):
+        stage(user, tmp_path / "staged")
+    stage(user, tmp_path / "without", ["rows.jsonl"])
+    assert names(tmp_path / "without") == {"a.py", "inside.py"}
+
+
+def test_a_link_inside_to_a_key_is_not_shipped(user: Path, tmp_path: Path) -> None:
+    make(user, "prod.env")
+    (user / "rows.jsonl").symlink_to("prod.env")
+    found = stage(user, tmp_path / "staged")
+    assert names(tmp_path / "staged") == set()
+    assert Path("rows.jsonl") in found.left_out
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PRIVATE.format("", "\n"),
+        PRIVATE.format("RSA ", "\r\n"),
+        PRIVATE.format("OPENSSH ", "\n"),
+        PRIVATE.format("ENCRYPTED ", "\n"),
+        '{"private_key": "' + PRIVATE.format("", "\\n") + '"}',
+        "x" * (9 << 20) + "\n" + PRIVATE.format("EC ", "\n"),
+    ],
+)
+def test_a_file_that_holds_a_private_key_is_refused_by_its_name(text: str, user: Path, tmp_path: Path) -> None:
+    (user / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.yaml holds a private key") as error:
+        stage(user, tmp_path / "staged")
+    assert "MIIE" not in str(error.value)
+    assert not (tmp_path / "staged").exists()
+
+
+def test_a_header_of_a_key_in_code_is_no_key(user: Path, tmp_path: Path) -> None:
+    (user / "a.py").write_text('HEAD = "-----BEGIN RSA PRIVATE KEY-----"\n')
+    assert stage(user, tmp_path / "staged").size > 0
+
+
+def test_a_strangers_repository_runs_nothing(tracked: Path, tmp_path: Path) -> None:
+    for option in ("core.fsmonitor", "core.sshCommand", "diff.external", "filter.x.clean", "core.pager"):
+        git(tracked, "config", option, f"touch {tmp_path}/CANARY; false")
+    stage(tracked, tmp_path / "staged")
+    assert not (tmp_path / "CANARY").exists()
+    assert "mine.py" in names(tmp_path / "staged")
