@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from grpo_ray.config_reward import RewardConfig
 from grpo_ray.errors import ResourceError
 from grpo_ray.labels import fits
 from grpo_ray.machine import usable_cpus
+from grpo_ray.plain_terminal import say
 from grpo_ray.secrets import make_token, token_path
 
 NAMESPACE = "grpo-ray"
@@ -80,7 +80,7 @@ def join(address: Address) -> None:
     except (ConnectionError, ValueError, RuntimeError) as e:
         raise ResourceError(f"no run can join the Ray cluster at {address}: {_first_line(e)}") from None
     if (warning := open_session()) is not None:
-        print(f"note: {warning}", file=sys.stderr)
+        say(f"note: {warning}", error=True)
 
 
 def open_session() -> str | None:

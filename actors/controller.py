@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
@@ -55,6 +54,7 @@ from grpo_ray.messages import MessageLog
 from grpo_ray.models import context_length, load_config, load_tokenizer, prepare_model
 from grpo_ray.names import check_name, run_name
 from grpo_ray.ownership import holding
+from grpo_ray.plain_terminal import say
 from grpo_ray.prompts import PromptDataset, PromptSets, load_eval_prompts, load_prompts, trained_on
 from grpo_ray.records import last_step, set_aside
 from grpo_ray.replay import TOLERANCE, compare, parts_of, read_batch
@@ -120,7 +120,7 @@ class Controller:
             end = EndEvent("failed", self._lost) if self._lost else EndEvent(self._stop_reason or "cancelled", "")
         except BaseException as e:
             end = EndEvent("failed", hide_secrets(_message(e)))
-            print(hide_secrets(traceback.format_exc()), file=sys.stderr, flush=True)
+            say(hide_secrets(traceback.format_exc()), error=True)
         if self._scaler is not None:
             await self._scaler.close()
             self._scaler = None

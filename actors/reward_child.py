@@ -23,6 +23,7 @@ import psutil
 from actors.apart import leave_network
 from grpo_ray.config_reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
+from grpo_ray.plain_terminal import clean_streams
 from grpo_ray.rewards import RewardFunction, ScoreInputs, call_reward, resolve
 from grpo_ray.rewards.scoring import failures
 from grpo_ray.types import RewardScore, ScoreStatus
@@ -62,6 +63,7 @@ class Call:
 
 
 def main() -> None:
+    clean_streams()
     requests = os.fdopen(int(sys.argv[1]), "rb")
     responses = int(sys.argv[2])
     die_with_parent()

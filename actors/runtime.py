@@ -25,6 +25,7 @@ from actors.caches import own_cache, use_private_caches
 from actors.private import use_private_temporary_files
 from grpo_ray.errors import DeadlineError
 from grpo_ray.names import run_name
+from grpo_ray.plain_terminal import clean_streams, say
 
 T = TypeVar("T")
 
@@ -105,6 +106,7 @@ def own_log(run_dir: str, name: str) -> Path:
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
+    clean_streams()
     return path
 
 
@@ -113,7 +115,7 @@ def own_process(run_dir: str, name: str) -> Path:
     path = own_log(run_dir, name)
     use_private_temporary_files()
     for note in use_private_caches():
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}", error=True)
     return path
 
 

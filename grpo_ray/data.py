@@ -357,13 +357,15 @@ def _lookup(row: Row, name: str, new: str, where: str) -> Any:
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr while `total` rows are worked on, if they are many and someone watches; gives `advance(rows)`."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import Progress
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from grpo_ray.plain_terminal import one_line
+    from grpo_ray.terminal import PlainConsole
 
     shown = total >= _MANY_ROWS and sys.stderr.isatty()
-    with Progress(console=Console(stderr=True), transient=True, disable=not shown) as bar:
-        task = bar.add_task(escape(what), total=total)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=PlainConsole(stderr=True), transient=True, disable=not shown) as bar:
+        task = bar.add_task(one_line(what), total=total)
         yield lambda rows: bar.advance(task, rows)
 
 

@@ -9,12 +9,12 @@ there) they refuse again.
 from __future__ import annotations
 
 import errno
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from grpo_ray.errors import CheckpointError, StoreAwayError, StoreError
+from grpo_ray.plain_terminal import say
 
 T = TypeVar("T")
 PATIENCE_S = 60.0
@@ -154,4 +154,4 @@ def _forget(url: str) -> None:
 
 
 def _to_stderr(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    say(f"warning: {text}", error=True)

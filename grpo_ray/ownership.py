@@ -32,6 +32,7 @@ from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Time
 from grpo_ray import json_text
 from grpo_ray.errors import ConfigError
 from grpo_ray.files import write_whole
+from grpo_ray.plain_terminal import say
 
 FOLDER = ".owner"
 LEASE_S, HEARTBEAT_S = 60.0, 10.0
@@ -276,9 +277,7 @@ def _look(path: Path) -> tuple[int, ...]:
 
 
 @contextmanager
-def commanded(
-    folder: Path, tell: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
-) -> Iterator[Ownership]:
+def commanded(folder: Path, tell: Callable[[str], None] = lambda text: say(text, error=True)) -> Iterator[Ownership]:
     """This command is the only one that writes in `folder`, which need not be there yet.
 
     Raises:

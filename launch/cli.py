@@ -13,6 +13,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from grpo_ray.errors import ConfigError, GrpoRayError
+from grpo_ray.plain_terminal import clean_streams, say
 from grpo_ray.secrets import hide_secrets
 from launch.program import runnable
 
@@ -58,7 +59,7 @@ def _print_version(asked: bool) -> None:
         from launch.versions import versions
 
         for name, version in versions():
-            print(f"{name:<13}{version}")
+            say(f"{name:<13}{version}")
         raise typer.Exit
 
 
@@ -186,7 +187,7 @@ def report(run: Run) -> None:
     from launch.jobs import make_report
 
     try:
-        print(make_report(RunDir.open(run)))
+        say(str(make_report(RunDir.open(run))))
     except OSError as e:
         raise ConfigError(f"the report of {run} can't be written: {e}") from None
 
@@ -410,6 +411,7 @@ def main() -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             with contextlib.suppress(OSError):
                 stream.reconfigure(errors="backslashreplace")
+    clean_streams()
     # Shown once, at the first import after an installation, by packages that reasoning-gym brings.
     warnings.filterwarnings("ignore", category=SyntaxWarning)
     try:

@@ -22,6 +22,7 @@ from actors.folders import LONGEST_FOLDER, PREFIX, make_short, too_long, unmakea
 from actors.private import TEMPORARY, make_private, use_private_temporary_files
 from grpo_ray import json_text
 from grpo_ray.errors import ConfigError, ResourceError
+from grpo_ray.plain_terminal import say
 from grpo_ray.secrets import is_secret_name
 from launch import interrupts
 
@@ -44,7 +45,7 @@ def prepare() -> None:
         ResourceError: there is no place for temporary files.
     """
     for note in (*_temporary(), *_home(), *_caches(), *use_private_caches(), *_warnings()):
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}", error=True)
     check_variables()
 
 

@@ -14,6 +14,7 @@ from grpo_ray.config import RunConfig, SftConfig
 from grpo_ray.config_files import load_yaml
 from grpo_ray.errors import ConfigError, GrpoRayError, ResourceError, WorkerError
 from grpo_ray.names import check_name
+from grpo_ray.plain_terminal import say
 from launch.recipe import kind_of
 
 END_S = 60.0
@@ -50,7 +51,7 @@ def stop(run: str, *, now: bool) -> None:
     try:
         ray.get(controller.stop.remote("stopped", now), timeout=ANSWER_S)
         if not now:
-            print(f"{run} ends after the step under way, with a checkpoint")
+            say(f"{run} ends after the step under way, with a checkpoint")
             return
         deadline = time.monotonic() + END_S
         while time.monotonic() < deadline:
@@ -59,18 +60,18 @@ def stop(run: str, *, now: bool) -> None:
             time.sleep(0.5)
         else:
             ray.kill(controller)
-        print(f"{run} has ended; its newest checkpoint is where it can be resumed from")
+        say(f"{run} has ended; its newest checkpoint is where it can be resumed from")
     except ray.exceptions.GetTimeoutError:
         if not now:
             raise WorkerError(
                 f"the controller of {run} did not answer for {ANSWER_S:g} s; `grpo-ray stop {run} --now` kills it"
             ) from None
         ray.kill(controller)
-        print(f"the controller of {run} did not answer and was killed")
+        say(f"the controller of {run} did not answer and was killed")
     except ray.exceptions.RayError as e:
         if not is_lost(e):
             raise
-        print(f"{run} has ended")
+        say(f"{run} has ended")
     finally:
         ray.shutdown()
 
@@ -80,7 +81,7 @@ def scale(run: str, words: list[str]) -> None:
 
     controller = find_controller(run)
     try:
-        print(f"{run}: {ray.get(controller.scale.remote(words), timeout=ANSWER_S)}")
+        say(f"{run}: {ray.get(controller.scale.remote(words), timeout=ANSWER_S)}")
     except ray.exceptions.GetTimeoutError:
         raise WorkerError(
             f"{run} has not answered for {ANSWER_S:g} s: it waits for the cluster to grow, for deadlines.resources_s at most; "

@@ -24,6 +24,7 @@ LIMIT_S = 10.0
 GONE_S = 3.0
 """From the order to kill a process to its end."""
 BEFORE = "nothing was begun, and nothing is changed"
+_BREAKS = "\n\t"
 SHOW_CURSOR = b"\x1b[?25h"
 
 
@@ -238,7 +239,7 @@ def _say(line: str) -> None:
     with contextlib.suppress(OSError):
         if os.isatty(1):
             os.write(1, SHOW_CURSOR + b"\n")
-        os.write(2, f"{line}\n".encode(errors="replace"))
+        os.write(2, f"{''.join(c for c in line if c.isprintable() or c in _BREAKS)}\n".encode(errors="replace"))
 
 
 def _exit(code: int) -> NoReturn:

@@ -18,9 +18,9 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import ConsoleOptions, Group, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -28,6 +28,8 @@ from rich.text import Text
 
 from grpo_ray.events import CheckpointEvent, EndEvent, EvalEvent, Event, MessageEvent, PhaseEvent, StepEvent
 from grpo_ray.metrics import LOSSES, ROLES, duration
+from grpo_ray.plain_terminal import clean, one_line
+from grpo_ray.terminal import PlainConsole
 from launch.console import plain_console
 from launch.program import runnable
 
@@ -81,7 +83,7 @@ class LiveView:
         total_steps: int | None = None,
         run_dir: Path | None = None,
         began: float | None = None,
-        console: Console | None = None,
+        console: PlainConsole | None = None,
         *,
         no_steps: bool = False,
     ) -> None:
@@ -169,9 +171,9 @@ class LiveView:
             self._print(f"[{time.monotonic() - self._began:6.1f} s] {what}")
 
     def _print(self, text: str, style: str = "") -> None:
-        self.console.print(Text(printable(runnable(text)), style=style), soft_wrap=True)
+        self.console.print(Text(clean(runnable(text)), style=style), soft_wrap=True)
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: Any, options: ConsoleOptions) -> RenderResult:
         yield _picture(self._state, self._title, time.monotonic() - self._began, options.max_width)
 
 
@@ -291,11 +293,6 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(BARS[round((m - low) / (high - low) * (len(BARS) - 1))] for m in means)
 
 
-def printable(text: str) -> str:
-    """Without control characters: a message may quote what a model wrote, and a terminal obeys what it is sent."""
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
-
-
 def _picture(state: _State, title: str, elapsed: float, width: int) -> Group:
     parts: list[Table | Text] = [_header(state, title, elapsed, width)]
     if state.last or any(state.history.values()):
@@ -321,7 +318,7 @@ def _header(state: _State, title: str, elapsed: float, width: int) -> Table:
     bar = ProgressBar(total=total or 1, completed=done, complete_style="blue", finished_style="green")
     top.add_row(Text(name, style="bold") + Text(count, style="bold blue"), bar, Text("  ".join(t for t in times if t)))
     if state.doing:
-        doing = Text(printable(state.doing), style="dim", no_wrap=True, overflow="ellipsis")
+        doing = Text(one_line(state.doing), style="dim", no_wrap=True, overflow="ellipsis")
         outer = Table.grid(expand=True)
         outer.add_row(top)
         outer.add_row(doing)

@@ -18,6 +18,7 @@ from grpo_ray.config import ModelConfig, RewardModelConfig, RunConfig, SftConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.memory import known_facts
 from grpo_ray.models import load_config
+from grpo_ray.plain_terminal import say
 
 _QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 _CHILD = "import sys; sys.path[:] = {path!r}; from launch.model_check import answer; answer()"
@@ -110,7 +111,7 @@ def answer() -> None:
         said: dict[str, Any] = {"num_params": _count(question)}
     except ConfigError as e:
         said = {"refused": str(e)}
-    print(f"\n{json.dumps(said)}", flush=True)
+    say(f"\n{json.dumps(said)}")
 
 
 def _count(question: dict[str, Any]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,7 +15,9 @@ from grpo_ray.config_typed import with_types
 from grpo_ray.data import MAX_LINE_BYTES
 from grpo_ray.errors import ConfigError
 from grpo_ray.names import check_name
+from grpo_ray.plain_terminal import say
 from grpo_ray.reward_files import with_absolute_files, with_shipped_files
+from grpo_ray.secrets import hide_secrets
 
 RECIPES = Path(__file__).parent / "recipes"
 Config = TypeVar("Config", bound=RunConfig | SftConfig)
@@ -69,7 +70,7 @@ def tell_of_repeated(overrides: list[str]) -> None:
     keys = [item.partition("=")[0].strip() for item in overrides]
     last = dict(zip(keys, overrides, strict=True))
     for key in dict.fromkeys(k for k in keys if keys.count(k) > 1):
-        print(f"warning: {key} is given more than once; {last[key]} counts", file=sys.stderr)
+        say(hide_secrets(f"warning: {key} is given more than once; {last[key]} counts"), error=True)
 
 
 def load_recipe(schema: type[Config], recipe: str, overrides: list[str], *, keep_home: bool = False) -> Config:

@@ -14,6 +14,7 @@ from grpo_ray.config_files import check_secrets, parse_overrides
 from grpo_ray.errors import ConfigError, WorkerError
 from grpo_ray.metrics import duration
 from grpo_ray.names import check_name
+from grpo_ray.plain_terminal import clean
 from grpo_ray.scaling import SCALED, parse_counts
 from launch import interrupts
 from launch.cluster import COMMAND_S, STOPPED_EXITS, Cluster, ClusterRun
@@ -138,7 +139,7 @@ def _follow(cluster: Cluster, run: ClusterRun, again: str) -> None:
 
 
 def _tell(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(clean(text))
     sys.stdout.flush()
 
 

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from grpo_ray.events import CheckpointEvent, EndEvent, EvalEvent, Event, MessageEvent, PhaseEvent, StepEvent
 from grpo_ray.measures import Estimate
-from launch.live import LiveView, printable, sparkline, step_line
+from grpo_ray.plain_terminal import clean
+from launch.live import LiveView, sparkline, step_line
 
 
 def step(number: int, total: int = 12, **extra: float) -> StepEvent:
@@ -153,7 +154,7 @@ def test_what_a_model_wrote_commands_no_terminal(terminal: bool) -> None:
     assert "[bold red]not markup[/]" in text
     assert not any(bad in text for bad in ("\x1b[2J", "\x1b]0", "\x07", "\x9b", "\u202e"))
     if not terminal:
-        assert printable(text) == text
+        assert clean(text) == text
 
 
 def test_the_time_left_is_the_median_step_times_the_steps_left() -> None:
