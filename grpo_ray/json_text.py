@@ -1,7 +1,8 @@
 """JSON of files that anybody may have written: whatever is wrong with it is a ValueError that says so, in no time.
 
 `read` is for what this project writes (NaN included), `read_strictly` for rows of data, where what Python would let pass, and
-nobody means, is refused: a key twice, NaN and infinities, numbers beyond a float, halves of characters.
+nobody means, is refused: a key twice, NaN and infinities, numbers beyond a float, keys with half of a character. (A text with one
+may be a program's input; where it is to be tokenized, `tokenized.check_characters` refuses it.)
 """
 
 from __future__ import annotations
@@ -83,9 +84,9 @@ _STRICT = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_number, p
 
 
 def _refuse_halves(value: Any) -> None:
-    for text in (text for level in _levels(value) for text in level if isinstance(text, str)):
+    for text in (key for level in _levels(value) for one in level if isinstance(one, dict) for key in one):
         if _HALF.search(text):
-            raise ValueError(f"{ascii(text)[:40]} holds half of a character; write the whole one, or leave the row out")
+            raise ValueError(f"{ascii(text)[:40]} holds half of a character, and is a key; write the whole one")
 
 
 def _depth(value: Any) -> int:
@@ -94,12 +95,13 @@ def _depth(value: Any) -> int:
 
 
 def _levels(value: Any) -> Iterator[list[Any]]:
-    """The value itself, then what is in it, then what is in that, ..; keys count as being in an object."""
+    """The value itself, then what is in it, then what is in that, .."""
     level = [value]
     while level:
         yield level
-        level = [inner for one in level if isinstance(one, dict | list) for inner in _members(one)]
-
-
-def _members(value: dict[str, Any] | list[Any]) -> list[Any]:
-    return value if isinstance(value, list) else [*value, *value.values()]
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one if isinstance(one, list) else one.values())
+        ]

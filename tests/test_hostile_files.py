@@ -8,6 +8,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -17,16 +18,18 @@ import pytest
 from grpo_ray import json_text
 from grpo_ray.config import DataSource, RunConfig
 from grpo_ray.config_files import build, load_yaml, parse_overrides
+from grpo_ray.config_reward import RewardConfig
 from grpo_ray.config_yaml import MAX_BYTES, MAX_NODES
 from grpo_ray.data import MAX_LINE_BYTES, load_table
 from grpo_ray.ended import read_ended
-from grpo_ray.errors import CheckpointError, ConfigError, DataError, GrpoRayError
+from grpo_ray.errors import CheckpointError, ConfigError, DataError, GrpoRayError, RewardError
 from grpo_ray.kept_groups import read_groups
 from grpo_ray.ledger import Ledger, last_trained
 from grpo_ray.messages import read_messages
 from grpo_ray.pipeline.record import Record
 from grpo_ray.replay import read_batch
 from grpo_ray.report import write_report
+from grpo_ray.rewards.columns import check_sets, column_needs
 from grpo_ray.sample_files import read_samples
 from grpo_ray.trace_file import read_trace
 from grpo_ray.tracking import read_metrics
@@ -63,9 +66,8 @@ VALUES = {
     "a long number beyond a float": ("1" * 400 + ".5", "is beyond what a float can hold"),
     "NaN": ("NaN", "NaN is no number; write null"),
     "Infinity": ("[-Infinity]", "-Infinity is no number"),
-    "half of a character": ('"so \\ud83d"', "half of a character"),
     "half of a character, in a key": ('{"\\uDC00": 1}', "half of a character"),
-    "half of a character, deep inside": ('[{"a": ["\\ud800"]}]', "half of a character"),
+    "half of a character, in a key deep inside": ('[{"a": [{"\\ud800": 1}]}]', "half of a character"),
     "a key that is given twice": ('{"a": 1, "b": 2, "a": 3}', "the key 'a' is given twice"),
     "a NUL": ('"a\0b"', "not valid JSON: Invalid control character"),
     "two values": ("1 2", "not valid JSON"),
@@ -93,6 +95,21 @@ def test_a_line_without_end_is_not_read_to_its_end(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert told == f"{file}, line 1: longer than {MAX_LINE_BYTES:,} bytes; is it a row?"
+
+
+@pytest.mark.parametrize("number", ["1e99999999", "1/0", "9" * 5000, "x", [1], float("nan"), float("inf"), None])
+@pytest.mark.parametrize("column", ["target", "nums"])
+def test_a_number_of_countdown_that_is_none_is_told_with_its_row(number: Any, column: str) -> None:
+    row = {"prompt": "a", "target": 24, "nums": [1, 2]}
+    bad = {**row, column: [1, number] if column == "nums" else number}
+    names = {"name": "rows", "column_names": tuple(row), "rows_of_columns": [row, row, bad]}
+    prompts: Any = SimpleNamespace(**names, item=lambda i, epoch: SimpleNamespace(id=f"rows/{epoch}/{i}"))
+    needs = column_needs(RewardConfig.model_validate({"functions": [{"name": "countdown"}]}))
+    if column == "target" and number is None:
+        check_sets(needs, {"data.train": prompts})
+    else:
+        told = refused(lambda: check_sets(needs, {"data.train": prompts}), RewardError)
+        assert told.startswith("data.train, row 2 of rows: reward 'countdown': ")
 
 
 def test_bytes_that_are_no_text_are_refused_with_their_line(tmp_path: Path) -> None:

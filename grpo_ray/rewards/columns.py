@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +10,11 @@ from grpo_ray.config_reward import RewardConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.prompts import PromptDataset, PromptSets
 from grpo_ray.rewards import described
+from grpo_ray.rewards.countdown import check_row
 from grpo_ray.rewards.function import SOURCE, has_value, missing_column, value_of
+
+_ROW_CHECKS: dict[str, Callable[[Mapping[str, Any]], None]] = {"countdown": check_row}
+"""Built-in -> what its rows have to be."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,9 @@ def check_sets(
     needs: Sequence[ColumnNeeds], sets: Mapping[str, PromptDataset], facts: Mapping[str, ColumnFacts] | None = None
 ) -> list[str]:
     """See `check_columns`; `sets`: by where they are from."""
+    for where, found in sets.items():
+        for need in needs:
+            _check_rows(need, where, found)
     return [
         note
         for where, found in sets.items()
@@ -104,6 +111,20 @@ def check_sets(
         for need in needs
         for note in _check(need, where, of_all)
     ]
+
+
+def _check_rows(need: ColumnNeeds, where: str, found: PromptDataset) -> None:
+    """Raises RewardError for a row that this reward could never score, whatever the answer."""
+    check = _ROW_CHECKS.get(need.reward) if need.built_in else None
+    if check is None:
+        return
+    for i, row in enumerate(found.rows_of_columns):
+        if need.sources and row.get(SOURCE) not in need.sources:
+            continue
+        try:
+            check(row)
+        except RewardError as e:
+            raise RewardError(f"{where}, row {found.item(i, 0).id.rpartition('/')[2]} of {found.name}: {e}") from None
 
 
 def _check(need: ColumnNeeds, where: str, facts: ColumnFacts) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -54,12 +54,20 @@ def _score(answer: str, target: Any, numbers: Any, format_score: float) -> float
     return 1.0 if right else format_score
 
 
+def check_row(row: Mapping[str, Any]) -> None:
+    """Raises RewardError for a row whose target or numbers are none, so that no answer to it can be scored."""
+    if row.get("target") is not None and row.get("nums") is not None:
+        numbers = row["nums"] if isinstance(row["nums"], Iterable) else [row["nums"]]
+        for number in (row["target"], *numbers):
+            _exact(number)
+
+
 def _exact(number: Any) -> Fraction:
     """Of a row: a number, or its digits. (Fraction itself would write out `1e999999999`.)"""
     try:
         if not isinstance(number, str) or _DIGITS.fullmatch(number):
             return Fraction(number)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, ArithmeticError):
         pass
     raise RewardError(f"reward 'countdown': {str(number)[:80]!r} in column target or nums is no number")
 
