@@ -19,6 +19,8 @@ SLOW_MODULE = """
 import pathlib, time
 pathlib.Path("importing").touch()
 time.sleep(600)
+
+def reward(completions): ...
 """
 
 
