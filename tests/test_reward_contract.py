@@ -25,6 +25,7 @@ from grpo_ray.rewards.columns import check_columns, column_needs
 from grpo_ray.rewards.function import RESERVED, Explained, RewardFunction, inspect_function
 from grpo_ray.rewards.logs import MAX_COLUMNS, MAX_METRICS, MAX_VALUE_CHARS, CallLog, checked_name, plain
 from grpo_ray.rewards.scoring import MAX_DETAIL_CHARS, check_values, explain, weighted_sum
+from grpo_ray.rewards.verl import verl_function
 from grpo_ray.types import LoggedMetric, RewardScore, SampleInfo, Score, ScoreRequest, ScoreStatus, Step, TrainerState
 
 STATE = TrainerState.at(5, 10, prompts_per_step=4, num_prompts=16)
@@ -250,6 +251,16 @@ class Picky:
     with pytest.raises(RewardError) as e:
         resolve(RewardFunctionConfig(name=name, args=args))
     assert str(e.value) == expected.replace("HERE", str(tmp_path))
+
+
+def test_what_verls_async_function_returns_beside_its_score_is_logged() -> None:
+    async def compute_score(data_source: str, solution_str: str, ground_truth: str) -> dict[str, Any]:
+        return {"score": float(solution_str == ground_truth), "length": len(solution_str)}
+
+    function = verl_function("v", compute_score, 1.0, {})
+    scores = call_reward(function, told(["4", "17"], data_source=["x"] * 2, ground_truth=["4"] * 2))
+    assert [(s.value, s.extra) for s in scores] == [(1.0, (("length", 1),)), (0.0, (("length", 2),))]
+    assert scores[0].logged == (LoggedMetric("length", 3.0, 2, 0),)
 
 
 # ---- what functions return
