@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import threading
+from collections import deque
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -120,7 +121,8 @@ class _Session:
         self.pid = os.getpid()
         self.replies: list[Any] = []
         """To the items that were asked last."""
-        self._buffer = bytearray()
+        self._lines: deque[bytes] = deque()
+        self._rest = b""
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -164,14 +166,13 @@ class _Session:
             self.why_ended()
 
     def _line(self) -> bytes:
-        while (end := self._buffer.find(b"\n")) < 0:
-            part = self._socket.recv(1 << 16)
-            if not part or len(self._buffer) > MAX_LINE_BYTES:
+        while not self._lines:
+            part = self._socket.recv(1 << 18)
+            if not part or len(self._rest) > MAX_LINE_BYTES:
                 raise EOFError
-            self._buffer += part
-        line = bytes(self._buffer[:end])
-        del self._buffer[: end + 1]
-        return line
+            *lines, self._rest = (self._rest + part).split(b"\n")
+            self._lines.extend(lines)
+        return self._lines.popleft()
 
 
 def library_folders(*modules: str) -> tuple[str, ...]:
