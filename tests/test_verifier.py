@@ -106,3 +106,10 @@ def test_only_plain_values_are_sent() -> None:
     assert type(sendable(np.str_("x"))) is str
     with pytest.raises(RewardError, match="a Verifier"):
         sendable({"x": [Verifier("", ())]})
+    nested: list[object] = []
+    for _ in range(200_000):
+        nested = [nested]
+    with pytest.raises(RewardError, match="nested too deeply"):
+        sendable(nested)
+    while nested:
+        nested = nested.pop()  # type: ignore[assignment]

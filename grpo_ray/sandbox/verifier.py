@@ -14,6 +14,7 @@ import importlib.util
 import json
 import marshal
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -182,31 +183,38 @@ def library_folders(*modules: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(p for p in [*own, *installed] if os.path.isdir(p)))
 
 
-_EXACT = {str, int, float, bool, type(None)}
+_CLASS = b"\x93"
+"""In what pickle writes (nothing reads it), this stands before each object of a class other than Python's own plain ones."""
 
 
 def sendable(value: Any) -> Any:
     """With the types that marshal keeps: a text of numpy's would come over as bytes.
 
     Raises:
-        RewardError: it is of no such type.
+        RewardError: it is of no such type, or nested too deeply.
     """
+    with contextlib.suppress(Exception):
+        if _CLASS not in pickle.dumps(value, protocol=4):
+            return value
+    try:
+        return _plain(value)
+    except RecursionError:
+        raise RewardError("a row is nested too deeply for a verifier") from None
+
+
+def _plain(value: Any) -> Any:
     kind = type(value)
-    if kind in _EXACT:
+    if value is None or kind in (bool, int, float, str, bytes, complex):
         return value
     if isinstance(value, dict):
-        if kind is dict and _EXACT.issuperset(map(type, value)) and _EXACT.issuperset(map(type, value.values())):
-            return value
-        return {sendable(k): sendable(v) for k, v in value.items()}
+        return {_plain(k): _plain(v) for k, v in value.items()}
     for base in (list, tuple, set, frozenset):
         if isinstance(value, base):
-            return value if kind is base and _EXACT.issuperset(map(type, value)) else base(map(sendable, value))
+            return base(map(_plain, value))
     if isinstance(value, str):
         return str(value)
-    if kind in (bytes, complex):
-        return value
     if hasattr(value, "tolist"):
-        return sendable(value.tolist())
+        return _plain(value.tolist())
     raise RewardError(f"a {kind.__name__} in a row can't be given to a verifier; use numbers, texts, lists and dicts")
 
 
