@@ -1,8 +1,8 @@
 """The way of the weights on CPUs, both ends of it, as vLLM's factories want them.
 
     GlooTrainer (learner rank 0)                             GlooEngine (vLLM worker), in a thread beside sampling
-      fill a bucket, with its digest at the end  ----------->  compare, then load and pack
-          engines that can map the sender's memory read it there; they are sent the last 8 bytes
+      fill a bucket, digest and seals at its end ----------->  compare, then load and pack
+          engines that can map the sender's memory read it there; they are sent its trailer alone
           the others are broadcast the whole bucket
       until all have voted                       <-----------  everything is loaded, or something was refused
                                                              and when paused: swap

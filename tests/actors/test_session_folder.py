@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import socket
@@ -101,7 +102,7 @@ def test_without_the_token_rays_ports_tell_of_health_and_metrics_and_do_nothing(
                 return int(answer.status)
         except urllib.error.HTTPError as e:
             return e.code
-        except (OSError, ValueError):
+        except (OSError, http.client.HTTPException):
             return 0
 
     def statuses(host: str, port: int) -> frozenset[int]:
