@@ -364,6 +364,7 @@ def test_an_answer_that_the_judge_quotes_cannot_rate_itself_nor_leave_its_quotes
         (score,) = rate(there.url, [text], answer=["4"], args={"use_answer": True})
         request = there.requests[0]
     assert score.value == pytest.approx(1 / 9), score.detail
+    assert [message["role"] for message in request["messages"]] == ["system", "user"]
     mark, shown = mark_of(request), request["messages"][1]["content"]
     tags = [f"<{slash}{name}-{mark}>" for name in ("question", "reference", "response") for slash in ("", "/")]
     assert re.findall(r"<[^>]*>", shown) == tags
