@@ -14,9 +14,10 @@ from grpo_ray.decontaminate import ngram_hashes
 from grpo_ray.filters.config import FilterConfig
 from grpo_ray.filters.select import written
 from grpo_ray.filters.trace import Trace, first_fault, foreign, loops, repeated
-from grpo_ray.rewards import BUILTINS, ScoreInputs, call_reward, resolve
+from grpo_ray.rewards import BUILTINS, ScoreInputs, call_reward, readings, resolve
 from grpo_ray.rewards.code import find_program
 from grpo_ray.rewards.code_tests import same_output, same_value
+from grpo_ray.rewards.cpu_clock import within_cpu_s
 from grpo_ray.rewards.instruction_checks import CHECKS
 from grpo_ray.rewards.logs import plain
 from grpo_ray.rewards.parts import part_of
@@ -209,10 +210,14 @@ def test_no_formula_chooses_to_fail_nor_takes_a_second(gold: str, formulas: Sequ
     check(gold, REWARDS[gold], [f"\\boxed{{{formula}}}" for formula in formulas])
 
 
-def test_formulas_of_a_completion_share_its_time() -> None:
-    """Twelve integrals, each of which takes as long as all may: one clock for all, and for as many right answers."""
-    hard = "\\int_0^{\\infty} \\frac{\\sin(x^2)}{x^{%d}+1} dx"
-    many = ", ".join(hard % n for n in range(5, 17))
-    read = reward("accuracy", answer=["x+1", "x+2", "x^2", "\\sqrt{x}", "2x"])
-    read("\\boxed{x}")
-    check("accuracy", read, [f"\\boxed{{{many}}}", f"The answer is ${hard % 20}$"])
+def test_formulas_of_a_completion_share_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty, each of which takes a fifth of a second and so less than all may."""
+
+    def slowly(formula: str, timeout_s: float) -> tuple[Any, ...]:
+        end = time.process_time() + 0.2
+        within_cpu_s(timeout_s, lambda: next(i for i in iter(int, 1) if time.process_time() > end))
+        return (formula,)
+
+    REWARDS["accuracy"]("\\boxed{x+1}")
+    monkeypatch.setattr(readings, "parse_formula", slowly)
+    check("accuracy", REWARDS["accuracy"], ["\\boxed{" + ", ".join(f"x+{i}" for i in range(20)) + "}"])
