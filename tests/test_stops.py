@@ -156,10 +156,10 @@ def test_check_says_what_ends_a_sample_or_an_answer_and_that_the_template_opens_
         "rollout": {"stop": ["</answer>"], "stop_token_ids": [0]},
         "reward": {"functions": [{"name": "r1_format"}]},
     }
-    rows = dict(_data_rows(build(RunConfig, {**common, **rollout}, "t"), str(folder)))
+    rows = dict(_data_rows(build(RunConfig, {**common, **rollout}, "t"), str(folder), imports=True))
     assert rows["ends"] == "a sample ends at <eos> (1), <|system|> (4), <pad> (0), '</answer>'"
     assert rows["thinking"].startswith("the template opens <think>")
-    rows = dict(_data_rows(build(SftConfig, common, "t"), str(folder)))
+    rows = dict(_data_rows(build(SftConfig, common, "t"), str(folder), imports=True))
     assert rows["ends"] == "an answer ends with <|system|> (4), as the chat template ends a turn"
     rows = dict(
         _data_rows(build(SftConfig, {**common, "data": {**common["data"], "template": "raw"}}, "t"), str(folder))

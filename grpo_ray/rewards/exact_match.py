@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from grpo_ray.rewards.answer_tag import answer_of
 from grpo_ray.rewards.function import Completions, text_of
 
 
-def exact_match(completions: Completions, answer: list[Any]) -> list[float | None]:
+def exact_match(completions: Completions, answer: list[Any], in_answer_tag: bool = False) -> list[float | None]:
     """1 if the completion equals column `answer` as a string, white space at both ends aside, else 0; None without such an answer.
+
+    `in_answer_tag`: what its last `<answer>...</answer>` holds is compared; the whole completion where there is none.
 
     A whole number that a table made a float (12.0, where the column has nulls) is 12 and 12.0. What is no text, number or truth
     value has no string that an answer could equal.
 
     Range {0, 1}.
     """
-    return [_score(text_of(c).strip(), a) for c, a in zip(completions, answer, strict=True)]
+    texts = (answer_of(text) if in_answer_tag else text.strip() for text in map(text_of, completions))
+    return [_score(text, a) for text, a in zip(texts, answer, strict=True)]
 
 
 def _score(text: str, answer: Any) -> float | None:
