@@ -193,7 +193,9 @@ def test_a_run_with_steps_and_without_checkpoints_is_not_resumed_and_not_touched
     from launch.jobs import resume_run
 
     run = recorded(tmp_path / "run").with_checkpoints(where)
-    run.config.write_text(to_yaml(config(*([f"checkpoint.path={where}"] if where else []))))
+    run.config.write_text(
+        to_yaml(config("reward.functions=[{name: r1_format}]", *([f"checkpoint.path={where}"] if where else [])))
+    )
     for path in run.path.iterdir():
         if left not in ("all", path.name) and path.name != "config.yaml":
             path.rename(tmp_path / path.name)

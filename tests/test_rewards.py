@@ -304,7 +304,12 @@ def test_r1_format_behind_a_template_that_opens_the_thinking() -> None:
 
 def test_exact_match() -> None:
     assert values("exact_match", [" 12\n", "12.0", "Yes"], answer=[12, 12, "yes"]) == [1.0, 0.0, 0.0]
-    tagged = ["<think>6+6=12</think><answer>12</answer>", "<answer>12</answer><answer> 13 </answer>", "12", "<answer>12"]
+    tagged = [
+        "<think>6+6=12</think><answer>12</answer>",
+        "<answer>12</answer><answer> 13 </answer>",
+        "12",
+        "<answer>12",
+    ]
     assert values("exact_match", tagged, answer=[12] * 4, args={"in_answer_tag": True}) == [1.0, 0.0, 1.0, 0.0]
     assert values("exact_match", tagged, answer=[12] * 4) == [0.0, 0.0, 1.0, 0.0]
     assert values("exact_match", ["12", "12.0", "13", "1.5"], answer=[12.0, 12.0, 12.0, 1.5]) == [1.0, 1.0, 0.0, 1.0]

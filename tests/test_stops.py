@@ -162,7 +162,9 @@ def test_check_says_what_ends_a_sample_or_an_answer_and_that_the_template_opens_
     rows = dict(_data_rows(build(SftConfig, common, "t"), str(folder), imports=True))
     assert rows["ends"] == "an answer ends with <|system|> (4), as the chat template ends a turn"
     rows = dict(
-        _data_rows(build(SftConfig, {**common, "data": {**common["data"], "template": "raw"}}, "t"), str(folder))
+        _data_rows(
+            build(SftConfig, {**common, "data": {**common["data"], "template": "raw"}}, "t"), str(folder), imports=True
+        )
     )
     assert rows["ends"] == "an answer ends with <eos> (1), the tokenizer's end-of-sequence token"
 
