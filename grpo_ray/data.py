@@ -357,13 +357,14 @@ def _lookup(row: Row, name: str, new: str, where: str) -> Any:
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr while `total` rows are worked on, if they are many and someone watches; gives `advance(rows)`."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     from grpo_ray.plain_terminal import one_line
     from grpo_ray.terminal import PlainConsole
 
     shown = total >= _MANY_ROWS and sys.stderr.isatty()
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+    told = TextColumn("{task.description}", markup=False)
+    columns = (told, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=PlainConsole(stderr=True), transient=True, disable=not shown) as bar:
         task = bar.add_task(one_line(what), total=total)
         yield lambda rows: bar.advance(task, rows)

@@ -252,7 +252,7 @@ def test_a_module_under_a_name_that_is_taken_is_refused_with_the_reason(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        DataError, match=r"can't import 'actors\.mine': No module named 'actors\.mine'; the name actors is taken"
+        DataError, match=r"python:actors\.mine\.rows: actors\.mine is grpo-ray's own; of its modules recipes name"
     ):
         load_table(DataSource(path="python:actors.mine.rows"), seed=1)
 
@@ -303,10 +303,13 @@ SPLITS = "has no split 'test'; it has: train, and a part of one is train[:50%] o
         ({"path": "python:rows"}, "python:rows: expected python:module.function"),
         (
             {"path": "python:rows_of_here.godo"},
-            "python:rows_of_here.godo: rows_of_here has no function 'godo'; did you mean good?",
+            "python:rows_of_here.godo: module 'rows_of_here' has no 'godo'; did you mean 'good'?",
         ),
-        ({"path": "python:rows_of_here.zzz"}, "python:rows_of_here.zzz: rows_of_here has no function 'zzz'"),
-        ({"path": "python:rows_of_here.VALUE"}, "python:rows_of_here.VALUE: rows_of_here has no function 'VALUE'"),
+        (
+            {"path": "python:rows_of_here.zzz"},
+            "python:rows_of_here.zzz: module 'rows_of_here' has no 'zzz'; it has bad, good",
+        ),
+        ({"path": "python:rows_of_here.VALUE"}, "python:rows_of_here.VALUE: 'VALUE' is a int, expected a function"),
         (
             {"path": "python:rows_of_here.bad"},
             "python:rows_of_here.bad, row 1: expected a dict such as {'prompt': ...}, got str",
@@ -344,10 +347,10 @@ def bad():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
     monkeypatch.delitem(sys.modules, "rows_of_here", raising=False)
+    monkeypatch.setattr(sys, "path", sys.path[:])
     with pytest.raises(DataError) as e:
         load_table(DataSource(**source | {"path": source["path"].replace("HERE", str(tmp_path))}), seed=1)
     assert str(e.value) == told.replace("HERE", str(tmp_path))
-    assert str(tmp_path) not in sys.path
 
 
 @pytest.mark.parametrize(("rows", "terminal", "shown"), [(999, True, False), (1000, True, True), (1000, False, False)])

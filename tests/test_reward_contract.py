@@ -167,7 +167,7 @@ NAMED = "A function of yours is named package.module.function or file.py:functio
             "reward 'mine_of_here.zzz': module 'mine_of_here' has no 'zzz'; it has Picky, Silent, compute_score, good",
         ),
         ("bare_of_here.f", {}, "reward 'bare_of_here.f': module 'bare_of_here' has no 'f'; it has no functions"),
-        ("mine_of_here.VALUE", {}, "reward 'mine_of_here.VALUE' is a int, expected a function"),
+        ("mine_of_here.VALUE", {}, "reward 'mine_of_here.VALUE': 'VALUE' is a int, expected a function"),
         (
             "none_of_here.f",
             {},
@@ -177,13 +177,14 @@ NAMED = "A function of yours is named package.module.function or file.py:functio
         (
             "bare_of_here.none.f",
             {},
-            "reward 'bare_of_here.none.f': there is no module 'bare_of_here.none' in HERE or on PYTHONPATH; start the run from "
-            "the folder that holds it, or install it",
+            "reward 'bare_of_here.none.f': there is no module 'bare_of_here.none' in HERE or on PYTHONPATH; functions are named "
+            "package.module.function",
         ),
         (
             "needs_of_here.f",
             {},
-            "reward 'needs_of_here.f': its module 'needs_of_here' imports 'not_installed_here', which is not installed",
+            "reward 'needs_of_here.f': its module 'needs_of_here' imports 'not_installed_here', which is not installed "
+            "(No module named 'not_installed_here')",
         ),
         ("raises_of_here.f", {}, "reward 'raises_of_here.f': importing 'raises_of_here' failed with ValueError: "),
         ("exits_of_here.f", {}, "reward 'exits_of_here.f': importing 'exits_of_here' failed with SystemExit: 3"),
@@ -224,9 +225,9 @@ def test_what_is_wrong_with_a_named_reward_is_told_with_the_mend(
 ) -> None:
     files = {
         "bare_of_here": "",
-        "needs_of_here": "import not_installed_here",
-        "raises_of_here": "raise ValueError",
-        "exits_of_here": "raise SystemExit(3)",
+        "needs_of_here": "import not_installed_here\ndef f(completions): ...",
+        "raises_of_here": "raise ValueError\ndef f(completions): ...",
+        "exits_of_here": "raise SystemExit(3)\ndef f(completions): ...",
         "mine_of_here": """
 VALUE = 3
 def good(completions):
