@@ -20,6 +20,7 @@ from grpo_ray.rewards import ScoreInputs
 from grpo_ray.types import Sample, SampleInfo, ScoreRequest, ScoreStatus, Step, VersionSpan
 
 TIMEOUT_S = 1.0
+HAS_F = "def f(completions): ..."
 KILLED_ON_IMPORT = """
 import os, signal
 from pathlib import Path
@@ -183,11 +184,11 @@ def functions(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("user")
     (folder / "bad_rewards.py").write_text(FUNCTIONS)
     (folder / "broken_rewards.py").write_text("def f(:\n")
-    (folder / "needs_missing.py").write_text("import surely_not_installed\n")
-    (folder / "exits_on_import.py").write_text("import os\nos._exit(5)\n")
+    (folder / "needs_missing.py").write_text(f"import surely_not_installed\n{HAS_F}")
+    (folder / "exits_on_import.py").write_text(f"import os\nos._exit(5)\n{HAS_F}")
     (folder / "killed_on_import.py").write_text(KILLED_ON_IMPORT)
     (folder / "hangs_when_told.py").write_text(HANGS_WHEN_TOLD)
-    (folder / "hangs_on_import.py").write_text("import time\ntime.sleep(600)\n")
+    (folder / "hangs_on_import.py").write_text(f"import time\ntime.sleep(600)\n{HAS_F}")
     return str(folder)
 
 
