@@ -34,12 +34,18 @@ TOKEN_BYTES = 32
 MIN_LENGTH = 8
 """Shorter values are taken for words: `true`, `token`."""
 HIDDEN = "[hidden]"
-_WORDS = ("None", "True", "False", "null", "true", "false", HIDDEN)
+_NO_VALUE = re.compile(
+    r"|[01]|(?i:true|false|yes|no|on|off|none|null|default|auto)|[~.]?/[\w.-]+(?:/[\w.-]+)*\.\w{1,8}|~?/[\w.-]+(?:/[\w.-]+)+"
+)
+"""Of a variable that is called as secrets are: a switch, or the path of a file."""
+_WORDS = ("none", "default", "auto", "None", "True", "False", "null", "true", "false", HIDDEN)
 _VALUE = re.compile(
     r"(?<![A-Za-z0-9])(?:sk|rk|pk)-[A-Za-z0-9_-]{16,}|(?<![A-Za-z0-9])(?:gh[oprsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,})"
     r"|(?<![A-Za-z0-9])(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])|(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}"
     r"|(?<![A-Za-z0-9])xox[abeoprs]-[\w-]{10,}"
     r"|(?<![A-Za-z0-9])AIza[\w-]{30,}|(?<![A-Za-z0-9])(?:nvapi|gsk|npm|pypi|dckr_pat|wandb_v1)[-_][\w-]{24,}"
+    r"|(?<![A-Za-z0-9])(?:sk|rk)_live_\w{16,}|(?<![A-Za-z0-9])(?:whsec_|shpat_|r8_|hvs\.|ya29\.|xai-|SG\.)[\w.-]{20,}"
+    r"|(?i:\b(?:Bearer|Basic)\s+(?=[^\s\d]{0,200}\d)[\w.~+/=-]{16,})"
     r"|(?<![\w-])eyJ[\w-]{8,}+\.[\w-]{8,}+\.[\w-]*+"
     r"|-----BEGIN [A-Z ]{0,40}PRIVATE KEY(?: BLOCK)?-----(?:[^-]{0,20000}+-----END [A-Z ]{0,40}-----)?"
     r"|(?i:\b(?:AccountKey|SharedAccessKey|SharedAccessSignature)=[^;\s]{8,})"
@@ -49,7 +55,9 @@ _URL_USER = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,30}+://)(?P<user>[^\s/?#@:]{0,200}+:(?!\d{1,5}(?:[/?#]|$))[^\s@\"']{1,500}+"
     r"(?:@[^\s@/\"']{1,200}(?=@))*)(?=@)"
 )
-_URL_LONE_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,30}+://)(?P<user>[^\s/?#@:]{20,500}+)(?=@)")
+_URL_LONE_USER = re.compile(
+    r"(?<![A-Za-z0-9+.-])(?P<scheme>(?!(?:abfs|wasb)s?:)[A-Za-z][A-Za-z0-9+.-]{0,30}+://)(?P<user>[^\s/?#@:]{20,500}+)(?=@)"
+)
 _QUERY = re.compile(r"(?P<name>[?&;#][\w.~%-]{1,64}=)(?P<value>[^&;#\s\"']{6,})")
 _QUERY_NAMES = re.compile(r"(^|_)(KEY|SIG|SIGNATURE|CODE)$")
 _ASSIGNED = re.compile(
@@ -73,7 +81,7 @@ def check_env(env: dict[str, str]) -> dict[str, str]:
     for name, value in env.items():
         if REFERENCE.fullmatch(value):
             continue
-        if is_secret_name(name) or holds_secret(value) or holds_secret(name):
+        if (is_secret_name(name) and not _NO_VALUE.fullmatch(value)) or holds_secret(value) or holds_secret(name):
             raise ValueError(
                 f"env.{hide_forms(name)} looks like a secret, and a recipe is written to config.yaml and shown by trackers: set it "
                 f"in the environment of Ray's nodes, and write {hide_forms(name)}: ${{{hide_forms(name)}}} here"

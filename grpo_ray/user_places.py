@@ -46,6 +46,21 @@ def add_code_folder(folder: str) -> None:
         _code_folders.append(folder)
 
 
+_SYSTEM = (
+    "/usr/lib",
+    "/usr/lib32",
+    "/usr/lib64",
+    "/usr/libexec",
+    "/usr/share",
+    "/usr/bin",
+    "/usr/sbin",
+    "/lib",
+    "/lib64",
+    "/bin",
+    "/etc",
+)
+
+
 def search_here() -> None:
     """Put the current folder on the search path, behind the libraries: a `random.py` of a user's is not everybody's."""
     if os.getcwd() not in sys.path:
@@ -100,7 +115,12 @@ def check_file(file: Path) -> None:
 
 def is_installed(path: Path) -> bool:
     """Is it where packages are installed, or where a Python is?"""
-    return bool(_INSTALLED & set(path.parts)) or any(_holds_installed(parent) for parent in path.parents)
+    return bool(_INSTALLED & set(path.parts)) or _is_systems(path) or any(map(_holds_installed, path.parents))
+
+
+def _is_systems(path: Path) -> bool:
+    """Is it of the operating system, whose packages bring files of Python too, and not where the user works?"""
+    return any(path.is_relative_to(folder) and not Path.cwd().is_relative_to(folder) for folder in _SYSTEM)
 
 
 @functools.cache

@@ -112,6 +112,8 @@ def choose(
                 out.left_out[file] = "git does not track it"
         elif is_secret(file.name) or is_secret(here.resolve().name):
             out.left_out[file] = "its name is that of a key or a password"
+        elif _leads_to_what_stays(here, folder, left_out):
+            out.left_out[file] = "a link to what is not shipped"
         elif not here.resolve().is_relative_to(folder.resolve()):
             raise ConfigError(
                 f"{here} is a link to {here.resolve()}, outside of the folder that is shipped: put a copy there, or leave it out "
@@ -122,6 +124,14 @@ def choose(
         else:
             out.files[file] = here.stat().st_size
     return out
+
+
+def _leads_to_what_stays(here: Path, folder: Path, left_out: Sequence[str]) -> bool:
+    real, root = here.resolve(), folder.resolve()
+    if not real.is_relative_to(root):
+        return False
+    inside = real.relative_to(root)
+    return any(matches(part, left_out) for part in (inside, *inside.parents[:-1]))
 
 
 def named_by(config: RunConfig | SftConfig, folder: Path) -> list[Path]:

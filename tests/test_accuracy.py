@@ -644,6 +644,15 @@ def test_an_answer_too_big_to_compute_is_wrong_at_once(answer: str) -> None:
     assert time.process_time() - start < 3
 
 
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [("2^{2000}", "4^{1000}"), ("2^{2019}", r"2 \cdot 2^{2018}"), ("3^{1000}-1", "-1+3^{1000}"), (10**400, "10^{400}")],
+)
+def test_numbers_beyond_what_a_float_holds_are_compared_and_fail_nothing(gold: Any, answer: str) -> None:
+    assert score(gold, rf"\boxed{{{answer}}}") == 1
+    assert score(gold, rf"\boxed{{{answer}+1}}") == 0
+
+
 RUNS = ["1 ", "1,", "$a", r"\boxed{", "**a", "`", "`a", "(", "answer is ", "A, ", "½", "x=1 or ", r"\text{", "__a"]
 
 

@@ -95,6 +95,8 @@ FILES: list[Callable[[Path], Any]] = [
     lambda here: subprocess.__file__,
     lambda here: numpy.__file__,
     lambda here: Path(grpo_ray.__file__).with_name("files.py"),
+    lambda here: "/usr/share/gdb/auto-load/tool.py",
+    lambda here: "/usr/lib/llvm-14/build/utils/lit/lit/util.py",
     lambda here: here / "link.py",
     lambda here: here / "copied_python" / "subprocess.py",
     lambda here: here / "installed" / "tool.py",

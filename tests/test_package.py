@@ -184,6 +184,18 @@ def test_files_that_are_called_as_keys_are_never_shipped_and_told(
     assert "prod.env: its name is that of a key" in "\n".join(told(found))
 
 
+def test_a_link_to_what_is_never_shipped_is_left_out(user: Path, tmp_path: Path) -> None:
+    make(user, "mine.py", ".aws/c", ".hidden/deep/rows.txt")
+    (user / "notes.txt").symlink_to(".aws/c")
+    (user / "data.txt").symlink_to(".hidden/deep/rows.txt")
+    (user / "more.txt").symlink_to("mine.py")
+    found = stage(user, tmp_path / "staged", named=[user / "notes.txt"])
+    assert names(tmp_path / "staged") == {"mine.py", "more.txt"}
+    assert {str(p): why for p, why in found.left_out.items()} == dict.fromkeys(
+        ("data.txt", "notes.txt"), "a link to what is not shipped"
+    )
+
+
 def test_what_git_tracks_and_the_recipe_names_is_shipped_and_the_rest_by_a_flag(tracked: Path, tmp_path: Path) -> None:
     make(tracked, "untracked.py", "named.jsonl", "folder/a.jsonl", "beside.py", "private.txt", "pkg/inner.py", size=3)
     recipe = {

@@ -36,6 +36,7 @@ FORMS = [
     "AKIAIOSFODNN7EXAMPLE",
     f"AIza{RANDOM}{RANDOM}",
     f"nvapi-{RANDOM}",
+    *(f"{form}{RANDOM}" for form in ("sk_live_", "whsec_", "hvs.", "ya29.", "xai-", "Bearer ", "Basic ")),
     f"eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.{RANDOM}",
     "-----BEGIN RSA PRIVATE KEY-----",
     "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaA==\n-----END OPENSSH PRIVATE KEY-----",
@@ -106,6 +107,13 @@ HARMLESS: list[dict[str, Any]] = [
             "hdfs": "hdfs://user@host/data",
         }
     },
+    {
+        "args": {
+            "auth": "none",
+            "credentials": "default",
+            "lake": "abfss://a-container-of-a-long-name@account.dfs.host/x",
+        }
+    },
     {"args": {"api_key": "${MY_API_KEY}", "url": "https://user:${PASS}@host"}},
     {"name": "risk-averse-experiment-number-17", "text": "the task-specific-reward-function-of-mine"},
     {"env": {"HF_TOKEN": "${HF_TOKEN}", "LD_LIBRARY_PATH": "/usr/lib"}},
@@ -157,6 +165,18 @@ def test_no_option_of_a_secrets_name_holds_a_value(name: str) -> None:
 @pytest.mark.parametrize("name", HARMLESS_NAMES)
 def test_other_names_are_no_secrets(name: str) -> None:
     assert not is_secret_name(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("GOOGLE_APPLICATION_CREDENTIALS", "/secrets/gcp.json"), ("NETRC", "/home/me/.netrc"), ("HF_TOKEN", "")),
+        *(("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1"), ("REQUIRE_AUTH", "false"), ("SSH_PRIVATE_KEY", "~/.ssh/my_rsa")),
+    ],
+)
+def test_a_switch_or_the_path_of_a_file_is_no_secret_whatever_its_variable_is_called(name: str, value: str) -> None:
+    config = build(RunConfig, deep_merge(RL, {"rollout": {"env": {name: value}}}), "recipe")
+    assert config.rollout.env == {name: value}
 
 
 @pytest.mark.parametrize("args", HARMLESS)
