@@ -10,7 +10,7 @@ from typing import Any
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.config import RunConfig, SftConfig
 from grpo_ray.errors import StoreAwayError
-from grpo_ray.files import open_regular, read_json, write_whole
+from grpo_ray.files import read_json, write_whole
 
 FILE = "ended.json"
 
@@ -39,8 +39,7 @@ def write_ended(run: Path, config: RunConfig | SftConfig, status: str, text: str
 def read_ended(run: Path) -> Ended | None:
     """None: the run has not ended by itself, or what is there can't be read."""
     try:
-        with open_regular(run / FILE) as file:
-            ended = Ended(**read_json(file))
+        ended = Ended(**read_json(run / FILE))
         numbers = type(ended.step) is int and type(ended.total_steps) is int
         if not numbers or not isinstance(ended.length, list) or len(ended.length) != 3:
             return None

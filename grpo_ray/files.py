@@ -70,13 +70,14 @@ def open_regular(path: Path) -> BinaryIO:
         raise
 
 
-def read_json(file: BinaryIO) -> Any:
-    """Raises ValueError for what is no JSON, larger than MAX_JSON_BYTES or too deep."""
-    return parse_json(file.read(MAX_JSON_BYTES + 1))
+def read_json(path: Path) -> Any:
+    """Raises OSError as `open_regular`, and ValueError as `parse_json`."""
+    with open_regular(path) as file:
+        return parse_json(file.read(MAX_JSON_BYTES + 1))
 
 
 def parse_json(data: bytes) -> Any:
-    """Likewise."""
+    """Raises ValueError for what is no JSON, larger than MAX_JSON_BYTES or too deep."""
     if len(data) > MAX_JSON_BYTES:
         raise ValueError(f"has more than {MAX_JSON_BYTES >> 20} MiB")
     return json_text.read(data)

@@ -109,10 +109,9 @@ def _folder(rank: int) -> str:
 
 def _read_state(files: Reading, rank: int) -> dict[str, Any]:
     try:
-        with files.local(f"{_folder(rank)}/{_STATE}").open("rb") as file:
-            state: dict[str, Any] = read_json(file)
+        state: dict[str, Any] = read_json(files.local(f"{_folder(rank)}/{_STATE}"))
         _check_state(state)
-    except (ValueError, KeyError, TypeError, AttributeError, CheckpointError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, CheckpointError) as e:
         raise CheckpointError(f"{files.place.url} holds no learner checkpoint ({e})") from None
     return state
 

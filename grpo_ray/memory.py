@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from grpo_ray.config import DpoConfig, LoraConfig, ModelConfig, RunConfig, SftConfig, TinyModelConfig
-from grpo_ray.files import open_regular, read_json
+from grpo_ray.files import read_json
 from grpo_ray.model_files import num_elements
 from grpo_ray.tiny import num_tiny_tokens
 
@@ -260,8 +260,7 @@ def known_facts(config: ModelConfig) -> ModelFacts | None:
         return _tiny_facts(config.tiny)
     folder = Path(config.path or "")
     try:
-        with open_regular(folder / "config.json") as file:
-            found = read_json(file)
+        found = read_json(folder / "config.json")
         return facts_of(_Words(found), sum(map(num_elements, folder.glob("model*.safetensors"))) or _nothing(folder))
     except (OSError, ValueError, AttributeError, KeyError, TypeError, SafetensorError):
         return None

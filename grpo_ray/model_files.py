@@ -67,8 +67,7 @@ def _weights(folder: Path) -> list[Path]:
 def _json(file: Path) -> dict[str, Any]:
     try:
         # Links are followed: a cache of the hub consists of them.
-        with open_regular(file) as opened:
-            found = read_json(opened)
+        found = read_json(file)
     except (OSError, ValueError) as e:
         raise ConfigError(f"{file} can't be read ({str(e).splitlines()[0]})") from None
     if not isinstance(found, dict):

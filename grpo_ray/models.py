@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_ray.config import ModelConfig
 from grpo_ray.errors import ConfigError, told
-from grpo_ray.files import open_regular, read_json
+from grpo_ray.files import read_json
 from grpo_ray.model_files import check_model_files
 from grpo_ray.tiny import build_tiny_model, describe_tiny_model
 
@@ -56,8 +56,7 @@ def known_context(config: ModelConfig) -> int | None:
     if config.tiny is not None:
         return config.tiny.context
     try:
-        with open_regular(Path(config.path or "") / "config.json") as file:
-            found = read_json(file)
+        found = read_json(Path(config.path or "") / "config.json")
         text = found.get("text_config") or found
         length = text.get("max_position_embeddings")
     except (OSError, ValueError, AttributeError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import sys
 import traceback
@@ -91,11 +90,6 @@ def say(text: str, *, error: bool = False) -> None:
     stream = sys.stderr if error else sys.stdout
     stream.write(f"{clean(text)}\n")
     stream.flush()
-
-
-def write_to(descriptor: int, text: str) -> None:
-    """Past all buffers."""
-    os.write(descriptor, clean(text).encode(errors="replace"))
 
 
 def _cleaned(stream: Any) -> Any:

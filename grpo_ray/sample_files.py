@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from grpo_ray import json_text
 from grpo_ray.errors import DataError
-from grpo_ray.files import ASIDE, open_regular, read_json, write_whole
+from grpo_ray.files import ASIDE, read_json, write_whole
 from grpo_ray.rollout_log import extra_json, utf8
 from grpo_ray.seeds import sample_seed
 from grpo_ray.types import Prompt, Sample, Score
@@ -234,8 +234,7 @@ def _rows_of(file: Path) -> Iterator[dict[str, Any]]:
 def _read_about(file: Path) -> dict[str, Any]:
     """Raises DataError for a file that is no JSON object."""
     try:
-        with open_regular(file) as opened:
-            found = read_json(opened)
+        found = read_json(file)
     except (OSError, ValueError) as e:
         raise DataError(f"{file} can't be read ({e!s:.200}); put it back from a copy") from None
     if not isinstance(found, dict):

@@ -29,6 +29,10 @@ TOOLS = frozenset(
 ROOT = Path(__file__).parent.parent
 _EXTRAS = ("cpu", "gpu", "wandb", "mlflow")
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
+_SYSTEM = (
+    *("/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libexec", "/usr/share", "/usr/bin", "/usr/sbin"),
+    *("/lib", "/lib64", "/bin", "/etc"),
+)
 _code_folders: list[str] = []
 
 
@@ -44,21 +48,6 @@ def add_code_folder(folder: str) -> None:
     """Let modules of this folder count as the user's: the one that a run was begun in."""
     if folder not in _code_folders:
         _code_folders.append(folder)
-
-
-_SYSTEM = (
-    "/usr/lib",
-    "/usr/lib32",
-    "/usr/lib64",
-    "/usr/libexec",
-    "/usr/share",
-    "/usr/bin",
-    "/usr/sbin",
-    "/lib",
-    "/lib64",
-    "/bin",
-    "/etc",
-)
 
 
 def search_here() -> None:

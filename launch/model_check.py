@@ -92,7 +92,13 @@ def _is_ours(config: RunConfig | SftConfig) -> bool:
 
 
 def _told(child: subprocess.Popen[str]) -> int:
-    out, _ = child.communicate(timeout=QUESTION_S)
+    try:
+        out, _ = child.communicate(timeout=QUESTION_S)
+    except subprocess.TimeoutExpired:
+        raise ConfigError(
+            f"the process that looks at the model was not done in {QUESTION_S:g} s: is the hub slow? Download the model, and name "
+            "its folder"
+        ) from None
     lines = out.splitlines()
     if child.returncode or not lines:
         raise ConfigError(

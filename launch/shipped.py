@@ -128,10 +128,7 @@ def choose(
 
 def _leads_to_what_stays(here: Path, folder: Path, left_out: Sequence[str]) -> bool:
     real, root = here.resolve(), folder.resolve()
-    if not real.is_relative_to(root):
-        return False
-    inside = real.relative_to(root)
-    return any(matches(part, left_out) for part in (inside, *inside.parents[:-1]))
+    return real.is_relative_to(root) and matches(real.relative_to(root), left_out)
 
 
 def named_by(config: RunConfig | SftConfig, folder: Path) -> list[Path]:

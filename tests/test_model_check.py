@@ -13,7 +13,9 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer, BloomConfig
 
 from grpo_ray.config import TinyModelConfig
+from grpo_ray.errors import ConfigError
 from grpo_ray.tiny import build_tiny_model, describe_tiny_model
+from launch import model_check
 
 ROOT = Path(__file__).parent.parent
 NUM_ROWS = 200_000
@@ -101,3 +103,13 @@ def test_a_tiny_model_is_described_as_it_is_made(tmp_path: Path, options: dict[s
     configs = [AutoConfig.from_pretrained(folder).to_dict() for folder in (made, described)]
     assert {k for k in configs[0] if configs[0][k] != configs[1].get(k)} <= {"architectures", "dtype", "_name_or_path"}
     assert len(AutoTokenizer.from_pretrained(described)) == len(AutoTokenizer.from_pretrained(made))
+
+
+def test_a_process_that_does_not_answer_is_told_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_check, "QUESTION_S", 0.1)
+    with subprocess.Popen(["sleep", "600"], stdout=subprocess.PIPE, text=True) as child:
+        try:
+            with pytest.raises(ConfigError, match=r"was not done in 0\.1 s: is the hub slow"):
+                model_check._told(child)
+        finally:
+            child.kill()

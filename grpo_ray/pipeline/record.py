@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_ray.errors import CheckpointError
-from grpo_ray.files import open_regular, read_json, write_whole
+from grpo_ray.files import read_json, write_whole
 from grpo_ray.manifest import digest_of
 
 NAME = "pipeline.json"
@@ -62,8 +62,7 @@ class Record:
         if not path.is_file():
             return cls(path, {})
         try:
-            with open_regular(path) as file:
-                content = read_json(file)
+            content = read_json(path)
             if content["format"] != FORMAT:
                 raise ValueError(f"it is of format {content['format']}, this is format {FORMAT}")
             stages = {

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
-import json
 import marshal
 import os
 import pickle
@@ -24,6 +23,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from grpo_ray import json_text
 from grpo_ray.errors import RewardError
 from grpo_ray.sandbox.box import Box, BoxEnded, Limits
 from grpo_ray.sandbox.inside import HEADER_BYTES
@@ -97,7 +97,7 @@ class Verifier:
         session = self._running()
         try:
             return session.ask(items)
-        except (OSError, EOFError, ValueError) as e:
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as e:
             self._session = None
             return session.replies, _End(session.why_ended() or f"{type(e).__name__}: {e}", 0)
         except BaseException:
@@ -141,13 +141,13 @@ class _Session:
             raise RewardError(f"no sandbox for {', '.join(imports)} can be started: {why}") from None
 
     def ask(self, items: Sequence[tuple[Any, ...]]) -> tuple[list[Any], _End | None]:
-        """Raises OSError, EOFError, ValueError when there is no more sandbox, or it speaks nonsense."""
+        """Raises OSError, EOFError, ValueError, KeyError, TypeError when there is no more sandbox, or it speaks nonsense."""
         self.replies = []
         self._socket.settimeout(ITEM_S * (len(items) + 1))
         body = marshal.dumps(list(items))
         self._socket.sendall(len(body).to_bytes(HEADER_BYTES, "little") + body)
         while len(self.replies) < len(items):
-            reply = json.loads(self._line())
+            reply = json_text.read(self._line())
             if isinstance(reply, dict):
                 return self.replies, _End(_words(reply), int(reply["ended"]))
             self.replies.append(reply)
