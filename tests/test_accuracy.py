@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import datetime
 import math
+import subprocess
+import sys
 import time
 from decimal import Decimal
 from fractions import Fraction
@@ -612,6 +614,14 @@ def test_a_gold_that_runs_out_of_time_fails_its_sample_and_is_read_again(monkeyp
         assert "took more than 3 s of CPU time" in part.detail
         assert "timeout_s" in part.detail
     assert score(gold, gold) == 1
+
+
+@pytest.mark.parametrize("call", ["accuracy(['it is 0.5'], ['1/2'])", "math_votes(['it is 0.5'], ['1/2'])"])
+def test_loading_math_verify_is_not_counted_to_the_first_answer(call: str) -> None:
+    timed = call.replace("])", "], timeout_s=0.2)")
+    code = f"from grpo_ray.rewards import accuracy; from grpo_ray.rewards.votes import math_votes; print({timed} == {call})"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    assert ran.stdout == "True\n"
 
 
 def test_the_clock_counts_work_and_not_waiting() -> None:

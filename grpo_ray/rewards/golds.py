@@ -31,9 +31,16 @@ from grpo_ray.rewards.answer_text import (
     without_bullets,
     without_markup,
 )
-from grpo_ray.rewards.cpu_clock import OutOfTimeError, within_cpu_s
+from grpo_ray.rewards.cpu_clock import OutOfTimeError
 from grpo_ray.rewards.plain_numbers import Reading, number_reading
-from grpo_ray.rewards.readings import read_answer_phrase, read_phrases, read_sentence, read_value, same_value
+from grpo_ray.rewards.readings import (
+    read_answer_phrase,
+    read_phrases,
+    read_sentence,
+    read_value,
+    same_value,
+    within_timeout,
+)
 
 COLUMNS = ("answer", "solution")
 """Where a gold answer is, the first that a row has."""
@@ -370,7 +377,7 @@ def read_answer(completion: str, marked: bool, timeout_s: float) -> Reading | No
 def is_right(completion: str, golds: Sequence[Gold], timeout_s: float) -> bool:
     """Whether a completion gives one of these answers; one that takes more than `timeout_s` of CPU time, in all, is wrong."""
     try:
-        return within_cpu_s(timeout_s, lambda: _is_right(completion, golds, timeout_s))
+        return within_timeout(timeout_s, lambda: _is_right(completion, golds, timeout_s))
     except OutOfTimeError:
         return False
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from grpo_ray.rewards.answer_text import MAX_VALUE_CHARS, phrases, sentences, unwrap
 from grpo_ray.rewards.cpu_clock import within_cpu_s
@@ -24,6 +24,8 @@ from grpo_ray.rewards.plain_numbers import (
     read_ratio,
     same_number,
 )
+
+T = TypeVar("T")
 
 # ---- lists
 
@@ -169,25 +171,44 @@ def _parse(text: str, timeout_s: float) -> tuple[Any, ...]:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
     from math_verify.parser import NormalizationConfig
 
-    warm_up()
     # `malformed_operators` is what reads `\frac12`, which is good TeX and frequent in MATH.
     normal = NormalizationConfig(units=True, malformed_operators=True)
     config = [LatexExtractionConfig(normalization_config=normal, boxed_match_priority=0), ExprExtractionConfig()]
-    found = within_cpu_s(
+    found = within_timeout(
         timeout_s, lambda: parse(text, extraction_config=config, extraction_mode="first_match", parsing_timeout=0)
     )
     return tuple(part for part in found if isinstance(part, sympy.Basic | sympy.MatrixBase) and not _is_huge(part))
 
 
+def within_timeout(timeout_s: float, call: Callable[[], T]) -> T:
+    """What `call` returns, within so many CPU seconds that begin when math-verify is loaded.
+
+    Raises:
+        OutOfTimeError: it took longer.
+    """
+    warm_up()
+    return within_cpu_s(timeout_s, call)
+
+
 @lru_cache(maxsize=1)
 def warm_up() -> None:
-    """The first formula builds the parser's tables, which is no answer's fault."""
+    """The first formula of a kind builds the parser's tables and imports parts of SymPy, which is no answer's fault."""
     from math_verify import parse, verify
 
     for name in ("math_verify.parser", "math_verify.grader"):
         # They warn that their own clocks are off: ours run.
         logging.getLogger(name).setLevel(logging.ERROR)
-    verify(parse(r"\boxed{\frac{x}{2}}", parsing_timeout=0), parse("1/2", parsing_timeout=0), timeout_seconds=0)
+    for gold, answer in _FIRST_OF_THEIR_KIND.items():
+        verify(parse(gold, parsing_timeout=0), parse(answer, parsing_timeout=0), timeout_seconds=0)
+
+
+_FIRST_OF_THEIR_KIND = {
+    r"\boxed{\frac{x}{2}}": "1/2",
+    r"\boxed{\frac{3}{4}x^2+1}": r"\boxed{\frac{3x^2+4}{4}}",
+    r"\boxed{\int_0^1 x dx}": r"\boxed{\frac{1}{2}}",
+    r"\boxed{\sin(\pi/4)}": r"\boxed{\frac{\sqrt2}{2}}",
+    r"\boxed{(1, 2]}": r"\boxed{\log_2 8}",
+}
 
 
 def _is_huge(expression: Any) -> bool:
@@ -366,9 +387,8 @@ def same_value(gold: Reading, answer: Reading, timeout_s: float) -> bool:
         return _same_numbers(gold.members, answer.members)
     from math_verify import verify
 
-    warm_up()
     g, a = list(gold.parsed), list(answer.parsed)
-    return within_cpu_s(timeout_s, lambda: verify(g, a, timeout_seconds=0) and not _far_apart(g[0], a[0]))
+    return within_timeout(timeout_s, lambda: verify(g, a, timeout_seconds=0) and not _far_apart(g[0], a[0]))
 
 
 def _same_numbers(gold: Sequence[Reading], answer: Sequence[Reading]) -> bool:

@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.answer_tag import answer_of
-from grpo_ray.rewards.cpu_clock import OutOfTimeError, within_cpu_s
+from grpo_ray.rewards.cpu_clock import OutOfTimeError
 from grpo_ray.rewards.function import Completions, text_of
 from grpo_ray.rewards.golds import GOLD_TIMES, TIMEOUT_S, Gold, chosen, golds_of, read_answer, read_gold, said_words
 from grpo_ray.rewards.plain_numbers import Reading
-from grpo_ray.rewards.readings import same_value
+from grpo_ray.rewards.readings import same_value, within_timeout
 
 A = TypeVar("A")
 
@@ -36,7 +36,7 @@ def _place(known: Sequence[Reading], answer: Reading, timeout_s: float) -> int |
     """Numbers come first: they are compared in no time, formulas in `timeout_s` together."""
     order = sorted(range(len(known)), key=lambda i: (known[i].text != answer.text, known[i].number is None))
     try:
-        return within_cpu_s(
+        return within_timeout(
             timeout_s, lambda: next((i for i in order if same_value(known[i], answer, timeout_s)), None)
         )
     except OutOfTimeError:
@@ -50,7 +50,7 @@ def _answer(completion: str, gold: Any, timeout_s: float) -> Reading | None:
     except RewardError:
         golds = ()
     try:
-        return within_cpu_s(timeout_s, lambda: _compared(completion, golds, timeout_s))
+        return within_timeout(timeout_s, lambda: _compared(completion, golds, timeout_s))
     except OutOfTimeError:
         return None
 
