@@ -61,3 +61,10 @@ class S3:
         with opener.open(request, timeout=20) as answer:
             body: bytes = answer.read()
         return body
+
+
+def forget_clients() -> None:
+    """Filesystems are kept by URL: those of a test before would go on asking its own server."""
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()

@@ -22,7 +22,7 @@ from grpo_ray.manifest import FileSum
 from grpo_ray.object_store import check_store
 from grpo_ray.saver import Saver
 from tests.recipes import run_config
-from tests.s3 import S3
+from tests.s3 import S3, forget_clients
 from tests.test_train_loop import Session, config
 
 FILES = {"learner/rank-0/weights", "hf/config.json", "loop/loop.json"}
@@ -56,12 +56,6 @@ def bucket(s3: S3, request: pytest.FixtureRequest) -> str:
 def bucket_of(request: pytest.FixtureRequest) -> str:
     """Tests see nothing of each other's."""
     return f"b-{abs(hash(request.node.name))}"
-
-
-def forget_clients() -> None:
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 class Learner:

@@ -10,7 +10,7 @@ import pytest
 
 from grpo_ray.checkpoint import RunDir
 from tests.end_to_end.runs import LIMIT_S, end_all, finish, launch, metrics, run, train, write_recipe
-from tests.s3 import S3
+from tests.s3 import S3, forget_clients
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * LIMIT_S)]
 STEPS = 200
@@ -23,6 +23,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     for name, value in server.env.items():
         monkeypatch.setenv(name, value)
     server.make_bucket("bucket")
+    forget_clients()
     yield server
     end_all()
     server.stop()
