@@ -164,7 +164,7 @@ class RolloutActor:
         self.name = f"rollout-{index}"
         own_process(run_dir, self.name)
         self._scratch = own_scratch(run_dir, self.name)
-        # What vLLM's own processes say to each other stays on this node; `weight_gloo` has an address for what comes from others.
+        # What vLLM's own processes say to each other stays on this node; `weight_gloo_engine` has an address for others.
         use_nodes_interface(on_one_node=True)
         os.environ.setdefault("VLLM_HOST_IP", ray.util.get_node_ip_address())
         from vllm.v1.engine.async_llm import AsyncLLM

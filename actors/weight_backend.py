@@ -18,7 +18,8 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine,
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
 
 from actors.weight_buckets import Digest
-from actors.weight_gloo import GlooEngine, GlooTrainer
+from actors.weight_gloo_engine import GlooEngine
+from actors.weight_gloo_trainer import GlooTrainer
 from actors.weight_memory import Address
 
 WORKER_BACKENDS = {"gloo": "gloo", "nccl": "nccl_checked", "ipc": "ipc_checked"}

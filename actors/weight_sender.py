@@ -23,7 +23,7 @@ from actors import weight_backend
 from actors.deaths import fate
 from actors.learner_state import gathered
 from actors.weight_buckets import DigestSource
-from actors.weight_gloo import GlooTrainerInitInfo
+from actors.weight_gloo_trainer import GlooTrainerInitInfo
 from actors.weight_memory import Address
 from actors.weights import EngineSyncError, EngineTarget, SendReport
 from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError

@@ -17,7 +17,9 @@ from torch import Tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
 from actors.weight_buckets import TRAILER, DigestSource, plan_buckets
-from actors.weight_gloo import GlooInitInfo, GlooTrainer, GlooTrainerInitInfo, _Inbox
+from actors.weight_gloo_engine import Inbox
+from actors.weight_gloo_group import GlooInitInfo
+from actors.weight_gloo_trainer import GlooTrainer, GlooTrainerInitInfo
 from actors.weight_memory import Address, map_memory
 from actors.weights import EngineTarget
 
@@ -86,7 +88,7 @@ class Client:
             info = GlooInitInfo(**init_info)
             plan = plan_buckets(Source().metadata(), info.bucket_bytes)
             memory = self.memories[place] if info.shared else None
-            self.inboxes[place] = _Inbox(info, rank, self.loaders[place], plan, memory)
+            self.inboxes[place] = Inbox(info, rank, self.loaders[place], plan, memory)
 
         with ThreadPoolExecutor(len(targets)) as pool:
             list(pool.map(one, [self.targets.index(t) for t in targets], range(1, 1 + len(targets))))
@@ -296,7 +298,7 @@ def test_without_memory_to_share_engines_are_sent_the_weights_and_the_log_says_s
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [shared for _, shared in trainer._groups] == [False]
-    (line,) = [r.message for r in caplog.records if r.name == "actors.weight_gloo"]
+    (line,) = [r.message for r in caplog.records if r.name == "actors.weight_gloo_trainer"]
     assert "shared memory for weights" in line
     assert "by gloo" in line
     trainer.send_weights()

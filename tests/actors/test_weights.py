@@ -74,7 +74,7 @@ class LearnerRank:
                     param.all_gather([param])
 
     def flip_a_bit_in_the_next_bucket(self) -> None:
-        from actors.weight_gloo import GlooTrainer
+        from actors.weight_gloo_trainer import GlooTrainer
 
         fill = GlooTrainer._fill
 
@@ -87,7 +87,7 @@ class LearnerRank:
         GlooTrainer._fill = corrupted  # type: ignore[method-assign]
 
     def dawdle_over_the_next_bucket(self, seconds: float) -> None:
-        from actors.weight_gloo import GlooTrainer
+        from actors.weight_gloo_trainer import GlooTrainer
 
         fill = GlooTrainer._fill
 
