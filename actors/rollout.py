@@ -16,24 +16,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import ray
 
 from actors.deaths import CORE_DIED
-from actors.engine_adapters import Adapter, AdapterOptions, EngineAdapters, lora_args
+from actors.engine_adapters import Adapter, AdapterOptions, EngineAdapters
+from actors.rollout_sample import info_of, sample_of
+from actors.rollout_vllm_options import engine_args, sampling_params
 from actors.runtime import give_way, own_process, own_scratch, use_nodes_interface
 from grpo_ray.config import RolloutConfig
 from grpo_ray.errors import WorkerError
-from grpo_ray.kv_cache import DEFAULT_GB, check_kv_cache
-from grpo_ray.machine import total_memory
 from grpo_ray.models import context_length, eos_ids, load_config, vocab_size
 from grpo_ray.stops import Stops, find_stops, template_end
-from grpo_ray.types import Sample, SampleInfo, SampleRequest, SamplingParams, VersionSpan
+from grpo_ray.types import Sample, SampleInfo, SampleRequest, SamplingParams
 
 if TYPE_CHECKING:
-    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.outputs import RequestOutput
-    from vllm.sampling_params import SamplingParams as VllmSamplingParams
 
     from actors.weight_memory import Address
 
@@ -45,7 +42,6 @@ DEATH_CHECK_S = 0.5
 SHUTDOWN_S = 2.0
 """For a core that was told to end. It aborts its requests at once and then takes its objects apart, often for longer than the pool
 waits; whatever it holds goes with its process."""
-CPU_BATCHED_TOKENS = 2048
 SMALL_VOCABULARY = 1024
 """Up to here ranks of tokens are counted faster than the function for it is compiled (256 rows: 1 ms a step against 0.2)."""
 
@@ -60,87 +56,6 @@ class Outcome:
     problem: Literal["", "refused", "aborted"] = ""
     """`refused`: the engine won't take this request, ever. `aborted`: something else ended it; it may be asked again."""
     detail: str = ""
-
-
-def rollout_env(config: RolloutConfig, *, on_gpu: bool, backend: str) -> dict[str, str]:
-    """Environment of the actor's process. It must be there before vllm is imported."""
-    env = {
-        "OMP_NUM_THREADS": str(config.num_threads or 1),
-        "TOKENIZERS_PARALLELISM": "false",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    if not on_gpu:
-        # One process less, and 4 s of start-up: the worker lives in the engine's process.
-        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if backend == "ipc":
-        # CUDA IPC handles are not plain data; they travel between processes of this run only.
-        env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    return env | config.env
-
-
-def engine_args(
-    config: RolloutConfig,
-    model: str,
-    dtype: str,
-    max_model_len: int,
-    seed: int,
-    backend: str,
-    *,
-    trust_remote_code: bool,
-    adapters: AdapterOptions | None = None,
-    colocated: bool = False,
-) -> AsyncEngineArgs:
-    """The engine's options, for the device that vLLM finds."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.platforms import current_platform
-
-    on_cpu = current_platform.is_cpu()
-    kv_cache_gb = config.kv_cache_gb or (DEFAULT_GB if on_cpu else None)
-    device: dict[str, Any] = {}
-    if on_cpu:
-        check_kv_cache(config, total_memory(), 1)
-        # vLLM's CPU sampler dies of a seeded request whose prompt is prefilled in pieces, so prompts are prefilled whole. The
-        # default block of 128 tokens would keep shorter prompts out of the prefix cache.
-        device = {
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_model_len, config.max_num_seqs),
-            "block_size": 32,
-        }
-    else:
-        device = {"enable_sleep_mode": colocated}
-        if config.tensor_parallel_size > 1:
-            # Inside a Ray actor vLLM would otherwise ask Ray for GPUs of its own.
-            device["distributed_executor_backend"] = "mp"
-    return AsyncEngineArgs(
-        model=model,
-        dtype=dtype,
-        max_model_len=max_model_len,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
-        tensor_parallel_size=config.tensor_parallel_size,
-        max_num_seqs=config.max_num_seqs,
-        kv_cache_memory_bytes=None if kv_cache_gb is None else int(kv_cache_gb * 2**30),
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        enforce_eager=on_cpu if config.enforce_eager is None else config.enforce_eager,
-        enable_prefix_caching=True,
-        logprobs_mode="processed_logprobs",
-        disable_log_stats=True,
-        scheduler_cls="actors.engine_scheduler.bundling_scheduler",
-        **device,
-        **(_transfer_args(backend) if adapters is None else lora_args(adapters)),
-    )
-
-
-def _transfer_args(backend: str) -> dict[str, Any]:
-    """For an engine that takes whole weights."""
-    from vllm.config.weight_transfer import WeightTransferConfig
-
-    from actors.weight_backend import WORKER_BACKENDS
-
-    return {
-        "weight_transfer_config": WeightTransferConfig(backend=WORKER_BACKENDS[backend]),
-        "worker_extension_cls": "actors.weight_backend.TransferExtension",
-    }
 
 
 class RolloutActor:
@@ -264,7 +179,7 @@ class RolloutActor:
             with self._adapters.use() as adapter:
                 lora = adapter.request if adapter is not None else None
                 async for output in self.engine.generate(
-                    prompt, _vllm_params(request, stops), str(ticket), lora_request=lora
+                    prompt, sampling_params(request, stops), str(ticket), lora_request=lora
                 ):
                     final = output
             assert final is not None
@@ -301,35 +216,12 @@ class RolloutActor:
             self._add(Outcome(ticket, None, "aborted", f"finish_reason {completion.finish_reason}"))
             return
         token_ids = list(completion.token_ids)
-        if adapter is not None:
-            versions: tuple[VersionSpan, ...] = (VersionSpan(adapter.version, 0, len(token_ids)),)
-        else:
-            versions = tuple(VersionSpan(int(s.version), s.start, s.end) for s in completion.weight_versions or ())
-        sample = Sample(
-            prompt_id=request.prompt_id,
-            index=request.index,
-            prompt_token_ids=np.asarray(request.prompt_token_ids, dtype=np.int32),
-            token_ids=np.asarray(token_ids, dtype=np.int32),
-            logprobs=_sampled_logprobs(completion.logprobs, len(token_ids), self.name),
-            versions=versions,
-            finish_reason=completion.finish_reason,
-            text=stops.read(self.tokenizer, token_ids),
-        )
-        info = SampleInfo(
-            prompt_id=sample.prompt_id,
-            index=sample.index,
-            num_prompt_tokens=len(sample.prompt_token_ids),
-            num_tokens=len(token_ids),
-            min_version=min(v.version for v in versions),
-            finish_reason=sample.finish_reason,
-            worker=self.name,
-            ref=None,
-            row=len(self._samples),
-        )
+        version = None if adapter is None else adapter.version
+        sample = sample_of(request, completion, version, stops.read(self.tokenizer, token_ids), self.name)
         self._num_tokens += len(token_ids)
         self._num_samples += 1
+        self._add(Outcome(ticket, info_of(sample, self.name, len(self._samples))))
         self._samples.append(sample)
-        self._add(Outcome(ticket, info))
 
     def _add(self, outcome: Outcome) -> None:
         self._outcomes.append(outcome)
@@ -433,11 +325,6 @@ class RolloutActor:
 
     # Care
 
-    async def health(self) -> None:
-        """Raises WorkerError if the engine is dead."""
-        self._check_alive()
-        await self.engine.check_health()
-
     async def stats(self) -> dict[str, float]:
         """Since the start: samples, tokens, and seconds with something to do."""
         busy = self._busy_s + (time.monotonic() - self._busy_since if self._tasks else 0.0)
@@ -455,42 +342,3 @@ class RolloutActor:
     def _core_pid(self) -> int:
         processes = self.engine.engine_core.resources.engine_manager.processes
         return int(processes[0].pid)
-
-
-def _vllm_params(request: SampleRequest, stops: Stops) -> VllmSamplingParams:
-    from vllm.sampling_params import RequestOutputKind
-    from vllm.sampling_params import SamplingParams as VllmSamplingParams
-
-    p = request.params
-    return VllmSamplingParams(
-        temperature=p.temperature,
-        top_p=p.top_p,
-        top_k=p.top_k,
-        min_p=p.min_p,
-        max_tokens=p.max_tokens,
-        seed=request.seed,
-        stop=list(stops.strings),
-        stop_token_ids=list(stops.token_ids),
-        # Stop strings are found in text; without them the text is made once, at the end.
-        detokenize=bool(stops.strings),
-        skip_special_tokens=False,
-        include_stop_str_in_output=True,
-        logprobs=0,
-        flat_logprobs=True,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-
-
-def _sampled_logprobs(logprobs: Any, num_tokens: int, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """[T] of the sampled tokens, which vLLM puts first at each position."""
-    if len(logprobs) != num_tokens:
-        raise WorkerError(f"{name}: vLLM gave {len(logprobs)} log-probabilities for {num_tokens} tokens")
-    flat = np.asarray(logprobs.logprobs, dtype=np.float32)
-    sampled = flat[np.asarray(logprobs.start_indices, dtype=np.int64)]
-    if not np.isfinite(sampled).all():
-        place = int(np.isfinite(sampled).argmin())
-        raise WorkerError(
-            f"{name}: vLLM gave {sampled[place]} as the log-probability of token {place} that it sampled; its weights or its "
-            "arithmetic are broken: use model.dtype float32, or lower learner.learning_rate if it began with a sync"
-        )
-    return sampled

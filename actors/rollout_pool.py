@@ -35,7 +35,8 @@ from ray.exceptions import RayError
 from actors.cluster import demands, gpus_per_engine, placed
 from actors.deaths import KernelKills, fate, is_blameless, kind_of
 from actors.engine_adapters import AdapterOptions
-from actors.rollout import Outcome, RolloutActor, rollout_env
+from actors.rollout import Outcome, RolloutActor
+from actors.rollout_vllm_options import rollout_env
 from actors.runtime import Actors, RayActors, again_within, core_error, log_tail, node_died, start_named, within
 from actors.weights import EngineTarget, resolve_backend
 from grpo_ray.activity import IDLE, Activity

@@ -14,7 +14,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
 
 import actors.engine_scheduler
-from actors.rollout import engine_args
+from actors.rollout_vllm_options import engine_args
 from grpo_ray.config import RolloutConfig
 
 ABORTED, ABORT_AT = "3", 5

@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from actors.rollout import engine_args
+from actors.rollout_vllm_options import engine_args
 from actors.weight_shadow import Loader, Shadow, WhenPaused
 from grpo_ray.config import RolloutConfig
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from actors.rollout import rollout_env
+from actors.rollout_vllm_options import rollout_env
 from grpo_ray.config import RolloutConfig
 
 pytestmark = pytest.mark.timeout(300)

@@ -357,7 +357,8 @@ def test_a_model_without_weights_says_so_with_the_log(local_ray: None, tiny_mode
 ALONE = """
 import asyncio, os, sys
 from pathlib import Path
-from actors.rollout import RolloutActor, rollout_env
+from actors.rollout import RolloutActor
+from actors.rollout_vllm_options import rollout_env
 from grpo_ray.config import RolloutConfig
 
 async def main(model, run_dir):

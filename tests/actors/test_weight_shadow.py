@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from actors.rollout import rollout_env
+from actors.rollout_vllm_options import rollout_env
 from grpo_ray.config import RolloutConfig
 from tests.actors.shadowed import ORDER, PAUSED
 

@@ -1,0 +1,73 @@
+"""What vLLM gives for one request -> a `Sample`, and the `SampleInfo` that tells of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from grpo_ray.errors import WorkerError
+from grpo_ray.types import Sample, SampleInfo, SampleRequest, VersionSpan
+
+if TYPE_CHECKING:
+    from vllm.outputs import CompletionOutput
+
+
+def sample_of(
+    request: SampleRequest, completion: CompletionOutput, adapter_version: int | None, text: str, worker: str
+) -> Sample:
+    """The completion as a sample of this request.
+
+    Args:
+        adapter_version: of the LoRA adapter that it was sampled with; None: vLLM tells the version of each token.
+        text: the completion as rewards read it.
+        worker: the engine's name, for what it does wrong.
+
+    Raises:
+        WorkerError: a log-probability is missing or not finite.
+    """
+    num_tokens = len(completion.token_ids)
+    if adapter_version is not None:
+        versions: tuple[VersionSpan, ...] = (VersionSpan(adapter_version, 0, num_tokens),)
+    else:
+        versions = tuple(VersionSpan(int(s.version), s.start, s.end) for s in completion.weight_versions or ())
+    return Sample(
+        prompt_id=request.prompt_id,
+        index=request.index,
+        prompt_token_ids=np.asarray(request.prompt_token_ids, dtype=np.int32),
+        token_ids=np.asarray(completion.token_ids, dtype=np.int32),
+        logprobs=_sampled_logprobs(completion.logprobs, num_tokens, worker),
+        versions=versions,
+        finish_reason=completion.finish_reason,
+        text=text,
+    )
+
+
+def info_of(sample: Sample, worker: str, row: int) -> SampleInfo:
+    """What the controller is told of a sample; `row`: its place in the list that it travels in."""
+    return SampleInfo(
+        prompt_id=sample.prompt_id,
+        index=sample.index,
+        num_prompt_tokens=len(sample.prompt_token_ids),
+        num_tokens=len(sample.token_ids),
+        min_version=min(v.version for v in sample.versions),
+        finish_reason=sample.finish_reason,
+        worker=worker,
+        ref=None,
+        row=row,
+    )
+
+
+def _sampled_logprobs(logprobs: Any, num_tokens: int, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """[T] of the sampled tokens, which vLLM puts first at each position."""
+    if len(logprobs) != num_tokens:
+        raise WorkerError(f"{name}: vLLM gave {len(logprobs)} log-probabilities for {num_tokens} tokens")
+    flat = np.asarray(logprobs.logprobs, dtype=np.float32)
+    sampled = flat[np.asarray(logprobs.start_indices, dtype=np.int64)]
+    if not np.isfinite(sampled).all():
+        place = int(np.isfinite(sampled).argmin())
+        raise WorkerError(
+            f"{name}: vLLM gave {sampled[place]} as the log-probability of token {place} that it sampled; its weights or its "
+            "arithmetic are broken: use model.dtype float32, or lower learner.learning_rate if it began with a sync"
+        )
+    return sampled
