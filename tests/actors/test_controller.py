@@ -24,7 +24,7 @@ async def main(told):
             await controller.stop(reason)
         except ConfigError:
             print("refused", file=told)
-    controller._controller._warn("GET https://x/?key=hf_abcdefgh failed")
+    controller._controller._context.warn("GET https://x/?key=hf_abcdefgh failed")
     await controller.run()
     events, count = await controller.events(0, 1)
     for event in events:

@@ -1,0 +1,45 @@
+"""What a controller shares with the kind of run that it runs: facts of the run, what is under way, and how to report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from actors.scaler import RunScaler
+from grpo_ray.checkpoint import RunDir
+from grpo_ray.events import Event, MessageEvent, PhaseEvent
+from grpo_ray.rewards.columns import ColumnNeeds
+from grpo_ray.sft_loop import SftLoop
+from grpo_ray.train_loop import TrainLoop
+
+
+@dataclass
+class RunContext:
+    kind: str
+    run: RunDir
+    needs: Sequence[ColumnNeeds]
+    """The columns that the rewards of this run need."""
+    emit: Callable[[Event], None]
+    """Tell those who follow the run."""
+    resume_step: int | None
+    """The checkpoint from which the run goes on; None: from the beginning. Recovery moves it."""
+    stop_reason: str | None = None
+    loop: TrainLoop | SftLoop[Any] | None = None
+    """The training loop, once there is one."""
+    scaler: RunScaler | None = None
+    """Changes the numbers of workers, once there are some."""
+
+    @property
+    def step(self) -> int:
+        """Steps that are done; 0 before there is a loop."""
+        return self.loop.step if self.loop is not None else 0
+
+    def phase(self, phase: str, detail: str = "", done: int = 0, total: int = 0) -> None:
+        self.emit(PhaseEvent(phase, detail, done, total))
+
+    def inform(self, text: str) -> None:
+        self.emit(MessageEvent("info", text))
+
+    def warn(self, text: str) -> None:
+        self.emit(MessageEvent("warning", text))
