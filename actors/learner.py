@@ -14,129 +14,67 @@ tokens off, the same pass makes the sets of those that are left, and the referen
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import timedelta
-from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
 import torch.distributed as dist
 
 from actors import learner_kl, learner_offload, learner_reference, learner_sequence, learner_state
+from actors.learner_accumulation import Accumulation
 from actors.learner_critic import Critic
-from actors.learner_engine import LearnerSpec, build_engine, build_reference, can_share_prompts, step
-from actors.rendezvous import (
-    Meeting,
-    SealedStore,
-    gather_texts,
-    listen_at,
-    new_key,
-    open_store,
-    prove_membership,
-    refuse_objects,
-)
-from actors.runtime import LOOPBACK, own_process, use_nodes_interface
+from actors.learner_engine import LearnerSpec, build_engine, build_objective, build_reference, can_share_prompts
+from actors.learner_logprobs import LogprobPasses, update_passes
+from actors.learner_micro_batches import MicroBatchLoader, is_trained
+from actors.learner_process_group import join_process_group
+from actors.learner_timer import UpdateTimer, traced
+from actors.rendezvous import Meeting, SealedStore, listen_at, new_key, open_store
+from actors.runtime import LOOPBACK, own_process
 from grpo_ray.activity import Activity
-from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch, shared_cost, token_values, tokens_of_version
+from grpo_ray.batching import MiniBatchPlan
 from grpo_ray.checkpoint_store import Place
-from grpo_ray.config import AlgorithmConfig, DpoOptions, RewardModelOptions
-from grpo_ray.errors import CheckpointError, LostSamplesError, NonFiniteError, WorkerError
-from grpo_ray.flops import ModelShape, UpdatePasses, model_shape, throughput_metrics, update_flops
+from grpo_ray.config import AlgorithmConfig
+from grpo_ray.errors import WorkerError
+from grpo_ray.flops import model_shape, throughput_metrics, update_flops
 from grpo_ray.learner_files import SavedLearner
-from grpo_ray.lora import adapter_bytes, adapter_checksum, adapters_off
-from grpo_ray.losses.aggregation import Normalizers
+from grpo_ray.lora import adapter_bytes, adapter_checksum
 from grpo_ray.machine import usable_cpus
 from grpo_ray.manifest import FileSum
-from grpo_ray.objectives import GrpoObjective, MicroBatchData, Objective, SftObjective
-from grpo_ray.objectives_pairs import DpoObjective, RewardModelObjective
+from grpo_ray.objectives import MicroBatchData
 from grpo_ray.policy import PolicyModel
 from grpo_ray.sequence import Alone, SequenceRanks
-from grpo_ray.truncation import TokenSets
-from grpo_ray.types import Sample, TrainBatch, TrainSample, UpdateReport
+from grpo_ray.types import TrainBatch, UpdateReport
 
 if TYPE_CHECKING:
     from actors.adapter_sync import AdapterReport
     from actors.weight_sender import WeightSender
     from actors.weights import EngineTarget, SendReport
 
-FETCH_TIMEOUT_S = 120.0
 DISK = "disk"
 """The concurrency group of what goes on beside training."""
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _recorded(
-    name: str,
-) -> Callable[[Callable[Concatenate[LearnerActor, P], R]], Callable[Concatenate[LearnerActor, P], R]]:
-    """A method of the actor whose calls are spans of its activity."""
-
-    def decorate(method: Callable[Concatenate[LearnerActor, P], R]) -> Callable[Concatenate[LearnerActor, P], R]:
-        @wraps(method)
-        def call(self: LearnerActor, *args: P.args, **kwargs: P.kwargs) -> R:
-            with self._activity.span(name):
-                return method(self, *args, **kwargs)
-
-        return call
-
-    return decorate
-
-
-@dataclass(frozen=True)
-class _Done:
-    """A micro-batch that went forward and backward: what is asked of it when the batch is whole."""
-
-    data: MicroBatchData
-    batch: TrainBatch
-    """Its samples are rows of this one."""
-    theta_C: torch.Tensor
-    loss: torch.Tensor
-
-    @property
-    def is_wrong(self) -> torch.Tensor:
-        """0-dim. A clip or a mask hides what a sampler reported: exp(-inf) is 0, and comparisons with NaN are False."""
-        return ~(self.loss.isfinite() & self.data.rollout_C.isfinite().all())
-
-
-@dataclass
-class _Pass:
-    """What forward and backward of a step have added up so far, on this rank."""
-
-    sums: torch.Tensor
-    largest: torch.Tensor
-    done: list[_Done] = field(default_factory=list)
-    micro_batches: list[MicroBatchData] = field(default_factory=list)
-    """Dummies included."""
-    samples: set[tuple[str, int]] = field(default_factory=set)
-    """(prompt id, index) of those that came in parts."""
 
 
 class LearnerActor:
     """Lives in its own process, started by `LearnerGroup`: first `rendezvous` on rank 0, then `start` on all."""
 
     def __init__(self, spec: LearnerSpec, rank: int, num_ranks: int) -> None:
-        self.log_path = own_process(spec.run_dir, f"learner-{rank}")
+        own_process(spec.run_dir, f"learner-{rank}")
         self.spec = spec
         self.rank = rank
         self.num_ranks = num_ranks
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        self._algorithm = spec.algorithm or AlgorithmConfig()
-        self._objective = _objective(spec)
-        self._seconds: dict[str, float] = {}
-        self._activity = Activity(f"learner-{rank}")
-        self._early: _Pass | None = None
+        self.activity = Activity(f"learner-{rank}")
+        self._timer = UpdateTimer(self.activity)
+        self._early: Accumulation | None = None
         """Of the step under way, while its batch is not whole."""
         self._store: SealedStore | None = None
         self._ranks: SequenceRanks = Alone()
         """Those that share their micro-batches with this one."""
         self._engine: Any = None
-        self._shape: ModelShape | None = None
-        self._shares_prompts = False
         self._reference: Any = None
         self._critic: Critic | None = None
         self._sender: WeightSender | None = None
@@ -159,44 +97,31 @@ class LearnerActor:
 
     def start(self, meeting: Meeting) -> int:
         """Meet the others, load the model, build the engine. Returns the number of parameters."""
-        learner = self.spec.learner
-        on_cpu = self.device.type == "cpu"
+        spec, on_cpu = self.spec, self.device.type == "cpu"
         one = on_cpu and self.num_ranks > 1
-        torch.set_num_threads(learner.num_threads or (1 if one else usable_cpus()))
-        torch.manual_seed(self.spec.seed + self.rank)
-        os.environ |= {
-            "RANK": str(self.rank),
-            "WORLD_SIZE": str(self.num_ranks),
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": meeting.host,
-            "MASTER_PORT": str(meeting.port),
-        }
-        use_nodes_interface(on_one_node=meeting.host == LOOPBACK)
-        refuse_objects()
-        # torch keeps only its C++ part alive.
-        self._store = self._store or open_store(meeting, self._timeout)
-        dist.init_process_group(
-            "gloo" if on_cpu else "cpu:gloo,cuda:nccl",
-            store=self._store,
-            rank=self.rank,
-            world_size=self.num_ranks,
-            timeout=self._timeout,
-        )
-        prove_membership(dist.group.WORLD, meeting.key, self.rank, self.num_ranks)
-        import deepspeed
-
-        # Compiled at first use (18 s and more), for inference only.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", verbose=False)
-        self._ranks = learner_sequence.join(learner.sequence_parallel_size, self._timeout)
-        self._engine = build_engine(self.spec, self.device, self._ranks)
-        self._shape = model_shape(self._engine.module.hf)
-        self._shares_prompts = can_share_prompts(self.spec, self._engine.module.hf)
-        if self.spec.needs_reference_model:
-            self._reference = build_reference(self.spec, self.device, self._ranks)
-        if self.spec.needs_critic:
-            self._critic = Critic(self.spec, self.device, self._ranks)
+        torch.set_num_threads(spec.learner.num_threads or (1 if one else usable_cpus()))
+        torch.manual_seed(spec.seed + self.rank)
+        self._store = join_process_group(meeting, self._store, self.rank, self.num_ranks, self._timeout, on_cpu=on_cpu)
+        self._ranks = learner_sequence.join(spec.learner.sequence_parallel_size, self._timeout)
+        self._engine = build_engine(spec, self.device, self._ranks)
+        if spec.needs_reference_model:
+            self._reference = build_reference(spec, self.device, self._ranks)
+        if spec.needs_critic:
+            self._critic = Critic(spec, self.device, self._ranks)
+        self._configure(spec)
         return sum(getattr(p, "ds_numel", p.numel()) for p in self._engine.module.parameters())
+
+    def _configure(self, spec: LearnerSpec) -> None:
+        """Train the engines that are there by this spec."""
+        hf = self._engine.module.hf
+        self.spec = spec
+        self._algorithm = spec.algorithm or AlgorithmConfig()
+        self._objective = build_objective(spec)
+        self._shape = model_shape(hf)
+        self._loader = MicroBatchLoader(
+            spec, self._objective, self.rank, self._ranks, self.device, share_prompts=can_share_prompts(spec, hf)
+        )
+        self._passes = LogprobPasses(spec, self._engine, self._reference, self._timer)
 
     @property
     def _timeout(self) -> timedelta:
@@ -205,25 +130,7 @@ class LearnerActor:
 
     # Update.
 
-    @_recorded("update")
-    def accumulate(self, part: TrainBatch) -> None:
-        """Forward and backward of groups that are sure to be in the step's batch, while others are still sampled.
-
-        The gradient is a sum: what is not known before the batch is whole, the normalizers, is a common factor of all of it,
-        and `update` multiplies by it.
-        """
-        if self._early is None:
-            self._start_clock()
-            self._early = self._new_pass()
-        self._early.samples |= {(s.prompt_id, s.index) for s in part.samples}
-        for planned in self._plan(part):
-            with self._timed("fetch"):
-                mini_batch = self._fetch(part, planned, Normalizers.unit(self.spec.max_completion_length))
-            self._set_reference([mini_batch], part)
-            with self._timed("forward_backward"):
-                self._forward_backward(mini_batch, part, self._early)
-
-    @_recorded("update")
+    @traced("update")
     def update(self, batch: TrainBatch) -> UpdateReport:
         """Train on the batch: every pass, every mini-batch; less what `accumulate` has had of it.
 
@@ -234,373 +141,127 @@ class LearnerActor:
             WorkerError: samples could not be fetched, or what came in parts is not in the batch.
         """
         started = time.monotonic()
-        metrics = self._whole(batch) if self._early is None else self._finish(batch, self._early)
-        every = self._algorithm.ref_refresh_steps
-        if self._reference is not None and every and (batch.step + 1) % every == 0:
-            with self._timed("reference"):
-                learner_reference.follow(self._reference_model, self._engine.module, self._algorithm.ref_polyak_tau)
-        metrics |= {f"update/{name}_s": seconds for name, seconds in self._seconds.items()}
-        metrics |= self._throughput(batch, sum(self._seconds.values()), metrics["tokens/processed"])
+        metrics = self._update_full_batch(batch) if self._early is None else self._finish_parts(batch, self._early)
+        self._refresh_reference(batch.step)
+        metrics |= self._timer.metrics()
+        metrics |= self._throughput(batch, metrics["tokens/processed"])
         seconds = time.monotonic() - started
-        return UpdateReport(step=batch.step, metrics=metrics, seconds=seconds, tracks=(self._activity.finish(),))
+        return UpdateReport(step=batch.step, metrics=metrics, seconds=seconds, tracks=(self.activity.finish(),))
 
-    @_recorded("values")
+    def _update_full_batch(self, batch: TrainBatch) -> dict[str, float]:
+        self._timer.restart()
+        plan, mini_batches, kl_metrics = self._prepare(batch)
+        accumulation = self._new_accumulation()
+        for _ in range(self._algorithm.num_iterations):
+            for planned, mini_batch in zip(plan, mini_batches, strict=True):
+                with self._timer.phase("forward_backward"):
+                    accumulation.forward_backward(mini_batch, batch)
+                    accumulation.check_finite(batch)
+                with self._timer.phase("step"):
+                    accumulation.step(batch)
+                for data in chain.from_iterable(mini_batches):
+                    data.moved = True
+                if self._critic is not None:
+                    with self._timer.phase("critic"):
+                        num_tokens = sum(batch.samples[i].num_tokens for i in planned.samples)
+                        self._critic.update(mini_batch, num_tokens, self.num_ranks)
+        metrics = accumulation.metrics() | kl_metrics
+        return metrics if self._critic is None else metrics | self._critic.take_metrics()
+
+    def _prepare(self, batch: TrainBatch) -> tuple[list[MiniBatchPlan], list[list[MicroBatchData]], dict[str, float]]:
+        """The mini-batches, with all that their losses need; metrics of the KL in the reward."""
+        kl_in_reward = self._algorithm.kl_in == "reward"
+        plan = self._loader.plan(batch)
+        kl_only = self._loader.plan_kl_only(batch) if kl_in_reward else []
+        with self._timer.phase("fetch"):
+            fetched = [
+                self._loader.fetch(
+                    batch, planned, self._loader.normalizers([batch.samples[i] for i in planned.samples])
+                )
+                for planned in plan + kl_only
+            ]
+        mini_batches = fetched[: len(plan)]
+        self._passes.set_old(fetched if kl_in_reward else mini_batches[1:], batch)
+        self._passes.set_reference(fetched, batch)
+        kl_metrics: dict[str, float] = {}
+        if kl_in_reward:
+            num_tokens = [batch.samples[i].num_tokens for planned in plan + kl_only for i in planned.samples]
+            kl_metrics = learner_kl.penalise(fetched, num_tokens, batch, self._algorithm, self._ranks, self.device)
+        if self._critic is not None:
+            with self._timer.phase("critic"):
+                self._critic.set_advantages(list(chain.from_iterable(mini_batches)))
+        return plan, mini_batches, kl_metrics
+
+    def _finish_parts(self, batch: TrainBatch, early: Accumulation) -> dict[str, float]:
+        """The rest of a batch that came in parts, and the optimizer step."""
+        self.accumulate(replace(batch, samples=early.rest(batch)))
+        self._early = None
+        early.check_finite(batch)
+        trained = [s for s in batch.samples if is_trained(s)]
+        # With none it is as with a batch that came whole: nothing went forward or backward, and there is nothing to take a step by.
+        if trained:
+            weight = self._objective.weight
+            factor = weight(1, self._loader.normalizers(trained)) / weight(1, self._loader.unit)
+            with self._timer.phase("step"):
+                early.step(batch, factor)
+        return early.metrics()
+
+    @traced("update")
+    def accumulate(self, part: TrainBatch) -> None:
+        """Forward and backward of groups that are sure to be in the step's batch, while others are still sampled.
+
+        The gradient is a sum: what is not known before the batch is whole, the normalizers, is a common factor of all of it,
+        and `update` multiplies by it.
+        """
+        if self._early is None:
+            self._timer.restart()
+            self._early = self._new_accumulation()
+        self._early.add_part(part)
+        for planned in self._loader.plan(part):
+            with self._timer.phase("fetch"):
+                mini_batch = self._loader.fetch(part, planned, self._loader.unit)
+            self._passes.set_reference([mini_batch], part)
+            with self._timer.phase("forward_backward"):
+                self._early.forward_backward(mini_batch, part)
+
+    def _new_accumulation(self) -> Accumulation:
+        return Accumulation(self.spec, self._engine, self._objective, self._ranks, self.device)
+
+    def _refresh_reference(self, step: int) -> None:
+        every = self._algorithm.ref_refresh_steps
+        if self._reference is not None and every and (step + 1) % every == 0:
+            with self._timer.phase("reference"):
+                learner_reference.follow(self._reference_model, self._engine.module, self._algorithm.ref_polyak_tau)
+
+    def _throughput(self, batch: TrainBatch, num_tokens: float) -> dict[str, float]:
+        flops = None
+        if self._shape is not None:
+            shared = self._loader.share_prompts
+            passes = update_passes(self.spec, batch)
+            flops = update_flops(self._shape, batch, self._loader.plan(batch), passes, shared_prompts=shared)
+        device = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
+        return throughput_metrics(flops, num_tokens, self._timer.total_s, self.num_ranks, device, self.spec.model.dtype)
+
+    @traced("values")
     @torch.no_grad()
     def values(self, batch: TrainBatch) -> list[float]:
         """[S] what the model, as it is, says of each sample: its log-probability, or a reward model's score. All ranks together."""
         values_S = torch.zeros(len(batch.samples), dtype=torch.float64, device=self.device)
-        for planned in self._plan(batch):
-            for data in self._fetch(batch, planned, Normalizers.unit(self.spec.max_completion_length)):
-                theta_C = self._logprobs(self._engine, data, batch.temperature)
+        for planned in self._loader.plan(batch):
+            for data in self._loader.fetch(batch, planned, self._loader.unit):
+                logps_C = self._passes.policy_logprobs(data, batch.temperature)
                 if not data.packed.is_dummy and self._ranks.rank == 0:
                     # Each sample is counted by one rank, so the sum over ranks only spreads its bits.
                     places_C = torch.from_numpy(data.packed.samples).to(self.device)
                     places_S = places_C[data.segments.lengths_S.cumsum(0) - 1]
-                    values_S[places_S] = self._objective.value(theta_C, data.segments).double()
+                    values_S[places_S] = self._objective.value(logps_C, data.segments).double()
         dist.all_reduce(values_S)
         told: list[float] = values_S.tolist()
         return told
 
-    def _finish(self, batch: TrainBatch, early: _Pass) -> dict[str, float]:
-        """The rest of a batch that came in parts, and the optimizer step."""
-        rest = [s for s in batch.samples if (s.prompt_id, s.index) not in early.samples]
-        if len(batch.samples) - len(rest) != len(early.samples):
-            raise WorkerError(
-                f"step {batch.step + 1}: of {len(early.samples)} samples that came in parts, {len(batch.samples) - len(rest)} are "
-                "in the batch; their gradients can't be taken back"
-            )
-        self.accumulate(replace(batch, samples=rest))
-        self._early = None
-        self._check_finite(early, batch)
-        trained = [s for s in batch.samples if s.loss_mask and s.num_tokens > 0]
-        if not trained:
-            # As of a batch that came whole: nothing went forward or backward, and there is nothing to take a step by.
-            return self._metrics(early, [], [])
-        unit = Normalizers.unit(self.spec.max_completion_length)
-        factor = self._objective.weight(1, self._normalizers(trained)) / self._objective.weight(1, unit)
-        learning_rate = float(self._engine.get_lr()[0])
-        with self._timed("step"):
-            grad_norm = self._step(batch, factor)
-        early.sums *= torch.tensor(
-            [factor if name in self._objective.weighted_sums else 1.0 for name in self._objective.sum_names],
-            device=self.device,
-        )
-        return self._metrics(early, [grad_norm], [learning_rate])
-
-    def _whole(self, batch: TrainBatch) -> dict[str, float]:
-        self._start_clock()
-        kl_in_reward = self._algorithm.kl_in == "reward"
-        plan = self._plan(batch)
-        untrained = self._plan_untrained(batch) if kl_in_reward else []
-        with self._timed("fetch"):
-            fetched = [
-                self._fetch(batch, planned, self._normalizers([batch.samples[i] for i in planned.samples]))
-                for planned in plan + untrained
-            ]
-            steps = fetched[: len(plan)]
-        with self._timed("old"):
-            later = fetched if kl_in_reward else steps[1:]
-            for data in (data for mini_batch in later for data in mini_batch):
-                if self._algorithm.old_logprobs == "recompute":
-                    data.old_C = self._logprobs(self._engine, data, batch.temperature)
-                elif data.sets is not None:
-                    self._logprobs(self._engine, data, batch.temperature)
-        self._set_reference(fetched, batch)
-        of_the_kl = self._take_kl_off(batch, plan + untrained, fetched) if kl_in_reward else {}
-        micro_batches = [data for mini_batch in steps for data in mini_batch]
-        if self._critic is not None:
-            with self._timed("critic"):
-                self._critic.set_advantages(micro_batches)
-        total = self._new_pass()
-        grad_norms, learning_rates = [], []
-        for _ in range(self._algorithm.num_iterations):
-            for mini_batch, planned in zip(steps, plan, strict=True):
-                with self._timed("forward_backward"):
-                    total.done.clear()
-                    self._forward_backward(mini_batch, batch, total)
-                    self._check_finite(total, batch)
-                with self._timed("step"):
-                    learning_rates.append(float(self._engine.get_lr()[0]))
-                    grad_norms.append(self._step(batch))
-                for data in micro_batches:
-                    data.moved = True
-                if self._critic is not None:
-                    with self._timed("critic"):
-                        num_tokens = sum(batch.samples[i].num_tokens for i in planned.samples)
-                        self._critic.update(mini_batch, num_tokens, self.num_ranks)
-        total.micro_batches = micro_batches
-        metrics = self._metrics(total, grad_norms, learning_rates) | of_the_kl
-        if self._critic is not None:
-            metrics |= self._critic.take_metrics()
-        return metrics
-
-    def _start_clock(self) -> None:
-        self._seconds = dict.fromkeys(("fetch", "old", "reference", "critic", "forward_backward", "step"), 0.0)
-
-    def _new_pass(self) -> _Pass:
-        sums = torch.zeros(len(self._objective.sum_names), device=self.device)
-        return _Pass(sums, torch.zeros((), device=self.device))
-
-    def _normalizers(self, members: Sequence[TrainSample]) -> Normalizers:
-        return Normalizers(
-            num_sequences=len(members),
-            num_tokens=sum(s.num_tokens for s in members),
-            max_completion_length=self.spec.max_completion_length,
-        )
-
-    def _set_reference(self, steps: list[list[MicroBatchData]], batch: TrainBatch) -> None:
-        if self.spec.needs_reference:
-            with self._timed("old"):
-                for data in (data for mini_batch in steps for data in mini_batch):
-                    if data.sets is not None and not data.sets.made:
-                        # They are those of the policy that sampled, for the reference too.
-                        self._logprobs(self._engine, data, batch.temperature)
-            with self._timed("reference"), self._reference_policy() as reference:
-                for data in (data for mini_batch in steps for data in mini_batch):
-                    data.ref_C = self._logprobs(reference, data, batch.temperature)
-
-    def _throughput(self, batch: TrainBatch, seconds: float, num_tokens: float) -> dict[str, float]:
-        passes = UpdatePasses(
-            train=self._algorithm.num_iterations,
-            reference=self.spec.needs_reference,
-            old=self._algorithm.old_logprobs == "recompute" or batch.truncation.any,
-            old_of_first=self._algorithm.kl_in == "reward" or (batch.truncation.any and self.spec.needs_reference),
-            critic=self._critic is not None,
-        )
-        flops = (
-            update_flops(self._shape, batch, self._plan(batch), passes, shared_prompts=self._shares_prompts)
-            if self._shape
-            else None
-        )
-        device = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
-        return throughput_metrics(flops, num_tokens, seconds, self.num_ranks, device, self.spec.model.dtype)
-
-    def _plan(self, batch: TrainBatch) -> list[MiniBatchPlan]:
-        """Over the samples that are trained; the plan's indices point into `batch.samples`."""
-        if self._objective.pairs:
-            return [self._plan_pairs(batch)]
-        trained = [i for i, s in enumerate(batch.samples) if s.loss_mask and s.num_tokens > 0]
-        skip = self.spec.learner.skip_no_signal
-        idle = {
-            n
-            for n, i in enumerate(trained)
-            if skip and not any(map(self._objective.moves, batch.samples[i].advantages))
-        }
-        return self._plan_of(trained, batch, self._algorithm.num_mini_batches, idle)
-
-    def _plan_of(
-        self, members: list[int], batch: TrainBatch, num_mini_batches: int, idle: Set[int] = frozenset()
-    ) -> list[MiniBatchPlan]:
-        """Over these samples of the batch; `idle` are places among the members."""
-        samples = [batch.samples[i] for i in members]
-        plans = plan_batch(
-            [s.num_prompt_tokens + s.num_tokens for s in samples],
-            [s.group for s in samples],
-            num_ranks=self.spec.learner.data_parallel_size,
-            num_mini_batches=num_mini_batches,
-            micro_batch_tokens=self.spec.learner.micro_batch_tokens,
-            padded=not self.spec.learner.packing,
-            prompts_S=[s.num_prompt_tokens for s in samples] if self._shares_prompts else None,
-            idle=idle,
-        )
-        return [plan.renumbered(members) for plan in plans]
-
-    def _plan_pairs(self, batch: TrainBatch) -> MiniBatchPlan:
-        """One mini-batch of samples that come in pairs; both of a pair are in one micro-batch, side by side."""
-        lengths = [s.num_prompt_tokens + s.num_tokens for s in batch.samples]
-        both = list(zip(lengths[::2], lengths[1::2], strict=True))
-        padded = not self.spec.learner.packing
-        prompts = [s.num_prompt_tokens if self._shares_prompts else 0 for s in batch.samples[::2]]
-        (plan,) = plan_batch(
-            [
-                2 * max(pair) if padded else shared_cost(pair, prompt)
-                for pair, prompt in zip(both, prompts, strict=True)
-            ],
-            range(len(both)),
-            num_ranks=self.spec.learner.data_parallel_size,
-            num_mini_batches=1,
-            micro_batch_tokens=self.spec.learner.micro_batch_tokens,
-            padded=padded,
-        )
-        return plan.of_pairs()
-
-    def _plan_untrained(self, batch: TrainBatch) -> list[MiniBatchPlan]:
-        """Samples that are out of the loss and in their group's baseline: their KL counts there."""
-        if self._algorithm.advantage == "gae":
-            return []
-        members = [
-            i for i, s in enumerate(batch.samples) if not s.loss_mask and s.advantage == s.advantage and s.num_tokens
-        ]
-        return self._plan_of(members, batch, num_mini_batches=1)
-
-    def _take_kl_off(
-        self, batch: TrainBatch, plan: list[MiniBatchPlan], fetched: list[list[MicroBatchData]]
-    ) -> dict[str, float]:
-        """Make the advantages of rewards less beta x KL; with a critic, leave the KL of the tokens to it. Metrics come back."""
-        every = [data for mini_batch in fetched for data in mini_batch]
-        kl_S = learner_kl.kl_of_samples(every, batch, self._algorithm, self._ranks, self.device)
-        if self._critic is None:
-            learner_kl.set_advantages(every, batch, kl_S, self._algorithm)
-        num_tokens = [batch.samples[i].num_tokens for mini_batch in plan for i in mini_batch.samples]
-        return learner_kl.metrics(num_tokens, kl_S, self._algorithm.beta)
-
-    def _fetch(self, batch: TrainBatch, planned: MiniBatchPlan, normalizers: Normalizers) -> list[MicroBatchData]:
-        micros = planned.ranks[self.rank // self._ranks.size]
-        refs = list({batch.samples[i].ref: None for micro in micros for i in micro})
-        try:
-            rows: dict[Any, list[Sample]] = dict(zip(refs, ray.get(refs, timeout=FETCH_TIMEOUT_S), strict=True))
-        except ray.exceptions.ObjectLostError as e:
-            raise LostSamplesError(
-                f"learner-{self.rank} can't have samples of step {batch.step}, whose node died: {e}"
-            ) from None
-        except ray.exceptions.RayError as e:
-            raise WorkerError(
-                f"learner-{self.rank} can't fetch samples of step {batch.step} from the object store: {e}"
-            ) from None
-        packed = (
-            pack(
-                [self._item(batch, i, rows, normalizers) for i in micro],
-                padded=not self.spec.learner.packing,
-                share_prompts=self._shares_prompts,
-            )
-            for micro in micros
-        )
-        made = [MicroBatchData.of(p, self.device) for p in packed]
-        if batch.truncation.any:
-            for data in made:
-                data.sets = TokenSets(batch.truncation)
-        return made
-
-    def _item(self, batch: TrainBatch, index: int, rows: dict[Any, list[Sample]], normalizers: Normalizers) -> PackItem:
-        info = batch.samples[index]
-        sample = rows[info.ref][info.row]
-        if (sample.prompt_id, sample.index, len(sample.token_ids)) != (info.prompt_id, info.index, info.num_tokens):
-            raise WorkerError(
-                f"sample {info.prompt_id}[{info.index}] of step {batch.step} is not what its reference holds: "
-                f"{sample.prompt_id}[{sample.index}] with {len(sample.token_ids)} tokens instead of {info.num_tokens}"
-            )
-        return PackItem(
-            prompt_ids=sample.prompt_token_ids,
-            completion_ids=sample.token_ids,
-            rollout_logprobs=sample.logprobs,
-            advantage=token_values(info.steps, info.num_tokens) if info.steps else info.advantage,
-            weight=self._objective.weight(info.num_tokens, normalizers),
-            sample=index,
-            current=tokens_of_version(sample.versions, batch.step, info.num_tokens),
-        )
-
-    @contextmanager
-    def _reference_policy(self) -> Iterator[Any]:
-        if self._reference is not None:
-            yield self._reference
-            return
-        with adapters_off(self._engine.module.hf):
-            yield self._engine
-
-    @torch.no_grad()
-    def _logprobs(self, model: Any, data: MicroBatchData, temperature: float) -> torch.Tensor:
-        logp_C: torch.Tensor = model(*_inputs(data, temperature))[0]
-        return logp_C
-
-    def _forward_backward(self, mini_batch: list[MicroBatchData], batch: TrainBatch, into: _Pass) -> None:
-        for data in mini_batch:
-            theta_C, entropy_C = self._engine(*_inputs(data, batch.temperature))
-            loss, new_sums, new_largest = self._objective.loss(data, theta_C, entropy_C)
-            # DeepSpeed averages gradients over all ranks; the weights in the loss already hold the global normalizer, and a
-            # rank's gradient is that of its own slice.
-            self._engine.backward(loss * self.num_ranks, scale_wrt_gas=False)
-            if self._algorithm.num_iterations == 1:
-                data.sets = None
-            into.micro_batches.append(data)
-            if not data.packed.is_dummy:
-                into.sums += new_sums
-                into.largest = torch.maximum(into.largest, new_largest)
-                into.done.append(_Done(data, batch, theta_C.detach(), loss.detach()))
-
-    def _check_finite(self, done: _Pass, batch: TrainBatch) -> None:
-        """Before the step, all ranks agree whether every loss, and what samplers reported, is a number."""
-        wrong = torch.stack([d.is_wrong for d in done.done]).any() if done.done else torch.tensor(False)
-        flag = wrong.to(device=self.device, dtype=torch.float32).reshape(1)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        if flag.item() == 0:
-            return
-        names = gather_texts(self._culprit(done.done) or "", self.device)
-        self._discard_gradients()
-        culprit = next(n for n in names if n)
-        raise NonFiniteError(
-            f"step {batch.step + 1}: the {culprit} is not a finite number; the weights were left as they "
-            "are. Lower learner.learning_rate, or look at this sample"
-        )
-
-    @staticmethod
-    def _culprit(done: list[_Done]) -> str | None:
-        for d in done:
-            if d.is_wrong:
-                reported = d.data.rollout_C.isfinite()
-                tokens = ~(d.theta_C.isfinite() & reported & d.data.advantages_C.isfinite())
-                sample = d.batch.samples[int(d.data.packed.samples[int(tokens.int().argmax())])]
-                what = "loss" if reported.all() else "log-probability that came with a token"
-                return f"{what} of sample {sample.prompt_id}[{sample.index}]"
-        return None
-
-    def _discard_gradients(self) -> None:
-        """DeepSpeed's optimizers drop gradients that are not finite, and skip the step."""
-        if self.spec.learner.zero_stage == 0:
-            self._engine.zero_grad()
-        else:
-            self._engine.step()
-
-    def _step(self, batch: TrainBatch, factor: float = 1.0) -> float:
-        try:
-            return step(self._engine, factor)
-        except NonFiniteError as e:
-            raise NonFiniteError(
-                f"step {batch.step + 1}: {e}, though every loss is finite. Lower learner.learning_rate"
-            ) from None
-
-    def _metrics(self, total: _Pass, grad_norms: list[float], learning_rates: list[float]) -> dict[str, float]:
-        own = [data.packed for data in total.micro_batches]
-        inputs = float(sum(p.num_inputs for p in own))
-        counts = [
-            float(sum(len(p.targets) for p in own if not p.is_dummy)),
-            float(sum(p.num_tokens for p in own)),
-            inputs,
-            float(sum(p.is_dummy for p in own)),
-        ]
-        totals = torch.cat([total.sums.double(), torch.tensor(counts, dtype=torch.float64, device=self.device)])
-        if self._ranks.rank > 0:
-            # What ranks share, the first of them counts.
-            totals.zero_()
-        highest = torch.stack([total.largest.double(), torch.tensor(inputs, dtype=torch.float64, device=self.device)])
-        dist.all_reduce(totals)
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-        *reduced, trained, processed, all_inputs, dummies = totals.tolist()
-        largest_mismatch, most_inputs = highest.tolist()
-        num_steps = max(len(grad_norms), 1)
-        named = dict(zip(self._objective.sum_names, reduced, strict=True))
-        return {
-            **self._objective.metrics(named, largest_mismatch, num_steps),
-            "grad_norm": sum(grad_norms) / num_steps,
-            "lr": learning_rates[-1] if learning_rates else float(self._engine.get_lr()[0]),
-            "update/num_steps": float(len(grad_norms)),
-            "update/micro_batches": float(len(own)),
-            "update/dummies": dummies,
-            "update/imbalance": most_inputs * self.spec.learner.data_parallel_size / max(all_inputs, 1.0),
-            "tokens/trained": trained,
-            "tokens/processed": processed,
-            "tokens/shared": processed - all_inputs,
-        }
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        started = time.monotonic()
-        with self._activity.span(name):
-            yield
-        self._seconds[name] += time.monotonic() - started
-
     # Checkpoints. See actors/learner_state.py for what can go wrong.
 
-    @_recorded("hold")
+    @traced("hold")
     def hold(self, place: Place, *, export: bool) -> None:
         """Copy into memory what `write` will write; all ranks together. What was held before is forgotten."""
         self._held = None
@@ -621,7 +282,7 @@ class LearnerActor:
             raise WorkerError(f"learner-{self.rank} was asked to write a checkpoint and holds nothing of one")
         return learner_state.write(held, self.spec, place, self.rank, self.num_ranks)
 
-    @_recorded("load")
+    @traced("load")
     def load(self, place: Place) -> None:
         with place.reading() as files:
             saved = SavedLearner.open(files)
@@ -630,11 +291,7 @@ class LearnerActor:
             if self._critic is not None:
                 learner_state.load_engine(self._critic.engine, saved, "critic")
             if self.spec.saves_reference:
-                if not saved.has("reference"):
-                    raise CheckpointError(
-                        f"{place.url} holds no reference: it was saved with algorithm.ref_refresh_steps 0, set that back"
-                    )
-                learner_reference.load(self._reference_model, saved.reader("reference"))
+                learner_reference.load_saved(self._reference_model, saved, place)
             learner_state.load_random_state(saved, self.rank)
 
     @property
@@ -644,7 +301,7 @@ class LearnerActor:
 
     # Turns with a sampler on the same device.
 
-    @_recorded("offload")
+    @traced("offload")
     def offload(self, keep_weights: bool) -> None:
         """Give the device's memory back, but for the weights if they are to be sent."""
         learner_offload.offload(self._engine, self.device, keep_weights=keep_weights)
@@ -653,7 +310,7 @@ class LearnerActor:
         if self._reference is not None:
             learner_offload.move_model(self._reference_model, torch.device("cpu"))
 
-    @_recorded("reload")
+    @traced("reload")
     def reload(self) -> None:
         """Take it back."""
         learner_offload.reload(self._engine, self.device)
@@ -668,18 +325,18 @@ class LearnerActor:
         """Import what sends weights, vLLM with it: seconds that the first sync would spend while the engines are paused."""
         from actors import weight_sender  # noqa: F401
 
-    @_recorded("connect")
+    @traced("connect")
     def weights_connect(self, targets: list[EngineTarget], generation: int) -> None:
         if self._sender is None:
             self._sender = self._make_sender()
         self._sender.connect(targets, generation)
 
-    @_recorded("weights")
+    @traced("weights")
     def weights_send(self, version: int) -> SendReport:
         if self._sender is None:
             raise WorkerError(f"learner-{self.rank} was asked to send weights before it was connected to any engine")
         report = self._sender.send(version)
-        return {**report, "tracks": [self._activity.finish()]}
+        return {**report, "tracks": [self.activity.finish()]}
 
     def put_adapter(self) -> AdapterReport | None:
         """Rank 0 puts the adapter as it is now into the object store; the others take part in gathering and return None."""
@@ -699,17 +356,3 @@ class LearnerActor:
         bucket_bytes = self.spec.weights.bucket_mb << 20
         source = ZeroWeightSource(self._engine.module.hf, bucket_bytes, self.spec.dtype)
         return WeightSender(source, self.rank, self.spec.weights_backend, bucket_bytes, self.spec.sync_timeout_s)
-
-
-def _inputs(data: MicroBatchData, temperature: float) -> tuple[Any, ...]:
-    """Of a model's forward."""
-    return (data.packed, temperature) if data.sets is None else (data.packed, temperature, data.sets)
-
-
-def _objective(spec: LearnerSpec) -> Objective:
-    match spec.preferences:
-        case DpoOptions() as options:
-            return DpoObjective(options)
-        case RewardModelOptions() as options:
-            return RewardModelObjective(options)
-    return SftObjective() if spec.algorithm is None else GrpoObjective(spec.algorithm)

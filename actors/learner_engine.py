@@ -26,6 +26,8 @@ from grpo_ray.errors import ConfigError, NonFiniteError
 from grpo_ray.linear import use_faster_products
 from grpo_ray.lora import inject
 from grpo_ray.memory import chunk_rows
+from grpo_ray.objectives import GrpoObjective, Objective, SftObjective
+from grpo_ray.objectives_pairs import DpoObjective, RewardModelObjective
 from grpo_ray.policy import PolicyModel
 from grpo_ray.reward_model import RewardModel
 from grpo_ray.sequence import SequenceRanks
@@ -82,6 +84,16 @@ class LearnerSpec:
     def saves_reference(self) -> bool:
         """It is no longer the model of `model_path`."""
         return self.needs_reference_model and self.algorithm is not None and self.algorithm.ref_refresh_steps > 0
+
+
+def build_objective(spec: LearnerSpec) -> Objective:
+    """The loss that this learner is trained by."""
+    match spec.preferences:
+        case DpoOptions() as options:
+            return DpoObjective(options)
+        case RewardModelOptions() as options:
+            return RewardModelObjective(options)
+    return SftObjective() if spec.algorithm is None else GrpoObjective(spec.algorithm)
 
 
 def deepspeed_config(model: ModelConfig, learner: LearnerConfig) -> dict[str, Any]:

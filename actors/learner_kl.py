@@ -21,6 +21,33 @@ from grpo_ray.train_batch import penalised_advantages
 from grpo_ray.types import TrainBatch
 
 
+def penalise(
+    mini_batches: Sequence[Sequence[MicroBatchData]],
+    num_tokens_S: Sequence[int],
+    batch: TrainBatch,
+    algorithm: AlgorithmConfig,
+    ranks: SequenceRanks,
+    device: torch.device,
+) -> dict[str, float]:
+    """Make the advantages of rewards less beta x KL; with a critic, leave the KL of the tokens to it.
+
+    Args:
+        mini_batches: this rank's, with old and reference log-probabilities.
+        num_tokens_S: [S'] of the samples in the mini-batches of all ranks.
+
+    Returns:
+        Metrics.
+
+    Raises:
+        NonFiniteError: see `kl_of_samples`.
+    """
+    micro_batches = [data for mini_batch in mini_batches for data in mini_batch]
+    kl_S = kl_of_samples(micro_batches, batch, algorithm, ranks, device)
+    if algorithm.advantage != "gae":
+        set_advantages(micro_batches, batch, kl_S, algorithm)
+    return metrics(num_tokens_S, kl_S, algorithm.beta)
+
+
 @torch.no_grad()
 def kl_of_samples(
     micro_batches: Sequence[MicroBatchData],

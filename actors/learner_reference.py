@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import nn
 
 from actors.learner_state import BUCKET_BYTES, gathered
+from grpo_ray.checkpoint_store import Place
 from grpo_ray.errors import CheckpointError
 from grpo_ray.fragments import Fragment, FragmentReader, even_part
-from grpo_ray.learner_files import HeldModel
+from grpo_ray.learner_files import HeldModel, SavedLearner
 from grpo_ray.named_weights import buckets, named_weights
 
 _KIND = "weight"
@@ -48,6 +49,19 @@ def hold(reference: Any) -> HeldModel:
                     share = weight.param.detach().reshape(-1)[start : start + numel]
                     out.append(Fragment(weight.name, start, {_KIND: share.to("cpu", copy=True)}))
     return HeldModel(out)
+
+
+def load_saved(reference: Any, saved: SavedLearner, place: Place) -> None:
+    """Back to the reference of a checkpoint; all ranks together.
+
+    Raises:
+        CheckpointError: there is none in it, or that of another model.
+    """
+    if not saved.has("reference"):
+        raise CheckpointError(
+            f"{place.url} holds no reference: it was saved with algorithm.ref_refresh_steps 0, set that back"
+        )
+    load(reference, saved.reader("reference"))
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@ prompts of a group once or for each sample, and sequences whole or in slices."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from torch import Tensor
 from actors.learner_group import LearnerGroup
 from grpo_ray.config import AlgorithmConfig
 from grpo_ray.losses.table import POLICY_LOSSES
-from grpo_ray.objectives import GrpoObjective
 from tests.actors.saved import load, save
 from tests.actors.test_learner import exported, make_batch, make_config, moved_apart, run, start
 
@@ -45,7 +45,7 @@ def step_of_every_loss(config: Any, folder: Path) -> Results:
 
 def choose(group: LearnerGroup, algorithm: AlgorithmConfig) -> None:
     def set_on(actor: Any) -> None:
-        actor._algorithm, actor._objective = algorithm, GrpoObjective(algorithm)
+        actor._configure(replace(actor.spec, algorithm=algorithm))
 
     ray.get([a.__ray_call__.remote(set_on) for a in group._actors], timeout=60)
 

@@ -26,7 +26,6 @@ from actors.learner_engine import LearnerSpec, build_engine
 from actors.learner_group import LearnerGroup, _spec
 from actors.learner_state import gathered
 from grpo_ray.errors import WorkerError
-from grpo_ray.objectives import GrpoObjective
 from grpo_ray.types import TrainBatch, TrainSample
 from tests.actors.test_learner import make_batch, make_config, plain_logprobs, plain_model, run
 
@@ -100,9 +99,9 @@ def on_all(group: LearnerGroup, work: Callable[[Any], Any]) -> list[Any]:
 
 def give_engines(group: LearnerGroup, spec: LearnerSpec) -> None:
     def build(actor: Any) -> None:
-        actor.spec, actor._algorithm, actor._objective = spec, spec.algorithm, GrpoObjective(spec.algorithm)
         actor._engine = build_engine(spec, actor.device, actor._ranks)
         actor._critic = Critic(spec, actor.device, actor._ranks)
+        actor._configure(spec)
 
     on_all(group, build)
 

@@ -1,0 +1,187 @@
+"""Gradient accumulation on one rank: micro-batches go forward and backward, all ranks agree that every loss is finite, then comes
+the optimizer step; and the metrics of what was accumulated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from actors.learner_engine import LearnerSpec, step
+from actors.learner_micro_batches import model_inputs
+from actors.rendezvous import gather_texts
+from grpo_ray.errors import NonFiniteError, WorkerError
+from grpo_ray.objectives import MicroBatchData, Objective
+from grpo_ray.sequence import SequenceRanks
+from grpo_ray.types import TrainBatch, TrainSample
+
+
+class Accumulation:
+    """Of one update: over several optimizer steps, or over the parts of a batch that make one together."""
+
+    def __init__(
+        self, spec: LearnerSpec, engine: Any, objective: Objective, ranks: SequenceRanks, device: torch.device
+    ) -> None:
+        self._spec = spec
+        self._engine = engine
+        self._objective = objective
+        self._ranks = ranks
+        self._device = device
+        self._keeps_sets = spec.algorithm is not None and spec.algorithm.num_iterations > 1
+        self._sums = torch.zeros(len(objective.sum_names), device=device)
+        self._largest_mismatch = torch.zeros((), device=device)
+        self._unchecked: list[_Computed] = []
+        """Since the last optimizer step."""
+        self._micro_batches: dict[int, MicroBatchData] = {}
+        """By identity: each once, however often it is trained on. Dummies included."""
+        self._grad_norms: list[float] = []
+        self._learning_rates: list[float] = []
+        self._parts: set[tuple[str, int]] = set()
+        """(prompt id, index) of samples that came in parts."""
+
+    def add_part(self, part: TrainBatch) -> None:
+        """Its samples will not be in `rest` any more."""
+        self._parts |= {(s.prompt_id, s.index) for s in part.samples}
+
+    def rest(self, batch: TrainBatch) -> list[TrainSample]:
+        """Samples of the batch that did not come in parts.
+
+        Raises:
+            WorkerError: what came in parts is not in the batch.
+        """
+        rest = [s for s in batch.samples if (s.prompt_id, s.index) not in self._parts]
+        if len(batch.samples) - len(rest) != len(self._parts):
+            raise WorkerError(
+                f"step {batch.step + 1}: of {len(self._parts)} samples that came in parts, "
+                f"{len(batch.samples) - len(rest)} are in the batch; their gradients can't be taken back"
+            )
+        return rest
+
+    def forward_backward(self, mini_batch: Sequence[MicroBatchData], batch: TrainBatch) -> None:
+        for data in mini_batch:
+            logps_C, entropy_C = self._engine(*model_inputs(data, batch.temperature))
+            loss, sums, largest_mismatch = self._objective.loss(data, logps_C, entropy_C)
+            # DeepSpeed averages gradients over all ranks; the weights in the loss already hold the global normalizer, and a
+            # rank's gradient is that of its own slice.
+            self._engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+            if not self._keeps_sets:
+                data.sets = None
+            self._micro_batches[id(data)] = data
+            if not data.packed.is_dummy:
+                self._sums += sums
+                self._largest_mismatch = torch.maximum(self._largest_mismatch, largest_mismatch)
+                self._unchecked.append(_Computed(data, batch, logps_C.detach(), loss.detach()))
+
+    def check_finite(self, batch: TrainBatch) -> None:
+        """Before the step, all ranks agree whether every loss, and what samplers reported, is a number.
+
+        Raises:
+            NonFiniteError: on all ranks alike, naming the sample.
+        """
+        computed, self._unchecked = self._unchecked, []
+        wrong = torch.stack([c.is_wrong for c in computed]).any() if computed else torch.tensor(False)
+        flag = wrong.to(device=self._device, dtype=torch.float32).reshape(1)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if flag.item() == 0:
+            return
+        names = gather_texts(next((c.culprit for c in computed if c.is_wrong), ""), self._device)
+        self._discard_gradients()
+        culprit = next(n for n in names if n)
+        raise NonFiniteError(
+            f"step {batch.step + 1}: the {culprit} is not a finite number; the weights were left as they "
+            "are. Lower learner.learning_rate, or look at this sample"
+        )
+
+    def step(self, batch: TrainBatch, factor: float = 1.0) -> None:
+        """One optimizer step.
+
+        Args:
+            factor: what was accumulated counts times this.
+
+        Raises:
+            NonFiniteError: the gradient is not finite; the weights are as they were.
+        """
+        learning_rate = float(self._engine.get_lr()[0])
+        try:
+            self._grad_norms.append(step(self._engine, factor))
+        except NonFiniteError as e:
+            raise NonFiniteError(
+                f"step {batch.step + 1}: {e}, though every loss is finite. Lower learner.learning_rate"
+            ) from None
+        self._learning_rates.append(learning_rate)
+        if factor != 1.0:
+            weighted = self._objective.weighted_sums
+            self._sums *= torch.tensor(
+                [factor if name in weighted else 1.0 for name in self._objective.sum_names], device=self._device
+            )
+
+    def metrics(self) -> dict[str, float]:
+        """Over all ranks, which call this together."""
+        own = [data.packed for data in self._micro_batches.values()]
+        inputs = float(sum(p.num_inputs for p in own))
+        counts = [
+            float(sum(len(p.targets) for p in own if not p.is_dummy)),
+            float(sum(p.num_tokens for p in own)),
+            inputs,
+            float(sum(p.is_dummy for p in own)),
+        ]
+        totals = torch.cat([self._sums.double(), torch.tensor(counts, dtype=torch.float64, device=self._device)])
+        if self._ranks.rank > 0:
+            # What ranks share, the first of them counts.
+            totals.zero_()
+        highest = torch.stack(
+            [self._largest_mismatch.double(), torch.tensor(inputs, dtype=torch.float64, device=self._device)]
+        )
+        dist.all_reduce(totals)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        *reduced, trained, processed, all_inputs, dummies = totals.tolist()
+        largest_mismatch, most_inputs = highest.tolist()
+        num_steps = max(len(self._grad_norms), 1)
+        named = dict(zip(self._objective.sum_names, reduced, strict=True))
+        return {
+            **self._objective.metrics(named, largest_mismatch, num_steps),
+            "grad_norm": sum(self._grad_norms) / num_steps,
+            "lr": self._learning_rates[-1] if self._learning_rates else float(self._engine.get_lr()[0]),
+            "update/num_steps": float(len(self._grad_norms)),
+            "update/micro_batches": float(len(own)),
+            "update/dummies": dummies,
+            "update/imbalance": most_inputs * self._spec.learner.data_parallel_size / max(all_inputs, 1.0),
+            "tokens/trained": trained,
+            "tokens/processed": processed,
+            "tokens/shared": processed - all_inputs,
+        }
+
+    def _discard_gradients(self) -> None:
+        """DeepSpeed's optimizers drop gradients that are not finite, and skip the step."""
+        if self._spec.learner.zero_stage == 0:
+            self._engine.zero_grad()
+        else:
+            self._engine.step()
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """A micro-batch that went forward and backward: what is asked of it before the step."""
+
+    data: MicroBatchData
+    batch: TrainBatch
+    """Its samples are rows of this one."""
+    logps_C: torch.Tensor
+    loss: torch.Tensor
+
+    @property
+    def is_wrong(self) -> torch.Tensor:
+        """0-dim. A clip or a mask hides what a sampler reported: exp(-inf) is 0, and comparisons with NaN are False."""
+        return ~(self.loss.isfinite() & self.data.rollout_C.isfinite().all())
+
+    @property
+    def culprit(self) -> str:
+        """The sample, and what of it is not finite."""
+        reported = self.data.rollout_C.isfinite()
+        tokens = ~(self.logps_C.isfinite() & reported & self.data.advantages_C.isfinite())
+        sample = self.batch.samples[int(self.data.packed.samples[int(tokens.int().argmax())])]
+        what = "loss" if reported.all() else "log-probability that came with a token"
+        return f"{what} of sample {sample.prompt_id}[{sample.index}]"

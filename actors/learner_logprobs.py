@@ -1,0 +1,84 @@
+"""Forward passes before training: log-probabilities of the policy as it is, and of the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+
+from actors.learner_engine import LearnerSpec
+from actors.learner_micro_batches import model_inputs
+from actors.learner_timer import UpdateTimer
+from grpo_ray.config import AlgorithmConfig
+from grpo_ray.flops import UpdatePasses
+from grpo_ray.lora import adapters_off
+from grpo_ray.objectives import MicroBatchData
+from grpo_ray.types import TrainBatch
+
+
+class LogprobPasses:
+    def __init__(self, spec: LearnerSpec, engine: Any, reference: Any, timer: UpdateTimer) -> None:
+        """
+        Args:
+            reference: a model of its own; None: it is the policy without its adapters, if anything.
+        """
+        self._needs_reference = spec.needs_reference
+        self._recomputes_old = (spec.algorithm or AlgorithmConfig()).old_logprobs == "recompute"
+        self._engine = engine
+        self._reference = reference
+        self._timer = timer
+
+    def set_old(self, mini_batches: Sequence[Sequence[MicroBatchData]], batch: TrainBatch) -> None:
+        """Fill in `old_C` unless the sampler's report is taken for it; in any case make the sets of tokens that were left."""
+        with self._timer.phase("old"):
+            for data in chain.from_iterable(mini_batches):
+                if self._recomputes_old:
+                    data.old_C = self.policy_logprobs(data, batch.temperature)
+                elif data.sets is not None:
+                    self.policy_logprobs(data, batch.temperature)
+
+    def set_reference(self, mini_batches: Sequence[Sequence[MicroBatchData]], batch: TrainBatch) -> None:
+        """Fill in `ref_C`, where the loss or the reward has a KL."""
+        if not self._needs_reference:
+            return
+        with self._timer.phase("old"):
+            for data in chain.from_iterable(mini_batches):
+                if data.sets is not None and not data.sets.made:
+                    # They are those of the policy that sampled, for the reference too.
+                    self.policy_logprobs(data, batch.temperature)
+        with self._timer.phase("reference"), self._reference_policy() as reference:
+            for data in chain.from_iterable(mini_batches):
+                data.ref_C = _logprobs(reference, data, batch.temperature)
+
+    def policy_logprobs(self, data: MicroBatchData, temperature: float) -> torch.Tensor:
+        """[C]; of a reward model the scores."""
+        return _logprobs(self._engine, data, temperature)
+
+    @contextmanager
+    def _reference_policy(self) -> Iterator[Any]:
+        if self._reference is not None:
+            yield self._reference
+            return
+        with adapters_off(self._engine.module.hf):
+            yield self._engine
+
+
+@torch.no_grad()
+def _logprobs(model: Any, data: MicroBatchData, temperature: float) -> torch.Tensor:
+    logps_C: torch.Tensor = model(*model_inputs(data, temperature))[0]
+    return logps_C
+
+
+def update_passes(spec: LearnerSpec, batch: TrainBatch) -> UpdatePasses:
+    """How often an update computes the batch, for its FLOPs."""
+    algorithm = spec.algorithm or AlgorithmConfig()
+    return UpdatePasses(
+        train=algorithm.num_iterations,
+        reference=spec.needs_reference,
+        old=algorithm.old_logprobs == "recompute" or batch.truncation.any,
+        old_of_first=algorithm.kl_in == "reward" or (batch.truncation.any and spec.needs_reference),
+        critic=spec.needs_critic,
+    )

@@ -1,0 +1,181 @@
+"""A batch -> this rank's micro-batches: planned on all ranks alike, fetched from the object store, packed.
+
+plan    which samples make which mini-batch (optimizer step), and which micro-batches each rank computes of it
+fetch   this rank's samples of one mini-batch, as packed micro-batches on its device
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from typing import Any
+
+import ray
+import torch
+
+from actors.learner_engine import LearnerSpec
+from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch, shared_cost, token_values, tokens_of_version
+from grpo_ray.errors import LostSamplesError, WorkerError
+from grpo_ray.losses.aggregation import Normalizers
+from grpo_ray.objectives import MicroBatchData, Objective
+from grpo_ray.sequence import SequenceRanks
+from grpo_ray.truncation import TokenSets
+from grpo_ray.types import Sample, TrainBatch, TrainSample
+
+FETCH_TIMEOUT_S = 120.0
+
+
+def is_trained(sample: TrainSample) -> bool:
+    """Is it in the loss?"""
+    return sample.loss_mask and sample.num_tokens > 0
+
+
+class MicroBatchLoader:
+    """Of one rank; those that share its micro-batches (`ranks`) load the same."""
+
+    def __init__(
+        self,
+        spec: LearnerSpec,
+        objective: Objective,
+        rank: int,
+        ranks: SequenceRanks,
+        device: torch.device,
+        *,
+        share_prompts: bool,
+    ) -> None:
+        self._spec = spec
+        self._objective = objective
+        self._rank = rank
+        self._ranks = ranks
+        self._device = device
+        self.share_prompts = share_prompts
+        self.unit = Normalizers.unit(spec.max_completion_length)
+        """For weights of tokens before those of the whole batch are known."""
+
+    def plan(self, batch: TrainBatch) -> list[MiniBatchPlan]:
+        """Over the samples that are trained; the plan's indices point into `batch.samples`.
+
+        Raises:
+            ConfigError: a sample is longer than a micro-batch may be.
+        """
+        if self._objective.pairs:
+            return [self._plan_pairs(batch)]
+        trained = [i for i, s in enumerate(batch.samples) if is_trained(s)]
+        idle = {n for n, i in enumerate(trained) if self._is_idle(batch.samples[i])}
+        num_mini_batches = self._spec.algorithm.num_mini_batches if self._spec.algorithm else 1
+        return self._plan_of(trained, batch, num_mini_batches, idle)
+
+    def plan_kl_only(self, batch: TrainBatch) -> list[MiniBatchPlan]:
+        """Over samples that are out of the loss and in their group's baseline: with the KL in the reward, theirs counts there."""
+        if self._spec.needs_critic:
+            return []
+        members = [
+            i for i, s in enumerate(batch.samples) if not s.loss_mask and s.advantage == s.advantage and s.num_tokens
+        ]
+        return self._plan_of(members, batch, num_mini_batches=1)
+
+    def _is_idle(self, sample: TrainSample) -> bool:
+        return self._spec.learner.skip_no_signal and not any(map(self._objective.moves, sample.advantages))
+
+    def _plan_of(
+        self, members: list[int], batch: TrainBatch, num_mini_batches: int, idle: Set[int] = frozenset()
+    ) -> list[MiniBatchPlan]:
+        """Over these samples of the batch; `idle` are places among the members."""
+        samples = [batch.samples[i] for i in members]
+        plans = plan_batch(
+            [s.num_prompt_tokens + s.num_tokens for s in samples],
+            [s.group for s in samples],
+            num_ranks=self._spec.learner.data_parallel_size,
+            num_mini_batches=num_mini_batches,
+            micro_batch_tokens=self._spec.learner.micro_batch_tokens,
+            padded=not self._spec.learner.packing,
+            prompts_S=[s.num_prompt_tokens for s in samples] if self.share_prompts else None,
+            idle=idle,
+        )
+        return [plan.renumbered(members) for plan in plans]
+
+    def _plan_pairs(self, batch: TrainBatch) -> MiniBatchPlan:
+        """One mini-batch of samples that come in pairs; both of a pair are in one micro-batch, side by side."""
+        lengths = [s.num_prompt_tokens + s.num_tokens for s in batch.samples]
+        both = list(zip(lengths[::2], lengths[1::2], strict=True))
+        padded = not self._spec.learner.packing
+        prompts = [s.num_prompt_tokens if self.share_prompts else 0 for s in batch.samples[::2]]
+        (plan,) = plan_batch(
+            [
+                2 * max(pair) if padded else shared_cost(pair, prompt)
+                for pair, prompt in zip(both, prompts, strict=True)
+            ],
+            range(len(both)),
+            num_ranks=self._spec.learner.data_parallel_size,
+            num_mini_batches=1,
+            micro_batch_tokens=self._spec.learner.micro_batch_tokens,
+            padded=padded,
+        )
+        return plan.of_pairs()
+
+    def normalizers(self, members: Sequence[TrainSample]) -> Normalizers:
+        """Of an optimizer step over these samples."""
+        return Normalizers(
+            num_sequences=len(members),
+            num_tokens=sum(s.num_tokens for s in members),
+            max_completion_length=self._spec.max_completion_length,
+        )
+
+    def fetch(self, batch: TrainBatch, planned: MiniBatchPlan, normalizers: Normalizers) -> list[MicroBatchData]:
+        """This rank's micro-batches of a mini-batch.
+
+        Raises:
+            LostSamplesError: their node died.
+            WorkerError: they can't be fetched, or are not what the batch says.
+        """
+        micros = planned.ranks[self._rank // self._ranks.size]
+        rows = self._fetch_rows(batch, micros)
+        packed = (
+            pack(
+                [self._item(batch, i, rows, normalizers) for i in micro],
+                padded=not self._spec.learner.packing,
+                share_prompts=self.share_prompts,
+            )
+            for micro in micros
+        )
+        made = [MicroBatchData.of(p, self._device) for p in packed]
+        if batch.truncation.any:
+            for data in made:
+                data.sets = TokenSets(batch.truncation)
+        return made
+
+    def _fetch_rows(self, batch: TrainBatch, micros: Sequence[Sequence[int]]) -> dict[Any, list[Sample]]:
+        """The lists of samples behind the references."""
+        refs = list({batch.samples[i].ref: None for micro in micros for i in micro})
+        try:
+            return dict(zip(refs, ray.get(refs, timeout=FETCH_TIMEOUT_S), strict=True))
+        except ray.exceptions.ObjectLostError as e:
+            raise LostSamplesError(
+                f"learner-{self._rank} can't have samples of step {batch.step}, whose node died: {e}"
+            ) from None
+        except ray.exceptions.RayError as e:
+            raise WorkerError(
+                f"learner-{self._rank} can't fetch samples of step {batch.step} from the object store: {e}"
+            ) from None
+
+    def _item(self, batch: TrainBatch, index: int, rows: dict[Any, list[Sample]], normalizers: Normalizers) -> PackItem:
+        info = batch.samples[index]
+        sample = rows[info.ref][info.row]
+        if (sample.prompt_id, sample.index, len(sample.token_ids)) != (info.prompt_id, info.index, info.num_tokens):
+            raise WorkerError(
+                f"sample {info.prompt_id}[{info.index}] of step {batch.step} is not what its reference holds: "
+                f"{sample.prompt_id}[{sample.index}] with {len(sample.token_ids)} tokens instead of {info.num_tokens}"
+            )
+        return PackItem(
+            prompt_ids=sample.prompt_token_ids,
+            completion_ids=sample.token_ids,
+            rollout_logprobs=sample.logprobs,
+            advantage=token_values(info.steps, info.num_tokens) if info.steps else info.advantage,
+            weight=self._objective.weight(info.num_tokens, normalizers),
+            sample=index,
+            current=tokens_of_version(sample.versions, batch.step, info.num_tokens),
+        )
+
+
+def model_inputs(data: MicroBatchData, temperature: float) -> tuple[Any, ...]:
+    """The arguments of a model's forward."""
+    return (data.packed, temperature) if data.sets is None else (data.packed, temperature, data.sets)
