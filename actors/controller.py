@@ -45,11 +45,13 @@ LINGER_S = 30.0
 
 @dataclass(frozen=True)
 class RunKind:
+    """What a kind of run takes and does."""
+
     config: type[RunConfig] | type[SftConfig]
     run: Callable[[RunContext, Any], Awaitable[str]]
-    """The whole run; returns why it ended."""
+    """Does the whole run; returns how it ended."""
     has_report: bool = False
-    """Its messages are kept for that."""
+    """Messages of the run are kept for its report."""
 
 
 RUN_KINDS = {

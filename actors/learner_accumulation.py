@@ -20,7 +20,8 @@ from grpo_ray.types import TrainBatch, TrainSample
 
 
 class Accumulation:
-    """Of one update: over several optimizer steps, or over the parts of a batch that make one together."""
+    """What one update accumulates: gradients in the engine; sums for metrics, and what the finite check reads, here. An update has
+    several optimizer steps, or one for several parts of a batch."""
 
     def __init__(
         self, spec: LearnerSpec, engine: Any, objective: Objective, ranks: SequenceRanks, device: torch.device
@@ -34,20 +35,20 @@ class Accumulation:
         self._sums = torch.zeros(len(objective.sum_names), device=device)
         self._largest_mismatch = torch.zeros((), device=device)
         self._unchecked: list[_Computed] = []
-        """Since the last optimizer step."""
+        """Micro-batches since the last optimizer step."""
         self._micro_batches: dict[int, MicroBatchData] = {}
-        """By identity: each once, however often it is trained on. Dummies included."""
+        """Identity -> micro-batch: each counts once, however often it is trained on. Dummies are included."""
         self._grad_norms: list[float] = []
         self._learning_rates: list[float] = []
         self._parts: set[tuple[str, int]] = set()
-        """(prompt id, index) of samples that came in parts."""
+        """(prompt id, index) of each sample that came in a part."""
 
     def add_part(self, part: TrainBatch) -> None:
-        """Its samples will not be in `rest` any more."""
+        """Note that these samples need not be trained again."""
         self._parts |= {(s.prompt_id, s.index) for s in part.samples}
 
     def rest(self, batch: TrainBatch) -> list[TrainSample]:
-        """Samples of the batch that did not come in parts.
+        """The samples of the batch that did not come in parts.
 
         Raises:
             WorkerError: what came in parts is not in the batch.
@@ -76,7 +77,7 @@ class Accumulation:
                 self._unchecked.append(_Computed(data, batch, logps_C.detach(), loss.detach()))
 
     def check_finite(self, batch: TrainBatch) -> None:
-        """Before the step, all ranks agree whether every loss, and what samplers reported, is a number.
+        """All ranks agree, before the step, whether every loss and what samplers reported is a number.
 
         Raises:
             NonFiniteError: on all ranks alike, naming the sample.
@@ -96,7 +97,7 @@ class Accumulation:
         )
 
     def step(self, batch: TrainBatch, factor: float = 1.0) -> None:
-        """One optimizer step.
+        """Take one optimizer step.
 
         Args:
             factor: what was accumulated counts times this.
@@ -119,7 +120,7 @@ class Accumulation:
             )
 
     def metrics(self) -> dict[str, float]:
-        """Over all ranks, which call this together."""
+        """Metrics over all ranks, which call this together."""
         own = [data.packed for data in self._micro_batches.values()]
         inputs = float(sum(p.num_inputs for p in own))
         counts = [
@@ -164,22 +165,22 @@ class Accumulation:
 
 @dataclass(frozen=True)
 class _Computed:
-    """A micro-batch that went forward and backward: what is asked of it before the step."""
+    """What the finite check reads of a micro-batch that went forward and backward."""
 
     data: MicroBatchData
     batch: TrainBatch
-    """Its samples are rows of this one."""
+    """The batch whose samples it holds."""
     logps_C: torch.Tensor
     loss: torch.Tensor
 
     @property
     def is_wrong(self) -> torch.Tensor:
-        """0-dim. A clip or a mask hides what a sampler reported: exp(-inf) is 0, and comparisons with NaN are False."""
+        """0-dim bool. A clip or a mask hides what a sampler reported: exp(-inf) is 0, and comparisons with NaN are False."""
         return ~(self.loss.isfinite() & self.data.rollout_C.isfinite().all())
 
     @property
     def culprit(self) -> str:
-        """The sample, and what of it is not finite."""
+        """A sample that is not finite, and what of it."""
         reported = self.data.rollout_C.isfinite()
         tokens = ~(self.logps_C.isfinite() & reported & self.data.advantages_C.isfinite())
         sample = self.batch.samples[int(self.data.packed.samples[int(tokens.int().argmax())])]

@@ -33,7 +33,7 @@ def penalise(
 
     Args:
         mini_batches: this rank's, with old and reference log-probabilities.
-        num_tokens_S: [S'] of the samples in the mini-batches of all ranks.
+        num_tokens_S: [S'] completion tokens of each sample in the mini-batches of all ranks.
 
     Returns:
         Metrics.

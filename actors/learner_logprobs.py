@@ -20,10 +20,12 @@ from grpo_ray.types import TrainBatch
 
 
 class LogprobPasses:
+    """Forward passes without gradients over this rank's micro-batches."""
+
     def __init__(self, spec: LearnerSpec, engine: Any, reference: Any, timer: UpdateTimer) -> None:
         """
         Args:
-            reference: a model of its own; None: it is the policy without its adapters, if anything.
+            reference: the frozen model; None: the reference is the policy without its adapters, where one is needed.
         """
         self._needs_reference = spec.needs_reference
         self._recomputes_old = (spec.algorithm or AlgorithmConfig()).old_logprobs == "recompute"
@@ -32,7 +34,8 @@ class LogprobPasses:
         self._timer = timer
 
     def set_old(self, mini_batches: Sequence[Sequence[MicroBatchData]], batch: TrainBatch) -> None:
-        """Fill in `old_C` unless the sampler's report is taken for it; in any case make the sets of tokens that were left."""
+        """Fill in `old_C`, unless the sampler's report is taken for it; make the sets of tokens that are left
+        where top_p, top_k or min_p cut some off."""
         with self._timer.phase("old"):
             for data in chain.from_iterable(mini_batches):
                 if self._recomputes_old:
@@ -54,7 +57,7 @@ class LogprobPasses:
                 data.ref_C = _logprobs(reference, data, batch.temperature)
 
     def policy_logprobs(self, data: MicroBatchData, temperature: float) -> torch.Tensor:
-        """[C]; of a reward model the scores."""
+        """[C] log-probabilities of the policy as it is; scores, if it is a reward model."""
         return _logprobs(self._engine, data, temperature)
 
     @contextmanager
@@ -73,7 +76,7 @@ def _logprobs(model: Any, data: MicroBatchData, temperature: float) -> torch.Ten
 
 
 def update_passes(spec: LearnerSpec, batch: TrainBatch) -> UpdatePasses:
-    """How often an update computes the batch, for its FLOPs."""
+    """The passes of an update over its batch, for its FLOPs."""
     algorithm = spec.algorithm or AlgorithmConfig()
     return UpdatePasses(
         train=algorithm.num_iterations,

@@ -25,12 +25,12 @@ FETCH_TIMEOUT_S = 120.0
 
 
 def is_trained(sample: TrainSample) -> bool:
-    """Is it in the loss?"""
+    """The sample is in the loss."""
     return sample.loss_mask and sample.num_tokens > 0
 
 
 class MicroBatchLoader:
-    """Of one rank; those that share its micro-batches (`ranks`) load the same."""
+    """Plans and fetches the micro-batches of one rank. Ranks that share micro-batches (`ranks`) load the same."""
 
     def __init__(
         self,
@@ -49,10 +49,10 @@ class MicroBatchLoader:
         self._device = device
         self.share_prompts = share_prompts
         self.unit = Normalizers.unit(spec.max_completion_length)
-        """For weights of tokens before those of the whole batch are known."""
+        """Normalizers for a part of a batch, while those of the whole are not known."""
 
     def plan(self, batch: TrainBatch) -> list[MiniBatchPlan]:
-        """Over the samples that are trained; the plan's indices point into `batch.samples`.
+        """Plan the samples that are trained; the plan's indices point into `batch.samples`.
 
         Raises:
             ConfigError: a sample is longer than a micro-batch may be.
@@ -65,7 +65,7 @@ class MicroBatchLoader:
         return self._plan_of(trained, batch, num_mini_batches, idle)
 
     def plan_kl_only(self, batch: TrainBatch) -> list[MiniBatchPlan]:
-        """Over samples that are out of the loss and in their group's baseline: with the KL in the reward, theirs counts there."""
+        """Plan the samples that are in their group's baseline alone: with the KL in the reward, theirs counts there."""
         if self._spec.needs_critic:
             return []
         members = [
@@ -79,7 +79,7 @@ class MicroBatchLoader:
     def _plan_of(
         self, members: list[int], batch: TrainBatch, num_mini_batches: int, idle: Set[int] = frozenset()
     ) -> list[MiniBatchPlan]:
-        """Over these samples of the batch; `idle` are places among the members."""
+        """Plan these samples of the batch; `idle` are indices into `members`."""
         samples = [batch.samples[i] for i in members]
         plans = plan_batch(
             [s.num_prompt_tokens + s.num_tokens for s in samples],
@@ -94,7 +94,7 @@ class MicroBatchLoader:
         return [plan.renumbered(members) for plan in plans]
 
     def _plan_pairs(self, batch: TrainBatch) -> MiniBatchPlan:
-        """One mini-batch of samples that come in pairs; both of a pair are in one micro-batch, side by side."""
+        """Plan one mini-batch of samples that come in pairs; both of a pair are in one micro-batch, side by side."""
         lengths = [s.num_prompt_tokens + s.num_tokens for s in batch.samples]
         both = list(zip(lengths[::2], lengths[1::2], strict=True))
         padded = not self._spec.learner.packing
@@ -113,7 +113,7 @@ class MicroBatchLoader:
         return plan.of_pairs()
 
     def normalizers(self, members: Sequence[TrainSample]) -> Normalizers:
-        """Of an optimizer step over these samples."""
+        """Normalizers of an optimizer step over these samples."""
         return Normalizers(
             num_sequences=len(members),
             num_tokens=sum(s.num_tokens for s in members),
@@ -121,11 +121,11 @@ class MicroBatchLoader:
         )
 
     def fetch(self, batch: TrainBatch, planned: MiniBatchPlan, normalizers: Normalizers) -> list[MicroBatchData]:
-        """This rank's micro-batches of a mini-batch.
+        """Fetch and pack this rank's micro-batches of a mini-batch.
 
         Raises:
-            LostSamplesError: their node died.
-            WorkerError: they can't be fetched, or are not what the batch says.
+            LostSamplesError: the node that held samples died.
+            WorkerError: samples can't be fetched, or are not what the batch says.
         """
         micros = planned.ranks[self._rank // self._ranks.size]
         rows = self._fetch_rows(batch, micros)
@@ -144,7 +144,7 @@ class MicroBatchLoader:
         return made
 
     def _fetch_rows(self, batch: TrainBatch, micros: Sequence[Sequence[int]]) -> dict[Any, list[Sample]]:
-        """The lists of samples behind the references."""
+        """Reference -> the list of samples behind it."""
         refs = list({batch.samples[i].ref: None for micro in micros for i in micro})
         try:
             return dict(zip(refs, ray.get(refs, timeout=FETCH_TIMEOUT_S), strict=True))

@@ -14,10 +14,10 @@ from actors.runtime import LOOPBACK, use_nodes_interface
 def join_process_group(
     meeting: Meeting, store: SealedStore | None, rank: int, num_ranks: int, timeout: timedelta, *, on_cpu: bool
 ) -> SealedStore:
-    """All ranks together.
+    """Join the ranks' process group; all ranks together.
 
     Args:
-        store: the one that this rank has opened for the meeting; None: another rank has.
+        store: the store that this rank opened for the meeting; None: another rank did.
         timeout: of each collective.
 
     Returns:

@@ -52,10 +52,10 @@ def hold(reference: Any) -> HeldModel:
 
 
 def load_saved(reference: Any, saved: SavedLearner, place: Place) -> None:
-    """Back to the reference of a checkpoint; all ranks together.
+    """Load the reference of a checkpoint; all ranks together.
 
     Raises:
-        CheckpointError: there is none in it, or that of another model.
+        CheckpointError: the checkpoint holds none, or that of another model.
     """
     if not saved.has("reference"):
         raise CheckpointError(

@@ -14,6 +14,8 @@ PHASES = ("fetch", "old", "reference", "critic", "forward_backward", "step")
 
 
 class HasActivity(Protocol):
+    """An object whose methods may be traced."""
+
     activity: Activity
 
 
@@ -23,7 +25,7 @@ R = TypeVar("R")
 
 
 def traced(name: str) -> Callable[[Callable[Concatenate[A, P], R]], Callable[Concatenate[A, P], R]]:
-    """A method whose calls are spans of its owner's activity."""
+    """Decorator of methods: each call is a span of the object's activity."""
 
     def decorate(method: Callable[Concatenate[A, P], R]) -> Callable[Concatenate[A, P], R]:
         @wraps(method)

@@ -14,6 +14,8 @@ from grpo_ray.types import Sample
 
 
 class RaySamples:
+    """Puts lists of samples into the object store and fetches them by reference."""
+
     async def fetch(self, refs: list[Any]) -> list[Sequence[Sample]]:
         """Raises LostSamplesError."""
         reading = asyncio.gather(*refs)

@@ -25,7 +25,7 @@ async def outlive_learners(
     train: Callable[[], Awaitable[str]],
     start_again: Callable[[], Awaitable[None]],
 ) -> str:
-    """`train`, and from the newest checkpoint once more whenever learners were lost, or samples with their node;
+    """Run `train`, and from the newest checkpoint once more whenever learners were lost, or samples with their node;
     `learner.max_restarts` times without a step more."""
     deaths, died_at = 0, -1
     while True:
@@ -53,7 +53,7 @@ async def outlive_learners(
 
 
 async def _go_back(context: RunContext, step: int, lost: str) -> None:
-    """To the newest checkpoint, or to the beginning of a run that has none yet."""
+    """Go back to the newest checkpoint, or to the beginning of a run that has none yet."""
     told: list[str] = []
     had_one = context.resume_step is not None or await asyncio.to_thread(last_step, context.run) > 0
     context.resume_step = await asyncio.to_thread(context.run.newest_whole, told.append)
@@ -71,8 +71,8 @@ async def _go_back(context: RunContext, step: int, lost: str) -> None:
 
 
 async def _start_learners(context: RunContext, start_again: Callable[[], Awaitable[None]], limit_s: float) -> None:
-    """Learners that die while they start are started once more, later and later, within `limit_s`: as long as Ray does not know
-    that a node is dead, it puts new ones there."""
+    """Start learners. Those that die while they start are started once more, later and later, within `limit_s`: as long as Ray
+    does not know that a node is dead, it puts new ones there."""
     give_up = time.monotonic() + limit_s
     wait_s = START_AGAIN_S
     while True:
@@ -95,7 +95,7 @@ def first_typed(error: BaseException) -> BaseException:
 
 
 def error_message(error: BaseException) -> str:
-    """One message for the user."""
+    """The message of an error for the user."""
     error = first_typed(error)
     if isinstance(error, GrpoRayError):
         return str(error)

@@ -16,19 +16,21 @@ from grpo_ray.train_loop import TrainLoop
 
 @dataclass
 class RunContext:
+    """One run, as its controller and the function of its kind see it."""
+
     kind: str
     run: RunDir
     needs: Sequence[ColumnNeeds]
     """The columns that the rewards of this run need."""
     emit: Callable[[Event], None]
-    """Tell those who follow the run."""
+    """Sends an event to those who follow the run."""
     resume_step: int | None
     """The checkpoint from which the run goes on; None: from the beginning. Recovery moves it."""
     stop_reason: str | None = None
     loop: TrainLoop | SftLoop[Any] | None = None
     """The training loop, once there is one."""
     scaler: RunScaler | None = None
-    """Changes the numbers of workers, once there are some."""
+    """What changes the numbers of workers, while there are some."""
 
     @property
     def step(self) -> int:

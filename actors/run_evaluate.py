@@ -17,6 +17,7 @@ from grpo_ray.sampling import about_answers, write_answers
 
 
 async def run_evaluate(context: RunContext, config: RunConfig) -> str:
+    """Measure every evaluation set, and write answers and accuracies into the run's folder."""
     config = without_adapters(config)
     model = await resolve_model(context, config)
     async with Workers(config, context.run, model, context.phase, context.warn) as workers:

@@ -26,6 +26,7 @@ from grpo_ray.types import Group, TrainBatch
 
 
 async def run_grpo(context: RunContext, config: RunConfig) -> str:
+    """Train; learners that are lost start again. Returns how the run ended, as all functions of this kind do."""
     model = await resolve_model(context, config)
     async with Workers(config, context.run, model, context.phase, context.warn) as workers:
         async with asyncio.TaskGroup() as tasks:
@@ -52,7 +53,7 @@ async def run_grpo(context: RunContext, config: RunConfig) -> str:
 
 
 async def _num_steps(config: RunConfig, loading: asyncio.Task[PromptSets]) -> int:
-    """What the learning rate's schedule needs to know; the data have to be there only if it is not given."""
+    """Steps of the run, for the learning rate's schedule; the data have to be there only if the config does not say it."""
     return config.num_steps or run_length(config, len((await loading).train)).num_steps
 
 
@@ -102,7 +103,7 @@ def _open_rollout_log(context: RunContext, config: RunConfig) -> ParquetRolloutL
 
 
 class NoRolloutLog:
-    """`tracking.rollouts: false`."""
+    """A rollout log that writes nothing (`tracking.rollouts: false`)."""
 
     async def write(self, step: int, groups: Sequence[Group], batch: TrainBatch) -> None:
         pass

@@ -22,7 +22,7 @@ from grpo_ray.tokenized import LoadReport
 
 
 async def resolve_model(context: RunContext, config: RunConfig | SftConfig) -> str:
-    """The model's folder, or its name on the hub; a tiny model is made."""
+    """The model's folder or its name on the hub; a tiny model is made first."""
     context.phase("model")
     if config.model.dtype == "bfloat16" and not has_gpus() and not cpu_has_bf16():
         context.warn(
@@ -73,6 +73,7 @@ async def load_held_out_prompts(context: RunContext, config: RunConfig, model: s
 
 
 def report_left_out(context: RunContext, report: LoadReport) -> None:
+    """Report rows of the data that are not used."""
     if report.num_too_long:
         context.warn(f"{report.num_too_long} of {report.num_rows} rows are too long and were left out")
     if report.num_in_eval:

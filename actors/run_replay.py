@@ -17,7 +17,7 @@ from grpo_ray.tracking import read_metrics
 
 
 async def run_replay(context: RunContext, config: RunConfig) -> str:
-    """The step after `resume_step`, with nothing written but logs."""
+    """Replay the step after `resume_step`; nothing is written but logs."""
     run, resume_step = context.run, context.resume_step
     assert resume_step is not None
     step = resume_step + 1

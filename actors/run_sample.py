@@ -16,6 +16,7 @@ from grpo_ray.sampling import SamplingReport, about_samples, sample_all
 
 
 async def run_sample(context: RunContext, config: RunConfig) -> str:
+    """Sample and score what is missing in the folder of samples."""
     config = without_adapters(config)
     model = await resolve_model(context, config)
     async with asyncio.TaskGroup() as tasks:
@@ -51,5 +52,5 @@ async def _report(context: RunContext, report: SamplingReport, samples: SampleFo
 
 
 async def _report_figures(context: RunContext, samples: SampleFolder) -> None:
-    """Of all that is there, also of what an earlier call made."""
+    """Report figures of all samples that are there, those of earlier calls included."""
     context.inform(str(await asyncio.to_thread(figures_in, samples.path)))

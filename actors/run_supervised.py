@@ -20,6 +20,7 @@ from grpo_ray.supervised import load_task
 
 
 async def run_supervised(context: RunContext, config: SftConfig) -> str:
+    """Fine-tune; learners that are lost start again."""
     model = await resolve_model(context, config)
     context.phase("data")
     tokenizer = await asyncio.to_thread(load_tokenizer, model, trust_remote_code=config.model.trust_remote_code)

@@ -30,7 +30,7 @@ async def keep_records(context: RunContext) -> None:
 
 
 def open_trackers(context: RunContext, config: RunConfig | SftConfig, workers: Workers) -> list[Tracker]:
-    # Of a run that begins again, nothing that it told before stays.
+    """The trackers of this run; those of one that begins again forget what they were told before."""
     resume_step = -1 if context.resume_step is None else context.resume_step
     out = make_trackers(config.tracking, context.run.path, resume_step, config.model_dump(mode="json"))
     if config.tracking.prometheus:

@@ -46,7 +46,7 @@ class GlooInitInfo(WeightTransferInitInfo):
 
 
 def count_refusals(group: Any, refused: bool) -> int:
-    """How many members of the group refuse; waits for all of them."""
+    """The number of members of the group that refuse; waits for all votes."""
     votes = torch.tensor([int(refused)])
     group.allreduce([votes]).wait()
     return int(votes)
