@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from actors.reward_pool import SILENT_S, WATCH_S, RewardPool
-from actors.rollout_pool import POLL_S, POLLS_PER_S, RolloutPool
+from actors.rollout_lives import POLL_S, POLLS_PER_S
+from actors.rollout_pool import RolloutPool
 from actors.weights import ask_each
 from grpo_ray.cursor import Cursor
 from grpo_ray.errors import DeadlineError, WorkerError
