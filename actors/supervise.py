@@ -189,8 +189,8 @@ class Supervisor(Generic[W]):
                     raise
                 self._pool.on_trouble(f"{worker.name} was to join and does not start, it is tried again: {e}")
 
-    async def restart(self, worker: W, cause: BaseException) -> None:
-        """Start a worker again that died of `cause`, until it is alive or is to leave.
+    async def restart(self, worker: W, cause: BaseException) -> bool:
+        """Start a worker again that died of `cause`, until it is alive (True) or is to leave (False).
 
         Raises:
             GivenUpError: see the top of this file.
@@ -207,7 +207,7 @@ class Supervisor(Generic[W]):
                 await self._start_with_warning(
                     worker, limit_s if self.num_alive else min(limit_s, self._patience.left_s)
                 )
-                return
+                return True
             except WorkerError as e:
                 cause = e
                 self.kill(worker)
@@ -219,8 +219,9 @@ class Supervisor(Generic[W]):
                     raise GivenUpError(worker.name, cause, late=True) from None
                 worker.restarts -= 1  # It died of nothing.
                 limit_s = self._patience.doubled(limit_s)
-        if not worker.leaving:
-            raise GivenUpError(worker.name, cause, late=False)
+        if worker.leaving:
+            return False
+        raise GivenUpError(worker.name, cause, late=False)
 
     async def _start_with_warning(self, worker: W, limit_s: float) -> None:
         """A start while the run goes on: the cluster may have no room any more, and Ray does not report that."""

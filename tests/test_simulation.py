@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from actors.reward_pool import SILENT_S, WATCH_S, RewardPool
+from actors.reward_pool import WATCH_S, RewardPool
+from actors.reward_worker import SILENT_S
 from actors.rollout_lives import POLL_S, POLLS_PER_S
 from actors.rollout_pool import RolloutPool
 from actors.weights import ask_each
@@ -263,7 +264,7 @@ def test_what_a_dead_scorer_held_goes_to_an_idle_one_at_once(tmp_path):
         answer = pool.score([REQUEST])
         await asyncio.sleep(1.0)
         died_at = world.cluster.now
-        world.kill(pool._workers[0].actor)
+        world.kill(pool._workers[0].handle)
         assert [score.value for score in await answer] == [1.0]
         assert world.cluster.now - died_at < 0.1, "another worker takes a second to start"
         await pool.close()
@@ -285,7 +286,7 @@ def test_a_scorer_that_hangs_while_it_starts_again_is_begun_anew_as_long_as_a_st
         times = iter([1e9] * num_hanging)
         world.start_s = lambda: next(times, 1.0)
         died_at = world.cluster.now
-        world.kill(pool._workers[0].actor)
+        world.kill(pool._workers[0].handle)
         if num_hanging < 10:
             assert [score.value for score in await answer] == [1.0]
         else:
@@ -309,10 +310,10 @@ def test_a_scorer_whose_node_is_gone_ends_no_pool_in_the_moment_in_which_the_onl
         times = iter([1e9] * 6)
         world.start_s = lambda: next(times, 1.0)
         first, second = pool._workers.values()
-        world.kill(first.actor)
+        world.kill(first.handle)
         await asyncio.sleep(1744.5)
         assert (first.alive, second.alive) == (False, True)
-        world.kill(second.actor)
+        world.kill(second.handle)
         assert [score.value for score in await answer] == [1.0]
         await asyncio.sleep(5.0)
         assert (first.alive, second.alive) == (True, True)

@@ -659,7 +659,7 @@ def test_a_worker_that_can_not_join_costs_the_pool_nothing(local_ray, functions:
     async def use(pool):
         told: list[str] = []
         pool.on_trouble = told.append
-        pool._config = config.model_copy(update={"functions": (RewardFunctionConfig(name="bad_rewards.gone"),)})
+        pool._kind.config = config.model_copy(update={"functions": (RewardFunctionConfig(name="bad_rewards.gone"),)})
         pool.scale(2)
         while not told:
             await asyncio.sleep(0.05)
