@@ -6,53 +6,35 @@ Linux ties "die with the parent" to the thread that started it).
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
 import os
 import pickle
-import select
 import signal
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import psutil
 
 import grpo_ray
 from actors.caches import use_private_caches
-from actors.reward_child import HEADER, Call, Setup
-from actors.runtime import again_within
+from actors.patience import Patience
+from actors.reward_answers import decode
+from actors.reward_child import Call, Setup
+from actors.reward_family import TAG, end_family
+from actors.reward_pipe import ChildPipe, EndedError, LateError
 from grpo_ray.config_reward import RewardConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.function import ScoreInputs
-from grpo_ray.rewards.logs import MAX_COLUMNS, MAX_METRICS, checked_name, plain
 from grpo_ray.rewards.scoring import failures
 from grpo_ray.secrets import is_secret_name, resolve
-from grpo_ray.types import LoggedMetric, RewardScore, ScoreStatus, Step
+from grpo_ray.types import RewardScore, ScoreStatus
 
 # What a scoring process inherits; tokens and passwords of the environment stay here. The rest comes from `reward.env`.
 KEPT_ENV = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR", "TZ")
 KEPT_FOR_HOST = ("HOME", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE")
 """Not for built-in rewards that need nothing of the host (`RewardFunctionConfig.needs_host`)."""
-TAG = "GRPO_RAY_SCORER"
-MAX_LINE_BYTES = 64 << 20
-"""A whole group with a step at every token is some ten MiB."""
-WRITE_TIMEOUT_S = 30.0
 START_TRIES = 3
-
-
-class _Ended(Exception):
-    """The process closed its pipe, or wrote something that is no answer."""
-
-
-class _Late(Exception):
-    """Nothing came in time."""
 
 
 class _KilledAtStart(RewardError):
@@ -74,16 +56,12 @@ class ScoringProcess:
         self._config = config
         self._apart = not any(f.needs_host for f in config.functions)
         self._names = [f.title for f in config.functions]
-        self._start_timeout_s = start_timeout_s
         self._tag = uuid.uuid4().hex
         self._process: subprocess.Popen[bytes] | None = None
-        self._to_child = -1
-        self._from_child = -1
-        self._buffer = bytearray()
+        self._pipe = ChildPipe()
         self._stopped = False
         self._per_sample = [False] * len(config.functions)
-        self._import_s = 0.0
-        """The longest start so far; 0 before the first."""
+        self._patience = Patience(start_timeout_s)
         self.restarts = 0
 
     @property
@@ -94,72 +72,76 @@ class ScoringProcess:
         """Start the child and wait until it has imported every function. One that a signal ends meanwhile says nothing about them:
         where memory is short, the kernel takes who grows. Nor does one that hangs, if they were imported before. Both are started
         again."""
+        patience = self._patience
         for left in reversed(range(START_TRIES)):
             # The last try has all the time.
-            again = left > 0 and self._import_s > 0
-            limit_s = self._start_timeout_s
-            started = time.monotonic()
+            limit_s = patience.again_s if left else patience.limit_s
             try:
-                self._start_once(again_within(self._import_s, limit_s) if again else limit_s)
+                with patience.measured():
+                    self._start_once(limit_s)
+                return
             except _KilledAtStart:
                 if not left:
                     raise
             except _LateAtStart:
-                if not again:
+                if not left or not patience.longest_s:
                     raise
-            else:
-                self._import_s = max(self._import_s, time.monotonic() - started)
-                return
 
     def _start_once(self, limit_s: float) -> None:
         if self._stopped:
             raise RewardError("the scoring process was stopped; nothing more is scored")
-        request_read, self._to_child = os.pipe()
-        self._from_child, response_write = os.pipe()
-        os.set_blocking(self._to_child, False)
-        self._buffer.clear()
+        self._launch()
+        try:
+            self._await_imports(limit_s)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _launch(self) -> None:
+        reads, writes = ends = self._pipe.open()
         self._process = subprocess.Popen(
             # -P: the folder that it runs in is the user's, and comes last, see `search_path`.
             [
                 *(sys.executable, "-P", "-X", "faulthandler"),
-                *("-m", "actors.reward_child", str(request_read), str(response_write)),
+                *("-m", "actors.reward_child", str(reads), str(writes)),
             ],
             stdin=subprocess.DEVNULL,
-            pass_fds=(request_read, response_write),
+            pass_fds=ends,
             start_new_session=True,
             env=self._environment(),
         )
-        os.close(request_read)
-        os.close(response_write)
-        memory_bytes = int(self._config.memory_gb * 2**30)
-        setup = Setup(self._config.functions, memory_bytes, tuple(p or os.getcwd() for p in sys.path), self._apart)
+        for end in ends:
+            os.close(end)
+
+    def _await_imports(self, limit_s: float) -> None:
         importing = "(nothing yet)"
         deadline = time.monotonic() + limit_s
         try:
-            self._write(pickle.dumps(setup))
+            self._pipe.write(pickle.dumps(self._setup()))
             while True:
-                message = self._read(deadline)
+                message = self._pipe.read(deadline)
                 if "refused" in message:
                     raise RewardError(str(message["refused"]))
                 if message.get("ready") is True:
                     self._per_sample = [told is True for told in message["per_sample"]]
                     return
                 importing = str(message.get("importing", importing))
-        except _Late:
+        except LateError:
             raise _LateAtStart(
                 f"reward {importing!r} was not imported within {limit_s:g} s; look for what its "
                 "module does on import, or raise deadlines.start_s"
             ) from None
-        except _Ended:
+        except EndedError:
             how = self._how_it_ended()
-            hint = _hint(how)
             killed = self._process is not None and (self._process.returncode or 0) < 0
             raise (_KilledAtStart if killed else RewardError)(
-                f"the scoring process {how} while importing reward {importing!r}; see its log in the run's logs folder{hint}"
+                f"the scoring process {how} while importing reward {importing!r}; see its log in the run's logs folder"
+                f"{_hint(how)}"
             ) from None
-        finally:
-            if sys.exc_info()[0] is not None:
-                self.kill()
+
+    def _setup(self) -> Setup:
+        memory_bytes = int(self._config.memory_gb * 2**30)
+        return Setup(self._config.functions, memory_bytes, tuple(p or os.getcwd() for p in sys.path), self._apart)
 
     def takes_whole(self, function: int) -> bool:
         """Is it called with all samples of a unit at once (`reward.unit`)?"""
@@ -189,31 +171,16 @@ class ScoringProcess:
     def kill(self) -> None:
         """End the child, its process group, and every descendant, also those in sessions of their own."""
         process, self._process = self._process, None
-        for fd in (self._to_child, self._from_child):
-            if fd >= 0:
-                os.close(fd)
-        self._to_child = self._from_child = -1
+        self._pipe.close()
         if process is not None:
-            self._end_family(process)
+            end_family(process, self._tag)
 
     def stop(self) -> None:
         """From any thread: end whatever runs, for good. A `run` under way raises RewardError."""
         self._stopped = True
         process = self._process
         if process is not None:
-            self._end_family(process)
-
-    def _end_family(self, process: subprocess.Popen[bytes]) -> None:
-        if process.poll() is None:
-            # Stopped first: what can't run can't fork between our looking and our killing.
-            _signal([process.pid], signal.SIGSTOP)
-        for _ in range(5):
-            found = self._family(process.pid)
-            if not found:
-                break
-            _signal(found, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=5)
+            end_family(process, self._tag)
 
     def _run_once(self, calls: list[Call]) -> list[list[RewardScore]]:
         results: list[list[RewardScore]] = []
@@ -222,15 +189,15 @@ class ScoringProcess:
                 self.restarts += 1
                 self.start()
             try:
-                self._write(pickle.dumps(calls[len(results) :], protocol=pickle.HIGHEST_PROTOCOL))
+                self._pipe.write(pickle.dumps(calls[len(results) :], protocol=pickle.HIGHEST_PROTOCOL))
                 while len(results) < len(calls):
                     call = calls[len(results)]
-                    message = self._read(time.monotonic() + self._limit_s(call))
-                    results.append(_decode(self._names[call.function], call.lengths, message))
+                    message = self._pipe.read(time.monotonic() + self._limit_s(call))
+                    results.append(decode(self._names[call.function], call.lengths, message))
                     if message.get("spent"):
                         self.kill()
                         break
-            except (_Ended, _Late) as e:
+            except (EndedError, LateError) as e:
                 call = calls[len(results)]
                 status, detail = self._verdict(call, e)
                 self.kill()
@@ -242,7 +209,7 @@ class ScoringProcess:
 
     def _verdict(self, call: Call, error: Exception) -> tuple[ScoreStatus, str]:
         name = self._names[call.function]
-        if isinstance(error, _Late):
+        if isinstance(error, LateError):
             return ScoreStatus.TIMEOUT, (
                 f"reward {name!r} did not return within {self._limit_s(call):g} s and was killed; "
                 "mend it, or raise reward.timeout_s"
@@ -273,105 +240,6 @@ class ScoringProcess:
         given = {k: v for k, v in self._config.env.items() if not (self._apart and (k == "HOME" or is_secret_name(k)))}
         return env | resolve(given, os.environ) | ours
 
-    def _write(self, body: bytes) -> None:
-        data = memoryview(HEADER.pack(len(body)) + body)
-        deadline = time.monotonic() + WRITE_TIMEOUT_S
-        poll = select.poll()
-        poll.register(self._to_child, select.POLLOUT)
-        while data:
-            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise _Late
-            try:
-                data = data[os.write(self._to_child, data) :]
-            except BlockingIOError:
-                continue
-            except BrokenPipeError:
-                raise _Ended from None
-
-    def _read(self, deadline: float) -> dict[str, Any]:
-        """The next line of the child, as JSON."""
-        poll = select.poll()
-        poll.register(self._from_child, select.POLLIN)
-        while (end := self._buffer.find(b"\n")) < 0:
-            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise _Late
-            chunk = os.read(self._from_child, 1 << 16)
-            if not chunk or len(self._buffer) > MAX_LINE_BYTES:
-                raise _Ended
-            self._buffer += chunk
-        line = bytes(self._buffer[:end])
-        del self._buffer[: end + 1]
-        try:
-            message = json.loads(line)
-        except ValueError:
-            raise _Ended from None
-        if not isinstance(message, dict):
-            raise _Ended
-        return message
-
-    def _family(self, pid: int) -> list[int]:
-        """Living processes that descend from `pid`: by parentage, and by a mark in their environment, which a process
-        keeps when its parents are gone and it leads a session of its own."""
-        found = set()
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(TAG) == self._tag:
-                    found.add(process.pid)
-        with contextlib.suppress(psutil.Error):
-            parent = psutil.Process(pid)
-            family = [parent, *parent.children(recursive=True)]
-            found |= {p.pid for p in family if p.status() != psutil.STATUS_ZOMBIE}
-        return sorted(found)
-
 
 def _hint(how: str) -> str:
     return "; the kernel does that when memory runs out: then lower reward.num_actors" if "SIGKILL" in how else ""
-
-
-def _signal(pids: Iterable[int], number: signal.Signals) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, number)
-
-
-def _decode(name: str, lengths: Sequence[int], message: dict[str, Any]) -> list[RewardScore]:
-    """Read an answer without believing it: the code that ran beside the writer is the user's."""
-    try:
-        scores = [
-            RewardScore(
-                name,
-                ScoreStatus(status),
-                math.nan if value is None else float(value),
-                str(detail),
-                float(seconds),
-                tuple(Step(int(end), float(reward)) for end, reward in steps),
-                *_decode_logs(*logs),
-            )
-            for status, value, detail, seconds, steps, *logs in message["scores"]
-        ]
-    except (KeyError, TypeError, ValueError):
-        raise _Ended from None
-    if len(scores) != len(lengths) or not all(map(_possible, scores, lengths)):
-        raise _Ended
-    return scores
-
-
-def _decode_logs(extra: Any = (), metrics: Any = ()) -> tuple[tuple[Any, ...], tuple[LoggedMetric, ...]]:
-    """Raises ValueError, TypeError."""
-    pairs = tuple((checked_name(column), plain(value)) for column, value in extra)
-    logged = tuple(
-        LoggedMetric(checked_name(n), float(total), int(count), int(odd)) for n, total, count, odd in metrics
-    )
-    if len(pairs) > MAX_COLUMNS or len(logged) > MAX_METRICS or not all(math.isfinite(m.total) for m in logged):
-        raise ValueError("more than a function can log")
-    return pairs, logged
-
-
-def _possible(score: RewardScore, length: int) -> bool:
-    ends = [-1, *(step.end for step in score.steps), length]
-    ok = score.status is ScoreStatus.OK
-    return (
-        math.isfinite(score.value) == ok
-        and all(math.isfinite(step.value) for step in score.steps)
-        and (not score.steps or (ok and all(a < b for a, b in pairwise(ends))))
-    )

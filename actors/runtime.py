@@ -38,9 +38,6 @@ LOOPBACK = "127.0.0.1"
 NO_RECORDS = {"enable_task_events": False}
 """Options of every actor: Ray's head keeps 3 KB of each of the last 100,000 calls otherwise, and ours are many and small."""
 
-RESTART_S, RESTART_FACTOR = 30.0, 5.0
-"""See `again_within`."""
-
 # Large buffers are reused instead of going back to the kernel after every micro-batch.
 ALLOCATOR_ENV = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
@@ -209,16 +206,6 @@ async def within(work: Awaitable[T], seconds: float, what: str, option: str) -> 
         if isinstance(e, DeadlineError):
             raise
         raise late(what, seconds, option) from None
-
-
-def again_within(longest_s: float, limit_s: float) -> float:
-    """Seconds that a worker may take to start again before it is taken for one that hangs.
-
-    Args:
-        longest_s: the longest start of its kind so far; 0 when there was none.
-        limit_s: what a start may take of which nothing is known.
-    """
-    return min(limit_s, RESTART_S + RESTART_FACTOR * longest_s) if longest_s else limit_s
 
 
 def late(what: str, seconds: float, option: str) -> DeadlineError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,10 +13,10 @@ from actors.adapter_sync import RayAdapterSync
 from actors.cluster import has_gpus, reserve_pairs
 from actors.colocated import ColocatedLearner, ColocatedSampler, ColocatedWeights, Turns
 from actors.learner_group import LearnerGroup
+from actors.patience import Patience
 from actors.reward_pool import RewardPool
 from actors.reward_pools import RewardPools
 from actors.rollout_pool import RolloutPool
-from actors.runtime import again_within
 from actors.weights import RayWeightSync
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import Place
@@ -63,8 +62,7 @@ class Workers:
         self._scorer: RewardPool | RewardPools | None = None
         self._learner: LearnerGroup | None = None
         self._num_steps = 0
-        self._learner_start_s = 0.0
-        """The longest start of learners so far."""
+        self._learner_patience = Patience(config.deadlines.start_s)
 
     async def __aenter__(self) -> Workers:
         return self
@@ -216,36 +214,34 @@ class Workers:
         return pool
 
     async def start_learner(self, num_steps: int, placement: Any = None, limit_s: float | None = None) -> LearnerGroup:
-        began = time.monotonic()
         self._phase("starting", "learner: DeepSpeed")
-        pool = await LearnerGroup.create(
-            self._config,
-            self._model,
-            self._run_dir,
-            has_gpus=self._gpus,
-            num_steps=num_steps,
-            placement=placement,
-            limit_s=limit_s,
-        )
-        self._learner_start_s = max(self._learner_start_s, time.monotonic() - began)
+        with self._learner_patience.measured():
+            pool = await LearnerGroup.create(
+                self._config,
+                self._model,
+                self._run_dir,
+                has_gpus=self._gpus,
+                num_steps=num_steps,
+                placement=placement,
+                limit_s=limit_s,
+            )
         self._num_steps = num_steps
         self._learner = self._opened(pool, "learner")
         return pool
 
     async def start_learner_again(self) -> LearnerGroup:
-        """In place of lost ones. Ranks that take far longer to start than any before hang, or there is no room for them: they are
-        begun again with twice the time, as long as a start may take."""
-        start_s = self._config.deadlines.start_s
-        limit_s = again_within(self._learner_start_s, start_s)
-        give_up_at = time.monotonic() + start_s
+        """In place of lost ones; ranks whose start hangs are begun again, as long as a start may take."""
+        patience = self._learner_patience
+        patience.died()
+        limit_s = patience.again_s
         while True:
             try:
                 return await self.start_learner(self._num_steps, self._placement, limit_s)
             except DeadlineError as e:
-                if time.monotonic() >= give_up_at:
+                if patience.left_s <= 0:
                     raise
                 self._warn(f"{e}\nLearners start once more")
-                limit_s = min(2 * limit_s, start_s)
+                limit_s = patience.doubled(limit_s)
 
     def _opened(self, pool: P, what: str) -> P:
         self._pools.append(pool)

@@ -13,7 +13,10 @@ import numpy as np
 import psutil
 import pytest
 
-from actors.reward_process import TAG, ScoringProcess, _decode, _Ended
+from actors.reward_answers import decode
+from actors.reward_family import TAG
+from actors.reward_pipe import EndedError
+from actors.reward_process import ScoringProcess
 from grpo_ray.config_reward import FailurePolicy, RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import RewardError, WorkerError
 from grpo_ray.rewards import ScoreInputs
@@ -406,7 +409,7 @@ def test_a_process_that_is_killed_while_it_imports_is_started_again_a_few_times(
 def test_a_process_that_hangs_while_it_imports_again_is_not_waited_for_as_long_as_the_first(
     functions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("actors.runtime.RESTART_S", 0.0)
+    monkeypatch.setattr("actors.patience.RESTART_S", 0.0)
     imports = tmp_path / "imports"
     config = config_of(functions, "hangs_when_told.f", env={"PYTHONPATH": functions, "IMPORTS": str(imports)})
     imports.write_text("-hh-")
@@ -535,10 +538,10 @@ def test_the_pool_scores_samples_in_order_with_weights(local_ray, functions: str
 )
 def test_steps_that_no_completion_can_have_are_not_believed(said: list[object]) -> None:
     good = ["ok", 1.5, "", 0.0, [[0, 1.0], [2, 0.5]]]
-    (score,) = _decode("f", [3], {"scores": [good]})
+    (score,) = decode("f", [3], {"scores": [good]})
     assert score.steps == (Step(0, 1.0), Step(2, 0.5))
-    with pytest.raises(_Ended):
-        _decode("f", [3, 3], {"scores": [good, said]})
+    with pytest.raises(EndedError):
+        decode("f", [3, 3], {"scores": [good, said]})
 
 
 @pytest.mark.timeout(300)
@@ -821,7 +824,7 @@ def test_a_group_that_a_function_fails_at_has_a_typed_result_for_each_of_its_sam
 )
 def test_logs_that_no_function_can_have_written_are_not_believed(logs: list[object]) -> None:
     good = ["ok", 1.0, "", 0.0, [], [["a", "b"]], [["m", 1.0, 1, 0]]]
-    (score,) = _decode("f", [3], {"scores": [good]})
+    (score,) = decode("f", [3], {"scores": [good]})
     assert (score.extra, score.logged[0].name) == ((("a", "b"),), "m")
-    with pytest.raises(_Ended):
-        _decode("f", [3], {"scores": [["ok", 1.0, "", 0.0, [], *logs]]})
+    with pytest.raises(EndedError):
+        decode("f", [3], {"scores": [["ok", 1.0, "", 0.0, [], *logs]]})
