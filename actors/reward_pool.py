@@ -7,8 +7,6 @@
 A worker that has answered takes more: the least loaded one is the one that asks. What a dying worker held goes back to the head of
 the queue; samples over which workers died again and again end the pool. `scale` changes the number of workers at any time: one that
 leaves ends when it has done what it took.
-
-By callbacks: a task for each worker would cost the controller a turn of the event loop more for each sample.
 """
 
 from __future__ import annotations
@@ -16,18 +14,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from actors.deaths import fate, is_lost, kind_of
 from actors.reward import FETCH_TIMEOUT_S
 from actors.reward_process import START_TRIES
-from actors.reward_requests import PendingScores, ScoreQueue
+from actors.reward_requests import PendingScores, ScoreDispatch
 from actors.reward_worker import SILENT_S, RewardWorker, RewardWorkerKind, error_of
 from actors.runtime import Actors, RayActors, late
 from actors.supervise import GivenUpError, Supervisor
-from grpo_ray.activity import IDLE
 from grpo_ray.config_reward import SHARED_POOL, RewardConfig
 from grpo_ray.errors import DeadlineError, RewardError, WorkerError
 from grpo_ray.types import Score, ScoreRequest, Track
@@ -62,12 +57,9 @@ class RewardPool:
         self._supervisor = Supervisor(self._kind, self, actors, config.num_actors, start_timeout_s + 60)
         self._workers = self._supervisor.workers
         """By index."""
-        self._queue = ScoreQueue()
-        self._most_waiting = 0
-        self._idle: deque[RewardWorker] = deque()
-        """Those that wait for work, the longest first."""
-        self._kicked = False
-        self._broken: Exception | None = None
+        self._dispatch = ScoreDispatch(
+            self._workers, self._limit_s, on_answered=self._answered, on_failed=self._call_failed
+        )
         self.on_trouble: Callable[[str], None] = log.warning
         """Told what went wrong and costs nothing but a worker."""
 
@@ -110,9 +102,7 @@ class RewardPool:
 
     async def close(self) -> None:
         """End every worker and its scoring process. Calls still waiting get a WorkerError."""
-        for worker in self._workers.values():
-            self._queue.put_back(worker.batch)
-        self._fail(WorkerError(f"the {self.name} pool is closed"))
+        self._dispatch.close(WorkerError(f"the {self.name} pool is closed"))
         await self._supervisor.close()
 
     # Scoring
@@ -124,58 +114,21 @@ class RewardPool:
             WorkerError: workers died more often than `max_restarts`, or the pool is closed.
             RewardError: a reward function can no longer be imported.
         """
-        pending = PendingScores(requests)
-        if self._broken is not None:
-            pending.set_exception(self._broken)
-        elif not requests:
-            pending.set_result([])
+        return self._dispatch.score(requests)
+
+    def _limit_s(self, num_samples: int) -> float:
+        """Of one call."""
+        return FETCH_TIMEOUT_S + num_samples * self._longest_s
+
+    def _answered(self, worker: RewardWorker) -> None:
+        if worker.leaving:
+            self._supervisor.remove(worker)
         else:
-            self._queue.put(pending)
-            if len(self._queue) > len(self._idle):
-                self._most_waiting = max(self._most_waiting, self._queue.num_samples)
-            self._kick()
-        return pending
+            self._dispatch.free(worker)
 
-    def _kick(self) -> None:
-        """Hand out in the next turn of the event loop; everything that is put in during this one is there by then."""
-        if self._idle and not self._kicked:
-            self._kicked = True
-            asyncio.get_running_loop().call_soon(self._hand_out)
-
-    def _hand_out(self) -> None:
-        self._kicked = False
-        while self._idle and self._queue:
-            if batch := self._queue.take(len(self._workers)):
-                self._call(self._idle.popleft(), batch)
-
-    def _call(self, worker: RewardWorker, batch: list[PendingScores]) -> None:
-        worker.batch = batch
-        limit_s = FETCH_TIMEOUT_S + sum(pending.num_samples for pending in batch) * self._longest_s
-        worker.due = asyncio.get_running_loop().time() + limit_s
-        worker.activity.enter("scoring")
-        try:
-            call = worker.handle.score.remote([pending.requests for pending in batch])
-        except Exception as e:
-            self._call_failed(worker, e)
-        else:
-            asyncio.wrap_future(call.future()).add_done_callback(partial(self._answered, worker))
-
-    def _answered(self, worker: RewardWorker, answer: asyncio.Future[list[list[Score]]]) -> None:
-        try:
-            results = answer.result()
-        except (Exception, asyncio.CancelledError) as e:
-            self._call_failed(worker, e)
-            return
-        for pending, scores in zip(self._end_call(worker), results, strict=True):
-            if not pending.done():
-                pending.set_result(scores)
-        self._free(worker)
-
-    def _call_failed(self, worker: RewardWorker, error: BaseException) -> None:
-        batch = self._end_call(worker)
-        self._queue.put_back(batch)
-        if self._broken is not None or not is_lost(error):
-            self._fail(self._broken or error_of(error, worker.name))
+    def _call_failed(self, worker: RewardWorker, error: BaseException, batch: Sequence[PendingScores]) -> None:
+        if self._dispatch.broken is not None or not is_lost(error):
+            self._dispatch.fail(self._dispatch.broken or error_of(error, worker.name))
             return
         for pending in batch:
             pending.deaths += 1
@@ -183,26 +136,7 @@ class RewardPool:
             self._supervisor.remove(worker)
         else:
             self._died(worker, error, max(pending.deaths for pending in batch))
-        self._hand_out()
-
-    def _end_call(self, worker: RewardWorker) -> list[PendingScores]:
-        batch, worker.batch = worker.batch, []
-        worker.due = math.inf
-        worker.activity.enter(IDLE)
-        return batch
-
-    def _free(self, worker: RewardWorker) -> None:
-        """It has nothing to do."""
-        if worker.leaving:
-            self._supervisor.remove(worker)
-        else:
-            self._idle.append(worker)
-            self._hand_out()
-
-    def _fail(self, error: Exception) -> None:
-        """The pool is of no more use: tell everyone who waits."""
-        self._broken = self._broken or error
-        self._queue.fail(error)
+        self._dispatch.hand_out()
 
     # Life and death of workers; see `supervise.Pool`
 
@@ -210,11 +144,11 @@ class RewardPool:
         return worker.due < math.inf
 
     def worker_started(self, worker: RewardWorker) -> None:
-        self._free(worker)
+        self._answered(worker)
 
     def worker_hangs(self, worker: RewardWorker, incarnation: int) -> None:
         """Its call fails then, like every call of a dead worker."""
-        if worker.incarnation == incarnation and self._broken is None:
+        if worker.incarnation == incarnation and self._dispatch.broken is None:
             self.on_trouble(f"{worker.name} did not answer for {SILENT_S:g} s; ending it")
             self._supervisor.kill(worker)
 
@@ -249,9 +183,9 @@ class RewardPool:
             if not await self._supervisor.restart(worker, cause):
                 self._supervisor.remove(worker)
         except GivenUpError as e:
-            self._fail(self._given_up(worker, e))
+            self._dispatch.fail(self._given_up(worker, e))
         except RewardError as e:
-            self._fail(e)
+            self._dispatch.fail(e)
 
     def _given_up(self, worker: RewardWorker, why: GivenUpError) -> Exception:
         if why.late:
@@ -265,16 +199,13 @@ class RewardPool:
 
     def scale(self, number: int) -> None:
         """From now on so many workers, 1 or more. Each that joins serves as soon as it has started."""
-        if self._broken is not None:
+        if self._dispatch.broken is not None:
             return
         joining, leaving = self._supervisor.scale(number, lambda worker: -worker.index)
         for worker in joining:
             self._supervisor.keep(worker, self._join(worker))
         for worker in leaving:
-            if worker in self._idle:
-                self._idle.remove(worker)
-                self._supervisor.remove(worker)
-            elif not worker.started:
+            if self._dispatch.withdraw(worker) or not worker.started:
                 self._supervisor.remove(worker)
 
     async def _join(self, worker: RewardWorker) -> None:
@@ -294,13 +225,12 @@ class RewardPool:
 
     def take_most_waiting(self) -> int:
         """Samples that waited while every worker was busy, at most, since the last call."""
-        most, self._most_waiting = self._most_waiting, 0
-        return most
+        return self._dispatch.take_most_waiting()
 
     def live(self) -> dict[str, float]:
         """At this moment."""
         return {
-            f"queue/{self.name}": float(self._queue.num_samples),
+            f"queue/{self.name}": float(self._dispatch.num_waiting),
             f"alive/{self.name}": float(self._supervisor.num_alive),
             f"restarts/{self.name}": float(self._supervisor.num_restarts),
         }

@@ -1,10 +1,23 @@
-"""Samples that wait to be scored, and what an idle reward worker takes of them."""
+"""Samples on their way to reward workers and back.
+
+    score -> queue -> an idle worker takes its share -> its call -> the scores
+               ^                                          |
+               +------- put_back: the worker died --------+
+
+By callbacks: a task for each worker would cost the controller a turn of the event loop more for each sample. It knows workers only
+by what they hold and by `score`; who starts them and finds them dead is the pool.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Generic, Protocol, TypeVar
 
+from grpo_ray.activity import IDLE, Activity
 from grpo_ray.answers import Answer
 from grpo_ray.types import Score, ScoreRequest
 
@@ -68,3 +81,142 @@ class ScoreQueue:
             pending = self._queue.popleft()
             if not pending.done():
                 pending.set_exception(error)
+
+
+class ScoringWorker(Protocol):
+    """A worker, as far as requests have to do with it."""
+
+    batch: list[PendingScores]
+    """What it has been called with."""
+    due: float
+    """When the call under way must have ended, by the event loop's clock; infinite without one."""
+    activity: Activity
+
+    def score(self, groups: list[list[ScoreRequest]]) -> asyncio.Future[list[list[Score]]]:
+        """A call of its actor. An error that is raised at once says the same as one in the future."""
+        ...
+
+
+S = TypeVar("S", bound=ScoringWorker)
+
+
+class ScoreDispatch(Generic[S]):
+    """All methods belong to one event loop."""
+
+    def __init__(
+        self,
+        workers: Mapping[int, S],
+        limit_s: Callable[[int], float],
+        *,
+        on_answered: Callable[[S], None],
+        on_failed: Callable[[S, BaseException, list[PendingScores]], None],
+    ) -> None:
+        """
+        Args:
+            limit_s: number of samples -> seconds that a call with them may take.
+            on_answered: a worker has nothing to do; who wants it to have more calls `free`.
+            on_failed: a call of it failed; what it held waits again.
+        """
+        self._workers = workers
+        self._limit_s = limit_s
+        self._on_answered = on_answered
+        self._on_failed = on_failed
+        self._queue = ScoreQueue()
+        self._most_waiting = 0
+        self._idle: deque[S] = deque()
+        """Those that wait for work, the longest first."""
+        self._kicked = False
+        self.broken: Exception | None = None
+        """Why nothing is scored any more."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Samples that no worker has."""
+        return self._queue.num_samples
+
+    def take_most_waiting(self) -> int:
+        """Samples that waited while every worker was busy, at most, since the last call."""
+        most, self._most_waiting = self._most_waiting, 0
+        return most
+
+    def score(self, requests: Sequence[ScoreRequest]) -> PendingScores:
+        pending = PendingScores(requests)
+        if self.broken is not None:
+            pending.set_exception(self.broken)
+        elif not requests:
+            pending.set_result([])
+        else:
+            self._queue.put(pending)
+            if len(self._queue) > len(self._idle):
+                self._most_waiting = max(self._most_waiting, self.num_waiting)
+            self._kick()
+        return pending
+
+    def free(self, worker: S) -> None:
+        """It has nothing to do, and may have more."""
+        self._idle.append(worker)
+        self.hand_out()
+
+    def withdraw(self, worker: S) -> bool:
+        """It gets nothing any more; True if it had nothing to do."""
+        if worker not in self._idle:
+            return False
+        self._idle.remove(worker)
+        return True
+
+    def fail(self, error: Exception) -> None:
+        """The pool is of no more use: everyone who waits is told, and who comes hears the first of these errors."""
+        self.broken = self.broken or error
+        self._queue.fail(error)
+
+    def close(self, error: Exception) -> None:
+        """`fail`, for what workers hold, too."""
+        for worker in self._workers.values():
+            self._queue.put_back(worker.batch)
+        self.fail(error)
+
+    def _kick(self) -> None:
+        """Hand out in the next turn of the event loop; everything that is put in during this one is there by then."""
+        if self._idle and not self._kicked:
+            self._kicked = True
+            asyncio.get_running_loop().call_soon(self.hand_out)
+
+    def hand_out(self) -> None:
+        self._kicked = False
+        while self._idle and self._queue:
+            if batch := self._queue.take(len(self._workers)):
+                self._call(self._idle.popleft(), batch)
+
+    def _call(self, worker: S, batch: list[PendingScores]) -> None:
+        worker.batch = batch
+        num_samples = sum(pending.num_samples for pending in batch)
+        worker.due = asyncio.get_running_loop().time() + self._limit_s(num_samples)
+        worker.activity.enter("scoring")
+        try:
+            answer = worker.score([pending.requests for pending in batch])
+        except Exception as e:
+            self._failed(worker, e)
+        else:
+            answer.add_done_callback(partial(self._answered, worker))
+
+    def _answered(self, worker: S, answer: asyncio.Future[list[list[Score]]]) -> None:
+        try:
+            results = answer.result()
+        except (Exception, asyncio.CancelledError) as e:
+            self._failed(worker, e)
+            return
+        for pending, scores in zip(self._end_call(worker), results, strict=True):
+            if not pending.done():
+                pending.set_result(scores)
+        self._on_answered(worker)
+
+    def _failed(self, worker: S, error: BaseException) -> None:
+        batch = self._end_call(worker)
+        self._queue.put_back(batch)
+        self._on_failed(worker, error, batch)
+
+    def _end_call(self, worker: S) -> list[PendingScores]:
+        batch, worker.batch = worker.batch, []
+        worker.due = math.inf
+        worker.activity.enter(IDLE)
+        return batch

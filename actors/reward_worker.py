@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from actors.runtime import Actors, start_named, within
 from actors.supervise import Worker
 from grpo_ray.config_reward import RewardConfig
 from grpo_ray.errors import RewardError, WorkerError
+from grpo_ray.types import Score, ScoreRequest
 
 SILENT_S = 60.0
 """A worker that has a call and does not answer another one for so long hangs as a whole, and is ended."""
@@ -25,14 +27,15 @@ STOP_TIMEOUT_S = 10.0
 
 @dataclass(eq=False, slots=True)
 class RewardWorker(Worker):
-    """One place in the pool."""
+    """One place in the pool; a `reward_requests.ScoringWorker`."""
 
     pid: int | None = None
     """Of its last actor that started."""
     batch: list[PendingScores] = field(default_factory=list)
-    """What it has been called with."""
     due: float = math.inf
-    """When the call under way must have ended."""
+
+    def score(self, groups: list[list[ScoreRequest]]) -> asyncio.Future[list[list[Score]]]:
+        return asyncio.wrap_future(self.handle.score.remote(groups).future())
 
 
 class RewardWorkerKind:
