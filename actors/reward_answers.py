@@ -13,7 +13,7 @@ from grpo_ray.types import LoggedMetric, RewardScore, ScoreStatus, Step
 
 
 def decode(name: str, lengths: Sequence[int], message: dict[str, Any]) -> list[RewardScore]:
-    """The scores of the function `name` for samples of these lengths.
+    """Returns the scores of the function `name` for samples of these lengths.
 
     Raises:
         EndedError: it is no answer that a function can have given.
@@ -39,7 +39,7 @@ def decode(name: str, lengths: Sequence[int], message: dict[str, Any]) -> list[R
 
 
 def _logs(extra: Any = (), metrics: Any = ()) -> tuple[tuple[Any, ...], tuple[LoggedMetric, ...]]:
-    """Raises ValueError, TypeError."""
+    """Returns what a function logged beside a score; raises ValueError or TypeError."""
     pairs = tuple((checked_name(column), plain(value)) for column, value in extra)
     logged = tuple(
         LoggedMetric(checked_name(n), float(total), int(count), int(odd)) for n, total, count, odd in metrics

@@ -11,11 +11,11 @@ from collections.abc import Iterable
 import psutil
 
 TAG = "GRPO_RAY_SCORER"
-"""The variable that marks them."""
+"""The environment variable that marks a scoring process and all that it starts."""
 
 
 def end_family(process: subprocess.Popen[bytes], tag: str) -> None:
-    """End a process, its process group, and every descendant, also those in sessions of their own."""
+    """Ends a process, its process group, and every descendant, also those in sessions of their own."""
     if process.poll() is None:
         # Stopped first: what can't run can't fork between our looking and our killing.
         _signal([process.pid], signal.SIGSTOP)
@@ -29,7 +29,7 @@ def end_family(process: subprocess.Popen[bytes], tag: str) -> None:
 
 
 def _family(pid: int, tag: str) -> list[int]:
-    """Living processes that descend from `pid`: by parentage, and by a mark in their environment, which a process
+    """Returns the living processes that descend from `pid`: by parentage, and by a mark in their environment, which a process
     keeps when its parents are gone and it leads a session of its own."""
     found = set()
     for process in psutil.process_iter():

@@ -20,11 +20,11 @@ class EndedError(Exception):
 
 
 class LateError(Exception):
-    """Nothing came in time."""
+    """The process did not answer in time."""
 
 
 class ChildPipe:
-    """For one process at a time, and for one thread."""
+    """The pipes to one process at a time; they belong to one thread."""
 
     def __init__(self) -> None:
         self._to_child = -1
@@ -32,7 +32,7 @@ class ChildPipe:
         self._buffer = bytearray()
 
     def open(self) -> tuple[int, int]:
-        """The ends of a new process: where it reads and where it writes. The caller closes them when it has them."""
+        """Returns the ends of a new process: where it reads and where it writes. The caller closes them afterwards."""
         request_read, self._to_child = os.pipe()
         self._from_child, response_write = os.pipe()
         os.set_blocking(self._to_child, False)
@@ -61,7 +61,7 @@ class ChildPipe:
                 raise EndedError from None
 
     def read(self, deadline: float) -> dict[str, Any]:
-        """The next line of the child, as JSON; `deadline` by `time.monotonic`."""
+        """Returns the next line of the child, as JSON; `deadline` is by `time.monotonic`."""
         try:
             message = json.loads(self._line(deadline))
         except ValueError:

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class RewardPool:
-    """Make one with `create`."""
+    """Scores samples with a pool of workers; made by `create`."""
 
     def __init__(
         self,
@@ -49,19 +49,19 @@ class RewardPool:
         self._run_dir = run_dir
         tries = len(config.functions) * (1 + config.on_failure.retries)
         self._longest_s = tries * (config.timeout_s + START_TRIES * start_timeout_s)
-        """That a sample may take: every function to its deadline, with every retry and restart."""
+        """The longest that a sample may take: every function to its deadline, with every retry and restart."""
         self._kind = RewardWorkerKind(
             config, run_dir, name, start_timeout_s=start_timeout_s, max_restarts=max_restarts, source=actors
         )
         # An actor starts, and then its process, which is allowed `start_timeout_s`.
         self._supervisor = Supervisor(self._kind, self, actors, config.num_actors, start_timeout_s + 60)
         self._workers = self._supervisor.workers
-        """By index."""
+        """Workers by index."""
         self._dispatch = ScoreDispatch(
             self._workers, self._limit_s, on_answered=self._answered, on_failed=self._call_failed
         )
         self.on_trouble: Callable[[str], None] = log.warning
-        """Told what went wrong and costs nothing but a worker."""
+        """Called with what went wrong and costs nothing but a worker."""
 
     @classmethod
     async def create(
@@ -101,7 +101,7 @@ class RewardPool:
         return pool
 
     async def close(self) -> None:
-        """End every worker and its scoring process. Calls still waiting get a WorkerError."""
+        """Ends every worker and its scoring process; calls that wait get a WorkerError."""
         self._dispatch.close(WorkerError(f"the {self.name} pool is closed"))
         await self._supervisor.close()
 
@@ -117,7 +117,7 @@ class RewardPool:
         return self._dispatch.score(requests)
 
     def _limit_s(self, num_samples: int) -> float:
-        """Of one call."""
+        """Returns the seconds that one call may take."""
         return FETCH_TIMEOUT_S + num_samples * self._longest_s
 
     def _answered(self, worker: RewardWorker) -> None:
@@ -147,7 +147,7 @@ class RewardPool:
         self._answered(worker)
 
     def worker_hangs(self, worker: RewardWorker, incarnation: int) -> None:
-        """Its call fails then, like every call of a dead worker."""
+        """Ends a worker that hangs; its call fails then, like every call of a dead worker."""
         if worker.incarnation == incarnation and self._dispatch.broken is None:
             self.on_trouble(f"{worker.name} did not answer for {SILENT_S:g} s; ending it")
             self._supervisor.kill(worker)
@@ -171,14 +171,14 @@ class RewardPool:
                     self._supervisor.kill(worker)
 
     def _died(self, worker: RewardWorker, cause: BaseException, deaths: int) -> None:
-        """`deaths`: of workers, over what it held."""
+        """Restarts a worker; `deaths` is how many workers have died over what it held."""
         worker.alive = False
         worker.restarts = deaths - 1
         self._supervisor.kill(worker)
         self._supervisor.keep(worker, self._restart(worker, cause))
 
     async def _restart(self, worker: RewardWorker, cause: BaseException) -> None:
-        """Another worker under the same name; the pool fails if what it held ends workers, or none starts any more."""
+        """Starts another worker under the same name; the pool fails if what it held ends workers, or none starts any more."""
         try:
             if not await self._supervisor.restart(worker, cause):
                 self._supervisor.remove(worker)
@@ -198,7 +198,7 @@ class RewardPool:
     # Members
 
     def scale(self, number: int) -> None:
-        """From now on so many workers, 1 or more. Each that joins serves as soon as it has started."""
+        """Changes the number of workers, to 1 or more; each that joins serves as soon as it has started."""
         if self._dispatch.broken is not None:
             return
         joining, leaving = self._supervisor.scale(number, lambda worker: -worker.index)
@@ -209,7 +209,7 @@ class RewardPool:
                 self._supervisor.remove(worker)
 
     async def _join(self, worker: RewardWorker) -> None:
-        """A pool that works is not broken by one that can't join it."""
+        """Starts a worker for a pool that works; one that does not start is dropped and breaks nothing."""
         try:
             await self._supervisor.join(worker, JOIN_TRIES)
         except (RewardError, DeadlineError, WorkerError) as e:
@@ -220,15 +220,15 @@ class RewardPool:
 
     @property
     def pids(self) -> dict[str, int]:
-        """Name of each worker -> its process, for people and chaos tests."""
+        """The process id of each worker, by name, for people and chaos tests."""
         return {w.name: w.pid for w in self._workers.values() if w.pid is not None}
 
     def take_most_waiting(self) -> int:
-        """Samples that waited while every worker was busy, at most, since the last call."""
+        """Returns the most samples that waited while every worker was busy, since the last call."""
         return self._dispatch.take_most_waiting()
 
     def live(self) -> dict[str, float]:
-        """At this moment."""
+        """Returns the pool's figures of this moment."""
         return {
             f"queue/{self.name}": float(self._dispatch.num_waiting),
             f"alive/{self.name}": float(self._supervisor.num_alive),
@@ -236,10 +236,10 @@ class RewardPool:
         }
 
     def take_tracks(self) -> list[Track]:
-        """Since the last call: when each worker was busy `scoring`, from the call to its answer."""
+        """Returns when each worker was busy `scoring` since the last call, from the call to its answer."""
         return self._supervisor.take_tracks()
 
 
 def _root(error: BaseException) -> BaseException:
-    """What Ray said of a worker whose start failed."""
+    """Returns what Ray said of a worker whose start failed."""
     return (error.__cause__ or error) if isinstance(error, WorkerError) else error

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import grpo_ray
 from actors.caches import use_private_caches
-from actors.patience import Patience
 from actors.reward_answers import decode
 from actors.reward_child import Call, Setup
 from actors.reward_family import TAG, end_family
 from actors.reward_pipe import ChildPipe, EndedError, LateError
+from actors.start_timeout import StartTimeout
 from grpo_ray.config_reward import RewardConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.function import ScoreInputs
@@ -61,7 +61,7 @@ class ScoringProcess:
         self._pipe = ChildPipe()
         self._stopped = False
         self._per_sample = [False] * len(config.functions)
-        self._patience = Patience(start_timeout_s)
+        self._start_timeout = StartTimeout(start_timeout_s)
         self.restarts = 0
 
     @property
@@ -72,19 +72,19 @@ class ScoringProcess:
         """Start the child and wait until it has imported every function. One that a signal ends meanwhile says nothing about them:
         where memory is short, the kernel takes who grows. Nor does one that hangs, if they were imported before. Both are started
         again."""
-        patience = self._patience
+        timeout = self._start_timeout
         for left in reversed(range(START_TRIES)):
             # The last try has all the time.
-            limit_s = patience.again_s if left else patience.limit_s
+            limit_s = timeout.again_s if left else timeout.limit_s
             try:
-                with patience.measured():
+                with timeout.measured():
                     self._start_once(limit_s)
                 return
             except _KilledAtStart:
                 if not left:
                     raise
             except _LateAtStart:
-                if not left or not patience.longest_s:
+                if not left or not timeout.longest_s:
                     raise
 
     def _start_once(self, limit_s: float) -> None:

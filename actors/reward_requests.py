@@ -26,7 +26,7 @@ MAX_BATCH = 64
 
 
 class PendingScores(Answer[list[Score]]):
-    """One call of `RewardPool.score`, and its answer."""
+    """The future of one call of `RewardPool.score`."""
 
     __slots__ = ("deaths", "requests")
 
@@ -34,7 +34,7 @@ class PendingScores(Answer[list[Score]]):
         super().__init__()
         self.requests = list(requests)
         self.deaths = 0
-        """Of workers that held it."""
+        """The number of workers that died while they held the call."""
 
     @property
     def num_samples(self) -> int:
@@ -42,12 +42,12 @@ class PendingScores(Answer[list[Score]]):
 
 
 class ScoreQueue:
-    """Calls that no worker has."""
+    """The calls that no worker has."""
 
     def __init__(self) -> None:
         self._queue: deque[PendingScores] = deque()
         self.num_samples = 0
-        """In all of them."""
+        """The number of samples in all calls of the queue."""
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -57,12 +57,12 @@ class ScoreQueue:
         self.num_samples += pending.num_samples
 
     def put_back(self, batch: Sequence[PendingScores]) -> None:
-        """Before all others."""
+        """Queues calls before all others."""
         self._queue.extendleft(reversed(batch))
         self.num_samples += sum(pending.num_samples for pending in batch)
 
     def take(self, num_workers: int) -> list[PendingScores]:
-        """The share of one of so many workers: at least one call if any is wanted still, up to MAX_BATCH samples."""
+        """Returns the share of one of so many workers: at least one call if any is wanted still, up to MAX_BATCH samples."""
         share = min(MAX_BATCH, -(-self.num_samples // num_workers))
         batch: list[PendingScores] = []
         taken = 0
@@ -75,7 +75,7 @@ class ScoreQueue:
         return batch
 
     def fail(self, error: Exception) -> None:
-        """Nobody will score what waits."""
+        """Fails every call that waits."""
         self.num_samples = 0
         while self._queue:
             pending = self._queue.popleft()
@@ -84,16 +84,16 @@ class ScoreQueue:
 
 
 class ScoringWorker(Protocol):
-    """A worker, as far as requests have to do with it."""
+    """A worker, as the dispatch sees it."""
 
     batch: list[PendingScores]
-    """What it has been called with."""
+    """The calls whose samples the worker scores now."""
     due: float
-    """When the call under way must have ended, by the event loop's clock; infinite without one."""
+    """When the actor's call must have ended, by the event loop's clock; infinite without one."""
     activity: Activity
 
     def score(self, groups: list[list[ScoreRequest]]) -> asyncio.Future[list[list[Score]]]:
-        """A call of its actor. An error that is raised at once says the same as one in the future."""
+        """Calls the worker's actor. An error that is raised at once means the same as one in the future."""
         ...
 
 
@@ -101,7 +101,7 @@ S = TypeVar("S", bound=ScoringWorker)
 
 
 class ScoreDispatch(Generic[S]):
-    """All methods belong to one event loop."""
+    """Hands samples to idle workers and settles what comes back. All methods belong to one event loop."""
 
     def __init__(
         self,
@@ -124,18 +124,18 @@ class ScoreDispatch(Generic[S]):
         self._queue = ScoreQueue()
         self._most_waiting = 0
         self._idle: deque[S] = deque()
-        """Those that wait for work, the longest first."""
+        """Workers that wait for work, the longest first."""
         self._kicked = False
         self.broken: Exception | None = None
         """Why nothing is scored any more."""
 
     @property
     def num_waiting(self) -> int:
-        """Samples that no worker has."""
+        """The number of samples that no worker has."""
         return self._queue.num_samples
 
     def take_most_waiting(self) -> int:
-        """Samples that waited while every worker was busy, at most, since the last call."""
+        """Returns the most samples that waited while every worker was busy, since the last call."""
         most, self._most_waiting = self._most_waiting, 0
         return most
 
@@ -153,30 +153,30 @@ class ScoreDispatch(Generic[S]):
         return pending
 
     def free(self, worker: S) -> None:
-        """It has nothing to do, and may have more."""
+        """Hands work to a worker that has nothing to do."""
         self._idle.append(worker)
         self.hand_out()
 
     def withdraw(self, worker: S) -> bool:
-        """It gets nothing any more; True if it had nothing to do."""
+        """Takes a worker that has nothing to do off the list of those that get work; False if it is busy."""
         if worker not in self._idle:
             return False
         self._idle.remove(worker)
         return True
 
     def fail(self, error: Exception) -> None:
-        """The pool is of no more use: everyone who waits is told, and who comes hears the first of these errors."""
+        """Ends the dispatch: calls that wait fail with this error, later ones with the first such error."""
         self.broken = self.broken or error
         self._queue.fail(error)
 
     def close(self, error: Exception) -> None:
-        """`fail`, for what workers hold, too."""
+        """As `fail`, also for the calls that workers hold."""
         for worker in self._workers.values():
             self._queue.put_back(worker.batch)
         self.fail(error)
 
     def _kick(self) -> None:
-        """Hand out in the next turn of the event loop; everything that is put in during this one is there by then."""
+        """Hands out in the next turn of the event loop; everything that is put in during this one is there by then."""
         if self._idle and not self._kicked:
             self._kicked = True
             asyncio.get_running_loop().call_soon(self.hand_out)

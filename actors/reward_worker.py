@@ -21,16 +21,16 @@ from grpo_ray.errors import RewardError, WorkerError
 from grpo_ray.types import Score, ScoreRequest
 
 SILENT_S = 60.0
-"""A worker that has a call and does not answer another one for so long hangs as a whole, and is ended."""
+"""A worker that has a call and does not answer another one within this many seconds hangs as a whole, and is ended."""
 STOP_TIMEOUT_S = 10.0
 
 
 @dataclass(eq=False, slots=True)
 class RewardWorker(Worker):
-    """One place in the pool; a `reward_requests.ScoringWorker`."""
+    """One place in the pool; implements `reward_requests.ScoringWorker`."""
 
     pid: int | None = None
-    """Of its last actor that started."""
+    """The process id of the last actor that started."""
     batch: list[PendingScores] = field(default_factory=list)
     due: float = math.inf
 
@@ -39,7 +39,7 @@ class RewardWorker(Worker):
 
 
 class RewardWorkerKind:
-    """A `supervise.WorkerKind`."""
+    """Starts reward workers; implements `supervise.WorkerKind`."""
 
     probe_s = SILENT_S
     stop_s = STOP_TIMEOUT_S
@@ -54,7 +54,7 @@ class RewardWorkerKind:
         max_restarts: int,
         source: Actors,
     ) -> None:
-        """`start_timeout_s`: that the scoring process of a worker may take to start."""
+        """`start_timeout_s` is what the scoring process of a worker may take to start."""
         self.config = config
         self.max_restarts = max_restarts
         self._run_dir = run_dir
@@ -83,7 +83,7 @@ class RewardWorkerKind:
         )
 
     async def ready(self, worker: RewardWorker, limit_s: float) -> None:
-        """Raises RewardError, too: a function can't be imported."""
+        """See `supervise.WorkerKind`; raises RewardError when a function can't be imported."""
         try:
             worker.pid = await within(
                 worker.handle.start.remote(), limit_s, f"start of {worker.name}", "deadlines.start_s"
@@ -97,7 +97,7 @@ class RewardWorkerKind:
         return f"it imports its functions, or waits for {({k: v for k, v in asked.items() if v}) or 'a place'}{where}"
 
     def backoff_s(self, worker: RewardWorker, cause: BaseException) -> float:
-        """None, but for lack of memory: others may need it only for the moment."""
+        """Waits only for memory: others may need it just for the moment."""
         return memory_wait_s(worker.restarts + 1) if kind_of(cause) == "out of memory" else 0.0
 
     def fate(self, error: BaseException, worker: RewardWorker) -> str:
@@ -114,7 +114,7 @@ class RewardWorkerKind:
 
 
 def error_of(error: BaseException, name: str) -> Exception:
-    """Ray's wrapping holds a remote traceback; users get the message alone."""
+    """Returns the error for users: Ray's wrapping holds a remote traceback, and they get the message alone."""
     inner = getattr(error, "cause", error)
     if isinstance(inner, RewardError):
         return RewardError(str(inner))

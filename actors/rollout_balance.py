@@ -7,28 +7,28 @@ from collections.abc import Mapping
 from typing import Generic, Protocol, TypeVar
 
 MAX_ENGINES = 1 << 20
-"""More than any pool has."""
+"""A number that no pool reaches."""
 
 
 class BalancedEngine(Protocol):
-    """An engine, as far as the balance looks at it."""
+    """An engine, as the balance sees it."""
 
     index: int
     alive: bool
     leaving: bool
     version: int | None
-    """Of the weights that it holds."""
+    """The version of the weights that the engine holds."""
     place: int | None
-    """Its entry in `EngineBalance._usable`."""
+    """The engine's entry in `EngineBalance._usable`."""
 
     @property
     def load(self) -> int:
-        """Requests that it works on."""
+        """The number of requests that the engine has."""
         ...
 
     @property
     def tries_suspect(self) -> bool:
-        """It works on a sample that is tried alone."""
+        """Whether the engine works on a sample that is tried alone."""
         ...
 
 
@@ -36,45 +36,45 @@ E = TypeVar("E", bound=BalancedEngine)
 
 
 class EngineBalance(Generic[E]):
-    """The engines by their loads: a pool of a thousand is not searched for every sample."""
+    """Keeps the engines sorted by their loads: a pool of a thousand is not searched for every sample."""
 
     def __init__(self, engines: Mapping[int, E]) -> None:
-        """`engines`: by index; whoever changes what decides whether one gets requests calls `reconsider`."""
+        """`engines` are by index; whoever changes what decides whether one gets requests calls `reconsider`."""
         self._engines = engines
         self._usable: list[int] = []
-        """Load x MAX_ENGINES + index of each engine that may get more, sorted."""
+        """Sorted entries, load x MAX_ENGINES + index, of the engines that may get more."""
         self._less_busy: set[E] = set()
         self.stale: set[E] = set()
-        """Alive, with old weights."""
+        """Engines that are alive and hold old weights."""
         self.version = 0
-        """Of the weights that an engine has to hold to be used. Engines start with the model as it was given, version 0."""
+        """The version of the weights that a usable engine holds. Engines start with version 0, the model as it was given."""
 
     def reconsider(self, engine: E) -> None:
-        """Its life, its weights or what it works on has changed."""
+        """Updates the entry of an engine that started, died, got weights, or has other work."""
         self.stale.discard(engine)
         if engine.alive and not engine.leaving and engine.version != self.version:
             self.stale.add(engine)
         self._move(engine, self._place(engine))
 
     def reconsider_later(self, engine: E) -> None:
-        """It has less work than before: that is looked at when the next request wants a place, which is less often."""
+        """Notes an engine that has less work; its entry is updated by `catch_up`, before the next requests are handed out."""
         self._less_busy.add(engine)
 
     def catch_up(self) -> None:
-        """Do what `reconsider_later` has put off."""
+        """Updates the entries that `reconsider_later` has put off."""
         less_busy, self._less_busy = self._less_busy, set()
         for engine in less_busy:
             self.reconsider(engine)
 
     def least_loaded(self, below: int) -> E | None:
-        """The usable engine with the fewest requests, of several the first; None if all have `below` or more."""
+        """Returns the usable engine with the fewest requests, of several the first; None if all have `below` or more."""
         if not self._usable:
             return None
         load, index = divmod(self._usable[0], MAX_ENGINES)
         return self._engines[index] if load < below else None
 
     def use_version(self, version: int) -> None:
-        """From now on engines have to hold `version`."""
+        """Makes `version` the one that engines have to hold."""
         self.version = version
         for engine in self._engines.values():
             self.reconsider(engine)

@@ -25,29 +25,29 @@ from grpo_ray.machine import usable_cpus
 from grpo_ray.types import SampleInfo, SampleRequest
 
 MAX_RESTARTS = 3
-"""Of one engine, without a finished sample in between."""
+"""An engine that has been restarted this many times without a finished sample in between is given up."""
 BACKOFF_S = 1.0
 STOP_S = 5.0
 
 
 @dataclass(eq=False, slots=True)
 class RolloutEngine(Worker):
-    """One place in the pool; a `rollout_requests.SamplingEngine`."""
+    """One place in the pool; implements `rollout_requests.SamplingEngine`."""
 
     pids: dict[str, int] = field(default_factory=dict)
     silent_s: float = 0.0
-    """Since it was last polled."""
+    """Seconds since the engine was last polled."""
     gone: str = ""
-    """Why it is not restarted any more."""
+    """Why the engine is not restarted any more."""
     version: int | None = None
     work: dict[int, PendingSample] = field(default_factory=dict)
     place: int | None = None
     paused: bool = False
-    """For a weight sync."""
+    """Whether the engine is paused for a weight sync."""
     samples: int = 0
     tokens: int = 0
     reported_busy_s: float = 0.0
-    """Its busy seconds up to the last `take_stats`."""
+    """The engine's busy seconds up to the last `take_stats`."""
 
     @property
     def load(self) -> int:
@@ -69,14 +69,14 @@ class RolloutEngine(Worker):
         self.restarts = 0
 
     def show(self) -> None:
-        """Tell its activity what it does now: after every change of `alive`, `paused` and `work`."""
+        """Records what the engine does now; called after every change of `alive`, `paused` and `work`."""
         if not self.alive:
             self.activity.enter(IDLE if self.gone else "restarting")
         else:
             self.activity.enter("paused" if self.paused else "sampling" if self.work else IDLE)
 
     def state(self, version: int) -> str:
-        """As it goes on after its name; `version` is the current one."""
+        """Says why the engine takes no request, as it goes on after its name; `version` is the current one."""
         if self.gone:
             return "is gone"
         if not self.alive:
@@ -87,7 +87,7 @@ class RolloutEngine(Worker):
         return EngineTarget(self.name, self.incarnation, self.handle, world_size)
 
     def take_stats(self, elapsed_s: float) -> dict[str, float]:
-        """Since the last call, `elapsed_s` ago."""
+        """Returns the engine's figures since the last call, `elapsed_s` ago."""
         busy_s = self.activity.busy_s - self.reported_busy_s
         stats = {
             "samples": float(self.samples),
@@ -100,7 +100,7 @@ class RolloutEngine(Worker):
 
 
 class RolloutEngineKind:
-    """A `supervise.WorkerKind`."""
+    """Starts rollout engines; implements `supervise.WorkerKind`."""
 
     max_restarts = MAX_RESTARTS
     stop_s = STOP_S
@@ -108,7 +108,7 @@ class RolloutEngineKind:
     def __init__(
         self, config: RunConfig, model: str, run_dir: str, *, has_gpus: bool, source: Actors, placement: Any = None
     ) -> None:
-        """`placement`: a placement group with a bundle for each engine, where it shares a GPU."""
+        """`placement` is a placement group with a bundle for each engine, where it shares a GPU."""
         self._config = config
         self._model = model
         self._run_dir = run_dir
@@ -155,7 +155,7 @@ class RolloutEngineKind:
         return rollout.model_copy(update={"num_threads": max(1, usable_cpus() // rollout.num_actors)})
 
     async def ready(self, engine: RolloutEngine, limit_s: float) -> None:
-        """Errors end with the end of the engine's log."""
+        """See `supervise.WorkerKind`; the errors show the end of the engine's log."""
         log = Path(self._run_dir) / "logs" / f"{engine.name}.log"
         try:
             engine.pids = await within(
@@ -182,7 +182,7 @@ class RolloutEngineKind:
         return float(BACKOFF_S * 2 ** (engine.restarts - 1))
 
     def probe(self, handle: Any) -> Awaitable[Any]:
-        """The actor answers polls also while the engine's core hangs, and then no sample would end."""
+        """Asks the engine's core: the actor answers polls also while the core hangs, and then no sample would end."""
         answer: Awaitable[Any] = handle.probe.remote()
         return answer
 

@@ -17,24 +17,24 @@ POISONED_DEATHS = 2
 
 
 class Suspect(Protocol):
-    """A sample, as far as it can be blamed."""
+    """A sample, as far as it can be blamed for the death of engines."""
 
     deaths: int
-    """Of engines that worked on it."""
+    """The number of engines that died while they worked on the sample."""
     lone_deaths: int
-    """Those of engines that worked on nothing else but its prompt."""
+    """The number of those engines that worked on nothing else but its prompt."""
 
     @property
     def prompt_id(self) -> str: ...
 
 
 def is_suspect(sample: Suspect) -> bool:
-    """Its prompt may be what ends engines: it is tried alone on one."""
+    """Whether the sample's prompt may be what ends engines; then the sample is tried alone on one."""
     return sample.deaths >= SHARED_DEATHS or sample.lone_deaths > 0
 
 
 def blame(work: Sequence[Suspect]) -> bool:
-    """Count the death of an engine that worked on this, and say whether the prompt of all of it is poisoned."""
+    """Counts the death of an engine that worked on this, and returns whether the prompt of all of it is poisoned."""
     alone = len({sample.prompt_id for sample in work}) == 1
     for sample in work:
         sample.deaths += 1
@@ -43,7 +43,7 @@ def blame(work: Sequence[Suspect]) -> bool:
 
 
 def verdict(work: Sequence[Suspect], engine: str, reason: str) -> str:
-    """The error of the poisoned prompt that `work` belongs to; `engine` is the last that died, of `reason`."""
+    """Returns the error of the poisoned prompt that `work` belongs to; `engine` is the last that died, of `reason`."""
     return (
         f"prompt {work[0].prompt_id} ends rollout engines: {max(s.deaths for s in work)} died while they worked on it, "
         f"{POISONED_DEATHS} of them on nothing else, the last one {engine} ({reason}); look at this prompt, and at "

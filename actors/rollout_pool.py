@@ -23,7 +23,7 @@ from ray.exceptions import RayError
 
 from actors.deaths import fate
 from actors.rollout_engine import BACKOFF_S, RolloutEngine, RolloutEngineKind
-from actors.rollout_lives import EngineLives
+from actors.rollout_engines import RolloutEngines
 from actors.runtime import Actors, RayActors, within
 from actors.weights import EngineTarget
 from grpo_ray.config import RunConfig
@@ -32,7 +32,7 @@ from grpo_ray.types import SampleInfo, SampleRequest, Track
 
 
 class RolloutPool:
-    """Make it with `RolloutPool.create`; all methods belong to the event loop that made it."""
+    """Samples with a pool of engines; made by `RolloutPool.create`. All methods belong to the event loop that made it."""
 
     def __init__(
         self, config: RunConfig, model: str, run_dir: str, *, has_gpus: bool, actors: Actors, placement: Any = None
@@ -40,16 +40,16 @@ class RolloutPool:
         self._deadlines = config.deadlines
         self._world_size = config.rollout.tensor_parallel_size
         kind = RolloutEngineKind(config, model, run_dir, has_gpus=has_gpus, source=actors, placement=placement)
-        self._lives = EngineLives(
+        self._group = RolloutEngines(
             config, kind, actors, on_trouble=lambda text: self.on_trouble(text), on_stale=self._ask_for_sync
         )
-        self._engines = self._lives.engines
-        self._requests = self._lives.requests
-        self._supervisor = self._lives.supervisor
+        self._engines = self._group.engines
+        self._requests = self._group.requests
+        self._supervisor = self._group.supervisor
         self.stages_weights = kind.backend == "gloo"
         """Engines take new weights in beside sampling, and pause only to load them."""
-        self.membership = self._lives.membership
-        """Held by a weight sync: meanwhile no engine leaves."""
+        self.membership = self._group.membership
+        """A weight sync holds this lock, and meanwhile no engine leaves."""
         self._stale_sync: asyncio.Task[None] | None = None
         self._stats_since = time.monotonic()
         self._reported_restarts = 0
@@ -58,7 +58,7 @@ class RolloutPool:
         self.lost_learner: Callable[[], str | None] = lambda: None
         """Why there is nobody left to get current weights from."""
         self.on_trouble: Callable[[str], None] = partial(print, "rollout:", flush=True)
-        """Told what went wrong and is being mended."""
+        """Called with what went wrong and is being repaired."""
 
     @classmethod
     async def create(
@@ -82,19 +82,19 @@ class RolloutPool:
         """
         pool = cls(config, model, run_dir, has_gpus=has_gpus, actors=actors or RayActors(), placement=placement)
         try:
-            await pool._lives.start()
+            await pool._group.start()
         except BaseException:
             await pool.close()
             raise
         return pool
 
     async def close(self) -> None:
-        """End all engines; what is not finished fails."""
-        await self._lives.close()
+        """Ends all engines; samples that are not finished fail."""
+        await self._group.close()
 
     def scale(self, number: int) -> None:
-        """From now on so many engines, 1 or more: others join, or those leave that do least."""
-        self._lives.scale(number)
+        """Changes the number of engines, to 1 or more: others join, or those leave that do least."""
+        self._group.scale(number)
 
     # Sampling
 
@@ -111,22 +111,22 @@ class RolloutPool:
 
     @property
     def num_unfinished(self) -> int:
-        """Samples asked for and not there yet."""
+        """The number of samples that were asked for and are not finished."""
         return len(self._requests)
 
     def pids(self) -> dict[str, dict[str, int]]:
-        """Engine -> `pid` of its actor and `core_pid` of vLLM's engine process, of the engines that are alive."""
+        """Returns for each engine that is alive the `pid` of its actor and the `core_pid` of vLLM's engine process."""
         return {e.name: e.pids for e in self._engines.values() if e.alive}
 
     # The weights' view
 
     @property
     def version(self) -> int:
-        """What usable engines hold. Engines start with the model as it was given, which is version 0."""
+        """The version of the weights that usable engines hold. Engines start with version 0, the model as it was given."""
         return self._requests.version
 
     def engines(self, *, stale_only: bool = False) -> list[EngineTarget]:
-        """The engines that are alive."""
+        """Returns the engines that are alive."""
         return [
             e.target(self._world_size)
             for e in self._engines.values()
@@ -134,7 +134,7 @@ class RolloutPool:
         ]
 
     async def wait_for_engines(self) -> list[EngineTarget]:
-        """The engines that are alive; waits for a restart under way while there is none.
+        """Returns the engines that are alive; waits for a restart under way while there is none.
 
         Raises:
             WorkerError: none is alive, and none will be.
@@ -142,32 +142,32 @@ class RolloutPool:
         """
         deadline = time.monotonic() + self._deadlines.start_s
         while not (targets := self.engines()):
-            if self._lives.all_gone:
-                raise WorkerError(self._lives.why_all_gone())
-            self._lives.changed.clear()
+            if self._group.all_gone:
+                raise WorkerError(self._group.why_all_gone())
+            self._group.changed.clear()
             left = max(deadline - time.monotonic(), 0.0)
-            await within(self._lives.changed.wait(), left, "the restart of any rollout engine", "deadlines.start_s")
+            await within(self._group.changed.wait(), left, "the restart of any rollout engine", "deadlines.start_s")
         return targets
 
     def mark_paused(self, targets: Sequence[EngineTarget], *, paused: bool) -> None:
-        """For a weight sync; an engine that dies meanwhile comes back unpaused."""
+        """Marks engines for a weight sync; one that dies meanwhile comes back unpaused."""
         for engine in self._living(targets):
             engine.paused = paused
             engine.show()
 
     def mark_synced(self, targets: Sequence[EngineTarget], version: int) -> None:
-        """These engines now hold `version`, which becomes the current one."""
+        """Records that these engines hold `version`, which becomes the current one."""
         for engine in self._living(targets):
             engine.version = version
         self._requests.use_version(version)
 
     def engine_failed(self, target: EngineTarget, reason: str, *, blame_work: bool) -> None:
-        """Treat an engine as dead: end it, move its work, restart it. `blame_work`: its requests may be the cause."""
+        """Treats an engine as dead: ends it, moves its work, restarts it. `blame_work` says that its requests may be the cause."""
         for engine in self._living([target]):
-            self._lives.died(engine, target.incarnation, reason, blame_work=blame_work)
+            self._group.died(engine, target.incarnation, reason, blame_work=blame_work)
 
     def _living(self, targets: Sequence[EngineTarget]) -> list[RolloutEngine]:
-        """Those of them whose life is not over."""
+        """Returns the engines of those targets that are still the same incarnation, and alive."""
         lives = {(e.name, e.incarnation): e for e in self._engines.values() if e.alive}
         return [lives[life] for t in targets if (life := (t.name, t.incarnation)) in lives]
 
@@ -204,7 +204,7 @@ class RolloutPool:
             self.mark_paused(self.engines(), paused=False)
 
     async def _of_all(self, method: str, *args: Any, limit: Literal["sample_s", "sync_s"]) -> None:
-        """One that fails is given up, and restarted."""
+        """Calls a method of all engines; one that fails is ended and restarted."""
         limit_s = getattr(self._deadlines, limit)
 
         async def ask(target: EngineTarget) -> None:
@@ -219,7 +219,7 @@ class RolloutPool:
     # Reports
 
     def take_stats(self) -> dict[str, float]:
-        """Since the last call: restarts, and for each engine its samples, tokens, seconds at work and their part of the time."""
+        """Returns restarts, and each engine's samples, tokens, busy seconds and their fraction of the time, since the last call."""
         now = time.monotonic()
         elapsed_s = max(now - self._stats_since, 1e-9)
         restarts = self._supervisor.num_restarts
@@ -230,11 +230,11 @@ class RolloutPool:
         return out
 
     def take_most_waiting(self) -> int:
-        """Samples beyond what the engines sample at once, at most, since the last call."""
+        """Returns the most samples beyond what the engines sample at once, since the last call."""
         return self._requests.take_most_waiting()
 
     def live(self) -> dict[str, float]:
-        """At this moment."""
+        """Returns the pool's figures of this moment."""
         return {
             "queue/rollout": float(self._requests.num_queued),
             "under_way/rollout": float(sum(e.load for e in self._engines.values())),
@@ -243,5 +243,5 @@ class RolloutPool:
         }
 
     def take_tracks(self) -> list[Track]:
-        """Since the last call, of each engine: `sampling` (it has a request, and is not paused), `paused`, `restarting`."""
+        """Returns when each engine was `sampling` (has a request, is not paused), `paused` or `restarting`, since the last call."""
         return self._supervisor.take_tracks()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from actors.rollout import Outcome
 
 QUEUE_FACTOR = 1.25
-"""Requests at an engine over what it samples at once: the next ones are there when a place gets free."""
+"""An engine gets this many times the requests that it samples at once: the next ones are there when a place gets free."""
 MAX_ABORTS = 3
 
 
@@ -41,12 +41,12 @@ class PendingSample(Answer[SampleInfo]):
         self.number = number
         self.request = request
         self.since = since
-        """When it was last handed to an engine, or queued."""
+        """When the request was last handed to an engine, or queued."""
         self.deaths = self.lone_deaths = 0
         """See `rollout_poison.Suspect`."""
         self.aborts = 0
         self.engine: SamplingEngine | None = None
-        """That works on it."""
+        """The engine that works on the sample."""
 
     def succeed(self, info: SampleInfo) -> None:
         self._queue._forget(self)
@@ -73,33 +73,33 @@ class PendingSample(Answer[SampleInfo]):
 
 
 class SamplingEngine(BalancedEngine, Protocol):
-    """An engine, as far as requests have to do with it."""
+    """An engine, as the queue sees it."""
 
     name: str
     work: dict[int, PendingSample]
-    """By number; the one that it has had for longest stands first."""
+    """The engine's samples by number, in the order in which it got them."""
 
     def submit(self, requests: list[tuple[int, SampleRequest]]) -> None:
-        """Begin these; how each ends comes back by `RequestQueue.settle`."""
+        """Begins these samples; how each ends comes back by `RequestQueue.settle`."""
         ...
 
     def cancel(self, number: int) -> None: ...
 
     def has_finished(self, info: SampleInfo) -> None:
-        """Count a sample of it."""
+        """Counts a finished sample of the engine."""
         ...
 
     def show(self) -> None:
-        """Its work has changed, from none or to none perhaps."""
+        """Records that the engine's work has changed."""
         ...
 
     def state(self, version: int) -> str:
-        """Why it takes no request, as it goes on after its name; `version` is the current one."""
+        """Says why the engine takes no request, as it goes on after its name; `version` is the current one."""
         ...
 
 
 class RequestQueue:
-    """All methods belong to one event loop."""
+    """Hands requests to engines and settles what comes back. All methods belong to one event loop."""
 
     def __init__(
         self,
@@ -129,12 +129,12 @@ class RequestQueue:
         self._dispatching = False
         self._clock = clock
         self._progress = clock()
-        """When a sample was finished, the last time."""
+        """When a sample was last finished."""
         self._most_waiting = 0
         self._closed = False
 
     def __iter__(self) -> Iterator[PendingSample]:
-        """The samples that were asked for and are not there yet."""
+        """Iterates over the samples that are not finished."""
         return iter(list(self._pending))
 
     def __len__(self) -> int:
@@ -142,12 +142,12 @@ class RequestQueue:
 
     @property
     def num_queued(self) -> int:
-        """Those that no engine has."""
+        """The number of samples that no engine has."""
         return len(self._queue)
 
     @property
     def version(self) -> int:
-        """What usable engines hold."""
+        """The version of the weights that usable engines hold."""
         return self._balance.version
 
     @property
@@ -165,24 +165,24 @@ class RequestQueue:
         return sample
 
     def take_most_waiting(self) -> int:
-        """Samples beyond what the engines sample at once, at most, since the last call."""
+        """Returns the most samples beyond what the engines sample at once, since the last call."""
         most, self._most_waiting = self._most_waiting, 0
         return most
 
     def use_version(self, version: int) -> None:
-        """Engines with these weights are used from now on, and no others."""
+        """Uses engines with these weights from now on, and no others."""
         self._balance.use_version(version)
         self.kick()
 
     def engine_changed(self, engine: SamplingEngine) -> None:
-        """It lives, died, or is to leave."""
+        """Takes note of an engine that started, was removed, or is to leave."""
         self._balance.reconsider(engine)
         self.kick()
 
     # To an engine
 
     def kick(self) -> None:
-        """Dispatch once at the end of this turn of the event loop, so that requests made together travel together."""
+        """Dispatches once at the end of this turn of the event loop, so that requests made together travel together."""
         if not self._dispatching and (self._queue or self._balance.stale):
             self._dispatching = True
             asyncio.get_running_loop().call_soon(self._dispatch)
@@ -199,7 +199,7 @@ class RequestQueue:
             self._on_stale()
 
     def _assign(self) -> dict[SamplingEngine, list[PendingSample]]:
-        """Engine -> what it gets of the queue: as much as there are places for."""
+        """Returns, for each engine, what it gets of the queue: as much as there are places for."""
         given: dict[SamplingEngine, list[PendingSample]] = {}
         held: list[PendingSample] = []
         now = self._clock()
@@ -226,7 +226,7 @@ class RequestQueue:
     # Back from it
 
     def settle(self, engine: SamplingEngine, outcomes: Sequence[Outcome], samples_ref: Any) -> None:
-        """What one poll brought; the samples are behind `samples_ref`."""
+        """Settles what one poll brought; the samples are behind `samples_ref`."""
         for outcome in outcomes:
             sample = engine.work.pop(outcome.ticket, None)
             if sample is None or sample.done():
@@ -244,7 +244,7 @@ class RequestQueue:
         self.kick()
 
     def take_back(self, engine: SamplingEngine) -> list[PendingSample]:
-        """What an engine that died worked on, and is to be done still."""
+        """Returns the unfinished samples of an engine that died."""
         work = [sample for sample in engine.work.values() if not sample.done()]
         engine.work.clear()
         for sample in work:
@@ -253,7 +253,7 @@ class RequestQueue:
         return work
 
     def requeue(self, samples: Sequence[PendingSample]) -> None:
-        """Before all others."""
+        """Queues samples before all others."""
         waiting = [sample for sample in samples if not sample.done()]
         for sample in waiting:
             sample.since = self._clock()
@@ -261,7 +261,7 @@ class RequestQueue:
         self.kick()
 
     def _try_again(self, sample: PendingSample, engine: SamplingEngine, reason: str) -> None:
-        """It ended without a sample."""
+        """Queues a request that the engine ended without a sample, or fails it after MAX_ABORTS."""
         sample.aborts += 1
         if sample.aborts >= MAX_ABORTS:
             told = f"{sample.name} ended {sample.aborts} times without a sample, last on {engine.name}: {reason}"
@@ -270,7 +270,7 @@ class RequestQueue:
             self.requeue([sample])
 
     def _has_less(self, engine: SamplingEngine) -> None:
-        """It has less work than before."""
+        """Takes note of an engine that has less work than before."""
         self._balance.reconsider_later(engine)
         engine.show()
         if engine.leaving and not engine.work:
@@ -279,7 +279,7 @@ class RequestQueue:
     # Ends without a sample
 
     def _forget(self, sample: PendingSample) -> None:
-        """A sample that ends. Nobody waits for it any more: the work on it, if an engine still has it, stops."""
+        """Drops a sample that ends: nobody waits for it, so an engine that still has it stops."""
         self._pending.remove(sample)
         if (engine := sample.engine) is not None:
             del engine.work[sample.number]
@@ -293,13 +293,13 @@ class RequestQueue:
             sample.fail(WorkerError(why))
 
     def fail_poisoned(self, prompt_id: str, why: str) -> None:
-        """All samples of a prompt."""
+        """Fails all samples of a poisoned prompt."""
         for sample in self:
             if sample.prompt_id == prompt_id:
                 sample.fail(PoisonedError(why))
 
     def fail_late(self, limit_s: float) -> None:
-        """The deadline of every sample: from the moment an engine got it; while queued, from the last progress of any."""
+        """Holds the deadline of every sample: from the moment an engine got it; while queued, from the last progress of any."""
         now = self._clock()
         for engine in list(self._engines.values()):
             for sample in _handed_before(now - limit_s, engine):
@@ -312,7 +312,7 @@ class RequestQueue:
                 sample.fail(DeadlineError(what))
 
     def close(self) -> None:
-        """What is not finished fails, and what is asked for from now on."""
+        """Fails what is not finished, and what is asked for from now on."""
         self._closed = True
         for sample in self:
             sample.engine = None
@@ -320,5 +320,5 @@ class RequestQueue:
 
 
 def _handed_before(when: float, engine: SamplingEngine) -> list[PendingSample]:
-    """Work of an engine that it has had since before."""
+    """Returns the samples that the engine has had since before `when`."""
     return list(itertools.takewhile(lambda sample: sample.since < when, engine.work.values()))

@@ -1,4 +1,4 @@
-"""The life of a worker: one policy for rollout engines and reward workers; learner ranks and scoring processes share its patience.
+"""The life of a worker: one policy for rollout engines and reward workers; learner ranks and scoring processes share its timeout.
 
     start -> alive -> died -> killed -> back-off -> start again -> ..         until it is given up
     join   the start of a worker while the others of its pool are busy
@@ -20,8 +20,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from ray.exceptions import RayError
 
-from actors.patience import Patience
 from actors.runtime import Actors
+from actors.start_timeout import StartTimeout
 from grpo_ray.activity import Activity
 from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
 from grpo_ray.types import Track
@@ -33,24 +33,24 @@ CANCEL_S = 5.0
 
 @dataclass(eq=False, slots=True)
 class Worker:
-    """One place in a pool, through the lives of its actor."""
+    """One place in a pool; it outlives the actors that fill it, one after the other."""
 
     index: int
     name: str
     handle: Any = None
-    """The actor of its present life."""
+    """Ray handle of the present actor."""
     incarnation: int = 0
-    """The number of its present life."""
+    """The number of the present actor: a worker that was restarted is another incarnation."""
     alive: bool = False
     started: bool = False
-    """It has been alive."""
+    """Whether any actor of this place has been alive."""
     leaving: bool = False
     restarts: int = 0
-    """In a row, without anything finished in between."""
+    """The number of restarts in a row, without any work finished in between."""
     probe: asyncio.Task[None] | None = None
-    """Of its present life, the last one."""
+    """The latest probe of the present actor."""
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    """They end with the worker, if not before."""
+    """Tasks that are cancelled when the worker leaves."""
     activity: Activity = field(init=False)
 
     def __post_init__(self) -> None:
@@ -62,25 +62,25 @@ W_contra = TypeVar("W_contra", bound=Worker, contravariant=True)
 
 
 class WorkerKind(Protocol[W]):
-    """What is special to one kind of worker."""
+    """What differs between kinds of workers: how one is started, asked and stopped."""
 
     max_restarts: int
-    """Of one worker, in a row."""
+    """A worker that has been restarted this many times in a row is given up."""
     probe_s: float
-    """A worker that does not answer a probe for so long hangs."""
+    """A worker that does not answer a probe within this many seconds hangs."""
     stop_s: float
-    """A worker that does not stop by itself for so long is killed."""
+    """A worker that does not stop by itself within this many seconds is killed."""
 
     def make(self, index: int) -> W:
-        """A place in the pool, without an actor."""
+        """Returns a worker without an actor."""
         ...
 
     def launch(self, worker: W) -> Any:
-        """The handle of a new actor, at once."""
+        """Creates an actor and returns its handle without waiting for it."""
         ...
 
     async def ready(self, worker: W, limit_s: float) -> None:
-        """Wait until the actor has started.
+        """Waits until the actor has started.
 
         Raises:
             DeadlineError: not within `limit_s`.
@@ -90,41 +90,41 @@ class WorkerKind(Protocol[W]):
         ...
 
     def waits_for(self) -> str:
-        """What a worker that does not start may be busy with, or lack."""
+        """Says what a worker that does not start may be busy with, or lack."""
         ...
 
     def backoff_s(self, worker: W, cause: BaseException) -> float:
-        """Before `worker.restarts` becomes one more start, after it died of `cause`."""
+        """Returns the seconds to wait before restart number `worker.restarts` of a worker that died of `cause`."""
         ...
 
     def probe(self, handle: Any) -> Awaitable[Any]:
-        """A call that a worker which does not hang answers at any time."""
+        """Makes a call that a worker answers at any time, unless it hangs."""
         ...
 
     def stop(self, handle: Any) -> Awaitable[Any]:
-        """Let the actor end of its own accord."""
+        """Asks the actor to end of its own accord."""
         ...
 
 
 class Pool(Protocol[W_contra]):
-    """What the supervisor tells the pool whose workers it holds."""
+    """The pool, as the supervisor of its workers sees it."""
 
     on_trouble: Callable[[str], None]
 
     def is_busy(self, worker: W_contra) -> bool:
-        """It has work that it may hang over."""
+        """Whether the worker has work that it may hang over."""
         ...
 
     def worker_started(self, worker: W_contra) -> None:
-        """It is alive, with nothing to do."""
+        """The worker is alive now, and has nothing to do."""
         ...
 
     def worker_hangs(self, worker: W_contra, incarnation: int) -> None:
-        """That life of it did not answer a probe in time."""
+        """This incarnation of the worker did not answer a probe in time."""
         ...
 
     def worker_restarts(self, worker: W_contra, cause: BaseException) -> None:
-        """It is started again, after `cause`."""
+        """The worker died of `cause` and is about to be started again."""
         ...
 
 
@@ -134,32 +134,32 @@ class GivenUpError(GrpoRayError):
     def __init__(self, worker: str, cause: BaseException, *, late: bool) -> None:
         super().__init__(f"{worker} is given up: {cause}")
         self.cause = cause
-        """What its last life, or its last start, ended with."""
+        """The error that its last actor, or the last start, ended with."""
         self.late = late
-        """No worker of the pool has started in time; else it died too often."""
+        """Whether no worker of the pool has started in time; otherwise the worker died too often."""
 
 
 class Supervisor(Generic[W]):
-    """The workers of one pool, by index. All methods belong to the event loop of the pool."""
+    """Keeps the workers of one pool alive. All methods belong to the event loop of the pool."""
 
     def __init__(self, kind: WorkerKind[W], pool: Pool[W], source: Actors, number: int, limit_s: float) -> None:
-        """`limit_s`: what the first start of a worker may take."""
+        """`limit_s` is what the first start of a worker may take."""
         self._kind = kind
         self._pool = pool
         self._source = source
-        self._patience = Patience(limit_s, lambda: asyncio.get_running_loop().time())
+        self._start_timeout = StartTimeout(limit_s, lambda: asyncio.get_running_loop().time())
         self._lives = itertools.count()
         """No two lives of a name have the same number, whoever had the name before."""
         self.workers = {i: kind.make(i) for i in range(number)}
         self._left: list[W] = []
-        """They are gone, and have something to report yet."""
+        """Workers that have left and still have something to report."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: set[asyncio.Task[None]] = set()
         self.num_restarts = 0
 
     @property
     def limit_s(self) -> float:
-        return self._patience.limit_s
+        return self._start_timeout.limit_s
 
     @property
     def num_alive(self) -> int:
@@ -168,7 +168,7 @@ class Supervisor(Generic[W]):
     # Starts
 
     async def start_all(self) -> None:
-        """Start every worker, side by side; the first error ends them all."""
+        """Starts every worker, side by side; the first error ends them all."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 for worker in self.workers.values():
@@ -178,7 +178,7 @@ class Supervisor(Generic[W]):
             raise error from error.__cause__
 
     async def join(self, worker: W, tries: int = 1) -> None:
-        """Start a new worker while the others are busy. Raises the error of its last try; see `WorkerKind.ready`."""
+        """Starts a new worker while the others are busy, and raises the error of the last try; see `WorkerKind.ready`."""
         for left in reversed(range(tries)):
             try:
                 await self._start_with_warning(worker, self.limit_s)
@@ -190,14 +190,14 @@ class Supervisor(Generic[W]):
                 self._pool.on_trouble(f"{worker.name} was to join and does not start, it is tried again: {e}")
 
     async def restart(self, worker: W, cause: BaseException) -> bool:
-        """Start a worker again that died of `cause`, until it is alive (True) or is to leave (False).
+        """Starts a worker that died of `cause` again, until it is alive (True) or is to leave (False).
 
         Raises:
             GivenUpError: see the top of this file.
             GrpoRayError: no other start would do better.
         """
-        self._patience.died()
-        limit_s = self._patience.again_s
+        self._start_timeout.died()
+        limit_s = self._start_timeout.again_s
         while worker.restarts < self._kind.max_restarts and not worker.leaving:
             worker.restarts += 1
             self.num_restarts += 1
@@ -205,26 +205,26 @@ class Supervisor(Generic[W]):
             await asyncio.sleep(self._kind.backoff_s(worker, cause))
             try:
                 await self._start_with_warning(
-                    worker, limit_s if self.num_alive else min(limit_s, self._patience.left_s)
+                    worker, limit_s if self.num_alive else min(limit_s, self._start_timeout.left_s)
                 )
                 return True
             except WorkerError as e:
                 cause = e
                 self.kill(worker)
-                self._patience.died()
+                self._start_timeout.died()
             except DeadlineError as e:
                 cause = e
                 self.kill(worker)
-                if self._patience.left_s <= 0 and not self.num_alive:
+                if self._start_timeout.left_s <= 0 and not self.num_alive:
                     raise GivenUpError(worker.name, cause, late=True) from None
                 worker.restarts -= 1  # It died of nothing.
-                limit_s = self._patience.doubled(limit_s)
+                limit_s = self._start_timeout.doubled(limit_s)
         if worker.leaving:
             return False
         raise GivenUpError(worker.name, cause, late=False)
 
     async def _start_with_warning(self, worker: W, limit_s: float) -> None:
-        """A start while the run goes on: the cluster may have no room any more, and Ray does not report that."""
+        """Starts a worker while the run goes on: the cluster may have no room any more, and Ray does not report that."""
         warning = asyncio.get_running_loop().call_later(
             START_WARNING_S,
             self._pool.on_trouble,
@@ -236,7 +236,7 @@ class Supervisor(Generic[W]):
             warning.cancel()
 
     async def _start(self, worker: W, limit_s: float) -> None:
-        with self._patience.measured():
+        with self._start_timeout.measured():
             worker.incarnation = next(self._lives)
             worker.handle = self._kind.launch(worker)
             worker.probe = None
@@ -247,7 +247,7 @@ class Supervisor(Generic[W]):
     # Members
 
     def scale(self, number: int, worth: Callable[[W], Any]) -> tuple[list[W], list[W]]:
-        """Change the number of workers that are not to leave.
+        """Changes the number of workers that are not to leave.
 
         Returns:
             Those that are new, without an actor; and those that are to leave from now on, which are worth least.
@@ -262,7 +262,7 @@ class Supervisor(Generic[W]):
         return new, leaving
 
     def remove(self, worker: W) -> None:
-        """A worker that has nothing to do any more is no member from now on, and ends."""
+        """Ends a worker that has nothing to do; it is no member of the pool from now on."""
         del self.workers[worker.index]
         if worker.started:
             self._left.append(worker)
@@ -271,12 +271,12 @@ class Supervisor(Generic[W]):
         _hold(self._ending, asyncio.create_task(self._end(worker)))
 
     def kill(self, worker: W) -> None:
-        """At once, whatever it is doing."""
+        """Ends the worker's actor at once, whatever it is doing."""
         if worker.handle is not None:
             self._source.kill(worker.handle)
 
     async def close(self) -> None:
-        """Cancel what is under way, and end all workers."""
+        """Cancels all tasks and ends all workers."""
         workers = list(self.workers.values())
         tasks = _cancel({*self._tasks, *(t for w in workers for t in w.tasks)})
         if tasks:
@@ -284,7 +284,7 @@ class Supervisor(Generic[W]):
         await asyncio.gather(*(self._end(w) for w in workers), *self._ending)
 
     async def _end(self, worker: W) -> None:
-        """Of its own accord, or by force."""
+        """Ends the worker's actor, of its own accord or by force."""
         worker.alive = False
         handle, worker.handle = worker.handle, None
         if handle is None:
@@ -300,15 +300,15 @@ class Supervisor(Generic[W]):
     # Tasks
 
     def keep(self, worker: W, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """A task that ends with the worker, if not before."""
+        """Runs a task that is cancelled when the worker leaves."""
         return _hold(worker.tasks, asyncio.create_task(work))
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """A task that ends with the pool, if not before."""
+        """Runs a task that is cancelled when the pool closes."""
         return _hold(self._tasks, asyncio.create_task(work))
 
     async def watch(self, period_s: Callable[[], float]) -> None:
-        """Probe the workers that are busy, every `period_s()`."""
+        """Probes the workers that are busy, every `period_s()`."""
         while True:
             await asyncio.sleep(period_s())
             for worker in list(self.workers.values()):
@@ -328,25 +328,25 @@ class Supervisor(Generic[W]):
     # Reports
 
     def reporting(self) -> list[W]:
-        """The workers that have something to report: not those that are only about to join."""
+        """Returns the workers that have something to report: not those that are only about to join."""
         return [*(w for w in self.workers.values() if w.started), *self._left]
 
     def take_tracks(self) -> list[Track]:
-        """What each worker did since the last call."""
+        """Returns what each worker did since the last call."""
         tracks = [worker.activity.take() for worker in self.reporting()]
         self._left = []
         return tracks
 
 
 def _hold(tasks: set[asyncio.Task[None]], task: asyncio.Task[None]) -> asyncio.Task[None]:
-    """The event loop itself holds a task by a weak reference."""
+    """Keeps a reference to the task while it runs: the event loop has only a weak one."""
     tasks.add(task)
     task.add_done_callback(tasks.discard)
     return task
 
 
 def _cancel(tasks: set[asyncio.Task[None]]) -> set[asyncio.Task[None]]:
-    """All but the one that asks for it."""
+    """Cancels all tasks but the current one, and returns them."""
     others = tasks - {asyncio.current_task()}
     for task in others:
         task.cancel()

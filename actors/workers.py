@@ -13,10 +13,10 @@ from actors.adapter_sync import RayAdapterSync
 from actors.cluster import has_gpus, reserve_pairs
 from actors.colocated import ColocatedLearner, ColocatedSampler, ColocatedWeights, Turns
 from actors.learner_group import LearnerGroup
-from actors.patience import Patience
 from actors.reward_pool import RewardPool
 from actors.reward_pools import RewardPools
 from actors.rollout_pool import RolloutPool
+from actors.start_timeout import StartTimeout
 from actors.weights import RayWeightSync
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import Place
@@ -62,7 +62,7 @@ class Workers:
         self._scorer: RewardPool | RewardPools | None = None
         self._learner: LearnerGroup | None = None
         self._num_steps = 0
-        self._learner_patience = Patience(config.deadlines.start_s)
+        self._learner_timeout = StartTimeout(config.deadlines.start_s)
 
     async def __aenter__(self) -> Workers:
         return self
@@ -215,7 +215,7 @@ class Workers:
 
     async def start_learner(self, num_steps: int, placement: Any = None, limit_s: float | None = None) -> LearnerGroup:
         self._phase("starting", "learner: DeepSpeed")
-        with self._learner_patience.measured():
+        with self._learner_timeout.measured():
             pool = await LearnerGroup.create(
                 self._config,
                 self._model,
@@ -231,17 +231,17 @@ class Workers:
 
     async def start_learner_again(self) -> LearnerGroup:
         """In place of lost ones; ranks whose start hangs are begun again, as long as a start may take."""
-        patience = self._learner_patience
-        patience.died()
-        limit_s = patience.again_s
+        timeout = self._learner_timeout
+        timeout.died()
+        limit_s = timeout.again_s
         while True:
             try:
                 return await self.start_learner(self._num_steps, self._placement, limit_s)
             except DeadlineError as e:
-                if patience.left_s <= 0:
+                if timeout.left_s <= 0:
                     raise
                 self._warn(f"{e}\nLearners start once more")
-                limit_s = patience.doubled(limit_s)
+                limit_s = timeout.doubled(limit_s)
 
     def _opened(self, pool: P, what: str) -> P:
         self._pools.append(pool)

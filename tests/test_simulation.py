@@ -15,7 +15,7 @@ import pytest
 
 from actors.reward_pool import WATCH_S, RewardPool
 from actors.reward_worker import SILENT_S
-from actors.rollout_lives import POLL_S, POLLS_PER_S
+from actors.rollout_engines import POLL_S, POLLS_PER_S
 from actors.rollout_pool import RolloutPool
 from actors.weights import ask_each
 from grpo_ray.cursor import Cursor

@@ -409,7 +409,7 @@ def test_a_process_that_is_killed_while_it_imports_is_started_again_a_few_times(
 def test_a_process_that_hangs_while_it_imports_again_is_not_waited_for_as_long_as_the_first(
     functions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("actors.patience.RESTART_S", 0.0)
+    monkeypatch.setattr("actors.start_timeout.RESTART_S", 0.0)
     imports = tmp_path / "imports"
     config = config_of(functions, "hangs_when_told.f", env={"PYTHONPATH": functions, "IMPORTS": str(imports)})
     imports.write_text("-hh-")

@@ -222,15 +222,16 @@ async def test_engines_with_old_weights_get_nothing_and_a_sync_is_asked_for() ->
 @on_loop
 async def test_an_engine_that_is_to_leave_gets_nothing_new_and_says_when_it_is_idle() -> None:
     bench = Bench(1)
-    (sample,) = bench.ask("a")
+    first, second = bench.ask("a", "b")
     await turn()
     engine = bench.engines[0]
     engine.leaving = True
     bench.queue.engine_changed(engine)
-    bench.ask("b")
+    bench.ask("c")
     await turn()
-    assert (engine.submitted, bench.idle) == ([["a"]], [])
-    bench.finish(engine, sample)
+    bench.finish(engine, first)
+    assert (engine.submitted, bench.idle) == ([["a", "b"]], [])
+    bench.finish(engine, second)
     assert bench.idle == ["rollout-0"]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from actors.patience import RESTART_FACTOR, RESTART_S, Patience
+from actors.start_timeout import RESTART_FACTOR, RESTART_S, StartTimeout
 from actors.supervise import START_WARNING_S, GivenUpError, Supervisor, Worker
 from grpo_ray.errors import ConfigError, DeadlineError, WorkerError
 from tests.bench.simulated import Cluster, VirtualLoop
@@ -386,35 +386,35 @@ def test_a_new_life_is_probed_though_the_last_one_has_not_answered_yet() -> None
     in_virtual_time(work())
 
 
-def test_patience_grows_with_the_longest_start_and_never_beyond_the_limit() -> None:
+def test_a_start_timeout_grows_with_the_longest_start_and_never_beyond_the_limit() -> None:
     now = [0.0]
-    patience = Patience(100.0, lambda: now[0])
+    timeout = StartTimeout(100.0, lambda: now[0])
 
     def start(seconds: float) -> None:
-        with patience.measured():
+        with timeout.measured():
             now[0] += seconds
 
-    assert patience.again_s == 100.0, "nothing is known"
+    assert timeout.again_s == 100.0, "nothing is known"
     start(2.0)
     start(1.0)
-    assert (patience.longest_s, patience.again_s) == (2.0, RESTART_S + 2 * RESTART_FACTOR)
+    assert (timeout.longest_s, timeout.again_s) == (2.0, RESTART_S + 2 * RESTART_FACTOR)
     start(50.0)
-    assert patience.again_s == 100.0
-    assert [patience.doubled(s) for s in (30.0, 60.0)] == [60.0, 100.0]
-    patience.died()
+    assert timeout.again_s == 100.0
+    assert [timeout.doubled(s) for s in (30.0, 60.0)] == [60.0, 100.0]
+    timeout.died()
     now[0] += 40.0
-    assert patience.left_s == 60.0
+    assert timeout.left_s == 60.0
 
 
 def test_a_start_that_fails_says_nothing_of_how_long_starts_take() -> None:
     now = [0.0]
-    patience = Patience(100.0, lambda: now[0])
+    timeout = StartTimeout(100.0, lambda: now[0])
 
     def fail() -> None:
-        with patience.measured():
+        with timeout.measured():
             now[0] += 70.0
             raise WorkerError("died")
 
     with pytest.raises(WorkerError):
         fail()
-    assert patience.longest_s == 0.0
+    assert timeout.longest_s == 0.0

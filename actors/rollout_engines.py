@@ -22,13 +22,13 @@ from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
 
 POLL_S = 10.0
 POLLS_PER_S = 10.0
-"""Of a large pool, which asks engines with nothing to tell less often."""
+"""The polls of a whole pool per second: a large one asks engines with nothing to tell less often."""
 POLL_SLACK_S = 60.0
-"""An actor whose poll is this much late is taken for dead."""
+"""An actor whose poll is this many seconds late is taken for dead."""
 
 
-class EngineLives:
-    """A `supervise.Pool`. All methods belong to one event loop."""
+class RolloutEngines:
+    """Keeps the engines of a pool at work; implements `supervise.Pool`. All methods belong to one event loop."""
 
     def __init__(
         self,
@@ -39,30 +39,30 @@ class EngineLives:
         on_trouble: Callable[[str], None],
         on_stale: Callable[[], None],
     ) -> None:
-        """`on_stale`: see `RequestQueue`."""
+        """For `on_stale` see `RequestQueue`."""
         self._deadlines = config.deadlines
         self._kind = kind
         self.on_trouble = on_trouble
         self.supervisor = Supervisor(kind, self, source, config.rollout.num_actors, config.deadlines.start_s)
         self.engines = self.supervisor.workers
-        """By index."""
+        """Engines by index."""
         self.requests = RequestQueue(
             self.engines, config.rollout.max_num_seqs, on_leaving_idle=self._retire, on_stale=on_stale
         )
         self.changed = asyncio.Event()
-        """An engine is alive, or given up, or there are to be more or fewer."""
+        """Set when an engine is alive, or given up, or when there are to be more or fewer."""
         self.membership = asyncio.Lock()
-        """Held by a weight sync: meanwhile no engine leaves."""
+        """A weight sync holds this lock, and meanwhile no engine leaves."""
         self._closed = False
 
     async def start(self) -> None:
-        """Start all engines side by side; see `RolloutPool.create`."""
+        """Starts all engines side by side; see `RolloutPool.create`."""
         await self.supervisor.start_all()
         self.supervisor.spawn(self.supervisor.watch(lambda: self._poll_s))
         self.supervisor.spawn(self._watch_deadlines())
 
     async def close(self) -> None:
-        """End all engines; what is not finished fails."""
+        """Ends all engines; samples that are not finished fail."""
         self._closed = True
         self.requests.close()
         await self.supervisor.close()
@@ -70,7 +70,7 @@ class EngineLives:
     # Their work
 
     async def _poll(self, engine: RolloutEngine) -> None:
-        """Until the engine dies; `_watch_deadlines` holds its deadline."""
+        """Collects what the engine has finished, until it dies; `_watch_deadlines` holds the deadline of each poll."""
         life = engine.incarnation
         poll = engine.handle.poll.options(num_returns=2)
         while engine.incarnation == life and engine.alive and not self._closed:
@@ -91,7 +91,7 @@ class EngineLives:
         return max(POLL_S, len(self.engines) / POLLS_PER_S)
 
     async def _watch_deadlines(self) -> None:
-        """Of every poll, and of every sample."""
+        """Holds the deadline of every poll, and of every sample."""
         limit_s = self._deadlines.sample_s
         while True:
             late_s = self._poll_s + POLL_SLACK_S
@@ -122,7 +122,7 @@ class EngineLives:
         self.died(engine, incarnation, f"it hangs: no answer for {limit_s:g} s (deadlines.sync_s)")
 
     def worker_restarts(self, engine: RolloutEngine, cause: BaseException) -> None:
-        """Its death was reported when it died."""
+        """Nothing to report: `died` has reported the death."""
 
     def died(self, engine: RolloutEngine, incarnation: int, reason: str, *, blame_work: bool = True) -> None:
         if engine.incarnation != incarnation or not engine.alive or self._closed:
@@ -142,7 +142,7 @@ class EngineLives:
             self.supervisor.keep(engine, self._restart(engine, WorkerError(reason)))
 
     def _set_aside(self, work: Sequence[PendingSample], engine: RolloutEngine, reason: str) -> None:
-        """The prompt of this work is poisoned."""
+        """Fails the poisoned prompt that this work belongs to."""
         engine.restarts = 0  # It is not the engine's fault.
         self.requests.fail_poisoned(work[0].prompt_id, verdict(work, engine.name, reason))
 
@@ -173,7 +173,7 @@ class EngineLives:
     # Members
 
     def scale(self, number: int) -> None:
-        """From now on so many engines, 1 or more: others join, or those leave that do least."""
+        """Changes the number of engines, to 1 or more: others join, or those leave that do least."""
         if self._closed:
             return
         joining, leaving = self.supervisor.scale(number, _worth)
@@ -193,7 +193,7 @@ class EngineLives:
             await self._restart(engine, e)
 
     def _retire(self, engine: RolloutEngine) -> None:
-        """An engine that leaves and has no work any more."""
+        """Lets an engine that is to leave, and has no work any more, leave."""
         if self.engines.get(engine.index) is engine and not self._closed:
             self.supervisor.spawn(self._leave(engine))
 
@@ -206,5 +206,5 @@ class EngineLives:
 
 
 def _worth(engine: RolloutEngine) -> tuple[bool, bool, int, int]:
-    """What is lost with it: a life, or hope for one, or work under way. Of several that are alike the last leaves."""
+    """Ranks engines by what is lost with them: a live actor, or hope for one, or work. Of equal ones the last leaves."""
     return engine.alive, not engine.gone, len(engine.work), -engine.index

@@ -13,8 +13,8 @@ RESTART_S, RESTART_FACTOR = 30.0, 5.0
 """A start that replaces a worker may take this many seconds, and this many times the longest start so far."""
 
 
-class Patience:
-    """Seconds that the starts of one kind of worker may take; the first one `limit_s`."""
+class StartTimeout:
+    """How many seconds the starts of one kind of worker may take; the first one takes up to `limit_s`."""
 
     def __init__(self, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.limit_s = limit_s
@@ -25,27 +25,27 @@ class Patience:
 
     @contextmanager
     def measured(self) -> Iterator[None]:
-        """The block is a start; it counts unless it raises."""
+        """Times the block, which is a start; it counts unless it raises."""
         began = self._clock()
         yield
         self.longest_s = max(self.longest_s, self._clock() - began)
 
     def died(self) -> None:
-        """A worker died, or its start failed: the time in which one has to start begins anew."""
+        """Begins anew the time in which a worker has to start: one died, or its start failed."""
         self._died_at = self._clock()
 
     @property
     def again_s(self) -> float:
-        """A start that takes longer, and is not the first, hangs."""
+        """A start that replaces a worker and takes longer than this hangs."""
         if not self.longest_s:
             return self.limit_s
         return min(self.limit_s, RESTART_S + RESTART_FACTOR * self.longest_s)
 
     def doubled(self, seconds: float) -> float:
-        """For the next start after one that hung for `seconds`."""
+        """The timeout of the next start, after one that hung for `seconds`."""
         return min(2 * seconds, self.limit_s)
 
     @property
     def left_s(self) -> float:
-        """Until a pool without any worker is given up."""
+        """Seconds until a pool without any worker is given up."""
         return self._died_at + self.limit_s - self._clock()
