@@ -194,25 +194,26 @@ class RolloutPool:
 
     async def sleep(self) -> None:
         """Every engine frees its GPU, when its samples under way have ended."""
-        await self._of_all("sleep", limit="sample_s")
+        await self._of_all("sleep", lambda handle: handle.sleep.remote(), limit="sample_s")
         self.mark_paused(self.engines(), paused=True)
 
     async def wake(self, part: Literal["weights", "kv_cache"] | None = None) -> None:
         """Every engine takes its GPU back, or that part of it."""
-        await self._of_all("wake", part, limit="sync_s")
+        await self._of_all("wake", lambda handle: handle.wake.remote(part), limit="sync_s")
         if part != "weights":
             self.mark_paused(self.engines(), paused=False)
 
-    async def _of_all(self, method: str, *args: Any, limit: Literal["sample_s", "sync_s"]) -> None:
-        """Calls a method of all engines; one that fails is ended and restarted."""
+    async def _of_all(
+        self, what: str, call: Callable[[Any], Awaitable[None]], *, limit: Literal["sample_s", "sync_s"]
+    ) -> None:
+        """Calls all engines; one that fails is ended and restarted."""
         limit_s = getattr(self._deadlines, limit)
 
         async def ask(target: EngineTarget) -> None:
             try:
-                call = getattr(target.handle, method).remote(*args)
-                await within(call, limit_s, f"{method} of {target.name}", f"deadlines.{limit}")
+                await within(call(target.handle), limit_s, f"{what} of {target.name}", f"deadlines.{limit}")
             except (RayError, GrpoRayError) as e:
-                self.engine_failed(target, f"it failed in {method}: {fate(e, target.name)}", blame_work=False)
+                self.engine_failed(target, f"it failed in {what}: {fate(e, target.name)}", blame_work=False)
 
         await asyncio.gather(*(ask(t) for t in self.engines()))
 
