@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 
-from grpo_ray.config import LoraConfig, RunConfig
+from grpo_ray.config import RunConfig
+from grpo_ray.config_model import LoraConfig
 from grpo_ray.errors import WorkerError
 from grpo_ray.lora import adapter_checksum, write_adapter
 

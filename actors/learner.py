@@ -37,7 +37,7 @@ from actors.runtime import LOOPBACK, own_process
 from grpo_ray.activity import Activity
 from grpo_ray.batching import MiniBatchPlan
 from grpo_ray.checkpoint_store import Place
-from grpo_ray.config import AlgorithmConfig
+from grpo_ray.config_algorithm import AlgorithmConfig
 from grpo_ray.errors import WorkerError
 from grpo_ray.flops import model_shape, throughput_metrics, update_flops
 from grpo_ray.learner_files import SavedLearner

@@ -23,7 +23,7 @@ from actors.engine_adapters import Adapter, AdapterOptions, EngineAdapters
 from actors.rollout_sample import info_of, sample_of
 from actors.rollout_vllm_options import engine_args, sampling_params
 from actors.runtime import give_way, own_process, own_scratch, use_nodes_interface
-from grpo_ray.config import RolloutConfig
+from grpo_ray.config_rollout import RolloutConfig
 from grpo_ray.errors import WorkerError
 from grpo_ray.models import context_length, eos_ids, load_config, vocab_size
 from grpo_ray.stops import Stops, find_stops, template_end

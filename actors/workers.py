@@ -20,8 +20,9 @@ from actors.start_timeout import StartTimeout
 from actors.weights import RayWeightSync
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import Place
-from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.config import RunConfig
 from grpo_ray.config_reward import SHARED_POOL, RewardConfig
+from grpo_ray.config_supervised import SftConfig
 from grpo_ray.errors import DeadlineError
 from grpo_ray.evaluate import vote_config
 from grpo_ray.roles import Learner, Sampler, WeightSync

@@ -14,9 +14,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from grpo_ray.config import RolloutConfig, RunConfig, SftConfig
+from grpo_ray.config import RunConfig
 from grpo_ray.config_algorithm import AlgorithmConfig
+from grpo_ray.config_common import keys_in_order
 from grpo_ray.config_reward import SHARED_POOL
+from grpo_ray.config_rollout import RolloutConfig
+from grpo_ray.config_supervised import SftConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.object_store import is_url
 
@@ -176,7 +179,8 @@ def about_context(config: RunConfig | SftConfig, context: int, longest_prompt: i
 
 def _given(node: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of what is not at its default. (A resolved config names every key.)"""
-    for name, field in type(node).model_fields.items():
+    for name in keys_in_order(type(node)):
+        field = type(node).model_fields[name]
         value = getattr(node, name)
         if value is not None and field.default is None:
             yield prefix + name, value

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from grpo_ray.config_aliases import called_here, suggestion
 from grpo_ray.config_base import Strict
+from grpo_ray.config_common import keys_in_order
 from grpo_ray.config_typed import Problems, Typed, with_types
 from grpo_ray.config_yaml import MAX_DEPTH, dump_yaml, load_yaml, read_flow
 from grpo_ray.errors import ConfigError
@@ -171,7 +172,7 @@ def _fields_at(schema: type[BaseModel], loc: list[str]) -> list[str]:
         if field is None:
             continue
         node = _model_of(field.annotation) or node
-    return list(node.model_fields)
+    return keys_in_order(node)
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:
@@ -187,13 +188,14 @@ def _model_of(annotation: Any) -> type[BaseModel] | None:
 def all_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
     """Every dotted key of the schema."""
     out = []
-    for name, field in schema.model_fields.items():
+    for name in keys_in_order(schema):
         out.append(prefix + name)
-        model = _model_of(field.annotation)
+        model = _model_of(schema.model_fields[name].annotation)
         if model is not None:
             out += all_keys(model, f"{prefix}{name}.")
     return out
 
 
 def to_yaml(config: Strict) -> str:
-    return dump_yaml(config.model_dump(mode="json"))
+    values = config.model_dump(mode="json")
+    return dump_yaml({name: values[name] for name in keys_in_order(type(config))})

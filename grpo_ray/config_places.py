@@ -9,9 +9,11 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import AfterValidator
 
-from grpo_ray.config import DataSource, RunConfig, SftConfig
+from grpo_ray.config import RunConfig
 from grpo_ray.config_base import Strict, expand_home
+from grpo_ray.config_data import DataSource
 from grpo_ray.config_reward import RewardFunctionConfig, file_and_function
+from grpo_ray.config_supervised import SftConfig
 
 Config = TypeVar("Config", RunConfig, SftConfig, RunConfig | SftConfig)
 S = TypeVar("S", bound=Strict)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_ray import json_text
-from grpo_ray.config import DataSource
+from grpo_ray.config_data import DataSource
 from grpo_ray.errors import DataError
 from grpo_ray.user_code import UserFunction, of_module
 from grpo_ray.user_places import ForeignCodeError

@@ -7,7 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from fractions import Fraction
 
-from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.config import RunConfig
+from grpo_ray.config_supervised import SftConfig
 from grpo_ray.errors import ConfigError
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo_ray.batching import PackedBatch
-from grpo_ray.config import AlgorithmConfig
+from grpo_ray.config_algorithm import AlgorithmConfig
 from grpo_ray.losses.aggregation import Normalizers, token_mean
 from grpo_ray.losses.bounds import bounded_k3
 from grpo_ray.losses.correction import CorrectionOptions, correction_sums, correction_weights

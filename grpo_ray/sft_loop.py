@@ -9,7 +9,7 @@ import numpy as np
 
 from grpo_ray.activity import Activity
 from grpo_ray.checkpoint import RunDir
-from grpo_ray.config import SftConfig
+from grpo_ray.config_supervised import SftConfig
 from grpo_ray.cursor import Cursor
 from grpo_ray.epochs import run_length
 from grpo_ray.events import Event, MessageEvent, PhaseEvent, StepEvent

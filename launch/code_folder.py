@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.config import RunConfig
+from grpo_ray.config_supervised import SftConfig
 from grpo_ray.user_places import add_code_folder
 
 

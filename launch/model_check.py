@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from grpo_ray.config import ModelConfig, RewardModelConfig, RunConfig, SftConfig
+from grpo_ray.config import RunConfig
+from grpo_ray.config_model import ModelConfig
+from grpo_ray.config_supervised import RewardModelConfig, SftConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.memory import known_facts
 from grpo_ray.models import load_config

@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from grpo_ray.checkpoint import RunDir
-from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.config import RunConfig
+from grpo_ray.config_common import keys_in_order
 from grpo_ray.config_effects import without_effect
 from grpo_ray.config_files import build, deep_merge, load_yaml, parse_overrides, to_yaml
+from grpo_ray.config_supervised import SftConfig
 from grpo_ray.ended import read_ended
 from grpo_ray.errors import ConfigError
 from grpo_ray.files import write_whole
@@ -134,7 +136,7 @@ def about_schedule(old: RunConfig | SftConfig, new: RunConfig | SftConfig, step:
 
 def differences(old: BaseModel, new: BaseModel, prefix: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
     """Dotted keys whose values are not the same."""
-    for name in type(old).model_fields:
+    for name in keys_in_order(type(old)):
         a, b = getattr(old, name), getattr(new, name)
         if a == b:
             continue

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.config import RunConfig
+from grpo_ray.config_supervised import SftConfig
 from grpo_ray.errors import ConfigError
 
 LEFT_OUT = (

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.config import RunConfig
 from grpo_ray.config_files import check_secrets, parse_overrides
+from grpo_ray.config_supervised import SftConfig
 from grpo_ray.errors import ConfigError, WorkerError
 from grpo_ray.metrics import duration
 from grpo_ray.names import check_name

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import yaml
 
-from grpo_ray.config import DpoConfig, RewardModelConfig, RunConfig, SftConfig
+from grpo_ray.config import RunConfig
 from grpo_ray.config_aliases import ALIASES, suggestion
+from grpo_ray.config_common import keys_in_order
 from grpo_ray.config_files import all_keys, build, deep_merge, load_yaml, parse_overrides, to_yaml
+from grpo_ray.config_supervised import DpoConfig, RewardModelConfig, SftConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.presets import PRESETS
 
@@ -284,6 +286,17 @@ def test_a_name_of_another_project_leads_to_an_option_that_is_there(name):
     targets, _ = ALIASES[name]
     assert set(targets) <= ALL_KEYS
     assert name not in ALL_KEYS or targets[0] != name
+
+
+@pytest.mark.parametrize("schema", [RunConfig, SftConfig, DpoConfig, RewardModelConfig])
+def test_every_option_of_a_whole_run_has_its_place_in_what_is_printed(schema):
+    assert sorted(keys_in_order(schema)) == sorted(schema.model_fields)
+
+
+def test_a_recipe_is_printed_in_one_order_whether_its_options_are_shared_or_its_own():
+    printed = [line.partition(":")[0] for line in to_yaml(make()).splitlines() if line[:1].isalpha()]
+    assert printed[5:10] == ["num_epochs", "prompts_per_step", "model", "data", "rollout"]
+    assert printed[-3:] == ["sample", "tracking", "cluster"]
 
 
 @pytest.mark.parametrize(

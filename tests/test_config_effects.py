@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from grpo_ray.config import DataSource, DpoConfig, RewardModelConfig, RunConfig, SftConfig
+from grpo_ray.config import RunConfig
+from grpo_ray.config_data import DataSource
 from grpo_ray.config_effects import (
     COMMANDS_OF,
     WHERE,
@@ -20,6 +21,7 @@ from grpo_ray.config_effects import (
     without_gpu,
 )
 from grpo_ray.config_files import all_keys, build, deep_merge, parse_overrides
+from grpo_ray.config_supervised import DpoConfig, RewardModelConfig, SftConfig
 from grpo_ray.data import load_table
 from grpo_ray.errors import ConfigError, DataError
 from launch.check import check_recipe

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from grpo_ray.batching import MiniBatchPlan
-from grpo_ray.config import LoraConfig, TinyModelConfig
+from grpo_ray.config_model import LoraConfig, TinyModelConfig
 from grpo_ray.flops import (
     ModelShape,
     UpdatePasses,

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 import grpo_ray
-from grpo_ray.config import DataSource
+from grpo_ray.config_data import DataSource
 from grpo_ray.config_reward import RewardFunctionConfig
 from grpo_ray.data import load_table
 from grpo_ray.errors import DataError, GrpoRayError, RewardError

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from grpo_ray import json_text
-from grpo_ray.config import DataSource, RunConfig
+from grpo_ray.config import RunConfig
+from grpo_ray.config_data import DataSource
 from grpo_ray.config_files import build, load_yaml, parse_overrides
 from grpo_ray.config_reward import RewardConfig
 from grpo_ray.config_yaml import MAX_BYTES, MAX_NODES

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grpo_ray.batching import PackItem, pack, tokens_of_version
-from grpo_ray.config import AlgorithmConfig
+from grpo_ray.config_algorithm import AlgorithmConfig
 from grpo_ray.losses.aggregation import Normalizers
 from grpo_ray.mismatch import MISMATCH_BOUNDS, mismatch_warning
 from grpo_ray.objectives import GrpoObjective, MicroBatchData

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoTokenizer, BloomConfig
 
-from grpo_ray.config import TinyModelConfig
+from grpo_ray.config_model import TinyModelConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.tiny import build_tiny_model, describe_tiny_model
 from launch import model_check

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from grpo_ray.config import RunConfig, SftConfig
+from grpo_ray.config import RunConfig
 from grpo_ray.config_base import Strict
 from grpo_ray.config_effects import without_effect
+from grpo_ray.config_supervised import SftConfig
 from grpo_ray.filters.config import FilterConfig, MixConfig, SampledSource
 from grpo_ray.pipeline.config import PipelineConfig
 from grpo_ray.pipeline.kinds import EVAL, KINDS

@@ -360,6 +360,8 @@ from pathlib import Path
 from actors.rollout import RolloutActor
 from actors.rollout_vllm_options import rollout_env
 from grpo_ray.config import RolloutConfig
+from actors.rollout import RolloutActor, rollout_env
+from grpo_ray.config_rollout import RolloutConfig
 
 async def main(model, run_dir):
     config = RolloutConfig(max_completion_length=16, max_num_seqs=4, kv_cache_gb=0.05)

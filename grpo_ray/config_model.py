@@ -1,0 +1,89 @@
+"""The schema of `model`: which weights, in which precision, with or without adapters."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from grpo_ray.config_base import HomePath, PositiveInt, Strict
+
+
+class TinyModelConfig(Strict):
+    """A randomly initialised Qwen2 with a character tokenizer, made on the spot: for laptops and tests."""
+
+    hidden_size: PositiveInt = 256
+    num_layers: PositiveInt = 4
+    num_heads: PositiveInt = 4
+    num_kv_heads: PositiveInt = 2
+    context: PositiveInt = 256
+    intermediate_size: PositiveInt | None = None
+    """None: 11/4 of hidden_size."""
+    words: tuple[str, ...] = ()
+    """Tokens of their own besides the characters."""
+    vocab_size: PositiveInt | None = None
+    """Rows of the embedding; those above the tokenizer's ids are never in a prompt. None: the tokenizer's, rounded up to 64."""
+    seed: int = 1
+
+    @model_validator(mode="after")
+    def _heads(self) -> Self:
+        if self.hidden_size % (32 * self.num_heads) or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} with {self.num_heads} heads and {self.num_kv_heads} key heads: vLLM's attention "
+                "on CPUs takes heads of 32, 64, .. dimensions, and key heads that divide the heads"
+            )
+        return self
+
+
+MAX_ADAPTER_RANK = 512
+"""The largest that vLLM samples through."""
+
+
+class LoraConfig(Strict):
+    """Low-rank adapters, 2106.09685."""
+
+    r: PositiveInt = 32
+    alpha: PositiveInt = 64
+    """The product is scaled by alpha / r."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Names of linear layers, e.g. [q_proj, v_proj]; `all-linear`: every one but the output layer."""
+    transfer: Literal["merged", "adapter"] = "merged"
+    """How they reach the samplers. `merged`: each sync sends the whole model with them added, and sampling is as fast as without
+    them. `adapter`: a sync sends them alone, a few MB instead of the model, and samples under way finish under the version they
+    began with; the samplers' base is never touched, so it can be quantised. But vLLM samples slower through adapters, on CPUs by
+    far. It pays for large models on GPUs, or on a slow network, where moving the model costs more than slower sampling."""
+
+    @model_validator(mode="after")
+    def _rank(self) -> Self:
+        if self.transfer == "adapter" and self.r > MAX_ADAPTER_RANK:
+            raise ValueError(
+                f"model.lora.r is {self.r}, and vLLM samples through adapters of at most {MAX_ADAPTER_RANK}; lower it, or use "
+                "model.lora.transfer merged"
+            )
+        return self
+
+
+class ModelConfig(Strict):
+    path: HomePath | None = None
+    """A folder with a Hugging Face model, or a name on the hub."""
+    tiny: TinyModelConfig | None = None
+    """Instead of `path`: make one."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of sampler and learner. The learner keeps fp32 master weights in either case."""
+    attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
+    """`auto`: flash-attention where a GPU and the package are, else torch's attention per packed segment."""
+    gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    """Train adapters on the frozen model. The reference model then costs no memory."""
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.tiny is None):
+            raise ValueError("give exactly one of model.path and model.tiny")
+        return self
+
+    @property
+    def sends_adapters(self) -> bool:
+        """Samplers get the adapters, not merged weights."""
+        return self.lora is not None and self.lora.transfer == "adapter"
