@@ -10,6 +10,7 @@ exception names what was waited for.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from grpo_ray.checkpoint_store import Place
@@ -155,3 +156,20 @@ class Tracker(Protocol):
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Who does what in one run."""
+
+    sampler: Sampler
+    scorer: Scorer
+    learner: Learner
+    weights: WeightSync
+    rollout_log: RolloutLog
+    samples: SampleStore = field(default_factory=InMemory, kw_only=True)
+    voter: Scorer | None = None
+    """Tells which answers of an evaluation are the same; see `grpo_ray.evaluate.vote_config`."""
+    shared_devices: bool = False
+    """Samplers and learners use the same ones: what one wins by working at the same time, the other loses."""
+    scaler: Scaler | None = field(default=None, kw_only=True)

@@ -94,6 +94,10 @@ class Saver:
             raise
         self._writing = asyncio.create_task(self._write(place, step, state, more, began))
 
+    def follow(self, learner: Learner) -> None:
+        """Checkpoints are of this learner from now on."""
+        self._learner = learner
+
     async def finish(self) -> None:
         """What was being written is whole. Raises what went wrong with it."""
         writing, self._writing = self._writing, None

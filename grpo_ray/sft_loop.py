@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
-from grpo_ray.activity import Activity
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.config_supervised import SftConfig
 from grpo_ray.cursor import Cursor
 from grpo_ray.epochs import run_length
 from grpo_ray.events import Event, MessageEvent, PhaseEvent, StepEvent
-from grpo_ray.metrics import TimeKeeper
 from grpo_ray.prompts import SftExample
 from grpo_ray.roles import Learner, Tracker
-from grpo_ray.saver import Saver
-from grpo_ray.timeline import Timeline
+from grpo_ray.session import Session
 from grpo_ray.types import Sample, TrainBatch, TrainSample, VersionSpan
 
 E = TypeVar("E")
 
 
-class SftLoop(Generic[E]):
-    """One run from its first step, or from a checkpoint, to its last."""
+class SftLoop(Session[SftConfig], Generic[E]):
+    """A run that learns from examples."""
 
     def __init__(
         self,
@@ -39,49 +36,25 @@ class SftLoop(Generic[E]):
     ) -> None:
         """`batch_of`: (step, examples) -> what is trained on. `measure`: held-out figures, asked for before the first step and
         after the last."""
-        self.config = config
+        super().__init__(config, learner, run_length(config, len(cursor)), run, trackers, emit)
         self.learner = learner
         self.cursor = cursor
-        self.run_dir = run
-        self.trackers = trackers
-        self.emit = emit
         self.batch_of = batch_of
         self.measure = measure
-        self.step = 0
-        self._length = run_length(config, len(cursor))
-        self.total_steps = self._length.num_steps
-        self._saved_step = -1
-        self._checkpoint_wanted = False
-        self._saver = Saver(run, learner, keep=config.checkpoint.keep, emit=emit, store_s=config.deadlines.store_s)
-        self._stop_reason: str | None = None
-        self._activity = Activity("controller")
-        self._time = TimeKeeper(activity=self._activity)
-        self._timeline = Timeline(run.trace if config.tracking.trace else None)
-
-    def stop(self, reason: str) -> None:
-        """End after the step under way, with a checkpoint."""
-        self._stop_reason = reason
-
-    def checkpoint_soon(self) -> None:
-        """After the step under way, and go on."""
-        self._checkpoint_wanted = True
 
     async def restore(self, step: int) -> None:
-        state = self.run_dir.load_state(step)
-        self._timeline.resume(step)
-        await self.learner.load(self.run_dir.place(step))
+        state = await self._load(step, self.learner)
         self.cursor.load_state_dict(state["cursor"])
-        self.step = self._saved_step = step
         self.total_steps = self._length.steps_from(step, self._length.num_left(self.cursor.num_taken))
 
     async def run(self) -> str:
         """Train to the end, or until `stop`. Returns how it ended: `finished`, or the reason of the stop."""
         try:
             self._saver.send_leftovers()
-            if self.step == 0 and self._saved_step < 0:
+            if self._is_fresh:
                 await self._measure()
                 await self._checkpoint(export=False)
-            while self.step < self.total_steps and self._stop_reason is None and not self._saver.gave_up:
+            while self._goes_on:
                 await self._one_step()
                 if self.step < self.total_steps and self._checkpoint_is_due():
                     await self._checkpoint(export=self.config.checkpoint.export)
@@ -89,16 +62,11 @@ class SftLoop(Generic[E]):
                 await self._measure()
             if self.step != self._saved_step:
                 await self._checkpoint(export=True)
-            await self._saver.deliver()
-            self._track(self._saver.take_metrics())
+            await self._deliver()
         finally:
             await self._saver.close()
             self._timeline.close(self.step, {"controller": [self._activity.take()]})
-        return self._stop_reason if self.step < self.total_steps and self._stop_reason else "finished"
-
-    def _checkpoint_is_due(self) -> bool:
-        c = self.config.checkpoint
-        return self.step % c.every_steps == 0 or self._checkpoint_wanted or self._saver.is_late(c.every_minutes)
+        return self._end
 
     async def _one_step(self) -> None:
         self._time.start_step()
@@ -136,17 +104,7 @@ class SftLoop(Generic[E]):
 
     async def _checkpoint(self, *, export: bool) -> None:
         self.emit(PhaseEvent("checkpoint", "", 0, 0))
-        self._checkpoint_wanted = False
-        state: dict[str, Any] = {"step": self.step, "cursor": self.cursor.state_dict()}
-        with self._time.phase("checkpoint") as span:
-            await self._saver.save(self.step, state, export=export)
-        self._saved_step = self.step
-        if self.step > 0:
-            self._track({"time/checkpoint": span.seconds})
-
-    def _track(self, metrics: dict[str, float]) -> None:
-        for tracker in self.trackers:
-            tracker.log(self.step, metrics)
+        await self._save({"cursor": self.cursor.state_dict()}, export=export)
 
 
 def sft_batch(step: int, examples: Sequence[SftExample]) -> TrainBatch:

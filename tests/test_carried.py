@@ -107,8 +107,8 @@ def cut_run(folder: Path, stop_at: int = 4, jitter: int = 1) -> Session:
 
     async def slow(version: int) -> SyncReport:
         """So that something is finished meanwhile, however slow the machine is."""
-        loop = session.loop
-        while loop._under_way and not loop._ready and not any(filling.done() for filling in loop._under_way):
+        groups = session.loop.collector
+        while groups._under_way and not groups._ready and not any(filling.done() for filling in groups._under_way):
             await asyncio.sleep(0.001)
         return await sync(version)
 

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from grpo_ray.object_store import check_store
 from grpo_ray.saver import Saver
 from tests.recipes import run_config
 from tests.s3 import S3, forget_clients
-from tests.test_train_loop import Session, config
+from tests.test_train_loop import Company, Session, config
 
 FILES = {"learner/rank-0/weights", "hf/config.json", "loop/loop.json"}
 
@@ -383,6 +384,20 @@ def test_a_run_whose_store_stays_away_ends_after_a_step_and_the_resumed_one_repe
     assert again.go() == "finished"
     trained_once(again, done + 2)
     assert again.run_dir.store.steps()[-1] == done + 2
+
+
+def test_a_run_waits_no_longer_for_its_store_when_its_learners_have_been_changed(
+    s3: S3, bucket: str, tmp_path: Path
+) -> None:
+    settings = [f"checkpoint.path={bucket}", "checkpoint.every_steps=2", "deadlines.store_s=0.5"]
+    session = Session(tmp_path / "run", config(*settings, "num_steps=100000"))
+    company = Company(session, {2})
+    session.loop.roles = replace(session.loop.roles, scaler=company)
+    session.world.on_update = lambda step: s3.stop() if step == 3 else None
+    with pytest.raises(StoreError, match=r"0\.5 s \(deadlines\.store_s\).*grpo-ray resume"):
+        session.go()
+    assert [step for step, _, _ in company.changed] == [2]
+    assert session.run_dir.outbox.steps() == [session.loop.step]
 
 
 def test_a_run_whose_store_went_away_before_its_end_is_resumed_to_send_its_last_checkpoint(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,8 @@ from grpo_ray.errors import NonFiniteError, PoisonedError, RewardError, WorkerEr
 from grpo_ray.events import EvalEvent, MessageEvent, StepEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.manifest import FileSum
-from grpo_ray.train_loop import Roles, TrainLoop
+from grpo_ray.roles import Roles
+from grpo_ray.train_loop import TrainLoop
 from grpo_ray.types import (
     Group,
     Prompt,
@@ -91,7 +93,7 @@ class World:
         self.truncate_above = 100
         """Tokens."""
         self.on_update: Any = None
-        self.mismatch: list[float | None] = [0.0] * 100
+        self.mismatch: Mapping[int, float | None] | Sequence[float | None] = defaultdict(float)
         """Of each step, as the learner reports it; None: it says nothing."""
         self.closed = False
         self.held = -1
@@ -852,7 +854,7 @@ class Company:
         else:
             await learner.load(place)
         assert world.version == version == self.step
-        self.changed.append((self.step, version, len(self.session.loop._under_way)))
+        self.changed.append((self.step, version, len(self.session.loop.collector._under_way)))
         return learner, world
 
 
