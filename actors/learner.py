@@ -35,7 +35,6 @@ from actors.learner_timer import UpdateTimer, traced
 from actors.rendezvous import Meeting, SealedStore, listen_at, new_key, open_store
 from actors.runtime import LOOPBACK, own_process
 from grpo_ray.activity import Activity
-from grpo_ray.batching import MiniBatchPlan
 from grpo_ray.checkpoint_store import Place
 from grpo_ray.config_algorithm import AlgorithmConfig
 from grpo_ray.errors import WorkerError
@@ -45,6 +44,7 @@ from grpo_ray.lora import adapter_bytes, adapter_checksum
 from grpo_ray.machine import usable_cpus
 from grpo_ray.manifest import FileSum
 from grpo_ray.objectives import MicroBatchData
+from grpo_ray.plan import MiniBatchPlan
 from grpo_ray.policy import PolicyModel
 from grpo_ray.sequence import Alone, SequenceRanks
 from grpo_ray.types import TrainBatch, UpdateReport

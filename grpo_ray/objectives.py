@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from grpo_ray.batching import PackedBatch
 from grpo_ray.config_algorithm import AlgorithmConfig
 from grpo_ray.losses.aggregation import Normalizers, token_mean
 from grpo_ray.losses.bounds import bounded_k3
@@ -22,6 +21,7 @@ from grpo_ray.losses.policy import LossOptions, PolicyInputs, TokenLosses
 from grpo_ray.losses.segments import Segments
 from grpo_ray.losses.sft import sft_loss
 from grpo_ray.losses.table import POLICY_LOSSES
+from grpo_ray.pack import PackedBatch
 from grpo_ray.truncation import TokenSets
 
 

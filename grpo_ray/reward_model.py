@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_ray.batching import PackedBatch
+from grpo_ray.pack import PackedBatch
 from grpo_ray.policy import own_slice, target_states
 from grpo_ray.sequence import Alone, SequenceRanks
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from grpo_ray.advantages import gae, kl_in_reward
-from grpo_ray.batching import PackedBatch
 from grpo_ray.losses.segments import Segments
+from grpo_ray.pack import PackedBatch
 from grpo_ray.policy import own_slice, target_states
 from grpo_ray.sequence import Alone, SequenceRanks
 

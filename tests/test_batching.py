@@ -23,8 +23,9 @@ from grpo_ray.attention import (
     choose_attention,
     packed_attention,
 )
-from grpo_ray.batching import MiniBatchPlan, PackItem, pack, plan_batch, shared_cost, token_values
 from grpo_ray.errors import ConfigError
+from grpo_ray.pack import PackItem, pack, token_values
+from grpo_ray.plan import MiniBatchPlan, plan_batch, shared_cost
 from grpo_ray.policy import PolicyModel
 from grpo_ray.truncation import TokenSets, keep_mask
 from grpo_ray.types import Step, Truncation

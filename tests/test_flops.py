@@ -9,7 +9,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from grpo_ray.batching import MiniBatchPlan
 from grpo_ray.config_model import LoraConfig, TinyModelConfig
 from grpo_ray.flops import (
     ModelShape,
@@ -22,6 +21,7 @@ from grpo_ray.flops import (
     update_flops,
 )
 from grpo_ray.lora import inject
+from grpo_ray.plan import MiniBatchPlan
 from grpo_ray.tiny import build_tiny_model
 from grpo_ray.types import TrainBatch, TrainSample
 

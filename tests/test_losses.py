@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from grpo_ray.advantages import ADVANTAGES, group_advantages
-from grpo_ray.batching import pack
 from grpo_ray.config_algorithm import AlgorithmConfig
 from grpo_ray.losses.aggregation import Normalizers, token_mean
 from grpo_ray.losses.correction import IMPORTANCE_SAMPLING
@@ -23,6 +22,7 @@ from grpo_ray.losses.sft import sft_loss
 from grpo_ray.losses.table import POLICY_LOSSES
 from grpo_ray.losses.value import value_loss
 from grpo_ray.objectives import GrpoObjective, MicroBatchData
+from grpo_ray.pack import pack
 from tests.naive_losses import OPTIONS, SEQUENCE, Batch, correction, kl_tokens, make_batch, number, policy_loss, reduce
 from tests.packed import algorithm, gradient, run
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from grpo_ray.attention import choose_attention
-from grpo_ray.batching import PackItem, pack
 from grpo_ray.config_algorithm import AlgorithmConfig
 from grpo_ray.losses.aggregation import Normalizers
 from grpo_ray.objectives import GrpoObjective, MicroBatchData
+from grpo_ray.pack import PackItem, pack
 from grpo_ray.policy import PolicyModel
 from grpo_ray.presets import PRESETS
 

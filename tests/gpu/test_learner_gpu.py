@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from grpo_ray.attention import FLASH, choose_attention
-from grpo_ray.batching import pack
+from grpo_ray.pack import pack
 from grpo_ray.policy import PolicyModel
 from tests.actors.test_learner import exported, make_batch, make_config, moved_apart, plain_step, run
 from tests.test_batching import random_items

@@ -29,7 +29,7 @@ from tests.mutants.survivors import Equivalents, Mutant, forget_unnoticed, read_
 GOAL = 0.95
 PARTS = {
     "algorithms": ("advantages", "losses", "truncation", "mismatch"),
-    "batches": ("train_batch", "batching", "sequence"),
+    "batches": ("train_batch", "plan", "pack", "sequence"),
     "run files": (
         *("checkpoint", "saver", "manifest", "checkpoint_store", "files", "delivery", "ended"),
         *("fragments", "ledger", "rollout_log", "records"),

@@ -1,0 +1,168 @@
+"""The sequences of a micro-batch -> the tensors of one forward pass, end to end.
+
+N tokens of one micro-batch, C completion tokens of one micro-batch, T of one sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grpo_ray.types import Step, VersionSpan
+
+
+@dataclass(frozen=True)
+class PackItem:
+    """One sequence on its way into a micro-batch."""
+
+    prompt_ids: NDArray[np.integer]
+    """At least one."""
+    completion_ids: NDArray[np.integer]
+    """[T], at least one."""
+    rollout_logprobs: NDArray[np.float32]
+    """[T]."""
+    advantage: float | NDArray[np.floating]
+    """Of all its tokens, or [T]."""
+    weight: float
+    """Of each of its tokens in the loss: the global normalizer is in it."""
+    sample: int
+    """Which sample of the batch it is."""
+    current: NDArray[np.bool_] | None = None
+    """[T], as in `PackedBatch`; None: all."""
+
+
+def tokens_of_version(versions: Sequence[VersionSpan], version: int, num_tokens: int) -> NDArray[np.bool_]:
+    """[T]: was each token sampled by this version of the policy?"""
+    out = np.zeros(num_tokens, dtype=np.bool_)
+    for span in versions:
+        out[span.start : span.end] = span.version == version
+    return out
+
+
+def token_values(steps: Sequence[Step], num_tokens: int) -> NDArray[np.float64]:
+    """[T]: each step's value at each of its tokens, 0 after the last step."""
+    out = np.zeros(num_tokens)
+    start = 0
+    for step in steps:
+        out[start : step.end + 1] = step.value
+        start = step.end + 1
+    return out
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch: sequences end to end. The last token of each is only a target, never an input.
+
+    Neighbours with the same prompt may share it: then it is there once, before what follows it in each of them. Padding, where it
+    is asked for, comes after a sequence's own tokens, which are causal and never see it.
+    """
+
+    input_ids: NDArray[np.int64]
+    """[N]."""
+    position_ids: NDArray[np.int64]
+    """[N], from 0 in each sequence."""
+    lengths: list[int]
+    """Of each part of `input_ids`, end to end: a sequence with its padding, a shared prompt, or what follows one."""
+    sequences: list[tuple[int, ...]]
+    """The parts that each sequence is made of."""
+    target_rows: NDArray[np.int64]
+    """[C]: which positions predict a completion token."""
+    targets: NDArray[np.int64]
+    """[C]: that token."""
+    rollout_logprobs: NDArray[np.float32]
+    """[C]."""
+    advantages: NDArray[np.float32]
+    """[C]."""
+    weights: NDArray[np.float32]
+    """[C], 0 in a dummy."""
+    samples: NDArray[np.int64]
+    """[C]: which sample of the batch the token belongs to; -1 in a dummy."""
+    segments: NDArray[np.int64]
+    """[C]: which sequence of the micro-batch the token belongs to, 0, 1, .. in order."""
+    current: NDArray[np.bool_]
+    """[C]: was the token sampled by the version that the update begins with?"""
+
+    @property
+    def is_dummy(self) -> bool:
+        return bool(self.samples[0] < 0)
+
+    @property
+    def num_inputs(self) -> int:
+        """Tokens that are computed, 0 for a dummy."""
+        return 0 if self.is_dummy else len(self.input_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """The same, if each sequence were computed by itself."""
+        return 0 if self.is_dummy else sum(self.lengths[part] for parts in self.sequences for part in parts)
+
+
+def pack(items: Sequence[PackItem], *, padded: bool = False, share_prompts: bool = False) -> PackedBatch:
+    """Lay sequences end to end.
+
+    Without any: a dummy of one token with weight 0, which keeps a rank in step with the others.
+
+    Args:
+        items: in this order.
+        padded: each as long as the longest.
+        share_prompts: neighbours with the same prompt have it once.
+    """
+    if not items:
+        items = [PackItem(np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.float32), 0.0, 0.0, -1)]
+    longest = max(len(i.prompt_ids) + len(i.completion_ids) - 1 for i in items) if padded else 0
+    parts: list[NDArray[np.integer]] = []
+    first_positions: list[int] = []
+    sequences: list[tuple[int, ...]] = []
+    for neighbours in _with_one_prompt(items) if share_prompts else [[i] for i in items]:
+        shared = len(neighbours[0].prompt_ids) if len(neighbours) > 1 else 0
+        common = (len(parts),) if shared else ()
+        if shared:
+            parts.append(neighbours[0].prompt_ids)
+            first_positions.append(0)
+        for i in neighbours:
+            own = np.concatenate([i.prompt_ids[shared:], i.completion_ids[:-1]])
+            own = np.concatenate([own, np.zeros(max(longest - len(own), 0), np.int64)])
+            sequences.append((*common, len(parts)) if len(own) else common)
+            if len(own):
+                parts.append(own)
+                first_positions.append(shared)
+    lengths = [len(part) for part in parts]
+    rows_of_parts = np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1])
+    num_targets = [len(i.completion_ids) for i in items]
+    return PackedBatch(
+        input_ids=np.concatenate(parts).astype(np.int64),
+        position_ids=np.concatenate([np.arange(a, a + n) for a, n in zip(first_positions, lengths, strict=True)]),
+        lengths=lengths,
+        sequences=sequences,
+        target_rows=np.concatenate(
+            [
+                np.concatenate([rows_of_parts[part] for part in sequence])[len(i.prompt_ids) - 1 :][:n]
+                for i, sequence, n in zip(items, sequences, num_targets, strict=True)
+            ]
+        ),
+        targets=np.concatenate([i.completion_ids for i in items]).astype(np.int64),
+        rollout_logprobs=np.concatenate([i.rollout_logprobs for i in items]).astype(np.float32),
+        advantages=np.concatenate(
+            [np.broadcast_to(np.float32(i.advantage), n) for i, n in zip(items, num_targets, strict=True)]
+        ),
+        weights=np.repeat(np.array([i.weight for i in items], dtype=np.float32), num_targets),
+        samples=np.repeat(np.array([i.sample for i in items], dtype=np.int64), num_targets),
+        segments=np.repeat(np.arange(len(items), dtype=np.int64), num_targets),
+        current=np.concatenate(
+            [np.ones(n, np.bool_) if i.current is None else i.current for i, n in zip(items, num_targets, strict=True)]
+        ),
+    )
+
+
+def _with_one_prompt(items: Sequence[PackItem]) -> list[list[PackItem]]:
+    """Runs of neighbours whose prompts are the same."""
+    runs: list[list[PackItem]] = []
+    for item in items:
+        if runs and np.array_equal(runs[-1][-1].prompt_ids, item.prompt_ids):
+            runs[-1].append(item)
+        else:
+            runs.append([item])
+    return runs
