@@ -29,7 +29,7 @@ class StepEvent:
     """1 is the first."""
     total_steps: int
     metrics: dict[str, float]
-    """Names as in `grpo_ray.metrics`."""
+    """Names as in `grpo_ray.catalogue`."""
 
 
 @dataclass(frozen=True)

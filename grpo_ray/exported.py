@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from grpo_ray.metrics import METRICS, describe, matches
+from grpo_ray.catalogue import METRICS, describe, pattern_of, star
 
 PREFIX = "grpo_"
 RAY_PREFIX = "ray_"
@@ -61,16 +61,10 @@ DISTRIBUTIONS = (
 
 def exported(metric: str) -> Exported:
     """The gauge that shows a metric."""
-    pattern = next((p for p in (metric, *METRICS) if p in METRICS and matches(metric, p)), metric)
+    pattern = pattern_of(metric) or metric
     of = star(metric, pattern)
     help_text, unit = METRICS.get(pattern, (describe(metric)[0], ""))
     return Exported(_gauge(pattern), of, f"{help_text} [{unit}]" if unit else help_text)
-
-
-def star(metric: str, pattern: str) -> str:
-    """What the `*` of a pattern stands for in a metric that it means."""
-    head, has_star, tail = pattern.partition("*")
-    return metric[len(head) : len(metric) - len(tail)] if has_star else ""
 
 
 def series() -> set[str]:

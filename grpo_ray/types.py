@@ -363,7 +363,7 @@ class UpdateReport:
 
     step: int
     metrics: dict[str, float]
-    """Names as in `grpo_ray.metrics`."""
+    """Names as in `grpo_ray.catalogue`."""
     seconds: float
     tracks: tuple[Track, ...] = ()
     """One a rank, since its last report."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo_ray.exported import COUNTS, DISTRIBUTIONS, STEPS, exported, series, star
-from grpo_ray.metrics import METRICS, matches
+from grpo_ray.catalogue import METRICS, matches, star
+from grpo_ray.exported import COUNTS, DISTRIBUTIONS, STEPS, exported, series
 
 DASHBOARD = Path(__file__).parent.parent / "launch" / "grafana" / "grpo-ray.json"
 PROMQL = {"sum", "by", "rate", "max", "avg", "histogram_quantile", "label_values", "le", "of", "run", "clamp_min"}
