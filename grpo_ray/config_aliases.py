@@ -6,8 +6,9 @@ Where a schema has not the first target, the next one counts (`beta` of GRPO and
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Sequence
+
+from grpo_ray.suggest import closest
 
 GUESS_CUTOFF = 0.8
 """Of `difflib`'s ratio: `zero_stge` is `zero_stage` (0.95), `max_tokens` is not `max_actors` (0.7)."""
@@ -352,12 +353,12 @@ def suggestion(key: str, known: Sequence[str], siblings: Sequence[str]) -> str:
     if places:
         more = ", .." * (len(places) > MAX_PLACES)
         return f"an option of this name is {', '.join(places[:MAX_PLACES])}{more}"
-    close = difflib.get_close_matches(last, _spelt_alike(last, siblings), n=1, cutoff=GUESS_CUTOFF)
-    if close:
-        return f"did you mean {f'{section}.{close[0]}' if section else close[0]}?"
+    close = closest(last, _spelt_alike(last, siblings), cutoff=GUESS_CUTOFF)
+    if close is not None:
+        return f"did you mean {f'{section}.{close}' if section else close}?"
     names = _spelt_alike(last, {k.rpartition(".")[2] for k in known})
-    elsewhere = difflib.get_close_matches(last, names, n=1, cutoff=ELSEWHERE_CUTOFF)
-    places = _named(elsewhere[0], known) if elsewhere else []
+    elsewhere = closest(last, names, cutoff=ELSEWHERE_CUTOFF)
+    places = _named(elsewhere, known) if elsewhere is not None else []
     if len(places) == 1:
         return f"did you mean {places[0]}?"
     return "known here: " + ", ".join(siblings)

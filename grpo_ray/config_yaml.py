@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from grpo_ray.errors import ConfigError
+from grpo_ray.errors import ConfigError, first_line
 
 MAX_BYTES = 1 << 18
 """PyYAML reads a MB in ten seconds; recipes have a few KB."""
@@ -289,7 +289,7 @@ def read_flow(text: str) -> Any:
     try:
         return _Reader("the value", text, lines=False).read(_compose(text, _FlowLoader))
     except yaml.YAMLError as e:
-        problem = str(getattr(e, "problem", None) or e).splitlines()[0]
+        problem = first_line(getattr(e, "problem", None) or e)
         hint = "; quote text that holds #, : or brackets" if text[:1] in "[{" else ""
         raise ConfigError(f"the value is not YAML ({problem}){hint}") from None
     except RecursionError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +13,8 @@ from typing import Any
 
 from grpo_ray import json_text
 from grpo_ray.config_data import DataSource
-from grpo_ray.errors import DataError
+from grpo_ray.errors import DataError, kind_and_line
+from grpo_ray.suggest import closest, did_you_mean
 from grpo_ray.user_code import UserFunction, of_module
 from grpo_ray.user_places import ForeignCodeError
 
@@ -149,11 +149,9 @@ def _existing(path: str) -> Path:
         hint = f": name the file in it, e.g. {file / inside[0]}" if inside else " without data files in it"
         raise DataError(f"{path} is a folder{hint}")
     if not file.is_file():
-        close = []
-        if file.parent.is_dir():
-            files = [f.name for f in file.parent.iterdir() if not f.is_dir()]
-            close = difflib.get_close_matches(file.name, files, n=1)
-        hint = f"; did you mean {file.parent / close[0]}?" if close else f" (looked from {Path.cwd()})"
+        files = [f.name for f in file.parent.iterdir() if not f.is_dir()] if file.parent.is_dir() else []
+        close = closest(file.name, files)
+        hint = f"; did you mean {file.parent / close}?" if close else f" (looked from {Path.cwd()})"
         raise DataError(f"{path}: no such file{hint}")
     if not os.access(file, os.R_OK):
         raise DataError(f"{path} can't be read by this user")
@@ -205,7 +203,7 @@ def _parquet(source: DataSource) -> Table:
     except (pa.ArrowException, OSError, ValueError) as e:
         if isinstance(e, DataError):
             raise
-        raise DataError(f"{source.path}: not a readable Parquet file: {_first_line(e)}") from None
+        raise DataError(f"{source.path}: not a readable Parquet file: {kind_and_line(e)}") from None
     return Table(file.stem, source.path, rows[:limit])
 
 
@@ -216,7 +214,7 @@ def _rows_of(batch: Any, path: str, before: int) -> list[Row]:
         return rows
     except (ValueError, ArithmeticError) as e:
         if batch.num_rows == 1:
-            raise DataError(f"{path}, row {before}: {_first_line(e)}") from None
+            raise DataError(f"{path}, row {before}: {kind_and_line(e)}") from None
     half = batch.num_rows // 2
     return [*_rows_of(batch.slice(0, half), path, before), *_rows_of(batch.slice(half), path, before + half)]
 
@@ -238,7 +236,7 @@ def _hugging_face(source: DataSource) -> Table:
     # The library raises a dozen kinds of its own, of HTTP clients' and of Python's; all of them mean "can't be had".
     except Exception as e:
         raise DataError(
-            f"data set {source.path!r} ({options}) can't be loaded: {_first_line(e)}; expected a .jsonl or .parquet "
+            f"data set {source.path!r} ({options}) can't be loaded: {kind_and_line(e)}; expected a .jsonl or .parquet "
             "file, a local folder, or a name on the Hugging Face hub (from there: a network, or an earlier download and "
             "HF_HUB_OFFLINE=1)"
         ) from e
@@ -267,19 +265,15 @@ def _reasoning_gym(source: DataSource, task: str, seed: int) -> Table:
     from reasoning_gym.factory import DATASETS
 
     if task not in DATASETS:
-        close = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.5)
-        hint = (
-            f"did you mean {', '.join(close)}?"
-            if close
-            else f"there are {len(DATASETS)}, among them chain_sum, countdown"
-        )
+        some = f"there are {len(DATASETS)}, among them chain_sum, countdown"
+        hint = did_you_mean(task, DATASETS, some, cutoff=0.5, count=3)
         raise DataError(f"{source.path}: reasoning-gym has no task {task!r}; {hint}")
     args = {"seed": seed, **source.args}
     try:
         dataset = reasoning_gym.create_dataset(task, **args)
     except (TypeError, AssertionError, ValueError) as e:
         fields = ", ".join(DATASETS[task][1].__dataclass_fields__)
-        raise DataError(f"{source.path}: args {args} are refused: {_first_line(e)}; it takes: {fields}") from None
+        raise DataError(f"{source.path}: args {args} are refused: {kind_and_line(e)}; it takes: {fields}") from None
     rows = []
     limit = _first_rows(source)
     size = len(dataset) if limit is None else min(limit, len(dataset))
@@ -368,8 +362,3 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=PlainConsole(stderr=True), transient=True, disable=not shown) as bar:
         task = bar.add_task(one_line(what), total=total)
         yield lambda rows: bar.advance(task, rows)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -68,9 +68,22 @@ class NonFiniteError(GrpoRayError):
     """A loss or a gradient that is not a finite number; names the step, and the sample where it is known."""
 
 
+def first_line(error: object) -> str:
+    """The first line of what an error says; what kind it is where it says nothing."""
+    return next(iter(_lines(error)), type(error).__name__)
+
+
+def kind_and_line(error: BaseException) -> str:
+    """`ValueError: no digits`: the kind of an error and the first line of what it says."""
+    kind = type(error).__name__
+    return ": ".join([kind, *_lines(error)[:1]])
+
+
 def told(error: BaseException) -> str:
     """The first line of a library's error, and the next where the first only announces it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    lines = _lines(error)
+    return " ".join(lines[:2]) if lines and lines[0].endswith(":") else first_line(error)
+
+
+def _lines(error: object) -> list[str]:
+    return [line.strip() for line in str(error).splitlines() if line.strip()]

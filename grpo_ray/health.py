@@ -8,10 +8,9 @@ metrics of the update ----+
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from grpo_ray.applicable import why_not_applicable
 from grpo_ray.causes import MOST, after_a_fall, why_no_signal
 from grpo_ray.collapse import accuracy_fell, entropy_rose, entropy_vanished, gradient_exploded, reward_fell
 from grpo_ray.config import RunConfig
@@ -19,7 +18,8 @@ from grpo_ray.errors import NoSignalError
 from grpo_ray.evaluate import EvalResult, accuracy_name
 from grpo_ray.events import MessageEvent
 from grpo_ray.measures import Estimate
-from grpo_ray.tally import FunctionTally, Tally
+from grpo_ray.reward_functions import FEW, RewardFunctions
+from grpo_ray.tally import Tally
 
 REMEMBERED = 24
 """Steps that a step is compared with."""
@@ -27,13 +27,6 @@ UNLIKELY = 1e-3
 """A step without signal after others that had one is told when chance alone gives one so rarely."""
 MOST_STILL = 0.75
 """What is told of MOST of the completions is told anew only when it was true of less than this part in between."""
-FEW = 32
-"""Samples: of fewer, a part says little."""
-SETTLED = 5
-"""Steps after which a reward function that has said nothing yet is told."""
-UNSCORED = 0.25
-PENALTIES = ("repetition_penalty", "soft_overlong")
-"""Rewards for which 0 is the best there is."""
 
 
 class Health:
@@ -53,12 +46,7 @@ class Health:
         self._with_signal: deque[tuple[int, int]] = deque(maxlen=REMEMBERED)
         """Groups with signal, and all, of steps that had one."""
         self._idle_groups = 0
-        self._functions: dict[str, FunctionTally] = {}
-        self._steps_of: dict[str, int] = {}
-        self._scored = [0, 0]
-        """Samples with a reward, and all, since the run began or was resumed."""
-        self._settled: set[str] = set()
-        """What has been said of a reward function, or found in order."""
+        self._functions = RewardFunctions(config.reward.functions)
         self._accuracies: dict[str, Estimate] = {}
         """Evaluation set -> the best so far."""
         self._unmeasured: frozenset[str] = frozenset()
@@ -121,7 +109,7 @@ class Health:
         self._active = {name: self._active.get(name, text) for name, text in found.items()}
         self._tallies.append(tally)
         self._metrics.append(metrics)
-        return notices + self._of_functions(step, tally)
+        return notices + self._functions.after_step(step, tally)
 
     def after_eval(self, step: int, name: str, result: EvalResult) -> list[MessageEvent]:
         """What has come up; `name` of its set where there are several."""
@@ -155,8 +143,7 @@ class Health:
         """What a run too short for it has not been told."""
         if self.steps_with_signal == 0:
             return []
-        late = [n for n, steps in self._steps_of.items() if n not in self._settled and steps > 1]
-        return self._say_of_functions(step, late)
+        return self._functions.at_the_end(step)
 
     # How it may end.
 
@@ -281,62 +268,6 @@ class Health:
             return {}
         what = f"the gradient norm is {now:.3g}, over a hundred times as large as before"
         return {"gradient": f"step {step}: {what}; if rewards fall, {self._rate}"}
-
-    # Of single reward functions.
-
-    def _of_functions(self, step: int, tally: Tally) -> list[MessageEvent]:
-        self._scored[0] += tally.of_samples.count
-        self._scored[1] += tally.samples
-        due = []
-        for function in self.config.reward.functions:
-            name = function.title
-            if step <= function.from_step or (of := tally.functions.get(name)) is None:
-                continue
-            total = self._functions.setdefault(name, FunctionTally())
-            total.values.join(of.values)
-            total.not_applicable += of.not_applicable
-            total.columns = of.columns if total.columns is None else total.columns
-            self._steps_of[name] = self._steps_of.get(name, 0) + 1
-            if self._steps_of[name] >= SETTLED and name not in self._settled:
-                due.append(name)
-        return self._say_of_functions(step, due)
-
-    def _say_of_functions(self, step: int, names: Sequence[str]) -> list[MessageEvent]:
-        out = []
-        functions = {f.title: f for f in self.config.reward.functions}
-        for name in names:
-            of = self._functions[name]
-            if of.values.count + of.not_applicable < FEW:
-                continue
-            self._settled.add(name)
-            if len(functions) > 1 and not of.values.count and of.columns is not None:
-                why = why_not_applicable(functions[name], of.columns, step - 1)
-                out.append(MessageEvent("warning", f"reward {name} has applied to no sample up to step {step}: {why}"))
-            elif (
-                len(functions) > 1
-                and of.values.flat
-                and of.values.highest == 0
-                and functions[name].name not in PENALTIES
-            ):
-                out.append(
-                    MessageEvent(
-                        "info",
-                        f"reward {name} has been 0 for every sample up to step {step}: does the model ever do what it asks?",
-                    )
-                )
-        scored, every = self._scored
-        if names and "scores" not in self._settled and 0 < scored < (1 - UNSCORED) * every:
-            self._settled.add("scores")
-            first = next(
-                (f for f in functions.values() if (t := self._functions.get(f.title)) and t.columns is not None), None
-            )
-            why = ""
-            if first is not None and (columns := self._functions[first.title].columns) is not None:
-                why = f", e.g.: {why_not_applicable(first, columns, step - 1)}"
-            out.append(
-                MessageEvent("warning", f"{every - scored} of {every} samples up to step {step} have no reward{why}")
-            )
-        return out
 
 
 def _steps(count: int) -> str:

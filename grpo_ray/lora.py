@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from grpo_ray.config_model import LoraConfig
-from grpo_ray.errors import ConfigError
+from grpo_ray.errors import ConfigError, first_line
 
 ADAPTER = "default"
 
@@ -35,9 +35,7 @@ def inject(hf: nn.Module, lora: LoraConfig) -> None:
     try:
         peft.inject_adapter_in_model(config, hf, adapter_name=ADAPTER)
     except ValueError as e:
-        raise ConfigError(
-            f"model.lora.target_modules {lora.target_modules} fits no layer: {str(e).splitlines()[0]}"
-        ) from None
+        raise ConfigError(f"model.lora.target_modules {lora.target_modules} fits no layer: {first_line(e)}") from None
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from grpo_ray.errors import ConfigError
+from grpo_ray.errors import ConfigError, first_line
 from grpo_ray.files import check_inside, open_regular, read_json
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -69,7 +69,7 @@ def _json(file: Path) -> dict[str, Any]:
         # Links are followed: a cache of the hub consists of them.
         found = read_json(file)
     except (OSError, ValueError) as e:
-        raise ConfigError(f"{file} can't be read ({str(e).splitlines()[0]})") from None
+        raise ConfigError(f"{file} can't be read ({first_line(e)})") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{file}: expected a mapping, got {type(found).__name__}")
     return found

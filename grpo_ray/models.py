@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_ray.config_model import ModelConfig
-from grpo_ray.errors import ConfigError, told
+from grpo_ray.errors import ConfigError, kind_and_line, told
 from grpo_ray.files import read_json
 from grpo_ray.model_files import check_model_files
 from grpo_ray.tiny import build_tiny_model, describe_tiny_model
@@ -91,9 +91,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizer
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     # What reads tokenizer.json raises plain Exception, the library AttributeError and others where files are missing.
     except Exception as e:
-        first_line = (str(e).strip().splitlines() or [""])[0]
         raise ConfigError(
-            f"model.path {path} has no tokenizer that can be loaded ({type(e).__name__}: {first_line}); copy the tokenizer's files "
+            f"model.path {path} has no tokenizer that can be loaded ({kind_and_line(e)}); copy the tokenizer's files "
             "(tokenizer.json, tokenizer_config.json) into its folder"
         ) from None
 

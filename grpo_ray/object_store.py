@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from grpo_ray.errors import CheckpointError, StoreAwayError, StoreError
+from grpo_ray.errors import CheckpointError, StoreAwayError, StoreError, kind_and_line
 from grpo_ray.plain_terminal import say
 
 T = TypeVar("T")
@@ -126,10 +126,7 @@ def is_refusal(error: BaseException) -> bool:
 
 def reason(error: BaseException) -> str:
     """One line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else ""
-    name = type(error).__name__
-    return (f"{name}: {text}" if text else name)[:300]
+    return kind_and_line(error)[:300]
 
 
 def filesystem(url: str) -> Any:

@@ -6,8 +6,9 @@ recipe; those of the papers are named here for whoever writes one. What a preset
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
+
+from grpo_ray.suggest import did_you_mean
 
 Values = dict[str, Any]
 
@@ -117,9 +118,8 @@ def with_preset(data: Values) -> Values:
     """
     name = data.get("preset")
     if name is not None and name not in PRESETS:
-        close = difflib.get_close_matches(str(name), PRESETS, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"algorithm.preset {name!r} is not known; {hint}known are {', '.join(PRESETS)}")
+        known = f"known are {', '.join(PRESETS)}"
+        raise ValueError(f"algorithm.preset {name!r} is not known; {did_you_mean(str(name), PRESETS, then=known)}")
     preset = PRESETS[name] if name is not None else {}
     without: tuple[str, ...] = _OF_THE_LOSS if data.get("loss", preset.get("loss")) != preset.get("loss") else ()
     without += _OF_THE_REFERENCE if data.get("beta") == 0 else ()

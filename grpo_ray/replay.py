@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from grpo_ray.checkpoint import RunDir
-from grpo_ray.errors import CheckpointError
+from grpo_ray.errors import CheckpointError, first_line
 from grpo_ray.rollout_log import rollout_path, rollout_steps, sample_of
 from grpo_ray.types import Sample, Step, TrainBatch, TrainSample, Truncation
 
@@ -74,7 +74,7 @@ def read_batch(path: Path) -> TrainBatch:
     try:
         table = pq.read_table(path)
     except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path} can't be read: {str(e).splitlines()[0]}") from None
+        raise CheckpointError(f"{path} can't be read: {first_line(e)}") from None
     missing = [name for name in _NEEDED if name not in table.column_names]
     if missing or not table.num_rows:
         what = f"has no column {missing[0]!r}: an earlier version of grpo-ray wrote it" if missing else "is empty"

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from grpo_ray.errors import DataError
+from grpo_ray.errors import DataError, first_line
 from grpo_ray.files import write_whole
 from grpo_ray.seeds import sample_seed
 from grpo_ray.types import Group, RewardScore, Sample, SampleInfo, Score, Step, TrainBatch, TrainSample, VersionSpan
@@ -205,7 +205,7 @@ def read_rollouts(path: Path, columns: Sequence[str] | None = None) -> list[dict
             rows: list[dict[str, Any]] = file.read(columns and list(columns)).to_pylist()
             return rows
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-        raise DataError(f"{path} can't be read: {str(e).splitlines()[0]}") from None
+        raise DataError(f"{path} can't be read: {first_line(e)}") from None
 
 
 def remove_after(folder: Path, step: int) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo_ray.errors import kind_and_line
 from grpo_ray.user_files import FILE_MODULE, file_module
 from grpo_ray.user_modules import name_taken
 from grpo_ray.user_places import OFFERED, ForeignCodeError, check_file, locate
@@ -112,10 +113,9 @@ def _no_import(source: Source, error: BaseException) -> ForeignCodeError:
             return ForeignCodeError(f"there is no module {lacking!r}: {taken}")
         return ForeignCodeError(f"its {source} imports {lacking!r}, which is not installed ({error})")
     where = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
-    first_line = (str(error).splitlines() or [""])[0]
     what = str(source.file) if source.module is None else repr(source.module)
     return ForeignCodeError(
-        f"importing {what}{where} failed with {type(error).__name__}: {first_line}" + (f"; {taken}" if taken else "")
+        f"importing {what}{where} failed with {kind_and_line(error)}" + (f"; {taken}" if taken else "")
     )
 
 

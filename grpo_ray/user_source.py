@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from grpo_ray.suggest import did_you_mean
 from grpo_ray.user_modules import name_taken
 from grpo_ray.user_places import ForeignCodeError, MissingCodeError, locate
 
@@ -68,8 +68,7 @@ def find(source: Source, name: str, steps: int = 0) -> Found:
 
 def _no_name(source: Source, name: str) -> str:
     names = defined(source.file)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(names) or 'no functions'}"
+    hint = did_you_mean(name, names, f"it has {', '.join(names) or 'no functions'}", cutoff=0.5, show=repr)
     taken = None if source.module is None else name_taken(source.module)
     return f"{source} has no {name!r}" + (f": {taken}" if taken else f"; {hint}")
 

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from actors.addresses import EVERYWHERE, bypass_proxies
 from actors.cluster import NAMESPACE, check_token
-from grpo_ray.errors import ConfigError, ResourceError, WorkerError
+from grpo_ray.errors import ConfigError, ResourceError, WorkerError, first_line
 from grpo_ray.names import check_name
 from grpo_ray.scaling import SCALED
 
@@ -137,7 +137,7 @@ class Cluster:
             self._client.list_jobs()
         except ray.exceptions.AuthenticationError as e:
             raise ResourceError(
-                f"the cluster at {self.address} does not take our token ({str(e).splitlines()[0]}): it must be the one that its "
+                f"the cluster at {self.address} does not take our token ({first_line(e)}): it must be the one that its "
                 "head was started with, in ~/.ray/auth_token or RAY_AUTH_TOKEN"
             ) from None
         except (ConnectionError, ValueError, RuntimeError, OSError) as e:

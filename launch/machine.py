@@ -12,7 +12,7 @@ from grpo_ray.checkpoint_store import is_url
 from grpo_ray.config import RunConfig
 from grpo_ray.config_reward import KEY_VARIABLE
 from grpo_ray.config_supervised import SftConfig
-from grpo_ray.errors import ConfigError, ResourceError
+from grpo_ray.errors import ConfigError, ResourceError, first_line
 from grpo_ray.kv_cache import check_gpu_shares, check_kv_cache
 from grpo_ray.machine import total_memory
 from grpo_ray.secrets import REFERENCE
@@ -84,7 +84,7 @@ def check_checkpoint_path(path: str) -> None:
         get_filesystem_class(scheme)
     except (ImportError, ValueError) as e:
         raise ConfigError(
-            f"checkpoint.path {path}: fsspec can't reach {scheme}:// here ({str(e).splitlines()[0]}); install its package, or use "
+            f"checkpoint.path {path}: fsspec can't reach {scheme}:// here ({first_line(e)}); install its package, or use "
             "a folder"
         ) from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from grpo_ray.names import check_name
 from grpo_ray.plain_terminal import say
 from grpo_ray.reward_files import with_absolute_files, with_shipped_files
 from grpo_ray.secrets import hide_secrets
+from grpo_ray.suggest import did_you_mean
 
 RECIPES = Path(__file__).parent / "recipes"
 Config = TypeVar("Config", bound=RunConfig | SftConfig)
@@ -55,11 +55,9 @@ def find_recipe(recipe: str) -> Path:
     shipped = RECIPES / f"{recipe}.yaml"
     if shipped.is_file():
         return shipped
-    close = difflib.get_close_matches(recipe, recipe_names(), n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise ConfigError(
-        f"there is no recipe {recipe!r}; {hint}shipped are {', '.join(recipe_names())}; or give a .yaml file"
-    )
+    names = recipe_names()
+    hint = did_you_mean(recipe, names, then=f"shipped are {', '.join(names)}")
+    raise ConfigError(f"there is no recipe {recipe!r}; {hint}; or give a .yaml file")
 
 
 def with_own(own: list[str], overrides: list[str]) -> list[str]:

@@ -186,7 +186,7 @@ NAMED = "A function of yours is named package.module.function or file.py:functio
             "reward 'needs_of_here.f': its module 'needs_of_here' imports 'not_installed_here', which is not installed "
             "(No module named 'not_installed_here')",
         ),
-        ("raises_of_here.f", {}, "reward 'raises_of_here.f': importing 'raises_of_here' failed with ValueError: "),
+        ("raises_of_here.f", {}, "reward 'raises_of_here.f': importing 'raises_of_here' failed with ValueError"),
         ("exits_of_here.f", {}, "reward 'exits_of_here.f': importing 'exits_of_here' failed with SystemExit: 3"),
         (
             "mine_of_here.Silent",
@@ -194,7 +194,7 @@ NAMED = "A function of yours is named package.module.function or file.py:functio
             "reward 'mine_of_here.Silent' is a class whose instances can't be called; give it a method "
             "__call__(self, completions, **columns)",
         ),
-        ("mine_of_here.Picky", {}, "reward 'mine_of_here.Picky' can't be made with args {}: ValueError: "),
+        ("mine_of_here.Picky", {}, "reward 'mine_of_here.Picky' can't be made with args {}: ValueError"),
         (
             "mine_of_here.Picky",
             {"why": "no\nmore"},
@@ -359,9 +359,9 @@ def test_an_error_of_a_reward_is_told_with_its_line() -> None:
         f"ValueError: no digits (test_reward_contract.py:{line})"
     )
     assert told(ValueError("no digits"), inside=False) == "ValueError: no digits"
-    assert told(ValueError(), inside=False) == "ValueError: "
+    assert told(ValueError(), inside=False) == "ValueError"
     assert told(Silent(), inside=False) == "Silent: (its message can't be printed)"
-    assert told(ValueError("x" * 9000), inside=False) == f"ValueError: {'x' * (MAX_DETAIL_CHARS - 100)}"
+    assert told(ValueError("x" * 9000), inside=False) == f"ValueError: {'x' * 9000}"[: MAX_DETAIL_CHARS - 100]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ PipelineConfig -> [Stage] -> config_of(stage) -> RunConfig, SftConfig, MixConfig
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -21,6 +20,7 @@ from grpo_ray.config_typed import with_types
 from grpo_ray.errors import ConfigError
 from grpo_ray.pipeline.config import GateConfig, PipelineConfig, StageConfig
 from grpo_ray.pipeline.kinds import EVAL, KINDS, Kind
+from grpo_ray.suggest import did_you_mean
 
 REFERENCE = re.compile(r"\$\{stages\.([^.}]+)\.([^.}]+)\}")
 SEED = "${seed}"
@@ -243,5 +243,4 @@ def _texts(node: Any) -> Iterator[str]:
 
 
 def _meant(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+    return did_you_mean(name, known, f"there are {', '.join(known)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from grpo_ray.rewards.scoring import call_reward, score_samples, weighted_sum
 from grpo_ray.rewards.soft_overlong import soft_overlong
 from grpo_ray.rewards.think_format import think_format
 from grpo_ray.rewards.verl import is_verl, verl_function
+from grpo_ray.suggest import did_you_mean
 from grpo_ray.user_places import ForeignCodeError
 
 __all__ = ["BUILTINS", "RewardFunction", "ScoreInputs", "call_reward", "resolve", "score_samples", "weighted_sum"]
@@ -164,8 +164,7 @@ def _users(config: RewardFunctionConfig, *, imports: bool) -> RewardFunction:
 
 
 def _unknown(name: str) -> str:
-    close = difflib.get_close_matches(name, BUILTINS, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}?" if close else f"built in: {', '.join(BUILTINS)};"
+    hint = did_you_mean(name, BUILTINS, f"built in: {', '.join(BUILTINS)};", cutoff=0.5, show=repr)
     return (
         f"no reward is called {name!r}; {hint} A function of yours is named package.module.function or file.py:function"
     )

@@ -25,7 +25,6 @@ is one step, which ends at the last token. People, metrics and evaluations see t
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from typing import Any
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.logs import CallLog
 from grpo_ray.rewards.parts import Part, part_of
+from grpo_ray.suggest import closest, did_you_mean
 from grpo_ray.thinking import begun
 from grpo_ray.types import TrainerState
 
@@ -203,7 +203,7 @@ def missing_column(reward: str, names: Sequence[str], there: Iterable[str], wher
     one row alone."""
     known = sorted(map(str, there))
     wanted = " or ".join(map(repr, names))
-    close = next((m for name in names for m in difflib.get_close_matches(name, known, n=1, cutoff=0.7)), "NAME")
+    close = next((m for name in names if (m := closest(name, known, cutoff=0.7)) is not None), "NAME")
     return (
         f"reward {reward!r} needs the column {wanted}; {where or 'the row'} has {', '.join(known) or 'none'}; map one to it, e.g. "
         f"{where or 'data.train'}.columns: {{{next(n for n in names if '.' not in n)}: {close}}}"
@@ -287,10 +287,7 @@ def inspect_function(
 
 
 def _suggest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"known: {', '.join(sorted(known)) or 'none'}"
+    return did_you_mean(word, known, f"known: {', '.join(sorted(known)) or 'none'}", cutoff=0.5, show=repr)
 
 
 class Explained(float):

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from grpo_ray.errors import RewardError
+from grpo_ray.errors import RewardError, kind_and_line
 from grpo_ray.rewards.function import NOT_COLUMNS
 
 _FROM_SAMPLES = NOT_COLUMNS | {"environments", "solution_str", "solution_strs"}
@@ -29,10 +29,7 @@ def made(name: str, found: Callable[..., Any], args: dict[str, Any]) -> tuple[Ca
     try:
         reward = found(**args)
     except Exception as e:
-        first_line = (str(e).splitlines() or [""])[0]
-        raise RewardError(
-            f"reward {name!r} can't be made with args {args!r:.200}: {type(e).__name__}: {first_line}"
-        ) from None
+        raise RewardError(f"reward {name!r} can't be made with args {args!r:.200}: {kind_and_line(e)}") from None
     return (reward, {}) if callable(reward) else (found, args)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from grpo_ray.errors import ConfigError, DataError, RewardError
+from grpo_ray.errors import ConfigError, DataError, RewardError, first_line
 from grpo_ray.rewards.function import Completions, Conversation, text_of
 from grpo_ray.templates import Template, make_template
 from grpo_ray.tokenized import answer_ids, tokenize
@@ -186,8 +186,7 @@ def _told(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, AttributeError) as e:
-        first_line = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise RewardError(f"reward 'reward_model': {path} can't be loaded: {first_line}") from None
+        raise RewardError(f"reward 'reward_model': {path} can't be loaded: {first_line(e)}") from None
 
 
 @lru_cache(maxsize=4)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from grpo_ray.errors import RewardError
+from grpo_ray.errors import RewardError, kind_and_line
 from grpo_ray.rewards.function import Explained, RewardFunction, ScoreInputs
 from grpo_ray.rewards.logs import CallLog, Plain
 from grpo_ray.types import RewardScore, Score, ScoreStatus, Step
@@ -203,12 +203,12 @@ def _run(awaitable: Any) -> Any:
 def explain(error: BaseException) -> str:
     """`ValueError: no digits (rewards.py:12)`: type, first line, and the innermost line of the user's code."""
     try:
-        message = (str(error).splitlines() or [""])[0]
+        message = kind_and_line(error)
     except Exception:
-        message = "(its message can't be printed)"
+        message = f"{type(error).__name__}: (its message can't be printed)"
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno})" if len(frames) > 1 else ""
-    return f"{type(error).__name__}: {message[: MAX_DETAIL_CHARS - 100]}{where}"
+    return f"{message[: MAX_DETAIL_CHARS - 100]}{where}"
 
 
 def _short(value: Any) -> str:
