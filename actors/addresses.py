@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import time
 from collections.abc import Iterable, MutableMapping
@@ -24,6 +25,7 @@ PROXY_EXCEPTIONS = ("no_proxy", "NO_PROXY")
 EVERYWHERE = "*"
 RAYLET, HEAD_FLAG = "raylet", "--gcs-address="
 LOCAL = ("localhost", "127.0.0.1", "::1")
+_HOST_AND_PORT = re.compile(r"(?:ray://)?(?:[\w.-]+|\[[\w:.%-]+\]):\d+/?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def host_and_port(address: Address) -> tuple[str, int] | None:
         host, port = parts.hostname, parts.port
     except ValueError:
         host = port = None
-    if not host or not port or parts.path.strip("/"):
+    if not host or not port or not _HOST_AND_PORT.fullmatch(where):
         raise ConfigError(f"{address} is no address of a Ray cluster; it reads HOST:PORT or auto: {address.mend}")
     return host, port
 
@@ -124,6 +126,16 @@ def _running_here() -> tuple[str, int]:
     Raises:
         ConnectionError: there is none, or there are several.
     """
+    found = heads_here()
+    meant = found & set(_last_started()) if len(found) > 1 else found
+    if len(meant) != 1:
+        raise ConnectionError("there is none of this user's" if not found else "there are several")
+    host, _, port = meant.pop().rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def heads_here() -> set[str]:
+    """Addresses of the heads that raylets of this user, or of root, on this machine belong to, and show the token to."""
     import psutil
 
     found: set[str] = set()
@@ -132,11 +144,7 @@ def _running_here() -> tuple[str, int]:
         uids = process.info["uids"]
         if words and os.path.basename(words[0]) == RAYLET and uids is not None and uids.real in (0, os.getuid()):
             found |= {word.partition("=")[2] for word in words if word.startswith(HEAD_FLAG)}
-    meant = found & set(_last_started()) if len(found) > 1 else found
-    if len(meant) != 1:
-        raise ConnectionError("there is none of this user's" if not found else "there are several")
-    host, _, port = meant.pop().rpartition(":")
-    return host.strip("[]"), int(port)
+    return found
 
 
 def _last_started() -> list[str]:

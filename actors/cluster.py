@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from actors.addresses import VARIABLE, Address, bypass_proxies, check_answers, read_address
+from actors.named_clusters import check_named
 from actors.private import is_closed, use_private_temporary_files, why_open
 from actors.search_path import worker_env
 from grpo_ray.config import RunConfig
@@ -43,7 +44,7 @@ def connect(config: OnCluster) -> None:
     """Join `cluster.address`, or start a cluster on this machine; nothing when this process has joined one.
 
     Raises:
-        ConfigError: the address is none.
+        ConfigError: the address is none, or none that the user named.
         ResourceError: it does not answer.
     """
     import ray
@@ -67,7 +68,9 @@ def joins(config: OnCluster) -> bool:
 
 
 def join(address: Address) -> None:
-    """Raises ConfigError: it is no address. ResourceError: nothing answers there, or it does not take our token."""
+    """Raises ConfigError: it is no address, or none that the user named. ResourceError: nothing answers there, or it does not take
+    our token."""
+    check_named(address)
     check_token()
     where = check_answers(address)
     import ray

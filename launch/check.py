@@ -9,7 +9,9 @@ from typing import Any
 
 from rich.table import Table
 
+from actors.addresses import OPTION, read_address
 from actors.cluster import connect, joins
+from actors.named_clusters import is_named
 from actors.placement_defaults import Machine, used
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import Store, is_url
@@ -38,11 +40,11 @@ from grpo_ray.thinking import opens_thinking
 from launch.check_golds import gold_rows
 from launch.console import headed, plain_console
 from launch.effects import check_effects, told
-from launch.environment import check_cluster
 from launch.foreign_code import RUN_CODE, foreign_model, foreign_rewards, foreign_rows
 from launch.interrupts import scratch_folder
 from launch.machine import unset_variables
 from launch.model_check import keep_torch_out, num_params_of
+from launch.named_clusters import check_cluster
 from launch.placement import chosen_told, fitted, machine_of, offers_told, where
 from launch.preflight import preflight
 from launch.program import runnable
@@ -84,7 +86,7 @@ def check_recipe(
     kind = kind_of(find_recipe(recipe), overrides) if as_kind is None else check_kind(as_kind)
     config = load_recipe(SCHEMAS[kind], recipe, overrides)
     folder = run_folder(config, recipe)
-    check_cluster(config.cluster.address)
+    check_cluster(config.cluster.address, overrides)
     preflight(config, imports=run_code)
     check_effects(config, COMMANDS[kind], [])
     code = _Foreign(config, run=run_code)
@@ -94,9 +96,10 @@ def check_recipe(
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     with console.status("reading model config and data ..."), scratch_folder() as scratch:
-        machine, place = _offered(config)
+        unnamed = _unnamed(config)
+        machine, place = (machine_of(config), "this machine") if unnamed else _offered(config)
         offered = machine.offers
-        found, chosen = fitted(config, machine, place, kind)
+        found, chosen = fitted(config, machine, place, kind, may_grow=bool(unnamed))
         idle = told(without_gpu(config)) if not offered.get("GPU") else []
         on_gpu = offered.get("GPU", 0) > 0
         if not makes_models and not config.model.trust_remote_code:
@@ -105,7 +108,7 @@ def check_recipe(
             *code.rows(),
             *([] if code.of_model else _rows_of_model(config, found, kind, scratch, on_gpu, code)),
             *_cluster_rows(found, machine, place, kind, chosen),
-            *(("warning", line) for line in [*idle, *unset_variables(config), *_taken(folder)]),
+            *(("warning", line) for line in [*unnamed, *idle, *unset_variables(config), *_taken(folder)]),
         ]:
             table.add_row(name, text)
     console.print(table)
@@ -337,6 +340,17 @@ def _cluster_rows(
     )
     rows = [("cluster", f"{place} ({offers_told(machine)}): {asked}")]
     return rows + ([("chosen", f"for {place}: {said}")] if (said := chosen_told(chosen)) else [])
+
+
+def _unnamed(config: RunConfig | SftConfig) -> list[str]:
+    """What is to be said of a cluster that the recipe names and the user does not: it is not joined here."""
+    address = read_address(config.cluster.address)
+    if address is None or is_named(address):
+        return []
+    return [
+        f"{address} is named by the recipe, not by you, so it was not joined (that gives it Ray's token) and it is not known what "
+        f"it offers; give {OPTION}={address.where} on the command line if it is yours"
+    ]
 
 
 def _offered(config: RunConfig | SftConfig) -> tuple[Machine, str]:

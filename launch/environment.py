@@ -16,7 +16,6 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from actors.addresses import check_answers, read_address
 from actors.caches import CACHES, use_private_caches
 from actors.folders import LONGEST_FOLDER, PREFIX, make_short, too_long, unmakeable, unusable
 from actors.private import TEMPORARY, make_private, use_private_temporary_files
@@ -269,21 +268,6 @@ def _check_files(mode: str) -> None:
             )
         if not os.path.isfile(path) or not os.access(path, os.R_OK):
             raise ConfigError(f"{name} in the environment names no file that can be read: {path}; correct or unset it")
-
-
-def check_cluster(option: str | None) -> None:
-    """See that the cluster to join answers, before anything that takes time.
-
-    Args:
-        option: `cluster.address`.
-
-    Raises:
-        ConfigError: it is no address.
-        ResourceError: nothing answers there.
-    """
-    address = read_address(option)
-    if address is not None:
-        check_answers(address)
 
 
 def blamed(text: str) -> str | None:

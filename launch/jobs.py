@@ -24,10 +24,10 @@ from grpo_ray.records import step_to_resume
 from launch.code_folder import use_code_of
 from launch.console import plain_console
 from launch.effects import check_effects, tell_of_hub
-from launch.environment import check_cluster
 from launch.foreign_code import check_code
 from launch.interrupts import leaving
 from launch.left import left_of, left_of_samples, owned, remove_if_nothing_happened
+from launch.named_clusters import confirm_cluster
 from launch.placement import settled
 from launch.preflight import preflight
 from launch.program import runnable
@@ -63,7 +63,7 @@ def start_reward_model(recipe: str, overrides: list[str], *, shipped: bool = Fal
 def _start(kind: str, recipe: str, overrides: list[str], shipped: bool) -> Path:
     config = load_recipe(SCHEMAS[kind], recipe, overrides)
     folder = run_folder(config, recipe)
-    check_cluster(config.cluster.address)
+    confirm_cluster(config.cluster.address, overrides)
     command = shlex.join(["grpo-ray", COMMANDS[kind], recipe, *overrides])
     run = RunDir(folder).with_checkpoints(config.checkpoint.path, config.deadlines.store_s)
     with owned(folder):
@@ -89,7 +89,7 @@ def _start(kind: str, recipe: str, overrides: list[str], shipped: bool) -> Path:
 def start_sample(recipe: str, overrides: list[str]) -> Path:
     """New samples, or the rest of those that a run of this name has begun."""
     config = load_recipe(RunConfig, recipe, overrides)
-    check_cluster(config.cluster.address)
+    confirm_cluster(config.cluster.address, overrides)
     check_effects(config, "sample", overrides)
     folder = run_folder(config, recipe)
     command = shlex.join(["grpo-ray", "sample", recipe, *overrides])
@@ -148,6 +148,7 @@ def _resume(run: RunDir, overrides: Sequence[str]) -> None:
     if (ended := finished(asked, config)) is not None:
         _tell_finished(asked, ended)
         return
+    confirm_cluster(config.cluster.address, overrides)
     tell_of_hub(config)
     step = step_to_resume(run, lambda text: console.print(f"warning: {text}", style="yellow"))
     if changes:
@@ -219,7 +220,7 @@ def evaluate_target(target: str, overrides: list[str]) -> None:
         config = load_recipe(RunConfig, target, overrides)
     if config.data.eval is None:
         raise ConfigError(f"{target} has no data.eval to measure on; add data.eval.path=...")
-    check_cluster(config.cluster.address)
+    confirm_cluster(config.cluster.address, overrides)
     preflight(config)
     check_effects(config, "eval", overrides)
     config = settled(config, "eval")
@@ -242,7 +243,7 @@ def _record_place(target: Path, config: RunConfig, overrides: list[str]) -> tupl
 
 
 def _run(kind: str, config: RunConfig | SftConfig, run: RunDir, resume_step: int | None) -> EndEvent:
-    check_cluster(config.cluster.address)
+    confirm_cluster(config.cluster.address)
     from launch.follow import run_and_follow
 
     return run_and_follow(kind, config, run.path, resume_step)

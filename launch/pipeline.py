@@ -43,6 +43,7 @@ from launch.interrupts import leaving
 from launch.jobs import check_store_of, exit_unless_finished, make_report, write_config
 from launch.left import owned
 from launch.machine import check_machine
+from launch.named_clusters import confirm_cluster
 from launch.pipeline_view import print_figures, print_plan
 from launch.placement import settled
 from launch.program import runnable
@@ -104,6 +105,8 @@ def run_pipeline(
         print_plan(plan, record, todo)
         if dry_run:
             return
+        if any(stage.spec.run for stage in todo):
+            confirm_cluster(plan.config.cluster.address, overrides)
         runner = _Runner(plan, record, " ".join([recipe, *overrides]), find_recipe(recipe).parent)
         if first is not None:
             runner.start_again(plan.builds_on(first))
