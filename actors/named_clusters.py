@@ -1,5 +1,4 @@
-"""The clusters that may have Ray's token: those that the user named. A recipe or a run's folder may be a stranger's, and so may be the
-head at the address in it.
+"""The clusters that may have Ray's token: those that the user named, not those that a stranger's recipe or run folder names.
 
 Named by the user are the address in `RAY_ADDRESS`, one typed as an override, one confirmed on a terminal, and the heads that the
 user's processes on this machine belong to. Those typed and confirmed are noted in a file, so that `resume` and the next run do not

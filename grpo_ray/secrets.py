@@ -25,9 +25,24 @@ SECRET_NAME = re.compile(
 )
 _SECRET_OPTION = re.compile(rf"((^|_)({_NAMED})|[A-Z0-9]{{2,}}(PASSWORD|PASSWD|PASSPHRASE|SECRET|APIKEY))$")
 """Of an option of a recipe: other keys than these are a data set's to have."""
+_ANY_TOKEN = re.compile(r"TOKENS?$")
+_SURE_TOKEN = re.compile(
+    r"(^|_)(API|ACCESS|AUTH|BEARER|BOT|REFRESH|SESSION|SECRET|SERVICE|PERSONAL|ADMIN|HF|HUB|GITHUB|GITLAB|SLACK|VAULT|WANDB)_?TOKENS?$"
+)
+"""Other tokens may be words of a text."""
+_SUFFIX = re.compile(
+    r"(?<!^PASS)_?(\d{1,4}|V\d|(?<=_)(OLD|NEW|PROD|PRODUCTION|DEV|TEST|STAGING|LIVE|BACKUP|PRIMARY|SECONDARY|MAIN|VALUE|[A-Z]))$"
+)
+"""Of one of several secrets: api_key_1, token2, password_prod."""
+_BESIDE = re.compile(
+    r"^(USER|USER_?NAME|LOGIN|NAME|EMAIL|ACCOUNT|TYPE|KIND|METHOD|SCHEME|MODE|PROVIDER|PROFILE|HOST|PORT|URL|URI|ENDPOINT|REGION|"
+    r"SCOPES?|AUDIENCE|ISSUER|(CLIENT_)?ID|PROJECT|DATABASE|BUCKET|FILE|PATH|ENV|VARIABLE|HEADER|PREFIX)$"
+)
+"""What stands beside a secret in a mapping of a telling name."""
+_IDENTIFIER = re.compile(r"[A-Za-z]+(?:[_.-]+[A-Za-z]+|[_.-]*v?\d{1,3}(?![A-Za-z0-9]))*")
 _NO_SECRETS = re.compile(
     r"^(OLD)?PWD$|^(PAD|EOS|BOS|UNK|SEP|CLS|MASK|STOP|START|END|BEGIN|SPECIAL|IMAGE|THINK|NEW|MAX|MIN|NUM|LAST|FIRST)(_[A-Z]+)*_TOKENS?$"
-    r"|(^|_)(MAX|MIN|NUM|PER|STOP|COMPLETION|PROMPT|BATCH|NEW|OF)_TOKENS$|^TOKENS$|(^|_)(PRIMARY|FOREIGN|SORT)_KEY$|^KEY$|^GPG_KEY$"
+    r"|(^|_)(MAX|MIN|NUM|PER|STOP|COMPLETION|PROMPT|BATCH|NEW|OF)_TOKENS$|^PASS_?\d+$|(^|_)(PRIMARY|FOREIGN|SORT)_KEY$|^KEY$|^GPG_KEY$"
 )
 REFERENCE = re.compile(r"\$\{\w+\}")
 TOKEN_BYTES = 32
@@ -51,6 +66,8 @@ _VALUE = re.compile(
     r"|(?i:\b(?:AccountKey|SharedAccessKey|SharedAccessSignature)=[^;\s]{8,})"
 )
 """Keys that are known by their form, wherever they stand."""
+_SCHEME = re.compile(r"^(?i:Bearer|Basic|Token|ApiKey)\s+")
+"""Of a header `Authorization`."""
 _URL_USER = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,30}+://)(?P<user>[^\s/?#@:]{0,200}+:(?!\d{1,5}(?:[/?#]|$))[^\s@\"']{1,500}+"
     r"(?:@[^\s@/\"']{1,200}(?=@))*)(?=@)"
@@ -71,9 +88,14 @@ def is_secret_name(variable: str) -> bool:
 
 
 def _is_named(name: str, pattern: re.Pattern[str]) -> bool:
+    """Is it called so, one of several or alone?"""
+    upper = _upper(name)
+    return any(_NO_SECRETS.search(n) is None and pattern.search(n) is not None for n in (upper, _SUFFIX.sub("", upper)))
+
+
+def _upper(name: str) -> str:
     upper = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
-    upper = re.sub(r"[^A-Za-z0-9]+", "_", upper).upper().strip("_")
-    return _NO_SECRETS.search(upper) is None and pattern.search(upper) is not None
+    return re.sub(r"[^A-Za-z0-9]+", "_", upper).upper().strip("_")
 
 
 def check_env(env: dict[str, str]) -> dict[str, str]:
@@ -89,8 +111,12 @@ def check_env(env: dict[str, str]) -> dict[str, str]:
     return env
 
 
-def secrets_in(tree: Any, key: str = "") -> Iterator[str]:
-    """The dotted keys of a recipe that hold a secret, by their names or by what they hold; of `env`, `check_env` tells."""
+def secrets_in(tree: Any, key: str = "", named: str = "") -> Iterator[str]:
+    """The dotted keys of a recipe that hold a secret, by their names or by what they hold; of `env`, `check_env` tells.
+
+    Args:
+        named: the nearest name above that tells of a secret.
+    """
     match tree:
         case dict():
             for name, value in tree.items():
@@ -102,26 +128,51 @@ def secrets_in(tree: Any, key: str = "") -> Iterator[str]:
                 elif name == "columns" and isinstance(value, dict):
                     # What a data set calls its columns.
                     yield from secrets_in(list(value.values()), inner)
-                elif _names_secret(str(name), value):
-                    yield inner
                 else:
-                    yield from secrets_in(value, inner)
+                    yield from secrets_in(value, inner, _telling(str(name), _name_beside(tree, str(name)), named))
         case list() | tuple():
             for i, value in enumerate(tree):
-                yield from secrets_in(value, f"{key}.{i}")
+                option = str(tree[i - 1]) if i and str(tree[i - 1]).startswith("-") else ""
+                yield from secrets_in(value, f"{key}.{i}", _telling(option, "", named))
+        case _ if _names_secret(named, tree):
+            yield key
         case str() if not REFERENCE.fullmatch(tree):
-            if holds_secret(tree) or (tree.lstrip()[:1] in ("{", "[") and _assigned(tree) != tree):
+            if holds_secret(tree) or (
+                tree.lstrip()[:1] in ("{", "[", "-") and _assigned(tree.lstrip(" -")) != tree.lstrip(" -")
+            ):
                 yield key
+
+
+def _name_beside(pair: dict[Any, Any], name: str) -> str:
+    """Of `{name: NAME, value: VALUE}` what the value is called."""
+    return str(pair.get("name") or pair.get("key") or pair.get("header") or "") if name.lower() == "value" else ""
+
+
+def _telling(name: str, beside: str, above: str) -> str:
+    """The name by which a value may be known for a secret: its own, that of its pair, or the one above that tells."""
+    for said in (name, beside):
+        if _is_named(said, SECRET_NAME):
+            return said
+    upper = _upper(name)
+    return "" if _BESIDE.search(upper) or (upper != "KEY" and _NO_SECRETS.search(upper)) else above
 
 
 def _names_secret(name: str, value: Any) -> bool:
     """Is it an option for a secret, and is one given?"""
     given = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
+    given = _SCHEME.sub("", given)
     if len(given) < 4 or REFERENCE.fullmatch(given) or any(c.isspace() or c in "<>|" for c in given) or given in _WORDS:
         return False
-    return _is_named(name, _SECRET_OPTION) or (
-        is_secret_name(name) and len(given) >= 16 and any(map(str.isdigit, given)) and any(map(str.isalpha, given))
-    )
+    if _is_named(name, _SECRET_OPTION):
+        alone = _SUFFIX.sub("", _upper(name))
+        return not _ANY_TOKEN.search(alone) or _SURE_TOKEN.search(alone) is not None or _is_random(given, 8)
+    return is_secret_name(name) and _is_random(given, 16)
+
+
+def _is_random(text: str, least: int) -> bool:
+    """Is it longer than that, of digits and letters, and not made of words?"""
+    mixed = any(map(str.isdigit, text)) and any(map(str.isalpha, text))
+    return len(text) >= least and mixed and not _IDENTIFIER.fullmatch(text)
 
 
 def holds_secret(text: str) -> bool:

@@ -121,6 +121,44 @@ HARMLESS: list[dict[str, Any]] = [
 ]
 
 
+HELD: list[tuple[str, dict[str, Any]]] = [
+    ("api_keys.0", {"api_keys": [RANDOM]}),
+    ("api_keys.1", {"api_keys": ["${FIRST}", "hunter2"]}),
+    ("tokens.0", {"tokens": [RANDOM]}),
+    ("passwords.a.b", {"passwords": {"a": {"b": "hunter2"}}}),
+    ("credentials.x", {"credentials": {"user": "alice", "x": RANDOM}}),
+    ("credentials.key", {"credentials": {"user": "alice", "key": "hunter-correcthorse"}}),
+    ("credentials.0.x", {"credentials": [{"user": "alice", "x": RANDOM}]}),
+    ("credentials.0.1", {"credentials": [["alice", RANDOM]]}),
+    ("secret.openai", {"secret": {"openai": RANDOM}}),
+    *(
+        (name, {name: RANDOM})
+        for name in ("api_key_1", "token2", "apiKey2", "password_prod", "SECRET_B", "hf_token_old")
+    ),
+    ("api_keys_2.0", {"api_keys_2": [RANDOM]}),
+    ("db_password2", {"db_password2": "hunter"}),
+    ("headers.0.value", {"headers": [{"name": "X-Api-Key", "value": RANDOM}]}),
+    ("headers.Authorization", {"headers": {"Authorization": f"Token {RANDOM}"}}),
+    ("command.1", {"command": ["--api-key", RANDOM]}),
+    ("command.0", {"command": [f"--api-key={RANDOM}"]}),
+    ("token", {"token": "abcd1234efgh"}),
+    ("access_token", {"access_token": "hunter"}),
+]
+"""Options that hold a secret below a telling name, and where."""
+MORE_HARMLESS: list[dict[str, Any]] = [
+    {"target_token": "Paris", "target_tokens": ["Paris", "London"], "reward_key": "score", "pad_token": "<pad>"},
+    {"reward_key": "score_of_the_second_model_v2", "answer_key": "final-answer-2", "token1": "yes", "token": "Paris"},
+    {"tokens": ["Yes", "No", "<|im_end|>"], "num_tokens": [1024, 2048], "pass_1": 12345678, "pass@10": "pass@10"},
+    {"secret": "the word that nobody may say is Paris", "passwords": ["in plain words, not one of them"]},
+    {"api_keys": ["${A}", "${B}"], "credentials": {"user": "alice.of.wonderland", "password": "${PASSWORD}"}},
+    {"auth": {"type": "bearer", "url": "https://host/oauth/v2", "scope": "read_write"}, "credentials": ["default"]},
+    {"credentials": {"path": "/run/secrets/gcp.json", "env": "GOOGLE_APPLICATION_CREDENTIALS"}},
+    {"columns": {"api_keys": "what_it_is_called", "tokens": "tokens_of_it"}, "secret_words": ["banana42", "cherry43"]},
+    {"headers": [{"name": "Content-Type", "value": "application/json"}], "command": ["--max-tokens", "4096"]},
+    {"rubric": "Score 1 where the password: hunter2 and the api_key = abc12345 of the story are named."},
+]
+
+
 def recipe(**reward: Any) -> dict[str, Any]:
     return deep_merge(RL, {"reward": {"functions": [{"name": "my.judge", **reward}]}})
 
@@ -183,6 +221,30 @@ def test_a_switch_or_the_path_of_a_file_is_no_secret_whatever_its_variable_is_ca
 def test_options_that_only_sound_like_secrets_are_taken(args: dict[str, Any]) -> None:
     build(RunConfig, recipe(args=args), "recipe")
     build(RunConfig, recipe(args={"deep": [args]}), "recipe")
+
+
+@pytest.mark.parametrize(("key", "args"), HELD)
+def test_lists_mappings_and_numbered_names_hold_none_either(key: str, args: dict[str, Any]) -> None:
+    secret = (
+        RANDOM if RANDOM in str(args) else "hunter" if "hunter" in str(args) else str(next(iter(args.values())))[-12:]
+    )
+    assert f"args.{key}" in told(recipe(args=args), secret)
+    assert f"args.in.0.{key}" in told(recipe(args={"in": [args]}), secret)
+
+
+@pytest.mark.parametrize("args", MORE_HARMLESS)
+def test_words_below_telling_names_and_prose_are_taken(args: dict[str, Any]) -> None:
+    build(RunConfig, recipe(args=args), "recipe")
+    build(RunConfig, recipe(args={"deep": [args]}), "recipe")
+
+
+def test_a_message_repeats_no_secret_of_a_numbered_name() -> None:
+    for name in ("api_key_1", "token2", "apiKey2", "password_prod"):
+        assert RANDOM not in hide_secrets(f"called with {name}={RANDOM}", {})
+        assert secret_values({name: RANDOM, "RAY_AUTH_TOKEN_PATH": "/none"}) == [RANDOM]
+    assert hide_secrets("pass_1=0.7531 target_token: Paris, tokens=12345678", {}) == (
+        "pass_1=0.7531 target_token: Paris, tokens=12345678"
+    )
 
 
 def test_an_override_holds_no_secret_in_any_spelling(tmp_path: Path) -> None:
