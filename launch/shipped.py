@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import fnmatch
 import os
 import re
@@ -15,59 +16,111 @@ from grpo_ray.config import RunConfig
 from grpo_ray.config_supervised import SftConfig
 from grpo_ray.errors import ConfigError
 
-LEFT_OUT = (
-    *(".*", "__pycache__", "*.pyc", "*.egg-info", "build", "dist", "node_modules"),
-    *("runs", "wandb", "mlruns"),
-)
-"""Patterns of names, at any depth. Hidden files are where keys and tokens lie. A folder with a pyvenv.cfg is left out too."""
+OUTPUTS = ("build", "dist", "node_modules", "runs", "wandb", "mlruns")
+"""Names of folders, at any depth, of which only what the recipe names is shipped."""
+NEVER = (".*", "__pycache__", "*.pyc", "*.egg-info")
+"""Likewise, of which nothing is. Hidden files are where keys and tokens lie. A folder with a pyvenv.cfg is left out too."""
+LEFT_OUT = (*NEVER, *OUTPUTS)
 SECRET_FILES = (
-    *("*.pem", "*.key", "*.p12", "*.pfx", "*.p8", "*.ppk", "*.jks", "*.keystore", "*.kdbx", "*.gpg", "*.age", "*.ovpn"),
-    *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "identity", "authorized_keys", "known_hosts"),
-    *("*.env", "*.env.*", "env.local", "*.envrc", "*netrc", "*pypirc", "*.npmrc", "*.boto", "*.htpasswd", "*.pgpass"),
-    *("kubeconfig*", "*.kubeconfig", "*.tfstate", "*.tfstate.*", "*.tfvars", "*.asc", "wallet.dat", "shadow", "passwd"),
+    *(
+        "*.pem",
+        "*.key",
+        "*.p12",
+        "*.pfx",
+        "*.p8",
+        "*.ppk",
+        "*.jks",
+        "*.bks",
+        "*.keystore",
+        "*.kdb",
+        "*.kdbx",
+        "*.gpg",
+        "*.age",
+    ),
+    *(
+        "id_rsa*",
+        "id_dsa*",
+        "id_ecdsa*",
+        "id_ed25519*",
+        "identity",
+        "authorized_keys",
+        "known_hosts",
+        "*.ovpn",
+        "*.pkcs12",
+    ),
+    *("*[-_.]id_rsa*", "*[-_.]id_dsa*", "*[-_.]id_ecdsa*", "*[-_.]id_ed25519*", "*private[-_]key*", "*privatekey*"),
+    *("*.env", "*.env.*", "env.local", "*.envrc", "*netrc", "*pypirc", "*.npmrc", "*.boto", "*.htpasswd", "*pgpass*"),
+    *("kubeconfig*", "*.kubeconfig", "*.tfstate", "*.tfstate.*", "*.tfvars", "*.tfvars.json", "*.asc", "wallet.dat"),
     *(
         "credentials",
         "credentials.*",
         "*credentials*.json",
+        "*credentials*.csv",
         "*service[-_]account*",
         "*serviceaccount*",
-        "client[-_]secret*",
     ),
+    *("client[-_]secret*", "secret", "secrets", "secret.*", "secrets.*", "*.secret", "*.secrets", "*[-_]secrets.*"),
+    *("secret[-_]key*", "*firebase[-_]adminsdk*", "*dockerconfigjson", "*dockercfg", "vault[-_]pass*", "*.vault"),
     *(
-        "secret",
-        "secrets",
-        "secret.*",
-        "secrets.*",
-        "*.secret",
-        "*.secrets",
-        "*[-_]secrets.*",
         "token",
         "token.*",
         "*.token",
-    ),
-    *(
         "*[-_]token",
         "*[-_]token.txt",
+        "*[-_]token.json",
+        "*[-_]token.y*ml",
+        "*[-_]token.toml",
+    ),
+    *(
+        "access[-_]token*",
+        "refresh[-_]token*",
         "auth.json",
+        "shadow",
+        "passwd",
         "password",
         "password.*",
-        "passwords.txt",
-        "*[-_]key.txt",
-        "api[-_]key*",
+        "passwords.*",
     ),
+    *("*[-_]key.txt", "*[-_]key.json", "*[-_]keys.csv", "api[-_]key*", "rootkey*", "*accesskey*", "*access[-_]key*"),
 )
 """Names of what holds keys, in any case; code (`token.py`) is not meant."""
+SECRET_FOLDERS = (
+    "secret",
+    "secrets",
+    "credential",
+    "credentials",
+    "passwords",
+    "ssh",
+    "gnupg",
+    "private[-_]keys",
+    "api[-_]keys",
+)
+"""Names of folders of which nothing is shipped, in any case and hidden or not, but for data that the recipe names."""
+_COPY = re.compile(r"(\.(bak|backup|old|orig|save|copy|\d{1,8})|~)+$")
+DATA = (".jsonl", ".ndjson", ".parquet", ".arrow")
+"""Of data sets, which may be called as keys are where the recipe names them."""
 KINDS = (
     *(".py", ".pyi", ".yaml", ".yml", ".toml", ".jinja", ".jinja2", ".j2", ".md"),
     *(".jsonl", ".ndjson", ".parquet", ".json", ".csv", ".txt", ".arrow", ".safetensors", ".model"),
 )
 """Of files that are shipped from a folder that git does not know."""
 GIT_S = 60.0
-SCANNED_BYTES = 8 << 20
-"""Of a file, at its beginning and at its end, where a private key is looked for."""
+CHUNK_BYTES = 1 << 20
+LONGEST_KEY = 16 << 10
+"""Of what is looked at of one private key; so much of a chunk is looked at again with the next."""
+_MARKS = (b"PRIVATE KEY", b"Private-Lines: ", b"AGE-SECRET-KEY-1", b"LS0tLS1CRUdJTi")
+_BETWEEN = rb"(?:\s|\\+[nrtu]|\\|000[adAD]|%0[adAD]|&\#x?(?:10|13|[adAD]);|<br ?/?>|[\"'`+,;|>\#*])"
 _PRIVATE_KEY = re.compile(
-    rb"-----BEGIN [A-Z ]{0,40}PRIVATE KEY(?: BLOCK)?-----(?:\r?\n|\\n|\\r\\n)[A-Za-z0-9+/=:\-, \r\n\\]{40,}"
+    rb"(?:-{4,5} ?BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)? ?-{4,5}|Private-Lines: [0-9]{1,4})"
+    + _BETWEEN
+    + rb"{0,64}(?:[A-Za-z-]{2,30}: [^\r\n\\]{0,200}"
+    + _BETWEEN
+    + rb"{1,64}){0,8}(?P<body>[A-Za-z0-9+/]{40,}={0,2})"
 )
+_AGE_KEY = re.compile(rb"AGE-SECRET-KEY-1[A-Z0-9]{40,}")
+_ENCODED = re.compile(rb"LS0tLS1CRUdJTi[A-Za-z0-9+/\s]{60,12000}")
+_LEAST_SIGNS = 12
+"""Different ones in the body of a key; a placeholder has less."""
 
 
 @dataclass
@@ -101,18 +154,23 @@ def choose(
     left_out = (*LEFT_OUT, *exclude)
     tracked = _tracked(folder)
     wanted = {Path(os.path.abspath(path)) for path in named}
-    for file in _below(folder, left_out, out):
+    outputs = _named_outputs(folder, wanted, (*NEVER, *exclude), out)
+    for file in dict.fromkeys([*_below(folder, left_out, out), *outputs]):
         here = folder / file
+        by_recipe = any(here == path or here.is_relative_to(path) for path in wanted)
         chosen = (
             (file in tracked if tracked is not None else file.suffix.lower() in KINDS)
-            or any(here == path or here.is_relative_to(path) for path in wanted)
+            or by_recipe
             or matches(file, include)
         )
         if not chosen:
             if tracked is not None:
                 out.left_out[file] = "git does not track it"
-        elif is_secret(file.name) or is_secret(here.resolve().name):
-            out.left_out[file] = "its name is that of a key or a password"
+        elif _is_secret_path(here, folder) and not (by_recipe and file.suffix.lower() in DATA):
+            out.left_out[file] = (
+                "its name is that of a key or a password; if it is neither, rename it (data that the recipe names are shipped "
+                f"under any name as {', '.join(DATA)})"
+            )
         elif _leads_to_what_stays(here, folder, left_out):
             out.left_out[file] = "a link to what is not shipped"
         elif not here.resolve().is_relative_to(folder.resolve()):
@@ -127,24 +185,54 @@ def choose(
     return out
 
 
+def _named_outputs(folder: Path, wanted: Iterable[Path], never: Sequence[str], out: Shipped) -> Iterator[Path]:
+    """What the recipe names below folders of OUTPUTS, and nothing beside it."""
+    for path in sorted(wanted):
+        inside = path.relative_to(folder) if path.is_relative_to(folder) else Path()
+        if len(inside.parts) < 2 or not matches(inside.parent, OUTPUTS) or matches(inside, never):
+            continue
+        if path.is_file():
+            yield inside
+        elif path.is_dir() and not path.is_symlink():
+            yield from (inside / file for file in _below(path, never, out))
+
+
+def _is_secret_path(here: Path, folder: Path) -> bool:
+    """Is it called as keys are, or where it leads to, or a folder on the way?"""
+    real, root = here.resolve(), folder.resolve()
+    ways = (here.relative_to(folder), real.relative_to(root) if real.is_relative_to(root) else Path(real.name))
+    return any(
+        is_secret(way.name) or _matches_any(part, SECRET_FOLDERS) for way in ways for part in way.parent.parts or ("",)
+    )
+
+
 def _leads_to_what_stays(here: Path, folder: Path, left_out: Sequence[str]) -> bool:
     real, root = here.resolve(), folder.resolve()
+    if real == root / here.relative_to(folder):
+        return False
     return real.is_relative_to(root) and matches(real.relative_to(root), left_out)
 
 
 def named_by(config: RunConfig | SftConfig, folder: Path) -> list[Path]:
-    """Files and folders below `folder` that a recipe names: data, models, templates, files and modules of rewards."""
+    """Files and folders below `folder` that a recipe reads: data, models, templates, files and modules of rewards."""
     found = []
-    for text in _texts(config.model_dump(mode="json")):
+    for text in _texts(config.model_dump(mode="json", exclude={"dir", "name", "checkpoint", "tracking"})):
         path = text.rpartition(".py:")[0] + ".py" if ".py:" in text else text.removeprefix("python:")
-        modules = (
-            [Path(*path.split(".")[:n]) for n in range(1, path.count(".") + 1)] if re.fullmatch(r"[\w.]+", path) else []
-        )
+        dotted = re.fullmatch(r"[\w.]+", path) and not _exists(folder / path)
+        modules = [Path(*path.split(".")[:n]) for n in range(1, path.count(".") + 1)] if dotted else []
         for candidate in (Path(path), *modules, *(m.with_suffix(".py") for m in modules)):
             here = Path(os.path.abspath(folder / candidate))
-            if here != folder and here.is_relative_to(folder) and len(str(candidate)) < 1024 and here.exists():
+            if here != folder and here.is_relative_to(folder) and _exists(here):
                 found.append(here)
     return found
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        # A text that is too long for a path.
+        return False
 
 
 def _texts(node: Any) -> Iterator[str]:
@@ -161,17 +249,37 @@ def _texts(node: Any) -> Iterator[str]:
 
 def is_secret(name: str) -> bool:
     """Is this file where keys are kept, by its name?"""
-    lower = name.lower()
-    return not lower.endswith((".py", ".pyi")) and any(fnmatch.fnmatchcase(lower, pattern) for pattern in SECRET_FILES)
+    plain = _COPY.sub("", name.lower())
+    return not plain.endswith((".py", ".pyi")) and any(fnmatch.fnmatchcase(plain, p) for p in SECRET_FILES)
+
+
+def _matches_any(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name.lower().removeprefix("."), pattern) for pattern in patterns)
 
 
 def holds_private_key(file: Path) -> bool:
+    """Is there one anywhere in it: a header with a body, in any encoding of Unicode, broken into lines in any way, or in base64?"""
+    before = b""
     with file.open("rb") as opened:
-        text = opened.read(SCANNED_BYTES)
-        if (size := file.stat().st_size) > SCANNED_BYTES:
-            opened.seek(max(SCANNED_BYTES, size - SCANNED_BYTES))
-            text += opened.read(SCANNED_BYTES)
-    return _PRIVATE_KEY.search(text) is not None
+        while chunk := opened.read(CHUNK_BYTES):
+            window = before + chunk
+            # Of UTF-16 and UTF-32 nothing but ASCII is left.
+            if _is_key_in(window) or (b"\0" in window and _is_key_in(window.translate(None, b"\0"))):
+                return True
+            before = window[-LONGEST_KEY:]
+    return False
+
+
+def _is_key_in(text: bytes) -> bool:
+    if not any(mark in text for mark in _MARKS):
+        return False
+    found = (*_PRIVATE_KEY.finditer(text), *(m for code in _ENCODED.finditer(text) for m in _encoded_keys(code[0])))
+    return any(len(set(key["body"])) >= _LEAST_SIGNS for key in found) or _AGE_KEY.search(text) is not None
+
+
+def _encoded_keys(code: bytes) -> Iterator[re.Match[bytes]]:
+    whole = re.sub(rb"\s", b"", code)
+    return _PRIVATE_KEY.finditer(base64.b64decode(whole[: len(whole) // 4 * 4]))
 
 
 def matches(path: Path, patterns: Sequence[str]) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -150,6 +152,32 @@ KEYS = [
         "vault.kdbx",
         "production.env.json",
     ),
+    *(
+        "rootkey.csv",
+        "access_token.json",
+        "terraform.tfvars.json",
+        "prod.auto.tfvars",
+        "my_id_rsa",
+        "deploy-id_ed25519.txt",
+    ),
+    *(
+        "key.pem.bak",
+        "prod.env~",
+        "id_rsa.old",
+        "hf_token.json",
+        "private_key.txt",
+        "aws_accessKeys.csv",
+        "passwords.csv",
+    ),
+    *(
+        "secrets/prod.yaml",
+        "secrets/keys.py",
+        "a/Secrets/deep/rows.txt",
+        ".ssh/config",
+        "ssh/config",
+        "credentials/x.json",
+    ),
+    *("token.jsonl.bak", "x-firebase-adminsdk-1.json"),
 ]
 PRIVATE = "-----BEGIN {}PRIVATE KEY-----{}MIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSjAgEAAoIBAQC7"
 
@@ -253,19 +281,111 @@ def test_a_link_inside_to_a_key_is_not_shipped(user: Path, tmp_path: Path) -> No
         PRIVATE.format("ENCRYPTED ", "\n"),
         '{"private_key": "' + PRIVATE.format("", "\\n") + '"}',
         "x" * (9 << 20) + "\n" + PRIVATE.format("EC ", "\n"),
+        "x" * (11 << 20) + "\n" + PRIVATE.format("EC ", "\n") + "\n" + "y" * (9 << 20),
+        "x" * ((1 << 20) - 20) + PRIVATE.format("", "\n"),
+        "x" * ((1 << 20) - 60) + PRIVATE.format("", "\n"),
+        "key: '" + PRIVATE.format("", "\\\\n") + "'",
+        "key = " + PRIVATE.format("", " "),
+        "KEY=" + PRIVATE.format("", "%0A"),
+        PRIVATE.format("", "\\u000a"),
+        'KEY = (\n    "' + PRIVATE.format("RSA ", '\\n"\n    "') + '\\n"\n)',
+        PRIVATE.format("RSA ", "\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,8D3A1F00C2\n\n"),
+        PRIVATE.format("", "\n").encode("utf-16"),
+        PRIVATE.format("", "\r\n").encode("utf-16-be"),
+        ("\u00e4" * 600_000 + PRIVATE.format("", "\n")).encode("utf-16-le"),
+        PRIVATE.format("", "\n").encode("utf-32"),
+        b"client-key-data: " + base64.b64encode(PRIVATE.format("RSA ", "\n").encode()),
+        b"PuTTY-User-Key-File-3: ssh-ed25519\nPrivate-Lines: 1\nAAAAIGQHzXv5kq2yH7bQ3mWn8sT1rP4cL6dF9gJ0aE2uVxKo",
+        b"AGE-SECRET-KEY-1QQPZRY9X8GF2TVDW0S3JN54KHCE6MUA7LQQPZRY9X8GF2TVDW0S3JN",
     ],
+    ids=lambda text: f"{len(text)}",
 )
-def test_a_file_that_holds_a_private_key_is_refused_by_its_name(text: str, user: Path, tmp_path: Path) -> None:
-    (user / "config.yaml").write_text(text)
+def test_a_file_that_holds_a_private_key_is_refused_by_its_name(text: str | bytes, user: Path, tmp_path: Path) -> None:
+    (user / "config.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError, match=r"config\.yaml holds a private key") as error:
         stage(user, tmp_path / "staged")
     assert "MIIE" not in str(error.value)
     assert not (tmp_path / "staged").exists()
 
 
-def test_a_header_of_a_key_in_code_is_no_key(user: Path, tmp_path: Path) -> None:
-    (user / "a.py").write_text('HEAD = "-----BEGIN RSA PRIVATE KEY-----"\n')
-    assert stage(user, tmp_path / "staged").size > 0
+@pytest.mark.parametrize(
+    "text",
+    [
+        'HEAD = "-----BEGIN RSA PRIVATE KEY-----"\n',
+        "A file begins with -----BEGIN PRIVATE KEY-----, then comes the body in base64, then -----END PRIVATE KEY-----",
+        "-----BEGIN PRIVATE KEY-----\n" + "x" * 64 + "\n-----END PRIVATE KEY-----",
+        "-----BEGIN PRIVATE KEY-----\n<your key here>\n-----END PRIVATE KEY-----",
+        "-----BEGIN PUBLIC KEY-----\nMIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSjAgEAAoIBAQC7\n",
+        "How do I store a PRIVATE KEY? " * 2000,
+        "LS0tLS1CRUdJTi" * 500,
+    ],
+)
+def test_what_only_speaks_of_private_keys_is_shipped(text: str, user: Path, tmp_path: Path) -> None:
+    (user / "a.py").write_text(text)
+    assert stage(user, tmp_path / "staged").size == len(text)
+
+
+def test_a_large_file_is_looked_through_in_little_time(user: Path, tmp_path: Path) -> None:
+    for piece in (
+        b"-----BEGIN ",
+        b"-----BEGIN PRIVATE KEY-----",
+        b"-----BEGIN PRIVATE KEY-----\nA: ",
+        b"\0",
+        b"LS0tLS1CRUdJTi",
+    ):
+        (user / "a.txt").write_bytes(piece * ((2 << 20) // len(piece)))
+        began = time.process_time()
+        stage(user, tmp_path / "staged")
+        assert time.process_time() - began < 4, piece
+
+
+@pytest.mark.parametrize("known_to_git", [True, False])
+def test_data_that_the_recipe_names_are_shipped_from_anywhere_and_by_any_name(
+    known_to_git: bool, user: Path, tmp_path: Path
+) -> None:
+    named = [
+        "token.jsonl",
+        "secrets.jsonl",
+        "build/train.jsonl",
+        "dist/sets/a.parquet",
+        "runs/a/hf/config.json",
+        "secrets/t.jsonl",
+    ]
+    make(
+        user,
+        *named,
+        "secrets/prod.jsonl",
+        "build/lib.py",
+        "dist/x.jsonl",
+        "runs/b/hf/config.json",
+        "runs/a/ledger.sqlite",
+    )
+    make(user, "build/.hidden/rows.jsonl", "password.jsonl", "mine.py")
+    if known_to_git:
+        git(user, "init", "-q")
+        git(user, "add", "mine.py")
+    recipe = {
+        "model": {"path": "runs/a/hf"},
+        "data": {
+            "train": {"path": "token.jsonl"},
+            "eval": {
+                "a": {"path": "secrets.jsonl"},
+                "b": {"path": f"{user}/build/train.jsonl"},
+                "c": {"path": "dist/sets"},
+                "d": {"path": "secrets/t.jsonl"},
+                "e": {"path": "build/.hidden/rows.jsonl"},
+            },
+        },
+        "reward": {"functions": [{"name": "mine.f"}]},
+        "dir": "runs/b",
+        "tracking": {"project": "dist"},
+    }
+    found = stage(user, tmp_path / "staged", named=named_by(build(RunConfig, recipe, "recipe"), user))
+    assert names(tmp_path / "staged") == {*named, "mine.py"}
+    if not known_to_git:
+        assert "rename it" in found.left_out[Path("password.jsonl")]
+    stage(user, tmp_path / "without", ["build"], named=[user / "build/train.jsonl"])
+    assert not (tmp_path / "without/build").exists()
 
 
 def test_a_strangers_repository_runs_nothing(tracked: Path, tmp_path: Path) -> None:
