@@ -11,9 +11,22 @@ MAX_MARKS = 30
 _NO_LETTERS = re.compile(rf"\W{{{MAX_MARKS + 1},}}")
 
 
+MAX_GROWTH = 1.5
+"""Of a text by its plain equivalents: there are signs for 18 letters."""
+
+
 def nfkc(text: str) -> str:
-    """Full-width letters, ligatures and the like as their plain equivalents; letters and their marks as one sign."""
-    return text if text.isascii() else unicodedata.normalize("NFKC", bound_marks(text))
+    """Full-width letters, ligatures and the like as their plain equivalents; letters and their marks as one sign. Where that makes
+    much more of a text, signs for several letters stay as they are."""
+    if text.isascii():
+        return text
+    bound = bound_marks(text)
+    plain = unicodedata.normalize("NFKC", bound)
+    if len(plain) <= MAX_GROWTH * len(text) + MAX_MARKS:
+        return plain
+    long = {sign for sign in set(bound) if len(unicodedata.normalize("NFKC", sign)) > 1}
+    parts = re.split(f"([{re.escape(''.join(long))}])", bound)
+    return "".join(part if part in long else unicodedata.normalize("NFKC", part) for part in parts)
 
 
 def whole_characters(text: str) -> str:

@@ -14,6 +14,7 @@ from grpo_ray.decontaminate import ngram_hashes
 from grpo_ray.filters.config import FilterConfig
 from grpo_ray.filters.select import written
 from grpo_ray.filters.trace import Trace, first_fault, foreign, loops, repeated
+from grpo_ray.plain_text import nfkc
 from grpo_ray.rewards import BUILTINS, ScoreInputs, call_reward, readings, resolve
 from grpo_ray.rewards.code import find_program
 from grpo_ray.rewards.code_tests import same_output, same_value
@@ -192,6 +193,23 @@ def test_time_grows_with_the_length_alone(name: str) -> None:
         short = least_cpu_s(lambda: read(text), 0.0, tries=2)  # noqa: B023
         long = least_cpu_s(lambda: read(text * 4), 6 * short + 0.05)  # noqa: B023
         assert long < 8 * short + 0.2, f"{name}: {short:.3f} s, four times as long {long:.3f} s, for {text[:20]!r}"
+
+
+@pytest.mark.parametrize("sign", ["\ufdfa", "\ufdfb", "\ufdfa ", "\u3316", "\u3303", "\u00bd\ufdfa", "\ufdfaa\u0301"])
+def test_signs_that_stand_for_many_letters_make_little_more_of_a_text(sign: str) -> None:
+    text = (sign * SIZE)[:SIZE]
+    assert len(nfkc(text)) <= 1.5 * SIZE + 30
+    for name in ("language_consistency", "language_consistency, a dictionary"):
+        REWARDS[name]("A first text")
+        assert least_cpu_s(lambda: REWARDS[name](text), 0.3) < 0.3  # noqa: B023
+
+
+def test_a_text_with_some_such_signs_is_made_plain() -> None:
+    assert (
+        nfkc("\ufb03 \uff21\uff22 \u3316 and \u00bd e\u0301")
+        == "ffi AB \u30ad\u30ed\u30e1\u30fc\u30c8\u30eb and 1\u20442 \u00e9"
+    )
+    assert nfkc("\uff21e\u0301" + "\ufdfa" * 99) == "A\u00e9" + "\ufdfa" * 99
 
 
 @pytest.mark.timeout(600)
