@@ -6,6 +6,7 @@ modules, grpo-ray's and those of the libraries that it is made of are never a re
 
 from __future__ import annotations
 
+import csv
 import functools
 import importlib.util
 import os
@@ -27,6 +28,7 @@ TOOLS = frozenset(
 )
 """Installed beside the libraries to install and to run other code: likewise never a recipe's."""
 ROOT = Path(__file__).parent.parent
+MAX_RECORD = 8 << 20
 _EXTRAS = ("cpu", "gpu", "wandb", "mlflow")
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
 _SYSTEM = (
@@ -104,7 +106,7 @@ def check_file(file: Path) -> None:
 
 def is_installed(path: Path) -> bool:
     """Is it where packages are installed, or where a Python is?"""
-    return bool(_INSTALLED & set(path.parts)) or _is_systems(path) or any(map(_holds_installed, path.parents))
+    return bool(_INSTALLED & set(path.parts)) or _is_systems(path) or _is_of_python(path) or _is_distributed(path)
 
 
 def _is_systems(path: Path) -> bool:
@@ -112,16 +114,37 @@ def _is_systems(path: Path) -> bool:
     return any(path.is_relative_to(folder) and not Path.cwd().is_relative_to(folder) for folder in _SYSTEM)
 
 
+def _is_of_python(path: Path) -> bool:
+    return any(map(_holds_python, path.parents))
+
+
 @functools.cache
-def _holds_installed(folder: Path) -> bool:
+def _holds_python(folder: Path) -> bool:
     if (folder / "os.py").is_file() and (folder / "encodings").is_dir():
         return True
-    if str(folder) in {
-        *site.getsitepackages(),
-        *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
-    }:
-        return True
-    return next(folder.glob("*.dist-info"), None) is not None
+    places = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
+    return str(folder) in {*site.getsitepackages(), *places}
+
+
+def _is_distributed(path: Path) -> bool:
+    """Is it where `pip install --target` puts packages? Where the user works, what an installation left there says which files are
+    its own."""
+    for folder in path.parents:
+        users = any(Path(own).is_relative_to(folder) for own in (Path.cwd(), Path.cwd().resolve(), *_code_folders))
+        for left in folder.glob("*.dist-info"):
+            if not users or path.relative_to(folder).as_posix() in _recorded(left):
+                return True
+    return False
+
+
+def _recorded(left: Path) -> set[str]:
+    """The files of an installation, relative to its folder."""
+    try:
+        with (left / "RECORD").open(encoding="utf-8", errors="replace") as file:
+            lines = file.read(MAX_RECORD).splitlines()
+        return {row[0] for row in csv.reader(lines) if row}
+    except (OSError, csv.Error):
+        return set()
 
 
 def _spec_of(module: str) -> ModuleSpec:

@@ -157,6 +157,25 @@ def test_files_of_python_of_packages_and_of_grpo_ray_are_no_rewards(file: Callab
     refused(here, lambda: resolve(reward), RewardError)
 
 
+@pytest.mark.parametrize("above", [".", ".."])
+@pytest.mark.parametrize("left", ["mine-1.0.dist-info", "x.egg-info"])
+def test_what_an_installation_left_in_the_working_folder_makes_no_package_of_it(
+    left: str, above: str, here: Path
+) -> None:
+    (here / above / left).mkdir()
+    code = "def f(completions, **_):\n    return [1.0] * len(completions)\n"
+    (here / "own.py").write_text(code)
+    (here / "pkg/mine.py").write_text(code)
+    for name in ("own.f", "own.py:f", f"{here}/own.py:f", "pkg.mine.f", "pkg/mine.py:f"):
+        assert described(RewardFunctionConfig(name=name), imports=False).name == RewardFunctionConfig(name=name).title
+    listed = f"{here.name}/own.py" if above == ".." else "own.py"
+    (here / above / left / "RECORD").write_text(f"{listed},sha256=x,1\n")
+    if left.endswith(".dist-info"):
+        with pytest.raises(RewardError, match="of an installed package"):
+            described(RewardFunctionConfig(name="own.py:f"), imports=False)
+    assert described(RewardFunctionConfig(name="pkg.mine.f"), imports=False).name == "pkg.mine.f"
+
+
 @pytest.mark.parametrize("name", ["system", "alias", "found", "part", "evaluate", "check_output"])
 def test_a_file_of_the_users_lends_its_name_to_nothing_that_it_imports(name: str, here: Path) -> None:
     reward = RewardFunctionConfig(name=f"{here / 'mine.py'}:{name}", args=canary(here))
