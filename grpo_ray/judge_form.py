@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from grpo_ray.plain_text import whole_characters
 
 LOWEST, HIGHEST = 1.0, 10.0
-_TEMPLATE_TAG = re.compile(r"\[(?=/?[A-Z_]{2,40}\])")
+_TEMPLATE_TAG = re.compile(r"\[(?=[\s/|]{0,8}[A-Za-z_][\w -]{0,40}[\s/|]{0,8}\])")
 _ENTITIES = str.maketrans(
     {"&": "&amp;", "<": "&lt;", ">": "&gt;", **{c: "\ufffd" for c in map(chr, range(32)) if c not in "\t\n\r"}}
 )

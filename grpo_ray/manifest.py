@@ -57,16 +57,21 @@ def from_json(data: bytes, step: int) -> Sums:
     """Raises ValueError when this is not what `to_json` wrote for that step, or names what is not inside of the checkpoint."""
     content = parse_json(data)
     try:
-        if content["format"] != FORMAT:
-            raise ValueError(f"is of format {content['format']}, this is grpo-ray's format {FORMAT}")
-        if content["step"] != step:
-            raise ValueError(f"is of step {content['step']}")
+        if not _is_number(content["format"], FORMAT):
+            raise ValueError(f"is of format {str(content['format'])[:40]}, this is grpo-ray's format {FORMAT}")
+        if not _is_number(content["step"], step):
+            raise ValueError(f"is of step {str(content['step'])[:40]}")
         sums = {check_inside(name): _checked(FileSum(**entry)) for name, entry in content["files"].items()}
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"is not what was written ({type(e).__name__}: {e})") from None
     if not sums:
         raise ValueError("names no files")
     return sums
+
+
+def _is_number(value: object, wanted: int) -> bool:
+    """Is it this whole number, and neither 1.0 nor true for 1?"""
+    return type(value) is int and value == wanted
 
 
 def _checked(entry: FileSum) -> FileSum:

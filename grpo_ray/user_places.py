@@ -130,7 +130,7 @@ def _is_distributed(path: Path) -> bool:
     """Is it where `pip install --target` puts packages? Where the user works, what an installation left there says which files are
     its own."""
     for folder in path.parents:
-        users = any(Path(own).is_relative_to(folder) for own in (Path.cwd(), Path.cwd().resolve(), *_code_folders))
+        users = any(Path(own).is_relative_to(folder) for own in (os.getcwd(), *_code_folders))
         for left in folder.glob("*.dist-info"):
             if not users or path.relative_to(folder).as_posix() in _recorded(left):
                 return True

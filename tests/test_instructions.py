@@ -338,6 +338,22 @@ def test_a_row_without_instructions_is_not_for_this_reward() -> None:
         ("length_constraints:number_words", {"num_words": -1, "relation": "at least"}, "num_words is -1"),
         ("length_constraints:number_words", {"num_words": 2.5, "relation": "at least"}, "num_words is 2.5"),
         ("length_constraints:number_words", {"num_words": "ten", "relation": "at least"}, "num_words is 'ten'"),
+        ("length_constraints:number_words", {"num_words": 10**400, "relation": "at least"}, "num_words is 1000000"),
+        (
+            "length_constraints:number_words",
+            {"num_words": 10**5000, "relation": "at least"},
+            "num_words is a number of th",
+        ),
+        ("length_constraints:number_words", {"num_words": 1e308, "relation": "at least"}, "num_words is 1e+308"),
+        ("length_constraints:number_words", {"num_words": "9" * 5000, "relation": "at least"}, "num_words is '9999"),
+        ("length_constraints:number_words", {"num_words": True, "relation": "at least"}, "num_words is True"),
+        (
+            "detectable_format:multiple_sections",
+            {"section_spliter": "S", "num_sections": 10**400},
+            "num_sections is 10000",
+        ),
+        ("keywords:frequency", {"keyword": "a", "frequency": 10**400, "relation": "at least"}, "frequency is 10000"),
+        ("language:response_language", {"language": ["en"]}, "language is ['en'], expected a text"),
         (
             "length_constraints:nth_paragraph_first_word",
             {"num_paragraphs": 2, "nth_paragraph": 3, "first_word": "a"},
@@ -359,10 +375,23 @@ def test_an_instruction_that_cannot_be_checked_is_an_error_and_never_a_verdict(
     assert words in score.detail
 
 
-@pytest.mark.parametrize(("ids", "kwargs"), [(["punctuation:no_comma"], []), (["punctuation:no_comma"], "[{}]")])
+@pytest.mark.parametrize(
+    ("ids", "kwargs"),
+    [
+        (["punctuation:no_comma"], []),
+        (["punctuation:no_comma"], "[{}]"),
+        ([["punctuation:no_comma"]], [{}]),
+        ([{}], [{}]),
+        (["punctuation:no_comma"], ["x"]),
+        (["punctuation:no_comma"], [[1]]),
+        (["punctuation:no_comma"], {"a": 1}),
+        (5, 5),
+    ],
+)
 def test_columns_that_do_not_fit_together_are_an_error(ids: Any, kwargs: Any) -> None:
     (score,) = scores(["a"], ids, kwargs)
     assert score.status is ScoreStatus.ERROR
+    assert score.detail.startswith("RewardError: reward 'instructions': instruction_id_list is ")
     assert "expected two lists of the same length" in score.detail
 
 

@@ -68,6 +68,14 @@ def test_code_commands_tags_and_variables_are_no_words() -> None:
 def test_a_language_that_is_not_known_is_refused_before_the_run() -> None:
     with pytest.raises(RewardError, match=r"no language 'xx'; known are .*de.*zh"):
         resolve(RewardFunctionConfig(name="language_consistency", args={"language": "xx"}))
+    with pytest.raises(RewardError, match=r"no language \['en'\]; known are"):
+        resolve(RewardFunctionConfig(name="language_consistency", args={"language": ["en"]}))
+
+
+@pytest.mark.parametrize("language", [["en"], {"a": 1}, 5, None])
+def test_a_rows_language_that_is_no_text_is_a_clear_error(language: Any) -> None:
+    with pytest.raises(RewardError, match=r"language_consistency': no language .*; known are"):
+        language_consistency(["some words of it"], [language])
 
 
 @pytest.mark.parametrize(

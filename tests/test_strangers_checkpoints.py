@@ -135,6 +135,15 @@ def test_a_link_of_the_folder_above_leads_no_file_out(run: RunDir, tmp_path: Pat
     assert "leads out of" in told_broken(run)
 
 
+@pytest.mark.parametrize("number", [True, 1.0, "1", None, [1]])
+@pytest.mark.parametrize("key", ["step", "format"])
+def test_numbers_of_a_manifest_are_whole_numbers_and_nothing_that_equals_them(key: str, number: Any) -> None:
+    content = json.loads(manifest.to_json(1, {"a": manifest.FileSum(1, "0" * 64)}))
+    assert manifest.from_json(json.dumps(content).encode(), 1)
+    with pytest.raises(ValueError, match=f"is of {key}"):
+        manifest.from_json(json.dumps({**content, key: number}).encode(), 1)
+
+
 @pytest.mark.parametrize("name", ["step-foo", "step-3", "step-", "step-" + "\u0663" * 6, "step-0000003", "step-1e9"])
 def test_folders_that_are_called_almost_like_a_step_are_none(name: str, run: RunDir) -> None:
     shutil.copytree(folder_of(run), folder_of(run).parent / name)

@@ -7,13 +7,16 @@ A row says which by two columns: `instruction_id_list`, e.g. [length_constraints
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, get_type_hints
 
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.function import Completions, Conversation, text_of
 from grpo_ray.rewards.instruction_checks import CHECKS
+
+MAX_NUMBER = 1_000_000_000
+"""Of anything that is counted in a text."""
 
 
 def instructions(
@@ -46,13 +49,28 @@ def _score(
 ) -> float | None:
     if not ids:
         return None
-    if isinstance(ids, str) or isinstance(arguments, str) or len(ids) != len(arguments):
+    if not _is_list_of(ids, str) or not _is_list_of(arguments, dict | None) or len(ids) != len(arguments):
         raise RewardError(
-            f"reward 'instructions': instruction_id_list is {str(ids)[:80]!r} and kwargs {str(arguments)[:80]!r}; expected two "
-            "lists of the same length"
+            f"reward 'instructions': instruction_id_list is {_shown(ids, 80)} and kwargs {_shown(arguments, 80)}; expected two "
+            "lists of the same length, of names and of mappings"
         )
     kept = [_keeps(text, id, args or {}, prompt) for id, args in zip(ids, arguments, strict=True)]
     return float(all(kept)) if strict else sum(kept) / len(kept)
+
+
+def _is_list_of(value: Any, kind: Any) -> bool:
+    return (
+        not isinstance(value, str | dict)
+        and isinstance(value, Iterable)
+        and all(isinstance(one, kind) for one in value)
+    )
+
+
+def _shown(value: Any, length: int) -> str:
+    try:
+        return f"{value!r:.{length}}"
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def _keeps(text: str, id: str, arguments: dict[str, Any], prompt: str | Conversation) -> bool:
@@ -67,7 +85,7 @@ def _keeps(text: str, id: str, arguments: dict[str, Any], prompt: str | Conversa
         # Arguments are looked at for blank texts too: that they are wrong is the row's fault.
         return check(text, **_read_arguments(check, given)) and bool(text.strip())
     except RewardError as e:
-        raise RewardError(f"reward 'instructions': {id} {e}; its arguments are {str(given)[:200]}") from None
+        raise RewardError(f"reward 'instructions': {id} {e}; its arguments are {_shown(given, 200)}") from None
 
 
 @lru_cache(maxsize=len(CHECKS))
@@ -90,16 +108,18 @@ def _read(name: str, value: Any, kind: Any) -> Any:
     """A number that pandas made a float is whole again."""
     if kind is int:
         try:
-            number = int(value)
+            number = -1 if isinstance(value, bool) else int(value)
         except (TypeError, ValueError, OverflowError):
             number = -1
-        if number >= 0 and number == (int(value) if isinstance(value, str) else value):
+        if 0 <= number <= MAX_NUMBER and number == (int(value) if isinstance(value, str) else value):
             return number
-        raise RewardError(f"can't be checked: {name} is {value!r}, expected a whole number from 0")
+        raise RewardError(
+            f"can't be checked: {name} is {_shown(value, 60)}, expected a whole number from 0 to {MAX_NUMBER:,}"
+        )
     if kind is str:
         if isinstance(value, str) and value.strip():
             return value
-        raise RewardError(f"can't be checked: {name} is {value!r}, expected a text")
+        raise RewardError(f"can't be checked: {name} is {_shown(value, 60)}, expected a text")
     if isinstance(value, list | tuple) and value and all(isinstance(word, str) and word for word in value):
         return list(value)
-    raise RewardError(f"can't be checked: {name} is {value!r}, expected a list of words")
+    raise RewardError(f"can't be checked: {name} is {_shown(value, 60)}, expected a list of words")

@@ -92,7 +92,9 @@ def language_consistency(
 
 
 def check_languages(args: dict[str, Any]) -> None:
-    """Are those that `args` name known?"""
+    """Are those that `args` name known? `language` is one there."""
+    if "language" in args:
+        _check(args["language"])
     for name in _languages(args):
         _check(name)
 
@@ -186,10 +188,10 @@ def _knows(word: str, language: str) -> bool:
     return is_known(word.replace("\u2019", "'"), lang=language)
 
 
-def _check(language: str) -> None:
-    if language not in _supported():
+def _check(language: object) -> None:
+    if not isinstance(language, str) or language not in _supported():
         raise RewardError(
-            f"reward 'language_consistency': no language {language!r}; known are {', '.join(sorted(_supported()))}"
+            f"reward 'language_consistency': no language {language!r:.60}; known are {', '.join(sorted(_supported()))}"
         )
 
 
