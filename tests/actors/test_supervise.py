@@ -333,7 +333,7 @@ def test_a_worker_that_leaves_ends_by_itself_or_by_force_and_reports_what_it_did
 
 
 def test_a_pool_that_closes_waits_for_those_that_leave() -> None:
-    crew = Crew(stops_in_s=3.0)
+    crew = Crew(stops_in_s=4.0)
 
     async def work() -> None:
         held = supervisor(crew, 2)
@@ -341,9 +341,10 @@ def test_a_pool_that_closes_waits_for_those_that_leave() -> None:
         endless = held.spawn(asyncio.sleep(1e6))
         held.remove(held.workers[0])
         await asyncio.sleep(0)
+        crew.stops_in_s = 1.0
         await held.close()
         assert endless.cancelled()
-        assert crew.told("kill") == [4.0, 4.0]
+        assert (crew.told("kill"), asyncio.get_running_loop().time()) == ([2.0, 5.0], 5.0)
 
     in_virtual_time(work())
 
