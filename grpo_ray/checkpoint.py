@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from grpo_ray import ownership
 from grpo_ray.checkpoint_store import Place, Store, is_url
 from grpo_ray.errors import CheckpointError, ConfigError, StoreAwayError
-from grpo_ray.files import parse_json
+from grpo_ray.files import link_whole, parse_json
 from grpo_ray.object_store import PATIENCE_S
 
 LOOP = "loop"
@@ -211,7 +211,4 @@ class RunDir:
         target = Path(place.url) / "hf"
         if self.store.is_remote or not target.is_dir():
             return
-        aside = self.exported.with_name(f".{self.exported.name}.tmp")
-        aside.unlink(missing_ok=True)
-        aside.symlink_to(os.path.relpath(target, self.path))
-        os.replace(aside, self.exported)
+        link_whole(self.exported, os.path.relpath(target, self.path))

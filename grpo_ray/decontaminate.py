@@ -17,7 +17,6 @@ Only the hashes of the test sets' n-grams are kept in memory, 64 bits each. Two 
 from __future__ import annotations
 
 import json
-import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +26,7 @@ from typing import Any
 
 from grpo_ray.data import Row, Table, map_columns, progress
 from grpo_ray.errors import DataError
+from grpo_ray.files import written_aside
 from grpo_ray.plain_text import bound_marks
 
 SENTENCE_MARKS = ".,;:!?\"'`()[]{}\u3001\u3002\u300c\u300d\u300e\u300f\u300a\u300b\u3010\u3011"
@@ -179,27 +179,16 @@ def find_contaminated(train: Table, column: str | None, known: TestPrompts, n: i
     return [Contaminated(row, shared) for row, text in texts if (shared := shared_words(text, known, n)) is not None]
 
 
-def aside_of(path: Path) -> Path:
-    """Where `write_jsonl` writes before it is whole."""
-    return path.with_name(f".{path.name}.tmp")
-
-
 def write_jsonl(path: Path, rows: Iterable[Row]) -> int:
     """Write all rows or nothing; how many they are."""
-    aside = aside_of(path)
     count = 0
     try:
-        with aside.open("w", encoding="utf-8") as file:
+        with written_aside(path) as file:
             for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+                file.write(json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n")
                 count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
     except OSError as e:
         raise DataError(f"{path} can't be written ({e}); name another place with --out") from None
-    finally:
-        aside.unlink(missing_ok=True)
     return count
 
 

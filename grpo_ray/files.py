@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -14,19 +16,45 @@ ASIDE = ".new"
 """Behind the name of a file that is being written. One that is left over is worth nothing."""
 
 
-def write_whole(path: Path, data: bytes | memoryview) -> None:
-    """In place of what is there. On disk, too, when this returns; what can't be written leaves no trace."""
-    aside = path.with_name(f"{path.name}{ASIDE}")
+def aside_of(path: Path) -> Path:
+    """Where a file is written before it is whole."""
+    return path.with_name(f"{path.name}{ASIDE}")
+
+
+@contextmanager
+def written_aside(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file that takes the place of what is there when all is written; what can't be written leaves no trace.
+
+    Args:
+        durable: it is on disk, too, at the end. Without it, a machine that loses its power may leave an empty file.
+    """
+    aside = aside_of(path)
     try:
         with aside.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         aside.replace(path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
+
+
+def write_whole(path: Path, data: bytes | memoryview) -> None:
+    """In place of what is there. On disk, too, when this returns."""
+    with written_aside(path) as file:
+        file.write(data)
+
+
+def link_whole(link: Path, target: str) -> None:
+    """A symbolic link in place of what is there, which is never missing meanwhile."""
+    aside = aside_of(link)
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target)
+    aside.replace(link)
 
 
 MAX_JSON_BYTES = 64 << 20

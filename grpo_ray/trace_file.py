@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_ray import json_text
+from grpo_ray.files import written_aside
 from grpo_ray.types import Track
 
 LIMIT_BYTES = 64 << 20
@@ -100,9 +101,8 @@ def write_trace(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _write(path: Path, lines: Sequence[bytes]) -> None:
-    aside = path.with_suffix(".json.new")
-    aside.write_bytes(_OPEN + (b"\n" + _NEXT.join(lines) if lines else b"") + _CLOSE)
-    aside.replace(path)
+    with written_aside(path, durable=False) as file:
+        file.write(_OPEN + (b"\n" + _NEXT.join(lines) if lines else b"") + _CLOSE)
 
 
 def read_trace(path: Path) -> Iterator[dict[str, Any]]:

@@ -10,13 +10,13 @@ from grpo_ray.decontaminate import (
     SHORTEST,
     Contaminated,
     TestPrompts,
-    aside_of,
     find_contaminated,
     ngram_hashes,
     prompt_texts,
     write_jsonl,
 )
 from grpo_ray.errors import ConfigError, DataError
+from grpo_ray.files import aside_of
 from launch.console import plain_console
 from launch.interrupts import leaving
 

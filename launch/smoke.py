@@ -7,6 +7,7 @@ from pathlib import Path
 
 from grpo_ray import json_text
 from grpo_ray.errors import WorkerError
+from grpo_ray.files import link_whole
 from launch.console import headed, plain_console
 from launch.jobs import start_grpo, start_sft
 from launch.program import program, runnable
@@ -53,10 +54,7 @@ def _link_cold_start(cold: Path) -> None:
     """Under the name that the recipe `smoke` starts from, unless `grpo-ray sft smoke_sft` has made a run of it."""
     link = cold.parent / COLD_START
     if link.is_symlink() or not link.exists():
-        aside = link.with_name(f".{COLD_START}.new")
-        aside.unlink(missing_ok=True)
-        aside.symlink_to(cold.name)
-        aside.replace(link)
+        link_whole(link, cold.name)
 
 
 def held_out_accuracy(run: Path) -> tuple[float, float]:

@@ -86,7 +86,7 @@ def test_a_file_of_samples_and_one_of_rollouts_are_written_the_same_way(tmp_path
     assert calls == [("fsync", f"{path}.new", size), ("rename", str(path), 0), ("fsync", str(tmp_path), 0)]
     calls.clear()
     write_jsonl(tmp_path / "clean.jsonl", [{"a": 1}])
-    aside = str(tmp_path / ".clean.jsonl.tmp")
+    aside = str(tmp_path / "clean.jsonl.new")
     assert calls[:2] == [("fsync", aside, 9), ("rename", str(tmp_path / "clean.jsonl"), 0)]
 
 
