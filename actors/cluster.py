@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -53,6 +54,8 @@ def connect(config: OnCluster) -> None:
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_agent_register_timeout_ms", "100000")
+    # Those would have none of the environments that ours get, and be of no use.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     address = read_address(config.cluster.address)
     if address is not None:
         join(address)
@@ -140,7 +143,10 @@ def _start_local(num_cpus: int, common: dict[str, Any]) -> None:
         make_token(os.environ)
     for left in reversed(range(LOCAL_START_TRIES)):
         try:
-            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, _temp_dir=f"{place}/{RAYS}", **common)
+            with bare_node():
+                ray.init(
+                    address="local", num_cpus=num_cpus, include_dashboard=False, _temp_dir=f"{place}/{RAYS}", **common
+                )
             return
         except Exception as e:
             ray.shutdown()
@@ -151,8 +157,33 @@ def _start_local(num_cpus: int, common: dict[str, Any]) -> None:
                 ) from None
 
 
+IDLE = ("start_monitor", "start_api_server", "start_log_monitor")
+"""What starts the autoscaler, which has no nodes to bring here, the dashboard's server, which serves no dashboard, and the reader
+of logs, which has nobody to send them to. Each is a process that takes seconds of a core, and Ray waits for the second of them."""
+
+
+@contextmanager
+def bare_node() -> Iterator[None]:
+    """Inside, a node of Ray that this process starts has no processes that stay idle in a run."""
+    from ray._private.node import Node
+
+    starting = {name: getattr(Node, name) for name in IDLE}
+    for name in IDLE:
+        setattr(Node, name, _start_nothing)
+    try:
+        yield
+    finally:
+        for name, start in starting.items():
+            setattr(Node, name, start)
+
+
+def _start_nothing(node: Any, **options: Any) -> None:
+    pass
+
+
 OWN_VARIABLES = (
     *("RAY_AUTH_MODE", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_agent_register_timeout_ms"),
+    "RAY_prestart_worker_first_driver",
     *("RAY_CLIENT_MODE", "RAY_USAGE_STATS_ENABLED"),
 )
 """Set here, and by Ray for itself."""
@@ -298,7 +329,6 @@ async def await_resources(wanted: list[Demand], deadline_s: float) -> None:
         ResourceError: after `deadline_s`, saying what is missing. At once when no autoscaler or other node can bring more.
     """
     import ray
-    import ray.autoscaler.sdk
 
     alone = len([n for n in ray.nodes() if n["Alive"]]) == 1 and not os.environ.get(VARIABLE)
     give_up = time.monotonic() + (0 if alone else deadline_s)
@@ -313,6 +343,8 @@ async def await_resources(wanted: list[Demand], deadline_s: float) -> None:
             if time.monotonic() >= give_up:
                 raise ResourceError(f"the cluster is too small: {lacking}")
             if not asked:
+                import ray.autoscaler.sdk
+
                 # An autoscaler brings nodes for what is asked for, and actors are placed only when all of them fit.
                 ray.autoscaler.sdk.request_resources(
                     bundles=bundles(wanted),

@@ -23,6 +23,11 @@ class Alone:
 def work() -> None: ...
 
 
+def commands() -> list[str]:
+    """Of all processes that the node consists of."""
+    return [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+
+
 def ports() -> list[tuple[str, str, int]]:
     """Process, address and port of all that listens."""
     family = [psutil.Process(), *psutil.Process().children(recursive=True)]
@@ -38,6 +43,7 @@ if __name__ == "__main__":
     connect(Alone())
     ray.get(work.remote())
     folder = ray.get_runtime_context().get_temp_dir()
-    print(json.dumps({"folder": folder, "open": open_session(), "ports": ports()}), flush=True)
+    told = {"folder": folder, "open": open_session(), "ports": ports(), "commands": commands()}
+    print(json.dumps(told), flush=True)
     sys.stdin.read()
     ray.shutdown()

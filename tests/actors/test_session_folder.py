@@ -32,6 +32,8 @@ class Alone:
     ports: list[tuple[str, str, int]]
     """Process, address and port."""
     home: Path
+    commands: list[str]
+    """Of the node's processes."""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
         assert process.stdout is not None
         told = json.loads(process.stdout.readline())
         session = Path(told["folder"], "session_latest").resolve()
-        yield Alone(session, told["open"], [tuple(p) for p in told["ports"]], home)
+        yield Alone(session, told["open"], [tuple(p) for p in told["ports"]], home, told["commands"])
         process.communicate(timeout=60)
 
 
@@ -68,6 +70,13 @@ def test_everything_of_a_session_is_out_of_others_reach(alone: Alone) -> None:
     assert [path for path in found if why_open(path) is not None] == []
     token = token_path({"HOME": str(alone.home)})
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
+
+
+def test_nothing_is_started_that_is_idle_in_a_run(alone: Alone) -> None:
+    started = " ".join(alone.commands)
+    assert [name for name in ("gcs_server", "raylet", "RuntimeEnvAgent", "DashboardAgent") if name not in started] == []
+    assert [name for name in ("monitor.py", "dashboard.py", "log_monitor") if f"/{name}" in started] == []
+    assert sum(command.startswith("ray::") and "Agent" not in command for command in alone.commands) == 1, started
 
 
 @pytest.mark.skipif(not IS_ROOT, reason="needs root, for a second user")
