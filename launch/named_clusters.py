@@ -9,8 +9,8 @@ import typer
 
 from actors.addresses import OPTION, check_answers, read_address
 from actors.named_clusters import check_named, is_named, note
-from grpo_ray.config import ClusterConfig
 from grpo_ray.config_files import parse_overrides
+from grpo_ray.config_runtime import ClusterConfig
 from grpo_ray.config_typed import with_types
 
 
