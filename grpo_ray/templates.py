@@ -30,6 +30,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from grpo_ray import json_text
 from grpo_ray.errors import DataError, told
 from grpo_ray.thinking import CLOSE, OPEN, opens_thinking, without_opening
+from grpo_ray.time_limit import TooLongError, within_thread_s
 from grpo_ray.turns import TurnEnd, end_of_text, end_of_turn
 
 R1_SYSTEM = (
@@ -45,6 +46,9 @@ R1_ZERO = R1_SYSTEM + " User: {prompt}. Assistant:"
 
 CHAT = ("chat", "r1")
 BUILT_IN = ("chat", "raw", "r1", "r1_zero")
+RENDER_S = 2.0
+"""Of processor time, for one row; a template takes milliseconds."""
+_ENDLESS = f"takes more than {RENDER_S:g} s of processor time for one prompt, so it may never end; set data.template to another"
 KWARGS, TOOLS = "chat_template_kwargs", "tools"
 
 
@@ -233,9 +237,14 @@ def _chat(tokenizer: Any, system: str | None, kwargs: Mapping[str, Any]) -> Rend
 def _apply(tokenizer: Any, messages: list[dict[str, Any]], ask: bool, options: Mapping[str, Any] | None) -> str:
     """`ask`: with what begins the assistant's turn."""
     try:
-        text: str = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=ask, tokenize=False, **(options or {})
+        text: str = within_thread_s(
+            RENDER_S,
+            lambda: tokenizer.apply_chat_template(
+                messages, add_generation_prompt=ask, tokenize=False, **(options or {})
+            ),
         )
+    except TooLongError:
+        raise DataError(f"the chat template of the tokenizer of {_name(tokenizer)} {_ENDLESS}") from None
     # A template is a program that came with the model, and fails in whatever way it likes.
     except Exception as e:
         raise DataError(f"the tokenizer's chat template refuses the conversation: {told(e)}") from None
@@ -313,6 +322,8 @@ def _jinja(path: Path, tokenizer: Any, system: str | None) -> Render:
         raise DataError(f"data.template {str(path)!r} can't be read: {e}") from None
     except jinja2.TemplateSyntaxError as e:
         raise DataError(f"{path}, line {e.lineno}: not a valid Jinja template: {e.message}") from None
+    except (SyntaxError, RecursionError) as e:
+        raise DataError(f"{path}: not a Jinja template that can be compiled: {told(e)}") from None
     bos = getattr(tokenizer, "bos_token", None) or ""
     eos = getattr(tokenizer, "eos_token", None) or ""
 
@@ -320,7 +331,9 @@ def _jinja(path: Path, tokenizer: Any, system: str | None) -> Render:
         messages: list[dict[str, Any]] | None = None if isinstance(prompt, str) else list(prompt)
         values = {"prompt": prompt, "messages": messages, "system": system, "columns": columns}
         try:
-            text = template.render(**values, bos_token=bos, eos_token=eos)
+            text = within_thread_s(RENDER_S, lambda: template.render(**values, bos_token=bos, eos_token=eos))
+        except TooLongError:
+            raise DataError(f"{path} {_ENDLESS}") from None
         except Exception as e:
             raise DataError(f"{path}: {told(e)}; known names: {', '.join(values)}, bos_token, eos_token") from None
         return Rendered(text, messages, add_special_tokens=not (bos and text.startswith(bos)))
