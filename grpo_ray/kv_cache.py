@@ -62,7 +62,7 @@ def check_one_sample(rollout: RolloutConfig, model_config: Any, tokens: int, wid
     Raises:
         ResourceError: it is too small; says how much is enough.
     """
-    text = model_config.get_text_config()
+    text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
     odd = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
     if odd or getattr(text, "kv_lora_rank", None) or getattr(text, "sliding_window", None):
         return

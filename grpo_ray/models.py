@@ -10,17 +10,14 @@ from grpo_ray.config_model import ModelConfig
 from grpo_ray.errors import ConfigError, kind_and_line, told
 from grpo_ray.files import read_json
 from grpo_ray.model_files import check_model_files
-from grpo_ray.tiny import build_tiny_model, describe_tiny_model
+from grpo_ray.tiny import build_tiny_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def prepare_model(config: ModelConfig, run_dir: Path, *, with_weights: bool = True) -> str:
+def prepare_model(config: ModelConfig, run_dir: Path) -> str:
     """The folder or hub name that engine and learner load; makes the tiny model when that is asked for.
-
-    Args:
-        with_weights: of a tiny model; without, torch is not needed.
 
     Raises:
         ConfigError: the folder does not exist or holds no model.
@@ -28,8 +25,13 @@ def prepare_model(config: ModelConfig, run_dir: Path, *, with_weights: bool = Tr
     if config.tiny is not None:
         folder = run_dir / "model"
         if not (folder / "config.json").is_file():
-            (build_tiny_model if with_weights else describe_tiny_model)(folder, config.tiny)
+            build_tiny_model(folder, config.tiny)
         return str(folder)
+    return model_name(config)
+
+
+def model_name(config: ModelConfig) -> str:
+    """`model.path` as it is loaded: a folder whole. Raises ConfigError, see `prepare_model`."""
     assert config.path is not None
     check_model_path(config.path)
     path = Path(config.path)

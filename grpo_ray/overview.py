@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,6 +34,22 @@ _KEYS = ("prompt", "messages", "completion", "chosen", "rejected", "label")
 """Columns without which a row is none; the first row that lacks one is in the sample, where it is told."""
 
 
+def _numbers(values: Sequence[int], kind: type[np.integer[Any]] = np.int64) -> pa.Array:
+    """Arrow's, without a conversion: pyarrow imports pandas for its first one, which takes half a second and 45 MB."""
+    return pa.Array.from_buffers(pa.from_numpy_dtype(kind), len(values), [None, pa.py_buffer(np.asarray(values, kind))])
+
+
+def _texts(values: Iterable[Any], kind: pa.DataType) -> pa.Array:
+    """Likewise, of a type for text."""
+    encoded = [text.encode() for text in values]
+    ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(encoded))]
+    return pa.Array.from_buffers(pa.large_string(), len(encoded), buffers).cast(kind)
+
+
+_TRUE = pa.Array.from_buffers(pa.bool_(), 1, [None, pa.py_buffer(b"\1")])[0]
+
+
 class ArrowFacts:
     """`ColumnFacts` of an Arrow table."""
 
@@ -56,22 +72,19 @@ class ArrowFacts:
 
     def lacking(self, names: Sequence[str], of: str | None, values: Sequence[str]) -> tuple[int, int, bool]:
         found = [column for name in names if (column := self._value(name)) is not None]
-        rows = self._rows_of(of, values)
-        null = pa.array(np.ones(self._num_rows, dtype=bool))
-        for column in found:
-            null = pc.and_(null, pc.is_null(column))
-        if rows is None:
-            return self._num_rows, _count(null), bool(found)
-        num_rows = _count(rows)
-        return num_rows, _count(pc.and_(null, rows)), bool(found) and num_rows > 0
-
-    def _rows_of(self, of: str | None, values: Sequence[str]) -> Any:
+        nulls = [pc.is_null(column) for column in found]
         if of is None:
-            return None
+            return self._num_rows, _count(reduce(pc.and_, nulls)) if nulls else self._num_rows, bool(found)
+        rows = self._rows_of(of, values)
+        if rows is None:
+            return 0, 0, False
+        num_rows = _count(rows)
+        return num_rows, _count(reduce(pc.and_, nulls, rows)), bool(found) and num_rows > 0
+
+    def _rows_of(self, of: str, values: Sequence[str]) -> Any:
+        """Those whose column is one of these; None: it holds no text."""
         column = self._columns[of]
-        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-            return pa.array(np.zeros(self._num_rows, dtype=bool))
-        return pc.fill_null(pc.is_in(column, pa.array(values, column.type)), False)
+        return pc.is_in(column, _texts(values, column.type)) if _is_text(column) else None
 
     def _value(self, name: str) -> pa.ChunkedArray | None:
         if name in self._columns:
@@ -127,7 +140,7 @@ class Overview:
         texts = list(prompts)
         if self.prompts is None or not all(isinstance(p, str) for p in texts):
             return None
-        return _count(pc.is_in(self.prompts, pa.array(texts, self.prompts.type)))
+        return _count(pc.is_in(self.prompts, _texts(texts, self.prompts.type)))
 
     def scaled(self, number: int) -> int:
         """Of the sample -> of all rows, about."""
@@ -172,7 +185,7 @@ class Sampler:
                     _check_text(text, table.where(i), name)
         texts = [row.get("prompt") for row in rows]
         strings = all(isinstance(text, str) for text in texts)
-        prompts = pa.chunked_array([pa.array(texts, pa.string())]) if strings else None
+        prompts = pa.chunked_array([_texts(texts, pa.large_string())]) if strings else None
         bad = next((i for i, row in enumerate(rows) if not _asks(row)), None)
         chosen = dict.fromkeys([*_evenly(num_rows), *([] if bad is None else [bad])])
         self.overviews[key_of(source)] = Overview(
@@ -222,7 +235,7 @@ def _of_parquet(source: DataSource) -> tuple[pa.Table, Any]:
     table = pq.read_table(Path(source.path).expanduser()).slice(0, source.limit)
 
     def pick(name: str, places: Sequence[int]) -> Table:
-        rows: list[Row] = table.take(pa.array(places, pa.int64())).to_pylist()
+        rows: list[Row] = table.take(_numbers(places)).to_pylist()
         return Table(name, source.path, rows, numbers=list(places))
 
     return table, pick
@@ -273,10 +286,10 @@ def _first_nulls(facts: ArrowFacts) -> list[int]:
             continue
         masks = [pc.is_null(column)] if column.null_count else []
         if _is_text(column):
-            masks.append(pc.equal(pc.binary_length(column), 0))
+            masks.append(pc.equal(pc.binary_length(column), _numbers([0])[0]))
         elif pa.types.is_list(column.type):
-            masks.append(pc.equal(pc.list_value_length(column), 0))
-        places = (pc.index(mask, True).as_py() for mask in masks)
+            masks.append(pc.equal(pc.list_value_length(column), _numbers([0])[0]))
+        places = (pc.index(mask, _TRUE).as_py() for mask in masks)
         out += [place for place in places if place >= 0]
         out += _first_without_content(column)
     return out
@@ -290,15 +303,15 @@ def _first_without_content(column: pa.ChunkedArray) -> list[int]:
     messages = pc.list_flatten(conversations)
     if messages.type.get_field_index("content") < 0:
         return []
-    place = pc.index(pc.is_null(pc.struct_field(messages, "content")), True).as_py()
+    place = pc.index(pc.is_null(pc.struct_field(messages, "content")), _TRUE).as_py()
     return [] if place < 0 else [pc.list_parent_indices(conversations)[place].as_py()]
 
 
 def _num_different(texts: pa.ChunkedArray) -> int:
     """By their length one part after the other, so that the table of those seen stays small. Null is one more."""
     pool = pa.system_memory_pool()
-    part = pc.bit_wise_and(pc.binary_length(texts), PARTS - 1)
-    parts = (pc.filter(texts, pc.equal(part, i), memory_pool=pool) for i in range(PARTS))
+    part = pc.bit_wise_and(pc.binary_length(texts), _numbers([PARTS - 1], np.int32)[0])
+    parts = (pc.filter(texts, pc.equal(part, i), memory_pool=pool) for i in _numbers(range(PARTS), np.int32))
     return sum(pc.count_distinct(each, memory_pool=pool).as_py() for each in parts) + (texts.null_count > 0)
 
 
@@ -307,7 +320,6 @@ def _is_text(column: pa.ChunkedArray | None) -> bool:
 
 
 def _longest(prompts: pa.ChunkedArray) -> list[int]:
-    order = pc.select_k_unstable(
-        pa.table({"n": pc.fill_null(pc.binary_length(prompts), 0)}), LONGEST, [("n", "descending")]
-    )
+    lengths = pc.coalesce(pc.binary_length(prompts), _numbers([0], np.int32)[0])
+    order = pc.select_k_unstable(pa.table({"n": lengths}), LONGEST, [("n", "descending")])
     return [int(i) for i in order.to_pylist()]

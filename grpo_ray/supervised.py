@@ -5,7 +5,6 @@ dataset -> Cursor -> examples -> batch -> learner;  before the first step `prepa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +14,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from grpo_ray.config_supervised import DpoConfig, RewardModelConfig, SftConfig
+from grpo_ray.config_supervised import DpoConfig, SftConfig
 from grpo_ray.cursor import Cursor
 from grpo_ray.data import Read, load_table
 from grpo_ray.errors import ConfigError
 from grpo_ray.files import write_whole
-from grpo_ray.pairs import Pair, PairDataset, PairSets, load_pairs, pair_batch
-from grpo_ray.prompts import SftDataset, load_demonstrations
+from grpo_ray.pairs import Pair, PairDataset, PairSets, pair_batch
+from grpo_ray.prompts import SftDataset
 from grpo_ray.sft_loop import sft_batch
-from grpo_ray.templates import make_template
-from grpo_ray.turns import TurnEnd
+from grpo_ray.supervised_data import load_examples
 from grpo_ray.types import TrainBatch
 
 REFERENCE = "reference.safetensors"
@@ -154,65 +152,11 @@ Task = Demonstrations | Preferences
 
 
 def load_task(config: SftConfig, tokenizer: Any, read: Read = load_table) -> Task:
-    """Read the data of a supervised run.
-
-    Args:
-        config: its options.
-        tokenizer: of its model.
-        read: how rows are read.
-
-    Raises:
-        DataError: names source, line or row, and the mend.
-        ConfigError: a reward model whose texts end in its padding.
-    """
-    match config:
-        case DpoConfig():
-            return DirectPreferences(
-                load_pairs(config.data, tokenizer, seed=config.seed, max_length=config.max_length, read=read)
-            )
-        case RewardModelConfig():
-            check_padding(tokenizer, make_template(config.data.template, tokenizer).end)
-            options = config.reward_model
-            return Preferences(
-                load_pairs(
-                    config.data,
-                    tokenizer,
-                    seed=config.seed,
-                    max_length=config.max_length,
-                    read=read,
-                    labelled=not options.pairwise,
-                    use_margin=options.use_margin,
-                    highest=1.0 if options.loss == "bce" else math.inf,
-                )
-            )
-    return Demonstrations(
-        load_demonstrations(config.data, tokenizer, seed=config.seed, max_length=config.max_length, read=read)
-    )
-
-
-def check_padding(tokenizer: Any, end: TurnEnd | None = None) -> None:
-    """Transformers reads a score at the last token that is no padding.
-
-    Args:
-        end: of the texts; None: the end-of-sequence token.
-
-    Raises:
-        ConfigError: that would not be the end of the text.
-    """
-    last = tokenizer.eos_token_id if end is None else end.id
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == last:
-        raise ConfigError(
-            "a reward model needs a padding token of its own, and the tokenizer has "
-            + (
-                "none"
-                if tokenizer.pad_token_id is None
-                else f"its end-of-sequence token {tokenizer.eos_token!r} for it"
-                if last == tokenizer.eos_token_id
-                else f"{tokenizer.pad_token!r} for it, which ends every answer"
-            )
-            + ": Transformers would read scores in the wrong place; set pad_token in the model's tokenizer_config.json to a token "
-            "that texts don't hold"
-        )
+    """Read the data of a supervised run, see `load_examples`."""
+    examples = load_examples(config, tokenizer, read)
+    if isinstance(examples, SftDataset):
+        return Demonstrations(examples)
+    return (DirectPreferences if isinstance(config, DpoConfig) else Preferences)(examples)
 
 
 def held_out(values: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:

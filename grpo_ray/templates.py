@@ -254,7 +254,7 @@ def _apply(tokenizer: Any, messages: list[dict[str, Any]], ask: bool, options: M
 def _checked_kwargs(value: Any, where: str, tokenizer: Any) -> dict[str, Any]:
     """Of a Parquet file a row has the keys of all rows, null where it has none itself."""
     value = _parsed(value)
-    if value is None:
+    if value is None or value == {}:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
         raise DataError(

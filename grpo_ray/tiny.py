@@ -39,37 +39,41 @@ def build_tiny_model(folder: Path, config: TinyModelConfig) -> Path:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = Qwen2ForCausalLM(_model_config(config)).float()
+        model = Qwen2ForCausalLM(tiny_config(config)).float()
     model.generation_config = _generation_config()
     folder.mkdir(parents=True, exist_ok=True)
     progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     model.save_pretrained(folder)
-    _tokenizer(config).save_pretrained(folder)
+    make_tokenizer(config).save_pretrained(folder)
     readable_as_asked(folder)
     if progress:
         logging.enable_progress_bar()
     return folder
 
 
-def describe_tiny_model(folder: Path, config: TinyModelConfig) -> Path:
-    """Write what `build_tiny_model` does, without the weights: torch is not needed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in (_model_config(config), _generation_config(), _tokenizer(config)):
-        part.save_pretrained(folder)
-    return folder
+def tiny_vocab() -> dict[str, int]:
+    """Of tokens that are no words."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return {token: i for i, token in enumerate((*SPECIAL_TOKENS, *sorted(ByteLevel.alphabet())))}
 
 
-def _tokenizer(config: TinyModelConfig) -> Any:
-    from tokenizers import AddedToken, pre_tokenizers
+def added_words(config: TinyModelConfig) -> list[Any]:
+    from tokenizers import AddedToken
+
+    # Not special: other programs that decode for rewards skip special tokens, and have to keep these.
+    return [AddedToken(tag, normalized=False, special=False) for tag in (*TAGS, *config.words)]
+
+
+def make_tokenizer(config: TinyModelConfig) -> Any:
+    """As Transformers reads it from the folder of a tiny model; see also `grpo_ray.tiny_tokenizer`."""
     from transformers import Qwen2Tokenizer
 
     # Byte-level BPE without a single merge: Transformers rebuilds the tokenizer of a qwen2 folder as Qwen2's own
     # (a character tokenizer of another kind would silently lose its spaces), and any text can be encoded.
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
     tokenizer = Qwen2Tokenizer(
-        vocab=vocab,
+        vocab=tiny_vocab(),
         merges=[],
         pad_token="<pad>",
         eos_token="<eos>",
@@ -80,8 +84,7 @@ def _tokenizer(config: TinyModelConfig) -> Any:
         model_max_length=config.context,
         clean_up_tokenization_spaces=False,
     )
-    # Not special: other programs that decode for rewards skip special tokens, and have to keep these.
-    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in (*TAGS, *config.words)])
+    tokenizer.add_tokens(added_words(config))
     return tokenizer
 
 
@@ -89,20 +92,24 @@ def _ids() -> dict[str, int]:
     return {f"{name}_token_id": SPECIAL_TOKENS.index(f"<{name}>") for name in ("pad", "eos", "bos")}
 
 
-def _model_config(config: TinyModelConfig) -> Any:
+def tiny_shape(config: TinyModelConfig) -> dict[str, Any]:
+    """What its config.json says of its shape."""
+    return {
+        "vocab_size": num_tiny_tokens(config),
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size or config.hidden_size * 11 // 4,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "max_position_embeddings": config.context,
+    }
+
+
+def tiny_config(config: TinyModelConfig) -> Any:
+    """As Transformers reads it."""
     from transformers import Qwen2Config
 
-    return Qwen2Config(
-        vocab_size=num_tiny_tokens(config),
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size or config.hidden_size * 11 // 4,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        max_position_embeddings=config.context,
-        tie_word_embeddings=True,
-        **_ids(),
-    )
+    return Qwen2Config(**tiny_shape(config), tie_word_embeddings=True, **_ids())
 
 
 def _generation_config() -> Any:

@@ -26,24 +26,16 @@ from grpo_ray.errors import GrpoRayError
 from grpo_ray.kv_cache import check_one_sample
 from grpo_ray.memory import BF16, FP32, facts_of, gib, learner_memory
 from grpo_ray.memory_fit import parts_of
-from grpo_ray.models import (
-    check_ids,
-    context_length,
-    load_config,
-    load_tokenizer,
-    prepare_model,
-    vocab_size,
-)
+from grpo_ray.models import check_ids, context_length, vocab_size
 from grpo_ray.rewards import BUILTINS, described
-from grpo_ray.stops import describe_end, stops_of_run
+from grpo_ray.stops import describe_end, find_stops, template_end
 from grpo_ray.thinking import opens_thinking
 from launch.check_golds import gold_rows
 from launch.console import headed, plain_console
 from launch.effects import check_effects, told
 from launch.foreign_code import RUN_CODE, foreign_model, foreign_rewards, foreign_rows
-from launch.interrupts import scratch_folder
 from launch.machine import unset_variables
-from launch.model_check import keep_torch_out, num_params_of
+from launch.model_check import ModelFiles, keep_torch_out, num_params_of
 from launch.named_clusters import check_cluster
 from launch.placement import chosen_told, fitted, machine_of, offers_told, where
 from launch.preflight import preflight
@@ -95,18 +87,18 @@ def check_recipe(
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    with console.status("reading model config and data ..."), scratch_folder() as scratch:
+    with console.status("reading model config and data ..."):
         unnamed = _unnamed(config)
         machine, place = (machine_of(config), "this machine") if unnamed else _offered(config)
         offered = machine.offers
         found, chosen = fitted(config, machine, place, kind, may_grow=bool(unnamed))
         idle = told(without_gpu(config)) if not offered.get("GPU") else []
         on_gpu = offered.get("GPU", 0) > 0
-        if not makes_models and not config.model.trust_remote_code:
+        if not makes_models and not config.model.trust_remote_code and config.model.tiny is None:
             keep_torch_out()
         for name, text in [
             *code.rows(),
-            *([] if code.of_model else _rows_of_model(config, found, kind, scratch, on_gpu, code)),
+            *([] if code.of_model else _rows_of_model(config, found, kind, on_gpu, code)),
             *_cluster_rows(found, machine, place, kind, chosen),
             *(("warning", line) for line in [*unnamed, *idle, *unset_variables(config), *_taken(folder)]),
         ]:
@@ -136,7 +128,6 @@ def _rows_of_model(
     config: RunConfig | SftConfig,
     found: RunConfig | SftConfig,
     kind: str,
-    scratch: Path,
     on_gpu: bool,
     code: _Foreign,
 ) -> list[tuple[str, str]]:
@@ -144,16 +135,16 @@ def _rows_of_model(
     Args:
         found: the config with what was chosen for this machine.
     """
-    model = prepare_model(config.model, scratch, with_weights=False)
-    with num_params_of(config, model, on_gpu=on_gpu) as num_params:
+    files = ModelFiles(config.model)
+    with num_params_of(config, on_gpu=on_gpu) as num_params:
         try:
-            context = _context(config, model, on_gpu=on_gpu)
-            of_data = [] if code.of_data else _data_rows(config, model, imports=code.run)
+            context = _context(config, files.config, on_gpu=on_gpu)
+            of_data = [] if code.of_data else _data_rows(config, files, imports=code.run)
         except GrpoRayError:
             # A model that can't be trained may be why.
             num_params()
             raise
-        of_model = _model_rows(found, model, num_params(), kind, on_gpu=on_gpu)
+        of_model = _model_rows(found, files.config, num_params(), kind, on_gpu=on_gpu)
     return [*of_model, *of_data, *_step_rows(config, context, imports=code.run)]
 
 
@@ -168,9 +159,8 @@ def _print_ok(command: str, recipe: str, overrides: list[str]) -> None:
     console.print(headed("ok", "green", f"     {runnable(words)}"), soft_wrap=True)
 
 
-def _context(config: RunConfig | SftConfig, model: str, *, on_gpu: bool) -> int:
+def _context(config: RunConfig | SftConfig, model_config: Any, *, on_gpu: bool) -> int:
     """Of the model. Raises ConfigError or ResourceError: what a sample may take does not fit it, or the cache."""
-    model_config = load_config(model, trust_remote_code=config.model.trust_remote_code)
     context = context_length(model_config)
     check_context(config, context)
     if isinstance(config, RunConfig) and not on_gpu:
@@ -181,9 +171,8 @@ def _context(config: RunConfig | SftConfig, model: str, *, on_gpu: bool) -> int:
 
 
 def _model_rows(
-    config: RunConfig | SftConfig, model: str, params: int, kind: str, *, on_gpu: bool
+    config: RunConfig | SftConfig, model_config: Any, params: int, kind: str, *, on_gpu: bool
 ) -> list[tuple[str, str]]:
-    model_config = load_config(model, trust_remote_code=config.model.trust_remote_code)
     facts = facts_of(model_config, params)
     memory = learner_memory(facts, config, on_gpu=on_gpu)
     parts = ", ".join(f"{what} {gib(n)}" for what, n in memory.parts.items() if n)
@@ -201,30 +190,32 @@ def _model_rows(
     return rows
 
 
-def _data_rows(config: RunConfig | SftConfig, model: str, *, imports: bool) -> list[tuple[str, str]]:
+def _data_rows(config: RunConfig | SftConfig, files: ModelFiles, *, imports: bool) -> list[tuple[str, str]]:
     from grpo_ray.overview import Sampler, key_of
-    from grpo_ray.prompts import load_prompts
+    from grpo_ray.prompts import SftDataset, load_prompts
     from grpo_ray.rewards.columns import check_columns, column_needs
     from grpo_ray.templates import make_template
     from launch.check_large import facts_of, longest_prompt, num_in_eval, of_all_rows, overview_rows
 
-    trusted = config.model.trust_remote_code
-    tokenizer = load_tokenizer(model, trust_remote_code=trusted)
+    tokenizer = files.tokenizer
     sampler = Sampler()
     overview_key = key_of(config.data.train)
     if isinstance(config, SftConfig):
-        from grpo_ray.supervised import load_task
+        from grpo_ray.supervised_data import load_examples
 
-        report = load_task(config, tokenizer, sampler.read).dataset.report
-        report = of_all_rows(report, sampler.overviews.get(overview_key))
+        examples = load_examples(config, tokenizer, sampler.read)
+        looked_at = (examples if isinstance(examples, SftDataset) else examples.train).report
+        report = of_all_rows(looked_at, sampler.overviews.get(overview_key))
         return [
             ("data", f"{source_told(config.data.train)}: {report.num_kept} of {report.num_rows} examples"),
             *overview_rows(config, sampler),
             ("length", describe(config, report.num_kept)),
             ("ends", describe_end(tokenizer, config.data.template)),
         ]
-    stops = stops_of_run(config, tokenizer, model)
-    context = context_length(load_config(model, trust_remote_code=trusted))
+    end, rollout = template_end(tokenizer, config.data.template), config.rollout
+    num_tokens = vocab_size(files.config)
+    stops = find_stops(tokenizer, files.eos_ids, end, num_tokens, rollout.stop, rollout.stop_token_ids)
+    context = context_length(files.config)
     prompts = load_prompts(config.data, tokenizer, seed=config.seed, max_context=context, read=sampler.read)
     overview = sampler.overviews.get(overview_key)
     report = of_all_rows(prompts.train.report, overview, num_in_eval(config, sampler, prompts))
@@ -242,7 +233,7 @@ def _data_rows(config: RunConfig | SftConfig, model: str, *, imports: bool) -> l
         what = f"{name}, {source_told(source)}" if name else source_told(source)
         held_out = of_all_rows(prompts.eval[name].report, sampler.overviews.get(key_of(source)))
         rows.append(("held out", f"{what}: {held_out.num_kept} prompts x {config.eval.num_samples}"))
-    check_ids((p.token_ids for p in prompts.train), model, vocab_size(load_config(model, trust_remote_code=trusted)))
+    check_ids((p.token_ids for p in prompts.train), files.name, num_tokens)
     longest = max(len(prompt.token_ids) for prompt in prompts.train)
     if overview is not None:
         limit = min(config.data.max_prompt_length, context - 1)

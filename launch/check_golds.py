@@ -73,11 +73,9 @@ def gold_rows(config: RunConfig, prompts: PromptSets, facts: Mapping[str, Column
 def read_golds(dataset: PromptDataset, path: str, function: RewardFunctionConfig) -> GoldReport:
     """Reads up to 2,000 golds that lie evenly over the data set, for 20 s at most."""
     from grpo_ray.rewards.golds import COLUMNS, GOLD_TIMES, TIMEOUT_S, gold_of, read_gold
-    from grpo_ray.rewards.readings import warm_up
 
     indices = _rows_of(dataset, function.sources)
     report = GoldReport(len(indices))
-    warm_up()
     timeout_s = GOLD_TIMES * float(function.args.get("timeout_s", TIMEOUT_S))
     end = time.monotonic() + MAX_SECONDS
     for index in _evenly(indices, MAX_GOLDS):

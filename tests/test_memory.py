@@ -26,7 +26,7 @@ from grpo_ray.memory import (
 )
 from grpo_ray.memory_fit import fit_memory, fits, parts_of, too_large
 from grpo_ray.models import load_config
-from grpo_ray.tiny import describe_tiny_model
+from grpo_ray.tiny import tiny_config
 from grpo_ray.trainable import skeleton
 from tests.recipes import run_config
 
@@ -185,7 +185,7 @@ def test_facts_of_older_kinds_and_of_no_model(tmp_path: Path) -> None:
 def test_tiny_models_are_counted_without_being_made(tmp_path: Path, options: str) -> None:
     config = run_config(f"model.tiny={options}").model
     assert config.tiny is not None
-    read = load_config(str(describe_tiny_model(tmp_path, config.tiny)), trust_remote_code=False)
+    read = tiny_config(config.tiny)
     held = skeleton(read, ModelConfig(path=str(tmp_path)))
     assert known_facts(config) == facts_of(read, sum(p.numel() for p in held.parameters()))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 
@@ -14,8 +15,8 @@ class Reading:
 
     text: str
     """Normalised: equal texts mean the same."""
-    parsed: tuple[Any, ...]
-    """For math-verify: SymPy objects."""
+    formula: tuple[Any, ...] = ()
+    """For math-verify: SymPy objects, where it is no plain number."""
     number: Fraction | None = None
     """The exact value of a plain number; of a percentage, the number before the sign."""
     is_percent: bool = False
@@ -23,6 +24,11 @@ class Reading:
     """It is written with a decimal point or an exponent, so that it may be rounded."""
     members: tuple[Reading, ...] = ()
     """Of a list of several."""
+
+    @cached_property
+    def parsed(self) -> tuple[Any, ...]:
+        """For math-verify: SymPy objects, which is imported for them."""
+        return self.formula if self.number is None else (_symbol(self.number, self.has_point, self.is_percent),)
 
 
 _INTEGER = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)|[1-9]\d{0,2}(?:[ ']\d{3})+(?!\d)|\d+(?:_\d{3})*)"
@@ -91,16 +97,19 @@ def read_number(text: str) -> Reading | None:
 
 def number_reading(value: Fraction, *, has_point: bool = False, is_percent: bool = False) -> Reading:
     """The reading of a number that is known already."""
+    text = f"{value}%" if is_percent else str(value)
+    return Reading(text, (), value, is_percent, has_point and value.denominator != 1)
+
+
+def _symbol(value: Fraction, has_point: bool, is_percent: bool) -> Any:
     import sympy
 
-    has_point = has_point and value.denominator != 1
     number: Any = sympy.Rational(value.numerator, value.denominator)
     if has_point:
         number = sympy.Float(number, 40)
     if is_percent:
         number = sympy.Mul(number, sympy.UnevaluatedExpr(sympy.Rational(1, 100)), evaluate=False)
-    text = f"{value}%" if is_percent else str(value)
-    return Reading(text, (number,), value, is_percent, has_point)
+    return number
 
 
 def same_number(gold: Reading, answer: Reading) -> bool:
@@ -152,5 +161,4 @@ def read_ratio(text: str) -> Reading | None:
     text = ":".join(str(n) for n in (first, second, third) if n is not None)
     if third is not None or not second or (first < 25 and len(found[2]) == 2 and second < 60):
         return Reading(text, ())
-    ratio = number_reading(Fraction(first, second))
-    return Reading(text, ratio.parsed, ratio.number)
+    return Reading(text, number=Fraction(first, second))
