@@ -2,14 +2,22 @@
 
 A package that is not the same under all of them has a line for each, with a marker; uv's own universal resolution goes beyond the
 newest Python that has wheels. What an earlier lock says is kept where it still fits.
+
+A package whose wheel for one of them is not at hand (torch's CPU builds may be there for one alone) is resolved by what its build
+that is installed here requires. Where that is no way out either, what the lock has for that Python stays, and that is said.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
+
+from grpo_ray.plain_terminal import say
 
 ROOT = Path(__file__).parent.parent
 VERSIONS = ("3.11", "3.12", "3.13")
@@ -35,29 +43,95 @@ def merged(resolved: dict[str, dict[str, str]]) -> list[str]:
     return lines
 
 
-def pinned(text: str) -> dict[str, str]:
-    """Package -> version, of a lock file for one Python."""
-    return dict(line.split("==", 1) for line in text.splitlines() if "==" in line)
+def pinned(text: str, python: str | None = None) -> dict[str, str]:
+    """Package -> version, of a lock file.
+
+    Args:
+        python: whose lines; None: the file is for one Python.
+    """
+    lines = [line.partition(" ; ") for line in text.splitlines() if "==" in line]
+    found = [line for line, _, marker in lines if not marker or python is None or f"'{python}'" in marker]
+    return dict(line.split("==", 1) for line in found)
+
+
+class UnresolvedError(Exception):
+    """What uv says."""
+
+
+_NO_WHEEL = re.compile(r"Because ([\w.-]+)==(\S+) has no wheels with a matching Python ABI tag")
 
 
 def resolve(stack: str, python: str, lock: Path) -> dict[str, str]:
-    """Raises CalledProcessError when there is no solution; uv has said why."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / lock.name
+    """Package -> version, for one Python. Raises UnresolvedError: there is no solution."""
+    without: dict[str, str] = {}
+    while True:
+        try:
+            return _compiled(stack, python, lock, without) | without
+        except UnresolvedError as e:
+            found = _NO_WHEEL.search(" ".join(str(e).split()))
+            if found is None or found[1] in without or _version_here(found[1]) != found[2]:
+                raise
+            without[found[1]] = found[2]
+            say(
+                f"{lock.name}: no wheel of {found[1]} {found[2]} for Python {python} is at hand; resolved by what the one that is "
+                "installed here requires"
+            )
+
+
+def _compiled(stack: str, python: str, lock: Path, without: dict[str, str]) -> dict[str, str]:
+    """
+    Args:
+        without: packages that are left out, but for what they require.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        out, overrides, more = folder / lock.name, folder / "overrides.txt", folder / "more.txt"
         # What is there already is what uv prefers.
         out.write_bytes(lock.read_bytes())
-        command = [str(Path(sys.executable).parent / "uv"), "pip", "compile", "-q", "pyproject.toml", *STACKS[stack]]
+        overrides.write_text("".join(f"{package}; sys_platform == 'never'\n" for package in without))
+        more.write_text("".join(f"{line}\n" for package in without for line in metadata.requires(package) or ()))
+        command = [str(Path(sys.executable).parent / "uv"), "pip", "compile", "-q", "pyproject.toml", str(more)]
         options = ["--extra", stack, "--extra", "dev", "--no-header", "--no-annotate", "--python-version", python]
-        subprocess.run([*command, *options, "-o", str(out)], cwd=ROOT, check=True)
+        command += [*options, *STACKS[stack], "--overrides", str(overrides), "-o", str(out)]
+        done = subprocess.run(
+            command, cwd=lock.parent, env=os.environ | {"NO_COLOR": "1"}, stderr=subprocess.PIPE, text=True
+        )
+        if done.returncode:
+            raise UnresolvedError(done.stderr)
         return pinned(out.read_text())
 
 
+def _version_here(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def resolve_all(stack: str, lock: Path) -> list[str]:
+    """Write a lock file anew; returns the Pythons whose lines are as they were."""
+    before = lock.read_text()
+    resolved, kept = {}, []
+    for python in VERSIONS:
+        try:
+            resolved[python] = resolve(stack, python, lock)
+        except UnresolvedError as e:
+            resolved[python] = pinned(before, python)
+            kept.append(python)
+            say(
+                f"{lock.name}: not resolved for Python {python}, whose lines stay as they are. uv says:\n{e}",
+                error=True,
+            )
+    lines = merged(resolved)
+    lock.write_text("\n".join(lines) + "\n")
+    say(f"{lock.name}: {len(lines)} lines" + (f"; not resolved anew: Python {', '.join(kept)}" if kept else ""))
+    return kept
+
+
 def main() -> None:
-    for stack in STACKS:
-        lock = ROOT / f"lock-{stack}.txt"
-        lines = merged({python: resolve(stack, python, lock) for python in VERSIONS})
-        lock.write_text("\n".join(lines) + "\n")
-        print(f"{lock.name}: {len(lines)} lines")
+    """The exit code is 1 where a lock file is not whole anew."""
+    kept = [resolve_all(stack, ROOT / f"lock-{stack}.txt") for stack in STACKS]
+    sys.exit(int(any(kept)))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from launch.lock import merged, pinned
+from launch.lock import UnresolvedError, merged, pinned, resolve, resolve_all
 
 ROOT = Path(__file__).parent.parent
 TOOLS = ["bash", "env", "dirname", "cat", "mkdir", "chmod", "id", "df", "awk", "grep", "sed", "tr"]
@@ -176,6 +178,8 @@ def test_a_lock_has_a_marker_where_pythons_differ_and_both_files_give_each_packa
         "c==3 ; python_version == '3.13'",
     ]
     assert pinned("a==1\nb==2+cpu\n") == {"a": "1", "b": "2+cpu"}
+    for python, of_one in {"3.11": {"b": "1"}, "3.12": {"b": "2"}, "3.13": {"b": "2", "c": "3"}}.items():
+        assert pinned("\n".join(found), python) == {"a": "1", **of_one}
     from packaging.requirements import Requirement
 
     for lock in ("lock-cpu.txt", "lock-gpu.txt"):
@@ -185,3 +189,80 @@ def test_a_lock_has_a_marker_where_pythons_differ_and_both_files_give_each_packa
             names = [line.name for line in lines if line.marker is None or line.marker.evaluate(here)]
             assert len(names) == len(set(names)), python
             assert {"torch", "ray", "deepspeed", "transformers", "numpy"} <= set(names)
+
+
+def put_wheel(folder: Path, name: str, version: str, tag: str, requires: str = "") -> None:
+    known = f"{name}-{version}.dist-info"
+    of = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n" + (
+        f"Requires-Dist: {requires}\n" if requires else ""
+    )
+    with zipfile.ZipFile(folder / f"{name}-{version}-{tag}.whl", "w") as file:
+        file.writestr(f"{known}/METADATA", of)
+        file.writestr(f"{known}/WHEEL", f"Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: false\nTag: {tag}\n")
+        file.writestr(f"{known}/RECORD", "")
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Its lock file: `tensors` has a wheel for Python 3.11 alone and requires `pure`; uv knows of no other packages."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    put_wheel(
+        wheels,
+        "tensors",
+        "2+cpu",
+        f"cp311-cp311-manylinux_2_17_{platform.machine()}",
+        "pure>=3; python_version >= '3.12'",
+    )
+    for version in ("2", "3"):
+        put_wheel(wheels, "pure", version, "py3-none-any")
+    (tmp_path / "pyproject.toml").write_text(
+        "[project]\nname = 'p'\nversion = '1'\nrequires-python = '>=3.11'\ndependencies = ['tensors==2']\n"
+        "[project.optional-dependencies]\ncpu = []\ndev = ['pure']\n"
+    )
+    for name, value in {
+        "UV_NO_INDEX": "1",
+        "UV_OFFLINE": "1",
+        "UV_NO_CONFIG": "1",
+        "UV_FIND_LINKS": str(wheels),
+    }.items():
+        monkeypatch.setenv(name, value)
+    lock = tmp_path / "lock-cpu.txt"
+    lock.write_text("pure==2\ntensors==1\n")
+    return lock
+
+
+def install(folder: Path, requires: str) -> None:
+    known = folder / "site" / "tensors-2+cpu.dist-info"
+    known.mkdir(parents=True)
+    (known / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: tensors\nVersion: 2+cpu\nRequires-Dist: {requires}\n"
+    )
+
+
+def test_a_package_without_a_wheel_for_one_python_does_not_lose_the_lock_of_that_python(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(tmp_path, "pure>=3; python_version >= '3.12'")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert resolve("cpu", "3.11", project) == {"pure": "2", "tensors": "2+cpu"}
+    assert capsys.readouterr().out == ""
+    assert resolve("cpu", "3.12", project) == {"pure": "3", "tensors": "2+cpu"}
+    assert "no wheel of tensors 2+cpu for Python 3.12 is at hand" in capsys.readouterr().out
+
+
+def test_what_can_not_be_resolved_for_one_python_stays_and_is_said_and_the_others_are_resolved(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UnresolvedError, match="no wheels with a matching Python ABI tag"):
+        resolve("cpu", "3.12", project)
+    assert resolve_all("cpu", project) == ["3.12", "3.13"]
+    assert project.read_text().splitlines() == [
+        "pure==2",
+        "tensors==2+cpu ; python_version == '3.11'",
+        "tensors==1 ; python_version == '3.12' or python_version == '3.13'",
+    ]
+    told = capsys.readouterr()
+    assert "lock-cpu.txt: not resolved for Python 3.13, whose lines stay as they are. uv says:" in told.err
+    assert "tensors==2+cpu has no wheels" in " ".join(told.err.split())
+    assert told.out.endswith("lock-cpu.txt: 3 lines; not resolved anew: Python 3.12, 3.13\n")
