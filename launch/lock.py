@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
 
+from grpo_ray.errors import ConfigError
 from grpo_ray.plain_terminal import say
 
 ROOT = Path(__file__).parent.parent
@@ -90,7 +92,7 @@ def _compiled(stack: str, python: str, lock: Path, without: dict[str, str]) -> d
         out.write_bytes(lock.read_bytes())
         overrides.write_text("".join(f"{package}; sys_platform == 'never'\n" for package in without))
         more.write_text("".join(f"{line}\n" for package in without for line in metadata.requires(package) or ()))
-        command = [str(Path(sys.executable).parent / "uv"), "pip", "compile", "-q", "pyproject.toml", str(more)]
+        command = [_uv(), "pip", "compile", "-q", "pyproject.toml", str(more)]
         options = ["--extra", stack, "--extra", "dev", "--no-header", "--no-annotate", "--python-version", python]
         command += [*options, *STACKS[stack], "--overrides", str(overrides), "-o", str(out)]
         done = subprocess.run(
@@ -99,6 +101,16 @@ def _compiled(stack: str, python: str, lock: Path, without: dict[str, str]) -> d
         if done.returncode:
             raise UnresolvedError(done.stderr)
         return pinned(out.read_text())
+
+
+def _uv() -> str:
+    """Beside this Python, or on the path. Raises ConfigError: there is none."""
+    found = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if found is None:
+        raise ConfigError(
+            "uv resolves the lock files, and is neither beside this Python nor on the path: pip install uv"
+        )
+    return found
 
 
 def _version_here(package: str) -> str | None:
