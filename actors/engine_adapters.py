@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 from grpo_ray.config import RunConfig
 from grpo_ray.config_model import LoraConfig
 from grpo_ray.errors import WorkerError
-from grpo_ray.lora import adapter_checksum, write_adapter
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -97,6 +96,8 @@ class EngineAdapters:
         Raises:
             WorkerError: the checksum is another, or there is no room.
         """
+        from grpo_ray.lora import adapter_checksum
+
         assert self._options is not None
         received = adapter_checksum(data)
         if received != checksum:
@@ -120,6 +121,8 @@ class EngineAdapters:
 
     def _write(self, data: bytes, folder: Path) -> None:
         from safetensors.torch import load
+
+        from grpo_ray.lora import write_adapter
 
         assert self._options is not None
         write_adapter(load(data), self._options.lora, self._base_model, folder)

@@ -21,7 +21,6 @@ from grpo_ray.ledger import Ledger
 from grpo_ray.prompts import PromptSets
 from grpo_ray.rollout_log import ParquetRolloutLog, remove_after
 from grpo_ray.scaling import record
-from grpo_ray.train_loop import Roles, TrainLoop
 from grpo_ray.types import Group, TrainBatch
 
 
@@ -58,6 +57,8 @@ async def _num_steps(config: RunConfig, loading: asyncio.Task[PromptSets]) -> in
 
 
 async def _train(context: RunContext, config: RunConfig, prompts: PromptSets, roles: Started, workers: Workers) -> str:
+    from grpo_ray.train_loop import Roles, TrainLoop
+
     await keep_records(context)
     rollout_log = _open_rollout_log(context, config)
     trackers = open_trackers(context, config, workers)

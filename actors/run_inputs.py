@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from actors.cluster import has_gpus
+from actors.learning import import_learning
 from actors.run_context import RunContext
-from grpo_ray.attention import cpu_has_bf16
 from grpo_ray.config import RunConfig
 from grpo_ray.config_effects import about_context, check_context
 from grpo_ray.config_supervised import SftConfig
@@ -25,11 +25,18 @@ from grpo_ray.tokenized import LoadReport
 async def resolve_model(context: RunContext, config: RunConfig | SftConfig) -> str:
     """The model's folder or its name on the hub; a tiny model is made first."""
     context.phase("model")
+    return await asyncio.to_thread(prepare_model, config.model, context.run.path)
+
+
+async def begin_learning(context: RunContext, config: RunConfig | SftConfig) -> None:
+    """Import what the controller needs of torch, and warn of a CPU that is slow in the run's dtype."""
+    await asyncio.to_thread(import_learning)
+    from grpo_ray.attention import cpu_has_bf16
+
     if config.model.dtype == "bfloat16" and not has_gpus() and not cpu_has_bf16():
         context.warn(
             "this CPU has no bfloat16 instructions and takes 50 times as long without; use model.dtype=float32"
         )
-    return await asyncio.to_thread(prepare_model, config.model, context.run.path)
 
 
 def digest_model(model: str) -> str:
@@ -99,6 +106,7 @@ async def _warn_of_trained_prompts(
 
 async def _load_tokenizer(context: RunContext, config: RunConfig, model: str) -> tuple[Any, int]:
     """The tokenizer, and the model's context in tokens."""
+    await begin_learning(context, config)
     context.phase("data")
     code = config.model.trust_remote_code
     max_context = context_length(await asyncio.to_thread(load_config, model, trust_remote_code=code))

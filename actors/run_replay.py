@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from actors.run_context import RunContext
-from actors.run_inputs import load_run_prompts, resolve_model
+from actors.run_inputs import begin_learning, load_run_prompts, resolve_model
 from actors.workers import Workers
 from grpo_ray.config import RunConfig
 from grpo_ray.epochs import run_length
@@ -31,6 +31,8 @@ async def run_replay(context: RunContext, config: RunConfig) -> str:
     num_steps = config.num_steps
     if num_steps is None:
         num_steps = run_length(config, len((await load_run_prompts(context, config, model)).train)).num_steps
+    else:
+        await begin_learning(context, config)
     async with Workers(config, run, model, context.phase, context.warn) as workers:
         learner = await workers.start_learner(num_steps)
         if resume_step > 0:

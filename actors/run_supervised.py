@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actors.recovery import outlive_learners
 from actors.run_context import RunContext
-from actors.run_inputs import report_left_out, resolve_model
+from actors.run_inputs import begin_learning, report_left_out, resolve_model
 from actors.run_training import keep_records, open_trackers, run_loop
 from actors.workers import Workers
 from grpo_ray.config_supervised import DpoConfig, SftConfig
@@ -16,19 +16,21 @@ from grpo_ray.cursor import Cursor
 from grpo_ray.epochs import run_length
 from grpo_ray.models import load_tokenizer
 from grpo_ray.sft_loop import SftLoop
-from grpo_ray.supervised import load_task
+
+if TYPE_CHECKING:
+    from actors.learner_group import LearnerGroup
+    from grpo_ray.supervised import Task
 
 
 async def run_supervised(context: RunContext, config: SftConfig) -> str:
     """Fine-tune; learners that are lost start again."""
     model = await resolve_model(context, config)
-    context.phase("data")
-    tokenizer = await asyncio.to_thread(load_tokenizer, model, trust_remote_code=config.model.trust_remote_code)
-    task = await asyncio.to_thread(load_task, config, tokenizer)
-    report_left_out(context, task.dataset.report)
-    length = run_length(config, len(task.dataset))
     async with Workers(config, context.run, model, context.phase, context.warn) as workers:
-        learner = await workers.start_learner(length.num_steps)
+        async with asyncio.TaskGroup() as tasks:
+            loading = tasks.create_task(_load_task(context, config, model))
+            starting = tasks.create_task(_start_learner(config, workers, loading))
+        task, learner = loading.result(), starting.result()
+        length = run_length(config, len(task.dataset))
 
         async def fine_tune() -> str:
             await keep_records(context)
@@ -65,3 +67,20 @@ async def run_supervised(context: RunContext, config: SftConfig) -> str:
             learner = await workers.start_learner_again()
 
         return await outlive_learners(context, config, workers, fine_tune, start_again)
+
+
+async def _load_task(context: RunContext, config: SftConfig, model: str) -> Task:
+    await begin_learning(context, config)
+    from grpo_ray.supervised import load_task
+
+    context.phase("data")
+    tokenizer = await asyncio.to_thread(load_tokenizer, model, trust_remote_code=config.model.trust_remote_code)
+    task = await asyncio.to_thread(load_task, config, tokenizer)
+    report_left_out(context, task.dataset.report)
+    return task
+
+
+async def _start_learner(config: SftConfig, workers: Workers, loading: asyncio.Task[Task]) -> LearnerGroup:
+    """Start the learner; the data have to be there first only if the config does not say how many steps there are."""
+    num_steps = config.num_steps or run_length(config, len((await loading).dataset)).num_steps
+    return await workers.start_learner(num_steps)

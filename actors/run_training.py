@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actors.notices import heed, watch_notices
 from actors.ray_metrics import RayMetrics
@@ -17,7 +17,9 @@ from grpo_ray.records import last_step, set_aside
 from grpo_ray.roles import Tracker
 from grpo_ray.sft_loop import SftLoop
 from grpo_ray.tracking import make_trackers
-from grpo_ray.train_loop import TrainLoop
+
+if TYPE_CHECKING:
+    from grpo_ray.train_loop import TrainLoop
 
 
 async def keep_records(context: RunContext) -> None:
@@ -47,7 +49,7 @@ async def run_loop(context: RunContext, loop: TrainLoop | SftLoop[Any]) -> str:
     if context.resume_step is not None:
         context.phase("restoring", f"step {context.resume_step}")
         await loop.restore(context.resume_step)
-    settle_garbage_collector(loop.config.samples_under_way if isinstance(loop, TrainLoop) else 0)
+    settle_garbage_collector(loop.config.samples_under_way if isinstance(loop.config, RunConfig) else 0)
 
     def warn_of_failure(watching: asyncio.Task[None]) -> None:
         if not watching.cancelled() and (error := watching.exception()) is not None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray.util import remove_placement_group
 
 from actors.adapter_sync import RayAdapterSync
 from actors.cluster import has_gpus, reserve_pairs
 from actors.colocated import ColocatedLearner, ColocatedSampler, ColocatedWeights, Turns
-from actors.learner_group import LearnerGroup
+from actors.learning import import_learning
 from actors.reward_pool import RewardPool
 from actors.reward_pools import RewardPools
 from actors.rollout_pool import RolloutPool
@@ -28,7 +28,10 @@ from grpo_ray.evaluate import vote_config
 from grpo_ray.roles import Learner, Sampler, WeightSync
 from grpo_ray.scaling import Counts
 
-P = TypeVar("P", RolloutPool, RewardPool, LearnerGroup)
+if TYPE_CHECKING:
+    from actors.learner_group import LearnerGroup
+
+P = TypeVar("P", RolloutPool, RewardPool, "LearnerGroup")
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Workers:
 
     def live(self) -> dict[str, float]:
         """What the pools do at this moment."""
-        return {k: v for p in self._pools if not isinstance(p, LearnerGroup) for k, v in p.live().items()}
+        return {k: v for p in self._pools if isinstance(p, RolloutPool | RewardPool) for k, v in p.live().items()}
 
     @property
     def lost_learner(self) -> str | None:
@@ -162,11 +165,13 @@ class Workers:
         return sampler.result(), learner.result()
 
     async def _start_in_turns(self, num_steps: Awaitable[int]) -> tuple[RolloutPool, LearnerGroup]:
-        """An engine takes its part of the device's whole memory, so it comes first and then makes room."""
+        """An engine takes its part of a GPU's whole memory, so it comes first and then makes room."""
         assert isinstance(self._config, RunConfig)
-        placement = None
-        if self._gpus:
-            self._placement = placement = reserve_pairs(self._config)
+        if not self._gpus:
+            sampler, learner = await self._start_together(num_steps)
+            await sampler.sleep()
+            return sampler, learner
+        self._placement = placement = reserve_pairs(self._config)
         sampler = await self.start_sampler(placement)
         await sampler.sleep()
         return sampler, await self.start_learner(await num_steps, placement)
@@ -217,6 +222,9 @@ class Workers:
     async def start_learner(self, num_steps: int, placement: Any = None, limit_s: float | None = None) -> LearnerGroup:
         self._phase("starting", "learner: DeepSpeed")
         with self._learner_timeout.measured():
+            await asyncio.to_thread(import_learning)
+            from actors.learner_group import LearnerGroup
+
             pool = await LearnerGroup.create(
                 self._config,
                 self._model,

@@ -45,3 +45,13 @@ def test_a_controller_takes_words_for_reasons_and_tells_no_secrets(tmp_path: Pat
     assert lines[5:] == ["2 ([], 2)"]
     log = (tmp_path / "logs" / "controller.log").read_text()
     assert "no run of kind sft with a [hidden]" in log
+
+
+def test_a_controller_is_there_before_torch_is_imported() -> None:
+    """Engines begin to start then."""
+    code = "import sys, actors.controller; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=env, check=True, timeout=120, capture_output=True, text=True
+    )
+    assert told.stdout == "[]\n"

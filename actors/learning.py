@@ -1,0 +1,17 @@
+"""What the controller needs of torch, imported when engines have begun to start: they take longest, and do not wait for it."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+
+MODULES = ("actors.learner_group", "grpo_ray.train_loop", "grpo_ray.supervised")
+_importing = threading.Lock()
+
+
+def import_learning() -> None:
+    """Seconds, the first time; for a thread. One at a time: threads that import torch, or what imports it, side by side meet with
+    halves of its modules."""
+    with _importing:
+        for name in MODULES:
+            importlib.import_module(name)
