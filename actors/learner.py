@@ -33,7 +33,7 @@ from actors.learner_micro_batches import MicroBatchLoader, is_trained
 from actors.learner_process_group import join_process_group
 from actors.learner_timer import UpdateTimer, traced
 from actors.rendezvous import Meeting, SealedStore, listen_at, new_key, open_store
-from actors.runtime import LOOPBACK, own_process
+from actors.runtime import LOOPBACK, end_of_imports, own_process
 from grpo_ray.activity import Activity
 from grpo_ray.checkpoint_store import Place
 from grpo_ray.config_algorithm import AlgorithmConfig
@@ -109,6 +109,7 @@ class LearnerActor:
         if spec.needs_critic:
             self._critic = Critic(spec, self.device, self._ranks)
         self._configure(spec)
+        end_of_imports()
         return sum(getattr(p, "ds_numel", p.numel()) for p in self._engine.module.parameters())
 
     def _configure(self, spec: LearnerSpec) -> None:

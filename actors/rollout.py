@@ -22,7 +22,7 @@ from actors.deaths import CORE_DIED
 from actors.engine_adapters import Adapter, AdapterOptions, EngineAdapters
 from actors.rollout_sample import info_of, sample_of
 from actors.rollout_vllm_options import engine_args, sampling_params
-from actors.runtime import give_way, own_process, own_scratch, use_nodes_interface
+from actors.runtime import end_of_imports, give_way, own_process, own_scratch, use_nodes_interface
 from grpo_ray.config_rollout import RolloutConfig
 from grpo_ray.errors import WorkerError
 from grpo_ray.models import context_length, eos_ids, load_config, vocab_size
@@ -103,6 +103,7 @@ class RolloutActor:
             os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
         self._can_sleep = bool(args.enable_sleep_mode)
         self.engine: Any = AsyncLLM.from_engine_args(args)
+        end_of_imports()
         # The engine's process is there by now, and computes.
         give_way()
         self._adapters = EngineAdapters(self.engine, adapters, model, self.name)

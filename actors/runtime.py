@@ -33,6 +33,7 @@ GC_THRESHOLD = 50_000
 """Objects made and not gone, between two looks of the garbage collector; at least."""
 GC_THRESHOLD_PER_SAMPLE = 32
 """Twice or three times what the controller holds for a sample under way: then those of a step that begins are no reason to look."""
+PYTHONS_GC = (700, 10, 10)
 NAME_TRIES = 20
 LOOPBACK = "127.0.0.1"
 NO_RECORDS = {"enable_task_events": False}
@@ -76,6 +77,12 @@ def settle_garbage_collector(samples_under_way: int = 0) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(max(GC_THRESHOLD, GC_THRESHOLD_PER_SAMPLE * samples_under_way))
+
+
+def end_of_imports() -> None:
+    """For a process that holds tensors, when all is imported (see `search_path.IMPORT_GC_THRESHOLD`): garbage with tensors in it
+    would fill the memory while it waits for a collector that looks seldom."""
+    gc.set_threshold(*PYTHONS_GC)
 
 
 def start_named(source: Actors, actor: type, *args: Any, run_dir: str, name: str, **options: Any) -> Any:

@@ -95,7 +95,8 @@ with open("hook", "rb") as f:
     pickle.load(f)()
 # As Ray does it after the hook, at the first task.
 sys.path.insert(0, {str(user)!r})
-import statistics, random, actors.folders, grpo_ray.names, mine
+import gc, statistics, random, actors.folders, grpo_ray.names, mine
+assert gc.get_threshold()[0] >= 10_000, gc.get_threshold()
 assert actors.__file__.startswith({str(ROOT)!r}), actors.__file__
 assert sys.path[-1] == {str(user)!r} and sys.path.count({str(user)!r}) == 1, sys.path
 import multiprocessing
