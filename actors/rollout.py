@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,8 +21,9 @@ import ray
 
 from actors.deaths import CORE_DIED
 from actors.engine_adapters import Adapter, AdapterOptions, EngineAdapters
+from actors.forked_core import forked_core
 from actors.rollout_sample import info_of, sample_of
-from actors.rollout_vllm_options import engine_args, sampling_params
+from actors.rollout_vllm_options import can_fork, engine_args, sampling_params
 from actors.runtime import end_of_imports, give_way, own_process, own_scratch, use_nodes_interface
 from grpo_ray.config_rollout import RolloutConfig
 from grpo_ray.errors import WorkerError
@@ -82,6 +84,7 @@ class RolloutActor:
         # What vLLM's own processes say to each other stays on this node; `weight_gloo_engine` has an address for others.
         use_nodes_interface(on_one_node=True)
         os.environ.setdefault("VLLM_HOST_IP", ray.util.get_node_ip_address())
+        import torch._dynamo
         from vllm.v1.engine.async_llm import AsyncLLM
 
         # Of the longest sample, prompt and completion; the model may have been made for less.
@@ -100,9 +103,11 @@ class RolloutActor:
         )
         if args.enforce_eager and vocab_size(model_config) <= SMALL_VOCABULARY:
             # vLLM compiles a function of its sampler even then, for seconds in the first step, that so short rows do not need.
-            os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+            # For this process and its forks, which have imported torch, and for others.
+            torch._dynamo.config.disable = os.environ.setdefault("TORCH_COMPILE_DISABLE", "1") == "1"
         self._can_sleep = bool(args.enable_sleep_mode)
-        self.engine: Any = AsyncLLM.from_engine_args(args)
+        with forked_core() if can_fork(args) else nullcontext():
+            self.engine: Any = AsyncLLM.from_engine_args(args)
         end_of_imports()
         # The engine's process is there by now, and computes.
         give_way()

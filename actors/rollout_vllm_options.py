@@ -28,6 +28,8 @@ def rollout_env(config: RolloutConfig, *, on_gpu: bool, backend: str) -> dict[st
     if not on_gpu:
         # One process less, and 4 s of start-up: the worker lives in the engine's process.
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        # vLLM sets them for its core, which may be a fork (see `forked_core`) that torch has read them in already.
+        env |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CPP_DYNAMIC_THREADS": "1"}
     if backend == "ipc":
         # CUDA IPC handles are not plain data; they travel between processes of this run only.
         env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
@@ -85,6 +87,13 @@ def engine_args(
         **device,
         **(_transfer_args(backend) if adapters is None else lora_args(adapters)),
     )
+
+
+def can_fork(args: AsyncEngineArgs) -> bool:
+    """May the core of this engine be a fork? Not where it computes on GPUs, or starts workers of its own."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu()) and args.tensor_parallel_size == 1
 
 
 def _transfer_args(backend: str) -> dict[str, Any]:
