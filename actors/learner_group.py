@@ -51,7 +51,6 @@ class LearnerGroup:
         self._kernel = KernelKills()
         self.unsent = False
         """See `actors.weights.LearnerWeights`."""
-        self.num_parameters = 0
 
     @classmethod
     async def create(
@@ -110,7 +109,7 @@ class LearnerGroup:
                 "rendezvous", len(set(nodes)) == 1, deadline="start_s", seconds=left, only_first=True
             )
             left = max(give_up - time.monotonic(), 0.1)
-            group.num_parameters, *_ = await group._call("start", meeting, deadline="start_s", seconds=left)
+            await group._call("start", meeting, deadline="start_s", seconds=left)
         except BaseException:
             await group.close()
             raise

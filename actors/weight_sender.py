@@ -38,7 +38,7 @@ class ZeroWeightSource(WeightSource):
     then iterate, in step with the others.
 
     Args:
-        module: what the samplers run, e.g. `engine.module`. A tied lm_head is the embedding's own parameter and appears once.
+        module: what the samplers run, e.g. `engine.module.hf`. A tied lm_head is the embedding's own parameter and appears once.
         bucket_bytes: whole parameters that exist at once, at their size on the learner.
         dtype: of what is sent.
     """

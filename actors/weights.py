@@ -14,7 +14,7 @@ What a learner actor has to offer (each by one line, to its `actors.weight_sende
     def weights_send(self, version: int) -> SendReport:                                return self.sender.send(version)
 
     self.sender = WeightSender(
-        ZeroWeightSource(engine.module, bucket_bytes=config.weights.bucket_mb << 20, dtype=torch.bfloat16),
+        ZeroWeightSource(engine.module.hf, bucket_bytes=config.weights.bucket_mb << 20, dtype=torch.bfloat16),
         rank=rank, backend="gloo", bucket_bytes=config.weights.bucket_mb << 20, timeout_s=config.deadlines.sync_s)
 
 and what the learner group (all ranks as one) offers to `RayWeightSync` is the Protocol `LearnerWeights` below.

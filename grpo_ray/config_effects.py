@@ -10,7 +10,7 @@ resumed; of those that were typed for this very command the first kind is refuse
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -23,7 +23,6 @@ from grpo_ray.config_supervised import SftConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.object_store import is_url
 
-Command = Literal["train", "sample", "eval", "sft", "dpo", "reward-model"]
 LEARNING = "train sft dpo reward-model"
 SAMPLING = "train sample eval"
 SUPERVISED = "sft dpo reward-model"

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def sft_loss(theta_N: Tensor, weights_N: Tensor) -> Tensor:
-    """sum_t w_t * -log p_t, w_t = 1 / completion tokens of the whole step (`aggregation.dapo`).
+    """sum_t w_t * -log p_t, w_t = 1 / completion tokens of the whole step, as in `losses/dapo.py`.
 
     Args:
         theta_N: [N] log-probabilities of the demonstrated tokens.
