@@ -28,7 +28,7 @@ from actors import learner_kl, learner_offload, learner_reference, learner_seque
 from actors.learner_accumulation import Accumulation
 from actors.learner_critic import Critic
 from actors.learner_engine import LearnerSpec, build_engine, build_objective, build_reference, can_share_prompts
-from actors.learner_logprobs import LogprobPasses, update_passes
+from actors.learner_logprobs import LogprobPasses, kl_only_passes, update_passes
 from actors.learner_micro_batches import MicroBatchLoader, is_trained
 from actors.learner_process_group import join_process_group
 from actors.learner_timer import UpdateTimer, traced
@@ -38,7 +38,7 @@ from grpo_ray.activity import Activity
 from grpo_ray.checkpoint_store import Place
 from grpo_ray.config_algorithm import AlgorithmConfig
 from grpo_ray.errors import WorkerError
-from grpo_ray.flops import model_shape, throughput_metrics, update_flops
+from grpo_ray.flops import FlopCounter, model_shape, throughput_metrics
 from grpo_ray.learner_files import SavedLearner
 from grpo_ray.lora import adapter_bytes, adapter_checksum
 from grpo_ray.machine import usable_cpus
@@ -95,8 +95,8 @@ class LearnerActor:
         self._store = open_store(meeting, self._timeout, listening)
         return meeting
 
-    def start(self, meeting: Meeting) -> int:
-        """Meet the others, load the model, build the engine. Returns the number of parameters."""
+    def start(self, meeting: Meeting) -> None:
+        """Meet the others, load the model, build the engine."""
         spec, on_cpu = self.spec, self.device.type == "cpu"
         one = on_cpu and self.num_ranks > 1
         torch.set_num_threads(spec.learner.num_threads or (1 if one else usable_cpus()))
@@ -110,7 +110,6 @@ class LearnerActor:
             self._critic = Critic(spec, self.device, self._ranks)
         self._configure(spec)
         end_of_imports()
-        return sum(getattr(p, "ds_numel", p.numel()) for p in self._engine.module.parameters())
 
     def _configure(self, spec: LearnerSpec) -> None:
         """Train the engines that are there by this spec."""
@@ -118,10 +117,10 @@ class LearnerActor:
         self.spec = spec
         self._algorithm = spec.algorithm or AlgorithmConfig()
         self._objective = build_objective(spec)
-        self._shape = model_shape(hf)
         self._loader = MicroBatchLoader(
             spec, self._objective, self.rank, self._ranks, self.device, share_prompts=can_share_prompts(spec, hf)
         )
+        self._flops = FlopCounter(model_shape(hf), shared_prompts=self._loader.share_prompts)
         self._passes = LogprobPasses(spec, self._engine, self._reference, self._timer)
 
     @property
@@ -145,12 +144,13 @@ class LearnerActor:
         metrics = self._update_full_batch(batch) if self._early is None else self._finish_parts(batch, self._early)
         self._refresh_reference(batch.step)
         metrics |= self._timer.metrics()
-        metrics |= self._throughput(batch, metrics["tokens/processed"])
+        metrics |= self._throughput(metrics["tokens/processed"])
         seconds = time.monotonic() - started
         return UpdateReport(step=batch.step, metrics=metrics, seconds=seconds, tracks=(self.activity.finish(),))
 
     def _update_full_batch(self, batch: TrainBatch) -> dict[str, float]:
         self._timer.restart()
+        self._flops.restart()
         plan, mini_batches, kl_metrics = self._prepare(batch)
         accumulation = self._new_accumulation()
         for _ in range(self._algorithm.num_iterations):
@@ -174,6 +174,8 @@ class LearnerActor:
         kl_in_reward = self._algorithm.kl_in == "reward"
         plan = self._loader.plan(batch)
         kl_only = self._loader.plan_kl_only(batch) if kl_in_reward else []
+        self._flops.add(batch, plan, update_passes(self.spec, batch))
+        self._flops.add(batch, kl_only, kl_only_passes(self.spec, batch))
         with self._timer.phase("fetch"):
             fetched = [
                 self._loader.fetch(
@@ -216,9 +218,12 @@ class LearnerActor:
         """
         if self._early is None:
             self._timer.restart()
+            self._flops.restart()
             self._early = self._new_accumulation()
         self._early.add_part(part)
-        for planned in self._loader.plan(part):
+        plan = self._loader.plan(part)
+        self._flops.add(part, plan, update_passes(self.spec, part))
+        for planned in plan:
             with self._timer.phase("fetch"):
                 mini_batch = self._loader.fetch(part, planned, self._loader.unit)
             self._passes.set_reference([mini_batch], part)
@@ -234,14 +239,11 @@ class LearnerActor:
             with self._timer.phase("reference"):
                 learner_reference.follow(self._reference_model, self._engine.module, self._algorithm.ref_polyak_tau)
 
-    def _throughput(self, batch: TrainBatch, num_tokens: float) -> dict[str, float]:
-        flops = None
-        if self._shape is not None:
-            shared = self._loader.share_prompts
-            passes = update_passes(self.spec, batch)
-            flops = update_flops(self._shape, batch, self._loader.plan(batch), passes, shared_prompts=shared)
+    def _throughput(self, num_tokens: float) -> dict[str, float]:
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
-        return throughput_metrics(flops, num_tokens, self._timer.total_s, self.num_ranks, device, self.spec.model.dtype)
+        return throughput_metrics(
+            self._flops.total, num_tokens, self._timer.total_s, self.num_ranks, device, self.spec.model.dtype
+        )
 
     @traced("values")
     @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -85,3 +86,8 @@ def update_passes(spec: LearnerSpec, batch: TrainBatch) -> UpdatePasses:
         old_of_first=algorithm.kl_in == "reward" or (batch.truncation.any and spec.needs_reference),
         critic=spec.needs_critic,
     )
+
+
+def kl_only_passes(spec: LearnerSpec, batch: TrainBatch) -> UpdatePasses:
+    """Those of samples that are out of the loss, and whose KL counts in the baseline of their group."""
+    return replace(update_passes(spec, batch), train=0, critic=False)

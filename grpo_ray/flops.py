@@ -144,6 +144,28 @@ def update_flops(
     return total
 
 
+class FlopCounter:
+    """Model FLOPs of one update on all ranks, added up as its passes go: what ran in parts counts as each part was planned."""
+
+    def __init__(self, shape: ModelShape | None, *, shared_prompts: bool) -> None:
+        self._shape = shape
+        self._shared_prompts = shared_prompts
+        self._total = 0.0
+
+    def restart(self) -> None:
+        self._total = 0.0
+
+    def add(self, batch: TrainBatch, plan: Sequence[MiniBatchPlan], passes: UpdatePasses) -> None:
+        """These mini-batches go through these passes."""
+        if self._shape is not None:
+            self._total += update_flops(self._shape, batch, plan, passes, shared_prompts=self._shared_prompts)
+
+    @property
+    def total(self) -> float | None:
+        """None: of a model whose FLOPs can't be counted."""
+        return None if self._shape is None else self._total
+
+
 def _shared(micro: Sequence[TrainSample]) -> int:
     """Prompt tokens that neighbours of one group have in common, but for the first of them."""
     return sum(b.num_prompt_tokens for a, b in pairwise(micro) if a.group == b.group)
@@ -156,7 +178,7 @@ def throughput_metrics(
     peak of an unknown device, of a CPU, and of float32.
 
     Args:
-        flops: of `update_flops`, all ranks together.
+        flops: of `FlopCounter`, all ranks together.
         device_name: as CUDA tells it; empty for a CPU.
         dtype: of the model, `bfloat16` or `float32`.
     """

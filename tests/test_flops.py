@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo_ray.config_model import LoraConfig, TinyModelConfig
 from grpo_ray.flops import (
+    FlopCounter,
     ModelShape,
     UpdatePasses,
     forward_flops,
@@ -90,6 +91,26 @@ def test_an_update_counts_what_every_pass_of_it_does() -> None:
     assert flops(old=True) == 3 * train + forward, "of the second mini-batch alone"
     headless = ModelShape(body=1000, frozen_body=0, head=0, frozen_head=0, attention=64)
     assert flops(critic=True) == 3 * (train + train_flops(headless, [10], [4]) + forward_flops(headless, [10], [4]))
+
+
+def test_an_update_counts_what_ran_of_it_in_each_part_and_nothing_of_the_update_before() -> None:
+    shape = ModelShape(body=1000, frozen_body=0, head=300, frozen_head=0, attention=64)
+    samples = [TrainSample(None, i, "p", i, 7, 4, 0.5, 0) for i in range(4)]
+    batch = TrainBatch(0, samples, 1.0)
+    passes = UpdatePasses(train=1, reference=False, old=False, critic=False)
+    counter = FlopCounter(shape, shared_prompts=True)
+    counter.add(batch, [MiniBatchPlan((((0, 1, 2, 3),),))], passes)
+    together = counter.total
+    counter.restart()
+    for part in ([((0, 1),), ()], [((2,),), ((3,),)]):
+        counter.add(batch, [MiniBatchPlan(tuple(part))], passes)
+    apart = counter.total
+    assert together is not None
+    assert apart is not None
+    assert apart - together == 6 * 1000 * 7 * 2, "two prompts more were computed"
+    uncounted = FlopCounter(None, shared_prompts=True)
+    uncounted.add(batch, [MiniBatchPlan((((0,),),))], passes)
+    assert uncounted.total is None
 
 
 def test_an_update_counts_a_shared_prompt_once_but_for_its_attention() -> None:

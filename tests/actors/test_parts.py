@@ -55,6 +55,12 @@ def train(group: LearnerGroup, batch: TrainBatch) -> dict[str, float]:
     return run(group.update(batch)).metrics
 
 
+def flops(metrics: dict[str, float], ranks: int) -> float:
+    """That the learners say they have done in an update."""
+    seconds = metrics["tokens/processed"] / metrics["throughput/learner_tokens_per_s"]
+    return metrics["throughput/learner_tflops"] * 1e12 * ranks * seconds
+
+
 @pytest.mark.parametrize(
     ("ranks", "stage", "dtype", "tolerance"),
     [
@@ -80,6 +86,9 @@ def test_parts_add_up_to_the_step_of_the_whole_batch_for_every_loss(
         algorithm={"beta": 0.1, "old_logprobs": "rollout"},
     )
     origin = load_file(tiny_model / "model.safetensors")
+    body = sum(
+        weight.numel() for name, weight in origin.items() if "embed_tokens" not in name and "lm_head" not in name
+    )
     group = start(config, tmp_path)
     try:
         (tmp_path / "start").mkdir()
@@ -97,6 +106,12 @@ def test_parts_add_up_to_the_step_of_the_whole_batch_for_every_loss(
             for name in COMPARED:
                 assert got[name] == pytest.approx(want[name], rel=10 * tolerance, abs=tolerance), (loss, name)
             assert moved_apart(weights, want_weights, origin) < tolerance, loss
+            again = want["tokens/shared"] - got["tokens/shared"]
+            assert again > 0, "a part of one group has its prompt on both ranks"
+            more = flops(got, ranks) - flops(want, ranks)
+            assert more == pytest.approx(8 * body * again, rel=1e-3), (
+                "three passes' worth of training, one of the reference"
+            )
     finally:
         run(group.close())
 
