@@ -98,8 +98,7 @@ class LearnerActor:
     def start(self, meeting: Meeting) -> None:
         """Meet the others, load the model, build the engine."""
         spec, on_cpu = self.spec, self.device.type == "cpu"
-        one = on_cpu and self.num_ranks > 1
-        torch.set_num_threads(spec.learner.num_threads or (1 if one else usable_cpus()))
+        torch.set_num_threads(spec.learner.num_threads or (1 if on_cpu and self.num_ranks > 1 else usable_cpus()))
         torch.manual_seed(spec.seed + self.rank)
         self._store = join_process_group(meeting, self._store, self.rank, self.num_ranks, self._timeout, on_cpu=on_cpu)
         self._ranks = learner_sequence.join(spec.learner.sequence_parallel_size, self._timeout)

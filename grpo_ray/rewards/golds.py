@@ -33,14 +33,8 @@ from grpo_ray.rewards.answer_text import (
 )
 from grpo_ray.rewards.cpu_clock import OutOfTimeError
 from grpo_ray.rewards.plain_numbers import Reading, number_reading
-from grpo_ray.rewards.readings import (
-    read_answer_phrase,
-    read_phrases,
-    read_sentence,
-    read_value,
-    same_value,
-    within_timeout,
-)
+from grpo_ray.rewards.readings import read_answer_phrase, read_phrases, read_sentence, read_value, same_value
+from grpo_ray.rewards.warm_up import within_timeout
 
 COLUMNS = ("answer", "solution")
 """Where a gold answer is, the first that a row has."""

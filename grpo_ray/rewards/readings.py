@@ -5,14 +5,12 @@ Plain numbers are read here and compared exactly, in no time; all else is math-v
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 from grpo_ray.rewards.answer_text import MAX_VALUE_CHARS, phrases, sentences, unwrap
-from grpo_ray.rewards.cpu_clock import within_cpu_s
 from grpo_ray.rewards.plain_numbers import (
     CURRENCY,
     NUM,
@@ -24,8 +22,7 @@ from grpo_ray.rewards.plain_numbers import (
     read_ratio,
     same_number,
 )
-
-T = TypeVar("T")
+from grpo_ray.rewards.warm_up import within_timeout
 
 # ---- lists
 
@@ -178,37 +175,6 @@ def _parse(text: str, timeout_s: float) -> tuple[Any, ...]:
         timeout_s, lambda: parse(text, extraction_config=config, extraction_mode="first_match", parsing_timeout=0)
     )
     return tuple(part for part in found if isinstance(part, sympy.Basic | sympy.MatrixBase) and not _is_huge(part))
-
-
-def within_timeout(timeout_s: float, call: Callable[[], T]) -> T:
-    """What `call` returns, within so many CPU seconds that begin when math-verify is loaded.
-
-    Raises:
-        OutOfTimeError: it took longer.
-    """
-    warm_up()
-    return within_cpu_s(timeout_s, call)
-
-
-@lru_cache(maxsize=1)
-def warm_up() -> None:
-    """The first formula of a kind builds the parser's tables and imports parts of SymPy, which is no answer's fault."""
-    from math_verify import parse, verify
-
-    for name in ("math_verify.parser", "math_verify.grader"):
-        # They warn that their own clocks are off: ours run.
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for gold, answer in _FIRST_OF_THEIR_KIND.items():
-        verify(parse(gold, parsing_timeout=0), parse(answer, parsing_timeout=0), timeout_seconds=0)
-
-
-_FIRST_OF_THEIR_KIND = {
-    r"\boxed{\frac{x}{2}}": "1/2",
-    r"\boxed{\frac{3}{4}x^2+1}": r"\boxed{\frac{3x^2+4}{4}}",
-    r"\boxed{\int_0^1 x dx}": r"\boxed{\frac{1}{2}}",
-    r"\boxed{\sin(\pi/4)}": r"\boxed{\frac{\sqrt2}{2}}",
-    r"\boxed{(1, 2]}": r"\boxed{\log_2 8}",
-}
 
 
 def _is_huge(expression: Any) -> bool:

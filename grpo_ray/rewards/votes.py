@@ -15,7 +15,8 @@ from grpo_ray.rewards.cpu_clock import OutOfTimeError
 from grpo_ray.rewards.function import Completions, text_of
 from grpo_ray.rewards.golds import GOLD_TIMES, TIMEOUT_S, Gold, chosen, golds_of, read_answer, read_gold, said_words
 from grpo_ray.rewards.plain_numbers import Reading
-from grpo_ray.rewards.readings import same_value, within_timeout
+from grpo_ray.rewards.readings import same_value
+from grpo_ray.rewards.warm_up import within_timeout
 
 A = TypeVar("A")
 
