@@ -14,12 +14,12 @@ from actors.addresses import VARIABLE, Address, bypass_proxies, check_answers, r
 from actors.named_clusters import check_named
 from actors.private import is_closed, use_private_temporary_files, why_open
 from actors.search_path import worker_env
-from grpo_ray.config import RunConfig
-from grpo_ray.config_learner import LearnerConfig
-from grpo_ray.config_reward import RewardConfig
-from grpo_ray.config_rollout import RolloutConfig
-from grpo_ray.config_runtime import ClusterConfig
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.learner import LearnerConfig
+from grpo_ray.config.reward import RewardConfig
+from grpo_ray.config.rollout import RolloutConfig
+from grpo_ray.config.runtime import ClusterConfig
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ResourceError
 from grpo_ray.labels import fits
 from grpo_ray.machine import usable_cpus

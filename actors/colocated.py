@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from typing import Literal, Protocol
 
 from grpo_ray.checkpoint_store import Place
-from grpo_ray.config import RunConfig
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.manifest import FileSum
 from grpo_ray.roles import Learner, Sampler, WeightSync

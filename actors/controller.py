@@ -28,8 +28,8 @@ from actors.run_sample import run_sample
 from actors.run_supervised import run_supervised
 from actors.runtime import give_way
 from grpo_ray.checkpoint import RunDir
-from grpo_ray.config import RunConfig
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.ended import write_ended
 from grpo_ray.errors import ConfigError
 from grpo_ray.events import EndEvent, Event, EventLog, MessageEvent

@@ -10,8 +10,8 @@ import ray
 
 from actors.cluster import controller_name
 from actors.runtime import NO_RECORDS, own_process
-from grpo_ray.config import RunConfig
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.events import Event
 from grpo_ray.names import run_name

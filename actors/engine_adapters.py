@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_model import LoraConfig
+from grpo_ray.config.model import LoraConfig
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import WorkerError
 
 if TYPE_CHECKING:

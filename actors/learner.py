@@ -36,7 +36,7 @@ from actors.rendezvous import Meeting, SealedStore, listen_at, new_key, open_sto
 from actors.runtime import LOOPBACK, end_of_imports, own_process
 from grpo_ray.activity import Activity
 from grpo_ray.checkpoint_store import Place
-from grpo_ray.config_algorithm import AlgorithmConfig
+from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.errors import WorkerError
 from grpo_ray.flops import FlopCounter, model_shape, throughput_metrics
 from grpo_ray.learner_files import SavedLearner

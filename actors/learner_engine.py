@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from grpo_ray.attention import PACKED, check_packable, choose_attention
-from grpo_ray.config_algorithm import AlgorithmConfig
-from grpo_ray.config_learner import CriticConfig, LearnerConfig, WeightsConfig
-from grpo_ray.config_model import ModelConfig
-from grpo_ray.config_supervised import DpoOptions, RewardModelOptions
+from grpo_ray.config.algorithm import AlgorithmConfig
+from grpo_ray.config.learner import CriticConfig, LearnerConfig, WeightsConfig
+from grpo_ray.config.model import ModelConfig
+from grpo_ray.config.supervised import DpoOptions, RewardModelOptions
 from grpo_ray.dropout import without_dropout
 from grpo_ray.errors import ConfigError, NonFiniteError
 from grpo_ray.linear import use_faster_products

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_ray.config_algorithm import AlgorithmConfig
+from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.errors import NonFiniteError
 from grpo_ray.losses.kl import kl_of_tokens
 from grpo_ray.objectives import MicroBatchData

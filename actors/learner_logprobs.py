@@ -13,7 +13,7 @@ import torch
 from actors.learner_engine import LearnerSpec
 from actors.learner_micro_batches import model_inputs
 from actors.learner_timer import UpdateTimer
-from grpo_ray.config import AlgorithmConfig
+from grpo_ray.config.schema import AlgorithmConfig
 from grpo_ray.flops import UpdatePasses
 from grpo_ray.lora import adapters_off
 from grpo_ray.objectives import MicroBatchData

@@ -20,9 +20,9 @@ from itertools import product
 from typing import Any, TypeVar, cast
 
 from actors.cluster import Demand, beyond, demands, missing
-from grpo_ray.config import RunConfig
-from grpo_ray.config_reward import SHARED_POOL
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.reward import SHARED_POOL
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.labels import fits
 
 Config = TypeVar("Config", bound=RunConfig | SftConfig)

@@ -10,8 +10,8 @@ from actors.controller_start import LOG_NAME
 from actors.deaths import fate, kind_of, memory_wait_s
 from actors.run_context import RunContext
 from actors.workers import Workers
-from grpo_ray.config import RunConfig
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import CheckpointError, GrpoRayError, LostSamplesError, NoMemoryError, WorkerError
 from grpo_ray.records import last_step
 

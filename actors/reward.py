@@ -16,7 +16,7 @@ import ray
 
 from actors.reward_processes import ScoringProcesses
 from actors.runtime import give_way, own_process
-from grpo_ray.config_reward import RewardConfig
+from grpo_ray.config.reward import RewardConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.function import NOT_COLUMNS, Conversation, ScoreInputs
 from grpo_ray.rewards.scoring import weighted_sum

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import psutil
 
 from actors.apart import leave_network
-from grpo_ray.config_reward import RewardFunctionConfig
+from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.plain_terminal import clean_streams
 from grpo_ray.rewards import RewardFunction, ScoreInputs, call_reward, resolve

@@ -23,7 +23,7 @@ from actors.reward_requests import PendingScores, ScoreDispatch
 from actors.reward_worker import SILENT_S, RewardWorker, RewardWorkerKind, error_of
 from actors.runtime import Actors, RayActors, late
 from actors.supervise import GivenUpError, Supervisor
-from grpo_ray.config_reward import SHARED_POOL, RewardConfig
+from grpo_ray.config.reward import SHARED_POOL, RewardConfig
 from grpo_ray.errors import DeadlineError, RewardError, WorkerError
 from grpo_ray.types import Score, ScoreRequest, Track
 

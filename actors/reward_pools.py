@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Sequence
 
 from actors.reward_pool import RewardPool
-from grpo_ray.config_reward import SHARED_POOL, RewardConfig
+from grpo_ray.config.reward import SHARED_POOL, RewardConfig
 from grpo_ray.rewards.scoring import weighted_sum
 from grpo_ray.types import Score, ScoreRequest, Track
 

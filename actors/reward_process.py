@@ -23,7 +23,7 @@ from actors.reward_child import Call, Setup
 from actors.reward_family import TAG, end_family
 from actors.reward_pipe import ChildPipe, EndedError, LateError
 from actors.start_timeout import StartTimeout
-from grpo_ray.config_reward import RewardConfig
+from grpo_ray.config.reward import RewardConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.function import ScoreInputs
 from grpo_ray.rewards.scoring import failures

@@ -16,7 +16,7 @@ from actors.reward import RewardActor
 from actors.reward_requests import PendingScores
 from actors.runtime import Actors, start_named, within
 from actors.supervise import Worker
-from grpo_ray.config_reward import RewardConfig
+from grpo_ray.config.reward import RewardConfig
 from grpo_ray.errors import RewardError, WorkerError
 from grpo_ray.types import Score, ScoreRequest
 

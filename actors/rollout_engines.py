@@ -17,7 +17,7 @@ from actors.rollout_poison import blame, verdict
 from actors.rollout_requests import PendingSample, RequestQueue
 from actors.runtime import Actors, node_died
 from actors.supervise import GivenUpError, Supervisor
-from grpo_ray.config import RunConfig
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
 
 POLL_S = 10.0

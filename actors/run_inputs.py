@@ -10,9 +10,9 @@ from typing import Any
 from actors.cluster import has_gpus
 from actors.learning import import_learning
 from actors.run_context import RunContext
-from grpo_ray.config import RunConfig
-from grpo_ray.config_effects import about_context, check_context
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.effects import about_context, check_context
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import DataError
 from grpo_ray.manifest import digest_of
 from grpo_ray.models import context_length, load_config, load_tokenizer, prepare_model

@@ -10,8 +10,8 @@ from actors.ray_metrics import RayMetrics
 from actors.run_context import RunContext
 from actors.runtime import settle_garbage_collector
 from actors.workers import Workers
-from grpo_ray.config import RunConfig
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.names import run_name
 from grpo_ray.records import last_step, set_aside
 from grpo_ray.roles import Tracker

@@ -14,10 +14,7 @@ from typing import Protocol
 
 from actors.cluster import await_resources, demands, has_gpus
 from grpo_ray.checkpoint_store import Place
-from grpo_ray.config import RunConfig
-from grpo_ray.errors import DeadlineError, GrpoRayError, ResourceError, WorkerError
-from grpo_ray.roles import Learner, WeightSync
-from grpo_ray.scaling import (
+from grpo_ray.config.scaling import (
     PATIENCE,
     SCALED,
     SELF_SCALED,
@@ -31,6 +28,9 @@ from grpo_ray.scaling import (
     parse_counts,
     rescaled,
 )
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.errors import DeadlineError, GrpoRayError, ResourceError, WorkerError
+from grpo_ray.roles import Learner, WeightSync
 
 
 class Crew(Protocol):

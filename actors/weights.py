@@ -34,7 +34,7 @@ from ray.exceptions import RayError
 
 from actors.deaths import fate
 from actors.runtime import end_with_parent, late, within
-from grpo_ray.config import RunConfig
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError, DeadlineError, GrpoRayError, WorkerError
 from grpo_ray.types import SyncReport, Track
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from grpo_ray.applicable import why_not_applicable
-from grpo_ray.config import RunConfig
-from grpo_ray.config_algorithm import AlgorithmConfig
+from grpo_ray.config.algorithm import AlgorithmConfig
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.tally import Moments, Tally
 from grpo_ray.untrained import EMPTY, NO_GRADIENT, NO_SIGNAL, NOT_APPLICABLE, TRUNCATED
 

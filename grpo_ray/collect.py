@@ -19,7 +19,7 @@ from typing import Any
 
 from grpo_ray.carried import Carried, how_sampled
 from grpo_ray.checkpoint_store import Place
-from grpo_ray.config import RunConfig
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.cursor import Cursor
 from grpo_ray.epochs import RunLength, used_up
 from grpo_ray.errors import PoisonedError, RewardError

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_ray import json_text
-from grpo_ray.config_data import DataSource
+from grpo_ray.config.data import DataSource
 from grpo_ray.errors import DataError, kind_and_line
 from grpo_ray.suggest import closest, did_you_mean
 from grpo_ray.user_code import UserFunction, of_module

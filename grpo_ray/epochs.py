@@ -7,8 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from fractions import Fraction
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from math import fsum
 
 from grpo_ray.applicable import why_not_applicable
-from grpo_ray.config import RunConfig
-from grpo_ray.config_reward import RewardConfig, RewardFunctionConfig
+from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.events import EvalEvent
 from grpo_ray.measures import Estimate, consensus, estimate, pass_at, pass_ks

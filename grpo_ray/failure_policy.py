@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_algorithm import AlgorithmConfig
+from grpo_ray.config.algorithm import AlgorithmConfig
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.types import Group, Score
 

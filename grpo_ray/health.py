@@ -13,7 +13,7 @@ from typing import Any
 
 from grpo_ray.causes import MOST, after_a_fall, why_no_signal
 from grpo_ray.collapse import accuracy_fell, entropy_rose, entropy_vanished, gradient_exploded, reward_fell
-from grpo_ray.config import RunConfig
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import NoSignalError
 from grpo_ray.evaluate import EvalResult, accuracy_name
 from grpo_ray.events import MessageEvent

@@ -11,7 +11,7 @@ from typing import Any
 
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 
-from grpo_ray.config_reward import KEY_VARIABLE
+from grpo_ray.config.reward import KEY_VARIABLE
 
 NO_KEY = "none"
 """For endpoints that want none; the client insists on one."""

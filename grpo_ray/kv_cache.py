@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_rollout import RolloutConfig
+from grpo_ray.config.rollout import RolloutConfig
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ResourceError
 
 DEFAULT_GB = 0.25

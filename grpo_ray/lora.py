@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from grpo_ray.config_model import LoraConfig
+from grpo_ray.config.model import LoraConfig
 from grpo_ray.errors import ConfigError, first_line
 
 ADAPTER = "default"

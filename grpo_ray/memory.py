@@ -16,9 +16,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_model import LoraConfig, ModelConfig, TinyModelConfig
-from grpo_ray.config_supervised import DpoConfig, SftConfig
+from grpo_ray.config.model import LoraConfig, ModelConfig, TinyModelConfig
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import DpoConfig, SftConfig
 from grpo_ray.files import read_json
 from grpo_ray.model_files import num_elements
 from grpo_ray.tiny import num_tiny_tokens

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_learner import LearnerConfig
-from grpo_ray.config_supervised import DpoConfig, RewardModelConfig, SftConfig
+from grpo_ray.config.learner import LearnerConfig
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import DpoConfig, RewardModelConfig, SftConfig
 from grpo_ray.kv_cache import DEFAULT_GB
 from grpo_ray.memory import (
     CONTROLLER_BASE,

@@ -5,8 +5,8 @@ Tokens of older weights are no part of it: what the policy has moved since is `s
 
 from __future__ import annotations
 
-from grpo_ray.config import RunConfig
-from grpo_ray.presets import SEQUENCE_LOSSES
+from grpo_ray.config.presets import SEQUENCE_LOSSES
+from grpo_ray.config.schema import RunConfig
 
 MISMATCH_BOUNDS = {"float32": 1e-3, "bfloat16": 0.1}
 """By model.dtype: the mean |log-probability of sampler - of learner| that rounding explains, in nats. Measured: float32 1e-6 to

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_ray.config_model import ModelConfig
+from grpo_ray.config.model import ModelConfig
 from grpo_ray.errors import ConfigError, kind_and_line, told
 from grpo_ray.files import read_json
 from grpo_ray.model_files import check_model_files

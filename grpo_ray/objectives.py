@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from grpo_ray.config_algorithm import AlgorithmConfig
+from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.losses.aggregation import Normalizers, token_mean
 from grpo_ray.losses.bounds import bounded_k3
 from grpo_ray.losses.correction import CorrectionOptions, correction_sums, correction_weights

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from grpo_ray.config import RunConfig
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.roles import Learner
 from grpo_ray.train_batch import cut_batch, set_advantages
 from grpo_ray.types import Group

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from grpo_ray import json_text
-from grpo_ray.config_data import DataSource
+from grpo_ray.config.data import DataSource
 from grpo_ray.data import Row, Table, is_part, load_table, map_columns
 from grpo_ray.errors import DataError
 from grpo_ray.rewards.columns import ColumnFacts, RowFacts

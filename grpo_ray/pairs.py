@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from grpo_ray.config_data import DataConfig, DataSource
+from grpo_ray.config.data import DataConfig, DataSource
 from grpo_ray.data import Read, Row, Table, load_table, map_columns
 from grpo_ray.errors import DataError
 from grpo_ray.prompts import EVAL_SEED_OFFSET, check_any_left, refuse_if_asked

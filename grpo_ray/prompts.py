@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from grpo_ray.config_data import DataConfig, DataSource
+from grpo_ray.config.data import DataConfig, DataSource
 from grpo_ray.cursor import Cursor
 from grpo_ray.data import Read, Row, Table, load_table
 from grpo_ray.errors import DataError

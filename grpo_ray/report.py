@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from grpo_ray.advice import advise, mean_step
 from grpo_ray.catalogue import LOSSES, describe
-from grpo_ray.config_yaml import dump_yaml, load_yaml
+from grpo_ray.config.yaml import dump_yaml, load_yaml
 from grpo_ray.errors import DataError, GrpoRayError
 from grpo_ray.files import write_whole
 from grpo_ray.messages import Message, read_messages, told_once

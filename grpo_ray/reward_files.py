@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_reward import file_and_function
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.reward import file_and_function
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError
 
 C = TypeVar("C", bound=RunConfig | SftConfig)

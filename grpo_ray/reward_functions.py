@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from grpo_ray.applicable import why_not_applicable
-from grpo_ray.config_reward import RewardFunctionConfig
+from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.events import MessageEvent
 from grpo_ray.tally import FunctionTally, Tally
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo_ray.applicable import why_not_applicable
-from grpo_ray.config import RunConfig
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import LostSamplesError, PoisonedError, RewardError
 from grpo_ray.evaluate import EvalResult, eval_sampling
 from grpo_ray.filling import Filling

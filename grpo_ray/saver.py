@@ -18,7 +18,7 @@ from typing import Any
 
 from grpo_ray.checkpoint import LOOP, LOOP_STATE, RunDir
 from grpo_ray.checkpoint_store import Place
-from grpo_ray.config_runtime import DeadlineConfig
+from grpo_ray.config.runtime import DeadlineConfig
 from grpo_ray.delivery import Delivery
 from grpo_ray.errors import CheckpointError, GrpoRayError, StoreError
 from grpo_ray.events import CheckpointEvent, Event, MessageEvent

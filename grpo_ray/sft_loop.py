@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from grpo_ray.checkpoint import RunDir
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.cursor import Cursor
 from grpo_ray.epochs import run_length
 from grpo_ray.events import Event, MessageEvent, PhaseEvent, StepEvent

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_ray.config import RunConfig
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError, DataError
 from grpo_ray.models import eos_ids, load_config, vocab_size
 from grpo_ray.templates import is_chat, make_template

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from grpo_ray.config_supervised import DpoConfig, SftConfig
+from grpo_ray.config.supervised import DpoConfig, SftConfig
 from grpo_ray.cursor import Cursor
 from grpo_ray.data import Read, load_table
 from grpo_ray.errors import ConfigError

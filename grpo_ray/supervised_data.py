@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from grpo_ray.config_supervised import DpoConfig, RewardModelConfig, SftConfig
+from grpo_ray.config.supervised import DpoConfig, RewardModelConfig, SftConfig
 from grpo_ray.data import Read, load_table
 from grpo_ray.errors import ConfigError
 from grpo_ray.pairs import PairSets, load_pairs

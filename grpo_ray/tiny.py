@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from grpo_ray.config_model import TinyModelConfig
+from grpo_ray.config.model import TinyModelConfig
 from grpo_ray.files import readable_as_asked
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>")

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from grpo_ray.config_model import TinyModelConfig
+from grpo_ray.config.model import TinyModelConfig
 from grpo_ray.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, added_words, make_tokenizer, tiny_vocab
 
 _PIECES = (

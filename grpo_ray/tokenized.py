@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from grpo_ray.config_data import DataSource
+from grpo_ray.config.data import DataSource
 from grpo_ray.data import Row, Table, map_columns, progress
 from grpo_ray.errors import DataError
 from grpo_ray.templates import Render, Rendered, Template

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_ray import json_text
-from grpo_ray.config_runtime import TrackingConfig
+from grpo_ray.config.runtime import TrackingConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.files import write_whole
 from grpo_ray.roles import Tracker

@@ -27,7 +27,7 @@ from functools import partial
 from grpo_ray.advice import STEPS_LOOKED_AT, advise, mean_step
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.collect import Collector
-from grpo_ray.config import RunConfig
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.cursor import Cursor
 from grpo_ray.epochs import run_length
 from grpo_ray.errors import GrpoRayError, NonFiniteError, RewardError, WorkerError

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from grpo_ray.attention import FLASH, PACKED, check_packable, choose_attention
-from grpo_ray.config_model import ModelConfig
+from grpo_ray.config.model import ModelConfig
 from grpo_ray.errors import ConfigError, told
 from grpo_ray.lora import inject
 from grpo_ray.policy import check_head

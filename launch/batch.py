@@ -39,7 +39,7 @@ def command_of(words: list[str], job: str) -> list[str]:
 
 
 def _has_name(command: str, recipe: str) -> bool:
-    from grpo_ray.config_files import load_yaml
+    from grpo_ray.config.loading import load_yaml
     from launch.recipe import find_recipe
 
     return load_yaml(find_recipe(recipe)).get("name") is not None

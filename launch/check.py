@@ -15,12 +15,12 @@ from actors.named_clusters import is_named
 from actors.placement_defaults import Machine, used
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import Store, is_url
-from grpo_ray.config import RunConfig
-from grpo_ray.config_algorithm import AlgorithmConfig
-from grpo_ray.config_data import DataSource
-from grpo_ray.config_effects import about_context, check_context, without_gpu
-from grpo_ray.config_reward import RewardConfig
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.algorithm import AlgorithmConfig
+from grpo_ray.config.data import DataSource
+from grpo_ray.config.effects import about_context, check_context, without_gpu
+from grpo_ray.config.reward import RewardConfig
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.epochs import describe
 from grpo_ray.errors import GrpoRayError
 from grpo_ray.kv_cache import check_one_sample

@@ -331,9 +331,9 @@ def check_one_root() -> None:
 
 def _meant(error: Exception) -> str | None:
     """For `--actor_learning_rate 1e-6`, an option of another project's command line: what it is called here."""
-    from grpo_ray.config import RunConfig
-    from grpo_ray.config_aliases import called_here
-    from grpo_ray.config_files import all_keys
+    from grpo_ray.config.aliases import called_here
+    from grpo_ray.config.loading import all_keys
+    from grpo_ray.config.schema import RunConfig
 
     option = getattr(error, "option_name", None)
     called = called_here(option, all_keys(RunConfig)) if option else None

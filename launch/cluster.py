@@ -21,9 +21,9 @@ from urllib.parse import urlsplit
 
 from actors.addresses import EVERYWHERE, bypass_proxies
 from actors.cluster import NAMESPACE, check_token
+from grpo_ray.config.scaling import SCALED
 from grpo_ray.errors import ConfigError, ResourceError, WorkerError, first_line
 from grpo_ray.names import check_name
-from grpo_ray.scaling import SCALED
 
 DASHBOARD_PORT = 8265
 REACH_S = 10.0
@@ -57,7 +57,7 @@ class ClusterRun:
     message: str = ""
     exit_code: int | None = None
     workers: Mapping[str, int] = field(default_factory=dict)
-    """Role -> those that are there; roles as in `grpo_ray.scaling`."""
+    """Role -> those that are there; roles as in `grpo_ray.config.scaling`."""
 
     @property
     def is_live(self) -> bool:

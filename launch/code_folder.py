@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.user_places import add_code_folder
 
 

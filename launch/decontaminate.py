@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from grpo_ray.config_data import DataSource
+from grpo_ray.config.data import DataSource
 from grpo_ray.data import Table, load_table
 from grpo_ray.decontaminate import (
     SHORTEST,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import groupby
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_effects import check_context, not_looked_at, without_effect
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.effects import check_context, not_looked_at, without_effect
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.models import known_context
 from grpo_ray.pipeline.effects import pipeline_without_effect, stage_without_effect

@@ -16,8 +16,8 @@ from actors.colocated import check_colocated
 from actors.deaths import KernelKills, fate, is_lost, killed_by_kernel, kind_of
 from actors.placement_defaults import used
 from actors.runtime import log_tail
-from grpo_ray.config import RunConfig
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ResourceError, WorkerError
 from grpo_ray.events import EndEvent, PhaseEvent
 from grpo_ray.rewards.columns import column_needs

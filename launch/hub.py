@@ -12,9 +12,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_data import DataSource
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.data import DataSource
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError
 
 OFFLINE = "HF_HUB_OFFLINE"

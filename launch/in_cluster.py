@@ -10,9 +10,9 @@ from typing import Any
 from actors.addresses import read_address
 from actors.cluster import CONTROLLER, NAMESPACE, controller_name, join
 from actors.deaths import is_lost
-from grpo_ray.config import RunConfig
-from grpo_ray.config_files import load_yaml
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.loading import load_yaml
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError, GrpoRayError, ResourceError, WorkerError
 from grpo_ray.names import check_name
 from grpo_ray.plain_terminal import say

@@ -9,10 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from grpo_ray.checkpoint import RunDir
-from grpo_ray.config import RunConfig
-from grpo_ray.config_files import to_yaml
-from grpo_ray.config_places import with_places
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.loading import to_yaml
+from grpo_ray.config.places import with_places
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.ended import Ended, finished, read_ended
 from grpo_ray.errors import CheckpointError, ConfigError, WorkerError
 from grpo_ray.eval_record import FOLDER, new_record, step_of

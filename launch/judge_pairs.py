@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from grpo_ray.config_data import DataSource
+from grpo_ray.config.data import DataSource
 from grpo_ray.data import Table, load_table, progress
 from grpo_ray.decontaminate import write_jsonl
 from grpo_ray.errors import ConfigError, DataError

@@ -17,9 +17,9 @@ from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_model import ModelConfig
-from grpo_ray.config_supervised import RewardModelConfig, SftConfig
+from grpo_ray.config.model import ModelConfig
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import RewardModelConfig, SftConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.memory import known_facts
 from grpo_ray.models import eos_ids, load_config, load_tokenizer, model_name

@@ -9,9 +9,9 @@ import typer
 
 from actors.addresses import OPTION, check_answers, read_address
 from actors.named_clusters import check_named, is_named, note
-from grpo_ray.config_files import parse_overrides
-from grpo_ray.config_runtime import ClusterConfig
-from grpo_ray.config_typed import with_types
+from grpo_ray.config.loading import parse_overrides
+from grpo_ray.config.runtime import ClusterConfig
+from grpo_ray.config.typed import with_types
 
 
 def check_cluster(option: str | None, overrides: Sequence[str] = ()) -> None:

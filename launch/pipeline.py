@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from grpo_ray.checkpoint import RunDir
-from grpo_ray.config import RunConfig
-from grpo_ray.config_base import Strict
-from grpo_ray.config_files import build, deep_merge, load_yaml, parse_overrides, to_yaml
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.base import Strict
+from grpo_ray.config.loading import build, deep_merge, load_yaml, parse_overrides, to_yaml
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import CheckpointError, ConfigError, GrpoRayError, WorkerError
 from grpo_ray.evaluate import accuracy_name
 from grpo_ray.filters.config import MixConfig, PairsConfig, PromptsConfig

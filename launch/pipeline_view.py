@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.measure import Measurement
 from rich.table import Table
 
-from grpo_ray.config_data import DataSource
+from grpo_ray.config.data import DataSource
 from grpo_ray.metrics import duration
 from grpo_ray.pipeline.estimate import Estimate, estimate, rows_known
 from grpo_ray.pipeline.plan import Plan, Stage

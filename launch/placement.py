@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from actors.cluster import connect, joins
 from actors.placement_defaults import Machine, Node, fit_to, open_options, told, too_small, would_fit
-from grpo_ray.config import RunConfig
-from grpo_ray.config_supervised import SftConfig
-from grpo_ray.config_yaml import dump_yaml
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
+from grpo_ray.config.yaml import dump_yaml
 from grpo_ray.errors import ResourceError
 from grpo_ray.machine import free_memory, usable_cpus
 from grpo_ray.memory import known_facts

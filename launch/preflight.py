@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.models import check_model_path
 from grpo_ray.rewards import resolve
 from launch.code_folder import use_code_of

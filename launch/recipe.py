@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from grpo_ray import json_text
-from grpo_ray.config import RunConfig
-from grpo_ray.config_data import DataConfig
-from grpo_ray.config_files import build, deep_merge, load_yaml, parse_overrides
-from grpo_ray.config_supervised import DpoConfig, RewardModelConfig, SftConfig
-from grpo_ray.config_typed import with_types
+from grpo_ray.config.data import DataConfig
+from grpo_ray.config.loading import build, deep_merge, load_yaml, parse_overrides
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import DpoConfig, RewardModelConfig, SftConfig
+from grpo_ray.config.typed import with_types
 from grpo_ray.data import MAX_LINE_BYTES
 from grpo_ray.errors import ConfigError
 from grpo_ray.names import check_name

@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from grpo_ray.checkpoint import RunDir
-from grpo_ray.config import RunConfig
-from grpo_ray.config_common import keys_in_order
-from grpo_ray.config_effects import without_effect
-from grpo_ray.config_files import build, deep_merge, load_yaml, parse_overrides, to_yaml
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.common import keys_in_order
+from grpo_ray.config.effects import without_effect
+from grpo_ray.config.loading import build, deep_merge, load_yaml, parse_overrides, to_yaml
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.ended import read_ended
 from grpo_ray.errors import ConfigError
 from grpo_ray.files import write_whole

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError
 
 OUTPUTS = ("build", "dist", "node_modules", "runs", "wandb", "mlruns")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_files import build, deep_merge, parse_overrides
+from grpo_ray.config.loading import build, deep_merge, parse_overrides
+from grpo_ray.config.schema import RunConfig
 
 RL: dict[str, Any] = {
     "model": {"tiny": {}},

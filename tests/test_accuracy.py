@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from grpo_ray.config_data import DataSource
-from grpo_ray.config_reward import RewardFunctionConfig
+from grpo_ray.config.data import DataSource
+from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.data import load_table
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards import ScoreInputs, call_reward, readings, resolve

@@ -20,9 +20,9 @@ from rich.table import Table
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from grpo_ray.config_model import LoraConfig, ModelConfig, TinyModelConfig
-from grpo_ray.config_rollout import RolloutConfig
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.model import LoraConfig, ModelConfig, TinyModelConfig
+from grpo_ray.config.rollout import RolloutConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError, DataError, GrpoRayError, ResourceError
 from grpo_ray.kv_cache import check_gpu_shares, check_kv_cache
 from grpo_ray.models import check_model_path, context_length, load_config, load_tokenizer, vocab_size

@@ -24,8 +24,8 @@ import requests
 import yaml
 
 from actors.cluster import Demand, bundles, demands, misplaced, missing
-from grpo_ray.config import RunConfig
-from grpo_ray.config_files import build
+from grpo_ray.config.loading import build
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError, ResourceError
 from launch.bounded_requests import BoundedAdapter, bound_requests
 from launch.cluster import RUN_KEY, Cluster, ClusterRun, check_reachable, complete, merge

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from actors.reward_process import ScoringProcess
-from grpo_ray.config_reward import RewardConfig, RewardFunctionConfig
+from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import ConfigError, RewardError
 from grpo_ray.rewards import ScoreInputs, call_reward, resolve
 from grpo_ray.rewards.code import find_program

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from grpo_ray.config_reward import RewardFunctionConfig
+from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.rewards import ScoreInputs, call_reward, resolve
 from grpo_ray.rewards.function import RewardFunction
 from grpo_ray.sandbox.remote import ProgramError, rebuilt

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from grpo_ray.checkpoint import RunDir
-from grpo_ray.config import RunConfig
-from grpo_ray.config_files import build
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.loading import build
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.cursor import Cursor
 from grpo_ray.epochs import describe, run_length
 from grpo_ray.errors import ConfigError, RewardError

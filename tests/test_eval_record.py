@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_files import build, load_yaml
+from grpo_ray.config.loading import build, load_yaml
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError, DataError
 from grpo_ray.eval_record import answers_folder, new_record, set_figures, step_of, write_figures
 from grpo_ray.evaluate import evaluate

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_files import build, deep_merge, parse_overrides
-from grpo_ray.config_reward import RewardConfig
+from grpo_ray.config.loading import build, deep_merge, parse_overrides
+from grpo_ray.config.reward import RewardConfig
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.evaluate import EvalResult, eval_event, evaluate, vote_config
 from grpo_ray.metrics import eval_metrics

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from grpo_ray.checkpoint_store import Store
-from grpo_ray.config_model import TinyModelConfig
+from grpo_ray.config.model import TinyModelConfig
 from grpo_ray.tiny import build_tiny_model
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from grpo_ray.config_data import DataSource
-from grpo_ray.config_files import build
+from grpo_ray.config.data import DataSource
+from grpo_ray.config.loading import build
 from grpo_ray.errors import DataError
 from grpo_ray.filters.config import FilterConfig, MixConfig, PromptsConfig, SampledSource
 from grpo_ray.filters.mix import make_mix
@@ -189,7 +189,7 @@ def test_prompts_of_several_sources_keep_their_columns_and_say_their_source(tmp_
 def test_hugging_face_and_our_own_loader_read_the_mix(mix: MixConfig, tmp_path: Path, tiny_model: Path) -> None:
     import datasets
 
-    from grpo_ray.config_data import DataConfig
+    from grpo_ray.config.data import DataConfig
     from grpo_ray.models import load_tokenizer
     from grpo_ray.prompts import load_demonstrations
 

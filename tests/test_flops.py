@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from grpo_ray.config_model import LoraConfig, TinyModelConfig
+from grpo_ray.config.model import LoraConfig, TinyModelConfig
 from grpo_ray.flops import (
     FlopCounter,
     ModelShape,

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 import grpo_ray
-from grpo_ray.config_data import DataSource
-from grpo_ray.config_reward import RewardFunctionConfig
+from grpo_ray.config.data import DataSource
+from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.data import load_table
 from grpo_ray.errors import DataError, GrpoRayError, RewardError
 from grpo_ray.rewards import described, resolve

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_ray.config_reward import RewardFunctionConfig
+from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.rewards import ScoreInputs, resolve, score_samples
 
 FOLDER = Path(os.environ.get("GRPO_RAY_GSM8K", Path(__file__).parents[1] / "../shared/data/gsm8k"))

@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from grpo_ray import json_text
-from grpo_ray.config import RunConfig
-from grpo_ray.config_data import DataSource
-from grpo_ray.config_files import build, load_yaml, parse_overrides
-from grpo_ray.config_reward import RewardConfig
-from grpo_ray.config_yaml import MAX_BYTES, MAX_NODES
+from grpo_ray.config.data import DataSource
+from grpo_ray.config.loading import build, load_yaml, parse_overrides
+from grpo_ray.config.reward import RewardConfig
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.yaml import MAX_BYTES, MAX_NODES
 from grpo_ray.data import MAX_LINE_BYTES, load_table
 from grpo_ray.ended import read_ended
 from grpo_ray.errors import CheckpointError, ConfigError, DataError, GrpoRayError, RewardError

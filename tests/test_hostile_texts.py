@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from grpo_ray.config_reward import RewardFunctionConfig
+from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.decontaminate import ngram_hashes
 from grpo_ray.filters.config import FilterConfig
 from grpo_ray.filters.select import written

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_ray.config import RunConfig
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError
 from launch import hub
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from grpo_ray.config_reward import RewardFunctionConfig
+from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.rewards import ScoreInputs, resolve, score_samples
 from grpo_ray.rewards.instruction_checks import CHECKS, _languages, _punkt
 from grpo_ray.types import Score, ScoreStatus

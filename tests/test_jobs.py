@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from grpo_ray.checkpoint import RunDir
-from grpo_ray.config_files import build
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.loading import build
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.ended import write_ended
 from grpo_ray.errors import ConfigError, WorkerError
 from grpo_ray.events import EndEvent

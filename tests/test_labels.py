@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_files import build
+from grpo_ray.config.loading import build
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.labels import fits
 

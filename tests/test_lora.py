@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load
 from transformers import AutoModelForCausalLM
 
-from grpo_ray.config_model import LoraConfig
+from grpo_ray.config.model import LoraConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.lora import adapter_bytes, adapter_checksum, adapter_tensors, adapters_off, inject, write_adapter
 from grpo_ray.named_weights import buckets, named_weights

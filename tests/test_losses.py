@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo_ray.advantages import ADVANTAGES, group_advantages
-from grpo_ray.config_algorithm import AlgorithmConfig
+from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.losses.aggregation import Normalizers, token_mean
 from grpo_ray.losses.correction import IMPORTANCE_SAMPLING
 from grpo_ray.losses.kl import KL_ESTIMATORS, kl_of_tokens

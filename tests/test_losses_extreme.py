@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_ray.config_supervised import RewardModelOptions
+from grpo_ray.config.supervised import RewardModelOptions
 from grpo_ray.losses.bounds import LOG_RATIO_BOUND
 from grpo_ray.losses.correction import IMPORTANCE_SAMPLING, CorrectionOptions, correction_weights
 from grpo_ray.losses.dpo import dpo_loss, ipo_loss

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_files import build
-from grpo_ray.config_model import ModelConfig
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.loading import build
+from grpo_ray.config.model import ModelConfig
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.memory import (
     GIB,
     LEARNER_BASE,

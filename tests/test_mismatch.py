@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_ray.config_algorithm import AlgorithmConfig
+from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.losses.aggregation import Normalizers
 from grpo_ray.mismatch import MISMATCH_BOUNDS, mismatch_warning
 from grpo_ray.objectives import GrpoObjective, MicroBatchData

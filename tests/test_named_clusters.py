@@ -22,8 +22,8 @@ from actors import named_clusters
 from actors.addresses import Address
 from actors.cluster import connect
 from actors.named_clusters import is_named, named_file
-from grpo_ray.config import RunConfig
-from grpo_ray.config_files import build, deep_merge
+from grpo_ray.config.loading import build, deep_merge
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError
 from launch.check import check_recipe
 from launch.jobs import evaluate_target, resume_run, start_grpo, start_sample

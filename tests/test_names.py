@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_files import build
-from grpo_ray.config_rollout import RolloutConfig
+from grpo_ray.config.loading import build
+from grpo_ray.config.rollout import RolloutConfig
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.names import check_name, run_name
 from grpo_ray.secrets import HIDDEN, hide_secrets, is_secret_name, resolve, secret_values

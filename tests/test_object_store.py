@@ -15,7 +15,7 @@ import pytest
 from grpo_ray import delivery, object_store
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import SET_ASIDE, Place, Store
-from grpo_ray.config import RunConfig
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.ended import finished, write_ended
 from grpo_ray.errors import CheckpointError, StoreAwayError, StoreError
 from grpo_ray.events import CheckpointEvent, Event, MessageEvent

@@ -14,7 +14,7 @@ from torch import Tensor
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.reward_trainer import RewardTrainer
 
-from grpo_ray.config_supervised import DpoOptions, RewardModelOptions
+from grpo_ray.config.supervised import DpoOptions, RewardModelOptions
 from grpo_ray.losses.aggregation import Normalizers
 from grpo_ray.losses.segments import Segments
 from grpo_ray.objectives import MicroBatchData

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from grpo_ray.config_data import DataConfig, DataSource
-from grpo_ray.config_model import TinyModelConfig
+from grpo_ray.config.data import DataConfig, DataSource
+from grpo_ray.config.model import TinyModelConfig
 from grpo_ray.data import load_table, map_columns
 from grpo_ray.errors import DataError
 from grpo_ray.models import load_tokenizer

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_files import build
+from grpo_ray.config.loading import build
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError
 from launch.package import PACKAGES, stage, told
 from launch.shipped import named_by

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from grpo_ray.config_data import DataConfig
-from grpo_ray.config_files import build
-from grpo_ray.config_supervised import DpoConfig, RewardModelConfig
+from grpo_ray.config.data import DataConfig
+from grpo_ray.config.loading import build
+from grpo_ray.config.supervised import DpoConfig, RewardModelConfig
 from grpo_ray.cursor import Cursor
 from grpo_ray.errors import ConfigError, DataError
 from grpo_ray.pairs import load_pairs, pair_batch

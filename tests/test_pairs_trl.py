@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
-from grpo_ray.config_data import DataConfig
+from grpo_ray.config.data import DataConfig
 from grpo_ray.decontaminate import write_jsonl
 from grpo_ray.judged_pairs import JudgedPair
 from grpo_ray.pairs import load_pairs

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from grpo_ray.checkpoint import RunDir
-from grpo_ray.config import RunConfig
-from grpo_ray.config_files import build, deep_merge
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.loading import build, deep_merge
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import CheckpointError, ConfigError
 from grpo_ray.filters.config import MixConfig, PairsConfig
 from grpo_ray.manifest import digest_of
@@ -267,7 +267,7 @@ def test_estimates_come_from_what_was_measured_as_soon_as_there_is_something(tmp
 
 
 def test_rows_are_known_of_generators_files_and_stages(tmp_path: Path) -> None:
-    from grpo_ray.config_data import DataSource
+    from grpo_ray.config.data import DataSource
 
     file = tmp_path / "a.jsonl"
     file.write_text("{}\n{}\n\n{}\n")

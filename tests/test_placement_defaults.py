@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from actors.placement_defaults import CHOSEN, Machine, Node, fit_to, open_options, too_small, used, would_fit
-from grpo_ray.config import RunConfig
-from grpo_ray.config_files import build, load_yaml, to_yaml
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.loading import build, load_yaml, to_yaml
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from launch.placement import open_yaml
 from tests.recipes import run_config
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_files import build
-from grpo_ray.config_reward import RewardConfig, RewardFunctionConfig
+from grpo_ray.config.loading import build
+from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError, RewardError
 from grpo_ray.rewards import ScoreInputs, resolve, score_samples
 from grpo_ray.rewards.language_consistency import _knows, language_consistency, words_of

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_ray.config_data import DataConfig, DataSource
+from grpo_ray.config.data import DataConfig, DataSource
 from grpo_ray.cursor import Cursor
 from grpo_ray.data import load_table, progress
 from grpo_ray.errors import DataError

@@ -12,7 +12,7 @@ import pytest
 import reasoning_gym as library
 from reasoning_gym.factory import DATASETS
 
-from grpo_ray.config_reward import RewardFunctionConfig
+from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.rewards import ScoreInputs, call_reward, resolve
 from grpo_ray.rewards.function import RewardFunction
 from grpo_ray.types import RewardScore, ScoreStatus

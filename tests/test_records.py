@@ -13,7 +13,7 @@ import pytest
 
 from grpo_ray import records
 from grpo_ray.checkpoint import RunDir
-from grpo_ray.config_files import to_yaml
+from grpo_ray.config.loading import to_yaml
 from grpo_ray.errors import CheckpointError, DataError
 from grpo_ray.ledger import Ledger
 from grpo_ray.records import last_step, set_aside, step_to_resume

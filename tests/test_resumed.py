@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from grpo_ray.checkpoint import RunDir
-from grpo_ray.config import RunConfig
-from grpo_ray.config_files import all_keys, build
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.loading import all_keys, build
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.ended import finished, write_ended
 from grpo_ray.epochs import run_length
 from grpo_ray.errors import ConfigError

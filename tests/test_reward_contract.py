@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from actors.reward import build_inputs
-from grpo_ray.config_reward import RewardConfig, RewardFunctionConfig
+from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.metrics import logged_metrics
 from grpo_ray.prompts import PromptSets

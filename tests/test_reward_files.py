@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_files import to_yaml
-from grpo_ray.config_reward import RewardFunctionConfig
+from grpo_ray.config.loading import to_yaml
+from grpo_ray.config.reward import RewardFunctionConfig
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError, RewardError
 from grpo_ray.rewards import resolve
 from launch.recipe import SHIPPED, load_recipe, load_run_config

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from actors.reward_pool import RewardPool
 from actors.reward_pools import RewardPools
-from grpo_ray.config_reward import RewardConfig, RewardFunctionConfig
+from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards import ScoreInputs, call_reward, resolve
 from grpo_ray.rewards.reward_model import _load

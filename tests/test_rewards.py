@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_ray.config_reward import RewardFunctionConfig
+from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards import BUILTINS, ScoreInputs, call_reward, resolve, score_samples
 from grpo_ray.rewards.countdown import evaluate

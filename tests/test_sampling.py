@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_files import build
+from grpo_ray.config.loading import build
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import DataError, LostSamplesError, PoisonedError, RewardError
 from grpo_ray.models import load_tokenizer
 from grpo_ray.prompts import PromptDataset, load_prompts

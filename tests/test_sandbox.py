@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from grpo_ray.config_reward import RewardFunctionConfig
+from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards import ScoreInputs, call_reward, resolve
 from grpo_ray.rewards.function import RewardFunction
@@ -187,7 +187,7 @@ def test_the_tests_of_this_file_can_fail(host: Host, code: RewardFunction) -> No
 def test_a_killed_scorer_takes_its_sandboxes_with_it(tmp_path: Path) -> None:
     script = tmp_path / "scorer.py"
     script.write_text(
-        "from grpo_ray.config_reward import RewardFunctionConfig\n"
+        "from grpo_ray.config.reward import RewardFunctionConfig\n"
         "from grpo_ray.rewards import *\n"
         "f = resolve(RewardFunctionConfig(name='code'))\n"
         "print('ready', flush=True)\n"

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_files import build, deep_merge
+from grpo_ray.config.loading import build, deep_merge
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError, JudgeError
 from grpo_ray.judge import Judge, JudgeOptions
 from grpo_ray.secrets import hide_secrets, is_secret_name, secret_values

@@ -13,8 +13,8 @@ import pytest
 from grpo_ray.activity import Activity
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import Place
-from grpo_ray.config_files import build
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.loading import build
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.cursor import Cursor
 from grpo_ray.manifest import FileSum
 from grpo_ray.prompts import SftExample

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_files import build
-from grpo_ray.config_reward import RewardFunctionConfig
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.loading import build
+from grpo_ray.config.reward import RewardFunctionConfig
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.models import eos_ids, load_tokenizer
 from grpo_ray.rewards import ScoreInputs, call_reward, resolve

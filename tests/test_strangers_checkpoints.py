@@ -203,7 +203,7 @@ def test_a_models_pipes_and_devices_are_not_read(
     make(model / name)
     with pytest.raises(ConfigError, match=r"no regular file|no weights|without config\.json"):
         check_model_path(str(model))
-    from grpo_ray.config_model import ModelConfig
+    from grpo_ray.config.model import ModelConfig
 
     if name == "config.json":
         assert known_context(ModelConfig(path=str(model))) is None

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from actors.reward import build_inputs
-from grpo_ray.config_reward import RewardFunctionConfig
+from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.filters.config import FilterConfig, SampledSource
 from grpo_ray.filters.select import select
 from grpo_ray.filters.trace import first_fault, trace_of

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_ray.config_model import TinyModelConfig
+from grpo_ray.config.model import TinyModelConfig
 from grpo_ray.errors import DataError
 from grpo_ray.filters.config import MixConfig
 from grpo_ray.filters.select import written

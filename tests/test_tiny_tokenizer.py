@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from grpo_ray.config_model import TinyModelConfig
+from grpo_ray.config.model import TinyModelConfig
 from grpo_ray.tiny import build_tiny_model, tiny_shape
 from grpo_ray.tiny_tokenizer import TinyTokenizer
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from trl import SFTConfig, SFTTrainer
 
-from grpo_ray.config_data import DataConfig
+from grpo_ray.config.data import DataConfig
 from grpo_ray.errors import DataError
 from grpo_ray.pairs import load_pairs
 from grpo_ray.prompts import load_demonstrations, load_prompts

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from grpo_ray.config_base import HomePath, NonNegFloat, PositiveFloat, PositiveInt, Strict
-from grpo_ray.config_data import DataSource
+from grpo_ray.config.base import HomePath, NonNegFloat, PositiveFloat, PositiveInt, Strict
+from grpo_ray.config.data import DataSource
 
 Share = Annotated[float, Field(ge=0, le=1)]
 

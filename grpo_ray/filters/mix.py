@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo_ray.config_data import DataSource
+from grpo_ray.config.data import DataSource
 from grpo_ray.data import Table, load_table, map_columns
 from grpo_ray.decontaminate import TestPrompts, find_contaminated, ngram_hashes, prompt_texts, write_jsonl
 from grpo_ray.errors import DataError

@@ -1,13 +1,13 @@
-"""Options of a pipeline that do nothing, beside those of its stages' runs (`config_effects`)."""
+"""Options of a pipeline that do nothing, beside those of its stages' runs (`config.effects`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_base import Strict
-from grpo_ray.config_effects import without_effect
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.base import Strict
+from grpo_ray.config.effects import without_effect
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.filters.config import FilterConfig, MixConfig, SampledSource
 from grpo_ray.pipeline.config import PipelineConfig
 from grpo_ray.pipeline.kinds import EVAL, KINDS

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_base import Strict
-from grpo_ray.config_data import DataSource
-from grpo_ray.config_supervised import SftConfig, preferences
+from grpo_ray.config.base import Strict
+from grpo_ray.config.data import DataSource
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig, preferences
 from grpo_ray.epochs import run_length
 from grpo_ray.pipeline.config import AssumeConfig
 from grpo_ray.pipeline.plan import Plan, Stage

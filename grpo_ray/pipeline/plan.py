@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_base import Strict
-from grpo_ray.config_files import build, deep_merge
-from grpo_ray.config_typed import with_types
+from grpo_ray.config.base import Strict
+from grpo_ray.config.loading import build, deep_merge
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.typed import with_types
 from grpo_ray.errors import ConfigError
 from grpo_ray.pipeline.config import GateConfig, PipelineConfig, StageConfig
 from grpo_ray.pipeline.kinds import EVAL, KINDS, Kind

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from grpo_ray.config_reward import RewardFunctionConfig
+from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards import golds
 from grpo_ray.rewards.accuracy import accuracy, load_parser

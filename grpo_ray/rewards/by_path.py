@@ -6,7 +6,7 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
-from grpo_ray.config_reward import RewardFunctionConfig, file_and_function
+from grpo_ray.config.reward import RewardFunctionConfig, file_and_function
 from grpo_ray.errors import RewardError
 from grpo_ray.user_code import UserFunction, of_file, of_module
 from grpo_ray.user_places import ForeignCodeError

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
-from grpo_ray.config_reward import CODE_TIMEOUT_S
+from grpo_ray.config.reward import CODE_TIMEOUT_S
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.answer_tag import answer_of
 from grpo_ray.rewards.code_tests import Asserts, Call, Script, read_tests, same_output, same_value

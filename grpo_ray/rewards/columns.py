@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from grpo_ray.config_reward import RewardConfig
+from grpo_ray.config.reward import RewardConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.prompts import PromptDataset, PromptSets
 from grpo_ray.rewards import described

@@ -11,7 +11,7 @@ import psutil
 import ray
 
 from actors.cluster import connect, open_session
-from grpo_ray.config_runtime import ClusterConfig
+from grpo_ray.config.runtime import ClusterConfig
 
 
 @dataclass(frozen=True)

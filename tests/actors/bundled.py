@@ -15,7 +15,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 import actors.engine_scheduler
 from actors.rollout_vllm_options import engine_args
-from grpo_ray.config_rollout import RolloutConfig
+from grpo_ray.config.rollout import RolloutConfig
 
 ABORTED, ABORT_AT = "3", 5
 """One of those that the engine starts with, before it can be finished."""

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from actors.learner_engine import build_engine, build_reference, step
 from actors.learner_group import _spec
-from grpo_ray.config import RunConfig
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.lora import adapters_off
 from grpo_ray.objectives import GrpoObjective, MicroBatchData
 from grpo_ray.pack import PackItem, pack

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from actors.rollout_vllm_options import engine_args
 from actors.weight_shadow import Loader, Shadow, WhenPaused
-from grpo_ray.config_rollout import RolloutConfig
+from grpo_ray.config.rollout import RolloutConfig
 
 ORDER = (1, 2, 2, 1, 0)
 """Weights of these models in turn: each lands in either set of memory."""

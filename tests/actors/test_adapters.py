@@ -19,8 +19,8 @@ from actors.adapter_sync import AdapterReport, RayAdapterSync
 from actors.engine_adapters import AdapterOptions, EngineAdapters, lora_args
 from actors.learner_group import LearnerGroup
 from actors.rollout_pool import RolloutPool
-from grpo_ray.config import RunConfig
-from grpo_ray.config_model import MAX_ADAPTER_RANK, LoraConfig
+from grpo_ray.config.model import MAX_ADAPTER_RANK, LoraConfig
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import WorkerError
 from grpo_ray.lora import adapter_checksum
 from grpo_ray.types import Sample, SampleInfo, SampleRequest, TrainBatch, TrainSample, Truncation

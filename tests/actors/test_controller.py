@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent.parent
 PROGRAM = """
 import asyncio, sys
 from actors.controller_start import Controller
-from grpo_ray.config import RunConfig
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError
 
 async def main(told):

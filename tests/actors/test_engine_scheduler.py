@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from actors.rollout_vllm_options import rollout_env
-from grpo_ray.config_rollout import RolloutConfig
+from grpo_ray.config.rollout import RolloutConfig
 
 pytestmark = pytest.mark.timeout(300)
 MAX_TOKENS = 60

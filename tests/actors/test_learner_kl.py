@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from actors.learner_group import LearnerGroup
-from grpo_ray.config_algorithm import AlgorithmConfig
+from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.errors import NonFiniteError
 from grpo_ray.types import Step, TrainBatch, TrainSample
 from tests.actors.test_invariance import choose

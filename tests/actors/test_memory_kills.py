@@ -22,7 +22,7 @@ from actors.controller import start_controller
 from actors.learner_group import LearnerGroup
 from actors.reward_pool import RewardPool
 from actors.rollout_pool import RolloutPool
-from grpo_ray.config import RunConfig
+from grpo_ray.config.schema import RunConfig
 from launch.follow import follow_events
 from launch.live import LiveView
 

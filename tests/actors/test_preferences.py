@@ -19,8 +19,8 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from actors.learner_group import LearnerGroup
-from grpo_ray.config_files import build
-from grpo_ray.config_supervised import DpoConfig, RewardModelConfig, SftConfig
+from grpo_ray.config.loading import build
+from grpo_ray.config.supervised import DpoConfig, RewardModelConfig, SftConfig
 from grpo_ray.pairs import Pair, pair_batch
 from grpo_ray.supervised import load_task
 from tests.actors.saved import export, load, save

@@ -17,7 +17,7 @@ from actors.reward_answers import decode
 from actors.reward_family import TAG
 from actors.reward_pipe import EndedError
 from actors.reward_process import ScoringProcess
-from grpo_ray.config_reward import FailurePolicy, RewardConfig, RewardFunctionConfig
+from grpo_ray.config.reward import FailurePolicy, RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import RewardError, WorkerError
 from grpo_ray.rewards import ScoreInputs
 from grpo_ray.types import Sample, SampleInfo, ScoreRequest, ScoreStatus, Step, VersionSpan

@@ -15,7 +15,7 @@ import pytest
 
 from actors.reward_process import ScoringProcess
 from actors.reward_processes import ScoringProcesses
-from grpo_ray.config_reward import RewardConfig, RewardFunctionConfig
+from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards import BUILTINS, ScoreInputs
 from grpo_ray.types import ScoreStatus

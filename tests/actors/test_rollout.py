@@ -21,8 +21,8 @@ import ray
 import torch
 
 from actors.rollout_pool import RolloutPool
-from grpo_ray.config import RunConfig
-from grpo_ray.config_files import build
+from grpo_ray.config.loading import build
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import DataError, DeadlineError, WorkerError
 from grpo_ray.truncation import keep_mask
 from grpo_ray.types import Sample, SampleInfo, SampleRequest, SamplingParams, Truncation
@@ -359,9 +359,9 @@ import asyncio, os, sys
 from pathlib import Path
 from actors.rollout import RolloutActor
 from actors.rollout_vllm_options import rollout_env
-from grpo_ray.config import RolloutConfig
+from grpo_ray.config.schema import RolloutConfig
 from actors.rollout import RolloutActor, rollout_env
-from grpo_ray.config_rollout import RolloutConfig
+from grpo_ray.config.rollout import RolloutConfig
 
 async def main(model, run_dir):
     config = RolloutConfig(max_completion_length=16, max_num_seqs=4, kv_cache_gb=0.05)

@@ -10,11 +10,11 @@ import ray
 
 from actors.scaler import RunScaler
 from grpo_ray.checkpoint_store import Place
-from grpo_ray.config import RunConfig
+from grpo_ray.config.scaling import Counts
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ResourceError
 from grpo_ray.roles import Learner, WeightSync
-from grpo_ray.scaling import Counts
-from tests.test_scaling import config
+from tests.config.test_scaling import config
 
 
 @dataclass

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from actors.rollout_vllm_options import rollout_env
-from grpo_ray.config_rollout import RolloutConfig
+from grpo_ray.config.rollout import RolloutConfig
 from tests.actors.shadowed import ORDER, PAUSED
 
 LIMIT_S = 600

@@ -93,7 +93,7 @@ def _policy() -> Any:
 @contextmanager
 def _tiny() -> Iterator[str]:
     """The folder of a model of 2.3 M parameters."""
-    from grpo_ray.config_model import TinyModelConfig
+    from grpo_ray.config.model import TinyModelConfig
     from grpo_ray.tiny import build_tiny_model
 
     with tempfile.TemporaryDirectory() as folder:

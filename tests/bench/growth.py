@@ -53,7 +53,7 @@ TABLES = {
 def measure(row: Row) -> dict[str, float]:
     import torch
 
-    from grpo_ray.config_model import TinyModelConfig
+    from grpo_ray.config.model import TinyModelConfig
     from grpo_ray.flops import forward_flops, model_shape
     from grpo_ray.memory import chunk_rows
     from grpo_ray.tiny import build_tiny_model

@@ -36,7 +36,7 @@ def main() -> None:
     if sys.argv[1:2] == ["bare"]:
         _bare(Path(sys.argv[2]), own_process=sys.argv[3] == "own-process")
         return
-    from grpo_ray.config_model import TinyModelConfig
+    from grpo_ray.config.model import TinyModelConfig
     from grpo_ray.tiny import build_tiny_model
 
     speeds: dict[str, list[float]] = {name: [] for name in (*BARE, OURS)}
@@ -78,8 +78,8 @@ def _run(module: str, *args: str) -> float:
 
 def _bare(model: Path, *, own_process: bool) -> None:
     """An engine with the options of `actors/rollout_vllm_options.py`, in this process."""
-    from grpo_ray.config_data import DataConfig
-    from grpo_ray.config_rollout import RolloutConfig
+    from grpo_ray.config.data import DataConfig
+    from grpo_ray.config.rollout import RolloutConfig
 
     config = RolloutConfig(**ROLLOUT)
     from actors.rollout_vllm_options import engine_args, rollout_env

@@ -10,7 +10,7 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from grpo_ray.config_reward import RewardFunctionConfig
+from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.rewards import ScoreInputs, call_reward, resolve
 from grpo_ray.rewards.function import RewardFunction
 from grpo_ray.types import ScoreStatus

@@ -36,8 +36,8 @@ from actors.rollout_pool import RolloutPool
 from actors.weights import EngineTarget, RayWeightSync, SendReport
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import Place
-from grpo_ray.config import RunConfig
-from grpo_ray.config_files import build
+from grpo_ray.config.loading import build
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.cursor import Cursor
 from grpo_ray.errors import WorkerError
 from grpo_ray.events import Event, StepEvent

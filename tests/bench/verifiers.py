@@ -15,7 +15,7 @@ from reasoning_gym.factory import DATASETS
 from rich.console import Console
 from rich.table import Table
 
-from grpo_ray.config_reward import RewardFunctionConfig
+from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.rewards import ScoreInputs, call_reward, resolve
 from grpo_ray.rewards.answer_tag import answer_of
 from grpo_ray.rewards.function import inspect_function

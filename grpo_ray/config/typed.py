@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, Discriminator
 
-from grpo_ray.config_yaml import WORDS, FloatText, IntText, Word, quoted_text, read_flow, read_scalar, shortened
+from grpo_ray.config.yaml import WORDS, FloatText, IntText, Word, quoted_text, read_flow, read_scalar, shortened
 from grpo_ray.errors import ConfigError
 
 

@@ -6,11 +6,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from grpo_ray.config_aliases import called_here, suggestion
-from grpo_ray.config_base import Strict
-from grpo_ray.config_common import keys_in_order
-from grpo_ray.config_typed import Problems, Typed, with_types
-from grpo_ray.config_yaml import MAX_DEPTH, dump_yaml, load_yaml, read_flow
+from grpo_ray.config.aliases import called_here, suggestion
+from grpo_ray.config.base import Strict
+from grpo_ray.config.common import keys_in_order
+from grpo_ray.config.typed import Problems, Typed, with_types
+from grpo_ray.config.yaml import MAX_DEPTH, dump_yaml, load_yaml, read_flow
 from grpo_ray.errors import ConfigError
 from grpo_ray.secrets import hide_secrets, secrets_in
 

@@ -9,15 +9,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from grpo_ray.config_base import NonNegFloat, NonNegInt, PositiveFloat, PositiveInt, Strict
-from grpo_ray.presets import SEQUENCE_LOSSES, with_preset
+from grpo_ray.config.base import NonNegFloat, NonNegInt, PositiveFloat, PositiveInt, Strict
+from grpo_ray.config.presets import SEQUENCE_LOSSES, with_preset
 
 TOKEN_CLIP_LOSSES = ("grpo", "dr_grpo", "dapo")
 
 
 class AlgorithmConfig(Strict):
     preset: str | None = None
-    """A name of `grpo_ray.presets.PRESETS`; whatever else is given goes over its values."""
+    """A name of `grpo_ray.config.presets.PRESETS`; whatever else is given goes over its values."""
 
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "batch_std", "process", "gae"] = "grpo"
     """R is compared with the mean of its group, and divided by: the group's std (grpo), nothing (dr_grpo, rloo), the

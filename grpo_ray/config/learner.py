@@ -6,8 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from grpo_ray.config_base import Env, Labels, NonNegFloat, NonNegInt, PositiveFloat, PositiveInt, Resources, Strict
-from grpo_ray.config_model import ModelConfig
+from grpo_ray.config.base import Env, Labels, NonNegFloat, NonNegInt, PositiveFloat, PositiveInt, Resources, Strict
+from grpo_ray.config.model import ModelConfig
 
 
 class LearnerConfig(Strict):

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import yaml
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_aliases import ALIASES, suggestion
-from grpo_ray.config_common import keys_in_order
-from grpo_ray.config_files import all_keys, build, deep_merge, load_yaml, parse_overrides, to_yaml
-from grpo_ray.config_supervised import DpoConfig, RewardModelConfig, SftConfig
+from grpo_ray.config.aliases import ALIASES, suggestion
+from grpo_ray.config.common import keys_in_order
+from grpo_ray.config.loading import all_keys, build, deep_merge, load_yaml, parse_overrides, to_yaml
+from grpo_ray.config.presets import PRESETS
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import DpoConfig, RewardModelConfig, SftConfig
 from grpo_ray.errors import ConfigError
-from grpo_ray.presets import PRESETS
 
 MINIMAL: dict[str, Any] = {
     "model": {"tiny": {}},

@@ -15,12 +15,12 @@ from typing import Self
 
 from pydantic import model_validator
 
-from grpo_ray.config_algorithm import AlgorithmConfig
-from grpo_ray.config_base import PositiveInt, check_temperature
-from grpo_ray.config_common import CommonConfig
-from grpo_ray.config_learner import CriticConfig, WeightsConfig, check_precision
-from grpo_ray.config_reward import RewardConfig
-from grpo_ray.config_rollout import EvalConfig, RolloutConfig, SampleConfig
+from grpo_ray.config.algorithm import AlgorithmConfig
+from grpo_ray.config.base import PositiveInt, check_temperature
+from grpo_ray.config.common import CommonConfig
+from grpo_ray.config.learner import CriticConfig, WeightsConfig, check_precision
+from grpo_ray.config.reward import RewardConfig
+from grpo_ray.config.rollout import EvalConfig, RolloutConfig, SampleConfig
 
 
 class RunConfig(CommonConfig):

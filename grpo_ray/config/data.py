@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from grpo_ray.config_base import HomePath, PositiveInt, Strict
+from grpo_ray.config.base import HomePath, PositiveInt, Strict
 
 
 class DataSource(Strict):

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_base import Strict
-from grpo_ray.config_data import DataConfig
-from grpo_ray.config_files import all_keys, build, deep_merge, load_yaml, parse_overrides, to_yaml
-from grpo_ray.config_supervised import DpoConfig, RewardModelConfig, SftConfig
-from grpo_ray.config_typed import with_types
+from grpo_ray.config.base import Strict
+from grpo_ray.config.data import DataConfig
+from grpo_ray.config.loading import all_keys, build, deep_merge, load_yaml, parse_overrides, to_yaml
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import DpoConfig, RewardModelConfig, SftConfig
+from grpo_ray.config.typed import with_types
 from grpo_ray.errors import ConfigError
 from grpo_ray.filters.config import MixConfig, PairsConfig, PromptsConfig
 from grpo_ray.pipeline.config import PipelineConfig

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from grpo_ray.config_base import HomePath, PositiveInt, Strict
+from grpo_ray.config.base import HomePath, PositiveInt, Strict
 
 
 class TinyModelConfig(Strict):

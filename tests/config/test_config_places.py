@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from grpo_ray.checkpoint import RunDir
-from grpo_ray.config import RunConfig
-from grpo_ray.config_base import Strict
-from grpo_ray.config_files import build
-from grpo_ray.config_places import path_options, with_places
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.base import Strict
+from grpo_ray.config.loading import build
+from grpo_ray.config.places import path_options, with_places
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from launch.jobs import write_config
 from launch.recipe import SCHEMAS, load_run_config
 

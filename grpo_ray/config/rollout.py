@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from grpo_ray.config_base import (
+from grpo_ray.config.base import (
     Env,
     Labels,
     NonNegFloat,
@@ -26,7 +26,7 @@ class RolloutConfig(Strict):
     num_actors: PositiveInt = 1
     min_actors: PositiveInt | None = None
     max_actors: PositiveInt | None = None
-    """Both given, the run scales itself between them: see `grpo_ray.scaling.decide`. num_actors is what it begins with."""
+    """Both given, the run scales itself between them: see `grpo_ray.config.scaling.decide`. num_actors is what it begins with."""
     num_cpus: NonNegFloat = 1
     num_gpus: NonNegFloat | None = None
     """Per actor. None: tensor_parallel_size on a cluster with GPUs (0.5 when colocated), 0 elsewhere."""

@@ -6,9 +6,9 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from grpo_ray.config_base import PositiveFloat, PositiveInt, Strict
-from grpo_ray.config_common import CommonConfig
-from grpo_ray.config_learner import check_precision
+from grpo_ray.config.base import PositiveFloat, PositiveInt, Strict
+from grpo_ray.config.common import CommonConfig
+from grpo_ray.config.learner import check_precision
 
 
 class SftConfig(CommonConfig):

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_data import DataSource
-from grpo_ray.config_effects import (
+from grpo_ray.config.data import DataSource
+from grpo_ray.config.effects import (
     COMMANDS_OF,
     WHERE,
     about_context,
@@ -20,8 +19,9 @@ from grpo_ray.config_effects import (
     without_effect,
     without_gpu,
 )
-from grpo_ray.config_files import all_keys, build, deep_merge, parse_overrides
-from grpo_ray.config_supervised import DpoConfig, RewardModelConfig, SftConfig
+from grpo_ray.config.loading import all_keys, build, deep_merge, parse_overrides
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import DpoConfig, RewardModelConfig, SftConfig
 from grpo_ray.data import load_table
 from grpo_ray.errors import ConfigError, DataError
 from launch.check import check_recipe
@@ -36,7 +36,7 @@ SUPERVISED: dict[str, Any] = {"model": {"tiny": {}}, "data": {"train": {"path": 
 
 PAIRS = {**SUPERVISED, "max_length": 128}
 KEPT = {"path": "a", "keep_per_prompt": None, "prefer": "random"}
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RECIPES = [p.relative_to(ROOT) for folder in ("launch/recipes", "tests/bench") for p in (ROOT / folder).glob("*.yaml")]
 
 
@@ -51,7 +51,7 @@ def test_every_option_of_the_schema_says_in_which_commands_it_has_an_effect(kind
     for key in all_keys(schema):
         if key in WHERE:
             continue
-        assert key in COMMANDS_OF, f"{key} is new: enter it in grpo_ray.config_effects.WHERE"
+        assert key in COMMANDS_OF, f"{key} is new: enter it in grpo_ray.config.effects.WHERE"
         if schema is RunConfig:
             assert COMMANDS_OF[key] & commands, f"{key} does nothing in any command that takes it"
 

@@ -10,10 +10,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_files import build, to_yaml
-from grpo_ray.errors import ConfigError
-from grpo_ray.scaling import (
+from grpo_ray.config.loading import build, to_yaml
+from grpo_ray.config.scaling import (
     PATIENCE,
     Load,
     bounds,
@@ -25,6 +23,8 @@ from grpo_ray.scaling import (
     record,
     rescaled,
 )
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.errors import ConfigError
 
 
 def config(**sections: Any) -> RunConfig:

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_files import build, deep_merge, load_yaml
-from grpo_ray.config_reward import SHARED_POOL
-from grpo_ray.config_yaml import dump_yaml
+from grpo_ray.config.loading import build, deep_merge, load_yaml
+from grpo_ray.config.reward import SHARED_POOL
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.yaml import dump_yaml
 from grpo_ray.errors import ConfigError
 from grpo_ray.files import write_whole
 

@@ -9,11 +9,11 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import AfterValidator
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_base import Strict, expand_home
-from grpo_ray.config_data import DataSource
-from grpo_ray.config_reward import RewardFunctionConfig, file_and_function
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.base import Strict, expand_home
+from grpo_ray.config.data import DataSource
+from grpo_ray.config.reward import RewardFunctionConfig, file_and_function
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 
 Config = TypeVar("Config", RunConfig, SftConfig, RunConfig | SftConfig)
 S = TypeVar("S", bound=Strict)

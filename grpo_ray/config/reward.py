@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
-from grpo_ray.config_base import (
+from grpo_ray.config.base import (
     Env,
     Labels,
     NonNegFloat,

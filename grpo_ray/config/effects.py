@@ -14,12 +14,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from grpo_ray.config import RunConfig
-from grpo_ray.config_algorithm import AlgorithmConfig
-from grpo_ray.config_common import keys_in_order
-from grpo_ray.config_reward import SHARED_POOL
-from grpo_ray.config_rollout import RolloutConfig
-from grpo_ray.config_supervised import SftConfig
+from grpo_ray.config.algorithm import AlgorithmConfig
+from grpo_ray.config.common import keys_in_order
+from grpo_ray.config.reward import SHARED_POOL
+from grpo_ray.config.rollout import RolloutConfig
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.object_store import is_url
 

@@ -6,11 +6,11 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field
 
-from grpo_ray.config_base import HomePath, PositiveInt, Strict
-from grpo_ray.config_data import DataConfig
-from grpo_ray.config_learner import LearnerConfig
-from grpo_ray.config_model import ModelConfig
-from grpo_ray.config_runtime import CheckpointConfig, ClusterConfig, DeadlineConfig, TrackingConfig
+from grpo_ray.config.base import HomePath, PositiveInt, Strict
+from grpo_ray.config.data import DataConfig
+from grpo_ray.config.learner import LearnerConfig
+from grpo_ray.config.model import ModelConfig
+from grpo_ray.config.runtime import CheckpointConfig, ClusterConfig, DeadlineConfig, TrackingConfig
 
 Epochs = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 """Parts of one are rounded up to whole rows."""
