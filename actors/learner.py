@@ -35,6 +35,8 @@ from actors.learner_timer import UpdateTimer, traced
 from actors.rendezvous import Meeting, SealedStore, listen_at, new_key, open_store
 from actors.runtime import LOOPBACK, end_of_imports, own_process
 from grpo_ray.activity import Activity
+from grpo_ray.batch.plan import MiniBatchPlan
+from grpo_ray.batch.sequence import Alone, SequenceRanks
 from grpo_ray.checkpoint_store import Place
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.errors import WorkerError
@@ -44,9 +46,7 @@ from grpo_ray.lora import adapter_bytes, adapter_checksum
 from grpo_ray.machine import usable_cpus
 from grpo_ray.manifest import FileSum
 from grpo_ray.objectives import MicroBatchData
-from grpo_ray.plan import MiniBatchPlan
 from grpo_ray.policy import PolicyModel
-from grpo_ray.sequence import Alone, SequenceRanks
 from grpo_ray.types import TrainBatch, UpdateReport
 
 if TYPE_CHECKING:

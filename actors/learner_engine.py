@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from grpo_ray.attention import PACKED, check_packable, choose_attention
+from grpo_ray.batch.sequence import SequenceRanks
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.config.learner import CriticConfig, LearnerConfig, WeightsConfig
 from grpo_ray.config.model import ModelConfig
@@ -25,7 +26,6 @@ from grpo_ray.objectives import GrpoObjective, Objective, SftObjective
 from grpo_ray.objectives_pairs import DpoObjective, RewardModelObjective
 from grpo_ray.policy import PolicyModel
 from grpo_ray.reward_model import RewardModel
-from grpo_ray.sequence import SequenceRanks
 from grpo_ray.trainable import MAKING, why_not
 from grpo_ray.value_model import ValueModel
 

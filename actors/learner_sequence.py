@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from grpo_ray.sequence import Alone, SequenceRanks, check_model
+from grpo_ray.batch.sequence import Alone, SequenceRanks, check_model
 
 _PER_HEAD = ("s_aux", "position_bias")
 
@@ -34,7 +34,7 @@ def join(size: int, timeout: timedelta) -> SequenceRanks:
 
 
 class SequenceGroup:
-    """Implements `grpo_ray.sequence.SequenceRanks`."""
+    """Implements `grpo_ray.batch.sequence.SequenceRanks`."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -46,7 +46,7 @@ class SequenceGroup:
         """For every model of this process with the same attention implementation.
 
         Raises:
-            ConfigError: see `grpo_ray.sequence.check_model`.
+            ConfigError: see `grpo_ray.batch.sequence.check_model`.
         """
         from transformers import AttentionInterface
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

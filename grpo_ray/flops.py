@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from grpo_ray.plan import MiniBatchPlan
+from grpo_ray.batch.plan import MiniBatchPlan
 from grpo_ray.types import TrainBatch, TrainSample
 
 PEAK_BF16 = (

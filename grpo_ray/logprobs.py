@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_ray.truncation import TokenSets
+from grpo_ray.batch.truncation import TokenSets
 
 
 class _ChunkedLogprobs(torch.autograd.Function):

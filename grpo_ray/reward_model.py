@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_ray.pack import PackedBatch
+from grpo_ray.batch.pack import PackedBatch
+from grpo_ray.batch.sequence import Alone, SequenceRanks
 from grpo_ray.policy import own_slice, target_states
-from grpo_ray.sequence import Alone, SequenceRanks
 
 
 class RewardModel(nn.Module):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from grpo_ray.advantages import gae, kl_in_reward
-from grpo_ray.losses.segments import Segments
-from grpo_ray.pack import PackedBatch
+from grpo_ray.batch.pack import PackedBatch
+from grpo_ray.batch.segments import Segments
+from grpo_ray.batch.sequence import Alone, SequenceRanks
 from grpo_ray.policy import own_slice, target_states
-from grpo_ray.sequence import Alone, SequenceRanks
 
 
 class ValueModel(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from grpo_ray.batch.plan import MiniBatchPlan
 from grpo_ray.config.model import LoraConfig, TinyModelConfig
 from grpo_ray.flops import (
     FlopCounter,
@@ -22,7 +23,6 @@ from grpo_ray.flops import (
     update_flops,
 )
 from grpo_ray.lora import inject
-from grpo_ray.plan import MiniBatchPlan
 from grpo_ray.tiny import build_tiny_model
 from grpo_ray.types import TrainBatch, TrainSample
 

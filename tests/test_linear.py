@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from grpo_ray import linear
 from grpo_ray.attention import choose_attention
+from grpo_ray.batch.pack import PackItem, pack
 from grpo_ray.linear import times_transposed, use_faster_products
-from grpo_ray.pack import PackItem, pack
 from grpo_ray.policy import PolicyModel
 
 

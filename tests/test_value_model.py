@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from grpo_ray.attention import choose_attention
-from grpo_ray.losses.segments import Segments
-from grpo_ray.pack import PackItem, pack
+from grpo_ray.batch.pack import PackItem, pack
+from grpo_ray.batch.segments import Segments
 from grpo_ray.value_model import ValueModel, gae_of_segments
 
 LENGTHS = [3, 1, 5]

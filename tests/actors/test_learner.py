@@ -25,13 +25,13 @@ from torch import Tensor
 
 from actors.learner_engine import deepspeed_config
 from actors.learner_group import LearnerGroup
+from grpo_ray.batch.truncation import keep_mask
 from grpo_ray.config.learner import LearnerConfig
 from grpo_ray.config.loading import build
 from grpo_ray.config.model import ModelConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import CheckpointError, ConfigError, DeadlineError, NonFiniteError, WorkerError
-from grpo_ray.truncation import keep_mask
 from grpo_ray.types import Sample, TrainBatch, TrainSample, Truncation, VersionSpan
 from tests.actors.saved import export, load, save
 

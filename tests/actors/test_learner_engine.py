@@ -10,7 +10,7 @@ import torch
 
 from actors.learner_engine import LearnerSpec, load_hf
 from actors.learner_group import _spec
-from grpo_ray.sequence import Alone
+from grpo_ray.batch.sequence import Alone
 from tests.actors.test_learner import make_config
 
 WITH_DROPOUT: list[tuple[str, dict[str, Any]]] = [

@@ -21,10 +21,10 @@ import ray
 import torch
 
 from actors.rollout_pool import RolloutPool
+from grpo_ray.batch.truncation import keep_mask
 from grpo_ray.config.loading import build
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import DataError, DeadlineError, WorkerError
-from grpo_ray.truncation import keep_mask
 from grpo_ray.types import Sample, SampleInfo, SampleRequest, SamplingParams, Truncation
 
 pytestmark = pytest.mark.timeout(600)

@@ -15,8 +15,8 @@ def packed_pass(
     """`model` is a `PolicyModel`; `lengths` are of prompt and completion, so many of a group after each other."""
     import numpy as np
 
-    from grpo_ray.pack import PackItem, pack
-    from grpo_ray.plan import plan_batch
+    from grpo_ray.batch.pack import PackItem, pack
+    from grpo_ray.batch.plan import plan_batch
 
     rng = np.random.default_rng(0)
     groups = [i // group_size for i in range(len(lengths))]

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from grpo_ray.attention import FLASH, choose_attention
-from grpo_ray.pack import pack
+from grpo_ray.batch.pack import pack
 from grpo_ray.policy import PolicyModel
 from tests.actors.test_learner import exported, make_batch, make_config, moved_apart, plain_step, run
-from tests.test_batching import random_items
+from tests.batch.test_batching import random_items
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

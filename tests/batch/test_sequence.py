@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from grpo_ray.batch.pack import PackItem, pack
+from grpo_ray.batch.sequence import check_model, slice_of
 from grpo_ray.errors import ConfigError
-from grpo_ray.pack import PackItem, pack
-from grpo_ray.sequence import check_model, slice_of
 
 SIZES = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 20)), max_size=6)
 

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from grpo_ray.batch.pack import PackedBatch
 from grpo_ray.errors import ConfigError
-from grpo_ray.pack import PackedBatch
 
 _ROPES_BY_LENGTH = {"dynamic", "longrope"}
 

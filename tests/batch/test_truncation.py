@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_ray import truncation as module
+from grpo_ray.batch import truncation as module
+from grpo_ray.batch.truncation import TokenSets, keep_mask
 from grpo_ray.errors import ConfigError
 from grpo_ray.logprobs import chunked_logprobs
-from grpo_ray.truncation import TokenSets, keep_mask
 from grpo_ray.types import Truncation
 from tests.recipes import run_config
 from tests.test_logprobs import H, N, V, inputs, plain

@@ -23,11 +23,11 @@ from grpo_ray.attention import (
     choose_attention,
     packed_attention,
 )
+from grpo_ray.batch.pack import PackItem, pack, token_values
+from grpo_ray.batch.plan import MiniBatchPlan, plan_batch, shared_cost
+from grpo_ray.batch.truncation import TokenSets, keep_mask
 from grpo_ray.errors import ConfigError
-from grpo_ray.pack import PackItem, pack, token_values
-from grpo_ray.plan import MiniBatchPlan, plan_batch, shared_cost
 from grpo_ray.policy import PolicyModel
-from grpo_ray.truncation import TokenSets, keep_mask
 from grpo_ray.types import Step, Truncation
 
 BUDGET = 100
