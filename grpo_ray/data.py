@@ -15,8 +15,8 @@ from grpo_ray import json_text
 from grpo_ray.config.data import DataSource
 from grpo_ray.errors import DataError, kind_and_line
 from grpo_ray.suggest import closest, did_you_mean
-from grpo_ray.user_code import UserFunction, of_module
-from grpo_ray.user_places import ForeignCodeError
+from grpo_ray.user_code.functions import UserFunction, of_module
+from grpo_ray.user_code.places import ForeignCodeError
 
 Row = dict[str, Any]
 _MANY_ROWS = 1000

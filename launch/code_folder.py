@@ -7,7 +7,7 @@ import sys
 
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
-from grpo_ray.user_places import add_code_folder
+from grpo_ray.user_code.places import add_code_folder
 
 
 def use_code_of(config: RunConfig | SftConfig) -> None:

@@ -32,7 +32,7 @@ from grpo_ray.rewards.soft_overlong import soft_overlong
 from grpo_ray.rewards.think_format import think_format
 from grpo_ray.rewards.verl import is_verl, verl_function
 from grpo_ray.suggest import did_you_mean
-from grpo_ray.user_places import ForeignCodeError
+from grpo_ray.user_code.places import ForeignCodeError
 
 __all__ = ["BUILTINS", "RewardFunction", "ScoreInputs", "call_reward", "resolve", "score_samples", "weighted_sum"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from grpo_ray.config.reward import RewardFunctionConfig, file_and_function
 from grpo_ray.errors import RewardError
-from grpo_ray.user_code import UserFunction, of_file, of_module
-from grpo_ray.user_places import ForeignCodeError
+from grpo_ray.user_code.functions import UserFunction, of_file, of_module
+from grpo_ray.user_code.places import ForeignCodeError
 
 
 def users_function(config: RewardFunctionConfig) -> UserFunction:

@@ -13,7 +13,7 @@ from grpo_ray.errors import RewardError
 from grpo_ray.rewards.function import RewardFunction, inspect_function
 from grpo_ray.rewards.made import is_maker, no_call
 from grpo_ray.rewards.verl import is_verl, verl_function
-from grpo_ray.user_code import UserFunction
+from grpo_ray.user_code.functions import UserFunction
 
 
 def described_by_source(config: RewardFunctionConfig, function: UserFunction) -> RewardFunction:

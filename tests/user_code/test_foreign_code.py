@@ -76,7 +76,7 @@ FOREIGN = [
     "pip.main",
     "pytest.main",
     "grpo_ray.files.write_whole",
-    "grpo_ray.user_files.file_module",
+    "grpo_ray.user_code.files.file_module",
     "grpo_ray.rewards.code.code",
     "grpo_ray.tiny_r1.random.seed",
     "grpo_ray.tiny_r1.dataclass",

@@ -19,7 +19,7 @@ from importlib import metadata
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
-from grpo_ray.user_modules import OURS, name_taken
+from grpo_ray.user_code.modules import OURS, name_taken
 
 OFFERED = ("grpo_ray.tiny_arithmetic", "grpo_ray.tiny_r1", "grpo_ray.rewards.votes")
 """Our own modules that are made for recipes, and of which evaluations name functions."""
@@ -27,7 +27,7 @@ TOOLS = frozenset(
     {"pip", "wheel", "uv", "pkg_resources", "pytest", "_pytest", "pluggy", "coverage", "mutmut", "IPython"}
 )
 """Installed beside the libraries to install and to run other code: likewise never a recipe's."""
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MAX_RECORD = 8 << 20
 _EXTRAS = ("cpu", "gpu", "wandb", "mlflow")
 _INSTALLED = frozenset({"site-packages", "dist-packages"})

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo_ray.suggest import did_you_mean
-from grpo_ray.user_modules import name_taken
-from grpo_ray.user_places import ForeignCodeError, MissingCodeError, locate
+from grpo_ray.user_code.modules import name_taken
+from grpo_ray.user_code.places import ForeignCodeError, MissingCodeError, locate
 
 MAX_STEPS = 20
 """From module to module, after an imported name."""

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from grpo_ray.errors import kind_and_line
-from grpo_ray.user_files import FILE_MODULE, file_module
-from grpo_ray.user_modules import name_taken
-from grpo_ray.user_places import OFFERED, ForeignCodeError, check_file, locate
-from grpo_ray.user_source import Found, Source, defined, find
+from grpo_ray.user_code.files import FILE_MODULE, file_module
+from grpo_ray.user_code.modules import name_taken
+from grpo_ray.user_code.places import OFFERED, ForeignCodeError, check_file, locate
+from grpo_ray.user_code.source import Found, Source, defined, find
 
 
 @dataclass(frozen=True)
