@@ -14,8 +14,9 @@ from grpo_ray.errors import RewardError
 from grpo_ray.rewards.answer_tag import answer_of
 from grpo_ray.rewards.code_tests import Asserts, Call, Script, read_tests, same_output, same_value
 from grpo_ray.rewards.function import Completions, Explained, text_of
-from grpo_ray.sandbox import Box, BoxEnded, Languages, Limits, Outcome, check_isolation
-from grpo_ray.sandbox.isolation import PATH
+from grpo_ray.sandbox.box import Box, BoxEnded, Limits, Outcome
+from grpo_ray.sandbox.isolation import PATH, Languages
+from grpo_ray.sandbox.trial import check_isolation
 
 # Possessive: where no line break follows, none is reached by giving signs back.
 _FENCE = re.compile(r"```[ \t]*+([\w+#.-]*+)[^\n`]*+\n")

@@ -11,7 +11,8 @@ from typing import Any
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.answer_tag import answer_of
 from grpo_ray.rewards.function import Completions, Explained, text_of
-from grpo_ray.sandbox import Languages, check_isolation
+from grpo_ray.sandbox.isolation import Languages
+from grpo_ray.sandbox.trial import check_isolation
 from grpo_ray.sandbox.verifier import Ended, Verifier, library_folders, sendable
 
 LIBRARIES = ("reasoning_gym", "sympy")

@@ -31,9 +31,3 @@ a process (page tables, maps, descriptors), some 20 MiB each at worst.
 `remote` lets tests in one cage call a program in another: no program ever shares a process, or a file system, with the answers
 that it is judged by. `verifier` keeps third-party code in a cage that lives on, and asks it about text after text.
 """
-
-from grpo_ray.sandbox.box import Box, BoxEnded, Limits, Outcome
-from grpo_ray.sandbox.isolation import Languages
-from grpo_ray.sandbox.trial import check_isolation
-
-__all__ = ["Box", "BoxEnded", "Languages", "Limits", "Outcome", "check_isolation"]

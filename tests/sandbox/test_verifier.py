@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from grpo_ray.errors import RewardError
-from grpo_ray.sandbox import Limits
+from grpo_ray.sandbox.box import Limits
 from grpo_ray.sandbox.verifier import Ended, Verifier, sendable
 
 SOURCE = """
@@ -34,7 +34,7 @@ def verify(what, x):
     if what == "write": os.write(1, b'9\\n')
     return x
 """
-FILES = Path(__file__).parent.parent / "grpo_ray" / "sandbox"
+FILES = Path(__file__).parents[2] / "grpo_ray" / "sandbox"
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 
 from grpo_ray.errors import RewardError
-from grpo_ray.sandbox import Box, BoxEnded, Languages, Limits, Outcome, check_isolation, trial, watch
+from grpo_ray.sandbox import trial, watch
+from grpo_ray.sandbox.box import Box, BoxEnded, Limits, Outcome
+from grpo_ray.sandbox.isolation import Languages
+from grpo_ray.sandbox.trial import check_isolation
 from grpo_ray.sandbox.verifier import library_folders
 
 LIMITS = Limits(timeout_s=60.0, cpu_s=30, memory_mb=128, processes=16)
-ROOT = str(Path(__file__).parent.parent)
+ROOT = str(Path(__file__).parents[2])
 
 
 def run(source: str, limits: Limits = LIMITS, *python_path: str) -> Outcome:
@@ -236,7 +239,7 @@ def test_a_program_cannot_hide_from_the_measure() -> None:
     "call", ["asyncio.run(check_isolation(Languages()))", "run(TOO_MUCH['memory of many processes'][0])"]
 )
 def test_root_without_the_right_to_measure_runs_nothing(call: str) -> None:
-    script = f"import asyncio\nfrom tests.test_sandbox_limits import *\ntry:\n    {call}\n"
+    script = f"import asyncio\nfrom tests.sandbox.test_sandbox_limits import *\ntry:\n    {call}\n"
     script += "except RewardError as e:\n    print('refused:', e)\nelse:\n    print('it ran')"
     drop = ["setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace"]
     done = subprocess.run(

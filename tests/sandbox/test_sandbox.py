@@ -195,7 +195,7 @@ def test_a_killed_scorer_takes_its_sandboxes_with_it(tmp_path: Path) -> None:
         "{'tests': [[{'input': '', 'output': ''}]]}))\n"
     )
     before = in_other_namespaces()
-    root = str(Path(__file__).parent.parent)
+    root = str(Path(__file__).parents[2])
     env = os.environ | {"PYTHONPATH": root}
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=env) as scorer:
         assert scorer.stdout is not None
