@@ -9,7 +9,7 @@ from actors.run_inputs import begin_learning, load_run_prompts, resolve_model
 from actors.workers import Workers
 from grpo_ray.config.scaling import rescaled
 from grpo_ray.config.schema import RunConfig
-from grpo_ray.epochs import run_length
+from grpo_ray.data.epochs import run_length
 from grpo_ray.events import MessageEvent
 from grpo_ray.replay import TOLERANCE, compare, parts_of, read_batch
 from grpo_ray.rollout_log import rollout_path

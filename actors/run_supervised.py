@@ -12,8 +12,8 @@ from actors.run_inputs import begin_learning, report_left_out, resolve_model
 from actors.run_training import keep_records, open_trackers, run_loop
 from actors.workers import Workers
 from grpo_ray.config.supervised import DpoConfig, SftConfig
-from grpo_ray.cursor import Cursor
-from grpo_ray.epochs import run_length
+from grpo_ray.data.cursor import Cursor
+from grpo_ray.data.epochs import run_length
 from grpo_ray.models import load_tokenizer
 from grpo_ray.sft_loop import SftLoop
 

@@ -20,8 +20,8 @@ from typing import Any
 from grpo_ray.carried import Carried, how_sampled
 from grpo_ray.checkpoint_store import Place
 from grpo_ray.config.schema import RunConfig
-from grpo_ray.cursor import Cursor
-from grpo_ray.epochs import RunLength, used_up
+from grpo_ray.data.cursor import Cursor
+from grpo_ray.data.epochs import RunLength, used_up
 from grpo_ray.errors import PoisonedError, RewardError
 from grpo_ray.events import Event, MessageEvent, PhaseEvent
 from grpo_ray.failure_policy import StepCounts, apply_failure_policy, refuse_rewards_of_steps

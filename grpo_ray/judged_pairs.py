@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from grpo_ray.data import Row, Table
+from grpo_ray.data.sources import Row, Table
 from grpo_ray.errors import DataError, JudgeError
 from grpo_ray.judge import Judge, Message
 from grpo_ray.judge_form import HIGHEST, LOWEST, about_material, quoted, rating_form, read_ratings

@@ -19,10 +19,10 @@ import pyarrow.compute as pc
 
 from grpo_ray import json_text
 from grpo_ray.config.data import DataSource
-from grpo_ray.data import Row, Table, is_part, load_table, map_columns
+from grpo_ray.data.sources import Row, Table, is_part, load_table, map_columns
+from grpo_ray.data.tokenized import check_characters
 from grpo_ray.errors import DataError
 from grpo_ray.rewards.columns import ColumnFacts, RowFacts
-from grpo_ray.tokenized import check_characters
 
 MANY_ROWS = 20_000
 """Fewer are looked at one by one."""

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from grpo_ray.applicable import why_not_applicable
 from grpo_ray.config.schema import RunConfig
+from grpo_ray.data.prompts import PromptDataset
 from grpo_ray.errors import LostSamplesError, PoisonedError, RewardError
 from grpo_ray.evaluate import EvalResult, eval_sampling
 from grpo_ray.filling import Filling
-from grpo_ray.prompts import PromptDataset
 from grpo_ray.roles import Sampler, SampleStore, Scorer
 from grpo_ray.rollout_log import distinct_refs
 from grpo_ray.sample_figures import Figures, figures_in

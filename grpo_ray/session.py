@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 from grpo_ray.activity import Activity
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.config.common import CommonConfig
-from grpo_ray.epochs import RunLength
+from grpo_ray.data.epochs import RunLength
 from grpo_ray.events import Event
 from grpo_ray.metrics import TimeKeeper
 from grpo_ray.roles import Learner, Tracker

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo_ray.config.schema import RunConfig
+from grpo_ray.data.templates import is_chat, make_template
+from grpo_ray.data.turns import TurnEnd
 from grpo_ray.errors import ConfigError, DataError
 from grpo_ray.models import eos_ids, load_config, vocab_size
-from grpo_ray.templates import is_chat, make_template
-from grpo_ray.turns import TurnEnd
 
 _TAG = re.compile(r"</\w+>")
 """Closes a part of the answer, and so belongs to it, also where it is a special token that ends the sample."""

@@ -15,12 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from grpo_ray.config.supervised import DpoConfig, SftConfig
-from grpo_ray.cursor import Cursor
-from grpo_ray.data import Read, load_table
+from grpo_ray.data.cursor import Cursor
+from grpo_ray.data.preferences import Pair, PairDataset, PairSets, pair_batch
+from grpo_ray.data.prompts import SftDataset
+from grpo_ray.data.sources import Read, load_table
 from grpo_ray.errors import ConfigError
 from grpo_ray.files import write_whole
-from grpo_ray.pairs import Pair, PairDataset, PairSets, pair_batch
-from grpo_ray.prompts import SftDataset
 from grpo_ray.sft_loop import sft_batch
 from grpo_ray.supervised_data import load_examples
 from grpo_ray.types import TrainBatch

@@ -6,12 +6,12 @@ import math
 from typing import Any
 
 from grpo_ray.config.supervised import DpoConfig, RewardModelConfig, SftConfig
-from grpo_ray.data import Read, load_table
+from grpo_ray.data.preferences import PairSets, load_pairs
+from grpo_ray.data.prompts import SftDataset, load_demonstrations
+from grpo_ray.data.sources import Read, load_table
+from grpo_ray.data.templates import make_template
+from grpo_ray.data.turns import TurnEnd
 from grpo_ray.errors import ConfigError
-from grpo_ray.pairs import PairSets, load_pairs
-from grpo_ray.prompts import SftDataset, load_demonstrations
-from grpo_ray.templates import make_template
-from grpo_ray.turns import TurnEnd
 
 
 def load_examples(config: SftConfig, tokenizer: Any, read: Read = load_table) -> SftDataset | PairSets:

@@ -28,8 +28,8 @@ from grpo_ray.advice import STEPS_LOOKED_AT, advise, mean_step
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.collect import Collector
 from grpo_ray.config.schema import RunConfig
-from grpo_ray.cursor import Cursor
-from grpo_ray.epochs import run_length
+from grpo_ray.data.cursor import Cursor
+from grpo_ray.data.epochs import run_length
 from grpo_ray.errors import GrpoRayError, NonFiniteError, RewardError, WorkerError
 from grpo_ray.evaluate import eval_event, evaluate
 from grpo_ray.events import Event, MessageEvent, PhaseEvent, StepEvent

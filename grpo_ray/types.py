@@ -28,7 +28,7 @@ def _record(cls: type[T]) -> type[T]:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One row of a data set, ready to sample from. Made by `grpo_ray.prompts`."""
+    """One row of a data set, ready to sample from. Made by `grpo_ray.data.prompts`."""
 
     id: str
     """`<data set>/<epoch>/<row>`: the same row has the same id in every run and after every resume."""

@@ -21,7 +21,8 @@ from grpo_ray.config.effects import about_context, check_context, without_gpu
 from grpo_ray.config.reward import RewardConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
-from grpo_ray.epochs import describe
+from grpo_ray.data.epochs import describe
+from grpo_ray.data.thinking import opens_thinking
 from grpo_ray.errors import GrpoRayError
 from grpo_ray.kv_cache import check_one_sample
 from grpo_ray.memory import BF16, FP32, facts_of, gib, learner_memory
@@ -29,7 +30,6 @@ from grpo_ray.memory_fit import parts_of
 from grpo_ray.models import check_ids, context_length, vocab_size
 from grpo_ray.rewards import BUILTINS, described
 from grpo_ray.stops import describe_end, find_stops, template_end
-from grpo_ray.thinking import opens_thinking
 from launch.check_golds import gold_rows
 from launch.console import headed, plain_console
 from launch.effects import check_effects, told
@@ -191,10 +191,10 @@ def _model_rows(
 
 
 def _data_rows(config: RunConfig | SftConfig, files: ModelFiles, *, imports: bool) -> list[tuple[str, str]]:
+    from grpo_ray.data.prompts import SftDataset, load_prompts
+    from grpo_ray.data.templates import make_template
     from grpo_ray.overview import Sampler, key_of
-    from grpo_ray.prompts import SftDataset, load_prompts
     from grpo_ray.rewards.columns import check_columns, column_needs
-    from grpo_ray.templates import make_template
     from launch.check_large import facts_of, longest_prompt, num_in_eval, of_all_rows, overview_rows
 
     tokenizer = files.tokenizer

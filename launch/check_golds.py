@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from grpo_ray.applicable import quoted
 from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.config.schema import RunConfig
+from grpo_ray.data.prompts import PromptDataset, PromptSets
 from grpo_ray.errors import RewardError
-from grpo_ray.prompts import PromptDataset, PromptSets
 from grpo_ray.rewards.columns import ColumnFacts
 from grpo_ray.rewards.function import SOURCE
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
+from grpo_ray.data.prompts import PromptSets
+from grpo_ray.data.templates import Render
+from grpo_ray.data.tokenized import LoadReport, tokenized_rows
 from grpo_ray.overview import Overview, Sampler, key_of
-from grpo_ray.prompts import PromptSets
 from grpo_ray.rewards.columns import ColumnFacts
-from grpo_ray.templates import Render
-from grpo_ray.tokenized import LoadReport, tokenized_rows
 
 
 def of_all_rows(report: LoadReport, overview: Overview | None, num_in_eval: int | None = None) -> LoadReport:

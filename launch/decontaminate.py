@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from grpo_ray.config.data import DataSource
-from grpo_ray.data import Table, load_table
-from grpo_ray.decontaminate import (
+from grpo_ray.data.decontaminate import (
     SHORTEST,
     Contaminated,
     TestPrompts,
@@ -15,6 +14,7 @@ from grpo_ray.decontaminate import (
     prompt_texts,
     write_jsonl,
 )
+from grpo_ray.data.sources import Table, load_table
 from grpo_ray.errors import ConfigError, DataError
 from grpo_ray.files import aside_of
 from launch.console import plain_console

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from grpo_ray.config.data import DataSource
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
-from grpo_ray.data import python_function
+from grpo_ray.data.sources import python_function
 from grpo_ray.rewards import BUILTINS
 from grpo_ray.rewards.by_path import users_function
 

@@ -6,8 +6,8 @@ import asyncio
 from pathlib import Path
 
 from grpo_ray.config.data import DataSource
-from grpo_ray.data import Table, load_table, progress
-from grpo_ray.decontaminate import write_jsonl
+from grpo_ray.data.decontaminate import write_jsonl
+from grpo_ray.data.sources import Table, load_table, progress
 from grpo_ray.errors import ConfigError, DataError
 from grpo_ray.judge import Judge, JudgeOptions
 from grpo_ray.judged_pairs import RUBRIC, Counts, JudgedPair, balance_lengths, judge_pairs, read_candidates

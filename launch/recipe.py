@@ -13,7 +13,7 @@ from grpo_ray.config.loading import build, deep_merge, load_yaml, parse_override
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import DpoConfig, RewardModelConfig, SftConfig
 from grpo_ray.config.typed import with_types
-from grpo_ray.data import MAX_LINE_BYTES
+from grpo_ray.data.sources import MAX_LINE_BYTES
 from grpo_ray.errors import ConfigError
 from grpo_ray.names import check_name
 from grpo_ray.plain_terminal import say

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from grpo_ray.data import Table
+from grpo_ray.data.sources import Table
 from grpo_ray.filters.config import MixConfig, PairsConfig, PromptsConfig
 from grpo_ray.filters.mix import MixReport, make_mix
 from grpo_ray.filters.prompts import join_prompts

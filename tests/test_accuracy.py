@@ -20,7 +20,7 @@ import pytest
 
 from grpo_ray.config.data import DataSource
 from grpo_ray.config.reward import RewardFunctionConfig
-from grpo_ray.data import load_table
+from grpo_ray.data.sources import load_table
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards import ScoreInputs, call_reward, readings, resolve
 from grpo_ray.rewards.accuracy import accuracy

@@ -15,7 +15,7 @@ import fsspec
 import pytest
 
 from grpo_ray.checkpoint_store import Store
-from grpo_ray.decontaminate import write_jsonl
+from grpo_ray.data.decontaminate import write_jsonl
 from grpo_ray.errors import DataError
 from grpo_ray.files import write_whole
 from grpo_ray.manifest import FileSum, digest_of

@@ -190,8 +190,8 @@ def test_hugging_face_and_our_own_loader_read_the_mix(mix: MixConfig, tmp_path: 
     import datasets
 
     from grpo_ray.config.data import DataConfig
+    from grpo_ray.data.prompts import load_demonstrations
     from grpo_ray.models import load_tokenizer
-    from grpo_ray.prompts import load_demonstrations
 
     make_mix(mix, tmp_path / "mix.jsonl")
     loaded = datasets.load_dataset(

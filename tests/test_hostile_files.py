@@ -21,7 +21,7 @@ from grpo_ray.config.loading import build, load_yaml, parse_overrides
 from grpo_ray.config.reward import RewardConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.yaml import MAX_BYTES, MAX_NODES
-from grpo_ray.data import MAX_LINE_BYTES, load_table
+from grpo_ray.data.sources import MAX_LINE_BYTES, load_table
 from grpo_ray.ended import read_ended
 from grpo_ray.errors import CheckpointError, ConfigError, DataError, GrpoRayError, RewardError
 from grpo_ray.kept_groups import read_groups

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from grpo_ray.config.reward import RewardFunctionConfig
-from grpo_ray.decontaminate import ngram_hashes
+from grpo_ray.data.decontaminate import ngram_hashes
 from grpo_ray.filters.config import FilterConfig
 from grpo_ray.filters.select import written
 from grpo_ray.filters.trace import Trace, first_fault, foreign, loops, repeated

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
-from grpo_ray.data import Table
+from grpo_ray.data.sources import Table
 from grpo_ray.errors import ConfigError, DataError, JudgeError
 from grpo_ray.judge import Judge, JudgeOptions
 from grpo_ray.judge_form import read_ratings

@@ -17,8 +17,8 @@ from grpo_ray.checkpoint import RunDir
 from grpo_ray.config.loading import all_keys, build
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
+from grpo_ray.data.epochs import run_length
 from grpo_ray.ended import finished, write_ended
-from grpo_ray.epochs import run_length
 from grpo_ray.errors import ConfigError
 from grpo_ray.ledger import Ledger
 from launch.jobs import resume_run

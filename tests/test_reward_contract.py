@@ -17,9 +17,9 @@ import torch
 
 from actors.reward import build_inputs
 from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
+from grpo_ray.data.prompts import PromptSets
 from grpo_ray.errors import RewardError
 from grpo_ray.metrics import logged_metrics
-from grpo_ray.prompts import PromptSets
 from grpo_ray.rewards import BUILTINS, ScoreInputs, call_reward, columns_of, described, resolve
 from grpo_ray.rewards.columns import check_columns, column_needs
 from grpo_ray.rewards.function import RESERVED, Explained, RewardFunction, inspect_function

@@ -14,7 +14,7 @@ from actors.reward_process import ScoringProcess
 from actors.search_path import worker_env
 from grpo_ray.config.data import DataSource
 from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
-from grpo_ray.data import load_table
+from grpo_ray.data.sources import load_table
 from grpo_ray.errors import ConfigError, DataError, RewardError
 from grpo_ray.rewards import resolve
 from grpo_ray.rewards.function import ScoreInputs

@@ -15,9 +15,9 @@ from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import Place
 from grpo_ray.config.loading import build
 from grpo_ray.config.supervised import SftConfig
-from grpo_ray.cursor import Cursor
+from grpo_ray.data.cursor import Cursor
+from grpo_ray.data.prompts import SftExample
 from grpo_ray.manifest import FileSum
-from grpo_ray.prompts import SftExample
 from grpo_ray.sft_loop import SftLoop, sft_batch
 from grpo_ray.tracking import JsonlTracker, read_metrics
 from grpo_ray.types import TrainBatch, UpdateReport

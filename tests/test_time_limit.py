@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from grpo_ray import templates
+from grpo_ray.data import templates
+from grpo_ray.data.templates import make_template
 from grpo_ray.errors import DataError
 from grpo_ray.models import load_tokenizer
-from grpo_ray.templates import make_template
 from grpo_ray.time_limit import WATCH, TooLongError, within_thread_s
 
 LOOPS = [

@@ -20,7 +20,7 @@ from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import Place
 from grpo_ray.config.loading import build, deep_merge, parse_overrides
 from grpo_ray.config.schema import RunConfig
-from grpo_ray.cursor import Cursor
+from grpo_ray.data.cursor import Cursor
 from grpo_ray.errors import NonFiniteError, PoisonedError, RewardError, WorkerError
 from grpo_ray.events import EvalEvent, MessageEvent, StepEvent
 from grpo_ray.ledger import Ledger

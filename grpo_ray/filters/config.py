@@ -68,7 +68,7 @@ class MixConfig(Strict):
     max_rows: PositiveInt | None = None
     decontaminate: tuple[DataSource, ...] = ()
     """Rows whose prompt shares `ngram` words in a row with one of these, or holds a whole prompt of fewer, are left out; each
-    Chinese character is a word (`grpo_ray.decontaminate`)."""
+    Chinese character is a word (`grpo_ray.data.decontaminate`)."""
     ngram: PositiveInt = 10
     group_by: str | None = "source"
     """The column by which the composition is told."""

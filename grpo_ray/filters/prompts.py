@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from grpo_ray.data import load_table, map_columns
-from grpo_ray.decontaminate import write_jsonl
+from grpo_ray.data.decontaminate import write_jsonl
+from grpo_ray.data.sources import load_table, map_columns
 from grpo_ray.filters.config import PromptsConfig
 from grpo_ray.filters.mix import MixReport
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+from grpo_ray.data.templates import KWARGS, TOOLS
 from grpo_ray.errors import DataError
 from grpo_ray.filters.config import SampledSource
 from grpo_ray.filters.trace import completion_of, first_fault, trace_of
 from grpo_ray.rewards.answer_tag import answer_of
 from grpo_ray.rewards.parts import part_of
-from grpo_ray.templates import KWARGS, TOOLS
 
 Row = dict[str, Any]
 

@@ -10,7 +10,7 @@ from grpo_ray.config.base import Strict
 from grpo_ray.config.data import DataSource
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig, preferences
-from grpo_ray.epochs import run_length
+from grpo_ray.data.epochs import run_length
 from grpo_ray.pipeline.config import AssumeConfig
 from grpo_ray.pipeline.plan import Plan, Stage
 from grpo_ray.pipeline.record import Record

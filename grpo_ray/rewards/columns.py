@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from grpo_ray.config.reward import RewardConfig
+from grpo_ray.data.prompts import PromptDataset, PromptSets
 from grpo_ray.errors import RewardError
-from grpo_ray.prompts import PromptDataset, PromptSets
 from grpo_ray.rewards import described
 from grpo_ray.rewards.countdown import check_row
 from grpo_ray.rewards.function import SOURCE, has_value, missing_column, value_of

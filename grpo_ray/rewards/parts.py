@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from grpo_ray.thinking import CLOSE, OPEN
+from grpo_ray.data.thinking import CLOSE, OPEN
 
 Part = Literal["all", "reasoning", "summary"]
 

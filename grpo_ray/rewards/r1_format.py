@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import re
 
+from grpo_ray.data.thinking import OPEN, begun
 from grpo_ray.rewards.function import Completions, text_of
-from grpo_ray.thinking import OPEN, begun
 
 _TAG = re.compile(r"</?(?:think|answer)>")
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from grpo_ray.data.templates import Template, make_template
+from grpo_ray.data.tokenized import answer_ids, tokenize
 from grpo_ray.errors import ConfigError, DataError, RewardError, first_line
 from grpo_ray.rewards.function import Completions, Conversation, text_of
-from grpo_ray.templates import Template, make_template
-from grpo_ray.tokenized import answer_ids, tokenize
 
 SERVER_S = 60.0
 """For one batch, its retries included."""

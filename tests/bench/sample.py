@@ -91,8 +91,8 @@ def _bare(model: Path, *, own_process: bool) -> None:
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    from grpo_ray.data.prompts import load_prompts
     from grpo_ray.models import load_tokenizer
-    from grpo_ray.prompts import load_prompts
     from grpo_ray.seeds import sample_seed
 
     torch.set_num_threads(1)

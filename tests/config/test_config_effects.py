@@ -22,7 +22,7 @@ from grpo_ray.config.effects import (
 from grpo_ray.config.loading import all_keys, build, deep_merge, parse_overrides
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import DpoConfig, RewardModelConfig, SftConfig
-from grpo_ray.data import load_table
+from grpo_ray.data.sources import load_table
 from grpo_ray.errors import ConfigError, DataError
 from launch.check import check_recipe
 from launch.effects import check_effects, tell_idle_of_pipeline

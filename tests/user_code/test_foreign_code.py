@@ -17,7 +17,7 @@ import yaml
 import grpo_ray
 from grpo_ray.config.data import DataSource
 from grpo_ray.config.reward import RewardFunctionConfig
-from grpo_ray.data import load_table
+from grpo_ray.data.sources import load_table
 from grpo_ray.errors import DataError, GrpoRayError, RewardError
 from grpo_ray.rewards import described, resolve
 from launch.check import check_recipe

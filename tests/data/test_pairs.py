@@ -15,12 +15,12 @@ from transformers import AutoTokenizer
 from grpo_ray.config.data import DataConfig
 from grpo_ray.config.loading import build
 from grpo_ray.config.supervised import DpoConfig, RewardModelConfig
-from grpo_ray.cursor import Cursor
+from grpo_ray.data.cursor import Cursor
+from grpo_ray.data.preferences import load_pairs, pair_batch
+from grpo_ray.data.templates import make_template
 from grpo_ray.errors import ConfigError, DataError
-from grpo_ray.pairs import load_pairs, pair_batch
 from grpo_ray.supervised import DirectPreferences, Preferences, load_task
 from grpo_ray.supervised_data import check_padding
-from grpo_ray.templates import make_template
 from grpo_ray.types import TrainBatch
 from tests.families import family_tokenizer
 

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grpo_ray.config.data import DataSource
-from grpo_ray.data import Row, Table, map_columns, progress
+from grpo_ray.data.sources import Row, Table, map_columns, progress
+from grpo_ray.data.templates import Render, Rendered, Template
 from grpo_ray.errors import DataError
-from grpo_ray.templates import Render, Rendered, Template
 
 _CHUNK = 1000
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from grpo_ray.config.data import DataConfig
-from grpo_ray.decontaminate import write_jsonl
+from grpo_ray.data.decontaminate import write_jsonl
+from grpo_ray.data.preferences import load_pairs
 from grpo_ray.judged_pairs import JudgedPair
-from grpo_ray.pairs import load_pairs
 
 PAIRS = [
     JudgedPair([{"role": "user", "content": f"{i}+1?"}], f"<think>{i}</think>{i + 1}", f"{i}, perhaps", 2.0 + i)

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grpo_ray.data import Row, Table, map_columns, progress
+from grpo_ray.data.sources import Row, Table, map_columns, progress
 from grpo_ray.errors import DataError
 from grpo_ray.files import written_aside
 from grpo_ray.plain_text import bound_marks

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from grpo_ray.data import Table
-from grpo_ray.decontaminate import find_contaminated, ngram_hashes, ngrams, size_of, words_of, write_jsonl
+from grpo_ray.data.decontaminate import find_contaminated, ngram_hashes, ngrams, size_of, words_of, write_jsonl
+from grpo_ray.data.sources import Table
 from grpo_ray.errors import ConfigError, DataError
 from launch.cli import app
 

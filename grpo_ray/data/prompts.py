@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grpo_ray.config.data import DataConfig, DataSource
-from grpo_ray.cursor import Cursor
-from grpo_ray.data import Read, Row, Table, load_table
+from grpo_ray.data.cursor import Cursor
+from grpo_ray.data.sources import Read, Row, Table, load_table
+from grpo_ray.data.templates import Render, Rendered, make_template
+from grpo_ray.data.tokenized import LoadReport, TokenizedRow, TokenLists, fingerprint, tokenized_rows
 from grpo_ray.errors import DataError
-from grpo_ray.templates import Render, Rendered, make_template
-from grpo_ray.tokenized import LoadReport, TokenizedRow, TokenLists, fingerprint, tokenized_rows
 from grpo_ray.types import Prompt
 
 __all__ = [
@@ -47,7 +47,7 @@ class SftExample:
     prompt_ids: list[int]
     """[N]. The very ids that reinforcement learning would sample from."""
     completion_ids: list[int]
-    """[T], the token that ends the turn last; see `grpo_ray.tokenized.answer_ids`."""
+    """[T], the token that ends the turn last; see `grpo_ray.data.tokenized.answer_ids`."""
 
 
 class PromptDataset:

@@ -15,11 +15,11 @@ import pytest
 from trl import SFTConfig, SFTTrainer
 
 from grpo_ray.config.data import DataConfig
+from grpo_ray.data.preferences import load_pairs
+from grpo_ray.data.prompts import load_demonstrations, load_prompts
+from grpo_ray.data.templates import make_template
+from grpo_ray.data.turns import TurnEnd, end_of_text
 from grpo_ray.errors import DataError
-from grpo_ray.pairs import load_pairs
-from grpo_ray.prompts import load_demonstrations, load_prompts
-from grpo_ray.templates import make_template
-from grpo_ray.turns import TurnEnd, end_of_text
 from tests.families import FAMILIES, family_tokenizer
 
 THOUGHT = "<think>\nhm\n</think>\n\nso"

@@ -1,4 +1,4 @@
-"""Rows from files, hubs and generators: `DataSource` -> `Table`. What a row means is `grpo_ray.prompts`' business."""
+"""Rows from files, hubs and generators: `DataSource` -> `Table`. What a row means is `grpo_ray.data.prompts`' business."""
 
 from __future__ import annotations
 

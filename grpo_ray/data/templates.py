@@ -28,10 +28,10 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from grpo_ray import json_text
+from grpo_ray.data.thinking import CLOSE, OPEN, opens_thinking, without_opening
+from grpo_ray.data.turns import TurnEnd, end_of_text, end_of_turn
 from grpo_ray.errors import DataError, told
-from grpo_ray.thinking import CLOSE, OPEN, opens_thinking, without_opening
 from grpo_ray.time_limit import TooLongError, within_thread_s
-from grpo_ray.turns import TurnEnd, end_of_text, end_of_turn
 
 R1_SYSTEM = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "

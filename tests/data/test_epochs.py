@@ -19,8 +19,8 @@ from grpo_ray.checkpoint import RunDir
 from grpo_ray.config.loading import build
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
-from grpo_ray.cursor import Cursor
-from grpo_ray.epochs import describe, run_length
+from grpo_ray.data.cursor import Cursor
+from grpo_ray.data.epochs import describe, run_length
 from grpo_ray.errors import ConfigError, RewardError
 from grpo_ray.events import MessageEvent, StepEvent
 from grpo_ray.sft_loop import SftLoop, sft_batch

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grpo_ray.config.data import DataConfig, DataSource
-from grpo_ray.data import Read, Row, Table, load_table, map_columns
+from grpo_ray.data.prompts import EVAL_SEED_OFFSET, check_any_left, refuse_if_asked
+from grpo_ray.data.sources import Read, Row, Table, load_table, map_columns
+from grpo_ray.data.templates import Render, make_template
+from grpo_ray.data.tokenized import LoadReport, TokenizedRow, TokenLists, completion_text, fingerprint, tokenized_rows
 from grpo_ray.errors import DataError
-from grpo_ray.prompts import EVAL_SEED_OFFSET, check_any_left, refuse_if_asked
-from grpo_ray.templates import Render, make_template
-from grpo_ray.tokenized import LoadReport, TokenizedRow, TokenLists, completion_text, fingerprint, tokenized_rows
 from grpo_ray.types import Sample, TrainBatch, TrainSample, VersionSpan
 
 Kept = tuple[TokenizedRow, tuple[NDArray[np.int32], ...], float]

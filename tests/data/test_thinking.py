@@ -45,7 +45,7 @@ def seen(completions: list[str], **_: Any) -> list[float]:
 
 def test_a_function_of_ones_own_sees_what_was_sampled_and_of_a_part_what_it_is() -> None:
     def length(text: str, **config: Any) -> float:
-        return score("tests.test_thinking.seen", text, opened=True, **config)
+        return score("tests.data.test_thinking.seen", text, opened=True, **config)
 
     assert length(CUT) == len(CUT)
     assert length(CUT, part="reasoning") == len("2+2")

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_ray.config.data import DataConfig, DataSource
-from grpo_ray.cursor import Cursor
-from grpo_ray.data import load_table, progress
+from grpo_ray.data.cursor import Cursor
+from grpo_ray.data.prompts import EVAL_SEED_OFFSET, load_demonstrations, load_prompts
+from grpo_ray.data.sources import load_table, progress
+from grpo_ray.data.templates import R1_SYSTEM
+from grpo_ray.data.tokenized import TokenLists
 from grpo_ray.errors import DataError
-from grpo_ray.prompts import EVAL_SEED_OFFSET, load_demonstrations, load_prompts
-from grpo_ray.templates import R1_SYSTEM
-from grpo_ray.tokenized import TokenLists
 
 pytestmark = pytest.mark.timeout(300)
 
