@@ -96,7 +96,7 @@ class EngineAdapters:
         Raises:
             WorkerError: the checksum is another, or there is no room.
         """
-        from grpo_ray.lora import adapter_checksum
+        from grpo_ray.models.lora import adapter_checksum
 
         assert self._options is not None
         received = adapter_checksum(data)
@@ -122,7 +122,7 @@ class EngineAdapters:
     def _write(self, data: bytes, folder: Path) -> None:
         from safetensors.torch import load
 
-        from grpo_ray.lora import write_adapter
+        from grpo_ray.models.lora import write_adapter
 
         assert self._options is not None
         write_adapter(load(data), self._options.lora, self._base_model, folder)

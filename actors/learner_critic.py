@@ -16,9 +16,9 @@ from actors.learner_engine import LearnerSpec, build_critic, step
 from grpo_ray.batch.sequence import SequenceRanks
 from grpo_ray.errors import NonFiniteError
 from grpo_ray.losses.value import value_loss
+from grpo_ray.models.value import gae_of_segments
 from grpo_ray.objectives import MicroBatchData
 from grpo_ray.spread import tolerance
-from grpo_ray.value_model import gae_of_segments
 
 _SUMS = ("tokens", "loss", "error", "value", "return", "return_squared")
 

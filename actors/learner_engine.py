@@ -11,23 +11,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from grpo_ray.attention import PACKED, check_packable, choose_attention
 from grpo_ray.batch.sequence import SequenceRanks
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.config.learner import CriticConfig, LearnerConfig, WeightsConfig
 from grpo_ray.config.model import ModelConfig
 from grpo_ray.config.supervised import DpoOptions, RewardModelOptions
-from grpo_ray.dropout import without_dropout
 from grpo_ray.errors import ConfigError, NonFiniteError
-from grpo_ray.linear import use_faster_products
-from grpo_ray.lora import inject
-from grpo_ray.memory import chunk_rows
+from grpo_ray.models.attention import PACKED, check_packable, choose_attention
+from grpo_ray.models.dropout import without_dropout
+from grpo_ray.models.linear import use_faster_products
+from grpo_ray.models.lora import inject
+from grpo_ray.models.memory import chunk_rows
+from grpo_ray.models.policy import PolicyModel
+from grpo_ray.models.reward import RewardModel
+from grpo_ray.models.trainable import MAKING, why_not
+from grpo_ray.models.value import ValueModel
 from grpo_ray.objectives import GrpoObjective, Objective, SftObjective
 from grpo_ray.objectives_pairs import DpoObjective, RewardModelObjective
-from grpo_ray.policy import PolicyModel
-from grpo_ray.reward_model import RewardModel
-from grpo_ray.trainable import MAKING, why_not
-from grpo_ray.value_model import ValueModel
 
 
 @dataclass(frozen=True)

@@ -304,8 +304,8 @@ def _spec(
     )
 
 
-# oneDNN prepares a product for each shape (grpo_ray/linear.py). Those of one micro-batch are kept, five layer shapes with three
-# products each, and not 1,024.
+# oneDNN prepares a product for each shape (grpo_ray/models/linear.py). Those of one micro-batch are kept, five layer shapes with
+# three products each, and not 1,024.
 ONEDNN_ENV = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
 
 

@@ -13,7 +13,7 @@ from grpo_ray.checkpoint_store import Place
 from grpo_ray.errors import CheckpointError
 from grpo_ray.fragments import Fragment, FragmentReader, even_part
 from grpo_ray.learner_files import HeldModel, SavedLearner
-from grpo_ray.named_weights import buckets, named_weights
+from grpo_ray.models.named_weights import buckets, named_weights
 
 _KIND = "weight"
 

@@ -25,9 +25,9 @@ from actors.learner_engine import LearnerSpec
 from grpo_ray.checkpoint_store import Place
 from grpo_ray.errors import CheckpointError
 from grpo_ray.learner_files import HeldModel, SavedLearner, write_rank
-from grpo_ray.lora import adapter_tensors, write_adapter
 from grpo_ray.manifest import FileSum
-from grpo_ray.named_weights import buckets, named_weights
+from grpo_ray.models.lora import adapter_tensors, write_adapter
+from grpo_ray.models.named_weights import buckets, named_weights
 
 BUCKET_BYTES = 256 << 20
 _STATE_BYTES = 12
@@ -94,7 +94,7 @@ def write(held: Held, spec: LearnerSpec, place: Place, rank: int, num_ranks: int
 def _write_export(export: Export, spec: LearnerSpec, folder: Path) -> None:
     """A Hugging Face model in the model's dtype, with tokenizer. Adapters are merged in, and also written by themselves
     (`lora/`)."""
-    from grpo_ray.models import load_tokenizer
+    from grpo_ray.models.loading import load_tokenizer
     from grpo_ray.stops import name_turn_end
 
     tokenizer = load_tokenizer(spec.model_path, trust_remote_code=spec.model.trust_remote_code)

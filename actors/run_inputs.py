@@ -17,7 +17,7 @@ from grpo_ray.data.prompts import PromptDataset, PromptSets, load_eval_prompts, 
 from grpo_ray.data.tokenized import LoadReport
 from grpo_ray.errors import DataError
 from grpo_ray.manifest import digest_of
-from grpo_ray.models import context_length, load_config, load_tokenizer, prepare_model
+from grpo_ray.models.loading import context_length, load_config, load_tokenizer, prepare_model
 from grpo_ray.rewards.columns import check_columns, check_sets, eval_sets_told
 from grpo_ray.stops import stops_of_run
 
@@ -31,7 +31,7 @@ async def resolve_model(context: RunContext, config: RunConfig | SftConfig) -> s
 async def begin_learning(context: RunContext, config: RunConfig | SftConfig) -> None:
     """Import what the controller needs of torch, and warn of a CPU that is slow in the run's dtype."""
     await asyncio.to_thread(import_learning)
-    from grpo_ray.attention import cpu_has_bf16
+    from grpo_ray.models.attention import cpu_has_bf16
 
     if config.model.dtype == "bfloat16" and not has_gpus() and not cpu_has_bf16():
         context.warn(

@@ -14,7 +14,7 @@ from actors.workers import Workers
 from grpo_ray.config.supervised import DpoConfig, SftConfig
 from grpo_ray.data.cursor import Cursor
 from grpo_ray.data.epochs import run_length
-from grpo_ray.models import load_tokenizer
+from grpo_ray.models.loading import load_tokenizer
 from grpo_ray.sft_loop import SftLoop
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from actors.weight_gloo_trainer import GlooTrainerInitInfo
 from actors.weight_memory import Address
 from actors.weights import EngineSyncError, EngineTarget, SendReport
 from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
-from grpo_ray.named_weights import buckets, named_weights
+from grpo_ray.models.named_weights import buckets, named_weights
 
 _OWN_PART = 0.9
 """Of the deadline, after which the sender gives up by itself: it knows which engine is late, its callers don't."""

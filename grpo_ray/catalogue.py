@@ -146,7 +146,7 @@ METRICS: dict[str, tuple[str, str]] = {
         "Tokens through the learner (prompts too) by the seconds of its update",
         "tokens/s",
     ),
-    "throughput/learner_tflops": ("Model FLOPs of the update, of one learner (grpo_ray/flops.py)", "TFLOP/s"),
+    "throughput/learner_tflops": ("Model FLOPs of the update, of one learner (grpo_ray/models/flops.py)", "TFLOP/s"),
     "throughput/mfu": ("Model FLOPs of the update by the peak of the learners' devices", ""),
     "throughput/tokens_per_s": ("Completion tokens of the step by its whole time (SFT: all tokens)", "tokens/s"),
     "throughput/rollout_tokens_per_s": (

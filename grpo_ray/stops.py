@@ -17,7 +17,7 @@ from grpo_ray.config.schema import RunConfig
 from grpo_ray.data.templates import is_chat, make_template
 from grpo_ray.data.turns import TurnEnd
 from grpo_ray.errors import ConfigError, DataError
-from grpo_ray.models import eos_ids, load_config, vocab_size
+from grpo_ray.models.loading import eos_ids, load_config, vocab_size
 
 _TAG = re.compile(r"</\w+>")
 """Closes a part of the answer, and so belongs to it, also where it is a special token that ends the sample."""
@@ -97,7 +97,7 @@ def find_stops(
     """All that ends a sample.
 
     Args:
-        eos_ids: that the model itself names, see `grpo_ray.models.eos_ids`.
+        eos_ids: that the model itself names, see `grpo_ray.models.loading.eos_ids`.
         end: how the template ends a turn.
         num_tokens: that the model can sample.
         strings: `rollout.stop`.

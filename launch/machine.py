@@ -13,8 +13,8 @@ from grpo_ray.config.reward import KEY_VARIABLE
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError, ResourceError, first_line
-from grpo_ray.kv_cache import check_gpu_shares, check_kv_cache
 from grpo_ray.machine import total_memory
+from grpo_ray.models.kv_cache import check_gpu_shares, check_kv_cache
 from grpo_ray.secrets import REFERENCE
 from grpo_ray.tracking import check_packages
 

@@ -21,11 +21,11 @@ from grpo_ray.config.model import ModelConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import RewardModelConfig, SftConfig
 from grpo_ray.errors import ConfigError
-from grpo_ray.memory import known_facts
-from grpo_ray.models import eos_ids, load_config, load_tokenizer, model_name
+from grpo_ray.models.loading import eos_ids, load_config, load_tokenizer, model_name
+from grpo_ray.models.memory import known_facts
+from grpo_ray.models.tiny import tiny_config, tiny_shape
+from grpo_ray.models.tiny_tokenizer import TinyTokenizer
 from grpo_ray.plain_terminal import say
-from grpo_ray.tiny import tiny_config, tiny_shape
-from grpo_ray.tiny_tokenizer import TinyTokenizer
 
 
 class ModelFiles:
@@ -156,7 +156,7 @@ def answer() -> None:
 
 def _count(question: dict[str, Any]) -> int:
     """Parameters of the model. Raises ConfigError: the learner would refuse it."""
-    from grpo_ray.trainable import check_adapters, skeleton
+    from grpo_ray.models.trainable import check_adapters, skeleton
 
     config = ModelConfig.model_validate(question["model"])
     hf = skeleton(

@@ -14,8 +14,8 @@ from grpo_ray.config.supervised import SftConfig
 from grpo_ray.config.yaml import dump_yaml
 from grpo_ray.errors import ResourceError
 from grpo_ray.machine import free_memory, usable_cpus
-from grpo_ray.memory import known_facts
-from grpo_ray.memory_fit import fit_memory, too_large
+from grpo_ray.models.memory import known_facts
+from grpo_ray.models.memory_fit import fit_memory, too_large
 from launch.console import plain_console
 
 Config = TypeVar("Config", bound=RunConfig | SftConfig)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from grpo_ray.checkpoint_store import Store
 from grpo_ray.config.model import TinyModelConfig
-from grpo_ray.tiny import build_tiny_model
+from grpo_ray.models.tiny import build_tiny_model
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o077])

@@ -19,7 +19,7 @@ from grpo_ray.ended import read_ended
 from grpo_ray.errors import CheckpointError, ConfigError
 from grpo_ray.eval_record import step_of
 from grpo_ray.learner_files import SavedLearner
-from grpo_ray.models import check_model_path, known_context
+from grpo_ray.models.loading import check_model_path, known_context
 from grpo_ray.pipeline.record import Record
 
 pytestmark = pytest.mark.timeout(60)

@@ -11,10 +11,10 @@ from grpo_ray.config.model import TinyModelConfig
 from grpo_ray.errors import DataError
 from grpo_ray.filters.config import MixConfig
 from grpo_ray.filters.select import written
+from grpo_ray.models.tiny import build_tiny_model
 from grpo_ray.rewards.language_consistency import language_consistency
 from grpo_ray.rewards.r1_format import r1_format
 from grpo_ray.rewards.reasoning_gym_task import reasoning_gym
-from grpo_ray.tiny import build_tiny_model
 from grpo_ray.tiny_r1 import LANGUAGES, TASKS, base_text, greeting_pairs, greetings, kind_greeting, prompts
 
 NONE = dict.fromkeys(
@@ -134,7 +134,7 @@ def test_a_wrong_task_or_flaw_is_named() -> None:
 
 
 def test_words_of_a_tiny_model_are_tokens_of_their_own(tmp_path: Path) -> None:
-    from grpo_ray.models import load_tokenizer
+    from grpo_ray.models.loading import load_tokenizer
 
     config = TinyModelConfig(
         hidden_size=64, num_layers=1, num_heads=2, num_kv_heads=1, words=("ones", "the visitor waits")

@@ -20,7 +20,7 @@ from actors.learner_group import _spec
 from grpo_ray.batch.pack import PackItem, pack
 from grpo_ray.batch.sequence import Alone
 from grpo_ray.config.schema import RunConfig
-from grpo_ray.lora import adapters_off
+from grpo_ray.models.lora import adapters_off
 from grpo_ray.objectives import GrpoObjective, MicroBatchData
 
 STEPS, MICRO_BATCHES = 2, 2

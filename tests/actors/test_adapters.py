@@ -22,7 +22,7 @@ from actors.rollout_pool import RolloutPool
 from grpo_ray.config.model import MAX_ADAPTER_RANK, LoraConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import WorkerError
-from grpo_ray.lora import adapter_checksum
+from grpo_ray.models.lora import adapter_checksum
 from grpo_ray.types import Sample, SampleInfo, SampleRequest, TrainBatch, TrainSample, Truncation
 from tests.actors.saved import export
 from tests.actors.test_rollout import GREEDY, LONG, SAMPLING, Bench, reference_logprobs, run_config

@@ -14,7 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from grpo_ray.attention import (
+from grpo_ray.batch.pack import PackItem, pack, token_values
+from grpo_ray.batch.plan import MiniBatchPlan, plan_batch, shared_cost
+from grpo_ray.batch.truncation import TokenSets, keep_mask
+from grpo_ray.errors import ConfigError
+from grpo_ray.models.attention import (
     FLASH,
     PackedLayout,
     Run,
@@ -23,11 +27,7 @@ from grpo_ray.attention import (
     choose_attention,
     packed_attention,
 )
-from grpo_ray.batch.pack import PackItem, pack, token_values
-from grpo_ray.batch.plan import MiniBatchPlan, plan_batch, shared_cost
-from grpo_ray.batch.truncation import TokenSets, keep_mask
-from grpo_ray.errors import ConfigError
-from grpo_ray.policy import PolicyModel
+from grpo_ray.models.policy import PolicyModel
 from grpo_ray.types import Step, Truncation
 
 BUDGET = 100

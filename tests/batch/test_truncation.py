@@ -12,10 +12,10 @@ from torch import Tensor
 from grpo_ray.batch import truncation as module
 from grpo_ray.batch.truncation import TokenSets, keep_mask
 from grpo_ray.errors import ConfigError
-from grpo_ray.logprobs import chunked_logprobs
+from grpo_ray.models.logprobs import chunked_logprobs
 from grpo_ray.types import Truncation
+from tests.models.test_logprobs import H, N, V, inputs, plain
 from tests.recipes import run_config
-from tests.test_logprobs import H, N, V, inputs, plain
 
 SAMPLERS = [
     Truncation(top_p=0.9),

@@ -57,7 +57,7 @@ def _long_prompts(group_size: int) -> dict[str, float]:
 
 def chunked_logprobs() -> dict[str, float]:
     """Log-probabilities and their gradient, 4,096 tokens, vocabulary 151,936, hidden 896, as the learner does it."""
-    from grpo_ray.memory import chunk_rows
+    from grpo_ray.models.memory import chunk_rows
 
     return _logprob_memory(chunk_rows(VOCAB, on_gpu=False))
 
@@ -71,7 +71,7 @@ def _logprob_memory(chunk: int) -> dict[str, float]:
     """`x_bound`: peak over what has to be there anyway, hidden states, head and the head's gradient."""
     import torch
 
-    from grpo_ray.logprobs import chunked_logprobs as compute
+    from grpo_ray.models.logprobs import chunked_logprobs as compute
 
     hidden = torch.randn(TOKENS, HIDDEN, requires_grad=True)
     weight = torch.nn.Parameter(torch.randn(VOCAB, HIDDEN) / 30)
@@ -94,7 +94,7 @@ def _policy() -> Any:
 def _tiny() -> Iterator[str]:
     """The folder of a model of 2.3 M parameters."""
     from grpo_ray.config.model import TinyModelConfig
-    from grpo_ray.tiny import build_tiny_model
+    from grpo_ray.models.tiny import build_tiny_model
 
     with tempfile.TemporaryDirectory() as folder:
         yield str(build_tiny_model(Path(folder), TinyModelConfig(num_layers=3, context=300)))

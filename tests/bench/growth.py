@@ -3,8 +3,8 @@
     python -m tests.bench.growth [length|size|group ...]
 
 Each row is a process of its own with one thread, and takes the same way as the learner: plan, pack, chunked log-probabilities.
-What must grow is counted beside it (FLOPs as in `grpo_ray/flops.py`); the last column is seconds per FLOP over those of the first
-row, so that a term which grows faster than it must shows up as a figure above 1.
+What must grow is counted beside it (FLOPs as in `grpo_ray/models/flops.py`); the last column is seconds per FLOP over those of the
+first row, so that a term which grows faster than it must shows up as a figure above 1.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def measure(row: Row) -> dict[str, float]:
     import torch
 
     from grpo_ray.config.model import TinyModelConfig
-    from grpo_ray.flops import forward_flops, model_shape
-    from grpo_ray.memory import chunk_rows
-    from grpo_ray.tiny import build_tiny_model
+    from grpo_ray.models.flops import forward_flops, model_shape
+    from grpo_ray.models.memory import chunk_rows
+    from grpo_ray.models.tiny import build_tiny_model
     from tests.bench.passes import packed_pass, policy
 
     torch.set_num_threads(1)

@@ -62,9 +62,9 @@ def policy(path: str, chunk: int) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from grpo_ray.attention import choose_attention
-    from grpo_ray.linear import use_faster_products
-    from grpo_ray.policy import PolicyModel
+    from grpo_ray.models.attention import choose_attention
+    from grpo_ray.models.linear import use_faster_products
+    from grpo_ray.models.policy import PolicyModel
 
     attention = choose_attention("auto", torch.device("cpu"))
     hf = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grpo_ray.attention import FLASH, choose_attention
 from grpo_ray.batch.pack import pack
-from grpo_ray.policy import PolicyModel
+from grpo_ray.models.attention import FLASH, choose_attention
+from grpo_ray.models.policy import PolicyModel
 from tests.actors.test_learner import exported, make_batch, make_config, moved_apart, plain_step, run
 from tests.batch.test_batching import random_items
 

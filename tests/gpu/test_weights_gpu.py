@@ -15,7 +15,7 @@ import torch
 from actors.rollout_pool import RolloutPool
 from actors.weights import EngineTarget, RayWeightSync, SendReport
 from grpo_ray.config.model import TinyModelConfig
-from grpo_ray.tiny import build_tiny_model
+from grpo_ray.models.tiny import build_tiny_model
 from grpo_ray.types import Sample
 from tests.actors.test_rollout import SAMPLING, reference_logprobs, requests, run_config
 

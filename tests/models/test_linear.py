@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from grpo_ray import linear
-from grpo_ray.attention import choose_attention
 from grpo_ray.batch.pack import PackItem, pack
-from grpo_ray.linear import times_transposed, use_faster_products
-from grpo_ray.policy import PolicyModel
+from grpo_ray.models import linear
+from grpo_ray.models.attention import choose_attention
+from grpo_ray.models.linear import times_transposed, use_faster_products
+from grpo_ray.models.policy import PolicyModel
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_ray.attention import choose_attention
 from grpo_ray.batch.pack import PackItem, pack
 from grpo_ray.batch.segments import Segments
-from grpo_ray.value_model import ValueModel, gae_of_segments
+from grpo_ray.models.attention import choose_attention
+from grpo_ray.models.value import ValueModel, gae_of_segments
 
 LENGTHS = [3, 1, 5]
 BETA = 0.1

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from grpo_ray.attention import FLASH, PACKED, check_packable, choose_attention
 from grpo_ray.batch.sequence import check_model
 from grpo_ray.config.model import ModelConfig
 from grpo_ray.errors import ConfigError, told
-from grpo_ray.lora import inject
-from grpo_ray.policy import check_head
+from grpo_ray.models.attention import FLASH, PACKED, check_packable, choose_attention
+from grpo_ray.models.lora import inject
+from grpo_ray.models.policy import check_head
 
 MAKING = (OSError, ValueError, KeyError, AttributeError, TypeError, AssertionError, ImportError)
 """What Transformers raises for a config that its own class can't be made from."""

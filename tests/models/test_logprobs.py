@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grpo_ray.logprobs import LogprobHead, chunked_logprobs
+from grpo_ray.models.logprobs import LogprobHead, chunked_logprobs
 
 N, H, V = 37, 16, 53
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from grpo_ray.config.model import LoraConfig
 from grpo_ray.errors import ConfigError
-from grpo_ray.lora import adapter_bytes, adapter_checksum, adapter_tensors, adapters_off, inject, write_adapter
-from grpo_ray.named_weights import buckets, named_weights
+from grpo_ray.models.lora import adapter_bytes, adapter_checksum, adapter_tensors, adapters_off, inject, write_adapter
+from grpo_ray.models.named_weights import buckets, named_weights
 
 LORA = LoraConfig(r=4, alpha=12)
 IDS = torch.arange(10, 30)[None]

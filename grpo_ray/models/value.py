@@ -14,7 +14,7 @@ from grpo_ray.advantages import gae, kl_in_reward
 from grpo_ray.batch.pack import PackedBatch
 from grpo_ray.batch.segments import Segments
 from grpo_ray.batch.sequence import Alone, SequenceRanks
-from grpo_ray.policy import own_slice, target_states
+from grpo_ray.models.policy import own_slice, target_states
 
 
 class ValueModel(nn.Module):

@@ -8,8 +8,8 @@ from typing import TypeVar, cast
 from grpo_ray.config.learner import LearnerConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import DpoConfig, RewardModelConfig, SftConfig
-from grpo_ray.kv_cache import DEFAULT_GB
-from grpo_ray.memory import (
+from grpo_ray.models.kv_cache import DEFAULT_GB
+from grpo_ray.models.memory import (
     CONTROLLER_BASE,
     RAY_BASE,
     REWARD_BASE,

@@ -14,7 +14,8 @@ from grpo_ray.config.loading import build
 from grpo_ray.config.model import ModelConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
-from grpo_ray.memory import (
+from grpo_ray.models.loading import load_config
+from grpo_ray.models.memory import (
     GIB,
     LEARNER_BASE,
     ModelFacts,
@@ -24,10 +25,9 @@ from grpo_ray.memory import (
     known_facts,
     learner_memory,
 )
-from grpo_ray.memory_fit import fit_memory, fits, parts_of, too_large
-from grpo_ray.models import load_config
-from grpo_ray.tiny import tiny_config
-from grpo_ray.trainable import skeleton
+from grpo_ray.models.memory_fit import fit_memory, fits, parts_of, too_large
+from grpo_ray.models.tiny import tiny_config
+from grpo_ray.models.trainable import skeleton
 from tests.recipes import run_config
 
 SMOLLM2 = ModelFacts(134_515_008, 30, 576, 576, 1536, 49_152)

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_ray.attention import attention_kwargs
 from grpo_ray.batch.pack import PackedBatch
 from grpo_ray.batch.sequence import Alone, SequenceRanks, Slice, slice_of
 from grpo_ray.batch.truncation import TokenSets
-from grpo_ray.linear import multiple_of_tokens
-from grpo_ray.logprobs import LogprobHead
+from grpo_ray.models.attention import attention_kwargs
+from grpo_ray.models.linear import multiple_of_tokens
+from grpo_ray.models.logprobs import LogprobHead
 
 _HEAD_FEATURES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo_ray.batch.plan import MiniBatchPlan
 from grpo_ray.config.model import LoraConfig, TinyModelConfig
-from grpo_ray.flops import (
+from grpo_ray.models.flops import (
     FlopCounter,
     ModelShape,
     UpdatePasses,
@@ -22,8 +22,8 @@ from grpo_ray.flops import (
     train_flops,
     update_flops,
 )
-from grpo_ray.lora import inject
-from grpo_ray.tiny import build_tiny_model
+from grpo_ray.models.lora import inject
+from grpo_ray.models.tiny import build_tiny_model
 from grpo_ray.types import TrainBatch, TrainSample
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from grpo_ray.batch.pack import PackedBatch
 from grpo_ray.batch.sequence import Alone, SequenceRanks
-from grpo_ray.policy import own_slice, target_states
+from grpo_ray.models.policy import own_slice, target_states
 
 
 class RewardModel(nn.Module):

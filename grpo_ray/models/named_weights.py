@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from grpo_ray.lora import ADAPTER
+from grpo_ray.models.lora import ADAPTER
 
 
 @dataclass(frozen=True)
