@@ -34,7 +34,7 @@ recovery: .venv/.ready  ## how long a run needs after each kind of death, five t
 test-cluster: .venv/.ready  ## a Ray cluster of several nodes on this machine: workers come and go, a node dies (20 minutes)
 	@$(BIN)/pytest -s tests/end_to_end/test_cluster.py tests/end_to_end/test_scale.py
 
-mutants: .venv/.ready  ## small mistakes put into the code, and whether a fast test notices (SAMPLE=400 of each part, or all; MUTANTS='grpo_ray.losses.*': these)
+mutants: .venv/.ready  ## small mistakes put into the code, and whether a fast test notices (SAMPLE=400 of each part, or all; MUTANTS='grpo_ray.algorithm.losses.*': these)
 	@$(BIN)/python -m tests.mutants $(if $(MUTANTS),$(MUTANTS),--sample $(or $(SAMPLE),400))
 
 lint: .venv/.ready  ## ruff, mypy, import layers

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from actors.learner_engine import LearnerSpec, step
 from actors.learner_micro_batches import model_inputs
 from actors.rendezvous import gather_texts
+from grpo_ray.algorithm.objectives import MicroBatchData, Objective
 from grpo_ray.batch.sequence import SequenceRanks
 from grpo_ray.errors import NonFiniteError, WorkerError
-from grpo_ray.objectives import MicroBatchData, Objective
 from grpo_ray.types import TrainBatch, TrainSample
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from grpo_ray.algorithm.objectives import GrpoObjective, Objective, SftObjective
+from grpo_ray.algorithm.objectives_pairs import DpoObjective, RewardModelObjective
 from grpo_ray.batch.sequence import SequenceRanks
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.config.learner import CriticConfig, LearnerConfig, WeightsConfig
@@ -26,8 +28,6 @@ from grpo_ray.models.policy import PolicyModel
 from grpo_ray.models.reward import RewardModel
 from grpo_ray.models.trainable import MAKING, why_not
 from grpo_ray.models.value import ValueModel
-from grpo_ray.objectives import GrpoObjective, Objective, SftObjective
-from grpo_ray.objectives_pairs import DpoObjective, RewardModelObjective
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_ray.algorithm.losses.kl import kl_of_tokens
+from grpo_ray.algorithm.objectives import MicroBatchData
+from grpo_ray.algorithm.train_batch import penalised_advantages
 from grpo_ray.batch.sequence import SequenceRanks
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.errors import NonFiniteError
-from grpo_ray.losses.kl import kl_of_tokens
-from grpo_ray.objectives import MicroBatchData
-from grpo_ray.train_batch import penalised_advantages
 from grpo_ray.types import TrainBatch
 
 

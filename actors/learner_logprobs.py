@@ -13,10 +13,10 @@ import torch
 from actors.learner_engine import LearnerSpec
 from actors.learner_micro_batches import model_inputs
 from actors.learner_timer import UpdateTimer
+from grpo_ray.algorithm.objectives import MicroBatchData
 from grpo_ray.config.schema import AlgorithmConfig
 from grpo_ray.models.flops import UpdatePasses
 from grpo_ray.models.lora import adapters_off
-from grpo_ray.objectives import MicroBatchData
 from grpo_ray.types import TrainBatch
 
 

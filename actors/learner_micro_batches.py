@@ -13,13 +13,13 @@ import ray
 import torch
 
 from actors.learner_engine import LearnerSpec
+from grpo_ray.algorithm.losses.aggregation import Normalizers
+from grpo_ray.algorithm.objectives import MicroBatchData, Objective
 from grpo_ray.batch.pack import PackItem, pack, token_values, tokens_of_version
 from grpo_ray.batch.plan import MiniBatchPlan, plan_batch, shared_cost
 from grpo_ray.batch.sequence import SequenceRanks
 from grpo_ray.batch.truncation import TokenSets
 from grpo_ray.errors import LostSamplesError, WorkerError
-from grpo_ray.losses.aggregation import Normalizers
-from grpo_ray.objectives import MicroBatchData, Objective
 from grpo_ray.types import Sample, TrainBatch, TrainSample
 
 FETCH_TIMEOUT_S = 120.0

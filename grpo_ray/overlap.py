@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+from grpo_ray.algorithm.train_batch import cut_batch, set_advantages
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.roles import Learner
-from grpo_ray.train_batch import cut_batch, set_advantages
 from grpo_ray.types import Group
 
 _OF_ONE_GROUP = ("grpo", "dr_grpo", "rloo", "process")

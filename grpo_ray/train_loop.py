@@ -25,6 +25,8 @@ from dataclasses import replace
 from functools import partial
 
 from grpo_ray.advice import STEPS_LOOKED_AT, advise, mean_step
+from grpo_ray.algorithm.mismatch import mismatch_warning
+from grpo_ray.algorithm.train_batch import cut_batch, set_advantages
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.collect import Collector
 from grpo_ray.config.schema import RunConfig
@@ -36,12 +38,10 @@ from grpo_ray.events import Event, MessageEvent, PhaseEvent, StepEvent
 from grpo_ray.health import Health
 from grpo_ray.ledger import Ledger
 from grpo_ray.metrics import eval_metrics, step_metrics
-from grpo_ray.mismatch import mismatch_warning
 from grpo_ray.replay import how_to_replay
 from grpo_ray.roles import Roles, Tracker
 from grpo_ray.session import Session
 from grpo_ray.timeline import sampler_tokens_per_s
-from grpo_ray.train_batch import cut_batch, set_advantages
 from grpo_ray.types import Group, Prompt, SyncReport, Track, TrainBatch, UpdateReport
 from grpo_ray.untrained import why_untrained
 

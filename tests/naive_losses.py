@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_ray.losses.policy import LossOptions
+from grpo_ray.algorithm.losses.policy import LossOptions
 
 OPTIONS = LossOptions(
     epsilon_low=0.2,

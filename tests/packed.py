@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grpo_ray.algorithm.losses.aggregation import Normalizers
+from grpo_ray.algorithm.objectives import GrpoObjective, MicroBatchData
 from grpo_ray.batch.pack import PackItem, pack
 from grpo_ray.batch.segments import Segments
 from grpo_ray.config.algorithm import AlgorithmConfig
-from grpo_ray.losses.aggregation import Normalizers
-from grpo_ray.objectives import GrpoObjective, MicroBatchData
 from tests.naive_losses import MAX_LENGTH, OPTIONS, Batch
 
 

@@ -1,4 +1,5 @@
-"""The schema of `algorithm`: what is learned from a batch. Formulas and sources are in `advantages.py` and `losses/`.
+"""The schema of `algorithm`: what is learned from a batch. Formulas and sources are in `algorithm/advantages.py` and
+`algorithm/losses/`.
 
 `algorithm: NAME` takes a preset (`presets.py`); combinations that would not do what they say are refused.
 """

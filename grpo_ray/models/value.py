@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_ray.advantages import gae, kl_in_reward
+from grpo_ray.algorithm.advantages import gae, kl_in_reward
 from grpo_ray.batch.pack import PackedBatch
 from grpo_ray.batch.segments import Segments
 from grpo_ray.batch.sequence import Alone, SequenceRanks

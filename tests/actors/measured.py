@@ -17,11 +17,11 @@ import torch.distributed as dist
 
 from actors.learner_engine import build_engine, build_reference, step
 from actors.learner_group import _spec
+from grpo_ray.algorithm.objectives import GrpoObjective, MicroBatchData
 from grpo_ray.batch.pack import PackItem, pack
 from grpo_ray.batch.sequence import Alone
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.models.lora import adapters_off
-from grpo_ray.objectives import GrpoObjective, MicroBatchData
 
 STEPS, MICRO_BATCHES = 2, 2
 

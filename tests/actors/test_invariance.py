@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from actors.learner_group import LearnerGroup
+from grpo_ray.algorithm.losses.table import POLICY_LOSSES
 from grpo_ray.config.algorithm import AlgorithmConfig
-from grpo_ray.losses.table import POLICY_LOSSES
 from tests.actors.saved import load, save
 from tests.actors.test_learner import exported, make_batch, make_config, moved_apart, run, start
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 
-from grpo_ray.advantages import group_advantages
+from grpo_ray.algorithm.advantages import group_advantages
+from grpo_ray.algorithm.losses.correction import CorrectionOptions, correction_weights
+from grpo_ray.algorithm.losses.kl import kl_of_tokens
+from grpo_ray.algorithm.train_batch import penalised_advantages
 from grpo_ray.batch.segments import Segments
 from grpo_ray.config.algorithm import AlgorithmConfig
-from grpo_ray.losses.correction import CorrectionOptions, correction_weights
-from grpo_ray.losses.kl import kl_of_tokens
-from grpo_ray.train_batch import penalised_advantages
 from grpo_ray.types import TrainSample
 from tests.naive_losses import Batch, make_batch
 

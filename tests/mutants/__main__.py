@@ -4,7 +4,7 @@ Which modules and which tests: `[tool.mutmut]` in pyproject.toml. Mistakes that 
 equivalent.yaml. The exit code is 1 below 95% in any part, with every mistake that nobody noticed printed as a diff. mutmut keeps
 what it found under mutants/: mistakes in functions that changed, and those that nobody noticed, are tried again; without that
 folder all are. A sample of each part is drawn by a seed: 400 mistakes, a third of an hour on two quiet cores; `SAMPLE=100` draws
-so many, `SAMPLE=all` takes all 11,000 (an hour and a half), `MUTANTS='grpo_ray.losses.*'` some by name.
+so many, `SAMPLE=all` takes all 11,000 (an hour and a half), `MUTANTS='grpo_ray.algorithm.losses.*'` some by name.
 """
 
 from __future__ import annotations

@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_ray.advantages import ADVANTAGES, group_advantages
+from grpo_ray.algorithm.advantages import ADVANTAGES, group_advantages
+from grpo_ray.algorithm.losses.aggregation import Normalizers, token_mean
+from grpo_ray.algorithm.losses.correction import IMPORTANCE_SAMPLING
+from grpo_ray.algorithm.losses.kl import KL_ESTIMATORS, kl_of_tokens
+from grpo_ray.algorithm.losses.policy import PolicyInputs
+from grpo_ray.algorithm.losses.sft import sft_loss
+from grpo_ray.algorithm.losses.table import POLICY_LOSSES
+from grpo_ray.algorithm.losses.value import value_loss
+from grpo_ray.algorithm.objectives import GrpoObjective, MicroBatchData
 from grpo_ray.batch.pack import pack
 from grpo_ray.batch.segments import Segments
 from grpo_ray.config.algorithm import AlgorithmConfig
-from grpo_ray.losses.aggregation import Normalizers, token_mean
-from grpo_ray.losses.correction import IMPORTANCE_SAMPLING
-from grpo_ray.losses.kl import KL_ESTIMATORS, kl_of_tokens
-from grpo_ray.losses.policy import PolicyInputs
-from grpo_ray.losses.sft import sft_loss
-from grpo_ray.losses.table import POLICY_LOSSES
-from grpo_ray.losses.value import value_loss
-from grpo_ray.objectives import GrpoObjective, MicroBatchData
 from tests.naive_losses import OPTIONS, SEQUENCE, Batch, correction, kl_tokens, make_batch, number, policy_loss, reduce
 from tests.packed import algorithm, gradient, run
 

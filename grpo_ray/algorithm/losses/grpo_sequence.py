@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from grpo_ray.losses.aggregation import sequence_sum
-from grpo_ray.losses.bounds import bounded_exp
-from grpo_ray.losses.policy import LossOptions, PolicyInputs, PolicyLoss, TokenLosses
-from grpo_ray.losses.ppo_clip import clipped
+from grpo_ray.algorithm.losses.aggregation import sequence_sum
+from grpo_ray.algorithm.losses.bounds import bounded_exp
+from grpo_ray.algorithm.losses.policy import LossOptions, PolicyInputs, PolicyLoss, TokenLosses
+from grpo_ray.algorithm.losses.ppo_clip import clipped
 
 
 def token_loss(x: PolicyInputs, o: LossOptions) -> TokenLosses:

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from grpo_ray.algorithm.losses.bounds import LOG_RATIO_BOUND
+from grpo_ray.algorithm.losses.correction import IMPORTANCE_SAMPLING, CorrectionOptions, correction_weights
+from grpo_ray.algorithm.losses.dpo import dpo_loss, ipo_loss
+from grpo_ray.algorithm.losses.kl import KL_ESTIMATORS, kl_loss, kl_of_tokens
+from grpo_ray.algorithm.losses.reward_model import bradley_terry_loss, point_loss
+from grpo_ray.algorithm.losses.table import POLICY_LOSSES
+from grpo_ray.algorithm.losses.value import value_loss
 from grpo_ray.batch.segments import Segments
 from grpo_ray.config.supervised import RewardModelOptions
-from grpo_ray.losses.bounds import LOG_RATIO_BOUND
-from grpo_ray.losses.correction import IMPORTANCE_SAMPLING, CorrectionOptions, correction_weights
-from grpo_ray.losses.dpo import dpo_loss, ipo_loss
-from grpo_ray.losses.kl import KL_ESTIMATORS, kl_loss, kl_of_tokens
-from grpo_ray.losses.reward_model import bradley_terry_loss, point_loss
-from grpo_ray.losses.table import POLICY_LOSSES
-from grpo_ray.losses.value import value_loss
 from tests.naive_losses import MAX_LENGTH, OPTIONS, Batch
 from tests.packed import algorithm, run
 

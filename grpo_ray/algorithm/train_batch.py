@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grpo_ray.advantages import group_advantages, process_advantages
+from grpo_ray.algorithm.advantages import group_advantages, process_advantages
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.types import Group, Step, TrainBatch, TrainSample, Truncation

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from grpo_ray.algorithm.losses.aggregation import Normalizers
+from grpo_ray.algorithm.mismatch import MISMATCH_BOUNDS, mismatch_warning
+from grpo_ray.algorithm.objectives import GrpoObjective, MicroBatchData
 from grpo_ray.batch.pack import PackItem, pack, tokens_of_version
 from grpo_ray.config.algorithm import AlgorithmConfig
-from grpo_ray.losses.aggregation import Normalizers
-from grpo_ray.mismatch import MISMATCH_BOUNDS, mismatch_warning
-from grpo_ray.objectives import GrpoObjective, MicroBatchData
 from grpo_ray.types import VersionSpan
 from tests.recipes import run_config
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from grpo_ray.algorithm.losses.aggregation import Normalizers
 from grpo_ray.batch.segments import Segments
-from grpo_ray.losses.aggregation import Normalizers
 
 
 @dataclass(frozen=True)

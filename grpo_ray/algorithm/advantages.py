@@ -79,8 +79,8 @@ def group_advantages(rewards_PG: Tensor, *, kind: str, ddof: int, eps: float, ma
         mask_PG: [P, G], False for samples without a score: no part in mean and std, advantage 0. None: all have one.
 
     Returns:
-        [P, G] in the dtype of the rewards. A group whose scores are all equal but for rounding (`spread.py`), or fewer than
-        two, is 0 exactly.
+        [P, G] in the dtype of the rewards. A group whose scores are all equal but for rounding (`grpo_ray/spread.py`), or fewer
+        than two, is 0 exactly.
     """
     mask = torch.ones_like(rewards_PG, dtype=torch.bool) if mask_PG is None else mask_PG
     raw = rewards_PG.masked_fill(~mask, 0.0)

@@ -9,12 +9,12 @@ import statistics
 import pytest
 import torch
 
-from grpo_ray.advantages import ADVANTAGES
+from grpo_ray.algorithm.advantages import ADVANTAGES
+from grpo_ray.algorithm.train_batch import cut_batch, penalised_advantages, set_advantages
 from grpo_ray.batch.pack import token_values
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.spread import has_spread
-from grpo_ray.train_batch import cut_batch, penalised_advantages, set_advantages
 from grpo_ray.types import Group, Prompt, SampleInfo, Score, ScoreStatus, Step, TrainSample
 
 NAN = math.nan

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from grpo_ray.losses.aggregation import fixed_length
-from grpo_ray.losses.policy import PolicyLoss
-from grpo_ray.losses.ppo_clip import clipped_token_ratio
+from grpo_ray.algorithm.losses.aggregation import fixed_length
+from grpo_ray.algorithm.losses.policy import PolicyLoss
+from grpo_ray.algorithm.losses.ppo_clip import clipped_token_ratio
 
 LOSS = PolicyLoss(clipped_token_ratio, fixed_length)

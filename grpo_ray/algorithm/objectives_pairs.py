@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grpo_ray.algorithm.losses.aggregation import Normalizers
+from grpo_ray.algorithm.losses.dpo import dpo_loss, ipo_loss
+from grpo_ray.algorithm.losses.reward_model import bradley_terry_loss, point_loss
+from grpo_ray.algorithm.objectives import MicroBatchData
 from grpo_ray.batch.segments import Segments
 from grpo_ray.config.supervised import DpoOptions, RewardModelOptions
-from grpo_ray.losses.aggregation import Normalizers
-from grpo_ray.losses.dpo import dpo_loss, ipo_loss
-from grpo_ray.losses.reward_model import bradley_terry_loss, point_loss
-from grpo_ray.objectives import MicroBatchData
 
 
 def pair_mean(length: int, n: Normalizers) -> float:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_ray.advantages import ADVANTAGES, gae, group_advantages, kl_in_reward, process_advantages
+from grpo_ray.algorithm.advantages import ADVANTAGES, gae, group_advantages, kl_in_reward, process_advantages
 from grpo_ray.spread import differ, has_spread
 from grpo_ray.types import Group, Prompt, Score, ScoreStatus
 

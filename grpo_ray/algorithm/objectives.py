@@ -12,17 +12,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from grpo_ray.algorithm.losses.aggregation import Normalizers, token_mean
+from grpo_ray.algorithm.losses.bounds import bounded_k3
+from grpo_ray.algorithm.losses.correction import CorrectionOptions, correction_sums, correction_weights
+from grpo_ray.algorithm.losses.kl import kl_loss
+from grpo_ray.algorithm.losses.policy import LossOptions, PolicyInputs, TokenLosses
+from grpo_ray.algorithm.losses.sft import sft_loss
+from grpo_ray.algorithm.losses.table import POLICY_LOSSES
 from grpo_ray.batch.pack import PackedBatch
 from grpo_ray.batch.segments import Segments
 from grpo_ray.batch.truncation import TokenSets
 from grpo_ray.config.algorithm import AlgorithmConfig
-from grpo_ray.losses.aggregation import Normalizers, token_mean
-from grpo_ray.losses.bounds import bounded_k3
-from grpo_ray.losses.correction import CorrectionOptions, correction_sums, correction_weights
-from grpo_ray.losses.kl import kl_loss
-from grpo_ray.losses.policy import LossOptions, PolicyInputs, TokenLosses
-from grpo_ray.losses.sft import sft_loss
-from grpo_ray.losses.table import POLICY_LOSSES
 
 
 @dataclass

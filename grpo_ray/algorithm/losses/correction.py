@@ -27,8 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo_ray.algorithm.losses.bounds import bounded_exp
 from grpo_ray.batch.segments import Segments
-from grpo_ray.losses.bounds import bounded_exp
 
 
 def truncate(w: Tensor, clip_min: float, clip_max: float) -> Tensor:

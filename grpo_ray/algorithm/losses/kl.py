@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from grpo_ray.losses.bounds import bounded_exp, bounded_k3
+from grpo_ray.algorithm.losses.bounds import bounded_exp, bounded_k3
 
 
 def k1(d_N: Tensor, log_ratio_N: Tensor) -> Tensor:

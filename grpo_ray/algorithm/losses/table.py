@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from grpo_ray.losses import cispo, dapo, dr_grpo, gmpo, grpo, grpo_sequence, gspo, sapo
-from grpo_ray.losses.policy import PolicyLoss
+from grpo_ray.algorithm.losses import cispo, dapo, dr_grpo, gmpo, grpo, grpo_sequence, gspo, sapo
+from grpo_ray.algorithm.losses.policy import PolicyLoss
 
 POLICY_LOSSES: dict[str, PolicyLoss] = {
     "grpo": grpo.LOSS,

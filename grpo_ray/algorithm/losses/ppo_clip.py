@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_ray.losses.bounds import bounded_exp
-from grpo_ray.losses.policy import LossOptions, PolicyInputs, TokenLosses
+from grpo_ray.algorithm.losses.bounds import bounded_exp
+from grpo_ray.algorithm.losses.policy import LossOptions, PolicyInputs, TokenLosses
 
 
 def clipped(ratio_N: Tensor, advantages_N: Tensor, o: LossOptions) -> TokenLosses:

@@ -14,13 +14,13 @@ from torch import Tensor
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.reward_trainer import RewardTrainer
 
+from grpo_ray.algorithm.losses.aggregation import Normalizers
+from grpo_ray.algorithm.objectives import MicroBatchData
+from grpo_ray.algorithm.objectives_pairs import DpoObjective, RewardModelObjective
 from grpo_ray.batch.pack import PackItem, pack
 from grpo_ray.batch.plan import plan_batch
 from grpo_ray.batch.segments import Segments
 from grpo_ray.config.supervised import DpoOptions, RewardModelOptions
-from grpo_ray.losses.aggregation import Normalizers
-from grpo_ray.objectives import MicroBatchData
-from grpo_ray.objectives_pairs import DpoObjective, RewardModelObjective
 from grpo_ray.supervised import held_out
 
 BETA = 0.3

@@ -4,8 +4,8 @@ its mean is of each micro-batch by itself.
 
 from __future__ import annotations
 
-from grpo_ray.losses.aggregation import token_mean
-from grpo_ray.losses.policy import PolicyLoss
-from grpo_ray.losses.ppo_clip import clipped_token_ratio
+from grpo_ray.algorithm.losses.aggregation import token_mean
+from grpo_ray.algorithm.losses.policy import PolicyLoss
+from grpo_ray.algorithm.losses.ppo_clip import clipped_token_ratio
 
 LOSS = PolicyLoss(clipped_token_ratio, token_mean)

@@ -4,10 +4,10 @@ sequences. TRL: `importance_sampling_level="sequence"` with `loss_type="grpo"`.
 
 from __future__ import annotations
 
-from grpo_ray.losses.aggregation import sequence_mean
-from grpo_ray.losses.bounds import bounded_exp
-from grpo_ray.losses.policy import LossOptions, PolicyInputs, PolicyLoss, TokenLosses
-from grpo_ray.losses.ppo_clip import clipped
+from grpo_ray.algorithm.losses.aggregation import sequence_mean
+from grpo_ray.algorithm.losses.bounds import bounded_exp
+from grpo_ray.algorithm.losses.policy import LossOptions, PolicyInputs, PolicyLoss, TokenLosses
+from grpo_ray.algorithm.losses.ppo_clip import clipped
 
 
 def token_loss(x: PolicyInputs, o: LossOptions) -> TokenLosses:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from grpo_ray.losses.aggregation import sequence_mean
-from grpo_ray.losses.bounds import bounded_exp
-from grpo_ray.losses.policy import LossOptions, PolicyInputs, PolicyLoss, TokenLosses
+from grpo_ray.algorithm.losses.aggregation import sequence_mean
+from grpo_ray.algorithm.losses.bounds import bounded_exp
+from grpo_ray.algorithm.losses.policy import LossOptions, PolicyInputs, PolicyLoss, TokenLosses
 
 
 def token_loss(x: PolicyInputs, o: LossOptions) -> TokenLosses:

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from grpo_ray.algorithm.losses.aggregation import Normalizers
+from grpo_ray.algorithm.objectives import GrpoObjective, MicroBatchData
 from grpo_ray.batch.pack import PackItem, pack
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.config.presets import PRESETS
-from grpo_ray.losses.aggregation import Normalizers
 from grpo_ray.models.attention import choose_attention
 from grpo_ray.models.policy import PolicyModel
-from grpo_ray.objectives import GrpoObjective, MicroBatchData
 
 LENGTHS = [3, 17, 1, 9, 24, 6]
 TEMPERATURE = 0.9

@@ -1,0 +1,6 @@
+"""What is learned from scored samples: advantages, the batch, and the objective of each micro-batch.
+
+Read advantages.py, train_batch.py, objectives.py with losses/ (one objective a file), then objectives_pairs.py and mismatch.py.
+
+Imports `config`, `batch` and the modules at the root of `grpo_ray`.
+"""
