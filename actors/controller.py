@@ -32,13 +32,13 @@ from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.ended import write_ended
 from grpo_ray.errors import ConfigError
-from grpo_ray.events import EndEvent, Event, EventLog, MessageEvent
-from grpo_ray.messages import MessageLog
 from grpo_ray.names import check_name, run_name
 from grpo_ray.ownership import holding
 from grpo_ray.plain_terminal import say
 from grpo_ray.rewards.columns import ColumnNeeds
 from grpo_ray.secrets import hide_secrets
+from grpo_ray.telemetry.events import EndEvent, Event, EventLog, MessageEvent
+from grpo_ray.telemetry.messages import MessageLog
 
 LINGER_S = 30.0
 """How long a controller whose run has ended waits for someone to read that, before it goes."""

@@ -13,8 +13,8 @@ from actors.runtime import NO_RECORDS, own_process
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError
-from grpo_ray.events import Event
 from grpo_ray.names import run_name
+from grpo_ray.telemetry.events import Event
 
 if TYPE_CHECKING:
     from grpo_ray.rewards.columns import ColumnNeeds

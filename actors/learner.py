@@ -34,7 +34,6 @@ from actors.learner_process_group import join_process_group
 from actors.learner_timer import UpdateTimer, traced
 from actors.rendezvous import Meeting, SealedStore, listen_at, new_key, open_store
 from actors.runtime import LOOPBACK, end_of_imports, own_process
-from grpo_ray.activity import Activity
 from grpo_ray.algorithm.objectives import MicroBatchData
 from grpo_ray.batch.plan import MiniBatchPlan
 from grpo_ray.batch.sequence import Alone, SequenceRanks
@@ -47,6 +46,7 @@ from grpo_ray.manifest import FileSum
 from grpo_ray.models.flops import FlopCounter, model_shape, throughput_metrics
 from grpo_ray.models.lora import adapter_bytes, adapter_checksum
 from grpo_ray.models.policy import PolicyModel
+from grpo_ray.telemetry.activity import Activity
 from grpo_ray.types import TrainBatch, UpdateReport
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
-from grpo_ray.activity import Activity
+from grpo_ray.telemetry.activity import Activity
 
 PHASES = ("fetch", "old", "reference", "critic", "forward_backward", "step")
 

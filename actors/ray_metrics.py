@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from grpo_ray.catalogue import matches, star
-from grpo_ray.exported import COUNTS, DISTRIBUTIONS, LABELS, STEPS, exported
+from grpo_ray.telemetry.catalogue import matches, star
+from grpo_ray.telemetry.prometheus import COUNTS, DISTRIBUTIONS, LABELS, STEPS, exported
 
 REFRESH_S = 5.0
 """Ray forgets a gauge that nobody sets."""

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from actors.scaler import RunScaler
 from grpo_ray.checkpoint import RunDir
-from grpo_ray.events import Event, MessageEvent, PhaseEvent
 from grpo_ray.rewards.columns import ColumnNeeds
 from grpo_ray.sft_loop import SftLoop
+from grpo_ray.telemetry.events import Event, MessageEvent, PhaseEvent
 
 if TYPE_CHECKING:
     from grpo_ray.train_loop import TrainLoop

@@ -16,7 +16,7 @@ from grpo_ray.names import run_name
 from grpo_ray.records import last_step, set_aside
 from grpo_ray.roles import Tracker
 from grpo_ray.sft_loop import SftLoop
-from grpo_ray.tracking import make_trackers
+from grpo_ray.telemetry.tracking import make_trackers
 
 if TYPE_CHECKING:
     from grpo_ray.train_loop import TrainLoop

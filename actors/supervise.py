@@ -22,8 +22,8 @@ from ray.exceptions import RayError
 
 from actors.runtime import Actors
 from actors.start_timeout import StartTimeout
-from grpo_ray.activity import Activity
 from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
+from grpo_ray.telemetry.activity import Activity
 from grpo_ray.types import Track
 
 START_WARNING_S = 60.0

@@ -23,7 +23,6 @@ from grpo_ray.config.schema import RunConfig
 from grpo_ray.data.cursor import Cursor
 from grpo_ray.data.epochs import RunLength, used_up
 from grpo_ray.errors import PoisonedError, RewardError
-from grpo_ray.events import Event, MessageEvent, PhaseEvent
 from grpo_ray.failure_policy import StepCounts, apply_failure_policy, refuse_rewards_of_steps
 from grpo_ray.filling import Filling
 from grpo_ray.health import Health
@@ -35,6 +34,7 @@ from grpo_ray.rollout_log import distinct_refs
 from grpo_ray.saver import More
 from grpo_ray.seeds import sample_seed
 from grpo_ray.spread import has_spread
+from grpo_ray.telemetry.events import Event, MessageEvent, PhaseEvent
 from grpo_ray.types import Group, SampleRequest, SamplingParams, TrainerState
 
 NO_SIGNAL = "no_signal"

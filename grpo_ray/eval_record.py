@@ -23,7 +23,7 @@ from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.evaluate import EvalResult, accuracy_name
 from grpo_ray.files import write_whole
-from grpo_ray.sample_figures import Figures
+from grpo_ray.telemetry.sample_figures import Figures
 
 FOLDER = "evals"
 SETTINGS, FIGURES, ANSWERS = "settings.yaml", "figures.json", "answers"

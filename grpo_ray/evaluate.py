@@ -1,7 +1,7 @@
 """Held-out accuracy, by the same samplers and the same reward functions as training.
 
 pass@1 is the mean over k samples of each prompt (DeepSeek-R1, 2501.12948, section 3.1), k = `eval.num_samples`; with more
-than one, also pass@k and cons@k, the majority vote over their answers. See `grpo_ray.measures`.
+than one, also pass@k and cons@k, the majority vote over their answers. See `grpo_ray.telemetry.measures`.
 
 A sample of which the accuracy has nothing to say (None, or a row of other `sources`) is neither right nor wrong: it has no part
 in any measure, and is counted.
@@ -18,10 +18,10 @@ from grpo_ray.applicable import why_not_applicable
 from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import RewardError
-from grpo_ray.events import EvalEvent
-from grpo_ray.measures import Estimate, consensus, estimate, pass_at, pass_ks
 from grpo_ray.roles import Sampler, Scorer
 from grpo_ray.seeds import sample_seed
+from grpo_ray.telemetry.events import EvalEvent
+from grpo_ray.telemetry.measures import Estimate, consensus, estimate, pass_at, pass_ks
 from grpo_ray.types import (
     Prompt,
     SampleInfo,

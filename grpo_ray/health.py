@@ -16,10 +16,10 @@ from grpo_ray.collapse import accuracy_fell, entropy_rose, entropy_vanished, gra
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import NoSignalError
 from grpo_ray.evaluate import EvalResult, accuracy_name
-from grpo_ray.events import MessageEvent
-from grpo_ray.measures import Estimate
 from grpo_ray.reward_functions import FEW, RewardFunctions
 from grpo_ray.tally import Tally
+from grpo_ray.telemetry.events import MessageEvent
+from grpo_ray.telemetry.measures import Estimate
 
 REMEMBERED = 24
 """Steps that a step is compared with."""

@@ -26,8 +26,8 @@ from grpo_ray.errors import CheckpointError
 from grpo_ray.files import ASIDE, sync_folder, write_whole
 from grpo_ray.ledger import Ledger, last_trained
 from grpo_ray.rollout_log import rollout_steps
-from grpo_ray.trace_file import read_trace, step_of, write_trace
-from grpo_ray.tracking import lines_after, read_metrics
+from grpo_ray.telemetry.trace_file import read_trace, step_of, write_trace
+from grpo_ray.telemetry.tracking import lines_after, read_metrics
 
 
 def step_to_resume(run: RunDir, tell: Callable[[str], None]) -> int | None:

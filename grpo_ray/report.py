@@ -16,17 +16,17 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from grpo_ray.advice import advise, mean_step
-from grpo_ray.catalogue import LOSSES, describe
 from grpo_ray.config.yaml import dump_yaml, load_yaml
 from grpo_ray.errors import DataError, GrpoRayError
 from grpo_ray.files import write_whole
-from grpo_ray.messages import Message, read_messages, told_once
-from grpo_ray.metrics import duration
 from grpo_ray.report_charts import inert_json, metric_charts, time_charts, time_shares
 from grpo_ray.report_timeline import busy_table, timeline_chart
 from grpo_ray.rollout_log import read_rollouts, rollout_steps
-from grpo_ray.tracking import read_metrics
+from grpo_ray.telemetry.advice import advise, mean_step
+from grpo_ray.telemetry.catalogue import LOSSES, describe
+from grpo_ray.telemetry.messages import Message, read_messages, told_once
+from grpo_ray.telemetry.metrics import duration
+from grpo_ray.telemetry.tracking import read_metrics
 
 SAMPLE_COLUMNS = (
     "prompt_id",

@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from grpo_ray.catalogue import LOSSES, ROLES, describe, matches
+from grpo_ray.telemetry.catalogue import LOSSES, ROLES, describe, matches
 
 CHARTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("Held-out accuracy", ("eval/accuracy", "eval/*/accuracy", "eval/pass@*", "eval/cons@*"), "percent"),

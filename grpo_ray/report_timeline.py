@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo_ray.report_charts import Chart
-from grpo_ray.timeline import ROLES
-from grpo_ray.trace_file import read_trace, step_of
+from grpo_ray.telemetry.timeline import ROLES
+from grpo_ray.telemetry.trace_file import read_trace, step_of
 
 STEPS_SHOWN = 2
 WORKERS_SHOWN = 24

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from grpo_ray.applicable import why_not_applicable
 from grpo_ray.config.reward import RewardFunctionConfig
-from grpo_ray.events import MessageEvent
 from grpo_ray.tally import FunctionTally, Tally
+from grpo_ray.telemetry.events import MessageEvent
 
 FEW = 32
 """Samples: of fewer, a part says little."""

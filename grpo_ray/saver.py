@@ -21,9 +21,9 @@ from grpo_ray.checkpoint_store import Place
 from grpo_ray.config.runtime import DeadlineConfig
 from grpo_ray.delivery import Delivery
 from grpo_ray.errors import CheckpointError, GrpoRayError, StoreError
-from grpo_ray.events import CheckpointEvent, Event, MessageEvent
 from grpo_ray.manifest import FileSum
 from grpo_ray.roles import Learner
+from grpo_ray.telemetry.events import CheckpointEvent, Event, MessageEvent
 
 BACKGROUND = "checkpoint/background_s"
 More = Callable[[], Awaitable[Callable[[Path], None]]]

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
-from grpo_ray.activity import Activity
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.config.common import CommonConfig
 from grpo_ray.data.epochs import RunLength
-from grpo_ray.events import Event
-from grpo_ray.metrics import TimeKeeper
 from grpo_ray.roles import Learner, Tracker
 from grpo_ray.saver import More, Saver
-from grpo_ray.timeline import Timeline
+from grpo_ray.telemetry.activity import Activity
+from grpo_ray.telemetry.events import Event
+from grpo_ray.telemetry.metrics import TimeKeeper
+from grpo_ray.telemetry.timeline import Timeline
 
 C = TypeVar("C", bound=CommonConfig)
 

@@ -24,7 +24,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from grpo_ray.advice import STEPS_LOOKED_AT, advise, mean_step
 from grpo_ray.algorithm.mismatch import mismatch_warning
 from grpo_ray.algorithm.train_batch import cut_batch, set_advantages
 from grpo_ray.checkpoint import RunDir
@@ -34,14 +33,15 @@ from grpo_ray.data.cursor import Cursor
 from grpo_ray.data.epochs import run_length
 from grpo_ray.errors import GrpoRayError, NonFiniteError, RewardError, WorkerError
 from grpo_ray.evaluate import eval_event, evaluate
-from grpo_ray.events import Event, MessageEvent, PhaseEvent, StepEvent
 from grpo_ray.health import Health
 from grpo_ray.ledger import Ledger
-from grpo_ray.metrics import eval_metrics, step_metrics
 from grpo_ray.replay import how_to_replay
 from grpo_ray.roles import Roles, Tracker
 from grpo_ray.session import Session
-from grpo_ray.timeline import sampler_tokens_per_s
+from grpo_ray.telemetry.advice import STEPS_LOOKED_AT, advise, mean_step
+from grpo_ray.telemetry.events import Event, MessageEvent, PhaseEvent, StepEvent
+from grpo_ray.telemetry.metrics import eval_metrics, step_metrics
+from grpo_ray.telemetry.timeline import sampler_tokens_per_s
 from grpo_ray.types import Group, Prompt, SyncReport, Track, TrainBatch, UpdateReport
 from grpo_ray.untrained import why_untrained
 

@@ -349,7 +349,7 @@ class TimeSpan:
 
 @_record
 class Track:
-    """What one worker did since it last told; see `grpo_ray.activity`. Idle all along, it has no spans."""
+    """What one worker did since it last told; see `grpo_ray.telemetry.activity`. Idle all along, it has no spans."""
 
     worker: str
     """`rollout-0`."""
@@ -363,7 +363,7 @@ class UpdateReport:
 
     step: int
     metrics: dict[str, float]
-    """Names as in `grpo_ray.catalogue`."""
+    """Names as in `grpo_ray.telemetry.catalogue`."""
     seconds: float
     tracks: tuple[Track, ...] = ()
     """One a rank, since its last report."""

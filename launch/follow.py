@@ -19,8 +19,8 @@ from actors.runtime import log_tail
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ResourceError, WorkerError
-from grpo_ray.events import EndEvent, PhaseEvent
 from grpo_ray.rewards.columns import column_needs
+from grpo_ray.telemetry.events import EndEvent, PhaseEvent
 from launch import interrupts
 from launch.live import LiveView
 from launch.placement import with_mend

@@ -16,11 +16,11 @@ from grpo_ray.config.supervised import SftConfig
 from grpo_ray.ended import Ended, finished, read_ended
 from grpo_ray.errors import CheckpointError, ConfigError, WorkerError
 from grpo_ray.eval_record import FOLDER, new_record, step_of
-from grpo_ray.events import EndEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.names import run_name
 from grpo_ray.object_store import check_store
 from grpo_ray.records import step_to_resume
+from grpo_ray.telemetry.events import EndEvent
 from launch.code_folder import use_code_of
 from launch.console import plain_console
 from launch.effects import check_effects, tell_of_hub

@@ -26,10 +26,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from grpo_ray.catalogue import LOSSES, ROLES
-from grpo_ray.events import CheckpointEvent, EndEvent, EvalEvent, Event, MessageEvent, PhaseEvent, StepEvent
-from grpo_ray.metrics import duration
 from grpo_ray.plain_terminal import clean, one_line
+from grpo_ray.telemetry.catalogue import LOSSES, ROLES
+from grpo_ray.telemetry.events import CheckpointEvent, EndEvent, EvalEvent, Event, MessageEvent, PhaseEvent, StepEvent
+from grpo_ray.telemetry.metrics import duration
 from grpo_ray.terminal import PlainConsole
 from launch.console import plain_console
 from launch.program import runnable

@@ -16,7 +16,7 @@ from grpo_ray.errors import ConfigError, ResourceError, first_line
 from grpo_ray.machine import total_memory
 from grpo_ray.models.kv_cache import check_gpu_shares, check_kv_cache
 from grpo_ray.secrets import REFERENCE
-from grpo_ray.tracking import check_packages
+from grpo_ray.telemetry.tracking import check_packages
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _GIB = 1 << 30

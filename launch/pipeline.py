@@ -35,7 +35,7 @@ from grpo_ray.records import step_to_resume
 from grpo_ray.reward_files import with_absolute_files
 from grpo_ray.rewards import resolve
 from grpo_ray.sample_files import read_samples
-from grpo_ray.tracking import read_metrics
+from grpo_ray.telemetry.tracking import read_metrics
 from launch.console import headed, plain_console
 from launch.effects import tell_idle_of_pipeline
 from launch.foreign_code import foreign_model, foreign_rewards, foreign_rows

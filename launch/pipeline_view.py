@@ -6,11 +6,11 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from grpo_ray.config.data import DataSource
-from grpo_ray.metrics import duration
 from grpo_ray.pipeline.estimate import Estimate, estimate, rows_known
 from grpo_ray.pipeline.plan import Plan, Stage
 from grpo_ray.pipeline.record import Record
 from grpo_ray.pipeline.report import held_out_figures
+from grpo_ray.telemetry.metrics import duration
 from launch.console import plain_console
 
 console = plain_console(soft_wrap=True)

@@ -14,9 +14,9 @@ from grpo_ray.config.scaling import SCALED, parse_counts
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError, WorkerError
-from grpo_ray.metrics import duration
 from grpo_ray.names import check_name
 from grpo_ray.plain_terminal import clean
+from grpo_ray.telemetry.metrics import duration
 from launch import interrupts
 from launch.cluster import COMMAND_S, STOPPED_EXITS, Cluster, ClusterRun
 from launch.console import plain_console

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from grpo_ray.carried import Carried
 from grpo_ray.errors import CheckpointError
-from grpo_ray.events import MessageEvent
 from grpo_ray.kept_groups import KeptGroup, read_groups, write_groups
 from grpo_ray.ledger import LedgerRow
+from grpo_ray.telemetry.events import MessageEvent
 from grpo_ray.types import (
     Group,
     Prompt,

@@ -13,9 +13,9 @@ import pytest
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.checkpoint_store import Place
 from grpo_ray.errors import CheckpointError, ConfigError, GrpoRayError
-from grpo_ray.events import CheckpointEvent, Event, MessageEvent
 from grpo_ray.manifest import FileSum, first_wrong, from_json, to_json
 from grpo_ray.saver import BACKGROUND, Saver
+from grpo_ray.telemetry.events import CheckpointEvent, Event, MessageEvent
 
 
 class Learner:

@@ -19,9 +19,9 @@ from grpo_ray.eval_record import answers_folder, new_record, set_figures, step_o
 from grpo_ray.evaluate import evaluate
 from grpo_ray.models.loading import load_tokenizer
 from grpo_ray.roles import InMemory
-from grpo_ray.sample_figures import figures_in, figures_of
 from grpo_ray.sample_files import read_samples
 from grpo_ray.sampling import about_answers, write_answers
+from grpo_ray.telemetry.sample_figures import figures_in, figures_of
 from grpo_ray.types import RewardScore, Score, ScoreRequest, ScoreStatus
 from launch.jobs import _record_place
 from tests.test_sampling import Engine

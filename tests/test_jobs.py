@@ -11,7 +11,7 @@ from grpo_ray.config.loading import build
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.ended import write_ended
 from grpo_ray.errors import ConfigError, WorkerError
-from grpo_ray.events import EndEvent
+from grpo_ray.telemetry.events import EndEvent
 from launch import interrupts
 from launch.jobs import _finish, start_sft
 from launch.left import left_of, remove_if_nothing_happened

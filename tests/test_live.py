@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from grpo_ray.events import CheckpointEvent, EndEvent, EvalEvent, Event, MessageEvent, PhaseEvent, StepEvent
-from grpo_ray.measures import Estimate
 from grpo_ray.plain_terminal import clean
+from grpo_ray.telemetry.events import CheckpointEvent, EndEvent, EvalEvent, Event, MessageEvent, PhaseEvent, StepEvent
+from grpo_ray.telemetry.measures import Estimate
 from launch.live import LiveView, sparkline, step_line
 
 

@@ -18,10 +18,10 @@ from grpo_ray.checkpoint_store import SET_ASIDE, Place, Store
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.ended import finished, write_ended
 from grpo_ray.errors import CheckpointError, StoreAwayError, StoreError
-from grpo_ray.events import CheckpointEvent, Event, MessageEvent
 from grpo_ray.manifest import FileSum
 from grpo_ray.object_store import check_store
 from grpo_ray.saver import Saver
+from grpo_ray.telemetry.events import CheckpointEvent, Event, MessageEvent
 from tests.recipes import run_config
 from tests.s3 import S3, forget_clients
 from tests.test_train_loop import Company, Session, config

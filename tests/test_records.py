@@ -19,8 +19,8 @@ from grpo_ray.ledger import Ledger
 from grpo_ray.records import last_step, set_aside, step_to_resume
 from grpo_ray.rollout_log import remove_after, rollout_path, rollout_steps
 from grpo_ray.sample_files import About, SampleFolder
-from grpo_ray.timeline import Timeline
-from grpo_ray.tracking import JsonlTracker, read_metrics
+from grpo_ray.telemetry.timeline import Timeline
+from grpo_ray.telemetry.tracking import JsonlTracker, read_metrics
 from grpo_ray.types import Group, Prompt, SampleInfo, Score, ScoreStatus, TimeSpan, Track
 from tests.test_train_loop import config
 

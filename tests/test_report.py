@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grpo_ray.messages import MessageLog
 from grpo_ray.report import first_middle_last, write_report
 from grpo_ray.report_charts import POINTS_SHOWN, metric_charts, time_charts, time_shares
 from grpo_ray.report_timeline import timeline_chart
 from grpo_ray.rollout_log import distinct_refs, write_rollouts
-from grpo_ray.timeline import Timeline
-from grpo_ray.tracking import JsonlTracker
+from grpo_ray.telemetry.messages import MessageLog
+from grpo_ray.telemetry.timeline import Timeline
+from grpo_ray.telemetry.tracking import JsonlTracker
 from grpo_ray.types import (
     Group,
     Prompt,

@@ -24,8 +24,8 @@ from rich.text import Text
 
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.data.sources import progress
-from grpo_ray.events import EndEvent, MessageEvent
 from grpo_ray.plain_terminal import CleanStream, clean, one_line
+from grpo_ray.telemetry.events import EndEvent, MessageEvent
 from grpo_ray.terminal import PlainConsole
 from launch import submit
 from launch.check import check_recipe

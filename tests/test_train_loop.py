@@ -22,10 +22,10 @@ from grpo_ray.config.loading import build, deep_merge, parse_overrides
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.data.cursor import Cursor
 from grpo_ray.errors import NonFiniteError, PoisonedError, RewardError, WorkerError
-from grpo_ray.events import EvalEvent, MessageEvent, StepEvent
 from grpo_ray.ledger import Ledger
 from grpo_ray.manifest import FileSum
 from grpo_ray.roles import Roles
+from grpo_ray.telemetry.events import EvalEvent, MessageEvent, StepEvent
 from grpo_ray.train_loop import TrainLoop
 from grpo_ray.types import (
     Group,

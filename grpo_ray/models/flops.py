@@ -174,8 +174,8 @@ def _shared(micro: Sequence[TrainSample]) -> int:
 def throughput_metrics(
     flops: float | None, num_tokens: float, seconds: float, num_ranks: int, device_name: str, dtype: str
 ) -> dict[str, float]:
-    """Of one update, named as in `grpo_ray.catalogue`. What is not known is left out: FLOPs of a model that can't be counted, the
-    peak of an unknown device, of a CPU, and of float32.
+    """Of one update, named as in `grpo_ray.telemetry.catalogue`. What is not known is left out: FLOPs of a model that can't be
+    counted, the peak of an unknown device, of a CPU, and of float32.
 
     Args:
         flops: of `FlopCounter`, all ranks together.

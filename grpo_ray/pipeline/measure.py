@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
-from grpo_ray.measures import estimate
+from grpo_ray.telemetry.measures import estimate
 from grpo_ray.types import ScoreStatus
 
 Row = dict[str, Any]

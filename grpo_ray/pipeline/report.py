@@ -16,12 +16,12 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from grpo_ray.files import write_whole
-from grpo_ray.metrics import duration
 from grpo_ray.pipeline.gates import figures_of, judge
 from grpo_ray.pipeline.plan import Plan, Stage
 from grpo_ray.pipeline.record import Record
 from grpo_ray.report_charts import Chart, inert_json
 from grpo_ray.sample_files import read_samples
+from grpo_ray.telemetry.metrics import duration
 
 PERCENT = ("accuracy", "cut_off", "not_applicable", "failed")
 TEXT_LIMIT = 4000

@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from grpo_ray.errors import WorkerError
-from grpo_ray.events import EndEvent, Event
+from grpo_ray.telemetry.events import EndEvent, Event
 from launch import follow
 from launch.live import LiveView
 

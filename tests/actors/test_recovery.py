@@ -16,7 +16,7 @@ from actors.recovery import outlive_learners
 from actors.run_context import RunContext
 from grpo_ray.checkpoint import RunDir
 from grpo_ray.errors import CheckpointError, ConfigError, LostSamplesError, NoMemoryError, WorkerError
-from grpo_ray.events import MessageEvent
+from grpo_ray.telemetry.events import MessageEvent
 from tests.recipes import run_config
 
 DIED = WorkerError("learner-0 died")

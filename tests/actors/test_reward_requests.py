@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from actors.reward_requests import MAX_BATCH, PendingScores, ScoreDispatch, ScoreQueue
-from grpo_ray.activity import Activity
 from grpo_ray.errors import WorkerError
+from grpo_ray.telemetry.activity import Activity
 from grpo_ray.types import SampleInfo, Score, ScoreRequest, ScoreStatus
 
 REQUEST = ScoreRequest(SampleInfo("rows/0/1", 0, 1, 3, 0, "stop", "rollout-0", None, 0), "", None, {})

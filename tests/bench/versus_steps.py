@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from grpo_ray.tracking import read_metrics
+from grpo_ray.telemetry.tracking import read_metrics
 
 
 class StepLog:

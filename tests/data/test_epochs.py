@@ -22,8 +22,8 @@ from grpo_ray.config.supervised import SftConfig
 from grpo_ray.data.cursor import Cursor
 from grpo_ray.data.epochs import describe, run_length
 from grpo_ray.errors import ConfigError, RewardError
-from grpo_ray.events import MessageEvent, StepEvent
 from grpo_ray.sft_loop import SftLoop, sft_batch
+from grpo_ray.telemetry.events import MessageEvent, StepEvent
 from grpo_ray.types import ScoreRequest, ScoreStatus, TrainerState
 from tests.test_sft_loop import Learner
 from tests.test_sft_loop import Rows as Examples

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from grpo_ray.exported import series
+from grpo_ray.telemetry.prometheus import series
 from tests.end_to_end.clusters import Place
 from tests.end_to_end.runs import ledger, metrics
 

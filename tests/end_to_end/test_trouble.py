@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from grpo_ray.messages import read_messages
+from grpo_ray.telemetry.messages import read_messages
 from tests.end_to_end.runs import LIMIT_S, NUM_STEPS, finish, launch, ledger, metrics, run, train, write_recipe
 
 REWARDS = "tests.end_to_end.rewards."

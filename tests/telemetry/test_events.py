@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from grpo_ray.events import Event, EventLog, MessageEvent, PhaseEvent, StepEvent
+from grpo_ray.telemetry.events import Event, EventLog, MessageEvent, PhaseEvent, StepEvent
 
 
 def of_step(step: int) -> list[Event]:

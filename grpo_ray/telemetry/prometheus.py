@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from grpo_ray.catalogue import METRICS, describe, pattern_of, star
+from grpo_ray.telemetry.catalogue import METRICS, describe, pattern_of, star
 
 PREFIX = "grpo_"
 RAY_PREFIX = "ray_"

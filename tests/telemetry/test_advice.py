@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from grpo_ray.advice import StepTimes, advise, mean_step, step_model
+from grpo_ray.telemetry.advice import StepTimes, advise, mean_step, step_model
 
 # Ten seconds, nothing ahead: 5.9 s of sampling, then 3.7 s of learning, 0.2 s of sync, 0.2 s of the rest.
 EVEN = StepTimes(

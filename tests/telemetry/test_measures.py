@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from grpo_ray.measures import Estimate, consensus, estimate, pass_at, pass_ks
+from grpo_ray.telemetry.measures import Estimate, consensus, estimate, pass_at, pass_ks
 
 
 def test_the_standard_error_is_that_of_the_prompts() -> None:

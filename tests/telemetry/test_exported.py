@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from grpo_ray.catalogue import METRICS, matches, star
-from grpo_ray.exported import COUNTS, DISTRIBUTIONS, STEPS, exported, series
+from grpo_ray.telemetry.catalogue import METRICS, matches, star
+from grpo_ray.telemetry.prometheus import COUNTS, DISTRIBUTIONS, STEPS, exported, series
 
-DASHBOARD = Path(__file__).parent.parent / "launch" / "grafana" / "grpo-ray.json"
+DASHBOARD = Path(__file__).parents[2] / "launch" / "grafana" / "grpo-ray.json"
 PROMQL = {"sum", "by", "rate", "max", "avg", "histogram_quantile", "label_values", "le", "of", "run", "clamp_min"}
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from grpo_ray.activity import MAX_SPANS, Activity, joined
-from grpo_ray.catalogue import describe
-from grpo_ray.timeline import Timeline, busy_metrics, sampler_tokens_per_s, union
-from grpo_ray.trace_file import TraceFile, read_trace, step_of
+from grpo_ray.telemetry.activity import MAX_SPANS, Activity, joined
+from grpo_ray.telemetry.catalogue import describe
+from grpo_ray.telemetry.timeline import Timeline, busy_metrics, sampler_tokens_per_s, union
+from grpo_ray.telemetry.trace_file import TraceFile, read_trace, step_of
 from grpo_ray.types import TimeSpan, Track
 
 

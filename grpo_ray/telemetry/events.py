@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from itertools import chain
 
-from grpo_ray.measures import Estimate
+from grpo_ray.telemetry.measures import Estimate
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class StepEvent:
     """1 is the first."""
     total_steps: int
     metrics: dict[str, float]
-    """Names as in `grpo_ray.catalogue`."""
+    """Names as in `grpo_ray.telemetry.catalogue`."""
 
 
 @dataclass(frozen=True)

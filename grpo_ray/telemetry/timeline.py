@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from grpo_ray.activity import NOT_BUSY
-from grpo_ray.catalogue import matches
-from grpo_ray.trace_file import TraceFile
+from grpo_ray.telemetry.activity import NOT_BUSY
+from grpo_ray.telemetry.catalogue import matches
+from grpo_ray.telemetry.trace_file import TraceFile
 from grpo_ray.types import TimeSpan, Track
 
 Interval = tuple[float, float]
@@ -33,7 +33,7 @@ class Timeline:
             self._file = TraceFile(self._path, step)
 
     def record(self, step: int, window: TimeSpan, tracks: Mapping[str, Sequence[Track]]) -> dict[str, float]:
-        """Write down step `step`, which took the time of `window`; its figures, named as in `grpo_ray.catalogue`.
+        """Write down step `step`, which took the time of `window`; its figures, named as in `grpo_ray.telemetry.catalogue`.
 
         Args:
             tracks: role -> its workers, each since the last call: what they did between two steps is in the file, and in no

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from grpo_ray.catalogue import METRICS, describe, pattern_of, star
+from grpo_ray.telemetry.catalogue import METRICS, describe, pattern_of, star
 from grpo_ray.types import Prompt, ScoreStatus
 from tests.test_train_loop import Session, config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SECTIONS = {name.partition("/")[0] for name in METRICS}
 NO_METRICS = {"tokens/s", "samples/s", "signal/*", "pairs/*"}
 """Units, what Health finds, and names of rows."""

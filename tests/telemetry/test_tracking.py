@@ -26,7 +26,7 @@ from grpo_ray.rollout_log import (
     write_rollouts,
 )
 from grpo_ray.seeds import sample_seed
-from grpo_ray.tracking import JsonlTracker, MlflowTracker, Tolerant, WandbTracker, make_trackers, read_metrics
+from grpo_ray.telemetry.tracking import JsonlTracker, MlflowTracker, Tolerant, WandbTracker, make_trackers, read_metrics
 from grpo_ray.types import Group, Prompt, RewardScore, Sample, SampleInfo, Score, ScoreStatus, Step, VersionSpan
 from tests.batches import batch_of
 
