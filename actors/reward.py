@@ -19,8 +19,8 @@ from actors.runtime import give_way, own_process
 from grpo_ray.config.reward import RewardConfig
 from grpo_ray.data.thinking import opens_thinking
 from grpo_ray.errors import RewardError
-from grpo_ray.rewards.function import NOT_COLUMNS, Conversation, ScoreInputs
-from grpo_ray.rewards.scoring import weighted_sum
+from grpo_ray.rewards.functions.function import NOT_COLUMNS, Conversation, ScoreInputs
+from grpo_ray.rewards.functions.scoring import weighted_sum
 from grpo_ray.types import Sample, Score, ScoreRequest, ScoreStatus
 
 FETCH_TIMEOUT_S = 60.0

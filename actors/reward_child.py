@@ -24,8 +24,9 @@ from actors.apart import leave_network
 from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.plain_terminal import clean_streams
-from grpo_ray.rewards import RewardFunction, ScoreInputs, call_reward, resolve
-from grpo_ray.rewards.scoring import failures
+from grpo_ray.rewards.functions.function import RewardFunction, ScoreInputs
+from grpo_ray.rewards.functions.scoring import call_reward, failures
+from grpo_ray.rewards.table import resolve
 from grpo_ray.types import RewardScore, ScoreStatus
 
 HEADER = struct.Struct("<Q")

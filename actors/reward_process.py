@@ -25,8 +25,8 @@ from actors.reward_pipe import ChildPipe, EndedError, LateError
 from actors.start_timeout import StartTimeout
 from grpo_ray.config.reward import RewardConfig
 from grpo_ray.errors import RewardError
-from grpo_ray.rewards.function import ScoreInputs
-from grpo_ray.rewards.scoring import failures
+from grpo_ray.rewards.functions.function import ScoreInputs
+from grpo_ray.rewards.functions.scoring import failures
 from grpo_ray.secrets import is_secret_name, resolve
 from grpo_ray.types import RewardScore, ScoreStatus
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from actors.reward_process import ScoringProcess
 from grpo_ray.config.reward import RewardConfig
-from grpo_ray.rewards.function import ScoreInputs
+from grpo_ray.rewards.functions.function import ScoreInputs
 from grpo_ray.types import RewardScore
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from grpo_ray.config.reward import RewardFunctionConfig
-from grpo_ray.rewards.function import SOURCE
-from grpo_ray.rewards.golds import gold_of
+from grpo_ray.rewards.answers.golds import gold_of
+from grpo_ray.rewards.functions.function import SOURCE
 
 QUOTED = 60
 """Characters of a value that a message shows."""

@@ -15,10 +15,10 @@ from typing import Any
 
 from grpo_ray.data.sources import Row, Table
 from grpo_ray.errors import DataError, JudgeError
-from grpo_ray.judge import Judge, Message
-from grpo_ray.judge_form import HIGHEST, LOWEST, about_material, quoted, rating_form, read_ratings
+from grpo_ray.rewards.answers.parts import Part, part_of
+from grpo_ray.rewards.endpoints.judge_client import Judge, Message
+from grpo_ray.rewards.endpoints.judge_form import HIGHEST, LOWEST, about_material, quoted, rating_form, read_ratings
 from grpo_ray.rewards.judge import conversation_text
-from grpo_ray.rewards.parts import Part, part_of
 
 RUBRIC = (
     "Compare two responses to a question by how helpful they are: right, relevant, clear and complete, "

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo_ray.errors import DataError
-from grpo_ray.rewards.answer_tag import answer_of
-from grpo_ray.rewards.function import Completions, text_of
+from grpo_ray.rewards.answers.answer_tag import answer_of
+from grpo_ray.rewards.functions.function import Completions, text_of
 
 Row = dict[str, Any]
 TASKS = ("add", "reverse", "greet")

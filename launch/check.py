@@ -28,7 +28,7 @@ from grpo_ray.models.kv_cache import check_one_sample
 from grpo_ray.models.loading import check_ids, context_length, vocab_size
 from grpo_ray.models.memory import BF16, FP32, facts_of, gib, learner_memory
 from grpo_ray.models.memory_fit import parts_of
-from grpo_ray.rewards import BUILTINS, described
+from grpo_ray.rewards.table import BUILTINS, described
 from grpo_ray.stops import describe_end, find_stops, template_end
 from launch.check_golds import gold_rows
 from launch.console import headed, plain_console

@@ -12,7 +12,7 @@ from grpo_ray.config.schema import RunConfig
 from grpo_ray.data.prompts import PromptDataset, PromptSets
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.columns import ColumnFacts
-from grpo_ray.rewards.function import SOURCE
+from grpo_ray.rewards.functions.function import SOURCE
 
 MAX_GOLDS = 2000
 MAX_SECONDS = 20.0
@@ -72,7 +72,7 @@ def gold_rows(config: RunConfig, prompts: PromptSets, facts: Mapping[str, Column
 
 def read_golds(dataset: PromptDataset, path: str, function: RewardFunctionConfig) -> GoldReport:
     """Reads up to 2,000 golds that lie evenly over the data set, for 20 s at most."""
-    from grpo_ray.rewards.golds import COLUMNS, GOLD_TIMES, TIMEOUT_S, gold_of, read_gold
+    from grpo_ray.rewards.answers.golds import COLUMNS, GOLD_TIMES, TIMEOUT_S, gold_of, read_gold
 
     indices = _rows_of(dataset, function.sources)
     report = GoldReport(len(indices))

@@ -8,8 +8,8 @@ from grpo_ray.config.data import DataSource
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.data.sources import python_function
-from grpo_ray.rewards import BUILTINS
-from grpo_ray.rewards.by_path import users_function
+from grpo_ray.rewards.functions.by_path import users_function
+from grpo_ray.rewards.table import BUILTINS
 
 RUN_CODE = "--run-code"
 

@@ -32,8 +32,8 @@ from grpo_ray.pipeline.plan import Plan, Stage, make_plan, typed_stages
 from grpo_ray.pipeline.record import Record, StageRecord, check_unchanged
 from grpo_ray.pipeline.report import write_pipeline_report
 from grpo_ray.records import step_to_resume
-from grpo_ray.reward_files import with_absolute_files
-from grpo_ray.rewards import resolve
+from grpo_ray.rewards.functions.files import with_absolute_files
+from grpo_ray.rewards.table import resolve
 from grpo_ray.sample_files import read_samples
 from grpo_ray.telemetry.tracking import read_metrics
 from launch.console import headed, plain_console

@@ -5,7 +5,7 @@ from __future__ import annotations
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.models.loading import check_model_path
-from grpo_ray.rewards import resolve
+from grpo_ray.rewards.table import resolve
 from launch.code_folder import use_code_of
 from launch.effects import tell_of_hub
 from launch.foreign_code import check_code

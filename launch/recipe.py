@@ -17,7 +17,7 @@ from grpo_ray.data.sources import MAX_LINE_BYTES
 from grpo_ray.errors import ConfigError
 from grpo_ray.names import check_name
 from grpo_ray.plain_terminal import say
-from grpo_ray.reward_files import with_absolute_files, with_shipped_files
+from grpo_ray.rewards.functions.files import with_absolute_files, with_shipped_files
 from grpo_ray.secrets import hide_secrets
 from grpo_ray.suggest import did_you_mean
 

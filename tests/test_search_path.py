@@ -16,8 +16,8 @@ from grpo_ray.config.data import DataSource
 from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.data.sources import load_table
 from grpo_ray.errors import ConfigError, DataError, RewardError
-from grpo_ray.rewards import resolve
-from grpo_ray.rewards.function import ScoreInputs
+from grpo_ray.rewards.functions.function import ScoreInputs
+from grpo_ray.rewards.table import resolve
 from grpo_ray.types import ScoreStatus
 from launch.package import stage
 

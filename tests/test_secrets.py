@@ -14,7 +14,7 @@ import yaml
 from grpo_ray.config.loading import build, deep_merge
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError, JudgeError
-from grpo_ray.judge import Judge, JudgeOptions
+from grpo_ray.rewards.endpoints.judge_client import Judge, JudgeOptions
 from grpo_ray.secrets import hide_secrets, is_secret_name, secret_values
 from launch.cli import _tell_error
 from launch.jobs import resume_run

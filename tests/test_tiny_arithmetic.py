@@ -9,7 +9,7 @@ import pytest
 import reasoning_gym
 
 from grpo_ray.errors import DataError
-from grpo_ray.rewards.answer_tag import answer_of
+from grpo_ray.rewards.answers.answer_tag import answer_of
 from grpo_ray.rewards.r1_format import r1_format
 from grpo_ray.tiny_arithmetic import Flaws, demonstrate, flawed_demonstrations
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from grpo_ray.errors import RewardError
-from grpo_ray.rewards.function import Completions, text_of
-from grpo_ray.rewards.golds import GOLD_TIMES, TIMEOUT_S, golds_of, is_right, read_gold
-from grpo_ray.rewards.warm_up import warm_up
+from grpo_ray.rewards.answers.golds import GOLD_TIMES, TIMEOUT_S, golds_of, is_right, read_gold
+from grpo_ray.rewards.answers.warm_up import warm_up
+from grpo_ray.rewards.functions.function import Completions, text_of
 
 
 def accuracy(

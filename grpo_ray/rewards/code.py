@@ -11,9 +11,9 @@ from typing import Any
 
 from grpo_ray.config.reward import CODE_TIMEOUT_S
 from grpo_ray.errors import RewardError
-from grpo_ray.rewards.answer_tag import answer_of
+from grpo_ray.rewards.answers.answer_tag import answer_of
 from grpo_ray.rewards.code_tests import Asserts, Call, Script, read_tests, same_output, same_value
-from grpo_ray.rewards.function import Completions, Explained, text_of
+from grpo_ray.rewards.functions.function import Completions, Explained, text_of
 from grpo_ray.sandbox.box import Box, BoxEnded, Limits, Outcome
 from grpo_ray.sandbox.isolation import PATH, Languages
 from grpo_ray.sandbox.trial import check_isolation

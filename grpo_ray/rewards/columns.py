@@ -9,9 +9,9 @@ from typing import Any, Protocol
 from grpo_ray.config.reward import RewardConfig
 from grpo_ray.data.prompts import PromptDataset, PromptSets
 from grpo_ray.errors import RewardError
-from grpo_ray.rewards import described
 from grpo_ray.rewards.countdown import check_row
-from grpo_ray.rewards.function import SOURCE, has_value, missing_column, value_of
+from grpo_ray.rewards.functions.function import SOURCE, has_value, missing_column, value_of
+from grpo_ray.rewards.table import described
 
 _ROW_CHECKS: dict[str, Callable[[Mapping[str, Any]], None]] = {"countdown": check_row}
 """Built-in -> what its rows have to be."""

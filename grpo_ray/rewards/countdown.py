@@ -10,8 +10,8 @@ from fractions import Fraction
 from typing import Any
 
 from grpo_ray.errors import RewardError
-from grpo_ray.rewards.answer_tag import answer_of
-from grpo_ray.rewards.function import Completions, text_of
+from grpo_ray.rewards.answers.answer_tag import answer_of
+from grpo_ray.rewards.functions.function import Completions, text_of
 
 MAX_CHARS = 200
 _DIGITS = re.compile(r"\s*[-+]?[0-9]{1,50}(?:[./][0-9]{1,50})?\s*")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from grpo_ray.rewards.answer_tag import answer_of
-from grpo_ray.rewards.function import Completions, text_of
+from grpo_ray.rewards.answers.answer_tag import answer_of
+from grpo_ray.rewards.functions.function import Completions, text_of
 
 
 def exact_match(completions: Completions, answer: list[Any], in_answer_tag: bool = False) -> list[float | None]:

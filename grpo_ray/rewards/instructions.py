@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, get_type_hints
 
 from grpo_ray.errors import RewardError
-from grpo_ray.rewards.function import Completions, Conversation, text_of
+from grpo_ray.rewards.functions.function import Completions, Conversation, text_of
 from grpo_ray.rewards.instruction_checks import CHECKS
 
 MAX_NUMBER = 1_000_000_000

@@ -7,9 +7,17 @@ from functools import lru_cache
 from typing import Any
 
 from grpo_ray.errors import JudgeError, RewardError
-from grpo_ray.judge import Judge, JudgeOptions, Message
-from grpo_ray.judge_form import HIGHEST, LOWEST, about_material, quoted, rating_form, read_ratings, without_mark
-from grpo_ray.rewards.function import Completions, Conversation, Explained, text_of
+from grpo_ray.rewards.endpoints.judge_client import Judge, JudgeOptions, Message
+from grpo_ray.rewards.endpoints.judge_form import (
+    HIGHEST,
+    LOWEST,
+    about_material,
+    quoted,
+    rating_form,
+    read_ratings,
+    without_mark,
+)
+from grpo_ray.rewards.functions.function import Completions, Conversation, Explained, text_of
 
 RUBRIC = "Judge how well the response answers the question: whether it is right, relevant, clear and complete."
 _SCORE = ("score",)
@@ -38,7 +46,7 @@ async def judge(
     `model` and `base_url` are those of any OpenAI-compatible endpoint, its key is OPENAI_API_KEY (`reward.env`). `use_answer`: the
     judge sees the row's column `answer`. Without a rating it is asked again, `tries` times in all. `cache` is a file that keeps
     answers, `requests_per_minute` those of one scoring process: give it `workers: {num_actors: 1}`. A sample whose judgement can't
-    be had fails alone. See `grpo_ray.judge.JudgeOptions`.
+    be had fails alone. See `grpo_ray.rewards.endpoints.judge_client.JudgeOptions`.
 
     Range [0, 1]. Source: DeepSeek-R1's use of DeepSeek-V3 as a judge (2501.12948, section 2.3.3); the form is ours.
 

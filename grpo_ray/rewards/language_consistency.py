@@ -26,8 +26,8 @@ from typing import Any
 
 from grpo_ray.errors import RewardError
 from grpo_ray.plain_text import nfkc
-from grpo_ray.rewards.function import Completions, text_of
-from grpo_ray.rewards.parts import Part, part_of
+from grpo_ray.rewards.answers.parts import Part, part_of
+from grpo_ray.rewards.functions.function import Completions, text_of
 
 _NO_WORDS = re.compile(r"```.*?(?:```|$)|\\[A-Za-z]+|</?[A-Za-z_]+>", re.DOTALL)
 _UNSPACED = frozenset({"CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR"})

@@ -6,7 +6,7 @@ import itertools
 import re
 
 from grpo_ray.data.thinking import OPEN, begun
-from grpo_ray.rewards.function import Completions, text_of
+from grpo_ray.rewards.functions.function import Completions, text_of
 
 _TAG = re.compile(r"</?(?:think|answer)>")
 

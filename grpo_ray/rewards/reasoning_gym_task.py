@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo_ray.errors import RewardError
-from grpo_ray.rewards.answer_tag import answer_of
-from grpo_ray.rewards.function import Completions, Explained, text_of
+from grpo_ray.rewards.answers.answer_tag import answer_of
+from grpo_ray.rewards.functions.function import Completions, Explained, text_of
 from grpo_ray.sandbox.isolation import Languages
 from grpo_ray.sandbox.trial import check_isolation
 from grpo_ray.sandbox.verifier import Ended, Verifier, library_folders, sendable

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from grpo_ray.data.templates import Template, make_template
 from grpo_ray.data.tokenized import answer_ids, tokenize
 from grpo_ray.errors import ConfigError, DataError, RewardError, first_line
-from grpo_ray.rewards.function import Completions, Conversation, text_of
+from grpo_ray.rewards.functions.function import Completions, Conversation, text_of
 
 SERVER_S = 60.0
 """For one batch, its retries included."""
@@ -151,7 +151,7 @@ class _Served:
     """The model behind vLLM's `/classify`. Retries and their back-off are those of OpenAI's client."""
 
     def __init__(self, url: str) -> None:
-        from grpo_ray.http_client import make_client
+        from grpo_ray.rewards.endpoints.http_client import make_client
 
         self._url = url
         self._client = make_client(url, timeout_s=SERVER_S, retries=4)
@@ -169,7 +169,7 @@ class _Served:
             ) from None
 
     async def _ask(self, texts: list[NDArray[np.int32]]) -> list[float]:
-        from grpo_ray.http_client import post_json
+        from grpo_ray.rewards.endpoints.http_client import post_json
 
         # Raw scores: vLLM would make probabilities of them.
         body = {"input": [text.tolist() for text in texts], "use_activation": False}

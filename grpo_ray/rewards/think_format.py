@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from grpo_ray.rewards.function import Completions, text_of
+from grpo_ray.rewards.functions.function import Completions, text_of
 
 _THINK = re.compile(r"^<think>(?!.*<think>)(.*?)</think>.*$", re.DOTALL | re.MULTILINE)
 

@@ -10,13 +10,22 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from grpo_ray.errors import RewardError
-from grpo_ray.rewards.answer_tag import answer_of
-from grpo_ray.rewards.cpu_clock import OutOfTimeError
-from grpo_ray.rewards.function import Completions, text_of
-from grpo_ray.rewards.golds import GOLD_TIMES, TIMEOUT_S, Gold, chosen, golds_of, read_answer, read_gold, said_words
-from grpo_ray.rewards.plain_numbers import Reading
-from grpo_ray.rewards.readings import same_value
-from grpo_ray.rewards.warm_up import within_timeout
+from grpo_ray.rewards.answers.answer_tag import answer_of
+from grpo_ray.rewards.answers.cpu_clock import OutOfTimeError
+from grpo_ray.rewards.answers.golds import (
+    GOLD_TIMES,
+    TIMEOUT_S,
+    Gold,
+    chosen,
+    golds_of,
+    read_answer,
+    read_gold,
+    said_words,
+)
+from grpo_ray.rewards.answers.plain_numbers import Reading
+from grpo_ray.rewards.answers.readings import same_value
+from grpo_ray.rewards.answers.warm_up import within_timeout
+from grpo_ray.rewards.functions.function import Completions, text_of
 
 A = TypeVar("A")
 

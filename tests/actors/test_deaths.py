@@ -13,8 +13,8 @@ from actors.deaths import CORE_DIED, KernelKills, fate, is_lost, kind_of, memory
 from actors.learner_group import LearnerGroup
 from grpo_ray.config.runtime import DeadlineConfig
 from grpo_ray.errors import NoMemoryError, RewardError, WorkerError
-from grpo_ray.rewards.function import RewardFunction, ScoreInputs
-from grpo_ray.rewards.scoring import call_reward
+from grpo_ray.rewards.functions.function import RewardFunction, ScoreInputs
+from grpo_ray.rewards.functions.scoring import call_reward
 
 RAYS = """1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID: 09ec98) was \
 22.59GB used / 23.54GB limit (0.9597)

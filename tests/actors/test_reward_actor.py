@@ -19,7 +19,7 @@ from actors.reward_pipe import EndedError
 from actors.reward_process import ScoringProcess
 from grpo_ray.config.reward import FailurePolicy, RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import RewardError, WorkerError
-from grpo_ray.rewards import ScoreInputs
+from grpo_ray.rewards.functions.function import ScoreInputs
 from grpo_ray.types import Sample, SampleInfo, ScoreRequest, ScoreStatus, Step, VersionSpan
 
 TIMEOUT_S = 1.0

@@ -17,9 +17,10 @@ from actors.reward_process import ScoringProcess
 from actors.reward_processes import ScoringProcesses
 from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import RewardError
-from grpo_ray.rewards import BUILTINS, ScoreInputs
+from grpo_ray.rewards.functions.function import ScoreInputs
+from grpo_ray.rewards.table import BUILTINS
 from grpo_ray.types import ScoreStatus
-from tests.test_reasoning_gym_reward import attacks
+from tests.rewards.test_reasoning_gym_reward import attacks
 
 MINE = """
 import os, socket

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from grpo_ray.config.reward import RewardFunctionConfig
-from grpo_ray.rewards import ScoreInputs, call_reward, resolve
-from grpo_ray.rewards.function import RewardFunction
+from grpo_ray.rewards.functions.function import RewardFunction, ScoreInputs
+from grpo_ray.rewards.functions.scoring import call_reward
+from grpo_ray.rewards.table import resolve
 from grpo_ray.types import ScoreStatus
 from tests.bench.programs import TASKS, ordinary
 

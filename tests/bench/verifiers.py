@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from grpo_ray.config.reward import RewardFunctionConfig
-from grpo_ray.rewards import ScoreInputs, call_reward, resolve
-from grpo_ray.rewards.answer_tag import answer_of
-from grpo_ray.rewards.function import inspect_function
+from grpo_ray.rewards.answers.answer_tag import answer_of
+from grpo_ray.rewards.functions.function import ScoreInputs, inspect_function
+from grpo_ray.rewards.functions.scoring import call_reward
+from grpo_ray.rewards.table import resolve
 from grpo_ray.types import ScoreStatus
 
 COUNT = 1000

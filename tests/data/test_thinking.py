@@ -11,7 +11,8 @@ from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.filters.config import FilterConfig, SampledSource
 from grpo_ray.filters.select import select
 from grpo_ray.filters.trace import first_fault, trace_of
-from grpo_ray.rewards import call_reward, resolve
+from grpo_ray.rewards.functions.scoring import call_reward
+from grpo_ray.rewards.table import resolve
 from grpo_ray.types import SampleInfo, ScoreRequest
 from tests.samples import row as sample_row
 

@@ -18,8 +18,9 @@ import pytest
 
 from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
-from grpo_ray.rewards import ScoreInputs, call_reward, resolve
-from grpo_ray.rewards.function import RewardFunction
+from grpo_ray.rewards.functions.function import RewardFunction, ScoreInputs
+from grpo_ray.rewards.functions.scoring import call_reward
+from grpo_ray.rewards.table import resolve
 from grpo_ray.sandbox import isolation
 from grpo_ray.types import RewardScore, ScoreStatus
 from tests.hostile import CONTAINED, DECEIVING, PUNISHED, TRY, WHY
@@ -188,7 +189,9 @@ def test_a_killed_scorer_takes_its_sandboxes_with_it(tmp_path: Path) -> None:
     script = tmp_path / "scorer.py"
     script.write_text(
         "from grpo_ray.config.reward import RewardFunctionConfig\n"
-        "from grpo_ray.rewards import *\n"
+        "from grpo_ray.rewards.functions.function import ScoreInputs\n"
+        "from grpo_ray.rewards.functions.scoring import call_reward\n"
+        "from grpo_ray.rewards.table import resolve\n"
         "f = resolve(RewardFunctionConfig(name='code'))\n"
         "print('ready', flush=True)\n"
         "call_reward(f, ScoreInputs(['p'], ['```python\\nimport time; time.sleep(600)\\n```'], [[1]], "

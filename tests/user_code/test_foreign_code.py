@@ -19,7 +19,7 @@ from grpo_ray.config.data import DataSource
 from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.data.sources import load_table
 from grpo_ray.errors import DataError, GrpoRayError, RewardError
-from grpo_ray.rewards import described, resolve
+from grpo_ray.rewards.table import described, resolve
 from launch.check import check_recipe
 from launch.jobs import evaluate_target, resume_run
 from launch.pipeline import run_pipeline

@@ -13,9 +13,11 @@ import pytest
 from actors.reward_process import ScoringProcess
 from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import ConfigError, RewardError
-from grpo_ray.rewards import ScoreInputs, call_reward, resolve
 from grpo_ray.rewards.code import find_program
 from grpo_ray.rewards.code_tests import free_names, read_tests, same_output, same_value
+from grpo_ray.rewards.functions.function import ScoreInputs
+from grpo_ray.rewards.functions.scoring import call_reward
+from grpo_ray.rewards.table import resolve
 from grpo_ray.sandbox.box import Box, Outcome
 from grpo_ray.types import RewardScore, ScoreStatus
 from tests.bench.programs import TASKS, ordinary

@@ -16,8 +16,8 @@ from typing import Any
 
 from grpo_ray import json_text
 from grpo_ray.errors import RewardError
-from grpo_ray.rewards import readings
-from grpo_ray.rewards.answer_text import (
+from grpo_ray.rewards.answers import readings
+from grpo_ray.rewards.answers.answer_text import (
     ends_in_a_cut_box,
     final_text,
     is_text_command,
@@ -31,10 +31,10 @@ from grpo_ray.rewards.answer_text import (
     without_bullets,
     without_markup,
 )
-from grpo_ray.rewards.cpu_clock import OutOfTimeError
-from grpo_ray.rewards.plain_numbers import Reading, number_reading
-from grpo_ray.rewards.readings import read_answer_phrase, read_phrases, read_sentence, read_value, same_value
-from grpo_ray.rewards.warm_up import within_timeout
+from grpo_ray.rewards.answers.cpu_clock import OutOfTimeError
+from grpo_ray.rewards.answers.plain_numbers import Reading, number_reading
+from grpo_ray.rewards.answers.readings import read_answer_phrase, read_phrases, read_sentence, read_value, same_value
+from grpo_ray.rewards.answers.warm_up import within_timeout
 
 COLUMNS = ("answer", "solution")
 """Where a gold answer is, the first that a row has."""

@@ -10,9 +10,11 @@ from grpo_ray.config.loading import build
 from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError, RewardError
-from grpo_ray.rewards import ScoreInputs, resolve, score_samples
+from grpo_ray.rewards.answers.parts import part_of
+from grpo_ray.rewards.functions.function import ScoreInputs
+from grpo_ray.rewards.functions.scoring import score_samples
 from grpo_ray.rewards.language_consistency import _knows, language_consistency, words_of
-from grpo_ray.rewards.parts import part_of
+from grpo_ray.rewards.table import resolve
 from grpo_ray.types import ScoreStatus
 
 EN = "first add the tens, then the ones; the sum is forty-two"

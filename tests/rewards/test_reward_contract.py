@@ -19,12 +19,12 @@ from actors.reward import build_inputs
 from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.data.prompts import PromptSets
 from grpo_ray.errors import RewardError
-from grpo_ray.rewards import BUILTINS, ScoreInputs, call_reward, columns_of, described, resolve
 from grpo_ray.rewards.columns import check_columns, column_needs
-from grpo_ray.rewards.function import RESERVED, Explained, RewardFunction, inspect_function
-from grpo_ray.rewards.logs import MAX_COLUMNS, MAX_METRICS, MAX_VALUE_CHARS, CallLog, checked_name, plain
-from grpo_ray.rewards.scoring import MAX_DETAIL_CHARS, check_values, explain, weighted_sum
-from grpo_ray.rewards.verl import verl_function
+from grpo_ray.rewards.functions.function import RESERVED, Explained, RewardFunction, ScoreInputs, inspect_function
+from grpo_ray.rewards.functions.logs import MAX_COLUMNS, MAX_METRICS, MAX_VALUE_CHARS, CallLog, checked_name, plain
+from grpo_ray.rewards.functions.scoring import MAX_DETAIL_CHARS, call_reward, check_values, explain, weighted_sum
+from grpo_ray.rewards.functions.verl import verl_function
+from grpo_ray.rewards.table import BUILTINS, columns_of, described, resolve
 from grpo_ray.telemetry.metrics import logged_metrics
 from grpo_ray.types import LoggedMetric, RewardScore, SampleInfo, Score, ScoreRequest, ScoreStatus, Step, TrainerState
 

@@ -32,8 +32,8 @@ from typing import Any
 
 from grpo_ray.data.thinking import begun
 from grpo_ray.errors import RewardError
-from grpo_ray.rewards.logs import CallLog
-from grpo_ray.rewards.parts import Part, part_of
+from grpo_ray.rewards.answers.parts import Part, part_of
+from grpo_ray.rewards.functions.logs import CallLog
 from grpo_ray.suggest import closest, did_you_mean
 from grpo_ray.types import TrainerState
 

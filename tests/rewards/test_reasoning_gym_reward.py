@@ -13,8 +13,9 @@ import reasoning_gym as library
 from reasoning_gym.factory import DATASETS
 
 from grpo_ray.config.reward import RewardFunctionConfig
-from grpo_ray.rewards import ScoreInputs, call_reward, resolve
-from grpo_ray.rewards.function import RewardFunction
+from grpo_ray.rewards.functions.function import RewardFunction, ScoreInputs
+from grpo_ray.rewards.functions.scoring import call_reward
+from grpo_ray.rewards.table import resolve
 from grpo_ray.types import RewardScore, ScoreStatus
 
 TASKS = sorted(set(DATASETS) - {"composite"})

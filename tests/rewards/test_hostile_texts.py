@@ -15,13 +15,16 @@ from grpo_ray.filters.config import FilterConfig
 from grpo_ray.filters.select import written
 from grpo_ray.filters.trace import Trace, first_fault, foreign, loops, repeated
 from grpo_ray.plain_text import nfkc
-from grpo_ray.rewards import BUILTINS, ScoreInputs, call_reward, readings, resolve
+from grpo_ray.rewards.answers import readings
+from grpo_ray.rewards.answers.cpu_clock import within_cpu_s
+from grpo_ray.rewards.answers.parts import part_of
 from grpo_ray.rewards.code import find_program
 from grpo_ray.rewards.code_tests import same_output, same_value
-from grpo_ray.rewards.cpu_clock import within_cpu_s
+from grpo_ray.rewards.functions.function import ScoreInputs
+from grpo_ray.rewards.functions.logs import plain
+from grpo_ray.rewards.functions.scoring import call_reward
 from grpo_ray.rewards.instruction_checks import CHECKS
-from grpo_ray.rewards.logs import plain
-from grpo_ray.rewards.parts import part_of
+from grpo_ray.rewards.table import BUILTINS, resolve
 from grpo_ray.rewards.votes import math_votes, text_votes
 from grpo_ray.types import ScoreStatus
 from tests.hostile_texts import ALL, FORMULAS, MORE_FORMULAS, SIZE, SOME
@@ -100,7 +103,7 @@ REWARDS: dict[str, Callable[[str], None]] = {
 }
 ELSEWHERE = {
     "code": "runs programs in a sandbox: tests/hostile.py",
-    "judge": "asks a model: tests/test_judge.py",
+    "judge": "asks a model: tests/rewards/test_judge.py",
     "reward_model": "asks a model",
     "reasoning_gym": "its verifiers are third-party code",
 }

@@ -17,8 +17,10 @@ from actors.reward_pool import RewardPool
 from actors.reward_pools import RewardPools
 from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import RewardError
-from grpo_ray.rewards import ScoreInputs, call_reward, resolve
+from grpo_ray.rewards.functions.function import ScoreInputs
+from grpo_ray.rewards.functions.scoring import call_reward
 from grpo_ray.rewards.reward_model import _load
+from grpo_ray.rewards.table import resolve
 from grpo_ray.types import Sample, SampleInfo, Score, ScoreRequest, ScoreStatus, VersionSpan
 from tests.endpoints import endpoint, vllm_server
 

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
-from grpo_ray.rewards import BUILTINS, ScoreInputs, call_reward, resolve, score_samples
 from grpo_ray.rewards.countdown import evaluate
-from grpo_ray.rewards.function import RewardFunction, inspect_function
+from grpo_ray.rewards.functions.function import RewardFunction, ScoreInputs, inspect_function
+from grpo_ray.rewards.functions.scoring import call_reward, score_samples
 from grpo_ray.rewards.r1_format import r1_format
 from grpo_ray.rewards.repetition_penalty import repetition_penalty
 from grpo_ray.rewards.soft_overlong import soft_overlong
+from grpo_ray.rewards.table import BUILTINS, resolve
 from grpo_ray.rewards.think_format import think_format
 from grpo_ray.rewards.votes import math_votes, text_votes
 from grpo_ray.types import Score, ScoreStatus, Step

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from grpo_ray.errors import RewardError, kind_and_line
-from grpo_ray.rewards.function import NOT_COLUMNS
+from grpo_ray.rewards.functions.function import NOT_COLUMNS
 
 _FROM_SAMPLES = NOT_COLUMNS | {"environments", "solution_str", "solution_strs"}
 

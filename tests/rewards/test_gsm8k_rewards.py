@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from grpo_ray.config.reward import RewardFunctionConfig
-from grpo_ray.rewards import ScoreInputs, resolve, score_samples
+from grpo_ray.rewards.functions.function import ScoreInputs
+from grpo_ray.rewards.functions.scoring import score_samples
+from grpo_ray.rewards.table import resolve
 
-FOLDER = Path(os.environ.get("GRPO_RAY_GSM8K", Path(__file__).parents[1] / "../shared/data/gsm8k"))
+FOLDER = Path(os.environ.get("GRPO_RAY_GSM8K", Path(__file__).parents[2] / "../shared/data/gsm8k"))
 pytestmark = pytest.mark.skipif(
     not (FOLDER / "train.jsonl").exists(),
     reason="no GSM8K: set GRPO_RAY_GSM8K to a folder with train.jsonl and test.jsonl",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import TypeVar
 
-from grpo_ray.rewards.cpu_clock import within_cpu_s
+from grpo_ray.rewards.answers.cpu_clock import within_cpu_s
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from grpo_ray.config.loading import to_yaml
 from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError, RewardError
-from grpo_ray.rewards import resolve
+from grpo_ray.rewards.table import resolve
 from launch.recipe import SHIPPED, load_recipe, load_run_config
 from tests.recipes import RL
 

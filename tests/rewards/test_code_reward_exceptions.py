@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from grpo_ray.config.reward import RewardFunctionConfig
-from grpo_ray.rewards import ScoreInputs, call_reward, resolve
-from grpo_ray.rewards.function import RewardFunction
+from grpo_ray.rewards.functions.function import RewardFunction, ScoreInputs
+from grpo_ray.rewards.functions.scoring import call_reward
+from grpo_ray.rewards.table import resolve
 from grpo_ray.sandbox.remote import ProgramError, rebuilt
 from grpo_ray.types import RewardScore, ScoreStatus
 

@@ -49,7 +49,7 @@ class Judge:
     """For one event loop. The key is in the environment, OPENAI_API_KEY."""
 
     def __init__(self, options: JudgeOptions) -> None:
-        from grpo_ray.http_client import make_client
+        from grpo_ray.rewards.endpoints.http_client import make_client
 
         self._options = options
         self._client = make_client(options.base_url, timeout_s=options.deadline_s, retries=options.retries)
@@ -99,7 +99,7 @@ class Judge:
     async def _ask(self, question: dict[str, Any]) -> str:
         import openai
 
-        from grpo_ray.http_client import RefusedAnswerError, post_json
+        from grpo_ray.rewards.endpoints.http_client import RefusedAnswerError, post_json
 
         o = self._options
         where = f"the judge {o.model} at {hide_forms(o.base_url)}"

@@ -22,8 +22,6 @@ import pytest
 from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.data.sources import Table
 from grpo_ray.errors import ConfigError, DataError, JudgeError
-from grpo_ray.judge import Judge, JudgeOptions
-from grpo_ray.judge_form import read_ratings
 from grpo_ray.judged_pairs import (
     Candidates,
     Counts,
@@ -34,7 +32,11 @@ from grpo_ray.judged_pairs import (
     judge_pairs,
     read_candidates,
 )
-from grpo_ray.rewards import ScoreInputs, resolve, score_samples
+from grpo_ray.rewards.endpoints.judge_client import Judge, JudgeOptions
+from grpo_ray.rewards.endpoints.judge_form import read_ratings
+from grpo_ray.rewards.functions.function import ScoreInputs
+from grpo_ray.rewards.functions.scoring import score_samples
+from grpo_ray.rewards.table import resolve
 from grpo_ray.types import Score, ScoreStatus
 from launch.judge_pairs import make_pairs
 from tests.endpoints import Answer, endpoint, mark_of, rated, rated_pair, shown_of, vllm_server
@@ -135,7 +137,7 @@ def test_requests_keep_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
         judge = Judge(JudgeOptions("judge", "http://127.0.0.1:9/v1", requests_per_minute=600))
         loop = asyncio.get_running_loop()
         with monkeypatch.context() as patched:
-            patched.setattr("grpo_ray.judge.asyncio.sleep", wait)
+            patched.setattr("grpo_ray.rewards.endpoints.judge_client.asyncio.sleep", wait)
             for now, times in ((100.0, 4), (100.15, 1), (200.0, 2)):
                 patched.setattr(loop, "time", lambda now=now: now)
                 for _ in range(times):

@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 
 from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
-from grpo_ray.rewards.function import RewardFunction, inspect_function
-from grpo_ray.rewards.made import is_maker, no_call
-from grpo_ray.rewards.verl import is_verl, verl_function
+from grpo_ray.rewards.functions.function import RewardFunction, inspect_function
+from grpo_ray.rewards.functions.made import is_maker, no_call
+from grpo_ray.rewards.functions.verl import is_verl, verl_function
 from grpo_ray.user_code.functions import UserFunction
 
 

@@ -22,9 +22,16 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from grpo_ray.errors import RewardError
-from grpo_ray.rewards.function import Completions, RewardFunction, has_value, inspect_function, text_of, value_of
-from grpo_ray.rewards.logs import plain
-from grpo_ray.rewards.scoring import explain
+from grpo_ray.rewards.functions.function import (
+    Completions,
+    RewardFunction,
+    has_value,
+    inspect_function,
+    text_of,
+    value_of,
+)
+from grpo_ray.rewards.functions.logs import plain
+from grpo_ray.rewards.functions.scoring import explain
 
 GROUND_TRUTH = ("reward_model.ground_truth", "ground_truth", "answer")
 _TRUTH_COLUMNS = tuple(name.partition(".")[0] for name in GROUND_TRUTH)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from grpo_ray.rewards.answer_tag import answer_of
+from grpo_ray.rewards.answers.answer_tag import answer_of
 
 MAX_VALUE_CHARS = 500
 """What is longer is prose, no value."""

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from grpo_ray.rewards.answer_text import MAX_VALUE_CHARS, phrases, sentences, unwrap
-from grpo_ray.rewards.plain_numbers import (
+from grpo_ray.rewards.answers.answer_text import MAX_VALUE_CHARS, phrases, sentences, unwrap
+from grpo_ray.rewards.answers.plain_numbers import (
     CURRENCY,
     NUM,
     SCALES,
@@ -22,7 +22,7 @@ from grpo_ray.rewards.plain_numbers import (
     read_ratio,
     same_number,
 )
-from grpo_ray.rewards.warm_up import within_timeout
+from grpo_ray.rewards.answers.warm_up import within_timeout
 
 # ---- lists
 

@@ -22,11 +22,14 @@ from grpo_ray.config.data import DataSource
 from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.data.sources import load_table
 from grpo_ray.errors import RewardError
-from grpo_ray.rewards import ScoreInputs, call_reward, readings, resolve
 from grpo_ray.rewards.accuracy import accuracy
-from grpo_ray.rewards.answer_text import ends_in_a_cut_box
-from grpo_ray.rewards.cpu_clock import OutOfTimeError, within_cpu_s
-from grpo_ray.rewards.golds import read_gold
+from grpo_ray.rewards.answers import readings
+from grpo_ray.rewards.answers.answer_text import ends_in_a_cut_box
+from grpo_ray.rewards.answers.cpu_clock import OutOfTimeError, within_cpu_s
+from grpo_ray.rewards.answers.golds import read_gold
+from grpo_ray.rewards.functions.function import ScoreInputs
+from grpo_ray.rewards.functions.scoring import call_reward
+from grpo_ray.rewards.table import resolve
 from grpo_ray.types import ScoreStatus
 
 NO = None

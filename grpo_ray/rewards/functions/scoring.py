@@ -15,8 +15,8 @@ from itertools import islice
 from typing import Any
 
 from grpo_ray.errors import RewardError, kind_and_line
-from grpo_ray.rewards.function import Explained, RewardFunction, ScoreInputs
-from grpo_ray.rewards.logs import CallLog, Plain
+from grpo_ray.rewards.functions.function import Explained, RewardFunction, ScoreInputs
+from grpo_ray.rewards.functions.logs import CallLog, Plain
 from grpo_ray.types import RewardScore, Score, ScoreStatus, Step
 
 MAX_DETAIL_CHARS = 500
