@@ -27,15 +27,15 @@ from actors.run_replay import run_replay
 from actors.run_sample import run_sample
 from actors.run_supervised import run_supervised
 from actors.runtime import give_way
-from grpo_ray.checkpoint import RunDir
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
-from grpo_ray.ended import write_ended
 from grpo_ray.errors import ConfigError
 from grpo_ray.names import check_name, run_name
-from grpo_ray.ownership import holding
 from grpo_ray.plain_terminal import say
 from grpo_ray.rewards.columns import ColumnNeeds
+from grpo_ray.run.ended import write_ended
+from grpo_ray.run.ownership import holding
+from grpo_ray.run.run_dir import RunDir
 from grpo_ray.secrets import hide_secrets
 from grpo_ray.telemetry.events import EndEvent, Event, EventLog, MessageEvent
 from grpo_ray.telemetry.messages import MessageLog

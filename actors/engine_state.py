@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_ray.errors import CheckpointError
-from grpo_ray.fragments import Fragment, FragmentReader, even_part
+from grpo_ray.run.fragments import Fragment, FragmentReader, even_part
 
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")

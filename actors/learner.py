@@ -37,15 +37,15 @@ from actors.runtime import LOOPBACK, end_of_imports, own_process
 from grpo_ray.algorithm.objectives import MicroBatchData
 from grpo_ray.batch.plan import MiniBatchPlan
 from grpo_ray.batch.sequence import Alone, SequenceRanks
-from grpo_ray.checkpoint_store import Place
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.errors import WorkerError
-from grpo_ray.learner_files import SavedLearner
 from grpo_ray.machine import usable_cpus
-from grpo_ray.manifest import FileSum
 from grpo_ray.models.flops import FlopCounter, model_shape, throughput_metrics
 from grpo_ray.models.lora import adapter_bytes, adapter_checksum
 from grpo_ray.models.policy import PolicyModel
+from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.learner_files import SavedLearner
+from grpo_ray.run.manifest import FileSum
 from grpo_ray.telemetry.activity import Activity
 from grpo_ray.types import TrainBatch, UpdateReport
 

@@ -22,14 +22,14 @@ from actors.learner import DISK, LearnerActor
 from actors.learner_engine import LearnerSpec
 from actors.runtime import ALLOCATOR_ENV, RayActors, log_tail, start_named
 from actors.weights import resolve_backend
-from grpo_ray.checkpoint_store import Place
 from grpo_ray.config.learner import CriticConfig
 from grpo_ray.config.runtime import DeadlineConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig, preferences
 from grpo_ray.errors import DeadlineError, GrpoRayError, NoMemoryError, WorkerError
 from grpo_ray.machine import usable_cpus
-from grpo_ray.manifest import FileSum
+from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.manifest import FileSum
 from grpo_ray.types import TrainBatch, UpdateReport
 
 if TYPE_CHECKING:

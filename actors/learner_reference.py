@@ -9,11 +9,11 @@ import torch.distributed as dist
 from torch import nn
 
 from actors.learner_state import BUCKET_BYTES, gathered
-from grpo_ray.checkpoint_store import Place
 from grpo_ray.errors import CheckpointError
-from grpo_ray.fragments import Fragment, FragmentReader, even_part
-from grpo_ray.learner_files import HeldModel, SavedLearner
 from grpo_ray.models.named_weights import buckets, named_weights
+from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.fragments import Fragment, FragmentReader, even_part
+from grpo_ray.run.learner_files import HeldModel, SavedLearner
 
 _KIND = "weight"
 

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from actors import engine_state
 from actors.learner_engine import LearnerSpec
-from grpo_ray.checkpoint_store import Place
 from grpo_ray.errors import CheckpointError
-from grpo_ray.learner_files import HeldModel, SavedLearner, write_rank
-from grpo_ray.manifest import FileSum
 from grpo_ray.models.lora import adapter_tensors, write_adapter
 from grpo_ray.models.named_weights import buckets, named_weights
+from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.learner_files import HeldModel, SavedLearner, write_rank
+from grpo_ray.run.manifest import FileSum
 
 BUCKET_BYTES = 256 << 20
 _STATE_BYTES = 12

@@ -1,13 +1,13 @@
-"""The controller as the owner of its run's folders, see `grpo_ray.ownership`."""
+"""The controller as the owner of its run's folders, see `grpo_ray.run.ownership`."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from grpo_ray.checkpoint import RunDir
-from grpo_ray.checkpoint_store import is_url
-from grpo_ray.ownership import Owner, describe
+from grpo_ray.run.checkpoint_store import is_url
+from grpo_ray.run.ownership import Owner, describe
+from grpo_ray.run.run_dir import RunDir
 
 WRITERS = {"grpo": "train", "sft": "sft", "dpo": "dpo", "reward_model": "reward-model", "sample": "sample"}
 """Kinds of run that write in their folder, and their commands. The others leave logs there."""

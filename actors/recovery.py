@@ -13,7 +13,7 @@ from actors.workers import Workers
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import CheckpointError, GrpoRayError, LostSamplesError, NoMemoryError, WorkerError
-from grpo_ray.records import last_step
+from grpo_ray.run.records import last_step
 
 START_AGAIN_S, LONGEST_WAIT_S = 2.0, 16.0
 """Between two starts of learners, at first and at most."""

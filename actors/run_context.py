@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from actors.scaler import RunScaler
-from grpo_ray.checkpoint import RunDir
 from grpo_ray.rewards.columns import ColumnNeeds
+from grpo_ray.run.run_dir import RunDir
 from grpo_ray.sft_loop import SftLoop
 from grpo_ray.telemetry.events import Event, MessageEvent, PhaseEvent
 

@@ -18,8 +18,8 @@ from grpo_ray.config.schema import RunConfig
 from grpo_ray.data.cursor import Cursor
 from grpo_ray.data.epochs import run_length
 from grpo_ray.data.prompts import PromptSets
-from grpo_ray.ledger import Ledger
-from grpo_ray.rollout_log import ParquetRolloutLog, remove_after
+from grpo_ray.run.ledger import Ledger
+from grpo_ray.run.rollout_log import ParquetRolloutLog, remove_after
 from grpo_ray.telemetry.events import MessageEvent
 from grpo_ray.types import Group, TrainBatch
 

@@ -10,8 +10,8 @@ from actors.workers import Workers
 from grpo_ray.config.scaling import rescaled
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.data.epochs import run_length
-from grpo_ray.replay import TOLERANCE, compare, parts_of, read_batch
-from grpo_ray.rollout_log import rollout_path
+from grpo_ray.run.replay import TOLERANCE, compare, parts_of, read_batch
+from grpo_ray.run.rollout_log import rollout_path
 from grpo_ray.telemetry.events import MessageEvent
 from grpo_ray.telemetry.tracking import read_metrics
 

@@ -13,8 +13,8 @@ from actors.workers import Workers
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.names import run_name
-from grpo_ray.records import last_step, set_aside
 from grpo_ray.roles import Tracker
+from grpo_ray.run.records import last_step, set_aside
 from grpo_ray.sft_loop import SftLoop
 from grpo_ray.telemetry.tracking import make_trackers
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from actors.cluster import await_resources, demands, has_gpus
-from grpo_ray.checkpoint_store import Place
 from grpo_ray.config.scaling import (
     PATIENCE,
     SCALED,
@@ -31,6 +30,7 @@ from grpo_ray.config.scaling import (
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import DeadlineError, GrpoRayError, ResourceError, WorkerError
 from grpo_ray.roles import Learner, WeightSync
+from grpo_ray.run.checkpoint_store import Place
 
 
 class Crew(Protocol):

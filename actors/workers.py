@@ -18,8 +18,6 @@ from actors.reward_pools import RewardPools
 from actors.rollout_pool import RolloutPool
 from actors.start_timeout import StartTimeout
 from actors.weights import RayWeightSync
-from grpo_ray.checkpoint import RunDir
-from grpo_ray.checkpoint_store import Place
 from grpo_ray.config.reward import SHARED_POOL, RewardConfig
 from grpo_ray.config.scaling import Counts
 from grpo_ray.config.schema import RunConfig
@@ -27,6 +25,8 @@ from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import DeadlineError
 from grpo_ray.evaluate import vote_config
 from grpo_ray.roles import Learner, Sampler, WeightSync
+from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.run_dir import RunDir
 
 if TYPE_CHECKING:
     from actors.learner_group import LearnerGroup

@@ -17,8 +17,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from grpo_ray.carried import Carried, how_sampled
-from grpo_ray.checkpoint_store import Place
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.data.cursor import Cursor
 from grpo_ray.data.epochs import RunLength, used_up
@@ -26,12 +24,14 @@ from grpo_ray.errors import PoisonedError, RewardError
 from grpo_ray.failure_policy import StepCounts, apply_failure_policy, refuse_rewards_of_steps
 from grpo_ray.filling import Filling
 from grpo_ray.health import Health
-from grpo_ray.kept_groups import KEPT_GROUPS, KeptGroup, read_groups, write_groups
-from grpo_ray.ledger import Ledger, LedgerRow
 from grpo_ray.overlap import EarlyParts
 from grpo_ray.roles import Learner, Roles
-from grpo_ray.rollout_log import distinct_refs
-from grpo_ray.saver import More
+from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.kept_groups import KEPT_GROUPS, KeptGroup, read_groups, write_groups
+from grpo_ray.run.ledger import Ledger, LedgerRow
+from grpo_ray.run.restored_groups import Carried, how_sampled
+from grpo_ray.run.rollout_log import distinct_refs
+from grpo_ray.run.saver import More
 from grpo_ray.seeds import sample_seed
 from grpo_ray.spread import has_spread
 from grpo_ray.telemetry.events import Event, MessageEvent, PhaseEvent

@@ -21,7 +21,7 @@ from grpo_ray.errors import DataError, GrpoRayError
 from grpo_ray.files import write_whole
 from grpo_ray.report_charts import inert_json, metric_charts, time_charts, time_shares
 from grpo_ray.report_timeline import busy_table, timeline_chart
-from grpo_ray.rollout_log import read_rollouts, rollout_steps
+from grpo_ray.run.rollout_log import read_rollouts, rollout_steps
 from grpo_ray.telemetry.advice import advise, mean_step
 from grpo_ray.telemetry.catalogue import LOSSES, describe
 from grpo_ray.telemetry.messages import Message, read_messages, told_once

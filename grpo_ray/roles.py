@@ -13,8 +13,8 @@ from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from grpo_ray.checkpoint_store import Place
-from grpo_ray.manifest import FileSum
+from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.manifest import FileSum
 from grpo_ray.types import (
     Group,
     Sample,

@@ -20,8 +20,8 @@ from grpo_ray.errors import LostSamplesError, PoisonedError, RewardError
 from grpo_ray.evaluate import EvalResult, eval_sampling
 from grpo_ray.filling import Filling
 from grpo_ray.roles import Sampler, SampleStore, Scorer
-from grpo_ray.rollout_log import distinct_refs
-from grpo_ray.sample_files import About, Drawn, LeftOut, SampleFolder
+from grpo_ray.run.rollout_log import distinct_refs
+from grpo_ray.run.sample_files import About, Drawn, LeftOut, SampleFolder
 from grpo_ray.seeds import sample_seed
 from grpo_ray.telemetry.sample_figures import Figures, figures_in
 from grpo_ray.types import Group, SampleRequest, SamplingParams, ScoreStatus

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
-from grpo_ray.checkpoint import RunDir
 from grpo_ray.config.common import CommonConfig
 from grpo_ray.data.epochs import RunLength
 from grpo_ray.roles import Learner, Tracker
-from grpo_ray.saver import More, Saver
+from grpo_ray.run.run_dir import RunDir
+from grpo_ray.run.saver import More, Saver
 from grpo_ray.telemetry.activity import Activity
 from grpo_ray.telemetry.events import Event
 from grpo_ray.telemetry.metrics import TimeKeeper

@@ -26,7 +26,6 @@ from functools import partial
 
 from grpo_ray.algorithm.mismatch import mismatch_warning
 from grpo_ray.algorithm.train_batch import cut_batch, set_advantages
-from grpo_ray.checkpoint import RunDir
 from grpo_ray.collect import Collector
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.data.cursor import Cursor
@@ -34,9 +33,10 @@ from grpo_ray.data.epochs import run_length
 from grpo_ray.errors import GrpoRayError, NonFiniteError, RewardError, WorkerError
 from grpo_ray.evaluate import eval_event, evaluate
 from grpo_ray.health import Health
-from grpo_ray.ledger import Ledger
-from grpo_ray.replay import how_to_replay
 from grpo_ray.roles import Roles, Tracker
+from grpo_ray.run.ledger import Ledger
+from grpo_ray.run.replay import how_to_replay
+from grpo_ray.run.run_dir import RunDir
 from grpo_ray.session import Session
 from grpo_ray.telemetry.advice import STEPS_LOOKED_AT, advise, mean_step
 from grpo_ray.telemetry.events import Event, MessageEvent, PhaseEvent, StepEvent

@@ -13,8 +13,6 @@ from actors.addresses import OPTION, read_address
 from actors.cluster import connect, joins
 from actors.named_clusters import is_named
 from actors.placement_defaults import Machine, used
-from grpo_ray.checkpoint import RunDir
-from grpo_ray.checkpoint_store import Store, is_url
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.config.data import DataSource
 from grpo_ray.config.effects import about_context, check_context, without_gpu
@@ -29,6 +27,8 @@ from grpo_ray.models.loading import check_ids, context_length, vocab_size
 from grpo_ray.models.memory import BF16, FP32, facts_of, gib, learner_memory
 from grpo_ray.models.memory_fit import parts_of
 from grpo_ray.rewards.table import BUILTINS, described
+from grpo_ray.run.checkpoint_store import Store, is_url
+from grpo_ray.run.run_dir import RunDir
 from grpo_ray.stops import describe_end, find_stops, template_end
 from launch.check_golds import gold_rows
 from launch.console import headed, plain_console

@@ -162,7 +162,7 @@ def check(
 @app.command()
 def report(run: Run) -> None:
     """Write RUN/report.html: curves, timings and samples in one file that stands alone."""
-    from grpo_ray.checkpoint import RunDir
+    from grpo_ray.run.run_dir import RunDir
     from launch.jobs import make_report
 
     try:

@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from grpo_ray.checkpoint import RunDir
 from grpo_ray.config.loading import to_yaml
 from grpo_ray.config.places import with_places
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
-from grpo_ray.ended import Ended, finished, read_ended
 from grpo_ray.errors import CheckpointError, ConfigError, WorkerError
-from grpo_ray.eval_record import FOLDER, new_record, step_of
-from grpo_ray.ledger import Ledger
 from grpo_ray.names import run_name
 from grpo_ray.object_store import check_store
-from grpo_ray.records import step_to_resume
+from grpo_ray.run.ended import Ended, finished, read_ended
+from grpo_ray.run.eval_record import FOLDER, new_record, step_of
+from grpo_ray.run.ledger import Ledger
+from grpo_ray.run.records import step_to_resume
+from grpo_ray.run.run_dir import RunDir
 from grpo_ray.telemetry.events import EndEvent
 from launch.code_folder import use_code_of
 from launch.console import plain_console
@@ -182,7 +182,7 @@ def _tell_finished(run: RunDir, ended: Ended) -> None:
 
 
 def replay_step(path: Path, step: int) -> None:
-    from grpo_ray.replay import check_replayable
+    from grpo_ray.run.replay import check_replayable
 
     run = RunDir.open(path)
     if (kind := kind_of(run.config)) != "grpo":

@@ -7,15 +7,15 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from grpo_ray.checkpoint import RunDir
-from grpo_ray.ownership import commanded, forget_dead
-from grpo_ray.records import last_step
+from grpo_ray.run.ownership import commanded, forget_dead
+from grpo_ray.run.records import last_step
+from grpo_ray.run.run_dir import RunDir
 from launch.interrupts import at_end, leaving
 
 
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """This command alone writes in a run's folder, see `grpo_ray.ownership`; what stays empty goes, after a signal too."""
+    """This command alone writes in a run's folder, see `grpo_ray.run.ownership`; what stays empty goes, after a signal too."""
     with commanded(folder) as command:
 
         def release() -> None:

@@ -14,7 +14,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from grpo_ray.checkpoint import RunDir
 from grpo_ray.config.base import Strict
 from grpo_ray.config.loading import build, deep_merge, load_yaml, parse_overrides, to_yaml
 from grpo_ray.config.schema import RunConfig
@@ -22,19 +21,20 @@ from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import CheckpointError, ConfigError, GrpoRayError, WorkerError
 from grpo_ray.evaluate import accuracy_name
 from grpo_ray.filters.config import MixConfig, PairsConfig, PromptsConfig
-from grpo_ray.manifest import digest_of
 from grpo_ray.names import check_name
-from grpo_ray.ownership import commanded
 from grpo_ray.pipeline.config import PipelineConfig
 from grpo_ray.pipeline.gates import figures_of, judge
 from grpo_ray.pipeline.measure import measure
 from grpo_ray.pipeline.plan import Plan, Stage, make_plan, typed_stages
 from grpo_ray.pipeline.record import Record, StageRecord, check_unchanged
 from grpo_ray.pipeline.report import write_pipeline_report
-from grpo_ray.records import step_to_resume
 from grpo_ray.rewards.functions.files import with_absolute_files
 from grpo_ray.rewards.table import resolve
-from grpo_ray.sample_files import read_samples
+from grpo_ray.run.manifest import digest_of
+from grpo_ray.run.ownership import commanded
+from grpo_ray.run.records import step_to_resume
+from grpo_ray.run.run_dir import RunDir
+from grpo_ray.run.sample_files import read_samples
 from grpo_ray.telemetry.tracking import read_metrics
 from launch.console import headed, plain_console
 from launch.effects import tell_idle_of_pipeline

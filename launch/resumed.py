@@ -11,16 +11,16 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from grpo_ray.checkpoint import RunDir
 from grpo_ray.config.common import keys_in_order
 from grpo_ray.config.effects import without_effect
 from grpo_ray.config.loading import build, deep_merge, load_yaml, parse_overrides, to_yaml
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
-from grpo_ray.ended import read_ended
 from grpo_ray.errors import ConfigError
 from grpo_ray.files import write_whole
-from grpo_ray.ledger import Ledger
+from grpo_ray.run.ended import read_ended
+from grpo_ray.run.ledger import Ledger
+from grpo_ray.run.run_dir import RunDir
 from launch.recipe import COMMANDS
 
 Config = TypeVar("Config", bound=RunConfig | SftConfig)

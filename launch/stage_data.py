@@ -11,7 +11,7 @@ from grpo_ray.filters.prompts import join_prompts
 from grpo_ray.filters.trace import completion_of
 from grpo_ray.judged_pairs import RUBRIC
 from grpo_ray.rewards.endpoints.judge_client import JudgeOptions
-from grpo_ray.sample_files import read_samples
+from grpo_ray.run.sample_files import read_samples
 from launch.judge_pairs import make_pairs
 
 

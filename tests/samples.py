@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_ray.sample_files import About, Drawn, SampleFolder
+from grpo_ray.run.sample_files import About, Drawn, SampleFolder
 from grpo_ray.types import Prompt, RewardScore, Sample, Score, ScoreStatus, VersionSpan
 
 Rewards = dict[str, tuple[str, float | None]]

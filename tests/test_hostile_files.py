@@ -22,15 +22,15 @@ from grpo_ray.config.reward import RewardConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.yaml import MAX_BYTES, MAX_NODES
 from grpo_ray.data.sources import MAX_LINE_BYTES, load_table
-from grpo_ray.ended import read_ended
 from grpo_ray.errors import CheckpointError, ConfigError, DataError, GrpoRayError, RewardError
-from grpo_ray.kept_groups import read_groups
-from grpo_ray.ledger import Ledger, last_trained
 from grpo_ray.pipeline.record import Record
-from grpo_ray.replay import read_batch
 from grpo_ray.report import write_report
 from grpo_ray.rewards.columns import check_sets, column_needs
-from grpo_ray.sample_files import read_samples
+from grpo_ray.run.ended import read_ended
+from grpo_ray.run.kept_groups import read_groups
+from grpo_ray.run.ledger import Ledger, last_trained
+from grpo_ray.run.replay import read_batch
+from grpo_ray.run.sample_files import read_samples
 from grpo_ray.telemetry.messages import read_messages
 from grpo_ray.telemetry.trace_file import read_trace
 from grpo_ray.telemetry.tracking import read_metrics

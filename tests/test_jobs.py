@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from grpo_ray.checkpoint import RunDir
 from grpo_ray.config.loading import build
 from grpo_ray.config.supervised import SftConfig
-from grpo_ray.ended import write_ended
 from grpo_ray.errors import ConfigError, WorkerError
+from grpo_ray.run.ended import write_ended
+from grpo_ray.run.run_dir import RunDir
 from grpo_ray.telemetry.events import EndEvent
 from launch import interrupts
 from launch.jobs import _finish, start_sft

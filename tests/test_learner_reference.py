@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import nn
 
 from actors import learner_reference
-from grpo_ray.checkpoint_store import Place
 from grpo_ray.errors import CheckpointError
-from grpo_ray.fragments import FragmentReader
-from grpo_ray.learner_files import SavedLearner, write_rank
+from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.fragments import FragmentReader
+from grpo_ray.run.learner_files import SavedLearner, write_rank
 
 
 class Model(nn.Module):

@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 import yaml
 
-from grpo_ray.checkpoint import RunDir
 from grpo_ray.config.loading import build, deep_merge
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import CheckpointError, ConfigError
 from grpo_ray.filters.config import MixConfig, PairsConfig
-from grpo_ray.manifest import digest_of
 from grpo_ray.pipeline.config import GateConfig, PipelineConfig
 from grpo_ray.pipeline.estimate import estimate, rows_known
 from grpo_ray.pipeline.gates import judge
 from grpo_ray.pipeline.measure import measure
 from grpo_ray.pipeline.plan import Plan, make_plan
 from grpo_ray.pipeline.record import Cost, Record, StageRecord, check_unchanged
+from grpo_ray.run.manifest import digest_of
+from grpo_ray.run.run_dir import RunDir
 from tests.endpoints import endpoint, rated_pair, shown_of
 from tests.samples import row, sample_folder
 

@@ -15,7 +15,7 @@ import pytest
 from grpo_ray.report import first_middle_last, write_report
 from grpo_ray.report_charts import POINTS_SHOWN, metric_charts, time_charts, time_shares
 from grpo_ray.report_timeline import timeline_chart
-from grpo_ray.rollout_log import distinct_refs, write_rollouts
+from grpo_ray.run.rollout_log import distinct_refs, write_rollouts
 from grpo_ray.telemetry.messages import MessageLog
 from grpo_ray.telemetry.timeline import Timeline
 from grpo_ray.telemetry.tracking import JsonlTracker

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import yaml
 
-from grpo_ray.checkpoint import RunDir
 from grpo_ray.config.loading import all_keys, build
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.data.epochs import run_length
-from grpo_ray.ended import finished, write_ended
 from grpo_ray.errors import ConfigError
-from grpo_ray.ledger import Ledger
+from grpo_ray.run.ended import finished, write_ended
+from grpo_ray.run.ledger import Ledger
+from grpo_ray.run.run_dir import RunDir
 from launch.jobs import resume_run
 from launch.resumed import MAY_CHANGE, about_schedule, changed_config, check_length, record_changes
 

@@ -22,9 +22,9 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
-from grpo_ray.checkpoint import RunDir
 from grpo_ray.data.sources import progress
 from grpo_ray.plain_terminal import CleanStream, clean, one_line
+from grpo_ray.run.run_dir import RunDir
 from grpo_ray.telemetry.events import EndEvent, MessageEvent
 from grpo_ray.terminal import PlainConsole
 from launch import submit

@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grpo_ray.checkpoint import RunDir
-from grpo_ray.checkpoint_store import Place
 from grpo_ray.config.loading import build, deep_merge, parse_overrides
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.data.cursor import Cursor
 from grpo_ray.errors import NonFiniteError, PoisonedError, RewardError, WorkerError
-from grpo_ray.ledger import Ledger
-from grpo_ray.manifest import FileSum
 from grpo_ray.roles import Roles
+from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.ledger import Ledger
+from grpo_ray.run.manifest import FileSum
+from grpo_ray.run.run_dir import RunDir
 from grpo_ray.telemetry.events import EvalEvent, MessageEvent, StepEvent
 from grpo_ray.train_loop import TrainLoop
 from grpo_ray.types import (

@@ -20,7 +20,7 @@ from grpo_ray.data.sources import Table, load_table, map_columns
 from grpo_ray.errors import DataError
 from grpo_ray.filters.config import MixConfig
 from grpo_ray.filters.select import Selection, select
-from grpo_ray.sample_files import read_samples
+from grpo_ray.run.sample_files import read_samples
 
 Row = dict[str, Any]
 

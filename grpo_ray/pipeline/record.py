@@ -12,7 +12,7 @@ from typing import Any
 
 from grpo_ray.errors import CheckpointError
 from grpo_ray.files import read_json, write_whole
-from grpo_ray.manifest import digest_of
+from grpo_ray.run.manifest import digest_of
 
 NAME = "pipeline.json"
 FORMAT = 1

@@ -20,7 +20,7 @@ from grpo_ray.pipeline.gates import figures_of, judge
 from grpo_ray.pipeline.plan import Plan, Stage
 from grpo_ray.pipeline.record import Record
 from grpo_ray.report_charts import Chart, inert_json
-from grpo_ray.sample_files import read_samples
+from grpo_ray.run.sample_files import read_samples
 from grpo_ray.telemetry.metrics import duration
 
 PERCENT = ("accuracy", "cut_off", "not_applicable", "failed")

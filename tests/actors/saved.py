@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from actors.learner_group import LearnerGroup
-from grpo_ray.checkpoint_store import Place
+from grpo_ray.run.checkpoint_store import Place
 
 
 async def save(group: LearnerGroup, folder: Path) -> None:

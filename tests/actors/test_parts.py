@@ -13,7 +13,7 @@ from actors.learner_group import LearnerGroup
 from grpo_ray.algorithm.losses.table import POLICY_LOSSES
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.errors import NonFiniteError, WorkerError
-from grpo_ray.replay import parts_of
+from grpo_ray.run.replay import parts_of
 from grpo_ray.types import TrainBatch
 from tests.actors.saved import load, save
 from tests.actors.test_invariance import choose

@@ -14,8 +14,8 @@ import pytest
 from actors import recovery
 from actors.recovery import outlive_learners
 from actors.run_context import RunContext
-from grpo_ray.checkpoint import RunDir
 from grpo_ray.errors import CheckpointError, ConfigError, LostSamplesError, NoMemoryError, WorkerError
+from grpo_ray.run.run_dir import RunDir
 from grpo_ray.telemetry.events import MessageEvent
 from tests.recipes import run_config
 

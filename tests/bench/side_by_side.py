@@ -21,7 +21,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from grpo_ray.sample_files import read_samples
+from grpo_ray.run.sample_files import read_samples
 from tests.bench.learning import ALGORITHMS, cold_start
 from tests.bench.versus_steps import read_steps
 from tests.bench.watch import Watched, watch

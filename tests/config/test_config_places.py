@@ -10,12 +10,12 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from grpo_ray.checkpoint import RunDir
 from grpo_ray.config.base import Strict
 from grpo_ray.config.loading import build
 from grpo_ray.config.places import path_options, with_places
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
+from grpo_ray.run.run_dir import RunDir
 from launch.jobs import write_config
 from launch.recipe import SCHEMAS, load_run_config
 

@@ -15,13 +15,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grpo_ray.checkpoint import RunDir
 from grpo_ray.config.loading import build
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.data.cursor import Cursor
 from grpo_ray.data.epochs import describe, run_length
 from grpo_ray.errors import ConfigError, RewardError
+from grpo_ray.run.run_dir import RunDir
 from grpo_ray.sft_loop import SftLoop, sft_batch
 from grpo_ray.telemetry.events import MessageEvent, StepEvent
 from grpo_ray.types import ScoreRequest, ScoreStatus, TrainerState

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from grpo_ray.rollout_log import read_rollouts
+from grpo_ray.run.rollout_log import read_rollouts
 from tests.end_to_end.runs import LIMIT_S, metrics, run, train, write_recipe
 
 pytestmark = [pytest.mark.timeout(3 * LIMIT_S), pytest.mark.slow]

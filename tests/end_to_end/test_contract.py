@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from grpo_ray.rollout_log import read_rollouts, rollout_steps
+from grpo_ray.run.rollout_log import read_rollouts, rollout_steps
 from tests.end_to_end.runs import LIMIT_S, metrics, run, train, write_recipe
 
 pytestmark = [pytest.mark.timeout(2 * LIMIT_S), pytest.mark.slow]

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from grpo_ray.pipeline.record import Record
-from grpo_ray.sample_files import read_samples
+from grpo_ray.run.sample_files import read_samples
 from tests.end_to_end.runs import RECIPE, finish, launch, run
 
 LIMIT_S = 300

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from actors.runtime import log_tail
-from grpo_ray.checkpoint import RunDir
+from grpo_ray.run.run_dir import RunDir
 from tests.end_to_end.clusters import Place
 from tests.end_to_end.runs import ledger, metrics
 

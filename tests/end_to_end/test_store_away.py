@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_ray.checkpoint import RunDir
+from grpo_ray.run.run_dir import RunDir
 from tests.end_to_end.runs import LIMIT_S, end_all, finish, launch, metrics, run, train, write_recipe
 from tests.s3 import S3, forget_clients
 

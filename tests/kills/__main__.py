@@ -1,4 +1,4 @@
-"""Kill a save at each of its changes to the file system, one after the other; see tests/test_checkpoint_kills.py.
+"""Kill a save at each of its changes to the file system, one after the other; see tests/run/test_checkpoint_kills.py.
 
     LD_PRELOAD=kill_at.so python -m tests.kills FOLDER WHERE     prints one JSON line
 
@@ -24,13 +24,13 @@ import pandas  # noqa: F401
 import pyarrow.dataset  # noqa: F401
 import torch
 
-from grpo_ray.checkpoint import RunDir
-from grpo_ray.checkpoint_store import Place, is_url
-from grpo_ray.fragments import Fragment, even_part
-from grpo_ray.kept_groups import read_groups, write_groups
-from grpo_ray.learner_files import HeldModel, SavedLearner, write_rank
-from grpo_ray.manifest import FileSum
-from grpo_ray.saver import Saver
+from grpo_ray.run.checkpoint_store import Place, is_url
+from grpo_ray.run.fragments import Fragment, even_part
+from grpo_ray.run.kept_groups import read_groups, write_groups
+from grpo_ray.run.learner_files import HeldModel, SavedLearner, write_rank
+from grpo_ray.run.manifest import FileSum
+from grpo_ray.run.run_dir import RunDir
+from grpo_ray.run.saver import Saver
 from grpo_ray.types import Group, Prompt, Sample, SampleInfo, Score, ScoreStatus, VersionSpan
 
 NUMEL, RANKS = 5000, 2

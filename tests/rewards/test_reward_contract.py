@@ -752,7 +752,7 @@ def test_the_columns_of_every_evaluation_set_are_checked() -> None:
 def test_scores_keep_what_was_logged_in_a_checkpoint(tmp_path: Path) -> None:
     from dataclasses import asdict
 
-    from grpo_ray.kept_groups import _score
+    from grpo_ray.run.kept_groups import _score
 
     scores = call_reward(example("logging_reward"), told(["4", "5"], answer=["4", "4"]))
     whole = Score(ScoreStatus.OK, 1.0, (scores[0],))

@@ -17,7 +17,7 @@ import pytest
 
 from grpo_ray.config.runtime import TrackingConfig
 from grpo_ray.errors import ConfigError
-from grpo_ray.rollout_log import (
+from grpo_ray.run.rollout_log import (
     ParquetRolloutLog,
     distinct_refs,
     read_rollouts,

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_ray.ledger import Ledger
+from grpo_ray.run.ledger import Ledger
 from grpo_ray.types import Group, Prompt, SampleInfo, Score, ScoreStatus
 
 

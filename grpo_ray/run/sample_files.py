@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from grpo_ray import json_text
 from grpo_ray.errors import DataError
 from grpo_ray.files import ASIDE, read_json, write_whole
-from grpo_ray.rollout_log import extra_json, utf8
+from grpo_ray.run.rollout_log import extra_json, utf8
 from grpo_ray.seeds import sample_seed
 from grpo_ray.types import Prompt, Sample, Score
 

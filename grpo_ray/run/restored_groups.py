@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from grpo_ray.config.schema import RunConfig
-from grpo_ray.kept_groups import KeptGroup
-from grpo_ray.ledger import LedgerRow
+from grpo_ray.run.kept_groups import KeptGroup
+from grpo_ray.run.ledger import LedgerRow
 from grpo_ray.types import Group, SamplingParams
 
 

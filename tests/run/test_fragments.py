@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grpo_ray.checkpoint_store import Place
 from grpo_ray.errors import CheckpointError
-from grpo_ray.fragments import Fragment, FragmentReader, even_part, write_fragments
-from grpo_ray.learner_files import HeldModel, SavedLearner, write_rank
+from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.fragments import Fragment, FragmentReader, even_part, write_fragments
+from grpo_ray.run.learner_files import HeldModel, SavedLearner, write_rank
 
 SIZES = {"embed": 97, "layer.weight": 30, "norm": 3, "one": 1}
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from grpo_ray.checkpoint import RunDir
-from grpo_ray.checkpoint_store import Place
 from grpo_ray.errors import CheckpointError, ConfigError, GrpoRayError
-from grpo_ray.manifest import FileSum, first_wrong, from_json, to_json
-from grpo_ray.saver import BACKGROUND, Saver
+from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.manifest import FileSum, first_wrong, from_json, to_json
+from grpo_ray.run.run_dir import RunDir
+from grpo_ray.run.saver import BACKGROUND, Saver
 from grpo_ray.telemetry.events import CheckpointEvent, Event, MessageEvent
 
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from grpo_ray import records
-from grpo_ray.checkpoint import RunDir
 from grpo_ray.config.loading import to_yaml
 from grpo_ray.errors import CheckpointError, DataError
-from grpo_ray.ledger import Ledger
-from grpo_ray.records import last_step, set_aside, step_to_resume
-from grpo_ray.rollout_log import remove_after, rollout_path, rollout_steps
-from grpo_ray.sample_files import About, SampleFolder
+from grpo_ray.run import records
+from grpo_ray.run.ledger import Ledger
+from grpo_ray.run.records import last_step, set_aside, step_to_resume
+from grpo_ray.run.rollout_log import remove_after, rollout_path, rollout_steps
+from grpo_ray.run.run_dir import RunDir
+from grpo_ray.run.sample_files import About, SampleFolder
 from grpo_ray.telemetry.timeline import Timeline
 from grpo_ray.telemetry.tracking import JsonlTracker, read_metrics
 from grpo_ray.types import Group, Prompt, SampleInfo, Score, ScoreStatus, TimeSpan, Track

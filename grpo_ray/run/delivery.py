@@ -17,9 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo_ray.checkpoint_store import Store
 from grpo_ray.errors import CheckpointError, StoreAwayError, StoreError
 from grpo_ray.object_store import FIRST_WAIT_S, LONGEST_WAIT_S, reason
+from grpo_ray.run.checkpoint_store import Store
 from grpo_ray.telemetry.events import CheckpointEvent, Event, MessageEvent
 
 LOOK_S = 1.0

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from grpo_ray import manifest
-from grpo_ray.checkpoint import RunDir
-from grpo_ray.checkpoint_store import Store, step_of_name
-from grpo_ray.ended import read_ended
 from grpo_ray.errors import CheckpointError, ConfigError
-from grpo_ray.eval_record import step_of
-from grpo_ray.learner_files import SavedLearner
 from grpo_ray.models.loading import check_model_path, known_context
 from grpo_ray.pipeline.record import Record
+from grpo_ray.run import manifest
+from grpo_ray.run.checkpoint_store import Store, step_of_name
+from grpo_ray.run.ended import read_ended
+from grpo_ray.run.eval_record import step_of
+from grpo_ray.run.learner_files import SavedLearner
+from grpo_ray.run.run_dir import RunDir
 
 pytestmark = pytest.mark.timeout(60)
 OUTSIDE = [

@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from grpo_ray.checkpoint import RunDir
-from grpo_ray.checkpoint_store import sync_tree
 from grpo_ray.errors import CheckpointError
 from grpo_ray.files import ASIDE, sync_folder, write_whole
-from grpo_ray.ledger import Ledger, last_trained
-from grpo_ray.rollout_log import rollout_steps
+from grpo_ray.run.checkpoint_store import sync_tree
+from grpo_ray.run.ledger import Ledger, last_trained
+from grpo_ray.run.rollout_log import rollout_steps
+from grpo_ray.run.run_dir import RunDir
 from grpo_ray.telemetry.trace_file import read_trace, step_of, write_trace
 from grpo_ray.telemetry.tracking import lines_after, read_metrics
 

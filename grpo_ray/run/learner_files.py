@@ -18,11 +18,11 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grpo_ray.checkpoint_store import Place, Reading
 from grpo_ray.errors import CheckpointError
 from grpo_ray.files import read_json
-from grpo_ray.fragments import Fragment, FragmentReader, write_fragments
-from grpo_ray.manifest import FileSum
+from grpo_ray.run.checkpoint_store import Place, Reading
+from grpo_ray.run.fragments import Fragment, FragmentReader, write_fragments
+from grpo_ray.run.manifest import FileSum
 
 _STATE = "state.json"
 _RANDOM = "random.safetensors"

@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 
-from grpo_ray import delivery, object_store
-from grpo_ray.checkpoint import RunDir
-from grpo_ray.checkpoint_store import SET_ASIDE, Place, Store
+from grpo_ray import object_store
 from grpo_ray.config.schema import RunConfig
-from grpo_ray.ended import finished, write_ended
 from grpo_ray.errors import CheckpointError, StoreAwayError, StoreError
-from grpo_ray.manifest import FileSum
 from grpo_ray.object_store import check_store
-from grpo_ray.saver import Saver
+from grpo_ray.run import delivery
+from grpo_ray.run.checkpoint_store import SET_ASIDE, Place, Store
+from grpo_ray.run.ended import finished, write_ended
+from grpo_ray.run.manifest import FileSum
+from grpo_ray.run.run_dir import RunDir
+from grpo_ray.run.saver import Saver
 from grpo_ray.telemetry.events import CheckpointEvent, Event, MessageEvent
 from tests.recipes import run_config
 from tests.s3 import S3, forget_clients

@@ -14,14 +14,14 @@ from typing import Any
 import fsspec
 import pytest
 
-from grpo_ray.checkpoint_store import Store
 from grpo_ray.data.decontaminate import write_jsonl
 from grpo_ray.errors import DataError
 from grpo_ray.files import write_whole
-from grpo_ray.manifest import FileSum, digest_of
-from grpo_ray.rollout_log import distinct_refs, rollout_path, write_rollouts
+from grpo_ray.run.checkpoint_store import Store
+from grpo_ray.run.manifest import FileSum, digest_of
+from grpo_ray.run.rollout_log import distinct_refs, rollout_path, write_rollouts
 from tests.batches import batch_of
-from tests.test_replay import odd_groups
+from tests.run.test_replay import odd_groups
 
 Call = tuple[str, str, int]
 """What, on which path, and how many bytes the file had then; of a rename its new path, and 0."""

@@ -19,11 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from grpo_ray import manifest
 from grpo_ray.errors import CheckpointError, StoreError
 from grpo_ray.files import open_inside, readable_as_asked, sync_folder
-from grpo_ray.manifest import FileSum, Sums
 from grpo_ray.object_store import PATIENCE_S, ask, is_url, make_folder, reason
+from grpo_ray.run import manifest
+from grpo_ray.run.manifest import FileSum, Sums
 
 __all__ = ["Place", "Reading", "Store", "is_url"]
 

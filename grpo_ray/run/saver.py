@@ -16,13 +16,13 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from grpo_ray.checkpoint import LOOP, LOOP_STATE, RunDir
-from grpo_ray.checkpoint_store import Place
 from grpo_ray.config.runtime import DeadlineConfig
-from grpo_ray.delivery import Delivery
 from grpo_ray.errors import CheckpointError, GrpoRayError, StoreError
-from grpo_ray.manifest import FileSum
 from grpo_ray.roles import Learner
+from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.delivery import Delivery
+from grpo_ray.run.manifest import FileSum
+from grpo_ray.run.run_dir import LOOP, LOOP_STATE, RunDir
 from grpo_ray.telemetry.events import CheckpointEvent, Event, MessageEvent
 
 BACKGROUND = "checkpoint/background_s"

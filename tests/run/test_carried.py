@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_ray.carried import Carried
 from grpo_ray.errors import CheckpointError
-from grpo_ray.kept_groups import KeptGroup, read_groups, write_groups
-from grpo_ray.ledger import LedgerRow
+from grpo_ray.run.kept_groups import KeptGroup, read_groups, write_groups
+from grpo_ray.run.ledger import LedgerRow
+from grpo_ray.run.restored_groups import Carried
 from grpo_ray.telemetry.events import MessageEvent
 from grpo_ray.types import (
     Group,

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from grpo_ray import ownership
-from grpo_ray.checkpoint_store import Place, Store, is_url
 from grpo_ray.errors import CheckpointError, ConfigError, StoreAwayError
 from grpo_ray.files import link_whole, parse_json
 from grpo_ray.object_store import PATIENCE_S
+from grpo_ray.run import ownership
+from grpo_ray.run.checkpoint_store import Place, Store, is_url
 
 LOOP = "loop"
 LOOP_STATE = f"{LOOP}/loop.json"
@@ -99,7 +99,7 @@ class RunDir:
 
     @property
     def superseded(self) -> Path:
-        """What restarts took back; see `grpo_ray.records`."""
+        """What restarts took back; see `grpo_ray.run.records`."""
         return self.path / "superseded"
 
     @property

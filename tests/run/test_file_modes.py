@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from grpo_ray.checkpoint_store import Store
 from grpo_ray.config.model import TinyModelConfig
 from grpo_ray.models.tiny import build_tiny_model
+from grpo_ray.run.checkpoint_store import Store
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o077])
@@ -39,7 +39,7 @@ def test_a_checkpoint_and_its_exported_model_follow_the_umask(tmp_path: Path, um
 
 def test_the_log_of_an_actor_follows_it(tmp_path: Path, umask: int) -> None:
     code = f"from actors.runtime import own_log; own_log({str(tmp_path)!r}, 'rollout-0')"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True, timeout=100)
     assert modes(tmp_path) == {0o666 & ~umask}
 
 

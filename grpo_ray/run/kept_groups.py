@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grpo_ray import json_text
-from grpo_ray.checkpoint import LOOP
 from grpo_ray.errors import CheckpointError
-from grpo_ray.rollout_log import SPAN, distinct_refs, sample_of, utf8
+from grpo_ray.run.rollout_log import SPAN, distinct_refs, sample_of, utf8
+from grpo_ray.run.run_dir import LOOP
 from grpo_ray.types import Group, LoggedMetric, RewardScore, Sample, SampleInfo, Score, ScoreStatus, Step
 
 KEPT_GROUPS = f"{LOOP}/groups.parquet"

@@ -16,19 +16,19 @@ import yaml
 from filelock import SoftFileLease
 
 from actors.owner import folders_of
-from grpo_ray import ownership
-from grpo_ray.checkpoint import RunDir
 from grpo_ray.errors import ConfigError
-from grpo_ray.ownership import FOLDER, Ownership, commanded, describe, forget_dead, holding
+from grpo_ray.run import ownership
+from grpo_ray.run.ownership import FOLDER, Ownership, commanded, describe, forget_dead, holding
+from grpo_ray.run.run_dir import RunDir
 from launch.jobs import resume_run, start_grpo, start_sample
 from launch.pipeline import run_pipeline
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HOLDS = """
 import sys, time
 from pathlib import Path
 from grpo_ray.errors import ConfigError
-from grpo_ray.ownership import commanded
+from grpo_ray.run.ownership import commanded
 while time.time() < float(sys.argv[2]):
     pass
 try:
@@ -227,7 +227,7 @@ def test_a_controller_whose_command_is_gone_is_waited_for_and_then_ended(
 ) -> None:
     monkeypatch.setattr(ownership, "ENDING_S", 0.4)
     program = (
-        "import sys, time\nfrom pathlib import Path\nfrom grpo_ray.ownership import describe, holding\n"
+        "import sys, time\nfrom pathlib import Path\nfrom grpo_ray.run.ownership import describe, holding\n"
         "with holding([Path(sys.argv[1])], describe('a run', 'wait', ends_with_command=True), print):\n"
         "    print('mine', flush=True); time.sleep(600)"
     )
@@ -332,7 +332,7 @@ def test_filelock_keeps_to_what_is_leant_on(tmp_path: Path) -> None:
 RUNS = """
 import sys
 from pathlib import Path
-from grpo_ray.ownership import describe, holding
+from grpo_ray.run.ownership import describe, holding
 with holding([Path(sys.argv[1])], describe("a run", ""), print):
     print("mine", flush=True)
     sys.stdin.readline()

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from grpo_ray.checkpoint import RunDir
 from grpo_ray.errors import CheckpointError
-from grpo_ray.replay import check_replayable, compare, how_to_replay, read_batch, replayable_steps
-from grpo_ray.rollout_log import distinct_refs, write_rollouts
+from grpo_ray.run.replay import check_replayable, compare, how_to_replay, read_batch, replayable_steps
+from grpo_ray.run.rollout_log import distinct_refs, write_rollouts
+from grpo_ray.run.run_dir import RunDir
 from grpo_ray.types import (
     Group,
     Prompt,

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grpo_ray.checkpoint import RunDir
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import StoreAwayError
 from grpo_ray.files import read_json, write_whole
+from grpo_ray.run.run_dir import RunDir
 
 FILE = "ended.json"
 

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from grpo_ray.checkpoint import RunDir
 from grpo_ray.errors import CheckpointError, first_line
-from grpo_ray.rollout_log import rollout_path, rollout_steps, sample_of
+from grpo_ray.run.rollout_log import rollout_path, rollout_steps, sample_of
+from grpo_ray.run.run_dir import RunDir
 from grpo_ray.types import Sample, Step, TrainBatch, TrainSample, Truncation
 
 COMPARED = ("loss/policy", "grad_norm")
