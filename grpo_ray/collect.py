@@ -23,7 +23,7 @@ from grpo_ray.data.epochs import RunLength, used_up
 from grpo_ray.errors import PoisonedError, RewardError
 from grpo_ray.failure_policy import StepCounts, apply_failure_policy, refuse_rewards_of_steps
 from grpo_ray.filling import Filling
-from grpo_ray.health import Health
+from grpo_ray.health.watch import Health
 from grpo_ray.overlap import EarlyParts
 from grpo_ray.roles import Learner, Roles
 from grpo_ray.run.checkpoint_store import Place

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import fsum
 
-from grpo_ray.applicable import why_not_applicable
 from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import RewardError
+from grpo_ray.health.applicable import why_not_applicable
 from grpo_ray.roles import Sampler, Scorer
 from grpo_ray.seeds import sample_seed
 from grpo_ray.telemetry.events import EvalEvent

@@ -32,7 +32,8 @@ from grpo_ray.data.cursor import Cursor
 from grpo_ray.data.epochs import run_length
 from grpo_ray.errors import GrpoRayError, NonFiniteError, RewardError, WorkerError
 from grpo_ray.evaluate import eval_event, evaluate
-from grpo_ray.health import Health
+from grpo_ray.health.untrained import why_untrained
+from grpo_ray.health.watch import Health
 from grpo_ray.roles import Roles, Tracker
 from grpo_ray.run.ledger import Ledger
 from grpo_ray.run.replay import how_to_replay
@@ -43,7 +44,6 @@ from grpo_ray.telemetry.events import Event, MessageEvent, PhaseEvent, StepEvent
 from grpo_ray.telemetry.metrics import eval_metrics, step_metrics
 from grpo_ray.telemetry.timeline import sampler_tokens_per_s
 from grpo_ray.types import Group, Prompt, SyncReport, Track, TrainBatch, UpdateReport
-from grpo_ray.untrained import why_untrained
 
 
 class TrainLoop(Session[RunConfig]):

@@ -6,11 +6,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from grpo_ray.applicable import quoted
 from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.data.prompts import PromptDataset, PromptSets
 from grpo_ray.errors import RewardError
+from grpo_ray.health.applicable import quoted
 from grpo_ray.rewards.columns import ColumnFacts
 from grpo_ray.rewards.functions.function import SOURCE
 

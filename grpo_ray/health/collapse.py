@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from grpo_ray.tally import Moments
+from grpo_ray.health.tally import Moments
 
 BEST_OF = 5
 """Steps whose mean is a level that a run has reached."""

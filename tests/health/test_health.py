@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from grpo_ray.collapse import accuracy_fell, entropy_rose, entropy_vanished, gradient_exploded, reward_fell
 from grpo_ray.errors import NoSignalError, RewardError
-from grpo_ray.tally import Moments
+from grpo_ray.health.collapse import accuracy_fell, entropy_rose, entropy_vanished, gradient_exploded, reward_fell
+from grpo_ray.health.tally import Moments
 from grpo_ray.telemetry.events import MessageEvent, StepEvent
 from grpo_ray.types import RewardScore, Score, ScoreRequest, ScoreStatus, TrainBatch, UpdateReport
 from tests.test_train_loop import Session, config

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from grpo_ray.applicable import why_not_applicable
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.config.schema import RunConfig
-from grpo_ray.tally import Moments, Tally
-from grpo_ray.untrained import EMPTY, NO_GRADIENT, NO_SIGNAL, NOT_APPLICABLE, TRUNCATED
+from grpo_ray.health.applicable import why_not_applicable
+from grpo_ray.health.tally import Moments, Tally
+from grpo_ray.health.untrained import EMPTY, NO_GRADIENT, NO_SIGNAL, NOT_APPLICABLE, TRUNCATED
 
 MOST = 0.9
 """Part of the completions that is nearly all."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from grpo_ray.applicable import why_not_applicable
 from grpo_ray.config.reward import RewardFunctionConfig
-from grpo_ray.tally import FunctionTally, Tally
+from grpo_ray.health.applicable import why_not_applicable
+from grpo_ray.health.tally import FunctionTally, Tally
 from grpo_ray.telemetry.events import MessageEvent
 
 FEW = 32
