@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError
-from grpo_ray.roles import Learner, Sampler, WeightSync
+from grpo_ray.loop.roles import Learner, Sampler, WeightSync
 from grpo_ray.run.checkpoint_store import Place
 from grpo_ray.run.manifest import FileSum
 from grpo_ray.types import SampleInfo, SampleRequest, SyncReport, Track, TrainBatch, UpdateReport

@@ -1,4 +1,4 @@
-"""All learner ranks as one: implements `grpo_ray.roles.Learner`, and the learner's side of a weight sync.
+"""All learner ranks as one: implements `grpo_ray.loop.roles.Learner`, and the learner's side of a weight sync.
 
 Every call goes to all ranks at once. When one of them dies, hangs or falls out of step, the others wait for it inside a
 collective; so the whole group is ended, and the error names the rank and shows the end of its log.

@@ -1,4 +1,4 @@
-"""`grpo_ray.roles.SampleStore` in Ray's object store."""
+"""`grpo_ray.loop.roles.SampleStore` in Ray's object store."""
 
 from __future__ import annotations
 

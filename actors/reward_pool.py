@@ -1,4 +1,4 @@
-"""All reward workers as one: implements `grpo_ray.roles.Scorer`.
+"""All reward workers as one: implements `grpo_ray.loop.roles.Scorer`.
 
     score -> reward_requests: queue -> an idle worker takes its share -> RewardActor.score -> futures
                         ^                                                        |

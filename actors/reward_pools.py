@@ -15,7 +15,7 @@ from grpo_ray.types import Score, ScoreRequest, Track
 
 
 class RewardPools:
-    """Implements `grpo_ray.roles.Scorer`."""
+    """Implements `grpo_ray.loop.roles.Scorer`."""
 
     def __init__(self, config: RewardConfig, pools: Sequence[RewardPool]) -> None:
         self._titles = [f.title for f in config.functions]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
-from grpo_ray.answers import Answer
+from grpo_ray.loop.answers import Answer
 from grpo_ray.telemetry.activity import IDLE, Activity
 from grpo_ray.types import Score, ScoreRequest
 

@@ -27,8 +27,8 @@ from actors.rollout_vllm_options import can_fork, engine_args, sampling_params
 from actors.runtime import end_of_imports, give_way, own_process, own_scratch, use_nodes_interface
 from grpo_ray.config.rollout import RolloutConfig
 from grpo_ray.errors import WorkerError
+from grpo_ray.loop.stops import Stops, find_stops, template_end
 from grpo_ray.models.loading import context_length, eos_ids, load_config, vocab_size
-from grpo_ray.stops import Stops, find_stops, template_end
 from grpo_ray.types import Sample, SampleInfo, SampleRequest, SamplingParams
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from actors.rollout_balance import BalancedEngine, EngineBalance
 from actors.rollout_poison import is_suspect
-from grpo_ray.answers import Answer
 from grpo_ray.errors import DataError, DeadlineError, PoisonedError, WorkerError
+from grpo_ray.loop.answers import Answer
 from grpo_ray.types import SampleInfo, SampleRequest
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from actors.engine_adapters import AdapterOptions, lora_args
 from grpo_ray.config.schema import RolloutConfig
+from grpo_ray.loop.stops import Stops
 from grpo_ray.machine import total_memory
 from grpo_ray.models.kv_cache import DEFAULT_GB, check_kv_cache
-from grpo_ray.stops import Stops
 from grpo_ray.types import SampleRequest
 
 if TYPE_CHECKING:

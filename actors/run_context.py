@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from actors.scaler import RunScaler
+from grpo_ray.loop.sft_loop import SftLoop
 from grpo_ray.rewards.columns import ColumnNeeds
 from grpo_ray.run.run_dir import RunDir
-from grpo_ray.sft_loop import SftLoop
 from grpo_ray.telemetry.events import Event, MessageEvent, PhaseEvent
 
 if TYPE_CHECKING:
-    from grpo_ray.train_loop import TrainLoop
+    from grpo_ray.loop.train_loop import TrainLoop
 
 
 @dataclass

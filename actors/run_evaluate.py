@@ -11,9 +11,9 @@ from actors.run_context import RunContext
 from actors.run_inputs import digest_model, load_held_out_prompts, resolve_model, without_adapters
 from actors.workers import Workers
 from grpo_ray.config.schema import RunConfig
-from grpo_ray.evaluate import eval_event, evaluate
+from grpo_ray.loop.evaluate import eval_event, evaluate
+from grpo_ray.loop.sampling import about_answers, write_answers
 from grpo_ray.run.eval_record import answers_folder, set_figures, write_figures
-from grpo_ray.sampling import about_answers, write_answers
 
 
 async def run_evaluate(context: RunContext, config: RunConfig) -> str:

@@ -57,7 +57,7 @@ async def _num_steps(config: RunConfig, loading: asyncio.Task[PromptSets]) -> in
 
 
 async def _train(context: RunContext, config: RunConfig, prompts: PromptSets, roles: Started, workers: Workers) -> str:
-    from grpo_ray.train_loop import Roles, TrainLoop
+    from grpo_ray.loop.train_loop import Roles, TrainLoop
 
     await keep_records(context)
     rollout_log = _open_rollout_log(context, config)

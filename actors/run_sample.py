@@ -10,8 +10,8 @@ from actors.run_context import RunContext
 from actors.run_inputs import digest_model, load_run_prompts, resolve_model, without_adapters
 from actors.workers import Workers
 from grpo_ray.config.schema import RunConfig
+from grpo_ray.loop.sampling import SamplingReport, about_samples, sample_all
 from grpo_ray.run.sample_files import SampleFolder
-from grpo_ray.sampling import SamplingReport, about_samples, sample_all
 from grpo_ray.telemetry.sample_figures import figures_in
 
 

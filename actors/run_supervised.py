@@ -14,12 +14,12 @@ from actors.workers import Workers
 from grpo_ray.config.supervised import DpoConfig, SftConfig
 from grpo_ray.data.cursor import Cursor
 from grpo_ray.data.epochs import run_length
+from grpo_ray.loop.sft_loop import SftLoop
 from grpo_ray.models.loading import load_tokenizer
-from grpo_ray.sft_loop import SftLoop
 
 if TYPE_CHECKING:
     from actors.learner_group import LearnerGroup
-    from grpo_ray.supervised import Task
+    from grpo_ray.loop.supervised import Task
 
 
 async def run_supervised(context: RunContext, config: SftConfig) -> str:
@@ -71,7 +71,7 @@ async def run_supervised(context: RunContext, config: SftConfig) -> str:
 
 async def _load_task(context: RunContext, config: SftConfig, model: str) -> Task:
     await begin_learning(context, config)
-    from grpo_ray.supervised import load_task
+    from grpo_ray.loop.supervised import load_task
 
     context.phase("data")
     tokenizer = await asyncio.to_thread(load_tokenizer, model, trust_remote_code=config.model.trust_remote_code)

@@ -29,7 +29,7 @@ from grpo_ray.config.scaling import (
 )
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import DeadlineError, GrpoRayError, ResourceError, WorkerError
-from grpo_ray.roles import Learner, WeightSync
+from grpo_ray.loop.roles import Learner, WeightSync
 from grpo_ray.run.checkpoint_store import Place
 
 

@@ -23,8 +23,8 @@ from grpo_ray.config.scaling import Counts
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import DeadlineError
-from grpo_ray.evaluate import vote_config
-from grpo_ray.roles import Learner, Sampler, WeightSync
+from grpo_ray.loop.evaluate import vote_config
+from grpo_ray.loop.roles import Learner, Sampler, WeightSync
 from grpo_ray.run.checkpoint_store import Place
 from grpo_ray.run.run_dir import RunDir
 

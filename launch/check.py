@@ -22,6 +22,7 @@ from grpo_ray.config.supervised import SftConfig
 from grpo_ray.data.epochs import describe
 from grpo_ray.data.thinking import opens_thinking
 from grpo_ray.errors import GrpoRayError
+from grpo_ray.loop.stops import describe_end, find_stops, template_end
 from grpo_ray.models.kv_cache import check_one_sample
 from grpo_ray.models.loading import check_ids, context_length, vocab_size
 from grpo_ray.models.memory import BF16, FP32, facts_of, gib, learner_memory
@@ -29,7 +30,6 @@ from grpo_ray.models.memory_fit import parts_of
 from grpo_ray.rewards.table import BUILTINS, described
 from grpo_ray.run.checkpoint_store import Store, is_url
 from grpo_ray.run.run_dir import RunDir
-from grpo_ray.stops import describe_end, find_stops, template_end
 from launch.check_golds import gold_rows
 from launch.console import headed, plain_console
 from launch.effects import check_effects, told
@@ -201,7 +201,7 @@ def _data_rows(config: RunConfig | SftConfig, files: ModelFiles, *, imports: boo
     sampler = Sampler()
     overview_key = key_of(config.data.train)
     if isinstance(config, SftConfig):
-        from grpo_ray.supervised_data import load_examples
+        from grpo_ray.loop.supervised_data import load_examples
 
         examples = load_examples(config, tokenizer, sampler.read)
         looked_at = (examples if isinstance(examples, SftDataset) else examples.train).report

@@ -13,11 +13,11 @@ from typing import Any
 
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import NoSignalError
-from grpo_ray.evaluate import EvalResult, accuracy_name
 from grpo_ray.health.causes import MOST, after_a_fall, why_no_signal
 from grpo_ray.health.collapse import accuracy_fell, entropy_rose, entropy_vanished, gradient_exploded, reward_fell
 from grpo_ray.health.reward_functions import FEW, RewardFunctions
 from grpo_ray.health.tally import Tally
+from grpo_ray.loop.evaluate import EvalResult, accuracy_name
 from grpo_ray.telemetry.events import MessageEvent
 from grpo_ray.telemetry.measures import Estimate
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from grpo_ray.config.runtime import DeadlineConfig
 from grpo_ray.errors import CheckpointError, GrpoRayError, StoreError
-from grpo_ray.roles import Learner
+from grpo_ray.loop.roles import Learner
 from grpo_ray.run.checkpoint_store import Place
 from grpo_ray.run.delivery import Delivery
 from grpo_ray.run.manifest import FileSum

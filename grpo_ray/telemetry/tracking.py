@@ -21,7 +21,7 @@ from grpo_ray import json_text
 from grpo_ray.config.runtime import TrackingConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.files import write_whole
-from grpo_ray.roles import Tracker
+from grpo_ray.loop.roles import Tracker
 
 MAX_STEP = 1 << 40
 """A step beyond is none that a run has come to."""

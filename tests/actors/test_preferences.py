@@ -22,7 +22,7 @@ from actors.learner_group import LearnerGroup
 from grpo_ray.config.loading import build
 from grpo_ray.config.supervised import DpoConfig, RewardModelConfig, SftConfig
 from grpo_ray.data.preferences import Pair, pair_batch
-from grpo_ray.supervised import load_task
+from grpo_ray.loop.supervised import load_task
 from tests.actors.saved import export, load, save
 
 pytestmark = pytest.mark.usefixtures("local_ray")

@@ -12,7 +12,7 @@ from actors.scaler import RunScaler
 from grpo_ray.config.scaling import Counts
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ResourceError
-from grpo_ray.roles import Learner, WeightSync
+from grpo_ray.loop.roles import Learner, WeightSync
 from grpo_ray.run.checkpoint_store import Place
 from tests.config.test_scaling import config
 

@@ -21,7 +21,7 @@ from grpo_ray.batch.pack import PackItem, pack
 from grpo_ray.batch.plan import plan_batch
 from grpo_ray.batch.segments import Segments
 from grpo_ray.config.supervised import DpoOptions, RewardModelOptions
-from grpo_ray.supervised import held_out
+from grpo_ray.loop.supervised import held_out
 
 BETA = 0.3
 PAIRS = 5

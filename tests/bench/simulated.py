@@ -39,13 +39,13 @@ from grpo_ray.config.loading import build
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.data.cursor import Cursor
 from grpo_ray.errors import WorkerError
-from grpo_ray.roles import Roles
+from grpo_ray.loop.roles import Roles
+from grpo_ray.loop.train_loop import TrainLoop
 from grpo_ray.run.checkpoint_store import Place
 from grpo_ray.run.ledger import Ledger
 from grpo_ray.run.manifest import FileSum
 from grpo_ray.run.run_dir import RunDir
 from grpo_ray.telemetry.events import Event, StepEvent
-from grpo_ray.train_loop import TrainLoop
 from grpo_ray.types import (
     Group,
     Prompt,

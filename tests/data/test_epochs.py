@@ -21,13 +21,13 @@ from grpo_ray.config.supervised import SftConfig
 from grpo_ray.data.cursor import Cursor
 from grpo_ray.data.epochs import describe, run_length
 from grpo_ray.errors import ConfigError, RewardError
+from grpo_ray.loop.sft_loop import SftLoop, sft_batch
 from grpo_ray.run.run_dir import RunDir
-from grpo_ray.sft_loop import SftLoop, sft_batch
 from grpo_ray.telemetry.events import MessageEvent, StepEvent
 from grpo_ray.types import ScoreRequest, ScoreStatus, TrainerState
-from tests.test_sft_loop import Learner
-from tests.test_sft_loop import Rows as Examples
-from tests.test_train_loop import Rows, Session, config
+from tests.loop.test_sft_loop import Learner
+from tests.loop.test_sft_loop import Rows as Examples
+from tests.loop.test_train_loop import Rows, Session, config
 
 
 def epochs(*overrides: str, size: int = 4, number: str = "1", last: str = "short") -> RunConfig:

@@ -19,8 +19,8 @@ from grpo_ray.data.cursor import Cursor
 from grpo_ray.data.preferences import load_pairs, pair_batch
 from grpo_ray.data.templates import make_template
 from grpo_ray.errors import ConfigError, DataError
-from grpo_ray.supervised import DirectPreferences, Preferences, load_task
-from grpo_ray.supervised_data import check_padding
+from grpo_ray.loop.supervised import DirectPreferences, Preferences, load_task
+from grpo_ray.loop.supervised_data import check_padding
 from grpo_ray.types import TrainBatch
 from tests.families import family_tokenizer
 

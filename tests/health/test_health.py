@@ -13,7 +13,7 @@ from grpo_ray.health.collapse import accuracy_fell, entropy_rose, entropy_vanish
 from grpo_ray.health.tally import Moments
 from grpo_ray.telemetry.events import MessageEvent, StepEvent
 from grpo_ray.types import RewardScore, Score, ScoreRequest, ScoreStatus, TrainBatch, UpdateReport
-from tests.test_train_loop import Session, config
+from tests.loop.test_train_loop import Session, config
 
 NAN = float("nan")
 Rule = Callable[[ScoreRequest, int], float | None]

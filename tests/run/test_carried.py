@@ -30,7 +30,7 @@ from grpo_ray.types import (
     TrainBatch,
     VersionSpan,
 )
-from tests.test_train_loop import Session, config, essence
+from tests.loop.test_train_loop import Session, config, essence
 
 AHEAD = ("num_steps=10", "algorithm.max_staleness=2")
 

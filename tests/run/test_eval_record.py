@@ -15,16 +15,16 @@ from grpo_ray.config.loading import build, load_yaml
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.data.prompts import load_eval_prompts, load_prompts, trained_on
 from grpo_ray.errors import ConfigError, DataError
-from grpo_ray.evaluate import evaluate
+from grpo_ray.loop.evaluate import evaluate
+from grpo_ray.loop.roles import InMemory
+from grpo_ray.loop.sampling import about_answers, write_answers
 from grpo_ray.models.loading import load_tokenizer
-from grpo_ray.roles import InMemory
 from grpo_ray.run.eval_record import answers_folder, new_record, set_figures, step_of, write_figures
 from grpo_ray.run.sample_files import read_samples
-from grpo_ray.sampling import about_answers, write_answers
 from grpo_ray.telemetry.sample_figures import figures_in, figures_of
 from grpo_ray.types import RewardScore, Score, ScoreRequest, ScoreStatus
 from launch.jobs import _record_place
-from tests.test_sampling import Engine
+from tests.loop.test_sampling import Engine
 
 ROWS = 5
 

@@ -23,9 +23,9 @@ from grpo_ray.run.manifest import FileSum
 from grpo_ray.run.run_dir import RunDir
 from grpo_ray.run.saver import Saver
 from grpo_ray.telemetry.events import CheckpointEvent, Event, MessageEvent
+from tests.loop.test_train_loop import Company, Session, config
 from tests.recipes import run_config
 from tests.s3 import S3, forget_clients
-from tests.test_train_loop import Company, Session, config
 
 FILES = {"learner/rank-0/weights", "hf/config.json", "loop/loop.json"}
 

@@ -22,7 +22,7 @@ from grpo_ray.run.sample_files import About, SampleFolder
 from grpo_ray.telemetry.timeline import Timeline
 from grpo_ray.telemetry.tracking import JsonlTracker, read_metrics
 from grpo_ray.types import Group, Prompt, SampleInfo, Score, ScoreStatus, TimeSpan, Track
-from tests.test_train_loop import config
+from tests.loop.test_train_loop import config
 
 STEPS = 4
 

@@ -13,7 +13,7 @@ import pytest
 
 from grpo_ray.telemetry.catalogue import METRICS, describe, pattern_of, star
 from grpo_ray.types import Prompt, ScoreStatus
-from tests.test_train_loop import Session, config
+from tests.loop.test_train_loop import Session, config
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = {name.partition("/")[0] for name in METRICS}

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from grpo_ray.evaluate import EvalResult
+from grpo_ray.loop.evaluate import EvalResult
 from grpo_ray.telemetry.catalogue import METRICS, describe
 from grpo_ray.telemetry.measures import Estimate
 from grpo_ray.telemetry.metrics import TimeKeeper, eval_metrics, step_metrics

@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from grpo_ray.answers import Answer
-from grpo_ray.roles import Sampler, Scorer
+from grpo_ray.loop.answers import Answer
+from grpo_ray.loop.roles import Sampler, Scorer
 from grpo_ray.types import Group, SampleInfo, SampleRequest, Score, ScoreRequest, TrainerState
 
 T = TypeVar("T")

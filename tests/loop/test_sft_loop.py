@@ -14,10 +14,10 @@ from grpo_ray.config.loading import build
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.data.cursor import Cursor
 from grpo_ray.data.prompts import SftExample
+from grpo_ray.loop.sft_loop import SftLoop, sft_batch
 from grpo_ray.run.checkpoint_store import Place
 from grpo_ray.run.manifest import FileSum
 from grpo_ray.run.run_dir import RunDir
-from grpo_ray.sft_loop import SftLoop, sft_batch
 from grpo_ray.telemetry.activity import Activity
 from grpo_ray.telemetry.tracking import JsonlTracker, read_metrics
 from grpo_ray.types import TrainBatch, UpdateReport

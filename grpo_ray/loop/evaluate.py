@@ -18,7 +18,7 @@ from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.health.applicable import why_not_applicable
-from grpo_ray.roles import Sampler, Scorer
+from grpo_ray.loop.roles import Sampler, Scorer
 from grpo_ray.seeds import sample_seed
 from grpo_ray.telemetry.events import EvalEvent
 from grpo_ray.telemetry.measures import Estimate, consensus, estimate, pass_at, pass_ks

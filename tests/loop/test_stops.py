@@ -15,11 +15,11 @@ from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError
+from grpo_ray.loop.stops import Stops, find_stops, name_turn_end, stops_of_run, template_end
 from grpo_ray.models.loading import eos_ids, load_tokenizer
 from grpo_ray.rewards.functions.function import ScoreInputs
 from grpo_ray.rewards.functions.scoring import call_reward
 from grpo_ray.rewards.table import resolve
-from grpo_ray.stops import Stops, find_stops, name_turn_end, stops_of_run, template_end
 from launch.check import _data_rows
 from tests.families import FAMILIES, family_tokenizer
 

@@ -21,8 +21,8 @@ from grpo_ray.data.prompts import SftDataset
 from grpo_ray.data.sources import Read, load_table
 from grpo_ray.errors import ConfigError
 from grpo_ray.files import write_whole
-from grpo_ray.sft_loop import sft_batch
-from grpo_ray.supervised_data import load_examples
+from grpo_ray.loop.sft_loop import sft_batch
+from grpo_ray.loop.supervised_data import load_examples
 from grpo_ray.types import TrainBatch
 
 REFERENCE = "reference.safetensors"

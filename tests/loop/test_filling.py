@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from grpo_ray.filling import Filling
+from grpo_ray.loop.group_rollout import Filling
 from grpo_ray.types import (
     Group,
     Prompt,

@@ -16,10 +16,10 @@ from pathlib import Path
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.data.prompts import PromptDataset
 from grpo_ray.errors import LostSamplesError, PoisonedError, RewardError
-from grpo_ray.evaluate import EvalResult, eval_sampling
-from grpo_ray.filling import Filling
 from grpo_ray.health.applicable import why_not_applicable
-from grpo_ray.roles import Sampler, SampleStore, Scorer
+from grpo_ray.loop.evaluate import EvalResult, eval_sampling
+from grpo_ray.loop.group_rollout import Filling
+from grpo_ray.loop.roles import Sampler, SampleStore, Scorer
 from grpo_ray.run.rollout_log import distinct_refs
 from grpo_ray.run.sample_files import About, Drawn, LeftOut, SampleFolder
 from grpo_ray.seeds import sample_seed

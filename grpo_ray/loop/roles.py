@@ -169,7 +169,7 @@ class Roles:
     rollout_log: RolloutLog
     samples: SampleStore = field(default_factory=InMemory, kw_only=True)
     voter: Scorer | None = None
-    """Tells which answers of an evaluation are the same; see `grpo_ray.evaluate.vote_config`."""
+    """Tells which answers of an evaluation are the same; see `grpo_ray.loop.evaluate.vote_config`."""
     shared_devices: bool = False
     """Samplers and learners use the same ones: what one wins by working at the same time, the other loses."""
     scaler: Scaler | None = field(default=None, kw_only=True)

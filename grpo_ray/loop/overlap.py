@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from grpo_ray.algorithm.train_batch import cut_batch, set_advantages
 from grpo_ray.config.schema import RunConfig
-from grpo_ray.roles import Learner
+from grpo_ray.loop.roles import Learner
 from grpo_ray.types import Group
 
 _OF_ONE_GROUP = ("grpo", "dr_grpo", "rloo", "process")

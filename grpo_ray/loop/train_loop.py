@@ -26,19 +26,19 @@ from functools import partial
 
 from grpo_ray.algorithm.mismatch import mismatch_warning
 from grpo_ray.algorithm.train_batch import cut_batch, set_advantages
-from grpo_ray.collect import Collector
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.data.cursor import Cursor
 from grpo_ray.data.epochs import run_length
 from grpo_ray.errors import GrpoRayError, NonFiniteError, RewardError, WorkerError
-from grpo_ray.evaluate import eval_event, evaluate
 from grpo_ray.health.untrained import why_untrained
 from grpo_ray.health.watch import Health
-from grpo_ray.roles import Roles, Tracker
+from grpo_ray.loop.collect import Collector
+from grpo_ray.loop.evaluate import eval_event, evaluate
+from grpo_ray.loop.roles import Roles, Tracker
+from grpo_ray.loop.session import Session
 from grpo_ray.run.ledger import Ledger
 from grpo_ray.run.replay import how_to_replay
 from grpo_ray.run.run_dir import RunDir
-from grpo_ray.session import Session
 from grpo_ray.telemetry.advice import STEPS_LOOKED_AT, advise, mean_step
 from grpo_ray.telemetry.events import Event, MessageEvent, PhaseEvent, StepEvent
 from grpo_ray.telemetry.metrics import eval_metrics, step_metrics

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from grpo_ray.answers import Answer
+from grpo_ray.loop.answers import Answer
 
 ENDS: dict[str, Callable[[Answer[int]], Any]] = {
     "result": lambda answer: answer.set_result(7),

@@ -12,7 +12,7 @@ from grpo_ray.config.loading import build, deep_merge, parse_overrides
 from grpo_ray.config.reward import RewardConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import RewardError
-from grpo_ray.evaluate import EvalResult, eval_event, evaluate, vote_config
+from grpo_ray.loop.evaluate import EvalResult, eval_event, evaluate, vote_config
 from grpo_ray.rewards.functions.function import ScoreInputs
 from grpo_ray.rewards.functions.scoring import score_samples
 from grpo_ray.rewards.table import resolve
@@ -198,7 +198,7 @@ def test_rows_of_other_sources_have_no_part_in_the_accuracy_or_the_mean_reward()
 
 def test_of_a_prompt_only_the_samples_that_the_accuracy_judges_count() -> None:
     """A function that does not judge answers without a box: of each prompt three samples are left."""
-    cfg = config("reward.functions=[{name: tests.test_evaluate.in_a_box}]")
+    cfg = config("reward.functions=[{name: tests.loop.test_evaluate.in_a_box}]")
     votes = vote_config(cfg)
     assert votes is not None
     result = run(cfg, LocalScorer(votes), with_golds(a="7", b="4"))

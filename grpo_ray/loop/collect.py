@@ -21,11 +21,11 @@ from grpo_ray.config.schema import RunConfig
 from grpo_ray.data.cursor import Cursor
 from grpo_ray.data.epochs import RunLength, used_up
 from grpo_ray.errors import PoisonedError, RewardError
-from grpo_ray.failure_policy import StepCounts, apply_failure_policy, refuse_rewards_of_steps
-from grpo_ray.filling import Filling
 from grpo_ray.health.watch import Health
-from grpo_ray.overlap import EarlyParts
-from grpo_ray.roles import Learner, Roles
+from grpo_ray.loop.failure_policy import StepCounts, apply_failure_policy, refuse_rewards_of_steps
+from grpo_ray.loop.group_rollout import Filling
+from grpo_ray.loop.overlap import EarlyParts
+from grpo_ray.loop.roles import Learner, Roles
 from grpo_ray.run.checkpoint_store import Place
 from grpo_ray.run.kept_groups import KEPT_GROUPS, KeptGroup, read_groups, write_groups
 from grpo_ray.run.ledger import Ledger, LedgerRow
