@@ -289,7 +289,7 @@ def _print_remote_model(run: RunDir) -> None:
 
 def make_report(run: RunDir) -> Path:
     """`report.html` of a run, with what its ledger says."""
-    from grpo_ray.report import write_report
+    from grpo_ray.report.page import write_report
 
     if not run.ledger.is_file():
         return write_report(run.path)

@@ -24,7 +24,7 @@ from grpo_ray.config.yaml import MAX_BYTES, MAX_NODES
 from grpo_ray.data.sources import MAX_LINE_BYTES, load_table
 from grpo_ray.errors import CheckpointError, ConfigError, DataError, GrpoRayError, RewardError
 from grpo_ray.pipeline.record import Record
-from grpo_ray.report import write_report
+from grpo_ray.report.page import write_report
 from grpo_ray.rewards.columns import check_sets, column_needs
 from grpo_ray.run.ended import read_ended
 from grpo_ray.run.kept_groups import read_groups

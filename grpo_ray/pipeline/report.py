@@ -19,7 +19,7 @@ from grpo_ray.files import write_whole
 from grpo_ray.pipeline.gates import figures_of, judge
 from grpo_ray.pipeline.plan import Plan, Stage
 from grpo_ray.pipeline.record import Record
-from grpo_ray.report_charts import Chart, inert_json
+from grpo_ray.report.charts import Chart, inert_json
 from grpo_ray.run.sample_files import read_samples
 from grpo_ray.telemetry.metrics import duration
 
@@ -35,7 +35,7 @@ def write_pipeline_report(plan: Plan, record: Record) -> Path:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     here = files("grpo_ray")
     # The look of a run's report, and its script that draws.
-    of_a_run = (here / "report_template.html").read_text()
+    of_a_run = (here / "report" / "template.html").read_text()
     page = environment.from_string((here / "pipeline_report_template.html").read_text()).render(
         style=Markup(of_a_run.partition("<style>")[2].partition("</style>")[0]),
         drawing=Markup(of_a_run.rpartition("<script>")[2].partition("</script>")[0]),

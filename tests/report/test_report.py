@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grpo_ray.report import first_middle_last, write_report
-from grpo_ray.report_charts import POINTS_SHOWN, metric_charts, time_charts, time_shares
-from grpo_ray.report_timeline import timeline_chart
+from grpo_ray.report.charts import POINTS_SHOWN, metric_charts, time_charts, time_shares
+from grpo_ray.report.page import first_middle_last, write_report
+from grpo_ray.report.timeline import timeline_chart
 from grpo_ray.run.rollout_log import distinct_refs, write_rollouts
 from grpo_ray.telemetry.messages import MessageLog
 from grpo_ray.telemetry.timeline import Timeline

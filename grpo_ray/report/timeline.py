@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_ray.report_charts import Chart
+from grpo_ray.report.charts import Chart
 from grpo_ray.telemetry.timeline import ROLES
 from grpo_ray.telemetry.trace_file import read_trace, step_of
 

@@ -19,8 +19,8 @@ from plotly.offline import get_plotlyjs
 from grpo_ray.config.yaml import dump_yaml, load_yaml
 from grpo_ray.errors import DataError, GrpoRayError
 from grpo_ray.files import write_whole
-from grpo_ray.report_charts import inert_json, metric_charts, time_charts, time_shares
-from grpo_ray.report_timeline import busy_table, timeline_chart
+from grpo_ray.report.charts import inert_json, metric_charts, time_charts, time_shares
+from grpo_ray.report.timeline import busy_table, timeline_chart
 from grpo_ray.run.rollout_log import read_rollouts, rollout_steps
 from grpo_ray.telemetry.advice import advise, mean_step
 from grpo_ray.telemetry.catalogue import LOSSES, describe
@@ -92,7 +92,7 @@ def _page(run_dir: Path, ledger: Mapping[str, Any]) -> str:
     learns = not (lines and lines[-1].get("steps/without_signal"))
     advice = advise(times) if times and learns else None
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string((files("grpo_ray") / "report_template.html").read_text()).render(
+    return environment.from_string((files("grpo_ray") / "report" / "template.html").read_text()).render(
         title=config.get("name") or run_dir.resolve().name,
         subtitle=_subtitle(config),
         figures=_headlines(lines, config),
