@@ -235,7 +235,7 @@ def judge_pairs(
     seed: Annotated[int, typer.Option(help="Which answers are compared")] = 1,
 ) -> None:
     """Have a judge compare sampled answers in both orders, and write the pairs where all judgements agree clearly."""
-    from grpo_ray.judged_pairs import RUBRIC
+    from grpo_ray.datagen.judged_pairs import RUBRIC
     from grpo_ray.rewards.endpoints.judge_client import JudgeOptions
     from launch.judge_pairs import make_pairs
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from grpo_ray.config.data import DataSource
 from grpo_ray.data.decontaminate import write_jsonl
 from grpo_ray.data.sources import Table, load_table, progress
+from grpo_ray.datagen.judged_pairs import RUBRIC, Counts, JudgedPair, balance_lengths, judge_pairs, read_candidates
 from grpo_ray.errors import ConfigError, DataError
-from grpo_ray.judged_pairs import RUBRIC, Counts, JudgedPair, balance_lengths, judge_pairs, read_candidates
 from grpo_ray.rewards.answers.parts import Part
 from grpo_ray.rewards.endpoints.judge_client import Judge, JudgeOptions
 from launch.console import plain_console

@@ -18,8 +18,8 @@ from grpo_ray.config.base import Strict
 from grpo_ray.config.loading import build, deep_merge, load_yaml, parse_overrides, to_yaml
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
+from grpo_ray.datagen.filters.config import MixConfig, PairsConfig, PromptsConfig
 from grpo_ray.errors import CheckpointError, ConfigError, GrpoRayError, WorkerError
-from grpo_ray.filters.config import MixConfig, PairsConfig, PromptsConfig
 from grpo_ray.loop.evaluate import accuracy_name
 from grpo_ray.names import check_name
 from grpo_ray.pipeline.config import PipelineConfig

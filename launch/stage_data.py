@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from grpo_ray.data.sources import Table
-from grpo_ray.filters.config import MixConfig, PairsConfig, PromptsConfig
-from grpo_ray.filters.mix import MixReport, make_mix
-from grpo_ray.filters.prompts import join_prompts
-from grpo_ray.filters.trace import completion_of
-from grpo_ray.judged_pairs import RUBRIC
+from grpo_ray.datagen.filters.config import MixConfig, PairsConfig, PromptsConfig
+from grpo_ray.datagen.filters.mix import MixReport, make_mix
+from grpo_ray.datagen.filters.prompts import join_prompts
+from grpo_ray.datagen.filters.trace import completion_of
+from grpo_ray.datagen.judged_pairs import RUBRIC
 from grpo_ray.rewards.endpoints.judge_client import JudgeOptions
 from grpo_ray.run.sample_files import read_samples
 from launch.judge_pairs import make_pairs

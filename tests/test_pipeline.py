@@ -12,8 +12,8 @@ import yaml
 from grpo_ray.config.loading import build, deep_merge
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
+from grpo_ray.datagen.filters.config import MixConfig, PairsConfig
 from grpo_ray.errors import CheckpointError, ConfigError
-from grpo_ray.filters.config import MixConfig, PairsConfig
 from grpo_ray.pipeline.config import GateConfig, PipelineConfig
 from grpo_ray.pipeline.estimate import estimate, rows_known
 from grpo_ray.pipeline.gates import judge

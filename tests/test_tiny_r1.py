@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from grpo_ray.config.model import TinyModelConfig
+from grpo_ray.datagen.filters.config import MixConfig
+from grpo_ray.datagen.filters.select import written
 from grpo_ray.errors import DataError
-from grpo_ray.filters.config import MixConfig
-from grpo_ray.filters.select import written
 from grpo_ray.models.tiny import build_tiny_model
 from grpo_ray.rewards.language_consistency import language_consistency
 from grpo_ray.rewards.r1_format import r1_format

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from grpo_ray.filters.trace import Trace
+from grpo_ray.datagen.filters.trace import Trace
 from grpo_ray.rewards.answers.answer_tag import answer_of
 from grpo_ray.rewards.language_consistency import language_consistency
 

@@ -8,7 +8,7 @@ from grpo_ray.config.base import Strict
 from grpo_ray.config.effects import without_effect
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
-from grpo_ray.filters.config import FilterConfig, MixConfig, SampledSource
+from grpo_ray.datagen.filters.config import FilterConfig, MixConfig, SampledSource
 from grpo_ray.pipeline.config import PipelineConfig
 from grpo_ray.pipeline.kinds import EVAL, KINDS
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from grpo_ray.config.base import Strict
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import DpoConfig, RewardModelConfig, SftConfig
-from grpo_ray.filters.config import MixConfig, PairsConfig, PromptsConfig
+from grpo_ray.datagen.filters.config import MixConfig, PairsConfig, PromptsConfig
 
 
 @dataclass(frozen=True)

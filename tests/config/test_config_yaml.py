@@ -17,8 +17,8 @@ from grpo_ray.config.loading import all_keys, build, deep_merge, load_yaml, pars
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import DpoConfig, RewardModelConfig, SftConfig
 from grpo_ray.config.typed import with_types
+from grpo_ray.datagen.filters.config import MixConfig, PairsConfig, PromptsConfig
 from grpo_ray.errors import ConfigError
-from grpo_ray.filters.config import MixConfig, PairsConfig, PromptsConfig
 from grpo_ray.pipeline.config import PipelineConfig
 from launch.pipeline import load_plan
 from launch.recipe import load_recipe

@@ -14,7 +14,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from grpo_ray.config.data import DataConfig
 from grpo_ray.data.decontaminate import write_jsonl
 from grpo_ray.data.preferences import load_pairs
-from grpo_ray.judged_pairs import JudgedPair
+from grpo_ray.datagen.judged_pairs import JudgedPair
 
 PAIRS = [
     JudgedPair([{"role": "user", "content": f"{i}+1?"}], f"<think>{i}</think>{i + 1}", f"{i}, perhaps", 2.0 + i)

@@ -8,9 +8,9 @@ import pytest
 
 from actors.reward import build_inputs
 from grpo_ray.config.reward import RewardFunctionConfig
-from grpo_ray.filters.config import FilterConfig, SampledSource
-from grpo_ray.filters.select import select
-from grpo_ray.filters.trace import first_fault, trace_of
+from grpo_ray.datagen.filters.config import FilterConfig, SampledSource
+from grpo_ray.datagen.filters.select import select
+from grpo_ray.datagen.filters.trace import first_fault, trace_of
 from grpo_ray.rewards.functions.scoring import call_reward
 from grpo_ray.rewards.table import resolve
 from grpo_ray.types import SampleInfo, ScoreRequest

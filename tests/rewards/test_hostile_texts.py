@@ -11,9 +11,9 @@ import pytest
 
 from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.data.decontaminate import ngram_hashes
-from grpo_ray.filters.config import FilterConfig
-from grpo_ray.filters.select import written
-from grpo_ray.filters.trace import Trace, first_fault, foreign, loops, repeated
+from grpo_ray.datagen.filters.config import FilterConfig
+from grpo_ray.datagen.filters.select import written
+from grpo_ray.datagen.filters.trace import Trace, first_fault, foreign, loops, repeated
 from grpo_ray.plain_text import nfkc
 from grpo_ray.rewards.answers import readings
 from grpo_ray.rewards.answers.cpu_clock import within_cpu_s

@@ -21,8 +21,7 @@ import pytest
 
 from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.data.sources import Table
-from grpo_ray.errors import ConfigError, DataError, JudgeError
-from grpo_ray.judged_pairs import (
+from grpo_ray.datagen.judged_pairs import (
     Candidates,
     Counts,
     JudgedPair,
@@ -32,6 +31,7 @@ from grpo_ray.judged_pairs import (
     judge_pairs,
     read_candidates,
 )
+from grpo_ray.errors import ConfigError, DataError, JudgeError
 from grpo_ray.rewards.endpoints.judge_client import Judge, JudgeOptions
 from grpo_ray.rewards.endpoints.judge_form import read_ratings
 from grpo_ray.rewards.functions.function import ScoreInputs

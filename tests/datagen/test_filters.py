@@ -11,12 +11,12 @@ import pytest
 
 from grpo_ray.config.data import DataSource
 from grpo_ray.config.loading import build
+from grpo_ray.datagen.filters.config import FilterConfig, MixConfig, PromptsConfig, SampledSource
+from grpo_ray.datagen.filters.mix import make_mix
+from grpo_ray.datagen.filters.prompts import join_prompts
+from grpo_ray.datagen.filters.select import select, written
+from grpo_ray.datagen.filters.trace import first_fault, foreign, loops, repeated
 from grpo_ray.errors import DataError
-from grpo_ray.filters.config import FilterConfig, MixConfig, PromptsConfig, SampledSource
-from grpo_ray.filters.mix import make_mix
-from grpo_ray.filters.prompts import join_prompts
-from grpo_ray.filters.select import select, written
-from grpo_ray.filters.trace import first_fault, foreign, loops, repeated
 from tests.samples import row, sample_folder
 from tests.traces import Labelled, labelled
 

@@ -17,9 +17,9 @@ from typing import Any
 from grpo_ray.config.data import DataSource
 from grpo_ray.data.decontaminate import TestPrompts, find_contaminated, ngram_hashes, prompt_texts, write_jsonl
 from grpo_ray.data.sources import Table, load_table, map_columns
+from grpo_ray.datagen.filters.config import MixConfig
+from grpo_ray.datagen.filters.select import Selection, select
 from grpo_ray.errors import DataError
-from grpo_ray.filters.config import MixConfig
-from grpo_ray.filters.select import Selection, select
 from grpo_ray.run.sample_files import read_samples
 
 Row = dict[str, Any]

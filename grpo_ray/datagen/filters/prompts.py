@@ -7,8 +7,8 @@ from pathlib import Path
 
 from grpo_ray.data.decontaminate import write_jsonl
 from grpo_ray.data.sources import load_table, map_columns
-from grpo_ray.filters.config import PromptsConfig
-from grpo_ray.filters.mix import MixReport
+from grpo_ray.datagen.filters.config import PromptsConfig
+from grpo_ray.datagen.filters.mix import MixReport
 
 
 def join_prompts(config: PromptsConfig, target: Path) -> MixReport:

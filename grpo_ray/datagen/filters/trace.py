@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo_ray.data.thinking import begun, opens_thinking
-from grpo_ray.filters.config import FilterConfig
+from grpo_ray.datagen.filters.config import FilterConfig
 from grpo_ray.rewards.answers.parts import part_of
 from grpo_ray.rewards.language_consistency import script_of, words_of
 from grpo_ray.rewards.r1_format import match_r1

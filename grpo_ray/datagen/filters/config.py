@@ -85,7 +85,8 @@ class JudgeConfig(Strict):
 
 
 class PairsConfig(Strict):
-    """Preferences between samples of the same prompt, by a judge who sees them in both orders; see `grpo_ray.judged_pairs`."""
+    """Preferences between samples of the same prompt, by a judge who sees them in both orders; see
+    `grpo_ray.datagen.judged_pairs`."""
 
     name: str | None = None
     dir: HomePath = "runs"

@@ -10,9 +10,9 @@ from itertools import groupby
 from typing import Any
 
 from grpo_ray.data.templates import KWARGS, TOOLS
+from grpo_ray.datagen.filters.config import SampledSource
+from grpo_ray.datagen.filters.trace import completion_of, first_fault, trace_of
 from grpo_ray.errors import DataError
-from grpo_ray.filters.config import SampledSource
-from grpo_ray.filters.trace import completion_of, first_fault, trace_of
 from grpo_ray.rewards.answers.answer_tag import answer_of
 from grpo_ray.rewards.answers.parts import part_of
 
