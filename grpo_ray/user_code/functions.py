@@ -15,7 +15,7 @@ from typing import Any
 from grpo_ray.errors import kind_and_line
 from grpo_ray.user_code.files import FILE_MODULE, file_module
 from grpo_ray.user_code.modules import name_taken
-from grpo_ray.user_code.places import OFFERED, ForeignCodeError, check_file, locate
+from grpo_ray.user_code.places import FORMER, OFFERED, ForeignCodeError, check_file, locate
 from grpo_ray.user_code.source import Found, Source, defined, find
 
 
@@ -64,6 +64,7 @@ def of_module(dotted: str, package: str | None) -> UserFunction:
         ForeignCodeError: there is none, or a recipe may not name it.
     """
     module, _, name = dotted.rpartition(".")
+    module = FORMER.get(module, module)
     return _user_function(Source(locate(module, package), module, package), name)
 
 

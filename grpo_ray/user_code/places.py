@@ -21,8 +21,10 @@ from pathlib import Path
 
 from grpo_ray.user_code.modules import OURS, name_taken
 
-OFFERED = ("grpo_ray.tiny_arithmetic", "grpo_ray.tiny_r1", "grpo_ray.rewards.votes")
+OFFERED = ("grpo_ray.tasks.arithmetic", "grpo_ray.tasks.r1", "grpo_ray.rewards.votes")
 """Our own modules that are made for recipes, and of which evaluations name functions."""
+FORMER = {"grpo_ray.tiny_arithmetic": OFFERED[0], "grpo_ray.tiny_r1": OFFERED[1]}
+"""What recipes and run folders of before call them."""
 TOOLS = frozenset(
     {"pip", "wheel", "uv", "pkg_resources", "pytest", "_pytest", "pluggy", "coverage", "mutmut", "IPython"}
 )
@@ -68,6 +70,7 @@ def locate(module: str, package: str | None) -> Path:
     Raises:
         ForeignCodeError: there is none, or it is not the recipe's to name.
     """
+    module = FORMER.get(module, module)
     top = module.partition(".")[0]
     if module in OFFERED:
         return ROOT / f"{module.replace('.', '/')}.py"
@@ -98,7 +101,7 @@ def check_file(file: Path) -> None:
             )
     if real.is_relative_to(ROOT.resolve()):
         inside = ".".join(real.relative_to(ROOT.resolve()).with_suffix("").parts)
-        if inside.partition(".")[0] in OURS and inside not in OFFERED:
+        if inside.partition(".")[0] in OURS and FORMER.get(inside, inside) not in OFFERED:
             raise ForeignCodeError(
                 f"{real} is grpo-ray's own; of its modules recipes name functions of {OFFERED[0]} and {OFFERED[1]} alone"
             )

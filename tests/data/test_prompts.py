@@ -238,8 +238,8 @@ def test_a_generator_without_a_seed_follows_the_run_s_and_eval_is_other_rows(tok
         ("reasoning_gym:chain_sum", {"min_terms": 5, "max_terms": 2}, r"are refused: AssertionError: \w"),
         ("python:flawed", {}, "expected python:module.function"),
         ("python:no.such.module", {}, "there is no module 'no'"),
-        ("python:grpo_ray.tiny_arithmetic.flawed_demonstration", {}, "did you mean 'flawed_demonstrations'"),
-        ("python:grpo_ray.tiny_arithmetic.flawed_demonstrations", {"sice": 3}, "unexpected keyword argument 'sice'"),
+        ("python:grpo_ray.tasks.arithmetic.flawed_demonstration", {}, "did you mean 'flawed_demonstrations'"),
+        ("python:grpo_ray.tasks.arithmetic.flawed_demonstrations", {"sice": 3}, "unexpected keyword argument 'sice'"),
     ],
 )
 def test_a_generator_that_can_t_run_says_what_to_change(path: str, args: dict[str, Any], message: str) -> None:

@@ -15,7 +15,7 @@ from grpo_ray.models.tiny import build_tiny_model
 from grpo_ray.rewards.language_consistency import language_consistency
 from grpo_ray.rewards.r1_format import r1_format
 from grpo_ray.rewards.reasoning_gym_task import reasoning_gym
-from grpo_ray.tiny_r1 import LANGUAGES, TASKS, base_text, greeting_pairs, greetings, kind_greeting, prompts
+from grpo_ray.tasks.r1 import LANGUAGES, TASKS, base_text, greeting_pairs, greetings, kind_greeting, prompts
 
 NONE = dict.fromkeys(
     (

@@ -11,7 +11,7 @@ import reasoning_gym
 from grpo_ray.errors import DataError
 from grpo_ray.rewards.answers.answer_tag import answer_of
 from grpo_ray.rewards.r1_format import r1_format
-from grpo_ray.tiny_arithmetic import Flaws, demonstrate, flawed_demonstrations
+from grpo_ray.tasks.arithmetic import Flaws, demonstrate, flawed_demonstrations
 
 pytestmark = pytest.mark.timeout(300)
 NONE = Flaws(0, 0, 0)
