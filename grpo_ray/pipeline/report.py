@@ -36,7 +36,7 @@ def write_pipeline_report(plan: Plan, record: Record) -> Path:
     here = files("grpo_ray")
     # The look of a run's report, and its script that draws.
     of_a_run = (here / "report" / "template.html").read_text()
-    page = environment.from_string((here / "pipeline_report_template.html").read_text()).render(
+    page = environment.from_string((here / "pipeline" / "report_template.html").read_text()).render(
         style=Markup(of_a_run.partition("<style>")[2].partition("</style>")[0]),
         drawing=Markup(of_a_run.rpartition("<script>")[2].partition("</script>")[0]),
         title=plan.name,

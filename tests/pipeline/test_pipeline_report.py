@@ -12,8 +12,8 @@ from grpo_ray.pipeline.measure import measure
 from grpo_ray.pipeline.plan import Plan
 from grpo_ray.pipeline.record import Cost, Record, StageRecord
 from grpo_ray.pipeline.report import write_pipeline_report
+from tests.pipeline.test_pipeline import plan_of
 from tests.samples import row, sample_folder
-from tests.test_pipeline import plan_of
 
 HOSTILE = "<think></script><script>alert(1)</script></think><img src=x onerror=alert(2)>"
 
