@@ -50,9 +50,9 @@ from grpo_ray.telemetry.activity import Activity
 from grpo_ray.types import TrainBatch, UpdateReport
 
 if TYPE_CHECKING:
-    from actors.adapter_sync import AdapterReport
-    from actors.weight_sender import WeightSender
-    from actors.weights import EngineTarget, SendReport
+    from actors.weights.adapter_sync import AdapterReport
+    from actors.weights.sender import WeightSender
+    from actors.weights.sync import EngineTarget, SendReport
 
 DISK = "disk"
 """The concurrency group of what goes on beside training."""
@@ -325,7 +325,7 @@ class LearnerActor:
 
     def prepare_weights(self) -> None:
         """Import what sends weights, vLLM with it: seconds that the first sync would spend while the engines are paused."""
-        from actors import weight_sender  # noqa: F401
+        from actors.weights import sender  # noqa: F401
 
     @traced("connect")
     def weights_connect(self, targets: list[EngineTarget], generation: int) -> None:
@@ -342,7 +342,7 @@ class LearnerActor:
 
     def put_adapter(self) -> AdapterReport | None:
         """Rank 0 puts the adapter as it is now into the object store; the others take part in gathering and return None."""
-        from actors.adapter_sync import AdapterReport
+        from actors.weights.adapter_sync import AdapterReport
 
         tensors = learner_state.gather_adapter(self._engine)
         if self.rank != 0:
@@ -352,7 +352,7 @@ class LearnerActor:
 
     def _make_sender(self) -> WeightSender:
         # Imported here: it brings vLLM with it, which takes seconds that a run without samplers need not spend.
-        from actors.weight_sender import WeightSender, ZeroWeightSource
+        from actors.weights.sender import WeightSender, ZeroWeightSource
 
         assert self.spec.weights is not None
         bucket_bytes = self.spec.weights.bucket_mb << 20

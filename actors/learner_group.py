@@ -21,7 +21,7 @@ from actors.deaths import KernelKills, fate, killed_by_kernel, kind_of
 from actors.learner import DISK, LearnerActor
 from actors.learner_engine import LearnerSpec
 from actors.runtime import ALLOCATOR_ENV, RayActors, log_tail, start_named
-from actors.weights import resolve_backend
+from actors.weights.sync import resolve_backend
 from grpo_ray.config.learner import CriticConfig
 from grpo_ray.config.runtime import DeadlineConfig
 from grpo_ray.config.schema import RunConfig
@@ -33,8 +33,8 @@ from grpo_ray.run.manifest import FileSum
 from grpo_ray.types import TrainBatch, UpdateReport
 
 if TYPE_CHECKING:
-    from actors.adapter_sync import AdapterReport
-    from actors.weights import EngineTarget, SendReport
+    from actors.weights.adapter_sync import AdapterReport
+    from actors.weights.sync import EngineTarget, SendReport
 
 GRACE_S = 5.0
 """After one rank failed: for the others to fail with it, or finish."""
@@ -50,7 +50,7 @@ class LearnerGroup:
         self._broken: str | None = None
         self._kernel = KernelKills()
         self.unsent = False
-        """See `actors.weights.LearnerWeights`."""
+        """See `actors.weights.sync.LearnerWeights`."""
 
     @classmethod
     async def create(
@@ -188,17 +188,17 @@ class LearnerGroup:
             actor.prepare_weights.remote()
 
     async def connect_weights(self, targets: Sequence[EngineTarget], generation: int) -> None:
-        """See `actors.weights.LearnerWeights`."""
+        """See `actors.weights.sync.LearnerWeights`."""
         await self._call("weights_connect", list(targets), generation, deadline="sync_s")
 
     async def send_weights(self, version: int) -> SendReport:
-        """See `actors.weights.LearnerWeights`. The ranks have the call before this first awaits."""
+        """See `actors.weights.sync.LearnerWeights`. The ranks have the call before this first awaits."""
         self.unsent = False
         reports: list[SendReport] = await self._call("weights_send", version, deadline="sync_s")
         return {**reports[0], "tracks": [t for r in reports for t in r.get("tracks", ())]}
 
     async def put_adapter(self) -> AdapterReport:
-        """See `actors.adapter_sync.LearnerAdapters`. The ranks have the call before this first awaits."""
+        """See `actors.weights.adapter_sync.LearnerAdapters`. The ranks have the call before this first awaits."""
         report: AdapterReport
         self.unsent = False
         report, *_ = await self._call("put_adapter", deadline="sync_s")

@@ -34,7 +34,7 @@ from grpo_ray.types import Sample, SampleInfo, SampleRequest, SamplingParams
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
 
-    from actors.weight_memory import Address
+    from actors.weights.memory import Address
 
 POLL_LINGER_S = 0.01
 """Samples that finish together travel together."""

@@ -100,11 +100,11 @@ def _transfer_args(backend: str) -> dict[str, Any]:
     """For an engine that takes whole weights."""
     from vllm.config.weight_transfer import WeightTransferConfig
 
-    from actors.weight_backend import WORKER_BACKENDS
+    from actors.weights.backend import WORKER_BACKENDS
 
     return {
         "weight_transfer_config": WeightTransferConfig(backend=WORKER_BACKENDS[backend]),
-        "worker_extension_cls": "actors.weight_backend.TransferExtension",
+        "worker_extension_cls": "actors.weights.backend.TransferExtension",
     }
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray.util import remove_placement_group
 
-from actors.adapter_sync import RayAdapterSync
 from actors.cluster import has_gpus, reserve_pairs
 from actors.colocated import ColocatedLearner, ColocatedSampler, ColocatedWeights, Turns
 from actors.learning import import_learning
@@ -17,7 +16,8 @@ from actors.reward_pool import RewardPool
 from actors.reward_pools import RewardPools
 from actors.rollout_pool import RolloutPool
 from actors.start_timeout import StartTimeout
-from actors.weights import RayWeightSync
+from actors.weights.adapter_sync import RayAdapterSync
+from actors.weights.sync import RayWeightSync
 from grpo_ray.config.reward import SHARED_POOL, RewardConfig
 from grpo_ray.config.scaling import Counts
 from grpo_ray.config.schema import RunConfig

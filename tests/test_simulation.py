@@ -17,7 +17,7 @@ from actors.reward_pool import WATCH_S, RewardPool
 from actors.reward_worker import SILENT_S
 from actors.rollout_engines import POLL_S, POLLS_PER_S
 from actors.rollout_pool import RolloutPool
-from actors.weights import ask_each
+from actors.weights.sync import ask_each
 from grpo_ray.data.cursor import Cursor
 from grpo_ray.errors import DeadlineError, WorkerError
 from grpo_ray.types import SampleInfo, SampleRequest, SamplingParams, ScoreRequest

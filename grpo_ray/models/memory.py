@@ -37,7 +37,7 @@ RAY_BASE = int(0.5 * GIB)
 """Ray's own processes, and the samples of a step in its object store."""
 SYNCED_WEIGHTS = 3
 """Times that an engine on CPUs holds its weights, once it has got new ones: those that it samples with, those packed beside them
-(actors/weight_shadow.py), and what packing has had of its heap."""
+(actors/weights/shadow.py), and what packing has had of its heap."""
 LARGEST_BUCKET = 500_000_000
 """Elements that DeepSpeed reduces at once: its `reduce_bucket_size`."""
 CHUNKS = 4

@@ -33,7 +33,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError
 from actors.reward_pool import RewardPool
 from actors.rollout import POLL_LINGER_S, Outcome, RolloutActor
 from actors.rollout_pool import RolloutPool
-from actors.weights import EngineTarget, RayWeightSync, SendReport
+from actors.weights.sync import EngineTarget, RayWeightSync, SendReport
 from grpo_ray.batch.plan import plan_batch
 from grpo_ray.config.loading import build
 from grpo_ray.config.schema import RunConfig

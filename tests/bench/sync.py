@@ -21,7 +21,7 @@ from rich.table import Table
 from actors.cluster import connect
 from actors.learner_group import LearnerGroup
 from actors.rollout_pool import RolloutPool
-from actors.weights import RayWeightSync
+from actors.weights.sync import RayWeightSync
 from grpo_ray.config.model import TinyModelConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.models.tiny import build_tiny_model

@@ -13,7 +13,7 @@ import ray
 import torch
 
 from actors.rollout_pool import RolloutPool
-from actors.weights import EngineTarget, RayWeightSync, SendReport
+from actors.weights.sync import EngineTarget, RayWeightSync, SendReport
 from grpo_ray.config.model import TinyModelConfig
 from grpo_ray.models.tiny import build_tiny_model
 from grpo_ray.types import Sample
@@ -27,7 +27,7 @@ class GpuLearner:
     def __init__(self, folder: str, backend: str) -> None:
         from transformers import AutoModelForCausalLM
 
-        from actors.weight_sender import WeightSender, ZeroWeightSource
+        from actors.weights.sender import WeightSender, ZeroWeightSource
 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda()
         self.sender = WeightSender(ZeroWeightSource(model, 1 << 20, torch.float32), 0, backend, 1 << 20, 120.0)

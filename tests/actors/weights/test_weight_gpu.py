@@ -14,11 +14,11 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
 
-from actors import weight_backend
 from actors.rendezvous import TEXT_BYTES
-from actors.weight_buckets import DigestSource
-from actors.weight_gpu import IpcTrainerInitInfo, NcclTrainer, NcclTrainerInitInfo, handle_text, read_handle
-from tests.actors.test_weight_gloo import Source
+from actors.weights import backend
+from actors.weights.buckets import DigestSource
+from actors.weights.gpu import IpcTrainerInitInfo, NcclTrainer, NcclTrainerInitInfo, handle_text, read_handle
+from tests.actors.weights.test_weight_gloo import Source
 
 
 class Calls:
@@ -64,11 +64,11 @@ def listening() -> set[int]:
 
 
 def test_the_sender_forms_the_transfers_of_gpus_by_these_ends() -> None:
-    weight_backend.register()
+    backend.register()
     for info in (NcclTrainerInitInfo(2, 1, rank=0), IpcTrainerInitInfo(rank=0)):
         trainer = WeightTransferTrainerFactory._registry[info.backend]()
-        assert trainer.__module__ == "actors.weight_gpu"
-        assert info.backend in weight_backend.WORKER_BACKENDS.values()
+        assert trainer.__module__ == "actors.weights.gpu"
+        assert info.backend in backend.WORKER_BACKENDS.values()
 
 
 def test_the_handle_of_a_buffer_on_a_gpu_travels_as_text() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from actors.weights import EngineTarget, RayWeightSync, SendReport
+from actors.weights.sync import EngineTarget, RayWeightSync, SendReport
 
 
 class Done:

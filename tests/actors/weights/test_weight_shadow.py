@@ -15,7 +15,7 @@ import torch
 
 from actors.rollout_vllm_options import rollout_env
 from grpo_ray.config.rollout import RolloutConfig
-from tests.actors.shadowed import ORDER, PAUSED
+from tests.actors.weights.shadowed import ORDER, PAUSED
 
 LIMIT_S = 600
 
@@ -37,7 +37,7 @@ def other_weights(folder: Path, model: Path, seed: int, *, tied: bool) -> Path:
 
 def shadowed(models: list[Path], dtype: str, mode: str) -> list[dict[str, Any]]:
     env = os.environ | rollout_env(RolloutConfig(max_completion_length=64), on_gpu=False, backend="gloo")
-    command = [sys.executable, "-m", "tests.actors.shadowed", dtype, mode, *map(str, models)]
+    command = [sys.executable, "-m", "tests.actors.weights.shadowed", dtype, mode, *map(str, models)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

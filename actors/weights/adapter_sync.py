@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from actors.runtime import within
-from actors.weights import EngineTarget, RayWeightSync, ask_each
+from actors.weights.sync import EngineTarget, RayWeightSync, ask_each
 from grpo_ray.errors import WorkerError
 from grpo_ray.types import SyncReport
 

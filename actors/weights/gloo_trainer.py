@@ -1,4 +1,4 @@
-"""The sending end of gloo weight transfers, in the learner ranks. See actors/weight_gloo_group.py for both ends."""
+"""The sending end of gloo weight transfers, in the learner ranks. See actors/weights/gloo_group.py for both ends."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from vllm.distributed.weight_transfer.base import (
 
 from actors.rendezvous import join_gloo, listen_at, new_key
 from actors.runtime import LOOPBACK
-from actors.weight_buckets import TRAILER, Bucket, DigestSource, Sealer, plan_buckets, set_digest
-from actors.weight_gloo_group import GlooInitInfo, count_refusals
-from actors.weight_memory import Address, SharedMemory
-from actors.weights import EngineTarget
+from actors.weights.buckets import TRAILER, Bucket, DigestSource, Sealer, plan_buckets, set_digest
+from actors.weights.gloo_group import GlooInitInfo, count_refusals
+from actors.weights.memory import Address, SharedMemory
+from actors.weights.sync import EngineTarget
 
 log = logging.getLogger(__name__)
 

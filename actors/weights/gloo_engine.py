@@ -1,4 +1,4 @@
-"""The receiving end of gloo weight transfers, in vLLM's workers. See actors/weight_gloo_group.py for both ends."""
+"""The receiving end of gloo weight transfers, in vLLM's workers. See actors/weights/gloo_group.py for both ends."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from vllm.distributed.weight_transfer.base import ParamMeta, WeightTransferEngin
 from vllm.utils.network_utils import get_ip
 
 from actors.rendezvous import join_gloo
-from actors.weight_buckets import TRAILER, Bucket, Digest, Sealer, digest_in, plan_buckets
-from actors.weight_gloo_group import GlooInitInfo, count_refusals
-from actors.weight_memory import Address, map_memory
+from actors.weights.buckets import TRAILER, Bucket, Digest, Sealer, digest_in, plan_buckets
+from actors.weights.gloo_group import GlooInitInfo, count_refusals
+from actors.weights.memory import Address, map_memory
 
 if TYPE_CHECKING:
-    from actors.weight_shadow import Loader
+    from actors.weights.shadow import Loader
 
 
 @dataclass
@@ -49,7 +49,7 @@ class GlooEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         """Join the transfer group; an older group is left."""
         # Here, because the sender would be slowed by what it imports.
-        from actors.weight_shadow import Shadow, WhenPaused
+        from actors.weights.shadow import Shadow, WhenPaused
 
         self._inbox = None
         parallel = self.parallel_config

@@ -17,10 +17,10 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine, IPCWeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
 
-from actors.weight_buckets import Digest
-from actors.weight_gloo_engine import GlooEngine
-from actors.weight_gloo_trainer import GlooTrainer
-from actors.weight_memory import Address
+from actors.weights.buckets import Digest
+from actors.weights.gloo_engine import GlooEngine
+from actors.weights.gloo_trainer import GlooTrainer
+from actors.weights.memory import Address
 
 WORKER_BACKENDS = {"gloo": "gloo", "nccl": "nccl_checked", "ipc": "ipc_checked"}
 """`weights.backend` -> the name under which the receiving engine is registered with vLLM."""
@@ -97,5 +97,5 @@ def register() -> None:
             WeightTransferEngineFactory.register_engine(name, receiver)
     if "gloo" not in WeightTransferTrainerFactory._registry:
         WeightTransferTrainerFactory.register_engine("gloo", GlooTrainer)
-        WeightTransferTrainerFactory.register_engine("nccl_checked", "actors.weight_gpu", "NcclTrainer")
-        WeightTransferTrainerFactory.register_engine("ipc_checked", "actors.weight_gpu", "IpcTrainer")
+        WeightTransferTrainerFactory.register_engine("nccl_checked", "actors.weights.gpu", "NcclTrainer")
+        WeightTransferTrainerFactory.register_engine("ipc_checked", "actors.weights.gpu", "IpcTrainer")

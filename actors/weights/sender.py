@@ -19,13 +19,13 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-from actors import weight_backend
 from actors.deaths import fate
 from actors.learner_state import gathered
-from actors.weight_buckets import DigestSource
-from actors.weight_gloo_trainer import GlooTrainerInitInfo
-from actors.weight_memory import Address
-from actors.weights import EngineSyncError, EngineTarget, SendReport
+from actors.weights import backend as weight_backend
+from actors.weights.buckets import DigestSource
+from actors.weights.gloo_trainer import GlooTrainerInitInfo
+from actors.weights.memory import Address
+from actors.weights.sync import EngineSyncError, EngineTarget, SendReport
 from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
 from grpo_ray.models.named_weights import buckets, named_weights
 
@@ -236,11 +236,11 @@ class WeightSender:
             case "gloo":
                 return GlooTrainerInitInfo(self._bucket_bytes, self._timeout_s, rank=self.rank)
             case "nccl":
-                from actors.weight_gpu import NcclTrainerInitInfo
+                from actors.weights.gpu import NcclTrainerInitInfo
 
                 world_size = 1 + sum(t.world_size for t in targets)
                 return NcclTrainerInitInfo(world_size, self._bucket_bytes, rank=self.rank)
             case _:
-                from actors.weight_gpu import IpcTrainerInitInfo
+                from actors.weights.gpu import IpcTrainerInitInfo
 
                 return IpcTrainerInitInfo(packed=True, packed_buffer_size_bytes=self._bucket_bytes, rank=self.rank)

@@ -1,6 +1,6 @@
 """Run by test_weight_shadow in a process of its own: what an engine samples after each of several swaps, and what fresh engines do.
 
-python -m tests.actors.shadowed DTYPE eager|compiled MODEL MODEL MODEL ..   a line of JSON for every three models
+python -m tests.actors.weights.shadowed DTYPE eager|compiled MODEL MODEL MODEL ..   a line of JSON for every three models
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from actors.rollout_vllm_options import engine_args
-from actors.weight_shadow import Loader, Shadow, WhenPaused
+from actors.weights.shadow import Loader, Shadow, WhenPaused
 from grpo_ray.config.rollout import RolloutConfig
 
 ORDER = (1, 2, 2, 1, 0)

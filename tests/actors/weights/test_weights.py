@@ -18,12 +18,12 @@ import ray
 import torch
 
 from actors.rollout_pool import RolloutPool
-from actors.weights import EngineTarget, RayWeightSync, SendReport
+from actors.weights.sync import EngineTarget, RayWeightSync, SendReport
 from grpo_ray.config.model import TinyModelConfig
 from grpo_ray.models.tiny import build_tiny_model
 from grpo_ray.types import Sample, SampleInfo, SyncReport
 from tests.actors.test_rollout import GREEDY, LONG, SAMPLING, Bench, reference_logprobs, requests, run_config
-from tests.actors.test_weight_memory import holders
+from tests.actors.weights.test_weight_memory import holders
 
 pytestmark = pytest.mark.timeout(600)
 SYNC_S = 60.0
@@ -40,7 +40,7 @@ class LearnerRank:
         torch.set_num_threads(1)
         from transformers import AutoModelForCausalLM
 
-        from actors.weight_sender import WeightSender, ZeroWeightSource
+        from actors.weights.sender import WeightSender, ZeroWeightSource
 
         self.zero_stage = zero_stage
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -74,7 +74,7 @@ class LearnerRank:
                     param.all_gather([param])
 
     def flip_a_bit_in_the_next_bucket(self) -> None:
-        from actors.weight_gloo_trainer import GlooTrainer
+        from actors.weights.gloo_trainer import GlooTrainer
 
         fill = GlooTrainer._fill
 
@@ -87,7 +87,7 @@ class LearnerRank:
         GlooTrainer._fill = corrupted  # type: ignore[method-assign]
 
     def dawdle_over_the_next_bucket(self, seconds: float) -> None:
-        from actors.weight_gloo_trainer import GlooTrainer
+        from actors.weights.gloo_trainer import GlooTrainer
 
         fill = GlooTrainer._fill
 
@@ -100,7 +100,7 @@ class LearnerRank:
 
     def send_by(self, way: str) -> None:
         """`shared`: in memory. `gloo`: as if the engines were on other machines. `mixed`: as if all but the first were."""
-        from actors.weight_sender import EngineClient
+        from actors.weights.sender import EngineClient
 
         num_sharing = {"shared": 2, "mixed": 1, "gloo": 0}[way]
         self.share = getattr(self, "share", EngineClient.share)
@@ -189,7 +189,7 @@ def setting(local_ray: None, tiny_model: Path, tmp_path_factory: pytest.TempPath
 def test_bucket_plans_hold_every_parameter_once_within_the_limit() -> None:
     from vllm.distributed.weight_transfer.base import ParamMeta
 
-    from actors.weight_buckets import plan_buckets
+    from actors.weights.buckets import plan_buckets
 
     metadata = [ParamMeta(str(i), torch.bfloat16, (n,)) for i, n in enumerate([3, 100, 7, 999, 1, 1, 50])]
     plan = plan_buckets(metadata, 512)
@@ -204,7 +204,7 @@ def test_bucket_plans_hold_every_parameter_once_within_the_limit() -> None:
 
 
 def test_the_digest_sees_one_bit_and_an_exchange() -> None:
-    from actors.weight_buckets import Digest
+    from actors.weights.buckets import Digest
 
     def digest(**tensors: torch.Tensor) -> str:
         d = Digest()

@@ -8,7 +8,7 @@
       [gloo: pause, swap in what is packed]                              ----->    start / update / finish(version)
       resume, mark synced
 
-What a learner actor has to offer (each by one line, to its `actors.weight_sender.WeightSender`), on every rank:
+What a learner actor has to offer (each by one line, to its `actors.weights.sender.WeightSender`), on every rank:
 
     def weights_connect(self, targets: list[EngineTarget], generation: int) -> None:   self.sender.connect(targets, generation)
     def weights_send(self, version: int) -> SendReport:                                return self.sender.send(version)
@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol, TypedDict
 from ray.exceptions import RayError
 
 from actors.deaths import fate
-from actors.runtime import end_with_parent, late, within
+from actors.runtime import late, within
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError, DeadlineError, GrpoRayError, WorkerError
 from grpo_ray.types import SyncReport, Track
@@ -93,14 +93,6 @@ class LearnerWeights(Protocol):
 
 class EngineSyncError(WorkerError):
     """A transfer that failed on the engines' side; names the engine. Another try, without it, may succeed."""
-
-
-def register() -> None:
-    """vLLM calls this in each of its processes (entry point `vllm.general_plugins`)."""
-    from actors import weight_backend
-
-    weight_backend.register()
-    end_with_parent()
 
 
 def resolve_backend(config: RunConfig, *, has_gpus: bool) -> Literal["gloo", "nccl", "ipc"]:

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from actors.weight_memory import Address, SharedMemory, map_memory
+from actors.weights.memory import Address, SharedMemory, map_memory
 
 pytestmark = pytest.mark.timeout(300)
 MAKER = """
 import json, time
-from actors.weight_memory import SharedMemory
+from actors.weights.memory import SharedMemory
 memory = SharedMemory(1 << 20)
 memory.bytes.fill_(7)
 print(json.dumps(memory.address), flush=True)

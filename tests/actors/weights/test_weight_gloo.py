@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-from actors.weight_buckets import TRAILER, DigestSource, plan_buckets
-from actors.weight_gloo_engine import Inbox
-from actors.weight_gloo_group import GlooInitInfo
-from actors.weight_gloo_trainer import GlooTrainer, GlooTrainerInitInfo
-from actors.weight_memory import Address, map_memory
-from actors.weights import EngineTarget
+from actors.weights.buckets import TRAILER, DigestSource, plan_buckets
+from actors.weights.gloo_engine import Inbox
+from actors.weights.gloo_group import GlooInitInfo
+from actors.weights.gloo_trainer import GlooTrainer, GlooTrainerInitInfo
+from actors.weights.memory import Address, map_memory
+from actors.weights.sync import EngineTarget
 
 pytestmark = pytest.mark.timeout(300)
 TIMEOUT_S = 10.0
@@ -274,7 +274,7 @@ def test_what_is_loaded_gets_no_other_version() -> None:
 
 
 def test_an_engine_that_never_votes_ends_in_the_group_s_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.actors.test_weight_gloo.TIMEOUT_S", 1.0)
+    monkeypatch.setattr("tests.actors.weights.test_weight_gloo.TIMEOUT_S", 1.0)
     ends = Ends(True)
     release = threading.Event()
     monkeypatch.setattr(ends.client.loaders[0], "load", lambda batches: release.wait(8))
@@ -298,7 +298,7 @@ def test_without_memory_to_share_engines_are_sent_the_weights_and_the_log_says_s
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [shared for _, shared in trainer._groups] == [False]
-    (line,) = [r.message for r in caplog.records if r.name == "actors.weight_gloo_trainer"]
+    (line,) = [r.message for r in caplog.records if r.name == "actors.weights.gloo_trainer"]
     assert "shared memory for weights" in line
     assert "by gloo" in line
     trainer.send_weights()
@@ -309,7 +309,7 @@ def test_without_memory_to_share_engines_are_sent_the_weights_and_the_log_says_s
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_weights_are_sent_in_the_dtype_that_the_engines_were_told(dtype: torch.dtype) -> None:
     """The learner holds fp32."""
-    from actors.weight_sender import ZeroWeightSource
+    from actors.weights.sender import ZeroWeightSource
 
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
     source = ZeroWeightSource(module, 1 << 20, dtype)

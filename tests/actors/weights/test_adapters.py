@@ -15,10 +15,10 @@ import pytest
 import ray
 import torch
 
-from actors.adapter_sync import AdapterReport, RayAdapterSync
 from actors.engine_adapters import AdapterOptions, EngineAdapters, lora_args
 from actors.learner_group import LearnerGroup
 from actors.rollout_pool import RolloutPool
+from actors.weights.adapter_sync import AdapterReport, RayAdapterSync
 from grpo_ray.config.model import MAX_ADAPTER_RANK, LoraConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import WorkerError
