@@ -12,8 +12,8 @@ from ray.util import remove_placement_group
 from actors.cluster import has_gpus, reserve_pairs
 from actors.colocated import ColocatedLearner, ColocatedSampler, ColocatedWeights, Turns
 from actors.learning import import_learning
-from actors.reward_pool import RewardPool
-from actors.reward_pools import RewardPools
+from actors.reward.by_function import RewardPools
+from actors.reward.pool import RewardPool
 from actors.rollout_pool import RolloutPool
 from actors.start_timeout import StartTimeout
 from actors.weights.adapter_sync import RayAdapterSync

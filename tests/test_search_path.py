@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ray import cloudpickle
 
-from actors.reward_process import ScoringProcess
+from actors.reward.process import ScoringProcess
 from actors.search_path import worker_env
 from grpo_ray.config.data import DataSource
 from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig

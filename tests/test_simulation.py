@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from actors.reward_pool import WATCH_S, RewardPool
-from actors.reward_worker import SILENT_S
+from actors.reward.pool import WATCH_S, RewardPool
+from actors.reward.worker import SILENT_S
 from actors.rollout_engines import POLL_S, POLLS_PER_S
 from actors.rollout_pool import RolloutPool
 from actors.weights.sync import ask_each

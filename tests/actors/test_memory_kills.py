@@ -20,7 +20,7 @@ from pathlib import Path
 import ray
 from actors.controller import start_controller
 from actors.learner_group import LearnerGroup
-from actors.reward_pool import RewardPool
+from actors.reward.pool import RewardPool
 from actors.rollout_pool import RolloutPool
 from grpo_ray.config.schema import RunConfig
 from launch.follow import follow_events

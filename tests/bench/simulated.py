@@ -30,7 +30,7 @@ from typing import Any, Self
 import numpy as np
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 
-from actors.reward_pool import RewardPool
+from actors.reward.pool import RewardPool
 from actors.rollout import POLL_LINGER_S, Outcome, RolloutActor
 from actors.rollout_pool import RolloutPool
 from actors.weights.sync import EngineTarget, RayWeightSync, SendReport

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from actors.reward import build_inputs
+from actors.reward.actor import build_inputs
 from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.datagen.filters.config import FilterConfig, SampledSource
 from grpo_ray.datagen.filters.select import select

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from actors.reward_process import ScoringProcess
+from actors.reward.process import ScoringProcess
 from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import ConfigError, RewardError
 from grpo_ray.rewards.code import find_program

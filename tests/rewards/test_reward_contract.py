@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors.reward import build_inputs
+from actors.reward.actor import build_inputs
 from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.data.prompts import PromptSets
 from grpo_ray.errors import RewardError

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from actors.reward_pool import RewardPool
-from actors.reward_pools import RewardPools
+from actors.reward.by_function import RewardPools
+from actors.reward.pool import RewardPool
 from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.functions.function import ScoreInputs

@@ -8,7 +8,7 @@ import select
 import time
 from typing import Any
 
-from actors.reward_child import HEADER
+from actors.reward.child import HEADER
 
 MAX_LINE_BYTES = 64 << 20
 """A whole group with a step at every token is some ten MiB."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from actors.reward_pool import RewardPool
+from actors.reward.pool import RewardPool
 from grpo_ray.config.reward import SHARED_POOL, RewardConfig
 from grpo_ray.rewards.functions.scoring import weighted_sum
 from grpo_ray.types import Score, ScoreRequest, Track

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import grpo_ray
 from actors.caches import use_private_caches
-from actors.reward_answers import decode
-from actors.reward_child import Call, Setup
-from actors.reward_family import TAG, end_family
-from actors.reward_pipe import ChildPipe, EndedError, LateError
+from actors.reward.answers import decode
+from actors.reward.child import Call, Setup
+from actors.reward.family import TAG, end_family
+from actors.reward.pipe import ChildPipe, EndedError, LateError
 from actors.start_timeout import StartTimeout
 from grpo_ray.config.reward import RewardConfig
 from grpo_ray.errors import RewardError
@@ -103,7 +103,7 @@ class ScoringProcess:
             # -P: the folder that it runs in is the user's, and comes last, see `search_path`.
             [
                 *(sys.executable, "-P", "-X", "faulthandler"),
-                *("-m", "actors.reward_child", str(reads), str(writes)),
+                *("-m", "actors.reward.child", str(reads), str(writes)),
             ],
             stdin=subprocess.DEVNULL,
             pass_fds=ends,

@@ -13,10 +13,10 @@ import numpy as np
 import psutil
 import pytest
 
-from actors.reward_answers import decode
-from actors.reward_family import TAG
-from actors.reward_pipe import EndedError
-from actors.reward_process import ScoringProcess
+from actors.reward.answers import decode
+from actors.reward.family import TAG
+from actors.reward.pipe import EndedError
+from actors.reward.process import ScoringProcess
 from grpo_ray.config.reward import FailurePolicy, RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import RewardError, WorkerError
 from grpo_ray.rewards.functions.function import ScoreInputs
@@ -436,14 +436,14 @@ def test_the_scoring_process_dies_with_its_parent(functions: str) -> None:
     import sys
 
     code = (
-        "import sys, time\nfrom tests.actors.test_reward_actor import config_of, one\n"
-        "from actors.reward_process import ScoringProcess\n"
+        "import sys, time\nfrom tests.actors.reward.test_reward_actor import config_of, one\n"
+        "from actors.reward.process import ScoringProcess\n"
         "p = ScoringProcess(config_of(sys.argv[1], 'hangs_in_c', timeout_s=600.0), 60)\n"
         "p.start(); print(p.pid, flush=True)\n"
         "p.run([(0, one('bad'))])\n"
     )
     parent = subprocess.Popen(
-        [sys.executable, "-c", code, functions], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], text=True
+        [sys.executable, "-c", code, functions], stdout=subprocess.PIPE, cwd=Path(__file__).parents[3], text=True
     )
     assert parent.stdout is not None
     child = psutil.Process(int(parent.stdout.readline()))
@@ -489,7 +489,7 @@ def put(requests: list[ScoreRequest]) -> list[ScoreRequest]:
 
 
 async def with_pool(config: RewardConfig, folder: Path, use, **options):
-    from actors.reward_pool import RewardPool
+    from actors.reward.pool import RewardPool
 
     pool = await RewardPool.create(config, str(folder), start_timeout_s=60, **options)
     try:

@@ -1,4 +1,4 @@
-"""The process in which reward functions run: `python -m actors.reward_child REQUEST_FD RESPONSE_FD`.
+"""The process in which reward functions run: `python -m actors.reward.child REQUEST_FD RESPONSE_FD`.
 
 It is persistent, since a fork per sample costs 12 ms; it is a process, since only a kill stops a loop in C. It reads
 calls from one pipe and writes one JSON line per call, in order, to the other. Pickle goes down only: what comes back
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import psutil
 
-from actors.apart import leave_network
+from actors.reward.apart import leave_network
 from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.plain_terminal import clean_streams

@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from actors.reward_processes import ScoringProcesses
+from actors.reward.processes import ScoringProcesses
 from actors.runtime import give_way, own_process
 from grpo_ray.config.reward import RewardConfig
 from grpo_ray.data.thinking import opens_thinking

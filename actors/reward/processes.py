@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from actors.reward_process import ScoringProcess
+from actors.reward.process import ScoringProcess
 from grpo_ray.config.reward import RewardConfig
 from grpo_ray.rewards.functions.function import ScoreInputs
 from grpo_ray.types import RewardScore

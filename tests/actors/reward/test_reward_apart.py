@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from actors.reward_process import ScoringProcess
-from actors.reward_processes import ScoringProcesses
+from actors.reward.process import ScoringProcess
+from actors.reward.processes import ScoringProcesses
 from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.functions.function import ScoreInputs
@@ -173,7 +173,7 @@ def test_either_way_of_leaving_the_network_is_enough(missing: str, server: socke
 
 
 def test_where_the_network_cannot_be_left_built_in_rewards_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from actors import apart
+    from actors.reward import apart
 
     monkeypatch.setattr(apart, "_new_network", lambda: "no namespaces")
     monkeypatch.setattr(apart, "_no_connections", lambda: "no filter")
@@ -182,7 +182,7 @@ def test_where_the_network_cannot_be_left_built_in_rewards_are_refused(monkeypat
 
 
 def leave(script: str, *before: str) -> subprocess.CompletedProcess[str]:
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[3])
     return subprocess.run(
         [*before, sys.executable, "-c", script],
         capture_output=True,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from actors.reward_pipe import EndedError
+from actors.reward.pipe import EndedError
 from grpo_ray.rewards.functions.logs import MAX_COLUMNS, MAX_METRICS, checked_name, plain
 from grpo_ray.types import LoggedMetric, RewardScore, ScoreStatus, Step
 

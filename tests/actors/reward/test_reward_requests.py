@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from actors.reward_requests import MAX_BATCH, PendingScores, ScoreDispatch, ScoreQueue
+from actors.reward.requests import MAX_BATCH, PendingScores, ScoreDispatch, ScoreQueue
 from grpo_ray.errors import WorkerError
 from grpo_ray.telemetry.activity import Activity
 from grpo_ray.types import SampleInfo, Score, ScoreRequest, ScoreStatus

@@ -12,8 +12,8 @@ from ray.exceptions import RayError
 
 from actors.cluster import placed
 from actors.deaths import KernelKills, fate, is_lost, kind_of, memory_wait_s
-from actors.reward import RewardActor
-from actors.reward_requests import PendingScores
+from actors.reward.actor import RewardActor
+from actors.reward.requests import PendingScores
 from actors.runtime import Actors, start_named, within
 from actors.supervise import Worker
 from grpo_ray.config.reward import RewardConfig
