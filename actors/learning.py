@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import threading
 
-MODULES = ("actors.learner_group", "grpo_ray.loop.train_loop", "grpo_ray.loop.supervised")
+MODULES = ("actors.learner.group", "grpo_ray.loop.train_loop", "grpo_ray.loop.supervised")
 _importing = threading.Lock()
 
 

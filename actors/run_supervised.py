@@ -18,7 +18,7 @@ from grpo_ray.loop.sft_loop import SftLoop
 from grpo_ray.models.loading import load_tokenizer
 
 if TYPE_CHECKING:
-    from actors.learner_group import LearnerGroup
+    from actors.learner.group import LearnerGroup
     from grpo_ray.loop.supervised import Task
 
 

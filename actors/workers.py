@@ -29,7 +29,7 @@ from grpo_ray.run.checkpoint_store import Place
 from grpo_ray.run.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from actors.learner_group import LearnerGroup
+    from actors.learner.group import LearnerGroup
 
 P = TypeVar("P", RolloutPool, RewardPool, "LearnerGroup")
 
@@ -223,7 +223,7 @@ class Workers:
         self._phase("starting", "learner: DeepSpeed")
         with self._learner_timeout.measured():
             await asyncio.to_thread(import_learning)
-            from actors.learner_group import LearnerGroup
+            from actors.learner.group import LearnerGroup
 
             pool = await LearnerGroup.create(
                 self._config,

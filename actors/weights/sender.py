@@ -20,7 +20,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
 from actors.deaths import fate
-from actors.learner_state import gathered
+from actors.learner.state import gathered
 from actors.weights import backend as weight_backend
 from actors.weights.buckets import DigestSource
 from actors.weights.gloo_trainer import GlooTrainerInitInfo

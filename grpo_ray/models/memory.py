@@ -2,10 +2,10 @@
 
 The states are ZeRO's (Rajbhandari et al., 1910.02054, section 3.1): weights, fp32 masters and Adam's two moments; stage 1 splits
 the last three over the learners, stage 2 the gradient too, stage 3 everything. What comes on top was measured on CPUs, with
-SmolLM2-135M (tests/actors/test_memory.py measures again): a backward pass fills a bucket with the whole gradient, adds a copy of it
-to the accumulated one, and the step lays that out flat once more. What the allocator has had it keeps (actors/runtime.py), so a
-learner at rest holds what it held in its largest step. The constants are proportional shares (PSS) of the processes of a run of
-that model: pages that they share, 0.17 GiB of each, are in one of them alone.
+SmolLM2-135M (tests/actors/learner/test_memory.py measures again): a backward pass fills a bucket with the whole gradient, adds a
+copy of it to the accumulated one, and the step lays that out flat once more. What the allocator has had it keeps
+(actors/runtime.py), so a learner at rest holds what it held in its largest step. The constants are proportional shares (PSS) of the
+processes of a run of that model: pages that they share, 0.17 GiB of each, are in one of them alone.
 """
 
 from __future__ import annotations

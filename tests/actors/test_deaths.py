@@ -10,7 +10,7 @@ import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
 from actors.deaths import CORE_DIED, KernelKills, fate, is_lost, kind_of, memory_wait_s, users
-from actors.learner_group import LearnerGroup
+from actors.learner.group import LearnerGroup
 from grpo_ray.config.runtime import DeadlineConfig
 from grpo_ray.errors import NoMemoryError, RewardError, WorkerError
 from grpo_ray.rewards.functions.function import RewardFunction, ScoreInputs

@@ -19,7 +19,7 @@ import asyncio, json, sys
 from pathlib import Path
 import ray
 from actors.controller import start_controller
-from actors.learner_group import LearnerGroup
+from actors.learner.group import LearnerGroup
 from actors.reward.pool import RewardPool
 from actors.rollout_pool import RolloutPool
 from grpo_ray.config.schema import RunConfig

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.cluster import connect
-from actors.learner_group import LearnerGroup
+from actors.learner.group import LearnerGroup
 from actors.rollout_pool import RolloutPool
 from actors.weights.sync import RayWeightSync
 from grpo_ray.config.model import TinyModelConfig

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from grpo_ray.batch.pack import pack
 from grpo_ray.models.attention import FLASH, choose_attention
 from grpo_ray.models.policy import PolicyModel
-from tests.actors.test_learner import exported, make_batch, make_config, moved_apart, plain_step, run
+from tests.actors.learner.test_learner import exported, make_batch, make_config, moved_apart, plain_step, run
 from tests.batch.test_batching import random_items
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -47,7 +47,7 @@ def test_flash_attention_equals_packed_attention(tiny_model: Path) -> None:
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_one_step_on_a_gpu_equals_plain_pytorch(stage: int, tiny_model: Path, tmp_path: Path) -> None:
-    from actors.learner_group import LearnerGroup
+    from actors.learner.group import LearnerGroup
 
     config = make_config(tiny_model, ranks=1, stage=stage)
     group = run(LearnerGroup.create(config, str(tiny_model), str(tmp_path), has_gpus=True))
@@ -68,7 +68,7 @@ def test_one_step_on_a_gpu_equals_plain_pytorch(stage: int, tiny_model: Path, tm
 def test_two_gpus_share_a_micro_batch_and_step_as_one_does(
     stage: int, attention: str, dtype: str, rel: float, tiny_model: Path, tmp_path: Path
 ) -> None:
-    from actors.learner_group import LearnerGroup
+    from actors.learner.group import LearnerGroup
 
     if attention == FLASH:
         pytest.importorskip("flash_attn")

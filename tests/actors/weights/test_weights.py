@@ -63,7 +63,7 @@ class LearnerRank:
     def load(self, folder: str) -> None:
         from safetensors.torch import load_file
 
-        from actors.learner_state import gathered
+        from actors.learner.state import gathered
 
         weights = load_file(f"{folder}/model.safetensors")
         for name, param in self.model.named_parameters():

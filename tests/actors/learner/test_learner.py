@@ -23,8 +23,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from actors.learner_engine import deepspeed_config
-from actors.learner_group import LearnerGroup
+from actors.learner.build import deepspeed_config
+from actors.learner.group import LearnerGroup
 from grpo_ray.batch.truncation import keep_mask
 from grpo_ray.config.learner import LearnerConfig
 from grpo_ray.config.loading import build
@@ -33,7 +33,7 @@ from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import CheckpointError, ConfigError, DeadlineError, NonFiniteError, WorkerError
 from grpo_ray.types import Sample, TrainBatch, TrainSample, Truncation, VersionSpan
-from tests.actors.saved import export, load, save
+from tests.actors.learner.saved import export, load, save
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from actors.learner_engine import LearnerSpec, step
-from actors.learner_micro_batches import model_inputs
+from actors.learner.build import LearnerSpec, step
+from actors.learner.micro_batches import model_inputs
 from actors.rendezvous import gather_texts
 from grpo_ray.algorithm.objectives import MicroBatchData, Objective
 from grpo_ray.batch.sequence import SequenceRanks

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from actors.learner_group import LearnerGroup
+from actors.learner.group import LearnerGroup
 
 
 @pytest.fixture

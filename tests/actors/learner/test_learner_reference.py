@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from actors import learner_reference
+from actors.learner import reference as learner_reference
 from grpo_ray.errors import CheckpointError
 from grpo_ray.run.checkpoint_store import Place
 from grpo_ray.run.fragments import FragmentReader

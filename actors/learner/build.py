@@ -214,7 +214,7 @@ def _scaled(engine: Any, factor: float) -> Iterator[None]:
 
 
 def build_reference(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks) -> nn.Module:
-    """The frozen policy as it was at the start; sharded under ZeRO-3. See actors/learner_reference.py for what follows."""
+    """The frozen policy as it was at the start; sharded under ZeRO-3. See actors/learner/reference.py for what follows."""
     import deepspeed
 
     policy = _policy(spec, device, ranks, trained=False).eval()

@@ -21,13 +21,13 @@ import ray
 import torch
 from torch import Tensor, nn
 
-from actors.learner_critic import Critic
-from actors.learner_engine import LearnerSpec, build_engine
-from actors.learner_group import LearnerGroup, _spec
-from actors.learner_state import gathered
+from actors.learner.build import LearnerSpec, build_engine
+from actors.learner.critic import Critic
+from actors.learner.group import LearnerGroup, _spec
+from actors.learner.state import gathered
 from grpo_ray.errors import WorkerError
 from grpo_ray.types import TrainBatch, TrainSample
-from tests.actors.test_learner import make_batch, make_config, plain_logprobs, plain_model, run
+from tests.actors.learner.test_learner import make_batch, make_config, plain_logprobs, plain_model, run
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(400)]
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from actors.learner_engine import LearnerSpec, build_critic, step
+from actors.learner.build import LearnerSpec, build_critic, step
 from grpo_ray.algorithm.losses.value import value_loss
 from grpo_ray.algorithm.objectives import MicroBatchData
 from grpo_ray.batch.sequence import SequenceRanks

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from actors.learner_group import LearnerGroup
+from actors.learner.group import LearnerGroup
 from grpo_ray.algorithm.losses.table import POLICY_LOSSES
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.errors import NonFiniteError, WorkerError
 from grpo_ray.run.replay import parts_of
 from grpo_ray.types import TrainBatch
-from tests.actors.saved import load, save
-from tests.actors.test_invariance import choose
-from tests.actors.test_learner import exported, make_batch, make_config, moved_apart, plain_step, run, start
+from tests.actors.learner.saved import load, save
+from tests.actors.learner.test_invariance import choose
+from tests.actors.learner.test_learner import exported, make_batch, make_config, moved_apart, plain_step, run, start
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(300)]
 PART_OF_GROUP = {1: 0, 0: 1}

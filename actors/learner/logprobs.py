@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from actors.learner_engine import LearnerSpec
-from actors.learner_micro_batches import model_inputs
-from actors.learner_timer import UpdateTimer
+from actors.learner.build import LearnerSpec
+from actors.learner.micro_batches import model_inputs
+from actors.learner.timer import UpdateTimer
 from grpo_ray.algorithm.objectives import MicroBatchData
 from grpo_ray.config.schema import AlgorithmConfig
 from grpo_ray.models.flops import UpdatePasses

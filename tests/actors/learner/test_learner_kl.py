@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from actors.learner_group import LearnerGroup
+from actors.learner.group import LearnerGroup
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.errors import NonFiniteError
 from grpo_ray.types import Step, TrainBatch, TrainSample
-from tests.actors.test_invariance import choose
-from tests.actors.test_learner import (
+from tests.actors.learner.test_invariance import choose
+from tests.actors.learner.test_learner import (
     exported,
     make_batch,
     make_config,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.learner_group import ONEDNN_ENV
+from actors.learner.group import ONEDNN_ENV
 from actors.runtime import ALLOCATOR_ENV
 from grpo_ray.config.model import TinyModelConfig
 from grpo_ray.models.memory import GIB, known_facts, learner_memory
@@ -58,7 +58,7 @@ def measured(config: str, folder: str) -> int:
     env = {**os.environ, **ALLOCATOR_ENV, **ONEDNN_ENV, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.actors.measured", config, folder, str(TOKENS), str(SAMPLE)],
+        [sys.executable, "-m", "tests.actors.learner.measured", config, folder, str(TOKENS), str(SAMPLE)],
         env=env,
         capture_output=True,
         text=True,

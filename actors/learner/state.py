@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from actors import engine_state
-from actors.learner_engine import LearnerSpec
+from actors.learner import zero_state
+from actors.learner.build import LearnerSpec
 from grpo_ray.errors import CheckpointError
 from grpo_ray.models.lora import adapter_tensors, write_adapter
 from grpo_ray.models.named_weights import buckets, named_weights
@@ -55,7 +55,7 @@ class Held:
 def hold_engine(engine: Any) -> HeldModel:
     """A copy of what this rank has of a trained model."""
     schedule = int(engine.lr_scheduler.last_epoch)
-    return HeldModel(list(engine_state.fragments(engine)), engine_state.num_steps(engine), schedule)
+    return HeldModel(list(zero_state.fragments(engine)), zero_state.num_steps(engine), schedule)
 
 
 def hold_export(engine: Any, spec: LearnerSpec) -> Export | None:
@@ -125,7 +125,7 @@ def load_engine(engine: Any, saved: SavedLearner, model: str) -> None:
         raise CheckpointError(
             f"{saved.files.place.url} holds no {model}: it was saved with another algorithm.advantage; set that back"
         )
-    engine_state.restore(engine, saved.reader(model), saved.num_steps(model))
+    zero_state.restore(engine, saved.reader(model), saved.num_steps(model))
     _set_schedule(engine, saved.num_scheduled(model))
 
 
@@ -194,7 +194,7 @@ def check_room(engine: Any, spec: LearnerSpec, place: Place) -> None:
     Raises:
         CheckpointError: on all ranks alike.
     """
-    trained = sum(torch.Size(shape).numel() for shape in engine_state.shapes(engine).values())
+    trained = sum(torch.Size(shape).numel() for shape in zero_state.shapes(engine).values())
     whole = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     copies = 1 + spec.saves_reference
     needed = trained * _STATE_BYTES + whole * copies * spec.dtype.itemsize

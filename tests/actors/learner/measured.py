@@ -1,6 +1,6 @@
 """A learner's engine in a process of its own, without Ray: what it holds after two steps. See test_memory.py.
 
-python -m tests.actors.measured CONFIG FOLDER TOKENS SAMPLE
+python -m tests.actors.learner.measured CONFIG FOLDER TOKENS SAMPLE
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from actors.learner_engine import build_engine, build_reference, step
-from actors.learner_group import _spec
+from actors.learner.build import build_engine, build_reference, step
+from actors.learner.group import _spec
 from grpo_ray.algorithm.objectives import GrpoObjective, MicroBatchData
 from grpo_ray.batch.pack import PackItem, pack
 from grpo_ray.batch.sequence import Alone

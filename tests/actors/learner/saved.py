@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from actors.learner_group import LearnerGroup
+from actors.learner.group import LearnerGroup
 from grpo_ray.run.checkpoint_store import Place
 
 

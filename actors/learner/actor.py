@@ -24,14 +24,16 @@ import ray
 import torch
 import torch.distributed as dist
 
-from actors import learner_kl, learner_offload, learner_reference, learner_sequence, learner_state
-from actors.learner_accumulation import Accumulation
-from actors.learner_critic import Critic
-from actors.learner_engine import LearnerSpec, build_engine, build_objective, build_reference, can_share_prompts
-from actors.learner_logprobs import LogprobPasses, kl_only_passes, update_passes
-from actors.learner_micro_batches import MicroBatchLoader, is_trained
-from actors.learner_process_group import join_process_group
-from actors.learner_timer import UpdateTimer, traced
+from actors.learner import kl, reference, sequence
+from actors.learner import offload as learner_offload
+from actors.learner import state as learner_state
+from actors.learner.accumulation import Accumulation
+from actors.learner.build import LearnerSpec, build_engine, build_objective, build_reference, can_share_prompts
+from actors.learner.critic import Critic
+from actors.learner.logprobs import LogprobPasses, kl_only_passes, update_passes
+from actors.learner.micro_batches import MicroBatchLoader, is_trained
+from actors.learner.process_group import join_process_group
+from actors.learner.timer import UpdateTimer, traced
 from actors.rendezvous import Meeting, SealedStore, listen_at, new_key, open_store
 from actors.runtime import LOOPBACK, end_of_imports, own_process
 from grpo_ray.algorithm.objectives import MicroBatchData
@@ -101,7 +103,7 @@ class LearnerActor:
         torch.set_num_threads(spec.learner.num_threads or (1 if on_cpu and self.num_ranks > 1 else usable_cpus()))
         torch.manual_seed(spec.seed + self.rank)
         self._store = join_process_group(meeting, self._store, self.rank, self.num_ranks, self._timeout, on_cpu=on_cpu)
-        self._ranks = learner_sequence.join(spec.learner.sequence_parallel_size, self._timeout)
+        self._ranks = sequence.join(spec.learner.sequence_parallel_size, self._timeout)
         self._engine = build_engine(spec, self.device, self._ranks)
         if spec.needs_reference_model:
             self._reference = build_reference(spec, self.device, self._ranks)
@@ -188,7 +190,7 @@ class LearnerActor:
         kl_metrics: dict[str, float] = {}
         if kl_in_reward:
             num_tokens = [batch.samples[i].num_tokens for planned in plan + kl_only for i in planned.samples]
-            kl_metrics = learner_kl.penalise(fetched, num_tokens, batch, self._algorithm, self._ranks, self.device)
+            kl_metrics = kl.penalise(fetched, num_tokens, batch, self._algorithm, self._ranks, self.device)
         if self._critic is not None:
             with self._timer.phase("critic"):
                 self._critic.set_advantages(list(chain.from_iterable(mini_batches)))
@@ -236,7 +238,7 @@ class LearnerActor:
         every = self._algorithm.ref_refresh_steps
         if self._reference is not None and every and (step + 1) % every == 0:
             with self._timer.phase("reference"):
-                learner_reference.follow(self._reference_model, self._engine.module, self._algorithm.ref_polyak_tau)
+                reference.follow(self._reference_model, self._engine.module, self._algorithm.ref_polyak_tau)
 
     def _throughput(self, num_tokens: float) -> dict[str, float]:
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
@@ -261,7 +263,7 @@ class LearnerActor:
         told: list[float] = values_S.tolist()
         return told
 
-    # Checkpoints. See actors/learner_state.py for what can go wrong.
+    # Checkpoints. See actors/learner/state.py for what can go wrong.
 
     @traced("hold")
     def hold(self, place: Place, *, export: bool) -> None:
@@ -272,7 +274,7 @@ class LearnerActor:
         if self._critic is not None:
             models["critic"] = learner_state.hold_engine(self._critic.engine)
         if self.spec.saves_reference:
-            models["reference"] = learner_reference.hold(self._reference_model)
+            models["reference"] = reference.hold(self._reference_model)
         exported = learner_state.hold_export(self._engine, self.spec) if export else None
         self._held = learner_state.Held(models, learner_state.hold_random_state(), exported)
 
@@ -293,7 +295,7 @@ class LearnerActor:
             if self._critic is not None:
                 learner_state.load_engine(self._critic.engine, saved, "critic")
             if self.spec.saves_reference:
-                learner_reference.load_saved(self._reference_model, saved, place)
+                reference.load_saved(self._reference_model, saved, place)
             learner_state.load_random_state(saved, self.rank)
 
     @property

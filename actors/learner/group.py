@@ -18,8 +18,8 @@ from ray.exceptions import RayTaskError
 
 from actors.cluster import gpus_per_learner, placed
 from actors.deaths import KernelKills, fate, killed_by_kernel, kind_of
-from actors.learner import DISK, LearnerActor
-from actors.learner_engine import LearnerSpec
+from actors.learner.actor import DISK, LearnerActor
+from actors.learner.build import LearnerSpec
 from actors.runtime import ALLOCATOR_ENV, RayActors, log_tail, start_named
 from actors.weights.sync import resolve_backend
 from grpo_ray.config.learner import CriticConfig

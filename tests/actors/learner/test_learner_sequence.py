@@ -19,16 +19,16 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed import distributed_c10d
 
-from actors.learner_group import LearnerGroup
-from actors.learner_sequence import HeadAttention
+from actors.learner.group import LearnerGroup
+from actors.learner.sequence import HeadAttention
 from grpo_ray.batch.plan import plan_batch
 from grpo_ray.config.model import TinyModelConfig
 from grpo_ray.errors import ConfigError, NonFiniteError
 from grpo_ray.models.attention import PackedLayout, packed_attention
 from grpo_ray.models.tiny import build_tiny_model
 from grpo_ray.types import TrainBatch
-from tests.actors.saved import load, save
-from tests.actors.test_learner import (
+from tests.actors.learner.saved import load, save
+from tests.actors.learner.test_learner import (
     TEMPERATURE,
     assert_one_step_equals_plain_pytorch,
     exported,

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from actors.learner_engine import LearnerSpec, load_hf
-from actors.learner_group import _spec
+from actors.learner.build import LearnerSpec, load_hf
+from actors.learner.group import _spec
 from grpo_ray.batch.sequence import Alone
-from tests.actors.test_learner import make_config
+from tests.actors.learner.test_learner import make_config
 
 WITH_DROPOUT: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"attention_dropout": 0.5, "num_key_value_heads": 2}),

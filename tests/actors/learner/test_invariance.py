@@ -12,11 +12,11 @@ import ray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from actors.learner_group import LearnerGroup
+from actors.learner.group import LearnerGroup
 from grpo_ray.algorithm.losses.table import POLICY_LOSSES
 from grpo_ray.config.algorithm import AlgorithmConfig
-from tests.actors.saved import load, save
-from tests.actors.test_learner import exported, make_batch, make_config, moved_apart, run, start
+from tests.actors.learner.saved import load, save
+from tests.actors.learner.test_learner import exported, make_batch, make_config, moved_apart, run, start
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(300)]
 Results = dict[str, tuple[float, float, dict[str, Tensor]]]

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 import torch
 
-from actors.learner_engine import LearnerSpec
+from actors.learner.build import LearnerSpec
 from grpo_ray.algorithm.losses.aggregation import Normalizers
 from grpo_ray.algorithm.objectives import MicroBatchData, Objective
 from grpo_ray.batch.pack import PackItem, pack, token_values, tokens_of_version

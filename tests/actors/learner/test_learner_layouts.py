@@ -10,9 +10,9 @@ import ray
 import torch
 from torch import Tensor
 
-from actors.learner_group import LearnerGroup
-from tests.actors.saved import load, save
-from tests.actors.test_learner import exported, fp32_masters, make_batch, make_config, run, start
+from actors.learner.group import LearnerGroup
+from tests.actors.learner.saved import load, save
+from tests.actors.learner.test_learner import exported, fp32_masters, make_batch, make_config, run, start
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(1200)]
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from actors.learner_group import LearnerGroup
+from actors.learner.group import LearnerGroup
 from grpo_ray.config.loading import build
 from grpo_ray.config.supervised import DpoConfig, RewardModelConfig, SftConfig
 from grpo_ray.data.preferences import Pair, pair_batch
 from grpo_ray.loop.supervised import load_task
-from tests.actors.saved import export, load, save
+from tests.actors.learner.saved import export, load, save
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
