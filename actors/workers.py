@@ -14,7 +14,7 @@ from actors.colocated import ColocatedLearner, ColocatedSampler, ColocatedWeight
 from actors.learning import import_learning
 from actors.reward.by_function import RewardPools
 from actors.reward.pool import RewardPool
-from actors.rollout_pool import RolloutPool
+from actors.rollout.pool import RolloutPool
 from actors.start_timeout import StartTimeout
 from actors.weights.adapter_sync import RayAdapterSync
 from actors.weights.sync import RayWeightSync

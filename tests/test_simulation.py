@@ -15,8 +15,8 @@ import pytest
 
 from actors.reward.pool import WATCH_S, RewardPool
 from actors.reward.worker import SILENT_S
-from actors.rollout_engines import POLL_S, POLLS_PER_S
-from actors.rollout_pool import RolloutPool
+from actors.rollout.engines import POLL_S, POLLS_PER_S
+from actors.rollout.pool import RolloutPool
 from actors.weights.sync import ask_each
 from grpo_ray.data.cursor import Cursor
 from grpo_ray.errors import DeadlineError, WorkerError

@@ -25,7 +25,7 @@ from grpo_ray.errors import WorkerError
 from grpo_ray.types import SyncReport
 
 if TYPE_CHECKING:
-    from actors.rollout_pool import RolloutPool
+    from actors.rollout.pool import RolloutPool
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from grpo_ray.errors import ConfigError, DeadlineError, GrpoRayError, WorkerErro
 from grpo_ray.types import SyncReport, Track
 
 if TYPE_CHECKING:
-    from actors.rollout_pool import RolloutPool
+    from actors.rollout.pool import RolloutPool
 
 
 _Taken = tuple["SendReport", Sequence["EngineTarget"], float]

@@ -21,7 +21,7 @@ import ray
 from actors.controller import start_controller
 from actors.learner.group import LearnerGroup
 from actors.reward.pool import RewardPool
-from actors.rollout_pool import RolloutPool
+from actors.rollout.pool import RolloutPool
 from grpo_ray.config.schema import RunConfig
 from launch.follow import follow_events
 from launch.live import LiveView

@@ -42,7 +42,7 @@ def main() -> None:
 
 def bare_sampling() -> dict[str, float]:
     """Tokens a second of the engine alone, over the prompts of the steps that were counted."""
-    from actors.rollout_vllm_options import engine_args, rollout_env
+    from actors.rollout.vllm_options import engine_args, rollout_env
     from actors.weights.sync import resolve_backend
     from grpo_ray.config.schema import RunConfig
     from launch.recipe import load_run_config

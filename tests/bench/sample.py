@@ -77,12 +77,12 @@ def _run(module: str, *args: str) -> float:
 
 
 def _bare(model: Path, *, own_process: bool) -> None:
-    """An engine with the options of `actors/rollout_vllm_options.py`, in this process."""
+    """An engine with the options of `actors/rollout/vllm_options.py`, in this process."""
     from grpo_ray.config.data import DataConfig
     from grpo_ray.config.rollout import RolloutConfig
 
     config = RolloutConfig(**ROLLOUT)
-    from actors.rollout_vllm_options import engine_args, rollout_env
+    from actors.rollout.vllm_options import engine_args, rollout_env
 
     # The actor says the latter for so small a vocabulary.
     os.environ.update(rollout_env(config, on_gpu=False, backend="gloo") | {"TORCH_COMPILE_DISABLE": "1"})

@@ -31,8 +31,8 @@ import numpy as np
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from actors.reward.pool import RewardPool
-from actors.rollout import POLL_LINGER_S, Outcome, RolloutActor
-from actors.rollout_pool import RolloutPool
+from actors.rollout.actor import POLL_LINGER_S, Outcome, RolloutActor
+from actors.rollout.pool import RolloutPool
 from actors.weights.sync import EngineTarget, RayWeightSync, SendReport
 from grpo_ray.batch.plan import plan_batch
 from grpo_ray.config.loading import build

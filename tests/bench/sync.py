@@ -20,7 +20,7 @@ from rich.table import Table
 
 from actors.cluster import connect
 from actors.learner.group import LearnerGroup
-from actors.rollout_pool import RolloutPool
+from actors.rollout.pool import RolloutPool
 from actors.weights.sync import RayWeightSync
 from grpo_ray.config.model import TinyModelConfig
 from grpo_ray.config.schema import RunConfig

@@ -42,13 +42,13 @@ def _sampling_alike(task: str, model: str) -> Callable[[slice], int]:
 
 
 def _engine_step(task: str, model: str, *, alike: bool) -> Callable[[slice], int]:
-    """The engine with the options of `actors/rollout_vllm_options.py`."""
+    """The engine with the options of `actors/rollout/vllm_options.py`."""
 
     from grpo_ray.config.rollout import RolloutConfig
 
     t = TASKS[task]
     config = RolloutConfig(max_completion_length=t.max_completion_length, max_num_seqs=PROMPTS * GROUP, kv_cache_gb=1)
-    from actors.rollout_vllm_options import engine_args, rollout_env
+    from actors.rollout.vllm_options import engine_args, rollout_env
 
     os.environ.update(rollout_env(config, on_gpu=False, backend="gloo"))
     if alike:

@@ -12,12 +12,12 @@ import pytest
 import ray
 import torch
 
-from actors.rollout_pool import RolloutPool
+from actors.rollout.pool import RolloutPool
 from actors.weights.sync import EngineTarget, RayWeightSync, SendReport
 from grpo_ray.config.model import TinyModelConfig
 from grpo_ray.models.tiny import build_tiny_model
 from grpo_ray.types import Sample
-from tests.actors.test_rollout import SAMPLING, reference_logprobs, requests, run_config
+from tests.actors.rollout.test_rollout import SAMPLING, reference_logprobs, requests, run_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 

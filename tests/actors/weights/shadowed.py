@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from actors.rollout_vllm_options import engine_args
+from actors.rollout.vllm_options import engine_args
 from actors.weights.shadow import Loader, Shadow, WhenPaused
 from grpo_ray.config.rollout import RolloutConfig
 

@@ -15,9 +15,9 @@ import pytest
 import ray
 import torch
 
-from actors.engine_adapters import AdapterOptions, EngineAdapters, lora_args
 from actors.learner.group import LearnerGroup
-from actors.rollout_pool import RolloutPool
+from actors.rollout.adapters import AdapterOptions, EngineAdapters, lora_args
+from actors.rollout.pool import RolloutPool
 from actors.weights.adapter_sync import AdapterReport, RayAdapterSync
 from grpo_ray.config.model import MAX_ADAPTER_RANK, LoraConfig
 from grpo_ray.config.schema import RunConfig
@@ -25,7 +25,7 @@ from grpo_ray.errors import WorkerError
 from grpo_ray.models.lora import adapter_checksum
 from grpo_ray.types import Sample, SampleInfo, SampleRequest, TrainBatch, TrainSample, Truncation
 from tests.actors.learner.saved import export
-from tests.actors.test_rollout import GREEDY, LONG, SAMPLING, Bench, reference_logprobs, run_config
+from tests.actors.rollout.test_rollout import GREEDY, LONG, SAMPLING, Bench, reference_logprobs, run_config
 
 pytestmark = pytest.mark.timeout(600)
 SYNC_S = 60.0

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from actors.rollout_vllm_options import rollout_env
+from actors.rollout.vllm_options import rollout_env
 from grpo_ray.config.rollout import RolloutConfig
 from tests.actors.weights.shadowed import ORDER, PAUSED
 

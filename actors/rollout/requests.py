@@ -16,14 +16,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from actors.rollout_balance import BalancedEngine, EngineBalance
-from actors.rollout_poison import is_suspect
+from actors.rollout.balance import BalancedEngine, EngineBalance
+from actors.rollout.poison import is_suspect
 from grpo_ray.errors import DataError, DeadlineError, PoisonedError, WorkerError
 from grpo_ray.loop.answers import Answer
 from grpo_ray.types import SampleInfo, SampleRequest
 
 if TYPE_CHECKING:
-    from actors.rollout import Outcome
+    from actors.rollout.actor import Outcome
 
 QUEUE_FACTOR = 1.25
 """An engine gets this many times the requests that it samples at once: the next ones are there when a place gets free."""

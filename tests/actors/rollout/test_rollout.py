@@ -20,7 +20,7 @@ import pytest
 import ray
 import torch
 
-from actors.rollout_pool import RolloutPool
+from actors.rollout.pool import RolloutPool
 from grpo_ray.batch.truncation import keep_mask
 from grpo_ray.config.loading import build
 from grpo_ray.config.schema import RunConfig
@@ -357,10 +357,10 @@ def test_a_model_without_weights_says_so_with_the_log(local_ray: None, tiny_mode
 ALONE = """
 import asyncio, os, sys
 from pathlib import Path
-from actors.rollout import RolloutActor
-from actors.rollout_vllm_options import rollout_env
+from actors.rollout.actor import RolloutActor
+from actors.rollout.vllm_options import rollout_env
 from grpo_ray.config.schema import RolloutConfig
-from actors.rollout import RolloutActor, rollout_env
+from actors.rollout.actor import RolloutActor, rollout_env
 from grpo_ray.config.rollout import RolloutConfig
 
 async def main(model, run_dir):

@@ -1,6 +1,6 @@
 """Run by test_engine_scheduler in a process of its own: what a real engine draws, by vLLM's scheduler or by ours, as JSON.
 
-python -m tests.actors.bundled MODEL MAX_TOKENS [BUNDLE]
+python -m tests.actors.rollout.bundled MODEL MAX_TOKENS [BUNDLE]
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
 
-import actors.engine_scheduler
-from actors.rollout_vllm_options import engine_args
+import actors.rollout.scheduler
+from actors.rollout.vllm_options import engine_args
 from grpo_ray.config.rollout import RolloutConfig
 
 ABORTED, ABORT_AT = "3", 5
@@ -25,7 +25,7 @@ def main(model: str, max_tokens: str, bundle: str = "") -> None:
     config = RolloutConfig(max_completion_length=64, max_num_seqs=8, kv_cache_gb=0.05)
     args = engine_args(config, model, "float32", 128, 1, "gloo", trust_remote_code=False)
     if bundle:
-        actors.engine_scheduler.BUNDLE = int(bundle)
+        actors.rollout.scheduler.BUNDLE = int(bundle)
     else:
         args.scheduler_cls = None
     engine = LLMEngine.from_engine_args(args)

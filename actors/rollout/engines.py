@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from ray.exceptions import RayError
 
 from actors.deaths import is_blameless
-from actors.rollout_engine import MAX_RESTARTS, RolloutEngine, RolloutEngineKind
-from actors.rollout_poison import blame, verdict
-from actors.rollout_requests import PendingSample, RequestQueue
+from actors.rollout.engine import MAX_RESTARTS, RolloutEngine, RolloutEngineKind
+from actors.rollout.poison import blame, verdict
+from actors.rollout.requests import PendingSample, RequestQueue
 from actors.runtime import Actors, node_died
 from actors.supervise import GivenUpError, Supervisor
 from grpo_ray.config.schema import RunConfig

@@ -16,9 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from actors.forked_core import Forking, missing_preloads
+from actors.rollout.forked_core import Forking, missing_preloads
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 def tell_and_wait(write: int, connection: int) -> None:
@@ -47,7 +47,7 @@ def test_a_connections_other_side_hears_of_its_end_though_a_fork_lives_that_had_
 
 ACTOR = """
 import os, signal, time
-from actors.forked_core import Forking
+from actors.rollout.forked_core import Forking
 
 core = Forking().Process(target=time.sleep, args=(60,))
 core.start()

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import ray
 
 from actors.deaths import CORE_DIED
-from actors.engine_adapters import Adapter, AdapterOptions, EngineAdapters
-from actors.forked_core import forked_core
-from actors.rollout_sample import info_of, sample_of
-from actors.rollout_vllm_options import can_fork, engine_args, sampling_params
+from actors.rollout.adapters import Adapter, AdapterOptions, EngineAdapters
+from actors.rollout.forked_core import forked_core
+from actors.rollout.sample import info_of, sample_of
+from actors.rollout.vllm_options import can_fork, engine_args, sampling_params
 from actors.runtime import end_of_imports, give_way, own_process, own_scratch, use_nodes_interface
 from grpo_ray.config.rollout import RolloutConfig
 from grpo_ray.errors import WorkerError

@@ -11,11 +11,11 @@ from ray.exceptions import RayError
 
 from actors.cluster import demands, gpus_per_engine, placed
 from actors.deaths import KernelKills, fate, kind_of
-from actors.engine_adapters import AdapterOptions
-from actors.rollout import RolloutActor
-from actors.rollout_poison import is_suspect
-from actors.rollout_requests import PendingSample
-from actors.rollout_vllm_options import rollout_env
+from actors.rollout.actor import RolloutActor
+from actors.rollout.adapters import AdapterOptions
+from actors.rollout.poison import is_suspect
+from actors.rollout.requests import PendingSample
+from actors.rollout.vllm_options import rollout_env
 from actors.runtime import Actors, core_error, log_tail, start_named, within
 from actors.supervise import Worker
 from actors.weights.sync import EngineTarget, resolve_backend

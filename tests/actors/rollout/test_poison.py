@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import ray
 
-from actors.rollout_pool import RolloutPool
+from actors.rollout.pool import RolloutPool
 from grpo_ray.errors import PoisonedError
 from grpo_ray.types import SampleInfo, SampleRequest
-from tests.actors.test_rollout import LONG, Bench, prompt, requests, run_config
+from tests.actors.rollout.test_rollout import LONG, Bench, prompt, requests, run_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from actors.rollout import Outcome
-from actors.rollout_balance import EngineBalance
-from actors.rollout_poison import blame, is_suspect, verdict
-from actors.rollout_requests import MAX_ABORTS, PendingSample, RequestQueue
+from actors.rollout.actor import Outcome
+from actors.rollout.balance import EngineBalance
+from actors.rollout.poison import blame, is_suspect, verdict
+from actors.rollout.requests import MAX_ABORTS, PendingSample, RequestQueue
 from grpo_ray.errors import DataError, DeadlineError, PoisonedError, WorkerError
 from grpo_ray.types import SampleInfo, SampleRequest, SamplingParams
 

@@ -22,8 +22,8 @@ from typing import Any, Literal, Self
 from ray.exceptions import RayError
 
 from actors.deaths import fate
-from actors.rollout_engine import BACKOFF_S, RolloutEngine, RolloutEngineKind
-from actors.rollout_engines import RolloutEngines
+from actors.rollout.engine import BACKOFF_S, RolloutEngine, RolloutEngineKind
+from actors.rollout.engines import RolloutEngines
 from actors.runtime import Actors, RayActors, within
 from actors.weights.sync import EngineTarget
 from grpo_ray.config.schema import RunConfig

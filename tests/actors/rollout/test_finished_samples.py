@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from actors.rollout import RolloutActor
+from actors.rollout.actor import RolloutActor
 from grpo_ray.types import SampleInfo, SampleRequest, SamplingParams
 
 PARAMS = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, max_tokens=8, stop=(), stop_token_ids=())

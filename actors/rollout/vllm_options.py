@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from actors.engine_adapters import AdapterOptions, lora_args
+from actors.rollout.adapters import AdapterOptions, lora_args
 from grpo_ray.config.schema import RolloutConfig
 from grpo_ray.loop.stops import Stops
 from grpo_ray.machine import total_memory
@@ -83,7 +83,7 @@ def engine_args(
         enable_prefix_caching=True,
         logprobs_mode="processed_logprobs",
         disable_log_stats=True,
-        scheduler_cls="actors.engine_scheduler.bundling_scheduler",
+        scheduler_cls="actors.rollout.scheduler.bundling_scheduler",
         **device,
         **(_transfer_args(backend) if adapters is None else lora_args(adapters)),
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from actors.rollout_vllm_options import rollout_env
+from actors.rollout.vllm_options import rollout_env
 from grpo_ray.config.rollout import RolloutConfig
 
 pytestmark = pytest.mark.timeout(300)
@@ -21,7 +21,7 @@ BUNDLES = (256, 7)
 
 def drawn(model: Path, bundle: int | None) -> dict[str, Any]:
     """By vLLM's own scheduler, or by ours with so many tokens at most that wait."""
-    command = [sys.executable, "-m", "tests.actors.bundled", str(model), str(MAX_TOKENS)]
+    command = [sys.executable, "-m", "tests.actors.rollout.bundled", str(model), str(MAX_TOKENS)]
     command += [] if bundle is None else [str(bundle)]
     env = dict(os.environ) | rollout_env(RolloutConfig(), on_gpu=False, backend="gloo") | {"TORCH_COMPILE_DISABLE": "1"}
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
