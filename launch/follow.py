@@ -12,7 +12,7 @@ from typing import Any
 
 from actors.addresses import read_address
 from actors.cluster import OnCluster, await_free, await_resources, connect, has_gpus, joins
-from actors.colocated import check_colocated
+from actors.control.colocated import check_colocated
 from actors.deaths import KernelKills, fate, is_lost, killed_by_kernel, kind_of
 from actors.placement_defaults import used
 from actors.runtime import log_tail
@@ -95,7 +95,7 @@ def run_here(
     except ResourceError as e:
         raise with_mend(e, config, kind, run_dir) from None
     asyncio.run(await_free(wanted, FREE_S))
-    from actors.controller_start import start_controller
+    from actors.control.controller_start import start_controller
 
     # Here, where the functions can be imported; the controller has the data.
     needs = column_needs(config.reward) if isinstance(config, RunConfig) and kind != "replay" else ()

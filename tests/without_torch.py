@@ -13,7 +13,10 @@ _MISSING = re.compile(
     r"No module named '(torch|vllm|deepspeed)\b|No package metadata was found for (torch|vllm|deepspeed)\b"
     "|requires the PyTorch library"
 )
-_REAL_ENGINES = ("actors", "chaos", "end_to_end", "gpu", "kills")
+_REAL_ENGINES = (
+    *("actors/control", "actors/learner", "actors/reward", "actors/rollout", "actors/runtime", "actors/weights"),
+    *("chaos", "end_to_end", "gpu", "kills"),
+)
 """Folders of tests that start engines and learners."""
 _left_out = {"modules": 0, "tests": 0}
 
@@ -26,8 +29,7 @@ def pytest_report_header() -> str:
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    here = Path(__file__).parent
-    return True if collection_path.parent == here and collection_path.name in _REAL_ENGINES else None
+    return True if any(collection_path == Path(__file__).parent / folder for folder in _REAL_ENGINES) else None
 
 
 @pytest.hookimpl(wrapper=True)

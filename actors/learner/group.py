@@ -175,7 +175,7 @@ class LearnerGroup:
         await self._call("load", place, deadline="save_s")
 
     async def offload(self, *, keep_weights: bool) -> None:
-        """See `actors.colocated.OffloadingLearner`."""
+        """See `actors.control.colocated.OffloadingLearner`."""
         await self._call("offload", keep_weights, deadline="sync_s")
 
     async def reload(self) -> None:

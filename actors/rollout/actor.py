@@ -233,7 +233,7 @@ class RolloutActor:
         self._outcomes.append(outcome)
         self._arrived.set()
 
-    # Weights: the far end of `weight_sender.EngineClient`, and the pause around it
+    # Weights: the far end of `weights.sender.EngineClient`, and the pause around it
 
     async def pause(self, mode: Literal["keep", "wait", "abort"], clear_cache: bool) -> None:
         """Stop sampling. `keep` freezes what is under way; `clear_cache` makes it go on under the new weights alone, so that the

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from filelock import SoftFileLease
 
-from actors.owner import folders_of
+from actors.control.owner import folders_of
 from grpo_ray.errors import ConfigError
 from grpo_ray.run import ownership
 from grpo_ray.run.ownership import FOLDER, Ownership, commanded, describe, forget_dead, holding

@@ -13,12 +13,12 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 PROGRAM = """
 import asyncio, json, sys
 from pathlib import Path
 import ray
-from actors.controller import start_controller
+from actors.control.controller import start_controller
 from actors.learner.group import LearnerGroup
 from actors.reward.pool import RewardPool
 from actors.rollout.pool import RolloutPool

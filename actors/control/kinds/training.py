@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from actors.notices import heed, watch_notices
-from actors.ray_metrics import RayMetrics
-from actors.run_context import RunContext
+from actors.control.context import RunContext
+from actors.control.notices import heed, watch_notices
+from actors.control.ray_metrics import RayMetrics
+from actors.control.workers import Workers
 from actors.runtime import settle_garbage_collector
-from actors.workers import Workers
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.loop.roles import Tracker

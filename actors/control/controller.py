@@ -18,14 +18,14 @@ from typing import Any
 
 import ray
 
-from actors.owner import controller_of, folders_of
-from actors.recovery import error_message
-from actors.run_context import RunContext
-from actors.run_evaluate import run_evaluate
-from actors.run_grpo import run_grpo
-from actors.run_replay import run_replay
-from actors.run_sample import run_sample
-from actors.run_supervised import run_supervised
+from actors.control.context import RunContext
+from actors.control.kinds.evaluate import run_evaluate
+from actors.control.kinds.grpo import run_grpo
+from actors.control.kinds.replay import run_replay
+from actors.control.kinds.sample import run_sample
+from actors.control.kinds.supervised import run_supervised
+from actors.control.owner import controller_of, folders_of
+from actors.control.recovery import error_message
 from actors.runtime import give_way
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig

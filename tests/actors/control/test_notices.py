@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from actors.notices import Notice, heed
+from actors.control.notices import Notice, heed
 
 
 class Loop:

@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
 
-from actors.recovery import outlive_learners
-from actors.run_context import RunContext
-from actors.run_inputs import begin_learning, report_left_out, resolve_model
-from actors.run_training import keep_records, open_trackers, run_loop
-from actors.workers import Workers
+from actors.control.context import RunContext
+from actors.control.kinds.inputs import begin_learning, report_left_out, resolve_model
+from actors.control.kinds.training import keep_records, open_trackers, run_loop
+from actors.control.recovery import outlive_learners
+from actors.control.workers import Workers
 from grpo_ray.config.supervised import DpoConfig, SftConfig
 from grpo_ray.data.cursor import Cursor
 from grpo_ray.data.epochs import run_length

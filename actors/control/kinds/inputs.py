@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from actors.cluster import has_gpus
-from actors.learning import import_learning
-from actors.run_context import RunContext
+from actors.control.context import RunContext
+from actors.control.learning import import_learning
 from grpo_ray.config.effects import about_context, check_context
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import ray
 
-from actors.scaler import RunScaler
+from actors.control.scaler import RunScaler
 from grpo_ray.config.scaling import Counts
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ResourceError

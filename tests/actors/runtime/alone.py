@@ -1,5 +1,5 @@
-"""A cluster as a command starts it on this machine, with Ray's token: `python -m tests.actors.alone` tells its folder and ports,
-and ends when its input does."""
+"""A cluster as a command starts it on this machine, with Ray's token: `python -m tests.actors.runtime.alone` tells its folder and
+ports, and ends when its input does."""
 
 from __future__ import annotations
 

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Sequence
 
 from actors.cluster import has_gpus, shares_devices
-from actors.ray_samples import RaySamples
-from actors.recovery import outlive_learners
-from actors.run_context import RunContext
-from actors.run_inputs import load_run_prompts, resolve_model
-from actors.run_training import keep_records, open_trackers, run_loop
-from actors.scaler import RunScaler
-from actors.workers import Started, Workers
+from actors.control.context import RunContext
+from actors.control.kinds.inputs import load_run_prompts, resolve_model
+from actors.control.kinds.training import keep_records, open_trackers, run_loop
+from actors.control.ray_samples import RaySamples
+from actors.control.recovery import outlive_learners
+from actors.control.scaler import RunScaler
+from actors.control.workers import Started, Workers
 from grpo_ray.config.scaling import record
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.data.cursor import Cursor

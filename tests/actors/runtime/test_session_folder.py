@@ -46,9 +46,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
             assert as_nobody(lambda: (shared / f"grpo-ray-{os.getuid()}").mkdir(0o777)) == "None"
             assert as_nobody(lambda: (shared / "ray").mkdir(0o777)) == "None"
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.actors.alone"],
+            [sys.executable, "-m", "tests.actors.runtime.alone"],
             env=left | {"RAY_AUTH_MODE": "token", "HOME": str(home), "TMPDIR": str(shared)},
-            cwd=Path(__file__).parents[2],
+            cwd=Path(__file__).parents[3],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

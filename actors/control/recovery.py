@@ -6,10 +6,10 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
-from actors.controller_start import LOG_NAME
+from actors.control.context import RunContext
+from actors.control.controller_start import LOG_NAME
+from actors.control.workers import Workers
 from actors.deaths import fate, kind_of, memory_wait_s
-from actors.run_context import RunContext
-from actors.workers import Workers
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import CheckpointError, GrpoRayError, LostSamplesError, NoMemoryError, WorkerError

@@ -6,10 +6,10 @@ import asyncio
 import time
 from functools import partial
 
-from actors.ray_samples import RaySamples
-from actors.run_context import RunContext
-from actors.run_inputs import digest_model, load_held_out_prompts, resolve_model, without_adapters
-from actors.workers import Workers
+from actors.control.context import RunContext
+from actors.control.kinds.inputs import digest_model, load_held_out_prompts, resolve_model, without_adapters
+from actors.control.ray_samples import RaySamples
+from actors.control.workers import Workers
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.loop.evaluate import eval_event, evaluate
 from grpo_ray.loop.sampling import about_answers, write_answers

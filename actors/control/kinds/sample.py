@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 
-from actors.ray_samples import RaySamples
-from actors.run_context import RunContext
-from actors.run_inputs import digest_model, load_run_prompts, resolve_model, without_adapters
-from actors.workers import Workers
+from actors.control.context import RunContext
+from actors.control.kinds.inputs import digest_model, load_run_prompts, resolve_model, without_adapters
+from actors.control.ray_samples import RaySamples
+from actors.control.workers import Workers
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.loop.sampling import SamplingReport, about_samples, sample_all
 from grpo_ray.run.sample_files import SampleFolder

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from actors.scaler import RunScaler
+from actors.control.scaler import RunScaler
 from grpo_ray.loop.sft_loop import SftLoop
 from grpo_ray.rewards.columns import ColumnNeeds
 from grpo_ray.run.run_dir import RunDir

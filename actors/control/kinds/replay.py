@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from actors.run_context import RunContext
-from actors.run_inputs import begin_learning, load_run_prompts, resolve_model
-from actors.workers import Workers
+from actors.control.context import RunContext
+from actors.control.kinds.inputs import begin_learning, load_run_prompts, resolve_model
+from actors.control.workers import Workers
 from grpo_ray.config.scaling import rescaled
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.data.epochs import run_length

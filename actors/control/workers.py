@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ray.util import remove_placement_group
 
 from actors.cluster import has_gpus, reserve_pairs
-from actors.colocated import ColocatedLearner, ColocatedSampler, ColocatedWeights, Turns
-from actors.learning import import_learning
+from actors.control.colocated import ColocatedLearner, ColocatedSampler, ColocatedWeights, Turns
+from actors.control.learning import import_learning
 from actors.reward.by_function import RewardPools
 from actors.reward.pool import RewardPool
 from actors.rollout.pool import RolloutPool
@@ -110,7 +110,7 @@ class Workers:
         return self._learner.num_ranks if self._learner else 0
 
     def take_most_waiting(self) -> Counts:
-        """See `actors.scaler.Crew`; so for the next one."""
+        """See `actors.control.scaler.Crew`; so for the next one."""
         assert self._sampler is not None
         assert self._scorer is not None
         return {"rollout": self._sampler.take_most_waiting(), "reward": self._scorer.take_most_waiting()}

@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 # In a process of its own: a controller takes over the output of the process that it is made in.
 PROGRAM = """
 import asyncio, sys
-from actors.controller_start import Controller
+from actors.control.controller_start import Controller
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError
 
@@ -49,7 +49,7 @@ def test_a_controller_takes_words_for_reasons_and_tells_no_secrets(tmp_path: Pat
 
 def test_a_controller_is_there_before_torch_is_imported() -> None:
     """Engines begin to start then."""
-    code = "import sys, actors.controller; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
+    code = "import sys, actors.control.controller; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     told = subprocess.run(
         [sys.executable, "-c", code], env=env, check=True, timeout=120, capture_output=True, text=True

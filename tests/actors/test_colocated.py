@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from actors.colocated import ColocatedLearner, ColocatedSampler, ColocatedWeights, Turns, check_colocated
+from actors.control.colocated import ColocatedLearner, ColocatedSampler, ColocatedWeights, Turns, check_colocated
 from grpo_ray.config.loading import build
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError

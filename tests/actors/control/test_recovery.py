@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from actors import recovery
-from actors.recovery import outlive_learners
-from actors.run_context import RunContext
+from actors.control import recovery
+from actors.control.context import RunContext
+from actors.control.recovery import outlive_learners
 from grpo_ray.errors import CheckpointError, ConfigError, LostSamplesError, NoMemoryError, WorkerError
 from grpo_ray.run.run_dir import RunDir
 from grpo_ray.telemetry.events import MessageEvent

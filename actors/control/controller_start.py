@@ -62,7 +62,7 @@ def start_controller(
 
 
 class Controller:
-    """That of `actors.controller` as an actor; what it imports and prints is in the run's log from the first line."""
+    """That of `actors.control.controller` as an actor; what it imports and prints is in the run's log from the first line."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Controller:
         detached: bool = False,
     ) -> None:
         own_process(run_dir, LOG_NAME)
-        from actors import controller
+        from actors.control import controller
 
         self._controller = controller.Controller(kind, config, run_dir, resume_step, needs, detached)
 

@@ -21,7 +21,7 @@ from grpo_ray.rewards.table import resolve
 from grpo_ray.types import ScoreStatus
 from launch.package import stage
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NAMES = ("actors", "grpo_ray", "launch", "random", "types", "torch", "ray", "statistics", "vllm", "yaml")
 REWARD = "def f(completions, **columns):\n    import random\n    return [float(len(c)) for c in completions]\n"
 
