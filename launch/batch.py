@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from launch.recipe import COMMANDS, SCHEMAS, load_recipe, run_folder
+from launch.run.recipe import COMMANDS, SCHEMAS, load_recipe, run_folder
 
 KINDS = {command: kind for kind, command in COMMANDS.items()}
 NAMED = (*KINDS, "sample", "pipeline")
@@ -40,7 +40,7 @@ def command_of(words: list[str], job: str) -> list[str]:
 
 def _has_name(command: str, recipe: str) -> bool:
     from grpo_ray.config.loading import load_yaml
-    from launch.recipe import find_recipe
+    from launch.run.recipe import find_recipe
 
     return load_yaml(find_recipe(recipe)).get("name") is not None
 

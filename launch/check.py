@@ -32,15 +32,15 @@ from grpo_ray.run.checkpoint_store import Store, is_url
 from grpo_ray.run.run_dir import RunDir
 from launch.check_golds import gold_rows
 from launch.console import headed, plain_console
-from launch.effects import check_effects, told
-from launch.foreign_code import RUN_CODE, foreign_model, foreign_rewards, foreign_rows
-from launch.machine import unset_variables
 from launch.model_check import ModelFiles, keep_torch_out, num_params_of
 from launch.named_clusters import check_cluster
-from launch.placement import chosen_told, fitted, machine_of, offers_told, where
-from launch.preflight import preflight
 from launch.program import runnable
-from launch.recipe import (
+from launch.run.effects import check_effects, told
+from launch.run.foreign_code import RUN_CODE, foreign_model, foreign_rewards, foreign_rows
+from launch.run.machine import unset_variables
+from launch.run.placement import chosen_told, fitted, machine_of, offers_told, where
+from launch.run.preflight import preflight
+from launch.run.recipe import (
     COMMANDS,
     SCHEMAS,
     check_kind,

@@ -59,7 +59,7 @@ def before_any(
 @app.command()
 def train(recipe: Recipe, overrides: Overrides = None) -> None:
     """Train by GRPO. Ctrl-C ends after the step under way and leaves a run that `resume` continues."""
-    from launch.jobs import start_grpo
+    from launch.run.jobs import start_grpo
 
     start_grpo(recipe, overrides or [])
 
@@ -67,7 +67,7 @@ def train(recipe: Recipe, overrides: Overrides = None) -> None:
 @app.command()
 def sft(recipe: Recipe, overrides: Overrides = None) -> None:
     """Fine-tune on demonstrations (the cold start): the same learner with a cross-entropy objective."""
-    from launch.jobs import start_sft
+    from launch.run.jobs import start_sft
 
     start_sft(recipe, overrides or [])
 
@@ -75,7 +75,7 @@ def sft(recipe: Recipe, overrides: Overrides = None) -> None:
 @app.command()
 def sample(recipe: Recipe, overrides: Overrides = None) -> None:
     """Sample and score every prompt of data.train, to Parquet. Again with the same name=..., or `resume`: the rest of them."""
-    from launch.jobs import start_sample
+    from launch.run.jobs import start_sample
 
     start_sample(recipe, overrides or [])
 
@@ -101,7 +101,7 @@ def pipeline(
 @app.command()
 def dpo(recipe: Recipe, overrides: Overrides = None) -> None:
     """Learn from pairs of answers, a better and a worse one, by direct preference optimisation: the same learner."""
-    from launch.jobs import start_dpo
+    from launch.run.jobs import start_dpo
 
     start_dpo(recipe, overrides or [])
 
@@ -109,7 +109,7 @@ def dpo(recipe: Recipe, overrides: Overrides = None) -> None:
 @app.command()
 def reward_model(recipe: Recipe, overrides: Overrides = None) -> None:
     """Train a reward model on pairs of answers, or on answers with a label: the same learner, with one output."""
-    from launch.jobs import start_reward_model
+    from launch.run.jobs import start_reward_model
 
     start_reward_model(recipe, overrides or [])
 
@@ -118,7 +118,7 @@ def reward_model(recipe: Recipe, overrides: Overrides = None) -> None:
 def resume(run: Run, overrides: Overrides = None) -> None:
     """Go on with a run from its newest checkpoint: no prompt is skipped or trained twice. num_steps=N trains a finished one longer;
     options may change where that does not belie what was trained."""
-    from launch.jobs import resume_run
+    from launch.run.jobs import resume_run
 
     resume_run(run, overrides or [])
 
@@ -129,7 +129,7 @@ def eval_(
     overrides: Overrides = None,
 ) -> None:
     """Held-out accuracy: pass@1 as the mean over eval.num_samples samples, pass@k and the vote cons@k, with standard errors."""
-    from launch.jobs import evaluate_target
+    from launch.run.jobs import evaluate_target
 
     evaluate_target(target, overrides or [])
 
@@ -163,7 +163,7 @@ def check(
 def report(run: Run) -> None:
     """Write RUN/report.html: curves, timings and samples in one file that stands alone."""
     from grpo_ray.run.run_dir import RunDir
-    from launch.jobs import make_report
+    from launch.run.jobs import make_report
 
     try:
         say(str(make_report(RunDir.open(run))))
@@ -174,7 +174,7 @@ def report(run: Run) -> None:
 @app.command()
 def replay(run: Run, step: Annotated[int, typer.Option(min=1, help="The step to repeat")]) -> None:
     """Repeat a recorded step of the learner alone: the same batch, the same loss and gradient norm, or exit code 1."""
-    from launch.jobs import replay_step
+    from launch.run.jobs import replay_step
 
     replay_step(run, step)
 
@@ -262,7 +262,7 @@ def judge_pairs(
 @app.command()
 def smoke(overrides: Overrides = None) -> None:
     """A tiny model from a cold start to 90% of an arithmetic task, with the real engines, on this machine."""
-    from launch.smoke import run_smoke
+    from launch.run.smoke import run_smoke
 
     run_smoke(overrides or [])
 

@@ -16,7 +16,7 @@ from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError, GrpoRayError, ResourceError, WorkerError
 from grpo_ray.names import check_name
 from grpo_ray.plain_terminal import say
-from launch.recipe import kind_of
+from launch.run.recipe import kind_of
 
 END_S = 60.0
 """How long `stop --now` waits for a run to end by itself before its controller is killed."""
@@ -30,7 +30,7 @@ def home() -> Path:
 
 def run_recipe(recipe: Path) -> None:
     """A recipe that `submit` has resolved: it has a name."""
-    from launch.jobs import start_dpo, start_grpo, start_reward_model, start_sft
+    from launch.run.jobs import start_dpo, start_grpo, start_reward_model, start_sft
 
     folder = home() / Path(str(load_yaml(recipe).get("dir", RunConfig.model_fields["dir"].default))).expanduser()
     start = {"grpo": start_grpo, "sft": start_sft, "dpo": start_dpo, "reward_model": start_reward_model}[
@@ -40,7 +40,7 @@ def run_recipe(recipe: Path) -> None:
 
 
 def resume(run: str, overrides: list[str]) -> None:
-    from launch.jobs import resume_run
+    from launch.run.jobs import resume_run
 
     resume_run(home() / (run if "/" in run else f"{SftConfig.model_fields['dir'].default}/{run}"), overrides)
 
@@ -102,9 +102,9 @@ def attach(run: str) -> None:
     """Everything that a run has told, and what it tells until its end."""
     import ray
 
-    from launch.follow import follow_events
-    from launch.jobs import exit_unless_finished
-    from launch.live import LiveView
+    from launch.run.follow import follow_events
+    from launch.run.jobs import exit_unless_finished
+    from launch.run.live import LiveView
 
     controller = find_controller(run)
     try:

@@ -78,6 +78,6 @@ warm() {
         stop "$2 does not import; .venv/import-$2.log says why"
 }
 warm "vllm.v1.engine.async_llm, vllm.v1.engine.core, vllm.v1.worker.$( [ $gpu = yes ] && echo gpu_worker || echo cpu_worker ), actors.weights.backend" vllm &
-warm "deepspeed, datasets, reasoning_gym, math_verify, transformers.models.qwen2, actors.control.controller, actors.learner.actor, launch.follow" deepspeed
+warm "deepspeed, datasets, reasoning_gym, math_verify, transformers.models.qwen2, actors.control.controller, actors.learner.actor, launch.run.follow" deepspeed
 wait $!
 touch .venv/.ready

@@ -37,17 +37,17 @@ from grpo_ray.run.run_dir import RunDir
 from grpo_ray.run.sample_files import read_samples
 from grpo_ray.telemetry.tracking import read_metrics
 from launch.console import headed, plain_console
-from launch.effects import tell_idle_of_pipeline
-from launch.foreign_code import foreign_model, foreign_rewards, foreign_rows
 from launch.interrupts import leaving
-from launch.jobs import check_store_of, exit_unless_finished, make_report, write_config
-from launch.left import owned
-from launch.machine import check_machine
 from launch.named_clusters import confirm_cluster
 from launch.pipeline_view import print_figures, print_plan
-from launch.placement import settled
 from launch.program import runnable
-from launch.recipe import find_recipe, is_pipeline, tell_of_repeated
+from launch.run.effects import tell_idle_of_pipeline
+from launch.run.foreign_code import foreign_model, foreign_rewards, foreign_rows
+from launch.run.jobs import check_store_of, exit_unless_finished, make_report, write_config
+from launch.run.left import owned
+from launch.run.machine import check_machine
+from launch.run.placement import settled
+from launch.run.recipe import find_recipe, is_pipeline, tell_of_repeated
 from launch.stage_data import make_data
 
 console = plain_console(soft_wrap=True)
@@ -246,7 +246,7 @@ class _Runner:
         assert isinstance(config, RunConfig | SftConfig)
         assert stage.spec.run is not None
         config = settled(config, stage.spec.run)
-        from launch.follow import run_here
+        from launch.run.follow import run_here
 
         with owned(folder):
             run, resume_step = _open_run(stage, config, folder)
@@ -298,7 +298,7 @@ def _cluster(config: PipelineConfig, *, needed: bool) -> Iterator[None]:
     if not needed:
         yield
         return
-    from launch.follow import cluster_of
+    from launch.run.follow import cluster_of
 
     console.print("starting or joining Ray ..", style="dim")
     with cluster_of(config):
@@ -309,7 +309,7 @@ def _open_run(stage: Stage, config: RunConfig | SftConfig, folder: Path) -> tupl
     """The run of a stage, new or cut off, and the step to go on from."""
     run = RunDir(folder).with_checkpoints(config.checkpoint.path, config.deadlines.store_s)
     if not run.config.is_file():
-        from launch.preflight import preflight
+        from launch.run.preflight import preflight
 
         preflight(config)
         check_store_of(run)

@@ -21,8 +21,8 @@ from launch import interrupts
 from launch.cluster import COMMAND_S, STOPPED_EXITS, Cluster, ClusterRun
 from launch.console import plain_console
 from launch.package import stage, told
-from launch.placement import open_yaml
-from launch.recipe import SCHEMAS, SHIPPED, find_recipe, kind_of, load_recipe, run_folder
+from launch.run.placement import open_yaml
+from launch.run.recipe import SCHEMAS, SHIPPED, find_recipe, kind_of, load_recipe, run_folder
 from launch.shipped import named_by
 
 LAST_LINES = 5

@@ -33,10 +33,10 @@ from grpo_ray.models.tiny import build_tiny_model
 from grpo_ray.models.trainable import check_adapters, skeleton
 from launch.check import check_recipe
 from launch.console import headed, plain_console
-from launch.live import LiveView
-from launch.machine import check_checkpoint_path, check_folder, check_machine, unset_variables
 from launch.pipeline import load_plan
-from launch.recipe import check_kind, kind_of, load_recipe
+from launch.run.live import LiveView
+from launch.run.machine import check_checkpoint_path, check_folder, check_machine, unset_variables
+from launch.run.recipe import check_kind, kind_of, load_recipe
 from tests.recipes import run_config
 
 ROOT = Path(__file__).parent.parent

@@ -34,7 +34,7 @@ from grpo_ray.run.sample_files import read_samples
 from grpo_ray.telemetry.messages import read_messages
 from grpo_ray.telemetry.trace_file import read_trace
 from grpo_ray.telemetry.tracking import read_metrics
-from launch.recipe import kind_of, load_recipe
+from launch.run.recipe import kind_of, load_recipe
 
 DEEP = 200_000
 CPU_S = 3.0

@@ -26,9 +26,9 @@ from grpo_ray.config.loading import build, deep_merge
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError
 from launch.check import check_recipe
-from launch.jobs import evaluate_target, resume_run, start_grpo, start_sample
 from launch.named_clusters import confirm_cluster
 from launch.pipeline import run_pipeline
+from launch.run.jobs import evaluate_target, resume_run, start_grpo, start_sample
 from tests.recipes import RL
 from tests.strangers import shared_folder
 

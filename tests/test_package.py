@@ -96,7 +96,7 @@ def test_what_is_shipped_runs_by_itself(user: Path, tmp_path: Path) -> None:
             ["git", "ls-files", package], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.split()
         assert [name for name in tracked if not (staged / name).is_file()] == []
-    code = "import actors, grpo_ray.report.page, launch.recipe as r; print(r.__file__, r.recipe_names())"
+    code = "import actors, grpo_ray.report.page, launch.run.recipe as r; print(r.__file__, r.recipe_names())"
     told = subprocess.run(
         [sys.executable, "-c", code],
         cwd=staged,

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import program, smoke
+from launch import program
+from launch.run import smoke
 
 ROOT = Path(__file__).parent.parent
 

@@ -32,8 +32,8 @@ from launch.check import check_recipe
 from launch.cli import _tell_error
 from launch.console import headed
 from launch.decontaminate import decontaminate, source_of
-from launch.jobs import make_report, replay_step, resume_run
-from launch.live import LiveView
+from launch.run.jobs import make_report, replay_step, resume_run
+from launch.run.live import LiveView
 from tests.recipes import RL
 
 ROOT = Path(__file__).parent.parent

@@ -1,6 +1,6 @@
 """The named actor that owns a run: runs what its kind asks for, keeps what it has to tell, takes commands.
 
-    driver (launch/follow.py)  -- run, events, stop -->  Controller  --> run_*.py --> pools (workers.py) --> actors
+    driver (launch/run/follow.py)  -- run, events, stop -->  Controller  --> run_*.py --> pools (workers.py) --> actors
     command line                          -- scale -->
 
 The driver may vanish and come back; the run is here. Only references and small records pass through it.

@@ -4,7 +4,7 @@
     without_effect(config, "train")  ->  {"eval.top_p": "eval.temperature is 0: the likeliest token is taken", ..}
 
 Options that can never do anything together are refused by the schema itself. These here are reported, for recipes are shared and
-resumed; of those that were typed for this very command the first kind is refused (`launch/effects.py`).
+resumed; of those that were typed for this very command the first kind is refused (`launch/run/effects.py`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run tells those who watch it: small facts, in order. Made by the loops, drawn by `launch/live.py`."""
+"""What a run tells those who watch it: small facts, in order. Made by the loops, drawn by `launch/run/live.py`."""
 
 from __future__ import annotations
 

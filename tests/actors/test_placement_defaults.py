@@ -10,7 +10,7 @@ from actors.placement_defaults import CHOSEN, Machine, Node, fit_to, open_option
 from grpo_ray.config.loading import build, load_yaml, to_yaml
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
-from launch.placement import open_yaml
+from launch.run.placement import open_yaml
 from tests.recipes import run_config
 
 ONE_CORE = Machine((Node(1),))

@@ -45,7 +45,7 @@ def bare_sampling() -> dict[str, float]:
     from actors.rollout.vllm_options import engine_args, rollout_env
     from actors.weights.sync import resolve_backend
     from grpo_ray.config.schema import RunConfig
-    from launch.recipe import load_run_config
+    from launch.run.recipe import load_run_config
 
     config = load_run_config(RunConfig, FOLDER / "config.yaml")
     on_gpu = Path("/dev/nvidia0").exists()

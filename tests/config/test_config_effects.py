@@ -25,10 +25,10 @@ from grpo_ray.config.supervised import DpoConfig, RewardModelConfig, SftConfig
 from grpo_ray.data.sources import load_table
 from grpo_ray.errors import ConfigError, DataError
 from launch.check import check_recipe
-from launch.effects import check_effects, tell_idle_of_pipeline
 from launch.pipeline import load_plan
 from launch.program import runnable
-from launch.recipe import COMMANDS, SCHEMAS, kind_of, load_recipe
+from launch.run.effects import check_effects, tell_idle_of_pipeline
+from launch.run.recipe import COMMANDS, SCHEMAS, kind_of, load_recipe
 from tests.recipes import RL, run_config
 
 SUPERVISED: dict[str, Any] = {"model": {"tiny": {}}, "data": {"train": {"path": "rows.jsonl"}}}

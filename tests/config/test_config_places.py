@@ -16,8 +16,8 @@ from grpo_ray.config.places import path_options, with_places
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.run.run_dir import RunDir
-from launch.jobs import write_config
-from launch.recipe import SCHEMAS, load_run_config
+from launch.run.jobs import write_config
+from launch.run.recipe import SCHEMAS, load_run_config
 
 RECIPE: dict[str, Any] = {
     "dir": "out",

@@ -21,7 +21,7 @@ from grpo_ray.datagen.filters.config import MixConfig, PairsConfig, PromptsConfi
 from grpo_ray.errors import ConfigError
 from grpo_ray.pipeline.config import PipelineConfig
 from launch.pipeline import load_plan
-from launch.recipe import load_recipe
+from launch.run.recipe import load_recipe
 
 SCHEMAS: list[type[Strict]] = [
     RunConfig,

@@ -18,7 +18,7 @@ from grpo_ray.rewards.functions.scoring import score_samples
 from grpo_ray.rewards.table import resolve
 from grpo_ray.telemetry.metrics import eval_metrics
 from grpo_ray.types import Prompt, SampleInfo, SampleRequest, Score, ScoreRequest, ScoreStatus, Track
-from launch.live import eval_line
+from launch.run.live import eval_line
 
 ANSWERS = {
     "a": ("\\boxed{\\frac{1}{2}}", "it is 0.5", "\\boxed{7}", "\\boxed{8}"),  # 2 right, a majority of equal values

@@ -218,8 +218,8 @@ def test_what_a_stage_left_may_not_change(tmp_path: Path) -> None:
 def test_a_stage_that_begins_does_not_go_on_from_checkpoints_of_anothers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from launch import preflight
     from launch.pipeline import _open_run
+    from launch.run import preflight
 
     monkeypatch.setattr(preflight, "preflight", lambda config: None)
     plan = plan_of({"common": {"all": {"checkpoint": {"path": str(tmp_path / "store")}}}})
@@ -302,7 +302,7 @@ def test_a_stage_of_pairs_asks_the_judge_about_samples_of_a_prompt(tmp_path: Pat
 @pytest.mark.parametrize("name", ["r1_tiny", "r1_7b"])
 def test_the_shipped_pipelines_are_whole(name: str) -> None:
     from launch.pipeline import load_plan
-    from launch.recipe import RECIPES
+    from launch.run.recipe import RECIPES
 
     plan = load_plan(name, [])
     written = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["stages"]
@@ -311,7 +311,7 @@ def test_the_shipped_pipelines_are_whole(name: str) -> None:
 
 
 def test_r1_zero_is_the_papers_but_for_what_it_says() -> None:
-    from launch.recipe import load_recipe
+    from launch.run.recipe import load_recipe
 
     config = load_recipe(RunConfig, "r1_zero_7b", [])
     a = config.algorithm

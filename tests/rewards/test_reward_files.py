@@ -12,7 +12,7 @@ from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError, RewardError
 from grpo_ray.rewards.table import resolve
-from launch.recipe import SHIPPED, load_recipe, load_run_config
+from launch.run.recipe import SHIPPED, load_recipe, load_run_config
 from tests.recipes import RL
 
 SOURCE = """

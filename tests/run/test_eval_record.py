@@ -23,7 +23,7 @@ from grpo_ray.run.eval_record import answers_folder, new_record, set_figures, st
 from grpo_ray.run.sample_files import read_samples
 from grpo_ray.telemetry.sample_figures import figures_in, figures_of
 from grpo_ray.types import RewardScore, Score, ScoreRequest, ScoreStatus
-from launch.jobs import _record_place
+from launch.run.jobs import _record_place
 from tests.loop.test_sampling import Engine
 
 ROWS = 5

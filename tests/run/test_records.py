@@ -190,7 +190,7 @@ def test_files_are_copied_where_a_disk_has_no_links(tmp_path: Path, monkeypatch:
 def test_a_run_with_steps_and_without_checkpoints_is_not_resumed_and_not_touched(
     tmp_path: Path, left: str, where: str | None
 ) -> None:
-    from launch.jobs import resume_run
+    from launch.run.jobs import resume_run
 
     run = recorded(tmp_path / "run").with_checkpoints(where)
     run.config.write_text(

@@ -21,8 +21,8 @@ from grpo_ray.data.sources import load_table
 from grpo_ray.errors import DataError, GrpoRayError, RewardError
 from grpo_ray.rewards.table import described, resolve
 from launch.check import check_recipe
-from launch.jobs import evaluate_target, resume_run
 from launch.pipeline import run_pipeline
+from launch.run.jobs import evaluate_target, resume_run
 from tests.recipes import RL
 
 MINE = """
@@ -83,7 +83,7 @@ FOREIGN = [
     "grpo_ray.tasks.arithmetic.Iterator",
     "grpo_ray.tiny_r1.random.seed",
     "grpo_ray.tiny_arithmetic.Iterator",
-    "launch.jobs.resume_run",
+    "launch.run.jobs.resume_run",
     "actors.cluster.connect",
     *(
         f"mine.{name}"

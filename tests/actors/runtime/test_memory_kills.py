@@ -23,8 +23,8 @@ from actors.learner.group import LearnerGroup
 from actors.reward.pool import RewardPool
 from actors.rollout.pool import RolloutPool
 from grpo_ray.config.schema import RunConfig
-from launch.follow import follow_events
-from launch.live import LiveView
+from launch.run.follow import follow_events
+from launch.run.live import LiveView
 
 model, folder = sys.argv[1:]
 config = RunConfig.model_validate({

@@ -21,7 +21,7 @@ from grpo_ray.files import write_whole
 from grpo_ray.run.ended import read_ended
 from grpo_ray.run.ledger import Ledger
 from grpo_ray.run.run_dir import RunDir
-from launch.recipe import COMMANDS
+from launch.run.recipe import COMMANDS
 
 Config = TypeVar("Config", bound=RunConfig | SftConfig)
 _PLACES = ("num_actors", "num_cpus", "num_gpus", "resources", "labels", "env", "num_threads")

@@ -9,7 +9,7 @@ import pytest
 
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError
-from launch import hub
+from launch.run import hub
 
 CLOSED = "http://127.0.0.1:1"
 

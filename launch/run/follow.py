@@ -22,8 +22,8 @@ from grpo_ray.errors import ResourceError, WorkerError
 from grpo_ray.rewards.columns import column_needs
 from grpo_ray.telemetry.events import EndEvent, PhaseEvent
 from launch import interrupts
-from launch.live import LiveView
-from launch.placement import with_mend
+from launch.run.live import LiveView
+from launch.run.placement import with_mend
 
 POLL_S = 0.5
 FREE_S = 20.0

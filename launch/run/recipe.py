@@ -21,7 +21,7 @@ from grpo_ray.rewards.functions.files import with_absolute_files, with_shipped_f
 from grpo_ray.secrets import hide_secrets
 from grpo_ray.suggest import did_you_mean
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 Config = TypeVar("Config", bound=RunConfig | SftConfig)
 SCHEMAS: dict[str, type[RunConfig | SftConfig]] = {
     "grpo": RunConfig,

@@ -9,9 +9,9 @@ from grpo_ray import json_text
 from grpo_ray.errors import WorkerError
 from grpo_ray.files import link_whole
 from launch.console import headed, plain_console
-from launch.jobs import start_grpo, start_sft
 from launch.program import program, runnable
-from launch.recipe import with_own
+from launch.run.jobs import start_grpo, start_sft
+from launch.run.recipe import with_own
 
 GOAL = 0.90
 COLD_START = "smoke-sft"

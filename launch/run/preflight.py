@@ -6,10 +6,10 @@ from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.models.loading import check_model_path
 from grpo_ray.rewards.table import resolve
-from launch.code_folder import use_code_of
-from launch.effects import tell_of_hub
-from launch.foreign_code import check_code
-from launch.machine import check_machine
+from launch.run.code_folder import use_code_of
+from launch.run.effects import tell_of_hub
+from launch.run.foreign_code import check_code
+from launch.run.machine import check_machine
 
 
 def preflight(config: RunConfig | SftConfig, *, imports: bool = True) -> None:

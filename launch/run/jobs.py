@@ -21,18 +21,18 @@ from grpo_ray.run.ledger import Ledger
 from grpo_ray.run.records import step_to_resume
 from grpo_ray.run.run_dir import RunDir
 from grpo_ray.telemetry.events import EndEvent
-from launch.code_folder import use_code_of
 from launch.console import plain_console
-from launch.effects import check_effects, tell_of_hub
-from launch.foreign_code import check_code
 from launch.interrupts import leaving
-from launch.left import left_of, left_of_samples, owned, remove_if_nothing_happened
 from launch.named_clusters import confirm_cluster
-from launch.placement import settled
-from launch.preflight import preflight
 from launch.program import runnable
-from launch.recipe import COMMANDS, SCHEMAS, kind_of, load_recipe, load_run_config, run_folder, with_own
-from launch.resumed import about_schedule, changed_config, check_changes, check_length, record_changes
+from launch.run.code_folder import use_code_of
+from launch.run.effects import check_effects, tell_of_hub
+from launch.run.foreign_code import check_code
+from launch.run.left import left_of, left_of_samples, owned, remove_if_nothing_happened
+from launch.run.placement import settled
+from launch.run.preflight import preflight
+from launch.run.recipe import COMMANDS, SCHEMAS, kind_of, load_recipe, load_run_config, run_folder, with_own
+from launch.run.resumed import about_schedule, changed_config, check_changes, check_length, record_changes
 
 console = plain_console(soft_wrap=True)
 SIGNAL_EXITS = {"SIGINT": 130, "SIGTERM": 143, "stopped": 143, "preempted": 143}
@@ -118,7 +118,7 @@ def _finish_samples(run: RunDir, end: EndEvent) -> None:
 def resume_run(path: Path, overrides: Sequence[str] = ()) -> None:
     """
     Args:
-        overrides: options that are other from here on, see `launch.resumed`.
+        overrides: options that are other from here on, see `launch.run.resumed`.
     """
     run = RunDir.open(path)
     with owned(path):
@@ -244,7 +244,7 @@ def _record_place(target: Path, config: RunConfig, overrides: list[str]) -> tupl
 
 def _run(kind: str, config: RunConfig | SftConfig, run: RunDir, resume_step: int | None) -> EndEvent:
     confirm_cluster(config.cluster.address)
-    from launch.follow import run_and_follow
+    from launch.run.follow import run_and_follow
 
     return run_and_follow(kind, config, run.path, resume_step)
 

@@ -13,8 +13,8 @@ from grpo_ray.run.ended import write_ended
 from grpo_ray.run.run_dir import RunDir
 from grpo_ray.telemetry.events import EndEvent
 from launch import interrupts
-from launch.jobs import _finish, start_sft
-from launch.left import left_of, remove_if_nothing_happened
+from launch.run.jobs import _finish, start_sft
+from launch.run.left import left_of, remove_if_nothing_happened
 
 CONFIG = build(SftConfig, {"model": {"path": "a/b"}, "data": {"train": {"path": "c/d"}}, "num_steps": 5}, "test")
 
@@ -97,7 +97,7 @@ def test_a_signal_during_the_checks_takes_nothing_of_a_folder_that_was_there(
                 entry.end()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("launch.jobs.preflight", signalled)
+    monkeypatch.setattr("launch.run.jobs.preflight", signalled)
     recipe = tmp_path / "r.yaml"
     recipe.write_text("{num_steps: 1, model: {path: a/b}, data: {train: {path: c/d}}}")
     for name in ("samples", "new"):

@@ -13,7 +13,7 @@ from rich.console import Console
 from grpo_ray.plain_terminal import clean
 from grpo_ray.telemetry.events import CheckpointEvent, EndEvent, EvalEvent, Event, MessageEvent, PhaseEvent, StepEvent
 from grpo_ray.telemetry.measures import Estimate
-from launch.live import LiveView, sparkline, step_line
+from launch.run.live import LiveView, sparkline, step_line
 
 
 def step(number: int, total: int = 12, **extra: float) -> StepEvent:
@@ -55,7 +55,7 @@ def drawn(width: int, *events: Event) -> list[str]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What time it is for the live view, in its only entry."""
     now = [1000.0]
-    monkeypatch.setattr("launch.live.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("launch.run.live.time.monotonic", lambda: now[0])
     return now
 
 
@@ -165,7 +165,7 @@ def test_the_time_left_is_the_median_step_times_the_steps_left() -> None:
 
 def test_a_step_without_its_seconds_is_timed_by_its_arrival(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("launch.live.time.monotonic", lambda: now)
+    monkeypatch.setattr("launch.run.live.time.monotonic", lambda: now)
     events = [StepEvent(n, 12, {"loss/sft": 2.5}) for n in (1, 2)]
     out = io.StringIO()
     with LiveView(12, None, console=Console(file=out, width=80)) as view:

@@ -21,10 +21,10 @@ from grpo_ray.errors import ConfigError
 from grpo_ray.run.ended import finished, write_ended
 from grpo_ray.run.ledger import Ledger
 from grpo_ray.run.run_dir import RunDir
-from launch.jobs import resume_run
-from launch.resumed import MAY_CHANGE, about_schedule, changed_config, check_length, record_changes
+from launch.run.jobs import resume_run
+from launch.run.resumed import MAY_CHANGE, about_schedule, changed_config, check_length, record_changes
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 SFT: dict[str, Any] = {"model": {"path": "a/b"}, "data": {"train": {"path": "c/d"}}, "num_steps": 70}
 GRPO: dict[str, Any] = SFT | {"reward": {"functions": [{"name": "accuracy"}]}}
 
@@ -65,7 +65,7 @@ def test_resume_of_a_finished_run_says_so_without_starting_ray(tmp_path: Path) -
     env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     script = """
 import sys
-from launch.jobs import resume_run
+from launch.run.jobs import resume_run
 from pathlib import Path
 resume_run(Path("run"))
 print(sorted({"ray", "torch", "transformers"} & set(sys.modules)))

@@ -10,8 +10,8 @@ import ray
 
 from grpo_ray.errors import WorkerError
 from grpo_ray.telemetry.events import EndEvent, Event
-from launch import follow
-from launch.live import LiveView
+from launch.run import follow
+from launch.run.live import LiveView
 
 
 @ray.remote(num_cpus=0)

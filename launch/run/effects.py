@@ -13,7 +13,7 @@ from grpo_ray.models.loading import known_context
 from grpo_ray.pipeline.effects import pipeline_without_effect, stage_without_effect
 from grpo_ray.pipeline.plan import Plan
 from launch.console import plain_console
-from launch.hub import check_hub
+from launch.run.hub import check_hub
 
 console = plain_console(soft_wrap=True, stderr=True)
 SHARED = ("sample", "eval")
