@@ -149,7 +149,7 @@ def check(
 ) -> None:
     """Everything that can be known without loading a model: schema, data, rewards, memory, resources. Prints the plan, and names
     code that is not grpo-ray's without running it."""
-    from launch.check import check_recipe, print_lists
+    from launch.check.command import check_recipe, print_lists
 
     if list_:
         print_lists()

@@ -25,7 +25,7 @@ from actors.named_clusters import is_named, named_file
 from grpo_ray.config.loading import build, deep_merge
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError
-from launch.check import check_recipe
+from launch.check.command import check_recipe
 from launch.named_clusters import confirm_cluster
 from launch.pipeline import run_pipeline
 from launch.run.jobs import evaluate_target, resume_run, start_grpo, start_sample

@@ -28,7 +28,7 @@ from grpo_ray.run.run_dir import RunDir
 from grpo_ray.telemetry.events import EndEvent, MessageEvent
 from grpo_ray.terminal import PlainConsole
 from launch import submit
-from launch.check import check_recipe
+from launch.check.command import check_recipe
 from launch.cli import _tell_error
 from launch.console import headed
 from launch.decontaminate import decontaminate, source_of

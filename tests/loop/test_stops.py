@@ -20,7 +20,7 @@ from grpo_ray.models.loading import eos_ids, load_tokenizer
 from grpo_ray.rewards.functions.function import ScoreInputs
 from grpo_ray.rewards.functions.scoring import call_reward
 from grpo_ray.rewards.table import resolve
-from launch.check import _data_rows
+from launch.check.command import _data_rows
 from tests.families import FAMILIES, family_tokenizer
 
 PERFECT = "<think>2+2</think><answer>4</answer>"

@@ -31,7 +31,7 @@ from grpo_ray.models.kv_cache import check_gpu_shares, check_kv_cache
 from grpo_ray.models.loading import check_model_path, context_length, load_config, load_tokenizer, vocab_size
 from grpo_ray.models.tiny import build_tiny_model
 from grpo_ray.models.trainable import check_adapters, skeleton
-from launch.check import check_recipe
+from launch.check.command import check_recipe
 from launch.console import headed, plain_console
 from launch.pipeline import load_plan
 from launch.run.live import LiveView
@@ -39,7 +39,7 @@ from launch.run.machine import check_checkpoint_path, check_folder, check_machin
 from launch.run.recipe import check_kind, kind_of, load_recipe
 from tests.recipes import run_config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 TINY = TinyModelConfig(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1)
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 

@@ -10,8 +10,8 @@ from grpo_ray.config.supervised import SftConfig
 from grpo_ray.data.prompts import PromptSets
 from grpo_ray.data.templates import Render
 from grpo_ray.data.tokenized import LoadReport, tokenized_rows
-from grpo_ray.overview import Overview, Sampler, key_of
 from grpo_ray.rewards.columns import ColumnFacts
+from launch.check.overview import Overview, Sampler, key_of
 
 
 def of_all_rows(report: LoadReport, overview: Overview | None, num_in_eval: int | None = None) -> LoadReport:

@@ -30,9 +30,9 @@ from grpo_ray.models.memory_fit import parts_of
 from grpo_ray.rewards.table import BUILTINS, described
 from grpo_ray.run.checkpoint_store import Store, is_url
 from grpo_ray.run.run_dir import RunDir
-from launch.check_golds import gold_rows
+from launch.check.golds import gold_rows
+from launch.check.model import ModelFiles, keep_torch_out, num_params_of
 from launch.console import headed, plain_console
-from launch.model_check import ModelFiles, keep_torch_out, num_params_of
 from launch.named_clusters import check_cluster
 from launch.program import runnable
 from launch.run.effects import check_effects, told
@@ -193,9 +193,9 @@ def _model_rows(
 def _data_rows(config: RunConfig | SftConfig, files: ModelFiles, *, imports: bool) -> list[tuple[str, str]]:
     from grpo_ray.data.prompts import SftDataset, load_prompts
     from grpo_ray.data.templates import make_template
-    from grpo_ray.overview import Sampler, key_of
     from grpo_ray.rewards.columns import check_columns, column_needs
-    from launch.check_large import facts_of, longest_prompt, num_in_eval, of_all_rows, overview_rows
+    from launch.check.large import facts_of, longest_prompt, num_in_eval, of_all_rows, overview_rows
+    from launch.check.overview import Sampler, key_of
 
     tokenizer = files.tokenizer
     sampler = Sampler()

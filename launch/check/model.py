@@ -56,7 +56,7 @@ class ModelFiles:
 
 
 _QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-_CHILD = "import sys; sys.path[:] = {path!r}; from launch.model_check import answer; answer()"
+_CHILD = "import sys; sys.path[:] = {path!r}; from launch.check.model import answer; answer()"
 QUESTION_S = 600.0
 """For code and config of a model that the hub still has to give."""
 

@@ -13,15 +13,15 @@ import pytest
 from transformers import BloomConfig
 
 from grpo_ray.errors import ConfigError
-from launch import model_check
+from launch.check import model
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 NUM_ROWS = 200_000
 MAX_MB = 280
 SCRIPT = """
 import json, sys
 from grpo_ray.errors import ConfigError
-from launch.check import check_recipe
+from launch.check.command import check_recipe
 
 def check(recipe, *overrides):
     try:
@@ -103,10 +103,10 @@ def test_another_process_tells_whether_a_model_can_be_trained(checked: tuple[lis
 
 
 def test_a_process_that_does_not_answer_is_told_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_check, "QUESTION_S", 0.1)
+    monkeypatch.setattr(model, "QUESTION_S", 0.1)
     with subprocess.Popen(["sleep", "600"], stdout=subprocess.PIPE, text=True) as child:
         try:
             with pytest.raises(ConfigError, match=r"was not done in 0\.1 s: is the hub slow"):
-                model_check._told(child)
+                model._told(child)
         finally:
             child.kill()

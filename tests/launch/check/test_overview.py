@@ -19,8 +19,8 @@ from grpo_ray.data.sources import load_table, map_columns
 from grpo_ray.errors import DataError
 from grpo_ray.models.loading import load_tokenizer
 from grpo_ray.models.tiny import build_tiny_model
-from grpo_ray.overview import ArrowFacts, Sampler, key_of
 from grpo_ray.rewards.columns import RowFacts
+from launch.check.overview import ArrowFacts, Sampler, key_of
 
 COLUMNS = {"prompt": "question", "level": "meta.level"}
 
