@@ -93,7 +93,7 @@ def pipeline(
     ] = False,
 ) -> None:
     """Run the stages of a recipe, one after the other. What is done is not done again; a stage that was cut off goes on."""
-    from launch.pipeline import run_pipeline
+    from launch.pipeline.stages import run_pipeline
 
     run_pipeline(recipe, overrides or [], first, last, dry_run=dry_run)
 
@@ -199,8 +199,8 @@ def decontaminate(
 ) -> None:
     """Leave out the training rows that share ten words in a row with a test prompt, or hold all of a shorter one, and write the
     others as JSONL."""
-    from launch.decontaminate import decontaminate as run
-    from launch.decontaminate import source_of
+    from launch.pipeline.decontaminate import decontaminate as run
+    from launch.pipeline.decontaminate import source_of
 
     tests = [source_of(path, name, against_split, "test") for path in against]
     source = source_of(train, name, split, "train")
@@ -237,7 +237,7 @@ def judge_pairs(
     """Have a judge compare sampled answers in both orders, and write the pairs where all judgements agree clearly."""
     from grpo_ray.datagen.judged_pairs import RUBRIC
     from grpo_ray.rewards.endpoints.judge_client import JudgeOptions
-    from launch.judge_pairs import make_pairs
+    from launch.pipeline.judge_pairs import make_pairs
 
     make_pairs(
         answers,

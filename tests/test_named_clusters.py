@@ -27,7 +27,7 @@ from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError
 from launch.check.command import check_recipe
 from launch.named_clusters import confirm_cluster
-from launch.pipeline import run_pipeline
+from launch.pipeline.stages import run_pipeline
 from launch.run.jobs import evaluate_target, resume_run, start_grpo, start_sample
 from tests.recipes import RL
 from tests.strangers import shared_folder

@@ -31,7 +31,7 @@ from launch import submit
 from launch.check.command import check_recipe
 from launch.cli import _tell_error
 from launch.console import headed
-from launch.decontaminate import decontaminate, source_of
+from launch.pipeline.decontaminate import decontaminate, source_of
 from launch.run.jobs import make_report, replay_step, resume_run
 from launch.run.live import LiveView
 from tests.recipes import RL

@@ -5,5 +5,5 @@
     measure.py  a model's figures on held-out prompts    gates.py    may it go on?
     estimate.py tokens and time, before they are spent   report.py   report.html of the whole
 
-`launch/pipeline.py` runs it.
+`launch/pipeline/stages.py` runs it.
 """

@@ -2,5 +2,5 @@
 
 Read command.py, then golds.py, large.py with overview.py, and model.py.
 
-Imports `launch.pipeline`, `launch.run` and the modules at the root of `launch`.
+Imports `launch.pipeline.stages`, `launch.run` and the modules at the root of `launch`.
 """

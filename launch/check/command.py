@@ -70,7 +70,7 @@ def check_recipe(
         GrpoRayError: at the first thing that would keep the run from working.
     """
     if is_pipeline(find_recipe(recipe)):
-        from launch.pipeline import run_pipeline
+        from launch.pipeline.stages import run_pipeline
 
         run_pipeline(recipe, overrides, None, None, dry_run=True, run_code=run_code)
         _print_ok("pipeline", recipe, overrides)

@@ -25,7 +25,7 @@ from grpo_ray.config.supervised import DpoConfig, RewardModelConfig, SftConfig
 from grpo_ray.data.sources import load_table
 from grpo_ray.errors import ConfigError, DataError
 from launch.check.command import check_recipe
-from launch.pipeline import load_plan
+from launch.pipeline.stages import load_plan
 from launch.program import runnable
 from launch.run.effects import check_effects, tell_idle_of_pipeline
 from launch.run.recipe import COMMANDS, SCHEMAS, kind_of, load_recipe

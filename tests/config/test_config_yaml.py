@@ -20,7 +20,7 @@ from grpo_ray.config.typed import with_types
 from grpo_ray.datagen.filters.config import MixConfig, PairsConfig, PromptsConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.pipeline.config import PipelineConfig
-from launch.pipeline import load_plan
+from launch.pipeline.stages import load_plan
 from launch.run.recipe import load_recipe
 
 SCHEMAS: list[type[Strict]] = [

@@ -218,7 +218,7 @@ def test_what_a_stage_left_may_not_change(tmp_path: Path) -> None:
 def test_a_stage_that_begins_does_not_go_on_from_checkpoints_of_anothers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from launch.pipeline import _open_run
+    from launch.pipeline.stages import _open_run
     from launch.run import preflight
 
     monkeypatch.setattr(preflight, "preflight", lambda config: None)
@@ -279,7 +279,7 @@ def test_rows_are_known_of_generators_files_and_stages(tmp_path: Path) -> None:
 
 
 def test_a_stage_of_pairs_asks_the_judge_about_samples_of_a_prompt(tmp_path: Path) -> None:
-    from launch.stage_data import make_data
+    from launch.pipeline.stage_data import make_data
 
     def by_length(request: dict[str, Any], n: int) -> str:
         first, second = (min(10, len(text)) for text in shown_of(request, "response"))
@@ -301,7 +301,7 @@ def test_a_stage_of_pairs_asks_the_judge_about_samples_of_a_prompt(tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["r1_tiny", "r1_7b"])
 def test_the_shipped_pipelines_are_whole(name: str) -> None:
-    from launch.pipeline import load_plan
+    from launch.pipeline.stages import load_plan
     from launch.run.recipe import RECIPES
 
     plan = load_plan(name, [])

@@ -38,7 +38,7 @@ from grpo_ray.rewards.functions.function import ScoreInputs
 from grpo_ray.rewards.functions.scoring import score_samples
 from grpo_ray.rewards.table import resolve
 from grpo_ray.types import Score, ScoreStatus
-from launch.judge_pairs import make_pairs
+from launch.pipeline.judge_pairs import make_pairs
 from tests.endpoints import Answer, endpoint, mark_of, rated, rated_pair, shown_of, vllm_server
 
 ASK = [{"role": "user", "content": "So?"}]

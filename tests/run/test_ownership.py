@@ -20,7 +20,7 @@ from grpo_ray.errors import ConfigError
 from grpo_ray.run import ownership
 from grpo_ray.run.ownership import FOLDER, Ownership, commanded, describe, forget_dead, holding
 from grpo_ray.run.run_dir import RunDir
-from launch.pipeline import run_pipeline
+from launch.pipeline.stages import run_pipeline
 from launch.run.jobs import resume_run, start_grpo, start_sample
 
 ROOT = Path(__file__).parents[2]

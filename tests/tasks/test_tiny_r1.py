@@ -70,7 +70,7 @@ def test_flaws_go_wrong_as_often_as_they_say() -> None:
 
 
 def test_a_summary_is_what_the_recipe_writes_around_an_answer() -> None:
-    from launch.pipeline import load_plan
+    from launch.pipeline.stages import load_plan
 
     plan = load_plan("r1_tiny", [])
     config = plan.config_of(plan.stage("cold_data"))

@@ -21,7 +21,7 @@ from grpo_ray.data.sources import load_table
 from grpo_ray.errors import DataError, GrpoRayError, RewardError
 from grpo_ray.rewards.table import described, resolve
 from launch.check.command import check_recipe
-from launch.pipeline import run_pipeline
+from launch.pipeline.stages import run_pipeline
 from launch.run.jobs import evaluate_target, resume_run
 from tests.recipes import RL
 

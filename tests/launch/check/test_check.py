@@ -33,7 +33,7 @@ from grpo_ray.models.tiny import build_tiny_model
 from grpo_ray.models.trainable import check_adapters, skeleton
 from launch.check.command import check_recipe
 from launch.console import headed, plain_console
-from launch.pipeline import load_plan
+from launch.pipeline.stages import load_plan
 from launch.run.live import LiveView
 from launch.run.machine import check_checkpoint_path, check_folder, check_machine, unset_variables
 from launch.run.recipe import check_kind, kind_of, load_recipe

@@ -12,7 +12,7 @@ from grpo_ray.datagen.filters.trace import completion_of
 from grpo_ray.datagen.judged_pairs import RUBRIC
 from grpo_ray.rewards.endpoints.judge_client import JudgeOptions
 from grpo_ray.run.sample_files import read_samples
-from launch.judge_pairs import make_pairs
+from launch.pipeline.judge_pairs import make_pairs
 
 
 def make_data(config: MixConfig | PairsConfig | PromptsConfig, target: Path) -> MixReport:

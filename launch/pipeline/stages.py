@@ -39,7 +39,8 @@ from grpo_ray.telemetry.tracking import read_metrics
 from launch.console import headed, plain_console
 from launch.interrupts import leaving
 from launch.named_clusters import confirm_cluster
-from launch.pipeline_view import print_figures, print_plan
+from launch.pipeline.stage_data import make_data
+from launch.pipeline.view import print_figures, print_plan
 from launch.program import runnable
 from launch.run.effects import tell_idle_of_pipeline
 from launch.run.foreign_code import foreign_model, foreign_rewards, foreign_rows
@@ -48,7 +49,6 @@ from launch.run.left import owned
 from launch.run.machine import check_machine
 from launch.run.placement import settled
 from launch.run.recipe import find_recipe, is_pipeline, tell_of_repeated
-from launch.stage_data import make_data
 
 console = plain_console(soft_wrap=True)
 RECIPE_COPY = "recipe.yaml"
