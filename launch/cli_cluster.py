@@ -33,7 +33,7 @@ def submit(
 ) -> None:
     """Train on a running Ray cluster: ships what git tracks of this folder and what the recipe names, starts the run there and
     follows it. The run outlives this terminal."""
-    from launch.submit import submit as run
+    from launch.cluster.submit import submit as run
 
     run(recipe, overrides or [], address, exclude or [], include or [], wait=wait, resume=resume)
 
@@ -43,14 +43,14 @@ def status(
     address: Address = None,
 ) -> None:
     """The runs of a cluster."""
-    from launch.submit import status as show
+    from launch.cluster.submit import status as show
 
     show(run, address)
 
 
 def logs(run: ClusterRun, address: Address = None) -> None:
     """Follow a run on a cluster, from its beginning to its end. Ctrl-C leaves it running."""
-    from launch.submit import logs as show
+    from launch.cluster.submit import logs as show
 
     show(run, address)
 
@@ -61,7 +61,7 @@ def stop(
     now: Annotated[bool, typer.Option("--now", help="At once, from the checkpoint that there is")] = False,
 ) -> None:
     """End a run on a cluster after the step under way, with a checkpoint that `submit --resume` goes on from."""
-    from launch.submit import stop as end
+    from launch.cluster.submit import stop as end
 
     end(run, address, now=now)
 
@@ -75,7 +75,7 @@ def scale(
 ) -> None:
     """Change the number of a run's workers while it goes on. Reward workers come and go at once; samplers join with the next
     weights and leave when they have finished what they sample; learners change after the step under way."""
-    from launch.submit import scale as change
+    from launch.cluster.submit import scale as change
 
     change(run, workers, address)
 
@@ -85,34 +85,34 @@ job = typer.Typer(hidden=True, help="What runs inside the cluster; `submit`, `lo
 
 @job.command(name="run")
 def job_run(recipe: Path) -> None:
-    from launch.in_cluster import run_recipe
+    from launch.cluster.in_cluster import run_recipe
 
     run_recipe(recipe)
 
 
 @job.command(name="resume")
 def job_resume(run: str, overrides: Overrides = None) -> None:
-    from launch.in_cluster import resume
+    from launch.cluster.in_cluster import resume
 
     resume(run, overrides or [])
 
 
 @job.command(name="stop")
 def job_stop(run: str, now: Annotated[bool, typer.Option("--now")] = False) -> None:
-    from launch.in_cluster import stop
+    from launch.cluster.in_cluster import stop
 
     stop(run, now=now)
 
 
 @job.command(name="scale")
 def job_scale(run: str, workers: list[str]) -> None:
-    from launch.in_cluster import scale
+    from launch.cluster.in_cluster import scale
 
     scale(run, workers)
 
 
 @job.command(name="attach")
 def job_attach(run: str) -> None:
-    from launch.in_cluster import attach
+    from launch.cluster.in_cluster import attach
 
     attach(run)

@@ -17,10 +17,10 @@ from grpo_ray.errors import ConfigError, JudgeError
 from grpo_ray.rewards.endpoints.judge_client import Judge, JudgeOptions
 from grpo_ray.secrets import hide_secrets, is_secret_name, secret_values
 from launch.cli import _tell_error
+from launch.cluster.submit import submit
 from launch.pipeline.stages import load_plan
 from launch.run.jobs import resume_run
 from launch.run.recipe import load_recipe
-from launch.submit import submit
 from tests.recipes import RL
 
 RANDOM = "Zx7qPm2vKw9sTb4nRd6hYj8c"

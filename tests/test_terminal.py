@@ -27,9 +27,9 @@ from grpo_ray.plain_terminal import CleanStream, clean, one_line
 from grpo_ray.run.run_dir import RunDir
 from grpo_ray.telemetry.events import EndEvent, MessageEvent
 from grpo_ray.terminal import PlainConsole
-from launch import submit
 from launch.check.command import check_recipe
 from launch.cli import _tell_error
+from launch.cluster import submit
 from launch.console import headed
 from launch.pipeline.decontaminate import decontaminate, source_of
 from launch.run.jobs import make_report, replay_step, resume_run
@@ -177,7 +177,7 @@ class _Strangers:
     address = f"http://x{CLIPBOARD}"
 
     def runs(self) -> list[Any]:
-        from launch.cluster import ClusterRun
+        from launch.cluster.dashboard import ClusterRun
 
         return [ClusterRun(f"x{CLIPBOARD}", f"running{CLIPBOARD}", f"job{CLIPBOARD}", message=CLIPBOARD)]
 

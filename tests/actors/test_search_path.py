@@ -19,7 +19,7 @@ from grpo_ray.errors import ConfigError, DataError, RewardError
 from grpo_ray.rewards.functions.function import ScoreInputs
 from grpo_ray.rewards.table import resolve
 from grpo_ray.types import ScoreStatus
-from launch.package import stage
+from launch.cluster.package import stage
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("actors", "grpo_ray", "launch", "random", "types", "torch", "ray", "statistics", "vllm", "yaml")

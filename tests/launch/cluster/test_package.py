@@ -13,10 +13,10 @@ import pytest
 from grpo_ray.config.loading import build
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError
-from launch.package import PACKAGES, stage, told
-from launch.shipped import named_by
+from launch.cluster.package import PACKAGES, stage, told
+from launch.cluster.shipped import named_by
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 def make(folder: Path, *names: str, size: int = 1) -> None:

@@ -18,12 +18,12 @@ from grpo_ray.names import check_name
 from grpo_ray.plain_terminal import clean
 from grpo_ray.telemetry.metrics import duration
 from launch import interrupts
-from launch.cluster import COMMAND_S, STOPPED_EXITS, Cluster, ClusterRun
+from launch.cluster.dashboard import COMMAND_S, STOPPED_EXITS, Cluster, ClusterRun
+from launch.cluster.package import stage, told
+from launch.cluster.shipped import named_by
 from launch.console import plain_console
-from launch.package import stage, told
 from launch.run.placement import open_yaml
 from launch.run.recipe import SCHEMAS, SHIPPED, find_recipe, kind_of, load_recipe, run_folder
-from launch.shipped import named_by
 
 LAST_LINES = 5
 """Of a run, in its status."""

@@ -13,7 +13,7 @@ import pytest
 from launch import program
 from launch.run import smoke
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -126,7 +126,7 @@ class Cluster:
         import ray
         from ray.job_submission import JobSubmissionClient
 
-        from launch.bounded_requests import bound_requests
+        from launch.cluster.bounded_requests import bound_requests
 
         bound_requests()
         # Ray lets the environment win over the argument.
@@ -160,7 +160,7 @@ class Cluster:
         for run in runs:
             if run.name == name:
                 return run
-        from launch.in_cluster import no_such_run
+        from launch.cluster.in_cluster import no_such_run
 
         raise ConfigError(no_such_run(name, [r.name for r in runs]))
 

@@ -440,7 +440,7 @@ entry.main()
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "TMPDIR": str(tmp_path / "absent"), "PYTHONPATH": str(Path(__file__).parent.parent)},
+        env={**os.environ, "TMPDIR": str(tmp_path / "absent"), "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
         timeout=60,

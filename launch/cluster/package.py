@@ -12,7 +12,7 @@ from pathlib import Path
 
 from actors.search_path import PACKAGES, hidden_by, hiding
 from grpo_ray.errors import ConfigError
-from launch.shipped import LEFT_OUT, Shipped, choose, matches, shipped
+from launch.cluster.shipped import LEFT_OUT, Shipped, choose, matches, shipped
 
 LIMIT_BYTES = 200 << 20
 """Ray keeps the upload in the memory of the head node, and refuses above half a GB."""
@@ -35,7 +35,7 @@ def stage(
     Raises:
         ConfigError: the folder is too large, or holds something that would hide grpo-ray, or that is not to be uploaded.
     """
-    ours = Path(__file__).parent.parent
+    ours = Path(__file__).parents[2]
     if folder.resolve() != ours:
         for package in PACKAGES:
             if any((folder / name).exists() for name in (package, f"{package}.py")):

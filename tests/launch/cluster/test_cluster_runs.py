@@ -27,11 +27,11 @@ from actors.cluster import Demand, bundles, demands, misplaced, missing
 from grpo_ray.config.loading import build
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError, ResourceError
-from launch.bounded_requests import BoundedAdapter, bound_requests
-from launch.cluster import RUN_KEY, Cluster, ClusterRun, check_reachable, complete, merge
-from launch.in_cluster import home
+from launch.cluster.bounded_requests import BoundedAdapter, bound_requests
+from launch.cluster.dashboard import RUN_KEY, Cluster, ClusterRun, check_reachable, complete, merge
+from launch.cluster.in_cluster import home
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 def job(
@@ -159,7 +159,7 @@ def test_custom_resources_and_labels_are_asked_of_the_cluster_too() -> None:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    from tests.test_cli import RECIPE
+    from tests.launch.test_cli import RECIPE
 
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     return tmp_path
@@ -308,8 +308,8 @@ def test_of_an_answer_without_end_rays_clients_read_no_more_than_they_may(
     monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     monkeypatch.setattr("requests.sessions.HTTPAdapter", BoundedAdapter)
-    monkeypatch.setattr("launch.bounded_requests.MAX_ANSWER_BYTES", 4 << 20)
-    monkeypatch.setattr("launch.bounded_requests.READ_S", 0.2 if path == "/trickle" else 600.0)
+    monkeypatch.setattr("launch.cluster.bounded_requests.MAX_ANSWER_BYTES", 4 << 20)
+    monkeypatch.setattr("launch.cluster.bounded_requests.READ_S", 0.2 if path == "/trickle" else 600.0)
     with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -327,7 +327,7 @@ def test_rays_client_of_jobs_reads_by_that_bound(monkeypatch: pytest.MonkeyPatch
     from ray.job_submission import JobSubmissionClient
 
     monkeypatch.setattr("requests.sessions.HTTPAdapter", requests.sessions.HTTPAdapter)
-    monkeypatch.setattr("launch.bounded_requests.MAX_ANSWER_BYTES", 4 << 20)
+    monkeypatch.setattr("launch.cluster.bounded_requests.MAX_ANSWER_BYTES", 4 << 20)
     bound_requests()
     with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
         server.daemon_threads = True
@@ -361,7 +361,7 @@ def test_ctrl_c_ends_following_even_as_the_connection_ends() -> None:
 def test_a_connection_that_has_gone_quiet_is_made_again_and_nothing_is_told_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("launch.cluster.QUIET_S", 0.2)
+    monkeypatch.setattr("launch.cluster.dashboard.QUIET_S", 0.2)
     told: list[str] = []
     client = Connections(["step 1, ", "ste"], ["step 1", ", step 2, "], ["step 1, step 2, step 3, "])
     following(client).follow("job", told.append)
