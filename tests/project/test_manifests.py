@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 from actors.private import private_folder
 from launch.cli import app
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 KUBERAY = ROOT / "launch" / "kuberay"
 KUBERNETES = "1.37.0"
@@ -68,7 +68,7 @@ def strict(node: Any) -> Any:
 
 def validate(document: dict[str, Any], registry: Registry[Any]) -> None:
     if document["apiVersion"] == "ray.io/v1":
-        schemas = yaml.safe_load((Path(__file__).parent / "data" / "kuberay_crds.yaml").read_text())
+        schemas = yaml.safe_load((Path(__file__).parents[1] / "data" / "kuberay_crds.yaml").read_text())
         schema = strict(schemas[document["kind"]])
         jsonschema.Draft202012Validator(schema, registry=registry).validate(document["spec"])
     else:

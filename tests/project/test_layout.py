@@ -13,7 +13,7 @@ import launch
 from grpo_ray.errors import ConfigError
 from launch.cli import check_one_root
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_all_three_packages_come_from_this_checkout():

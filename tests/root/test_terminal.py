@@ -36,7 +36,7 @@ from launch.run.jobs import make_report, replay_step, resume_run
 from launch.run.live import LiveView
 from tests.recipes import RL
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CLIPBOARD = "\x1b]52;c;cm0gLXJmIH4=\x07"
 ATTACKS = [
     CLIPBOARD,

@@ -12,7 +12,7 @@ import pytest
 
 from launch.lock import UnresolvedError, merged, pinned, resolve, resolve_all
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TOOLS = ["bash", "env", "dirname", "cat", "mkdir", "chmod", "id", "df", "awk", "grep", "sed", "tr"]
 INTERPRETER = """#!/bin/bash
 echo "$0 $*" >>"$TOLD"
