@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from actors.learner.build import LearnerSpec, build_critic, step
+from grpo_ray.algorithm.advantages import gae_of_segments
 from grpo_ray.algorithm.losses.value import value_loss
 from grpo_ray.algorithm.objectives import MicroBatchData
 from grpo_ray.batch.sequence import SequenceRanks
 from grpo_ray.errors import NonFiniteError
-from grpo_ray.models.value import gae_of_segments
 from grpo_ray.spread import tolerance
 
 _SUMS = ("tokens", "loss", "error", "value", "return", "return_squared")

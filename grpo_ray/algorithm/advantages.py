@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo_ray.batch.segments import Segments
 from grpo_ray.spread import ABSOLUTE, RELATIVE, differ
 
 
@@ -177,3 +178,41 @@ def kl_in_reward(scores_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, *, beta: floa
     last_B = places_T.where(mask_BT, -1).amax(dim=1)
     is_last_BT = places_T == last_B[:, None]
     return torch.where(mask_BT, -beta * kl_BT.detach(), 0.0) + torch.where(is_last_BT, scores_B[:, None], 0.0)
+
+
+def gae_of_segments(
+    scores_S: Tensor,
+    kl_C: Tensor | None,
+    values_C: Tensor,
+    segments: Segments,
+    *,
+    beta: float,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    """`gae` over packed sequences, each with its score at its last token, less the KL of every token.
+
+    Args:
+        scores_S: [S].
+        kl_C: [C]; None: no KL in the reward.
+        values_C: [C].
+        segments: which token is of which sequence.
+        beta: weight of the KL.
+        gamma: discount.
+        lam: lambda of GAE.
+
+    Returns:
+        Advantages and returns, [C] each.
+    """
+    lengths_S = segments.lengths_S
+    ends_S = lengths_S.cumsum(0)
+    places_C = torch.arange(len(values_C), device=values_C.device) - (ends_S - lengths_S)[segments.index_N]
+    shape = (len(lengths_S), int(lengths_S.max()))
+    values_ST, kl_ST = values_C.new_zeros(shape), values_C.new_zeros(shape)
+    values_ST[segments.index_N, places_C] = values_C
+    if kl_C is not None:
+        kl_ST[segments.index_N, places_C] = kl_C
+    mask_ST = torch.arange(shape[1], device=values_C.device)[None] < lengths_S[:, None]
+    rewards_ST = kl_in_reward(scores_S, kl_ST, mask_ST, beta=beta)
+    advantages_ST, returns_ST = gae(rewards_ST, values_ST, mask_ST, gamma=gamma, lam=lam)
+    return advantages_ST[segments.index_N, places_C], returns_ST[segments.index_N, places_C]

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from grpo_ray.algorithm.advantages import gae_of_segments
 from grpo_ray.batch.pack import PackItem, pack
 from grpo_ray.batch.segments import Segments
 from grpo_ray.models.attention import choose_attention
-from grpo_ray.models.value import ValueModel, gae_of_segments
+from grpo_ray.models.value import ValueModel
 
 LENGTHS = [3, 1, 5]
 BETA = 0.1
