@@ -17,9 +17,8 @@ from grpo_ray.health.causes import MOST, after_a_fall, why_no_signal
 from grpo_ray.health.collapse import accuracy_fell, entropy_rose, entropy_vanished, gradient_exploded, reward_fell
 from grpo_ray.health.reward_functions import FEW, RewardFunctions
 from grpo_ray.health.tally import Tally
-from grpo_ray.loop.evaluate import EvalResult, accuracy_name
 from grpo_ray.telemetry.events import MessageEvent
-from grpo_ray.telemetry.measures import Estimate
+from grpo_ray.telemetry.measures import Estimate, EvalResult, accuracy_name
 
 REMEMBERED = 24
 """Steps that a step is compared with."""

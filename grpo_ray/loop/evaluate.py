@@ -21,7 +21,7 @@ from grpo_ray.health.applicable import why_not_applicable
 from grpo_ray.loop.roles import Sampler, Scorer
 from grpo_ray.seeds import sample_seed
 from grpo_ray.telemetry.events import EvalEvent
-from grpo_ray.telemetry.measures import Estimate, consensus, estimate, pass_at, pass_ks
+from grpo_ray.telemetry.measures import Estimate, EvalResult, accuracy_name, consensus, estimate, pass_at, pass_ks
 from grpo_ray.types import (
     Prompt,
     SampleInfo,
@@ -35,46 +35,6 @@ from grpo_ray.types import (
 
 MATH_VOTES = "grpo_ray.rewards.votes.math_votes"
 TEXT_VOTES = "grpo_ray.rewards.votes.text_votes"
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    measures: dict[str, Estimate]
-    """`pass@1`; with more than one sample also `pass@2`, `pass@4`, .. and, where votes were counted, `cons@k`: each over the
-    prompts with so many samples to which the accuracy applies. Empty: it applies to none."""
-    num_prompts: int
-    num_samples: int
-    """k."""
-    mean_reward: float | None
-    """Over the samples that have a reward; None: none has."""
-    mean_length: float
-    """Completion tokens."""
-    num_not_applicable: int = 0
-    """Samples of which the accuracy has nothing to say."""
-    why_not: str = ""
-    """Of the first of them, in words."""
-    scores: tuple[Score, ...] = ()
-    """Of all samples."""
-    infos: tuple[SampleInfo, ...] = ()
-    """Of the same, in the same order: the prompts', k of each."""
-
-    @property
-    def accuracy(self) -> Estimate | None:
-        """pass@1."""
-        return self.measures.get("pass@1")
-
-    @property
-    def num_measured(self) -> int:
-        """Samples behind the accuracy."""
-        return self.num_prompts * self.num_samples - self.num_not_applicable
-
-    @property
-    def warning(self) -> str | None:
-        """What has to be told when there is no accuracy."""
-        if self.accuracy is not None:
-            return None
-        total = self.num_prompts * self.num_samples
-        return f"there is no held-out accuracy, for it applies to none of {total} samples: {self.why_not}"
 
 
 @dataclass(frozen=True)
@@ -113,11 +73,6 @@ def vote_config(config: RunConfig) -> RewardConfig | None:
         "resources": {},
     }
     return config.reward.model_copy(update=changes)
-
-
-def accuracy_name(config: RunConfig) -> str:
-    """The reward function that says what is right."""
-    return config.eval.accuracy or config.reward.functions[0].title
 
 
 async def evaluate(

@@ -17,12 +17,13 @@ from grpo_ray.config.schema import RunConfig
 from grpo_ray.data.prompts import PromptDataset
 from grpo_ray.errors import LostSamplesError, PoisonedError, RewardError
 from grpo_ray.health.applicable import why_not_applicable
-from grpo_ray.loop.evaluate import EvalResult, eval_sampling
+from grpo_ray.loop.evaluate import eval_sampling
 from grpo_ray.loop.group_rollout import Filling
 from grpo_ray.loop.roles import Sampler, SampleStore, Scorer
 from grpo_ray.run.rollout_log import distinct_refs
 from grpo_ray.run.sample_files import About, Drawn, LeftOut, SampleFolder
 from grpo_ray.seeds import sample_seed
+from grpo_ray.telemetry.measures import EvalResult
 from grpo_ray.telemetry.sample_figures import Figures, figures_in
 from grpo_ray.types import Group, SampleRequest, SamplingParams, ScoreStatus
 

@@ -21,8 +21,8 @@ from grpo_ray.config.loading import to_yaml
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.files import write_whole
-from grpo_ray.loop.evaluate import EvalResult, accuracy_name
 from grpo_ray.run.checkpoint_store import step_of_name
+from grpo_ray.telemetry.measures import EvalResult, accuracy_name
 from grpo_ray.telemetry.sample_figures import Figures
 
 FOLDER = "evals"

@@ -10,6 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.types import SampleInfo, Score
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -59,3 +62,48 @@ def consensus(votes: Sequence[float | None], right: Sequence[bool]) -> float:
 def pass_ks(num_samples: int) -> list[int]:
     """The k of pass@k worth telling: powers of two, and n itself."""
     return sorted({1 << i for i in range(num_samples.bit_length())} | {num_samples})
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    measures: dict[str, Estimate]
+    """`pass@1`; with more than one sample also `pass@2`, `pass@4`, .. and, where votes were counted, `cons@k`: each over the
+    prompts with so many samples to which the accuracy applies. Empty: it applies to none."""
+    num_prompts: int
+    num_samples: int
+    """k."""
+    mean_reward: float | None
+    """Over the samples that have a reward; None: none has."""
+    mean_length: float
+    """Completion tokens."""
+    num_not_applicable: int = 0
+    """Samples of which the accuracy has nothing to say."""
+    why_not: str = ""
+    """Of the first of them, in words."""
+    scores: tuple[Score, ...] = ()
+    """Of all samples."""
+    infos: tuple[SampleInfo, ...] = ()
+    """Of the same, in the same order: the prompts', k of each."""
+
+    @property
+    def accuracy(self) -> Estimate | None:
+        """pass@1."""
+        return self.measures.get("pass@1")
+
+    @property
+    def num_measured(self) -> int:
+        """Samples behind the accuracy."""
+        return self.num_prompts * self.num_samples - self.num_not_applicable
+
+    @property
+    def warning(self) -> str | None:
+        """What has to be told when there is no accuracy."""
+        if self.accuracy is not None:
+            return None
+        total = self.num_prompts * self.num_samples
+        return f"there is no held-out accuracy, for it applies to none of {total} samples: {self.why_not}"
+
+
+def accuracy_name(config: RunConfig) -> str:
+    """The reward function that says what is right."""
+    return config.eval.accuracy or config.reward.functions[0].title

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from grpo_ray.loop.evaluate import EvalResult
 from grpo_ray.spread import has_spread
 from grpo_ray.telemetry.activity import Activity
 from grpo_ray.telemetry.catalogue import MAX_LOGGED
+from grpo_ray.telemetry.measures import EvalResult
 from grpo_ray.types import Group, Score, ScoreStatus, SyncReport, TimeSpan, UpdateReport
 
 

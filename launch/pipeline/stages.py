@@ -20,7 +20,6 @@ from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.datagen.filters.config import MixConfig, PairsConfig, PromptsConfig
 from grpo_ray.errors import CheckpointError, ConfigError, GrpoRayError, WorkerError
-from grpo_ray.loop.evaluate import accuracy_name
 from grpo_ray.names import check_name
 from grpo_ray.pipeline.config import PipelineConfig
 from grpo_ray.pipeline.gates import figures_of, judge
@@ -35,6 +34,7 @@ from grpo_ray.run.ownership import commanded
 from grpo_ray.run.records import step_to_resume
 from grpo_ray.run.run_dir import RunDir
 from grpo_ray.run.sample_files import read_samples
+from grpo_ray.telemetry.measures import accuracy_name
 from grpo_ray.telemetry.tracking import read_metrics
 from launch.console import headed, plain_console
 from launch.interrupts import leaving

@@ -12,10 +12,11 @@ from grpo_ray.config.loading import build, deep_merge, parse_overrides
 from grpo_ray.config.reward import RewardConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import RewardError
-from grpo_ray.loop.evaluate import EvalResult, eval_event, evaluate, vote_config
+from grpo_ray.loop.evaluate import eval_event, evaluate, vote_config
 from grpo_ray.rewards.functions.function import ScoreInputs
 from grpo_ray.rewards.functions.scoring import score_samples
 from grpo_ray.rewards.table import resolve
+from grpo_ray.telemetry.measures import EvalResult
 from grpo_ray.telemetry.metrics import eval_metrics
 from grpo_ray.types import Prompt, SampleInfo, SampleRequest, Score, ScoreRequest, ScoreStatus, Track
 from launch.run.live import eval_line

@@ -6,9 +6,8 @@ import math
 
 import pytest
 
-from grpo_ray.loop.evaluate import EvalResult
 from grpo_ray.telemetry.catalogue import METRICS, describe
-from grpo_ray.telemetry.measures import Estimate
+from grpo_ray.telemetry.measures import Estimate, EvalResult
 from grpo_ray.telemetry.metrics import TimeKeeper, eval_metrics, step_metrics
 from grpo_ray.types import Group, Prompt, RewardScore, SampleInfo, Score, ScoreStatus, Step, SyncReport, UpdateReport
 
