@@ -150,14 +150,6 @@ class RolloutLog(Protocol):
         ...
 
 
-class Tracker(Protocol):
-    """Where metrics go: JSONL, TensorBoard, W&B, MLflow."""
-
-    def log(self, step: int, metrics: dict[str, float]) -> None: ...
-
-    def close(self) -> None: ...
-
-
 @dataclass(frozen=True)
 class Roles:
     """Who does what in one run."""

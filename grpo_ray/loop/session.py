@@ -7,13 +7,14 @@ from typing import Any, Generic, TypeVar
 
 from grpo_ray.config.common import CommonConfig
 from grpo_ray.data.epochs import RunLength
-from grpo_ray.loop.roles import Learner, Tracker
+from grpo_ray.loop.roles import Learner
 from grpo_ray.run.run_dir import RunDir
 from grpo_ray.run.saver import More, Saver
 from grpo_ray.telemetry.activity import Activity
 from grpo_ray.telemetry.events import Event
 from grpo_ray.telemetry.metrics import TimeKeeper
 from grpo_ray.telemetry.timeline import Timeline
+from grpo_ray.telemetry.tracking import Tracker
 
 C = TypeVar("C", bound=CommonConfig)
 

@@ -11,10 +11,11 @@ from grpo_ray.config.supervised import SftConfig
 from grpo_ray.data.cursor import Cursor
 from grpo_ray.data.epochs import run_length
 from grpo_ray.data.prompts import SftExample
-from grpo_ray.loop.roles import Learner, Tracker
+from grpo_ray.loop.roles import Learner
 from grpo_ray.loop.session import Session
 from grpo_ray.run.run_dir import RunDir
 from grpo_ray.telemetry.events import Event, MessageEvent, PhaseEvent, StepEvent
+from grpo_ray.telemetry.tracking import Tracker
 from grpo_ray.types import Sample, TrainBatch, TrainSample, VersionSpan
 
 E = TypeVar("E")

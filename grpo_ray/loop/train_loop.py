@@ -34,7 +34,7 @@ from grpo_ray.health.untrained import why_untrained
 from grpo_ray.health.watch import Health
 from grpo_ray.loop.collect import Collector
 from grpo_ray.loop.evaluate import eval_event, evaluate
-from grpo_ray.loop.roles import Roles, Tracker
+from grpo_ray.loop.roles import Roles
 from grpo_ray.loop.session import Session
 from grpo_ray.run.ledger import Ledger
 from grpo_ray.run.replay import how_to_replay
@@ -43,6 +43,7 @@ from grpo_ray.telemetry.advice import STEPS_LOOKED_AT, advise, mean_step
 from grpo_ray.telemetry.events import Event, MessageEvent, PhaseEvent, StepEvent
 from grpo_ray.telemetry.metrics import eval_metrics, step_metrics
 from grpo_ray.telemetry.timeline import sampler_tokens_per_s
+from grpo_ray.telemetry.tracking import Tracker
 from grpo_ray.types import Group, Prompt, SyncReport, Track, TrainBatch, UpdateReport
 
 

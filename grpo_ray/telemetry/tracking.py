@@ -15,17 +15,24 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from grpo_ray import json_text
 from grpo_ray.config.runtime import TrackingConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.files import write_whole
-from grpo_ray.loop.roles import Tracker
 
 MAX_STEP = 1 << 40
 """A step beyond is none that a run has come to."""
 log = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """Where metrics go: JSONL, TensorBoard, W&B, MLflow."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class JsonlTracker:

@@ -12,11 +12,10 @@ from actors.control.workers import Workers
 from actors.runtime import settle_garbage_collector
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
-from grpo_ray.loop.roles import Tracker
 from grpo_ray.loop.sft_loop import SftLoop
 from grpo_ray.names import run_name
 from grpo_ray.run.records import last_step, set_aside
-from grpo_ray.telemetry.tracking import make_trackers
+from grpo_ray.telemetry.tracking import Tracker, make_trackers
 
 if TYPE_CHECKING:
     from grpo_ray.loop.train_loop import TrainLoop
