@@ -12,13 +12,12 @@ import asyncio
 import json
 import shutil
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from grpo_ray.config.runtime import DeadlineConfig
 from grpo_ray.errors import CheckpointError, GrpoRayError, StoreError
-from grpo_ray.loop.roles import Learner
 from grpo_ray.run.checkpoint_store import Place
 from grpo_ray.run.delivery import Delivery
 from grpo_ray.run.manifest import FileSum
@@ -30,13 +29,25 @@ More = Callable[[], Awaitable[Callable[[Path], None]]]
 """Awaited in the background; what it gives writes files into a folder, in a thread."""
 
 
+class Holder(Protocol):
+    """What is saved: its state is copied into memory, and written from there."""
+
+    async def hold(self, place: Place, *, export: bool) -> None:
+        """Copy into memory what `write` will write."""
+        ...
+
+    async def write(self, place: Place) -> Mapping[str, FileSum]:
+        """Write what is held into a new place; returns what was written."""
+        ...
+
+
 class Saver:
     """One checkpoint at a time."""
 
     def __init__(
         self,
         run: RunDir,
-        learner: Learner,
+        learner: Holder,
         *,
         keep: int,
         emit: Callable[[Event], None],
@@ -94,7 +105,7 @@ class Saver:
             raise
         self._writing = asyncio.create_task(self._write(place, step, state, more, began))
 
-    def follow(self, learner: Learner) -> None:
+    def follow(self, learner: Holder) -> None:
         """Checkpoints are of this learner from now on."""
         self._learner = learner
 
