@@ -53,8 +53,8 @@ from grpo_ray.types import TrainBatch, UpdateReport
 
 if TYPE_CHECKING:
     from actors.weights.adapter_sync import AdapterReport
+    from actors.weights.protocol import EngineTarget, SendReport
     from actors.weights.sender import WeightSender
-    from actors.weights.sync import EngineTarget, SendReport
 
 DISK = "disk"
 """The concurrency group of what goes on beside training."""

@@ -34,7 +34,7 @@ from grpo_ray.types import TrainBatch, UpdateReport
 
 if TYPE_CHECKING:
     from actors.weights.adapter_sync import AdapterReport
-    from actors.weights.sync import EngineTarget, SendReport
+    from actors.weights.protocol import EngineTarget, SendReport
 
 GRACE_S = 5.0
 """After one rank failed: for the others to fail with it, or finish."""
@@ -50,7 +50,7 @@ class LearnerGroup:
         self._broken: str | None = None
         self._kernel = KernelKills()
         self.unsent = False
-        """See `actors.weights.sync.LearnerWeights`."""
+        """See `actors.weights.protocol.LearnerWeights`."""
 
     @classmethod
     async def create(
@@ -188,11 +188,11 @@ class LearnerGroup:
             actor.prepare_weights.remote()
 
     async def connect_weights(self, targets: Sequence[EngineTarget], generation: int) -> None:
-        """See `actors.weights.sync.LearnerWeights`."""
+        """See `actors.weights.protocol.LearnerWeights`."""
         await self._call("weights_connect", list(targets), generation, deadline="sync_s")
 
     async def send_weights(self, version: int) -> SendReport:
-        """See `actors.weights.sync.LearnerWeights`. The ranks have the call before this first awaits."""
+        """See `actors.weights.protocol.LearnerWeights`. The ranks have the call before this first awaits."""
         self.unsent = False
         reports: list[SendReport] = await self._call("weights_send", version, deadline="sync_s")
         return {**reports[0], "tracks": [t for r in reports for t in r.get("tracks", ())]}

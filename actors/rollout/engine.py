@@ -18,7 +18,8 @@ from actors.rollout.requests import PendingSample
 from actors.rollout.vllm_options import rollout_env
 from actors.runtime import Actors, core_error, log_tail, start_named, within
 from actors.supervise import Worker
-from actors.weights.sync import EngineTarget, resolve_backend
+from actors.weights.protocol import EngineTarget
+from actors.weights.sync import resolve_backend
 from grpo_ray.config.schema import RolloutConfig, RunConfig
 from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
 from grpo_ray.machine import usable_cpus

@@ -25,7 +25,7 @@ from actors.deaths import fate
 from actors.rollout.engine import BACKOFF_S, RolloutEngine, RolloutEngineKind
 from actors.rollout.engines import RolloutEngines
 from actors.runtime import Actors, RayActors, within
-from actors.weights.sync import EngineTarget
+from actors.weights.protocol import EngineTarget
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import GrpoRayError, WorkerError
 from grpo_ray.types import SampleInfo, SampleRequest, Track

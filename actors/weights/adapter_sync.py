@@ -17,15 +17,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from actors.runtime import within
-from actors.weights.sync import EngineTarget, RayWeightSync, ask_each
+from actors.weights.protocol import EnginePool, EngineTarget
+from actors.weights.sync import RayWeightSync, ask_each
 from grpo_ray.errors import WorkerError
 from grpo_ray.types import SyncReport
-
-if TYPE_CHECKING:
-    from actors.rollout.pool import RolloutPool
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class RayAdapterSync:
 
     TRIES = RayWeightSync.TRIES
 
-    def __init__(self, pool: RolloutPool, learner: LearnerAdapters, timeout_s: float) -> None:
+    def __init__(self, pool: EnginePool, learner: LearnerAdapters, timeout_s: float) -> None:
         self._pool = pool
         self._learner = learner
         self._timeout_s = timeout_s

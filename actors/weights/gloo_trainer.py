@@ -25,7 +25,7 @@ from actors.runtime import LOOPBACK
 from actors.weights.buckets import TRAILER, Bucket, DigestSource, Sealer, plan_buckets, set_digest
 from actors.weights.gloo_group import GlooInitInfo, count_refusals
 from actors.weights.memory import Address, SharedMemory
-from actors.weights.sync import EngineTarget
+from actors.weights.protocol import EngineTarget
 
 log = logging.getLogger(__name__)
 

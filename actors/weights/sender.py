@@ -25,7 +25,7 @@ from actors.weights import backend as weight_backend
 from actors.weights.buckets import DigestSource
 from actors.weights.gloo_trainer import GlooTrainerInitInfo
 from actors.weights.memory import Address
-from actors.weights.sync import EngineSyncError, EngineTarget, SendReport
+from actors.weights.protocol import EngineSyncError, EngineTarget, SendReport
 from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
 from grpo_ray.models.named_weights import buckets, named_weights
 

@@ -17,7 +17,7 @@ What a learner actor has to offer (each by one line, to its `actors.weights.send
         ZeroWeightSource(engine.module.hf, bucket_bytes=config.weights.bucket_mb << 20, dtype=torch.bfloat16),
         rank=rank, backend="gloo", bucket_bytes=config.weights.bucket_mb << 20, timeout_s=config.deadlines.sync_s)
 
-and what the learner group (all ranks as one) offers to `RayWeightSync` is the Protocol `LearnerWeights` below.
+and what the learner group (all ranks as one) offers to `RayWeightSync` is the Protocol `LearnerWeights` of protocol.py.
 """
 
 from __future__ import annotations
@@ -26,73 +26,22 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol, TypedDict
+from typing import Any, Literal
 
 from ray.exceptions import RayError
 
 from actors.deaths import fate
 from actors.runtime import late, within
+from actors.weights.protocol import EnginePool, EngineSyncError, EngineTarget, LearnerWeights, SendReport
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError, DeadlineError, GrpoRayError, WorkerError
 from grpo_ray.types import SyncReport, Track
-
-if TYPE_CHECKING:
-    from actors.rollout.pool import RolloutPool
-
 
 _Taken = tuple["SendReport", Sequence["EngineTarget"], float]
 """What the learner reported, the engines that have the weights, and seconds of pause."""
 _GENERATIONS = itertools.count(1)
 """Of transfer groups: one more each time that one is formed."""
-
-
-@dataclass(frozen=True)
-class EngineTarget:
-    """One live rollout engine, as a weight sync sees it."""
-
-    name: str
-    """`rollout-0`."""
-    incarnation: int
-    """Counts the lives of this name: a restarted engine is another target."""
-    handle: Any
-    """Ray handle of its RolloutActor."""
-    world_size: int
-    """vLLM workers behind it (tensor parallelism): its ranks in the transfer group."""
-
-
-class SendReport(TypedDict):
-    """What rank 0 says of one transfer; the other ranks return the same with 0 bytes."""
-
-    seconds: float
-    bytes: int
-    checksum: str
-    tracks: NotRequired[list[Track]]
-    """What the rank did since its last report; of all ranks, once the group has gathered them."""
-
-
-class LearnerWeights(Protocol):
-    """The learner group's side of a sync. Each method calls all ranks at once, in the same order, and gathers."""
-
-    unsent: bool
-    """An update was handed to the ranks since they last sent: what they would send now is not what the engines hold."""
-
-    async def connect_weights(self, targets: Sequence[EngineTarget], generation: int) -> None:
-        """`weights_connect(list(targets), generation)` on every rank. Errors of a rank are raised as they are."""
-        ...
-
-    async def send_weights(self, version: int) -> SendReport:
-        """`weights_send(version)` on every rank; the answer of rank 0.
-
-        Must hand its calls to the ranks before it first awaits: the order of this call and of `update` is what makes the
-        label `version` true.
-        """
-        ...
-
-
-class EngineSyncError(WorkerError):
-    """A transfer that failed on the engines' side; names the engine. Another try, without it, may succeed."""
 
 
 def resolve_backend(config: RunConfig, *, has_gpus: bool) -> Literal["gloo", "nccl", "ipc"]:
@@ -119,7 +68,7 @@ class RayWeightSync:
 
     TRIES = 3
 
-    def __init__(self, pool: RolloutPool, learner: LearnerWeights, timeout_s: float) -> None:
+    def __init__(self, pool: EnginePool, learner: LearnerWeights, timeout_s: float) -> None:
         self._pool = pool
         self._learner = learner
         self._timeout_s = timeout_s
@@ -269,7 +218,7 @@ class RayWeightSync:
 
 
 async def ask_each(
-    pool: RolloutPool, targets: Sequence[EngineTarget], timeout_s: float, method: str, *args: Any
+    pool: EnginePool, targets: Sequence[EngineTarget], timeout_s: float, method: str, *args: Any
 ) -> tuple[list[tuple[EngineTarget, Any]], list[str]]:
     """Call a method of all engines at once. Those that fail or don't answer are given to the pool as dead.
 

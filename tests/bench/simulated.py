@@ -33,7 +33,8 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError
 from actors.reward.pool import RewardPool
 from actors.rollout.actor import POLL_LINGER_S, Outcome, RolloutActor
 from actors.rollout.pool import RolloutPool
-from actors.weights.sync import EngineTarget, RayWeightSync, SendReport
+from actors.weights.protocol import EngineTarget, SendReport
+from actors.weights.sync import RayWeightSync
 from grpo_ray.batch.plan import plan_batch
 from grpo_ray.config.loading import build
 from grpo_ray.config.schema import RunConfig
@@ -618,8 +619,8 @@ class Scorer:
 
 @dataclass
 class Learners:
-    """All ranks as one: `roles.Learner` and `weights.LearnerWeights`. A rank takes as long as the tokens that the product's own
-    plan gives it; the update, as long as the slowest."""
+    """All ranks as one: `roles.Learner` and `weights.protocol.LearnerWeights`. A rank takes as long as the tokens that the
+    product's own plan gives it; the update, as long as the slowest."""
 
     world: World
     unsent: bool = False

@@ -21,7 +21,7 @@ from actors.weights.gloo_engine import Inbox
 from actors.weights.gloo_group import GlooInitInfo
 from actors.weights.gloo_trainer import GlooTrainer, GlooTrainerInitInfo
 from actors.weights.memory import Address, map_memory
-from actors.weights.sync import EngineTarget
+from actors.weights.protocol import EngineTarget
 
 pytestmark = pytest.mark.timeout(300)
 TIMEOUT_S = 10.0

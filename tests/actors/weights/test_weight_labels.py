@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from actors.weights.sync import EngineTarget, RayWeightSync, SendReport
+from actors.weights.protocol import EngineTarget, SendReport
+from actors.weights.sync import RayWeightSync
 
 
 class Done:

@@ -18,7 +18,8 @@ import ray
 import torch
 
 from actors.rollout.pool import RolloutPool
-from actors.weights.sync import EngineTarget, RayWeightSync, SendReport
+from actors.weights.protocol import EngineTarget, SendReport
+from actors.weights.sync import RayWeightSync
 from grpo_ray.config.model import TinyModelConfig
 from grpo_ray.models.tiny import build_tiny_model
 from grpo_ray.types import Sample, SampleInfo, SyncReport
