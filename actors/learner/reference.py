@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from actors.learner.state import BUCKET_BYTES, gathered
+from actors.learner.state import BUCKET_BYTES
+from actors.zero import gathered
 from grpo_ray.errors import CheckpointError
 from grpo_ray.models.named_weights import buckets, named_weights
 from grpo_ray.run.checkpoint_store import Place

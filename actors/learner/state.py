@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from actors.learner import zero_state
 from actors.learner.build import LearnerSpec
+from actors.zero import gathered
 from grpo_ray.errors import CheckpointError
 from grpo_ray.models.lora import adapter_tensors, write_adapter
 from grpo_ray.models.named_weights import buckets, named_weights
@@ -169,18 +170,6 @@ def gather_adapter(engine: Any) -> dict[str, Tensor]:
     with gathered(list(tensors.values())):
         first = dist.get_rank() == 0
         return {n: p.detach().to("cpu", copy=True).contiguous() for n, p in tensors.items() if first}
-
-
-def gathered(params: list[nn.Parameter], writer: int | None = None) -> AbstractContextManager[Any]:
-    """Whole parameters inside, whatever ZeRO-3 has split; all ranks together. `writer`: the rank whose changes all take over;
-    None: nobody changes anything.
-    """
-    sharded = [p for p in params if hasattr(p, "ds_id")]
-    if not sharded:
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=writer)
 
 
 def _facts(spec: LearnerSpec) -> dict[str, Any]:

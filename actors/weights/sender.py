@@ -20,12 +20,12 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
 from actors.deaths import fate
-from actors.learner.state import gathered
 from actors.weights import backend as weight_backend
 from actors.weights.buckets import DigestSource
 from actors.weights.gloo_trainer import GlooTrainerInitInfo
 from actors.weights.memory import Address
 from actors.weights.protocol import EngineSyncError, EngineTarget, SendReport
+from actors.zero import gathered
 from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
 from grpo_ray.models.named_weights import buckets, named_weights
 

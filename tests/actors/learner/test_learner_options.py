@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from actors.learner.build import LearnerSpec, build_engine
 from actors.learner.critic import Critic
 from actors.learner.group import LearnerGroup, _spec
-from actors.learner.state import gathered
+from actors.zero import gathered
 from grpo_ray.errors import WorkerError
 from grpo_ray.types import TrainBatch, TrainSample
 from tests.actors.learner.test_learner import make_batch, make_config, plain_logprobs, plain_model, run

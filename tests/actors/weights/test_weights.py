@@ -64,7 +64,7 @@ class LearnerRank:
     def load(self, folder: str) -> None:
         from safetensors.torch import load_file
 
-        from actors.learner.state import gathered
+        from actors.zero import gathered
 
         weights = load_file(f"{folder}/model.safetensors")
         for name, param in self.model.named_parameters():

@@ -1,0 +1,20 @@
+"""Parameters that ZeRO-3 has split over the learner ranks, whole for a moment."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import nn
+
+
+def gathered(params: list[nn.Parameter], writer: int | None = None) -> AbstractContextManager[Any]:
+    """Whole parameters inside, whatever ZeRO-3 has split; all ranks together. `writer`: the rank whose changes all take over;
+    None: nobody changes anything.
+    """
+    sharded = [p for p in params if hasattr(p, "ds_id")]
+    if not sharded:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=writer)
