@@ -130,6 +130,10 @@ def check_token() -> None:
         )
 
 
+CONTROLLER_LOG = "controller"
+"""Name of its log in the run's folder."""
+
+
 def controller_name(run: str) -> str:
     return run + CONTROLLER
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from actors.cluster import controller_name
+from actors.cluster import CONTROLLER_LOG, controller_name
 from actors.runtime import NO_RECORDS, own_process
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
@@ -18,8 +18,6 @@ from grpo_ray.telemetry.events import Event
 
 if TYPE_CHECKING:
     from grpo_ray.rewards.columns import ColumnNeeds
-
-LOG_NAME = "controller"
 
 
 def start_controller(
@@ -73,7 +71,7 @@ class Controller:
         needs: Sequence[ColumnNeeds] = (),
         detached: bool = False,
     ) -> None:
-        own_process(run_dir, LOG_NAME)
+        own_process(run_dir, CONTROLLER_LOG)
         from actors.control import controller
 
         self._controller = controller.Controller(kind, config, run_dir, resume_step, needs, detached)

@@ -6,8 +6,8 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
+from actors.cluster import CONTROLLER_LOG
 from actors.control.context import RunContext
-from actors.control.controller_start import LOG_NAME
 from actors.control.workers import Workers
 from actors.deaths import fate, kind_of, memory_wait_s
 from grpo_ray.config.schema import RunConfig
@@ -101,5 +101,5 @@ def error_message(error: BaseException) -> str:
     if isinstance(error, GrpoRayError):
         return str(error)
     if kind_of(error) == "out of memory":
-        return f"the controller failed: {fate(error, LOG_NAME)}"
-    return f"{type(error).__name__}: {error} (the traceback is in logs/{LOG_NAME}.log)"
+        return f"the controller failed: {fate(error, CONTROLLER_LOG)}"
+    return f"{type(error).__name__}: {error} (the traceback is in logs/{CONTROLLER_LOG}.log)"
