@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import tomllib
+from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -38,3 +41,18 @@ def test_both_lock_files_pin_what_pyproject_asks_for():
         for requirement in project["dependencies"] + project["optional-dependencies"][extra]:
             name, _, version = requirement.split(";")[0].strip().partition("==")
             assert pins[name.split("[")[0]] == {version}, requirement
+
+
+@pytest.mark.parametrize("package", [grpo_ray, actors, launch], ids=lambda p: p.__name__)
+def test_no_folder_holds_more_files_than_one_sees_at_a_glance(package: ModuleType) -> None:
+    files = Counter(file.parent for file in Path(package.__file__).parent.rglob("*.py"))
+    assert {str(folder): n for folder, n in files.items() if n > 20} == {}
+
+
+def test_a_room_says_what_it_is_for_and_imports_nothing() -> None:
+    for package in (grpo_ray, actors, launch):
+        root = Path(package.__file__).parent
+        for file in set(root.rglob("__init__.py")) - {root / "__init__.py"}:
+            tree = ast.parse(file.read_text())
+            assert ast.get_docstring(tree), file
+            assert not any(isinstance(node, ast.Import | ast.ImportFrom) for node in tree.body), file
