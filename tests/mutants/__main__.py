@@ -28,13 +28,19 @@ from tests.mutants.survivors import Equivalents, Mutant, forget_unnoticed, read_
 
 GOAL = 0.95
 PARTS = {
-    "algorithms": ("advantages", "losses", "truncation", "mismatch"),
-    "batches": ("train_batch", "plan", "pack", "sequence"),
-    "run files": (
-        *("checkpoint", "saver", "manifest", "checkpoint_store", "files", "delivery", "ended"),
-        *("fragments", "ledger", "rollout_log", "records"),
+    "algorithms": (
+        "algorithm.advantages",
+        "algorithm.losses",
+        "batch.segments",
+        "batch.truncation",
+        "algorithm.mismatch",
     ),
-    "data": ("data", "prompts", "cursor", "epochs", "turns", "thinking", "stops"),
+    "batches": ("algorithm.train_batch", "batch.plan", "batch.pack", "batch.sequence"),
+    "run files": (
+        *("run.run_dir", "run.saver", "run.manifest", "run.checkpoint_store", "files", "run.delivery", "run.ended"),
+        *("run.fragments", "run.ledger", "run.rollout_log", "run.records"),
+    ),
+    "data": ("data.sources", "data.prompts", "data.cursor", "data.epochs", "data.turns", "data.thinking", "loop.stops"),
     "rewards": ("rewards",),
 }
 EQUIVALENTS = Path(__file__).with_name("equivalent.yaml")
@@ -44,8 +50,8 @@ FAILED = Path("mutants/mutmut-failed.txt")
 
 def part_of(mutant: Mutant) -> str:
     """The part that a mutant's module belongs to."""
-    stem = mutant.module.split(".")[1]
-    return next((part for part, stems in PARTS.items() if stem in stems), "others")
+    module = f"{mutant.module.removeprefix('grpo_ray.')}."
+    return next((part for part, names in PARTS.items() if module.startswith(tuple(f"{n}." for n in names))), "others")
 
 
 def try_mutants(patterns: Sequence[str]) -> None:
