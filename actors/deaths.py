@@ -52,7 +52,7 @@ _USER = re.compile(r"(?:^|[\n,])\s*(\d+)[ \t]+([\d.]+)[ \t]+([^\n,]*)")
 _ROLES: tuple[tuple[str, Role], ...] = (
     (r"LearnerActor|/learner-\d", "learners"),
     (r"RolloutActor|EngineCore|/rollout-\d|^VLLM", "engines"),
-    (r"RewardActor|reward_child|/(rewards?|votes)-", "reward workers"),
+    (r"RewardActor|actors\.reward\.child|/(rewards?|votes)-", "reward workers"),
     (r"Controller|/controller$", "controller"),
     (r"raylet|gcs_server|plasma|ray::IDLE|dashboard|ray/_private|RuntimeEnvAgent|DashboardAgent", "Ray"),
 )

@@ -1,6 +1,6 @@
 """All reward workers as one: implements `grpo_ray.loop.roles.Scorer`.
 
-    score -> reward_requests: queue -> an idle worker takes its share -> RewardActor.score -> futures
+    score -> requests: queue -> an idle worker takes its share -> RewardActor.score -> futures
                         ^                                                        |
                         +---------- the worker died; supervise restarts it ------+
 

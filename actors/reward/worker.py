@@ -27,7 +27,7 @@ STOP_TIMEOUT_S = 10.0
 
 @dataclass(eq=False, slots=True)
 class RewardWorker(Worker):
-    """One place in the pool; implements `reward_requests.ScoringWorker`."""
+    """One place in the pool; implements `requests.ScoringWorker`."""
 
     pid: int | None = None
     """The process id of the last actor that started."""

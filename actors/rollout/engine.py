@@ -34,7 +34,7 @@ STOP_S = 5.0
 
 @dataclass(eq=False, slots=True)
 class RolloutEngine(Worker):
-    """One place in the pool; implements `rollout_requests.SamplingEngine`."""
+    """One place in the pool; implements `requests.SamplingEngine`."""
 
     pids: dict[str, int] = field(default_factory=dict)
     silent_s: float = 0.0

@@ -1,7 +1,7 @@
 """The lives of a pool's rollout engines: they start, are polled, die, are restarted, join and leave.
 
 The policy is that of `supervise`. Special to engines is that the work of a dead one moves to the others, and that its prompt may be
-to blame (`rollout_poison`).
+to blame (`poison`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """All rollout engines as one `roles.Sampler`; the syncs' view of them.
 
-    generate -> rollout_requests: queue, dispatch -> engine ... poll -> settle -> the sample
+    generate -> requests: queue, dispatch -> engine ... poll -> settle -> the sample
                         ^                               |
-                        +-- supervise: it is restarted -+-- it died: rollout_poison asks whether a prompt is to blame
+                        +-- supervise: it is restarted -+-- it died: poison asks whether a prompt is to blame
 
 An engine is usable while it is alive and holds the current policy version. A restarted one loads the first weights and is stale
 until a weight sync has reached it; `on_stale` asks for one when samples wait.

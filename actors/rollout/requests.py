@@ -43,7 +43,7 @@ class PendingSample(Answer[SampleInfo]):
         self.since = since
         """When the request was last handed to an engine, or queued."""
         self.deaths = self.lone_deaths = 0
-        """See `rollout_poison.Suspect`."""
+        """See `poison.Suspect`."""
         self.aborts = 0
         self.engine: SamplingEngine | None = None
         """The engine that works on the sample."""

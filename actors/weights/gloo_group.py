@@ -8,7 +8,7 @@
                                                              and when paused: swap
 
 Memory besides the model: the sender's holds it once, for all engines on its machine (two buckets, if none of them is there). Each
-engine holds it once more, see `weight_shadow.Shadow`; on a GPU it holds what arrived, and loads when it is paused.
+engine holds it once more, see `shadow.Shadow`; on a GPU it holds what arrived, and loads when it is paused.
 """
 
 from __future__ import annotations

@@ -40,11 +40,14 @@ class EnginePool(Protocol):
 
     membership: asyncio.Lock
     """Held while engines join or leave, and while weights are on their way."""
-    version: int
-    """Of the weights that the engines hold."""
     on_stale: Callable[[], Awaitable[None]] | None
     """Called when samples wait for engines that have older weights."""
     on_trouble: Callable[[str], None]
+
+    @property
+    def version(self) -> int:
+        """The version of the weights that the engines hold."""
+        ...
 
     @property
     def stages_weights(self) -> bool:

@@ -1,10 +1,10 @@
-"""The schema of a GRPO run. Every default exists here and in the `config_*.py` of its section, once; `grpo-ray check` prints the
+"""The schema of a GRPO run. Every default exists here and in the file of its section, once; `grpo-ray check` prints the
 resolved whole.
 
-    config_model  config_data  config_rollout  config_reward  config_algorithm  config_learner  config_runtime     sections
-    config_common                                      the sections that every training run has
-    config (`grpo-ray train`)   config_supervised (`sft`, `dpo`, `reward-model`)       whole runs
-    config_files                                       from YAML and `key=value` to one of these, and back
+    model  data  rollout  reward  algorithm  learner  runtime     sections
+    common                                                        the sections that every training run has
+    schema (`grpo-ray train`)   supervised (`sft`, `dpo`, `reward-model`)     whole runs
+    loading                                                       from YAML and `key=value` to one of these, and back
 
 Names follow TRL and verl where both mean the same. Times are in seconds (`_s`), sizes in bytes or GiB as named.
 """

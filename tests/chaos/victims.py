@@ -47,8 +47,8 @@ VICTIMS = {
     "a rollout actor that hangs": Victim(r"^ray::.*\bRolloutActor\b", SIGSTOP, "rollout-0", noticed_s=30),
     "a reward actor": Victim(r"^ray::.*\bRewardActor\b", SIGKILL),
     "a reward actor that hangs": Victim(r"^ray::.*\bRewardActor\b", SIGSTOP, "reward-0 did not answer", noticed_s=70),
-    "a reward function's process": Victim(r"-m actors\.reward_child", SIGKILL),
-    "a reward function's process that hangs": Victim(r"-m actors\.reward_child", SIGSTOP, noticed_s=10),
+    "a reward function's process": Victim(r"-m actors\.reward\.child", SIGKILL),
+    "a reward function's process that hangs": Victim(r"-m actors\.reward\.child", SIGSTOP, noticed_s=10),
     "the controller": Victim(r"^ray::.*\bController\b", SIGKILL, "grpo-ray resume", ends_run=True),
     "a controller that hangs": Victim(
         r"^ray::.*\bController\b", SIGSTOP, "did not answer for 60 s; `grpo-ray resume", ends_run=True

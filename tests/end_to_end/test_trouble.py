@@ -53,7 +53,7 @@ def test_what_a_reward_function_forks_is_gone_with_it(recipe: Path) -> None:
     args, _ = train(recipe, "forks", f"reward.functions=[{{name: {REWARDS}forks}}]", "num_steps=1")
     code, output = run(*args)
     assert code == 0, output
-    left = [p for p in psutil.process_iter(["cmdline"]) if "reward_child" in " ".join(p.info["cmdline"] or [])]
+    left = [p for p in psutil.process_iter(["cmdline"]) if "actors.reward.child" in " ".join(p.info["cmdline"] or [])]
     assert left == []
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from grpo_ray.config.data import DataSource
 from grpo_ray.config.reward import RewardFunctionConfig
-from grpo_ray.config.schema import DataSource
 from grpo_ray.data.sources import load_table
 from grpo_ray.errors import DataError
 from grpo_ray.rewards.table import resolve
