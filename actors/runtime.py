@@ -123,7 +123,7 @@ def own_process(run_dir: str, name: str) -> Path:
     return path
 
 
-def give_way() -> None:
+def use_batch_scheduling() -> None:
     """For processes that move samples or score them: their threads, and what these start from now on, wait for a free core or their
     turn, and do not push an engine or a learner off its core when they wake up. On two cores they did, 300 times a second."""
     for thread in os.listdir("/proc/self/task"):

@@ -21,21 +21,21 @@ from typing import Any
 
 START_S = 300
 
-Answer = str | tuple[int, dict[str, str], str] | float | Callable[[BaseHTTPRequestHandler], None]
+ImmediateFuture = str | tuple[int, dict[str, str], str] | float | Callable[[BaseHTTPRequestHandler], None]
 """What it says; or a status with headers and a body; or the seconds that it waits before it hangs up; or what sends it."""
 
 
 @dataclass
 class Endpoint:
     url: str
-    answer: Callable[[dict[str, Any], int], Answer]
+    answer: Callable[[dict[str, Any], int], ImmediateFuture]
     """(request, how many came before) -> Answer."""
     requests: list[dict[str, Any]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def take(self, request: dict[str, Any], key: str) -> Answer:
+    def take(self, request: dict[str, Any], key: str) -> ImmediateFuture:
         with self.lock:
             self.requests.append(request)
             self.times.append(time.monotonic())
@@ -45,7 +45,7 @@ class Endpoint:
 
 
 @contextmanager
-def endpoint(answer: Callable[[dict[str, Any], int], Answer]) -> Iterator[Endpoint]:
+def endpoint(answer: Callable[[dict[str, Any], int], ImmediateFuture]) -> Iterator[Endpoint]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 

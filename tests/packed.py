@@ -42,12 +42,12 @@ def micro_batch(b: Batch, members: Sequence[int], objective: GrpoObjective, *, w
 
     return MicroBatchData(
         packed,
-        rollout_C=flat(b.rollout),
+        rollout_logps_C=flat(b.rollout),
         advantages_C=torch.cat([torch.full_like(b.old[i], b.advantages[i]) for i in members]),
         weights_C=torch.cat([torch.full_like(b.old[i], objective.weight(b.lengths[i], n)) for i in members]),
         segments=Segments.of(torch.from_numpy(packed.segments)),
-        old_C=flat(b.old) if objective.algorithm.old_logprobs == "recompute" else None,
-        ref_C=flat(b.ref) if with_ref else None,
+        old_logps_C=flat(b.old) if objective.algorithm.old_logprobs == "recompute" else None,
+        ref_logps_C=flat(b.ref) if with_ref else None,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_ray.run.sample_files import About, Drawn, SampleFolder
+from grpo_ray.run.sample_files import About, SampledPrompt, SampleFolder
 from grpo_ray.types import Prompt, RewardScore, Sample, Score, ScoreStatus, VersionSpan
 
 Rewards = dict[str, tuple[str, float | None]]
@@ -38,7 +38,7 @@ def about(num_prompts: int, num_samples: int, shard_prompts: int = 16) -> About:
     return About("model", "0" * 64, "f" * 32, num_prompts, num_samples, shard_prompts, 1, {"temperature": 1.0}, [])
 
 
-def drawn(rows: list[dict[str, Any]]) -> Drawn:
+def drawn(rows: list[dict[str, Any]]) -> SampledPrompt:
     """All rows of one prompt."""
     first = rows[0]
     prompt = Prompt(first["prompt_id"], first["prompt_ids"], first["prompt"], first["messages"], first["columns"])
@@ -55,7 +55,7 @@ def drawn(rows: list[dict[str, Any]]) -> Drawn:
         )
         for r in rows
     ]
-    return Drawn(prompt, first["messages"], samples, [_score(r) for r in rows])
+    return SampledPrompt(prompt, first["messages"], samples, [_score(r) for r in rows])
 
 
 def _score(row: dict[str, Any]) -> Score:

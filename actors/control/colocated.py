@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.loop.roles import Learner, Sampler, WeightSync
-from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.checkpoint_store import CheckpointLocation
 from grpo_ray.run.manifest import FileSum
 from grpo_ray.types import SampleInfo, SampleRequest, SyncReport, Track, TrainBatch, UpdateReport
 
@@ -129,14 +129,14 @@ class ColocatedLearner:
         async with self._turns.learning():
             return await self._learner.update(batch)
 
-    async def hold(self, place: Place, *, export: bool) -> None:
+    async def hold(self, place: CheckpointLocation, *, export: bool) -> None:
         async with self._turns.learning():
             await self._learner.hold(place, export=export)
 
-    async def write(self, place: Place) -> Mapping[str, FileSum]:
+    async def write(self, place: CheckpointLocation) -> Mapping[str, FileSum]:
         return await self._learner.write(place)
 
-    async def load(self, place: Place) -> None:
+    async def load(self, place: CheckpointLocation) -> None:
         async with self._turns.learning():
             await self._learner.load(place)
 

@@ -26,7 +26,7 @@ from actors.control.kinds.sample import run_sample
 from actors.control.kinds.supervised import run_supervised
 from actors.control.owner import controller_of, folders_of
 from actors.control.recovery import error_message
-from actors.runtime import give_way
+from actors.runtime import use_batch_scheduling
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError
@@ -78,7 +78,7 @@ class Controller:
         needs: Sequence[ColumnNeeds] = (),
         detached: bool = False,
     ) -> None:
-        give_way()
+        use_batch_scheduling()
         self._config = config
         self._kind = RUN_KINDS[kind]
         self._run = RunDir(Path(run_dir)).with_checkpoints(config.checkpoint.path, config.deadlines.store_s)

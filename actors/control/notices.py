@@ -40,7 +40,7 @@ class Loop(Protocol):
     def checkpoint_soon(self) -> None: ...
 
 
-def heed(notice: Notice, loop: Loop) -> str:
+def handle_preemption(notice: Notice, loop: Loop) -> str:
     """What is lost with a node is what came after the newest checkpoint: make one while there is time. Returns what to tell."""
     if notice.own:
         loop.stop("preempted")

@@ -57,7 +57,7 @@ async def _go_back(context: RunContext, step: int, lost: str) -> None:
     """Go back to the newest checkpoint, or to the beginning of a run that has none yet."""
     told: list[str] = []
     had_one = context.resume_step is not None or await asyncio.to_thread(last_step, context.run) > 0
-    context.resume_step = await asyncio.to_thread(context.run.newest_whole, told.append)
+    context.resume_step = await asyncio.to_thread(context.run.latest_valid_step, told.append)
     if context.resume_step is None and had_one:
         raise CheckpointError(
             f"{lost}\nLearners can't start again: the checkpoints of this run, in {context.run.store.url}, are not there any "

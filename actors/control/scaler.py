@@ -30,10 +30,10 @@ from grpo_ray.config.scaling import (
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import DeadlineError, GrpoRayError, ResourceError, WorkerError
 from grpo_ray.loop.roles import Learner, WeightSync
-from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.checkpoint_store import CheckpointLocation
 
 
-class Crew(Protocol):
+class WorkerGroup(Protocol):
     """The workers of a run."""
 
     @property
@@ -49,7 +49,7 @@ class Crew(Protocol):
         """Samplers and reward workers become as many as it says; learners that are started from now on, too."""
         ...
 
-    async def change_learner(self, place: Place | None) -> tuple[Learner, WeightSync]:
+    async def change_learner(self, place: CheckpointLocation | None) -> tuple[Learner, WeightSync]:
         """See `roles.Scaler.change_learners`."""
         ...
 
@@ -58,7 +58,7 @@ class RunScaler:
     """`roles.Scaler`. All methods belong to the event loop of the controller."""
 
     def __init__(
-        self, config: RunConfig, crew: Crew, record: Callable[[Counts], None], tell: Callable[[str, str], None]
+        self, config: RunConfig, crew: WorkerGroup, record: Callable[[Counts], None], tell: Callable[[str, str], None]
     ) -> None:
         """
         Args:
@@ -138,7 +138,8 @@ class RunScaler:
             if number == asked[role] or (number > asked[role] and role in self._no_room) or self._is_scaling_itself:
                 continue
             loads.clear()
-            why = f"busy {load.busy:.0%} of the step, waited for {load.held_up:.0%} of it, {load.waiting} samples in the queue"
+            waited = f"waited for {load.wait_fraction:.0%} of it"
+            why = f"busy {load.busy:.0%} of the step, {waited}, {load.waiting} samples in the queue"
             self._scaling_itself = asyncio.create_task(self._scale_itself(role, number, why))
 
     @property
@@ -160,7 +161,7 @@ class RunScaler:
     def wants_learners(self) -> bool:
         return self._config.learner.num_actors != self._crew.num_learners
 
-    async def change_learners(self, place: Place | None) -> tuple[Learner, WeightSync]:
+    async def change_learners(self, place: CheckpointLocation | None) -> tuple[Learner, WeightSync]:
         before = self._crew.num_learners
         try:
             return await self._crew.change_learner(place)

@@ -25,7 +25,7 @@ from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import DeadlineError
 from grpo_ray.loop.evaluate import vote_config
 from grpo_ray.loop.roles import Learner, Sampler, WeightSync
-from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.checkpoint_store import CheckpointLocation
 from grpo_ray.run.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Workers:
         return self._learner.num_ranks if self._learner else 0
 
     def take_most_waiting(self) -> Counts:
-        """See `actors.control.scaler.Crew`; so for the next one."""
+        """See `actors.control.scaler.WorkerGroup`; so for the next one."""
         assert self._sampler is not None
         assert self._scorer is not None
         return {"rollout": self._sampler.take_most_waiting(), "reward": self._scorer.take_most_waiting()}
@@ -122,7 +122,7 @@ class Workers:
         self._sampler.scale(config.rollout.num_actors)
         self._scorer.scale(config.reward.num_actors)
 
-    async def change_learner(self, place: Place | None) -> tuple[Learner, WeightSync]:
+    async def change_learner(self, place: CheckpointLocation | None) -> tuple[Learner, WeightSync]:
         """See `roles.Scaler.change_learners`. Engines that are stale meanwhile wait: until the new learners have loaded what
         they are to send, they would send the starting model."""
         assert self._sampler is not None

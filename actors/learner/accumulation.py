@@ -176,12 +176,12 @@ class _Computed:
     @property
     def is_wrong(self) -> torch.Tensor:
         """0-dim bool. A clip or a mask hides what a sampler reported: exp(-inf) is 0, and comparisons with NaN are False."""
-        return ~(self.loss.isfinite() & self.data.rollout_C.isfinite().all())
+        return ~(self.loss.isfinite() & self.data.rollout_logps_C.isfinite().all())
 
     @property
     def culprit(self) -> str:
         """A sample that is not finite, and what of it."""
-        reported = self.data.rollout_C.isfinite()
+        reported = self.data.rollout_logps_C.isfinite()
         tokens = ~(self.logps_C.isfinite() & reported & self.data.advantages_C.isfinite())
         sample = self.batch.samples[int(self.data.packed.samples[int(tokens.int().argmax())])]
         what = "loss" if reported.all() else "log-probability that came with a token"

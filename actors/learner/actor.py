@@ -45,7 +45,7 @@ from grpo_ray.machine import usable_cpus
 from grpo_ray.models.flops import FlopCounter, model_shape, throughput_metrics
 from grpo_ray.models.lora import adapter_bytes, adapter_checksum
 from grpo_ray.models.policy import PolicyModel
-from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.checkpoint_store import CheckpointLocation
 from grpo_ray.run.learner_files import SavedLearner
 from grpo_ray.run.manifest import FileSum
 from grpo_ray.telemetry.activity import Activity
@@ -80,7 +80,7 @@ class LearnerActor:
         self._reference: Any = None
         self._critic: Critic | None = None
         self._sender: WeightSender | None = None
-        self._held: learner_state.Held | None = None
+        self._held: learner_state.LearnerSnapshot | None = None
         """Of the checkpoint that is about to be written."""
 
     # Start.
@@ -266,7 +266,7 @@ class LearnerActor:
     # Checkpoints. See actors/learner/state.py for what can go wrong.
 
     @traced("hold")
-    def hold(self, place: Place, *, export: bool) -> None:
+    def hold(self, place: CheckpointLocation, *, export: bool) -> None:
         """Copy into memory what `write` will write; all ranks together. What was held before is forgotten."""
         self._held = None
         learner_state.check_room(self._engine, self.spec, place)
@@ -276,10 +276,10 @@ class LearnerActor:
         if self.spec.saves_reference:
             models["reference"] = reference.hold(self._reference_model)
         exported = learner_state.hold_export(self._engine, self.spec) if export else None
-        self._held = learner_state.Held(models, learner_state.hold_random_state(), exported)
+        self._held = learner_state.LearnerSnapshot(models, learner_state.hold_random_state(), exported)
 
     @ray.method(concurrency_group=DISK)
-    def write(self, place: Place) -> dict[str, FileSum]:
+    def write(self, place: CheckpointLocation) -> dict[str, FileSum]:
         """In a thread beside the one that trains."""
         held, self._held = self._held, None
         if held is None:
@@ -287,7 +287,7 @@ class LearnerActor:
         return learner_state.write(held, self.spec, place, self.rank, self.num_ranks)
 
     @traced("load")
-    def load(self, place: Place) -> None:
+    def load(self, place: CheckpointLocation) -> None:
         with place.reading() as files:
             saved = SavedLearner.open(files)
             learner_state.check_saved(saved, self.spec, place)

@@ -28,7 +28,7 @@ from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig, preferences
 from grpo_ray.errors import DeadlineError, GrpoRayError, NoMemoryError, WorkerError
 from grpo_ray.machine import usable_cpus
-from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.checkpoint_store import CheckpointLocation
 from grpo_ray.run.manifest import FileSum
 from grpo_ray.types import TrainBatch, UpdateReport
 
@@ -155,11 +155,11 @@ class LearnerGroup:
         values: list[list[float]] = await self._call("values", ray.put(_with_refs(batch)), deadline="update_s")
         return values[0]
 
-    async def hold(self, place: Place, *, export: bool) -> None:
+    async def hold(self, place: CheckpointLocation, *, export: bool) -> None:
         """See `LearnerActor.hold`."""
         await self._call("hold", place, deadline="save_s", export=export)
 
-    async def write(self, place: Place) -> dict[str, FileSum]:
+    async def write(self, place: CheckpointLocation) -> dict[str, FileSum]:
         """See `LearnerActor.write`; training goes on meanwhile, and so does the group if a rank can't write.
 
         Raises:
@@ -170,7 +170,7 @@ class LearnerGroup:
         sums: list[dict[str, FileSum]] = await self._call("write", place, deadline="save_s", together=False)
         return {name: entry for of_rank in sums for name, entry in of_rank.items()}
 
-    async def load(self, place: Place) -> None:
+    async def load(self, place: CheckpointLocation) -> None:
         """See `LearnerActor.load`."""
         await self._call("load", place, deadline="save_s")
 

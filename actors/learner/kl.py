@@ -71,10 +71,10 @@ def kl_of_samples(
     """
     kl_S = torch.zeros(len(batch.samples), dtype=torch.float64, device=device)
     for data in micro_batches:
-        old_C = data.rollout_C if algorithm.old_logprobs == "rollout" else data.old_C
-        assert old_C is not None
-        assert data.ref_C is not None
-        data.kl_C = kl_of_tokens(old_C, data.ref_C, estimator=algorithm.kl_estimator)
+        old_logps_C = data.rollout_logps_C if algorithm.old_logprobs == "rollout" else data.old_logps_C
+        assert old_logps_C is not None
+        assert data.ref_logps_C is not None
+        data.kl_C = kl_of_tokens(old_logps_C, data.ref_logps_C, estimator=algorithm.kl_estimator)
         if not data.packed.is_dummy and ranks.rank == 0:
             # Each sample is counted by one rank, so the sum over ranks only spreads its bits.
             kl_S[_samples(data)[data.segments.lengths_S.cumsum(0) - 1]] = data.segments.sum(data.kl_C.double())
@@ -109,4 +109,4 @@ def metrics(num_tokens_S: Sequence[int], kl_S: Tensor, beta: float) -> dict[str,
 
 def _samples(data: MicroBatchData) -> Tensor:
     """[C], places in the batch."""
-    return torch.from_numpy(data.packed.samples).to(data.rollout_C.device)
+    return torch.from_numpy(data.packed.samples).to(data.rollout_logps_C.device)

@@ -35,17 +35,17 @@ class LogprobPasses:
         self._timer = timer
 
     def set_old(self, mini_batches: Sequence[Sequence[MicroBatchData]], batch: TrainBatch) -> None:
-        """Fill in `old_C`, unless the sampler's report is taken for it; make the sets of tokens that are left
+        """Fill in `old_logps_C`, unless the sampler's report is taken for it; make the sets of tokens that are left
         where top_p, top_k or min_p cut some off."""
         with self._timer.phase("old"):
             for data in chain.from_iterable(mini_batches):
                 if self._recomputes_old:
-                    data.old_C = self.policy_logprobs(data, batch.temperature)
+                    data.old_logps_C = self.policy_logprobs(data, batch.temperature)
                 elif data.sets is not None:
                     self.policy_logprobs(data, batch.temperature)
 
     def set_reference(self, mini_batches: Sequence[Sequence[MicroBatchData]], batch: TrainBatch) -> None:
-        """Fill in `ref_C`, where the loss or the reward has a KL."""
+        """Fill in `ref_logps_C`, where the loss or the reward has a KL."""
         if not self._needs_reference:
             return
         with self._timer.phase("old"):
@@ -55,7 +55,7 @@ class LogprobPasses:
                     self.policy_logprobs(data, batch.temperature)
         with self._timer.phase("reference"), self._reference_policy() as reference:
             for data in chain.from_iterable(mini_batches):
-                data.ref_C = _logprobs(reference, data, batch.temperature)
+                data.ref_logps_C = _logprobs(reference, data, batch.temperature)
 
     def policy_logprobs(self, data: MicroBatchData, temperature: float) -> torch.Tensor:
         """[C] log-probabilities of the policy as it is; scores, if it is a reward model."""

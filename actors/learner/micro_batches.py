@@ -75,7 +75,7 @@ class MicroBatchLoader:
         return self._plan_of(members, batch, num_mini_batches=1)
 
     def _is_idle(self, sample: TrainSample) -> bool:
-        return self._spec.learner.skip_no_signal and not any(map(self._objective.moves, sample.advantages))
+        return self._spec.learner.skip_no_signal and not any(map(self._objective.has_gradient, sample.advantages))
 
     def _plan_of(
         self, members: list[int], batch: TrainBatch, num_mini_batches: int, idle: Set[int] = frozenset()

@@ -12,7 +12,7 @@ from actors.learner.state import BUCKET_BYTES
 from actors.zero import gathered
 from grpo_ray.errors import CheckpointError
 from grpo_ray.models.named_weights import buckets, named_weights
-from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.checkpoint_store import CheckpointLocation
 from grpo_ray.run.fragments import Fragment, FragmentReader, even_part
 from grpo_ray.run.learner_files import HeldModel, SavedLearner
 
@@ -52,7 +52,7 @@ def hold(reference: Any) -> HeldModel:
     return HeldModel(out)
 
 
-def load_saved(reference: Any, saved: SavedLearner, place: Place) -> None:
+def load_saved(reference: Any, saved: SavedLearner, place: CheckpointLocation) -> None:
     """Load the reference of a checkpoint; all ranks together.
 
     Raises:

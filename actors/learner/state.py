@@ -26,7 +26,7 @@ from actors.zero import gathered
 from grpo_ray.errors import CheckpointError
 from grpo_ray.models.lora import adapter_tensors, write_adapter
 from grpo_ray.models.named_weights import buckets, named_weights
-from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.checkpoint_store import CheckpointLocation
 from grpo_ray.run.learner_files import HeldModel, SavedLearner, write_rank
 from grpo_ray.run.manifest import FileSum
 
@@ -45,7 +45,7 @@ class Export:
 
 
 @dataclass(frozen=True)
-class Held:
+class LearnerSnapshot:
     """A rank's part of a checkpoint, in CPU memory."""
 
     models: dict[str, HeldModel]
@@ -77,7 +77,9 @@ def hold_random_state() -> dict[str, Tensor]:
     return state
 
 
-def write(held: Held, spec: LearnerSpec, place: Place, rank: int, num_ranks: int) -> dict[str, FileSum]:
+def write(
+    held: LearnerSnapshot, spec: LearnerSpec, place: CheckpointLocation, rank: int, num_ranks: int
+) -> dict[str, FileSum]:
     """This rank's part, on the disk to stay when it returns; no other rank is waited for.
 
     Raises:
@@ -106,7 +108,7 @@ def _write_export(export: Export, spec: LearnerSpec, folder: Path) -> None:
         write_adapter(export.adapter, spec.model.lora, spec.model_path, folder / "lora")
 
 
-def check_saved(saved: SavedLearner, spec: LearnerSpec, place: Place) -> None:
+def check_saved(saved: SavedLearner, spec: LearnerSpec, place: CheckpointLocation) -> None:
     """Raises CheckpointError when another kind of learner has saved it. Ranks, ZeRO stage and dtype may differ."""
     here = _facts(spec)
     if saved.facts != here:
@@ -177,7 +179,7 @@ def _facts(spec: LearnerSpec) -> dict[str, Any]:
     return {"model.lora": spec.model.lora.model_dump(mode="json", exclude={"transfer"}) if spec.model.lora else None}
 
 
-def check_room(engine: Any, spec: LearnerSpec, place: Place) -> None:
+def check_room(engine: Any, spec: LearnerSpec, place: CheckpointLocation) -> None:
     """All ranks agree before anything is copied or written.
 
     Raises:
@@ -202,7 +204,7 @@ def check_room(engine: Any, spec: LearnerSpec, place: Place) -> None:
 
 
 @contextmanager
-def _writing(place: Place) -> Iterator[None]:
+def _writing(place: CheckpointLocation) -> Iterator[None]:
     try:
         yield
     except Exception as e:

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from actors.reward.processes import ScoringProcesses
-from actors.runtime import give_way, own_process
+from actors.runtime import own_process, use_batch_scheduling
 from grpo_ray.config.reward import RewardConfig
 from grpo_ray.data.thinking import opens_thinking
 from grpo_ray.errors import RewardError
@@ -33,7 +33,7 @@ class RewardActor:
         self._config = config
         self._weights = [f.weight for f in config.functions]
         self._log = own_process(run_dir, name)
-        give_way()
+        use_batch_scheduling()
         self._process = ScoringProcesses(config, start_timeout_s)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring")
         self._turn = asyncio.Lock()

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
-from grpo_ray.loop.answers import Answer
+from grpo_ray.loop.immediate_future import ImmediateFuture
 from grpo_ray.telemetry.activity import IDLE, Activity
 from grpo_ray.types import Score, ScoreRequest
 
@@ -25,7 +25,7 @@ MAX_BATCH = 64
 """Samples in one call: enough to make Ray's share of the cost small, few enough to spread over the workers."""
 
 
-class PendingScores(Answer[list[Score]]):
+class PendingScores(ImmediateFuture[list[Score]]):
     """The future of one call of `RewardPool.score`."""
 
     __slots__ = ("deaths", "requests")

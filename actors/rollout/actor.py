@@ -24,7 +24,7 @@ from actors.rollout.adapters import Adapter, AdapterOptions, EngineAdapters
 from actors.rollout.forked_core import forked_core
 from actors.rollout.sample import info_of, sample_of
 from actors.rollout.vllm_options import can_fork, engine_args, sampling_params
-from actors.runtime import end_of_imports, give_way, own_process, own_scratch, use_nodes_interface
+from actors.runtime import end_of_imports, own_process, own_scratch, use_batch_scheduling, use_nodes_interface
 from grpo_ray.config.rollout import RolloutConfig
 from grpo_ray.errors import WorkerError
 from grpo_ray.loop.stops import Stops, find_stops, template_end
@@ -110,7 +110,7 @@ class RolloutActor:
             self.engine: Any = AsyncLLM.from_engine_args(args)
         end_of_imports()
         # The engine's process is there by now, and computes.
-        give_way()
+        use_batch_scheduling()
         self._adapters = EngineAdapters(self.engine, adapters, model, self.name)
         self.tokenizer: Any = self.engine.get_tokenizer()
         self._eos_ids = eos_ids(model, self.tokenizer, trust_remote_code=trust_remote_code)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from actors.rollout.balance import BalancedEngine, EngineBalance
 from actors.rollout.poison import is_suspect
 from grpo_ray.errors import DataError, DeadlineError, PoisonedError, WorkerError
-from grpo_ray.loop.answers import Answer
+from grpo_ray.loop.immediate_future import ImmediateFuture
 from grpo_ray.types import SampleInfo, SampleRequest
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ QUEUE_FACTOR = 1.25
 MAX_ABORTS = 3
 
 
-class PendingSample(Answer[SampleInfo]):
+class PendingSample(ImmediateFuture[SampleInfo]):
     """One sample that was asked for. Cancelling it frees its place in the engine."""
 
     __slots__ = ("_queue", "aborts", "deaths", "engine", "lone_deaths", "number", "request", "since")

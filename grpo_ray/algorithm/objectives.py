@@ -30,13 +30,13 @@ class MicroBatchData:
     """One micro-batch on its device; what may be None is filled in on the way."""
 
     packed: PackedBatch
-    rollout_C: Tensor
+    rollout_logps_C: Tensor
     advantages_C: Tensor
     weights_C: Tensor
     segments: Segments
-    old_C: Tensor | None = None
+    old_logps_C: Tensor | None = None
     """Log-probabilities of the learner for the version that sampled. None: the pass under way is that version."""
-    ref_C: Tensor | None = None
+    ref_logps_C: Tensor | None = None
     """Log-probabilities of the reference model."""
     kl_C: Tensor | None = None
     """KL to the reference, of a policy that is not being trained right now; None: it is not taken off the reward."""
@@ -82,15 +82,15 @@ class Objective(Protocol):
         """Are samples 2k and 2k + 1 of a batch a pair that one micro-batch has to hold?"""
         ...
 
-    def value(self, theta_C: Tensor, segments: Segments) -> Tensor:
+    def value(self, logps_C: Tensor, segments: Segments) -> Tensor:
         """[S] what the model says of each sequence: its log-probability, or a score."""
         ...
 
-    def moves(self, advantage: float) -> bool:
+    def has_gradient(self, advantage: float) -> bool:
         """Can a sample with this advantage add anything to the gradient?"""
         ...
 
-    def loss(self, data: MicroBatchData, theta_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(self, data: MicroBatchData, logps_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The micro-batch's part of the loss (0-dim), its sums [len(sum_names)], and its largest mismatch (0-dim)."""
         ...
 
@@ -152,21 +152,23 @@ class GrpoObjective:
             off_policy_mask_threshold=a.off_policy_mask_threshold,
         )
 
-    def value(self, theta_C: Tensor, segments: Segments) -> Tensor:
-        return segments.sum(theta_C)
+    def value(self, logps_C: Tensor, segments: Segments) -> Tensor:
+        return segments.sum(logps_C)
 
-    def moves(self, advantage: float) -> bool:
+    def has_gradient(self, advantage: float) -> bool:
         a = self.algorithm
         return advantage != 0 or a.beta > 0 or a.entropy_coef > 0 or a.advantages_on_learner
 
-    def loss(self, data: MicroBatchData, theta_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(self, data: MicroBatchData, logps_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a, weights_C = self.algorithm, data.weights_C
-        if data.old_C is None:
-            data.old_C = data.rollout_C if a.old_logprobs == "rollout" else theta_C.detach()
-        policy = self.token_loss(PolicyInputs(theta_C, data.old_C, data.advantages_C, data.segments), self.options)
+        if data.old_logps_C is None:
+            data.old_logps_C = data.rollout_logps_C if a.old_logprobs == "rollout" else logps_C.detach()
+        policy = self.token_loss(
+            PolicyInputs(logps_C, data.old_logps_C, data.advantages_C, data.segments), self.options
+        )
         # With the sampler's report as `old`, the learner's own value is that of the pass under way.
-        log_w_C = (theta_C.detach() if a.old_logprobs == "rollout" else data.old_C) - data.rollout_C
-        sums = _token_sums(theta_C.detach() - data.old_C, policy, data.segments)
+        log_w_C = (logps_C.detach() if a.old_logprobs == "rollout" else data.old_logps_C) - data.rollout_logps_C
+        sums = _token_sums(logps_C.detach() - data.old_logps_C, policy, data.segments)
         largest = log_w_C.new_zeros(())
         if not (data.moved and a.old_logprobs == "rollout"):
             gaps, largest = _mismatch_sums(log_w_C, data.current_C)
@@ -175,14 +177,21 @@ class GrpoObjective:
         per_token_C = policy.loss_N
         if self.correction.any:
             correction_C = correction_weights(
-                theta_C.detach(), data.old_C, data.rollout_C, data.advantages_C, data.segments, self.correction
+                logps_C.detach(),
+                data.old_logps_C,
+                data.rollout_logps_C,
+                data.advantages_C,
+                data.segments,
+                self.correction,
             )
             per_token_C = correction_C * per_token_C
             sums |= correction_sums(correction_C, data.segments)
         loss = (weights_C * per_token_C).sum()
         sums["loss"] = loss.detach()
-        if data.ref_C is not None and a.kl_in == "loss":
-            kl, sums["kl_ref"] = kl_loss(theta_C, data.ref_C, data.old_C, weights_C, estimator=a.kl_estimator)
+        if data.ref_logps_C is not None and a.kl_in == "loss":
+            kl, sums["kl_ref"] = kl_loss(
+                logps_C, data.ref_logps_C, data.old_logps_C, weights_C, estimator=a.kl_estimator
+            )
             loss = loss + a.beta * kl
             sums["kl_loss"] = kl.detach()
         if a.entropy_coef > 0:
@@ -268,15 +277,15 @@ class SftObjective:
     def __init__(self) -> None:
         self.weight = token_mean
 
-    def value(self, theta_C: Tensor, segments: Segments) -> Tensor:
-        return segments.sum(theta_C)
+    def value(self, logps_C: Tensor, segments: Segments) -> Tensor:
+        return segments.sum(logps_C)
 
-    def moves(self, advantage: float) -> bool:
+    def has_gradient(self, advantage: float) -> bool:
         return True
 
-    def loss(self, data: MicroBatchData, theta_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        loss = sft_loss(theta_C, data.weights_C)
-        sums = torch.stack([loss.new_tensor(len(theta_C)), entropy_C.detach().sum(), loss.detach()])
+    def loss(self, data: MicroBatchData, logps_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        loss = sft_loss(logps_C, data.weights_C)
+        sums = torch.stack([loss.new_tensor(len(logps_C)), entropy_C.detach().sum(), loss.detach()])
         return loss, sums, loss.new_zeros(())
 
     def metrics(self, sums: dict[str, float], largest_mismatch: float, num_steps: int) -> dict[str, float]:

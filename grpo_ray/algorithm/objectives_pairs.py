@@ -37,18 +37,18 @@ class DpoObjective:
         self.options = options
         self.weight = pair_mean
 
-    def moves(self, advantage: float) -> bool:
+    def has_gradient(self, advantage: float) -> bool:
         return True
 
-    def value(self, theta_C: Tensor, segments: Segments) -> Tensor:
+    def value(self, logps_C: Tensor, segments: Segments) -> Tensor:
         """[S] log-probability of each completion."""
-        return segments.sum(theta_C)
+        return segments.sum(logps_C)
 
-    def loss(self, data: MicroBatchData, theta_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(self, data: MicroBatchData, logps_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if data.packed.is_dummy:
-            return _nothing(theta_C, len(self.sum_names))
+            return _nothing(logps_C, len(self.sum_names))
         beta, segments = self.options.beta, data.segments
-        ratio_S = segments.sum(theta_C - data.rollout_C)
+        ratio_S = segments.sum(logps_C - data.rollout_logps_C)
         weights_P = segments.mean(data.weights_C)[::2]
         if self.options.loss == "ipo":
             mean_S = ratio_S / segments.lengths_S
@@ -56,7 +56,7 @@ class DpoObjective:
         else:
             loss = dpo_loss(ratio_S[::2], ratio_S[1::2], weights_P, beta=beta)
         chosen_P, rejected_P = (beta * ratio_S.detach()).view(-1, 2).unbind(1)
-        logps_S = segments.sum(theta_C.detach())
+        logps_S = segments.sum(logps_C.detach())
         sums = [
             loss.new_tensor(len(chosen_P)),
             loss.detach(),
@@ -65,7 +65,7 @@ class DpoObjective:
             rejected_P.sum(),
             logps_S[::2].sum(),
             logps_S[1::2].sum(),
-            loss.new_tensor(len(theta_C)),
+            loss.new_tensor(len(logps_C)),
             entropy_C.detach().sum(),
         ]
         return loss, torch.stack(sums), loss.new_zeros(())
@@ -93,20 +93,20 @@ class RewardModelObjective:
         self.pairs = options.pairwise
         self.weight = pair_mean if options.pairwise else sequence_weight
 
-    def moves(self, advantage: float) -> bool:
+    def has_gradient(self, advantage: float) -> bool:
         return True
 
-    def value(self, theta_C: Tensor, segments: Segments) -> Tensor:
+    def value(self, logps_C: Tensor, segments: Segments) -> Tensor:
         """[S] scores."""
-        return theta_C[segments.lengths_S.cumsum(0) - 1]
+        return logps_C[segments.lengths_S.cumsum(0) - 1]
 
-    def loss(self, data: MicroBatchData, theta_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(self, data: MicroBatchData, logps_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if data.packed.is_dummy:
-            return _nothing(theta_C, len(self.sum_names))
-        scores_S = self.value(theta_C, data.segments)
+            return _nothing(logps_C, len(self.sum_names))
+        scores_S = self.value(logps_C, data.segments)
         targets_S = data.segments.mean(data.advantages_C)
         weights_S = data.segments.mean(data.weights_C)
-        zero = theta_C.new_zeros(())
+        zero = logps_C.new_zeros(())
         told = scores_S.detach()
         if self.pairs:
             loss = bradley_terry_loss(scores_S[::2], scores_S[1::2], targets_S[::2], weights_S[::2])
@@ -134,10 +134,10 @@ class RewardModelObjective:
         return out | {"score/error": sums["error"] / sequences}
 
 
-def _nothing(theta_C: Tensor, num_sums: int) -> tuple[Tensor, Tensor, Tensor]:
+def _nothing(logps_C: Tensor, num_sums: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of a dummy, which takes its part in the passes of all ranks and adds nothing."""
-    zero = theta_C.new_zeros(())
-    return (theta_C * 0).sum(), theta_C.new_zeros(num_sums), zero
+    zero = logps_C.new_zeros(())
+    return (logps_C * 0).sum(), logps_C.new_zeros(num_sums), zero
 
 
 def _pair_metrics(sums: dict[str, float]) -> dict[str, float]:

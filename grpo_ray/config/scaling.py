@@ -99,7 +99,7 @@ class Load:
 
     busy: float
     """Part of the step that they were at work, mean over them."""
-    held_up: float
+    wait_fraction: float
     """Part of the step that the run had nothing to do but wait for them."""
     waiting: int
     """Samples that waited for a place at one of them, at most."""
@@ -127,7 +127,7 @@ def decide(now: int, low: int, high: int, loads: Sequence[Load]) -> int:
     if len(last) < PATIENCE:
         return now
     by = max(1, now // 4)
-    if all(x.waiting > 0 and x.held_up >= WORTH_GROWING and x.busy >= AT_WORK * x.held_up for x in last):
+    if all(x.waiting > 0 and x.wait_fraction >= WORTH_GROWING and x.busy >= AT_WORK * x.wait_fraction for x in last):
         return min(high, now + by)
     if all(x.waiting == 0 and x.busy <= IDLE for x in last):
         return max(low, now - by)

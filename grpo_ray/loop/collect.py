@@ -23,13 +23,13 @@ from grpo_ray.data.epochs import RunLength, used_up
 from grpo_ray.errors import PoisonedError, RewardError
 from grpo_ray.health.watch import Health
 from grpo_ray.loop.failure_policy import StepCounts, apply_failure_policy, refuse_rewards_of_steps
-from grpo_ray.loop.group_rollout import Filling
-from grpo_ray.loop.overlap import EarlyParts
+from grpo_ray.loop.group_rollout import GroupRollout
+from grpo_ray.loop.overlap import PartialBatches
 from grpo_ray.loop.roles import Learner, Roles
-from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.checkpoint_store import CheckpointLocation
 from grpo_ray.run.kept_groups import KEPT_GROUPS, KeptGroup, read_groups, write_groups
 from grpo_ray.run.ledger import Ledger, LedgerRow
-from grpo_ray.run.restored_groups import Carried, how_sampled
+from grpo_ray.run.restored_groups import RestoredGroups, how_sampled
 from grpo_ray.run.rollout_log import distinct_refs
 from grpo_ray.run.saver import More
 from grpo_ray.seeds import sample_seed
@@ -74,12 +74,12 @@ class Collector:
         """In dispatch order."""
         self._finished: asyncio.Queue[asyncio.Future[None]] = asyncio.Queue()
         """Those that ended and are not settled, and parts that the learner is through with."""
-        self.early = EarlyParts(config, roles.learner, self._finished.put_nowait)
+        self.early = PartialBatches(config, roles.learner, self._finished.put_nowait)
         self._ready: list[Group] = []
         """Complete, and not yet in a batch; in dispatch order."""
         self._cursor_at: dict[int, dict[str, Any]] = {}
         """Order of each group under way or ready, ascending -> the cursor just before it: where a resumed run begins again."""
-        self._carried = Carried()
+        self._carried = RestoredGroups()
         self.counts = StepCounts()
         self.tally = health.tally()
         """Of the step under way; meanwhile, of the groups that dynamic sampling leaves out."""
@@ -211,7 +211,7 @@ class Collector:
             SampleRequest(prompt.id, i, prompt.token_ids, sample_seed(seed, prompt.id, i), self._params)
             for i in range(self.config.rollout.num_generations)
         ]
-        return Filling(
+        return GroupRollout(
             group,
             requests,
             self._roles.sampler,
@@ -291,7 +291,7 @@ class Collector:
 
     def follow(self, learner: Learner) -> None:
         """Finished groups go to this learner from now on."""
-        self.early = EarlyParts(self.config, learner, self._finished.put_nowait)
+        self.early = PartialBatches(self.config, learner, self._finished.put_nowait)
 
     def state_dict(self) -> dict[str, Any]:
         """Where a resumed run begins again: what is under way is sampled anew."""
@@ -313,7 +313,7 @@ class Collector:
 
         return fetch
 
-    async def load_state_dict(self, state: dict[str, Any], step: int, place: Place) -> None:
+    async def load_state_dict(self, state: dict[str, Any], step: int, place: CheckpointLocation) -> None:
         """
         Args:
             state: of `state_dict`.
@@ -327,7 +327,7 @@ class Collector:
         dropped = [LedgerRow(**row) for row in state["dropped"]]
         self._ledger.put_back(dropped)
         kept = await asyncio.to_thread(_read_kept, place) if state["sampling"] == self._sampling else []
-        self._carried, too_old = Carried.of(kept, dropped, self._order, step, self.config)
+        self._carried, too_old = RestoredGroups.of(kept, dropped, self._order, step, self.config)
         num_kept = len(self._carried.groups)
         again = forgotten - len(dropped) - num_kept
         if num_kept or again > 0:
@@ -341,7 +341,7 @@ class Collector:
             )
 
 
-def _read_kept(place: Place) -> Sequence[KeptGroup]:
+def _read_kept(place: CheckpointLocation) -> Sequence[KeptGroup]:
     with place.reading() as files:
         return read_groups(files.local(KEPT_GROUPS))
 

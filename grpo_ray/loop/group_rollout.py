@@ -12,14 +12,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from grpo_ray.loop.answers import Answer
+from grpo_ray.loop.immediate_future import ImmediateFuture
 from grpo_ray.loop.roles import Sampler, Scorer
 from grpo_ray.types import Group, SampleInfo, SampleRequest, Score, ScoreRequest, TrainerState
 
 T = TypeVar("T")
 
 
-class Filling(asyncio.Future[None]):
+class GroupRollout(asyncio.Future[None]):
     """Done when the group is full. The first failure is its failure, and ends the rest; cancelling it ends all."""
 
     __slots__ = ("_drawn", "_per_call", "_scored", "_scorer", "_size", "_trainer", "_under_way", "group")
@@ -59,7 +59,7 @@ class Filling(asyncio.Future[None]):
     def _begin(self, work: Awaitable[T], then: Callable[[T], None]) -> None:
         future = asyncio.ensure_future(work)
         self._under_way[future] = then
-        if isinstance(future, Answer):
+        if isinstance(future, ImmediateFuture):
             future.when_done(self._go_on)
         else:
             future.add_done_callback(self._go_on)

@@ -31,7 +31,7 @@ def can_overlap(config: RunConfig) -> bool:
     return config.learner.overlap and not config.colocated and one_step and settled and known
 
 
-class EarlyParts:
+class PartialBatches:
     """What the learner gets of a step before its batch is whole. One part is under way at a time."""
 
     def __init__(self, config: RunConfig, learner: Learner, when_done: Callable[[asyncio.Task[None]], None]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.checkpoint_store import CheckpointLocation
 from grpo_ray.run.manifest import FileSum
 from grpo_ray.types import (
     Group,
@@ -72,16 +72,16 @@ class Learner(Protocol):
         `accumulate` has had of it is not computed again."""
         ...
 
-    async def hold(self, place: Place, *, export: bool) -> None:
+    async def hold(self, place: CheckpointLocation, *, export: bool) -> None:
         """Copy into memory what `write` will write: weights, optimizer, schedule, random state; with `export` also the policy as a
         Hugging Face model."""
         ...
 
-    async def write(self, place: Place) -> Mapping[str, FileSum]:
+    async def write(self, place: CheckpointLocation) -> Mapping[str, FileSum]:
         """Write what is held into a new place, while training goes on; returns what was written. Called once after `hold`."""
         ...
 
-    async def load(self, place: Place) -> None:
+    async def load(self, place: CheckpointLocation) -> None:
         """Back to what was held."""
         ...
 
@@ -107,7 +107,7 @@ class Scaler(Protocol):
         """The number of learners is to change."""
         ...
 
-    async def change_learners(self, place: Place | None) -> tuple[Learner, WeightSync]:
+    async def change_learners(self, place: CheckpointLocation | None) -> tuple[Learner, WeightSync]:
         """End the learners and start others, with what is saved at `place`; None: with the starting model. Samplers, which have
         the same weights, go on meanwhile."""
         ...

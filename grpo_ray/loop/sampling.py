@@ -1,6 +1,6 @@
 """Offline generation: every prompt of a data set, several samples each, scored, to files that a killed run goes on with.
 
-    prompts in order -> Filling (sample, score) -> shard complete -> SampleFolder.write
+    prompts in order -> GroupRollout (sample, score) -> shard complete -> SampleFolder.write
 
 A sample's seed depends on its prompt alone, so prompts that are drawn again after a kill get the same samples.
 """
@@ -18,10 +18,10 @@ from grpo_ray.data.prompts import PromptDataset
 from grpo_ray.errors import LostSamplesError, PoisonedError, RewardError
 from grpo_ray.health.applicable import why_not_applicable
 from grpo_ray.loop.evaluate import eval_sampling
-from grpo_ray.loop.group_rollout import Filling
+from grpo_ray.loop.group_rollout import GroupRollout
 from grpo_ray.loop.roles import Sampler, SampleStore, Scorer
 from grpo_ray.run.rollout_log import distinct_refs
-from grpo_ray.run.sample_files import About, Drawn, LeftOut, SampleFolder
+from grpo_ray.run.sample_files import About, LeftOut, SampledPrompt, SampleFolder
 from grpo_ray.seeds import sample_seed
 from grpo_ray.telemetry.measures import EvalResult
 from grpo_ray.telemetry.sample_figures import Figures, figures_in
@@ -115,7 +115,7 @@ async def write_answers(
     refs = list({id(info.ref): info.ref for info in result.infos}.values())
     lists = {id(ref): rows for ref, rows in zip(refs, await samples.fetch(refs), strict=True)}
     drawn = [
-        Drawn(
+        SampledPrompt(
             prompt,
             prompts.conversation(n),
             [lists[id(info.ref)][info.row] for info in result.infos[n * k : (n + 1) * k]],
@@ -168,7 +168,7 @@ async def sample_all(
                 SampleRequest(prompt.id, i, prompt.token_ids, sample_seed(config.seed, prompt.id, i), params)
                 for i in range(k)
             ]
-            await Filling(group, requests, sampler, scorer, at_once=config.reward.whole_groups)
+            await GroupRollout(group, requests, sampler, scorer, at_once=config.reward.whole_groups)
         except PoisonedError as e:
             out = LeftOut(prompt.id, str(e))
         finally:
@@ -194,7 +194,9 @@ async def sample_all(
         refs = distinct_refs(drawn)
         lists = {id(ref): rows for ref, rows in zip(refs, await samples.fetch(refs), strict=True)}
         parts = [
-            Drawn(g.prompt, prompts.conversation(g.order), [lists[id(i.ref)][i.row] for i in g.samples], g.scores)
+            SampledPrompt(
+                g.prompt, prompts.conversation(g.order), [lists[id(i.ref)][i.row] for i in g.samples], g.scores
+            )
             for g in drawn
         ]
         await asyncio.to_thread(folder.write, number, parts, without)

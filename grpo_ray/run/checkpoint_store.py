@@ -25,7 +25,7 @@ from grpo_ray.object_store import PATIENCE_S, ask, is_url, make_folder, reason
 from grpo_ray.run import manifest
 from grpo_ray.run.manifest import FileSum, Sums
 
-__all__ = ["Place", "Reading", "Store", "is_url"]
+__all__ = ["CheckpointLocation", "Reading", "Store", "is_url"]
 
 T = TypeVar("T")
 _STEP = re.compile("step-([0-9]{6,15})")
@@ -34,7 +34,7 @@ SET_ASIDE = "manifest.broken.json"
 
 
 @dataclass(frozen=True)
-class Place:
+class CheckpointLocation:
     """The folder of one checkpoint, being written or read; the same for every worker, wherever it runs."""
 
     url: str
@@ -102,7 +102,7 @@ class Place:
 class Reading:
     """Files of a checkpoint as local ones; of an object store those that are asked for, until the reading ends."""
 
-    place: Place
+    place: CheckpointLocation
     folder: Path
 
     def local(self, name: str) -> Path:
@@ -132,8 +132,8 @@ class Store:
     def is_remote(self) -> bool:
         return is_url(self.url)
 
-    def place(self, step: int) -> Place:
-        return Place(f"{self.url}/{_name(step)}", self.patience_s)
+    def place(self, step: int) -> CheckpointLocation:
+        return CheckpointLocation(f"{self.url}/{_name(step)}", self.patience_s)
 
     def has(self, step: int) -> bool:
         """In a folder."""
@@ -165,7 +165,7 @@ class Store:
 
     # Writing, into a folder.
 
-    def begin(self, step: int) -> Place:
+    def begin(self, step: int) -> CheckpointLocation:
         """An empty place for this step. What saves that were cut off have left is removed."""
         assert not self.is_remote, "made in a folder, then sent"
         root = Path(self.url)
@@ -174,9 +174,9 @@ class Store:
             shutil.rmtree(left, ignore_errors=True)
         aside = root / f".{_name(step)}.tmp"
         aside.mkdir()
-        return Place(str(aside))
+        return CheckpointLocation(str(aside))
 
-    def commit(self, place: Place, step: int, sums: Sums, *, keep: int | None) -> Place:
+    def commit(self, place: CheckpointLocation, step: int, sums: Sums, *, keep: int | None) -> CheckpointLocation:
         """Make it whole; then remove older ones than the newest `keep`, None: keep all. From the manifest on it is there, before
         it is not."""
         final = self._rename(place, step, manifest.to_json(step, sums))
@@ -184,7 +184,7 @@ class Store:
             self.remove(self.steps()[:-keep])
         return final
 
-    def _rename(self, place: Place, step: int, data: bytes) -> Place:
+    def _rename(self, place: CheckpointLocation, step: int, data: bytes) -> CheckpointLocation:
         aside, root = Path(place.url), Path(self.url)
         with (aside / manifest.NAME).open("wb") as file:
             file.write(data)
@@ -197,9 +197,9 @@ class Store:
         os.replace(aside, final)
         sync_folder(root)
         shutil.rmtree(root / f".{_name(step)}.old.tmp", ignore_errors=True)
-        return Place(str(final))
+        return CheckpointLocation(str(final))
 
-    def discard(self, place: Place) -> None:
+    def discard(self, place: CheckpointLocation) -> None:
         """Nothing is left of a save that failed."""
         shutil.rmtree(place.url, ignore_errors=True)
 
@@ -212,7 +212,7 @@ class Store:
 
     # Writing, into an object store, which has no rename.
 
-    def send(self, source: Place, step: int, sent: set[str], *, beat: Callable[[], None]) -> None:
+    def send(self, source: CheckpointLocation, step: int, sent: set[str], *, beat: Callable[[], None]) -> None:
         """A whole checkpoint from a folder. Called again after a failure it goes on where it was.
 
         Args:

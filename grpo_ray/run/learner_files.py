@@ -20,7 +20,7 @@ from torch import Tensor
 
 from grpo_ray.errors import CheckpointError
 from grpo_ray.files import read_json
-from grpo_ray.run.checkpoint_store import Place, Reading
+from grpo_ray.run.checkpoint_store import CheckpointLocation, Reading
 from grpo_ray.run.fragments import Fragment, FragmentReader, write_fragments
 from grpo_ray.run.manifest import FileSum
 
@@ -41,7 +41,7 @@ class HeldModel:
 
 
 def write_rank(
-    place: Place,
+    place: CheckpointLocation,
     rank: int,
     num_ranks: int,
     models: Mapping[str, HeldModel],

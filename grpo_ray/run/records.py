@@ -31,12 +31,12 @@ from grpo_ray.telemetry.tracking import lines_after, read_metrics
 
 
 def step_to_resume(run: RunDir, tell: Callable[[str], None]) -> int | None:
-    """As `RunDir.newest_whole`, of a run that goes on. None: nothing has been recorded yet, so it may begin.
+    """As `RunDir.latest_valid_step`, of a run that goes on. None: nothing has been recorded yet, so it may begin.
 
     Raises:
         CheckpointError: steps are recorded and there is no checkpoint, or none that is whole.
     """
-    step = run.newest_whole(tell)
+    step = run.latest_valid_step(tell)
     if step is None and (recorded := last_step(run)) > 0:
         raise CheckpointError(
             f"{run.path} can't go on: it has recorded {recorded} step{'s' * (recorded > 1)}, and there is no checkpoint in "

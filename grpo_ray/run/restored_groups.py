@@ -19,7 +19,7 @@ from grpo_ray.types import Group, SamplingParams
 
 
 @dataclass
-class Carried:
+class RestoredGroups:
     """By dispatch order; a fresh run has none."""
 
     groups: dict[int, KeptGroup] = field(default_factory=dict)
@@ -28,7 +28,7 @@ class Carried:
     @classmethod
     def of(
         cls, kept: Sequence[KeptGroup], dropped: Sequence[LedgerRow], first: int, step: int, config: RunConfig
-    ) -> tuple[Carried, int]:
+    ) -> tuple[RestoredGroups, int]:
         """Those that still fit, and how many do not.
 
         A group keeps its place, and so is trained at the step at which it would have been; which is too late for it only if

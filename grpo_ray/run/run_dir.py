@@ -19,7 +19,7 @@ from grpo_ray.errors import CheckpointError, ConfigError, StoreAwayError
 from grpo_ray.files import link_whole, parse_json
 from grpo_ray.object_store import PATIENCE_S
 from grpo_ray.run import ownership
-from grpo_ray.run.checkpoint_store import Place, Store, is_url
+from grpo_ray.run.checkpoint_store import CheckpointLocation, Store, is_url
 
 LOOP = "loop"
 LOOP_STATE = f"{LOOP}/loop.json"
@@ -130,7 +130,7 @@ class RunDir:
         """The nearest first."""
         return [self.outbox, self.store] if self.store.is_remote else [self.store]
 
-    def place(self, step: int) -> Place:
+    def place(self, step: int) -> CheckpointLocation:
         """Where to read that checkpoint."""
         return (self.outbox if self.outbox.has(step) else self.store).place(step)
 
@@ -147,7 +147,7 @@ class RunDir:
         except CheckpointError:
             return True
 
-    def newest_whole(self, tell: Callable[[str], None]) -> int | None:
+    def latest_valid_step(self, tell: Callable[[str], None]) -> int | None:
         """The step to go on from: of the newest checkpoint whose every byte is what it was. None: the run has none.
 
         What is broken above it is told, and no checkpoint any more. While the store does not answer, one that was not sent there
@@ -206,7 +206,7 @@ class RunDir:
             raise CheckpointError(f"{place.path(LOOP_STATE)}: expected a mapping, got {type(state).__name__}")
         return state
 
-    def link_export(self, place: Place) -> None:
+    def link_export(self, place: CheckpointLocation) -> None:
         """Let `hf` lead to the model of this checkpoint, where it has one and stays here."""
         target = Path(place.url) / "hf"
         if self.store.is_remote or not target.is_dir():

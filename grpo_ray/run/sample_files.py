@@ -92,7 +92,7 @@ class About:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledPrompt:
     """One prompt with all its samples."""
 
     prompt: Prompt
@@ -156,7 +156,7 @@ class SampleFolder:
         numbers = set(range(self.about.num_shards)).difference(self.missing())
         return sum(int(pq.read_metadata(self._file(n)).num_rows) for n in numbers)
 
-    def write(self, number: int, drawn: Sequence[Drawn], left_out: Sequence[LeftOut] = ()) -> Path:
+    def write(self, number: int, drawn: Sequence[SampledPrompt], left_out: Sequence[LeftOut] = ()) -> Path:
         """The file is there whole or not at all."""
         rows = [self._row(one, i) for one in drawn for i in range(len(one.samples))]
         notes = {"left_out": _json([asdict(one) for one in left_out])} if left_out else None
@@ -169,7 +169,7 @@ class SampleFolder:
     def _file(self, number: int) -> Path:
         return self.path / f"samples-{number:06d}.parquet"
 
-    def _row(self, drawn: Drawn, i: int) -> dict[str, Any]:
+    def _row(self, drawn: SampledPrompt, i: int) -> dict[str, Any]:
         prompt, sample, score = drawn.prompt, drawn.samples[i], drawn.scores[i]
         return {
             "prompt_id": prompt.id,

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from grpo_ray.config.runtime import DeadlineConfig
 from grpo_ray.errors import CheckpointError, GrpoRayError, StoreError
-from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.checkpoint_store import CheckpointLocation
 from grpo_ray.run.delivery import Delivery
 from grpo_ray.run.manifest import FileSum
 from grpo_ray.run.run_dir import LOOP, LOOP_STATE, RunDir
@@ -32,11 +32,11 @@ More = Callable[[], Awaitable[Callable[[Path], None]]]
 class Holder(Protocol):
     """What is saved: its state is copied into memory, and written from there."""
 
-    async def hold(self, place: Place, *, export: bool) -> None:
+    async def hold(self, place: CheckpointLocation, *, export: bool) -> None:
         """Copy into memory what `write` will write."""
         ...
 
-    async def write(self, place: Place) -> Mapping[str, FileSum]:
+    async def write(self, place: CheckpointLocation) -> Mapping[str, FileSum]:
         """Write what is held into a new place; returns what was written."""
         ...
 
@@ -143,7 +143,9 @@ class Saver:
         seconds, self._seconds = self._seconds, None
         return {} if seconds is None else {BACKGROUND: seconds}
 
-    async def _write(self, place: Place, step: int, state: dict[str, Any], more: More | None, began: float) -> None:
+    async def _write(
+        self, place: CheckpointLocation, step: int, state: dict[str, Any], more: More | None, began: float
+    ) -> None:
         held = time.monotonic()
         try:
             final = await self._write_all(place, step, state, more)
@@ -158,19 +160,21 @@ class Saver:
         else:
             self._emit(CheckpointEvent(step, final.url, time.monotonic() - began))
 
-    async def _write_all(self, place: Place, step: int, state: dict[str, Any], more: More | None) -> Place:
+    async def _write_all(
+        self, place: CheckpointLocation, step: int, state: dict[str, Any], more: More | None
+    ) -> CheckpointLocation:
         sums = dict(await self._learner.write(place))
         write_more = await more() if more is not None else None
         return await asyncio.to_thread(self._commit, place, step, state, write_more, sums)
 
     def _commit(
         self,
-        place: Place,
+        place: CheckpointLocation,
         step: int,
         state: dict[str, Any],
         write_more: Callable[[Path], None] | None,
         sums: dict[str, FileSum],
-    ) -> Place:
+    ) -> CheckpointLocation:
         with place.filling(LOOP) as (folder, of_loop):
             (folder / Path(LOOP_STATE).name).write_text(json.dumps(state))
             if write_more is not None:

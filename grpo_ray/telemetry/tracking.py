@@ -204,7 +204,7 @@ MLFLOW_PARAMS_A_CALL = 100
 MLFLOW_VALUE_LIMIT = 500
 
 
-class Tolerant:
+class BestEffortTracker:
     """A tracker whose failures are told once and otherwise passed over: figures elsewhere are not worth a run."""
 
     def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
@@ -249,11 +249,13 @@ def make_trackers(
     """
     trackers: list[Tracker] = [JsonlTracker(run_dir / "metrics.jsonl", resume_step)]
     if config.tensorboard:
-        trackers.append(Tolerant("TensorBoard", lambda: TensorBoardTracker(run_dir / "tensorboard", resume_step)))
+        trackers.append(
+            BestEffortTracker("TensorBoard", lambda: TensorBoardTracker(run_dir / "tensorboard", resume_step))
+        )
     if config.wandb:
-        trackers.append(Tolerant("W&B", lambda: WandbTracker(config.project, run_dir, config_dict)))
+        trackers.append(BestEffortTracker("W&B", lambda: WandbTracker(config.project, run_dir, config_dict)))
     if config.mlflow:
-        trackers.append(Tolerant("MLflow", lambda: MlflowTracker(config.project, run_dir, config_dict)))
+        trackers.append(BestEffortTracker("MLflow", lambda: MlflowTracker(config.project, run_dir, config_dict)))
     return trackers
 
 

@@ -240,7 +240,7 @@ def test_an_empty_micro_batch_adds_nothing(kind: str) -> None:
     """What keeps a rank in step with the others; its one token is of no sample."""
     objective = GrpoObjective(algorithm(kind, **EVERYTHING))
     data = MicroBatchData.of(pack([]), torch.device("cpu"))
-    data.ref_C = torch.tensor([-9.0])
+    data.ref_logps_C = torch.tensor([-9.0])
     theta, entropy = torch.tensor([-7.0], requires_grad=True), torch.tensor([2.0], requires_grad=True)
     loss, sums, _ = objective.loss(data, theta, entropy)
     assert loss.item() == 0

@@ -57,8 +57,8 @@ def weights_gradient(policy: PolicyModel, config: AlgorithmConfig, split: list[l
         data = MicroBatchData.of(pack([every[i] for i in members]), torch.device("cpu"))
         theta, entropy = policy(data.packed, TEMPERATURE)
         if config.old_logprobs == "recompute":
-            data.old_C = theta.detach() - 0.3 * torch.sin(torch.from_numpy(data.packed.targets).float())
-        data.ref_C = theta.detach() - 0.2 * torch.cos(torch.from_numpy(data.packed.targets).float())
+            data.old_logps_C = theta.detach() - 0.3 * torch.sin(torch.from_numpy(data.packed.targets).float())
+        data.ref_logps_C = theta.detach() - 0.2 * torch.cos(torch.from_numpy(data.packed.targets).float())
         loss, *_ = objective.loss(data, theta, entropy)
         loss.backward()
         total += loss.item()

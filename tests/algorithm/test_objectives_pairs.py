@@ -52,7 +52,7 @@ def micro_batch(rows: Rows, members: range, objective: Any) -> MicroBatchData:
 
     return MicroBatchData(
         packed,
-        rollout_C=torch.cat([rows.ref[i] for i in members]),
+        rollout_logps_C=torch.cat([rows.ref[i] for i in members]),
         advantages_C=spread([rows.targets[i] for i in members]),
         weights_C=spread([objective.weight(LENGTHS[i], n) for i in members]),
         segments=Segments.of(torch.from_numpy(packed.segments)),

@@ -42,7 +42,7 @@ from grpo_ray.data.cursor import Cursor
 from grpo_ray.errors import WorkerError
 from grpo_ray.loop.roles import Roles
 from grpo_ray.loop.train_loop import TrainLoop
-from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.checkpoint_store import CheckpointLocation
 from grpo_ray.run.ledger import Ledger
 from grpo_ray.run.manifest import FileSum
 from grpo_ray.run.run_dir import RunDir
@@ -680,14 +680,14 @@ class Learners:
         self.world.sums.transfer_s += self.world.plan.sync_s
         return {"seconds": self.world.plan.sync_s, "bytes": 0, "checksum": ""}
 
-    async def hold(self, place: Place, *, export: bool) -> None:
+    async def hold(self, place: CheckpointLocation, *, export: bool) -> None:
         await self.world.answer(None, 1.0)
 
-    async def write(self, place: Place) -> dict[str, FileSum]:
+    async def write(self, place: CheckpointLocation) -> dict[str, FileSum]:
         await self.world.answer(None, 1.0)
         return {}
 
-    async def load(self, place: Place) -> None:
+    async def load(self, place: CheckpointLocation) -> None:
         raise NotImplementedError
 
 

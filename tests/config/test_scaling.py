@@ -97,10 +97,10 @@ def test_a_runs_config_keeps_the_numbers_and_all_else(tmp_path: Path) -> None:
     assert after == before
 
 
-SHORT = Load(busy=0.6, held_up=0.6, waiting=9)
+SHORT = Load(busy=0.6, wait_fraction=0.6, waiting=9)
 """On-policy: they work whenever they are waited for, and that is most of the step."""
-SLACK = Load(busy=0.1, held_up=0.0, waiting=0)
-FINE = Load(busy=0.9, held_up=0.1, waiting=4)
+SLACK = Load(busy=0.1, wait_fraction=0.0, waiting=0)
+FINE = Load(busy=0.9, wait_fraction=0.1, waiting=4)
 
 
 def test_workers_that_are_waited_for_become_more_and_idle_ones_fewer() -> None:
@@ -127,9 +127,11 @@ def test_the_bounds_hold() -> None:
 @pytest.mark.parametrize(
     "load",
     [
-        Load(busy=0.3, held_up=0.6, waiting=9),  # All but one wait for the longest sample.
-        Load(busy=0.6, held_up=0.6, waiting=0),  # Nothing waits for a place: each sample would be as slow elsewhere.
-        Load(busy=1.0, held_up=0.1, waiting=9),  # The learners are the bottleneck.
+        Load(busy=0.3, wait_fraction=0.6, waiting=9),  # All but one wait for the longest sample.
+        Load(
+            busy=0.6, wait_fraction=0.6, waiting=0
+        ),  # Nothing waits for a place: each sample would be as slow elsewhere.
+        Load(busy=1.0, wait_fraction=0.1, waiting=9),  # The learners are the bottleneck.
     ],
 )
 def test_more_workers_are_not_asked_for_where_they_would_not_help(load: Load) -> None:
@@ -141,9 +143,9 @@ def test_more_workers_are_not_asked_for_where_they_would_not_help(load: Load) ->
 def test_workers_for_whom_samples_wait_are_not_made_fewer(waiting: int, place: int) -> None:
     """However idle they look: what waits comes at once, or is too large for the others."""
     loads = [SLACK] * PATIENCE
-    loads[place] = Load(busy=0.0, held_up=0.0, waiting=waiting)
+    loads[place] = Load(busy=0.0, wait_fraction=0.0, waiting=waiting)
     assert decide(4, 1, 8, loads) == 4
-    assert decide(4, 1, 8, [Load(busy=0.05, held_up=0.0, waiting=waiting)] * 9) == 4
+    assert decide(4, 1, 8, [Load(busy=0.05, wait_fraction=0.0, waiting=waiting)] * 9) == 4
 
 
 @given(st.integers(1, 200), st.floats(0.001, 0.999), st.integers(0, 9), st.integers(0, 9))

@@ -193,7 +193,7 @@ def _shares(one: list[str], other: list[str], n: int) -> bool:
     return any(tuple(one[i : i + n]) in pieces for i in range(len(one) - n + 1))
 
 
-def test_answers_in_a_conversation_do_not_count() -> None:
+def test_immediate_future_in_a_conversation_do_not_count() -> None:
     rows = [
         {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": TEST}]},
         {"messages": [{"role": "system", "content": "hello"}, {"role": "user", "content": TEST}]},

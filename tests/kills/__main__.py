@@ -24,7 +24,7 @@ import pandas  # noqa: F401
 import pyarrow.dataset  # noqa: F401
 import torch
 
-from grpo_ray.run.checkpoint_store import Place, is_url
+from grpo_ray.run.checkpoint_store import CheckpointLocation, is_url
 from grpo_ray.run.fragments import Fragment, even_part
 from grpo_ray.run.kept_groups import read_groups, write_groups
 from grpo_ray.run.learner_files import HeldModel, SavedLearner, write_rank
@@ -46,13 +46,13 @@ class Learner:
 
     step = 0
 
-    async def hold(self, place: Place, *, export: bool) -> None:
+    async def hold(self, place: CheckpointLocation, *, export: bool) -> None:
         pass
 
-    async def write(self, place: Place) -> dict[str, FileSum]:
+    async def write(self, place: CheckpointLocation) -> dict[str, FileSum]:
         return await asyncio.to_thread(self._write, place)
 
-    def _write(self, place: Place) -> dict[str, FileSum]:
+    def _write(self, place: CheckpointLocation) -> dict[str, FileSum]:
         out: dict[str, FileSum] = {}
         for rank in range(RANKS):
             start, numel = even_part(NUMEL, rank, RANKS)
@@ -84,7 +84,7 @@ def save(run: RunDir, step: int) -> None:
 
 def what_is_left(run: RunDir) -> int:
     """The step that a resumed run would go on from, everything in it read."""
-    step = run.newest_whole(lambda text: None)
+    step = run.latest_valid_step(lambda text: None)
     assert step is not None
     assert run.load_state(step) == {"step": step}
     with run.place(step).reading() as files:

@@ -134,7 +134,7 @@ def test_without_a_voter_there_is_no_consensus() -> None:
     assert {name: e.mean for name, e in run(one, None).measures.items()} == {"pass@1": pytest.approx(2 / 3 + 1 / 3)}
 
 
-def test_answers_are_compared_as_the_accuracy_does() -> None:
+def test_immediate_future_are_compared_as_the_accuracy_does() -> None:
     assert [f.name for f in (vote_config(config()) or RewardConfig()).functions] == [
         "grpo_ray.rewards.votes.math_votes"
     ]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from grpo_ray.loop.group_rollout import Filling
+from grpo_ray.loop.group_rollout import GroupRollout
 from grpo_ray.types import (
     Group,
     Prompt,
@@ -59,7 +59,7 @@ def test_a_function_of_whole_groups_is_given_them_in_the_order_of_their_samples(
 
     async def fill() -> list[list[int]]:
         world = World()
-        await asyncio.wait_for(Filling(group, requests, world, world, at_once=at_once), 10)
+        await asyncio.wait_for(GroupRollout(group, requests, world, world, at_once=at_once), 10)
         return world.calls
 
     calls = asyncio.run(fill())

@@ -15,7 +15,7 @@ from grpo_ray.config.supervised import SftConfig
 from grpo_ray.data.cursor import Cursor
 from grpo_ray.data.prompts import SftExample
 from grpo_ray.loop.sft_loop import SftLoop, sft_batch
-from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.checkpoint_store import CheckpointLocation
 from grpo_ray.run.manifest import FileSum
 from grpo_ray.run.run_dir import RunDir
 from grpo_ray.telemetry.activity import Activity
@@ -43,15 +43,15 @@ class Learner:
         await asyncio.sleep(0.02)
         return UpdateReport(batch.step, {"loss/sft": 1.0}, 0.02, (self.activity.take(),))
 
-    async def hold(self, place: Place, *, export: bool) -> None:
+    async def hold(self, place: CheckpointLocation, *, export: bool) -> None:
         with self.activity.span("hold"):
             time.sleep(0.01)
 
-    async def write(self, place: Place) -> dict[str, FileSum]:
+    async def write(self, place: CheckpointLocation) -> dict[str, FileSum]:
         await asyncio.sleep(0.015)
         return {}
 
-    async def load(self, place: Place) -> None: ...
+    async def load(self, place: CheckpointLocation) -> None: ...
 
 
 def test_an_sft_run_tells_how_busy_its_learner_was_and_leaves_a_trace(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from grpo_ray.rewards.functions.function import ScoreInputs
 from grpo_ray.rewards.functions.scoring import call_reward
 from grpo_ray.rewards.table import resolve
 from launch.check.command import _data_rows
+from launch.check.model import ModelFiles
 from tests.families import FAMILIES, family_tokenizer
 
 PERFECT = "<think>2+2</think><answer>4</answer>"
@@ -159,14 +160,16 @@ def test_check_says_what_ends_a_sample_or_an_answer_and_that_the_template_opens_
         "rollout": {"stop": ["</answer>"], "stop_token_ids": [0]},
         "reward": {"functions": [{"name": "r1_format"}]},
     }
-    rows = dict(_data_rows(build(RunConfig, {**common, **rollout}, "t"), str(folder), imports=True))
+    config = build(RunConfig, {**common, **rollout}, "t")
+    files = ModelFiles(config.model)
+    rows = dict(_data_rows(config, files, imports=True))
     assert rows["ends"] == "a sample ends at <eos> (1), <|system|> (4), <pad> (0), '</answer>'"
     assert rows["thinking"].startswith("the template opens <think>")
-    rows = dict(_data_rows(build(SftConfig, common, "t"), str(folder), imports=True))
+    rows = dict(_data_rows(build(SftConfig, common, "t"), files, imports=True))
     assert rows["ends"] == "an answer ends with <|system|> (4), as the chat template ends a turn"
     rows = dict(
         _data_rows(
-            build(SftConfig, {**common, "data": {**common["data"], "template": "raw"}}, "t"), str(folder), imports=True
+            build(SftConfig, {**common, "data": {**common["data"], "template": "raw"}}, "t"), files, imports=True
         )
     )
     assert rows["ends"] == "an answer ends with <eos> (1), the tokenizer's end-of-sequence token"

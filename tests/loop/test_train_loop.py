@@ -22,7 +22,7 @@ from grpo_ray.data.cursor import Cursor
 from grpo_ray.errors import NonFiniteError, PoisonedError, RewardError, WorkerError
 from grpo_ray.loop.roles import Roles
 from grpo_ray.loop.train_loop import TrainLoop
-from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.checkpoint_store import CheckpointLocation
 from grpo_ray.run.ledger import Ledger
 from grpo_ray.run.manifest import FileSum
 from grpo_ray.run.run_dir import RunDir
@@ -208,10 +208,10 @@ class Keeper:
     async def update(self, batch: TrainBatch) -> UpdateReport:
         return await self.world.update(batch)
 
-    async def hold(self, place: Place, *, export: bool) -> None:
+    async def hold(self, place: CheckpointLocation, *, export: bool) -> None:
         self.world.held = self.world.version
 
-    async def write(self, place: Place) -> dict[str, FileSum]:
+    async def write(self, place: CheckpointLocation) -> dict[str, FileSum]:
         held = self.world.held
         await asyncio.sleep(self.world.write_s)
         if self.world.disk_is_full:
@@ -220,7 +220,7 @@ class Keeper:
             (folder / "state.json").write_text(json.dumps(held))
         return sums
 
-    async def load(self, place: Place) -> None:
+    async def load(self, place: CheckpointLocation) -> None:
         self.world.version = json.loads(place.read("learner/state.json"))
 
 
@@ -844,7 +844,7 @@ class Company:
     def wants_learners(self) -> bool:
         return self.step in self.after
 
-    async def change_learners(self, place: Place | None) -> tuple[Keeper, World]:
+    async def change_learners(self, place: CheckpointLocation | None) -> tuple[Keeper, World]:
         self.after.discard(self.step)
         world = self.session.world
         learner = Keeper(world)

@@ -39,7 +39,7 @@ from grpo_ray.rewards.functions.scoring import score_samples
 from grpo_ray.rewards.table import resolve
 from grpo_ray.types import Score, ScoreStatus
 from launch.pipeline.judge_pairs import make_pairs
-from tests.endpoints import Answer, endpoint, mark_of, rated, rated_pair, shown_of, vllm_server
+from tests.endpoints import ImmediateFuture, endpoint, mark_of, rated, rated_pair, shown_of, vllm_server
 
 ASK = [{"role": "user", "content": "So?"}]
 
@@ -72,7 +72,7 @@ def test_the_key_comes_from_the_environment_and_the_question_arrives(monkeypatch
     ],
     ids=["rate limit", "busy", "hangs up"],
 )
-def test_what_passes_is_tried_again_and_waits_as_long_as_it_is_told(trouble: Answer) -> None:
+def test_what_passes_is_tried_again_and_waits_as_long_as_it_is_told(trouble: ImmediateFuture) -> None:
     with endpoint(lambda request, n: "yes" if n else trouble) as there:
         assert ask(JudgeOptions("judge", there.url)) == ["yes"]
         assert len(there.requests) == 2
@@ -111,7 +111,9 @@ def test_back_off_grows(monkeypatch: pytest.MonkeyPatch) -> None:
         ("", {}, "gave an empty answer"),
     ],
 )
-def test_what_an_endpoint_does_wrong_has_a_type_and_a_mend(answer: Answer, options: dict[str, Any], words: str) -> None:
+def test_what_an_endpoint_does_wrong_has_a_type_and_a_mend(
+    answer: ImmediateFuture, options: dict[str, Any], words: str
+) -> None:
     with endpoint(lambda request, n: answer) as there:
         started = time.monotonic()
         (error,) = ask(JudgeOptions("judge", there.url, **options))
@@ -189,7 +191,7 @@ def test_the_cache_outlives_the_process_and_knows_questions_apart(tmp_path: Path
         assert len(there.requests) == 4
 
 
-def sends(*chunks: bytes, status: int = 200, times: int = 1, pause_s: float = 0.0, **headers: str) -> Answer:
+def sends(*chunks: bytes, status: int = 200, times: int = 1, pause_s: float = 0.0, **headers: str) -> ImmediateFuture:
     """An answer that is written piece by piece, with these headers alone."""
 
     def send(handler: BaseHTTPRequestHandler) -> None:
@@ -220,7 +222,7 @@ TOO_LONG = {
 
 
 @pytest.mark.parametrize("answer", TOO_LONG.values(), ids=TOO_LONG)
-def test_a_long_answer_is_not_read_to_its_end(answer: Answer) -> None:
+def test_a_long_answer_is_not_read_to_its_end(answer: ImmediateFuture) -> None:
     with endpoint(lambda request, n: answer) as there:
         error, held = most_held(lambda: ask(JudgeOptions("judge", there.url, retries=2))[0])
     assert isinstance(error, JudgeError)
@@ -255,8 +257,8 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize(("answer", "words"), UNUSABLE.values(), ids=UNUSABLE)
-def test_an_answer_that_is_none_fails_its_question_alone(answer: Answer, words: str) -> None:
-    def told(request: dict[str, Any], n: int) -> Answer:
+def test_an_answer_that_is_none_fails_its_question_alone(answer: ImmediateFuture, words: str) -> None:
+    def told(request: dict[str, Any], n: int) -> ImmediateFuture:
         return rated(request, 10) if "good" in str(request) else answer
 
     with endpoint(told) as there:
@@ -317,7 +319,7 @@ def rate(
 
 
 def test_ratings_become_rewards_with_their_reasons_and_a_sample_fails_alone() -> None:
-    def answer(request: dict[str, Any], n: int) -> Answer:
+    def answer(request: dict[str, Any], n: int) -> ImmediateFuture:
         told = request["messages"][1]["content"]
         if "broken" in told:
             return (400, {}, '{"error": {"message": "no"}}')
@@ -490,7 +492,7 @@ def test_comparisons_are_the_same_for_the_same_seed() -> None:
     assert len(choose(four, 99, 1)) == 6
 
 
-def test_answers_come_in_lists_or_row_by_row() -> None:
+def test_immediate_future_come_in_lists_or_row_by_row() -> None:
     rows = [
         {"prompt": "a", "completions": ["x", "y", "x"]},
         {"prompt": ASK, "completion": [{"role": "assistant", "content": "u"}]},
@@ -504,7 +506,7 @@ def test_answers_come_in_lists_or_row_by_row() -> None:
         read_candidates(Table("t", "t", rows[-1:]))
 
 
-def by_length_unless_it_likes_the_first(request: dict[str, Any], n: int) -> Answer:
+def by_length_unless_it_likes_the_first(request: dict[str, Any], n: int) -> ImmediateFuture:
     shown = shown_of(request, "response")
     if "fickle" in shown[0] + shown[1]:
         return rated_pair(request, 9, 2)
@@ -515,7 +517,7 @@ def by_length_unless_it_likes_the_first(request: dict[str, Any], n: int) -> Answ
 
 
 def test_what_is_said_beside_a_failed_judgement_is_kept(tmp_path: Path) -> None:
-    def only_the_first_fails(request: dict[str, Any], n: int) -> Answer:
+    def only_the_first_fails(request: dict[str, Any], n: int) -> ImmediateFuture:
         time.sleep(0.3 if n else 0)
         return rated_pair(request, 9, 2) if n else "Both are fine."
 

@@ -119,7 +119,9 @@ def test_an_answer_cannot_name_what_its_verifier_knows(
     assert all(r.status is ScoreStatus.OK and r.value < 0.5 for r in results), results
 
 
-def test_answers_may_be_literals_arithmetic_and_formulas(reward: RewardFunction, entries: dict[str, Any]) -> None:
+def test_immediate_future_may_be_literals_arithmetic_and_formulas(
+    reward: RewardFunction, entries: dict[str, Any]
+) -> None:
     countdown, integral, spiral = (
         copy.deepcopy(entries[t]) for t in ("countdown", "simple_integration", "spiral_matrix")
     )

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from grpo_ray.errors import CheckpointError
 from grpo_ray.run.kept_groups import KeptGroup, read_groups, write_groups
 from grpo_ray.run.ledger import LedgerRow
-from grpo_ray.run.restored_groups import Carried
+from grpo_ray.run.restored_groups import RestoredGroups
 from grpo_ray.telemetry.events import MessageEvent
 from grpo_ray.types import (
     Group,
@@ -209,7 +209,7 @@ def test_a_place_behind_dropped_ones_is_trained_sooner() -> None:
     """Bound 1, 3 prompts a step, checkpoint of step 5: version 4 may be trained at step 5 alone, as one of the first three."""
     cfg = config("algorithm.max_staleness=1")
     kept = [KeptGroup(order, 4, f"p/0/{order}", [], [4], [], []) for order in (20, 22, 23)]
-    carried, too_old = Carried.of(kept, [], 20, 5, cfg)
+    carried, too_old = RestoredGroups.of(kept, [], 20, 5, cfg)
     assert (sorted(carried.groups), too_old) == ([20, 22], 1)
 
 
@@ -221,11 +221,11 @@ def test_only_dropped_ones_before_a_place_and_behind_the_first_bring_it_forward(
         LedgerRow(f"p/0/{order}", order, "dropped", 4, None, 5, None, None, None, None, "no_signal", 0.0, None)
         for order in (18, 20, 22, 26)
     ]
-    carried, too_old = Carried.of(kept, rows, 20, 5, cfg)
+    carried, too_old = RestoredGroups.of(kept, rows, 20, 5, cfg)
     # Their places are 0, 1 and 3: with 20 and 22 gone, 24 is the third of its step, and 25 waits for the next.
     assert (sorted(carried.groups), too_old) == ([21, 23], 1)
     assert carried.dropped == {18, 20, 22, 26}
-    without, too_old = Carried.of(kept, [], 20, 5, cfg)
+    without, too_old = RestoredGroups.of(kept, [], 20, 5, cfg)
     assert (sorted(without.groups), too_old) == ([21], 2)
 
 

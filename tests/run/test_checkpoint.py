@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from grpo_ray.errors import CheckpointError, ConfigError, GrpoRayError
-from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.checkpoint_store import CheckpointLocation
 from grpo_ray.run.manifest import FileSum, first_wrong, from_json, to_json
 from grpo_ray.run.run_dir import RunDir
 from grpo_ray.run.saver import BACKGROUND, Saver
@@ -28,10 +28,10 @@ class Learner:
         self.may_write = asyncio.Event()
         self.may_write.set()
 
-    async def hold(self, place: Place, *, export: bool) -> None:
+    async def hold(self, place: CheckpointLocation, *, export: bool) -> None:
         self.export = export
 
-    async def write(self, place: Place) -> dict[str, FileSum]:
+    async def write(self, place: CheckpointLocation) -> dict[str, FileSum]:
         held = self.held
         await self.may_write.wait()
         out: dict[str, FileSum] = {}
@@ -80,7 +80,7 @@ class Run:
 
     def newest(self) -> tuple[int | None, list[str]]:
         told: list[str] = []
-        return self.dir.newest_whole(told.append), told
+        return self.dir.latest_valid_step(told.append), told
 
 
 @pytest.fixture(params=["folder", "elsewhere", "fsspec"])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grpo_ray.errors import CheckpointError
-from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.checkpoint_store import CheckpointLocation
 from grpo_ray.run.fragments import Fragment, FragmentReader, even_part, write_fragments
 from grpo_ray.run.learner_files import HeldModel, SavedLearner, write_rank
 
@@ -67,7 +67,7 @@ def test_every_rank_of_another_split_reads_its_own_elements(
     before: str, ranks_before: int, after: str, ranks_after: int
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        place = Place(folder)
+        place = CheckpointLocation(folder)
         for rank, fragments in enumerate(SPLITS[before](ranks_before)):
             state = {"torch": torch.tensor([rank])}
             write_rank(place, rank, ranks_before, {"policy": HeldModel(fragments, 7, 9)}, state, {"a": 1})
@@ -110,7 +110,7 @@ def test_elements_that_are_in_no_file_are_told(tmp_path: Path) -> None:
 
 
 def test_a_rank_whose_folder_is_missing_is_told(tmp_path: Path) -> None:
-    place = Place(str(tmp_path))
+    place = CheckpointLocation(str(tmp_path))
     write_rank(place, 0, 2, {"policy": HeldModel(of_each(2)[0])}, {}, {})
     with place.reading() as files, pytest.raises(CheckpointError, match=r"rank-1/state\.json can't be read"):
         SavedLearner.open(files)

@@ -17,7 +17,7 @@ from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import CheckpointError, StoreAwayError, StoreError
 from grpo_ray.object_store import check_store
 from grpo_ray.run import delivery
-from grpo_ray.run.checkpoint_store import SET_ASIDE, Place, Store
+from grpo_ray.run.checkpoint_store import SET_ASIDE, CheckpointLocation, Store
 from grpo_ray.run.ended import finished, write_ended
 from grpo_ray.run.manifest import FileSum
 from grpo_ray.run.run_dir import RunDir
@@ -61,10 +61,10 @@ def bucket_of(request: pytest.FixtureRequest) -> str:
 
 
 class Learner:
-    async def hold(self, place: Place, *, export: bool) -> None:
+    async def hold(self, place: CheckpointLocation, *, export: bool) -> None:
         self.place = place
 
-    async def write(self, place: Place) -> dict[str, FileSum]:
+    async def write(self, place: CheckpointLocation) -> dict[str, FileSum]:
         out: dict[str, FileSum] = {}
         for part, name in (("learner/rank-0", "weights"), ("hf", "config.json")):
             with place.filling(part) as (folder, sums):
@@ -94,7 +94,7 @@ class Run:
 
     def newest(self) -> tuple[int | None, list[str]]:
         told: list[str] = []
-        return self.dir.newest_whole(told.append), told
+        return self.dir.latest_valid_step(told.append), told
 
 
 def within(seconds: float, work: Any) -> None:

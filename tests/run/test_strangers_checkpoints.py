@@ -48,7 +48,7 @@ def run(tmp_path: Path) -> RunDir:
     with place.filling("loop") as (folder, sums):
         (folder / "loop.json").write_text('{"step": 3}')
     run.store.commit(place, 3, sums, keep=None)
-    assert run.newest_whole(print) == 3
+    assert run.latest_valid_step(print) == 3
     return run
 
 
@@ -66,7 +66,7 @@ def rewrite(run: RunDir, change: Callable[[dict[str, Any]], Any]) -> None:
 def told_broken(run: RunDir) -> str:
     told: list[str] = []
     with pytest.raises(CheckpointError, match="none of the checkpoints"):
-        run.newest_whole(told.append)
+        run.latest_valid_step(told.append)
     assert len(told) == 1
     assert all(c.isprintable() for c in told[0]), "a manifest's own words reach a terminal"
     return told[0]
@@ -150,7 +150,7 @@ def test_folders_that_are_called_almost_like_a_step_are_none(name: str, run: Run
     assert Store(run.store.url).steps() == [3]
     assert step_of_name(name) is None
     assert step_of(run.path / name / "hf") is None
-    assert run.newest_whole(print) == 3
+    assert run.latest_valid_step(print) == 3
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,14 @@ from grpo_ray.run.rollout_log import (
     write_rollouts,
 )
 from grpo_ray.seeds import sample_seed
-from grpo_ray.telemetry.tracking import JsonlTracker, MlflowTracker, Tolerant, WandbTracker, make_trackers, read_metrics
+from grpo_ray.telemetry.tracking import (
+    BestEffortTracker,
+    JsonlTracker,
+    MlflowTracker,
+    WandbTracker,
+    make_trackers,
+    read_metrics,
+)
 from grpo_ray.types import Group, Prompt, RewardScore, Sample, SampleInfo, Score, ScoreStatus, Step, VersionSpan
 from tests.batches import batch_of
 
@@ -155,7 +162,7 @@ class Broken:
 
 def test_a_tracker_that_fails_is_told_once_and_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
     broken = Broken()
-    tracker = Tolerant("W&B", lambda: broken)
+    tracker = BestEffortTracker("W&B", lambda: broken)
     with caplog.at_level(logging.WARNING):
         for step in range(3):
             tracker.log(step, {"x": 1.0})
@@ -170,7 +177,7 @@ def test_a_tracker_that_can_not_start_is_told_once_and_ends_nothing(caplog: pyte
     def start() -> Broken:
         raise PermissionError("log in first")
 
-    tracker = Tolerant("W&B", start)
+    tracker = BestEffortTracker("W&B", start)
     tracker.log(1, {"x": 1.0})
     tracker.close()
     assert len(caplog.records) == 1

@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from actors.control.context import RunContext
-from actors.control.notices import heed, watch_notices
+from actors.control.notices import handle_preemption, watch_notices
 from actors.control.ray_metrics import RayMetrics
 from actors.control.workers import Workers
 from actors.runtime import settle_garbage_collector
@@ -54,7 +54,7 @@ async def run_loop(context: RunContext, loop: TrainLoop | SftLoop[Any]) -> str:
         if not watching.cancelled() and (error := watching.exception()) is not None:
             context.warn(f"notices of nodes that are taken away are not heard any more: {error}")
 
-    watching = asyncio.create_task(watch_notices(lambda notice: context.warn(heed(notice, loop))))
+    watching = asyncio.create_task(watch_notices(lambda notice: context.warn(handle_preemption(notice, loop))))
     watching.add_done_callback(warn_of_failure)
     try:
         return await loop.run()

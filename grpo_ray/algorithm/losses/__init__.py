@@ -10,6 +10,6 @@ sequence stands at each of its tokens. N: completion tokens of one packed micro-
     kl.py            the distance to the reference model
     value.py, sft.py a critic's loss; cross-entropy
 
-Three log-probabilities, three names: `rollout` is what the sampler reported, `old` the learner's own value for the
-version that sampled, `theta` the one being trained.
+Four log-probabilities, four names: `rollout_logps` are what the rollout engine reported, `old_logps` the learner's own values for
+the version that sampled, `logps` those of the policy being trained, `ref_logps` those of the reference model.
 """

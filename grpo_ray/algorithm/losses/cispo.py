@@ -14,8 +14,8 @@ from grpo_ray.algorithm.losses.policy import LossOptions, PolicyInputs, PolicyLo
 
 
 def token_loss(x: PolicyInputs, o: LossOptions) -> TokenLosses:
-    ratio_N = bounded_exp((x.theta_N - x.old_N).detach())
-    loss_N = -ratio_N.clamp(max=o.cispo_max_ratio) * x.advantages_N * x.theta_N
+    ratio_N = bounded_exp((x.logps_N - x.old_logps_N).detach())
+    loss_N = -ratio_N.clamp(max=o.cispo_max_ratio) * x.advantages_N * x.logps_N
     capped_N = (ratio_N > o.cispo_max_ratio) & (x.advantages_N > 0)
     return TokenLosses(loss_N, ratio_N, clip_low_N=torch.zeros_like(capped_N), clip_high_N=capped_N)
 

@@ -65,10 +65,15 @@ class CorrectionOptions:
 
 @torch.no_grad()
 def correction_weights(
-    theta_N: Tensor, old_N: Tensor, rollout_N: Tensor, advantages_N: Tensor, segments: Segments, o: CorrectionOptions
+    logps_N: Tensor,
+    old_logps_N: Tensor,
+    rollout_logps_N: Tensor,
+    advantages_N: Tensor,
+    segments: Segments,
+    o: CorrectionOptions,
 ) -> Tensor:
     """[N], what each token's policy loss is multiplied with; 0 where it is masked. Arguments [N]."""
-    log_w_N = old_N - rollout_N
+    log_w_N = old_logps_N - rollout_logps_N
     weights_N = torch.ones_like(log_w_N)
     if o.importance_sampling is not None:
         of_sequence, bound = IMPORTANCE_SAMPLING[o.importance_sampling]
@@ -79,7 +84,7 @@ def correction_weights(
         mean_S = bounded_exp(segments.mean(log_w_N))
         weights_N = weights_N.masked_fill(segments.spread((mean_S < low) | (mean_S > high)), 0.0)
     if o.off_policy_mask_threshold is not None:
-        gone_S = segments.mean(rollout_N - theta_N) > o.off_policy_mask_threshold
+        gone_S = segments.mean(rollout_logps_N - logps_N) > o.off_policy_mask_threshold
         weights_N = weights_N.masked_fill(segments.spread(gone_S) & (advantages_N < 0), 0.0)
     return weights_N
 

@@ -15,7 +15,7 @@ from grpo_ray.algorithm.losses.policy import LossOptions, PolicyInputs, PolicyLo
 
 
 def token_loss(x: PolicyInputs, o: LossOptions) -> TokenLosses:
-    log_ratio_N = x.theta_N - x.old_N
+    log_ratio_N = x.logps_N - x.old_logps_N
     positive_N = x.advantages_N > 0
     bounded_N = torch.where(positive_N, log_ratio_N.clamp(max=o.epsilon_high), log_ratio_N.clamp(min=-o.epsilon_low))
     ratio_N = x.segments.spread(bounded_exp(x.segments.mean(bounded_N)))

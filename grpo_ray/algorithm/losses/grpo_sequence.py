@@ -17,7 +17,7 @@ from grpo_ray.algorithm.losses.ppo_clip import clipped
 
 
 def token_loss(x: PolicyInputs, o: LossOptions) -> TokenLosses:
-    ratio_N = x.segments.spread(bounded_exp(x.segments.sum(x.theta_N - x.old_N)))
+    ratio_N = x.segments.spread(bounded_exp(x.segments.sum(x.logps_N - x.old_logps_N)))
     whole = clipped(ratio_N, x.advantages_N, o)
     return replace(whole, loss_N=whole.loss_N / x.segments.spread(x.segments.lengths_S))
 

@@ -11,7 +11,7 @@ from grpo_ray.algorithm.losses.ppo_clip import clipped
 
 
 def token_loss(x: PolicyInputs, o: LossOptions) -> TokenLosses:
-    ratio_N = x.segments.spread(bounded_exp(x.segments.mean(x.theta_N - x.old_N)))
+    ratio_N = x.segments.spread(bounded_exp(x.segments.mean(x.logps_N - x.old_logps_N)))
     return clipped(ratio_N, x.advantages_N, o)
 
 

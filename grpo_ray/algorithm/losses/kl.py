@@ -1,4 +1,4 @@
-"""KL to the reference model, estimated from the sampled tokens. d = theta - ref, r = exp(theta - old); names after
+"""KL to the reference model, estimated from the sampled tokens. d = logps - ref_logps, r = exp(logps - old_logps); names after
 Schulman's note "Approximating KL" and verl.
 
 As a loss term k1 and k3 have a biased gradient: that of k1 is 0 on average, that of k3 belongs to the reverse
@@ -49,23 +49,23 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """`algorithm.kl_estimator`: (d [N], log r [N]) -> [N]."""
 
 
-def kl_of_tokens(old_N: Tensor, ref_N: Tensor, *, estimator: str) -> Tensor:
+def kl_of_tokens(old_logps_N: Tensor, ref_logps_N: Tensor, *, estimator: str) -> Tensor:
     """[N] KL(old || reference), to be taken off rewards. Arguments [N], of k1, k2 or k3."""
-    d_N = old_N - ref_N
+    d_N = old_logps_N - ref_logps_N
     return KL_ESTIMATORS[estimator](d_N, torch.zeros_like(d_N)).detach()
 
 
 def kl_loss(
-    theta_N: Tensor, ref_N: Tensor, old_N: Tensor, weights_N: Tensor, *, estimator: str
+    logps_N: Tensor, ref_logps_N: Tensor, old_logps_N: Tensor, weights_N: Tensor, *, estimator: str
 ) -> tuple[Tensor, Tensor]:
     """sum_t w_t KL_t, before beta; and the plain sum of KL_t over the tokens, detached, for the metrics.
 
     Args:
-        theta_N: [N] log-probabilities under the weights being trained.
-        ref_N: [N] those of the reference model, without gradient.
-        old_N: [N] those that the ratio is taken to, without gradient.
+        logps_N: [N] log-probabilities under the weights being trained.
+        ref_logps_N: [N] those of the reference model, without gradient.
+        old_logps_N: [N] those that the ratio is taken to, without gradient.
         weights_N: [N], with the global normalizer inside.
         estimator: a name of KL_ESTIMATORS.
     """
-    kl_N = KL_ESTIMATORS[estimator](theta_N - ref_N, theta_N - old_N)
+    kl_N = KL_ESTIMATORS[estimator](logps_N - ref_logps_N, logps_N - old_logps_N)
     return (weights_N * kl_N).sum(), kl_N.detach().sum()

@@ -15,9 +15,9 @@ from grpo_ray.batch.segments import Segments
 class PolicyInputs:
     """Tokens of one micro-batch."""
 
-    theta_N: Tensor
+    logps_N: Tensor
     """[N] log-probabilities under the weights being trained; the only one with a gradient."""
-    old_N: Tensor
+    old_logps_N: Tensor
     """[N] those that the ratio is taken to."""
     advantages_N: Tensor
     """[N], the same at every token of a sequence."""

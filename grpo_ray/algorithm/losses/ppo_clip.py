@@ -31,4 +31,4 @@ def clipped(ratio_N: Tensor, advantages_N: Tensor, o: LossOptions) -> TokenLosse
 
 def clipped_token_ratio(x: PolicyInputs, o: LossOptions) -> TokenLosses:
     """`clipped`, with r_t = exp(theta_t - old_t)."""
-    return clipped(bounded_exp(x.theta_N - x.old_N), x.advantages_N, o)
+    return clipped(bounded_exp(x.logps_N - x.old_logps_N), x.advantages_N, o)

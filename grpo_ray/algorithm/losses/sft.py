@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def sft_loss(theta_N: Tensor, weights_N: Tensor) -> Tensor:
+def sft_loss(logps_N: Tensor, weights_N: Tensor) -> Tensor:
     """sum_t w_t * -log p_t, w_t = 1 / completion tokens of the whole step, as in `losses/dapo.py`.
 
     Args:
-        theta_N: [N] log-probabilities of the demonstrated tokens.
+        logps_N: [N] log-probabilities of the demonstrated tokens.
         weights_N: [N], with the global normalizer inside.
     """
-    return -(weights_N * theta_N).sum()
+    return -(weights_N * logps_N).sum()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from actors.control.notices import Notice, heed
+from actors.control.notices import Notice, handle_preemption
 
 
 class Loop:
@@ -33,6 +33,6 @@ def test_a_run_ends_when_its_own_node_goes_and_saves_when_another_one_does(
     own: bool, seconds: float | None, asked: str, told: str
 ) -> None:
     loop = Loop()
-    text = heed(Notice("0123456789abcdef", own, seconds), loop)
+    text = handle_preemption(Notice("0123456789abcdef", own, seconds), loop)
     assert loop.asked == [asked]
     assert text.startswith(f"node 0123456789ab {told}")

@@ -13,12 +13,12 @@ from grpo_ray.config.scaling import Counts
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ResourceError
 from grpo_ray.loop.roles import Learner, WeightSync
-from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.checkpoint_store import CheckpointLocation
 from tests.config.test_scaling import config
 
 
 @dataclass
-class Crew:
+class WorkerGroup:
     asked: list[RunConfig] = field(default_factory=list)
     num_learners = 1
 
@@ -28,7 +28,7 @@ class Crew:
     def reconfigure(self, config: RunConfig) -> None:
         self.asked.append(config)
 
-    async def change_learner(self, place: Place | None) -> tuple[Learner, WeightSync]:
+    async def change_learner(self, place: CheckpointLocation | None) -> tuple[Learner, WeightSync]:
         raise AssertionError("nobody asked for other learners")
 
 
@@ -36,7 +36,7 @@ class Crew:
 def test_a_run_that_ends_waits_for_no_room_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
     # To a cluster of this name nodes may come.
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
-    crew, recorded = Crew(), list[Counts]()
+    crew, recorded = WorkerGroup(), list[Counts]()
     scaler = RunScaler(config(deadlines={"resources_s": 300}), crew, recorded.append, lambda level, text: None)
 
     async def end_while_it_waits() -> None:

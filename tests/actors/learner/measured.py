@@ -43,9 +43,9 @@ def main(config: RunConfig, folder: str, tokens: int, sample: int) -> int:
             data = MicroBatchData.of(pack(_items(tokens, sample, 7 * number + micro), share_prompts=False), device)
             if spec.needs_reference:
                 with torch.no_grad(), nullcontext() if reference is not None else adapters_off(engine.module.hf):
-                    data.ref_C = (reference or engine)(data.packed, 1.0)[0]
-            theta_C, entropy_C = engine(data.packed, 1.0)
-            engine.backward(objective.loss(data, theta_C, entropy_C)[0], scale_wrt_gas=False)
+                    data.ref_logps_C = (reference or engine)(data.packed, 1.0)[0]
+            logps_C, entropy_C = engine(data.packed, 1.0)
+            engine.backward(objective.loss(data, logps_C, entropy_C)[0], scale_wrt_gas=False)
         step(engine)
     return int(psutil.Process().memory_info().rss) - before
 

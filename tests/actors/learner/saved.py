@@ -6,24 +6,24 @@ import shutil
 from pathlib import Path
 
 from actors.learner.group import LearnerGroup
-from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.checkpoint_store import CheckpointLocation
 
 
 async def save(group: LearnerGroup, folder: Path) -> None:
     """Into an existing folder that holds none."""
-    await group.hold(Place(str(folder)), export=False)
-    await group.write(Place(str(folder)))
+    await group.hold(CheckpointLocation(str(folder)), export=False)
+    await group.write(CheckpointLocation(str(folder)))
 
 
 async def load(group: LearnerGroup, folder: Path) -> None:
-    await group.load(Place(str(folder)))
+    await group.load(CheckpointLocation(str(folder)))
 
 
 async def export(group: LearnerGroup, folder: Path) -> None:
     """The policy as a Hugging Face model, into an existing folder."""
     whole = folder.with_name(f"{folder.name}.checkpoint")
     whole.mkdir()
-    await group.hold(Place(str(whole)), export=True)
-    await group.write(Place(str(whole)))
+    await group.hold(CheckpointLocation(str(whole)), export=True)
+    await group.write(CheckpointLocation(str(whole)))
     shutil.copytree(whole / "hf", folder, dirs_exist_ok=True)
     shutil.rmtree(whole)

@@ -12,7 +12,7 @@ from torch import nn
 
 from actors.learner import reference as learner_reference
 from grpo_ray.errors import CheckpointError
-from grpo_ray.run.checkpoint_store import Place
+from grpo_ray.run.checkpoint_store import CheckpointLocation
 from grpo_ray.run.fragments import FragmentReader
 from grpo_ray.run.learner_files import SavedLearner, write_rank
 
@@ -51,8 +51,8 @@ def test_the_reference_moves_by_tau_towards_the_policy(tau: float) -> None:
 @pytest.mark.usefixtures("one_rank")
 def test_it_is_saved_and_loaded_bitwise(tmp_path: Path) -> None:
     saved, other = Model(2), Model(3)
-    write_rank(Place(str(tmp_path / "x")), 0, 1, {"reference": learner_reference.hold(saved)}, {}, {})
-    with Place(str(tmp_path / "x")).reading() as files:
+    write_rank(CheckpointLocation(str(tmp_path / "x")), 0, 1, {"reference": learner_reference.hold(saved)}, {}, {})
+    with CheckpointLocation(str(tmp_path / "x")).reading() as files:
         learner_reference.load(other, SavedLearner.open(files).reader("reference"))
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), other.parameters(), strict=True))
 

@@ -303,14 +303,14 @@ async def test_a_poisoned_prompt_fails_with_all_its_samples_and_no_other() -> No
 
 
 @dataclass
-class Held:
+class LearnerSnapshot:
     prompt_id: str
     deaths: int = 0
     lone_deaths: int = 0
 
 
 def test_a_prompt_is_poisoned_when_two_engines_died_over_nothing_else() -> None:
-    poison, other = [Held("p"), Held("p")], Held("o")
+    poison, other = [LearnerSnapshot("p"), LearnerSnapshot("p")], LearnerSnapshot("o")
     assert not blame([*poison, other])
     assert not any(map(is_suspect, [*poison, other])), "one death among others"
     assert not blame([*poison, other])
@@ -324,13 +324,13 @@ def test_a_prompt_is_poisoned_when_two_engines_died_over_nothing_else() -> None:
 
 
 def test_deaths_among_others_poison_nobody_however_many() -> None:
-    innocent, others = Held("i"), [Held(f"o{n}") for n in range(50)]
+    innocent, others = LearnerSnapshot("i"), [LearnerSnapshot(f"o{n}") for n in range(50)]
     assert not any(blame([innocent, other]) for other in others)
     assert (innocent.deaths, innocent.lone_deaths) == (50, 0)
 
 
 def test_one_death_over_nothing_else_makes_a_prompt_suspect() -> None:
-    lone = Held("p")
+    lone = LearnerSnapshot("p")
     assert not blame([lone])
     assert is_suspect(lone)
 
@@ -342,7 +342,7 @@ def test_the_least_loaded_engine_is_found_whatever_changes() -> None:
     for engine in engines.values():
         balance.reconsider(engine)
     for load, index in ((2, 0), (1, 1), (3, 2), (1, 3)):
-        engines[index].work = {n: Held(str(n)) for n in range(load)}  # type: ignore[misc]
+        engines[index].work = {n: LearnerSnapshot(str(n)) for n in range(load)}  # type: ignore[misc]
         balance.reconsider(engines[index])
     assert balance.least_loaded(5) is engines[1]
     engines[1].leaving = True

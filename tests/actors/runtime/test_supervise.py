@@ -19,7 +19,7 @@ LIMIT_S = 600.0
 
 
 @dataclass
-class Crew:
+class WorkerGroup:
     """Workers of a kind, the pool that holds them, and where they come from: all that a supervisor needs."""
 
     starts: list[float | Exception] = field(default_factory=list)
@@ -102,7 +102,7 @@ def in_virtual_time(work: Coroutine[Any, Any, None]) -> None:
         runner.run(work)
 
 
-def supervisor(crew: Crew, number: int = 1) -> Supervisor[Worker]:
+def supervisor(crew: WorkerGroup, number: int = 1) -> Supervisor[Worker]:
     return Supervisor(crew, crew, crew, number, LIMIT_S)
 
 
@@ -114,7 +114,7 @@ async def died(held: Supervisor[Worker], index: int = 0) -> Worker:
 
 
 def test_workers_start_side_by_side_and_every_life_has_a_number_of_its_own() -> None:
-    crew = Crew(starts=[3.0, 1.0, 2.0])
+    crew = WorkerGroup(starts=[3.0, 1.0, 2.0])
 
     async def work() -> None:
         held = supervisor(crew, 3)
@@ -129,7 +129,7 @@ def test_workers_start_side_by_side_and_every_life_has_a_number_of_its_own() -> 
 
 
 def test_the_first_start_that_fails_fails_all_of_them_with_its_own_error() -> None:
-    crew = Crew(starts=[100.0, WorkerError("worker-1 died")])
+    crew = WorkerGroup(starts=[100.0, WorkerError("worker-1 died")])
 
     async def work() -> None:
         held = supervisor(crew, 2)
@@ -143,7 +143,7 @@ def test_the_first_start_that_fails_fails_all_of_them_with_its_own_error() -> No
 
 
 def test_a_worker_is_restarted_later_and_later_and_given_up_after_so_many_deaths() -> None:
-    crew = Crew()
+    crew = WorkerGroup()
 
     async def work() -> None:
         held = supervisor(crew, 2)
@@ -168,7 +168,7 @@ def test_a_worker_is_restarted_later_and_later_and_given_up_after_so_many_deaths
 
 
 def test_a_death_after_something_was_finished_counts_anew() -> None:
-    crew = Crew(max_restarts=1)
+    crew = WorkerGroup(max_restarts=1)
 
     async def work() -> None:
         held = supervisor(crew)
@@ -186,7 +186,7 @@ def test_a_death_after_something_was_finished_counts_anew() -> None:
 
 
 def test_a_start_that_hangs_is_begun_again_with_twice_the_time_and_counts_as_no_death() -> None:
-    crew = Crew(max_restarts=1)
+    crew = WorkerGroup(max_restarts=1)
 
     async def work() -> None:
         held = supervisor(crew, 2)
@@ -209,7 +209,7 @@ def test_a_start_that_hangs_is_begun_again_with_twice_the_time_and_counts_as_no_
 
 
 def test_a_pool_without_any_worker_is_given_up_when_none_has_started_in_time() -> None:
-    crew = Crew()
+    crew = WorkerGroup()
 
     async def work() -> None:
         held = supervisor(crew)
@@ -225,7 +225,7 @@ def test_a_pool_without_any_worker_is_given_up_when_none_has_started_in_time() -
 
 
 def test_an_error_that_no_other_start_would_mend_ends_the_restart_at_once() -> None:
-    crew = Crew()
+    crew = WorkerGroup()
 
     async def work() -> None:
         held = supervisor(crew)
@@ -239,7 +239,7 @@ def test_an_error_that_no_other_start_would_mend_ends_the_restart_at_once() -> N
 
 
 def test_a_worker_that_is_to_leave_is_not_started_once_more() -> None:
-    crew = Crew()
+    crew = WorkerGroup()
 
     async def work() -> None:
         held = supervisor(crew, 2)
@@ -256,7 +256,7 @@ def test_a_worker_that_is_to_leave_is_not_started_once_more() -> None:
 
 
 def test_a_start_that_takes_long_is_reported_with_what_it_may_wait_for() -> None:
-    crew = Crew(starts=[1.0, START_WARNING_S + 5, START_WARNING_S - 5])
+    crew = WorkerGroup(starts=[1.0, START_WARNING_S + 5, START_WARNING_S - 5])
 
     async def work() -> None:
         held = supervisor(crew)
@@ -272,7 +272,7 @@ def test_a_start_that_takes_long_is_reported_with_what_it_may_wait_for() -> None
 
 
 def test_a_worker_that_can_not_join_is_tried_a_few_times() -> None:
-    crew = Crew()
+    crew = WorkerGroup()
 
     async def work() -> None:
         held = supervisor(crew)
@@ -293,7 +293,7 @@ def test_a_worker_that_can_not_join_is_tried_a_few_times() -> None:
 
 
 def test_scaling_uses_free_places_again_and_lets_those_leave_that_are_worth_least() -> None:
-    crew = Crew()
+    crew = WorkerGroup()
 
     async def work() -> None:
         held = supervisor(crew, 4)
@@ -310,7 +310,7 @@ def test_scaling_uses_free_places_again_and_lets_those_leave_that_are_worth_leas
 
 
 def test_a_worker_that_leaves_ends_by_itself_or_by_force_and_reports_what_it_did() -> None:
-    crew = Crew()
+    crew = WorkerGroup()
 
     async def work() -> None:
         held = supervisor(crew, 2)
@@ -333,7 +333,7 @@ def test_a_worker_that_leaves_ends_by_itself_or_by_force_and_reports_what_it_did
 
 
 def test_a_pool_that_closes_waits_for_those_that_leave() -> None:
-    crew = Crew(stops_in_s=4.0)
+    crew = WorkerGroup(stops_in_s=4.0)
 
     async def work() -> None:
         held = supervisor(crew, 2)
@@ -350,7 +350,7 @@ def test_a_pool_that_closes_waits_for_those_that_leave() -> None:
 
 
 def test_a_busy_worker_that_does_not_answer_is_reported_with_the_life_that_hangs() -> None:
-    crew = Crew()
+    crew = WorkerGroup()
 
     async def work() -> None:
         held = supervisor(crew)
@@ -371,7 +371,7 @@ def test_a_busy_worker_that_does_not_answer_is_reported_with_the_life_that_hangs
 
 
 def test_a_new_life_is_probed_though_the_last_one_has_not_answered_yet() -> None:
-    crew = Crew(probe_s=1000.0, answers_probes=False)
+    crew = WorkerGroup(probe_s=1000.0, answers_probes=False)
 
     async def work() -> None:
         held = supervisor(crew)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from grpo_ray.loop.answers import Answer
+from grpo_ray.loop.immediate_future import ImmediateFuture
 
-ENDS: dict[str, Callable[[Answer[int]], Any]] = {
+ENDS: dict[str, Callable[[ImmediateFuture[int]], Any]] = {
     "result": lambda answer: answer.set_result(7),
     "error": lambda answer: answer.set_exception(ValueError("7")),
     "cancelled": lambda answer: answer.cancel(),
@@ -26,7 +26,7 @@ def outcome(future: asyncio.Future[int]) -> str:
 @pytest.mark.parametrize("end", ENDS)
 def test_the_taker_is_called_once_inside_the_call_that_ends_it(end: str) -> None:
     async def work() -> None:
-        answer, told = Answer[int](), list[str]()
+        answer, told = ImmediateFuture[int](), list[str]()
         answer.when_done(lambda future: told.append(outcome(future)))
         assert told == []
         ENDS[end](answer)
@@ -40,7 +40,7 @@ def test_the_taker_is_called_once_inside_the_call_that_ends_it(end: str) -> None
 
 def test_what_is_done_already_is_taken_in_the_next_turn() -> None:
     async def work() -> None:
-        answer, told = Answer[int](), list[str]()
+        answer, told = ImmediateFuture[int](), list[str]()
         answer.set_result(7)
         answer.when_done(lambda future: told.append(outcome(future)))
         assert told == []
@@ -52,7 +52,7 @@ def test_what_is_done_already_is_taken_in_the_next_turn() -> None:
 
 def test_it_can_be_awaited_beside_its_taker() -> None:
     async def work() -> None:
-        answer, told = Answer[int](), list[str]()
+        answer, told = ImmediateFuture[int](), list[str]()
         answer.when_done(lambda future: told.append(outcome(future)))
         asyncio.get_running_loop().call_soon(answer.set_result, 7)
         assert (await answer, told) == (7, ["result 7"])
