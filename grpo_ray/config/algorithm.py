@@ -18,89 +18,92 @@ TOKEN_CLIP_LOSSES = ("grpo", "dr_grpo", "dapo")
 
 class AlgorithmConfig(Strict):
     preset: str | None = None
-    """A name of `grpo_ray.config.presets.PRESETS`; whatever else is given goes over its values."""
+    """The name of a preset in `grpo_ray.config.presets.PRESETS`; the other options given here override its values."""
 
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "batch_std", "process", "gae"] = "grpo"
-    """R is compared with the mean of its group, and divided by: the group's std (grpo), nothing (dr_grpo, rloo), the
-    batch's std of what is left (reinforce_pp_baseline) or of the rewards (batch_std). process: the rewards of the steps of a
-    group are compared as in grpo, and a token has the sum over the steps that end at it or after it; reward functions may give
-    `[(end, reward), ..]` for a sample, which ends the run under any other kind. gae: PPO's, by a critic."""
+    """The baseline is the mean reward of the group; the difference is divided by the group's std (grpo), by nothing (dr_grpo,
+    rloo), by the batch's std of the differences (reinforce_pp_baseline) or of the rewards (batch_std). process: the rewards of the
+    steps of a group are compared as in grpo, and a token gets the sum over the steps that end at it or after it; reward functions
+    may return `[(end, reward), ..]` for a sample, which ends the run under any other kind. gae: PPO's, with a critic."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Discount of gae."""
+    """The discount factor of gae."""
     lam: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Lambda of gae. On MATH 1.0 comes near GRPO, 0.95 stays clearly below (DeepSeek-R1, A.3)."""
+    """The lambda of gae. On MATH 1.0 comes near GRPO, 0.95 stays clearly below (DeepSeek-R1, A.3)."""
     std_ddof: Literal[0, 1] = 1
     std_eps: NonNegFloat = 1e-4
-    """Added to the standard deviation. Whatever it is, rewards of a group that differ by a millionth of the largest or less are
-    taken for equal, and their advantages are 0."""
+    """The constant added to the standard deviation. Whatever it is, rewards of a group that differ by a millionth of the largest or
+    less count as equal, and their advantages are 0."""
 
     loss: Literal["grpo", "grpo_sequence", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "gmpo"] = "grpo"
-    """Clipped token ratio as the mean of sequence means (grpo), / (sequences x max length) (dr_grpo), / all tokens
-    (dapo); ratio of a whole sequence: R1's (grpo_sequence), by the token (gspo), each token clipped (gmpo); capped
-    weight (cispo); soft gate (sapo)."""
+    """The token losses average the clipped token ratio: the mean of sequence means (grpo), the sum / (sequences x max length)
+    (dr_grpo) or / all tokens (dapo). The sequence losses use the ratio of a whole sequence: R1's (grpo_sequence), per token (gspo),
+    with each token clipped (gmpo). cispo caps the weight, sapo has a soft gate."""
     epsilon_low: NonNegFloat = 0.2
     epsilon_high: NonNegFloat = 0.2
-    """How far the ratio may leave 1 before it is clipped; gmpo: the logarithm of the ratio may leave 0. The defaults of
+    """How far the ratio may leave 1 before it is clipped; for gmpo, how far the logarithm of the ratio may leave 0. The defaults of
     gspo are 3e-4 and 4e-4, those of gmpo 0.4."""
     dual_clip_c: Annotated[float, Field(gt=1)] | None = None
-    """For A < 0 the loss is at most -c A; verl's clip_ratio_c, there 3. None: unbounded, as in PPO."""
+    """The bound c: for A < 0 the loss is at most -c A; verl's clip_ratio_c, there 3. None: unbounded, as in PPO."""
     cispo_max_ratio: PositiveFloat = 5.0
     """The cap itself: TRL's epsilon_high, 1 + verl's clip_ratio_high."""
     sapo_temperature_pos: PositiveFloat = 1.0
     sapo_temperature_neg: PositiveFloat = 1.05
     entropy_coef: NonNegFloat = 0.0
-    """The loss minus this x the entropy, summed over tokens with the weights of the loss (as in verl)."""
+    """The coefficient of the entropy bonus; entropies are summed over tokens with the weights of the loss (as in verl), and
+    subtracted."""
 
     beta: NonNegFloat = 0.0
-    """Weight of the KL to the reference model; 0 keeps no reference model."""
+    """The weight of the KL to the reference model; 0 keeps no reference model."""
     kl_in: Literal["loss", "reward"] = "loss"
-    """loss: a term of it, GRPO's. reward: beta x KL(old || reference) is taken off the reward before the advantages are made: off
-    each token's for gae (PPO 1909.08593), summed over its tokens off a sample's for the others (RLOO 2402.14740; TRL's
-    RLOOTrainer). verl's use_kl_in_reward. Truncated samples out of the loss have it too (TRL: not)."""
+    """loss: the KL is a term of the loss, as in GRPO. reward: beta x KL(old || reference) is subtracted from the reward before the
+    advantages are computed: from each token's for gae (PPO 1909.08593), summed over its tokens from a sample's for the others (RLOO
+    2402.14740; TRL's RLOOTrainer). This is verl's use_kl_in_reward. It also applies to truncated samples outside the loss (in TRL
+    it does not)."""
     kl_estimator: Literal["k1", "k2", "k3", "k3+", "k3_unbiased"] = "k3"
-    """The default of kl_in reward is k1, the papers' difference of log-probabilities. `k3+` and `k3_unbiased` are made for their
-    gradient, which a reward has none of."""
+    """The default with kl_in reward is k1, the papers' difference of log-probabilities. `k3+` and `k3_unbiased` are designed for
+    their gradient, and a reward has none."""
     ref_refresh_steps: NonNegInt = 0
-    """Every so many steps the reference takes over the policy's weights. 0: it stays what it was at the start."""
+    """The number of steps between refreshes of the reference with the policy's weights. 0: it is never refreshed."""
     ref_polyak_tau: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Then reference = tau x policy + (1 - tau) x reference; TRL's ref_model_mixup_alpha."""
+    """The weight of the policy in such a refresh: reference = tau x policy + (1 - tau) x reference; TRL's ref_model_mixup_alpha."""
 
     old_logprobs: Literal["recompute", "rollout"] = "recompute"
-    """What the ratio is taken to: the learner's own value for the version that sampled, or what the sampler reported
-    (verl's bypass mode). Either is over the tokens that rollout.top_p, top_k and min_p leave."""
+    """The denominator of the ratio: the learner's own logps under the version that sampled, or the rollout engine's rollout_logps
+    (verl's bypass mode). Both are over the tokens that rollout.top_p, top_k and min_p keep."""
     importance_sampling: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None = None
-    """How sampler and learner are brought together, in TRL's words: token_truncate is TIS, token_mask MIS and IcePop."""
+    """The correction of the mismatch between rollout engine and learner, named as in TRL: token_truncate is TIS, token_mask MIS and
+    IcePop."""
     importance_sampling_clip_min: NonNegFloat = 0.0
     importance_sampling_clip_max: PositiveFloat = 2.0
-    """Defaults: token_truncate at most 2, token_mask 0.5 to 5, of a sequence at most 3."""
+    """The upper bound of the correction. Defaults: token_truncate at most 2, token_mask 0.5 to 5, per sequence at most 3."""
     geometric_mask: tuple[NonNegFloat, PositiveFloat] | None = None
-    """Drop sequences whose geometric mean of the ratio old/rollout, of learner to sampler, leaves these bounds, e.g. [0.99, 1.01]:
-    exp(mean_t(old_t - rollout_t)). verl's rollout_rs: seq_mean_k1 bounds rollout/old: its threshold `low_high` is
-    [1 / high, 1 / low] here, so 0.99_1.02 is [0.98039, 1.0101]."""
+    """The bounds, e.g. [0.99, 1.01], of the geometric mean over a sequence of the ratio old/rollout, learner to rollout engine:
+    exp(mean_t(old_t - rollout_t)); sequences outside are dropped. In verl's rollout_rs, seq_mean_k1 bounds rollout/old: its
+    threshold `low_high` is [1 / high, 1 / low] here, so 0.99_1.02 is [0.98039, 1.0101]."""
     off_policy_mask_threshold: NonNegFloat | None = None
-    """Drop sequences with A < 0 that the policy has come to like less than this allows (nats a token)."""
+    """The largest mean of rollout_logps - logps (nats per token) of a sequence with A < 0; sequences above it are dropped."""
 
     dynamic_sampling: bool = False
-    """Groups whose scores (under process: of all steps) are all equal are dropped and replaced by the next prompts. A KL in the
-    reward does not count: it says nothing of the task."""
+    """Whether groups whose scores (under process: of all steps) are all equal are dropped and replaced by the next prompts. A KL in
+    the reward does not count: it says nothing about the task."""
     max_sampling_rounds: PositiveInt = 10
-    """A step's budget of dynamic sampling, in batches of prompts; when it is spent, the step trains on what it has."""
+    """The budget of dynamic sampling per step, in batches of prompts; once it is spent, the step trains on what it has."""
     max_steps_without_signal: NonNegInt = 10
-    """The run ends with an error after so many steps in a row that had nothing to learn from: no reward applies, all samples of
-    each prompt have the same one, or all that differ are out of the loss. So does a run of several steps of which none had
-    anything. 0: it never does."""
+    """The number of consecutive steps without a training signal after which the run ends with an error: no reward applies, all
+    samples of each prompt have the same one, or all that differ are out of the loss. A run of several steps, none of which had a
+    signal, ends so too. 0: never."""
     mask_truncated: bool = False
-    """Samples cut at rollout.max_completion_length take part in the baseline, but not in the loss (DAPO's overlong
+    """Whether samples truncated at rollout.max_completion_length count for the baseline, but not for the loss (DAPO's overlong
     filtering; TRL's mask_truncated_completions)."""
 
     num_iterations: PositiveInt = 1
-    """Passes over each batch (the paper's mu)."""
+    """The number of passes over each batch (the paper's mu)."""
     num_mini_batches: PositiveInt = 1
-    """Optimizer steps in one pass."""
+    """The number of optimizer steps in one pass."""
     max_staleness: NonNegInt = 0
-    """Policy updates between a sample's oldest token and its use: sampling runs so far ahead. 0: on-policy. Above 0 the default
-    of importance_sampling is token_truncate (sequence_truncate for losses with a sequence's ratio): decoupled PPO, whose ratio is
-    to the policy before the update, AReaL 2505.24298."""
+    """The largest number of policy updates between a sample's oldest token and its use, which is how far sampling runs ahead. 0:
+    on-policy. Above 0 the default of importance_sampling is token_truncate (sequence_truncate for losses with a sequence ratio):
+    decoupled PPO, whose ratio is to the policy before the update, AReaL 2505.24298."""
 
     @model_validator(mode="before")
     @classmethod
@@ -228,10 +231,10 @@ class AlgorithmConfig(Strict):
 
     @property
     def advantages_on_learner(self) -> bool:
-        """A critic, or the log-probabilities for a KL, are only there."""
+        """Whether advantages are computed on the learner, the only place with a critic or the logps for a KL."""
         return self.advantage == "gae" or self.kl_in == "reward"
 
     def _given(self, *names: str) -> str | None:
-        """The first of these that is not at its default. (A resolved config names every key.)"""
+        """The first of these options that is not at its default. (A resolved config names every key.)"""
         fields = type(self).model_fields
         return next((n for n in names if getattr(self, n) != fields[n].default), None)

@@ -1,7 +1,7 @@
-"""Names of options in verl, TRL and OpenRLHF -> what they are called here: an unknown key is answered with the one that is meant.
+"""The names of options in verl, TRL and OpenRLHF -> their names here, so that an unknown key is answered with the intended one.
 
 A name stands under the shortest of its endings that means one thing: `rollout.n` is verl's `actor_rollout_ref.rollout.n` as well.
-Where a schema has not the first target, the next one counts (`beta` of GRPO and of DPO).
+If a schema lacks the first target, the next one counts (`beta` of GRPO and of DPO).
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Collection, Sequence
 from grpo_ray.suggest import closest
 
 GUESS_CUTOFF = 0.8
-"""Of `difflib`'s ratio: `zero_stge` is `zero_stage` (0.95), `max_tokens` is not `max_actors` (0.7)."""
+"""The smallest `difflib` ratio of a suggestion: `zero_stge` is `zero_stage` (0.95), `max_tokens` is not `max_actors` (0.7)."""
 ELSEWHERE_CUTOFF = 0.9
-"""In another section, where short words are alike by chance: `betas` (of Adam) and `beta` (of the KL) are at 0.89."""
+"""The smallest ratio for an option of another section, where short words are alike by chance: `betas` (of Adam) and `beta` (of the
+KL) are at 0.89."""
 MAX_PLACES = 4
 
 _BATCH = ("prompts_per_step", "examples_per_step")
@@ -26,7 +27,7 @@ _ZERO = " (of DeepSpeed: 3 shares weights, gradients and optimizer, as FSDP does
 _LENGTHS = ", after prompts of up to data.max_prompt_length"
 
 ALIASES: dict[str, tuple[tuple[str, ...], str]] = {
-    # Short forms that are typed by habit.
+    # Short forms that users type out of habit.
     "rollout.n": (("rollout.num_generations",), ""),
     "n": (("rollout.num_generations",), ""),
     "group_size": (("rollout.num_generations",), ""),
@@ -273,7 +274,7 @@ ALIASES: dict[str, tuple[tuple[str, ...], str]] = {
     "wandb_run_name": (("name",), ""),
     "use_tensorboard": (("tracking.tensorboard",), ""),
 }
-"""Ending of a dotted name -> (options here, the first that a schema has counts; what there is to say of it)."""
+"""Ending of a dotted name -> (options here, of which the first in a schema counts; an explanation)."""
 
 _OF_ITSELF = "it is so of itself"
 _CONSTANT = "a KL's weight is constant (algorithm.beta)"
@@ -309,14 +310,14 @@ ABSENT: dict[str, str] = {
     "optim": "it is AdamW",
     "ds_tensor_parallel_size": "learners share a model by learner.zero_stage, and a sequence by sequence_parallel_size",
 }
-"""The same of what has no option here -> what is instead."""
+"""Ending of a dotted name without an option here -> what to use instead."""
 
 
 def called_here(key: str, known: Collection[str]) -> str | None:
-    """`rollout.n` -> `rollout.n is called rollout.num_generations here`; None: it is no name of another project.
+    """The hint `rollout.n is called rollout.num_generations here` for `rollout.n`; None if no other project has this name.
 
     Args:
-        key: dotted; also `--actor-learning-rate`.
+        key: a dotted name, or a flag such as `--actor-learning-rate`.
         known: every dotted key of the schema.
     """
     name = key.lstrip("-").replace("-", "_")
@@ -337,12 +338,12 @@ def called_here(key: str, known: Collection[str]) -> str | None:
 
 
 def suggestion(key: str, known: Sequence[str], siblings: Sequence[str]) -> str:
-    """What to say of an unknown key: what it is called here, where an option of its name is, or one that is spelt nearly so.
+    """The hint for an unknown key: its name here, the section that has an option of this name, or an option of similar spelling.
 
     Args:
-        key: dotted.
+        key: a dotted name.
         known: every dotted key of the schema.
-        siblings: names that its section has.
+        siblings: the names in its section.
     """
     if (called := called_here(key, known)) is not None:
         return called
@@ -365,13 +366,13 @@ def suggestion(key: str, known: Sequence[str], siblings: Sequence[str]) -> str:
 
 
 def _named(last: str, known: Sequence[str]) -> list[str]:
-    """Options of this name. A critic has some of the learner's, and is never meant without being named."""
+    """The options of this name. A critic shares some with the learner, and is only suggested if it was named."""
     places = [k for k in known if k.rpartition(".")[2] == last]
     return [k for k in places if not k.startswith("critic.")] or places
 
 
 def _spelt_alike(name: str, others: Collection[str]) -> list[str]:
-    """Those of as many words: a word more or less is another meaning, as in `load_checkpoint`, and no slip of the finger."""
+    """The similar names with as many words: a word more or less is another meaning, as in `load_checkpoint`, not a typo."""
     return [other for other in others if other.count("_") == name.count("_") or _joined(other) == _joined(name)]
 
 

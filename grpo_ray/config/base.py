@@ -1,4 +1,4 @@
-"""What every section of the schema is made of."""
+"""The base class and the shared types of every section of the schema."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NonNegFloat = Annotated[float, Field(ge=0)]
 
 
 def expand_home(path: str, info: ValidationInfo) -> str:
-    """With the home in place of `~`, unless the config is for another machine (`build`)."""
+    """The path with `~` expanded, unless the config is for another machine (`build`)."""
     if not path.startswith("~") or (info.context or {}).get("keep_home"):
         return path
     expanded = os.path.expanduser(path)
@@ -27,20 +27,20 @@ def expand_home(path: str, info: ValidationInfo) -> str:
 
 
 HomePath = Annotated[str, AfterValidator(expand_home)]
-"""A path, or a URL or a name that stands for one; `~` is the home."""
+"""A path, or a URL or name in its place; `~` is expanded."""
 
 Env = Annotated[dict[str, str], AfterValidator(check_env)]
-"""Environment variables of workers. A secret is named, not written: `HF_TOKEN: ${HF_TOKEN}`."""
+"""Environment variables of workers. A secret is referenced, not written: `HF_TOKEN: ${HF_TOKEN}`."""
 
 Resources = Annotated[dict[str, PositiveFloat], AfterValidator(check_resources)]
-"""Custom resources of the cluster's nodes, `ray start --resources`, and how much of each an actor takes."""
+"""Custom resources of the cluster's nodes (`ray start --resources`), and how much of each an actor takes."""
 Labels = Annotated[dict[str, str], AfterValidator(check_labels)]
-"""What an actor asks of the labels of its node, `ray start --labels`: `{zone: a}`, `{ray.io/accelerator-type: H100}`,
+"""The labels that an actor requires of its node (`ray start --labels`): `{zone: a}`, `{ray.io/accelerator-type: H100}`,
 `{ray.io/node-id: ..}`. See `grpo_ray.labels`."""
 
 
 class Strict(BaseModel):
-    """Unknown keys are refused, nothing changes after validation."""
+    """Base of all sections: unknown keys are refused, and nothing changes after validation."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, ser_json_inf_nan="constants"

@@ -13,7 +13,7 @@ from grpo_ray.config.model import ModelConfig
 from grpo_ray.config.runtime import CheckpointConfig, ClusterConfig, DeadlineConfig, TrackingConfig
 
 Epochs = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-"""Parts of one are rounded up to whole rows."""
+"""A number of epochs; a fraction is rounded up to whole rows."""
 
 KEY_ORDER = (
     "name",
@@ -42,20 +42,20 @@ KEY_ORDER = (
     "dpo",
     "reward_model",
 )
-"""Of a recipe as it is printed: a run's own keys stand among those that all runs share."""
+"""The order of a recipe's keys when printed: a run's own keys stand among those that all runs share."""
 
 
 class CommonConfig(Strict):
     name: str | None = None
-    """Folder of the run under `dir`. None: the recipe's name and the time."""
+    """The run's folder under `dir`. None: the recipe's name and the time."""
     dir: HomePath = "runs"
     code_dir: HomePath | None = None
-    """Folder in which modules of rewards and `python:` data are looked for besides the current one. A run writes down the one that
-    it was begun in, so that it can be resumed from any."""
+    """The folder, besides the current one, in which modules of rewards and `python:` data are searched. A run records the folder
+    that it was started in, so that it can be resumed from any other."""
     seed: int = 1
     num_steps: PositiveInt | None = None
     num_epochs: Epochs = 1.0
-    """Used when num_steps is not given; see data.last_batch."""
+    """The number of epochs if num_steps is not given; see data.last_batch."""
 
     model: ModelConfig
     data: DataConfig
@@ -67,7 +67,7 @@ class CommonConfig(Strict):
 
 
 def keys_in_order(schema: type[BaseModel]) -> list[str]:
-    """Names of a section's options, in the order in which they are printed."""
+    """The names of a section's options, in the order in which they are printed."""
     if not issubclass(schema, CommonConfig):
         return list(schema.model_fields)
     return sorted(schema.model_fields, key=KEY_ORDER.index)

@@ -1,4 +1,4 @@
-"""The schema of `data`: where prompts come from, what becomes of them, and how they are shown to the model."""
+"""The schema of `data`: the sources of prompts, the filters on them, and the template that shows them to the model."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from grpo_ray.config.base import HomePath, PositiveInt, Strict
 
 class DataSource(Strict):
     path: HomePath
-    """`file.jsonl`, `file.parquet`, a Hugging Face data set (name or folder), `reasoning_gym:TASK`, or
-    `python:module.function` that returns rows."""
+    """The source: `file.jsonl`, `file.parquet`, a Hugging Face data set (name or folder), `reasoning_gym:TASK`, or
+    `python:module.function`, which returns rows."""
     package: str | None = None
-    """The installed package whose function `python:package.module.function` is; see `reward.functions`."""
+    """The installed package that holds the function `python:package.module.function`; see `reward.functions`."""
     name: str | None = None
-    """Subset; of Hugging Face data sets alone."""
+    """The subset of a Hugging Face data set; for these only."""
     split: str = "train"
-    """Also a part of one, in the words of Hugging Face's `datasets`: `train[:50%]`, `train[100:200]`. Files and generators have one
-    split, `train`."""
+    """The split, or a part of one in the syntax of Hugging Face's `datasets`: `train[:50%]`, `train[100:200]`. Files and generators
+    have one split, `train`."""
     args: dict[str, Any] = {}
-    """Passed to the generator; of reasoning_gym and python alone."""
+    """Arguments of the generator; for reasoning_gym and python only."""
     columns: dict[str, str] = {}
-    """Name here -> name in the data, dots for nested ones: `{prompt: question, answer: metadata.answer}`."""
+    """Column name here -> column name in the data, with dots for nested ones: `{prompt: question, answer: metadata.answer}`."""
     limit: PositiveInt | None = None
-    """Only the first rows, of the split."""
+    """The number of first rows of the split to keep."""
 
     @property
     def is_generator(self) -> bool:
@@ -37,7 +37,7 @@ class DataSource(Strict):
 
 
 def _one_or_named(value: Any) -> str:
-    """Which form `data.eval` has. The tags are in angle brackets: `_explain` leaves them out of what a user reads."""
+    """The form that `data.eval` has. The tags are in angle brackets: `_explain` leaves them out of what a user reads."""
     named = (
         isinstance(value, dict)
         and "path" not in value
@@ -58,29 +58,28 @@ class DataConfig(Strict):
     eval: EvalSources | None = None
     """One source (`eval/accuracy`), or several by name (`eval/NAME/accuracy`): `{math: {path: ..}, aime: {path: ..}}`."""
     template: HomePath = "chat"
-    """`chat` (the tokenizer's own; `chat:NAME` where it has several), `raw` (the prompt as it is), `r1`, `r1_zero`, or the path of
-    a Jinja file."""
+    """The template: `chat` (the tokenizer's own; `chat:NAME` if it has several), `raw` (the prompt as it is), `r1`, `r1_zero`, or
+    the path of a Jinja file."""
     system: str | None = None
-    """System message of prompts that have none, under a chat template: put before strings, and before conversations that begin
-    without one."""
+    """The system message of prompts that have none, under a chat template, put before strings and conversations."""
     chat_template_kwargs: dict[str, Any] = {}
-    """Variables of the chat template, e.g. `{enable_thinking: false}`. A row's column of this name comes before it, and a row's
-    column `tools` is shown too (TRL's names; verl's apply_chat_template_kwargs)."""
+    """Variables of the chat template, e.g. `{enable_thinking: false}`. A row's column of this name takes precedence, and a row's
+    column `tools` is passed too (TRL's names; verl's apply_chat_template_kwargs)."""
     shuffle: bool = True
     max_prompt_length: PositiveInt = 512
-    """Tokens."""
+    """The largest number of tokens of a prompt."""
     long_prompts: Literal["drop", "error"] = "drop"
-    """What becomes of longer ones: dropped and counted, or refused."""
+    """The treatment of longer prompts: dropped and counted, or refused."""
     exclude_eval: bool = True
-    """Drop training rows whose prompt is also in the evaluation set."""
+    """Whether training rows are dropped if their prompt is also in the evaluation set."""
     last_batch: Literal["short", "wrap", "drop"] = "short"
-    """What becomes of the last rows of num_epochs, when they don't fill a batch; batches run over the ends of the epochs before.
-    short: they are a smaller batch, so every row is trained exactly once an epoch. wrap: it is filled up from the epoch after,
-    whose first rows are trained once too often. drop: they are left out. Without effect where num_steps is given."""
+    """The treatment of the last rows of num_epochs, if they don't fill a batch; before them, batches span the ends of epochs.
+    short: they form a smaller batch, so every row is trained exactly once per epoch. wrap: the batch is filled up from the next
+    epoch, whose first rows are trained once too often. drop: they are left out. Without effect if num_steps is given."""
 
     @property
     def eval_sets(self) -> dict[str, DataSource]:
-        """Name -> source; a single one has the name ''."""
+        """Name -> source of each evaluation set; a single one has the name ''."""
         if self.eval is None:
             return {}
         return self.eval if isinstance(self.eval, dict) else {"": self.eval}

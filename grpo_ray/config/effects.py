@@ -1,10 +1,10 @@
-"""Where options have an effect, and which of a config's have none: nothing that is set is ignored in silence.
+"""Which options have an effect where, and which options of a config have none: no setting is ignored silently.
 
     not_looked_at(config, "sample")  ->  {"num_steps": "`grpo-ray sample` does not look at it", ..}
     without_effect(config, "train")  ->  {"eval.top_p": "eval.temperature is 0: the likeliest token is taken", ..}
 
 Options that can never do anything together are refused by the schema itself. These here are reported, for recipes are shared and
-resumed; of those that were typed for this very command the first kind is refused (`launch/run/effects.py`).
+resumed; of those typed on this command's own line the first kind is refused (`launch/run/effects.py`).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ WHERE: dict[str, dict[str, str]] = {
     "weights": {"backend bucket_mb": "train"},
     "deadlines": {"resources_s start_s sync_s": ALL, "sample_s": SAMPLING, "update_s save_s store_s": LEARNING},
     "checkpoint": {"path every_steps every_minutes keep export": LEARNING},
-    # Pipelines measure by the last two what a stage `sample` has made.
+    # Pipelines use the last two to measure the output of a stage `sample`.
     "eval": {"every_steps": "train", "num_samples temperature top_p": "train eval", "accuracy threshold": SAMPLING},
     "sample": {"num_samples temperature top_p shard_prompts": "sample"},
     "tracking": {"tensorboard wandb mlflow prometheus project trace": LEARNING, "rollouts": "train"},
@@ -91,7 +91,7 @@ WHERE: dict[str, dict[str, str]] = {
     "dpo": {"loss beta": "dpo"},
     "reward_model": {"loss use_margin": "reward-model"},
 }  # fmt: skip
-"""Section -> options -> the commands that they change something in. A new option is entered here."""
+"""Section -> options -> the commands in which they have an effect. A new option is entered here."""
 
 COMMANDS_OF = {
     f"{section}.{name}".lstrip("."): frozenset(commands.split())
@@ -102,7 +102,7 @@ COMMANDS_OF = {
 
 
 def not_looked_at(config: RunConfig | SftConfig, command: str) -> dict[str, str]:
-    """Options that differ from their default, and are of other commands -> why they do nothing in this one."""
+    """Options that differ from their default but belong to other commands -> why they have no effect in this one."""
     return {
         key: f"`grpo-ray {command}` does not look at it" + _instead(key, command)
         for key, _ in _given(config)
@@ -111,14 +111,14 @@ def not_looked_at(config: RunConfig | SftConfig, command: str) -> dict[str, str]
 
 
 def without_effect(config: RunConfig | SftConfig, command: str) -> dict[str, str]:
-    """Options that differ from their default, and change nothing beside the others of this config -> why."""
+    """Options that differ from their default but have no effect with the others of this config -> why."""
     given = dict(_given(config))
     found = {key: why for find in _FINDERS for key, why in find(config, command)}
     return {key: why for key, why in found.items() if key in given and command in COMMANDS_OF.get(key, ALL.split())}
 
 
 def without_gpu(config: RunConfig | SftConfig) -> dict[str, str]:
-    """Options that differ from their default, and are of GPUs alone -> why, on a cluster that has none."""
+    """Options that differ from their default but are for GPUs only -> why, on a cluster that has none."""
     of_gpus = {
         "rollout.gpu_memory_utilization": "there is no GPU; rollout.kv_cache_gb says how large the cache is",
         "learner.offload_optimizer": "there is no GPU whose memory it would spare",
@@ -134,9 +134,10 @@ def _instead(key: str, command: str) -> str:
 
 
 def check_context(config: RunConfig | SftConfig, context: int) -> None:
-    """
+    """Check that some sample can be as long as a given rollout.max_completion_length.
+
     Args:
-        context: tokens that the model was made for, prompt included.
+        context: the model's context length in tokens, prompt included.
 
     Raises:
         ConfigError: no sample can be as long as the given rollout.max_completion_length.
@@ -154,10 +155,10 @@ def check_context(config: RunConfig | SftConfig, context: int) -> None:
 
 
 def about_context(config: RunConfig | SftConfig, context: int, longest_prompt: int = 0) -> str | None:
-    """One line, where the model has less room than options allow.
+    """A one-line notice if the model's context is shorter than the options allow, else None.
 
     Args:
-        longest_prompt: tokens, of the data.
+        longest_prompt: the number of tokens of the longest prompt in the data.
     """
     if isinstance(config, SftConfig):
         if config.max_length <= context:
@@ -177,7 +178,7 @@ def about_context(config: RunConfig | SftConfig, context: int, longest_prompt: i
 
 
 def _given(node: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of what is not at its default. (A resolved config names every key.)"""
+    """(dotted key, value) of each option that is not at its default. (A resolved config names every key.)"""
     for name in keys_in_order(type(node)):
         field = type(node).model_fields[name]
         value = getattr(node, name)

@@ -1,4 +1,4 @@
-"""From YAML and `key=value` to a config, and back; what is wrong is told with the key that was meant."""
+"""Conversion from YAML and `key=value` to a config, and back; errors name the key that was probably meant."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _CLOSING = {"[": "]", "{": "}"}
 
 
 def parse_overrides(items: list[str]) -> dict[str, Any]:
-    """`["learner.zero_stage=3", "data.system=Answer after ####."]` -> a nested dict, values as they were typed: `Typed`.
+    """A nested dict of the overrides `["learner.zero_stage=3", "data.system=Answer after ####."]`, with values as typed: `Typed`.
 
-    The schema says what a value means. Text is taken as it is, ` #` and all; what is wholly in quotes, YAML's or JSON's, loses
-    them. `null`, or nothing, is None where an option may be None. Numbers, bools, `[a, b]` and `{key: value}` are as in a file,
-    without comments. A mapping goes over what the recipe says there; `{}` empties it. Of one that is given twice the last counts.
+    The schema decides what a value means. Text is taken as it is, including ` #`; if it is quoted as a whole, in YAML's or JSON's
+    way, the quotes are removed. `null`, or nothing, is None if an option may be None. Numbers, bools, `[a, b]` and `{key: value}`
+    are as in a file, without comments. A mapping is merged over the recipe's; `{}` empties it. Of a repeated key the last counts.
 
     Raises:
-        ConfigError: what is no override, or would undo another.
+        ConfigError: an item is no override, or would undo another.
     """
     out: dict[str, Any] = {}
     given: dict[str, str] = {}
@@ -71,7 +71,7 @@ def _put(node: dict[str, Any], path: list[str], value: Typed, item: str) -> None
 
 
 def _opened(value: Any) -> Any:
-    """A mapping that was typed, as one; all else as it is."""
+    """A typed mapping as a dict; everything else unchanged."""
     if not isinstance(value, Typed) or value.strip()[:1] != "{":
         return value
     try:
@@ -82,9 +82,8 @@ def _opened(value: Any) -> Any:
 
 
 def deep_merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """`top` over `base`; dicts merge, everything else is replaced. So is a section for which `top` names a preset: what
-    `base` says there belongs to another algorithm. An empty dict inside of `top` empties what `base` has there.
-    """
+    """`top` merged over `base`: dicts merge, everything else is replaced. A section for which `top` names a preset is replaced too:
+    what `base` says there belongs to another algorithm. An empty dict inside `top` empties what `base` has there."""
     out = dict(base)
     for key, value in top.items():
         old = out.get(key)
@@ -99,13 +98,13 @@ def deep_merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(schema: type[C], data: dict[str, Any], source: str, *, keep_home: bool = False) -> C:
-    """Validate; every problem becomes one line that names the key.
+    """The validated config; every problem becomes one line that names the key.
 
     Args:
-        keep_home: leave `~` in paths as it is, for another machine.
+        keep_home: `~` in paths is kept as it is, for another machine.
 
     Raises:
-        ConfigError: with all problems, and "did you mean" for unknown keys.
+        ConfigError: the config is invalid; lists all problems, with "did you mean" for unknown keys.
     """
     check_secrets(data, source)
     problems: Problems = {}
@@ -122,7 +121,7 @@ def build(schema: type[C], data: dict[str, Any], source: str, *, keep_home: bool
 
 
 def check_secrets(data: Any, source: str) -> None:
-    """Raises ConfigError for a key or a token in a recipe or in overrides, without saying what it is."""
+    """Raises ConfigError for a key or a token in a recipe or in overrides, without revealing it."""
     if found := list(dict.fromkeys(secrets_in(data))):
         raise ConfigError(
             f"{hide_secrets(source)} holds what looks like a secret ({', '.join(found)}), and a recipe is written to "
@@ -143,7 +142,7 @@ def _explain(schema: type[BaseModel], err: Any) -> list[str]:
         known, siblings = all_keys(schema), _fields_at(schema, loc[:-1])
         inside = [leaf for leaf in _leaves(err["input"], f"{key}.") if called_here(leaf, known)]
         unknown = [key] if called_here(key, known) or not inside else inside
-        # A section is never meant for an option that is spelt like it.
+        # A section is never suggested for an option of similar spelling.
         places = siblings if isinstance(err["input"], dict) and unknown == [key] else known
         return [f"{k}: unknown key; {called_here(k, known) or suggestion(k, places, siblings)}" for k in unknown]
     if err["type"] == "missing":
@@ -155,14 +154,14 @@ def _explain(schema: type[BaseModel], err: Any) -> list[str]:
 
 
 def _leaves(value: Any, prefix: str) -> list[str]:
-    """Dotted keys of what is in a section."""
+    """The dotted keys of everything in a section."""
     if not isinstance(value, dict):
         return [prefix[:-1]]
     return [leaf for name, inner in value.items() for leaf in _leaves(inner, f"{prefix}{name}.")]
 
 
 _SHAPES = {"tuple_type": "a list is meant, [..]", "dict_type": "a mapping is meant, {..}"}
-"""Kind of an error of pydantic -> what is meant there, without Python's words."""
+"""Error type of pydantic -> what is expected there, without Python's words."""
 
 
 def _fields_at(schema: type[BaseModel], loc: list[str]) -> list[str]:

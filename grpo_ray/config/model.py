@@ -1,4 +1,4 @@
-"""The schema of `model`: which weights, in which precision, with or without adapters."""
+"""The schema of `model`: its weights, precision and adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from grpo_ray.config.base import HomePath, PositiveInt, Strict
 
 
 class TinyModelConfig(Strict):
-    """A randomly initialised Qwen2 with a character tokenizer, made on the spot: for laptops and tests."""
+    """A randomly initialised Qwen2 with a character tokenizer, created on the spot: for laptops and tests."""
 
     hidden_size: PositiveInt = 256
     num_layers: PositiveInt = 4
@@ -18,11 +18,12 @@ class TinyModelConfig(Strict):
     num_kv_heads: PositiveInt = 2
     context: PositiveInt = 256
     intermediate_size: PositiveInt | None = None
-    """None: 11/4 of hidden_size."""
+    """The width of the MLP. None: 11/4 of hidden_size."""
     words: tuple[str, ...] = ()
-    """Tokens of their own besides the characters."""
+    """Words that are one token each, besides the characters."""
     vocab_size: PositiveInt | None = None
-    """Rows of the embedding; those above the tokenizer's ids are never in a prompt. None: the tokenizer's, rounded up to 64."""
+    """The number of rows of the embedding; those above the tokenizer's ids are never in a prompt. None: the tokenizer's, rounded up
+    to 64."""
     seed: int = 1
 
     @model_validator(mode="after")
@@ -36,7 +37,7 @@ class TinyModelConfig(Strict):
 
 
 MAX_ADAPTER_RANK = 512
-"""The largest that vLLM samples through."""
+"""The largest rank that vLLM supports for sampling."""
 
 
 class LoraConfig(Strict):
@@ -44,14 +45,15 @@ class LoraConfig(Strict):
 
     r: PositiveInt = 32
     alpha: PositiveInt = 64
-    """The product is scaled by alpha / r."""
+    """The numerator of the scale alpha / r of the adapters' product."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Names of linear layers, e.g. [q_proj, v_proj]; `all-linear`: every one but the output layer."""
+    """The names of linear layers, e.g. [q_proj, v_proj]; `all-linear`: every one but the output layer."""
     transfer: Literal["merged", "adapter"] = "merged"
-    """How they reach the samplers. `merged`: each sync sends the whole model with them added, and sampling is as fast as without
-    them. `adapter`: a sync sends them alone, a few MB instead of the model, and samples under way finish under the version they
-    began with; the samplers' base is never touched, so it can be quantised. But vLLM samples slower through adapters, on CPUs by
-    far. It pays for large models on GPUs, or on a slow network, where moving the model costs more than slower sampling."""
+    """How the adapters reach the rollout engines. `merged`: each weight sync sends the whole model with the adapters merged in, and
+    sampling is as fast as without them. `adapter`: a weight sync sends the adapters alone, a few MB instead of the model, and
+    samples in progress finish under the version that they began with; the engines' base model never changes, so it can be
+    quantised. But vLLM samples more slowly through adapters, on CPUs by far. It pays off for large models on GPUs, or on a slow
+    network, where moving the model costs more than slower sampling."""
 
     @model_validator(mode="after")
     def _rank(self) -> Self:
@@ -67,14 +69,14 @@ class ModelConfig(Strict):
     path: HomePath | None = None
     """A folder with a Hugging Face model, or a name on the hub."""
     tiny: TinyModelConfig | None = None
-    """Instead of `path`: make one."""
+    """A tiny model to create instead of reading `path`."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of sampler and learner. The learner keeps fp32 master weights in either case."""
+    """The precision of rollout engine and learner. The learner keeps fp32 master weights in either case."""
     attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
-    """`auto`: flash-attention where a GPU and the package are, else torch's attention per packed segment."""
+    """`auto`: flash-attention if there are a GPU and the package, else torch's attention per packed segment."""
     gradient_checkpointing: bool = False
     lora: LoraConfig | None = None
-    """Train adapters on the frozen model. The reference model then costs no memory."""
+    """Adapters to train on the frozen model. The reference model then costs no memory."""
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
@@ -85,5 +87,5 @@ class ModelConfig(Strict):
 
     @property
     def sends_adapters(self) -> bool:
-        """Samplers get the adapters, not merged weights."""
+        """Whether rollout engines receive the adapters instead of merged weights."""
         return self.lora is not None and self.lora.transfer == "adapter"

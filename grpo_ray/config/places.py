@@ -1,4 +1,4 @@
-"""A config with every path in it as an absolute one: what a run writes down is right from any folder."""
+"""A config with every path made absolute, so that what a run records is right from any folder."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from grpo_ray.config.supervised import SftConfig
 Config = TypeVar("Config", RunConfig, SftConfig, RunConfig | SftConfig)
 S = TypeVar("S", bound=Strict)
 MAY_BE_NAMES = ("path", "template")
-"""Options that take a name as well as a path: those are paths where something is there by that name, or when they look like one."""
+"""Options that take a name as well as a path: the value is a path if such a file exists, or if it looks like a path."""
 REWARD_ARGS = ("path", "cache")
-"""`args` of built-in rewards that are paths: a model's, and a file of answers."""
+"""The `args` of built-in rewards that are paths: a model's, and a file of answers."""
 _FILES = (".jsonl", ".ndjson", ".parquet", ".json", ".jinja", ".jinja2", ".txt", ".py")
 _WORDS = ("chat", "raw", "r1", "r1_zero")
 
 
 def with_places(config: Config, folder: Path) -> Config:
-    """
+    """The config with every path made absolute.
+
     Args:
-        folder: what relative paths are relative to, and where modules of rewards and data were looked for.
+        folder: the base of relative paths, and the folder in which modules of rewards and data were searched.
     """
     out = _absolute(config, folder)
     return out if config.code_dir is not None else out.model_copy(update={"code_dir": str(folder)})
 
 
 def path_options(schema: type[Strict]) -> Iterator[str]:
-    """Names of the fields of this section that are paths."""
+    """The names of the fields of this section that are paths."""
     return (name for name, field in schema.model_fields.items() if _is_path(field.annotation, field.metadata))
 
 
@@ -63,7 +64,7 @@ def _absolute(section: S, folder: Path) -> S:
 
 
 def _reward_file(reward: RewardFunctionConfig, folder: Path) -> str:
-    """The name of a reward, with its file as an absolute path; a dotted name is looked for in `code_dir`."""
+    """The name of a reward, with its file as an absolute path; a dotted name is searched in `code_dir`."""
     if not reward.in_file:
         return reward.name
     path, function = file_and_function(reward.name)
@@ -75,7 +76,7 @@ def _reward_place(name: str, value: Any, folder: Path) -> Any:
 
 
 def _is_output(section: Strict, name: str) -> bool:
-    """Where something is written, which may not be there yet."""
+    """Whether the option is an output path, which may not exist yet."""
     return type(section).__name__ == "CheckpointConfig" and name == "path"
 
 
@@ -91,7 +92,7 @@ def _below(value: Any, folder: Path) -> Any:
 
 
 def _place(value: str, folder: Path, *, named: bool) -> str:
-    """Links stay what they are: that of a run's newest model leads to another folder tomorrow."""
+    """The absolute path, links not resolved: the link to a run's newest model leads to another folder tomorrow."""
     if "://" in value or value.startswith("~") or Path(value).is_absolute():
         return value
     here = os.path.abspath(folder / value)

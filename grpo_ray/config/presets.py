@@ -1,7 +1,7 @@
 """Algorithms by name: `algorithm: dapo`, or `algorithm: {preset: dapo, epsilon_high: 0.3}`.
 
-A preset holds what its paper says of the algorithm alone. Batch sizes, lengths, learning rates and rewards belong to a
-recipe; those of the papers are named here for whoever writes one. What a preset leaves out keeps the schema's default.
+A preset holds only what its paper says about the algorithm. Batch sizes, lengths, learning rates and rewards belong to a
+recipe; those of the papers are listed here for recipe authors. What a preset leaves out keeps the schema's default.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from grpo_ray.suggest import did_you_mean
 Values = dict[str, Any]
 
 SEQUENCE_LOSSES = ("grpo_sequence", "gspo", "gmpo")
-"""Their ratio is of the whole sequence."""
+"""The losses whose ratio is of the whole sequence."""
 
 LOSS_DEFAULTS: dict[str, Values] = {
     "gspo": {"epsilon_low": 3e-4, "epsilon_high": 4e-4},
     "gmpo": {"epsilon_low": 0.4, "epsilon_high": 0.4},
 }
-"""Losses whose bounds mean something else than PPO's 0.2: GSPO 2507.18071, section 5.1; GMPO 2507.20673, section 4.1."""
+"""Defaults of losses whose bounds mean something else than PPO's 0.2: GSPO 2507.18071, section 5.1; GMPO 2507.20673, section
+4.1."""
 
 IMPORTANCE_SAMPLING_DEFAULTS: dict[str, Values] = {
     "token_truncate": {"importance_sampling_clip_min": 0.0, "importance_sampling_clip_max": 2.0},
@@ -27,7 +28,7 @@ IMPORTANCE_SAMPLING_DEFAULTS: dict[str, Values] = {
     "sequence_truncate": {"importance_sampling_clip_min": 0.0, "importance_sampling_clip_max": 3.0},
     "sequence_mask": {"importance_sampling_clip_min": 0.0, "importance_sampling_clip_max": 3.0},
 }
-"""TIS: 2. IcePop (Ring-1T 2510.18855): 0.5 and 5. Of a sequence: TRL's 3."""
+"""The default bounds of each correction. TIS: 2. IcePop (Ring-1T 2510.18855): 0.5 and 5. Per sequence: TRL's 3."""
 
 _OF_THE_LOSS = (
     "epsilon_low",
@@ -38,7 +39,7 @@ _OF_THE_LOSS = (
     "sapo_temperature_neg",
 )
 KL_IN_DEFAULTS: dict[str, Values] = {"reward": {"kl_estimator": "k1"}}
-"""PPO 1909.08593, RLOO 2402.14740; the estimators of the presets are those of a loss."""
+"""The default estimator of a KL in the reward: PPO 1909.08593, RLOO 2402.14740; the estimators of the presets are for a loss."""
 
 _OF_THE_REFERENCE = ("kl_estimator", "ref_refresh_steps", "ref_polyak_tau")
 
@@ -65,8 +66,8 @@ PRESETS: dict[str, Values] = {
     # DAPO 2503.14476, section 4.1: clip higher, token-level loss, dynamic sampling, no KL. 512 prompts x 16 samples in 16
     # mini-batches, lr 1e-6; the soft overlong punishment is a reward function, `soft_overlong`.
     "dapo": _GRPO | {"loss": "dapo", "epsilon_high": 0.28, "dynamic_sampling": True},
-    # PPO 1707.06347 with a critic, as it is run for reasoning (verl): token-level loss, lambda 1, several mini-batches. With
-    # a KL it was in the reward (1909.08593): `{preset: ppo, beta: 0.05, kl_in: reward}`.
+    # PPO 1707.06347 with a critic, in its usual form for reasoning (verl): token-level loss, lambda 1, several
+    # mini-batches. Its KL was in the reward (1909.08593): `{preset: ppo, beta: 0.05, kl_in: reward}`.
     "ppo": _GRPO | {"advantage": "gae", "gamma": 1.0, "lam": 1.0, "loss": "dapo", "num_mini_batches": 2},
     # RLOO 2402.14740: the others' mean as baseline, the sequence as one action. The paper's KL is in the reward, which is
     # `{preset: rloo, beta: 0.05, kl_in: reward}`; here beta is 0.
@@ -90,12 +91,12 @@ PRESETS: dict[str, Values] = {
     },
     # GMPO 2507.20673: the bounds are in LOSS_DEFAULTS.
     "gmpo": {"advantage": "grpo", "loss": "gmpo", "beta": 0.0},
-    # IcePop, Ring-1T 2510.18855: GRPO without tokens on which sampler and learner disagree; the bounds are in
-    # IMPORTANCE_SAMPLING_DEFAULTS.
+    # IcePop, Ring-1T 2510.18855: GRPO without the tokens on which rollout engine and learner disagree; the bounds are
+    # in IMPORTANCE_SAMPLING_DEFAULTS.
     "icepop": _GRPO | {"importance_sampling": "token_mask"},
     # DeepSeek-V3.2 2512.02556, section 3.1: the unbiased KL, the off-policy sequence mask, R - mean; the clip is around
-    # the sampler's own report. beta and the mask's threshold are not stated: R1's, and ours. Its "keep sampling mask" is what the
-    # learner does whenever rollout.top_p, top_k or min_p leave tokens out.
+    # the rollout engine's own logps. beta and the mask's threshold are not stated: R1's, and ours. Its "keep sampling
+    # mask" is what the learner does whenever rollout.top_p, top_k or min_p leave tokens out.
     "v3_2": _GRPO
     | {
         "advantage": "dr_grpo",
@@ -109,9 +110,9 @@ PRESETS: dict[str, Values] = {
 
 
 def with_preset(data: Values) -> Values:
-    """What was given, over the preset that it names, over what its loss and its correction are usually run with. With
-    another loss, the preset's bounds have no meaning; without a KL, its estimator and its reference have none, and with a KL in
-    the reward its estimator has none.
+    """The given options, over the preset that they name, over the defaults of its loss and its correction. With another loss, the
+    preset's bounds have no meaning; without a KL, its estimator and its reference have none, and with a KL in the reward its
+    estimator has none.
 
     Raises:
         ValueError: there is no such preset.

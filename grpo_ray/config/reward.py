@@ -1,4 +1,4 @@
-"""The schema of rewards: which functions, in which workers, and what becomes of those that fail."""
+"""The schema of rewards: the functions, their workers, and the treatment of failures."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from grpo_ray.config.base import (
 )
 
 SHARED_POOL = "reward"
-"""The reward workers of all functions that have none of their own."""
+"""The name of the reward workers shared by all functions that have none of their own."""
 
 
 class RewardWorkersConfig(Strict):
-    """Workers that have one reward function alone, and call it with all samples that they have at hand (64 at most)."""
+    """Reward workers that serve a single reward function, and call it with all samples in their queue (64 at most)."""
 
     num_actors: PositiveInt = 1
     num_cpus: NonNegFloat = 1
     num_gpus: NonNegFloat = 0
-    """Per actor."""
+    """The number of GPUs per reward worker."""
     timeout_s: PositiveFloat | None = None
-    """For one sample. None: reward.timeout_s."""
+    """The deadline for one sample. None: reward.timeout_s."""
 
 
 def _at_home(args: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-    """With the home in place of `~` in what is a path of built-in rewards."""
+    """The arguments with `~` expanded in the paths of built-in rewards."""
     return {k: expand_home(v, info) if k in ("path", "cache") and isinstance(v, str) else v for k, v in args.items()}
 
 
@@ -45,7 +45,7 @@ _IN_FILE = re.compile(r"(?P<file>.*\.py)(:(?P<function>.*))?", re.DOTALL)
 
 
 def file_and_function(name: str) -> tuple[str, str]:
-    """Of `file.py:function`; the function is '' where it is not named. Raises ValueError for a name of another kind."""
+    """The parts of `file.py:function`; the function is '' if it is not named. Raises ValueError for a name of another form."""
     found = _IN_FILE.fullmatch(name)
     if found is None:
         raise ValueError(f"{name!r} names no file")
@@ -54,27 +54,28 @@ def file_and_function(name: str) -> tuple[str, str]:
 
 class RewardFunctionConfig(Strict):
     name: Annotated[str, AfterValidator(expand_home)]
-    """A built-in (`grpo-ray check` lists them), a function by dotted path, `package.module.function`, or by its file,
+    """A built-in (`grpo-ray check` lists them), or a function by dotted path, `package.module.function`, or by its file,
     `rewards.py:function` (absolute, or relative to the recipe or the current folder)."""
     package: str | None = None
-    """The installed package whose function `name` is, e.g. trl: only functions of the working folder, of files and of packages that
-    are named so are called; none of Python's own modules, of grpo-ray's or of the libraries that it is made of."""
+    """The installed package that holds the function `name`, e.g. trl: only functions of the working folder, of files and of
+    packages named here are called; none of Python's own modules, of grpo-ray's or of its dependencies."""
     label: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
-    """What metrics and `eval.accuracy` call it, where a function stands in the list more than once. None: its name."""
+    """The function's name in metrics and `eval.accuracy`, if it is listed more than once. None: `name`."""
     weight: float = 1.0
     args: Annotated[dict[str, Any], AfterValidator(_at_home)] = {}
     """Keyword arguments that every call gets besides the data."""
     sources: tuple[str, ...] = ()
-    """Only rows whose column `source` is one of these; empty: all rows. Where it does not apply, it adds nothing."""
+    """The values of column `source` to which the function applies; empty: all rows. To other rows it contributes nothing."""
     from_step: NonNegInt = 0
-    """Only prompts that are dispatched after so many steps: DeepSeek-R1 gives preference rewards in the last 400 of 1,700
-    (from_step 1300), for they are hacked in the end. Evaluations always have it."""
+    """The number of completed steps from which the function applies, counted when a prompt is dispatched: DeepSeek-R1 uses
+    preference rewards in the last 400 of 1,700 steps (from_step 1300), because they get hacked eventually. Evaluations always
+    apply it."""
     part: Literal["all", "reasoning", "summary"] = "all"
-    """What it sees of a completion: `summary` is what follows `</think>`. R1 judges helpfulness by the summary alone, and
-    harmlessness by all."""
+    """The part of a completion that the function sees: `summary` is what follows `</think>`. R1 judges helpfulness by the summary
+    alone, and harmlessness by all."""
 
     workers: RewardWorkersConfig | None = None
-    """Workers of its own: for a model (`reward_model`, `judge`), which is slow to load and quicker in batches."""
+    """Reward workers of its own: for a model (`reward_model`, `judge`), which is slow to load and faster in batches."""
 
     @property
     def title(self) -> str:
@@ -85,7 +86,7 @@ class RewardFunctionConfig(Strict):
 
     @property
     def in_file(self) -> bool:
-        """Is it named by the file that it is in?"""
+        """Whether it is named by its file."""
         return _IN_FILE.fullmatch(self.name) is not None
 
     @property
@@ -94,27 +95,27 @@ class RewardFunctionConfig(Strict):
 
     @property
     def needs_host(self) -> bool:
-        """Does it run with the network and HOME? The user's own do, and what asks a server or loads a model."""
+        """Whether it runs with the network and HOME, as the user's own do, and those that query a server or load a model."""
         return not self.built_in or self.name in ("judge", "reward_model")
 
 
 CODE_TIMEOUT_S = 8.0
-"""`timeout_s` of the reward `code`: for all tests of one program."""
+"""The default `timeout_s` of the reward `code`, for all tests of one program."""
 KEY_VARIABLE = "OPENAI_API_KEY"
 JUDGE_DEADLINE_S = 60.0
-"""`deadline_s` of the reward `judge`: for one question, retries included."""
+"""The default `deadline_s` of the reward `judge`, for one question, retries included."""
 
 
 class FailurePolicy(Strict):
-    """What becomes of a sample whose reward function timed out, crashed or raised."""
+    """The treatment of a sample whose reward function timed out, crashed or raised."""
 
     action: Literal["drop_group", "value"] = "drop_group"
     value: float = 0.0
-    """The reward it gets under `action: value`."""
+    """The reward of such a sample under `action: value`."""
     retries: NonNegInt = 1
-    """Tries more before the action."""
+    """The number of retries before the action."""
     abort_above: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """End the run when more than this part of a step's samples failed."""
+    """The fraction of a step's samples that may fail before the run ends."""
 
 
 class RewardConfig(Strict):
@@ -122,31 +123,31 @@ class RewardConfig(Strict):
     num_actors: PositiveInt = 1
     min_actors: PositiveInt | None = None
     max_actors: PositiveInt | None = None
-    """As rollout.max_actors."""
+    """The upper bound of scaling, as for rollout.max_actors."""
     num_cpus: NonNegFloat = 1
     resources: Resources = {}
     labels: Labels = {}
     timeout_s: PositiveFloat = 10.0
-    """For one function on one sample; a call with a group of G gets G times as long."""
+    """The deadline for one function on one sample; a call with a group of G gets G times as long."""
     num_gpus: NonNegFloat = 0
-    """Per actor."""
+    """The number of GPUs per reward worker."""
     unit: Literal["auto", "sample", "group", "batch"] = "auto"
-    """What functions are called with. `auto`: built-ins and verl's with one sample, all others with a whole group, as by TRL; if
-    one is not built in, all wait until the group is complete. `sample`: one, the moment it is drawn. `group`: the whole group.
-    `batch`: all samples that a worker has at hand. A call that fails fails all of its samples."""
+    """The samples of one call. `auto`: one sample for built-ins and verl's functions, a whole group for all others, as in TRL; if
+    one is not built in, all wait until the group is complete. `sample`: one, as soon as it is sampled. `group`: the whole group.
+    `batch`: all samples in a worker's queue. If a call fails, all of its samples fail."""
     memory_gb: PositiveFloat = 4.0
-    """A scoring process that takes more gets a MemoryError."""
+    """The memory limit of a scoring process, which gets a MemoryError beyond it."""
     on_failure: FailurePolicy = FailurePolicy()
     env: Env = {}
 
     @property
     def whole_groups(self) -> bool:
-        """Do the samples of a group go to the functions together, when all are drawn?"""
+        """Whether the samples of a group go to the functions together, once all are sampled."""
         return self.unit == "group" or (self.unit == "auto" and not all(f.built_in for f in self.functions))
 
     @property
     def pools(self) -> dict[str, RewardConfig]:
-        """Name of a pool of workers -> its part: of the functions that have their own, and of all others (SHARED_POOL)."""
+        """Pool name -> its config: one for each function with reward workers of its own, and SHARED_POOL for all others."""
         shared = tuple(f for f in self.functions if f.workers is None)
         out = {SHARED_POOL: self.model_copy(update={"functions": shared})} if shared else {}
         for function in self.functions:

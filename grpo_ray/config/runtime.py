@@ -1,4 +1,4 @@
-"""The schema of what a run stands on, whatever it trains: `deadlines`, `checkpoint`, `tracking` and `cluster`."""
+"""The schema of a run's infrastructure, whatever it trains: `deadlines`, `checkpoint`, `tracking` and `cluster`."""
 
 from __future__ import annotations
 
@@ -10,37 +10,38 @@ from grpo_ray.config.base import HomePath, NonNegFloat, PositiveFloat, PositiveI
 
 
 class DeadlineConfig(Strict):
-    """Nothing waits without one. Each error names what was waited for."""
+    """Deadlines of everything that a run waits for. Each error names what was waited for."""
 
     resources_s: PositiveFloat = 30.0
-    """Cluster resources for the actors."""
+    """The deadline for cluster resources for the actors."""
     start_s: PositiveFloat = 600.0
-    """Engine or learner start, model loading included. One that starts again and takes far longer than the first is begun anew."""
+    """The deadline for the start of a rollout engine or learner rank, model loading included. A restart that takes far longer than
+    the first start is started over."""
     sample_s: PositiveFloat = 1800.0
-    """One sample."""
+    """The deadline for one sample."""
     update_s: PositiveFloat = 3600.0
-    """One learner step."""
+    """The deadline for one learner step."""
     sync_s: PositiveFloat = 300.0
-    """One weight transfer."""
+    """The deadline for one weight sync."""
     save_s: PositiveFloat = 1800.0
-    """One checkpoint."""
+    """The deadline for one checkpoint."""
     store_s: PositiveFloat = 1800.0
-    """An object store of checkpoint.path that does not answer. Training goes on meanwhile, and each checkpoint stays in the run's
-    folder until it is there; then the run ends, with the newest of them to resume from. What can't go on without the store, a
-    start or a `resume`, waits for a minute at most."""
+    """How long the object store of checkpoint.path may fail to respond. Training continues meanwhile, and each checkpoint stays in
+    the run's folder until it is uploaded; then the run ends, with the newest checkpoint to resume from. What can't continue without
+    the store, a start or a `resume`, waits for a minute at most."""
 
 
 class CheckpointConfig(Strict):
     path: HomePath | None = None
     """A folder or an fsspec URL (`s3://bucket/runs`) that gets a folder for each run. None: `checkpoints/` of the run."""
     every_steps: PositiveInt = 50
-    """And at the beginning and the end; the next one waits until the last is written."""
+    """The steps between checkpoints, besides those at the beginning and the end; the next one waits until the last is written."""
     every_minutes: NonNegFloat = 15.0
-    """Also after the step at whose end so long has passed since the last. 0: never."""
+    """The number of minutes since the last checkpoint after which a finished step saves one too. 0: never."""
     keep: PositiveInt = 2
-    """The newest ones; that of the beginning is one like the others."""
+    """The number of newest checkpoints to keep; the first one counts like the others."""
     export: bool = True
-    """Each checkpoint also holds the policy as a Hugging Face model (`hf/`)."""
+    """Whether each checkpoint also holds the policy as a Hugging Face model (`hf/`)."""
 
     @model_validator(mode="after")
     def _one_for_all(self) -> Self:
@@ -57,20 +58,21 @@ class TrackingConfig(Strict):
     wandb: bool = False
     mlflow: bool = False
     prometheus: bool = True
-    """Give the figures of each step to Ray's metrics, which its nodes serve to Prometheus."""
+    """Whether the metrics of each step go to Ray's metrics, which its nodes serve to Prometheus."""
     project: str = "grpo-ray"
     rollouts: bool = True
-    """Write every sample to rollouts/*.parquet."""
+    """Whether every sample is written to rollouts/*.parquet."""
     trace: bool = True
-    """Write what every worker did to trace.json (at most 64 MiB, the newest steps), for ui.perfetto.dev and the report."""
+    """Whether each worker's activity is written to trace.json (at most 64 MiB, newest steps), for ui.perfetto.dev and the
+    report."""
 
 
 class ClusterConfig(Strict):
     address: str | None = None
-    """A running Ray cluster (`auto`, or host:port). None: start one on this machine."""
+    """The address of a running Ray cluster (`auto`, or host:port). None: start one on this machine."""
     num_cpus: PositiveInt | None = None
-    """CPUs that a cluster started here counts. None: those that this process may use, by a container's quota too."""
+    """The number of CPUs of a cluster started here. None: those that this process may use, limited by a container's quota too."""
     placement: Literal["disaggregated", "colocated"] = "disaggregated"
-    """disaggregated: samplers and learners have devices of their own, and work at the same time. colocated: they take turns on the
-    same ones (verl's hybrid engine, TRL's vllm_mode colocate); each GPU holds an engine and a learner, weights go by CUDA IPC. On
-    CPUs each kind has all cores in its turn."""
+    """disaggregated: rollout engines and learner ranks have devices of their own, and run at the same time. colocated: they take
+    turns on the same ones (verl's hybrid engine, TRL's vllm_mode colocate); each GPU holds an engine and a rank, and weights go by
+    CUDA IPC. On CPUs each role in turn has all cores."""

@@ -1,9 +1,9 @@
-"""How many workers of each role a run has, when that changes while it runs.
+"""The number of workers of each role, when it changes during a run.
 
     grpo-ray scale RUN rollout=4 reward=16  ->  parse_counts  ->  rescaled config  ->  pools, learners  ->  config.yaml
     every step: Load of each role           ->  decide        ->  the same way
 
-A run's config.yaml keeps the numbers asked for last, so a resumed run begins with them.
+A run's config.yaml keeps the numbers requested last, so a resumed run begins with them.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from grpo_ray.errors import ConfigError
 from grpo_ray.files import write_whole
 
 SCALED = ("rollout", "reward", "learner")
-"""The roles, by their sections of the config."""
+"""The roles that scale, by their sections of the config."""
 PAIRED = ("rollout", "learner")
-"""Those that share devices when they are colocated."""
+"""The roles that share devices when they are colocated."""
 SELF_SCALED = ("rollout", "reward")
-"""Those that may have bounds: it costs them next to nothing to come and go."""
+"""The roles that may have bounds: starting and stopping one costs next to nothing."""
 Counts = dict[str, int]
-"""Role -> workers."""
+"""Role -> number of workers."""
 PATIENCE = 3
-"""Steps in a row that must say the same before anything changes."""
+"""The number of consecutive steps that must agree before anything changes."""
 WORTH_GROWING = 0.25
-"""Part of a step that the run waits for a role, below which more workers win little."""
+"""The fraction of a step that the run waits for a role, below which more workers gain little."""
 AT_WORK = 0.8
-"""Of the time that the run waits for them: below it they wait themselves, for one long sample, and more of them would too."""
+"""The busy fraction of the time that the run waits for the workers: below it they themselves wait, for one long sample, and more of
+them would too."""
 IDLE = 0.1
-"""Part of a step that workers are busy, at most, where there are more of them than are needed. Twice as many as one are busy for a
-seventh of a step at least, if that one was worth growing; one of two that goes leaves the other busy for less than a fifth. So what
-one rule does the other does not undo."""
+"""The largest fraction of a step that workers are busy if there are more than needed. After doubling one worker that was worth it,
+both are busy for a seventh of a step at least; after removing one of two, the other is busy for less than a fifth. So neither rule
+undoes the other."""
 
 
 def counts(config: RunConfig) -> Counts:
@@ -48,13 +49,13 @@ def counts(config: RunConfig) -> Counts:
 
 
 def bounds(config: RunConfig, role: str) -> tuple[int, int]:
-    """Least and most workers that the run may give itself; both the present number where it may not change it."""
+    """The least and the most workers that the run may choose; both are the present number if it may not change."""
     section = config.rollout if role == "rollout" else config.reward
     return section.min_actors or section.num_actors, section.max_actors or section.num_actors
 
 
 def parse_counts(words: Sequence[str]) -> Counts:
-    """`["rollout=4", "reward=16"]` -> numbers.
+    """Role -> number of workers, from `["rollout=4", "reward=16"]`.
 
     Raises:
         ConfigError: a word that is not ROLE=NUMBER, a role given twice, or none at all.
@@ -95,18 +96,18 @@ def rescaled(config: RunConfig, asked: Mapping[str, int]) -> RunConfig:
 
 @dataclass(frozen=True)
 class Load:
-    """Of the workers of one role, in one step."""
+    """The load on the workers of one role in one step."""
 
     busy: float
-    """Part of the step that they were at work, mean over them."""
+    """The fraction of the step that they were busy, averaged over them."""
     wait_fraction: float
-    """Part of the step that the run had nothing to do but wait for them."""
+    """The fraction of the step in which the run only waited for them."""
     waiting: int
-    """Samples that waited for a place at one of them, at most."""
+    """The largest number of samples that queued for one of them."""
 
 
 def load_of(role: str, metrics: Mapping[str, float], waiting: int) -> Load | None:
-    """From the metrics of a step; None where they don't tell."""
+    """The load in a step by its metrics; None if these do not show it."""
     step_s, busy = metrics.get("time/step", 0.0), metrics.get(f"busy/{role}")
     if step_s <= 0 or busy is None:
         return None
@@ -115,13 +116,13 @@ def load_of(role: str, metrics: Mapping[str, float], waiting: int) -> Load | Non
 
 
 def decide(now: int, low: int, high: int, loads: Sequence[Load]) -> int:
-    """How many workers there should be, from `low` to `high`.
+    """The number of workers that there should be, from `low` to `high`.
 
-    More, by a quarter and at least one, when the run waited for them in each of the last PATIENCE steps, they worked nearly all
-    that time, and samples waited. Fewer, by as many, when in each of them they were mostly idle and no sample waited.
+    It grows by a quarter, at least by one, if in each of the last PATIENCE steps the run waited for the workers, they were busy
+    nearly all that time, and samples queued. It shrinks by as much if in each of them they were mostly idle and no sample queued.
 
     Args:
-        loads: of the steps since the number changed last, oldest first.
+        loads: one for each step since the number last changed, oldest first.
     """
     last = loads[-PATIENCE:]
     if len(last) < PATIENCE:
@@ -135,12 +136,12 @@ def decide(now: int, low: int, high: int, loads: Sequence[Load]) -> int:
 
 
 def told(asked: Mapping[str, int]) -> str:
-    """`rollout=4 reward=16`."""
+    """The request as text: `rollout=4 reward=16`."""
     return " ".join(f"{role}={number}" for role, number in asked.items())
 
 
 def change(before: Mapping[str, int], after: Mapping[str, int]) -> str:
-    """`rollout 1 -> 2, learner stays 1`, of the roles in `after`."""
+    """The change as text, for the roles in `after`: `rollout 1 -> 2, learner stays 1`."""
     return ", ".join(
         f"{role} {before[role]} -> {number}" if number != before[role] else f"{role} stays {number}"
         for role, number in after.items()
@@ -148,6 +149,6 @@ def change(before: Mapping[str, int], after: Mapping[str, int]) -> str:
 
 
 def record(path: Path, numbers: Mapping[str, int]) -> None:
-    """Write the numbers into a run's config.yaml; all of it, or nothing."""
+    """Write the numbers into a run's config.yaml, atomically."""
     top = {role: {"num_actors": number} for role, number in numbers.items()}
     write_whole(path, dump_yaml(deep_merge(load_yaml(path), top)).encode())

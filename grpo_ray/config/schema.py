@@ -27,7 +27,7 @@ class RunConfig(CommonConfig):
     """A GRPO run: `grpo-ray train`."""
 
     prompts_per_step: PositiveInt = 32
-    """P (verl's train_batch_size). A step trains on P x rollout.num_generations samples."""
+    """P, the number of prompts per step (verl's train_batch_size). A step trains on P x rollout.num_generations samples."""
 
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig
@@ -43,7 +43,7 @@ class RunConfig(CommonConfig):
 
     @property
     def samples_under_way(self) -> int:
-        """At once, at most."""
+        """The largest number of samples in progress at once."""
         return (self.algorithm.max_staleness + 1) * self.prompts_per_step * self.rollout.num_generations
 
     @model_validator(mode="after")
@@ -77,7 +77,7 @@ def _check_rewards(config: RunConfig) -> None:
 
 
 def _check_batch(config: RunConfig) -> None:
-    """It can be cut into mini-batches, learners and micro-batches."""
+    """Check that the batch divides into mini-batches, learner ranks and micro-batches."""
     samples = config.prompts_per_step * config.rollout.num_generations
     if config.algorithm.num_mini_batches > config.prompts_per_step:
         raise ValueError(

@@ -16,7 +16,7 @@ class SftConfig(CommonConfig):
 
     examples_per_step: PositiveInt = 128
     max_length: PositiveInt = 1024
-    """Prompt and completion; longer examples are dropped and counted, or refused (data.long_prompts)."""
+    """The largest number of tokens of prompt and completion; longer examples are dropped or refused (data.long_prompts)."""
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Self:
@@ -41,11 +41,11 @@ class DpoOptions(Strict):
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
     """sigmoid: DPO 2305.18290. ipo: 2310.12036, on means over tokens."""
     beta: PositiveFloat = 0.1
-    """What a departure from the reference, the model at the start, costs."""
+    """The strength of the penalty on leaving the reference, which is the model at the start."""
 
 
 class DpoConfig(SftConfig):
-    """Direct preference optimisation: `grpo-ray dpo`. Its examples are pairs; `max_length` is of a prompt with either answer."""
+    """Direct preference optimisation: `grpo-ray dpo`. Its examples are pairs; `max_length` bounds a prompt with either answer."""
 
     dpo: DpoOptions = DpoOptions()
 
@@ -60,7 +60,7 @@ class RewardModelOptions(Strict):
     """bradley_terry: pairs (`prompt`, `chosen`, `rejected`). bce, mse: single answers (`prompt`, `completion`, `label`), a label
     in [0, 1] or any number."""
     use_margin: bool = False
-    """Scores of a pair should differ by the row's column `margin` at least (Llama 2 2307.09288)."""
+    """Whether the scores of a pair should differ by at least the row's column `margin` (Llama 2 2307.09288)."""
 
     @property
     def pairwise(self) -> bool:
@@ -76,7 +76,7 @@ class RewardModelOptions(Strict):
 
 
 class RewardModelConfig(SftConfig):
-    """Training of a reward model: `grpo-ray reward-model`. DeepSeek-R1's: batch 256, rate 6e-6, one epoch of 66,000 pairs."""
+    """Training of a reward model: `grpo-ray reward-model`. DeepSeek-R1 used batch 256, rate 6e-6, one epoch of 66,000 pairs."""
 
     reward_model: RewardModelOptions = RewardModelOptions()
 
@@ -90,7 +90,7 @@ class RewardModelConfig(SftConfig):
 
 
 def preferences(config: CommonConfig) -> DpoOptions | RewardModelOptions | None:
-    """What is learnt of preferences; None: something else is."""
+    """The options for learning from preferences; None if the run learns from something else."""
     match config:
         case DpoConfig():
             return config.dpo

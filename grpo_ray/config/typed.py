@@ -1,4 +1,4 @@
-"""What a value means is the schema's to say: text where it has text, a number where it has a number.
+"""Values by the types of the schema: text where it has text, a number where it has a number.
 
 Typed("1e-3")     an override, as typed      str -> "1e-3"     float -> 0.001     Any -> 0.001
 FloatText(0.001)  unquoted in a file         str -> "1e-3"     float -> 0.001     Any -> 0.001
@@ -24,14 +24,14 @@ class Typed(str):
 
 
 Problems = dict[str, str]
-"""Dotted key -> what is wrong with its value."""
+"""Dotted key -> the problem with its value."""
 
 
 def with_types(schema: Any, value: Any, problems: Problems, key: str = "") -> Any:
-    """The value, with every scalar of the type that this annotation, or model, has there.
+    """The value, with every scalar converted to the type that this annotation, or model, has there.
 
-    What fits nowhere stays as it is: validation names it. `problems` gets what validation would take, and should not: quoted
-    numbers, bools for numbers.
+    What fits nowhere stays as it is: validation reports it. `problems` collects what validation would accept but should not:
+    quoted numbers, bools for numbers.
     """
     members = _members(schema, value)
     if isinstance(value, Typed):
@@ -49,7 +49,7 @@ def with_types(schema: Any, value: Any, problems: Problems, key: str = "") -> An
 
 
 def _members(schema: Any, value: Any) -> list[Any]:
-    """Of a union, those that the value may be; else the annotation itself."""
+    """The members of a union that the value may have; for other annotations the annotation itself."""
     if get_origin(schema) is Annotated:
         inner, *metadata = get_args(schema)
         choose = next((m.discriminator for m in metadata if isinstance(m, Discriminator)), None)
@@ -73,7 +73,7 @@ def _tagged(union: Any, choose: Callable[[Any], Hashable], value: Any) -> list[A
 
 
 def _from_text(members: list[Any], text: Typed) -> Any:
-    """Raises ConfigError for what begins as a list, a mapping or quoted text and is none."""
+    """The value of typed text. Raises ConfigError for text that begins like a list, a mapping or a quotation and is none."""
     bare = text.strip()
     if str in members:
         if bare in ("", "null") and NoneType in members:
@@ -95,7 +95,7 @@ def _from_text(members: list[Any], text: Typed) -> Any:
 
 
 def _collection(members: list[Any], text: str) -> Any:
-    """Where text or a collection may be: the list or mapping that is typed. `{answer}`, a mapping without values, is text."""
+    """The typed list or mapping, if text or a collection is allowed. `{answer}`, a mapping without values, is text."""
     kinds = {get_origin(m) for m in members}
     if not ((text[:1] == "[" and kinds & {tuple, list}) or (text[:1] == "{" and dict in kinds)):
         return None
@@ -124,7 +124,7 @@ def _dict(members: list[Any], value: dict[Any, Any], problems: Problems, key: st
 
 
 def _annotation(field: Any) -> Any:
-    """Of a field, with the metadata that pydantic has taken off it."""
+    """The annotation of a field, with the metadata that pydantic has taken off it."""
     return Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
 
 
@@ -172,7 +172,7 @@ def _is_number(text: str) -> bool:
 
 
 def _is_quoted(number: str) -> bool:
-    """It would be a number without quotes, so it has some. (Others are one to Python alone: inf, 1e1_0.)"""
+    """Whether a text was quoted, since it would be a number without quotes. (Others are one to Python alone: inf, 1e1_0.)"""
     try:
         return not isinstance(read_scalar(number), str)
     except ValueError:

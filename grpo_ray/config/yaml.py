@@ -1,7 +1,7 @@
-"""YAML as people who write recipes read it: scalars by YAML 1.2's rules, no key twice, nothing that grows without bound.
+"""YAML as authors of recipes read it: scalars by YAML 1.2's rules, no duplicate key, nothing that grows without bound.
 
-Against YAML 1.1, which PyYAML speaks: `1e-6` is a number; `no`, `on` and `yes` are text (and mean what they say where the schema
-has a bool); `012`, `12:30` and `2024-01-02` are text. `1_000` stays a number. Quoted text is always text, and keys are text.
+Unlike in YAML 1.1, which PyYAML implements, `1e-6` is a number; `no`, `on` and `yes` are text (and mean what they say if the
+schema has a bool); `012`, `12:30` and `2024-01-02` are text. `1_000` stays a number. Quoted text is always text, and keys are text.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from grpo_ray.errors import ConfigError, first_line
 
 MAX_BYTES = 1 << 18
-"""PyYAML reads a MB in ten seconds; recipes have a few KB."""
+"""The largest file that is read: PyYAML takes ten seconds per MB, and recipes have a few KB."""
 MAX_NODES = 10_000
-"""Of a document, each alias counted as what it stands for."""
+"""The largest number of nodes of a document, each alias counted as what it stands for."""
 MAX_DEPTH = 100
 MAX_DIGITS = 400
 
@@ -34,17 +34,17 @@ _INF_NAN = re.compile(r"\.(inf|nan)", re.IGNORECASE)
 _NULLS = ("", "~", "null", "Null", "NULL")
 _TRUE, _FALSE = ("true", "True", "TRUE"), ("false", "False", "FALSE")
 WORDS = {"yes": True, "on": True, "y": True, "no": False, "off": False, "n": False}
-"""What YAML 1.1 and the schema take for a bool besides true and false, in lower case."""
+"""The words that YAML 1.1 and the schema read as a bool, besides true and false, in lower case."""
 
 
 class IntText(int):
-    """An integer of a file that remembers how it is written."""
+    """An integer of a file that remembers its spelling."""
 
     text: str
 
 
 class FloatText(float):
-    """The same of a float: `1e-3` for an environment variable is the text 1e-3."""
+    """A float of a file that remembers its spelling: `1e-3` for an environment variable is the text 1e-3."""
 
     text: str
 
@@ -56,7 +56,7 @@ class Word(str):
 
 
 def read_scalar(text: str) -> Any:
-    """What unquoted text is: None, a bool, IntText, FloatText, Word or str. Raises ValueError for a number beyond all bounds."""
+    """Unquoted text as None, a bool, IntText, FloatText, Word or str. Raises ValueError for a number beyond all bounds."""
     if text in _NULLS:
         return None
     if text in _TRUE or text in _FALSE:
@@ -79,14 +79,15 @@ def read_scalar(text: str) -> Any:
 
 
 _CUT = re.compile(r"[ \t]+#[^\s!]")
-"""Text goes on behind it: `system: Put the answer after #### on the last line`, `system: #1 rule`. Comments have a space there."""
+"""A `#` after white space that continues a text: `system: Put the answer after #### on the last line`, `system: #1 rule`. A comment
+has a space after it."""
 _UNWRITTEN = "?"
 """The tag of a node that is written without one."""
 _TAGS = "tag:yaml.org,2002:"
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes; what they mean is `_Reader`'s."""
+    """Composes nodes; `_Reader` interprets them."""
 
     num_nodes = 0
 
@@ -115,7 +116,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _FlowLoader(_Loader):
-    """Of an override: ` #` begins no comment there."""
+    """The loader of overrides, in which ` #` begins no comment."""
 
     def scan_to_next_token(self) -> None:
         while self.peek() in " \r\n\ufeff":
@@ -123,7 +124,7 @@ class _FlowLoader(_Loader):
 
 
 class _Reader:
-    """From nodes to values. Raises ConfigError with the line."""
+    """Converts nodes to values. Raises ConfigError with the line."""
 
     def __init__(self, source: str, text: str, *, lines: bool) -> None:
         self._source = source
@@ -140,7 +141,7 @@ class _Reader:
         return self._value(node)
 
     def _size(self, node: Node) -> int:
-        """Values in it, each alias counted as what it stands for."""
+        """The number of values in a node, each alias counted as what it stands for."""
         known = self._sizes.get(id(node))
         if known is not None:
             return known
@@ -216,7 +217,7 @@ class _Reader:
         return merged | own
 
     def _merge(self, node: Node) -> dict[str, Any]:
-        """What `<<: *name` or `<<: [*first, *second]` brings; of several, an earlier one goes over a later one."""
+        """The values that `<<: *name` or `<<: [*first, *second]` merges in; of several, the earlier one takes precedence."""
         parts = node.value if isinstance(node, SequenceNode) else [node]
         out: dict[str, Any] = {}
         for part in reversed(parts):
@@ -250,10 +251,10 @@ def _compose(text: str, loader_type: type[_Loader]) -> Node | None:
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """A recipe or a config.yaml. Numbers are IntText and FloatText until a schema has seen them.
+    """The content of a recipe or a config.yaml. Numbers are IntText and FloatText until a schema has converted them.
 
     Raises:
-        ConfigError: what can't be read, with its line; a key that is given twice, with both lines.
+        ConfigError: the file can't be read (with the line), or has a key twice (with both lines).
     """
     try:
         raw = path.read_bytes()
@@ -284,7 +285,7 @@ def read_flow(text: str) -> Any:
     comments.
 
     Raises:
-        ConfigError: what is wrong with it.
+        ConfigError: the text is malformed; says how.
     """
     try:
         return _Reader("the value", text, lines=False).read(_compose(text, _FlowLoader))
@@ -301,15 +302,15 @@ def shortened(text: str) -> str:
 
 
 def joined(text: str) -> str:
-    """JSON's escapes of a character in two halves, `\\ud83d\\ude00`, as the character. Raises ValueError for a half alone."""
+    """The text with JSON's surrogate pairs, `\\ud83d\\ude00`, joined into characters. Raises ValueError for a lone surrogate."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16")
 
 
 def quoted_text(text: str) -> str | None:
-    """What stands between the quotes, where all of `text` is one quoted scalar of YAML or JSON.
+    """The text between the quotes, if all of `text` is one quoted scalar of YAML or JSON, else None.
 
     Raises:
-        ConfigError: it holds half of a character.
+        ConfigError: it holds a lone surrogate.
     """
     found = _quoted(text)
     try:
@@ -332,7 +333,7 @@ def _quoted(text: str) -> str | None:
 
 
 def _explained(error: yaml.YAMLError, text: str) -> str:
-    """`, line 3, column 7: ..`, with the mend where the cause is plain."""
+    """The error as `, line 3, column 7: ..`, with the fix if the cause is plain."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         problem = error.problem or error.context or "?"
@@ -346,14 +347,14 @@ def _explained(error: yaml.YAMLError, text: str) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either YAML 1.1 or `read_scalar` takes for something else than text."""
+    """Quotes what either YAML 1.1 or `read_scalar` would read as something other than text."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _text(dumper: _Dumper, value: str) -> ScalarNode:
-    """Escaped where it holds a next-line character: YAML takes a bare one for a line break."""
+    """The node of a text, escaped if it holds a next-line character, which YAML reads as a line break."""
     return dumper.represent_scalar(f"{_TAGS}str", value, style='"' if "\x85" in value else None)
 
 
