@@ -1,4 +1,4 @@
-"""A walk over a data set: seeded, endless, and resumed exactly."""
+"""An iterator over a data set that is seeded, endless, and resumed exactly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Indexed(Protocol[T_co]):
-    """What a cursor walks over."""
+    """A data set that a cursor iterates over."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -22,10 +22,10 @@ class Indexed(Protocol[T_co]):
 
 
 class Cursor(Generic[T_co]):
-    """Takes every item once an epoch, epoch after epoch, each in a seeded order of its own.
+    """Iterator that yields every item once per epoch, epoch after epoch, each epoch in its own seeded order.
 
     The order of an epoch sorts the items by words of PCG64's raw stream, which NumPy keeps stable over versions and
-    platforms (its `permutation` it does not).
+    platforms (its `permutation` is not).
     """
 
     def __init__(self, dataset: Indexed[T_co], *, seed: int, shuffle: bool = True) -> None:
@@ -34,20 +34,20 @@ class Cursor(Generic[T_co]):
         self._shuffle = shuffle
         self.epoch = 0
         self.position = 0
-        """Items taken of this epoch."""
+        """The number of items taken in this epoch."""
         self._order = self._order_of(0)
 
     def __len__(self) -> int:
-        """Items of one epoch."""
+        """The number of items of one epoch."""
         return len(self._dataset)
 
     @property
     def num_taken(self) -> int:
-        """Items taken since the start of the run."""
+        """The number of items taken since the start of the run."""
         return self.epoch * len(self._dataset) + self.position
 
     def next(self) -> T_co:
-        """The next item; its id tells the epoch."""
+        """The next item; its id contains the epoch."""
         if self.position == len(self._dataset):
             self.epoch += 1
             self.position = 0
@@ -57,7 +57,7 @@ class Cursor(Generic[T_co]):
         return self._dataset.item(index, self.epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Small and JSON-ready."""
+        """The position as a small JSON-ready dict."""
         return {
             "epoch": self.epoch,
             "position": self.position,
@@ -68,7 +68,7 @@ class Cursor(Generic[T_co]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `state` was taken.
+        """Continue exactly where `state` was taken.
 
         Raises:
             DataError: the data, their seed or their order are not those of the saved run.

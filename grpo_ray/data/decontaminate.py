@@ -1,14 +1,14 @@
-"""Training rows that share words with a test set are found and left out, as DeepSeek-R1 does it (2501.12948): a row goes
-when any n words in a row, n = 10, stand in a test prompt too.
+"""Decontamination as in DeepSeek-R1 (2501.12948): a training row is dropped if any n consecutive words, n = 10, also occur in a
+test prompt.
 
     test tables -> hashes of their n-grams -> a set;  training table -> rows whose prompt holds one of them
 
-Texts are compared as a reader sees them: without case, accents, signs of no width, emphasis and the marks of a sentence, and
-full-width letters as others. Where words are written without spaces, a Chinese character counts as a word, and one of kana, Thai,
-Lao, Khmer or Burmese, of which a word takes several, as a third of one.
+Texts are compared as a reader sees them: without case, accents, zero-width signs, emphasis and punctuation, and with full-width
+letters as ordinary ones. In scripts without spaces, a Chinese character counts as a word, and one of kana, Thai, Lao, Khmer or
+Burmese, of which a word takes several, as a third of one.
 
-A test prompt of fewer than n words is looked for whole, anywhere in a row, from SHORTEST words on: `Yes` would be in every row,
-and counts only where it is the whole row.
+A test prompt of fewer than n words is searched as a whole, anywhere in a row, if it has at least SHORTEST words: `Yes` would be in
+every row, and counts only if it is the whole row.
 
 Only the hashes of the test sets' n-grams are kept in memory, 64 bits each. Two n-grams with one hash could cost a good row
 (less than one in ten million for 10^4 test prompts and 10^6 training rows); they never let a bad one pass.
@@ -30,9 +30,9 @@ from grpo_ray.files import written_aside
 from grpo_ray.plain_text import bound_marks
 
 SENTENCE_MARKS = ".,;:!?\"'`()[]{}\u3001\u3002\u300c\u300d\u300e\u300f\u300a\u300b\u3010\u3011"
-"""Stripped from both ends of a word. Signs stay: without them `7 + 5` would be `7 - 5`."""
+"""The signs stripped from both ends of a word. Mathematical signs stay: without them `7 + 5` would be `7 - 5`."""
 SHORTEST = 3
-"""Words, from which a whole test prompt is looked for inside of rows."""
+"""The number of words from which a whole test prompt is searched inside rows."""
 _EMPHASIS = "*_~"
 _SAME = str.maketrans(
     {
@@ -61,20 +61,20 @@ class Contaminated:
 
     row: int
     shared: str
-    """The first n words, normalised, that it shares, or a whole test prompt of fewer."""
+    """The first n words, normalised, that the row shares, or a whole test prompt of fewer."""
 
 
 @dataclass
 class TestPrompts:
-    """What rows are compared with. Python's own hash differs from process to process: not to be stored."""
+    """The test prompts that rows are compared with. Python's own hash differs from process to process: do not store this."""
 
     grams: set[int] = field(default_factory=set)
-    """Hashes of n-grams."""
+    """The hashes of all n-grams."""
     short: dict[str, set[int]] = field(default_factory=dict)
-    """First word of a prompt that is shorter than n -> in how many words such prompts are written."""
+    """First word of each prompt that is shorter than n -> the word counts of such prompts."""
     short_hashes: set[int] = field(default_factory=set)
     tiny_hashes: set[int] = field(default_factory=set)
-    """Of prompts of fewer than SHORTEST words."""
+    """The hashes of prompts of fewer than SHORTEST words."""
 
     def __len__(self) -> int:
         return len(self.grams) + len(self.short_hashes) + len(self.tiny_hashes)
@@ -88,14 +88,14 @@ class TestPrompts:
 
 
 def words_of(text: str) -> list[str]:
-    """Between white space, plain (see the file's head); characters of scripts without spaces are words of their own."""
+    """The normalised words of a text (see the module docstring); characters of scripts without spaces are words of their own."""
     plain = _UNSEEN.sub("", text).casefold() if text.isascii() else _plain(text)
     return [word for piece in plain.split() if (word := _bare(piece))]
 
 
 def _plain(text: str) -> str:
     seen = bound_marks(_UNSEEN.sub("", text).translate(_SAME))
-    # Marks come off by themselves, and what case folding splits is put together again.
+    # Combining marks are dropped one by one, and what case folding splits is composed again.
     folded = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", seen).casefold())
     return _UNSPACED.sub(r" \1 ", unicodedata.normalize("NFKC", _ACCENTS.sub("", folded)).translate(_SAME))
 
@@ -110,12 +110,12 @@ def _weight(word: str) -> int:
 
 
 def size_of(words: Sequence[str]) -> float:
-    """In words, of which a character may be a third."""
+    """The size in words, of which a character may be a third."""
     return sum(map(_weight, words)) / _WORD_WEIGHT
 
 
 def ngrams(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
-    """Every n words in a row. Of fewer than n words: all of them as one."""
+    """Every n consecutive words. Fewer than n words form a single n-gram."""
     weights = [_weight(word) for word in words]
     end = weight = 0
     for start in range(len(words)):
@@ -129,7 +129,7 @@ def ngrams(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
 
 
 def ngram_hashes(texts: Iterable[str], n: int) -> TestPrompts:
-    """Of all the texts together; those of fewer than n words as wholes."""
+    """The test prompts from all the texts; those of fewer than n words are kept whole."""
     known = TestPrompts()
     for words in map(words_of, texts):
         size = size_of(words)
@@ -144,7 +144,7 @@ def ngram_hashes(texts: Iterable[str], n: int) -> TestPrompts:
 
 
 def shared_words(text: str, known: TestPrompts, n: int) -> str | None:
-    """The first n-gram of the text that is known, else the first short test prompt in it."""
+    """The first n-gram of the text that is known, else the first short test prompt in it, else None."""
     words = words_of(text)
     if size_of(words) >= n:
         for gram in ngrams(words, n):
@@ -159,13 +159,13 @@ def shared_words(text: str, known: TestPrompts, n: int) -> str | None:
 
 
 def prompt_texts(table: Table, column: str | None) -> Iterator[str]:
-    """What is compared of each row: its prompt, or all but the answers of its conversation.
+    """The text of each row that is compared: its prompt, or everything but the answers of its conversation.
 
     Args:
-        column: where it is; None: `prompt`, else `messages`.
+        column: the column with the text; None: `prompt`, else `messages`.
 
     Raises:
-        DataError: a row without it.
+        DataError: a row lacks it.
     """
     with progress(f"comparing {table.label}", len(table.rows)) as advance:
         for i in range(len(table.rows)):
@@ -180,7 +180,7 @@ def find_contaminated(train: Table, column: str | None, known: TestPrompts, n: i
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> int:
-    """Write all rows or nothing; how many they are."""
+    """Write the rows atomically, and return their number."""
     count = 0
     try:
         with written_aside(path) as file:

@@ -1,4 +1,4 @@
-"""How many steps a run takes, and on how many prompts or examples: `num_steps`, or `num_epochs` and `data.last_batch`."""
+"""The number of steps of a run, and of its prompts or examples, by `num_steps`, or `num_epochs` and `data.last_batch`."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from grpo_ray.errors import ConfigError
 
 @dataclass(frozen=True)
 class RunLength:
-    """Of a run, as long as nothing is dropped: then it may end earlier, never later."""
+    """The length of a run if nothing is dropped: otherwise it may end earlier, never later."""
 
     num_steps: int
     size: int
-    """Rows of a whole batch."""
+    """The number of rows of a whole batch."""
     num_rows: int
-    """That these steps train on, over all epochs."""
+    """The number of rows that these steps train on, over all epochs."""
     end: int | None = None
-    """So many rows are taken from the data and no more, whatever is dropped; None: as many as the steps take."""
+    """The number of rows taken from the data at most, whatever is dropped; None: as many as the steps need."""
     whole_batches: bool = False
-    """What is left and fills no batch is left out."""
+    """Whether the last rows are left out if they don't fill a batch."""
 
     def num_left(self, taken: int, passed_over: Collection[int] = ()) -> float:
-        """Rows that may still be taken.
+        """The number of rows that may still be taken.
 
         Args:
-            taken: so many are.
-            passed_over: places, counted from the start of the run, that will be.
+            taken: the number of rows taken so far.
+            passed_over: positions of rows, counted from the start of the run, that will be skipped.
         """
         end = self.end
         if end is None:
@@ -39,31 +39,32 @@ class RunLength:
         return max(0, end - taken - sum(taken <= place < end for place in passed_over))
 
     def steps_from(self, step: int, num_left: float) -> int:
-        """Of the whole run, which has done `step` of them. More than `num_steps` where it was shorter before: its last batch then
-        was not whole, so what is left takes one step more.
+        """The number of steps of the whole run, which has done `step` of them. It exceeds `num_steps` if the run was shorter
+        before: its last batch was then not whole, so the rest takes one step more.
 
         Args:
-            num_left: rows that may still be trained.
+            num_left: the number of rows that may still be trained on.
         """
         if self.end is None or self.whole_batches:
             return self.num_steps
         return max(self.num_steps, step + -(-int(num_left) // self.size))
 
     def next_batch(self, num_left: float, num_begun: int = 0) -> int:
-        """Rows of the next batch; 0: there is none any more.
+        """The number of rows of the next batch; 0 if there is none.
 
         Args:
-            num_left: rows that may still be taken.
-            num_begun: taken, and in no batch yet.
+            num_left: the number of rows that may still be taken.
+            num_begun: the number of rows that are taken but not yet in a batch.
         """
         found = int(min(self.size, num_begun + num_left))
         return 0 if self.whole_batches and found < self.size else found
 
 
 def run_length(config: RunConfig | SftConfig, num_rows: int) -> RunLength:
-    """
+    """The length of a run on this data.
+
     Args:
-        num_rows: prompts or examples of one epoch.
+        num_rows: the number of prompts or examples of one epoch.
 
     Raises:
         ConfigError: `data.last_batch` is `drop`, and no batch is whole.
@@ -90,23 +91,23 @@ def run_length(config: RunConfig | SftConfig, num_rows: int) -> RunLength:
 
 
 def rows_of_epochs(config: RunConfig | SftConfig, num_rows: int) -> int:
-    """Of num_epochs, a part of a row rounded up; of the number as it was typed: 0.29 in binary is a little less than that."""
+    """The number of rows of num_epochs, rounded up, from the number as typed, since 0.29 in binary is slightly less."""
     return math.ceil(Fraction(repr(config.num_epochs)) * num_rows)
 
 
 def used_up(config: RunConfig, step: int, planned: int, reasons: dict[str, int]) -> str:
-    """What is told of a run that ends before its steps do. `reasons`: why -> groups that were dropped."""
+    """The message for a run that ends before its last step. `reasons`: cause -> number of groups dropped for it."""
     why = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
     return f"the prompts of {_epochs(config)} are used up after step {step} of {planned}; groups were dropped: {why}"
 
 
 def step_size(config: RunConfig | SftConfig) -> int:
-    """Prompts or examples of a whole batch."""
+    """The number of prompts or examples of a whole batch."""
     return config.prompts_per_step if isinstance(config, RunConfig) else config.examples_per_step
 
 
 def describe(config: RunConfig | SftConfig, num_rows: int) -> str:
-    """`10 prompts, 1 epoch: 3 steps, the last of 2 prompts`. Raises ConfigError as `run_length` does."""
+    """The length of a run as text: `10 prompts, 1 epoch: 3 steps, the last of 2 prompts`. Raises as `run_length` does."""
     length, size = run_length(config, num_rows), step_size(config)
     what = _names(config)[0].removesuffix("s")
     steps = _count(length.num_steps, "step")

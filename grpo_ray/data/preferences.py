@@ -2,8 +2,8 @@
 
     DataSource -> Table -> templated, tokenized prompt + answers -> PairDataset -> Cursor.next() -> Pair -> TrainBatch
 
-Rows are TRL's: `prompt`, `chosen` and `rejected` (text or messages), or `chosen` and `rejected` alone as whole conversations that
-begin alike; or `prompt`, `completion` and `label`.
+Rows are as in TRL: `prompt`, `chosen` and `rejected` (text or messages), `chosen` and `rejected` alone as whole conversations that
+share a beginning, or `prompt`, `completion` and `label`.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ Kept = tuple[TokenizedRow, tuple[NDArray[np.int32], ...], float]
 
 @dataclass(frozen=True)
 class Pair:
-    """One row: two answers to a prompt, the better one first; or one answer with what it is worth."""
+    """One row: two answers to a prompt, the better one first, or one answer with its label."""
 
     id: str
-    """`<data set>/<epoch>/<row>`."""
+    """The id `<data set>/<epoch>/<row>`."""
     index: int
-    """Its place in the data set."""
+    """The index of the row in the data set."""
     prompt_ids: list[int]
-    """[N]. The very ids that reinforcement learning would sample from."""
+    """The prompt's token ids, [N], exactly those that reinforcement learning would sample from."""
     answers: tuple[list[int], ...]
-    """[T] each, the token that ends the turn last: chosen and rejected, or the one."""
+    """The answers' token ids, [T] each, ending with the token that ends the turn: chosen and rejected, or the single one."""
     target: float
-    """By how much the first should be better; or the one's label."""
+    """The margin by which the first answer should be better, or the label of the single one."""
 
 
 class PairDataset:
-    """The preferences of one source, tokenized. Made by `load_pairs`."""
+    """The preferences of one source, tokenized; created by `load_pairs`."""
 
     def __init__(self, name: str, kept: Sequence[Kept], report: LoadReport) -> None:
         self.name = name
@@ -77,7 +77,7 @@ class PairDataset:
 class PairSets:
     train: PairDataset
     eval: dict[str, PairDataset]
-    """By name, '' for a single one."""
+    """Evaluation sets by name, '' for a single one."""
 
 
 def load_pairs(
@@ -94,15 +94,15 @@ def load_pairs(
     """Read, template and tokenize `data.train` and `data.eval`.
 
     Args:
-        seed: for generators whose `args` name none.
-        max_length: tokens of the prompt and either answer.
-        labelled: rows are single answers with a label.
-        use_margin: pairs have a column `margin`.
-        highest: 1 where labels are probabilities, from 0 on.
-        read: how rows are read.
+        seed: the seed of generators without one in their `args`.
+        max_length: the largest number of tokens of the prompt and either answer.
+        labelled: whether rows are single answers with a label.
+        use_margin: whether pairs have a column `margin`.
+        highest: the largest label: 1 if labels are probabilities, which start at 0.
+        read: the function that reads rows.
 
     Raises:
-        DataError: names source, line or row, and the mend.
+        DataError: the data are unusable; names source, line or row, and the fix.
     """
     render = make_template(data.template, tokenizer, data.system, data.chat_template_kwargs)
     _ = render.end  # Without one no row is at fault.
@@ -150,14 +150,14 @@ def pair_batch(
     *,
     read_last: bool = False,
 ) -> TrainBatch:
-    """The answers in the form of samples, those of a pair one after the other.
+    """The answers as samples, those of a pair one after the other.
 
     Args:
-        step: of the run, from 0.
-        pairs: of one optimizer step.
-        references: index of a pair -> log-probability of each of its answers under the reference; it goes where the sampler's
-            report would be, at the first token.
-        read_last: the model also reads the last token of an answer, which else is only predicted.
+        step: the step of the run, from 0.
+        pairs: the pairs of one optimizer step.
+        references: index of a pair -> log-probability of each of its answers under the reference; it is stored where the
+            rollout engine's would be, at the first token.
+        read_last: whether the model also reads the last token of an answer, which otherwise is only predicted.
     """
     rows, samples = [], []
     for group, pair in enumerate(pairs):
@@ -187,7 +187,7 @@ def _rows(
 
 
 def _explicit(table: Table, source: DataSource) -> Sequence[Row]:
-    """Rows without a prompt get what their two conversations have in common, as in TRL."""
+    """Rows with a prompt: one without gets what its two conversations have in common, as in TRL."""
     if "prompt" in source.columns or not len(table.rows) or "prompt" in table.rows[0]:
         return table.rows
     out = []

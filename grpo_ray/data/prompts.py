@@ -2,8 +2,8 @@
 
     DataSource -> Table -> mapped columns -> templated text -> token ids -> PromptDataset -> Cursor.next() -> Prompt
 
-Rows that are over-long or also in the evaluation set are left out here and counted in `LoadReport`; what is left never
-changes, and its `fingerprint` says so.
+Rows that are too long or also in the evaluation set are left out here and counted in `LoadReport`; the rest never
+changes, as its `fingerprint` shows.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ __all__ = [
 ]
 
 EVAL_SEED_OFFSET = 1 << 31
-"""reasoning-gym draws row i from `seed + i`: without a gap, train and eval of one task would share most rows."""
+"""The offset of the evaluation's seeds: reasoning-gym samples row i from `seed + i`, so without a gap, train and eval of one task
+would share most rows."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,15 @@ class SftExample:
     """One demonstration. The loss is on the completion alone."""
 
     id: str
-    """`<data set>/<epoch>/<row>`."""
+    """The id `<data set>/<epoch>/<row>`."""
     prompt_ids: list[int]
-    """[N]. The very ids that reinforcement learning would sample from."""
+    """The prompt's token ids, [N], exactly those that reinforcement learning would sample from."""
     completion_ids: list[int]
-    """[T], the token that ends the turn last; see `grpo_ray.data.tokenized.answer_ids`."""
+    """The completion's token ids, [T], ending with the token that ends the turn; see `grpo_ray.data.tokenized.answer_ids`."""
 
 
 class PromptDataset:
-    """The prompts of one source, tokenized. Made by `load_prompts`."""
+    """The prompts of one source, tokenized; created by `load_prompts`."""
 
     def __init__(self, name: str, kept: list[TokenizedRow], report: LoadReport) -> None:
         self.name = name
@@ -62,7 +63,7 @@ class PromptDataset:
         self._asked = [k.prompt for k in kept]
         self._token_ids = TokenLists([k.token_ids for k in kept])
         self.column_names = tuple(dict.fromkeys(name for row in self._columns for name in row))
-        """Of all its rows."""
+        """The columns of all its rows."""
         self.fingerprint = fingerprint(name, self._rows, self._columns, self._token_ids)
 
     def __len__(self) -> int:
@@ -72,7 +73,7 @@ class PromptDataset:
         """The index-th kept row, as the prompt of an epoch."""
         rendered, columns = self._rendered[index], self._columns[index]
         if len(columns) < len(self.column_names):
-            # As Arrow has them, and so TRL's data sets.
+            # Columns as Arrow has them, and so TRL's data sets.
             columns = dict.fromkeys(self.column_names) | columns
         return Prompt(
             id=f"{self.name}/{epoch}/{self._rows[index]}",
@@ -85,21 +86,21 @@ class PromptDataset:
 
     @property
     def rows_of_columns(self) -> list[Row]:
-        """Of each kept row its own columns."""
+        """The own columns of each kept row."""
         return self._columns
 
     def conversation(self, index: int) -> list[dict[str, Any]]:
-        """What the index-th kept row asks, without anything that the template adds."""
+        """The conversation or question of the index-th kept row, without anything that the template adds."""
         asked = self._asked[index]
         return [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
 
     def __iter__(self) -> Iterator[Prompt]:
-        """Every prompt in the source's order, as of epoch 0: what evaluation walks over."""
+        """Every prompt in the source's order, as in epoch 0, for evaluation."""
         return (self.item(i, 0) for i in range(len(self)))
 
 
 class SftDataset:
-    """The demonstrations of one source, tokenized. Made by `load_demonstrations`."""
+    """The demonstrations of one source, tokenized; created by `load_demonstrations`."""
 
     def __init__(
         self,
@@ -132,7 +133,7 @@ class SftDataset:
 class PromptSets:
     train: PromptDataset
     eval: dict[str, PromptDataset]
-    """By name, '' for a single one. Ids start with `eval-`: no prompt has the id of another set's."""
+    """Evaluation sets by name, '' for a single one. Ids start with `eval-`: no two sets share a prompt id."""
 
 
 def load_prompts(
@@ -141,12 +142,12 @@ def load_prompts(
     """Read, template and tokenize `data.train` and `data.eval`.
 
     Args:
-        seed: for generators whose `args` name none.
-        max_context: tokens that the model can see; a prompt must leave room for one more.
-        read: how rows are read.
+        seed: the seed of generators without one in their `args`.
+        max_context: the model's context length in tokens; a prompt must leave room for one more.
+        read: the function that reads rows.
 
     Raises:
-        DataError: names source, line or row, and the mend.
+        DataError: the data are unusable; names source, line or row, and the fix.
     """
     evaluation = load_eval_prompts(data, tokenizer, seed=seed, max_context=max_context, read=read)
     load = _loader(data, tokenizer, max_context)
@@ -159,7 +160,7 @@ def load_prompts(
 def load_eval_prompts(
     data: DataConfig, tokenizer: Any, *, seed: int, max_context: int | None = None, read: Read = load_table
 ) -> dict[str, PromptDataset]:
-    """Those of `data.eval` alone, by name. See `load_prompts`."""
+    """The prompts of `data.eval` alone, by name. See `load_prompts`."""
     load = _loader(data, tokenizer, max_context)
     evaluation = {}
     for name, source in data.eval_sets.items():
@@ -169,10 +170,10 @@ def load_eval_prompts(
 
 
 def trained_on(data: DataConfig, tokenizer: Any, evaluation: Mapping[str, PromptDataset], *, seed: int) -> int:
-    """Prompts of the evaluation that are also among the rows of `data.train`.
+    """The number of evaluation prompts that are also among the rows of `data.train`.
 
     Raises:
-        DataError: these can't be read.
+        DataError: the rows can't be read.
     """
     render = make_template(data.template, tokenizer, data.system, data.chat_template_kwargs)
     rows = tokenized_rows(load_table(data.train, seed=seed), data.train, render, tokenizer, demonstrations=False)
@@ -187,7 +188,7 @@ def _texts_of(evaluation: Mapping[str, PromptDataset]) -> frozenset[str]:
 def _loader(
     data: DataConfig, tokenizer: Any, max_context: int | None
 ) -> Callable[[str, Table, DataSource, frozenset[str]], PromptDataset]:
-    """(name, table, its source, texts to leave out) -> the prompts."""
+    """The function (name, table, its source, texts to leave out) -> the prompts."""
     render = make_template(data.template, tokenizer, data.system, data.chat_template_kwargs)
     limit, option = data.max_prompt_length, "data.max_prompt_length"
     if max_context is not None and max_context <= limit:
@@ -220,12 +221,12 @@ def load_demonstrations(
     `data.eval`, where given, is only kept out of it (data.exclude_eval): its rows need no completion.
 
     Args:
-        seed: for generators whose `args` name none.
-        max_length: tokens of prompt and completion together.
-        read: how rows are read.
+        seed: the seed of generators without one in their `args`.
+        max_length: the largest number of tokens of prompt and completion together.
+        read: the function that reads rows.
 
     Raises:
-        DataError: names source, line or row, and the mend.
+        DataError: the data are unusable; names source, line or row, and the fix.
     """
     render = make_template(data.template, tokenizer, data.system, data.chat_template_kwargs)
     _ = render.end  # Without one no row is at fault.

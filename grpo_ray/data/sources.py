@@ -1,4 +1,4 @@
-"""Rows from files, hubs and generators: `DataSource` -> `Table`. What a row means is `grpo_ray.data.prompts`' business."""
+"""Rows from files, hubs and generators: `DataSource` -> `Table`. `grpo_ray.data.prompts` interprets the rows."""
 
 from __future__ import annotations
 
@@ -25,41 +25,41 @@ MAX_LINE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of one source, columns not yet mapped."""
+    """The rows of one source, columns not yet mapped."""
 
     name: str
-    """Short and stable: the first part of every prompt id."""
+    """A short and stable name, the first part of every prompt id."""
     label: str
-    """What errors call it: the path of the source."""
+    """The source's name in errors: its path."""
     rows: Sequence[Row]
     lines: Sequence[int] | None = None
-    """Line number of each row, for JSONL."""
+    """The line number of each row, for JSONL."""
     numbers: Sequence[int] | None = None
-    """Which row of the source each is; None: they are all of them, in order."""
+    """The number of each row in the source; None: all rows are there, in order."""
 
     def where(self, row: int) -> str:
-        """`file.jsonl, line 17` or `gym:task, row 16`."""
+        """The location of a row in messages: `file.jsonl, line 17` or `gym:task, row 16`."""
         if self.lines is not None:
             return f"{self.label}, line {self.lines[row]}"
         return f"{self.label}, row {self.number(row)}"
 
     def number(self, row: int) -> int:
-        """Of the source."""
+        """The number of a row in the source."""
         return row if self.numbers is None else self.numbers[row]
 
 
 Read = Callable[..., Table]
-"""What `load_table` is: (source, *, seed) -> its rows."""
+"""The type of `load_table`: (source, *, seed) -> its rows."""
 
 
 def load_table(source: DataSource, *, seed: int) -> Table:
     """Read a source.
 
     Args:
-        seed: for generators whose `args` name none.
+        seed: the seed of generators without one in their `args`.
 
     Raises:
-        DataError: what can't be read, where, and the mend; also for a source without a single row.
+        DataError: the source can't be read, or has no rows; says where, and the fix.
     """
     _check_options(source)
     scheme, colon, rest = source.path.partition(":")
@@ -83,7 +83,7 @@ def load_table(source: DataSource, *, seed: int) -> Table:
 
 
 def _check_options(source: DataSource) -> None:
-    """Raises DataError for what is of another kind of source."""
+    """Raises DataError for an option that belongs to another kind of source."""
     if source.name is not None and (source.is_file or source.is_generator):
         raise DataError(
             f"{source.path}: name {source.name!r} is a subset of a Hugging Face data set, and this has none; take it out"
@@ -102,25 +102,25 @@ def is_part(source: DataSource) -> bool:
 
 
 def _first_rows(source: DataSource) -> int | None:
-    """So many have to be read; None: all."""
+    """The number of rows that have to be read; None: all."""
     return None if is_part(source) else source.limit
 
 
 def _part(table: Table, source: DataSource) -> Table:
-    """What `split` and `limit` leave of a file or a generator, whose one split is `train`."""
+    """The rows of a file or a generator, whose one split is `train`, that `split` and `limit` keep."""
     rows = [row for _, row in _chosen(source, {"train": len(table.rows)})][: source.limit]
     lines = None if table.lines is None else [table.lines[row] for row in rows]
     return Table(table.name, table.label, [table.rows[row] for row in rows], lines)
 
 
 def _chosen(source: DataSource, splits: Mapping[str, int]) -> list[tuple[str, int]]:
-    """(split, row) of each row that `split` names, in the words of `datasets`.
+    """(split, row) of each row that `split` selects, in the syntax of `datasets`.
 
     Args:
-        splits: their numbers of rows.
+        splits: the number of rows of each split.
 
     Raises:
-        DataError: none, or there is no such split.
+        DataError: no row is selected, or there is no such split.
     """
     from datasets import ReadInstruction
 
@@ -208,7 +208,7 @@ def _parquet(source: DataSource) -> Table:
 
 
 def _rows_of(batch: Any, path: str, before: int) -> list[Row]:
-    """Raises DataError for a row that Python can't hold: text that is no UTF-8, a time of another age."""
+    """The rows of a batch. Raises DataError for a row that Python can't hold: text that is no UTF-8, a time of another age."""
     try:
         rows: list[Row] = batch.to_pylist()
         return rows
@@ -233,7 +233,8 @@ def _hugging_face(source: DataSource) -> Table:
             if saved
             else datasets.load_dataset(str(folder) if folder.is_dir() else source.path, source.name, split=source.split)
         )
-    # The library raises a dozen kinds of its own, of HTTP clients' and of Python's; all of them mean "can't be had".
+    # The library raises a dozen kinds of its own, of HTTP clients and of Python; each of them means that the data are
+    # unavailable.
     except Exception as e:
         raise DataError(
             f"data set {source.path!r} ({options}) can't be loaded: {kind_and_line(e)}; expected a .jsonl or .parquet "
@@ -249,7 +250,7 @@ def _hugging_face(source: DataSource) -> Table:
 
 
 def _saved_part(source: DataSource, found: Any) -> Any:
-    """What `split` names of a data set, or of a mapping of splits, that was saved to disk."""
+    """The rows that `split` selects of a data set, or of a mapping of splits, that was saved to disk."""
     from datasets import Dataset, concatenate_datasets
 
     splits = {str(found.split or "train"): found} if isinstance(found, Dataset) else dict(found)
@@ -286,10 +287,10 @@ def _reasoning_gym(source: DataSource, task: str, seed: int) -> Table:
 
 
 def python_function(source: DataSource) -> UserFunction | None:
-    """The function that makes the rows of a source, not imported; None: no function does.
+    """The function that creates the rows of a source, not imported; None if the source is no function.
 
     Raises:
-        DataError: there is none, or it is not a recipe's to name.
+        DataError: the function does not exist, or a recipe may not name it.
     """
     scheme, colon, dotted = source.path.partition(":")
     if not colon or scheme != "python":
@@ -322,10 +323,11 @@ def _checked(rows: Iterable[Any], label: str) -> Iterator[Row]:
 
 
 def map_columns(row: Row, columns: dict[str, str], where: str) -> Row:
-    """Rename by `columns` (name here -> name in the data). A dotted name is looked up inside, and its parent stays.
+    """The row with columns renamed by `columns` (name here -> name in the data). A dotted name is looked up inside, and its parent
+    stays.
 
     Raises:
-        DataError: a column that isn't there; lists those that are.
+        DataError: a column is missing; lists those that exist.
     """
     values = {new: _lookup(row, old, new, where) for new, old in columns.items()}
     kept = {k: v for k, v in row.items() if k not in columns.values()}
@@ -350,7 +352,7 @@ def _lookup(row: Row, name: str, new: str, where: str) -> Any:
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr while `total` rows are worked on, if they are many and someone watches; gives `advance(rows)`."""
+    """A progress bar on stderr for `total` rows, if they are many and stderr is a terminal; yields `advance(rows)`."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     from grpo_ray.plain_terminal import one_line

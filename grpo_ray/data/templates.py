@@ -1,9 +1,9 @@
-"""From a row to the text that the model continues.
+"""Templates: from a row to the text that the model continues.
 
 | template  | text                                                       | special tokens added to it             |
 |-----------|------------------------------------------------------------|----------------------------------------|
 | `chat`    | the tokenizer's own chat template, generation prompt added | none: the template has its own         |
-| `chat:X`  | that of its chat templates which is called X               | none                                   |
+| `chat:X`  | its chat template that is called X                         | none                                   |
 | `r1`      | `chat`, with `R1_SYSTEM` as system message                 | none                                   |
 | `raw`     | the prompt as it is                                        | those the tokenizer puts around a text |
 | `r1_zero` | `R1_ZERO`, for base models                                 | the same                               |
@@ -12,7 +12,7 @@
 No text gets a second bos. A Jinja file sees `prompt` (text or messages), `messages` (or none), `system`, `columns`, `bos_token` and
 `eos_token`. A chat template sees a row's columns `tools` and `chat_template_kwargs`, as in TRL.
 
-Demonstrations are what follows the prompt in the template's text of the whole conversation, up to the token that ends the turn.
+A demonstration is what follows the prompt in the template's text of the whole conversation, up to the token that ends the turn.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ R1_SYSTEM = (
 """The instruction of DeepSeek-R1-Zero's template (2501.12948, Table 1)."""
 
 R1_ZERO = R1_SYSTEM + " User: {prompt}. Assistant:"
-"""DeepSeek-R1-Zero's template (2501.12948, Table 1), whole. The full stop after the prompt is the paper's."""
+"""The whole of DeepSeek-R1-Zero's template (2501.12948, Table 1). The full stop after the prompt is the paper's."""
 
 CHAT = ("chat", "r1")
 BUILT_IN = ("chat", "raw", "r1", "r1_zero")
 RENDER_S = 2.0
-"""Of processor time, for one row; a template takes milliseconds."""
+"""The limit on processor time for one row; a template takes milliseconds."""
 _ENDLESS = f"takes more than {RENDER_S:g} s of processor time for one prompt, so it may never end; set data.template to another"
 KWARGS, TOOLS = "chat_template_kwargs", "tools"
 
@@ -60,9 +60,9 @@ class Rendered:
     messages: list[dict[str, Any]] | None
     """The conversation, system message included; None for a string prompt outside a chat template."""
     add_special_tokens: bool
-    """Does the tokenizer still have to put its own (bos) around `text`?"""
+    """Whether the tokenizer still has to add its own special tokens (bos) around `text`."""
     options: Mapping[str, Any] | None = None
-    """What the chat template was given besides: `tools`, and its keyword arguments."""
+    """The further arguments of the chat template: `tools`, and its keyword arguments."""
 
 
 Render = Callable[[Any, dict[str, Any]], Rendered]
@@ -70,30 +70,30 @@ Render = Callable[[Any, dict[str, Any]], Rendered]
 
 
 class Template:
-    """A template in the tokenizer's words. Called with (prompt: str or list of messages, other columns) it templates one row."""
+    """A template with its tokenizer. Called with (prompt: str or list of messages, other columns) it templates one row."""
 
     def __init__(self, render: Render, tokenizer: Any) -> None:
         self._render = render
         self._tokenizer = tokenizer
 
     def __call__(self, prompt: Any, columns: dict[str, Any]) -> Rendered:
-        """Raises DataError for a row that does not fit the template."""
+        """The templated row. Raises DataError for a row that does not fit the template."""
         return self._render(prompt, columns)
 
     @cached_property
     def end(self) -> TurnEnd:
-        """How an answer ends.
+        """The end of an answer.
 
         Raises:
-            DataError: nothing tells.
+            DataError: it can't be determined.
         """
         return end_of_text(self._tokenizer)
 
     def answer(self, prompt: Rendered, text: str, *, sampled: bool = False) -> str:
-        """What is written behind the prompt for an answer, without the token that ends it.
+        """The text that an answer adds after the prompt, without the token that ends it.
 
         Args:
-            sampled: it is a model's, which may break off anywhere, and is taken as it is where it does not fit the template.
+            sampled: whether a model wrote it, which may stop anywhere; it is used as it is if it does not fit the template.
 
         Raises:
             DataError: the template has no place for it.
@@ -105,7 +105,7 @@ class Template:
 
 
 class ChatTemplate(Template):
-    """The tokenizer's own, or of several the one that `chosen` names."""
+    """The tokenizer's own chat template, or the one of several that `chosen` names."""
 
     def __init__(self, render: Render, tokenizer: Any, chosen: Mapping[str, Any]) -> None:
         super().__init__(render, tokenizer)
@@ -116,8 +116,8 @@ class ChatTemplate(Template):
         return end_of_turn(self._tokenizer, lambda messages: _apply(self._tokenizer, messages, False, self._chosen))
 
     def answer(self, prompt: Rendered, text: str, *, sampled: bool = False) -> str:
-        """As the template writes the whole conversation. Some drop reasoning from it: then as it was demonstrated, for that is
-        what is sampled."""
+        """The answer as the template writes the whole conversation. Some templates drop its reasoning: then the answer as it was
+        demonstrated, because that is what is sampled."""
         end = self.end
         text = end.stripped(text)
         whole = _apply(
@@ -149,12 +149,12 @@ def make_template(
     """The template that `data.template` names.
 
     Args:
-        system: of prompts that have none, under a chat template.
-        kwargs: of the chat template; a row's own come before them.
+        system: the system message of prompts that have none, under a chat template.
+        kwargs: keyword arguments of the chat template; a row's own take precedence.
 
     Raises:
-        DataError: a template that doesn't exist or doesn't parse, a tokenizer without chat template, `system` or `kwargs` with a
-            template that has no place for them.
+        DataError: the template doesn't exist or doesn't parse, the tokenizer has no chat template, or the template has no place for
+            `system` or `kwargs`.
     """
     if kwargs and not is_chat(name):
         raise DataError(
@@ -185,15 +185,15 @@ def make_template(
 
 
 def is_chat(name: str) -> bool:
-    """Does `data.template` name a chat template of the tokenizer?"""
+    """Whether `data.template` names a chat template of the tokenizer."""
     return name in CHAT or name.startswith("chat:")
 
 
 def _chosen(name: str, tokenizer: Any) -> dict[str, Any]:
-    """Of a tokenizer with several templates, the keyword argument that chooses one; of others none.
+    """The keyword argument that selects one of a tokenizer's several templates; empty for other tokenizers.
 
     Raises:
-        DataError: it has none of this name, or several and none is the usual one.
+        DataError: it has none of this name, or several without a default.
     """
     there, wanted = tokenizer.chat_template, name.partition(":")[2]
     if not isinstance(there, dict):
@@ -235,7 +235,7 @@ def _chat(tokenizer: Any, system: str | None, kwargs: Mapping[str, Any]) -> Rend
 
 
 def _apply(tokenizer: Any, messages: list[dict[str, Any]], ask: bool, options: Mapping[str, Any] | None) -> str:
-    """`ask`: with what begins the assistant's turn."""
+    """The text of the conversation; with `ask` it includes the beginning of the assistant's turn."""
     try:
         text: str = within_thread_s(
             RENDER_S,
@@ -245,14 +245,14 @@ def _apply(tokenizer: Any, messages: list[dict[str, Any]], ask: bool, options: M
         )
     except TooLongError:
         raise DataError(f"the chat template of the tokenizer of {_name(tokenizer)} {_ENDLESS}") from None
-    # A template is a program that came with the model, and fails in whatever way it likes.
+    # A template is a program that came with the model, and may fail in any way.
     except Exception as e:
         raise DataError(f"the tokenizer's chat template refuses the conversation: {told(e)}") from None
     return text
 
 
 def _checked_kwargs(value: Any, where: str, tokenizer: Any) -> dict[str, Any]:
-    """Of a Parquet file a row has the keys of all rows, null where it has none itself."""
+    """The checked keyword arguments. A row of a Parquet file has the keys of all rows, null for those it lacks itself."""
     value = _parsed(value)
     if value is None or value == {}:
         return {}
@@ -270,7 +270,7 @@ def _checked_kwargs(value: Any, where: str, tokenizer: Any) -> dict[str, Any]:
 
 
 def _tools(value: Any) -> list[dict[str, Any]] | None:
-    """JSON schemas, or their text, as in TRL. An empty list is none: some templates write a heading for it."""
+    """The tools as JSON schemas, or their text, as in TRL. An empty list becomes None: some templates write a heading for it."""
     value = _parsed(value)
     if value is None:
         return None
@@ -312,7 +312,7 @@ def _jinja(path: Path, tokenizer: Any, system: str | None) -> Render:
         raise DataError(f"data.template {str(path)!r} is a folder; name the Jinja file in it")
     if not path.is_file():
         raise DataError(f"data.template {str(path)!r} is neither a file nor one of {', '.join(BUILT_IN)}, chat:NAME")
-    # Sandboxed as Transformers' own chat templates are: a template is often downloaded with the data.
+    # Sandboxed like Transformers' own chat templates: a template is often downloaded with the data.
     environment = ImmutableSandboxedEnvironment(
         undefined=jinja2.StrictUndefined, keep_trailing_newline=False, trim_blocks=True, lstrip_blocks=True
     )

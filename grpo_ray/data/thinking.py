@@ -7,18 +7,18 @@ OPEN, CLOSE = "<think>", "</think>"
 
 
 def opens_thinking(prompt: str) -> bool:
-    """Does the templated prompt end in `<think>`, white space aside?"""
+    """Whether the templated prompt ends in `<think>`, ignoring white space."""
     return prompt.rstrip().endswith(OPEN)
 
 
 def begun(completion: str) -> str:
-    """A completion that goes on from `<think>`, with it."""
+    """The completion, which continues from the prompt's `<think>`, with that tag before it."""
     return OPEN + completion
 
 
 def without_opening(prompt: str, answer: str) -> str:
-    """What of a written answer is left to write behind the prompt, if that has opened the reasoning: `<think>` is there already,
-    and so is the white space behind it."""
+    """The rest of a written answer to put after the prompt, if that has opened the reasoning: `<think>` is there already, and so is
+    the white space after it."""
     written = answer.lstrip()
     if not opens_thinking(prompt) or not written.startswith(OPEN):
         return answer

@@ -1,4 +1,4 @@
-"""Rows made into templated, tokenized prompts: the part that prompts and demonstrations share."""
+"""Templated, tokenized rows: what prompts and demonstrations share."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _CHUNK = 1000
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of the rows of a source."""
+    """What happened to the rows of a source."""
 
     num_rows: int
     num_too_long: int
     num_in_eval: int
-    """Left out because their prompt is in the evaluation set."""
+    """The number of rows left out because their prompt is in the evaluation set."""
 
     @property
     def num_kept(self) -> int:
@@ -56,15 +56,15 @@ class TokenizedRow:
     where: str
     rendered: Rendered
     token_ids: NDArray[np.int32]
-    """[N]."""
+    """The prompt's token ids, [N]."""
     prompt: Any
-    """As the row has it, before the template: text, or messages."""
+    """The prompt as in the row, before the template: text, or messages."""
     columns: Row
-    """Mapped, without the prompt; for demonstrations also without the completion."""
+    """The mapped columns, without the prompt; for demonstrations also without the completion."""
     completion: str | None
 
     def answer_ids(self, tokenizer: Any, template: Template, text: str) -> NDArray[np.int32]:
-        """Of an answer to it, see `answer_ids`. Raises DataError, which names the row."""
+        """The token ids of an answer to the row, see `answer_ids`. Raises DataError, which names the row."""
         try:
             check_characters(text, "the answer")
             return answer_ids(tokenizer, template, self.rendered, self.token_ids, text)
@@ -78,7 +78,7 @@ def tokenized_rows(
     """Every row of a table, in order.
 
     Raises:
-        DataError: a row without what it needs; names file and line.
+        DataError: a row lacks a required column; names file and line.
     """
     with progress(f"tokenizing {table.label}", len(table.rows)) as advance:
         for start in range(0, len(table.rows), _CHUNK):
@@ -103,7 +103,7 @@ def tokenized_rows(
 
 
 def check_characters(text: str, what: str) -> None:
-    """Raises DataError for half of a character (a lone surrogate, JSON's `\\ud83d`), of which no tokenizer makes anything."""
+    """Raises DataError for a lone surrogate (JSON's `\\ud83d`), which no tokenizer can encode."""
     try:
         text.encode()
     except UnicodeEncodeError as e:
@@ -114,7 +114,7 @@ def check_characters(text: str, what: str) -> None:
 
 
 def tokenize(tokenizer: Any, rendered: Sequence[Rendered]) -> list[NDArray[np.int32]]:
-    """Token ids of each text, [N] each. Something always follows, so none gets the token that ends a text (`add_eos_token`)."""
+    """The token ids of each text, [N] each. Something always follows, so none gets the token that ends a text (`add_eos_token`)."""
     out: list[NDArray[np.int32]] = [np.zeros(0, np.int32)] * len(rendered)
     for special in (False, True):
         places = [i for i, r in enumerate(rendered) if r.add_special_tokens is special]
@@ -128,7 +128,7 @@ def tokenize(tokenizer: Any, rendered: Sequence[Rendered]) -> list[NDArray[np.in
 
 
 def _num_added_behind(tokenizer: Any) -> int:
-    """Special tokens that the tokenizer puts behind every text."""
+    """The number of special tokens that the tokenizer puts after every text."""
     plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     for behind in range(len(whole) - len(plain) + 1):
         end = len(whole) - behind
@@ -146,14 +146,15 @@ def answer_ids(
     *,
     sampled: bool = False,
 ) -> NDArray[np.int32]:
-    """Token ids of an answer, the one that ends it last: [T]. They are those of prompt and answer in one text, as in TRL, where the
-    prompt's own stay the same in it; else the answer is tokenized apart, for sampling meets the same seam.
+    """The token ids of an answer, [T], ending with the one that ends it. They are taken from prompt and answer tokenized as one
+    text, as in TRL, if the prompt's ids stay the same in it; otherwise the answer is tokenized separately, because sampling has the
+    same seam.
 
     Args:
         sampled: see `Template.answer`.
 
     Raises:
-        DataError: the template has no place for the answer, or nothing ends it.
+        DataError: the template has no place for the answer, or no token can end it.
     """
     answer = template.answer(prompt, text, sampled=sampled)
     (whole,) = tokenize(tokenizer, [replace(prompt, text=prompt.text + answer)])
@@ -163,7 +164,7 @@ def answer_ids(
 
 
 def fingerprint(name: str, rows: Sequence[int], columns: Sequence[Row], *token_ids: TokenLists) -> str:
-    """Of everything that makes a prompt what it is: 32 hexadecimal digits, the same on every machine."""
+    """A hash of everything that determines a prompt: 32 hexadecimal digits, the same on every machine."""
     h = hashlib.blake2b(name.encode(), digest_size=16)
     h.update(np.asarray(rows, np.int64).tobytes())
     for lists in token_ids:
@@ -208,10 +209,10 @@ def _split(row: Row, where: str, demonstrations: bool) -> tuple[Any, str | None,
 
 
 def completion_text(value: Any, where: str, name: str) -> str:
-    """Of column `name`: text, or one assistant message.
+    """The text of column `name`, which holds text or one assistant message.
 
     Raises:
-        DataError: it is neither.
+        DataError: it holds neither.
     """
     if isinstance(value, str):
         return value

@@ -1,4 +1,4 @@
-"""How an answer ends: with the token that the template puts behind an assistant's turn, which need not be the tokenizer's
+"""The end of an answer: the token that the template puts after an assistant's turn, which need not be the tokenizer's
 end-of-sequence token (`<|im_end|>`, `<end_of_turn>`, `<|eot_id|>`, `<|end|>`)."""
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ class TurnEnd:
     """What follows the text of an answer."""
 
     id: int
-    """The last token that is trained; the sampler stops at it."""
+    """The last token that is trained on; the rollout engine stops at it."""
     token: str
     before: str = ""
-    """Text between the answer and the token (Llama 2's ` </s>`)."""
+    """The text between the answer and the token (Llama 2's ` </s>`)."""
     tail: str = ""
-    """All that the template writes behind the answer, often with a line break behind the token: nothing samples that, so nothing is
+    """All that the template writes after the answer, often with a line break after the token: no model samples that, so nothing is
     trained on it."""
     also: tuple[str, ...] = ()
-    """Other ends that a written answer may already have."""
+    """Other end tokens that a written answer may already have."""
 
     def stripped(self, answer: str) -> str:
-        """Without the ends that it brings itself, and the white space between them."""
+        """The answer without its own end tokens and the white space between them."""
         out = answer
         while (end := next((t for t in (self.token, *self.also) if out.rstrip().endswith(t)), None)) is not None:
             out = out.rstrip().removesuffix(end)
@@ -38,10 +38,10 @@ class TurnEnd:
 
 
 def end_of_text(tokenizer: Any) -> TurnEnd:
-    """Outside chat templates: the tokenizer's end-of-sequence token.
+    """The end outside chat templates: the tokenizer's end-of-sequence token.
 
     Raises:
-        DataError: it has none.
+        DataError: the tokenizer has none.
     """
     if tokenizer.eos_token_id is None:
         raise DataError(_NO_EOS)
@@ -49,14 +49,14 @@ def end_of_text(tokenizer: Any) -> TurnEnd:
 
 
 def end_of_turn(tokenizer: Any, apply: Callable[[list[dict[str, Any]]], str]) -> TurnEnd:
-    """What a chat template writes behind an assistant's turn, up to its first token that is no text. A template that ends a turn
-    with text alone, or with nothing, gets the end-of-sequence token.
+    """The end of an assistant's turn in a chat template, up to its first token that is no text. A template that ends a turn with
+    text alone, or with nothing, gets the end-of-sequence token.
 
     Args:
-        apply: the template, without generation prompt.
+        apply: the function that applies the template, without generation prompt.
 
     Raises:
-        DataError: it does not write an answer down as it is; or nothing could end one.
+        DataError: the template changes an answer, or no token could end one.
     """
     text = apply([{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}])
     if text.count(PROBE) != 1:
