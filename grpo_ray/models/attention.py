@@ -1,8 +1,8 @@
 """Attention over packed sequences that cannot see each other.
 
-A packed micro-batch is one row [1, N] of parts end to end: whole sequences, or prompts and what follows them. Attention alone
-carries anything from one token to another, so only here a prompt that several sequences share is there for each of them
-again; all else of a layer computes it once. Sequences of equal length are attended as one batch. Transformers' own masks are
+A packed micro-batch is one row [1, N] of parts end to end: whole sequences, or prompts and their continuations. Only attention
+moves information between tokens, so only here a prompt that several sequences share is repeated for each of them; all other
+operations of a layer compute it once. Sequences of equal length are attended as one batch. Transformers' own masks are
 avoided: with its default cache, or a boolean mask under eager attention, packed sequences silently see each other.
 """
 
@@ -19,17 +19,17 @@ import torch
 from torch import Tensor, nn
 
 PACKED = "grpo_ray_packed"
-"""Name of the exact per-segment attention in Transformers' registry."""
+"""The name of the exact per-segment attention in Transformers' registry."""
 FLASH = "flash_attention_2"
 _LAYERS = {"full_attention", "sliding_attention"}
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
 def choose_attention(wanted: str, device: torch.device) -> str:
-    """`model.attention` -> `attn_implementation` of Transformers. Registers ours when it is the answer.
+    """The `attn_implementation` of Transformers for `model.attention`. Registers ours if it is the answer.
 
     Raises:
-        ValueError: flash-attention is asked for, and there is no GPU or no package.
+        ValueError: flash-attention is requested, and there is no GPU or no package.
     """
     flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
     if wanted == FLASH and not flash:
@@ -41,10 +41,10 @@ def choose_attention(wanted: str, device: torch.device) -> str:
 
 
 def check_packable(hf: nn.Module) -> None:
-    """Does nothing but attention carry anything from one token of a Transformers model to another?
+    """Check that nothing but attention moves information between the tokens of a Transformers model.
 
     Raises:
-        ValueError: no. Packed sequences, or slices of one, would silently be computed as if they were something else.
+        ValueError: something does. Packed sequences, or slices of one, would silently be computed wrongly.
     """
     model: Any = hf
     config = model.config.get_text_config()
@@ -70,28 +70,28 @@ def _register() -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """Sequences of equal length."""
+    """A run of sequences of equal length."""
 
     number: int
     length: int
     parts: tuple[int, ...]
-    """End to end they are the sequences of the run, one after the other."""
+    """The indices of the parts that, end to end, are the sequences of the run."""
 
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """What is a sequence in a packed row."""
+    """Which tokens of a packed row form a sequence."""
 
     sizes: list[int]
-    """Tokens of each part of the row, end to end."""
+    """The number of tokens of each part of the row, end to end."""
     runs: list[Run]
-    """Every part is in at least one."""
+    """The runs; every part is in at least one."""
 
     @classmethod
     def of(cls, lengths: Sequence[int], sequences: Sequence[tuple[int, ...]]) -> PackedLayout:
-        """Of parts of these lengths, and of which of them each sequence is made.
+        """The layout of parts of these lengths, given which of them each sequence consists of.
 
-        Whole sequences of equal length that are neighbours become one part, which takes no copy.
+        Neighbouring whole sequences of equal length become one part, which takes no copy.
         """
         if all(len(parts) == 1 for parts in sequences):
             equal = [(len(list(run)), length) for length, run in groupby(lengths)]
@@ -112,10 +112,10 @@ class PackedLayout:
 def attention_kwargs(
     lengths: list[int], sequences: list[tuple[int, ...]], implementation: str, device: torch.device
 ) -> dict[str, Any]:
-    """What the model's forward must be given besides ids and positions: see `PackedLayout.of`.
+    """The arguments of the model's forward besides ids and positions: see `PackedLayout.of`.
 
     Raises:
-        ValueError: sequences share parts, which only the packed attention can compute.
+        ValueError: sequences share parts, which only the packed attention supports.
     """
     if implementation == PACKED:
         return {"packed_layout": PackedLayout.of(lengths, sequences)}
@@ -150,13 +150,13 @@ def packed_attention(
         query: [1, heads, N, D].
         key: [1, key heads, N, D].
         value: [1, key heads, N, D].
-        packed_layout: which of the N tokens are a sequence.
+        packed_layout: the layout of sequences in the N tokens.
 
     Returns:
         [1, N, heads, D], and no weights.
 
     Raises:
-        ValueError: the model did not hand the layout on, or its attention has a feature that this one lacks.
+        ValueError: the model did not pass the layout on, or its attention has a feature that this one lacks.
     """
     odd = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if packed_layout is None or odd:
@@ -169,7 +169,7 @@ def packed_attention(
         query, key, value = query.float(), key.float(), value.float()
     heads = query.shape[1]
     sizes = packed_layout.sizes
-    # One split per tensor, not one slice per part: the backward of a slice fills a gradient of the whole length.
+    # One split per tensor rather than one slice per part: the backward of a slice fills a gradient of the whole length.
     parts = [x[0].transpose(0, 1).split(sizes) for x in (query, key, value)]
     out: dict[int, Tensor] = {}
     for run in packed_layout.runs:
@@ -190,7 +190,7 @@ def packed_attention(
         )
         rows = attended.transpose(1, 2).reshape(run.number * run.length, heads, -1)
         for part, of_part in zip(run.parts, rows.split([sizes[part] for part in run.parts]), strict=True):
-            # A shared prompt comes out the same from every sequence that has it.
+            # A shared prompt's output is the same from every sequence that has it.
             out.setdefault(part, of_part)
     return torch.cat([out[part] for part in range(len(sizes))]).to(dtype).unsqueeze(0), None
 
@@ -200,16 +200,17 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """[length, length], True where a query may look: itself and the window - 1 tokens before it."""
+    """The mask [length, length], True where a query may look: at itself and the window - 1 tokens before it."""
     return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
 def _upcast(query: Tensor) -> bool:
-    """CPUs without bf16 instructions emulate them: torch's kernel is 4 to 7 times slower there than in fp32."""
+    """Whether to compute in fp32: CPUs without bf16 instructions emulate them, and torch's bf16 kernel is 4 to 7 times slower
+    there."""
     return query.device.type == "cpu" and query.dtype == torch.bfloat16 and not cpu_has_bf16()
 
 
 @cache
 def cpu_has_bf16() -> bool:
-    """Does this CPU multiply bfloat16 by itself?"""
+    """Whether this CPU has instructions to multiply bfloat16."""
     return bool(torch.cpu._is_avx512_bf16_supported()) or bool(torch.cpu._is_amx_tile_supported())

@@ -1,4 +1,4 @@
-"""Dropout that a checkpoint's config.json brings with it, switched off."""
+"""Dropout in a checkpoint's config.json, which is switched off here."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 from typing import Any
 
 _RATE = re.compile(r"dropout|pdrop|layerdrop|drop_path|drop_rate")
-"""In the names that Transformers' models give to it: attention_dropout, resid_pdrop, hidden_dropout_prob, layerdrop, ..."""
+"""The option names of dropout in Transformers' models: attention_dropout, resid_pdrop, hidden_dropout_prob, layerdrop, ..."""
 
 
 def without_dropout(config: Any) -> Any:
-    """The same config of Transformers, with every rate of dropout 0, in the configs that it holds too.
+    """The same Transformers config with every dropout rate 0, nested configs included.
 
     With dropout, old and current log-probabilities of the same weights would differ.
     """

@@ -1,10 +1,10 @@
-"""How much of its device's arithmetic the learner uses: model FLOPs utilization.
+"""Model FLOPs utilization (MFU): the fraction of its device's arithmetic that the learner uses.
 
     MFU = model FLOPs of the update / (seconds x ranks x peak FLOPs of one device)
 
 Model FLOPs as in PaLM, appendix B (2204.02311): a token takes 6 N + 12 L H Q T for forward and backward. N weights that it is
-multiplied with, L layers of H heads of size Q, T the length of its sequence. What an implementation computes besides (activations
-again under gradient checkpointing, padding, dummies) does not count, nor does a causal mask halve the attention term.
+multiplied with, L layers of H heads of size Q, T the length of its sequence. Whatever else an implementation computes (activations
+again under gradient checkpointing, padding, dummies) does not count, and a causal mask does not halve the attention term.
 
 Of the 6 N two are the forward pass, two the gradient of the activations, two that of the weights, which frozen weights do not
 have. The output layer is computed for completion tokens alone here, so its weights count for those alone; looking a token up in
@@ -35,7 +35,8 @@ PEAK_BF16 = (
     ("l4", 121e12),
     ("a10", 125e12),
 )
-"""(words of the device's name, FLOPs a second): dense bfloat16 of NVIDIA's data sheets. The first whose words are all there."""
+"""(words in the device's name, FLOPs per second), dense bfloat16 in NVIDIA's data sheets; the first entry with all words
+applies."""
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -43,25 +44,25 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 @dataclass(frozen=True)
 class ModelShape:
     body: int
-    """Weights that every token is multiplied with: all but the embeddings and the output layer."""
+    """The number of weights that every token is multiplied with: all but the embeddings and the output layer."""
     frozen_body: int
-    """Those of them that are not trained."""
+    """The number of these weights that are not trained."""
     head: int
-    """Weights of the output layer, which completion tokens alone are multiplied with."""
+    """The number of weights of the output layer, which only completion tokens are multiplied with."""
     frozen_head: int
     attention: int
     """L x H x Q: layers, heads, size of a head."""
 
 
 def model_shape(hf: nn.Module) -> ModelShape | None:
-    """Of a Transformers model, also one that is sharded by ZeRO-3. None for a mixture of experts, of which a token meets a part
-    that configs tell in no common way, and for a model without attention."""
+    """The shape of a Transformers model, also of one that ZeRO-3 shards. None for a mixture of experts, since configs have no
+    common way to state the part that a token uses, and for a model without attention."""
     model: Any = hf
     config = model.config.get_text_config()
     if any(getattr(config, name, None) for name in _EXPERTS) or not getattr(config, "num_attention_heads", None):
         return None
     output, embedding = model.get_output_embeddings(), model.get_input_embeddings().weight
-    # A reward model has none: its one output is a row among the others.
+    # A reward model has none: its one output is an ordinary row.
     head = None if output is None else output.weight
     rest = [p for p in hf.parameters() if p is not head and p is not embedding]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -75,38 +76,38 @@ def model_shape(hf: nn.Module) -> ModelShape | None:
 
 
 def forward_flops(shape: ModelShape, lengths_S: Sequence[int], targets_S: Sequence[int], shared: int = 0) -> float:
-    """Of one pass without gradients over S sequences.
+    """The FLOPs of one pass without gradients over S sequences.
 
     Args:
-        shape: of the model.
-        lengths_S: [S] tokens that are put in.
-        targets_S: [S] completion tokens that are predicted.
-        shared: of these tokens, those of prompts that another sequence has computed, but for their attention.
+        shape: the shape of the model.
+        lengths_S: [S] numbers of input tokens.
+        targets_S: [S] numbers of completion tokens that are predicted.
+        shared: the number of prompt tokens that another sequence has already computed, except for their attention.
     """
     attention = 4.0 * shape.attention * sum(n * n for n in lengths_S)
     return 2.0 * (shape.body * (sum(lengths_S) - shared) + shape.head * sum(targets_S)) + attention
 
 
 def train_flops(shape: ModelShape, lengths_S: Sequence[int], targets_S: Sequence[int], shared: int = 0) -> float:
-    """Of one forward and backward pass: three times the forward pass, without the gradients of frozen weights."""
+    """The FLOPs of one forward and backward pass: three times the forward pass, without the gradients of frozen weights."""
     frozen = 2.0 * (shape.frozen_body * (sum(lengths_S) - shared) + shape.frozen_head * sum(targets_S))
     return 3.0 * forward_flops(shape, lengths_S, targets_S, shared) - frozen
 
 
 @dataclass(frozen=True)
 class UpdatePasses:
-    """What an update does with every sample."""
+    """The passes of an update over every sample."""
 
     train: int
-    """Forward and backward of the policy, `num_iterations`."""
+    """The number of forward and backward passes of the policy, `num_iterations`."""
     reference: bool
-    """One forward pass of the reference policy."""
+    """Whether the reference policy has a forward pass."""
     old: bool
-    """One forward pass of the policy for every mini-batch but the first."""
+    """Whether the policy has a forward pass for old_logps of every mini-batch but the first."""
     critic: bool
-    """A forward pass of the critic, and as many forward and backward passes as the policy has."""
+    """Whether the critic has a forward pass, and as many forward and backward passes as the policy."""
     old_of_first: bool = False
-    """The one of `old` for the first mini-batch too."""
+    """Whether the pass of `old` also runs for the first mini-batch."""
 
 
 def update_flops(
@@ -117,14 +118,14 @@ def update_flops(
     *,
     shared_prompts: bool = False,
 ) -> float:
-    """Of one update on all ranks. The critic is taken for a policy without output layer, trained whole.
+    """The FLOPs of one update on all ranks. The critic counts as a policy without output layer, trained as a whole.
 
     Args:
-        shape: of the model.
-        batch: all its samples.
-        plan: which of them are computed, and together.
-        passes: how often.
-        shared_prompts: neighbours of a group in a micro-batch compute their prompt once, but for its attention.
+        shape: the shape of the model.
+        batch: all samples of the update.
+        plan: which samples are computed, and which of them together.
+        passes: the passes over each sample.
+        shared_prompts: whether neighbours of a group in a micro-batch compute their prompt once, except for its attention.
     """
     critic = replace(shape, frozen_body=0, head=0, frozen_head=0)
     total = 0.0
@@ -132,7 +133,7 @@ def update_flops(
         micros = [[batch.samples[i] for i in micro] for rank in mini_batch.ranks for micro in rank]
         samples = [s for micro in micros for s in micro]
         shared = sum(_shared(micro) for micro in micros) if shared_prompts else 0
-        # The last token of a sequence is a target and no input.
+        # The last token of a sequence is a target but no input.
         lengths_S = [s.num_prompt_tokens + s.num_tokens - 1 for s in samples]
         targets_S = [s.num_tokens for s in samples]
         forwards = passes.reference + (passes.old and (number > 0 or passes.old_of_first))
@@ -145,7 +146,7 @@ def update_flops(
 
 
 class FlopCounter:
-    """Model FLOPs of one update on all ranks, added up as its passes go: what ran in parts counts as each part was planned."""
+    """A counter of the model FLOPs of one update on all ranks, added up as its passes run: each part counts as it was planned."""
 
     def __init__(self, shape: ModelShape | None, *, shared_prompts: bool) -> None:
         self._shape = shape
@@ -156,31 +157,31 @@ class FlopCounter:
         self._total = 0.0
 
     def add(self, batch: TrainBatch, plan: Sequence[MiniBatchPlan], passes: UpdatePasses) -> None:
-        """These mini-batches go through these passes."""
+        """Count these mini-batches with these passes."""
         if self._shape is not None:
             self._total += update_flops(self._shape, batch, plan, passes, shared_prompts=self._shared_prompts)
 
     @property
     def total(self) -> float | None:
-        """None: of a model whose FLOPs can't be counted."""
+        """The sum; None for a model whose FLOPs can't be counted."""
         return None if self._shape is None else self._total
 
 
 def _shared(micro: Sequence[TrainSample]) -> int:
-    """Prompt tokens that neighbours of one group have in common, but for the first of them."""
+    """The number of prompt tokens that neighbours of one group have in common, not counting the first of them."""
     return sum(b.num_prompt_tokens for a, b in pairwise(micro) if a.group == b.group)
 
 
 def throughput_metrics(
     flops: float | None, num_tokens: float, seconds: float, num_ranks: int, device_name: str, dtype: str
 ) -> dict[str, float]:
-    """Of one update, named as in `grpo_ray.telemetry.catalogue`. What is not known is left out: FLOPs of a model that can't be
-    counted, the peak of an unknown device, of a CPU, and of float32.
+    """The throughput metrics of one update, named as in `grpo_ray.telemetry.catalogue`. Unknown ones are left out: FLOPs of a model
+    that can't be counted, the peak of an unknown device, of a CPU, and of float32.
 
     Args:
-        flops: of `FlopCounter`, all ranks together.
-        device_name: as CUDA tells it; empty for a CPU.
-        dtype: of the model, `bfloat16` or `float32`.
+        flops: the sum of `FlopCounter`, over all ranks.
+        device_name: the name that CUDA reports; empty for a CPU.
+        dtype: the model's dtype, `bfloat16` or `float32`.
     """
     if seconds <= 0:
         return {}
@@ -194,7 +195,7 @@ def throughput_metrics(
 
 
 def peak_flops(device_name: str) -> float | None:
-    """A second, dense bfloat16. None for a device that is not in the table, or a part of one (MIG)."""
+    """The peak dense bfloat16 FLOPs per second. None for a device that is not in the table, or a part of one (MIG)."""
     words = device_name.lower().replace("-", " ").split()
     if "mig" in words:
         return None

@@ -1,4 +1,4 @@
-"""Does the cache of keys and values that is asked for fit beside everything else? Told before an engine is started."""
+"""Checks, before an engine starts, that the requested KV cache fits into memory with everything else."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ResourceError
 
 DEFAULT_GB = 0.25
-"""Of an engine on CPUs, where rollout.kv_cache_gb says nothing."""
+"""The KV cache of an engine on CPUs if rollout.kv_cache_gb is not given."""
 _GIB = 1 << 30
 SHARE = 0.85
-"""Of memory: what is left is for Python, libraries and what the learner computes with."""
+"""The fraction of memory for caches and weights; the rest is for Python, libraries and the learner's computation."""
 
 
 def check_kv_cache(
     rollout: RolloutConfig, memory: int, num_engines: int, weights: int = 0, what: str = "machine"
 ) -> None:
-    """
+    """Check that the KV caches and weights of all engines fit.
+
     Args:
-        rollout: its `kv_cache_gb`, of each engine.
-        memory: bytes of the machine, or of one GPU.
-        num_engines: that share it.
-        weights: bytes that each of them holds besides.
+        rollout: the config with `kv_cache_gb` of each engine.
+        memory: the number of bytes of the machine, or of one GPU.
+        num_engines: the number of engines that share it.
+        weights: the bytes of weights that each of them holds besides.
         what: `machine` or `GPU`.
 
     Raises:
-        ResourceError: more than there is; says how much fits.
+        ResourceError: the memory does not suffice; says how much fits.
     """
     asked = DEFAULT_GB if rollout.kv_cache_gb is None else rollout.kv_cache_gb
     room = SHARE * memory / num_engines - weights
@@ -47,20 +48,20 @@ def check_kv_cache(
 
 
 BLOCK = 32
-"""Tokens of a block of an engine's cache on CPUs."""
+"""The number of tokens of a block of an engine's cache on CPUs."""
 
 
 def check_one_sample(rollout: RolloutConfig, model_config: Any, tokens: int, width: int) -> None:
-    """vLLM starts no engine whose cache can't hold the longest sample. Of models whose layers do not all keep every token's keys
-    and values nothing is said.
+    """Check that the cache can hold the longest sample, since otherwise vLLM does not start. Models in which not all layers keep
+    every token's keys and values are not checked.
 
     Args:
-        model_config: as Transformers reads it.
-        tokens: of the longest sample, with its prompt.
-        width: bytes of a number in the cache.
+        model_config: the config as Transformers reads it.
+        tokens: the number of tokens of the longest sample, with its prompt.
+        width: the bytes of a number in the cache.
 
     Raises:
-        ResourceError: it is too small; says how much is enough.
+        ResourceError: the cache is too small; says how much is enough.
     """
     text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
     odd = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
@@ -79,7 +80,7 @@ def check_one_sample(rollout: RolloutConfig, model_config: Any, tokens: int, wid
 
 
 def check_gpu_shares(config: RunConfig) -> None:
-    """Raises ResourceError: engines that share one GPU ask for more than all of it."""
+    """Raises ResourceError if the engines that share one GPU request more than all of it."""
     rollout = config.rollout
     share = rollout.num_gpus
     if config.colocated or not share or share >= 1 or rollout.kv_cache_gb is not None:

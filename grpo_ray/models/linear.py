@@ -1,9 +1,9 @@
-"""Products with weight matrices in fp32 on CPUs, by the faster of the two libraries that PyTorch has.
+"""Products with fp32 weight matrices on CPUs, by the faster of the two libraries in PyTorch.
 
-PyTorch multiplies fp32 matrices by MKL, which has 256-bit kernels alone for AMD's processors, whatever they can do. oneDNN, which
-it takes for bf16, has 512-bit ones for all: twice as fast where a core is as wide (Zen 5: 250 GFLOP/s instead of 110).
+PyTorch multiplies fp32 matrices by MKL, which has only 256-bit kernels for AMD's processors, whatever they support. oneDNN, which
+PyTorch uses for bf16, has 512-bit ones for all: twice as fast if a core is as wide (Zen 5: 250 GFLOP/s instead of 110).
 
-oneDNN makes code for every shape and keeps it, and its heap falls to pieces: so it gets few shapes, 16 numbers of tokens between a
+oneDNN compiles code for every shape and keeps it, which fragments its heap: so it gets few shapes, 16 numbers of tokens between a
 power of two and the next.
 """
 
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 _FEWEST = 256
-"""Tokens. Products of fewer take as long one way as the other."""
+"""The number of tokens from which oneDNN is used. Below it both libraries take equally long."""
 
 
 def multiple_of_tokens(num_tokens: int, device: torch.device) -> int:
-    """What the number of tokens should be a multiple of, for the faster products: at most a sixteenth of it."""
+    """The number whose multiple the number of tokens should be for the faster products: at most a sixteenth of it."""
     return _step(num_tokens) if num_tokens >= _FEWEST and device.type == "cpu" and onednn_is_faster() else 1
 
 
@@ -46,14 +46,14 @@ def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 @cache
 def onednn_is_faster() -> bool:
-    """Is this an AMD processor with AVX-512?"""
+    """Whether this is an AMD processor with AVX-512."""
     cpuinfo = Path("/proc/cpuinfo")
     amd = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
     return amd and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def use_faster_products(model: nn.Module) -> None:
-    """In all linear layers of a model, if this machine has faster ones."""
+    """Use the faster products in all linear layers of a model, if this machine has them."""
     if onednn_is_faster():
         for module in model.modules():
             if type(module) is nn.Linear:
@@ -71,7 +71,8 @@ class _FasterLinear(nn.Linear):
 
 
 class _Linear(torch.autograd.Function):
-    """The weight stays on `ctx` as a Parameter and is not saved for backward: ZeRO-3 swaps `param.data` between the passes."""
+    """The autograd function of a linear layer. Its weight stays on `ctx` as a Parameter and is not saved for backward: ZeRO-3 swaps
+    `param.data` between the passes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -92,7 +93,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _weight_gradient(grad_NO: Tensor, x_NI: Tensor) -> Tensor:
-    """[O, I]. What comes first is copied: the narrower."""
+    """The weight's gradient, [O, I]. oneDNN copies the first factor, so the narrower one comes first."""
     if grad_NO.shape[1] > x_NI.shape[1]:
         return times_transposed(x_NI.t(), grad_NO.t()).t()
     return times_transposed(grad_NO.t(), x_NI.t())

@@ -1,4 +1,4 @@
-"""Where the model comes from, and what can be known of it before it is loaded."""
+"""The model's location, and what is known of the model before it is loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def prepare_model(config: ModelConfig, run_dir: Path) -> str:
-    """The folder or hub name that engine and learner load; makes the tiny model when that is asked for.
+    """The folder or hub name that engine and learner load; creates the tiny model if the config has one.
 
     Raises:
         ConfigError: the folder does not exist or holds no model.
@@ -31,7 +31,7 @@ def prepare_model(config: ModelConfig, run_dir: Path) -> str:
 
 
 def model_name(config: ModelConfig) -> str:
-    """`model.path` as it is loaded: a folder whole. Raises ConfigError, see `prepare_model`."""
+    """`model.path` in the form that is loaded: a folder as an absolute path. Raises ConfigError, see `prepare_model`."""
     assert config.path is not None
     check_model_path(config.path)
     path = Path(config.path)
@@ -39,7 +39,7 @@ def model_name(config: ModelConfig) -> str:
 
 
 def check_model_path(path: str) -> None:
-    """Raises ConfigError for a folder that is not there or holds no whole model. Names on the hub are left to the download."""
+    """Raises ConfigError for a folder that is missing or holds no complete model. Names on the hub are left to the download."""
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -54,7 +54,7 @@ def check_model_path(path: str) -> None:
 
 
 def known_context(config: ModelConfig) -> int | None:
-    """What `context_length` says, where it can be told without Transformers: of tiny models and of folders."""
+    """The result of `context_length` if it is available without Transformers: for tiny models and for folders."""
     if config.tiny is not None:
         return config.tiny.context
     try:
@@ -70,13 +70,13 @@ def load_config(path: str, *, trust_remote_code: bool) -> Any:
     """The model's config.json as Transformers reads it.
 
     Raises:
-        ConfigError: neither a folder nor to be had from the hub.
+        ConfigError: there is no such folder, and the hub does not provide it.
     """
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    # Configs check themselves, with errors of many kinds.
+    # Configs validate themselves, with errors of many kinds.
     except Exception as e:
         why = (
             "Transformers makes nothing of its config.json"
@@ -91,7 +91,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    # What reads tokenizer.json raises plain Exception, the library AttributeError and others where files are missing.
+    # The reader of tokenizer.json raises plain Exception, the library AttributeError and others if files are missing.
     except Exception as e:
         raise ConfigError(
             f"model.path {path} has no tokenizer that can be loaded ({kind_and_line(e)}); copy the tokenizer's files "
@@ -114,7 +114,7 @@ def eos_ids(path: str, tokenizer: Any, *, trust_remote_code: bool) -> list[int]:
 
 
 def vocab_size(model_config: Any) -> int:
-    """Rows of the output layer, at times more than the tokenizer has tokens.
+    """The number of rows of the output layer, sometimes more than the tokenizer has tokens.
 
     Raises:
         ConfigError: the config does not say.
@@ -123,7 +123,7 @@ def vocab_size(model_config: Any) -> int:
 
 
 def check_ids(prompts: Iterable[Sequence[int]], model: str, size: int) -> None:
-    """Raises ConfigError for a token id of a prompt that the model, with `size` of them, has no embedding for."""
+    """Raises ConfigError for a prompt's token id that the model, with `size` embeddings, has no embedding for."""
     largest = max((max(ids) for ids in prompts if ids), default=0)
     if largest >= size:
         raise ConfigError(
@@ -133,7 +133,7 @@ def check_ids(prompts: Iterable[Sequence[int]], model: str, size: int) -> None:
 
 
 def context_length(model_config: Any) -> int:
-    """Tokens that the model was made for.
+    """The number of tokens that the model was made for.
 
     Raises:
         ConfigError: the config does not say.
@@ -142,7 +142,7 @@ def context_length(model_config: Any) -> int:
 
 
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
-"""What configs call it; the first one there counts."""
+"""The names of this option in configs; the first one present counts."""
 
 
 def _number(model_config: Any, names: tuple[str, ...], what: str) -> int:

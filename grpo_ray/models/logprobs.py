@@ -1,7 +1,7 @@
-"""Hidden states -> log-probabilities and entropy, without the logits of all tokens ever existing at once.
+"""Hidden states -> log-probabilities and entropy, without ever holding the logits of all tokens at once.
 
 N tokens, H hidden size, V vocabulary, C rows of a chunk. Peak memory is a few [C, V] buffers in fp32 plus the gradient
-of the weight; the plain way holds several [N, V] (at V = 152k and N = 4,096: 7 GB against 1).
+of the weight; the naive way holds several [N, V] (at V = 152k and N = 4,096: 7 GB against 1).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from grpo_ray.batch.truncation import TokenSets
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """Recomputes the logits of a chunk in the backward pass.
+    """The autograd function that recomputes the logits of a chunk in the backward pass.
 
     The weight stays on `ctx` as a Parameter and is not saved for backward: ZeRO-3 swaps `param.data` between the
     passes, and a saved tensor would keep the gathered weight alive, or be the empty one.
@@ -61,7 +61,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         factor_VH = _factor(weight)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden_NH) if need_hidden else None
-        # Summed over chunks in fp32: bf16 would lose the small addends.
+        # The sum over chunks is in fp32: bf16 would lose the small addends.
         grad_weight = torch.zeros(weight.shape, dtype=_precision(weight), device=weight.device) if need_weight else None
         grad_bias = torch.zeros(bias.shape, dtype=_precision(bias), device=bias.device) if need_bias else None
         for a in range(0, hidden_NH.shape[0], ctx.chunk):
@@ -98,13 +98,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
 
 def _precision(x: Tensor) -> torch.dtype:
-    """Of everything after the logits: fp32, or the model's own where that is finer."""
+    """The dtype of everything after the logits: fp32, or the model's own if that is finer."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _factor(weight_VH: Tensor) -> Tensor:
-    """What hidden states are multiplied by: on a GPU the weight, as products of bf16 come out in fp32 there; elsewhere a copy in
-    fp32."""
+    """The factor of hidden states: on a GPU the weight, since products of bf16 come out in fp32 there; elsewhere a copy in fp32."""
     return weight_VH if weight_VH.is_cuda else weight_VH.to(_precision(weight_VH))
 
 
@@ -128,7 +127,7 @@ def _grad_logits(
     grad_logp_C: Tensor | None,
     grad_entropy_C: Tensor | None,
 ) -> Tensor:
-    """d logp / d l_j = [j = target] - p_j and d H / d l_j = -p_j (log p_j + H). Overwrites `logits_CV`."""
+    """The gradient d logp / d l_j = [j = target] - p_j and d H / d l_j = -p_j (log p_j + H). Overwrites `logits_CV`."""
     logp_CV = logits_CV.sub_(lse_C[:, None])
     if grad_entropy_C is None:
         grad_CV = logp_CV.exp_().mul_(0.0 if grad_logp_C is None else -grad_logp_C[:, None])
@@ -153,7 +152,7 @@ def chunked_logprobs(
     chunk: int,
     sets: TokenSets | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target, and the entropy of each distribution.
+    """The log-probability of each target, and the entropy of each distribution.
 
     Logits are fp32 from the products on, and so is all that follows (float64 for a model in float64). In bf16 a logit of 16 to 32
     is off by up to 0.06: MiniMax-M1 (2506.13585, section 3.2) and ScaleRL (2510.13786) keep the head in fp32 for it.
@@ -163,10 +162,10 @@ def chunked_logprobs(
         weight_VH: [V, H], of the output layer.
         bias_V: [V] or None.
         targets_N: [N] token ids.
-        temperature: the logits are divided by it first.
-        chunk: rows of logits that exist at once.
-        sets: the tokens that each distribution is over, renormalised; made here if no earlier pass made them, of chunks of the same
-            size. None: all.
+        temperature: the divisor of the logits.
+        chunk: the number of rows of logits that exist at once.
+        sets: the tokens that each distribution is renormalised over; computed here unless an earlier pass, with chunks of the same
+            size, has computed them. None: all.
 
     Returns:
         log-probabilities [N] and entropies [N] in nats, both differentiable.
@@ -175,9 +174,9 @@ def chunked_logprobs(
 
 
 class LogprobHead(nn.Module):
-    """In the place of a model's `lm_head`, over the same Parameter (tied to the embedding or not).
+    """The replacement of a model's `lm_head`, over the same Parameter (tied to the embedding or not).
 
-    Called with targets it gives log-probabilities; without, logits as before. It is a module, so that ZeRO-3's hooks
+    Called with targets it returns log-probabilities; without, logits as before. It is a module, so that ZeRO-3's hooks
     gather its weight for the forward and again for the backward pass.
     """
 

@@ -22,8 +22,8 @@ ADAPTER = "default"
 
 
 def inject(hf: nn.Module, lora: LoraConfig) -> None:
-    """Put adapters on the model's linear layers, in place; from here on only they are trained. B starts at zero, so the model
-    computes what it did.
+    """Put adapters on the model's linear layers, in place; only they are trained afterwards. B starts at zero, so the output of the
+    model does not change.
 
     Raises:
         ConfigError: `target_modules` names no layer of this model.
@@ -40,9 +40,9 @@ def inject(hf: nn.Module, lora: LoraConfig) -> None:
 
 @contextmanager
 def adapters_off(hf: nn.Module) -> Iterator[None]:
-    """The model as it was before training: the reference, without a second copy in memory.
+    """A context in which the model is as it was before training: the reference, without a second copy in memory.
 
-    Not peft's own switch, which also turns the adapters' gradients off and on under the optimizer's feet.
+    peft's own switch is not used, since it also toggles the adapters' gradients, which the optimizer relies on.
     """
     layers: list[Any] = [m for m in hf.modules() if hasattr(m, "_disable_adapters")]
     for layer in layers:
@@ -64,19 +64,19 @@ def adapter_tensors(hf: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adapter_bytes(tensors: dict[str, Tensor]) -> bytes:
-    """The content of adapter_model.safetensors; the same tensors give the same bytes."""
+    """The content of adapter_model.safetensors; equal tensors give equal bytes."""
     from safetensors.torch import save
 
     return save(tensors)
 
 
 def adapter_checksum(data: bytes) -> str:
-    """Of `adapter_bytes`: 16 hexadecimal digits. It finds corruption and mix-ups; it is no defence against a forger."""
+    """A checksum of `adapter_bytes`: 16 hexadecimal digits. It detects corruption and mix-ups, but not forgery."""
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def write_adapter(tensors: dict[str, Tensor], lora: LoraConfig, base_model: str, folder: Path) -> None:
-    """A folder that `peft.PeftModel.from_pretrained` and vLLM's LoRA requests load."""
+    """Write a folder that `peft.PeftModel.from_pretrained` and vLLM's LoRA requests load."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)

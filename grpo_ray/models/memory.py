@@ -1,11 +1,11 @@
-"""What a run will hold in memory, before anything is loaded: of each kind of worker its parts, in bytes.
+"""The memory that a run will need, before anything is loaded: for each kind of worker its parts, in bytes.
 
-The states are ZeRO's (Rajbhandari et al., 1910.02054, section 3.1): weights, fp32 masters and Adam's two moments; stage 1 splits
-the last three over the learners, stage 2 the gradient too, stage 3 everything. What comes on top was measured on CPUs, with
+The states are ZeRO's (Rajbhandari et al., 1910.02054, section 3.1): weights, fp32 masters and Adam's two moments; stage 1 shards
+the last three over the learner ranks, stage 2 the gradient too, stage 3 everything. The rest was measured on CPUs, with
 SmolLM2-135M (tests/actors/learner/test_memory.py measures again): a backward pass fills a bucket with the whole gradient, adds a
-copy of it to the accumulated one, and the step lays that out flat once more. What the allocator has had it keeps
-(actors/runtime.py), so a learner at rest holds what it held in its largest step. The constants are proportional shares (PSS) of the
-processes of a run of that model: pages that they share, 0.17 GiB of each, are in one of them alone.
+copy of it to the accumulated one, and the step lays that out flat once more. The allocator keeps what it has once had
+(actors/runtime.py), so an idle learner rank holds as much as in its largest step. The constants are proportional shares (PSS) of
+the processes of a run of that model: pages that they share, 0.17 GiB of each, are counted in one of them alone.
 """
 
 from __future__ import annotations
@@ -26,71 +26,71 @@ from grpo_ray.models.tiny import num_tiny_tokens
 GIB = 1 << 30
 FP32, BF16 = 4, 2
 LEARNER_BASE = int(0.56 * GIB)
-"""Python with torch, DeepSpeed, Transformers and, for the weight sync, vLLM: on a GPU it is the host's memory."""
+"""The memory of Python with torch, DeepSpeed, Transformers and, for the weight sync, vLLM; on a GPU it is the host's."""
 ENGINE_BASE = int(1.3 * GIB)
-"""Of the rollout actor and vLLM's core, its own process, without weights and cache."""
+"""The memory of the rollout actor and vLLM's core, a process of its own, without weights and cache."""
 REWARD_BASE = int(0.2 * GIB)
-"""A reward actor and the process that scores, without a model of its own."""
+"""The memory of a reward worker and its scoring process, without a model of its own."""
 CONTROLLER_BASE = int(0.65 * GIB)
-"""The controller (0.42) and the command that was typed (0.23)."""
+"""The memory of the controller (0.42) and of the command that the user typed (0.23)."""
 RAY_BASE = int(0.5 * GIB)
-"""Ray's own processes, and the samples of a step in its object store."""
+"""The memory of Ray's own processes, and of the samples of a step in its object store."""
 SYNCED_WEIGHTS = 3
-"""Times that an engine on CPUs holds its weights, once it has got new ones: those that it samples with, those packed beside them
-(actors/weights/shadow.py), and what packing has had of its heap."""
+"""How often an engine on CPUs holds its weights after a weight sync: those that it samples with, those packed beside them
+(actors/weights/shadow.py), and what packing has taken from its heap."""
 LARGEST_BUCKET = 500_000_000
-"""Elements that DeepSpeed reduces at once: its `reduce_bucket_size`."""
+"""The number of elements that DeepSpeed reduces at once: its `reduce_bucket_size`."""
 CHUNKS = 4
-"""Buffers of one chunk of logits in fp32 that exist at once: in the forward pass two, and in the backward pass two more."""
+"""The number of fp32 buffers of a chunk of logits that exist at once: two in the forward pass, two more in the backward pass."""
 
 
 def chunk_rows(vocab_size: int, *, on_gpu: bool) -> int:
-    """Rows of logits that fit the budget of a chunk: 64 MiB in fp32, or 256 on a GPU, whose products need to be large."""
+    """The number of rows of logits in a chunk: as fit 64 MiB in fp32, or 256 on a GPU, whose products need to be large."""
     return max(1, (256 if on_gpu else 64) * 2**20 // (4 * vocab_size))
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Of a model, what its memory follows from."""
+    """The facts about a model that determine its memory."""
 
     num_params: int
-    """Tied weights once."""
+    """The number of weights, tied ones counted once."""
     num_layers: int
     hidden: int
     attention: int
-    """Heads times the size of one."""
+    """The number of heads times the size of one."""
     intermediate: int
-    """Of all experts that a token meets."""
+    """The width of the MLP, summed over all experts that a token uses."""
     vocab: int
 
     @property
     def per_layer(self) -> int:
-        """Elements that one layer keeps for the backward pass, of one token, as measured: seven of the two norms and residuals,
-        five of the attention (queries, keys and values of all heads, its output twice), six of the gated MLP."""
+        """The number of elements per token that one layer keeps for the backward pass, as measured: seven of the two norms and
+        residuals, five of the attention (queries, keys and values of all heads, its output twice), six of the gated MLP."""
         return 7 * self.hidden + 5 * self.attention + 6 * self.intermediate
 
     @property
     def beside_layers(self) -> int:
-        """Elements of a token beside these: the last norm, the head's input and their gradients."""
+        """The number of elements per token besides these: the last norm, the head's input and their gradients."""
         return 6 * self.hidden
 
 
 @dataclass(frozen=True)
 class LearnerMemory:
-    """Bytes of one learner rank."""
+    """The bytes of one learner rank, by part."""
 
     base: int
-    """0 on a GPU: it is in the host's memory."""
+    """The base; 0 on a GPU, since it is in the host's memory."""
     weights: int
     gradients: int
-    """The accumulated gradient, and what passes and the step make beside it."""
+    """The accumulated gradient, and what passes and the step allocate besides."""
     optimizer: int
     reference: int
-    """Of a reference model, and of the critic."""
+    """The reference model and the critic."""
     activations: int
-    """Of one micro-batch."""
+    """The activations of one micro-batch."""
     logits: int
-    """Chunks of logits in fp32, the gradient of the output layer, and its copy in fp32 where the model's is in bf16."""
+    """The chunks of logits in fp32, the gradient of the output layer, and its copy in fp32 if the model's is in bf16."""
 
     @property
     def total(self) -> int:
@@ -110,7 +110,7 @@ class LearnerMemory:
 
 
 def learner_memory(facts: ModelFacts, config: RunConfig | SftConfig, *, on_gpu: bool) -> LearnerMemory:
-    """Of one rank in its largest step."""
+    """The memory of one rank in its largest step."""
     model, learner = config.model, config.learner
     ranks, stage = learner.num_actors, learner.zero_stage
     width = BF16 if model.dtype == "bfloat16" else FP32
@@ -144,12 +144,12 @@ def learner_memory(facts: ModelFacts, config: RunConfig | SftConfig, *, on_gpu: 
 
 
 def _head_copy(facts: ModelFacts, model: ModelConfig) -> int:
-    """Of the output layer of a bf16 model in fp32, which CPUs need for logits in fp32."""
+    """The bytes of the fp32 copy of a bf16 model's output layer, which CPUs need for logits in fp32."""
     return FP32 * facts.vocab * facts.hidden if model.dtype == "bfloat16" else 0
 
 
 def activations(facts: ModelFacts, config: RunConfig | SftConfig, width: int) -> int:
-    """Bytes of one micro-batch, on one rank."""
+    """The bytes of activations of one micro-batch on one rank."""
     kept = facts.num_layers * facts.per_layer
     if config.model.gradient_checkpointing:
         kept = facts.num_layers * facts.hidden + facts.per_layer
@@ -157,12 +157,12 @@ def activations(facts: ModelFacts, config: RunConfig | SftConfig, width: int) ->
 
 
 def tokens_at_once(config: RunConfig | SftConfig) -> int:
-    """Of a micro-batch: no more than a step has for each of those that share it."""
+    """The number of tokens of a micro-batch: at most what a step has for each of the ranks that share it."""
     return min(config.learner.micro_batch_tokens, _tokens_of_step(config))
 
 
 def _tokens_of_step(config: RunConfig | SftConfig) -> int:
-    """At most, for each of the learners that have micro-batches of their own."""
+    """The largest number of tokens of a step for each of the ranks that have micro-batches of their own."""
     if isinstance(config, RunConfig):
         longest = config.data.max_prompt_length + config.rollout.max_completion_length
         step = config.prompts_per_step * config.rollout.num_generations * longest
@@ -172,7 +172,7 @@ def _tokens_of_step(config: RunConfig | SftConfig) -> int:
 
 
 def _several(config: RunConfig | SftConfig) -> bool:
-    """Does a step have more than one micro-batch? With `overlap` its groups come one after the other."""
+    """Whether a step has more than one micro-batch. With `overlap` its groups come one after the other."""
     if isinstance(config, RunConfig) and config.learner.overlap:
         return True
     return _tokens_of_step(config) > config.learner.micro_batch_tokens
@@ -192,16 +192,16 @@ def _second_models(config: RunConfig | SftConfig) -> _Models:
 
 
 def adapter_params(facts: ModelFacts, lora: LoraConfig) -> int:
-    """Of adapters on all linear layers: two matrices of rank r for each."""
+    """The number of weights of adapters on all linear layers: two matrices of rank r for each."""
     per_layer = 4 * (facts.hidden + facts.attention) + 3 * (facts.hidden + facts.intermediate)
     return lora.r * facts.num_layers * per_layer
 
 
 def engine_memory(facts: ModelFacts, config: RunConfig, kv_cache_gb: float, *, synced: bool) -> dict[str, int]:
-    """Of one engine on CPUs, by part.
+    """The bytes of one engine on CPUs, by part.
 
     Args:
-        synced: it gets new weights.
+        synced: whether it gets new weights.
     """
     weights = weight_bytes(facts, config.model) // config.rollout.tensor_parallel_size
     return {
@@ -212,12 +212,12 @@ def engine_memory(facts: ModelFacts, config: RunConfig, kv_cache_gb: float, *, s
 
 
 def weight_bytes(facts: ModelFacts, model: ModelConfig) -> int:
-    """Of all weights, as they are computed with and sent."""
+    """The bytes of all weights, in the dtype of computing and sending."""
     return (BF16 if model.dtype == "bfloat16" else FP32) * facts.num_params
 
 
 def facts_of(config: Any, num_params: int) -> ModelFacts:
-    """Of a config as Transformers reads it (or a mapping of config.json's, by `_Words`)."""
+    """The facts from a config as Transformers reads it (or from a mapping of config.json's, by `_Words`)."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     hidden = int(text.hidden_size)
     heads = int(getattr(text, "num_attention_heads", 1) or 1)
@@ -244,7 +244,7 @@ _OTHER_NAMES = {
 
 
 class _Words:
-    """config.json as attributes, with the names of older kinds of models."""
+    """A config.json as attributes, which also knows the names of older kinds of models."""
 
     def __init__(self, found: dict[str, Any]) -> None:
         self._found = found.get("text_config") or found
@@ -257,7 +257,7 @@ class _Words:
 
 
 def known_facts(config: ModelConfig) -> ModelFacts | None:
-    """Without Transformers, in milliseconds: of tiny models and of folders with safetensors. None: of others."""
+    """The facts without Transformers, in milliseconds, for tiny models and for folders with safetensors; None for others."""
     if config.tiny is not None:
         return _tiny_facts(config.tiny)
     folder = Path(config.path or "")

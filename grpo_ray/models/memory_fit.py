@@ -1,4 +1,4 @@
-"""Does a run fit the memory of this machine? Micro-batches that do, and one line on what takes how much where nothing helps."""
+"""Fitting a run to this machine's memory: micro-batches that fit, or one line on what takes how much if nothing helps."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from grpo_ray.models.memory import (
 
 Config = TypeVar("Config", bound=RunConfig | SftConfig)
 MARGIN = 0.1
-"""Of the free memory. An estimate may be wrong by so much: what is chosen leaves it free, and what exceeds it is refused."""
+"""The possible error of an estimate, as a fraction of the free memory: choices leave it free, and runs beyond it are refused."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one kind of process takes on this machine."""
+    """The memory of one kind of process on this machine."""
 
     what: str
     number: int
     each: int
-    """Bytes."""
+    """The bytes of each process."""
     mend: str
-    """The options that lower it; empty: none does."""
+    """The options that lower it; empty if none does."""
 
     @property
     def total(self) -> int:
@@ -46,10 +46,10 @@ class Part:
 
 
 def parts_of(facts: ModelFacts, config: RunConfig | SftConfig, kind: str) -> list[Part]:
-    """Of a run on CPUs, all on this machine; the largest first.
+    """The parts of a run on CPUs, all on this machine, the largest first.
 
     Args:
-        kind: of the run: `eval` and `sample` start no learners.
+        kind: the kind of run: `eval` and `sample` start no learners.
     """
     parts = [Part("the controller", 1, CONTROLLER_BASE, ""), Part("Ray", 1, RAY_BASE, "")]
     if kind not in ("eval", "sample"):
@@ -81,8 +81,8 @@ def _learner_mend(config: RunConfig | SftConfig) -> str:
 
 
 def fit_memory(facts: ModelFacts, config: Config, kind: str, free: int, *, engines_are_open: bool) -> Config:
-    """With what fits the free memory in the place of what no recipe has named: fewer engines, and the largest micro-batch of the
-    default, a half of it, a quarter, .. that holds the longest sample."""
+    """The config with values that fit the free memory for options that no recipe has set: fewer engines, and the largest
+    micro-batch of the default, a half of it, a quarter, .. that holds the longest sample."""
     found = _fit_micro_batch(facts, config, kind, free)
     if not isinstance(config, RunConfig) or not engines_are_open or config.rollout.num_actors == 1:
         return found
@@ -123,7 +123,7 @@ def fits(facts: ModelFacts, config: RunConfig | SftConfig, kind: str, free: int)
 
 
 def too_large(facts: ModelFacts, config: RunConfig | SftConfig, kind: str, free: int) -> str | None:
-    """One line on what takes how much of a run that can't fit, with the options that lower each; None: it may fit."""
+    """One line on what takes how much of a run that can't fit, with the options that lower each; None if it may fit."""
     parts = parts_of(facts, config, kind)
     total = sum(part.total for part in parts)
     if total <= (1 + MARGIN) * free:

@@ -1,4 +1,4 @@
-"""Are the files of a model's folder whole? Told from their names, and of safetensors files by that library."""
+"""Checks that the files of a model's folder are complete, by their names, and for safetensors files by that library."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _LFS = b"version https://git-lfs"
 
 
 def check_model_files(folder: Path) -> None:
-    """Is there all of a Hugging Face model: a config, weights that are whole, a tokenizer?
+    """Check for all parts of a Hugging Face model: a config, complete weights, a tokenizer.
 
     Raises:
-        ConfigError: names what is missing or broken.
+        ConfigError: a part is missing or broken; names it.
     """
     _json(folder / "config.json")
     for file in _weights(folder):
@@ -66,7 +66,7 @@ def _weights(folder: Path) -> list[Path]:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        # Links are followed: a cache of the hub consists of them.
+        # Links are followed: the hub's cache consists of them.
         found = read_json(file)
     except (OSError, ValueError) as e:
         raise ConfigError(f"{file} can't be read ({first_line(e)})") from None
@@ -76,7 +76,8 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _check_whole(file: Path) -> None:
-    """A safetensors file says where each tensor ends, and the library does not open one of another size."""
+    """Check that a safetensors file is complete: its header states each tensor's end, and the library opens no file of another
+    size."""
     try:
         with open_regular(file) as f:
             if f.read(len(_LFS)) == _LFS:
@@ -88,6 +89,6 @@ def _check_whole(file: Path) -> None:
 
 
 def num_elements(file: Path) -> int:
-    """Of all tensors of a safetensors file, by its header. Raises SafetensorError for one that is not whole."""
+    """The number of elements of all tensors of a safetensors file, by its header. Raises SafetensorError for an incomplete file."""
     with safe_open(file, framework="numpy") as tensors:
         return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118

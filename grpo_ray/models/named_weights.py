@@ -1,4 +1,4 @@
-"""A model's weights as samplers and exports want them: Hugging Face names, tied ones once, adapters merged in."""
+"""A model's weights as rollout engines and exports need them: Hugging Face names, tied ones once, adapters merged in."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from grpo_ray.models.lora import ADAPTER
 
 @dataclass(frozen=True)
 class NamedWeight:
-    """One weight under its Hugging Face name; with `lora`, a low-rank product belongs on top."""
+    """One weight under its Hugging Face name; `lora` is a low-rank product to be added."""
 
     name: str
     param: nn.Parameter
     lora: tuple[nn.Parameter, nn.Parameter, float] | None = None
-    """A, B and alpha/r."""
+    """The matrices A and B, and alpha/r."""
 
     @property
     def parts(self) -> list[nn.Parameter]:
-        """What has to be whole before `value`: gather these under ZeRO-3."""
+        """The parameters that must be complete before `value`: gather these under ZeRO-3."""
         return [self.param] if self.lora is None else [self.param, self.lora[0], self.lora[1]]
 
     @property
     def shape(self) -> torch.Size:
-        """Of the whole, also where ZeRO-3 has split it."""
+        """The shape of the whole weight, even if ZeRO-3 shards it."""
         return torch.Size(getattr(self.param, "ds_shape", self.param.shape))
 
     def value(self) -> Tensor:
@@ -58,7 +58,7 @@ def named_weights(hf: nn.Module) -> list[NamedWeight]:
 
 
 def buckets(weights: list[NamedWeight], max_bytes: int) -> Iterator[list[NamedWeight]]:
-    """In order, as many as fit into `max_bytes` at their size on the learner; at least one."""
+    """The weights in order, as many at once as fit into `max_bytes` at their size on the learner, at least one."""
     bucket: list[NamedWeight] = []
     size = 0
     for weight in weights:

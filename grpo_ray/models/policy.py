@@ -1,4 +1,4 @@
-"""A Hugging Face causal language model that takes packed micro-batches and gives log-probabilities."""
+"""A Hugging Face causal language model that maps packed micro-batches to log-probabilities."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _HEAD_FEATURES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 class PolicyModel(nn.Module):
-    """`hf` keeps its parameter names (with `hf.` before them); its output layer becomes a `LogprobHead` over the same
+    """The policy. `hf` keeps its parameter names (after the prefix `hf.`); its output layer becomes a `LogprobHead` over the same
     weight.
 
     Raises:
-        ValueError: the model does something to its logits that the head would leave out.
+        ValueError: the model changes its logits in a way that the head would omit.
     """
 
     def __init__(self, hf: nn.Module, *, chunk: int, ranks: SequenceRanks | None = None) -> None:
@@ -34,8 +34,8 @@ class PolicyModel(nn.Module):
         self.ranks = ranks or Alone()
 
     def forward(self, batch: PackedBatch, temperature: float, sets: TokenSets | None = None) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [C] of the batch's targets and entropies [C], fp32; with sets, of the distributions over these. Ranks
-        that share a micro-batch have each the sets of its own slice."""
+        """The log-probabilities [C] of the batch's targets and the entropies [C], fp32; with sets, of the distributions over these.
+        Each rank that shares a micro-batch has the sets of its own slice."""
         hf: Any = self.hf
         device = hf.get_output_embeddings().weight.device
         own = own_slice(batch, self.ranks, device)
@@ -47,7 +47,7 @@ class PolicyModel(nn.Module):
 
 
 def check_head(hf: nn.Module) -> None:
-    """Raises ValueError: a Transformers model does something to its logits that `LogprobHead` would leave out."""
+    """Raises ValueError for a Transformers model that changes its logits in a way that `LogprobHead` would omit."""
     config: Any = hf.config
     text = config.get_text_config()
     odd = [n for n in _HEAD_FEATURES if any(getattr(c, n, None) not in (None, 1.0) for c in (config, text))]
@@ -56,13 +56,13 @@ def check_head(hf: nn.Module) -> None:
 
 
 def own_slice(batch: PackedBatch, ranks: SequenceRanks, device: torch.device) -> Slice:
-    """What this rank computes of a micro-batch on this device."""
+    """The slice of a micro-batch that this rank computes on this device."""
     multiple = multiple_of_tokens(len(batch.input_ids) // ranks.size, device)
     return slice_of(batch, ranks.rank, ranks.size, multiple)
 
 
 def target_states(body: Any, own: Slice, attention: str, device: torch.device) -> Tensor:
-    """Hidden states [c, H] of a Transformers model without its head, where they predict a completion token."""
+    """The hidden states [c, H] of a Transformers model without its head, at the tokens that predict a completion token."""
     hidden_nH: Tensor = body(
         input_ids=torch.from_numpy(own.input_ids).to(device)[None],
         position_ids=torch.from_numpy(own.position_ids).to(device)[None],

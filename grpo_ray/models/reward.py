@@ -1,6 +1,6 @@
-"""A language model's body with one output: a score of a whole text, read at its last token.
+"""A language model's body with one output: the score of a whole text, read at its last token.
 
-As Transformers' `AutoModelForSequenceClassification` with one label has it, so an export is one.
+It matches Transformers' `AutoModelForSequenceClassification` with one label, so an export is one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from grpo_ray.models.policy import own_slice, target_states
 
 
 class RewardModel(nn.Module):
-    """Takes what `PolicyModel` takes, and gives a value in each log-probability's place: that of the text before the token."""
+    """A model with the inputs of `PolicyModel`; in place of a log-probability it returns the value of the text before the token."""
 
     def __init__(self, hf: nn.Module, ranks: SequenceRanks | None = None) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class RewardModel(nn.Module):
         self.ranks = ranks or Alone()
 
     def forward(self, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        """[C] values, and zeros where a policy has entropies; fp32."""
+        """The values [C], and zeros in place of a policy's entropies; fp32."""
         hf: Any = self.hf
         weight = hf.score.weight
         own = own_slice(batch, self.ranks, weight.device)

@@ -1,6 +1,6 @@
-"""A whole small language model made on the spot: Qwen2's architecture, random weights, one token per character.
+"""A complete small language model created on the spot: Qwen2's architecture, random weights, one token per character.
 
-Beyond ASCII it is one token per byte. The four tags of R1's format are one token each, as `<think>` is in DeepSeek-R1's
+Beyond ASCII it has one token per byte. The four tags of R1's format are one token each, as `<think>` is in DeepSeek-R1's
 and Qwen3's tokenizers: spelled out they would be half of a short answer.
 
 It lets the real engine, learner and loop run on a laptop and in tests with nothing downloaded.
@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 
 
 def num_tiny_tokens(config: TinyModelConfig) -> int:
-    """Rows of the embedding."""
+    """The number of rows of the embedding."""
     tokens = len(SPECIAL_TOKENS) + NUM_BYTES + len({*TAGS, *config.words})
     return config.vocab_size or (tokens + 63) // 64 * 64
 
@@ -53,7 +53,7 @@ def build_tiny_model(folder: Path, config: TinyModelConfig) -> Path:
 
 
 def tiny_vocab() -> dict[str, int]:
-    """Of tokens that are no words."""
+    """The vocabulary of tokens that are no words."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     return {token: i for i, token in enumerate((*SPECIAL_TOKENS, *sorted(ByteLevel.alphabet())))}
@@ -62,12 +62,12 @@ def tiny_vocab() -> dict[str, int]:
 def added_words(config: TinyModelConfig) -> list[Any]:
     from tokenizers import AddedToken
 
-    # Not special: other programs that decode for rewards skip special tokens, and have to keep these.
+    # These are not special: other programs that decode for rewards skip special tokens, and have to keep these.
     return [AddedToken(tag, normalized=False, special=False) for tag in (*TAGS, *config.words)]
 
 
 def make_tokenizer(config: TinyModelConfig) -> Any:
-    """As Transformers reads it from the folder of a tiny model; see also `grpo_ray.models.tiny_tokenizer`."""
+    """The tokenizer as Transformers reads it from the folder of a tiny model; see also `grpo_ray.models.tiny_tokenizer`."""
     from transformers import Qwen2Tokenizer
 
     # Byte-level BPE without a single merge: Transformers rebuilds the tokenizer of a qwen2 folder as Qwen2's own
@@ -93,7 +93,7 @@ def _ids() -> dict[str, int]:
 
 
 def tiny_shape(config: TinyModelConfig) -> dict[str, Any]:
-    """What its config.json says of its shape."""
+    """The shape options in its config.json."""
     return {
         "vocab_size": num_tiny_tokens(config),
         "hidden_size": config.hidden_size,
@@ -106,7 +106,7 @@ def tiny_shape(config: TinyModelConfig) -> dict[str, Any]:
 
 
 def tiny_config(config: TinyModelConfig) -> Any:
-    """As Transformers reads it."""
+    """The config as Transformers reads it."""
     from transformers import Qwen2Config
 
     return Qwen2Config(**tiny_shape(config), tie_word_embeddings=True, **_ids())

@@ -16,11 +16,11 @@ from grpo_ray.models.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, added_words, mak
 _PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""Qwen2's."""
+"""Qwen2's pattern that splits a text into pieces."""
 
 
 class TinyTokenizer:
-    """What `check` asks of a tokenizer, in Transformers' words; what it does not know itself Transformers' own does."""
+    """The part of Transformers' tokenizer interface that `check` needs; anything else is delegated to Transformers' own."""
 
     chat_template = CHAT_TEMPLATE
     name_or_path = ""
@@ -50,7 +50,7 @@ class TinyTokenizer:
 
     @cached_property
     def whole(self) -> Any:
-        """Transformers' own."""
+        """The tokenizer of Transformers itself."""
         return make_tokenizer(self._config)
 
     def __getattr__(self, name: str) -> Any:

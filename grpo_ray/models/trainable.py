@@ -1,4 +1,4 @@
-"""Can the learner train this model? Told from its config alone, by a model without memory (torch's meta device)."""
+"""Checks that the learner can train a model, from its config alone, by a model without memory (torch's meta device)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grpo_ray.models.lora import inject
 from grpo_ray.models.policy import check_head
 
 MAKING = (OSError, ValueError, KeyError, AttributeError, TypeError, AssertionError, ImportError)
-"""What Transformers raises for a config that its own class can't be made from."""
+"""The exceptions that Transformers raises for a config that its own class can't be built from."""
 
 
 def skeleton(
@@ -24,10 +24,10 @@ def skeleton(
     """The model that the learner would hold, without memory and without adapters.
 
     Args:
-        model_config: as Transformers reads it.
-        reward_model: it has one output, no language head.
-        slices: learners that share a sequence.
-        on_gpu: learners have GPUs.
+        model_config: the config as Transformers reads it.
+        reward_model: whether it has one output instead of a language head.
+        slices: the number of learner ranks that share a sequence.
+        on_gpu: whether the learner ranks have GPUs.
 
     Raises:
         ConfigError: the learner would refuse it; says why.
@@ -47,7 +47,7 @@ def skeleton(
         check_packable(hf)
         if not reward_model:
             check_head(hf)
-    # A config is anybody's file: sizes that are 0 or below raise errors of arithmetic and of torch.
+    # A config may be a stranger's file: sizes that are 0 or below raise arithmetic errors and errors of torch.
     except Exception as e:
         raise ConfigError(f"the learner can't train model {model.path}: {why_not(e, model_config)}") from None
     if slices > 1:
@@ -56,13 +56,13 @@ def skeleton(
 
 
 def check_adapters(hf: nn.Module, model: ModelConfig) -> None:
-    """Puts adapters on the skeleton. Raises ConfigError: `model.lora.target_modules` fits no layer."""
+    """Put adapters on the skeleton. Raises ConfigError if `model.lora.target_modules` matches no layer."""
     if model.lora is not None:
         inject(hf, model.lora)
 
 
 def check_text_alone(model_config: Any, path: str) -> None:
-    """Raises ConfigError for a model that reads or writes more than text: samplers and learners would hold different models."""
+    """Raises ConfigError for a model of more than text: rollout engines and learners would hold different models."""
     text = model_config.get_text_config()
     if text is not model_config:
         parts = ", ".join(sorted(name for name in model_config.sub_configs if getattr(model_config, name, None)))
@@ -74,7 +74,7 @@ def check_text_alone(model_config: Any, path: str) -> None:
 
 
 def why_not(error: BaseException, model_config: Any) -> str:
-    """In words, what Transformers raised while it made a model."""
+    """The cause, in words, of an error that Transformers raised while it built a model."""
     kind = getattr(model_config, "model_type", "") or "model"
     if isinstance(error, KeyError) and PACKED in error.args:
         return f"{kind} has attention of its own, beside Transformers' interface, over which packed sequences would see each other"

@@ -1,6 +1,6 @@
 """PPO's critic: a language model's body with one output.
 
-C completion tokens of one micro-batch, S sequences, T tokens of the longest.
+Suffixes: C completion tokens of one micro-batch, S sequences, T tokens of the longest.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from grpo_ray.models.policy import own_slice, target_states
 
 
 class ValueModel(nn.Module):
-    """V of the text before each completion token. The head starts at zero, so every value does."""
+    """The critic: V of the text before each completion token. The head starts at zero, so every value does."""
 
     def __init__(self, hf: nn.Module, ranks: SequenceRanks | None = None) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.head.weight)
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """[C], fp32."""
+        """The values [C], fp32."""
         own = own_slice(batch, self.ranks, self.head.weight.device)
         hidden_cH = target_states(self.body, own, self.attention, self.head.weight.device)
         (values_C,) = self.ranks.gather(own.counts, self.head(hidden_cH.to(self.head.weight.dtype))[:, 0].float())
