@@ -1,4 +1,4 @@
-"""Is the mathematical answer right?"""
+"""The reward for a right mathematical answer."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def accuracy(
     r"""1 if the completion's answer equals the gold answer by math-verify, else 0; None if the gold is not understood.
 
     Gold is column `answer` (`solution` where a row has none): a number of any type; a text that is one value (`\frac12`,
-    `1,234`, `50%`, `5 cm`), a choice (`C`, `(C) 42`), or a solution with its answer behind `####` (GSM8K), in a box, or called
+    `1,234`, `50%`, `5 cm`), a choice (`C`, `(C) 42`), or a solution with its answer after `####` (GSM8K), in a box, or called
     the answer; or a list of alternatives, each of which is right, and all of them together. Units are passed over. Not
-    understood: words (`Paris`, `yes`; but `\text{Paris}` is taken as written), dates, ranges (`3-5`), versions, empty ones, NaN.
+    understood: words (`Paris`, `yes`; but `\text{Paris}` is read literally), dates, ranges (`3-5`), versions, empty ones, NaN.
 
-    The completion's answer is looked for behind `</think>` and inside `<answer>` where there are such tags: a last line
+    The completion's answer is searched after `</think>` and inside `<answer>` if there are such tags: a last line
     `#### 1,234` if the gold has that form, else the last `\boxed{..}`, else what follows `the answer is`, else the last
     value; in `$`, `\(`, `\[`, bold or back-ticks too. (TRL's `accuracy_reward` stops at LaTeX.)
 
@@ -31,8 +31,8 @@ def accuracy(
     these, in any order: 0 for the gold 12. `(1, 2)` is a pair, whose order counts, `1,2` two values, `1,234` a thousand and more.
 
     Range {0, 1}. `timeout_s`: CPU seconds for a completion, read and compared; one that takes longer (`(x+y+z+w)^{60}`) is
-    wrong. A gold answer gets six times as many, and fails its sample beyond them. The clock is a signal, so this has to run in a
-    process's main thread, as it does in the reward actors.
+    wrong. A gold answer gets six times as many, and fails its sample beyond them. The clock is a signal, so it must run in a
+    process's main thread, as in the reward workers.
 
     Source: math-verify 0.9; TRL `accuracy_reward`.
 
@@ -56,5 +56,5 @@ def _score(completion: str, gold: Any, timeout_s: float) -> float | RewardError 
 
 
 def load_parser(_args: dict[str, Any]) -> None:
-    """Have math-verify read its first formula, which takes a second or more, before a sample's deadline runs."""
+    """Load math-verify with a first formula, which takes a second or more, before a sample's deadline runs."""
     warm_up()

@@ -1,4 +1,4 @@
-"""Does the program do what its tests say?"""
+"""The reward for a program that passes its tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from grpo_ray.sandbox.box import Box, BoxEnded, Limits, Outcome
 from grpo_ray.sandbox.isolation import PATH, Languages
 from grpo_ray.sandbox.trial import check_isolation
 
-# Possessive: where no line break follows, none is reached by giving signs back.
+# The quantifier is possessive: without a line break after it, backtracking finds none either.
 _FENCE = re.compile(r"```[ \t]*+([\w+#.-]*+)[^\n`]*+\n")
 _END_OF_FENCE = re.compile(r"^[ \t]*```", re.MULTILINE)
 _OTHER_NAMES = {"python": ("py", "python3"), "javascript": ("js", "node"), "cpp": ("c++",), "rust": ("rs",)}
@@ -45,16 +45,16 @@ async def code(
     disk_mb: int = Limits.disk_mb,
     concurrency: int = 1,
 ) -> list[Explained]:
-    """1 if the completion's program passes all `tests` of its row, else 0; `partial`: the part of them that it passes.
+    """1 if the completion's program passes all `tests` of its row, else 0; `partial`: the fraction of them that it passes.
 
-    The program is the last fenced block of the answer (in `<answer>`, else after `</think>`), of `language` where one is marked
+    The program is the last fenced block of the answer (in `<answer>`, else after `</think>`), in `language` if one is marked
     so. Tests are pairs [{input, output}, ..] of standard input and output; {inputs, outputs, fn_name} as in APPS; or Python with
     asserts (MBPP's list, HumanEval's `check` with the column `entry_point`), which see the program's functions from another
     sandbox and can pass plain data to them. Names that such tests use and don't define are the program's, builtins and modules
     aside.
 
-    A program that is wrong, crashes, loops, or attacks its sandbox is worth 0, and the detail says why; a sandbox that can't be
-    had is an error. `grpo_ray.sandbox` says what is bounded, and how. `timeout_s` is for all tests of a program together, `cpu_s`
+    A program that is wrong, crashes, loops, or attacks its sandbox scores 0, and the detail says why; a sandbox that can't be
+    started is an error. `grpo_ray.sandbox` lists the limits. `timeout_s` is for all tests of a program together, `cpu_s`
     for each. Where `concurrency` sandboxes run at once (`reward.unit: group`), each needs a core to keep its time.
 
     Other languages, with pairs: `command: [node, "{file}"], file: program.js, language: javascript`; `compile: [g++, -O1, -o,
@@ -98,10 +98,10 @@ async def code(
 
 
 def check_code(args: dict[str, Any]) -> None:
-    """Before a run: can programs be isolated here, and is there what runs them?
+    """Check, before a run, that programs can be isolated here, and that their interpreters exist.
 
     Raises:
-        RewardError: naming what is missing.
+        RewardError: something is missing; names it.
     """
     languages = Languages(tuple(args.get("read_only", ())), tuple(args.get("python_path", ())))
     for option in ("command", "compile"):
@@ -117,7 +117,7 @@ def check_code(args: dict[str, Any]) -> None:
 
 
 def find_program(completion: str, names: Sequence[str]) -> str | None:
-    """The last block in one of these languages, else the last block; all of what `<answer>` holds where it has no block."""
+    """The last block in one of these languages, else the last block; everything in `<answer>` if it has no block."""
     text = completion.rpartition("</think>")[2]
     answer = answer_of(text)
     blocks, at = [], 0
@@ -164,7 +164,7 @@ async def _run(
 
 
 async def _judge(program: str, wanted: Asserts, limits: Limits, languages: Languages, partial: bool) -> Explained:
-    """The program serves in one sandbox; the tests, which it never sees, run in another."""
+    """The result of Python tests: the program serves in one sandbox; the tests, which it never sees, run in another."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         async with (
@@ -198,7 +198,7 @@ def _value(passed: int, total: int, why: str, partial: bool) -> Explained:
 
 
 def _ended(outcome: Outcome) -> str:
-    """How the process ended where it did not end well."""
+    """How the process ended, if it failed."""
     if outcome.code == 0:
         return outcome.trouble
     plain = f"exit code {outcome.code}" if outcome.code > 0 else f"signal {-outcome.code}"

@@ -1,4 +1,4 @@
-"""What a row says its programs must do, and whether one did. Answers are compared here, out of every program's reach."""
+"""The tests of a row's programs, and whether a program passed them. Answers are compared here, out of every program's reach."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from grpo_ray.errors import RewardError
 _FLOAT = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 TOLERANCE = 1e-6
-"""Relative and absolute, where the right answer is written as a float."""
+"""The relative and absolute tolerance if the right answer is written as a float."""
 LONGER, SPARE_BYTES = 16, 4096
-"""An answer that is so much longer than the right one is not looked at: splitting 16 MiB of new lines takes a GiB."""
+"""The bound (factor, bytes) on an answer's length relative to the right one; longer ones are not examined: splitting 16 MiB of new
+lines takes a GiB."""
 FORMS = "expected pairs [{input: .., output: ..}, ..], {inputs: [..], outputs: [..], fn_name: optional}, or Python with asserts"
 
 
 @dataclass(frozen=True)
 class Script:
-    """Standard input -> standard output."""
+    """A test by standard input -> standard output."""
 
     stdin: str
     expected: str
@@ -35,7 +36,7 @@ class Script:
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments -> value of a function, or of a method of class Solution."""
+    """A test by arguments -> value of a function, or of a method of class Solution."""
 
     function: str
     args: list[Any]
@@ -44,16 +45,17 @@ class Call:
 
 @dataclass(frozen=True)
 class Asserts:
-    """Python code that fails by an exception, each with the names that it takes from the program."""
+    """Tests in Python that fail by an exception, each with the names that it takes from the program."""
 
     tests: tuple[tuple[str, list[str]], ...]
 
 
 def read_tests(tests: Any, entry_point: str | None) -> list[Script | Call] | Asserts:
-    """What data sets have: pairs; APPS's and TACO's; MBPP's list of asserts; HumanEval's `check(candidate)`. JSON of it too.
+    """The tests in the formats of data sets: pairs; APPS's and TACO's; MBPP's list of asserts; HumanEval's `check(candidate)`; also
+    as JSON.
 
     Raises:
-        RewardError: none of these.
+        RewardError: the format is none of these.
     """
     if isinstance(tests, str) and tests.lstrip()[:1] in ("{", "["):
         with contextlib.suppress(ValueError):
@@ -85,11 +87,11 @@ def _checked(test: str) -> tuple[str, list[str]]:
 
 @lru_cache(maxsize=4096)
 def free_names(test: str) -> list[str]:
-    """What only the program can supply: names that a test uses and neither defines nor finds among the builtins, which no program
-    may replace (an `all` that is always true).
+    """The names that only the program can supply: those that a test uses and neither defines nor finds among the builtins, which no
+    program may replace (with an `all` that is always true).
 
     Raises:
-        SyntaxError, ValueError: it is no Python.
+        SyntaxError, ValueError: the test is no Python.
     """
     top = symtable.symtable(test, "tests", "exec")
     defined = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()}
@@ -106,12 +108,13 @@ def _with_check(tests: str, entry_point: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """APPS has some texts as lists of lines."""
+    """The text, which APPS sometimes stores as a list of lines."""
     return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def same_output(output: bytes, expected: str) -> bool:
-    """Line by line, white space at their ends and empty lines at the end aside; floats within TOLERANCE."""
+    """Whether outputs are equal line by line, ignoring white space at line ends and empty lines at the end; floats within
+    TOLERANCE."""
     if _too_long(output, expected):
         return False
     got, right = _lines(output.decode(errors="replace")), _lines(expected)
@@ -143,7 +146,7 @@ def _close(a: float, b: float) -> bool:
 
 
 def same_value(output: bytes, expected: Any) -> bool:
-    """The JSON that a call gave, against the row's; as in APPS, the row may hold the value in a list of one."""
+    """Whether the JSON that a call returned equals the row's value; as in APPS, the row may hold the value in a list of one."""
     if _too_long(output, json.dumps(expected)):
         return False
     try:

@@ -1,4 +1,4 @@
-"""Before a run: do the data have the columns that its rewards take?"""
+"""Checks, before a run, that the data have the columns that its rewards take."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ from grpo_ray.rewards.functions.function import SOURCE, has_value, missing_colum
 from grpo_ray.rewards.table import described
 
 _ROW_CHECKS: dict[str, Callable[[Mapping[str, Any]], None]] = {"countdown": check_row}
-"""Built-in -> what its rows have to be."""
+"""Built-in -> check of its rows."""
 
 
 @dataclass(frozen=True)
 class ColumnNeeds:
-    """What one reward of a recipe takes from the data. Made where its function can be imported, used where the data are."""
+    """The columns that one reward of a recipe takes. Computed where its function can be imported, used where the data are."""
 
     reward: str
     required: tuple[tuple[str, ...], ...]
-    """One of each of these."""
+    """Groups of columns, one of each of which is required."""
     args: tuple[str, ...]
-    """Names that the recipe gives values to."""
+    """The names of the arguments that the recipe gives."""
     sources: tuple[str, ...]
     built_in: bool
 
 
 class ColumnFacts(Protocol):
-    """What is known of the columns of all rows of a data set."""
+    """Facts about the columns of all rows of a data set."""
 
     @property
     def names(self) -> Sequence[str]: ...
 
     def lacking(self, names: Sequence[str], of: str | None, values: Sequence[str]) -> tuple[int, int, bool]:
-        """(rows, those of them in which each of these columns is null or missing, whether one of the columns is there).
+        """(number of rows, number of those in which all of these columns are null or missing, whether any of them exists).
 
         Args:
-            names: of columns; `a.b` is entry b of column a.
-            of: column that tells which rows count; None: all.
-            values: of that column.
+            names: the names of columns; `a.b` is entry b of column a.
+            of: the column that selects which rows count; None: all.
+            values: the values of that column in rows that count.
         """
         ...
 
 
 class RowFacts:
-    """`ColumnFacts` of rows that are at hand."""
+    """`ColumnFacts` of rows in memory."""
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self._rows = rows
@@ -61,7 +61,7 @@ class RowFacts:
 
 
 def column_needs(reward: RewardConfig, *, imports: bool = True) -> list[ColumnNeeds]:
-    """Of every function of a recipe. Raises RewardError: one of them can't be used. `imports`: as of `described`."""
+    """The needs of every function of a recipe. Raises RewardError if one of them can't be used. `imports`: as in `described`."""
     found = [(config, described(config, imports=imports)) for config in reward.functions]
     return [ColumnNeeds(c.title, f.required, tuple(c.args), c.sources, c.built_in) for c, f in found]
 
@@ -74,17 +74,17 @@ def check_columns(
     evaluation: bool,
     facts: Mapping[str, ColumnFacts] | None = None,
 ) -> list[str]:
-    """What should be known of the columns that rewards take, of the sets that are used.
+    """Notices about the columns that rewards take from the sets in use.
 
     Args:
-        needs: of the rewards.
-        prompts: the sets.
-        train: `data.train` is used.
-        evaluation: `data.eval` is used.
-        facts: option of a data set -> of all its rows, where `prompts` has a part of them.
+        needs: the columns that the rewards take.
+        prompts: the data sets.
+        train: whether `data.train` is used.
+        evaluation: whether `data.eval` is used.
+        facts: option of a data set -> facts of all its rows, if `prompts` has only a part of them.
 
     Raises:
-        RewardError: a column that a reward needs is not there; names those that are.
+        RewardError: a column that a reward needs is missing; names the existing ones.
     """
     sets = {"data.train": prompts.train} if train else {}
     if evaluation:
@@ -93,14 +93,14 @@ def check_columns(
 
 
 def eval_sets_told(sets: Mapping[str, PromptDataset]) -> dict[str, PromptDataset]:
-    """By the option that they are from."""
+    """Evaluation sets by the option that they come from."""
     return {f"data.eval.{name}" if name else "data.eval": found for name, found in sets.items()}
 
 
 def check_sets(
     needs: Sequence[ColumnNeeds], sets: Mapping[str, PromptDataset], facts: Mapping[str, ColumnFacts] | None = None
 ) -> list[str]:
-    """See `check_columns`; `sets`: by where they are from."""
+    """The notices of `check_columns`; `sets`: by the option that they come from."""
     for where, found in sets.items():
         for need in needs:
             _check_rows(need, where, found)

@@ -1,4 +1,4 @@
-"""Countdown: reach a target with given numbers."""
+"""The reward of Countdown: reach a target with given numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grpo_ray.rewards.functions.function import Completions, text_of
 
 MAX_CHARS = 200
 _DIGITS = re.compile(r"\s*[-+]?[0-9]{1,50}(?:[./][0-9]{1,50})?\s*")
-# No powers: 9**9**9 needs more memory than there is. What remains grows with the length of the text at most.
+# No powers: 9**9**9 exceeds any memory. The rest grows at most with the length of the text.
 _OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -34,7 +34,7 @@ def countdown(completions: Completions, target: list[Any], nums: list[Any], form
     Range {0, format_score, 1}. Source: TinyZero's countdown reward, without its `eval`, and so without its powers and `//`.
 
     Raises:
-        RewardError: a target or a number of the row that is none.
+        RewardError: the row's target or one of its numbers is no number.
     """
     return [
         _score(answer_of(text_of(c)), t, numbers, format_score)
@@ -55,7 +55,7 @@ def _score(answer: str, target: Any, numbers: Any, format_score: float) -> float
 
 
 def check_row(row: Mapping[str, Any]) -> None:
-    """Raises RewardError for a row whose target or numbers are none, so that no answer to it can be scored."""
+    """Raises RewardError for a row whose target or numbers are no numbers, so that no answer to it can be scored."""
     if row.get("target") is not None and row.get("nums") is not None:
         numbers = row["nums"] if isinstance(row["nums"], Iterable) else [row["nums"]]
         for number in (row["target"], *numbers):
@@ -63,7 +63,7 @@ def check_row(row: Mapping[str, Any]) -> None:
 
 
 def _exact(number: Any) -> Fraction:
-    """Of a row: a number, or its digits. (Fraction itself would write out `1e999999999`.)"""
+    """The exact value of a row's number, given as a number or as digits. (Fraction itself would expand `1e999999999`.)"""
     try:
         if not isinstance(number, str) or _DIGITS.fullmatch(number):
             return Fraction(number)
@@ -76,7 +76,7 @@ def evaluate(expression: str) -> tuple[Fraction, list[Fraction]]:
     """The exact value of an arithmetic expression, and the numbers in it.
 
     Raises:
-        ValueError: longer than MAX_CHARS, not arithmetic, or a division by zero.
+        ValueError: it is longer than MAX_CHARS, not arithmetic, or divides by zero.
     """
     text = expression.strip()
     if len(text) > MAX_CHARS:

@@ -1,4 +1,4 @@
-"""Is the completion, word for word, the answer?"""
+"""The reward for a completion that equals the answer word for word."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from grpo_ray.rewards.functions.function import Completions, text_of
 def exact_match(completions: Completions, answer: list[Any], in_answer_tag: bool = False) -> list[float | None]:
     """1 if the completion equals column `answer` as a string, white space at both ends aside, else 0; None without such an answer.
 
-    `in_answer_tag`: what its last `<answer>...</answer>` holds is compared; the whole completion where there is none.
+    `in_answer_tag`: the content of its last `<answer>...</answer>` is compared; the whole completion if there is none.
 
-    A whole number that a table made a float (12.0, where the column has nulls) is 12 and 12.0. What is no text, number or truth
+    A whole number that a table made a float (12.0, if the column has nulls) equals 12 and 12.0. What is no text, number or truth
     value has no string that an answer could equal.
 
     Range {0, 1}.

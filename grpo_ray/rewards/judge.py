@@ -1,4 +1,4 @@
-"""What another model says of an answer, where there is no rule."""
+"""The reward by another model's rating of an answer, if there is no rule."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ async def judge(
     requests_per_minute: float | None = None,
     cache: str | None = None,
 ) -> list[Explained | RewardError]:
-    """The judge's rating by the rubric, from 1 to 10, brought to [0, 1]; its reasons are the detail.
+    """The judge's rating by the rubric, from 1 to 10, scaled to [0, 1]; its reasons are the detail.
 
     `model` and `base_url` are those of any OpenAI-compatible endpoint, its key is OPENAI_API_KEY (`reward.env`). `use_answer`: the
-    judge sees the row's column `answer`. Without a rating it is asked again, `tries` times in all. `cache` is a file that keeps
-    answers, `requests_per_minute` those of one scoring process: give it `workers: {num_actors: 1}`. A sample whose judgement can't
-    be had fails alone. See `grpo_ray.rewards.endpoints.judge_client.JudgeOptions`.
+    judge sees the row's column `answer`. Without a rating it is asked again, up to `tries` times in total. `cache` is a file of
+    answers, `requests_per_minute` limits one scoring process: use `workers: {num_actors: 1}`. A sample whose judgement can't
+    be obtained fails alone. See `grpo_ray.rewards.endpoints.judge_client.JudgeOptions`.
 
     Range [0, 1]. Source: DeepSeek-R1's use of DeepSeek-V3 as a judge (2501.12948, section 2.3.3); the form is ours.
 
@@ -69,7 +69,7 @@ async def judge(
 
 @lru_cache(maxsize=8)
 def _judge(options: JudgeOptions) -> Judge:
-    """One for a process: its loop is one as well."""
+    """The one judge of the process, which has one event loop as well."""
     return Judge(options)
 
 
@@ -91,7 +91,7 @@ async def _rate(judge: Judge, rubric: str, parts: dict[str, str], tries: int) ->
 
 
 def conversation_text(prompt: str | Conversation) -> str:
-    """For a judge: the question alone, or the turns of a conversation."""
+    """The text of a prompt for a judge: the question alone, or the turns of a conversation."""
     if isinstance(prompt, str):
         return prompt
     turns = [m for m in prompt if m["role"] != "system"]
@@ -99,7 +99,7 @@ def conversation_text(prompt: str | Conversation) -> str:
 
 
 def _parts(prompt: str | Conversation, completion: str, reference: Any) -> dict[str, str]:
-    """Name -> text of what the judge is shown."""
+    """Name -> text of the parts that the judge sees."""
     parts = {"question": conversation_text(prompt), "reference": str(reference), "response": completion}
     return {name: text for name, text in parts.items() if name != "reference" or reference is not None}
 

@@ -1,18 +1,18 @@
-"""Does the model think in the language that it was asked in?
+"""The reward for reasoning in the language of the prompt.
 
-A word is what a reader would call one: letters between other signs. Where a script has no spaces (Chinese, Japanese, Thai) each
+A word is what a reader would call one: letters between other signs. In a script without spaces (Chinese, Japanese, Thai) each
 character is one. Numbers, single letters (`x`), LaTeX commands, tags and code blocks are no words.
 
-Which language a word is of says its script, and for languages that share one simplemma's dictionary:
+The script decides a word's language, and among languages that share one, simplemma's dictionary:
 
     another script than the target's                      no
     the target has no dictionary (zh, ja, ko, th, ..)     yes
     the target's dictionary does not know it              no
     it does, and none of `others` does                    yes
-    both know it (`die`, `in`, `also`)                    as the nearest word that is told apart, yes if there is none
+    both know it (`die`, `in`, `also`)                    as the nearest unambiguous word, yes if there is none
 
-Dictionaries, since a single word is too short for a statistical identifier: py3langid takes `so the sum is` for German,
-Lingua `is` for French.
+The rule uses dictionaries, since a single word is too short for a statistical identifier: py3langid identifies `so the sum is` as
+German, Lingua `is` as French.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _BY_SCRIPT_ALONE = {
     "si": frozenset({"SINHALA"}),
     "ta": frozenset({"TAMIL"}),
     "te": frozenset({"TELUGU"}),
-    # They share theirs with languages that they can't be told from: Hindi; Arabic and Persian.
+    # These share theirs with languages that they can't be distinguished from: Hindi; Arabic and Persian.
     "mr": frozenset({"DEVANAGARI"}),
     "ne": frozenset({"DEVANAGARI"}),
     "ur": frozenset({"ARABIC"}),
@@ -74,7 +74,7 @@ def language_consistency(
     others: Sequence[str] = ("en",),
     part: Part = "reasoning",
 ) -> list[float | None]:
-    """Words of the target language / all words of the reasoning; None for one without words. See the file's head for the rule.
+    """Words of the target language / all words of the reasoning; None for one without words. See the module docstring for the rule.
 
     `language` is a column, or one for all in `args`: `en`, `de`, `zh`, .. (ISO 639-1). `others` are the languages that might be
     mixed in; only those that share the target's script matter.
@@ -82,7 +82,7 @@ def language_consistency(
     Range [0, 1]. Source: DeepSeek-R1 (2501.12948), section 2.3.2.
 
     Raises:
-        RewardError: a language that is not known.
+        RewardError: a language is unknown.
     """
     languages = [language] * len(completions) if isinstance(language, str) else language
     return [
@@ -92,7 +92,7 @@ def language_consistency(
 
 
 def check_languages(args: dict[str, Any]) -> None:
-    """Are those that `args` name known? `language` is one there."""
+    """Check that the languages in `args` are known; `language` is one if it is given there."""
     if "language" in args:
         _check(args["language"])
     for name in _languages(args):
@@ -100,7 +100,7 @@ def check_languages(args: dict[str, Any]) -> None:
 
 
 def load_dictionaries(args: dict[str, Any]) -> None:
-    """A second or two each, which would count against the first sample's deadline."""
+    """Load the dictionaries, a second or two each, which would otherwise count against the first sample's deadline."""
     for name in _languages(args):
         if name not in _BY_SCRIPT_ALONE:
             _knows("a", name)
@@ -112,20 +112,20 @@ def _languages(args: dict[str, Any]) -> set[str]:
 
 
 def words_of(text: str) -> list[str]:
-    """In order; see the file's head for what counts."""
+    """The words of a text in order; see the module docstring for what counts."""
     plain = _NO_WORDS.sub(" ", nfkc(text))
     return [word for run in _runs(plain) for word in (run if script_of(run) in _UNSPACED else [run] * (len(run) > 1))]
 
 
 def _runs(text: str) -> Iterator[str]:
-    """Letters of one script, with what belongs to them: marks, and an apostrophe within (`don't`)."""
+    """Runs of letters of one script, with their marks and inner apostrophes (`don't`)."""
     for script, places in groupby(enumerate(_scripts(text)), key=lambda place: place[1]):
         if script:
             yield "".join(text[i] for i, _ in places)
 
 
 def _scripts(text: str) -> Iterator[str]:
-    """Of each sign; of marks and apostrophes that of the letter before them, "" for what belongs to no word."""
+    """The script of each sign; marks and apostrophes have that of the letter before them, "" means no word."""
     before = ""
     for place, sign in enumerate(text):
         if sign in "'\u2019":
@@ -142,7 +142,7 @@ def _script_of(sign: str) -> str:
 
 
 def script_of(word: str) -> str:
-    """`LATIN`, `CJK`, ..: that of its first letter."""
+    """The script of a word's first letter: `LATIN`, `CJK`, ..."""
     return _script_of(word[0])
 
 
@@ -156,7 +156,7 @@ def _share(text: str, target: str, others: tuple[str, ...]) -> float | None:
 
 
 def _is_of(word: str, target: str, others: tuple[str, ...]) -> bool | None:
-    """None: it can be of more than one."""
+    """Whether a word is of the target language; None if it can be of several."""
     script = script_of(word)
     if script not in _SCRIPTS.get(target, _LATIN):
         return False
@@ -169,7 +169,7 @@ def _is_of(word: str, target: str, others: tuple[str, ...]) -> bool | None:
 
 
 def _settle(told: Sequence[bool | None]) -> list[bool]:
-    """Each None becomes what the nearest other one is; of two at the same distance, the one before."""
+    """The decisions with each None replaced by the nearest other one; of two at the same distance, the one before."""
     known = [i for i, value in enumerate(told) if value is not None]
     if not known:
         return [True] * len(told)

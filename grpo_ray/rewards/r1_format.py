@@ -1,4 +1,4 @@
-"""R1-Zero's form: reasoning, then the answer, and nothing else."""
+"""The reward for R1-Zero's format: reasoning, then the answer, and nothing else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TAG = re.compile(r"</?(?:think|answer)>")
 def r1_format(completions: Completions, prefilled: bool = False) -> list[float]:
     """1 if the whole completion is `<think>...</think>`, then `<answer>...</answer>`, each tag once, else 0.
 
-    Range {0, 1}. `prefilled`: the completion starts behind a `<think>`. A prompt that ends in one is seen by itself; this is for
+    Range {0, 1}. `prefilled`: the completion starts after a `<think>`. A prompt that ends in one is detected; this is for
     others.
     Source: DeepSeek-R1-Zero's format reward (2501.12948, section 2.2.2 and its Table 1).
     """
@@ -23,7 +23,7 @@ def r1_format(completions: Completions, prefilled: bool = False) -> list[float]:
 
 
 def match_r1(text: str) -> dict[str, str] | None:
-    """What stands in `think` and `answer` of a text in that form; None for any other."""
+    """The content of `think` and `answer` in a text of that format; None for any other."""
     tags = list(itertools.islice(_TAG.finditer(text), 5))
     if [tag[0] for tag in tags] != ["<think>", "</think>", "<answer>", "</answer>"]:
         return None

@@ -1,4 +1,4 @@
-"""Tasks of reasoning-gym, scored by the task's own verifier, in a sandbox."""
+"""The reward of reasoning-gym's tasks, scored by each task's own verifier in a sandbox."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def reasoning_gym(
     reasoning_gym_task: list[str],
     strict: bool = False,
 ) -> list[float | RewardError | None]:
-    """What `score_answer` of the row's task gives the answer (in `<answer>`, else the whole completion).
+    """The score that `score_answer` of the row's task gives the answer (in `<answer>`, else the whole completion).
 
     `reasoning_gym_entry` is the generator's row (question, answer, metadata), `reasoning_gym_task` the task's name; it does
     not apply to a row without an entry.
     Most tasks give partial credit, some even to an empty answer; `strict` counts a full 1 only.
 
     The verifiers run in a sandbox, where none of them evaluates more than literals, arithmetic and SymPy's functions. An answer
-    at which one fails, or computes without end, is worth 0.
+    at which one fails, or computes forever, scores 0.
 
     Range [0, 1]; strict: {0, 1}. Source: reasoning-gym 0.1.25.
 
     Raises:
-        RewardError: no sandbox can be started. In a number's place: there is no such task, or its row can't be scored.
+        RewardError: no sandbox can be started. In place of a number: there is no such task, or its row can't be scored.
     """
     rows = zip(completions, reasoning_gym_entry, reasoning_gym_task, strict=True)
     items = [None if entry is None else _item(task, answer_of(text_of(c)), entry) for c, entry, task in rows]
@@ -47,10 +47,10 @@ def reasoning_gym(
 
 
 def check_reasoning_gym(_args: dict[str, Any]) -> None:
-    """Before a run: can its verifiers be isolated here?
+    """Check, before a run, that its verifiers can be isolated here.
 
     Raises:
-        RewardError: naming what is missing.
+        RewardError: something is missing; names it.
     """
     if importlib.util.find_spec(LIBRARIES[0]) is None:
         raise RewardError(f"reward 'reasoning_gym' needs the package {LIBRARIES[0]}, which is not installed")
@@ -67,7 +67,7 @@ def load_verifier(_args: dict[str, Any]) -> None:
 
 @lru_cache(maxsize=1)
 def verifier() -> Verifier:
-    """One for the process."""
+    """The one verifier of the process."""
     return Verifier(PROGRAM.read_text(), LIBRARIES)
 
 

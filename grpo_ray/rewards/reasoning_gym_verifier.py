@@ -1,7 +1,7 @@
-"""What runs inside the sandbox for the reward `reasoning_gym`, sent there as source.
+"""The code inside the sandbox for the reward `reasoning_gym`, sent there as source.
 
-Nine of its verifiers, and two more for fields of the row, evaluate text. Here `eval` takes literals and arithmetic alone, and from
-SymPy also its own symbols and functions: so nothing that an answer says is run, and none can write its own score.
+Nine of its verifiers, and two more for fields of the row, evaluate text. Here `eval` accepts only literals and arithmetic, and
+from SymPy also SymPy's own symbols and functions: so no part of an answer is run, and none can write its own score.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     def renew() -> None:
-        """Given by `inside.verify`."""
+        """A hook that `inside.verify` supplies."""
 
 
 _evaluate = builtins.eval
@@ -34,7 +34,7 @@ _FUNCTIONS = {abs, pow, round, sympy.sqrt, sympy.cbrt, sympy.root, sympy.real_ro
 
 
 def evaluate(source: Any, names: Any = None, local: Any = None) -> Any:
-    """Takes the place of `eval`. Names and calls are for those who say where names are from: SymPy's parser does."""
+    """The replacement of `eval`. Names and calls are only for callers that say where names come from: SymPy's parser does."""
     if not isinstance(source, str):
         raise ValueError("only text is evaluated here")
     known: dict[str, Any] = {}
@@ -52,7 +52,7 @@ def evaluate(source: Any, names: Any = None, local: Any = None) -> Any:
 
 
 def _is_tower(exponent: ast.AST) -> bool:
-    """Is it a power itself, or thousands?"""
+    """Whether the exponent is a power itself, or thousands."""
     return any(
         isinstance(node, ast.Pow)
         or (isinstance(node, ast.Constant) and isinstance(node.value, int | float) and abs(node.value) > MAX_EXPONENT)
@@ -65,10 +65,10 @@ def _calls_a_name(node: ast.AST) -> bool:
 
 
 def _harmless(value: Any) -> Any:
-    """What is of SymPy's own expressions, or makes them.
+    """The value, if it is an expression of SymPy's own, or a class or function that creates one.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the value is something else.
     """
     known = issubclass(value, sympy.Basic) if isinstance(value, type) else isinstance(value, sympy.Basic | int | float)
     if not known and value not in _FUNCTIONS:
@@ -87,7 +87,7 @@ def _scorer(task: str) -> Callable[[str, Any], Any]:
 
 
 def verify(task: str, answer: str, entry: Any) -> list[Any]:
-    """["score", x], or what is wrong and with what: ["task", why], ["row", why], ["answer", why]."""
+    """The result ["score", x], or the culprit and its error: ["task", why], ["row", why], ["answer", why]."""
     try:
         score_answer = _scorer(task)
     except Exception as e:
@@ -108,7 +108,7 @@ def _score(score_answer: Callable[[str, Any], Any], answer: str, entry: Any) -> 
 
 
 def _culprit(score_answer: Callable[[str, Any], Any], entry: Any) -> str:
-    """A row whose own answer can't be scored either is no answer's fault."""
+    """The culprit of an error: a row whose own answer can't be scored either is no answer's fault."""
     try:
         _score(score_answer, str(entry["answer"]), entry)
     except BaseException:

@@ -1,4 +1,4 @@
-"""A fee for saying the same thing again."""
+"""A penalty for repetition."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from grpo_ray.errors import RewardError
 def repetition_penalty(completion_ids: list[list[int]], ngram_size: int = 3, max_penalty: float = -1.0) -> list[float]:
     """max_penalty * (1 - distinct n-grams / n-grams) over the completion's tokens; 0 for fewer than `ngram_size` tokens.
 
-    One token 300 times is worth -(1 - 1/298) = -0.9966.
+    One token 300 times scores -(1 - 1/298) = -0.9966.
 
-    Range (max_penalty, 0]. Source: "Demystifying Long Chain-of-Thought Reasoning" (2502.03373), appendix C.2, of tokens as
+    Range (max_penalty, 0]. Source: "Demystifying Long Chain-of-Thought Reasoning" (2502.03373), appendix C.2, over tokens as
     there and in TRL's `get_repetition_penalty_reward`. (Open-R1 counts words, of which Chinese text has one.)
 
     Raises:
-        RewardError: a positive `max_penalty`, or `ngram_size` below 1.
+        RewardError: `max_penalty` is positive, or `ngram_size` below 1.
     """
     if max_penalty > 0 or ngram_size < 1:
         raise RewardError(

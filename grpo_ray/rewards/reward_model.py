@@ -1,4 +1,4 @@
-"""What a trained reward model says of a text."""
+"""The reward by a trained reward model's score of a text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from grpo_ray.errors import ConfigError, DataError, RewardError, first_line
 from grpo_ray.rewards.functions.function import Completions, Conversation, text_of
 
 SERVER_S = 60.0
-"""For one batch, its retries included."""
+"""The deadline for one batch, its retries included."""
 _Forward = Callable[[list[NDArray[np.int32]]], list[float]]
 
 
@@ -35,12 +35,12 @@ def reward_model(
     """The score of prompt and completion by a sequence classifier with one label, `grpo-ray reward-model`'s or another.
 
     A conversation gets the chat template of the model's own tokenizer, as in its training; a text is taken as it is. The model is
-    loaded once in each scoring process, on its GPU if it has one: give it `workers` of its own, which call it with many samples
+    loaded once in each scoring process, on its GPU if it has one: use `workers` of its own, which call it with many samples
     at once. `batch_tokens` are those of one forward pass, padding included; `num_threads` is for CPUs.
 
-    With `url` vLLM does it: `vllm serve PATH --runner pooling` on any machine; its tokenizer alone is read here.
+    With `url` vLLM computes it: `vllm serve PATH --runner pooling` on any machine; only its tokenizer is read here.
 
-    Range: what the model was trained to; only differences mean something for one of pairs. A text beyond the model's context
+    Range: that of the model's training; if that was on pairs, only differences are meaningful. A text beyond the model's context
     fails alone.
 
     Raises:
@@ -51,7 +51,7 @@ def reward_model(
 
 
 def check_reward_model(args: dict[str, Any]) -> None:
-    """What can be known without loading it."""
+    """Check what is known without loading the model."""
     path = args.get("path")
     if not isinstance(path, str):
         raise RewardError(
@@ -70,7 +70,7 @@ def load_reward_model(args: dict[str, Any]) -> None:
 
 
 class _Scorer:
-    """Texts -> token ids -> scores, by `forward` of so many texts at once."""
+    """The path from texts to token ids to scores, with a `forward` for batches of texts."""
 
     def __init__(self, path: str, forward: _Forward, trust_remote_code: bool) -> None:
         from transformers import AutoConfig, AutoTokenizer
@@ -92,7 +92,7 @@ class _Scorer:
         ]
         fitting = sorted((i for i, ids in enumerate(texts) if len(ids) <= self._context), key=lambda i: len(texts[i]))
         while fitting:
-            # The longest first: what does not fit the memory shows at once.
+            # The longest come first: what exceeds the memory shows at once.
             count = max(1, batch_tokens // len(texts[fitting[-1]]))
             fitting, some = fitting[:-count], fitting[-count:]
             for i, score in zip(some, self._forward([texts[i] for i in some]), strict=True):
@@ -100,7 +100,7 @@ class _Scorer:
         return out
 
     def _ids(self, prompt: str | Conversation, completion: str) -> NDArray[np.int32]:
-        """As in training."""
+        """The token ids, as in training."""
         name = "raw" if isinstance(prompt, str) else "chat"
         try:
             if name not in self._templates:

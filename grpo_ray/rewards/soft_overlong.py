@@ -1,4 +1,4 @@
-"""A fee for answers that come near the length limit."""
+"""A penalty for answers that come near the length limit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from grpo_ray.errors import RewardError
 
 
 def soft_overlong(completion_ids: list[list[int]], max_length: int, cache_length: int) -> list[float]:
-    """0 up to `max_length - cache_length` tokens, then falling in a line to -1 at `max_length`, -1 beyond.
+    """0 up to `max_length - cache_length` tokens, then falling linearly to -1 at `max_length`, -1 beyond.
 
         R(T) = 0                                            T <= L_max - L_cache
                ((L_max - L_cache) - T) / L_cache            L_max - L_cache < T <= L_max

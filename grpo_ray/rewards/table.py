@@ -1,4 +1,4 @@
-"""The table of built-in rewards, and from a recipe's reward to its function."""
+"""The table of built-in rewards, and the lookup of a recipe's reward function."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ _COLUMNS: dict[str, Columns] = {
     "language_consistency": Columns(required=(("language",),)),
     "instructions": Columns(required=(("instruction_id_list",), ("kwargs",))),
 }
-"""What each takes from the data. All other parameters are options, which come from `args` alone."""
+"""The columns that each takes from the data. All other parameters are options, which come only from `args`."""
 
 
 def columns_of(name: str, args: dict[str, Any]) -> Columns:
     """The columns that a built-in takes from the data under these options.
 
     Raises:
-        RewardError: `args` hold what only the data can say.
+        RewardError: `args` hold what only the data can provide.
     """
     if name == "judge":
         return _ANSWER if args.get("use_answer") else Columns()
@@ -81,16 +81,17 @@ def columns_of(name: str, args: dict[str, Any]) -> Columns:
     return columns
 
 
-# Imported where samples are scored when the function is resolved: at the first sample it would count against its deadline.
+# Imported by the scoring process when the function is resolved: at the first sample it would count against its
+# deadline.
 _LIBRARIES = {"accuracy": "math_verify", "judge": "openai"}
-# What has to be there besides, given `args`.
+# Checks of further requirements, given `args`.
 _CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "code": check_code,
     "language_consistency": check_languages,
     "reasoning_gym": check_reasoning_gym,
     "reward_model": check_reward_model,
 }
-# What is read before the first sample, where it is scored.
+# What the scoring process reads before the first sample.
 _LOADS: dict[str, Callable[[dict[str, Any]], None]] = {
     "accuracy": load_parser,
     "instructions": load_libraries,
@@ -101,12 +102,11 @@ _LOADS: dict[str, Callable[[dict[str, Any]], None]] = {
 
 
 def resolve(config: RewardFunctionConfig, *, load: bool = False, imports: bool = True) -> RewardFunction:
-    """Find the function that a recipe names: a built-in, `package.module.function`, the current folder included, or
-    `file.py:function`.
+    """The function that a recipe names: a built-in, `package.module.function`, the current folder included, or `file.py:function`.
 
     Args:
-        load: also read what it works with (a model, dictionaries), which takes seconds and memory.
-        imports: as of `described`.
+        load: whether to read its resources too (a model, dictionaries), which takes seconds and memory.
+        imports: as in `described`.
 
     Raises:
         RewardError: it does not exist, can't be imported, does not take the `args` given, or lacks what it needs.
@@ -130,10 +130,10 @@ def resolve(config: RewardFunctionConfig, *, load: bool = False, imports: bool =
 
 
 def described(config: RewardFunctionConfig, *, imports: bool = True) -> RewardFunction:
-    """As `resolve`, without a look at what it needs besides: programs, models, libraries.
+    """The function as from `resolve`, without checking its further requirements: programs, models, libraries.
 
     Args:
-        imports: False: nothing of the recipe's own code is run, and what its source tells is all that is known of it.
+        imports: False: none of the recipe's own code is run, and only its source is known.
     """
     call = BUILTINS.get(config.name)
     if call is not None:

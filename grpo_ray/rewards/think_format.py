@@ -1,4 +1,4 @@
-"""Is the reasoning between think tags?"""
+"""The reward for reasoning between think tags."""
 
 from __future__ import annotations
 

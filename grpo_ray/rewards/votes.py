@@ -1,7 +1,7 @@
-"""Which samples of a group give the same answer: for majority votes, not for training.
+"""Answers that samples of a group share: for majority votes, not for training.
 
-A vote has the contract of a reward function and is called with a whole group, so it runs where rewards run, behind the
-same deadlines: the value of a completion is the number of its answer, None where it gives none.
+A vote has the contract of a reward function and is called with a whole group, so it runs in reward workers, under the
+same deadlines: the value of a completion is the number of its answer, None if it gives none.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def math_votes(
     solution: list[Any] | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> list[float | None]:
-    """By the answers that `accuracy` finds; those that math-verify holds for equal (1/2 and 0.5) are one."""
+    """Votes by the answers that `accuracy` finds; those that math-verify considers equal (1/2 and 0.5) are one."""
     golds = golds_of(answer, solution, len(completions))
     found = [_answer(text_of(c), g, timeout_s) for c, g in zip(completions, golds, strict=True)]
     return number_answers(found, lambda known, answer: _place(known, answer, timeout_s))
 
 
 def _place(known: Sequence[Reading], answer: Reading, timeout_s: float) -> int | None:
-    """Numbers come first: they are compared in no time, formulas in `timeout_s` together."""
+    """The index of the answer among the known ones; numbers come first, compared instantly, formulas in `timeout_s` together."""
     order = sorted(range(len(known)), key=lambda i: (known[i].text != answer.text, known[i].number is None))
     try:
         return within_timeout(
@@ -54,7 +54,7 @@ def _place(known: Sequence[Reading], answer: Reading, timeout_s: float) -> int |
 
 
 def _answer(completion: str, gold: Any, timeout_s: float) -> Reading | None:
-    """What is compared with other samples' answers: letters and words by their texts, where the gold is such."""
+    """The answer that is compared with those of other samples: letters and words by their texts, if the gold answer is such."""
     try:
         golds: tuple[Gold, ...] = read_gold(gold, GOLD_TIMES * timeout_s)
     except RewardError:
@@ -74,17 +74,17 @@ def _compared(completion: str, golds: Sequence[Gold], timeout_s: float) -> Readi
 
 
 def text_votes(completions: Completions) -> list[float | None]:
-    """By the text in `<answer>`, else all that follows `</think>`, white space and case aside."""
+    """Votes by the text in `<answer>`, else by all that follows `</think>`, ignoring white space and case."""
     texts = [" ".join(answer_of(text_of(c).rpartition("</think>")[2]).casefold().split()) for c in completions]
     places: dict[str, float] = {}
     return [places.setdefault(text, float(len(places))) if text else None for text in texts]
 
 
 def number_answers(answers: Sequence[A | None], place: Callable[[Sequence[A], A], int | None]) -> list[float | None]:
-    """Each answer's number: that of the one before it which is the same, else a new one.
+    """The number of each answer: that of the equal one before it, else a new one.
 
     Args:
-        place: where among distinct answers the same one as this is; None: nowhere.
+        place: the function that finds the index of an equal answer among distinct ones; None: there is none.
     """
     known: list[A] = []
     numbers: list[float | None] = []

@@ -1,5 +1,5 @@
-"""Where the answer of a completion is, and what it means.
+"""Locating the answer in a completion, and interpreting it.
 
-Read answer_tag.py and parts.py; then, of mathematics, golds.py, readings.py, plain_numbers.py and answer_text.py. cpu_clock.py
-ends what computes for too long.
+Read answer_tag.py and parts.py; then, for mathematics, golds.py, readings.py, plain_numbers.py and answer_text.py. cpu_clock.py
+stops computations that take too long.
 """

@@ -1,4 +1,4 @@
-"""Where the answer of a completion is."""
+"""The answer between tags in a completion."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def answer_of(text: str) -> str:
-    """What the last `<answer>...</answer>` holds, else the whole text; stripped."""
-    # Tags that nothing closes would each be read to the end of the text.
+    """The content of the last `<answer>...</answer>`, else the whole text; stripped."""
+    # Each unclosed tag would be read to the end of the text.
     found = _ANSWER.findall(text, 0, text.rfind("</answer>") + len("</answer>"))
     return (found[-1] if found else text).strip()

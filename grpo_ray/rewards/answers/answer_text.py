@@ -1,6 +1,6 @@
-r"""Where the answer of a completion is: text alone, no mathematics.
+r"""Locating the answer in a completion, as text only, without mathematics.
 
-    completion -> behind </think>, inside <answer> -> plain characters, no markdown -> #### line | \boxed | "answer is" | tail
+    completion -> after </think>, inside <answer> -> plain characters, no markdown -> #### line | \boxed | "answer is" | tail
 
 Every step is linear in the length of the completion, which is hostile input.
 """
@@ -13,7 +13,7 @@ import unicodedata
 from grpo_ray.rewards.answers.answer_tag import answer_of
 
 MAX_VALUE_CHARS = 500
-"""What is longer is prose, no value."""
+"""The largest number of characters of a value; longer text is prose."""
 _MAX_SENTENCES_CHARS = 600
 _MAX_PHRASES = 20
 
@@ -59,7 +59,7 @@ _NOT_ASCII = re.compile(
 
 
 def plain_characters(text: str) -> str:
-    r"""The text with digits, signs and symbols of all scripts as ASCII and LaTeX: `７２` and `٧٢` are 72, `x²` is x^{2}."""
+    r"""The text with digits, signs and symbols of all scripts as ASCII and LaTeX: `７２` and `٧２` are 72, `x²` is x^{2}."""
     return text if text.isascii() else _NOT_ASCII.sub(_plain, text)
 
 
@@ -100,12 +100,12 @@ _BULLET = re.compile(r"^[ \t]{0,8}(?:[-*+\u2022\u2192\u21d2\u2234]|=?>{1,3}|#{1,
 
 
 def without_bullets(text: str) -> str:
-    """The text without the marks of lists and quotations before its lines: `- 72` is 72."""
+    """The text without list and quotation marks at the beginnings of its lines: `- 72` is 72."""
     return _BULLET.sub("", text)
 
 
 def without_markup(text: str) -> str:
-    r"""The text without bold, code marks and HTML, all its formulas in `$` or `$$`."""
+    r"""The text without bold, code marks and HTML, with all its formulas in `$` or `$$`."""
     text = _FENCE.sub("", text)
     text = _TAG.sub(" ", text)
     for _ in range(2):
@@ -124,7 +124,7 @@ _COMMAND = re.compile(
 
 
 def unwrap(text: str) -> str:
-    r"""The text inside all that wraps the whole of it: `$`, `\text{}`, `\boxed{}`, bold, quotes; without a full stop."""
+    r"""The text without wrappers of the whole: `$`, `\text{}`, `\boxed{}`, bold, quotes; without a full stop."""
     if len(text) > 4 * MAX_VALUE_CHARS:
         return text
     for _ in range(8):
@@ -144,14 +144,14 @@ def unwrap(text: str) -> str:
 
 
 def is_text_command(text: str) -> bool:
-    r"""Whether it is `\text{..}` or another command for words, as a whole."""
+    r"""Whether the whole text is `\text{..}` or another command for words."""
     text = text.strip().strip("$").strip().rstrip(".").strip()
     command = _COMMAND.match(text)
     return command is not None and _closing(text, command.end() - 1) == len(text) - 1
 
 
 def _closing(text: str, opening: int) -> int:
-    """Where the brace that opens there is closed; -1: nowhere."""
+    """The index of the brace that closes the one at `opening`; -1 if there is none."""
     depth = 0
     for token in _BRACE.finditer(text, opening):
         if len(token[0]) == 1:
@@ -166,7 +166,7 @@ _BRACE = re.compile(r"\\\\|\\[{}]|[{}]")
 # ---- places
 
 _NUMBER = r"\\?\$?[-+]?\\?\$?\d[\d,]*(?:\.\d+)?(?:\\?%)?"
-# The whole rest of the line has to be a number: `#### Step 3` is a heading of a chatty model, not an answer.
+# The whole rest of the line has to be a number: `#### Step 3` is a heading from a chatty model, not an answer.
 _MARKED = re.compile(
     rf"####[ \t]*(?:\*\*|\$|`|\\boxed\{{)*[ \t]*({_NUMBER})[ \t]*(?:\*\*|\$|`|\}}|\.)*[ \t]*$", re.MULTILINE
 )
@@ -193,7 +193,7 @@ _SENTENCE_END = re.compile(r"(?<!\\)[.!?](?=\s|$)")
 
 
 def final_text(completion: str) -> str:
-    """What counts of a completion: behind `</think>`, in the last `<answer>`, which a stop string may have cut open."""
+    """The text of a completion that counts: after `</think>`, in the last `<answer>`, which a stop string may have cut off."""
     text = completion.rpartition("</think>")[2]
     found = answer_of(text)
     if "</answer>" not in text and "<answer>" in text:
@@ -202,15 +202,15 @@ def final_text(completion: str) -> str:
 
 
 def marked_number(text: str) -> str | None:
-    """The number of the last line `#### 1,234`; None: there is no such line."""
+    """The number of the last line `#### 1,234`; None if there is no such line."""
     found = _MARKED.findall(text)
     return found[-1] if found else None
 
 
 def last_box(text: str) -> str | None:
-    r"""What the last `\boxed{..}` that is not empty holds; None: there is none.
+    r"""The content of the last non-empty `\boxed{..}`; None if there is none.
 
-    Boxes with only a comma, `and` or `or` between them are one answer.
+    Boxes separated only by a comma, `and` or `or` are one answer.
     """
     boxes: list[tuple[int, int, str]] = []
     opened: list[int | None] = []
@@ -222,7 +222,7 @@ def last_box(text: str) -> str | None:
         if found == "}":
             if opened and (inside := opened.pop()) is not None:
                 start = starts.pop()
-                # The outer one of two closes later and holds the inner one.
+                # The outer one of two closes later and contains the inner one.
                 while boxes and boxes[-1][0] > start:
                     boxes.pop()
                 if (content := text[inside : token.start()].strip()) and len(content) <= MAX_VALUE_CHARS * 4:
@@ -244,13 +244,13 @@ def last_box(text: str) -> str | None:
 
 
 def ends_in_a_cut_box(text: str) -> bool:
-    r"""Whether nothing closes the last `\boxed{`: what it begins with, `\boxed{7`, may not be all of it."""
+    r"""Whether the last `\boxed{` is never closed: its beginning, `\boxed{7`, may not be all of it."""
     _, box, inside = text.rpartition("\\boxed{")
     return bool(box) and "}" not in inside
 
 
 def phrases(text: str) -> list[str]:
-    """What follows `the answer is`, `Answer:` and the like, to the end of its line; the last one first."""
+    """The text after each `the answer is`, `Answer:` and the like, to the end of its line; the last one first."""
     places = [m.end() for m in _PHRASE.finditer(text)][-_MAX_PHRASES:]
     found = []
     for end in reversed(places):

@@ -1,6 +1,6 @@
-"""A limit on the CPU time of one call, for libraries that may compute without end.
+"""A limit on the CPU time of one call, for libraries that may compute forever.
 
-The clock is the process's CPU time, not the wall: on a busy machine a right answer needs longer, but no more work.
+The clock is the process's CPU time, not wall time: on a busy machine a right answer takes longer, but no more work.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from grpo_ray.errors import RewardError
 T = TypeVar("T")
 _AGAIN_S = 0.1
 _LEAST_S = 1e-4
-"""0 would stop the timer."""
+"""The smallest time for the timer; 0 would stop it."""
 
 
 class OutOfTimeError(Exception):
@@ -25,24 +25,24 @@ class OutOfTimeError(Exception):
 
 
 class _Expired(BaseException):
-    """No Exception, so that no `except Exception` on the way keeps it."""
+    """The exception that the clock raises. It is no Exception, so that no `except Exception` on the way swallows it."""
 
 
 class _Clock:
     end = math.inf
-    """CPU seconds of the process at which the innermost call has used up its time."""
+    """The CPU time of the process, in seconds, at which the innermost call runs out of time."""
 
 
 def within_cpu_s(seconds: float, call: Callable[[], T]) -> T:
-    """What `call` returns, if it takes no more than so many seconds of CPU time. Inside of another such call it has what is left
-    of that one's, at most.
+    """The result of `call`, within a limit on its CPU time. Nested in another such call, the limit is at most the remainder of the
+    outer one.
 
-    A single step inside C code is not interrupted. The signal is SIGPROF, whose handler stays installed: one that comes
-    late must not end the process.
+    A single step inside C code is not interrupted. The signal is SIGPROF, whose handler stays installed: a late signal
+    must not end the process.
 
     Raises:
         OutOfTimeError: it took longer.
-        RewardError: this is not the main thread of the process, where alone Python delivers signals.
+        RewardError: this is not the main thread of the process, the only one to which Python delivers signals.
     """
     if threading.current_thread() is not threading.main_thread():
         raise RewardError("reward 'accuracy' has to run in the main thread of a process: its time limit is a signal")
@@ -65,7 +65,7 @@ def within_cpu_s(seconds: float, call: Callable[[], T]) -> T:
 def _set(end: float) -> None:
     _Clock.end = end
     left = 0.0 if end == math.inf else max(_LEAST_S, end - time.process_time())
-    # Again and again, for a bare `except` on the way may have kept the first one.
+    # The timer repeats, since a bare `except` on the way may have swallowed the first signal.
     signal.setitimer(signal.ITIMER_PROF, left, _AGAIN_S)
 
 

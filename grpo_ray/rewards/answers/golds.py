@@ -1,6 +1,6 @@
-r"""What a gold answer means, whatever type the data holds it in; and which completion gives it.
+r"""The meaning of a gold answer, whatever type the data holds it in, and whether a completion gives it.
 
-A gold that is not understood has no meaning here rather than a wrong one: `accuracy` does not apply to its row.
+A gold answer that is not understood has no meaning here rather than a wrong one: `accuracy` does not apply to its row.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from grpo_ray.rewards.answers.readings import read_answer_phrase, read_phrases, 
 from grpo_ray.rewards.answers.warm_up import within_timeout
 
 COLUMNS = ("answer", "solution")
-"""Where a gold answer is, the first that a row has."""
+"""The columns of gold answers; the first that a row has counts."""
 TIMEOUT_S = 0.5
-"""CPU seconds for a completion."""
+"""The CPU seconds for a completion."""
 GOLD_TIMES = 6
-"""A gold answer gets so many times as long; it is read once for all completions."""
+"""The factor of the time limit for a gold answer, which is read once for all completions."""
 MAX_GOLD_CHARS = 100_000
 MAX_GOLD_BITS = 4000
 
@@ -54,7 +54,7 @@ class Gold:
     letters: frozenset[str] = frozenset()
     words: str = ""
     marked: bool = False
-    """It stands behind `####`, where GSM8K has it."""
+    """Whether it follows `####`, as in GSM8K."""
 
 
 def gold_of(row: Mapping[str, Any]) -> tuple[str, Any]:
@@ -63,7 +63,7 @@ def gold_of(row: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def golds_of(answer: Sequence[Any] | None, solution: Sequence[Any] | None, count: int) -> list[Any]:
-    """[S] of the two columns as reward functions get them: each a list of `count` values, or None."""
+    """The gold answers [S] of the two columns as reward functions get them: each a list of `count` values, or None."""
     columns = [values or [None] * count for values in (answer, solution)]
     return [gold_of(dict(zip(COLUMNS, row, strict=True)))[1] for row in zip(*columns, strict=True)]
 
@@ -71,11 +71,11 @@ def golds_of(answer: Sequence[Any] | None, solution: Sequence[Any] | None, count
 def read_gold(value: Any, timeout_s: float) -> tuple[Gold, ...]:
     """The right answers that a gold answer allows; none if it is not understood.
 
-    A list holds alternatives, as in OlympiadBench and Skywork-OR1: each is right, and all of them together are. With one that
-    is not understood, none is: an answer that equals no other could still be right.
+    A list holds alternatives, as in OlympiadBench and Skywork-OR1: each is right, and so are all of them together. If one is not
+    understood, none counts: an answer that equals no other could still be right.
 
     Raises:
-        RewardError: to read it took more than `timeout_s` of CPU time.
+        RewardError: reading it took more than `timeout_s` of CPU time.
     """
     try:
         return _read(value, timeout_s)
@@ -88,7 +88,7 @@ def read_gold(value: Any, timeout_s: float) -> tuple[Gold, ...]:
 
 def _read(value: Any, timeout_s: float) -> tuple[Gold, ...]:
     if hasattr(value, "tolist"):
-        # NumPy's scalars and arrays; a 32-bit float by its own shortest form.
+        # NumPy's scalars and arrays; a 32-bit float in its own shortest form.
         value = float(str(value)) if type(value).__name__ in ("float16", "float32") else value.tolist()
     if isinstance(value, str):
         listed = _listed(value)
@@ -124,7 +124,7 @@ _LISTED = re.compile(r"\[\s*'[^'\\]*'(?:\s*,\s*'[^'\\]*')*\s*,?\s*\]")
 
 
 def _listed(text: str) -> list[Any] | None:
-    """The entries of a list of texts that was stored as one text, `["12"]`; None: it is something else."""
+    """The entries of a list of texts that was stored as one text, `["12"]`; None if it is something else."""
     text = text.strip()
     if not text.startswith(('["', "['", '[ "', "[ '")) or len(text) > MAX_GOLD_CHARS:
         return None
@@ -151,7 +151,7 @@ def _read_list(values: Sequence[Any], timeout_s: float) -> tuple[Gold, ...]:
 
 
 def _all_of(golds: Sequence[Gold], timeout_s: float) -> list[Gold]:
-    """The answer that gives all of them."""
+    """The answer that consists of all of them."""
     if not golds:
         return []
     if all(gold.letters for gold in golds):
@@ -165,7 +165,7 @@ def _all_of(golds: Sequence[Gold], timeout_s: float) -> list[Gold]:
 
 @lru_cache(maxsize=4096)
 def _read_text(text: str, timeout_s: float) -> tuple[Gold, ...]:
-    """Cached, for the samples of a group share their gold; a reading that ran out of time is no result, and not kept."""
+    """The right answers in a text, cached, since the samples of a group share their gold; running out of time is not cached."""
     if len(text) > MAX_GOLD_CHARS or not text.strip():
         return ()
     text = plain_characters(text).strip()
@@ -200,9 +200,9 @@ def _read_whole(text: str, timeout_s: float) -> Gold | None:
 
 
 def _read_solution(text: str, timeout_s: float) -> Gold | None:
-    """A gold that is a whole solution: what it calls the answer, or the value of the equation or formula that it ends in.
+    """The gold answer of a whole solution: what it calls the answer, or the value of the equation or formula that it ends in.
 
-    The last number of other prose is none: `iPhone 12` is not 12.
+    The last number of other prose does not count: `iPhone 12` is not 12.
     """
     for said in phrases(text):
         if (choice := leading_choice(said)) and (letters := choice):
@@ -234,7 +234,7 @@ _ENDS = re.compile(r"\s?(?:[.,:;!?]|$|(?:because|since|as|is|with|which|for)\b|-
 _MENTIONED = re.compile(
     rf"\b(?:options?|choices?|choose|pick|select|answer)\s(?:is\s|option\s)?(?={_CHOICE})", re.IGNORECASE
 )
-"""Ends where the choice begins."""
+"""The mention of a choice; it ends where the choice begins."""
 
 
 _CALLED = re.compile(
@@ -247,7 +247,7 @@ _CLOSES = re.compile(r"(?:\([A-J]\)|\$[A-J]\$|(?:[,:\u2192-]|=>|\bwith)\s[A-J])[
 
 
 def whole_choice(text: str) -> tuple[frozenset[str], str] | None:
-    """The letters of a text that is nothing but a choice, and the value beside it: `C`, `(C)`, `A, C`, `(C) 42`, `ABD`."""
+    """The letters of a text that is only a choice, and the value beside it: `C`, `(C)`, `A, C`, `(C) 42`, `ABD`."""
     plain = _COMMANDS.sub("", unwrap(text)).strip().rstrip(".").strip()
     if re.fullmatch(r"[A-F]{2,6}", plain) and list(plain) == sorted(set(plain)):
         return frozenset(plain), ""
@@ -262,14 +262,14 @@ def whole_choice(text: str) -> tuple[frozenset[str], str] | None:
 
 
 def _letters(text: str) -> frozenset[str] | None:
-    """Capital letters alone, in brackets also small ones; None: there is one that is no choice."""
+    """The letters of a choice: capitals, in brackets also small ones; None if one of them is no choice."""
     found = re.findall(r"(?<![A-Za-z])([A-Ja-j])(?![A-Za-z])", text)
     bare = re.findall(r"(?<![A-Za-z(\[])([a-j])(?![A-Za-z)\]])", text)
     return None if bare or not found else frozenset(letter.upper() for letter in found)
 
 
 def leading_choice(said: str) -> frozenset[str] | None:
-    """The letters that a phrase begins with: `(C), because (A) is too small`, `A or C`; None: it begins with something else."""
+    """The letters that a phrase begins with: `(C), because (A) is too small`, `A or C`; None if it begins with something else."""
     plain = _COMMANDS.sub("", said).strip()
     found = _LIST.match(plain)
     if found is None or (letters := _letters(found[0])) is None:
@@ -279,7 +279,7 @@ def leading_choice(said: str) -> frozenset[str] | None:
 
 
 def chosen(completion: str) -> frozenset[str] | None:
-    """The letters that a completion chooses: its box, what it calls the answer, or its last line; None: it chooses none."""
+    """The letters that a completion chooses: in its box, its stated answer, or its last line; None if it chooses none."""
     final = plain_characters(final_text(completion))
     box = last_box(final)
     if box is not None:
@@ -295,7 +295,7 @@ def chosen(completion: str) -> frozenset[str] | None:
             return letters
     before, _, last = final.rpartition("\n")
     if whole := whole_choice(last):
-        # The last one of a list of options is not chosen.
+        # The last one in a list of options is not chosen.
         is_option = bool(whole[1]) and whole_choice(before.rstrip().rpartition("\n")[2]) is not None
         return None if is_option else whole[0]
     if called := _CALLED.findall(last):
@@ -324,12 +324,12 @@ def _small_letter(text: str) -> frozenset[str] | None:
 
 
 def normal_words(text: str) -> str:
-    """Words without case, commands, punctuation at the ends and extra white space."""
+    """The words without case, commands, punctuation at the ends and extra white space."""
     return " ".join(_COMMANDS.sub("", unwrap(text)).casefold().strip(" .,;:!?\"'").split())
 
 
 def said_words(completion: str) -> list[str]:
-    """What of a completion may be its answer in words: the box alone where there is one."""
+    """The parts of a completion that may be its answer in words: only the box if there is one."""
     final = plain_characters(final_text(completion))
     box = last_box(final)
     if box is not None:
@@ -343,13 +343,13 @@ def said_words(completion: str) -> list[str]:
 
 
 def read_answer(completion: str, marked: bool, timeout_s: float) -> Reading | None:
-    """The value that a completion answers with; None: it gives none that is understood.
+    """The value that a completion answers with; None if it gives none that is understood.
 
     Args:
-        marked: the gold answer has the form `#### 42`, so that such a line is looked for first.
+        marked: whether the gold answer has the form `#### 42`, so that such a line is searched first.
 
     Raises:
-        OutOfTimeError: to read it took more than `timeout_s` of CPU time.
+        OutOfTimeError: reading it took more than `timeout_s` of CPU time.
     """
     final = plain_characters(final_text(completion))
     mark = marked_number(final)
@@ -369,7 +369,7 @@ def read_answer(completion: str, marked: bool, timeout_s: float) -> Reading | No
 
 
 def is_right(completion: str, golds: Sequence[Gold], timeout_s: float) -> bool:
-    """Whether a completion gives one of these answers; one that takes more than `timeout_s` of CPU time, in all, is wrong."""
+    """Whether a completion gives one of these answers; one that takes more than `timeout_s` of CPU time in total is wrong."""
     try:
         return within_timeout(timeout_s, lambda: _is_right(completion, golds, timeout_s))
     except OutOfTimeError:

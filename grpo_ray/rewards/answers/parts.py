@@ -1,4 +1,4 @@
-"""A completion's two parts: what is thought, and what is told."""
+"""The two parts of a completion: reasoning and summary."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ Part = Literal["all", "reasoning", "summary"]
 
 
 def part_of(text: str, part: Part) -> str:
-    """`reasoning` is what stands before the last `</think>`, `summary` what follows it, without the line breaks between, which chat
-    templates leave out too (in an empty first paragraph IFEval finds no first word).
+    """The part of a text: `reasoning` is what precedes the last `</think>`, `summary` what follows it, without the line breaks
+    between, which chat templates leave out too (in an empty first paragraph IFEval finds no first word).
 
-    Reasoning that never ends has no summary. A text without such tags is told and not thought: it is all summary, and its
-    reasoning, for want of another, the whole too.
+    Reasoning that never ends has no summary. A text without such tags is all summary, and, for want of another, its reasoning is
+    the whole text too.
     """
     if part == "all":
         return text

@@ -1,4 +1,4 @@
-r"""Plain numbers, read and compared exactly, in no time: thousands, currencies, units, percent signs, exponents, ratios."""
+r"""Plain numbers, read and compared exactly and quickly: thousands, currencies, units, percent signs, exponents, ratios."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ class Reading:
     """An answer as it was understood."""
 
     text: str
-    """Normalised: equal texts mean the same."""
+    """The normalised text: equal texts mean the same."""
     formula: tuple[Any, ...] = ()
-    """For math-verify: SymPy objects, where it is no plain number."""
+    """The SymPy objects for math-verify, if it is no plain number."""
     number: Fraction | None = None
     """The exact value of a plain number; of a percentage, the number before the sign."""
     is_percent: bool = False
     has_point: bool = False
-    """It is written with a decimal point or an exponent, so that it may be rounded."""
+    """Whether it has a decimal point or an exponent, so that it may be rounded."""
     members: tuple[Reading, ...] = ()
-    """Of a list of several."""
+    """The values of a list of several."""
 
     @cached_property
     def parsed(self) -> tuple[Any, ...]:
-        """For math-verify: SymPy objects, which is imported for them."""
+        """The SymPy objects for math-verify; SymPy is imported for them."""
         return self.formula if self.number is None else (_symbol(self.number, self.has_point, self.is_percent),)
 
 
@@ -37,7 +37,7 @@ TIMES_TEN = r"\s*(?:\\times|\\cdot|[xX*])\s*10\s*(?:\^|\*\*)\s*\{?\s*"
 CURRENCY = r"(?:(?:US|CA|AU|HK)?\\?\$|[€£¥₹₩₽]|(?:USD|EUR|GBP|INR|RMB|CNY)\s)?"
 _CURRENCY_WORD = r"(?:\s?(?:\\?\$|[€£¥₹₩₽]))?"
 SCALES = {"hundred": 10**2, "dozen": 12, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-# Units are passed over, as math-verify does. No word that says more than a unit: `5 or more`, `10 AM`, `12th`.
+# Units are ignored, as in math-verify. No word may say more than a unit: `5 or more`, `10 AM`, `12th`.
 _NO_UNIT = (
     r"(?!(?:or|and|to|than|if|is|are|mod|not|plus|minus|times|over|per cent|am|pm|a\.m|p\.m|AM|PM|BC|AD|BCE|CE|"
     r"more|less|through|until|e|i|x|of|pi|sqrt|"
@@ -45,7 +45,7 @@ _NO_UNIT = (
     r"november|december)\b)"
 )
 _WORD = rf"(?:{_NO_UNIT}(?:[a-zµ]{{2,20}}|[A-Z]{{2,4}}|[gmhsLNJWVAKCFcd])(?![A-Za-z])(?:\^\{{?-?\d\}}?)?)"
-# Without a space only what is no product of variables: `5cm`, but not `2xy`.
+# Without a space only units that are no product of variables: `5cm`, but not `2xy`.
 _GLUED = (
     r"(?:[cmkdnµ]?m|[kmµ]?g|[kmcdµ]?[lL]|[kM]?Hz|[kMG]?[WJVN]|kWh|[mnµ]?s|in|ft|yd|mi|lbs?|oz|hrs?|mins?|secs?|mph|km/h|m/s|kph|"
     r"degrees|points?|units?)(?:\^\{?-?\d\}?)?(?![A-Za-z])"
@@ -69,7 +69,7 @@ _FLOAT_NOISE = Fraction(1, 10**12)
 
 
 def read_number(text: str) -> Reading | None:
-    """A plain number with or without thousands, a currency, a unit, a percent sign, an exponent; None: it is no such thing."""
+    """A plain number with or without thousands, a currency, a unit, a percent sign, an exponent; None if it is no such thing."""
     text = THOUSANDS.sub("", text)
     found = _WHOLE_NUMBER.fullmatch(text)
     if found is None or len(text) > _MAX_DIGITS:
@@ -96,7 +96,7 @@ def read_number(text: str) -> Reading | None:
 
 
 def number_reading(value: Fraction, *, has_point: bool = False, is_percent: bool = False) -> Reading:
-    """The reading of a number that is known already."""
+    """The reading of a number that is already known."""
     text = f"{value}%" if is_percent else str(value)
     return Reading(text, (), value, is_percent, has_point and value.denominator != 1)
 
@@ -115,7 +115,7 @@ def _symbol(value: Fraction, has_point: bool, is_percent: bool) -> Any:
 def same_number(gold: Reading, answer: Reading) -> bool:
     """Whether two plain numbers are equal: decimals to math-verify's 6 places, and to 3 significant digits at least.
 
-    A percentage is its hundredth; where 1% or more, also the number before the sign, for the sign is often left out.
+    A percentage is its hundredth; from 1% on, also the number before the sign, because the sign is often left out.
     """
     tolerant = gold.has_point or answer.has_point
     return any(_close(g, a, tolerant) for g, a in _pairs(gold, answer))
@@ -151,7 +151,7 @@ _RATIO = re.compile(r"(\d{1,9})\s?(?::|\\colon|\\mathbin\{:\})\s?(\d{1,9})(?:\s?
 
 
 def read_ratio(text: str) -> Reading | None:
-    """`3:4`, which is a fraction; what may be a time (`10:30`) is taken as written."""
+    """The fraction that `3:4` is; what may be a time (`10:30`) is read literally."""
     found = _RATIO.fullmatch(text)
     if found is None:
         return None

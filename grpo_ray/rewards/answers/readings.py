@@ -1,6 +1,6 @@
-r"""What an answer means: a number, a set of several, or a formula that math-verify reads.
+r"""The meaning of an answer: a number, a set of several, or a formula that math-verify reads.
 
-Plain numbers are read here and compared exactly, in no time; all else is math-verify's, within a limit on CPU time.
+Plain numbers are read here and compared exactly and quickly; math-verify reads everything else, within a limit on CPU time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SPACED = re.compile(r"-?\d{1,30}(?:\.\d{1,30})?(?:\s+-?\d{1,30}(?:\.\d{1,30})?)
 
 
 def split_list(text: str) -> list[str]:
-    """The parts of `1, 2`, `x = 1 or x = 2`, `{1; 2}`; the text itself where it is one value, a tuple or an interval."""
+    """The parts of `1, 2`, `x = 1 or x = 2`, `{1; 2}`; the text itself if it is one value, a tuple or an interval."""
     inner = text
     if text.startswith(r"\{") and text.endswith(r"\}"):
         inner = text[2:-2].strip()
@@ -72,7 +72,7 @@ def split_list(text: str) -> list[str]:
 
 
 def _without_variable(parts: list[str]) -> list[str]:
-    """`x = 1`, `x = 2` and `x = 1`, `2` as 1, 2; two variables stay."""
+    """The parts without a common variable: `x = 1`, `x = 2` and `x = 1`, `2` become 1, 2; two variables stay."""
     assigned = [_ASSIGNED.match(p) for p in parts]
     names = {found[1] for found in assigned if found}
     if len(names) != 1 or assigned[0] is None:
@@ -81,7 +81,7 @@ def _without_variable(parts: list[str]) -> list[str]:
 
 
 def read_list(text: str, timeout_s: float) -> Reading | None:
-    """Several values, in any order; None: it is one value, or not all of them are understood."""
+    """Several values, in any order; None if it is one value, or not all of them are understood."""
     parts = split_list(text)
     if len(parts) < 2 or len(parts) > 50:
         return None
@@ -89,7 +89,7 @@ def read_list(text: str, timeout_s: float) -> Reading | None:
 
 
 def together(members: Sequence[Reading | None], timeout_s: float) -> Reading | None:
-    """The list of these values; None where one is not understood."""
+    """The list of these values; None if one is not understood."""
     known = [m for m in members if m is not None]
     if len(known) < len(members) or any(not m.parsed for m in known):
         return None
@@ -124,7 +124,7 @@ _MAX_DEPTH = 20
 
 
 def _is_tangled(text: str) -> bool:
-    """Whether its brackets or powers are such that no one writes them, and that the parser takes seconds for."""
+    """Whether its brackets or powers are nested as no one writes them, which the parser takes seconds for."""
     depth = deepest = 0
     for char in text:
         depth += (char in "([{") - (char in ")]}")
@@ -161,14 +161,14 @@ def parse_formula(formula: str, timeout_s: float) -> tuple[Any, ...]:
     return _parse(f"\\boxed{{{formula}}}", timeout_s)
 
 
-# An OutOfTimeError is no result, so that it is not kept.
+# An OutOfTimeError is no result, and so is not cached.
 @lru_cache(maxsize=4096)
 def _parse(text: str, timeout_s: float) -> tuple[Any, ...]:
     import sympy
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
     from math_verify.parser import NormalizationConfig
 
-    # `malformed_operators` is what reads `\frac12`, which is good TeX and frequent in MATH.
+    # `malformed_operators` reads `\frac12`, which is good TeX and frequent in MATH.
     normal = NormalizationConfig(units=True, malformed_operators=True)
     config = [LatexExtractionConfig(normalization_config=normal, boxed_match_priority=0), ExprExtractionConfig()]
     found = within_timeout(
@@ -178,7 +178,7 @@ def _parse(text: str, timeout_s: float) -> tuple[Any, ...]:
 
 
 def _is_huge(expression: Any) -> bool:
-    """Whether to compute it would take one step of C code that no clock interrupts: `9^{9^{9}}`."""
+    """Whether computing it would take one step of C code that no clock interrupts: `9^{9^{9}}`."""
     import sympy
 
     for part in sympy.preorder_traversal(expression):
@@ -195,7 +195,7 @@ _MAX_LOG10 = 5000.0
 
 
 def _log10(expression: Any) -> float:
-    """An upper bound, roughly, of log10 |value|; a symbol counts as 10."""
+    """A rough upper bound of log10 |value|; a symbol counts as 10."""
     import math
 
     import sympy
@@ -216,10 +216,11 @@ def _log10(expression: Any) -> float:
 
 
 def read_value(text: str, timeout_s: float) -> Reading | None:
-    """A text that is an answer as a whole: one value, or a list of several (`1, 2`, `12 or 13`); None: it is neither.
+    """The value of a text that is an answer as a whole: one value, or a list of several (`1, 2`, `12 or 13`); None if it is
+    neither.
 
     Raises:
-        OutOfTimeError: to read it took more than `timeout_s` of CPU time.
+        OutOfTimeError: reading it took more than `timeout_s` of CPU time.
     """
     if len(text) > 4 * MAX_VALUE_CHARS:
         return None
@@ -252,7 +253,7 @@ def is_ambiguous(text: str) -> bool:
 
 
 def read_one(text: str, timeout_s: float) -> Reading | None:
-    """A text that is one value as a whole."""
+    """The value of a text that is one value as a whole."""
     text = unwrap(text)
     if label := _LABEL.match(text) or _OPTION.match(text):
         text = unwrap(text[label.end() :])
@@ -299,7 +300,7 @@ _NOT = re.compile(r"(?:\bnot|n't|\\ne|\\neq)\s*\$?\Z", re.IGNORECASE)
 
 
 def read_answer_phrase(said: str, timeout_s: float) -> Reading | None:
-    """What follows `the answer is`: the value that it begins with, or the first one in it."""
+    """The value in the text after `the answer is`: the one that it begins with, or the first one in it."""
     first = next(iter(sentences(said)), "")
     for text in (first.rstrip("!?"), _CLAUSE.split(first, maxsplit=1)[0]):
         if found := read_value(_LEAD.sub("", text), timeout_s):
@@ -312,7 +313,7 @@ def read_answer_phrase(said: str, timeout_s: float) -> Reading | None:
 
 
 def read_sentence(sentence: str, timeout_s: float) -> Reading | None:
-    """A sentence at the end of a text: the value that it is, or the last one in it."""
+    """The value of a sentence at the end of a text: its only one, or the last one in it."""
     text = sentence.rstrip("!?")
     for _ in range(3):
         text = _LEAD.sub("", text, count=1) if _LEAD.match(text) else text
@@ -327,7 +328,7 @@ def read_sentence(sentence: str, timeout_s: float) -> Reading | None:
 
 
 def read_phrases(text: str, timeout_s: float) -> Reading | None:
-    """The value behind the last `the answer is`; None: there is no such phrase, or nothing that is understood."""
+    """The value after the last `the answer is`; None if there is no such phrase, or none that is understood."""
     for said in phrases(text):
         if found := read_answer_phrase(said, timeout_s):
             return found
@@ -338,10 +339,10 @@ def read_phrases(text: str, timeout_s: float) -> Reading | None:
 
 
 def same_value(gold: Reading, answer: Reading, timeout_s: float) -> bool:
-    """Whether an answer equals a gold answer, by math-verify where they are not plain numbers.
+    """Whether an answer equals a gold answer, by math-verify if they are not plain numbers.
 
     Raises:
-        OutOfTimeError: to compare them took more than `timeout_s` of CPU time.
+        OutOfTimeError: comparing them took more than `timeout_s` of CPU time.
     """
     if gold.text == answer.text:
         return True
@@ -358,7 +359,7 @@ def same_value(gold: Reading, answer: Reading, timeout_s: float) -> bool:
 
 
 def _same_numbers(gold: Sequence[Reading], answer: Sequence[Reading]) -> bool:
-    """Each of one is one of the other."""
+    """Whether both have the same members, in any order."""
     return all(any(same_number(g, a) for a in answer) for g in gold) and all(
         any(same_number(g, a) for g in gold) for a in answer
     )
@@ -372,5 +373,5 @@ def _far_apart(gold: Any, answer: Any) -> bool:
         g, a = complex(gold), complex(answer)
         return abs(g - a) > max(abs(g) / 1000, 1e-9 if g == 0 else 0.0) and abs(g - a) < 1e-5
     except Exception:
-        # Beyond what a float holds, too: such numbers are not told apart here.
+        # Numbers beyond what a float holds are not distinguished here either.
         return False

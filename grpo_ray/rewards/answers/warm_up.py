@@ -1,4 +1,4 @@
-"""math-verify and what it loads at its first formulas, outside of the time that an answer has."""
+"""Loading math-verify, and what it loads at its first formulas, outside the time limit of an answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def within_timeout(timeout_s: float, call: Callable[[], T]) -> T:
-    """What `call` returns, within so many CPU seconds that begin when math-verify is loaded.
+    """The result of `call`, within a limit in CPU seconds that starts once math-verify is loaded.
 
     Raises:
         OutOfTimeError: it took longer.
@@ -24,11 +24,11 @@ def within_timeout(timeout_s: float, call: Callable[[], T]) -> T:
 
 @lru_cache(maxsize=1)
 def warm_up() -> None:
-    """The first formula of a kind builds the parser's tables and imports parts of SymPy, which is no answer's fault."""
+    """Parse a formula of each kind: the first builds the parser's tables and imports parts of SymPy, outside any answer's time."""
     from math_verify import parse, verify
 
     for name in ("math_verify.parser", "math_verify.grader"):
-        # They warn that their own clocks are off: ours run.
+        # They warn that their own clocks are off; ours run.
         logging.getLogger(name).setLevel(logging.ERROR)
     for gold, answer in _FIRST_OF_THEIR_KIND.items():
         verify(parse(gold, parsing_timeout=0), parse(answer, parsing_timeout=0), timeout_seconds=0)

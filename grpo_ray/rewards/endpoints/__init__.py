@@ -1,4 +1,4 @@
-"""Models behind an HTTP endpoint that are asked what an answer is worth.
+"""Models behind an HTTP endpoint that rate answers.
 
-Read judge_client.py, then judge_form.py (what a judge is shown) and http_client.py (a bound on what is read of an answer).
+Read judge_client.py, then judge_form.py (what a judge sees) and http_client.py (a limit on what is read of a response).
 """

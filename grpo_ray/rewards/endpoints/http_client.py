@@ -1,7 +1,7 @@
-"""OpenAI's client with a bound on what a server makes it read: so many bytes, uncompressed, from where it was asked alone.
+"""OpenAI's client with a limit on what a server makes it read: a number of bytes, uncompressed, only from the host of the request.
 
-A server is as trusted as the network to it. Without a bound an answer of 300 MB takes 780 MB, compressed ones any amount, and a
-redirect takes the question to whoever it names.
+A server is as trusted as the network to it. Without a limit a response of 300 MB takes 780 MB, compressed ones any amount, and a
+redirect sends the question to any host that it names.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 from grpo_ray.config.reward import KEY_VARIABLE
 
 NO_KEY = "none"
-"""For endpoints that want none; the client insists on one."""
+"""The key for endpoints that need none; the client requires one."""
 MAX_ANSWER_BYTES = 4 << 20
-"""Of one answer, an error's too. The longest reasoning of a judge is a hundredth of it."""
+"""The largest size of one response, errors included. The longest reasoning of a judge is a hundredth of it."""
 
 
 class RefusedAnswerError(OpenAIError):
-    """An answer that is not read to its end; OpenAI's client does not ask for such a one again."""
+    """A response that is not read to its end; OpenAI's client does not retry it."""
 
 
 class BoundedClient(DefaultAsyncHttpxClient):
-    """The HTTP client below OpenAI's: reads an answer whole or refuses it."""
+    """The HTTP client below OpenAI's: it reads a response completely or refuses it."""
 
     async def send(self, request: Any, **options: Any) -> Any:
-        """
+        """The response to a request.
+
         Raises:
-            RefusedAnswerError: the answer is too long, or compressed.
+            RefusedAnswerError: the response is too long, or compressed.
         """
         request.headers["Accept-Encoding"] = "identity"
         answer = await super().send(request, **{**options, "stream": True, "follow_redirects": False})
@@ -37,7 +38,7 @@ class BoundedClient(DefaultAsyncHttpxClient):
             body = await _body(answer)
         finally:
             await answer.aclose()
-        # Of JSON, whatever it says: the character set that a server names may be any codec of Python's.
+        # The body is always JSON: the character set that a server names may be any codec of Python's.
         headers = [(name, value) for name, value in answer.headers.multi_items() if name not in _OF_BODY]
         headers.append(("Content-Type", "application/json"))
         return answer.__class__(answer.status_code, headers=headers, content=body, request=request)
@@ -74,10 +75,10 @@ def make_client(url: str, *, timeout_s: float, retries: int) -> AsyncOpenAI:
 
 
 async def post_json(client: AsyncOpenAI, path: str, body: dict[str, Any]) -> Any:
-    """What the server answers, as plain data.
+    """The server's response, as plain data.
 
     Raises:
-        OpenAIError: it can't be had, or is refused.
+        OpenAIError: there is none, or it is refused.
     """
     try:
         return await client.post(path, cast_to=object, body=body)

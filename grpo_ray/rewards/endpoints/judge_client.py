@@ -1,9 +1,9 @@
-"""A judge: a model behind any OpenAI-compatible endpoint (OpenAI's, `vllm serve`, ..), asked politely.
+"""A judge: a model behind any OpenAI-compatible endpoint (OpenAI's, `vllm serve`, ..), queried at a limited rate.
 
-    messages -> cache on disk -> pace -> endpoint, with retries and a deadline -> text, or a JudgeError that says what is wrong
+    messages -> cache on disk -> pace -> endpoint, with retries and a deadline -> text, or a JudgeError with the cause
 
-Retries, their back-off and `Retry-After` are those of OpenAI's own client; what is read of an answer is bounded (`http_client`).
-What the messages show of a text that nobody vouches for is `judge_form`'s business.
+Retries, their back-off and `Retry-After` are those of OpenAI's own client; the size of a response is limited (`http_client`).
+`judge_form` quotes untrusted text in the messages.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ class JudgeOptions:
     temperature: float = 0.0
     max_tokens: int = 1024
     deadline_s: float = JUDGE_DEADLINE_S
-    """For one question, its retries included."""
+    """The deadline for one question, its retries included."""
     retries: int = 4
     concurrency: int = 16
-    """Questions under way at once."""
+    """The number of concurrent questions."""
     requests_per_minute: float | None = None
-    """Of this process. None: as fast as it goes."""
+    """The rate limit of this process. None: unlimited."""
     cache: str | None = None
-    """A file (SQLite) with the answers so far, which several processes may share. None: they are kept as long as the process."""
+    """A file (SQLite) of earlier answers, which several processes may share. None: they are kept as long as the process lives."""
 
 
 class Judge:
-    """For one event loop. The key is in the environment, OPENAI_API_KEY."""
+    """The client of a judge, for one event loop. The key is in the environment, OPENAI_API_KEY."""
 
     def __init__(self, options: JudgeOptions) -> None:
         from grpo_ray.rewards.endpoints.http_client import make_client
@@ -57,18 +57,18 @@ class Judge:
         self._cache = _Cache(options.cache)
         self._next_slot = 0.0
         self.num_asked = 0
-        """Questions that went to the endpoint; the others were answered by the cache."""
+        """The number of questions sent to the endpoint; the cache answered the others."""
 
     def mark(self, question: Sequence[str]) -> str:
-        """A word for the tags of a question, which nobody can know who has not seen the cache. It is drawn at random with that, so
-        that the same question gets the same word, and is found there."""
+        """A word for the tags of a question that only readers of the cache can know. It is derived from the cache's random secret,
+        so that the same question gets the same word, and its answer is found again."""
         return hmac.new(self._cache.secret, json.dumps(question).encode(), hashlib.sha256).hexdigest()[:_MARK_CHARS]
 
     async def ask(self, messages: Sequence[Message]) -> str:
-        """What the judge answers.
+        """The judge's answer.
 
         Raises:
-            JudgeError: it can't be reached, refuses, or does not answer in time.
+            JudgeError: the judge can't be reached, refuses, or does not answer in time.
         """
         question = {
             "model": self._options.model,
@@ -88,7 +88,7 @@ class Judge:
         await self._client.close()
 
     async def _pace(self) -> None:
-        """Slots at even distances: a burst at the start of every minute would be refused just as well."""
+        """Wait for the next of evenly spaced slots: a burst at the start of every minute would be refused."""
         if self._options.requests_per_minute is None:
             return
         now = asyncio.get_running_loop().time()
@@ -139,7 +139,7 @@ class Judge:
 
 
 def _content(answer: Any) -> str:
-    """The text of a chat completion; empty where there is none."""
+    """The text of a chat completion; empty if there is none."""
     try:
         text = answer["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
@@ -152,7 +152,7 @@ class _Cache:
         try:
             if path is not None:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
-            # Without a name SQLite keeps it in a file of its own that goes with the process.
+            # Without a name SQLite uses a temporary file, which disappears with the process.
             self._db = sqlite3.connect(path or "", timeout=30, isolation_level=None)
             self._db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
             self._db.execute("CREATE TABLE IF NOT EXISTS secret (id INTEGER PRIMARY KEY, value BLOB NOT NULL)")

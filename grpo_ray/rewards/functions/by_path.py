@@ -1,4 +1,4 @@
-"""A recipe's own reward functions: `package.module.function`, or by the file that they are in, `rewards.py:mine`, as in verl's
+"""A recipe's own reward functions, by dotted path `package.module.function`, or by file, `rewards.py:mine`, as in verl's
 `custom_reward_function`."""
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from grpo_ray.user_code.places import ForeignCodeError
 
 
 def users_function(config: RewardFunctionConfig) -> UserFunction:
-    """The function that a recipe names, not imported. Modules beside a file can be imported in it, as in a script's.
+    """The function that a recipe names, not imported. Like a script, its file can import the modules beside it.
 
     Raises:
-        RewardError: there is no such file or function, or it is not a recipe's to name.
+        RewardError: there is no such file or function, or a recipe may not name it.
     """
     try:
         if not config.in_file:

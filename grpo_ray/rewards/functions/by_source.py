@@ -1,4 +1,4 @@
-"""A recipe's own reward function as its source shows it, for `check`, which runs nothing of it."""
+"""A recipe's own reward function as described by its source, for `check`, which runs none of it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from grpo_ray.user_code.functions import UserFunction
 
 
 def described_by_source(config: RewardFunctionConfig, function: UserFunction) -> RewardFunction:
-    """What `described` makes of it, as far as its parameters tell.
+    """The result of `described`, as far as its parameters reveal it.
 
     Raises:
-        RewardError: `args` that it does not take, parameters that nothing fills, or a class whose instances can't be called.
+        RewardError: it does not take the `args`, has parameters that nothing fills, or is a class whose instances can't be called.
     """
     node, args = function.found.node, config.args
     if isinstance(node, ast.ClassDef):
@@ -35,7 +35,7 @@ def described_by_source(config: RewardFunctionConfig, function: UserFunction) ->
 
 
 def _call_of(name: str, node: ast.ClassDef) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
-    """`__call__` of a class, without `self`. None: it is of a class that this one is made from."""
+    """The `__call__` of a class, without `self`. None if it is inherited."""
     for inner in node.body:
         if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef) and inner.name == "__call__":
             parameters = inner.args
@@ -55,7 +55,7 @@ def _call_of(name: str, node: ast.ClassDef) -> ast.FunctionDef | ast.AsyncFuncti
 
 
 def _with_parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Callable[..., Any]:
-    """A function with these parameters, to be looked at."""
+    """A function with these parameters, for inspection."""
 
     def shown(**_: Any) -> NoReturn:
         _never()

@@ -1,7 +1,7 @@
-"""Where the files of rewards are that a recipe names (`rewards.py:mine`).
+"""The files of rewards that a recipe names (`rewards.py:mine`).
 
-A path is absolute in what a run is given and in its config.yaml, so that workers and later commands find the file from wherever
-they run. In a submitted run it stays relative to the folder that is shipped, which is the working folder of every worker.
+In a run's own config and in its config.yaml a path is absolute, so that workers and later commands find the file from any folder.
+In a submitted run it stays relative to the shipped folder, which is the working folder of every worker.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def with_absolute_files(config: C, folder: Path) -> C:
     """The config, with every reward's file named by its absolute path.
 
     Args:
-        config: of a recipe.
-        folder: of the recipe; a relative path is looked up there, then in the current folder.
+        config: the config of a recipe.
+        folder: the folder of the recipe; a relative path is searched there, then in the current folder.
 
     Raises:
         ConfigError: there is no such file.
@@ -39,15 +39,15 @@ def with_absolute_files(config: C, folder: Path) -> C:
 
 
 def with_shipped_files(config: C, folder: Path, shipped: Path) -> C:
-    """The config of a run that is submitted: every reward's file by its path in the folder that is shipped.
+    """The config of a submitted run: every reward's file by its path in the shipped folder.
 
     Args:
-        config: of a recipe, `~` not expanded.
-        folder: of the recipe.
-        shipped: the folder.
+        config: the config of a recipe, `~` not expanded.
+        folder: the folder of the recipe.
+        shipped: the folder that is shipped.
 
     Raises:
-        ConfigError: there is no such file, or it is elsewhere: it would not reach the nodes.
+        ConfigError: there is no such file, or it lies elsewhere, and so would not reach the nodes.
     """
 
     def inside(name: str, path: str) -> str:
@@ -84,7 +84,7 @@ def _with_files(config: C, place: Callable[[str, str], str]) -> C:
 
 
 def _looked(path: str, *folders: Path) -> str:
-    """Where a relative path was looked up."""
+    """The places where a relative path was searched."""
     if Path(path).is_absolute():
         return ""
     return " in " + " or in ".join(dict.fromkeys(str(folder.resolve()) for folder in folders))

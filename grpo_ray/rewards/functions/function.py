@@ -2,25 +2,25 @@
 
     def reward(prompts, completions, completion_ids, **columns) -> list[float | None]
 
-It is called by keyword, with whole groups (`reward.unit`). Every argument is a list with one entry per sample. `prompts` are as
-the rows have them, before any template. Where a row's prompt is text, `completions` are text, also under a chat template; where it
-is a conversation, they are `[{"role": "assistant", "content": ...}]`. `completion_ids` are the tokens. Then come all other columns
-of the data set, None where a row lacks one, and the `args` of the recipe as they are, which come before a column of the same name.
+It is called by keyword, with whole groups (`reward.unit`). Every argument is a list with one entry per sample. `prompts` are as in
+the rows, before any template. If a row's prompt is text, `completions` are text, also under a chat template; if it is a
+conversation, they are `[{"role": "assistant", "content": ...}]`. `completion_ids` are the tokens. Then come all other columns of
+the data set, None if a row lacks one, and the `args` of the recipe as they are, which override a column of the same name.
 
-It gives one number per sample, or None where it does not apply; an `Explained` number says why beside it; a RewardError in a
-number's place fails that sample alone. It may be `async def`, and an instance with `__call__`; a class, or a function that makes
-the reward from `args` alone (TRL's `get_soft_overlong_punishment`), is called with `args` once.
+It returns one number per sample, or None if it does not apply; an `Explained` number carries its reason; a RewardError in place of
+a number fails only that sample. It may be `async def`, and an instance with `__call__`; a class, or a function that creates the
+reward from `args` alone (TRL's `get_soft_overlong_punishment`), is called with `args` once.
 
-`log_extra(column, values)`, `log_metric(name, value)` and `trainer_state` are TRL's, and passed to those that name them or take
-`**kwargs`: see `rewards.logs` and `types.TrainerState`. TRL's `environments` are not supported. verl's `compute_score` is known by
-its parameter `solution_str`, see `rewards.verl`.
+`log_extra(column, values)`, `log_metric(name, value)` and `trainer_state` are TRL's, and passed to functions that name them or take
+`**kwargs`: see `logs` and `types.TrainerState`. TRL's `environments` are not supported. verl's `compute_score` is recognised by
+its parameter `solution_str`, see `verl`.
 
-A built-in reward gets options from `args` alone: of the columns it sees those that it declares (`Columns`), whatever others are
-called, and its prompts are the conversations that the model was asked in.
+A built-in reward gets options from `args` only: it sees the columns that it declares (`Columns`), whatever the names of the others,
+and its prompts are the conversations that the model saw.
 
-One thing more than TRL's: for `algorithm.advantage: process` it may give, instead of a number, what each step of the
-sample is worth, `[(end, reward), ..]`: `end` is the index in `completion_ids` of the step's last token, ascending. A number
-is one step, which ends at the last token. People, metrics and evaluations see the sum.
+The contract extends TRL's: for `algorithm.advantage: process` it may return, instead of a number, the reward of each step
+of the sample, `[(end, reward), ..]`: `end` is the index in `completion_ids` of the step's last token, ascending. A number
+is one step, which ends at the last token. Reports, metrics and evaluations show the sum.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Columns:
     """The columns that a built-in reward takes from the data; every other parameter is an option."""
 
     required: tuple[tuple[str, ...], ...] = ()
-    """One of each of these has to be there. The function gets it under the first of the names; it does not apply to a row in which
-    it is null."""
+    """Groups of columns, one of each of which has to exist. The function gets it under the first of the names; it does not apply to
+    a row in which it is null."""
     optional: tuple[str, ...] = ()
 
     @property
@@ -64,36 +64,36 @@ class Columns:
 
 @dataclass(frozen=True)
 class ScoreInputs:
-    """What a reward function sees of S samples. Made by the reward actor."""
+    """The input of a reward function for S samples, built by the reward worker."""
 
     prompts: Completions
-    """[S]."""
+    """The prompts, [S]."""
     completions: Completions
-    """[S]."""
+    """The completions, [S]."""
     completion_ids: list[list[int]]
-    """[S] lists of [T] tokens."""
+    """The completions as [S] lists of [T] tokens."""
     columns: dict[str, list[Any]] = field(default_factory=dict)
-    """Name -> [S]."""
+    """Name -> column, [S]."""
     steps: list[int | None] | None = None
-    """[S] steps done when each was asked for; None, or None for all: it is no step's, an evaluation's."""
+    """The step [S] at which each sample was dispatched; None, or None for all, outside steps, in an evaluation."""
     opened: list[bool] | None = None
-    """[S] of which the prompt's template wrote `<think>` already; None: of none."""
+    """Whether the prompt's template already wrote `<think>`, [S]; None: for no sample."""
     trainer: TrainerState | None = None
-    """Of the newest of the samples; None: nothing is trained."""
+    """The trainer state of the newest of the samples; None if nothing is trained."""
 
     def __len__(self) -> int:
         return len(self.completions)
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """[S] tokens."""
+        """The number of tokens of each completion, [S]."""
         return tuple(len(ids) for ids in self.completion_ids)
 
     def take(self, rows: Sequence[int], part: Part = "all", *, with_opening: bool = False) -> ScoreInputs:
-        """These samples, and of their completions this part; tokens stay whole.
+        """These samples, with this part of their completions; tokens stay whole.
 
         Args:
-            with_opening: a `<think>` that the template wrote counts as the completion's.
+            with_opening: whether a `<think>` that the template wrote counts as the completion's.
         """
         opened = self.opened or [False] * len(self)
         return ScoreInputs(
@@ -107,34 +107,34 @@ class ScoreInputs:
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """A reward function, found and checked against its recipe entry. Made by `resolve`."""
+    """A reward function, found and checked against its recipe entry; created by `resolve`."""
 
     name: str
     call: RewardCallable
     weight: float = 1.0
     args: dict[str, Any] = field(default_factory=dict)
     accepts: frozenset[str] | None = None
-    """The parameters it names; None: it takes any (`**kwargs`)."""
+    """The parameters that it names; None: it takes any (`**kwargs`)."""
     required: tuple[tuple[str, ...], ...] = ()
-    """Columns that it can't do without: one of each of these. `a.b` is entry b of column a."""
+    """Groups of columns, one of each of which it requires. `a.b` is entry b of column a."""
     declared: Columns | None = None
-    """Of a built-in: the only columns that it gets."""
+    """The only columns that a built-in gets; None for other functions."""
     per_sample: bool = False
-    """It judges samples one by one, and `reward.unit: auto` calls it so."""
+    """Whether it judges samples one by one, and `reward.unit: auto` calls it so."""
     sources: tuple[str, ...] = ()
-    """It applies to rows with one of these in their column `source`; empty: to all."""
+    """The values of column `source` to whose rows it applies; empty: to all."""
     from_step: int = 0
-    """It applies from this step on."""
+    """The first step at which it applies."""
     part: Part = "all"
-    """What it sees of a completion."""
+    """The part of a completion that it sees."""
     built_in: bool = False
-    """It sees a `<think>` that the prompt's template wrote as the completion's; others see what was sampled, as in TRL."""
+    """Whether it is built in, and sees a `<think>` of the prompt's template too; others see what was sampled, as in TRL."""
 
     def applies_to(self, inputs: ScoreInputs) -> list[int]:
-        """Which samples it is for.
+        """The indices of the samples to which it applies.
 
         Raises:
-            RewardError: it is for some sources, and there is no column that tells them.
+            RewardError: it is for some sources, and no column states them.
         """
         rows: Sequence[int] = range(len(inputs))
         if self.from_step and inputs.steps is not None:
@@ -156,7 +156,7 @@ class RewardFunction:
         """The keyword arguments of one call: all of them, or those that it names.
 
         Raises:
-            RewardError: a column that it needs is not there.
+            RewardError: a column that it needs is missing.
         """
         columns = {k: v for k, v in inputs.columns.items() if k not in NOT_COLUMNS}
         for names in self.required:
@@ -178,7 +178,7 @@ class RewardFunction:
 
 
 def value_of(row: Mapping[str, Any], name: str) -> Any:
-    """Of a row's column `a`, or of entry b of its column a for `a.b`; None without."""
+    """The value of a row's column `a`, or of entry b of its column a for `a.b`; None if it is missing."""
     if name in row:
         return row[name]
     column, _, entry = name.partition(".")
@@ -187,20 +187,20 @@ def value_of(row: Mapping[str, Any], name: str) -> Any:
 
 
 def has_value(row: Mapping[str, Any], name: str) -> bool:
-    """Is there a place for it, null or not?"""
+    """Whether the row has an entry of this name, null or not."""
     column, _, entry = name.partition(".")
     inside = row.get(column)
     return name in row or (isinstance(inside, Mapping) and entry in inside)
 
 
 def has_column(columns: Mapping[str, Any], name: str) -> bool:
-    """Is there such a column? Of `a.b` its first part is looked for."""
+    """Whether there is such a column; for `a.b`, its first part."""
     return name in columns or name.partition(".")[0] in columns
 
 
 def missing_column(reward: str, names: Sequence[str], there: Iterable[str], where: str = "") -> str:
-    """What to say where a reward has none of the columns that it needs one of; `where`: the option of the data set, if it is not in
-    one row alone."""
+    """The message for a reward that has none of the columns of which it needs one; `where`: the option of the data set, unless only
+    one row is concerned."""
     known = sorted(map(str, there))
     wanted = " or ".join(map(repr, names))
     close = next((m for name in names if (m := closest(name, known, cutoff=0.7)) is not None), "NAME")
@@ -219,7 +219,7 @@ def _declared(declared: Columns, columns: Mapping[str, list[Any]]) -> dict[str, 
 
 
 def _coalesced(columns: Mapping[str, list[Any]], names: Sequence[str]) -> list[Any] | None:
-    """[S] of each row the first of these columns that is not null; None: there is none of them."""
+    """The first of these columns that is not null, for each row, [S]; None if none of them exists."""
     found = [columns[name] for name in names if name in columns]
     if len(found) < 2:
         return found[0] if found else None
@@ -227,7 +227,7 @@ def _coalesced(columns: Mapping[str, list[Any]], names: Sequence[str]) -> list[A
 
 
 class NotTraining:
-    """`trainer_state` where nothing is trained (`sample`, `eval`): a reward that goes by the step has no right value there."""
+    """The `trainer_state` if nothing is trained (`sample`, `eval`): a reward that depends on the step has no right value there."""
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"trainer_state.{name} is not known here: nothing is trained by `sample` and `eval`")
@@ -236,13 +236,13 @@ class NotTraining:
 def inspect_function(
     name: str, call: Callable[..., Any], weight: float, args: dict[str, Any], declared: Columns | None = None
 ) -> RewardFunction:
-    """Read the signature, so that what can't work is said before the run rather than at its first sample.
+    """Read the signature, so that unusable functions are reported before the run rather than at the first sample.
 
     Args:
         declared: the columns of a built-in; None: a user's function, whose parameters are columns.
 
     Raises:
-        RewardError: `args` that the function does not take, or parameters that only TRL's trainer can fill.
+        RewardError: the function does not take the `args`, or has parameters that only TRL's trainer can fill.
     """
     try:
         parameters = list(inspect.signature(call).parameters.values())
@@ -291,7 +291,7 @@ def _suggest(word: str, known: Sequence[str]) -> str:
 
 
 class Explained(float):
-    """A reward that says why it is so; people see `detail` beside it."""
+    """A reward with its reason; reports show `detail` beside it."""
 
     detail: str
 
@@ -302,7 +302,7 @@ class Explained(float):
 
 
 def text_of(completion: str | Conversation) -> str:
-    """The words of one completion, conversational or not."""
+    """The text of one completion, conversational or not."""
     return completion if isinstance(completion, str) else str(completion[0]["content"])
 
 

@@ -1,9 +1,9 @@
-"""What a reward function logs beside its rewards: TRL's `log_extra` and `log_metric`.
+"""The logs of a reward function besides its rewards: TRL's `log_extra` and `log_metric`.
 
     log_extra("gold_parsed", [..])     one value a sample: `rewards.extra` of its row in rollouts/ and samples/, as JSON
     log_metric("right_units", 0.4)     the metric `logged/right_units`, mean over all values of the step (of the evaluation)
 
-Names and values come near completions, which nobody vouches for: their number and length are bounded.
+Names and values may come from completions, which are untrusted: their number and length are bounded.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ MAX_COLUMNS = 32
 MAX_METRICS = 64
 MAX_NAME_CHARS = 100
 MAX_VALUE_CHARS = 2000
-"""Of one value of an extra column; a longer one is cut, and says so."""
+"""The largest number of characters of a value in an extra column; a longer one is truncated, with a note."""
 
 Plain = str | float | bool | None
 
 
 class CallLog:
-    """Of one call of one reward function."""
+    """The logs of one call of one reward function."""
 
     def __init__(self, reward: str, num_samples: int) -> None:
         self._reward = reward
@@ -35,10 +35,10 @@ class CallLog:
         self._metrics: dict[str, LoggedMetric] = {}
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
-        """A column of what is written down of the samples: one value each. A second call for a column goes on with it, as in TRL.
+        """Add a column to the records of the samples, with one value each. A second call for a column continues it, as in TRL.
 
         Raises:
-            RewardError: more values than samples, too many columns, or a name that is none.
+            RewardError: there are more values than samples, too many columns, or the name is invalid.
         """
         kept = self._columns.setdefault(self._name("log_extra", column), [])
         if len(self._columns) > MAX_COLUMNS:
@@ -48,10 +48,10 @@ class CallLog:
         kept.extend(plain(value) for value in values)
 
     def log_metric(self, name: str, value: float) -> None:
-        """A figure of the step. One that is not finite is counted (`logged/NAME/not_finite`) and left out of the mean.
+        """Add a metric of the step. A value that is not finite is counted (`logged/NAME/not_finite`) and left out of the mean.
 
         Raises:
-            RewardError: it is no number, there are too many names, or a name that is none.
+            RewardError: the value is no number, there are too many names, or the name is invalid.
         """
         key = self._name("log_metric", name)
         try:
@@ -74,10 +74,10 @@ class CallLog:
         return tuple(self._metrics.values())
 
     def extras(self) -> list[tuple[tuple[str, Plain], ...]]:
-        """[S] the (column, value) pairs of each sample.
+        """The (column, value) pairs of each sample, [S].
 
         Raises:
-            RewardError: a column that has not one value for each.
+            RewardError: a column does not have one value for each.
         """
         for column, values in self._columns.items():
             if len(values) != self._num_samples:
@@ -99,14 +99,14 @@ class CallLog:
 
 
 def checked_name(name: Any) -> str:
-    """Raises ValueError for what can't be the name of a column or a metric."""
+    """The name. Raises ValueError if it can't be the name of a column or a metric."""
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
         raise ValueError(f"expected up to {MAX_NAME_CHARS} printable characters")
     return name
 
 
 def plain(value: Any) -> Plain:
-    """What JSON and Parquet can hold of a value: numbers (numpy's and torch's too) as they are, everything else as text."""
+    """The value in a type of JSON and Parquet: numbers (numpy's and torch's too) as they are, everything else as text."""
     if hasattr(value, "item"):
         with contextlib.suppress(ValueError, RuntimeError, TypeError):
             value = value.item()

@@ -1,4 +1,4 @@
-"""Rewards that are made before they are called: classes, and functions that return one (TRL's `get_cosine_scaled_reward`)."""
+"""Rewards that are created before they are called: classes, and functions that return one (TRL's `get_cosine_scaled_reward`)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _FROM_SAMPLES = NOT_COLUMNS | {"environments", "solution_str", "solution_strs"}
 
 
 def made(name: str, found: Callable[..., Any], args: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The reward itself and what is left of `args`: a class and a maker are called with all of them, once.
+    """The reward itself and the rest of `args`: a class and a maker are called once, with all of them.
 
     Raises:
-        RewardError: `args` that it does not take, that it refuses, or a class whose instances can't be called.
+        RewardError: it does not take or refuses the `args`, or is a class whose instances can't be called.
     """
     if isinstance(found, type):
         can_be_called = any("__call__" in vars(base) for base in found.__mro__)
@@ -38,7 +38,7 @@ def no_call(name: str) -> str:
 
 
 def is_maker(found: Callable[..., Any], args: dict[str, Any]) -> bool:
-    """Takes it nothing of a sample, and are all parameters that it needs in `args`?"""
+    """Whether it takes no data of samples, and all parameters that it requires are in `args`."""
     try:
         parameters = inspect.signature(found).parameters.values()
     except (TypeError, ValueError):

@@ -1,5 +1,5 @@
-"""Call reward functions and judge what they give back. Whatever a function does short of ending the process becomes a
-typed result; a failure is a status, never a zero."""
+"""Calling reward functions and checking their results. Whatever a function does short of ending the process becomes a typed result;
+a failure is a status, never a zero."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _runner: asyncio.Runner | None = None
 
 
 def score_samples(functions: Sequence[RewardFunction], inputs: ScoreInputs) -> list[Score]:
-    """Score S samples with every function, in this process: no deadline, no protection.
+    """Score S samples with every function, in this process: without deadline or protection.
 
     Async functions run on an event loop of our own, so this can't be called from inside a running one.
     """
@@ -36,7 +36,7 @@ def score_samples(functions: Sequence[RewardFunction], inputs: ScoreInputs) -> l
 
 
 def call_reward(function: RewardFunction, inputs: ScoreInputs) -> list[RewardScore]:
-    """[S] results of one function, `not_applicable` where it is not for the sample. Never raises, except KeyboardInterrupt."""
+    """The results [S] of one function, `not_applicable` where it does not apply. It never raises, except KeyboardInterrupt."""
     start = time.perf_counter()
     try:
         rows = function.applies_to(inputs)
@@ -46,7 +46,7 @@ def call_reward(function: RewardFunction, inputs: ScoreInputs) -> list[RewardSco
         if inspect.isawaitable(values):
             values = _run(values)
         if isinstance(values, Iterator):
-            # TRL takes whatever can be iterated over; one that never ends is read no further than it takes to refuse it.
+            # TRL accepts any iterable; an endless one is read only as far as it takes to refuse it.
             values = list(islice(values, len(rows) + 1))
         extras = log.extras()
     except KeyboardInterrupt:
@@ -67,7 +67,7 @@ def _with_extra(score: RewardScore, extra: tuple[tuple[str, Plain], ...]) -> Rew
 
 
 def _hint(error: BaseException, inputs: ScoreInputs) -> str:
-    """The mend, where it is known: of memory, and of `completion[0]["content"]`, which TRL's users know from conversations."""
+    """The fix, if it is known: for memory, and for `completion[0]["content"]`, which TRL's users know from conversations."""
     if isinstance(error, MemoryError):
         return "; a scoring process may take reward.memory_gb: raise that, or let the function take less"
     if not (isinstance(error, TypeError) and "string indices" in str(error) and isinstance(inputs.completions[0], str)):
@@ -78,13 +78,13 @@ def _hint(error: BaseException, inputs: ScoreInputs) -> str:
 
 
 def check_values(name: str, values: Any, lengths: Sequence[int], seconds: float) -> list[RewardScore]:
-    """Turn a returned list into results.
+    """The results from a returned list.
 
     None -> not_applicable; numbers (bool, numpy and torch scalars too) and lists of steps -> ok; a RewardError -> error, with its
     text; NaN, infinities and anything else -> error. A list of the wrong length is an error for all of them.
 
     Args:
-        lengths: T of each completion, which no step may leave.
+        lengths: T of each completion, which bounds the ends of steps.
     """
     expected = len(lengths)
     if hasattr(values, "tolist"):
@@ -124,7 +124,7 @@ def _check_value(name: str, value: Any, length: int, seconds: float) -> RewardSc
 
 
 class _WrongValue(Exception):
-    """Its text is what is wrong with the steps, to be put at the end of a sentence."""
+    """An invalid list of steps; its text is the cause, to be put at the end of a sentence."""
 
 
 def _finite(value: Any) -> float:
@@ -139,7 +139,8 @@ def _finite(value: Any) -> float:
 
 
 def _check_steps(value: Sequence[Any], length: int) -> list[Step]:
-    """`[(end, reward), ..]` of a completion of `length` tokens: ends ascend, and the last is one of its tokens."""
+    """The checked steps `[(end, reward), ..]` of a completion of `length` tokens: ends ascend, and the last is one of its
+    tokens."""
     if not value:
         raise _WrongValue(": there is none")
     steps: list[Step] = []
@@ -161,16 +162,16 @@ def _check_steps(value: Sequence[Any], length: int) -> list[Step]:
 
 
 def failures(name: str, count: int, status: ScoreStatus, detail: str, seconds: float) -> list[RewardScore]:
-    """`count` results that say the same failure."""
+    """`count` results with the same failure."""
     return [
         RewardScore(name, status, math.nan, detail[:MAX_DETAIL_CHARS], seconds / max(count, 1)) for _ in range(count)
     ]
 
 
 def weighted_sum(parts: Sequence[RewardScore], weights: Sequence[float], num_tokens: int) -> Score:
-    """sum_k weight_k * value_k over the parts that apply (TRL's `reward_weights`); a failed part fails the whole.
+    """The score sum_k weight_k * value_k over the parts that apply (TRL's `reward_weights`); a failed part fails the whole.
 
-    Steps of several functions are pooled; what ends at the same of the completion's `num_tokens` tokens is one step.
+    Steps of several functions are pooled; those that end at the same of the completion's `num_tokens` tokens are one step.
     """
     failed = next((part for part in parts if part.status.failed), None)
     if failed is not None:
@@ -189,7 +190,8 @@ def weighted_sum(parts: Sequence[RewardScore], weights: Sequence[float], num_tok
 
 
 def _run(awaitable: Any) -> Any:
-    """On one loop for the whole process: sessions that an async function keeps (HTTP clients) belong to a loop."""
+    """The result of an awaitable, on one event loop for the whole process, because sessions that an async function keeps (HTTP
+    clients) belong to a loop."""
     global _runner
     if _runner is None:
         _runner = asyncio.Runner()
@@ -201,7 +203,7 @@ def _run(awaitable: Any) -> Any:
 
 
 def explain(error: BaseException) -> str:
-    """`ValueError: no digits (rewards.py:12)`: type, first line, and the innermost line of the user's code."""
+    """The error as `ValueError: no digits (rewards.py:12)`: type, first line, and the innermost line of the user's code."""
     try:
         message = kind_and_line(error)
     except Exception:

@@ -1,17 +1,17 @@
-"""verl's reward functions as this project's: they run here unchanged.
+"""Adapter for verl's reward functions, which run here unchanged.
 
     compute_score(data_source, solution_str, ground_truth, extra_info=None) -> float | bool | dict with "score"
 
-is called for each sample by keyword, as verl's `NaiveRewardManager` does; `solution_str` is what it is known by. With the parameter
+is called for each sample by keyword, as by verl's `NaiveRewardManager`; it is recognised by `solution_str`. With the parameter
 `solution_strs` it is verl's batched form (`BatchRewardManager`): lists under the plural names, a list back. Either may be `async`.
 
     data_source    the row's column of that name
     solution_str   the completion's text
     ground_truth   of the column `reward_model` its entry `ground_truth`; else the column `ground_truth`, else `answer`;
-                   where a row has none of them the sample fails
+                   if a row has none of them the sample fails
     extra_info     the row's column, {} without one
 
-The entries of a dict beside `score` are logged: all of them of the sample, the numbers as metrics as well (`logged/NAME`).
+The entries of a dict besides `score` are logged: all of them with the sample, numbers as metrics too (`logged/NAME`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _MANAGER_ONLY = ("reward_router_address", "reward_model_tokenizer")
 
 
 def is_verl(call: Callable[..., Any]) -> bool:
-    """Has it verl's signature, by the name of its parameter for the text?"""
+    """Whether it has verl's signature, by the name of its text parameter."""
     try:
         names = inspect.signature(call).parameters
     except (TypeError, ValueError):
@@ -53,7 +53,7 @@ def verl_function(name: str, call: Callable[..., Any], weight: float, args: dict
     """verl's function behind this project's contract; `args` are verl's `reward_kwargs`.
 
     Raises:
-        RewardError: `args` that it does not take, or parameters that nothing fills.
+        RewardError: it does not take the `args`, or has parameters that nothing fills.
     """
     batched = _PLURAL[1] in inspect.signature(call).parameters
     brought = _PLURAL if batched else _SINGULAR
@@ -94,7 +94,7 @@ def verl_function(name: str, call: Callable[..., Any], weight: float, args: dict
 def _one_by_one(
     call: Callable[..., Any], rows: list[dict[str, Any]], accepted: Sequence[str], args: dict[str, Any]
 ) -> list[Any] | Awaitable[list[Any]]:
-    """What it says of each sample; a RewardError where it raises."""
+    """The results of single calls, one for each sample; a RewardError if the call raises."""
     results = [_lacking(row) or _tried(call, {k: row[k] for k in accepted} | args) for row in rows]
     return _all(results) if any(map(inspect.isawaitable, results)) else results
 
@@ -133,7 +133,7 @@ async def _then(results: Awaitable[Any], log_extra: Callable[..., None], log_met
 
 
 def _values(results: Any, log_extra: Callable[..., None], log_metric: Callable[..., None]) -> Any:
-    """The rewards, with the rest of each dict logged."""
+    """The rewards; the rest of each dict is logged."""
     if hasattr(results, "tolist"):
         results = results.tolist()
     if not isinstance(results, list | tuple):
@@ -158,7 +158,7 @@ def _value(result: Any) -> Any:
 
 
 def _ground_truth(reward: str, columns: Mapping[str, Sequence[Any]], i: int) -> Any:
-    """Of row i; None where it says so, a RewardError where it has no place for one (verl raises a KeyError)."""
+    """The ground truth of row i; None if the row has a null, a RewardError if it has no entry for one (verl raises a KeyError)."""
     row = {name: columns[name][i] for name in _TRUTH_COLUMNS if name in columns}
     found = next((value for name in GROUND_TRUTH if (value := value_of(row, name)) is not None), None)
     if found is not None or any(has_value(row, name) for name in GROUND_TRUTH):
