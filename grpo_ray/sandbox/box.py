@@ -1,4 +1,4 @@
-"""One sandbox, from its start to its end. Requests go in and outcomes come out over a pipe; what comes out is believed in nothing
+"""One sandbox, from its start to its end. Requests go in and outcomes come out over a pipe; nothing about what comes out is trusted
 but its length."""
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from grpo_ray.sandbox.isolation import MEND, Languages, command, interpreter, la
 from grpo_ray.sandbox.watch import GoneError, UnmeasuredError, excess
 
 START_S = 60.0
-"""For a sandbox to say its first word; a busy machine needs seconds."""
+"""The deadline for a sandbox's first response; a busy machine needs seconds."""
 END_S = 60.0
-"""For a killed one to be gone."""
+"""The deadline for the end of a killed sandbox."""
 WATCH_S = 0.1
 OPEN_FILES = 64
 INSIDE = Path(__file__).with_name("inside.py").read_text()
@@ -32,12 +32,12 @@ WORKER = Path(__file__).with_name("worker.py").read_text()
 
 
 class BoxEnded(Exception):
-    """The program ended its sandbox, or had it ended; says how. Its fault, never the machine's."""
+    """The program ended its sandbox, or caused its end; says how. The fault is the program's, never the machine's."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """See the package for what enforces each."""
+    """The limits of a sandbox; the package's docstring lists what enforces each."""
 
     timeout_s: float = 8.0
     cpu_s: int = 4
@@ -46,42 +46,43 @@ class Limits:
     file_mb: int = 16
     disk_mb: int = 64
     watch_s: float = WATCH_S
-    """Between two looks at what no limit of a process bounds."""
+    """The seconds between two measurements of what no limit of a process bounds."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one request."""
+    """The outcome of one request."""
 
     code: int
-    """Exit code of its process; -N: killed by signal N."""
+    """The exit code of its process; -N: killed by signal N."""
     output: bytes
-    """Standard output, or the result of a call."""
+    """The standard output, or the result of a call."""
     trouble: str
     """The last line of standard error, "" if there is none."""
     cpu_s: float
-    """Of its process and the children that it waited for."""
+    """The CPU time of its process and the children that it waited for."""
 
 
 class Box:
-    """`async with await Box.start(..) as box`; then one request at a time. At the end of the block everything in it is dead.
+    """A sandbox: `async with await Box.start(..) as box`, then one request at a time. At the end of the block everything in it is
+    dead.
 
     Every request raises:
-        BoxEnded: there is no more sandbox.
-        TimeoutError: `timeout_s` since the first request are over.
-        UnmeasuredError: what it holds can't be told any more, so it was ended.
+        BoxEnded: the sandbox has ended.
+        TimeoutError: `timeout_s` have passed since the first request.
+        UnmeasuredError: its contents can't be measured any more, so it was ended.
     """
 
     def __init__(self, process: asyncio.subprocess.Process, limits: Limits) -> None:
         self._process = process
         self._first_pid = 0
         self._first = -1
-        """The same, by a descriptor."""
+        """The namespace's first process, by a descriptor."""
         self._limits = limits
         self._deadline = 0.0
-        """From the first request on: a program is not to pay for the start of its sandbox."""
+        """The deadline, counted from the first request: a program should not pay for the start of its sandbox."""
         self._end = ""
-        """Why the watch has ended it."""
+        """The reason for which the watch has ended it."""
 
     @classmethod
     async def start(
@@ -94,7 +95,8 @@ class Box:
         imports: Sequence[str] = (),
         pass_fds: Sequence[int] = (),
     ) -> Box:
-        """A sandbox that holds this program, in `file` too if it is named. What it `imports` is there for all of its requests.
+        """A sandbox that holds this program, also in `file` if it is named. The modules that it `imports` are loaded for all of its
+        requests.
 
         Raises:
             RewardError: it can't be started.
@@ -157,15 +159,15 @@ class Box:
         await self.close()
 
     async def script(self, stdin: bytes) -> Outcome:
-        """The Python program with this input."""
+        """The outcome of the Python program with this input."""
         return await self._request(kind="script", stdin=stdin)
 
     async def command(self, argv: Sequence[str], stdin: bytes) -> Outcome:
-        """Any other program."""
+        """The outcome of any other program."""
         return await self._request(kind="command", argv=list(argv), stdin=stdin)
 
     async def call(self, function: str, args: Any) -> Outcome:
-        """One function of the Python program; JSON in and out."""
+        """The outcome of one function of the Python program; JSON in and out."""
         return await self._request(kind="call", function=function, args=json.dumps(args))
 
     async def serve(self, fd: int) -> Outcome:
@@ -173,12 +175,12 @@ class Box:
         return await self._request(kind="serve", fd=fd)
 
     async def judge(self, fd: int, tests: Sequence[tuple[str, list[str]]], *, every: bool) -> Outcome:
-        """Run tests, each with the names that it takes from the program at the other end of `fd`; one character of output for each,
-        see `remote.judge`."""
+        """Run tests, each with the names that it takes from the program at the other end of `fd`; the output has one character for
+        each, see `remote.judge`."""
         return await self._request(kind="judge", fd=fd, tests=list(tests), all=every)
 
     async def verify(self, fd: int, item_s: int) -> Outcome:
-        """Let whoever is at the other end of `fd` call the program's `verify`, without end; see `verifier`."""
+        """Let the process at the other end of `fd` call the program's `verify` indefinitely; see `verifier`."""
         return await self._request(kind="verify", worker=WORKER, fd=fd, item_s=item_s)
 
     async def close(self) -> None:
@@ -211,7 +213,7 @@ class Box:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
         await self._process.wait()
-        # Reading stops where nobody reads, and so does not see the end: a pipe that a program filled would stay open.
+        # Reading stops if nobody reads, and so misses the end: a pipe that a program filled would stay open.
         self._process._transport.close()  # type: ignore[attr-defined]
 
     async def _await_start(self, info: int) -> None:
@@ -294,7 +296,8 @@ class Box:
 
 
 def _outcome(body: bytes) -> Outcome:
-    """`code seconds length`, a new line, the output, standard error. No pickle, no marshal: a program may have written it."""
+    """The outcome from `code seconds length`, a new line, the output, standard error; never a pickle, as a program may have written
+    it."""
     head, _, rest = body.partition(b"\n")
     try:
         code, seconds, length = head[:100].split(b" ")

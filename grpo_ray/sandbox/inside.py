@@ -1,7 +1,7 @@
-"""What runs inside the sandbox, sent there as source: answers requests, each in a process of its own.
+"""The code that runs inside the sandbox, sent there as source: it answers requests, each in a process of its own.
 
-It holds nothing that a program could profit from: answers are compared outside. So all it owes is that its limits hold for what
-it starts. Imports are most of what a sandbox costs, json's 8 ms, typing's 20: only for whom they are needed.
+It holds nothing that a program could profit from: answers are compared outside. So its only duty is that its limits hold for what
+it starts. Imports are most of the cost of a sandbox (json 8 ms, typing 20): each is done only where it is needed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_STDERR_BYTES = 2000
 
 
 def main() -> Job | None:
-    """None when the parent has no more requests; in the process of one request, what to do there."""
+    """Answer requests; returns None when the parent has no more, or, in the process of one request, the job to do there."""
     requests, replies = os.dup(0), os.dup(1)
     send(replies, b"started")
     setup = receive(requests)
@@ -70,15 +70,15 @@ def end_of(errors: int) -> bytes:
 
 
 def close_all_but(kept: set[int]) -> None:
-    """What the tools that made this sandbox left open, a namespace of the host among it."""
+    """Close what the tools that created this sandbox left open, a namespace of the host among it."""
     edges = sorted(kept)
     for low, high in zip(edges, [*edges[1:], 1 << 20], strict=True):
         os.closerange(low + 1, high)
 
 
 def end_all() -> None:
-    """Kill what a request left behind. This is the namespace's first process: spared by it, deaf to the program's own signals, and
-    parent of every orphan."""
+    """Kill what a request left behind. This is the namespace's first process: the kill spares it, it ignores the program's own
+    signals, and it is the parent of every orphan."""
     try:
         os.kill(-1, 9)
         while True:
@@ -114,13 +114,13 @@ def prepare(setup: dict[str, Any], request: dict[str, Any], stdin: int, result: 
 
 
 def run(source: str, **given: Any) -> dict[str, Any]:
-    """The program as `__main__`, with these names; an uncaught exception ends this process as it would end the interpreter."""
+    """Run the program as `__main__`, with these names; an uncaught exception ends this process as it would end the interpreter."""
     import builtins
 
     module = type(sys)("__main__")
     sys.modules["__main__"] = module
     sys.argv = ["program.py"]
-    # The site module, which is not loaded, gives these two.
+    # The site module, which is not loaded, provides these two.
     vars(builtins)["exit"] = vars(builtins)["quit"] = sys.exit
     module.__dict__.update(given, __file__="program.py", __builtins__=builtins)
     exec(compile(source, "program.py", "exec", dont_inherit=True), module.__dict__)
@@ -128,7 +128,7 @@ def run(source: str, **given: Any) -> dict[str, Any]:
 
 
 def end() -> None:
-    """What an interpreter does at its end, without taking itself apart: that costs as much as all the rest of a short program."""
+    """End like an interpreter, but without its teardown, which costs as much as all the rest of a short program."""
     import atexit
 
     if "threading" in sys.modules:
@@ -140,7 +140,7 @@ def end() -> None:
 
 
 def call(namespace: dict[str, Any], request: dict[str, Any], result: int) -> None:
-    """`function(*args)` of the program, or of its class Solution; the value goes out as JSON."""
+    """Call `function(*args)` of the program, or of its class Solution, and send the value as JSON."""
     import json
 
     name = request["function"]
@@ -151,7 +151,7 @@ def call(namespace: dict[str, Any], request: dict[str, Any], result: int) -> Non
 
 
 def limit(name: str, value: int) -> None:
-    """Both limits, for good; never above what is already so."""
+    """Set the soft and the hard limit, permanently, never above the present one."""
     number = getattr(resource, name)
     hard = resource.getrlimit(number)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
@@ -163,7 +163,7 @@ def send(fd: int, body: bytes) -> None:
 
 
 def receive(fd: int) -> Any:
-    """None at the end."""
+    """The next message; None at the end."""
     header = read(fd, HEADER_BYTES)
     return marshal.loads(read(fd, int.from_bytes(header, "little"))) if header else None
 

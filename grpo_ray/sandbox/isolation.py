@@ -1,4 +1,4 @@
-"""The cage: bubblewrap's command line and libseccomp's filter."""
+"""The isolation of a sandbox: bubblewrap's command line and libseccomp's filter."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from typing import Any
 from grpo_ray.errors import RewardError
 
 NOBODY = 65534
-"""Who runs programs, inside always, outside where we are root."""
+"""The user that runs programs, always inside, and outside if we are root."""
 LINKS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
-"""Into /usr, on most systems."""
+"""The links into /usr on most systems."""
 SYSTEM = (
     *("/usr/bin", "/usr/sbin", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libx32", "/usr/libexec", "/usr/include"),
     *("/usr/share", "/usr/local/bin", "/usr/local/lib"),
 )
-"""Not all of /usr: images keep projects, and their runs, in /usr/src or /usr/local."""
+"""The visible folders. Not all of /usr: images keep projects, and their runs, in /usr/src or /usr/local."""
 CACHES = ("/etc/ld.so.cache", "/etc/alternatives")
-"""Where libraries and commands are, of no interest otherwise."""
+"""Files that say where libraries and commands are, and hold nothing private."""
 PATH = "/usr/local/bin:/usr/bin:/bin"
 MEND = (
     "grpo-ray never runs a model's program without isolation. Needed: bubblewrap 0.8 or newer, libseccomp 2 and util-linux "
@@ -34,7 +34,8 @@ MEND = (
     "Ubuntu kernel.apparmor_restrict_unprivileged_userns=0, in Docker --security-opt seccomp=unconfined --security-opt "
     "systempaths=unconfined"
 )
-# What no ordinary program calls: memory that no rlimit counts, ways into other processes, the kernel, and out of the namespace.
+# The system calls that no ordinary program uses: memory that no rlimit counts, access to other processes, the kernel,
+# and ways out of the namespace.
 REFUSED = """
     shmget shmat shmctl semget semop semtimedop semctl msgget msgsnd msgrcv msgctl mq_open memfd_create memfd_secret
     ptrace process_vm_readv process_vm_writev process_madvise kcmp pidfd_getfd
@@ -49,18 +50,18 @@ REFUSED = """
     landlock_create_ruleset landlock_add_rule landlock_restrict_self
 """
 NEWER = range(453, 512)
-"""Numbers of system calls after Linux 6.6, which are missing here as they are on an older kernel."""
+"""The numbers of system calls after Linux 6.6, which are missing here as on an older kernel."""
 NEW_NAMESPACES = 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000 | 0x00020000
-"""CLONE_NEW*: cgroup, uts, ipc, user, pid, net, mount."""
+"""The flags CLONE_NEW*: cgroup, uts, ipc, user, pid, net, mount."""
 CLONE_FILES, CLONE_THREAD = 0x400, 0x10000
 MAP_SHARED, MAP_ANONYMOUS, MAP_HUGETLB = 0x1, 0x20, 0x40000
 F_SETPIPE_SZ = 1031
 PR_SET_DUMPABLE = 4
 AF_UNIX, AF_NETLINK, AF_MAX = 1, 16, 64
 
-# (system call, number of an argument, mask, value): pages that nobody maps any more and no process is charged for, huge pages that
-# no measure of a process has, threads with descriptors that /proc/PID/fd does not show, pipes of a MiB, and processes that hide
-# from the measure.
+# (system call, number of an argument, mask, value): pages that nobody maps any more and no process is charged for, huge
+# pages that no measure of a process includes, threads with descriptors that /proc/PID/fd does not show, pipes of a MiB,
+# and processes that hide from the measurement.
 _REFUSED_WITH = (
     *(("clone", 0, 1 << bit, 1 << bit) for bit in range(32) if NEW_NAMESPACES >> bit & 1),
     ("clone", 0, CLONE_THREAD | CLONE_FILES, CLONE_THREAD),
@@ -73,12 +74,12 @@ _REFUSED_WITH = (
 
 @dataclass(frozen=True)
 class Languages:
-    """What has to be visible for the programs to run, besides /usr. Read-only."""
+    """The files that programs need to run, besides /usr. Read-only."""
 
     read_only: tuple[str, ...] = ()
-    """Folders, at the same place inside."""
+    """Folders that are visible at the same path inside."""
     python_path: tuple[str, ...] = ()
-    """Folders, and Python finds modules in them."""
+    """Folders in which Python finds modules."""
 
     @property
     def folders(self) -> list[str]:
@@ -88,16 +89,16 @@ class Languages:
 
 
 def interpreter() -> str:
-    """This Python itself: a virtual environment's is a link to it."""
+    """The path of this Python itself; a virtual environment's is a link to it."""
     return os.path.realpath(sys.executable)
 
 
 @lru_cache(maxsize=1)
 def syscall_filter() -> bytes:
-    """The compiled filter. clone3 hides its flags in memory; refused as unknown, the C library falls back to clone.
+    """The compiled filter. clone3 hides its flags in memory; it is refused as unknown, and the C library falls back to clone.
 
     Raises:
-        RewardError: libseccomp is not there.
+        RewardError: libseccomp is missing.
     """
     pyseccomp = _libseccomp()
     rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
@@ -120,11 +121,11 @@ def syscall_filter() -> bytes:
 
 
 def refuse_connections() -> None:
-    """This process and all that it starts connect to nothing, for good. bubblewrap, which asks the kernel for a sandbox's loopback
-    interface, still works.
+    """Forbid this process and all that it starts to connect to anything, permanently. bubblewrap, which asks the kernel for a
+    sandbox's loopback interface, still works.
 
     Raises:
-        RewardError: libseccomp is not there, or the kernel does not take its filter.
+        RewardError: libseccomp is missing, or the kernel does not accept its filter.
     """
     pyseccomp = _libseccomp()
     rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
@@ -152,7 +153,7 @@ def _libseccomp() -> Any:
 def command(
     languages: Languages, *, filter_fd: int, info_fd: int, disk_bytes: int
 ) -> tuple[list[str], tuple[int, ...]]:
-    """The command line that starts a sandbox, to which is to be added what runs in it; and the descriptors that it needs.
+    """The command line that starts a sandbox, to which the command inside is appended, and the descriptors that it needs.
 
     Raises:
         RewardError: a tool is not installed.
@@ -177,7 +178,7 @@ def command(
         parts += ["--ro-bind", path, path]
     half = str(disk_bytes // 2)
     parts += ["--proc", "/proc", "--dev", "/dev"]
-    # Shared memory, and buffers of terminals, that no process is charged for.
+    # Shared memory, and buffers of terminals, which no process is charged for.
     parts += ["--dev-bind", "/dev/null", "/dev/zero", "--dev-bind", "/dev/null", "/dev/pts/ptmx"]
     parts += ["--size", half, "--perms", "1777", "--tmpfs", "/dev/shm"]
     parts += ["--size", half, "--perms", "1777", "--tmpfs", "/tmp"]
@@ -190,7 +191,7 @@ def command(
 
 @lru_cache(maxsize=8)
 def _stage(folders: tuple[str, ...]) -> int:
-    """Of root alone: a mount namespace that differs from ours in that folder i is at /run/i.
+    """Under root only: a descriptor of a mount namespace that differs from ours in that folder i is at /run/i.
 
     RLIMIT_NPROC does not bind root, so under root bwrap and all in it run as nobody, who may not pass /root on the way to an
     interpreter.
@@ -225,5 +226,5 @@ def _tool(name: str) -> str:
 
 
 def last_line(lines: Sequence[str]) -> str:
-    """The last line that says something."""
+    """The last line that is not blank."""
     return next((line.strip() for line in reversed(lines) if line.strip()), "")

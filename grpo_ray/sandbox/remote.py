@@ -1,7 +1,7 @@
-"""Tests in one sandbox, the program in another. Sent inside as source, like `inside`.
+"""Tests in one sandbox, the program in another; sent inside as source, like `inside`.
 
-The side of the tests sees the program's functions and objects through `Remote`. What comes over is rebuilt from plain data, so
-`==` is the tests' own; whatever is not plain data stays with the program, and is equal to itself alone.
+The tests see the program's functions and objects through `Remote`. What they receive is rebuilt from plain data, so `==` is the
+tests' own; whatever is not plain data stays with the program, and is equal only to itself.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     **{f.__name__: f for f in (getattr, setattr, len, bool, iter, reversed, next, str, repr)},
     **{name: getattr(operator, name) for name in ("getitem", "setitem", "delitem", "contains")},
 }
-# What takes numbers out of an object by such a name reads memory where the object says.
+# Code that takes numbers out of an object by such a name reads memory at an address that the object chooses.
 MEMORY = ("__array", "__cuda_array", "__dlpack")
 
 
 class ProgramEnded(BaseException):
-    """The other side is gone, or speaks nonsense."""
+    """The other side has ended, or sends invalid messages."""
 
 
 class ProgramError(Exception):
-    """The program raised an exception of its own making."""
+    """An exception that the program itself defined and raised."""
 
 
 class Unfit(BaseException):
@@ -40,7 +40,7 @@ class Unfit(BaseException):
 
 
 def encode(value: Any, refer: Callable[[Any], Any]) -> Any:
-    """JSON of plain data; what is not goes through `refer`."""
+    """The JSON of plain data; anything else goes through `refer`."""
     if value is None or type(value) in PLAIN:
         return value
     for kind in (list, tuple, set, frozenset):
@@ -77,7 +77,7 @@ def decode(data: Any, referred: Callable[[int], Any]) -> Any:
 
 
 class Wire:
-    """Lines of JSON over a socket pair."""
+    """A connection for lines of JSON over a socket pair."""
 
     def __init__(self, fd: int) -> None:
         sys.set_int_max_str_digits(0)
@@ -97,7 +97,7 @@ class Wire:
 
 
 def serve(namespace: dict[str, Any], fd: int) -> None:
-    """Do what the tests ask of the program's objects, until they hang up."""
+    """Execute the operations of the tests on the program's objects, until they close the connection."""
     wire = Wire(fd)
     held: list[Any] = [namespace]
 
@@ -115,7 +115,7 @@ def serve(namespace: dict[str, Any], fd: int) -> None:
             value = OPERATIONS[name](
                 held[target], *given, **{k: decode(v, held.__getitem__) for k, v in kwargs.items()}
             )
-            # The lists that it was given come back: it may have been asked to change them in place.
+            # The lists that it was given are returned: it may have been meant to change them in place.
             reply = ["ok", encode(value, refer), [encode(a, refer) for a in given]]
         except Exception as e:
             reply = ["raised", type(e).__name__, str(e)]
@@ -123,8 +123,8 @@ def serve(namespace: dict[str, Any], fd: int) -> None:
 
 
 def rebuilt(error: str, message: str, operation: str) -> Exception:
-    """The program's exception for the tests to catch. `map`, `zip` and `iter` take a StopIteration for their own end and tests over
-    them for passed, so only `next` raises it."""
+    """The program's exception for the tests to catch. `map`, `zip` and `iter` take a StopIteration as their own end, so tests over
+    them would pass; hence only `next` raises it."""
     known = getattr(builtins, error, None)
     raised: Exception = ProgramError(f"{error}: {message}")
     ends = () if operation == "next" else (StopIteration,)
@@ -138,7 +138,7 @@ def rebuilt(error: str, message: str, operation: str) -> Exception:
 
 
 class Client:
-    """The tests' end."""
+    """The tests' end of the connection."""
 
     def __init__(self, fd: int) -> None:
         self._wire = Wire(fd)
@@ -162,7 +162,7 @@ class Client:
         raise rebuilt(str(error), str(message), operation)
 
     def attribute(self, name: str) -> Any:
-        """Of the program as a module."""
+        """An attribute of the program as a module."""
         if not name.startswith("__"):
             try:
                 return self.ask("getitem", 0, name)
@@ -188,7 +188,7 @@ def _change(value: Any, new: Any) -> None:
 
 
 class Remote:
-    """An object of the program. Compared by identity: its own `__eq__` would say what it likes."""
+    """An object of the program. It is compared by identity: its own `__eq__` could lie."""
 
     def __init__(self, client: Client, number: int) -> None:
         object.__setattr__(self, "_client", client)
@@ -258,7 +258,7 @@ class _Iterator:
 
 
 def judge(request: dict[str, Any], result: int) -> None:
-    """Run tests; one byte to `result` for each: `.` it passed, `x` it failed, `?` it can't be run here."""
+    """Run tests, and write one byte for each to `result`: `.` it passed, `x` it failed, `?` it can't be run here."""
     client = Client(request["fd"])
     namespace: dict[str, Any] = {"__name__": "__tests__", "__builtins__": builtins}
     program = type(sys)("solution")
@@ -277,12 +277,12 @@ def judge(request: dict[str, Any], result: int) -> None:
 
 
 def _of_the_program(error: ImportError) -> bool:
-    """Did the program raise it, or lack the name that `from solution import` asks for?"""
+    """Whether the program raised it, or lacks the name that `from solution import` requests."""
     return hasattr(error, "of_the_program") or error.name == "solution"
 
 
 def _run_test(test: str, names: list[str], client: Client, namespace: dict[str, Any]) -> None:
-    """`names` are those that the test uses and neither defines nor finds among the builtins."""
+    """Run a test. `names` are those that it uses and neither defines nor finds among the builtins."""
     calls = client.calls
     code = compile(test, "tests", "exec", dont_inherit=True)
     for name in names:

@@ -1,4 +1,4 @@
-"""A trial of the cage before anything is run in it: programs that try what must not work, and each limit once."""
+"""A trial of the sandbox before anything is run in it: programs that try what must not work, and each limit once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from grpo_ray.sandbox.watch import MAX_FILES, MAX_LOCKS, UnmeasuredError
 
 LIMITS = Limits(timeout_s=60.0, cpu_s=30, memory_mb=128, processes=8, file_mb=1, disk_mb=4)
 
-# Each line is something that must not work; what does is printed.
+# Each line is something that must not work; those that do are printed.
 HOLES = f"""
 import ctypes, errno, fcntl, mmap, os, resource, socket
 
@@ -105,7 +105,7 @@ print("tried", end="")
 
 @dataclass(frozen=True)
 class Excess:
-    """A program that has to be ended, and the words that say why."""
+    """A program that has to be ended, and the words in the reason."""
 
     what: str
     program: str
@@ -141,14 +141,14 @@ EXCESSES = (
     Excess("runs without end", "import time\ntime.sleep(60)", "out of time", Limits(timeout_s=0.2)),
 )
 _held: set[tuple[object, object]] = set()
-"""The watches that EXCESSES were tried with in this process: they take a second of processor time and a half."""
+"""The watches with which EXCESSES were tried in this process; they take a second and a half of processor time."""
 
 
 async def check_isolation(languages: Languages) -> None:
-    """Run programs that try to get out, and past each limit.
+    """Run programs that try to escape, and to exceed each limit.
 
     Raises:
-        RewardError: no sandbox can be started, or it is not tight; says which, and the mend.
+        RewardError: no sandbox can be started, or it is not tight; says which, and the fix.
     """
     for folder in languages.folders:
         if not os.path.isdir(folder):

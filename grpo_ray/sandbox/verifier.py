@@ -1,9 +1,9 @@
-"""Third-party code that judges texts, in a sandbox that lives on: starting one for each text would take longer than judging it.
+"""Third-party code that judges texts, in a long-lived sandbox: starting one for each text would take longer than judging it.
 
     Verifier -- items, many in a message --> [worker: verify(*item)] -- a line of JSON for each --> results
 
-A worker that dies at an item (its time, its memory, a fault) is followed by another, and the next items go on there. What a worker
-says is believed in nothing but its form.
+A worker that dies at an item (its time, its memory, a fault) is replaced, and the next items continue there. Nothing about a
+worker's messages is trusted but their form.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from grpo_ray.sandbox.isolation import Languages
 
 T = TypeVar("T")
 LIMITS = Limits(timeout_s=float("inf"), cpu_s=2, memory_mb=2048, processes=2, file_mb=1, disk_mb=2, watch_s=1.0)
-"""`cpu_s` is for each item."""
+"""The limits of a worker; `cpu_s` is for each item."""
 ITEM_S = 60
-"""For one item by the wall's clock; one that computes is ended by its processor time before."""
+"""The wall time for one item; one that computes is stopped earlier, by its processor time."""
 START_S = 300.0
-"""For the imports; a busy machine needs many seconds."""
+"""The deadline for the imports; a busy machine needs many seconds."""
 MAX_ITEMS = 1024
-"""In one message."""
+"""The largest number of items in one message."""
 MAX_LINE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class Ended:
-    """The worker ended at this item twice, or took all of its time."""
+    """The end of the worker at an item: it ended there twice, or took all of its time."""
 
     how: str
 
 
 class Verifier:
-    """One sandbox at a time, started at the first call. For one thread at a time."""
+    """A verifier with one sandbox at a time, started at the first call. It is for one thread at a time."""
 
     def __init__(self, source: str, imports: Sequence[str], limits: Limits = LIMITS) -> None:
         self._source = source
@@ -59,10 +59,10 @@ class Verifier:
         self._session: _Session | None = None
 
     def __call__(self, items: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """What `verify` gives for each item (`sendable`), or an `Ended`.
+        """The result of `verify` for each item (`sendable`), or an `Ended`.
 
         Raises:
-            RewardError: there is no sandbox, or what it holds can't be measured.
+            RewardError: there is no sandbox, or its contents can't be measured.
         """
         with self._turn:
             results: list[Any] = []
@@ -72,7 +72,7 @@ class Verifier:
                 results += replies
                 again = again and not replies
                 if end is not None:
-                    # Memory may have been what the items before it left.
+                    # The memory may have been used by earlier items.
                     if again or end.out_of_cpu:
                         results.append(Ended(end.how))
                     again = not again and not end.out_of_cpu
@@ -93,7 +93,7 @@ class Verifier:
         return self._session
 
     def _ask(self, items: Sequence[tuple[Any, ...]]) -> tuple[list[Any], _End | None]:
-        """Replies to the first of the items, and what ended the worker at the next one."""
+        """The replies to the first of the items, and what ended the worker at the next one."""
         session = self._running()
         try:
             return session.ask(items)
@@ -121,7 +121,7 @@ class _Session:
     def __init__(self, source: str, imports: Sequence[str], limits: Limits) -> None:
         self.pid = os.getpid()
         self.replies: list[Any] = []
-        """To the items that were asked last."""
+        """The replies to the items that were sent last."""
         self._lines: deque[bytes] = deque()
         self._rest = b""
         ours, theirs = socket.socketpair()
@@ -141,7 +141,7 @@ class _Session:
             raise RewardError(f"no sandbox for {', '.join(imports)} can be started: {why}") from None
 
     def ask(self, items: Sequence[tuple[Any, ...]]) -> tuple[list[Any], _End | None]:
-        """Raises OSError, EOFError, ValueError, KeyError, TypeError when there is no more sandbox, or it speaks nonsense."""
+        """The replies. Raises OSError, EOFError, ValueError, KeyError, TypeError if the sandbox has ended or sends nonsense."""
         self.replies = []
         self._socket.settimeout(ITEM_S * (len(items) + 1))
         body = marshal.dumps(list(items))
@@ -154,7 +154,7 @@ class _Session:
         return self.replies, None
 
     def why_ended(self) -> str:
-        """Its sandbox is closed then.
+        """The reason of the end; the sandbox is then closed.
 
         Raises:
             RewardError: it could not be measured.
@@ -177,21 +177,21 @@ class _Session:
 
 
 def library_folders(*modules: str) -> tuple[str, ...]:
-    """Where these packages and what they import are installed."""
+    """The folders in which these packages and their imports are installed."""
     own = [os.path.dirname(os.path.dirname(str(s.origin))) for m in modules if (s := importlib.util.find_spec(m))]
     installed = [p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages")]
     return tuple(dict.fromkeys(p for p in [*own, *installed] if os.path.isdir(p)))
 
 
 _CLASS = b"\x93"
-"""In what pickle writes (nothing reads it), this stands before each object of a class other than Python's own plain ones."""
+"""The byte that pickle writes (nothing reads it) before each object of a class other than Python's own plain ones."""
 
 
 def sendable(value: Any) -> Any:
-    """With the types that marshal keeps: a text of numpy's would come over as bytes.
+    """The value in types that marshal keeps: a text of numpy's would arrive as bytes.
 
     Raises:
-        RewardError: it is of no such type, or nested too deeply.
+        RewardError: the value has no such type, or is nested too deeply.
     """
     with contextlib.suppress(Exception):
         if _CLASS not in pickle.dumps(value, protocol=4):
@@ -234,7 +234,7 @@ async def _begin(box: Box, fd: int) -> asyncio.Task[Any]:
 
 
 async def _close(box: Box, serving: asyncio.Task[Any]) -> str:
-    """Why it had ended, "" if it had not."""
+    """Close the sandbox; returns why it had ended, "" if it had not."""
     await asyncio.wait([serving], timeout=0.2)
     ended = serving.done()
     serving.cancel()
@@ -246,7 +246,7 @@ async def _close(box: Box, serving: asyncio.Task[Any]) -> str:
 
 
 class _Loop:
-    """Where sandboxes that live on are watched: a thread of its own, as long as the process."""
+    """The event loop that watches long-lived sandboxes: a thread of its own, as long as the process."""
 
     pid = 0
     loop: asyncio.AbstractEventLoop

@@ -1,7 +1,7 @@
-"""What no limit of a process bounds, measured from outside: memory of all processes together, files, locks.
+"""Measures from outside for what no limit of a process bounds: memory of all processes together, files, locks.
 
-Memory is the proportional set size of every process, with what of it is swapped out, and for each pipe and socket, whose buffers no
-process is charged for, as much as it can hold.
+Memory is the proportional set size of every process, including swapped-out pages, and for each pipe and socket, whose buffers no
+process is charged for, its capacity.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from grpo_ray.errors import RewardError
 MAX_FILES = 4096
 MAX_LOCKS = 4096
 FIRST = "1"
-"""The process that is ours. Where it can't be measured, nothing can."""
+"""The sandbox's process that is ours. If it can't be measured, nothing can."""
 PIPE_BYTES = 16 * 4096
-"""The kernel's default, which the filter lets nobody change."""
+"""The kernel's default size, which the filter lets nobody change."""
 
 
 class UnmeasuredError(RewardError):
-    """What a sandbox holds can't be read, so it was ended."""
+    """The contents of a sandbox can't be measured, so it was ended."""
 
 
 class GoneError(Exception):
@@ -30,15 +30,15 @@ class GoneError(Exception):
 
 
 class _HiddenError(Exception):
-    """A process of the program's has taken itself out of our sight: by a program that only root may read."""
+    """A process of the program has hidden itself from us, by executing a program that only root may read."""
 
 
 def excess(root: str, memory_mb: int) -> str:
-    """What there is too much of in the sandbox whose root is here; "" if nothing is.
+    """The kind of excess in the sandbox with this root; "" if there is none.
 
     Raises:
-        UnmeasuredError: it can't be told.
-        GoneError: there is no more sandbox.
+        UnmeasuredError: it can't be measured.
+        GoneError: the sandbox has ended.
     """
     try:
         disks = [os.statvfs(f"{root}{folder}") for folder in ("/tmp", "/dev/shm")]
@@ -61,7 +61,7 @@ def excess(root: str, memory_mb: int) -> str:
 
 
 def _locks(root: str) -> int:
-    """This /proc shows those of its own namespace."""
+    """The number of locks. This /proc shows those of its own namespace."""
     with open(f"{root}/proc/locks", "rb") as f:
         return f.read().count(b"\n")
 
@@ -84,14 +84,14 @@ def _memory_bytes(proc: str) -> int:
 
 
 def _tasks(process: str) -> Iterator[str]:
-    """The process, and where its first thread has ended the others, which still hold all that it held."""
+    """The process, or, if its first thread has ended, the others, which still hold all that it held."""
     yield process
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         yield from (f"{process}/task/{thread}" for thread in os.listdir(f"{process}/task"))
 
 
 def _pages(task: str) -> int:
-    """Bytes; 0 of one that has ended."""
+    """The bytes of a process; 0 if it has ended."""
     try:
         with open(f"{task}/smaps_rollup", "rb") as f:
             return sum(int(line.split()[1]) << 10 for line in f if line.startswith((b"Pss:", b"SwapPss:")))
@@ -100,7 +100,7 @@ def _pages(task: str) -> int:
 
 
 def _buffers(task: str) -> dict[str, int]:
-    """Pipe or socket -> what it can hold."""
+    """Pipe or socket -> its capacity in bytes."""
     found = {}
     try:
         for fd in os.listdir(f"{task}/fd"):
@@ -119,7 +119,7 @@ def _buffers(task: str) -> dict[str, int]:
 
 
 def _has_ended(task: str) -> bool:
-    """One without memory is at its end, or past it and not yet waited for, and root's until then."""
+    """Whether a process has ended: without memory it is ending, or has not been waited for yet, and belongs to root until then."""
     try:
         with open(f"{task}/statm", "rb") as f:
             return f.read().startswith(b"0 ")
@@ -129,6 +129,6 @@ def _has_ended(task: str) -> bool:
 
 @lru_cache(maxsize=1)
 def _socket_bytes() -> int:
-    """Of one socket, which may go over its limit by one message of half of it."""
+    """The capacity of one socket, which may exceed its limit by one message of half of it."""
     with open("/proc/sys/net/core/wmem_default") as f:
         return int(f.read()) * 3 // 2

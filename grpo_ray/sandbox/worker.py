@@ -1,4 +1,4 @@
-"""What `verifier` has run inside the sandbox, sent there as source for `inside`, whose functions it uses."""
+"""The code that `verifier` runs inside the sandbox, sent there as source for `inside`, whose functions it uses."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def keep_verifying(source: str, request: dict[str, Any], *ours: int) -> Job:
-    """What to do in a process that verifies. When one has ended, whoever waits for its answers gets those that it has given and
-    hears of its end, and the next one begins."""
+    """The job of a process that verifies. If one ends, the client gets the answers so far and notice of the end, and the next
+    starts."""
     fd, nothing = request["fd"], os.open("/dev/null", os.O_RDWR)
     write(fd, b"null\n")
     while True:
@@ -39,7 +39,7 @@ def keep_verifying(source: str, request: dict[str, Any], *ours: int) -> Job:
 
 
 def verify(source: str, fd: int, results: int, request: dict[str, Any]) -> None:
-    """`verify(*item)` of the program for each item of each message, a line of JSON for each. `renew()` gives it its time again."""
+    """Write a line of JSON with `verify(*item)` of the program for each item of each message. `renew()` resets its limits."""
     given, until = 0, 0.0
 
     def renew() -> None:
