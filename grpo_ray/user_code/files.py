@@ -1,4 +1,4 @@
-"""Modules by the file that they are in, as `rewards.py:mine` names them."""
+"""Modules by their file, as in `rewards.py:mine`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from types import ModuleType
 
 FILE_MODULE = "reward_file_"
-"""How their names begin."""
+"""The prefix of the names of such modules."""
 
 
 def file_module(file: Path) -> ModuleType:
-    """Imported once, whatever else is called so. Raises what the file raises."""
+    """The module of a file, imported once, whatever other modules have its name. Raises what the file raises."""
     known = f"{FILE_MODULE}{file.stem}_{hashlib.blake2b(str(file).encode(), digest_size=6).hexdigest()}"
     if known in sys.modules:
         return sys.modules[known]

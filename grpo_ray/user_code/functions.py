@@ -1,4 +1,4 @@
-"""The functions that a recipe names: found in their source first, imported only to be called."""
+"""The functions that a recipe names: first found in their source, imported only to be called."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class UserFunction:
 
     @property
     def foreign(self) -> bool:
-        """Is it anything else than grpo-ray's?"""
+        """Whether it is not grpo-ray's own."""
         return self.source.module not in OFFERED
 
     def __str__(self) -> str:
         return f"{self.name} of {self.source.file}"
 
     def load(self) -> Callable[..., Any]:
-        """Import it.
+        """Import the function.
 
         Raises:
-            ForeignCodeError: its module can't be imported, or what it gives is no function that a recipe may name.
+            ForeignCodeError: its module can't be imported, or the result is no function that a recipe may name.
         """
         module = _imported(self.source)
         try:
@@ -55,13 +55,13 @@ class UserFunction:
 
 
 def of_module(dotted: str, package: str | None) -> UserFunction:
-    """`package.module.function`.
+    """The function `package.module.function`.
 
     Args:
         package: the installed package that the recipe names.
 
     Raises:
-        ForeignCodeError: there is none, or a recipe may not name it.
+        ForeignCodeError: it does not exist, or a recipe may not name it.
     """
     module, _, name = dotted.rpartition(".")
     module = FORMER.get(module, module)
@@ -121,7 +121,7 @@ def _no_import(source: Source, error: BaseException) -> ForeignCodeError:
 
 
 def _check_home(value: Any, source: Source) -> None:
-    """Raises ForeignCodeError for a function of a module that a recipe may not name, whatever name it has in the user's."""
+    """Raises ForeignCodeError for a function of a module that a recipe may not name, whatever its name in the user's module."""
     while isinstance(value, functools.partial):
         value = value.func
     value = getattr(value, "__func__", value)

@@ -1,4 +1,4 @@
-"""Why a user's module is not the one that was imported: another of its name comes first."""
+"""The explanation if a user's module is not the one that was imported: another of its name comes first."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ OURS = ("grpo_ray", "actors", "launch")
 
 
 def name_taken(module: str) -> str | None:
-    """One sentence on what else has the first name of this dotted path, where the current folder has it, too; None: it has not, or
-    it is what was imported."""
+    """One sentence on what else has the first name of this dotted path, if the current folder has it too; None if it has not, or if
+    that is what was imported."""
     top = module.partition(".")[0]
     here = Path.cwd()
     mine = next((path for path in (here / f"{top}.py", here / top) if path.exists()), None)

@@ -1,7 +1,7 @@
 """Whose functions a recipe may name: those of the working folder, of a package that it names, of a file given by its path.
 
-A recipe or a run's folder may be a stranger's, and `subprocess.check_output` with `args` is a command of theirs. So Python's own
-modules, grpo-ray's and those of the libraries that it is made of are never a recipe's to call.
+A recipe or a run's folder may be a stranger's, and `subprocess.check_output` with `args` would run their command. So a recipe may
+never call Python's own modules, grpo-ray's or those of its dependencies.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from pathlib import Path
 from grpo_ray.user_code.modules import OURS, name_taken
 
 OFFERED = ("grpo_ray.tasks.arithmetic", "grpo_ray.tasks.r1", "grpo_ray.rewards.votes")
-"""Our own modules that are made for recipes, and of which evaluations name functions."""
+"""Our own modules whose functions recipes and evaluations may name."""
 FORMER = {"grpo_ray.tiny_arithmetic": OFFERED[0], "grpo_ray.tiny_r1": OFFERED[1]}
-"""What recipes and run folders of before call them."""
+"""Former names in recipes and run folders -> the modules."""
 TOOLS = frozenset(
     {"pip", "wheel", "uv", "pkg_resources", "pytest", "_pytest", "pluggy", "coverage", "mutmut", "IPython"}
 )
-"""Installed beside the libraries to install and to run other code: likewise never a recipe's."""
+"""Tools to install and to run other code, installed beside the libraries: a recipe may not name them either."""
 ROOT = Path(__file__).parents[2]
 MAX_RECORD = 8 << 20
 _EXTRAS = ("cpu", "gpu", "wandb", "mlflow")
@@ -41,21 +41,21 @@ _code_folders: list[str] = []
 
 
 class ForeignCodeError(Exception):
-    """A function that a recipe may not name, or that is not there; says why, and how to name it."""
+    """A function that a recipe may not name, or that does not exist; says why, and how to name it."""
 
 
 class MissingCodeError(ForeignCodeError):
-    """There is no such module, or no such name in it."""
+    """A module, or a name in it, that does not exist."""
 
 
 def add_code_folder(folder: str) -> None:
-    """Let modules of this folder count as the user's: the one that a run was begun in."""
+    """Let modules of this folder count as the user's: the one that a run was started in."""
     if folder not in _code_folders:
         _code_folders.append(folder)
 
 
 def search_here() -> None:
-    """Put the current folder on the search path, behind the libraries: a `random.py` of a user's is not everybody's."""
+    """Put the current folder on the search path, after the libraries: a user's `random.py` must not replace Python's."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
 
@@ -68,7 +68,7 @@ def locate(module: str, package: str | None) -> Path:
         package: the installed package that the recipe names.
 
     Raises:
-        ForeignCodeError: there is none, or it is not the recipe's to name.
+        ForeignCodeError: it does not exist, or the recipe may not name it.
     """
     module = FORMER.get(module, module)
     top = module.partition(".")[0]
@@ -91,7 +91,7 @@ def locate(module: str, package: str | None) -> Path:
 
 
 def check_file(file: Path) -> None:
-    """Raises ForeignCodeError for a file given by its path that is Python's, an installed package's or ours."""
+    """Raises ForeignCodeError for a file given by its path that belongs to Python, an installed package or us."""
     real = file.resolve()
     for path in (file.absolute(), real):
         if is_installed(path):
@@ -108,12 +108,12 @@ def check_file(file: Path) -> None:
 
 
 def is_installed(path: Path) -> bool:
-    """Is it where packages are installed, or where a Python is?"""
+    """Whether a path is in a folder of installed packages or of a Python."""
     return bool(_INSTALLED & set(path.parts)) or _is_systems(path) or _is_of_python(path) or _is_distributed(path)
 
 
 def _is_systems(path: Path) -> bool:
-    """Is it of the operating system, whose packages bring files of Python too, and not where the user works?"""
+    """Whether a path belongs to the operating system, whose packages install Python files too, and not to the user's folder."""
     return any(path.is_relative_to(folder) and not Path.cwd().is_relative_to(folder) for folder in _SYSTEM)
 
 
@@ -130,8 +130,8 @@ def _holds_python(folder: Path) -> bool:
 
 
 def _is_distributed(path: Path) -> bool:
-    """Is it where `pip install --target` puts packages? Where the user works, what an installation left there says which files are
-    its own."""
+    """Whether `pip install --target` put the path there. In the user's working folder, the records of an installation state which
+    files are its own."""
     for folder in path.parents:
         users = any(Path(own).is_relative_to(folder) for own in (os.getcwd(), *_code_folders))
         for left in folder.glob("*.dist-info"):
@@ -192,13 +192,13 @@ def _check_owner(top: str, module: str, file: Path, package: str | None) -> None
 
 
 def _is_working(root: Path, top: str) -> bool:
-    """Is this folder, which modules are looked for in, the user's?"""
+    """Whether this folder on the search path is the user's."""
     if is_installed(root / top):
         return False
     own = (os.getcwd(), *sys.path[-1:], *_code_folders, *_python_path())
     if str(root) in map(os.path.abspath, own):
         return True
-    # Put there by the program that calls this one, or by an installation that leads to a project's folder.
+    # Put there by the calling program, or by an installation that points to a project's folder.
     return str(root) in map(os.path.abspath, sys.path) and top not in _owners()
 
 
@@ -220,8 +220,8 @@ def _never(module: str, whose: str) -> str:
 
 @functools.cache
 def libraries() -> frozenset[str]:
-    """Names by which the packages are imported that grpo-ray needs, and those that these need. Where it is not known what grpo-ray
-    needs, all that are installed."""
+    """The import names of the packages that grpo-ray requires, and of those that they require. If the requirements are unknown, of
+    all that are installed."""
     owners = _owners()
     try:
         needed = _needed("grpo-ray", _EXTRAS, set())
@@ -232,7 +232,7 @@ def libraries() -> frozenset[str]:
 
 @functools.cache
 def _owners() -> Mapping[str, list[str]]:
-    """Names that can be imported -> the installed packages that bring them."""
+    """Import name -> the installed packages that provide it."""
     return metadata.packages_distributions()
 
 

@@ -1,4 +1,4 @@
-"""What a user's file says of a name, read from its source: nothing of it is run."""
+"""What a user's file says about a name, read from its source: none of it is run."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from grpo_ray.user_code.modules import name_taken
 from grpo_ray.user_code.places import ForeignCodeError, MissingCodeError, locate
 
 MAX_STEPS = 20
-"""From module to module, after an imported name."""
+"""The largest number of steps from module to module after an imported name."""
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 @dataclass(frozen=True)
 class Source:
-    """A module, by its file."""
+    """A module, given by its file."""
 
     file: Path
     module: str | None
-    """Its dotted name; None: it is named by its file alone."""
+    """The module's dotted name; None if it is named only by its file."""
     package: str | None
     """The installed package that the recipe names."""
 
@@ -32,20 +32,20 @@ class Source:
 
 @dataclass(frozen=True)
 class Found:
-    """Where a function of a recipe is defined."""
+    """The place where a function of a recipe is defined."""
 
     source: Source
     name: str
     node: Definition | None
-    """None: it is the value of an expression, or there is no source to read."""
+    """The definition; None if it is the value of an expression, or if there is no source to read."""
 
 
 def find(source: Source, name: str, steps: int = 0) -> Found:
-    """Where the name of a module leads: to a definition there, or in a module that it was imported from.
+    """The target of a module's name: a definition there, or in a module that it was imported from.
 
     Raises:
-        ForeignCodeError: the module has no such name, or it leads to what a recipe may not name.
-        SyntaxError: of the file.
+        ForeignCodeError: the module has no such name, or its target is one that a recipe may not name.
+        SyntaxError: the file has one.
     """
     if steps > MAX_STEPS:
         raise ForeignCodeError(f"{name} of {source.file} leads from import to import without end")
@@ -62,7 +62,7 @@ def find(source: Source, name: str, steps: int = 0) -> Found:
         return starred
     if not found:
         raise missing[0] if missing else MissingCodeError(_no_name(source, name))
-    # What one branch defines and another imports is the one or the other.
+    # If one branch defines it and another imports it, it is one of them.
     return next((f for f in found if f.node is None), found[-1])
 
 
@@ -74,7 +74,7 @@ def _no_name(source: Source, name: str) -> str:
 
 
 def parse(file: Path) -> ast.Module:
-    """Raises SyntaxError, also for a file that is no Python at all."""
+    """The syntax tree. Raises SyntaxError, also for a file that is no Python at all."""
     try:
         return ast.parse(file.read_bytes(), str(file))
     except (ValueError, RecursionError, MemoryError) as e:
@@ -82,13 +82,13 @@ def parse(file: Path) -> ast.Module:
 
 
 def defined(file: Path) -> list[str]:
-    """Names of the functions and classes in it."""
+    """The names of the functions and classes in it."""
     names = [node.name for node in _statements(parse(file).body) if isinstance(node, Definition)]
     return sorted({name for name in names if not name.startswith("_")})
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Of the module itself, inside of `if`, `try` and the like; not of functions and classes."""
+    """The statements of the module itself, inside `if`, `try` and the like; not those of functions and classes."""
     for node in body:
         yield node
         if isinstance(node, Definition):
@@ -129,7 +129,8 @@ def _follow(source: Source, tree: ast.Module, name: str, how: ast.AST, steps: in
 
 
 def _value(source: Source, tree: ast.Module, name: str, value: ast.expr | None, steps: int) -> Found:
-    """`run = subprocess.run` is what it says; of another expression, only its value tells."""
+    """The target of an assignment: `run = subprocess.run` leads to that function; of another expression, only its value would
+    show."""
     match value:
         case ast.Name(id=other) if other != name:
             if any(True for _ in _bindings(tree.body, other)):
