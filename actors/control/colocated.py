@@ -1,8 +1,8 @@
-"""Samplers and learners on the same devices, one kind at a time (`cluster.placement: colocated`).
+"""Rollout engines and learner ranks on the same devices, one kind at a time (`cluster.placement: colocated`).
 
-    sampling   engines awake; the learners' states in the host's memory
-    learning   engines asleep, their weights in the host's memory and without a KV cache; the learners' states on the device
-    the sync   the learners' weights and the engines' on the device, nothing else
+    sampling   engines awake; the learner's states in the host's memory
+    learning   engines asleep, their weights in the host's memory and without a KV cache; the learner's states on the device
+    the sync   the learner's weights and the engines' on the device, nothing else
 
 On CPUs nothing moves: each kind has all cores while the other waits.
 """
@@ -26,11 +26,11 @@ class SleepingSampler(Sampler, Protocol):
     on_stale: Callable[[], Awaitable[None]] | None
 
     async def sleep(self) -> None:
-        """Free the device, when what is under way on it has ended."""
+        """Free the device when what runs on it has finished."""
         ...
 
     async def wake(self, part: Literal["weights", "kv_cache"] | None = None) -> None:
-        """Take it back, whole or in part."""
+        """Take the device back, whole or in part."""
         ...
 
 
@@ -40,15 +40,15 @@ class OffloadingLearner(Learner, Protocol):
         ...
 
     async def reload(self) -> None:
-        """Move all of them back."""
+        """Move all states back."""
         ...
 
 
 class Turns:
-    """Whose turn it is. Made in the learners' turn: they have just started, and the samplers sleep."""
+    """The turns of learner and rollout engines. The first is the learner's: its ranks have just started, and the engines sleep."""
 
     def __init__(self, sampler: SleepingSampler, learner: OffloadingLearner, *, moves: bool) -> None:
-        """`moves`: the learner's states are not in the host's memory all the time."""
+        """`moves`: the learner's states leave the device between its turns."""
         self._sampler = sampler
         self._learner = learner
         self._moves = moves
@@ -56,7 +56,7 @@ class Turns:
         self._learning = True
 
     async def sampling(self) -> None:
-        """From now on, until somebody else's turn."""
+        """Begin the engines' turn, which lasts until another turn begins."""
         if self._learning:
             async with self._lock:
                 if self._learning:
@@ -66,14 +66,14 @@ class Turns:
 
     @asynccontextmanager
     async def learning(self) -> AsyncIterator[None]:
-        """While the body runs, and after it: until a sample is wanted, or weights are sent."""
+        """The learner's turn, during the body and after it: until a sample is wanted, or weights are sent."""
         async with self._lock:
             await self._begin_learning()
             yield
 
     @asynccontextmanager
     async def sending(self) -> AsyncIterator[None]:
-        """The learners' weights and the engines' are on the device; afterwards it is the samplers' turn."""
+        """A weight sync's turn: the learner's weights and the engines' are on the device; the engines' turn follows."""
         async with self._lock:
             await self._begin_learning()
             await self._offload(keep_weights=True)
@@ -96,7 +96,7 @@ class Turns:
 
 
 class ColocatedSampler:
-    """`roles.Sampler` in turns."""
+    """A `roles.Sampler` that takes turns with the learner."""
 
     def __init__(self, sampler: SleepingSampler, turns: Turns) -> None:
         self._sampler = sampler
@@ -114,7 +114,7 @@ class ColocatedSampler:
 
 
 class ColocatedLearner:
-    """`roles.Learner` in turns."""
+    """A `roles.Learner` that takes turns with the rollout engines."""
 
     def __init__(self, learner: OffloadingLearner, turns: Turns) -> None:
         self._learner = learner
@@ -148,7 +148,7 @@ class StaleSync(WeightSync, Protocol):
 
 
 class ColocatedWeights:
-    """`roles.WeightSync` between a learners' turn and a samplers'. An engine that was restarted gets its weights in a turn of its
+    """A `roles.WeightSync` between a learner's turn and an engines' turn. A restarted engine gets its weights in a turn of its
     own, when the others have finished what they sample."""
 
     def __init__(self, weights: StaleSync, sampler: SleepingSampler, turns: Turns) -> None:
@@ -166,9 +166,10 @@ class ColocatedWeights:
 
 
 def check_colocated(config: RunConfig, *, has_gpus: bool) -> None:
-    """
+    """Check that engines and learner ranks can share devices as the config asks.
+
     Raises:
-        ConfigError: GPUs can't be shared as the config has it.
+        ConfigError: they can't.
     """
     if not config.colocated or not has_gpus:
         return

@@ -1,4 +1,4 @@
-"""What a controller shares with the kind of run that it runs: facts of the run, what is under way, and how to report."""
+"""What a controller shares with the kind of run that it runs: facts of the run, what is in progress, and how to report."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class RunContext:
     emit: Callable[[Event], None]
     """Sends an event to those who follow the run."""
     resume_step: int | None
-    """The checkpoint from which the run goes on; None: from the beginning. Recovery moves it."""
+    """The checkpoint from which the run continues; None: from the beginning. Recovery changes it."""
     stop_reason: str | None = None
     loop: TrainLoop | SftLoop[Any] | None = None
     """The training loop, once there is one."""
     scaler: RunScaler | None = None
-    """What changes the numbers of workers, while there are some."""
+    """The scaler that changes the numbers of workers, while there are some."""
 
     @property
     def step(self) -> int:
-        """Steps that are done; 0 before there is a loop."""
+        """The number of finished steps; 0 before there is a loop."""
         return self.loop.step if self.loop is not None else 0
 
     def phase(self, phase: str, detail: str = "", done: int = 0, total: int = 0) -> None:

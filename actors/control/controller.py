@@ -1,9 +1,9 @@
-"""The named actor that owns a run: runs what its kind asks for, keeps what it has to tell, takes commands.
+"""The named actor that owns a run: it runs the function of its kind, keeps its events, and takes commands.
 
     driver (launch/run/follow.py)  -- run, events, stop -->  Controller  --> run_*.py --> pools (workers.py) --> actors
     command line                          -- scale -->
 
-The driver may vanish and come back; the run is here. Only references and small records pass through it.
+The driver may vanish and come back; the run lives here. Only references and small records pass through it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from grpo_ray.telemetry.events import EndEvent, Event, EventLog, MessageEvent
 from grpo_ray.telemetry.messages import MessageLog
 
 LINGER_S = 30.0
-"""How long a controller whose run has ended waits for someone to read that, before it goes."""
+"""How long a controller whose run has ended waits for someone to read its end before it exits."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class RunKind:
 
     config: type[RunConfig] | type[SftConfig]
     run: Callable[[RunContext, Any], Awaitable[str]]
-    """Does the whole run; returns how it ended."""
+    """The function that does the whole run; it returns how the run ended."""
     has_report: bool = False
-    """Messages of the run are kept for its report."""
+    """Whether messages of the run are kept for its report."""
 
 
 RUN_KINDS = {
@@ -67,7 +67,7 @@ RUN_KINDS = {
 
 
 class Controller:
-    """One run. Its methods are coroutines on one event loop: `stop` and `events` answer while `run` is under way."""
+    """One run. The methods are coroutines on one event loop: `stop` and `events` answer while `run` is in progress."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Controller:
         self._work: asyncio.Task[str] | None = None
 
     async def run(self) -> None:
-        """The whole run. How it ended is the last event; this never raises."""
+        """Run from start to end. The last event states how it ended; this never raises."""
         self._work = asyncio.create_task(self._alone())
         try:
             reason = await self._work
@@ -111,19 +111,20 @@ class Controller:
         self._leaving = asyncio.create_task(self._leave())
 
     def _keep_end(self, end: EndEvent) -> None:
-        """For `resume`, which need not start anything then. A full disk is told by what has to be written."""
+        """Record how the run ended for `resume`, which need not start anything then. A full disk is reported by what has to be
+        written."""
         loop = self._context.loop
         if self._messages is not None and loop is not None:
             with contextlib.suppress(OSError):
                 write_ended(self._run.path, self._config, end.status, end.text, loop.step, loop.total_steps)
 
     async def _leave(self) -> None:
-        """A detached actor has nobody who ends it; the name of its run must become free."""
+        """Exit: nobody else ends a detached actor, and the name of its run must become free."""
         await asyncio.sleep(LINGER_S)
         ray.kill(ray.get_runtime_context().current_actor)
 
     async def events(self, after: int, wait_s: float) -> tuple[list[Event], int]:
-        """What happened from event number `after` on, and the number to ask from next time; waits up to `wait_s` for something."""
+        """The events from number `after` on, and the number to ask from next time; waits up to `wait_s` for one."""
         if self._events.count <= after:
             self._news.clear()
             try:
@@ -133,10 +134,10 @@ class Controller:
         return self._events.since(after), self._events.count
 
     async def stop(self, reason: str, now: bool = False) -> None:
-        """End after the step under way, with a checkpoint; before the first step, or `now`, at once.
+        """End after the step in progress, with a checkpoint; before the first step, or `now`, at once.
 
         Raises:
-            ConfigError: the reason is not a word: it becomes the run's status.
+            ConfigError: the reason is not a single word, as the run's status has to be.
         """
         self._context.stop_reason = check_name(reason, "the reason of a stop")
         if self._context.loop is not None and not now:
@@ -148,7 +149,7 @@ class Controller:
         """See `RunScaler.scale`.
 
         Raises:
-            ConfigError: as there; or it has no workers at the moment, or is no run of `grpo-ray train`.
+            ConfigError: as there; or the run has no workers at the moment, or is not one of `grpo-ray train`.
         """
         if self._context.scaler is None:
             kind = self._context.kind
@@ -171,7 +172,7 @@ class Controller:
         self._news.set()
 
     async def _alone(self) -> str:
-        """The run, while nobody else writes in its folders. To them this writes nothing when somebody does."""
+        """Run while no other process writes in the run's folders. If one does, nothing is written to them."""
         messages, self._messages = self._messages, None
         here = asyncio.get_running_loop()
 

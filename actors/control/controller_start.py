@@ -1,4 +1,4 @@
-"""How a run's controller is started. Its process imports torch and Transformers; the one that starts it need not wait for that."""
+"""The start of a run's controller. Its process imports torch and Transformers; the starting process need not wait for that."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def start_controller(
     needs: Sequence[ColumnNeeds] = (),
     detached: bool = False,
 ) -> Any:
-    """The handle of a new controller for this run, on this node. It does nothing before `run`.
+    """The handle of a new controller for this run, on this node. The controller does nothing before `run`.
 
     Args:
         needs: what the rewards take from the data.
-        detached: it, and all that it starts, outlives this process.
+        detached: the controller, and all that it starts, outlives this process.
 
     Raises:
-        ConfigError: a run of this name is under way on the cluster.
+        ConfigError: a run of this name is in progress on the cluster.
     """
     run = run_name(run_dir)
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
@@ -60,7 +60,7 @@ def start_controller(
 
 
 class Controller:
-    """That of `actors.control.controller` as an actor; what it imports and prints is in the run's log from the first line."""
+    """`actors.control.controller.Controller` as an actor; its imports and output are in the run's log from the first line."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What the controller needs of torch, imported when engines have begun to start: they take longest, and do not wait for it."""
+"""What the controller needs of torch, imported once the engines have begun to start: they take longest, and do not wait for it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ _importing = threading.Lock()
 
 
 def import_learning() -> None:
-    """Seconds, the first time; for a thread. One at a time: threads that import torch, or what imports it, side by side meet with
-    halves of its modules."""
+    """Import torch and what learns; it takes seconds the first time and is meant for a thread. One import at a time: threads that
+    import torch, or what imports it, side by side see half-imported modules."""
     with _importing:
         for name in MODULES:
             importlib.import_module(name)

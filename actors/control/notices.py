@@ -1,8 +1,8 @@
 """Notices that a node will be taken away: a spot instance, a node that an autoscaler or `ray drain-node` drains.
 
-Ray puts nothing new on such a node. Who drains it ends it at the deadline, with all that runs there: Ray itself does not.
+Ray places nothing new on such a node. Whoever drains it ends it at the deadline, with all that runs there: Ray itself does not.
 
-None of Ray's ways to ask which nodes these are is public.
+None of Ray's ways to list these nodes is public.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ POLL_S = 2.0
 class Notice:
     node_id: str
     own: bool
-    """It is the node of who asks."""
+    """Whether it is the node of the asking process."""
     seconds_left: float | None
-    """None: Ray names no deadline."""
+    """The seconds until the deadline; None: Ray names none."""
 
     def __str__(self) -> str:
         when = "soon" if self.seconds_left is None else f"in {self.seconds_left:.0f} s"
@@ -33,7 +33,7 @@ class Notice:
 
 
 class Loop(Protocol):
-    """Of a run."""
+    """The loop of a run, as notices need it."""
 
     def stop(self, reason: str) -> None: ...
 
@@ -41,7 +41,7 @@ class Loop(Protocol):
 
 
 def handle_preemption(notice: Notice, loop: Loop) -> str:
-    """What is lost with a node is what came after the newest checkpoint: make one while there is time. Returns what to tell."""
+    """Make a checkpoint while there is time, since a lost node costs what came after the newest one. Returns the text to report."""
     if notice.own:
         loop.stop("preempted")
         return f"{notice}, and this run with it: it ends after the step under way, with a checkpoint"
@@ -50,7 +50,7 @@ def handle_preemption(notice: Notice, loop: Loop) -> str:
 
 
 async def watch_notices(on_notice: Callable[[Notice], None]) -> None:
-    """Tell of each node once; until cancelled."""
+    """Report each node once; runs until cancelled."""
     own = ray.get_runtime_context().get_node_id()
     told: set[str] = set()
     while True:

@@ -1,4 +1,4 @@
-"""The controller as the owner of its run's folders, see `grpo_ray.run.ownership`."""
+"""The controller as the owner of its run's folders; see `grpo_ray.run.ownership`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from grpo_ray.run.ownership import Owner, describe
 from grpo_ray.run.run_dir import RunDir
 
 WRITERS = {"grpo": "train", "sft": "sft", "dpo": "dpo", "reward_model": "reward-model", "sample": "sample"}
-"""Kinds of run that write in their folder, and their commands. The others leave logs there."""
+"""The kinds of run that write in their folder, and their commands. The others only leave logs there."""
 
 
 def folders_of(run: RunDir, kind: str) -> list[Path]:
-    """In which nobody else may write: of two runs of one name and one `checkpoint.path` the second would clear away what the first
-    saves. In object stores nothing can be held."""
+    """The folders in which no other process may write: of two runs of one name and one `checkpoint.path` the second would delete
+    what the first saves. Object stores cannot be locked."""
     if kind not in WRITERS:
         return []
     store = run.store.url
@@ -23,7 +23,7 @@ def folders_of(run: RunDir, kind: str) -> list[Path]:
 
 
 def controller_of(name: str, kind: str, *, detached: bool) -> Owner:
-    """This process, which is that controller."""
+    """This process as the owner: the controller of that run."""
     if detached:
         end = f"`grpo-ray logs {name}` shows it, `grpo-ray stop {name}` ends it"
     else:

@@ -12,14 +12,14 @@ from grpo_ray.telemetry.catalogue import matches, star
 from grpo_ray.telemetry.prometheus import COUNTS, DISTRIBUTIONS, LABELS, STEPS, exported
 
 REFRESH_S = 5.0
-"""Ray forgets a gauge that nobody sets."""
+"""The period at which gauges are set again, since Ray drops a gauge that is not."""
 
 
 class RayMetrics:
-    """A tracker. Gauges hold the newest step; what `live` says is asked again and again."""
+    """A tracker. Gauges hold the newest step; `live` is polled."""
 
     def __init__(self, run: str, live: Callable[[], Mapping[str, float]]) -> None:
-        """Needs a running event loop."""
+        """It needs a running event loop."""
         self._run = run
         self._live = live
         self._newest: dict[str, float] = {}

@@ -17,7 +17,7 @@ class RaySamples:
     """Puts lists of samples into the object store and fetches them by reference."""
 
     async def fetch(self, refs: list[Any]) -> list[Sequence[Sample]]:
-        """Raises LostSamplesError."""
+        """Fetch the lists behind the references; raises LostSamplesError."""
         reading = asyncio.gather(*refs)
         try:
             return list(await within(reading, 60, "reading samples to write them down", "tracking.rollouts"))

@@ -1,4 +1,4 @@
-"""Learners that are lost during a run are started again from the newest checkpoint; everything else lives on."""
+"""Recovery: learner ranks that are lost during a run are restarted from the newest checkpoint; everything else lives on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from grpo_ray.errors import CheckpointError, GrpoRayError, LostSamplesError, NoM
 from grpo_ray.run.records import last_step
 
 START_AGAIN_S, LONGEST_WAIT_S = 2.0, 16.0
-"""Between two starts of learners, at first and at most."""
+"""The wait between two starts of the learner, at first and at most."""
 
 
 async def outlive_learners(
@@ -26,8 +26,8 @@ async def outlive_learners(
     train: Callable[[], Awaitable[str]],
     start_again: Callable[[], Awaitable[None]],
 ) -> str:
-    """Run `train`, and from the newest checkpoint once more whenever learners were lost, or samples with their node;
-    `learner.max_restarts` times without a step more."""
+    """Run `train`, and run it again from the newest checkpoint whenever learner ranks, or samples with their node, were lost; at
+    most `learner.max_restarts` times without a new step."""
     deaths, died_at = 0, -1
     while True:
         try:
@@ -72,8 +72,8 @@ async def _go_back(context: RunContext, step: int, lost: str) -> None:
 
 
 async def _start_learners(context: RunContext, start_again: Callable[[], Awaitable[None]], limit_s: float) -> None:
-    """Start learners. Those that die while they start are started once more, later and later, within `limit_s`: as long as Ray
-    does not know that a node is dead, it puts new ones there."""
+    """Start the learner. Ranks that die while they start are restarted with a growing wait, within `limit_s`: until Ray knows that
+    a node is dead, it places new ones there."""
     give_up = time.monotonic() + limit_s
     wait_s = START_AGAIN_S
     while True:
@@ -89,7 +89,7 @@ async def _start_learners(context: RunContext, start_again: Callable[[], Awaitab
 
 
 def first_typed(error: BaseException) -> BaseException:
-    """The first error with a message for users, through the groups that asyncio wraps them in; else the first of all."""
+    """The first error with a message for users, inside the groups that asyncio wraps errors in; else the first of all."""
     if isinstance(error, BaseExceptionGroup):
         return first_typed(next((e for e in error.exceptions if isinstance(e, GrpoRayError)), error.exceptions[0]))
     return error

@@ -1,9 +1,9 @@
-"""Changes the number of a run's workers while it goes on: by the command `grpo-ray scale`, or by itself, in the config's bounds.
+"""Changes the number of a run's workers during the run: on the command `grpo-ray scale`, or by itself, within the config's bounds.
 
-    scale -> [the config allows it] -> [the cluster has room] -> samplers and reward workers: at once
-                                                              -> learners: when the loop is between two steps
+    scale -> [the config allows it] -> [the cluster has room] -> rollout engines and reward workers: at once
+                                                              -> learner ranks: when the loop is between two steps
 
-What was asked for last is in the run's config.yaml, with which a resumed run begins.
+The last request is in the run's config.yaml, with which a resumed run begins.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class WorkerGroup(Protocol):
 
     @property
     def num_learners(self) -> int:
-        """That there are."""
+        """The number of learner ranks that run now."""
         ...
 
     def take_most_waiting(self) -> Counts:
-        """Role -> samples that waited for a worker at once, at most, since the last call."""
+        """Role -> the most samples that waited for a worker at once since the last call."""
         ...
 
     def reconfigure(self, config: RunConfig) -> None:
-        """Samplers and reward workers become as many as it says; learners that are started from now on, too."""
+        """Scale rollout engines and reward workers to the config's numbers; learners that start from now on follow it too."""
         ...
 
     async def change_learner(self, place: CheckpointLocation | None) -> tuple[Learner, WeightSync]:
@@ -62,8 +62,8 @@ class RunScaler:
     ) -> None:
         """
         Args:
-            record: keeps the numbers for a resumed run.
-            tell: level and text, for those who watch the run.
+            record: records the numbers for a resumed run.
+            tell: reports a level and a text to those who follow the run.
         """
         self._config = config
         self._crew = crew
@@ -72,24 +72,24 @@ class RunScaler:
         self._lock = asyncio.Lock()
         self._loads: dict[str, list[Load]] = {role: [] for role in SELF_SCALED}
         self._no_room: set[str] = set()
-        """Roles that the cluster had no room for."""
+        """The roles that the cluster had no room for."""
         self._scaling_itself: asyncio.Task[None] | None = None
         self._waiting: asyncio.Task[None] | None = None
-        """For room on the cluster."""
+        """The task that waits for room on the cluster."""
         self._closed = False
 
     async def close(self) -> None:
-        """The run ends. Nothing waits for room any more: the autoscaler would keep nodes for it."""
+        """End the scaler with the run. Nothing waits for room any more: the autoscaler would keep nodes for it."""
         self._closed = True
         if self._waiting is not None:
             self._waiting.cancel()
             await asyncio.gather(self._waiting, return_exceptions=True)
 
     async def scale(self, words: Sequence[str]) -> str:
-        """The command: `["rollout=4", "learner=2"]`. Returns what was and what will be.
+        """Run the command, e.g. `["rollout=4", "learner=2"]`. Returns the old and the new numbers.
 
         Raises:
-            ConfigError: words that say no numbers, or numbers that this run can't have.
+            ConfigError: words without numbers, or numbers that this run can't have.
             ResourceError: the cluster did not get large enough within deadlines.resources_s, or the run ended before.
         """
         asked = parse_counts(words)
@@ -124,13 +124,13 @@ class RunScaler:
         self._crew.reconfigure(config)
 
     def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Looks whether a role with bounds has too few workers, or too many."""
+        """Check whether a role with bounds has too few workers, or too many."""
         waiting, asked = self._crew.take_most_waiting(), counts(self._config)
         for role, loads in self._loads.items():
             low, high = bounds(self._config, role)
             load = load_of(role, metrics, waiting[role])
             if metrics.get(f"workers/{role}") != asked[role] or load is None:
-                loads.clear()  # Some are about to join, or to leave.
+                loads.clear()  # Some workers are about to join, or to leave.
                 continue
             loads.append(load)
             del loads[:-PATIENCE]

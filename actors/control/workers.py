@@ -1,4 +1,4 @@
-"""The pools of a run, started side by side and ended together; learners that are replaced while the others live on."""
+"""The pools of a run, started side by side and ended together; learner ranks are replaced while the others live on."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Workers:
             remove_placement_group(self._placement)
 
     def live(self) -> dict[str, float]:
-        """What the pools do at this moment."""
+        """The pools' figures of this moment."""
         return {k: v for p in self._pools if isinstance(p, RolloutPool | RewardPool) for k, v in p.live().items()}
 
     @property
@@ -89,14 +89,14 @@ class Workers:
         assert isinstance(self._config, RunConfig)
         in_turns = self._config.colocated
         async with asyncio.TaskGroup() as tasks:
-            # The slowest first: all that start share this machine's cores.
+            # The slowest start first: all that start share this machine's cores.
             pair = tasks.create_task(self._start_in_turns(num_steps) if in_turns else self._start_together(num_steps))
             scorer = tasks.create_task(self.start_scorer())
             voter = tasks.create_task(self.start_voter())
         return self._joined(*pair.result(), scorer.result(), voter.result())
 
     async def replace_learner(self, before: Started) -> Started:
-        """New ranks for lost ones; everything else lives on."""
+        """Start new ranks for lost ones; everything else lives on."""
         assert isinstance(self._config, RunConfig)
         assert self._sampler is not None
         await self.close_learner()
@@ -110,7 +110,7 @@ class Workers:
         return self._learner.num_ranks if self._learner else 0
 
     def take_most_waiting(self) -> Counts:
-        """See `actors.control.scaler.WorkerGroup`; so for the next one."""
+        """See `actors.control.scaler.WorkerGroup`, as for `reconfigure`."""
         assert self._sampler is not None
         assert self._scorer is not None
         return {"rollout": self._sampler.take_most_waiting(), "reward": self._scorer.take_most_waiting()}
@@ -123,8 +123,8 @@ class Workers:
         self._scorer.scale(config.reward.num_actors)
 
     async def change_learner(self, place: CheckpointLocation | None) -> tuple[Learner, WeightSync]:
-        """See `roles.Scaler.change_learners`. Engines that are stale meanwhile wait: until the new learners have loaded what
-        they are to send, they would send the starting model."""
+        """See `roles.Scaler.change_learners`. Engines that are stale meanwhile wait: until the new ranks have loaded what they are
+        to send, they would send the starting model."""
         assert self._sampler is not None
         self._sampler.on_stale = _no_weights_yet
         await self.close_learner()
@@ -165,7 +165,7 @@ class Workers:
         return sampler.result(), learner.result()
 
     async def _start_in_turns(self, num_steps: Awaitable[int]) -> tuple[RolloutPool, LearnerGroup]:
-        """An engine takes its part of a GPU's whole memory, so it comes first and then makes room."""
+        """Start the engine before the learner: it takes its share of a GPU's whole memory, and then frees it."""
         assert isinstance(self._config, RunConfig)
         if not self._gpus:
             sampler, learner = await self._start_together(num_steps)
@@ -239,7 +239,7 @@ class Workers:
         return pool
 
     async def start_learner_again(self) -> LearnerGroup:
-        """In place of lost ones; ranks whose start hangs are begun again, as long as a start may take."""
+        """Start new ranks for lost ones; ranks whose start hangs are restarted, as long as a start may take."""
         timeout = self._learner_timeout
         timeout.died()
         limit_s = timeout.again_s
@@ -259,4 +259,4 @@ class Workers:
 
 
 async def _no_weights_yet() -> None:
-    """`RolloutPool.on_stale` while there is no learner; the pool asks again."""
+    """The `RolloutPool.on_stale` while there is no learner; the pool asks again."""

@@ -1,4 +1,4 @@
-"""A run of `grpo-ray eval`: accuracy on held-out prompts, and the answers that it is made of."""
+"""A run of `grpo-ray eval`: accuracy on held-out prompts, and the completions behind it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from grpo_ray.run.eval_record import answers_folder, set_figures, write_figures
 
 
 async def run_evaluate(context: RunContext, config: RunConfig) -> str:
-    """Measure every evaluation set, and write answers and accuracies into the run's folder."""
+    """Measure every evaluation set, and write completions and accuracies into the run's folder."""
     config = without_adapters(config)
     model = await resolve_model(context, config)
     async with Workers(config, context.run, model, context.phase, context.warn) as workers:

@@ -25,7 +25,7 @@ from grpo_ray.types import Group, TrainBatch
 
 
 async def run_grpo(context: RunContext, config: RunConfig) -> str:
-    """Train; learners that are lost start again. Returns how the run ended, as all functions of this kind do."""
+    """Train; learner ranks that are lost are restarted. Returns how the run ended, as every function of a kind does."""
     model = await resolve_model(context, config)
     async with Workers(config, context.run, model, context.phase, context.warn) as workers:
         async with asyncio.TaskGroup() as tasks:
@@ -52,7 +52,7 @@ async def run_grpo(context: RunContext, config: RunConfig) -> str:
 
 
 async def _num_steps(config: RunConfig, loading: asyncio.Task[PromptSets]) -> int:
-    """Steps of the run, for the learning rate's schedule; the data have to be there only if the config does not say it."""
+    """The steps of the run, for the learning rate's schedule; the data are awaited only if the config does not give the number."""
     return config.num_steps or run_length(config, len((await loading).train)).num_steps
 
 

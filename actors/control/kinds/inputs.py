@@ -1,5 +1,5 @@
-"""The model and the prompts of a run, read by its controller; what is odd about them is reported. Data are read while the workers
-start; what is wrong with them ends the start."""
+"""The model and the prompts of a run, read by its controller, which reports what is odd about them. Data are read while the
+workers start; an error in them ends the start."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from grpo_ray.run.manifest import digest_of
 
 
 async def resolve_model(context: RunContext, config: RunConfig | SftConfig) -> str:
-    """The model's folder or its name on the hub; a tiny model is made first."""
+    """The model's folder or its name on the hub; a tiny model is created first."""
     context.phase("model")
     return await asyncio.to_thread(prepare_model, config.model, context.run.path)
 
@@ -45,7 +45,7 @@ def digest_model(model: str) -> str:
 
 
 def without_adapters(config: RunConfig) -> RunConfig:
-    """The config where nothing is trained: an exported model has its adapters in it, and samplers need no room for any."""
+    """The config where nothing is trained: an exported model has its adapters merged in, and engines need no room for any."""
     return config.model_copy(update={"model": config.model.model_copy(update={"lora": None})})
 
 
@@ -63,7 +63,7 @@ async def load_run_prompts(context: RunContext, config: RunConfig, model: str) -
 
 
 async def load_held_out_prompts(context: RunContext, config: RunConfig, model: str) -> dict[str, PromptDataset]:
-    """The prompts of `data.eval` alone. Those that are trained on stay: nothing is trained here, and that is said."""
+    """The prompts of `data.eval` alone. Those that are also trained on are kept, with a report, since nothing is trained here."""
     tokenizer, max_context = await _load_tokenizer(context, config, model)
     held_out = await asyncio.to_thread(
         load_eval_prompts, config.data, tokenizer, seed=config.seed, max_context=max_context
@@ -105,7 +105,7 @@ async def _warn_of_trained_prompts(
 
 
 async def _load_tokenizer(context: RunContext, config: RunConfig, model: str) -> tuple[Any, int]:
-    """The tokenizer, and the model's context in tokens."""
+    """The tokenizer, and the model's context length in tokens."""
     await begin_learning(context, config)
     context.phase("data")
     code = config.model.trust_remote_code

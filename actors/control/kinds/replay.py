@@ -1,4 +1,4 @@
-"""A run of `grpo-ray replay`: the learner's part of one step once more, compared with what was recorded."""
+"""A run of `grpo-ray replay`: the learner's part of one step repeated, and compared with what was recorded."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from grpo_ray.telemetry.tracking import read_metrics
 
 
 async def run_replay(context: RunContext, config: RunConfig) -> str:
-    """Replay the step after `resume_step`; nothing is written but logs."""
+    """Replay the step after `resume_step`; only logs are written."""
     run, resume_step = context.run, context.resume_step
     assert resume_step is not None
     step = resume_step + 1
     lines = await asyncio.to_thread(read_metrics, run.metrics)
     recorded = next((line for line in lines if line["step"] == step), {})
     if (learners := recorded.get("workers/learner")) is not None:
-        # Of that step: the run may have been scaled since, and sums would be in another order.
+        # The config of that step: the run may have been scaled since, and sums would be in another order.
         config = rescaled(config, {"learner": int(learners)})
     model = await resolve_model(context, config)
     batch = await asyncio.to_thread(read_batch, rollout_path(run.rollouts, step))

@@ -52,5 +52,5 @@ async def _report(context: RunContext, report: SamplingReport, samples: SampleFo
 
 
 async def _report_figures(context: RunContext, samples: SampleFolder) -> None:
-    """Report figures of all samples that are there, those of earlier calls included."""
+    """Report figures of all samples in the folder, those of earlier calls included."""
     context.inform(str(await asyncio.to_thread(figures_in, samples.path)))

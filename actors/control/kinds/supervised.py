@@ -1,4 +1,4 @@
-"""Runs of `grpo-ray sft`, `dpo` and `reward-model`: learners alone, over demonstrations or pairs."""
+"""Runs of `grpo-ray sft`, `dpo` and `reward-model`: the learner alone, over demonstrations or pairs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 async def run_supervised(context: RunContext, config: SftConfig) -> str:
-    """Fine-tune; learners that are lost start again."""
+    """Fine-tune; learner ranks that are lost are restarted."""
     model = await resolve_model(context, config)
     async with Workers(config, context.run, model, context.phase, context.warn) as workers:
         async with asyncio.TaskGroup() as tasks:
@@ -81,6 +81,6 @@ async def _load_task(context: RunContext, config: SftConfig, model: str) -> Task
 
 
 async def _start_learner(config: SftConfig, workers: Workers, loading: asyncio.Task[Task]) -> LearnerGroup:
-    """Start the learner; the data have to be there first only if the config does not say how many steps there are."""
+    """Start the learner; the data are awaited first only if the config does not give the number of steps."""
     num_steps = config.num_steps or run_length(config, len((await loading).dataset)).num_steps
     return await workers.start_learner(num_steps)

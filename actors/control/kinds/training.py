@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 async def keep_records(context: RunContext) -> None:
-    """Set aside what is recorded of steps that will be done again, before they are taken back."""
+    """Set aside the records of steps that will be repeated, before they are taken back."""
     last = await asyncio.to_thread(last_step, context.run)
     folder = await asyncio.to_thread(set_aside, context.run, context.resume_step)
     if folder is not None:
@@ -32,7 +32,7 @@ async def keep_records(context: RunContext) -> None:
 
 
 def open_trackers(context: RunContext, config: RunConfig | SftConfig, workers: Workers) -> list[Tracker]:
-    """The trackers of this run; those of one that begins again forget what they were told before."""
+    """The trackers of this run; those of a run that begins again forget what was logged before."""
     resume_step = -1 if context.resume_step is None else context.resume_step
     out = make_trackers(config.tracking, context.run.path, resume_step, config.model_dump(mode="json"))
     if config.tracking.prometheus:
@@ -41,7 +41,7 @@ def open_trackers(context: RunContext, config: RunConfig | SftConfig, workers: W
 
 
 async def run_loop(context: RunContext, loop: TrainLoop | SftLoop[Any]) -> str:
-    """Restore the loop, and run it to its end while notices of nodes that go are heeded. Returns why it ended."""
+    """Restore the loop, and run it to its end while notices of nodes that go away are handled. Returns why it ended."""
     context.loop = loop
     if context.stop_reason is not None:
         loop.stop(context.stop_reason)
