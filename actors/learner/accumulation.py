@@ -1,5 +1,5 @@
-"""Gradient accumulation on one rank: micro-batches go forward and backward, all ranks agree that every loss is finite, then comes
-the optimizer step; and the metrics of what was accumulated."""
+"""Gradient accumulation on one rank: micro-batches go forward and backward, all ranks agree that every loss is finite, then the
+optimizer takes its step; and the metrics of what was accumulated."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ class Accumulation:
         self._sums = torch.zeros(len(objective.sum_names), device=device)
         self._largest_mismatch = torch.zeros((), device=device)
         self._unchecked: list[_Computed] = []
-        """Micro-batches since the last optimizer step."""
+        """The micro-batches since the last optimizer step."""
         self._micro_batches: dict[int, MicroBatchData] = {}
         """Identity -> micro-batch: each counts once, however often it is trained on. Dummies are included."""
         self._grad_norms: list[float] = []
         self._learning_rates: list[float] = []
         self._parts: set[tuple[str, int]] = set()
-        """(prompt id, index) of each sample that came in a part."""
+        """(prompt id, index) of each sample that arrived in a part."""
 
     def add_part(self, part: TrainBatch) -> None:
-        """Note that these samples need not be trained again."""
+        """Record that these samples need not be trained again."""
         self._parts |= {(s.prompt_id, s.index) for s in part.samples}
 
     def rest(self, batch: TrainBatch) -> list[TrainSample]:
-        """The samples of the batch that did not come in parts.
+        """The samples of the batch that did not arrive in parts.
 
         Raises:
-            WorkerError: what came in parts is not in the batch.
+            WorkerError: a sample that arrived in a part is not in the batch.
         """
         rest = [s for s in batch.samples if (s.prompt_id, s.index) not in self._parts]
         if len(batch.samples) - len(rest) != len(self._parts):
@@ -77,7 +77,7 @@ class Accumulation:
                 self._unchecked.append(_Computed(data, batch, logps_C.detach(), loss.detach()))
 
     def check_finite(self, batch: TrainBatch) -> None:
-        """All ranks agree, before the step, whether every loss and what samplers reported is a number.
+        """Make all ranks agree, before the step, whether every loss and every rollout logprob is a finite number.
 
         Raises:
             NonFiniteError: on all ranks alike, naming the sample.
@@ -100,10 +100,10 @@ class Accumulation:
         """Take one optimizer step.
 
         Args:
-            factor: what was accumulated counts times this.
+            factor: the accumulated gradient is multiplied by this.
 
         Raises:
-            NonFiniteError: the gradient is not finite; the weights are as they were.
+            NonFiniteError: the gradient is not finite; the weights are unchanged.
         """
         learning_rate = float(self._engine.get_lr()[0])
         try:
@@ -131,7 +131,7 @@ class Accumulation:
         ]
         totals = torch.cat([self._sums.double(), torch.tensor(counts, dtype=torch.float64, device=self._device)])
         if self._ranks.rank > 0:
-            # What ranks share, the first of them counts.
+            # What ranks share counts on the first of them.
             totals.zero_()
         highest = torch.stack(
             [self._largest_mismatch.double(), torch.tensor(inputs, dtype=torch.float64, device=self._device)]
@@ -156,7 +156,7 @@ class Accumulation:
         }
 
     def _discard_gradients(self) -> None:
-        """DeepSpeed's optimizers drop gradients that are not finite, and skip the step."""
+        """Drop the gradients: DeepSpeed's optimizers drop those that are not finite, and skip the step."""
         if self._spec.learner.zero_stage == 0:
             self._engine.zero_grad()
         else:
@@ -175,12 +175,13 @@ class _Computed:
 
     @property
     def is_wrong(self) -> torch.Tensor:
-        """0-dim bool. A clip or a mask hides what a sampler reported: exp(-inf) is 0, and comparisons with NaN are False."""
+        """Whether anything is not finite, as a 0-dim bool. A clip or a mask hides a rollout logprob: exp(-inf) is 0, and
+        comparisons with NaN are False."""
         return ~(self.loss.isfinite() & self.data.rollout_logps_C.isfinite().all())
 
     @property
     def culprit(self) -> str:
-        """A sample that is not finite, and what of it."""
+        """A sample that is not finite, and which of its values."""
         reported = self.data.rollout_logps_C.isfinite()
         tokens = ~(self.logps_C.isfinite() & reported & self.data.advantages_C.isfinite())
         sample = self.batch.samples[int(self.data.packed.samples[int(tokens.int().argmax())])]

@@ -5,11 +5,11 @@ sequence parallelism the ranks that share their micro-batches take the same ones
     -> for each mini-batch: micro-batches, then one optimizer step; then, where it is due, the reference takes over the new
     weights
 
-A step of one mini-batch may come in parts, as its groups are finished (`accumulate`); `update` then does what is left.
+A step of one mini-batch may arrive in parts, as its groups are finished (`accumulate`); `update` then does the rest.
 
-`old` costs a pass of its own only where the weights move before a sample's turn, for every mini-batch but the first, or
-where the advantages are made of it (and for none where the sampler's own report is taken for it). Where top_p, top_k or min_p cut
-tokens off, the same pass makes the sets of those that are left, and the reference needs them for the first mini-batch too.
+old_logps cost a pass of their own only where the weights move before a sample's turn, for every mini-batch but the first, or
+where the advantages depend on them (and for none where rollout_logps stand in for them). Where top_p, top_k or min_p cut
+tokens off, the same pass computes the sets of those left, which the reference needs for the first mini-batch too.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ if TYPE_CHECKING:
     from actors.weights.sender import WeightSender
 
 DISK = "disk"
-"""The concurrency group of what goes on beside training."""
+"""The concurrency group of calls that run beside training."""
 
 
 class LearnerActor:
-    """Lives in its own process, started by `LearnerGroup`: first `rendezvous` on rank 0, then `start` on all."""
+    """A learner rank in its own process, started by `LearnerGroup`: first `rendezvous` on rank 0, then `start` on all."""
 
     def __init__(self, spec: LearnerSpec, rank: int, num_ranks: int) -> None:
         own_process(spec.run_dir, f"learner-{rank}")
@@ -72,16 +72,16 @@ class LearnerActor:
         self.activity = Activity(f"learner-{rank}")
         self._timer = UpdateTimer(self.activity)
         self._early: Accumulation | None = None
-        """Of the step under way, while its batch is not whole."""
+        """The accumulation of the step in progress, while its batch is incomplete."""
         self._store: SealedStore | None = None
         self._ranks: SequenceRanks = Alone()
-        """Those that share their micro-batches with this one."""
+        """The ranks that share their micro-batches with this one."""
         self._engine: Any = None
         self._reference: Any = None
         self._critic: Critic | None = None
         self._sender: WeightSender | None = None
         self._held: learner_state.LearnerSnapshot | None = None
-        """Of the checkpoint that is about to be written."""
+        """The snapshot of the checkpoint that is about to be written."""
 
     # Start.
 
@@ -90,7 +90,7 @@ class LearnerActor:
         return str(ray.get_runtime_context().get_node_id())
 
     def rendezvous(self, on_one_node: bool) -> Meeting:
-        """Where the ranks meet, and their key. The port is bound from here on: nobody can take it in between."""
+        """Where the ranks meet, and their key. The port is bound from here on, so that no other process can take it meanwhile."""
         host = LOOPBACK if on_one_node else ray.util.get_node_ip_address()
         listening = listen_at(host)
         meeting = Meeting(host, listening.getsockname()[1], new_key())
@@ -98,7 +98,7 @@ class LearnerActor:
         return meeting
 
     def start(self, meeting: Meeting) -> None:
-        """Meet the others, load the model, build the engine."""
+        """Meet the other ranks, load the model, build the engine."""
         spec, on_cpu = self.spec, self.device.type == "cpu"
         torch.set_num_threads(spec.learner.num_threads or (1 if on_cpu and self.num_ranks > 1 else usable_cpus()))
         torch.manual_seed(spec.seed + self.rank)
@@ -113,7 +113,7 @@ class LearnerActor:
         end_of_imports()
 
     def _configure(self, spec: LearnerSpec) -> None:
-        """Train the engines that are there by this spec."""
+        """Train the existing engines by this spec."""
         hf = self._engine.module.hf
         self.spec = spec
         self._algorithm = spec.algorithm or AlgorithmConfig()
@@ -126,20 +126,20 @@ class LearnerActor:
 
     @property
     def _timeout(self) -> timedelta:
-        """Of each collective."""
+        """The timeout of each collective."""
         return timedelta(seconds=self.spec.collective_timeout_s)
 
     # Update.
 
     @traced("update")
     def update(self, batch: TrainBatch) -> UpdateReport:
-        """Train on the batch: every pass, every mini-batch; less what `accumulate` has had of it.
+        """Train on the batch: every pass, every mini-batch; without what `accumulate` has already taken.
 
         Raises:
-            NonFiniteError: on all ranks alike, naming the sample; the weights are as they were before that mini-batch, or before
+            NonFiniteError: on all ranks alike, naming the sample; the weights are those before that mini-batch, or before
                 the update, if it is a KL.
             ConfigError: a sample is longer than a micro-batch may be.
-            WorkerError: samples could not be fetched, or what came in parts is not in the batch.
+            WorkerError: samples could not be fetched, or one that arrived in a part is not in the batch.
         """
         started = time.monotonic()
         metrics = self._update_full_batch(batch) if self._early is None else self._finish_parts(batch, self._early)
@@ -171,7 +171,7 @@ class LearnerActor:
         return metrics if self._critic is None else metrics | self._critic.take_metrics()
 
     def _prepare(self, batch: TrainBatch) -> tuple[list[MiniBatchPlan], list[list[MicroBatchData]], dict[str, float]]:
-        """The mini-batches, with all that their losses need; metrics of the KL in the reward."""
+        """The mini-batches, with all that their losses need; and the metrics of the KL in the reward."""
         kl_in_reward = self._algorithm.kl_in == "reward"
         plan = self._loader.plan(batch)
         kl_only = self._loader.plan_kl_only(batch) if kl_in_reward else []
@@ -197,12 +197,12 @@ class LearnerActor:
         return plan, mini_batches, kl_metrics
 
     def _finish_parts(self, batch: TrainBatch, early: Accumulation) -> dict[str, float]:
-        """The rest of a batch that came in parts, and the optimizer step."""
+        """Train the rest of a batch that arrived in parts, and take the optimizer step."""
         self.accumulate(replace(batch, samples=early.rest(batch)))
         self._early = None
         early.check_finite(batch)
         trained = [s for s in batch.samples if is_trained(s)]
-        # With none it is as with a batch that came whole: nothing went forward or backward, and there is nothing to take a step by.
+        # With no parts it is as with a batch that arrived whole: nothing went forward or backward, so there is no step to take.
         if trained:
             weight = self._objective.weight
             factor = weight(1, self._loader.normalizers(trained)) / weight(1, self._loader.unit)
@@ -212,9 +212,9 @@ class LearnerActor:
 
     @traced("update")
     def accumulate(self, part: TrainBatch) -> None:
-        """Forward and backward of groups that are sure to be in the step's batch, while others are still sampled.
+        """Run forward and backward of groups that are sure to be in the step's batch, while others are still sampled.
 
-        The gradient is a sum: what is not known before the batch is whole, the normalizers, is a common factor of all of it,
+        The gradient is a sum: the normalizers, unknown until the batch is complete, are a common factor of all of it,
         and `update` multiplies by it.
         """
         if self._early is None:
@@ -249,7 +249,7 @@ class LearnerActor:
     @traced("values")
     @torch.no_grad()
     def values(self, batch: TrainBatch) -> list[float]:
-        """[S] what the model, as it is, says of each sample: its log-probability, or a reward model's score. All ranks together."""
+        """[S] the current model's value of each sample: its log-probability, or a reward model's score. All ranks together."""
         values_S = torch.zeros(len(batch.samples), dtype=torch.float64, device=self.device)
         for planned in self._loader.plan(batch):
             for data in self._loader.fetch(batch, planned, self._loader.unit):
@@ -267,7 +267,7 @@ class LearnerActor:
 
     @traced("hold")
     def hold(self, place: CheckpointLocation, *, export: bool) -> None:
-        """Copy into memory what `write` will write; all ranks together. What was held before is forgotten."""
+        """Copy into memory what `write` will write; all ranks together. The previous snapshot is dropped."""
         self._held = None
         learner_state.check_room(self._engine, self.spec, place)
         models = {"policy": learner_state.hold_engine(self._engine)}
@@ -280,7 +280,7 @@ class LearnerActor:
 
     @ray.method(concurrency_group=DISK)
     def write(self, place: CheckpointLocation) -> dict[str, FileSum]:
-        """In a thread beside the one that trains."""
+        """Write the snapshot in a thread beside the one that trains."""
         held, self._held = self._held, None
         if held is None:
             raise WorkerError(f"learner-{self.rank} was asked to write a checkpoint and holds nothing of one")
@@ -303,11 +303,11 @@ class LearnerActor:
         model: PolicyModel = self._reference.module if self.spec.learner.zero_stage == 3 else self._reference
         return model
 
-    # Turns with a sampler on the same device.
+    # Turns with a rollout engine on the same device.
 
     @traced("offload")
     def offload(self, keep_weights: bool) -> None:
-        """Give the device's memory back, but for the weights if they are to be sent."""
+        """Free the device's memory, except for the weights if they are to be sent."""
         learner_offload.offload(self._engine, self.device, keep_weights=keep_weights)
         if self._critic is not None:
             learner_offload.offload(self._critic.engine, self.device, keep_weights=False)
@@ -316,7 +316,7 @@ class LearnerActor:
 
     @traced("reload")
     def reload(self) -> None:
-        """Take it back."""
+        """Take the device's memory back."""
         learner_offload.reload(self._engine, self.device)
         if self._critic is not None:
             learner_offload.reload(self._critic.engine, self.device)
@@ -326,7 +326,7 @@ class LearnerActor:
     # Weights.
 
     def prepare_weights(self) -> None:
-        """Import what sends weights, vLLM with it: seconds that the first sync would spend while the engines are paused."""
+        """Import what sends weights, vLLM included: seconds that the first sync would spend while the engines are paused."""
         from actors.weights import sender  # noqa: F401
 
     @traced("connect")
@@ -343,7 +343,7 @@ class LearnerActor:
         return {**report, "tracks": [self.activity.finish()]}
 
     def put_adapter(self) -> AdapterReport | None:
-        """Rank 0 puts the adapter as it is now into the object store; the others take part in gathering and return None."""
+        """Put rank 0's current adapter into the object store; the other ranks take part in gathering and return None."""
         from actors.weights.adapter_sync import AdapterReport
 
         tensors = learner_state.gather_adapter(self._engine)
@@ -353,7 +353,7 @@ class LearnerActor:
         return AdapterReport(ref=ray.put(data), num_bytes=len(data), checksum=adapter_checksum(data))
 
     def _make_sender(self) -> WeightSender:
-        # Imported here: it brings vLLM with it, which takes seconds that a run without samplers need not spend.
+        # Imported here: it imports vLLM, which takes seconds that a run without rollout engines need not spend.
         from actors.weights.sender import WeightSender, ZeroWeightSource
 
         assert self.spec.weights is not None

@@ -40,17 +40,17 @@ class LearnerSpec:
     model: ModelConfig
     learner: LearnerConfig
     algorithm: AlgorithmConfig | None
-    """None: supervised, of demonstrations or of `preferences`."""
+    """The algorithm; None: supervised, on demonstrations or on `preferences`."""
     preferences: DpoOptions | RewardModelOptions | None
     critic: CriticConfig
     weights: WeightsConfig | None
-    """None: no weight syncs."""
+    """The config of weight syncs; None: there are none."""
     weights_backend: str
     """`gloo`, `nccl` or `ipc`."""
     max_completion_length: int
-    """The sampler's limit, for dr_grpo."""
+    """The rollout engine's limit, for dr_grpo."""
     num_optimizer_steps: int | None
-    """Of the whole run, for schedules that need an end."""
+    """The optimizer steps of the whole run, for schedules that need an end."""
     collective_timeout_s: float
     sync_timeout_s: float
 
@@ -72,17 +72,17 @@ class LearnerSpec:
 
     @property
     def needs_reference_model(self) -> bool:
-        """With adapters the policy without them is the reference."""
+        """Whether a reference model is loaded; with adapters the policy without them is the reference."""
         return self.needs_reference and self.model.lora is None
 
     @property
     def saves_reference(self) -> bool:
-        """It is no longer the model of `model_path`."""
+        """Whether the reference is saved, because it is no longer the model of `model_path`."""
         return self.needs_reference_model and self.algorithm is not None and self.algorithm.ref_refresh_steps > 0
 
 
 def build_objective(spec: LearnerSpec) -> Objective:
-    """The loss that this learner is trained by."""
+    """The loss that this learner is trained with."""
     match spec.preferences:
         case DpoOptions() as options:
             return DpoObjective(options)
@@ -92,7 +92,7 @@ def build_objective(spec: LearnerSpec) -> Objective:
 
 
 def deepspeed_config(model: ModelConfig, learner: LearnerConfig) -> dict[str, Any]:
-    """DeepSpeed's settings. Losses come already normalised and one `step()` follows any number of `backward()`."""
+    """The settings of DeepSpeed. Losses are already normalised, and one `step()` follows any number of `backward()`."""
     zero: dict[str, Any] = {"stage": learner.zero_stage, "overlap_comm": False}
     if learner.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
@@ -105,7 +105,7 @@ def deepspeed_config(model: ModelConfig, learner: LearnerConfig) -> dict[str, An
         "gradient_clipping": learner.max_grad_norm,
         "steps_per_print": 1 << 30,
         "zero_optimization": zero,
-        # Our optimizer is torch's: it needs no compiler, and its fused form is as fast as DeepSpeed's.
+        # The optimizer is torch's: it needs no compiler, and its fused form is as fast as DeepSpeed's.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -168,7 +168,7 @@ def _initialize(
 
 
 def _clip_at_stage_0(engine: Any, max_norm: float) -> None:
-    """In the place of the engine's own, which does not tell the norm and would apply one that is not finite."""
+    """Clip in place of the engine's own clipping, which does not return the norm and would apply one that is not finite."""
     params = [p for p in engine.module.parameters() if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
     engine._global_grad_norm = norm
@@ -177,13 +177,13 @@ def _clip_at_stage_0(engine: Any, max_norm: float) -> None:
 
 
 def step(engine: Any, factor: float = 1.0) -> float:
-    """One optimizer step; the gradient's norm before clipping.
+    """Take one optimizer step; returns the gradient's norm before clipping.
 
     Args:
-        factor: the gradient is what was accumulated times this.
+        factor: the accumulated gradient is multiplied by this.
 
     Raises:
-        NonFiniteError: it is not finite; the weights are as they were.
+        NonFiniteError: the norm is not finite; the weights are unchanged.
     """
     with _scaled(engine, factor):
         engine.step()
@@ -200,7 +200,7 @@ def _scaled(engine: Any, factor: float) -> Iterator[None]:
     if factor == 1.0:
         yield
     elif hasattr(optimizer, "override_loss_scale"):
-        # DeepSpeed divides by the scale of the loss, before the norm is taken.
+        # DeepSpeed divides by the scale of the loss before it computes the norm.
         optimizer.override_loss_scale(1 / factor)
         try:
             yield
@@ -234,13 +234,13 @@ def _policy(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
 
 
 def _reward_model(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks) -> RewardModel:
-    """With an output layer of zeros, unless the checkpoint is a reward model already."""
+    """The reward model, with an output layer of zeros unless the checkpoint is a reward model already."""
     hf = load_hf(spec, device, ranks, trained=True)
     return RewardModel(hf, ranks)
 
 
 def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, trained: bool) -> Any:
-    """The checkpoint, in fp32 when it is to be trained, without dropout; as a reward model where that is trained.
+    """The checkpoint's model, in fp32 when it is to be trained, without dropout; as a reward model where one is trained.
 
     Raises:
         ConfigError: it can't be loaded, its attention or head can't be packed, or its sequences can't be split over ranks.
@@ -264,7 +264,7 @@ def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
         )
         check_packable(hf)
         if spec.is_reward_model and "score.weight" in loading["missing_keys"]:
-            # Random otherwise, and another on every rank.
+            # Its initial values would be random, and different on every rank.
             torch.nn.init.zeros_(hf.score.weight)
     except MAKING as e:
         raise ConfigError(f"the learner can't load model {path}: {why_not(e, config)}") from None
@@ -272,7 +272,7 @@ def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
     if trained and spec.model.lora is not None:
         inject(hf, spec.model.lora)
     if trained and spec.model.gradient_checkpointing:
-        # ZeRO-3 releases weights between the passes, which the non-reentrant kind takes for changed tensors.
+        # ZeRO-3 releases weights between the passes, which non-reentrant checkpointing takes for changed tensors.
         hf.gradient_checkpointing_enable({"use_reentrant": spec.learner.zero_stage == 3})
         hf.enable_input_require_grads()
     use_faster_products(hf)
@@ -280,14 +280,15 @@ def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
 
 
 def can_share_prompts(spec: LearnerSpec, hf: Any) -> bool:
-    """Are the prompts of a group computed once for all of its sequences in a micro-batch? Of an engine's Transformers model."""
+    """Whether the prompts of a group are computed once for all of its sequences in a micro-batch; `hf` is an engine's Transformers
+    model."""
     learner = spec.learner
     packed = learner.packing and hf.config._attn_implementation == PACKED
     return learner.share_prompts and packed and learner.sequence_parallel_size == 1
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay; norms and biases without."""
+    """The parameter groups: matrices with weight decay; norms and biases without."""
     params = [p for p in model.parameters() if p.requires_grad]
     if weight_decay == 0:
         return [{"params": params, "weight_decay": 0.0}]
@@ -296,10 +297,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, learner: LearnerConfig, num_steps: int | None) -> Any:
-    """The learning rate over optimizer steps.
+    """The learning-rate schedule over optimizer steps.
 
     Raises:
-        ConfigError: the schedule has an end, and nobody knows how many steps there will be.
+        ConfigError: the schedule has an end, and the number of steps is unknown.
     """
     from transformers import get_scheduler
 

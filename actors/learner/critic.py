@@ -1,4 +1,4 @@
-"""PPO's critic beside the policy: a DeepSpeed engine of its own on every rank, which makes the advantages.
+"""PPO's critic beside the policy: a DeepSpeed engine of its own on every rank, which computes the advantages.
 
 values -> GAE -> advantages, whitened over all tokens of the step and all ranks -> the policy's update
               -> returns -> the critic's own update, on the same micro-batches
@@ -27,7 +27,7 @@ class Critic:
     def __init__(self, spec: LearnerSpec, device: torch.device, ranks: SequenceRanks) -> None:
         self.engine: Any = build_critic(spec, device, ranks)
         self._counts = ranks.rank == 0
-        """Of the ranks that share a micro-batch one counts it."""
+        """Whether this rank counts: one of the ranks that share a micro-batch does."""
         self._spec = spec
         assert spec.algorithm is not None
         self._algorithm = spec.algorithm
@@ -36,10 +36,10 @@ class Critic:
 
     @torch.no_grad()
     def set_advantages(self, micro_batches: list[MicroBatchData]) -> None:
-        """Replace the rewards that stand in `advantages_C`, less the KL where there is one, by whitened advantages; add values
+        """Replace the rewards in `advantages_C`, less the KL where there is one, by whitened advantages; add values
         and returns.
 
-        Whitened as in the PPO of RLHF: minus the mean, over the standard deviation of all tokens of the step.
+        They are whitened as in the PPO of RLHF: minus the mean, over the standard deviation of all tokens of the step.
         """
         a = self._algorithm
         moments = torch.zeros(3, device=self._sums.device, dtype=torch.float64)
@@ -58,13 +58,13 @@ class Critic:
         mean = total / max(num, 1.0)
         square = squares / max(num, 1.0)
         std = max(square - mean**2, 0.0) ** 0.5
-        # Equal advantages say nothing: what is left of them is rounding.
+        # Equal advantages carry no signal: what is left of them is rounding.
         scale = 1 / (std + a.std_eps) if std > tolerance(square**0.5) else 0.0
         for data in micro_batches:
             data.advantages_C = (data.advantages_C - mean) * scale
 
     def update(self, mini_batch: list[MicroBatchData], num_tokens: int, num_ranks: int) -> None:
-        """One optimizer step of the critic; a mean over the `num_tokens` of the mini-batch on all ranks."""
+        """Take one optimizer step of the critic; the loss is a mean over the `num_tokens` of the mini-batch on all ranks."""
         for data in mini_batch:
             assert data.values_C is not None
             assert data.returns_C is not None
@@ -91,7 +91,7 @@ class Critic:
         self._sums += torch.stack(parts).double()
 
     def take_metrics(self) -> dict[str, float]:
-        """Of the updates since the last call, over all ranks."""
+        """The metrics of the updates since the last call, over all ranks."""
         dist.all_reduce(self._sums)
         s = dict(zip(_SUMS, self._sums.tolist(), strict=True))
         tokens, steps = max(s["tokens"], 1.0), max(len(self._grad_norms), 1)

@@ -1,4 +1,4 @@
-"""All learner ranks as one: implements `grpo_ray.loop.roles.Learner`, and the learner's side of a weight sync.
+"""All learner ranks as one `grpo_ray.loop.roles.Learner`, and as the learner's side of a weight sync.
 
 Every call goes to all ranks at once. When one of them dies, hangs or falls out of step, the others wait for it inside a
 collective; so the whole group is ended, and the error names the rank and shows the end of its log.
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from actors.weights.protocol import EngineTarget, SendReport
 
 GRACE_S = 5.0
-"""After one rank failed: for the others to fail with it, or finish."""
+"""The wait, after one rank failed, for the others to fail with it, or to finish."""
 
 
 class LearnerGroup:
-    """Make one with `create`."""
+    """All learner ranks; made by `create`."""
 
     def __init__(self, actors: list[Any], spec: LearnerSpec, deadlines: DeadlineConfig) -> None:
         self._actors = actors
@@ -67,11 +67,11 @@ class LearnerGroup:
         """Start the ranks side by side, `learner-0` and so on, with the model loaded.
 
         Args:
-            model_path: a folder or a name on the hub; `model.tiny` is already made.
+            model_path: a folder or a name on the hub; `model.tiny` already exists.
             has_gpus: the cluster has GPUs, so each rank gets one unless `learner.num_gpus` says otherwise.
-            num_steps: of the whole run, for a schedule that needs an end. None: `config.num_steps`.
+            num_steps: steps of the whole run, for a schedule that needs an end. None: `config.num_steps`.
             placement: a placement group with a bundle for each rank, where it shares a GPU.
-            limit_s: in seconds. None: `deadlines.start_s`.
+            limit_s: the longest start, in seconds. None: `deadlines.start_s`.
 
         Raises:
             ConfigError: the model can't be loaded, or the schedule's end is not known.
@@ -121,14 +121,14 @@ class LearnerGroup:
 
     @property
     def lost(self) -> str | None:
-        """Why it is of no use any more: a rank died, hung or fell out of step, and all were ended."""
+        """Why the group is of no more use: a rank died, hung or fell out of step, and all were ended."""
         return self._broken
 
     async def accumulate(self, part: TrainBatch) -> None:
         """See `LearnerActor.accumulate`. The ranks have the call before this first awaits.
 
         Raises:
-            DeadlineError: not done within `deadlines.update_s`; the group is ended.
+            DeadlineError: not finished within `deadlines.update_s`; the group is ended.
             WorkerError: a rank died; the group is ended.
         """
         await self._call("accumulate", ray.put(_with_refs(part)), deadline="update_s")
@@ -137,8 +137,8 @@ class LearnerGroup:
         """See `LearnerActor.update`. References that are plain lists are put into the object store first.
 
         Raises:
-            NonFiniteError: a loss is not a number; the group lives on.
-            DeadlineError: not done within `deadlines.update_s`; the group is ended.
+            NonFiniteError: a loss is not finite; the group lives on.
+            DeadlineError: not finished within `deadlines.update_s`; the group is ended.
             WorkerError: a rank died; the group is ended.
         """
         self.unsent = True
@@ -149,7 +149,7 @@ class LearnerGroup:
         """See `LearnerActor.values`.
 
         Raises:
-            DeadlineError: not done within `deadlines.update_s`; the group is ended.
+            DeadlineError: not finished within `deadlines.update_s`; the group is ended.
             WorkerError: a rank died; the group is ended.
         """
         values: list[list[float]] = await self._call("values", ray.put(_with_refs(batch)), deadline="update_s")
@@ -164,7 +164,7 @@ class LearnerGroup:
 
         Raises:
             CheckpointError: a write failed.
-            DeadlineError: not done within `deadlines.save_s`; the group is ended.
+            DeadlineError: not finished within `deadlines.save_s`; the group is ended.
             WorkerError: a rank died; the group is ended.
         """
         sums: list[dict[str, FileSum]] = await self._call("write", place, deadline="save_s", together=False)
@@ -182,8 +182,8 @@ class LearnerGroup:
         await self._call("reload", deadline="sync_s")
 
     def prepare_weights(self) -> None:
-        """Let the ranks get ready to send weights while the engines sample for the first time. Nobody waits for it: what is
-        wrong shows when they connect."""
+        """Let the ranks prepare to send weights while the engines sample for the first time. Nobody waits for it: errors show when
+        they connect."""
         for actor in self._actors:
             actor.prepare_weights.remote()
 
@@ -218,7 +218,8 @@ class LearnerGroup:
         together: bool = True,
         **kwargs: Any,
     ) -> list[Any]:
-        """`method` on every rank; the answers in order of rank. `together`: a rank that fails leaves the others waiting for it."""
+        """Call `method` on every rank; returns the results in order of rank. `together`: a rank that fails leaves the others
+        waiting for it."""
         if self._broken is not None:
             raise WorkerError(f"the learner group can't {method}: {self._broken}")
         limit = getattr(self._deadlines, deadline) if seconds is None else seconds
@@ -245,7 +246,7 @@ class LearnerGroup:
         return [c.result() for c in calls]
 
     def _failure(self, method: str, errors: dict[int, BaseException], *, in_step: bool) -> BaseException:
-        """The error to raise. The group survives only if all ranks came back, and every failure is one that says so."""
+        """The error to raise. The group survives only if all ranks returned, and every failure is one that allows it."""
         short = (rank for rank, e in errors.items() if kind_of(e) == "out of memory")
         if (rank := next(short, None)) is not None:
             self._end(f"learner-{rank} died for lack of memory")
@@ -257,7 +258,7 @@ class LearnerGroup:
                 return NoMemoryError(f"learner-{rank} died during {method}: {killed_by_kernel(f'learner-{rank}')}")
             log = self._log(rank)
             return WorkerError(f"learner-{rank} died during {method}; the end of {log}:\n{log_tail(log)}")
-        # What a rank says by itself comes before what the others say of the broken connection to it.
+        # A rank's own error comes before what the others report of the broken connection to it.
         causes = {rank: e.cause if isinstance(e, RayTaskError) else e for rank, e in errors.items()}
         typed = [e for e in causes.values() if isinstance(e, GrpoRayError)]
         if not in_step or len(typed) < len(causes):
@@ -305,7 +306,7 @@ def _spec(
 
 
 # oneDNN prepares a product for each shape (grpo_ray/models/linear.py). Those of one micro-batch are kept, five layer shapes with
-# three products each, and not 1,024.
+# three products each, instead of 1,024.
 ONEDNN_ENV = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
 
 
@@ -313,14 +314,14 @@ def _env(config: RunConfig | SftConfig, *, on_gpu: bool) -> dict[str, str]:
     learner = config.learner
     env = ALLOCATOR_ENV | ONEDNN_ENV | {"TOKENIZERS_PARALLELISM": "false"}
     if not on_gpu:
-        # Threads that wait must sleep: the cores are shared with the samplers.
+        # Waiting threads must sleep: the cores are shared with the rollout engines.
         env |= {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
     threads = learner.num_threads or (1 if learner.num_actors > 1 else usable_cpus())
     return env | {"OMP_NUM_THREADS": str(threads)} | learner.env
 
 
 def _with_refs(batch: TrainBatch) -> TrainBatch:
-    """Each distinct list of samples put once, in the place of itself."""
+    """The batch with each distinct list of samples put into the object store once and replaced by its reference."""
     put: dict[int, Any] = {}
     for sample in batch.samples:
         if not isinstance(sample.ref, ray.ObjectRef) and id(sample.ref) not in put:

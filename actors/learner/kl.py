@@ -1,4 +1,4 @@
-"""A KL in the reward: what it takes off each sample, over all ranks, and the advantages of what is left.
+"""A KL in the reward: what it subtracts from each sample, over all ranks, and the advantages of the rest.
 
 old and reference log-probabilities -> KL of every token -> summed over each sample, gathered over ranks -> rewards of the
 whole batch -> group advantages (PPO's critic takes the KL of the tokens instead)
@@ -32,7 +32,7 @@ def penalise(
     """Make the advantages of rewards less beta x KL; with a critic, leave the KL of the tokens to it.
 
     Args:
-        mini_batches: this rank's, with old and reference log-probabilities.
+        mini_batches: those of this rank, with old and reference log-probabilities.
         num_tokens_S: [S'] completion tokens of each sample in the mini-batches of all ranks.
 
     Returns:
@@ -56,12 +56,12 @@ def kl_of_samples(
     ranks: SequenceRanks,
     device: torch.device,
 ) -> Tensor:
-    """Fill in `kl_C`; its sum over the tokens of each sample.
+    """Fill in `kl_C`; returns its sum over the tokens of each sample.
 
     Args:
-        micro_batches: this rank's, with old and reference log-probabilities.
-        batch: the whole, on all ranks.
-        ranks: those that share their micro-batches with this one; the first of them counts.
+        micro_batches: those of this rank, with old and reference log-probabilities.
+        batch: the whole batch, of all ranks.
+        ranks: the ranks that share their micro-batches with this one; the first of them counts.
 
     Returns:
         [S] float64, the same on every rank; 0 for samples that no rank has.
@@ -92,7 +92,7 @@ def kl_of_samples(
 def set_advantages(
     micro_batches: Sequence[MicroBatchData], batch: TrainBatch, kl_S: Tensor, algorithm: AlgorithmConfig
 ) -> None:
-    """Replace the rewards that stand in `advantages_C` by group advantages of R - beta sum_t KL_t; `kl_S` of the whole batch."""
+    """Replace the rewards in `advantages_C` by group advantages of R - beta sum_t KL_t; `kl_S` covers the whole batch."""
     advantages_S = penalised_advantages(batch.samples, algorithm.beta * kl_S.cpu(), algorithm).float().to(kl_S.device)
     for data in micro_batches:
         if not data.packed.is_dummy:
@@ -100,7 +100,7 @@ def set_advantages(
 
 
 def metrics(num_tokens_S: Sequence[int], kl_S: Tensor, beta: float) -> dict[str, float]:
-    """Of the samples whose KL was asked for: [S'] tokens of each, and its KL."""
+    """Metrics of the samples whose KL is needed: [S'] tokens of each, and its KL."""
     if not num_tokens_S:
         return {}
     total = kl_S.sum().item()
@@ -108,5 +108,5 @@ def metrics(num_tokens_S: Sequence[int], kl_S: Tensor, beta: float) -> dict[str,
 
 
 def _samples(data: MicroBatchData) -> Tensor:
-    """[C], places in the batch."""
+    """[C] the index in the batch of each token's sample."""
     return torch.from_numpy(data.packed.samples).to(data.rollout_logps_C.device)

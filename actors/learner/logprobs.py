@@ -1,4 +1,4 @@
-"""Forward passes before training: log-probabilities of the policy as it is, and of the reference."""
+"""Forward passes before training: old_logps of the current policy, and ref_logps of the reference."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class LogprobPasses:
         self._timer = timer
 
     def set_old(self, mini_batches: Sequence[Sequence[MicroBatchData]], batch: TrainBatch) -> None:
-        """Fill in `old_logps_C`, unless the sampler's report is taken for it; make the sets of tokens that are left
-        where top_p, top_k or min_p cut some off."""
+        """Fill in `old_logps_C`, unless rollout_logps stand in for them; compute the sets of tokens that are left where top_p,
+        top_k or min_p cut some off."""
         with self._timer.phase("old"):
             for data in chain.from_iterable(mini_batches):
                 if self._recomputes_old:
@@ -51,14 +51,14 @@ class LogprobPasses:
         with self._timer.phase("old"):
             for data in chain.from_iterable(mini_batches):
                 if data.sets is not None and not data.sets.made:
-                    # They are those of the policy that sampled, for the reference too.
+                    # The sets are those of the policy that sampled, for the reference too.
                     self.policy_logprobs(data, batch.temperature)
         with self._timer.phase("reference"), self._reference_policy() as reference:
             for data in chain.from_iterable(mini_batches):
                 data.ref_logps_C = _logprobs(reference, data, batch.temperature)
 
     def policy_logprobs(self, data: MicroBatchData, temperature: float) -> torch.Tensor:
-        """[C] log-probabilities of the policy as it is; scores, if it is a reward model."""
+        """[C] log-probabilities of the current policy; scores, if it is a reward model."""
         return _logprobs(self._engine, data, temperature)
 
     @contextmanager
@@ -89,5 +89,5 @@ def update_passes(spec: LearnerSpec, batch: TrainBatch) -> UpdatePasses:
 
 
 def kl_only_passes(spec: LearnerSpec, batch: TrainBatch) -> UpdatePasses:
-    """Those of samples that are out of the loss, and whose KL counts in the baseline of their group."""
+    """The passes over samples that are out of the loss, and whose KL counts in the baseline of their group."""
     return replace(update_passes(spec, batch), train=0, critic=False)

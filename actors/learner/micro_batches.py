@@ -1,4 +1,4 @@
-"""A batch -> this rank's micro-batches: planned on all ranks alike, fetched from the object store, packed.
+"""A batch -> this rank's micro-batches: planned identically on all ranks, fetched from the object store, packed.
 
 plan    which samples make which mini-batch (optimizer step), and which micro-batches each rank computes of it
 fetch   this rank's samples of one mini-batch, as packed micro-batches on its device
@@ -26,7 +26,7 @@ FETCH_TIMEOUT_S = 120.0
 
 
 def is_trained(sample: TrainSample) -> bool:
-    """The sample is in the loss."""
+    """Whether the sample is in the loss."""
     return sample.loss_mask and sample.num_tokens > 0
 
 
@@ -50,7 +50,7 @@ class MicroBatchLoader:
         self._device = device
         self.share_prompts = share_prompts
         self.unit = Normalizers.unit(spec.max_completion_length)
-        """Normalizers for a part of a batch, while those of the whole are not known."""
+        """The normalizers for a part of a batch, while those of the whole are unknown."""
 
     def plan(self, batch: TrainBatch) -> list[MiniBatchPlan]:
         """Plan the samples that are trained; the plan's indices point into `batch.samples`.
@@ -66,7 +66,7 @@ class MicroBatchLoader:
         return self._plan_of(trained, batch, num_mini_batches, idle)
 
     def plan_kl_only(self, batch: TrainBatch) -> list[MiniBatchPlan]:
-        """Plan the samples that are in their group's baseline alone: with the KL in the reward, theirs counts there."""
+        """Plan the samples that count in their group's baseline alone, where the KL in the reward includes theirs."""
         if self._spec.needs_critic:
             return []
         members = [
@@ -126,7 +126,7 @@ class MicroBatchLoader:
 
         Raises:
             LostSamplesError: the node that held samples died.
-            WorkerError: samples can't be fetched, or are not what the batch says.
+            WorkerError: samples can't be fetched, or differ from what the batch states.
         """
         micros = planned.ranks[self._rank // self._ranks.size]
         rows = self._fetch_rows(batch, micros)

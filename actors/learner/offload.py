@@ -1,4 +1,4 @@
-"""A learner's states out of the device's memory and back, so that a sampler can have it."""
+"""A learner's states moved out of the device's memory and back, so that a rollout engine can have it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HOST = torch.device("cpu")
 
 
 def offload(engine: Any, device: torch.device, *, keep_weights: bool) -> None:
-    """Move the engine's states to the host's memory, the weights with them unless they are kept. What is moved already stays
+    """Move the engine's states to the host's memory, the weights with them unless they are kept. What has moved already stays
     where it is."""
     from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
 
@@ -26,7 +26,7 @@ def offload(engine: Any, device: torch.device, *, keep_weights: bool) -> None:
             kinds.append(State.lp_params)
         engine.offload_states(include=kinds, pin_memory=device.type == "cuda")
         if not gc.get_freeze_count():
-            # DeepSpeed looks for garbage each time, a third of a second: from now on not among what has just passed for none.
+            # DeepSpeed collects garbage each time, a third of a second: freeze what has survived, so that it is not scanned again.
             gc.freeze()
     _move(_own(engine), HOST)
     if not keep_weights:
@@ -35,7 +35,7 @@ def offload(engine: Any, device: torch.device, *, keep_weights: bool) -> None:
 
 
 def reload(engine: Any, device: torch.device) -> None:
-    """Move all of them back."""
+    """Move all states back."""
     if engine.zero_optimization_stage():
         engine.reload_states()
     _move(_own(engine), device)
@@ -43,14 +43,14 @@ def reload(engine: Any, device: torch.device) -> None:
 
 
 def move_model(model: nn.Module, device: torch.device) -> None:
-    """One without an optimizer: the reference."""
+    """Move a model without an optimizer: the reference."""
     _move(_whole(model), device)
     _release(device)
 
 
 def _own(engine: Any) -> Iterator[Tensor]:
-    """What DeepSpeed does not move: any optimizer's states without ZeRO; with ZeRO-3, where it moves those of its own Adam alone,
-    the states and the fp32 weights."""
+    """The states that DeepSpeed does not move: any optimizer's without ZeRO; with ZeRO-3, where it moves those of its own Adam
+    alone, the states and the fp32 weights."""
     stage = engine.zero_optimization_stage()
     if stage not in (0, 3):
         return
@@ -62,7 +62,7 @@ def _own(engine: Any) -> Iterator[Tensor]:
 
 
 def _whole(module: nn.Module) -> Iterator[Tensor]:
-    """Those that ZeRO-3 has not split: its parts are its own to move."""
+    """The parameters and buffers that ZeRO-3 has not partitioned; its own partitions are its to move."""
     yield from (p for p in module.parameters() if not hasattr(p, "ds_id"))
     yield from module.buffers()
 

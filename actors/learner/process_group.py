@@ -1,4 +1,4 @@
-"""How a learner rank joins the others: torch's process group over a sealed store, and DeepSpeed on top of it."""
+"""The learner ranks' process group: torch's, over a sealed store, and DeepSpeed on top of it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def join_process_group(
 
     Args:
         store: the store that this rank opened for the meeting; None: another rank did.
-        timeout: of each collective.
+        timeout: the limit of each collective.
 
     Returns:
-        The store, to be kept: torch keeps only its C++ part alive.
+        The store, which the caller has to keep: torch keeps only its C++ part alive.
     """
     os.environ |= {
         "RANK": str(rank),

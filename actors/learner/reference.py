@@ -1,4 +1,4 @@
-"""A reference model that follows the policy, under any ZeRO stage; it is then a part of the checkpoint."""
+"""A reference model that follows the policy, under any ZeRO stage; it is then part of the checkpoint."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _KIND = "weight"
 def follow(reference: nn.Module, policy: nn.Module, tau: float) -> None:
     """reference = tau x policy + (1 - tau) x reference; all ranks together.
 
-    1 is DeepSeek-R1's replacement (2501.12948), less a Polyak average.
+    tau = 1 is DeepSeek-R1's replacement (2501.12948), less a Polyak average.
 
     Args:
-        reference: frozen, of the same architecture and dtype as the policy.
+        reference: the frozen model, of the same architecture and dtype as the policy.
         policy: `engine.module`.
         tau: in (0, 1].
     """
@@ -56,7 +56,7 @@ def load_saved(reference: Any, saved: SavedLearner, place: CheckpointLocation) -
     """Load the reference of a checkpoint; all ranks together.
 
     Raises:
-        CheckpointError: the checkpoint holds none, or that of another model.
+        CheckpointError: the checkpoint has no reference, or that of another model.
     """
     if not saved.has("reference"):
         raise CheckpointError(
@@ -67,10 +67,10 @@ def load_saved(reference: Any, saved: SavedLearner, place: CheckpointLocation) -
 
 @torch.no_grad()
 def load(reference: Any, saved: FragmentReader) -> None:
-    """Back to what was held, bitwise; all ranks together.
+    """Restore the held reference, bitwise; all ranks together.
 
     Raises:
-        CheckpointError: it is of another model.
+        CheckpointError: the held reference is of another model.
     """
     for bucket in buckets(named_weights(reference.hf), BUCKET_BYTES):
         with gathered([w.param for w in bucket], writer=0):

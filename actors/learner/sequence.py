@@ -1,7 +1,7 @@
 """Sequence parallelism: learner ranks side by side that share their micro-batches (Ulysses, on DeepSpeed's all-to-all).
 
 Before attention, slices of all heads become all tokens of a part of the heads; after it, the other way round. DeepSpeed
-knows nothing of it: to its engines all ranks are data-parallel, and their gradients are added up over all of them.
+does not know about it: to its engines all ranks are data-parallel, and their gradients are added up over all of them.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _PER_HEAD = ("s_aux", "position_bias")
 
 
 def join(size: int, timeout: timedelta) -> SequenceRanks:
-    """Ranks 0 .. size - 1 share their micro-batches, the next `size`, and so on; all ranks together.
+    """Ranks 0 .. size - 1 share their micro-batches, the next `size` do, and so on; all ranks together.
 
     Args:
         size: divides the number of ranks.
-        timeout: of each collective; torch does not hand down that of the whole world.
+        timeout: the limit of each collective; torch does not pass on that of the whole world.
     """
     if size == 1:
         return Alone()
@@ -43,7 +43,7 @@ class SequenceGroup:
         self._split: set[str] = set()
 
     def split_heads(self, hf: nn.Module) -> None:
-        """For every model of this process with the same attention implementation.
+        """Split the heads of every model of this process that has the same attention implementation.
 
         Raises:
             ConfigError: see `grpo_ray.batch.sequence.check_model`.
@@ -77,7 +77,7 @@ class HeadAttention:
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        """As the function itself, but of a slice.
+        """Call the function itself, on a slice.
 
         Args:
             query: [1, heads, n, D].
@@ -103,14 +103,14 @@ class HeadAttention:
         return self._exchange(q, k, v, 0, module=module, attention_mask=attention_mask, **kwargs), None
 
     def _local(self, query: Tensor, key: Tensor, value: Tensor, *, module: nn.Module, **kwargs: Any) -> Tensor:
-        """[1, N, heads / size, D] in and out."""
+        """The attention of this rank's slice, [1, N, heads / size, D] in and out."""
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         out: Tensor = self._attention(module, q, k, v, **kwargs)[0]
         return out
 
 
 class _Gather(torch.autograd.Function):
-    """The backward pass needs no messages: every rank has the gradient of the whole already, from the same loss."""
+    """The gather, whose backward pass needs no messages: every rank has the gradient of the whole already, from the same loss."""
 
     @staticmethod
     def forward(ctx: Any, ranks: SequenceGroup, counts: Sequence[int], *values_c: Tensor) -> tuple[Tensor, ...]:

@@ -32,12 +32,12 @@ from grpo_ray.run.manifest import FileSum
 
 BUCKET_BYTES = 256 << 20
 _STATE_BYTES = 12
-"""fp32 master and two moments of one parameter."""
+"""The bytes of one parameter's fp32 master and two moments."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """The policy as a Hugging Face model; on rank 0."""
+    """The policy as a Hugging Face model, on rank 0."""
 
     hf: Any
     weights: dict[str, Tensor]
@@ -54,20 +54,20 @@ class LearnerSnapshot:
 
 
 def hold_engine(engine: Any) -> HeldModel:
-    """A copy of what this rank has of a trained model."""
+    """A copy of this rank's part of a trained model."""
     schedule = int(engine.lr_scheduler.last_epoch)
     return HeldModel(list(zero_state.fragments(engine)), zero_state.num_steps(engine), schedule)
 
 
 def hold_export(engine: Any, spec: LearnerSpec) -> Export | None:
-    """All ranks together; None but on rank 0."""
+    """The model to export, gathered by all ranks together; None except on rank 0."""
     weights = gather(engine.module.hf)
     adapter = gather_adapter(engine) if spec.model.lora else {}
     return Export(engine.module.hf, weights, adapter) if dist.get_rank() == 0 else None
 
 
 def hold_random_state() -> dict[str, Tensor]:
-    """Also seeds what has no state that can be kept."""
+    """The random states; a generator whose state can't be kept is seeded anew, and its seed is kept."""
     seed = random.getrandbits(32)
     random.seed(seed)
     np.random.seed(seed)
@@ -80,10 +80,10 @@ def hold_random_state() -> dict[str, Tensor]:
 def write(
     held: LearnerSnapshot, spec: LearnerSpec, place: CheckpointLocation, rank: int, num_ranks: int
 ) -> dict[str, FileSum]:
-    """This rank's part, on the disk to stay when it returns; no other rank is waited for.
+    """Write this rank's part, durable on the disk when this returns; no other rank is waited for.
 
     Raises:
-        CheckpointError: the write failed. The place is the caller's to remove.
+        CheckpointError: the write failed. The caller has to remove the place.
     """
     with _writing(place):
         sums = write_rank(place, rank, num_ranks, held.models, held.random_state, _facts(spec))
@@ -95,7 +95,7 @@ def write(
 
 
 def _write_export(export: Export, spec: LearnerSpec, folder: Path) -> None:
-    """A Hugging Face model in the model's dtype, with tokenizer. Adapters are merged in, and also written by themselves
+    """Write a Hugging Face model in the model's dtype, with tokenizer. Adapters are merged in, and also written by themselves
     (`lora/`)."""
     from grpo_ray.loop.stops import name_turn_end
     from grpo_ray.models.loading import load_tokenizer
@@ -109,7 +109,7 @@ def _write_export(export: Export, spec: LearnerSpec, folder: Path) -> None:
 
 
 def check_saved(saved: SavedLearner, spec: LearnerSpec, place: CheckpointLocation) -> None:
-    """Raises CheckpointError when another kind of learner has saved it. Ranks, ZeRO stage and dtype may differ."""
+    """Raise CheckpointError when another kind of learner saved it. Ranks, ZeRO stage and dtype may differ."""
     here = _facts(spec)
     if saved.facts != here:
         wrong = ", ".join(
@@ -119,10 +119,10 @@ def check_saved(saved: SavedLearner, spec: LearnerSpec, place: CheckpointLocatio
 
 
 def load_engine(engine: Any, saved: SavedLearner, model: str) -> None:
-    """Back to what `hold_engine` had: bitwise by the same ranks and stage, else but for the order of sums to come.
+    """Restore what `hold_engine` copied: bitwise on the same ranks and stage, else up to the order of later sums.
 
     Raises:
-        CheckpointError: it is not in the checkpoint, or of another model.
+        CheckpointError: the model is not in the checkpoint, or is another one.
     """
     if not saved.has(model):
         raise CheckpointError(
@@ -133,7 +133,7 @@ def load_engine(engine: Any, saved: SavedLearner, model: str) -> None:
 
 
 def load_random_state(saved: SavedLearner, rank: int) -> None:
-    """A rank that there was not keeps the seed that it has started with."""
+    """Restore the rank's random states; a rank that the checkpoint does not have keeps the seed that it has started with."""
     state = saved.random_state(rank)
     if state is None:
         return
@@ -145,7 +145,7 @@ def load_random_state(saved: SavedLearner, rank: int) -> None:
 
 
 def _set_schedule(engine: Any, num_steps: int) -> None:
-    """The learning rate is a function of the step alone."""
+    """Set the schedule to this step: the learning rate is a function of the step alone."""
     schedule = engine.lr_scheduler
     schedule.last_epoch, schedule._step_count = num_steps, num_steps + 1
     rates = [base * rate(num_steps) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
@@ -175,12 +175,12 @@ def gather_adapter(engine: Any) -> dict[str, Tensor]:
 
 
 def _facts(spec: LearnerSpec) -> dict[str, Any]:
-    # How samplers get the adapters is no part of what is saved.
+    # How rollout engines get the adapters is not part of what is saved.
     return {"model.lora": spec.model.lora.model_dump(mode="json", exclude={"transfer"}) if spec.model.lora else None}
 
 
 def check_room(engine: Any, spec: LearnerSpec, place: CheckpointLocation) -> None:
-    """All ranks agree before anything is copied or written.
+    """Make all ranks agree that there is room before anything is copied or written.
 
     Raises:
         CheckpointError: on all ranks alike.
@@ -208,7 +208,7 @@ def _writing(place: CheckpointLocation) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        # Whatever the store's own client raises; safetensors reports a full disk as an error of its own.
+        # The store's client may raise anything; safetensors reports a full disk as an error of its own.
         folder = Path(place.url)
         free = f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB free" if folder.is_dir() else "the folder is gone"
         what = (str(e) or type(e).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Where a learner rank's time goes: spans of its activity, and the seconds of each phase of an update."""
+"""The time of a learner rank: spans of its activity, and the seconds of each phase of an update."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
     stage 1, 2  each group of parameters is one flat vector, of which a rank has an even part
     stage 3     of each parameter a rank has an even part; the parts are in flat vectors of sub-groups
 
-Each is seen here as pieces: elements of a parameter at some place of a tensor that the optimizer has state for.
+Each is treated here as pieces: elements of a parameter at some offset of a tensor that the optimizer has state for.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class _Piece:
     name: str
     start: int
-    """Of the flattened parameter."""
+    """The offset of the piece in the flattened parameter."""
     numel: int
     flat: Any
-    """What the optimizer takes for its parameter."""
+    """The tensor that the optimizer treats as its parameter."""
     offset: int
-    """Of the piece in it."""
+    """The offset of the piece in it."""
 
     def of(self, tensor: Tensor) -> Tensor:
         return tensor.detach().view(-1)[self.offset : self.offset + self.numel]
@@ -45,7 +45,7 @@ def shapes(engine: Any) -> dict[str, list[int]]:
 
 
 def num_steps(engine: Any) -> int:
-    """Steps of the optimizer."""
+    """The number of steps of the optimizer."""
     return max((int(state["step"]) for state in engine.basic_optimizer.state.values() if "step" in state), default=0)
 
 
@@ -56,7 +56,7 @@ def fragments(engine: Any) -> Iterator[Fragment]:
     for piece in _pieces(engine, share=True):
         values = {MASTER: piece.of(piece.flat)}
         for kind in MOMENTS:
-            # Before its first step Adam has none.
+            # Adam has no state before its first step.
             moment = state[piece.flat].get(kind) if piece.flat in state else None
             values[kind] = torch.zeros(piece.numel) if moment is None else piece.of(moment)
         yield Fragment(piece.name, piece.start, {k: v.to("cpu", torch.float32, copy=True) for k, v in values.items()})
@@ -64,10 +64,10 @@ def fragments(engine: Any) -> Iterator[Fragment]:
 
 @torch.no_grad()
 def restore(engine: Any, saved: FragmentReader, num_steps: int) -> None:
-    """Take over what `fragments` gave, of whatever ranks and stage; all ranks together.
+    """Restore what `fragments` gave, of whatever ranks and stage; all ranks together.
 
     Raises:
-        CheckpointError: the parameters are not those that are trained here.
+        CheckpointError: the parameters are not those trained here.
     """
     for name, shape in shapes(engine).items():
         want = torch.Size(shape).numel()
@@ -99,7 +99,7 @@ def _trained(engine: Any) -> list[tuple[str, Any]]:
 
 
 def _pieces(engine: Any, *, share: bool) -> list[_Piece]:
-    """Those of this rank. `share`: of what all have, only its even part."""
+    """The pieces of this rank. `share`: of what all ranks have, only its even part."""
     optimizer, out = engine.optimizer, []
     pieces_of = _pieces_of(optimizer, share=share)
     for name, param in _trained(engine):
@@ -124,7 +124,7 @@ def _pieces_of(optimizer: Any, *, share: bool) -> Callable[[str, Any], _Piece | 
 def _at_stage_3(optimizer: Any, name: str, param: Any) -> _Piece:
     group, offset, size = optimizer.grad_position[optimizer.get_param_id(param)]
     start = dist.get_rank() * size
-    # The last part is padded.
+    # The last partition is padded.
     return _Piece(name, start, min(size, param.ds_numel - start), optimizer.fp32_partitioned_groups_flat[group], offset)
 
 
@@ -142,7 +142,7 @@ def _at_stage_0(name: str, param: Any, *, share: bool) -> _Piece:
 
 
 def _spread_masters(engine: Any) -> None:
-    """From the masters to the weights that the model computes with, on all ranks, as after a step."""
+    """Copy the masters to the weights that the model computes with, on all ranks, as after a step."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         optimizer.checkpoint_event_prologue()
