@@ -1,4 +1,4 @@
-"""One CPU scorer: fetches the texts, has them scored in a process that it can kill, and sums up.
+"""One reward worker: it fetches the texts, has them scored in a process that it can kill, and sums up.
 
 ScoreRequest -> (ray.get) Sample -> ScoreInputs -> [scoring process] -> RewardScore -> Score
 """
@@ -27,7 +27,7 @@ FETCH_TIMEOUT_S = 60.0
 
 
 class RewardActor:
-    """Made into a Ray actor by `RewardPool`. `start` has to be called first."""
+    """A reward worker, made into a Ray actor by `RewardPool`. `start` has to be called first."""
 
     def __init__(self, config: RewardConfig, run_dir: str, name: str, start_timeout_s: float) -> None:
         self._config = config
@@ -39,7 +39,7 @@ class RewardActor:
         self._turn = asyncio.Lock()
 
     async def start(self) -> int:
-        """Import every reward function; gives this actor's process id.
+        """Import every reward function; returns this actor's process id.
 
         Raises:
             RewardError: naming the function that can't be imported.
@@ -63,7 +63,7 @@ class RewardActor:
             return await self._on_thread(self._score, groups, texts)
 
     async def ping(self) -> None:
-        """Answered at any time: what is scored meanwhile has a thread of its own."""
+        """Answer at any time: scoring has a thread of its own."""
 
     async def stop(self) -> None:
         """Kill the scoring process and all that it started, also in the middle of a call."""
@@ -75,7 +75,7 @@ class RewardActor:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
     async def _fetch(self, requests: Sequence[ScoreRequest]) -> dict[int, list[Sample] | str]:
-        """id of the reference -> its samples, or why they can't be had. Each object is fetched once."""
+        """id of the reference -> its samples, or why they are unavailable. Each object is fetched once."""
         refs = {id(r.sample.ref): r.sample.ref for r in requests}
         unique = {ref: ref for ref in refs.values() if isinstance(ref, ray.ObjectRef)}
         fetched = dict(zip(unique, await asyncio.gather(*(_get(ref) for ref in unique)), strict=True))
@@ -108,7 +108,7 @@ class RewardActor:
 
 
 def _units(groups: list[list[ScoreRequest]], unit: str) -> list[list[ScoreRequest]]:
-    """What functions are called with at once."""
+    """The units: the requests that functions are called with at once."""
     if unit in ("auto", "group"):
         return groups
     single = [request for group in groups for request in group]
@@ -134,8 +134,8 @@ def _first_loss(unit: list[ScoreRequest], texts: dict[int, list[Sample] | str]) 
 def build_inputs(
     unit: Sequence[ScoreRequest], texts: dict[int, list[Sample] | str], *, templated: bool = False
 ) -> ScoreInputs:
-    """What the functions see of these samples, in TRL's form: prompts as the rows have them, or, for built-ins, `templated`: the
-    conversations that the model was asked in.
+    """The functions' inputs for these samples, in TRL's form: prompts as in the rows, or, for built-ins, `templated`: the
+    conversations that the model was prompted with.
 
     A conversation that ends with an assistant message is a prefill: as in TRL, it moves from prompt to completion.
     """

@@ -1,4 +1,4 @@
-"""What a scoring process answers, read without believing it: the code that ran beside the writer is the user's."""
+"""The answers of a scoring process, read without trusting them: code of the user ran beside the writer."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from grpo_ray.types import LoggedMetric, RewardScore, ScoreStatus, Step
 
 
 def decode(name: str, lengths: Sequence[int], message: dict[str, Any]) -> list[RewardScore]:
-    """Returns the scores of the function `name` for samples of these lengths.
+    """The scores of the function `name` for samples of these lengths.
 
     Raises:
-        EndedError: it is no answer that a function can have given.
+        EndedError: the answer is not one that a function can have given.
     """
     try:
         scores = [
@@ -39,7 +39,7 @@ def decode(name: str, lengths: Sequence[int], message: dict[str, Any]) -> list[R
 
 
 def _logs(extra: Any = (), metrics: Any = ()) -> tuple[tuple[Any, ...], tuple[LoggedMetric, ...]]:
-    """Returns what a function logged beside a score; raises ValueError or TypeError."""
+    """What a function logged beside a score; raises ValueError or TypeError."""
     pairs = tuple((checked_name(column), plain(value)) for column, value in extra)
     logged = tuple(
         LoggedMetric(checked_name(n), float(total), int(count), int(odd)) for n, total, count, odd in metrics

@@ -14,10 +14,10 @@ CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 
 def leave_network() -> None:
     """Give this process, and all that it starts, a network of its own without interfaces, and a filter that refuses connections.
-    One of the two is enough; the filter closes sockets in the file system too. Linux alone has them.
+    Either one is enough; the filter closes sockets in the file system too. Only Linux has them.
 
     Raises:
-        RewardError: neither can be had here.
+        RewardError: neither is available here.
     """
     if sys.platform != "linux":
         return

@@ -22,15 +22,15 @@ class RewardPools:
         self._weights = [f.weight for f in config.functions]
         self._pools = pools
         self._shared = next((p for p in pools if p.name == SHARED_POOL), None)
-        """Of the functions without workers of their own."""
+        """The pool of the functions without workers of their own."""
 
     def scale(self, number: int) -> None:
-        """Workers of the shared pool; those of a function alone stay as the recipe has them."""
+        """Scale the shared pool; functions with workers of their own keep the recipe's number."""
         if self._shared is not None:
             self._shared.scale(number)
 
     def take_most_waiting(self) -> int:
-        """As `RewardPool.take_most_waiting`, of the shared pool."""
+        """As `RewardPool.take_most_waiting`, for the shared pool."""
         return self._shared.take_most_waiting() if self._shared is not None else 0
 
     def score(self, requests: Sequence[ScoreRequest]) -> asyncio.Future[list[Score]]:

@@ -2,7 +2,7 @@
 
 It is persistent, since a fork per sample costs 12 ms; it is a process, since only a kill stops a loop in C. It reads
 calls from one pipe and writes one JSON line per call, in order, to the other. Pickle goes down only: what comes back
-was near code and text that nobody vouches for. Functions run in the main thread: math-verify's clock is a signal.
+was near untrusted code and text. Functions run in the main thread: math-verify's clock is a signal.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ CALLS_BETWEEN_COUNTS = 16
 
 @dataclass(frozen=True)
 class Setup:
-    """The first message: what to import, and what it may take."""
+    """The first message: what to import, and the limits."""
 
     functions: tuple[RewardFunctionConfig, ...]
     memory_bytes: int
-    """Address space on top of what the imports took."""
+    """The address space allowed on top of what the imports took."""
     search_path: tuple[str, ...]
     """`sys.path` of the parent, so that a function is found where the driver would find it."""
     apart: bool
-    """From the network."""
+    """Whether the process is cut off from the network."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Call:
     inputs: bytes
     """Pickled ScoreInputs, one copy per call: a function that changes its lists changes nobody else's."""
     lengths: tuple[int, ...]
-    """Completion tokens of each sample."""
+    """The completion tokens of each sample."""
 
     @property
     def count(self) -> int:
@@ -108,7 +108,7 @@ def leave_or_refuse(responses: int) -> None:
 
 
 def import_functions(setup: Setup, responses: int) -> list[RewardFunction]:
-    """Resolve every function, saying which one is under way: the parent names it if this never ends."""
+    """Resolve every function, reporting which one is being imported: the parent names it if this never ends."""
     functions = []
     for config in setup.functions:
         reply(responses, {"importing": config.name})
@@ -130,12 +130,12 @@ def run_call(function: RewardFunction, call: Call) -> list[RewardScore]:
 
 
 def out_of_memory(results: list[RewardScore]) -> bool:
-    """What filled the memory may still be held, and would fail every later call."""
+    """Whether memory ran out: what filled it may still be held, and would fail every later call."""
     return any(r.status is ScoreStatus.ERROR and r.detail.startswith("MemoryError") for r in results)
 
 
 def too_many_children(calls_done: int) -> bool:
-    """Do functions leave processes behind? A few may be meant (a helper that is kept); many are a leak."""
+    """Whether functions leave processes behind. A few may be intended (a helper that is kept); many are a leak."""
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
@@ -145,7 +145,8 @@ def too_many_children(calls_done: int) -> bool:
 
 
 def encode(result: RewardScore) -> list[Any]:
-    """[status, value, detail, seconds, [[end, value], ..]], then extras and metrics where it logs some; NaN has no JSON."""
+    """The result as [status, value, detail, seconds, [[end, value], ..]], then extras and metrics where it logs some; NaN has no
+    JSON."""
     said: list[Any] = [
         result.status.value,
         result.value if result.status is ScoreStatus.OK else None,
@@ -163,7 +164,7 @@ def reply(fd: int, message: dict[str, Any]) -> None:
 
 
 def read_message(requests: BinaryIO) -> bytes:
-    """One length-prefixed message. The end of the pipe is the end of the parent, and so of this process."""
+    """The next length-prefixed message. The end of the pipe is the end of the parent, and so of this process."""
     header = requests.read(HEADER.size)
     if len(header) < HEADER.size:
         os._exit(0)

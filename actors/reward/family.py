@@ -15,9 +15,9 @@ TAG = "GRPO_RAY_SCORER"
 
 
 def end_family(process: subprocess.Popen[bytes], tag: str) -> None:
-    """Ends a process, its process group, and every descendant, also those in sessions of their own."""
+    """End a process, its process group, and every descendant, also those in sessions of their own."""
     if process.poll() is None:
-        # Stopped first: what can't run can't fork between our looking and our killing.
+        # Stopped first: a process that can't run can't fork between the search and the kill.
         _signal([process.pid], signal.SIGSTOP)
     for _ in range(5):
         found = _family(process.pid, tag)
@@ -29,7 +29,7 @@ def end_family(process: subprocess.Popen[bytes], tag: str) -> None:
 
 
 def _family(pid: int, tag: str) -> list[int]:
-    """Returns the living processes that descend from `pid`: by parentage, and by a mark in their environment, which a process
+    """The living processes that descend from `pid`: by parentage, and by a mark in the environment, which a process
     keeps when its parents are gone and it leads a session of its own."""
     found = set()
     for process in psutil.process_iter():

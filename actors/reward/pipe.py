@@ -11,12 +11,12 @@ from typing import Any
 from actors.reward.child import HEADER
 
 MAX_LINE_BYTES = 64 << 20
-"""A whole group with a step at every token is some ten MiB."""
+"""The longest line: a whole group with a step at every token is about ten MiB."""
 WRITE_TIMEOUT_S = 30.0
 
 
 class EndedError(Exception):
-    """The process closed its pipe, or wrote something that is no answer."""
+    """The process closed its pipe, or wrote something that is not an answer."""
 
 
 class LateError(Exception):
@@ -32,7 +32,7 @@ class ChildPipe:
         self._buffer = bytearray()
 
     def open(self) -> tuple[int, int]:
-        """Returns the ends of a new process: where it reads and where it writes. The caller closes them afterwards."""
+        """The ends of a new process: where it reads and where it writes. The caller closes them afterwards."""
         request_read, self._to_child = os.pipe()
         self._from_child, response_write = os.pipe()
         os.set_blocking(self._to_child, False)
@@ -61,7 +61,7 @@ class ChildPipe:
                 raise EndedError from None
 
     def read(self, deadline: float) -> dict[str, Any]:
-        """Returns the next line of the child, as JSON; `deadline` is by `time.monotonic`."""
+        """The next line of the child, as JSON; `deadline` is by `time.monotonic`."""
         try:
             message = json.loads(self._line(deadline))
         except ValueError:

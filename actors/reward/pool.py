@@ -1,10 +1,10 @@
-"""All reward workers as one: implements `grpo_ray.loop.roles.Scorer`.
+"""All reward workers as one `grpo_ray.loop.roles.Scorer`.
 
     score -> requests: queue -> an idle worker takes its share -> RewardActor.score -> futures
                         ^                                                        |
                         +---------- the worker died; supervise restarts it ------+
 
-A worker that has answered takes more: the least loaded one is the one that asks. What a dying worker held goes back to the head of
+A worker that has answered takes more: the one that asks is the least loaded. What a dying worker held returns to the head of
 the queue; samples over which workers died again and again end the pool. `scale` changes the number of workers at any time: one that
 leaves ends when it has done what it took.
 """
@@ -56,12 +56,12 @@ class RewardPool:
         # An actor starts, and then its process, which is allowed `start_timeout_s`.
         self._supervisor = Supervisor(self._kind, self, actors, config.num_actors, start_timeout_s + 60)
         self._workers = self._supervisor.workers
-        """Workers by index."""
+        """The workers by index."""
         self._dispatch = ScoreDispatch(
             self._workers, self._limit_s, on_answered=self._answered, on_failed=self._call_failed
         )
         self.on_trouble: Callable[[str], None] = log.warning
-        """Called with what went wrong and costs nothing but a worker."""
+        """The callback for errors that cost no more than a worker."""
 
     @classmethod
     async def create(
@@ -76,7 +76,7 @@ class RewardPool:
     ) -> RewardPool:
         """Start `config.num_actors` workers, named `{name}-0` and so on, and import every reward function in each.
 
-        `max_restarts`: how many workers are replaced that died over the same samples, or while starting in one place.
+        `max_restarts`: how many workers that died over the same samples, or while starting at one index, are replaced.
 
         Raises:
             RewardError: naming the function that can't be imported.
@@ -101,7 +101,7 @@ class RewardPool:
         return pool
 
     async def close(self) -> None:
-        """Ends every worker and its scoring process; calls that wait get a WorkerError."""
+        """End every worker and its scoring process; waiting calls fail with a WorkerError."""
         self._dispatch.close(WorkerError(f"the {self.name} pool is closed"))
         await self._supervisor.close()
 
@@ -117,7 +117,7 @@ class RewardPool:
         return self._dispatch.score(requests)
 
     def _limit_s(self, num_samples: int) -> float:
-        """Returns the seconds that one call may take."""
+        """The seconds that one call may take."""
         return FETCH_TIMEOUT_S + num_samples * self._longest_s
 
     def _answered(self, worker: RewardWorker) -> None:
@@ -147,7 +147,7 @@ class RewardPool:
         self._answered(worker)
 
     def worker_hangs(self, worker: RewardWorker, incarnation: int) -> None:
-        """Ends a worker that hangs; its call fails then, like every call of a dead worker."""
+        """End a worker that hangs; its call then fails, like every call of a dead worker."""
         if worker.incarnation == incarnation and self._dispatch.broken is None:
             self.on_trouble(f"{worker.name} did not answer for {SILENT_S:g} s; ending it")
             self._supervisor.kill(worker)
@@ -160,7 +160,7 @@ class RewardPool:
         )
 
     async def _watch_calls(self) -> None:
-        """Ends workers whose call is overdue: it fails then, like every call of a dead worker."""
+        """End workers whose call is overdue; it then fails, like every call of a dead worker."""
         while True:
             await asyncio.sleep(WATCH_S)
             now = asyncio.get_running_loop().time()
@@ -171,14 +171,14 @@ class RewardPool:
                     self._supervisor.kill(worker)
 
     def _died(self, worker: RewardWorker, cause: BaseException, deaths: int) -> None:
-        """Restarts a worker; `deaths` is how many workers have died over what it held."""
+        """Restart a worker; `deaths` is the number of workers that died over what it held."""
         worker.alive = False
         worker.restarts = deaths - 1
         self._supervisor.kill(worker)
         self._supervisor.keep(worker, self._restart(worker, cause))
 
     async def _restart(self, worker: RewardWorker, cause: BaseException) -> None:
-        """Starts another worker under the same name; the pool fails if what it held ends workers, or none starts any more."""
+        """Start another worker under the same name; the pool fails if what it held ends workers, or none starts any more."""
         try:
             if not await self._supervisor.restart(worker, cause):
                 self._supervisor.remove(worker)
@@ -198,7 +198,7 @@ class RewardPool:
     # Members
 
     def scale(self, number: int) -> None:
-        """Changes the number of workers, to 1 or more; each that joins serves as soon as it has started."""
+        """Change the number of workers, to 1 or more; each that joins serves as soon as it has started."""
         if self._dispatch.broken is not None:
             return
         joining, leaving = self._supervisor.scale(number, lambda worker: -worker.index)
@@ -209,7 +209,7 @@ class RewardPool:
                 self._supervisor.remove(worker)
 
     async def _join(self, worker: RewardWorker) -> None:
-        """Starts a worker for a pool that works; one that does not start is dropped and breaks nothing."""
+        """Start a worker for a running pool; one that does not start is dropped and breaks nothing."""
         try:
             await self._supervisor.join(worker, JOIN_TRIES)
         except (RewardError, DeadlineError, WorkerError) as e:
@@ -220,15 +220,15 @@ class RewardPool:
 
     @property
     def pids(self) -> dict[str, int]:
-        """The process id of each worker, by name, for people and chaos tests."""
+        """The process id of each worker, by name, for debugging and chaos tests."""
         return {w.name: w.pid for w in self._workers.values() if w.pid is not None}
 
     def take_most_waiting(self) -> int:
-        """Returns the most samples that waited while every worker was busy, since the last call."""
+        """The most samples that waited while every worker was busy, since the last call."""
         return self._dispatch.take_most_waiting()
 
     def live(self) -> dict[str, float]:
-        """Returns the pool's figures of this moment."""
+        """The pool's figures of this moment."""
         return {
             f"queue/{self.name}": float(self._dispatch.num_waiting),
             f"alive/{self.name}": float(self._supervisor.num_alive),
@@ -236,10 +236,10 @@ class RewardPool:
         }
 
     def take_tracks(self) -> list[Track]:
-        """Returns when each worker was busy `scoring` since the last call, from the call to its answer."""
+        """When each worker was busy `scoring` since the last call, from the call to its answer."""
         return self._supervisor.take_tracks()
 
 
 def _root(error: BaseException) -> BaseException:
-    """Returns what Ray said of a worker whose start failed."""
+    """What Ray reported of a worker whose start failed."""
     return (error.__cause__ or error) if isinstance(error, WorkerError) else error

@@ -1,6 +1,6 @@
 """The parent's end of a scoring process: start it, send it calls, kill it at a deadline with all that it left behind.
 
-Blocking and for one thread: the reward actor gives it a thread of its own (which also has to outlive the process, since
+It blocks and belongs to one thread: the reward actor gives it a thread of its own (which also has to outlive the process, since
 Linux ties "die with the parent" to the thread that started it).
 """
 
@@ -33,16 +33,16 @@ from grpo_ray.types import RewardScore, ScoreStatus
 # What a scoring process inherits; tokens and passwords of the environment stay here. The rest comes from `reward.env`.
 KEPT_ENV = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR", "TZ")
 KEPT_FOR_HOST = ("HOME", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE")
-"""Not for built-in rewards that need nothing of the host (`RewardFunctionConfig.needs_host`)."""
+"""The variables that built-in rewards do not get where they need nothing of the host (`RewardFunctionConfig.needs_host`)."""
 START_TRIES = 3
 
 
 class _KilledAtStart(RewardError):
-    """By a signal."""
+    """The process was killed by a signal during its start."""
 
 
 class _LateAtStart(RewardError):
-    """Not ready in time."""
+    """The process was not ready in time."""
 
 
 class ScoringProcess:
@@ -69,9 +69,9 @@ class ScoringProcess:
         return self._process.pid if self._process is not None else None
 
     def start(self) -> None:
-        """Start the child and wait until it has imported every function. One that a signal ends meanwhile says nothing about them:
-        where memory is short, the kernel takes who grows. Nor does one that hangs, if they were imported before. Both are started
-        again."""
+        """Start the child and wait until it has imported every function. A child killed by a signal meanwhile proves nothing about
+        them: where memory is short, the kernel kills what grows. Nor does one that hangs, if they were imported before. Both
+        are restarted."""
         timeout = self._start_timeout
         for left in reversed(range(START_TRIES)):
             # The last try has all the time.
@@ -100,7 +100,7 @@ class ScoringProcess:
     def _launch(self) -> None:
         reads, writes = ends = self._pipe.open()
         self._process = subprocess.Popen(
-            # -P: the folder that it runs in is the user's, and comes last, see `search_path`.
+            # -P: the working folder is the user's, and comes last, see `search_path`.
             [
                 *(sys.executable, "-P", "-X", "faulthandler"),
                 *("-m", "actors.reward.child", str(reads), str(writes)),
@@ -144,16 +144,16 @@ class ScoringProcess:
         return Setup(self._config.functions, memory_bytes, tuple(p or os.getcwd() for p in sys.path), self._apart)
 
     def takes_whole(self, function: int) -> bool:
-        """Is it called with all samples of a unit at once (`reward.unit`)?"""
+        """Whether the function is called with all samples of a unit at once (`reward.unit`)."""
         return self._config.unit in ("group", "batch") or (
             self._config.unit == "auto" and not self._per_sample[function]
         )
 
     def run(self, calls: Sequence[tuple[int, ScoreInputs]]) -> list[list[RewardScore]]:
-        """Make the calls, (function index, inputs), in order; for each one result per sample.
+        """Make the calls, (function index, inputs), in order; returns one result per sample for each.
 
         A failed call is tried again up to `on_failure.retries` times; a call past its deadline (`timeout_s` a sample)
-        costs the process its life, and the calls after it go on in a new one.
+        kills the process, and the calls after it continue in a new one.
         """
         pending = [(i, self._pack(function, inputs)) for i, (function, inputs) in enumerate(calls)]
         results: list[list[RewardScore]] = [[] for _ in calls]
@@ -176,7 +176,7 @@ class ScoringProcess:
             end_family(process, self._tag)
 
     def stop(self) -> None:
-        """From any thread: end whatever runs, for good. A `run` under way raises RewardError."""
+        """End whatever runs, for good, from any thread. A `run` in progress raises RewardError."""
         self._stopped = True
         process = self._process
         if process is not None:
@@ -233,7 +233,7 @@ class ScoringProcess:
         kept = KEPT_ENV if self._apart else (*KEPT_ENV, *KEPT_FOR_HOST)
         env = {k: os.environ[k] for k in kept if k in os.environ}
         paths = (str(Path(grpo_ray.__file__).parents[1]), self._config.env.get("PYTHONPATH"), env.get("PYTHONPATH"))
-        # Scorers share their cores with the other actors; a thread pool in each of them would fight for them.
+        # Reward workers share their cores with the other actors; a thread pool in each of them would compete for them.
         env |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         use_private_caches(env)
         ours = {"PYTHONPATH": os.pathsep.join(p for p in paths if p), TAG: self._tag}

@@ -1,4 +1,4 @@
-"""The scoring processes of one reward actor, behind the interface of one."""
+"""The scoring processes of one reward worker, behind the interface of one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from grpo_ray.types import RewardScore
 
 
 class ScoringProcesses:
-    """One for the built-in rewards that need nothing of the host, without network and HOME, and one for all other functions."""
+    """One process for the built-in rewards that need nothing of the host, without network and HOME, and one for all other
+    functions."""
 
     def __init__(self, config: RewardConfig, start_timeout_s: float = 120.0) -> None:
         self._at: dict[int, tuple[ScoringProcess, int]] = {}
@@ -26,7 +27,7 @@ class ScoringProcesses:
                 self._at |= {index: (process, at) for at, index in enumerate(indices)}
 
     def start(self) -> None:
-        """Raises RewardError, naming the function that can't be imported."""
+        """Start both; raises RewardError, naming the function that can't be imported."""
         for process in self._processes:
             process.start()
 

@@ -4,8 +4,8 @@
                ^                                          |
                +------- put_back: the worker died --------+
 
-By callbacks: a task for each worker would cost the controller a turn of the event loop more for each sample. It knows workers only
-by what they hold and by `score`; who starts them and finds them dead is the pool.
+It runs by callbacks: a task for each worker would cost the controller one more turn of the event loop per sample. It knows
+workers only by what they hold and by `score`; the pool starts them and detects their deaths.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from grpo_ray.telemetry.activity import IDLE, Activity
 from grpo_ray.types import Score, ScoreRequest
 
 MAX_BATCH = 64
-"""Samples in one call: enough to make Ray's share of the cost small, few enough to spread over the workers."""
+"""The number of samples in one call: enough to make Ray's share of the cost small, few enough to spread over the workers."""
 
 
 class PendingScores(ImmediateFuture[list[Score]]):
@@ -57,12 +57,12 @@ class ScoreQueue:
         self.num_samples += pending.num_samples
 
     def put_back(self, batch: Sequence[PendingScores]) -> None:
-        """Queues calls before all others."""
+        """Queue calls before all others."""
         self._queue.extendleft(reversed(batch))
         self.num_samples += sum(pending.num_samples for pending in batch)
 
     def take(self, num_workers: int) -> list[PendingScores]:
-        """Returns the share of one of so many workers: at least one call if any is wanted still, up to MAX_BATCH samples."""
+        """The share of one of so many workers: at least one call if any is still wanted, up to MAX_BATCH samples."""
         share = min(MAX_BATCH, -(-self.num_samples // num_workers))
         batch: list[PendingScores] = []
         taken = 0
@@ -75,7 +75,7 @@ class ScoreQueue:
         return batch
 
     def fail(self, error: Exception) -> None:
-        """Fails every call that waits."""
+        """Fail every call that waits."""
         self.num_samples = 0
         while self._queue:
             pending = self._queue.popleft()
@@ -93,7 +93,7 @@ class ScoringWorker(Protocol):
     activity: Activity
 
     def score(self, groups: list[list[ScoreRequest]]) -> asyncio.Future[list[list[Score]]]:
-        """Calls the worker's actor. An error that is raised at once means the same as one in the future."""
+        """Call the worker's actor. An error that is raised at once means the same as one in the future."""
         ...
 
 
@@ -114,8 +114,8 @@ class ScoreDispatch(Generic[S]):
         """
         Args:
             limit_s: number of samples -> seconds that a call with them may take.
-            on_answered: a worker has nothing to do; who wants it to have more calls `free`.
-            on_failed: a call of it failed; what it held waits again.
+            on_answered: called with a worker that is idle; `free` gives it more.
+            on_failed: called with a worker whose call failed; what it held waits again.
         """
         self._workers = workers
         self._limit_s = limit_s
@@ -124,7 +124,7 @@ class ScoreDispatch(Generic[S]):
         self._queue = ScoreQueue()
         self._most_waiting = 0
         self._idle: deque[S] = deque()
-        """Workers that wait for work, the longest first."""
+        """The idle workers, the longest idle first."""
         self._kicked = False
         self.broken: Exception | None = None
         """Why nothing is scored any more."""
@@ -135,7 +135,7 @@ class ScoreDispatch(Generic[S]):
         return self._queue.num_samples
 
     def take_most_waiting(self) -> int:
-        """Returns the most samples that waited while every worker was busy, since the last call."""
+        """The most samples that waited while every worker was busy, since the last call."""
         most, self._most_waiting = self._most_waiting, 0
         return most
 
@@ -153,19 +153,19 @@ class ScoreDispatch(Generic[S]):
         return pending
 
     def free(self, worker: S) -> None:
-        """Hands work to a worker that has nothing to do."""
+        """Hand work to an idle worker."""
         self._idle.append(worker)
         self.hand_out()
 
     def withdraw(self, worker: S) -> bool:
-        """Takes a worker that has nothing to do off the list of those that get work; False if it is busy."""
+        """Take an idle worker off the list of those that get work; False if it is busy."""
         if worker not in self._idle:
             return False
         self._idle.remove(worker)
         return True
 
     def fail(self, error: Exception) -> None:
-        """Ends the dispatch: calls that wait fail with this error, later ones with the first such error."""
+        """End the dispatch: calls that wait fail with this error, later ones with the first such error."""
         self.broken = self.broken or error
         self._queue.fail(error)
 
@@ -176,7 +176,7 @@ class ScoreDispatch(Generic[S]):
         self.fail(error)
 
     def _kick(self) -> None:
-        """Hands out in the next turn of the event loop; everything that is put in during this one is there by then."""
+        """Hand out work in the next turn of the event loop, when everything that is submitted during this one has arrived."""
         if self._idle and not self._kicked:
             self._kicked = True
             asyncio.get_running_loop().call_soon(self.hand_out)

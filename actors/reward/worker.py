@@ -27,7 +27,7 @@ STOP_TIMEOUT_S = 10.0
 
 @dataclass(eq=False, slots=True)
 class RewardWorker(Worker):
-    """One place in the pool; implements `requests.ScoringWorker`."""
+    """One slot of the pool; implements `requests.ScoringWorker`."""
 
     pid: int | None = None
     """The process id of the last actor that started."""
@@ -97,7 +97,7 @@ class RewardWorkerKind:
         return f"it imports its functions, or waits for {({k: v for k, v in asked.items() if v}) or 'a place'}{where}"
 
     def backoff_s(self, worker: RewardWorker, cause: BaseException) -> float:
-        """Waits only for memory: others may need it just for the moment."""
+        """The wait is for memory alone: others may need it only for a moment."""
         return memory_wait_s(worker.restarts + 1) if kind_of(cause) == "out of memory" else 0.0
 
     def fate(self, error: BaseException, worker: RewardWorker) -> str:
@@ -114,7 +114,7 @@ class RewardWorkerKind:
 
 
 def error_of(error: BaseException, name: str) -> Exception:
-    """Returns the error for users: Ray's wrapping holds a remote traceback, and they get the message alone."""
+    """The error for users: Ray's wrapping holds a remote traceback, and they get the message alone."""
     inner = getattr(error, "cause", error)
     if isinstance(inner, RewardError):
         return RewardError(str(inner))
