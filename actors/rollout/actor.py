@@ -1,9 +1,9 @@
-"""One vLLM engine as a Ray actor. Requests go in in batches, samples come out in batches; tokens in, tokens out.
+"""One vLLM engine as a Ray actor. Requests arrive in batches and samples leave in batches; tokens in, tokens out.
 
     submit([(ticket, SampleRequest), ..])             starts them
     poll(max_wait_s) -> [Outcome, ..], [Sample, ..]   what finished since the last poll
 
-The samples that a poll returns are an object of the caller's, so they outlive this actor.
+The caller owns the object of the samples that a poll returns, so they outlive this actor.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ if TYPE_CHECKING:
     from actors.weights.memory import Address
 
 POLL_LINGER_S = 0.01
-"""Samples that finish together travel together."""
+"""The wait after a finished sample, so that samples that finish together travel together."""
 STAGED_POLL_S = 0.01
 DEATH_CHECK_S = 0.5
-"""How often an idle engine is looked at."""
+"""How often an idle engine is checked for death."""
 SHUTDOWN_S = 2.0
-"""For a core that was told to end. It aborts its requests at once and then takes its objects apart, often for longer than the pool
-waits; whatever it holds goes with its process."""
+"""The wait for a core that was asked to end. It aborts its requests at once and then frees its objects, often for longer than the
+pool waits; whatever it holds is freed with its process."""
 SMALL_VOCABULARY = 1024
-"""Up to here ranks of tokens are counted faster than the function for it is compiled (256 rows: 1 ms a step against 0.2)."""
+"""The vocabulary size up to which token ranks are counted faster than the function for it is compiled (256 rows: 1 ms a step
+against 0.2)."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,14 @@ class Outcome:
 
     ticket: int
     info: SampleInfo | None
-    """With `ref` None and `row` its place in the list of samples that came along; None if there is no sample."""
+    """The sample's info, with `ref` None and `row` its index in the list of samples beside it; None if there is no sample."""
     problem: Literal["", "refused", "aborted"] = ""
-    """`refused`: the engine won't take this request, ever. `aborted`: something else ended it; it may be asked again."""
+    """`refused`: the engine will never accept this request. `aborted`: something else ended it; it may be retried."""
     detail: str = ""
 
 
 class RolloutActor:
-    """An async Ray actor around one AsyncLLM. It never restarts its engine: when that dies, every method says so."""
+    """An async Ray actor around one AsyncLLM. It never restarts its engine: when that dies, every method reports it."""
 
     def __init__(
         self,
@@ -81,13 +82,13 @@ class RolloutActor:
         self.name = f"rollout-{index}"
         own_process(run_dir, self.name)
         self._scratch = own_scratch(run_dir, self.name)
-        # What vLLM's own processes say to each other stays on this node; `weight_gloo_engine` has an address for others.
+        # vLLM's own processes talk to each other on this node alone; `weight_gloo_engine` has an address for others.
         use_nodes_interface(on_one_node=True)
         os.environ.setdefault("VLLM_HOST_IP", ray.util.get_node_ip_address())
         import torch._dynamo
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        # Of the longest sample, prompt and completion; the model may have been made for less.
+        # `max_length` is that of the longest sample, prompt and completion; the model may have been made for less.
         model_config = load_config(model, trust_remote_code=trust_remote_code)
         max_model_len = min(max_length, context_length(model_config))
         args = engine_args(
@@ -102,14 +103,14 @@ class RolloutActor:
             colocated=colocated,
         )
         if args.enforce_eager and vocab_size(model_config) <= SMALL_VOCABULARY:
-            # vLLM compiles a function of its sampler even then, for seconds in the first step, that so short rows do not need.
-            # For this process and its forks, which have imported torch, and for others.
+            # Even then vLLM compiles a function of its sampler, for seconds in the first step, which such short rows do not need.
+            # One setting is for this process and its forks, which have imported torch, the other for the rest.
             torch._dynamo.config.disable = os.environ.setdefault("TORCH_COMPILE_DISABLE", "1") == "1"
         self._can_sleep = bool(args.enable_sleep_mode)
         with forked_core() if can_fork(args) else nullcontext():
             self.engine: Any = AsyncLLM.from_engine_args(args)
         end_of_imports()
-        # The engine's process is there by now, and computes.
+        # The engine's process exists by now, and computes.
         use_batch_scheduling()
         self._adapters = EngineAdapters(self.engine, adapters, model, self.name)
         self.tokenizer: Any = self.engine.get_tokenizer()
@@ -127,10 +128,10 @@ class RolloutActor:
         self._busy_since = 0.0
 
     async def ready(self) -> dict[str, int]:
-        """The engine answers, and what it samples now is labelled version 0.
+        """Wait until the engine answers; what it samples from now on is labelled version 0.
 
         Returns:
-            `pid` of this process, and of the engine's core (`core_pid`).
+            The `pid` of this process, and that of the engine's core (`core_pid`).
         """
         await self.engine.check_health()
         await self.engine.update_weight_version("0")
@@ -139,14 +140,14 @@ class RolloutActor:
     # Sampling
 
     async def submit(self, requests: Sequence[tuple[int, SampleRequest]]) -> None:
-        """Start drawing; the outcomes come by `poll`. Returns at once."""
+        """Start sampling and return at once; the outcomes come by `poll`."""
         if not self._tasks:
             self._busy_since = time.monotonic()
         for ticket, request in requests:
             self._tasks[ticket] = asyncio.create_task(self._draw(ticket, request))
 
     async def cancel(self, tickets: Sequence[int]) -> None:
-        """Stop drawing these; nothing more is heard of them."""
+        """Stop sampling these; their outcomes are not reported."""
         for ticket in tickets:
             task = self._tasks.get(ticket)
             if task is not None:
@@ -156,7 +157,7 @@ class RolloutActor:
         """What finished since the last poll. Waits for something to finish, at most `max_wait_s`.
 
         Raises:
-            WorkerError: the engine is dead. What had finished before was handed out by then.
+            WorkerError: the engine is dead. What had finished before has been handed out.
         """
         deadline = time.monotonic() + max_wait_s
         while not self._outcomes:
@@ -195,7 +196,7 @@ class RolloutActor:
         except VLLMClientError as e:
             self._add(Outcome(ticket, None, "refused", str(e)))
         except Exception as e:
-            # Whatever it is belongs to this request alone; unsaid, the pool would wait for it until its deadline.
+            # Whatever the error is, it belongs to this request alone; unreported, the pool would wait for it until its deadline.
             self._add(Outcome(ticket, None, "aborted", f"{type(e).__name__}: {e} ({e.__cause__})"))
         finally:
             del self._tasks[ticket]
@@ -236,8 +237,8 @@ class RolloutActor:
     # Weights: the far end of `weights.sender.EngineClient`, and the pause around it
 
     async def pause(self, mode: Literal["keep", "wait", "abort"], clear_cache: bool) -> None:
-        """Stop sampling. `keep` freezes what is under way; `clear_cache` makes it go on under the new weights alone, so that the
-        learner can recompute each token's log-probability."""
+        """Stop sampling. `keep` freezes what is in progress; `clear_cache` makes it continue under the new weights alone, so that
+        the learner can recompute each token's log-probability."""
         self._check_alive()
         await self.engine.pause_generation(mode=mode, clear_cache=clear_cache)
 
@@ -245,13 +246,13 @@ class RolloutActor:
         await self.engine.resume_generation()
 
     async def sleep(self) -> None:
-        """Give the GPU's memory back: weights to the host's, the KV cache to nowhere. On CPUs there is nothing to give."""
+        """Free the GPU's memory: weights move to the host's, the KV cache is dropped. On CPUs there is nothing to free."""
         self._check_alive()
         if self._can_sleep:
             await self.engine.sleep(level=1, mode="wait")
 
     async def wake(self, part: Literal["weights", "kv_cache"] | None) -> None:
-        """Take it back, or a part of it; it samples again when it has all."""
+        """Take the GPU's memory back, or a part of it; the engine samples again when it has all."""
         self._check_alive()
         if self._can_sleep:
             await self.engine.wake_up(None if part is None else [part])
@@ -266,16 +267,16 @@ class RolloutActor:
         return str(ray.get_runtime_context().get_node_id())
 
     async def share_memory(self, address: Address) -> bool:
-        """Can this engine read the sender's memory (gloo)?"""
+        """Whether this engine can read the sender's memory (gloo)."""
         return all(await self.engine.collective_rpc("weight_transfer_share", args=(address,)))
 
     async def stage_weights(self) -> None:
-        """Begin to receive weights, and to pack them, beside sampling (gloo)."""
+        """Begin to receive and pack weights, beside sampling (gloo)."""
         self._check_alive()
         await self.engine.collective_rpc("weight_transfer_stage")
 
     async def wait_staged(self) -> None:
-        """Until all of them are loaded; the sender holds the deadline.
+        """Wait until all staged weights are loaded; the sender enforces the deadline.
 
         Raises:
             Exception: they did not arrive as they were sent, or can't be loaded. The engine samples on as before.
@@ -284,7 +285,7 @@ class RolloutActor:
             await asyncio.sleep(STAGED_POLL_S)
 
     async def probe(self) -> None:
-        """Raises, or never returns, if the engine's core is dead or hangs."""
+        """Raise, or never return, if the engine's core is dead or hangs."""
         self._check_alive()
         await self.engine.is_paused()
 
@@ -292,7 +293,7 @@ class RolloutActor:
         """Take the staged weights into use as `version`; the engine is paused.
 
         Raises:
-            Exception: what is staged has not the sender's checksum.
+            Exception: the checksum of what is staged is not the sender's.
         """
         await self.start_weight_update()
         await self.update_weights({"checksum": checksum})
@@ -310,7 +311,7 @@ class RolloutActor:
         """Take the new weights into use as `version`.
 
         Raises:
-            WorkerError: what a vLLM worker received has not the sender's checksum. The engine is then not usable any more.
+            WorkerError: the checksum of what a vLLM worker received is not the sender's. The engine is unusable from then on.
         """
         received = await self.engine.collective_rpc("weight_transfer_digest")
         if set(received) != {checksum}:
@@ -321,7 +322,7 @@ class RolloutActor:
         """Take the adapter behind `data` (one reference, on `lora.adapter_bytes`) into use as `version`, without a pause.
 
         Returns:
-            Seconds that the engine stood still for it.
+            The seconds for which the engine was stalled.
 
         Raises:
             WorkerError: it arrived with another checksum, or the engine has no room for it.
@@ -329,10 +330,10 @@ class RolloutActor:
         self._check_alive()
         return await self._adapters.load(version, checksum, await data[0])
 
-    # Care
+    # Maintenance
 
     async def stats(self) -> dict[str, float]:
-        """Since the start: samples, tokens, and seconds with something to do."""
+        """Samples, tokens, and busy seconds since the start."""
         busy = self._busy_s + (time.monotonic() - self._busy_since if self._tasks else 0.0)
         return {"samples": self._num_samples, "tokens": self._num_tokens, "busy_s": busy}
 

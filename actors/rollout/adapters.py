@@ -1,8 +1,8 @@
-"""The adapters that one vLLM engine holds, each under the policy version that it is.
+"""The adapters that one vLLM engine holds, each under its policy version.
 
-A request keeps the adapter that it began with, whatever is loaded meanwhile; an adapter goes when it is neither the current one
+A request keeps the adapter that it began with, whatever is loaded meanwhile; an adapter is dropped when it is neither current
 nor in use. vLLM finds adapters by their id and keys its prefix cache by their name and path, so each gets all three for itself:
-what one version left in the cache is never taken for another's.
+the cache of one version is never used for another.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class AdapterOptions:
 
     lora: LoraConfig
     max_versions: int
-    """Adapters that it has room for."""
+    """The number of adapters that the engine has room for."""
 
     @classmethod
     def of(cls, config: RunConfig) -> Self | None:
-        """None: samplers get whole weights.
+        """The options of a run; None: rollout engines get whole weights.
 
-        Samples under way are of the last `max_staleness` versions at most, and while a new one comes the current one stays, used
+        Samples in progress are of the last `max_staleness` versions at most, and the current one stays while a new one loads, used
         or not.
         """
         if config.model.lora is None or not config.model.sends_adapters:
@@ -46,7 +46,7 @@ class AdapterOptions:
 
 
 def lora_args(options: AdapterOptions) -> dict[str, Any]:
-    """The engine's options. vLLM takes certain ranks only: the next one that is allowed, the rest is zeros."""
+    """The engine's options. vLLM supports certain ranks only: the next allowed one is taken, and the rest is zeros."""
     from vllm.config.lora import MaxLoRARanks
 
     rank = min(allowed for allowed in get_args(MaxLoRARanks) if allowed >= options.lora.r)
@@ -61,7 +61,7 @@ class Adapter:
 
 
 class EngineAdapters:
-    """Of one AsyncLLM; all methods belong to its event loop."""
+    """The adapters of one AsyncLLM; all methods belong to its event loop."""
 
     def __init__(self, engine: Any, options: AdapterOptions | None, base_model: str, name: str) -> None:
         self._engine = engine
@@ -91,10 +91,10 @@ class EngineAdapters:
         """Make this adapter (`lora.adapter_bytes`) the current one.
 
         Returns:
-            Seconds that vLLM took; it samples nothing meanwhile.
+            The seconds that vLLM took, during which it samples nothing.
 
         Raises:
-            WorkerError: the checksum is another, or there is no room.
+            WorkerError: the checksum differs, or there is no room.
         """
         from grpo_ray.models.lora import adapter_checksum
 
@@ -143,6 +143,6 @@ class EngineAdapters:
     async def _remove(self, adapter: Adapter) -> None:
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        # Of a dead engine the pool hears by `poll`.
+        # The pool learns of a dead engine by `poll`.
         with suppress(EngineDeadError):
             await self._engine.remove_lora(adapter.request.lora_int_id)

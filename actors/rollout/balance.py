@@ -1,4 +1,4 @@
-"""Which engine gets the next request: the least loaded of those that may have one."""
+"""The balance of load: which engine gets the next request, the least loaded of those that may have one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Generic, Protocol, TypeVar
 
 MAX_ENGINES = 1 << 20
-"""A number that no pool reaches."""
+"""A number that no pool's size reaches."""
 
 
 class BalancedEngine(Protocol):
@@ -28,7 +28,7 @@ class BalancedEngine(Protocol):
 
     @property
     def tries_suspect(self) -> bool:
-        """Whether the engine works on a sample that is tried alone."""
+        """Whether the engine works on a suspect sample, which is tried alone."""
         ...
 
 
@@ -42,39 +42,39 @@ class EngineBalance(Generic[E]):
         """`engines` are by index; whoever changes what decides whether one gets requests calls `reconsider`."""
         self._engines = engines
         self._usable: list[int] = []
-        """Sorted entries, load x MAX_ENGINES + index, of the engines that may get more."""
+        """The sorted entries, load x MAX_ENGINES + index, of the engines that may get more."""
         self._less_busy: set[E] = set()
         self.stale: set[E] = set()
-        """Engines that are alive and hold old weights."""
+        """The engines that are alive and hold old weights."""
         self.version = 0
-        """The version of the weights that a usable engine holds. Engines start with version 0, the model as it was given."""
+        """The version of the weights that a usable engine holds. Engines start with version 0, the given model."""
 
     def reconsider(self, engine: E) -> None:
-        """Updates the entry of an engine that started, died, got weights, or has other work."""
+        """Update the entry of an engine that started, died, got weights, or has other work."""
         self.stale.discard(engine)
         if engine.alive and not engine.leaving and engine.version != self.version:
             self.stale.add(engine)
         self._move(engine, self._place(engine))
 
     def reconsider_later(self, engine: E) -> None:
-        """Notes an engine that has less work; its entry is updated by `catch_up`, before the next requests are handed out."""
+        """Mark an engine that has less work; its entry is updated by `catch_up`, before the next requests are dispatched."""
         self._less_busy.add(engine)
 
     def catch_up(self) -> None:
-        """Updates the entries that `reconsider_later` has put off."""
+        """Update the entries that `reconsider_later` has deferred."""
         less_busy, self._less_busy = self._less_busy, set()
         for engine in less_busy:
             self.reconsider(engine)
 
     def least_loaded(self, below: int) -> E | None:
-        """Returns the usable engine with the fewest requests, of several the first; None if all have `below` or more."""
+        """The usable engine with the fewest requests, the first among equals; None if all have `below` or more."""
         if not self._usable:
             return None
         load, index = divmod(self._usable[0], MAX_ENGINES)
         return self._engines[index] if load < below else None
 
     def use_version(self, version: int) -> None:
-        """Makes `version` the one that engines have to hold."""
+        """Make `version` the one that engines have to hold."""
         self.version = version
         for engine in self._engines.values():
             self.reconsider(engine)

@@ -34,11 +34,11 @@ STOP_S = 5.0
 
 @dataclass(eq=False, slots=True)
 class RolloutEngine(Worker):
-    """One place in the pool; implements `requests.SamplingEngine`."""
+    """One slot of the pool; implements `requests.SamplingEngine`."""
 
     pids: dict[str, int] = field(default_factory=dict)
     silent_s: float = 0.0
-    """Seconds since the engine was last polled."""
+    """The seconds since the engine was last polled."""
     gone: str = ""
     """Why the engine is not restarted any more."""
     version: int | None = None
@@ -71,14 +71,14 @@ class RolloutEngine(Worker):
         self.restarts = 0
 
     def show(self) -> None:
-        """Records what the engine does now; called after every change of `alive`, `paused` and `work`."""
+        """Record what the engine does now; called after every change of `alive`, `paused` and `work`."""
         if not self.alive:
             self.activity.enter(IDLE if self.gone else "restarting")
         else:
             self.activity.enter("paused" if self.paused else "sampling" if self.work else IDLE)
 
     def state(self, version: int) -> str:
-        """Says why the engine takes no request, as it goes on after its name; `version` is the current one."""
+        """Why the engine takes no request, as the sentence continues after its name; `version` is the current one."""
         if self.gone:
             return "is gone"
         if not self.alive:
@@ -89,7 +89,7 @@ class RolloutEngine(Worker):
         return EngineTarget(self.name, self.incarnation, self.handle, world_size)
 
     def take_stats(self, elapsed_s: float) -> dict[str, float]:
-        """Returns the engine's figures since the last call, `elapsed_s` ago."""
+        """The engine's figures since the last call, `elapsed_s` ago."""
         busy_s = self.activity.busy_s - self.reported_busy_s
         stats = {
             "samples": float(self.samples),
@@ -184,7 +184,7 @@ class RolloutEngineKind:
         return float(BACKOFF_S * 2 ** (engine.restarts - 1))
 
     def probe(self, handle: Any) -> Awaitable[Any]:
-        """Asks the engine's core: the actor answers polls also while the core hangs, and then no sample would end."""
+        """Call the engine's core: the actor answers polls even while the core hangs, and then no sample would end."""
         answer: Awaitable[Any] = handle.probe.remote()
         return answer
 

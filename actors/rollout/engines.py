@@ -1,7 +1,7 @@
 """The lives of a pool's rollout engines: they start, are polled, die, are restarted, join and leave.
 
-The policy is that of `supervise`. Special to engines is that the work of a dead one moves to the others, and that its prompt may be
-to blame (`poison`).
+The policy is that of `supervise`. Beyond it, the work of a dead engine moves to the others, and its prompt may be to blame
+(`poison`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
 
 POLL_S = 10.0
 POLLS_PER_S = 10.0
-"""The polls of a whole pool per second: a large one asks engines with nothing to tell less often."""
+"""The polls of a whole pool per second: a large one polls idle engines less often."""
 POLL_SLACK_S = 60.0
-"""An actor whose poll is this many seconds late is taken for dead."""
+"""An actor whose poll is this many seconds late is considered dead."""
 
 
 class RolloutEngines:
-    """Keeps the engines of a pool at work; implements `supervise.Pool`. All methods belong to one event loop."""
+    """Keeps the engines of a pool running; implements `supervise.Pool`. All methods belong to one event loop."""
 
     def __init__(
         self,
@@ -45,32 +45,32 @@ class RolloutEngines:
         self.on_trouble = on_trouble
         self.supervisor = Supervisor(kind, self, source, config.rollout.num_actors, config.deadlines.start_s)
         self.engines = self.supervisor.workers
-        """Engines by index."""
+        """The engines by index."""
         self.requests = RequestQueue(
             self.engines, config.rollout.max_num_seqs, on_leaving_idle=self._retire, on_stale=on_stale
         )
         self.changed = asyncio.Event()
-        """Set when an engine is alive, or given up, or when there are to be more or fewer."""
+        """An event, set when an engine is alive or given up, or when the number of engines is to change."""
         self.membership = asyncio.Lock()
-        """A weight sync holds this lock, and meanwhile no engine leaves."""
+        """A lock that a weight sync holds, so that no engine leaves meanwhile."""
         self._closed = False
 
     async def start(self) -> None:
-        """Starts all engines side by side; see `RolloutPool.create`."""
+        """Start all engines side by side; see `RolloutPool.create`."""
         await self.supervisor.start_all()
         self.supervisor.spawn(self.supervisor.watch(lambda: self._poll_s))
         self.supervisor.spawn(self._watch_deadlines())
 
     async def close(self) -> None:
-        """Ends all engines; samples that are not finished fail."""
+        """End all engines; unfinished samples fail."""
         self._closed = True
         self.requests.close()
         await self.supervisor.close()
 
-    # Their work
+    # Their requests
 
     async def _poll(self, engine: RolloutEngine) -> None:
-        """Collects what the engine has finished, until it dies; `_watch_deadlines` holds the deadline of each poll."""
+        """Collect what the engine has finished, until it dies; `_watch_deadlines` enforces the deadline of each poll."""
         life = engine.incarnation
         poll = engine.handle.poll.options(num_returns=2)
         while engine.incarnation == life and engine.alive and not self._closed:
@@ -79,7 +79,7 @@ class RolloutEngines:
             try:
                 outcomes = await outcomes_ref
             except (RayError, GrpoRayError) as e:
-                # The other half of the answer holds the same error; left unread, Ray prints it on every screen.
+                # The other half of the result holds the same error; left unread, Ray prints it on every screen.
                 await asyncio.gather(asyncio.wait_for(samples_ref, 1.0), return_exceptions=True)
                 self.died(engine, life, self._kind.fate(e, engine), blame_work=not (node_died(e) or is_blameless(e)))
                 return
@@ -91,14 +91,14 @@ class RolloutEngines:
         return max(POLL_S, len(self.engines) / POLLS_PER_S)
 
     async def _watch_deadlines(self) -> None:
-        """Holds the deadline of every poll, and of every sample."""
+        """Enforce the deadline of every poll, and of every sample."""
         limit_s = self._deadlines.sample_s
         while True:
             late_s = self._poll_s + POLL_SLACK_S
             period_s = min(self._poll_s, limit_s / 50)
             await asyncio.sleep(period_s)
             for engine in list(self.engines.values()):
-                # Counted, not measured: answers that came while this process stood still are not read yet.
+                # Counted, not measured: results that arrived while this process was stalled are not read yet.
                 engine.silent_s += period_s
                 if engine.alive and engine.silent_s > late_s:
                     self.died(engine, engine.incarnation, f"it did not answer for {late_s:g} s")
@@ -122,7 +122,7 @@ class RolloutEngines:
         self.died(engine, incarnation, f"it hangs: no answer for {limit_s:g} s (deadlines.sync_s)")
 
     def worker_restarts(self, engine: RolloutEngine, cause: BaseException) -> None:
-        """Nothing to report: `died` has reported the death."""
+        """Do nothing: `died` has reported the death."""
 
     def died(self, engine: RolloutEngine, incarnation: int, reason: str, *, blame_work: bool = True) -> None:
         if engine.incarnation != incarnation or not engine.alive or self._closed:
@@ -142,7 +142,7 @@ class RolloutEngines:
             self.supervisor.keep(engine, self._restart(engine, WorkerError(reason)))
 
     def _set_aside(self, work: Sequence[PendingSample], engine: RolloutEngine, reason: str) -> None:
-        """Fails the poisoned prompt that this work belongs to."""
+        """Fail the poisoned prompt that this work belongs to."""
         engine.restarts = 0  # It is not the engine's fault.
         self.requests.fail_poisoned(work[0].prompt_id, verdict(work, engine.name, reason))
 
@@ -173,7 +173,7 @@ class RolloutEngines:
     # Members
 
     def scale(self, number: int) -> None:
-        """Changes the number of engines, to 1 or more: others join, or those leave that do least."""
+        """Change the number of engines, to 1 or more: others join, or the least busy ones leave."""
         if self._closed:
             return
         joining, leaving = self.supervisor.scale(number, _worth)
@@ -193,7 +193,7 @@ class RolloutEngines:
             await self._restart(engine, e)
 
     def _retire(self, engine: RolloutEngine) -> None:
-        """Lets an engine that is to leave, and has no work any more, leave."""
+        """Remove an engine that is to leave, once it has no work."""
         if self.engines.get(engine.index) is engine and not self._closed:
             self.supervisor.spawn(self._leave(engine))
 
@@ -206,5 +206,5 @@ class RolloutEngines:
 
 
 def _worth(engine: RolloutEngine) -> tuple[bool, bool, int, int]:
-    """Ranks engines by what is lost with them: a live actor, or hope for one, or work. Of equal ones the last leaves."""
+    """The engine's rank by what is lost with it: a live actor, or hope for one, or work. Among equals the last leaves."""
     return engine.alive, not engine.gone, len(engine.work), -engine.index

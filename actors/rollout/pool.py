@@ -2,13 +2,13 @@
 
     generate -> requests: queue, dispatch -> engine ... poll -> settle -> the sample
                         ^                               |
-                        +-- supervise: it is restarted -+-- it died: poison asks whether a prompt is to blame
+                        +-- supervise: it is restarted -+-- it died: poison decides whether a prompt is to blame
 
 An engine is usable while it is alive and holds the current policy version. A restarted one loads the first weights and is stale
 until a weight sync has reached it; `on_stale` asks for one when samples wait.
 
 `scale` changes the number of engines at any time. One that joins is like a restarted one. One that leaves gets nothing new,
-finishes what it has, and then ends; if it dies before, its work moves to the others as ever.
+finishes what it has, and then ends; if it dies before, its work moves to the others as usual.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ class RolloutPool:
         self._requests = self._group.requests
         self._supervisor = self._group.supervisor
         self.stages_weights = kind.backend == "gloo"
-        """Engines take new weights in beside sampling, and pause only to load them."""
+        """Whether engines receive new weights beside sampling, and pause only to load them."""
         self.membership = self._group.membership
-        """A weight sync holds this lock, and meanwhile no engine leaves."""
+        """A lock that a weight sync holds, so that no engine leaves meanwhile."""
         self._stale_sync: asyncio.Task[None] | None = None
         self._stats_since = time.monotonic()
         self._reported_restarts = 0
         self.on_stale: Callable[[], Awaitable[None]] | None = None
-        """Called when samples wait and there are engines alive with old weights."""
+        """The callback for samples that wait while live engines hold old weights."""
         self.lost_learner: Callable[[], str | None] = lambda: None
-        """Why there is nobody left to get current weights from."""
+        """Why no learner is left to send current weights."""
         self.on_trouble: Callable[[str], None] = partial(print, "rollout:", flush=True)
-        """Called with what went wrong and is being repaired."""
+        """The callback for errors that are being repaired."""
 
     @classmethod
     async def create(
@@ -77,8 +77,8 @@ class RolloutPool:
             placement: a placement group with a bundle for each engine, where it shares a GPU.
 
         Raises:
-            WorkerError: an engine does not start; with the end of its log.
-            DeadlineError: it takes longer than deadlines.start_s.
+            WorkerError: an engine does not start; the message shows the end of its log.
+            DeadlineError: the start takes longer than deadlines.start_s.
         """
         pool = cls(config, model, run_dir, has_gpus=has_gpus, actors=actors or RayActors(), placement=placement)
         try:
@@ -89,44 +89,44 @@ class RolloutPool:
         return pool
 
     async def close(self) -> None:
-        """Ends all engines; samples that are not finished fail."""
+        """End all engines; unfinished samples fail."""
         await self._group.close()
 
     def scale(self, number: int) -> None:
-        """Changes the number of engines, to 1 or more: others join, or those leave that do least."""
+        """Change the number of engines, to 1 or more: others join, or the least busy ones leave."""
         self._group.scale(number)
 
     # Sampling
 
     def generate(self, request: SampleRequest) -> asyncio.Future[SampleInfo]:
-        """Draw one sample. Cancelling it frees its place in the engine.
+        """Sample one completion. Cancelling it frees its place in the engine.
 
         Raises (the future):
             DataError: the engine refuses the prompt (too long, a token out of its vocabulary).
             DeadlineError: an engine works on it for longer than deadlines.sample_s.
-            PoisonedError: it ends engines.
+            PoisonedError: the prompt kills engines.
             WorkerError: no engine is left.
         """
         return self._requests.add(request)
 
     @property
     def num_unfinished(self) -> int:
-        """The number of samples that were asked for and are not finished."""
+        """The number of samples that are requested and unfinished."""
         return len(self._requests)
 
     def pids(self) -> dict[str, dict[str, int]]:
-        """Returns for each engine that is alive the `pid` of its actor and the `core_pid` of vLLM's engine process."""
+        """For each live engine, the `pid` of its actor and the `core_pid` of vLLM's engine process."""
         return {e.name: e.pids for e in self._engines.values() if e.alive}
 
-    # The weights' view
+    # The weight syncs' view
 
     @property
     def version(self) -> int:
-        """The version of the weights that usable engines hold. Engines start with version 0, the model as it was given."""
+        """The version of the weights that usable engines hold. Engines start with version 0, the given model."""
         return self._requests.version
 
     def engines(self, *, stale_only: bool = False) -> list[EngineTarget]:
-        """Returns the engines that are alive."""
+        """The live engines."""
         return [
             e.target(self._world_size)
             for e in self._engines.values()
@@ -134,7 +134,7 @@ class RolloutPool:
         ]
 
     async def wait_for_engines(self) -> list[EngineTarget]:
-        """Returns the engines that are alive; waits for a restart under way while there is none.
+        """The live engines; waits for a restart in progress while there is none.
 
         Raises:
             WorkerError: none is alive, and none will be.
@@ -150,24 +150,24 @@ class RolloutPool:
         return targets
 
     def mark_paused(self, targets: Sequence[EngineTarget], *, paused: bool) -> None:
-        """Marks engines for a weight sync; one that dies meanwhile comes back unpaused."""
+        """Mark engines for a weight sync; one that dies meanwhile comes back unpaused."""
         for engine in self._living(targets):
             engine.paused = paused
             engine.show()
 
     def mark_synced(self, targets: Sequence[EngineTarget], version: int) -> None:
-        """Records that these engines hold `version`, which becomes the current one."""
+        """Record that these engines hold `version`, which becomes the current one."""
         for engine in self._living(targets):
             engine.version = version
         self._requests.use_version(version)
 
     def engine_failed(self, target: EngineTarget, reason: str, *, blame_work: bool) -> None:
-        """Treats an engine as dead: ends it, moves its work, restarts it. `blame_work` says that its requests may be the cause."""
+        """Treat an engine as dead: end it, move its work, restart it. `blame_work` states that its requests may be the cause."""
         for engine in self._living([target]):
             self._group.died(engine, target.incarnation, reason, blame_work=blame_work)
 
     def _living(self, targets: Sequence[EngineTarget]) -> list[RolloutEngine]:
-        """Returns the engines of those targets that are still the same incarnation, and alive."""
+        """The live engines among those targets that are still the same incarnation."""
         lives = {(e.name, e.incarnation): e for e in self._engines.values() if e.alive}
         return [lives[life] for t in targets if (life := (t.name, t.incarnation)) in lives]
 
@@ -180,7 +180,7 @@ class RolloutPool:
             await sync()
         except (RayError, GrpoRayError) as e:
             if (lost := self.lost_learner()) is not None:
-                # Who waits for these samples has to see to new learners; until then no engine would get any.
+                # Whoever waits for these samples has to start a new learner; until then no engine would get any.
                 self._requests.fail_all(f"restarted rollout engines can't get the current weights: {lost}: {e}")
                 return
             self.on_trouble(f"restarted rollout engines did not get the current weights, trying again: {e}")
@@ -190,15 +190,15 @@ class RolloutPool:
         self._stale_sync = None
         self._requests.kick()
 
-    # Turns, where samplers and learners share their devices
+    # Turns, where rollout engines and learner ranks share their devices
 
     async def sleep(self) -> None:
-        """Every engine frees its GPU, when its samples under way have ended."""
+        """Make every engine free its GPU, when its samples in progress have ended."""
         await self._of_all("sleep", lambda handle: handle.sleep.remote(), limit="sample_s")
         self.mark_paused(self.engines(), paused=True)
 
     async def wake(self, part: Literal["weights", "kv_cache"] | None = None) -> None:
-        """Every engine takes its GPU back, or that part of it."""
+        """Make every engine take its GPU back, or that part of it."""
         await self._of_all("wake", lambda handle: handle.wake.remote(part), limit="sync_s")
         if part != "weights":
             self.mark_paused(self.engines(), paused=False)
@@ -206,7 +206,7 @@ class RolloutPool:
     async def _of_all(
         self, what: str, call: Callable[[Any], Awaitable[None]], *, limit: Literal["sample_s", "sync_s"]
     ) -> None:
-        """Calls all engines; one that fails is ended and restarted."""
+        """Call all engines; one that fails is ended and restarted."""
         limit_s = getattr(self._deadlines, limit)
 
         async def ask(target: EngineTarget) -> None:
@@ -220,7 +220,7 @@ class RolloutPool:
     # Reports
 
     def take_stats(self) -> dict[str, float]:
-        """Returns restarts, and each engine's samples, tokens, busy seconds and their fraction of the time, since the last call."""
+        """Restarts, and each engine's samples, tokens, busy seconds and their fraction of the time, since the last call."""
         now = time.monotonic()
         elapsed_s = max(now - self._stats_since, 1e-9)
         restarts = self._supervisor.num_restarts
@@ -231,11 +231,11 @@ class RolloutPool:
         return out
 
     def take_most_waiting(self) -> int:
-        """Returns the most samples beyond what the engines sample at once, since the last call."""
+        """The most samples beyond what the engines sample at once, since the last call."""
         return self._requests.take_most_waiting()
 
     def live(self) -> dict[str, float]:
-        """Returns the pool's figures of this moment."""
+        """The pool's figures of this moment."""
         return {
             "queue/rollout": float(self._requests.num_queued),
             "under_way/rollout": float(sum(e.load for e in self._engines.values())),
@@ -244,5 +244,5 @@ class RolloutPool:
         }
 
     def take_tracks(self) -> list[Track]:
-        """Returns when each engine was `sampling` (has a request, is not paused), `paused` or `restarting`, since the last call."""
+        """When each engine was `sampling` (has a request, is not paused), `paused` or `restarting`, since the last call."""
         return self._supervisor.take_tracks()

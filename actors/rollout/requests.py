@@ -1,10 +1,10 @@
-"""Samples that were asked for, on their way to rollout engines and back.
+"""Requested samples on their way to rollout engines and back.
 
     add -> queue -> least loaded usable engine -> submit .. settle -> the sample
              ^                                      |
              +------- take_back: the engine died ---+
 
-It knows engines only by what they hold and by `submit` and `cancel`; who starts them, polls them and finds them dead is the pool.
+It knows engines only by what they hold and by `submit` and `cancel`; the pool starts and polls them and detects their deaths.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from actors.rollout.actor import Outcome
 
 QUEUE_FACTOR = 1.25
-"""An engine gets this many times the requests that it samples at once: the next ones are there when a place gets free."""
+"""The requests of an engine, as a multiple of those that it samples at once: the next ones are there when a slot gets free."""
 MAX_ABORTS = 3
 
 
 class PendingSample(ImmediateFuture[SampleInfo]):
-    """One sample that was asked for. Cancelling it frees its place in the engine."""
+    """One requested sample. Cancelling it frees its slot in the engine."""
 
     __slots__ = ("_queue", "aborts", "deaths", "engine", "lone_deaths", "number", "request", "since")
 
@@ -80,21 +80,21 @@ class SamplingEngine(BalancedEngine, Protocol):
     """The engine's samples by number, in the order in which it got them."""
 
     def submit(self, requests: list[tuple[int, SampleRequest]]) -> None:
-        """Begins these samples; how each ends comes back by `RequestQueue.settle`."""
+        """Begin these samples; how each ends is reported to `RequestQueue.settle`."""
         ...
 
     def cancel(self, number: int) -> None: ...
 
     def has_finished(self, info: SampleInfo) -> None:
-        """Counts a finished sample of the engine."""
+        """Count a finished sample of the engine."""
         ...
 
     def show(self) -> None:
-        """Records that the engine's work has changed."""
+        """Record that the engine's work has changed."""
         ...
 
     def state(self, version: int) -> str:
-        """Says why the engine takes no request, as it goes on after its name; `version` is the current one."""
+        """Why the engine takes no request, as the sentence continues after its name; `version` is the current one."""
         ...
 
 
@@ -112,10 +112,10 @@ class RequestQueue:
     ) -> None:
         """
         Args:
-            engines: by index.
-            max_num_seqs: that an engine samples at once.
-            on_leaving_idle: an engine that is to leave has done its work.
-            on_stale: samples wait, and there are engines alive with old weights.
+            engines: the engines by index.
+            max_num_seqs: the samples that an engine runs at once.
+            on_leaving_idle: called with an engine that is to leave and has finished its work.
+            on_stale: called when samples wait while live engines hold old weights.
         """
         self._engines = engines
         self._max_num_seqs = max_num_seqs
@@ -134,7 +134,7 @@ class RequestQueue:
         self._closed = False
 
     def __iter__(self) -> Iterator[PendingSample]:
-        """Iterates over the samples that are not finished."""
+        """Iterate over the unfinished samples."""
         return iter(list(self._pending))
 
     def __len__(self) -> int:
@@ -165,24 +165,24 @@ class RequestQueue:
         return sample
 
     def take_most_waiting(self) -> int:
-        """Returns the most samples beyond what the engines sample at once, since the last call."""
+        """The most samples beyond what the engines sample at once, since the last call."""
         most, self._most_waiting = self._most_waiting, 0
         return most
 
     def use_version(self, version: int) -> None:
-        """Uses engines with these weights from now on, and no others."""
+        """Use engines with these weights from now on, and no others."""
         self._balance.use_version(version)
         self.kick()
 
     def engine_changed(self, engine: SamplingEngine) -> None:
-        """Takes note of an engine that started, was removed, or is to leave."""
+        """Record that an engine started, was removed, or is to leave."""
         self._balance.reconsider(engine)
         self.kick()
 
     # To an engine
 
     def kick(self) -> None:
-        """Dispatches once at the end of this turn of the event loop, so that requests made together travel together."""
+        """Dispatch once at the end of this turn of the event loop, so that requests made together travel together."""
         if not self._dispatching and (self._queue or self._balance.stale):
             self._dispatching = True
             asyncio.get_running_loop().call_soon(self._dispatch)
@@ -193,13 +193,13 @@ class RequestQueue:
         self._balance.catch_up()
         for engine, samples in self._assign().items():
             engine.show()
-            # If the engine dies of it, or before it, its poll says so.
+            # If the engine dies of it, or before it, its poll reports that.
             engine.submit([(s.number, s.request) for s in samples])
         if self._pending and self._balance.stale:
             self._on_stale()
 
     def _assign(self) -> dict[SamplingEngine, list[PendingSample]]:
-        """Returns, for each engine, what it gets of the queue: as much as there are places for."""
+        """For each engine, what it gets of the queue: as much as it has slots for."""
         given: dict[SamplingEngine, list[PendingSample]] = {}
         held: list[PendingSample] = []
         now = self._clock()
@@ -226,7 +226,7 @@ class RequestQueue:
     # Back from it
 
     def settle(self, engine: SamplingEngine, outcomes: Sequence[Outcome], samples_ref: Any) -> None:
-        """Settles what one poll brought; the samples are behind `samples_ref`."""
+        """Settle what one poll returned; the samples are behind `samples_ref`."""
         for outcome in outcomes:
             sample = engine.work.pop(outcome.ticket, None)
             if sample is None or sample.done():
@@ -244,7 +244,7 @@ class RequestQueue:
         self.kick()
 
     def take_back(self, engine: SamplingEngine) -> list[PendingSample]:
-        """Returns the unfinished samples of an engine that died."""
+        """The unfinished samples of an engine that died."""
         work = [sample for sample in engine.work.values() if not sample.done()]
         engine.work.clear()
         for sample in work:
@@ -253,7 +253,7 @@ class RequestQueue:
         return work
 
     def requeue(self, samples: Sequence[PendingSample]) -> None:
-        """Queues samples before all others."""
+        """Queue samples before all others."""
         waiting = [sample for sample in samples if not sample.done()]
         for sample in waiting:
             sample.since = self._clock()
@@ -261,7 +261,7 @@ class RequestQueue:
         self.kick()
 
     def _try_again(self, sample: PendingSample, engine: SamplingEngine, reason: str) -> None:
-        """Queues a request that the engine ended without a sample, or fails it after MAX_ABORTS."""
+        """Queue a request that the engine ended without a sample, or fail it after MAX_ABORTS."""
         sample.aborts += 1
         if sample.aborts >= MAX_ABORTS:
             told = f"{sample.name} ended {sample.aborts} times without a sample, last on {engine.name}: {reason}"
@@ -270,7 +270,7 @@ class RequestQueue:
             self.requeue([sample])
 
     def _has_less(self, engine: SamplingEngine) -> None:
-        """Takes note of an engine that has less work than before."""
+        """Record that an engine has less work than before."""
         self._balance.reconsider_later(engine)
         engine.show()
         if engine.leaving and not engine.work:
@@ -279,7 +279,7 @@ class RequestQueue:
     # Ends without a sample
 
     def _forget(self, sample: PendingSample) -> None:
-        """Drops a sample that ends: nobody waits for it, so an engine that still has it stops."""
+        """Drop a sample that ends: nobody waits for it, so an engine that still has it stops."""
         self._pending.remove(sample)
         if (engine := sample.engine) is not None:
             del engine.work[sample.number]
@@ -293,13 +293,13 @@ class RequestQueue:
             sample.fail(WorkerError(why))
 
     def fail_poisoned(self, prompt_id: str, why: str) -> None:
-        """Fails all samples of a poisoned prompt."""
+        """Fail all samples of a poisoned prompt."""
         for sample in self:
             if sample.prompt_id == prompt_id:
                 sample.fail(PoisonedError(why))
 
     def fail_late(self, limit_s: float) -> None:
-        """Holds the deadline of every sample: from the moment an engine got it; while queued, from the last progress of any."""
+        """Enforce the deadline of every sample: from the moment an engine got it; while queued, from the last progress of any."""
         now = self._clock()
         for engine in list(self._engines.values()):
             for sample in _handed_before(now - limit_s, engine):
@@ -312,7 +312,7 @@ class RequestQueue:
                 sample.fail(DeadlineError(what))
 
     def close(self) -> None:
-        """Fails what is not finished, and what is asked for from now on."""
+        """Fail unfinished samples, and later requests."""
         self._closed = True
         for sample in self:
             sample.engine = None
@@ -320,5 +320,5 @@ class RequestQueue:
 
 
 def _handed_before(when: float, engine: SamplingEngine) -> list[PendingSample]:
-    """Returns the samples that the engine has had since before `when`."""
+    """The samples that the engine has had since before `when`."""
     return list(itertools.takewhile(lambda sample: sample.since < when, engine.work.values()))

@@ -1,4 +1,4 @@
-"""What vLLM gives for one request -> a `Sample`, and the `SampleInfo` that tells of it."""
+"""The conversion of vLLM's output for one request to a `Sample`, and to the `SampleInfo` that describes it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def sample_of(
     """The completion as a sample of this request.
 
     Args:
-        adapter_version: of the LoRA adapter that it was sampled with; None: vLLM tells the version of each token.
+        adapter_version: the version of the LoRA adapter that it was sampled with; None: vLLM reports the version of each token.
         text: the completion as rewards read it.
-        worker: the engine's name, for what it does wrong.
+        worker: the engine's name, for errors.
 
     Raises:
         WorkerError: a log-probability is missing or not finite.
@@ -44,7 +44,7 @@ def sample_of(
 
 
 def info_of(sample: Sample, worker: str, row: int) -> SampleInfo:
-    """What the controller is told of a sample; `row`: its place in the list that it travels in."""
+    """What the controller learns of a sample; `row`: its index in the list that it travels in."""
     return SampleInfo(
         prompt_id=sample.prompt_id,
         index=sample.index,
@@ -59,7 +59,7 @@ def info_of(sample: Sample, worker: str, row: int) -> SampleInfo:
 
 
 def _sampled_logprobs(logprobs: Any, num_tokens: int, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """[T] of the sampled tokens, which vLLM puts first at each position."""
+    """[T] the log-probabilities of the sampled tokens, which vLLM puts first at each position."""
     if len(logprobs) != num_tokens:
         raise WorkerError(f"{name}: vLLM gave {len(logprobs)} log-probabilities for {num_tokens} tokens")
     flat = np.asarray(logprobs.logprobs, dtype=np.float32)

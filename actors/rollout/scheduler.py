@@ -1,8 +1,8 @@
-"""vLLM's scheduler, for callers that want samples when they are finished: their tokens leave the engine together.
+"""vLLM's scheduler, for callers that need samples only when they are finished: their tokens leave the engine together.
 
-vLLM sends every token of every sample by itself, packed in the engine's process, unpacked and counted in the actor's: half of what
-the actor does, on cores that small engines share with it. Here tokens wait for the end of their sample, or for `BUNDLE` of them. A
-pause sends what waits, so that vLLM labels tokens with the weights that drew them.
+vLLM sends every token of every sample by itself, packed in the engine's process, unpacked and counted in the actor's: half the
+work of the actor, on cores that small engines share with it. Here tokens wait for the end of their sample, or for `BUNDLE` of
+them. A pause sends what waits, so that vLLM labels tokens with the weights that sampled them.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from vllm.v1.outputs import LogprobsLists
 from vllm.v1.request import Request
 
 BUNDLE = 1024
-"""Outputs of one sample that wait at most: what they take in the engine's memory is bounded."""
+"""The most outputs of one sample that wait, which bounds their memory in the engine."""
 
 
 def bundling_scheduler(*, vllm_config: Any, **options: Any) -> Scheduler:
-    """For vLLM's `scheduler_cls`."""
+    """The scheduler class for vLLM's `scheduler_cls`."""
     is_async = vllm_config.scheduler_config.async_scheduling
     return (BundlingAsyncScheduler if is_async else BundlingScheduler)(vllm_config=vllm_config, **options)
 
 
 class _Bundle:
-    """Outputs of one request that are still to be sent, and may be one output."""
+    """Outputs of one request that are still to be sent, and may be merged into one."""
 
     def __init__(self, client_index: int) -> None:
         self.client_index = client_index
@@ -40,7 +40,7 @@ class _Bundle:
         self._last: EngineCoreOutput | None = None
         self._prefill_stats: Any = None
         self._tokens: list[int] = []
-        # What `LogprobsLists` has of each token: ids and log-probabilities, the one drawn first, and the rank of that.
+        # What `LogprobsLists` holds per token: ids and log-probabilities, the sampled one first, and its rank.
         self._columns: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
 
     def add(self, output: EngineCoreOutput) -> None:
@@ -55,7 +55,7 @@ class _Bundle:
             ranks += output.new_logprobs.sampled_token_ranks.tolist()
 
     def take(self) -> EngineCoreOutput:
-        """All of them as one. Only the first tells of the prompt, only the last of the end."""
+        """All outputs merged into one. Only the first describes the prompt, only the last the end."""
         whole = self._last
         assert whole is not None
         whole.prefill_stats = self._prefill_stats
@@ -73,7 +73,7 @@ class _Bundling(Scheduler):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._bundles: dict[str, _Bundle] = {}
-        """Of each request under way whose outputs may wait."""
+        """The bundle of each request in progress whose outputs may wait."""
 
     def add_request(self, request: Request) -> None:
         if _may_wait(request):
@@ -93,7 +93,7 @@ class _Bundling(Scheduler):
         return messages
 
     def has_requests(self) -> bool:
-        """A pause is complete when there are none: until all is sent the engine takes one more step, which draws nothing."""
+        """Whether requests are left, or outputs to send before a pause is complete: one more step sends them, sampling nothing."""
         paused = self.pause_state != PauseState.UNPAUSED
         return bool(super().has_requests() or (paused and any(bundle.size for bundle in self._bundles.values())))
 
@@ -104,7 +104,7 @@ class _Bundling(Scheduler):
         return ended
 
     def _sent(self, output: EngineCoreOutput) -> EngineCoreOutput | None:
-        """What to send now, if anything."""
+        """The output to send now, if any."""
         bundle = self._bundles.get(output.request_id)
         if bundle is None:
             return output
@@ -115,15 +115,16 @@ class _Bundling(Scheduler):
 
 
 class BundlingScheduler(_Bundling):
-    """On CPUs."""
+    """The bundling scheduler on CPUs."""
 
 
 class BundlingAsyncScheduler(_Bundling, AsyncScheduler):
-    """Where the next step is scheduled before this one is over."""
+    """The bundling scheduler where the next step is scheduled before this one is over."""
 
 
 def _may_wait(request: Request) -> bool:
-    """Nobody looks at its tokens before it is finished. Stop strings are found by the actor, in text."""
+    """Whether outputs may wait: nobody reads the tokens before the sample is finished. Stop strings are found by the actor, in
+    text."""
     params = request.sampling_params
     return (
         params is not None

@@ -1,4 +1,4 @@
-"""A run's config in vLLM's terms: the environment and the options of an engine, and the parameters of one request."""
+"""The options of vLLM from a run's config: the environment and the options of an engine, and the parameters of one request."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ CPU_BATCHED_TOKENS = 2048
 
 
 def rollout_env(config: RolloutConfig, *, on_gpu: bool, backend: str) -> dict[str, str]:
-    """Environment of the actor's process. It must be there before vllm is imported."""
+    """The environment of the actor's process. It must be set before vllm is imported."""
     env = {
         "OMP_NUM_THREADS": str(config.num_threads or 1),
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_NO_USAGE_STATS": "1",
     }
     if not on_gpu:
-        # One process less, and 4 s of start-up: the worker lives in the engine's process.
+        # This saves a process and 4 s of start-up: the worker lives in the engine's process.
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        # vLLM sets them for its core, which may be a fork (see `forked_core`) that torch has read them in already.
+        # vLLM sets them for its core, which may be a fork (see `forked_core`) where torch has already read them.
         env |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CPP_DYNAMIC_THREADS": "1"}
     if backend == "ipc":
         # CUDA IPC handles are not plain data; they travel between processes of this run only.
@@ -57,7 +57,7 @@ def engine_args(
     device: dict[str, Any] = {}
     if on_cpu:
         check_kv_cache(config, total_memory(), 1)
-        # vLLM's CPU sampler dies of a seeded request whose prompt is prefilled in pieces, so prompts are prefilled whole. The
+        # vLLM's CPU sampler crashes on a seeded request whose prompt is prefilled in pieces, so prompts are prefilled whole. The
         # default block of 128 tokens would keep shorter prompts out of the prefix cache.
         device = {
             "enable_chunked_prefill": False,
@@ -67,7 +67,7 @@ def engine_args(
     else:
         device = {"enable_sleep_mode": colocated}
         if config.tensor_parallel_size > 1:
-            # Inside a Ray actor vLLM would otherwise ask Ray for GPUs of its own.
+            # Inside a Ray actor vLLM would otherwise request GPUs of its own from Ray.
             device["distributed_executor_backend"] = "mp"
     return AsyncEngineArgs(
         model=model,
@@ -90,14 +90,14 @@ def engine_args(
 
 
 def can_fork(args: AsyncEngineArgs) -> bool:
-    """May the core of this engine be a fork? Not where it computes on GPUs, or starts workers of its own."""
+    """Whether the core of this engine may be a fork: not where it computes on GPUs, or starts workers of its own."""
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu()) and args.tensor_parallel_size == 1
 
 
 def _transfer_args(backend: str) -> dict[str, Any]:
-    """For an engine that takes whole weights."""
+    """The options of an engine that receives whole weights."""
     from vllm.config.weight_transfer import WeightTransferConfig
 
     from actors.weights.backend import WORKER_BACKENDS
@@ -122,7 +122,7 @@ def sampling_params(request: SampleRequest, stops: Stops) -> VllmSamplingParams:
         seed=request.seed,
         stop=list(stops.strings),
         stop_token_ids=list(stops.token_ids),
-        # Stop strings are found in text; without them the text is made once, at the end.
+        # Stop strings are found in text; without them the text is decoded once, at the end.
         detokenize=bool(stops.strings),
         skip_special_tokens=False,
         include_stop_str_in_output=True,
