@@ -9,7 +9,7 @@ Imports the modules at the root of `actors`.
 
 
 def register() -> None:
-    """vLLM calls this in each of its processes (entry point `vllm.general_plugins`)."""
+    """Register the backends; vLLM calls this in each of its processes (entry point `vllm.general_plugins`)."""
     from actors.runtime import end_with_parent
     from actors.weights import backend as weight_backend
 

@@ -1,12 +1,12 @@
-"""The way of LoRA adapters to the rollout engines (`model.lora.transfer: adapter`), through Ray's object store.
+"""The weight sync of LoRA adapters to the rollout engines (`model.lora.transfer: adapter`), through Ray's object store.
 
     RayAdapterSync (controller)        LearnerActor (every rank)        RolloutActor (every engine)
       put                    ------>   put_adapter: gather, ray.put
       load                   ----------------------------------------> load_adapter: fetch, check, add to vLLM
-      mark synced            <------   bytes, checksum       <-------  seconds that the engine stood still
+      mark synced            <------   bytes, checksum       <-------  seconds that the engine was stalled
 
-Nothing is paused: a sample under way finishes under the adapter that was current when its engine got it, and is labelled so. That
-version is none older than the one at which the loop dispatched its group, and the loop dispatches no group that it would train
+Nothing is paused: a sample in progress finishes under the adapter that was current when its engine got it, and is labelled so. That
+version is not older than the one at which the loop dispatched its group, and the loop dispatches no group that it would train
 more than `max_staleness` steps later: the bound holds as it does for whole weights, whose first tokens are as old.
 
 The controller keeps the reference on the current adapter: a restarted engine gets it without the learner.
@@ -31,7 +31,7 @@ class AdapterReport:
     """What rank 0 gathered."""
 
     ref: Any
-    """Ray reference on `lora.adapter_bytes`."""
+    """A Ray reference to `lora.adapter_bytes`."""
     num_bytes: int
     checksum: str
 
@@ -40,9 +40,9 @@ class LearnerAdapters(Protocol):
     """The learner group's side of a sync."""
 
     async def put_adapter(self) -> AdapterReport:
-        """`put_adapter()` on every rank; the answer of rank 0.
+        """Call `put_adapter()` on every rank; returns the result of rank 0.
 
-        Must hand its calls to the ranks before it first awaits: the order of this call and of `update` is what makes the
+        The ranks must have the calls before this first awaits: the order of this call and of `update` is what makes the
         version true.
         """
         ...
@@ -51,7 +51,7 @@ class LearnerAdapters(Protocol):
 class RayAdapterSync:
     """`roles.WeightSync` over a pool of rollout engines and a learner group.
 
-    An engine that fails is ended and restarted by the pool; the others go on. While none is left, the sync is tried again with
+    An engine that fails is ended and restarted by the pool; the others go on. While none is left, the sync is retried with
     those that came back.
     """
 
@@ -69,12 +69,12 @@ class RayAdapterSync:
         """Give every live engine the learner's adapter under the name `version`.
 
         Raises:
-            WorkerError: no engine could be brought up to date; names the last one that failed, or the learner.
-            DeadlineError: the learner did not gather it in time.
+            WorkerError: no engine could be brought up to date; the message names the last one that failed, or the learner.
+            DeadlineError: the learner did not gather the adapter in time.
         """
         async with self._pool.membership:
             started = time.monotonic()
-            # The learner group's own deadline comes first and knows the rank; this one is for a group that hangs.
+            # The learner group's own deadline comes first and names the rank; this one is for a group that hangs.
             adapter = await within(
                 self._learner.put_adapter(),
                 self._timeout_s + 30,
@@ -103,8 +103,8 @@ class RayAdapterSync:
             )
 
     async def sync_stale(self) -> None:
-        """Bring restarted engines up to date. Also while the learner is at work: what they get is the adapter of the current
-        version, not the learner's."""
+        """Bring restarted engines up to date, also while the learner is busy: they get the adapter of the current version, not the
+        learner's."""
         async with self._pool.membership:
             targets = self._pool.engines(stale_only=True)
             if targets and self._current is not None:
@@ -115,8 +115,8 @@ class RayAdapterSync:
     async def _load(
         self, targets: Sequence[EngineTarget], adapter: AdapterReport, version: int
     ) -> tuple[list[tuple[EngineTarget, float]], list[str]]:
-        """The engines that have it now, with the seconds that each stood still; and what went wrong with the others."""
-        # In a list: Ray would put the value in the place of a bare reference, before the actor can say what is wrong with it.
+        """The engines that have the adapter now, with the seconds that each was stalled; and the errors of the others."""
+        # In a list: Ray would replace a bare reference by its value before the actor can report what is wrong with it.
         return await ask_each(
             self._pool, targets, self._timeout_s, "load_adapter", version, adapter.checksum, [adapter.ref]
         )

@@ -1,7 +1,7 @@
-"""The backends of a weight transfer, as vLLM's factories want them: `gloo` for CPUs, and checked forms of vLLM's `nccl` and `ipc`.
+"""The backends of a weight transfer for vLLM's factories: `gloo` for CPUs, and checked forms of vLLM's `nccl` and `ipc`.
 
 The receivers of nccl and ipc digest what reaches `load_weights`; the actor compares with the sender's digest before the update
-is finished (`TransferExtension`), so a wrong transfer never gets a version. gloo's compare before anything is used at all.
+is finished (`TransferExtension`), so a wrong transfer never gets a version. gloo's receivers compare before any use.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ class CheckedIpcEngine(IPCWeightTransferEngine):
 
 
 class TransferExtension:
-    """Mixed into vLLM's worker (`worker_extension_cls`)."""
+    """The methods mixed into vLLM's worker (`worker_extension_cls`)."""
 
     weight_transfer_engine: Any
 
     def weight_transfer_digest(self) -> str:
-        """Of what this worker received for the update under way (nccl, ipc)."""
+        """The digest of what this worker received for the update in progress (nccl, ipc)."""
         return self.weight_transfer_engine.digest.hex()
 
     def weight_transfer_share(self, address: Address) -> bool:
@@ -86,7 +86,7 @@ class TransferExtension:
 
 
 def register() -> None:
-    """Make the backends known to vLLM in this process. Any number of times."""
+    """Register the backends with vLLM in this process. Repeated calls are harmless."""
     receivers: dict[str, type[WeightTransferEngine]] = {
         "gloo": GlooEngine,
         "nccl_checked": CheckedNcclEngine,

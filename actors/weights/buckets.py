@@ -1,5 +1,5 @@
-"""What travels: weights cut into buckets by a plan that both ends make, the digest that both ends compare, and seals by which the
-receiver knows that it is the sender's."""
+"""The format of a transfer: weights cut into buckets by a plan that both ends compute, the digest that both ends compare, and the
+seals that prove to the receiver that they are the sender's."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 _DIGEST = 8
 _SEAL = 32
 TRAILER = _DIGEST + 2 * _SEAL
-"""Bytes at the end of each bucket: the running digest after its last tensor, the seal of that, and the seal of the whole bucket."""
+"""The bytes at the end of each bucket: the running digest after its last tensor, the seal of that, and the seal of the whole
+bucket."""
 _ALIGN = 16
 _MASK = (1 << 64) - 1
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By their bytes. Of eight bytes the sum is 24 times faster than of four, which have to be widened first."""
+"""The integer types by their bytes. Eight bytes are summed 24 times faster than four, which have to be widened first."""
 
 
 class Digest:
     """A checksum of tensors in their order: their names, and the sum of each one's bit patterns read as integers.
 
     Sums run where the tensor lives and are fetched together, so that a GPU is not made to wait for every parameter.
-    It finds corruption, loss and mix-ups; for forgers there are seals.
+    It detects corruption, loss and mix-ups; seals detect forgery.
     """
 
     def __init__(self) -> None:
@@ -42,7 +43,7 @@ class Digest:
         self._sums.append(flat.view(_WORDS[size]).sum(dtype=torch.int64))
 
     def value(self) -> int:
-        """Of everything added so far, in [0, 2**64)."""
+        """The digest of everything added so far, in [0, 2**64)."""
         if self._sums:
             for name, total in zip(self._names, torch.stack(self._sums).tolist(), strict=True):
                 self._state = (self._state * 1_000_003 + zlib.crc32(name.encode()) + total) & _MASK
@@ -55,7 +56,7 @@ class Digest:
 
 
 class DigestSource(WeightSource):
-    """A source that digests what it hands out; `digest` is of the pass under way, or of the last one."""
+    """A source that digests what it hands out; `digest` is that of the pass in progress, or of the last one."""
 
     def __init__(self, inner: WeightSource) -> None:
         self.inner = inner
@@ -73,13 +74,13 @@ class DigestSource(WeightSource):
 
 @dataclass(frozen=True)
 class Slot:
-    """Of one parameter in its bucket."""
+    """The slot of one parameter in its bucket."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
-    """Byte in the bucket."""
+    """The offset in the bucket, in bytes."""
     end: int
 
     def view(self, bucket: Tensor) -> Tensor:
@@ -90,9 +91,9 @@ class Slot:
 class Bucket:
     slots: tuple[Slot, ...]
     start: int
-    """Byte in memory that holds all buckets one after the other."""
+    """The offset in memory that holds all buckets one after the other, in bytes."""
     size: int
-    """Bytes, trailer included."""
+    """The size in bytes, trailer included."""
 
     @property
     def end(self) -> int:
@@ -103,7 +104,7 @@ class Bucket:
 
 
 def plan_buckets(metadata: Iterable[ParamMeta], bucket_bytes: int) -> list[Bucket]:
-    """Cut the parameters into buckets of at most `bucket_bytes`, trailer not counted. One larger parameter has a bucket alone."""
+    """Cut the parameters into buckets of at most `bucket_bytes`, without the trailer. A larger parameter has a bucket alone."""
     plan: list[Bucket] = []
     slots: list[Slot] = []
     size = 0
@@ -129,7 +130,7 @@ def _aligned(num_bytes: int) -> int:
 
 
 def set_digest(bucket: Tensor, digest: int) -> None:
-    """Write it into the trailer."""
+    """Write the digest into the trailer."""
     bucket[-TRAILER : -2 * _SEAL] = _as_tensor(digest.to_bytes(_DIGEST, "little"))
 
 
@@ -138,8 +139,8 @@ def digest_in(bucket: Tensor) -> int:
 
 
 class Sealer:
-    """Makes and compares keyed hashes (BLAKE3) of one transfer's buckets: who has not the key can neither change one, nor send what
-    belongs to another place or an earlier transfer."""
+    """Makes and compares keyed hashes (BLAKE3) of one transfer's buckets: without the key one can neither change a bucket, nor
+    send one that belongs to another position or an earlier transfer."""
 
     def __init__(self, key: bytes, transfer: int) -> None:
         self._key = key
@@ -149,15 +150,15 @@ class Sealer:
         """Write the seals into the trailer, after the digest.
 
         Args:
-            number: of the bucket in its transfer.
-            contents: some receivers get all of the bucket, and do not read it in the sender's memory.
+            number: the number of the bucket in its transfer.
+            contents: whether some receivers get the whole bucket, instead of reading it in the sender's memory.
         """
         bucket[-2 * _SEAL : -_SEAL] = _as_tensor(self._of(bucket[-TRAILER : -2 * _SEAL], number))
         if contents:
             bucket[-_SEAL:] = _as_tensor(self._of(bucket[:-_SEAL], number))
 
     def is_genuine(self, received: Tensor, number: int) -> bool:
-        """Of a whole bucket, or of a trailer alone."""
+        """Whether the seals of a whole bucket, or of a trailer alone, are right."""
         told = received[-2 * _SEAL : -_SEAL] if len(received) == TRAILER else received[-_SEAL:]
         covered = received[: -2 * _SEAL] if len(received) == TRAILER else received[:-_SEAL]
         return hmac.compare_digest(bytes(told.tolist()), self._of(covered, number))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @dataclass
 class GlooUpdateInfo(WeightTransferUpdateInfo):
     checksum: str
-    """The sender's, of the weights that are to be taken into use."""
+    """The sender's checksum of the weights to load."""
 
 
 class GlooEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
@@ -41,14 +41,14 @@ class GlooEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
         self._inbox: Inbox | None = None
 
     def share(self, address: Address) -> bool:
-        """Map the sender's memory, if it is on this machine. An older transfer group is left."""
+        """Map the sender's memory, if it is on this machine, and leave an older transfer group."""
         self._inbox = None
         self._memory = map_memory(address)
         return self._memory is not None
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
-        """Join the transfer group; an older group is left."""
-        # Here, because the sender would be slowed by what it imports.
+        """Join the transfer group, and leave an older one."""
+        # Here, because these imports would slow down the sender.
         from actors.weights.shadow import Shadow, WhenPaused
 
         self._inbox = None
@@ -70,14 +70,14 @@ class GlooEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
         return self._connected().is_full()
 
     def start_weight_update(self) -> None:
-        """Nothing: everything was done beside sampling."""
+        """Do nothing: everything was done beside sampling."""
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        """Take what was staged into use."""
+        """Swap in what was staged."""
         self._connected().swap(update_info.checksum)
 
     def finish_weight_update(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing: nothing is left to do."""
 
     def shutdown(self) -> None:
         self._inbox = None
@@ -89,7 +89,7 @@ class GlooEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
 
 
 class Inbox:
-    """Weights on their way in, in a thread of their own. Each transfer group has one: what an older group may still write to is not
+    """The receiver of weights, in a thread of its own. Each transfer group has one: what an older group may still write to is not
     touched again."""
 
     def __init__(
@@ -111,11 +111,11 @@ class Inbox:
         self._loaded = self._thread.submit(self._receive)
 
     def is_full(self) -> bool:
-        """Is everything loaded?
+        """Whether everything is loaded.
 
         Raises:
             RuntimeError: a bucket did not arrive as it was sent, or the transfer group broke.
-            Exception: the model does not take these weights.
+            Exception: the model refuses these weights.
         """
         if self._loaded is None or not self._loaded.done():
             return False
@@ -123,10 +123,10 @@ class Inbox:
         return True
 
     def swap(self, checksum: str) -> None:
-        """Let the model have what was loaded, once.
+        """Swap the loaded weights into the model, once.
 
         Raises:
-            RuntimeError: it is not what the sender sent under this checksum; the model is as it was.
+            RuntimeError: they are not what the sender sent under this checksum; the model is unchanged.
         """
         loaded = None if self._loaded is None else self._loaded.result()
         if loaded != checksum:
@@ -135,13 +135,13 @@ class Inbox:
         self._loader.swap()
 
     def _receive(self) -> str:
-        """Returns the digest of everything."""
+        """Receive all weights; returns their digest."""
         digest = Digest()
         arriving = self._arriving(digest)
         try:
             self._loader.load(arriving)
         except Exception:
-            # The sender and the others would wait for ever for one who does not take the rest.
+            # The sender and the others would wait for ever for an engine that does not take the rest.
             with contextlib.suppress(RuntimeError):
                 for _ in arriving:
                     pass

@@ -33,12 +33,12 @@ class GlooInitInfo(WeightTransferInitInfo):
     timeout_s: float
     bucket_bytes: int
     shared: bool
-    """This group's engines read the buckets where the sender fills them."""
+    """Whether this group's engines read the buckets where the sender fills them."""
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
     key: str = field(repr=False)
-    """Of this group, as hexadecimal text."""
+    """The key of this group, as hexadecimal text."""
 
     @property
     def meeting(self) -> Meeting:
@@ -46,7 +46,7 @@ class GlooInitInfo(WeightTransferInitInfo):
 
 
 def count_refusals(group: Any, refused: bool) -> int:
-    """The number of members of the group that refuse; waits for all votes."""
+    """The number of members of the group that refuse, once all have voted."""
     votes = torch.tensor([int(refused)])
     group.allreduce([votes]).wait()
     return int(votes)

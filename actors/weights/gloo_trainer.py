@@ -40,28 +40,28 @@ class GlooTrainerInitInfo(TrainerInitInfo):
 
 @runtime_checkable
 class StagingClient(VLLMWeightSyncClient, Protocol):
-    """What the gloo backend asks of its client besides vLLM's four methods."""
+    """What the gloo backend needs of its client besides vLLM's four methods."""
 
     targets: list[EngineTarget]
 
     def share(self, address: Address) -> list[EngineTarget]:
-        """Those that can map this memory, and have."""
+        """The engines that can map this memory, and have."""
         ...
 
     def are_here(self, targets: list[EngineTarget]) -> bool:
-        """Are all of them on this process's node?"""
+        """Whether all of the engines are on this process's node."""
         ...
 
     def join(self, targets: list[EngineTarget], init_info: dict[str, Any]) -> None:
-        """Let these engines join a transfer group, their ranks one after the other from `rank_offset`."""
+        """Make these engines join a transfer group, with consecutive ranks from `rank_offset`."""
         ...
 
     def stage(self) -> None:
-        """Let every engine begin to receive."""
+        """Make every engine begin to receive."""
         ...
 
     def wait_staged(self) -> None:
-        """Until every engine has everything."""
+        """Wait until every engine has everything."""
         ...
 
 
@@ -79,9 +79,9 @@ class GlooTrainer(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
         self._calls = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
         self._memory: SharedMemory | None = None
         self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2
-        """Of buckets that are even and odd, without shared memory."""
+        """The buffers of even and odd buckets, without shared memory."""
         self._groups: list[tuple[Any, bool]] = []
-        """Each with: its engines share the memory."""
+        """The transfer groups, each with whether its engines share the memory."""
         self._key = new_key()
         self._num_transfers = 0
         self._sealer = Sealer(self._key, 0)
@@ -100,7 +100,7 @@ class GlooTrainer(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
         return engine
 
     def send_weights(self) -> None:
-        """To where each engine keeps them until it is paused; returns when all have them."""
+        """Send the weights to where each engine keeps them until it is paused; returns when all have them."""
         weights = iter(self.digest_source)
         if not self.is_sender:
             for _ in weights:
@@ -126,10 +126,10 @@ class GlooTrainer(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
         except RuntimeError as e:
             broken = e
         if broken is not None or refusals:
-            # The engine that broke the group, or refuses, says more than "connection reset by peer".
+            # The engine that broke the group, or refuses, reports more than "connection reset by peer".
             self.staging_client.wait_staged()
             raise broken or RuntimeError(f"{refusals} engines refuse the weights")
-        # To its end, so that the other ranks' collectives find their partner.
+        # The source is read to its end, so that the other ranks' collectives find their partner.
         for name, _ in weights:
             raise RuntimeError(f"the weight source yields {name!r}, which its metadata() does not declare")
 
@@ -160,7 +160,7 @@ class GlooTrainer(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
             if not targets:
                 continue
             host = LOOPBACK if self.staging_client.are_here(targets) else address_of_node
-            # Handing over the socket, and not its number, leaves no moment for another to take the port.
+            # Passing on the socket, not its number, leaves no moment in which another process could take the port.
             listening = listen_at(host)
             info = replace(
                 info,
@@ -177,7 +177,7 @@ class GlooTrainer(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
             joined.result()
 
     def _share(self) -> list[EngineTarget]:
-        """Those engines that read the weights in this process's memory; none, if there is not so much of it."""
+        """The engines that read the weights in this process's memory; none, if there is not enough of it."""
         num_bytes = self._plan[-1].end
         try:
             self._memory = SharedMemory(num_bytes)
@@ -190,7 +190,7 @@ class GlooTrainer(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
             self._memory.withdraw()
 
     def _fill(self, number: int, bucket: Bucket, weights: Iterator[tuple[str, Tensor]]) -> Tensor:
-        """[bucket.size] of the next weights, with the trailer."""
+        """[bucket.size] the next weights, with the trailer."""
         flat = self._place(number, bucket)
         for slot in bucket.slots:
             name, tensor = next(weights, ("(nothing)", torch.empty(0)))

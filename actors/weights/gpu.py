@@ -1,6 +1,6 @@
 """The sending ends of vLLM's nccl and ipc transfers, formed without a port that strangers could reach and without pickle.
 
-vLLM's own meet in a store on all interfaces, and unpickle what it holds (nccl); or gather CUDA handles over the learners by a
+vLLM's own ends meet in a store on all interfaces, and unpickle what it holds (nccl); or gather CUDA handles over the ranks by a
 collective that unpickles them (ipc). Here NCCL's id goes to the engines through actor calls, and handles travel as text.
 """
 
@@ -54,7 +54,7 @@ class NcclTrainer(NCCLTrainerWeightTransferEngine):
         return engine
 
     def _connect(self, init_info: NcclTrainerInitInfo, unique_id: bytes) -> None:
-        """The engines get the id by the client's calls; without it NCCL takes no connection."""
+        """Connect to the engines, which get the id by the client's calls; without it NCCL takes no connection."""
         told = NCCLWeightTransferInitInfo(
             rank_offset=1,
             world_size=init_info.world_size,
@@ -88,7 +88,7 @@ class IpcTrainer(IPCTrainerWeightTransferEngine):
 
 
 def handle_text(handle: dict[str, tuple[Any, ...]]) -> str:
-    """What `reduce_tensor` gives of a buffer of bytes, by its GPU: numbers, and bytes as hexadecimal text."""
+    """The text of what `reduce_tensor` returns for a buffer of bytes, by its GPU: numbers, and bytes as hexadecimal text."""
     ((gpu, args),) = handle.items()
     kind, shape, stride, offset, storage, dtype, *plain = args
     if (kind, storage, dtype) != (torch.Tensor, torch.storage.TypedStorage, torch.uint8):
@@ -98,7 +98,7 @@ def handle_text(handle: dict[str, tuple[Any, ...]]) -> str:
 
 
 def read_handle(text: str) -> dict[str, tuple[Any, ...]]:
-    """See `handle_text`."""
+    """The handle in a text; see `handle_text`."""
     gpu, shape, stride, offset, told, is_bytes = json.loads(text)
     plain = [bytes.fromhex(each) if of_bytes else each for each, of_bytes in zip(told, is_bytes, strict=True)]
     kinds = (torch.Tensor, torch.Size(shape), tuple(stride), offset, torch.storage.TypedStorage, torch.uint8)

@@ -1,7 +1,7 @@
 """Memory that processes of one machine share.
 
-It has no name in any file system, so nothing has to be cleaned up: it is gone with the last process that maps it, however
-they end, and a small /dev/shm is no limit. Others open it through /proc while its maker offers it.
+It has no name in any file system, so nothing has to be cleaned up: it is freed with the last process that maps it, however
+they end, and a small /dev/shm is no limit. Others open it through /proc while its creator offers it.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 
 _MAPPED_NOW = mmap.MAP_SHARED | mmap.MAP_POPULATE
-"""With all pages at once: one by one, at the first touch, they cost more than the copy."""
+"""The flags that map all pages at once: one by one, at the first touch, they cost more than the copy."""
 
 
 class Address(TypedDict):
     path: str
     name: str
-    """In the whole world there is no other memory of this name: who finds it at `path` is on the maker's machine."""
+    """A name that no other memory in the world has: a process that finds it at `path` is on the creator's machine."""
     num_bytes: int
 
 
 class SharedMemory:
-    """`bytes` is uint8 [num_bytes], aligned to a page.
+    """Memory whose `bytes` is uint8 [num_bytes], aligned to a page.
 
     Raises:
-        OSError: there is not so much memory for it. All of it is reserved here; what was not would end a writer by SIGBUS.
+        OSError: there is not enough memory. All of it is reserved here: a writer to memory that is not gets a SIGBUS.
     """
 
     def __init__(self, num_bytes: int) -> None:
@@ -46,7 +46,7 @@ class SharedMemory:
         self.address = Address(path=f"/proc/{os.getpid()}/fd/{self._fd}", name=name, num_bytes=num_bytes)
 
     def withdraw(self) -> None:
-        """Nobody can open it any more; who has, keeps it."""
+        """Stop offering the memory: no process can open it any more, and those that have keep it."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None

@@ -1,4 +1,4 @@
-"""What the two sides of a weight sync are to each other: engines to send to, ranks that send. No vLLM here."""
+"""The interface between the two sides of a weight sync: engines to send to, ranks that send. It does not import vLLM."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ class EngineTarget:
     """One live rollout engine, as a weight sync sees it."""
 
     name: str
-    """`rollout-0`."""
+    """The engine's name, e.g. `rollout-0`."""
     incarnation: int
-    """Counts the lives of this name: a restarted engine is another target."""
+    """The number of the life of this name: a restarted engine is another target."""
     handle: Any
-    """Ray handle of its RolloutActor."""
+    """The Ray handle of its RolloutActor."""
     world_size: int
-    """vLLM workers behind it (tensor parallelism): its ranks in the transfer group."""
+    """The vLLM workers behind it (tensor parallelism): its ranks in the transfer group."""
 
 
 class SendReport(TypedDict):
-    """What rank 0 says of one transfer; the other ranks return the same with 0 bytes."""
+    """What rank 0 reports of one transfer; the other ranks return the same with 0 bytes."""
 
     seconds: float
     bytes: int
     checksum: str
     tracks: NotRequired[list[Track]]
-    """What the rank did since its last report; of all ranks, once the group has gathered them."""
+    """What the rank did since its last report; what all ranks did, once the group has gathered them."""
 
 
 class EnginePool(Protocol):
     """All rollout engines as a weight sync sees them; `actors.rollout.pool.RolloutPool` is one."""
 
     membership: asyncio.Lock
-    """Held while engines join or leave, and while weights are on their way."""
+    """A lock that is held while engines join or leave, and during a weight sync."""
     on_stale: Callable[[], Awaitable[None]] | None
-    """Called when samples wait for engines that have older weights."""
+    """The callback for samples that wait for engines with older weights."""
     on_trouble: Callable[[str], None]
 
     @property
@@ -51,20 +51,20 @@ class EnginePool(Protocol):
 
     @property
     def stages_weights(self) -> bool:
-        """Engines take weights beside sampling, and only pause to swap them in."""
+        """Whether engines receive weights beside sampling, and only pause to swap them in."""
         ...
 
     @property
     def num_unfinished(self) -> int:
-        """Samples that are asked for and not there."""
+        """The number of requested samples that are unfinished."""
         ...
 
     def engines(self, *, stale_only: bool = False) -> list[EngineTarget]:
-        """Those that live; `stale_only`: and hold other weights than `version`."""
+        """The live engines; `stale_only`: those that hold other weights than `version`."""
         ...
 
     async def wait_for_engines(self) -> list[EngineTarget]:
-        """Those that live, at least one."""
+        """The live engines, at least one."""
         ...
 
     def mark_paused(self, targets: Sequence[EngineTarget], *, paused: bool) -> None: ...
@@ -72,7 +72,7 @@ class EnginePool(Protocol):
     def mark_synced(self, targets: Sequence[EngineTarget], version: int) -> None: ...
 
     def engine_failed(self, target: EngineTarget, reason: str, *, blame_work: bool) -> None:
-        """It is ended and restarted. `blame_work`: what it worked on may be the cause."""
+        """End and restart the engine. `blame_work`: what it worked on may be the cause."""
         ...
 
 
@@ -80,20 +80,20 @@ class LearnerWeights(Protocol):
     """The learner group's side of a sync. Each method calls all ranks at once, in the same order, and gathers."""
 
     unsent: bool
-    """An update was handed to the ranks since they last sent: what they would send now is not what the engines hold."""
+    """Whether an update was handed to the ranks since they last sent: what they would send now is not what the engines hold."""
 
     async def connect_weights(self, targets: Sequence[EngineTarget], generation: int) -> None:
-        """`weights_connect(list(targets), generation)` on every rank. Errors of a rank are raised as they are."""
+        """Call `weights_connect(list(targets), generation)` on every rank. Errors of a rank are raised unchanged."""
         ...
 
     async def send_weights(self, version: int) -> SendReport:
-        """`weights_send(version)` on every rank; the answer of rank 0.
+        """Call `weights_send(version)` on every rank; returns the result of rank 0.
 
-        Must hand its calls to the ranks before it first awaits: the order of this call and of `update` is what makes the
+        The ranks must have the calls before this first awaits: the order of this call and of `update` is what makes the
         label `version` true.
         """
         ...
 
 
 class EngineSyncError(WorkerError):
-    """A transfer that failed on the engines' side; names the engine. Another try, without it, may succeed."""
+    """A transfer that failed on the engines' side; it names the engine. A retry without that engine may succeed."""

@@ -1,4 +1,4 @@
-"""The learner's end of a weight sync: a bounded-memory view of the weights under ZeRO, and the one who sends them."""
+"""The learner's end of a weight sync: a view of the weights under ZeRO with bounded memory, and the sender."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
 from grpo_ray.models.named_weights import buckets, named_weights
 
 _OWN_PART = 0.9
-"""Of the deadline, after which the sender gives up by itself: it knows which engine is late, its callers don't."""
+"""The fraction of the deadline after which the sender gives up by itself: it knows which engine is late, its callers don't."""
 
 
 class ZeroWeightSource(WeightSource):
@@ -38,9 +38,9 @@ class ZeroWeightSource(WeightSource):
     then iterate, in step with the others.
 
     Args:
-        module: what the samplers run, e.g. `engine.module.hf`. A tied lm_head is the embedding's own parameter and appears once.
-        bucket_bytes: whole parameters that exist at once, at their size on the learner.
-        dtype: of what is sent.
+        module: what engines run, e.g. `engine.module.hf`. A tied lm_head is the embedding's own parameter and appears once.
+        bucket_bytes: the size of whole parameters that exist at once, in the learner's dtype.
+        dtype: the dtype of what is sent.
     """
 
     def __init__(self, module: torch.nn.Module, bucket_bytes: int, dtype: torch.dtype) -> None:
@@ -53,7 +53,7 @@ class ZeroWeightSource(WeightSource):
         return [ParamMeta(w.name, self.dtype, w.shape) for w in self._weights]
 
     def num_bytes(self) -> int:
-        """Of one transfer."""
+        """The bytes of one transfer."""
         return sum(w.shape.numel() for w in self._weights) * self.dtype.itemsize
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -61,8 +61,8 @@ class ZeroWeightSource(WeightSource):
         return self._pass
 
     def finish_pass(self) -> None:
-        """Walk to the end what a failed transfer left half-way (or never began): the other ranks gather in the same order and
-        would wait for this one for ever."""
+        """Iterate to the end of what a failed transfer left half-way (or never began): the other ranks gather in the same order
+        and would wait for this one for ever."""
         for _ in self._pass or self._walk():
             pass
         self._pass = None
@@ -75,8 +75,8 @@ class ZeroWeightSource(WeightSource):
 
 
 class EngineClient:
-    """vLLM's `VLLMWeightSyncClient` over Ray handles. Each call goes to all engines; the first that fails, or does not answer
-    before the deadline, is named."""
+    """vLLM's `VLLMWeightSyncClient` over Ray handles. Each call goes to all engines; the error names the first that fails, or does
+    not answer before the deadline."""
 
     def __init__(self, targets: list[EngineTarget], source: DigestSource) -> None:
         self.targets = targets
@@ -93,7 +93,7 @@ class EngineClient:
         self.join(self.targets, init_info)
 
     def join(self, targets: list[EngineTarget], init_info: dict[str, Any]) -> None:
-        """Let these engines join a transfer group, their ranks one after the other from `rank_offset`, where there is one."""
+        """Make these engines join a transfer group, where there is one, with consecutive ranks from `rank_offset`."""
         calls = {}
         rank = init_info.get("rank_offset")
         for target in targets:
@@ -122,14 +122,14 @@ class EngineClient:
         self._call_all("wait_staged")
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """The version is the sync's own; vLLM's trainer engines don't pass one."""
+        """Finish with the sync's own version; vLLM's trainer engines don't pass one."""
         self._call_all("finish_weight_update", self.version, self.source.digest.hex())
 
     def _call_all(self, method: str, *args: Any) -> dict[str, Any]:
         return self._call(method, {target.name: args for target in self.targets})
 
     def _call(self, method: str, arguments: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
-        """Arguments and answers by the engines' names."""
+        """Call the engines; arguments and results are by their names."""
         handles = {target.name: target.handle for target in self.targets}
         names = {getattr(handles[name], method).remote(*args): name for name, args in arguments.items()}
         answers: dict[str, Any] = {}
@@ -153,10 +153,10 @@ class EngineClient:
 
 
 class WeightSender:
-    """Lives in every learner rank. Rank 0 sends; the others take part in gathering.
+    """The sender of weights in every learner rank. Rank 0 sends; the others take part in gathering.
 
     Under nccl the sender waits in the driver when an engine dies in mid-transfer, and under ipc the other ranks wait in a barrier:
-    there the deadline is the caller's, who then ends the learner. gloo fails by itself within `timeout_s`.
+    there the caller enforces the deadline, and ends the learner. gloo fails by itself within `timeout_s`.
     """
 
     def __init__(self, source: ZeroWeightSource, rank: int, backend: str, bucket_bytes: int, timeout_s: float) -> None:
@@ -177,7 +177,7 @@ class WeightSender:
         """Form the transfer group with these engines, unless this generation is already joined.
 
         Raises:
-            DeadlineError, WorkerError: naming the engine.
+            DeadlineError, WorkerError: an engine failed; the message names it.
         """
         if generation == self._generation:
             return
@@ -195,11 +195,11 @@ class WeightSender:
         self._generation = generation
 
     def send(self, version: int) -> SendReport:
-        """Give every connected engine the weights as they are now, labelled `version`. With gloo they are only staged there, while
-        sampling goes on, and `RolloutActor.load_staged` takes them into use.
+        """Send every connected engine the current weights, labelled `version`. With gloo they are only staged there, while
+        sampling goes on, and `RolloutActor.load_staged` swaps them in.
 
         Raises:
-            DeadlineError, WorkerError: naming the engine. Except with gloo, the engines it reached are then not usable any more.
+            DeadlineError, WorkerError: an engine failed; the message names it. Without gloo, engines already reached are unusable.
         """
         if self._engine is None or self._client is None:
             raise WorkerError("weights_send before weights_connect: no engine is connected")

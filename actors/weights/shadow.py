@@ -1,4 +1,5 @@
-"""New weights become a model's own: packed by vLLM beside sampling where there is memory for it, then exchanged in a moment.
+"""Double-buffered weight loading: vLLM packs new weights in a shadow copy while sampling, where there is memory for it, and swaps
+while paused.
 
 vLLM can only reload the model that it samples with, and its linear layers on CPUs keep no weights, only packed ones: loading takes
 as long as sampling has to stand still. So a shadow is loaded in its place: the same modules, that share with the model whatever is
@@ -24,23 +25,23 @@ from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
 from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 
 Batches = Iterable[list[tuple[str, Tensor]]]
-"""Weights under their Hugging Face names, piece by piece."""
+"""Weights under their Hugging Face names, in batches."""
 
 
 class Loader(Protocol):
-    """What becomes of weights that arrive."""
+    """How arriving weights are loaded and swapped in."""
 
     def load(self, batches: Batches) -> None:
-        """Take all of them in while the model samples. What that raises leaves the model as it was, and this of no further use."""
+        """Load all weights while the model samples. After an error the model is unchanged, and this loader of no further use."""
         ...
 
     def swap(self) -> None:
-        """Let the model have what was loaded last; it is not sampling."""
+        """Swap what was loaded last into the model, which is not sampling."""
         ...
 
 
 class WhenPaused:
-    """For a device that has no room for the model twice."""
+    """The loader for a device that has no room for the model twice."""
 
     def __init__(self, model: nn.Module, model_config: Any) -> None:
         self._model = model
@@ -56,17 +57,17 @@ class WhenPaused:
 
 
 class Shadow:
-    """Holds weights once more: those that come, and after `swap` those that went, whose memory the next ones take."""
+    """A second copy of the weights: the new ones, and after `swap` the old ones, whose memory the next ones reuse."""
 
     def __init__(self, model: nn.Module, model_config: Any) -> None:
-        # Of a shadow before this one: vLLM's loaders keep modules in reference cycles.
+        # The garbage of an earlier shadow: vLLM's loaders keep modules in reference cycles.
         gc.collect()
         self._model_config = model_config
         self._twins: dict[nn.Module, nn.Module] = {}
         self._copies: dict[int, Tensor] = {}
         self._root = self._twin(model)
         self._made: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = []
-        """Attributes of a module, of its twin, and the names of those that loading makes; the same every time."""
+        """The attributes of a module and of its twin, and the names of those that loading creates; the same every time."""
 
     def load(self, batches: Batches) -> None:
         # Not later: it would hold what is no longer needed while more is packed.
@@ -89,7 +90,7 @@ class Shadow:
                 module[name], twin[name] = twin[name], module.get(name)
 
     def _twin(self, module: nn.Module) -> nn.Module:
-        """Of a module and of those in it; made without its constructor, which would register it with vLLM."""
+        """The twin of a module and of those in it, made without its constructor, which would register it with vLLM."""
         if module in self._twins:
             return self._twins[module]
         twin = self._twins[module] = object.__new__(type(module))
@@ -105,7 +106,7 @@ class Shadow:
         return twin
 
     def _copy(self, tensor: Tensor) -> Tensor:
-        """One for each tensor, so that tied weights stay tied. Values too: a checkpoint need not have all of them."""
+        """One copy for each tensor, so that tied weights stay tied. Values are copied too: a checkpoint may lack some of them."""
         if id(tensor) not in self._copies:
             copy = self._copies[id(tensor)] = tensor.data.clone()
             copy.__class__ = tensor.__class__
@@ -118,7 +119,7 @@ def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def _layerwise_info(module: nn.Module) -> LayerReloadingInfo:
-    """What vLLM noted of a module before it packed it, for its twin: fresh tensors, since a reload leaves its marks on them."""
+    """What vLLM recorded of a module before it packed it, for its twin: fresh tensors, since a reload modifies them."""
     info = get_layerwise_info(module)
     parameters, buffers = (
         {name: to_meta_tensor(t) for name, t in tensors.items()} for tensors in info.restore_metadata
@@ -131,7 +132,7 @@ def _load(model: nn.Module, model_config: Any, batches: Batches) -> None:
     for weights in batches:
         model.load_weights(weights)  # type: ignore[operator]
     finalize_layerwise_reload(model, model_config)
-    # What it says of layers that have no weights of their own (rotary tables, tied heads) is the same with every sync.
+    # The warnings about layers without weights of their own (rotary tables, tied heads) are the same with every sync.
     logging.getLogger(finalize_layerwise_reload.__module__).setLevel(logging.ERROR)
     _repack_tied_heads(model)
 
@@ -140,7 +141,7 @@ def _repack_tied_heads(model: nn.Module) -> None:
     """Refresh the packed copy that vLLM's CPU lm_head keeps of a tied embedding.
 
     With tied embeddings lm_head shares `embed_tokens.weight` but multiplies with a packed copy of its own (`cpu_linear`),
-    which the layerwise reload of vLLM 0.32 leaves as it was: outputs would silently go on using the old head.
+    which the layerwise reload of vLLM 0.32 leaves unchanged: outputs would silently go on using the old head.
     """
     embeddings = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
     for head in embeddings:

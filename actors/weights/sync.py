@@ -1,4 +1,4 @@
-"""The way of the weights, from the learner ranks to the rollout engines, on vLLM's own weight-transfer API.
+"""Weight synchronization, from the learner ranks to the rollout engines, on vLLM's own weight-transfer API.
 
     RayWeightSync (controller)          WeightSender (every learner rank)          vLLM worker (in a rollout actor)
       reconcile membership    ------>   weights_connect: rendezvous      <---->    init_weight_transfer_engine
@@ -41,14 +41,14 @@ from grpo_ray.types import SyncReport, Track
 _Taken = tuple["SendReport", Sequence["EngineTarget"], float]
 """What the learner reported, the engines that have the weights, and seconds of pause."""
 _GENERATIONS = itertools.count(1)
-"""Of transfer groups: one more each time that one is formed."""
+"""The numbers of transfer groups, one for each that is formed."""
 
 
 def resolve_backend(config: RunConfig, *, has_gpus: bool) -> Literal["gloo", "nccl", "ipc"]:
-    """What `weights.backend: auto` means here; rollout actors and learners both ask this.
+    """The backend that `weights.backend: auto` stands for here; rollout engines and learner ranks both call this.
 
     Raises:
-        ConfigError: a backend that needs GPUs on a cluster without.
+        ConfigError: the backend needs GPUs, and the cluster has none.
     """
     backend = config.weights.backend
     if backend == "auto":
@@ -63,8 +63,8 @@ def resolve_backend(config: RunConfig, *, has_gpus: bool) -> Literal["gloo", "nc
 
 
 class RayWeightSync:
-    """`roles.WeightSync` over a pool of rollout engines and a learner group. A transfer that fails is tried again with whatever
-    engines are alive then."""
+    """`roles.WeightSync` over a pool of rollout engines and a learner group. A transfer that fails is retried with the engines
+    that are alive then."""
 
     TRIES = 3
 
@@ -74,14 +74,14 @@ class RayWeightSync:
         self._timeout_s = timeout_s
         self._connected: list[tuple[str, int]] = []
         self._tracks: list[Track] = []
-        """Of syncs for restarted engines, until the next report."""
+        """The tracks of syncs for restarted engines, until the next report."""
         pool.on_stale = self.sync_stale
 
     async def sync(self, version: int) -> SyncReport:
         """Give every live engine the learner's weights under the name `version`.
 
         Raises:
-            WorkerError: no engine could be brought up to date; names the last one that failed, or the learner.
+            WorkerError: no engine could be brought up to date; the message names the last one that failed, or the learner.
         """
         async with self._pool.membership:
             started = time.monotonic()
@@ -106,7 +106,7 @@ class RayWeightSync:
     async def sync_stale(self) -> None:
         """Bring restarted engines up to date while samples wait for them.
 
-        Not once the learner was updated: the sync that follows reaches them too.
+        This does nothing after a learner's update: the sync that follows reaches them too.
         """
 
         def wanted() -> bool:
@@ -121,8 +121,8 @@ class RayWeightSync:
     async def _transfer(
         self, targets: Sequence[EngineTarget], version: int, started: float, wanted: Callable[[], bool] = lambda: True
     ) -> SyncReport | None:
-        """One try. None: no engine was left to send to, or it is not `wanted` any more."""
-        # Finds the engines that died unnoticed while it costs only themselves.
+        """Try one transfer. None: no engine was left to send to, or it is not `wanted` any more."""
+        # This finds the engines that died unnoticed while it costs only themselves.
         targets = await self._each(targets, "probe")
         if not targets:
             return None
@@ -146,7 +146,7 @@ class RayWeightSync:
     async def _stage_and_load(
         self, targets: Sequence[EngineTarget], version: int, wanted: Callable[[], bool]
     ) -> _Taken | None:
-        """The engines sample while the weights come and are packed; they pause to swap. A transfer that breaks costs no engine."""
+        """Stage the weights while the engines sample, and pause them to swap. A transfer that breaks costs no engine."""
         try:
             report = await self._send(targets, version, wanted)
         except BaseException:
@@ -165,7 +165,8 @@ class RayWeightSync:
     async def _send_paused(
         self, targets: Sequence[EngineTarget], version: int, wanted: Callable[[], bool]
     ) -> _Taken | None:
-        """Into the weights that are sampled with: engines that a broken transfer reached are ended, and restarted by the pool."""
+        """Send into the weights that are sampled with: engines that a broken transfer reached are ended, and restarted by the
+        pool."""
         pause_started = time.monotonic()
         self._pool.mark_paused(targets, paused=True)
         targets = await self._each(targets, "pause", "keep", True)
@@ -190,7 +191,7 @@ class RayWeightSync:
         await self._connect(targets)
         if not wanted():
             return None
-        # The sender's own deadline comes first and knows the engine; this one is for a learner that hangs.
+        # The sender's own deadline comes first and names the engine; this one is for a learner that hangs.
         return await within(
             self._learner.send_weights(version),
             self._timeout_s + 30,
@@ -212,7 +213,7 @@ class RayWeightSync:
         self._connected = members
 
     async def _each(self, targets: Sequence[EngineTarget], method: str, *args: Any) -> list[EngineTarget]:
-        """Those that did it; see `ask_each`."""
+        """The engines that the call succeeded on; see `ask_each`."""
         answers, _ = await ask_each(self._pool, targets, self._timeout_s, method, *args)
         return [target for target, _ in answers]
 
@@ -220,10 +221,10 @@ class RayWeightSync:
 async def ask_each(
     pool: EnginePool, targets: Sequence[EngineTarget], timeout_s: float, method: str, *args: Any
 ) -> tuple[list[tuple[EngineTarget, Any]], list[str]]:
-    """Call a method of all engines at once. Those that fail or don't answer are given to the pool as dead.
+    """Call a method of all engines at once. Those that fail or don't answer are reported to the pool as dead.
 
     Returns:
-        The others, each with its answer; and what went wrong with those.
+        The others, each with its result; and the errors of those.
     """
     failures: list[str] = []
     # One deadline for all: a task and a timer for each of a thousand engines would cost more than the rest of the sync.
@@ -235,7 +236,7 @@ async def ask_each(
         pool.engine_failed(target, f"it failed in {method}: {why}", blame_work=False)
 
     def look(target: EngineTarget, call: asyncio.Future[Any]) -> None:
-        # At once: it is restarted while others are waited for.
+        # At once: it restarts while others are waited for.
         if not call.cancelled() and isinstance(error := call.exception(), (RayError, GrpoRayError)):
             fail(target, error)
 
