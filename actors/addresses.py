@@ -1,5 +1,5 @@
-"""Which cluster is meant, who says so, and whether anything answers there: known in seconds, where Ray's own client would try for a
-quarter of an hour."""
+"""The address of the Ray cluster: which one is meant, who names it, and whether anything answers there. This takes seconds, where
+Ray's own client would try for a quarter of an hour."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from grpo_ray.errors import ConfigError, ResourceError
 VARIABLE = "RAY_ADDRESS"
 OPTION = "cluster.address"
 ANSWER_S = 8.0
-"""For a head that is there; one that restarts is asked again within it."""
+"""How long a running head may take to answer; one that restarts is asked again within it."""
 AGAIN_S = 0.5
 PROXY_EXCEPTIONS = ("no_proxy", "NO_PROXY")
 EVERYWHERE = "*"
@@ -30,11 +30,11 @@ _HOST_AND_PORT = re.compile(r"(?:ray://)?(?:[\w.-]+|\[[\w:.%-]+\]):\d+/?", re.AS
 
 @dataclass(frozen=True)
 class Address:
-    """Of a running cluster: `HOST:PORT` of its head, `ray://HOST:PORT` of Ray's client server, or `auto`."""
+    """The address of a running cluster: `HOST:PORT` of its head, `ray://HOST:PORT` of Ray's client server, or `auto`."""
 
     where: str
     source: str
-    """The option or the environment variable that says so."""
+    """The option or the environment variable that names it."""
 
     def __str__(self) -> str:
         return f"{self.where} (from {self.source})"
@@ -51,7 +51,7 @@ class Address:
 def read_address(option: str | None) -> Address | None:
     """The cluster to join by `cluster.address`, else by the environment; None: start one here."""
     named = os.environ.get(VARIABLE, "").strip()
-    # An empty option is none, as an empty variable is.
+    # An empty option counts as unset, as an empty variable does.
     said = (option or "").strip()
     if said and said != "auto":
         found = Address(said, OPTION)
@@ -65,10 +65,10 @@ def read_address(option: str | None) -> Address | None:
 
 
 def host_and_port(address: Address) -> tuple[str, int] | None:
-    """None: of `auto`, which Ray looks up.
+    """The host and the port of an address; None for `auto`, which Ray looks up.
 
     Raises:
-        ConfigError: it is no address of a cluster that a run can join.
+        ConfigError: it is not the address of a cluster that a run can join.
     """
     where = address.where
     if where == "auto":
@@ -91,14 +91,14 @@ def host_and_port(address: Address) -> tuple[str, int] | None:
 
 
 def check_answers(address: Address, limit_s: float = ANSWER_S) -> str:
-    """See that a head answers, by its own protocol and without the token.
+    """Check that a head answers, by its own protocol and without the token.
 
     Returns:
         The address for Ray: HOST:PORT instead of `auto`, by which Ray would show the token to whatever process says that it is one
         of Ray's.
 
     Raises:
-        ConfigError: it is no address.
+        ConfigError: it is not an address.
         ResourceError: nothing answers there within `limit_s` seconds, or something else does.
     """
     at = host_and_port(address)
@@ -111,7 +111,7 @@ def check_answers(address: Address, limit_s: float = ANSWER_S) -> str:
     bypass_proxies([host])
     give_up = time.monotonic() + limit_s
     _await_port(host, port, address, give_up)
-    # Ray's client server has no such question, and ends by itself when nothing answers it.
+    # Ray's client server has no such request, and fails by itself when nothing answers it.
     if not address.where.startswith("ray://") and not _is_head(host, port, max(1.0, give_up - time.monotonic())):
         raise ResourceError(
             f"what answers at {address} is no head of a Ray cluster, or it hangs: nothing of Ray's protocol within {limit_s:g} s; "
@@ -121,7 +121,7 @@ def check_answers(address: Address, limit_s: float = ANSWER_S) -> str:
 
 
 def _running_here() -> tuple[str, int]:
-    """The head that a raylet of this user, or of root, on this machine belongs to.
+    """The address of the head that a raylet of this user, or of root, on this machine belongs to.
 
     Raises:
         ConnectionError: there is none, or there are several.
@@ -135,7 +135,7 @@ def _running_here() -> tuple[str, int]:
 
 
 def heads_here() -> set[str]:
-    """Addresses of the heads that raylets of this user, or of root, on this machine belong to, and show the token to."""
+    """The addresses of the heads that raylets of this user, or of root, on this machine belong to, and show the token to."""
     import psutil
 
     found: set[str] = set()
@@ -148,7 +148,7 @@ def heads_here() -> set[str]:
 
 
 def _last_started() -> list[str]:
-    """The addresses that `ray start` left in files, of which others may have written some."""
+    """The addresses that `ray start` left in files, some of which other users may have written."""
     files = [Path(folder, "ray", "ray_current_cluster") for folder in (str(private_folder()), "/tmp")]
     for file in files:
         with contextlib.suppress(OSError, ValueError):
@@ -157,14 +157,14 @@ def _last_started() -> list[str]:
 
 
 def _await_port(host: str, port: int, address: Address, give_up: float) -> None:
-    """Raises ResourceError when it takes no connection; a refusal is tried again for a while, for the head may restart."""
+    """Raise ResourceError when the port takes no connection; a refusal is retried for a while, since the head may be restarting."""
     while True:
         left = give_up - time.monotonic()
         try:
             socket.create_connection((host, port), timeout=max(0.1, left)).close()
             return
         except OSError as e:
-            # A name that nobody knows is known no better a moment later.
+            # A name that does not resolve now will not resolve a moment later.
             if isinstance(e, socket.gaierror) or give_up - time.monotonic() < AGAIN_S:
                 raise ResourceError(
                     f"no Ray cluster answers at {address} ({e.strerror or e}); is its head started? {address.mend}"
@@ -175,7 +175,7 @@ def _await_port(host: str, port: int, address: Address, give_up: float) -> None:
 
 
 def _is_head(host: str, port: int, limit_s: float) -> bool:
-    """Does it answer what Ray asks heads for a sign of life? A protected one says that it wants to see the token first."""
+    """Whether the port answers Ray's own liveness check. A head with a token answers that it needs the token first."""
     import grpc
     from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
@@ -195,10 +195,10 @@ def _is_head(host: str, port: int, limit_s: float) -> bool:
 
 
 def bypass_proxies(hosts: Iterable[str], env: MutableMapping[str, str] = os.environ) -> None:
-    """Let what this process and its children send to these hosts, and to this machine, go there and to no proxy: with it goes
-    Ray's token, which is nobody else's business."""
+    """Send what this process and its children send to these hosts, and to this machine, there directly and through no proxy: the
+    traffic carries Ray's token, which is a secret."""
     told = [entry.strip() for name in PROXY_EXCEPTIONS for entry in env.get(name, "").split(",")]
-    # A star means everything as long as it stands alone.
+    # A star means everything only if it stands alone.
     entries = dict.fromkeys(entry for entry in (*told, *LOCAL, *hosts) if entry)
     wanted = EVERYWHERE if EVERYWHERE in entries else ",".join(entries)
     for name in PROXY_EXCEPTIONS:

@@ -1,4 +1,5 @@
-"""Where libraries keep what they compile or download and later execute: only where no other user could have put it."""
+"""The folders where libraries keep what they compile or download and later execute: only those where no other user could have put
+it."""
 
 from __future__ import annotations
 
@@ -11,18 +12,18 @@ from actors.folders import unmakeable
 from actors.private import private_folder, why_open
 
 OURS = "~/.cache/grpo-ray"
-"""Takes the place of folders that are open to others."""
+"""The folder that replaces those that are open to other users."""
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder that a library writes to, makes when it is not there, and executes or unpickles what is in."""
+    """A folder that a library writes to, creates when it is missing, and executes or unpickles files from."""
 
     variable: str
     default: str | None
-    """Where it is without the variable; None: in the folder for temporary files, or beside the library itself."""
+    """The folder when the variable is unset; None: in the folder for temporary files, or beside the library itself."""
     inside: str = ""
-    """What the library puts behind the variable's value."""
+    """The path that the library appends to the variable's value."""
 
 
 CACHES = (
@@ -49,15 +50,15 @@ CACHES = (
     Cache("HF_DATASETS_CACHE", "$HF_HOME/datasets"),
     Cache("PYTHONPYCACHEPREFIX", None),
 )
-"""In an order in which each one's default is known."""
+"""The caches, in an order in which each one's default is known."""
 HOME_OF_HUB = "$XDG_CACHE_HOME/huggingface"
 
 
 def use_private_caches(env: MutableMapping[str, str] = os.environ) -> list[str]:
-    """Let this process, and those that it starts, keep compiled code elsewhere where other users could change it.
+    """Move the compiled code of this process, and of those that it starts, out of folders that other users could change.
 
     Returns:
-        A line on each folder that is left.
+        A line for each folder that is replaced.
     """
     notes = []
     places = {"HF_HOME": HOME_OF_HUB}
@@ -77,13 +78,13 @@ def use_private_caches(env: MutableMapping[str, str] = os.environ) -> list[str]:
 
 
 def own_cache(name: str, env: MutableMapping[str, str] = os.environ) -> Path:
-    """A folder of this name that nobody else can reach, made if need be: in the home, else among the temporary files."""
+    """A folder of this name that no other user can reach, created if missing: in the home, else among the temporary files."""
     home = env.get("HOME") or "~"
     ours = Path(OURS.replace("~", home, 1)).expanduser()
     if why_open(ours) is not None or unmakeable(str(ours)) is not None:
         ours = private_folder() / "caches"
     folder = ours / name
-    # Closed, so that it does not matter by which umask libraries make what is in it.
+    # Closed, so that the umask under which libraries create files in it does not matter.
     ours.mkdir(mode=0o700, parents=True, exist_ok=True)
     ours.chmod(0o700)
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -91,7 +92,7 @@ def own_cache(name: str, env: MutableMapping[str, str] = os.environ) -> Path:
 
 
 def _filled(value: str, env: MutableMapping[str, str], places: dict[str, str]) -> str:
-    """With the variable at its beginning, and the home, in their places."""
+    """The value with the variable at its beginning, and the home, filled in."""
     while value.startswith("$"):
         name, _, rest = value[1:].partition("/")
         value = f"{env.get(name) or places[name]}/{rest}"

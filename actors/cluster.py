@@ -1,4 +1,4 @@
-"""The Ray cluster under a run: start one or join one, and see that it has what the run asks for before waiting for it."""
+"""The Ray cluster under a run: start or join one, and check that it has what the run asks for before waiting for it."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ CONTROLLER = "/controller"
 COMMON: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
 LOCAL_START_TRIES = 2
 RAYS = "ray"
-"""The folder of Ray's sessions in that for temporary files, as Ray names it."""
+"""The folder of Ray's sessions in the one for temporary files, as Ray names it."""
 
 
 class OnCluster(Protocol):
-    """A config that says on which cluster."""
+    """A config that names its cluster."""
 
     @property
     def cluster(self) -> ClusterConfig: ...
 
 
 def connect(config: OnCluster) -> None:
-    """Join `cluster.address`, or start a cluster on this machine; nothing when this process has joined one.
+    """Join `cluster.address`, or start a cluster on this machine; do nothing if this process has joined one.
 
     Raises:
-        ConfigError: the address is none, or none that the user named.
+        ConfigError: it is not an address, or not one that the user named.
         ResourceError: it does not answer.
     """
     import ray
@@ -54,7 +54,7 @@ def connect(config: OnCluster) -> None:
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_agent_register_timeout_ms", "100000")
-    # Those would have none of the environments that ours get, and be of no use.
+    # Its workers would have none of the environments that ours get, and be of no use.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     address = read_address(config.cluster.address)
     if address is not None:
@@ -66,13 +66,13 @@ def connect(config: OnCluster) -> None:
 
 
 def joins(config: OnCluster) -> bool:
-    """Is there a cluster already, that goes on when this process ends?"""
+    """Whether the run joins a cluster that already runs and outlives this process."""
     return read_address(config.cluster.address) is not None
 
 
 def join(address: Address) -> None:
-    """Raises ConfigError: it is no address, or none that the user named. ResourceError: nothing answers there, or it does not take
-    our token."""
+    """Join the cluster at this address. Raises ConfigError: it is not an address, or not one that the user named. ResourceError:
+    nothing answers there, or it refuses our token."""
     check_named(address)
     check_token()
     where = check_answers(address)
@@ -101,7 +101,7 @@ def open_session() -> str | None:
 
 
 def open_folder(folder: str) -> str | None:
-    """See `open_session`, of Ray's folder for temporary files on this machine."""
+    """As `open_session`, for Ray's folder for temporary files on this machine."""
     if is_closed(folder):
         return None
     reason = why_open(f"{folder}/session_latest/runtime_resources") or f"every user can enter {folder}"
@@ -116,7 +116,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def check_token() -> None:
-    """See that there is a token for a cluster that runs already.
+    """Check that there is a token for a cluster that already runs.
 
     Raises:
         ResourceError: there is none.
@@ -131,7 +131,7 @@ def check_token() -> None:
 
 
 CONTROLLER_LOG = "controller"
-"""Name of its log in the run's folder."""
+"""The name of the controller's log in the run's folder."""
 
 
 def controller_name(run: str) -> str:
@@ -139,7 +139,7 @@ def controller_name(run: str) -> str:
 
 
 def _start_local(num_cpus: int, common: dict[str, Any]) -> None:
-    """Ray gives its own processes 30 s, which a busy machine's first, cold start can miss; the second finds warm files."""
+    """Start Ray, twice if need be: its own processes get 30 s, which a cold start can exceed; the second start finds warm files."""
     import ray
 
     place = use_private_temporary_files()
@@ -162,13 +162,13 @@ def _start_local(num_cpus: int, common: dict[str, Any]) -> None:
 
 
 IDLE = ("start_monitor", "start_api_server", "start_log_monitor")
-"""What starts the autoscaler, which has no nodes to bring here, the dashboard's server, which serves no dashboard, and the reader
-of logs, which has nobody to send them to. Each is a process that takes seconds of a core, and Ray waits for the second of them."""
+"""Ray's starts of the autoscaler, which has no nodes to add here, the dashboard's server, which serves no dashboard, and the
+reader of logs, which has no receiver. Each is a process that takes seconds of a core, and Ray waits for the second of them."""
 
 
 @contextmanager
 def bare_node() -> Iterator[None]:
-    """Inside, a node of Ray that this process starts has no processes that stay idle in a run."""
+    """Inside, a Ray node that this process starts has no processes that stay idle in a run."""
     from ray._private.node import Node
 
     starting = {name: getattr(Node, name) for name in IDLE}
@@ -190,24 +190,25 @@ OWN_VARIABLES = (
     "RAY_prestart_worker_first_driver",
     *("RAY_CLIENT_MODE", "RAY_USAGE_STATS_ENABLED"),
 )
-"""Set here, and by Ray for itself."""
+"""The environment variables that are set here, and by Ray for itself."""
 
 
 def _of_environment() -> str:
-    """Names of what else Ray is told; a value may be a secret."""
+    """The names of the other variables that configure Ray; their values may be secret."""
     names = sorted(name for name in os.environ if name.startswith("RAY_") and name not in OWN_VARIABLES)
     return f"; of the environment it has {', '.join(names)}" if names else ""
 
 
 def has_gpus() -> bool:
-    """Does any node of the cluster offer GPUs?"""
+    """Whether any node of the cluster offers GPUs."""
     import ray
 
     return ray.cluster_resources().get("GPU", 0) > 0
 
 
 def shares_devices(config: RunConfig, gpus: bool) -> bool:
-    """Do samplers and learners take turns on the same devices: parts of one GPU, or more threads than this machine has cores?"""
+    """Whether rollout engines and learner ranks take turns on the same devices: parts of one GPU, or more threads than this
+    machine has cores."""
     rollout, learner = config.rollout, config.learner
     if config.colocated:
         return True
@@ -219,7 +220,7 @@ def shares_devices(config: RunConfig, gpus: bool) -> bool:
 
 
 SHARED_GPU = 0.5
-"""Of a GPU that an engine and a learner have in turns, what Ray counts for each."""
+"""The share of a GPU that Ray counts for each of an engine and a learner rank that take turns on it."""
 
 
 def gpus_per_engine(config: RunConfig, gpus: bool) -> float:
@@ -236,7 +237,7 @@ def gpus_per_learner(config: RunConfig | SftConfig, gpus: bool) -> float:
 
 
 def reserve_pairs(config: RunConfig) -> Any:
-    """A placement group with a bundle per GPU for its engine and its learner, which meet there by their number."""
+    """A placement group with a bundle per GPU for its engine and its learner rank, which meet there by their index."""
     import ray
 
     rollout, learner, count = config.rollout, config.learner, config.rollout.num_actors
@@ -248,8 +249,8 @@ def reserve_pairs(config: RunConfig) -> Any:
 
 
 def placed(kind: RolloutConfig | RewardConfig | LearnerConfig, group: Any = None, index: int = 0) -> dict[str, Any]:
-    """Options of an actor of this kind, for where it is put: the bundle of this number; without a group any node that has what it
-    asks for."""
+    """The placement options of an actor of this kind: the bundle of this index; without a group, any node that has what it asks
+    for."""
     resources = {"resources": dict(kind.resources)} if kind.resources else {}
     if group is None:
         return resources | ({"label_selector": dict(kind.labels)} if kind.labels else {})
@@ -267,17 +268,17 @@ class Demand:
     """The config section, e.g. `rollout`."""
     num_actors: int
     num_cpus: float
-    """Per actor."""
+    """CPUs per actor."""
     num_gpus: float
-    """Per actor."""
+    """GPUs per actor."""
     resources: Mapping[str, float] = field(default_factory=dict)
-    """Custom ones, per actor."""
+    """Custom resources per actor."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """Of a node that may hold one."""
+    """The labels of a node that may hold such an actor."""
 
     @property
     def each(self) -> dict[str, float]:
-        """All that one takes, by Ray's names."""
+        """All resources that one actor takes, by Ray's names."""
         return {k: v for k, v in {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.resources}.items() if v}
 
 
@@ -293,9 +294,9 @@ def demands(config: RunConfig | SftConfig, gpus: bool) -> list[Demand]:
 
 
 def missing(wanted: list[Demand], offered: dict[str, float]) -> str | None:
-    """One line saying what is asked for beyond what there is, and what can be done; None when everything fits.
+    """One line that names what is asked for beyond what there is, and the fix; None when everything fits.
 
-    Sums only: whether single nodes can hold single actors shows when they are placed.
+    It compares sums only: whether single nodes can hold single actors shows when they are placed.
     """
     lacking = beyond(wanted, offered)
     return lacking and (
@@ -327,10 +328,10 @@ def misplaced(wanted: list[Demand], nodes: Iterable[Mapping[str, str]]) -> str |
 
 
 async def await_resources(wanted: list[Demand], deadline_s: float) -> None:
-    """Wait until the cluster is large enough, for nodes may still be joining.
+    """Wait until the cluster is large enough, since nodes may still be joining.
 
     Raises:
-        ResourceError: after `deadline_s`, saying what is missing. At once when no autoscaler or other node can bring more.
+        ResourceError: what is missing after `deadline_s`; at once when no autoscaler or other node can add more.
     """
     import ray
 
@@ -349,7 +350,7 @@ async def await_resources(wanted: list[Demand], deadline_s: float) -> None:
             if not asked:
                 import ray.autoscaler.sdk
 
-                # An autoscaler brings nodes for what is asked for, and actors are placed only when all of them fit.
+                # An autoscaler adds nodes for what is asked for, and actors are placed only when all of them fit.
                 ray.autoscaler.sdk.request_resources(
                     bundles=bundles(wanted),
                     bundle_label_selectors=[dict(d.labels) for d in wanted for _ in range(_num_bundles(d))],
@@ -362,9 +363,9 @@ async def await_resources(wanted: list[Demand], deadline_s: float) -> None:
 
 
 async def await_free(wanted: list[Demand], deadline_s: float) -> None:
-    """Wait until processes that an earlier run has ended are gone and have left devices and their memory.
+    """Wait until the processes that an earlier run has ended are gone and have freed devices and their memory.
 
-    No longer than `deadline_s`: what others hold on a shared cluster, actors wait for by themselves.
+    The wait ends after `deadline_s`: actors wait by themselves for what others hold on a shared cluster.
     """
     import ray
 
@@ -374,7 +375,7 @@ async def await_free(wanted: list[Demand], deadline_s: float) -> None:
 
 
 def bundles(wanted: list[Demand]) -> list[dict[str, float]]:
-    """One per actor, as Ray's autoscaler takes them; an actor that asks for nothing is left out."""
+    """One bundle per actor, as Ray's autoscaler takes them; an actor that asks for nothing is left out."""
     return [d.each for d in wanted for _ in range(_num_bundles(d))]
 
 

@@ -1,12 +1,12 @@
-"""What a worker died of, and what is told of it. One policy for all kinds of worker:
+"""What a worker died of, and how that is reported. One policy covers all kinds of worker:
 
 died, or ended for lack of memory   replaced by its pool, later and later; in the end the run ends, with a checkpoint to resume from
 controller                          the run ends; `resume` goes on
-anything else                       is the worker's own error, and told as such
+anything else                       is the worker's own error, and reported as such
 
-Memory runs out in four ways: Ray ends a worker before the node's is full (its OutOfMemoryError, which is no RayActorError), the
+Memory runs out in four ways: Ray ends a worker before the node's is full (its OutOfMemoryError, which is not a RayActorError), the
 kernel kills one (a death like any other, but for the kernel's count), an allocation fails (MemoryError, torch's RuntimeError), and
-a GPU's is full. Who is ended is often not who took it: the message says what did, and which options lower that.
+a GPU's is full. The worker that is ended is often not the cause: the message names what is, and which options lower it.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ Kind = Literal["died", "out of memory", "other"]
 Role = Literal["learners", "engines", "reward workers", "controller", "Ray", "others"]
 
 MEMORY_WAIT_S, LONGEST_MEMORY_WAIT_S = 2.0, 30.0
-"""Before the first start of a worker after memory ran out, and at most: others may need it only for the moment."""
+"""The wait before the first start of a worker after memory ran out, and the longest wait: others may need it only for a moment."""
 OPTIONS: dict[Role, str] = {
     "learners": "learner.micro_batch_tokens, learner.logprob_chunk_tokens or learner.num_actors on one machine (on GPUs also "
     "learner.offload_optimizer, learner.offload_params, learner.zero_stage=3)",
     "engines": "rollout.kv_cache_gb, rollout.max_num_seqs or rollout.num_actors",
     "reward workers": "reward.num_actors, or what one may take, reward.memory_gb",
 }
-"""What to lower."""
+"""The options that lower a role's memory."""
 GPU_OPTIONS = (
     "learner.micro_batch_tokens, rollout.gpu_memory_utilization where both share it, or use learner.offload_optimizer, "
     "learner.offload_params, learner.zero_stage=3"
 )
 SHARE = 0.1
-"""Of what is in use: who takes less is not what it is about."""
+"""The share of the memory in use below which a process is not considered a cause."""
 
 CORE_DIED = "the engine core died"
-"""What an actor says whose engine, a process of its own, was killed."""
+"""What an actor reports whose engine core, a process of its own, was killed."""
 
 _NO_ROOM = re.compile(
     r"MemoryError|std::bad_alloc|can't allocate memory|Cannot allocate memory|CUDA out of memory|CUDA error: out of memory"
@@ -59,7 +59,7 @@ _ROLES: tuple[tuple[str, Role], ...] = (
 
 
 def kind_of(error: BaseException) -> Kind:
-    """`died` and `out of memory`: another worker may do it."""
+    """The kind of an error; for `died` and `out of memory` another worker may succeed."""
     if isinstance(error, OutOfMemoryError):
         return "out of memory"
     inner = error.cause if isinstance(error, RayTaskError) else error
@@ -73,21 +73,21 @@ def kind_of(error: BaseException) -> Kind:
 
 
 def is_lost(error: BaseException) -> bool:
-    """The worker is not there any more, or of no more use."""
+    """Whether the worker is gone or of no more use."""
     return kind_of(error) != "other"
 
 
 def is_blameless(error: BaseException) -> bool:
-    """Ray chose this worker, whatever it was doing."""
+    """Whether Ray chose this worker to end, whatever it was doing."""
     return isinstance(error, OutOfMemoryError)
 
 
 def fate(error: BaseException, name: str, kernel: KernelKills | None = None) -> str:
-    """What became of the worker `name`, as it goes on after its name: a line or two for users. Of other errors the last line of
-    their message.
+    """What became of the worker `name`, as the sentence continues after its name: a line or two for users. Other errors give the
+    last line of their message.
 
     Args:
-        kernel: to ask whether this machine's kernel has ended something for memory.
+        kernel: counts what this machine's kernel has ended for memory.
     """
     kind = kind_of(error)
     if kind == "out of memory":
@@ -135,7 +135,7 @@ def _options(name: str) -> str:
 
 
 def users(text: str) -> Counter[Role]:
-    """Ray's table of the largest processes, in GB by what they are."""
+    """GB by role, from Ray's table of the largest processes."""
     at = _users_at(text)
     names = {pid: about for about, pid, _ in _WORKER.findall(text[:at])}
     found: Counter[Role] = Counter()
@@ -154,7 +154,7 @@ class KernelKills:
         self._seen = self._count()
 
     def took_some(self) -> bool:
-        """Since this was made, or last asked and said yes."""
+        """Whether the kernel ended any since this object was made, or since the last call that returned True."""
         now = self._count()
         more, self._seen = now > self._seen, max(now, self._seen)
         return more
@@ -171,7 +171,7 @@ class KernelKills:
 
 
 def memory_wait_s(number: int) -> float:
-    """Before the `number`-th start after memory ran out; from 1 on."""
+    """The wait before the `number`-th start after memory ran out, from 1 on."""
     return min(MEMORY_WAIT_S * 2 ** (number - 1), LONGEST_MEMORY_WAIT_S)
 
 
@@ -185,5 +185,5 @@ def _role(command: str) -> Role:
 
 
 def _first_lines(text: str) -> str:
-    """Without what Ray always says of a worker that went: that memory may have been the cause."""
+    """The text without what Ray always appends for a lost worker: that memory may have been the cause."""
     return "\n".join(line for line in text.splitlines() if "Some common causes include" not in line)

@@ -1,4 +1,4 @@
-"""Where temporary files go: a folder that can be written to, with a path short enough for the sockets in it."""
+"""The folder for temporary files: one that is writable, with a path short enough for the sockets in it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SOCKET_PATH = 107
-"""Bytes, Linux's limit."""
+"""Linux's limit for the path of a socket, in bytes."""
 RAYS_PART = len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store") + 2
-"""What Ray puts behind its temporary folder for the longest of its sockets."""
+"""The length that Ray appends to its temporary folder for the longest of its sockets."""
 VLLMS_PART = len("/grpo-ray-01234567-4194304-abcdefgh") + 37
-"""What our folder of an engine takes, and the name of a socket of vLLM's in it."""
+"""The length of our folder of an engine, and of the name of a socket of vLLM in it."""
 LONGEST_FOLDER = SOCKET_PATH - max(RAYS_PART, VLLMS_PART)
 MIN_FREE = 64 << 20
-"""Bytes. Ray's logs and sockets alone; what it spills is refused by Ray itself where a disk is 95% full."""
+"""The bytes that Ray's logs and sockets need; Ray itself refuses to spill to a disk that is 95% full."""
 SHORT_ONES = ("/tmp", "/var/tmp", "/dev/shm")
 PREFIX = "grpo-ray-"
 
 
 def unusable(folder: str) -> str | None:
-    """Why no file can be made in it; None: it can."""
+    """Why no file can be created in the folder; None: one can."""
     path = Path(folder)
     if not path.is_absolute():
         return "is no absolute path"
@@ -31,7 +31,7 @@ def unusable(folder: str) -> str | None:
             return "does not exist"
         if not path.is_dir():
             return "is no folder"
-        # Permissions tell root nothing, nor of a file system that is read-only.
+        # Permissions say nothing about root, nor about a file system that is read-only.
         with tempfile.TemporaryFile(dir=path) as probe:
             probe.write(b"x")
         if shutil.disk_usage(path).free < MIN_FREE:
@@ -42,7 +42,7 @@ def unusable(folder: str) -> str | None:
 
 
 def unmakeable(folder: str) -> str | None:
-    """As `unusable`, of a folder that may not be there yet: then the first above it that is counts."""
+    """As `unusable`, for a folder that may not exist yet: then its nearest existing parent counts."""
     path = Path(folder).expanduser().absolute()
     while not os.path.lexists(path) and path != path.parent:
         path = path.parent
@@ -50,7 +50,7 @@ def unmakeable(folder: str) -> str | None:
 
 
 def too_long(folder: str) -> bool:
-    """Would the path of a socket in it be longer than Linux allows?"""
+    """Whether the path of a socket in the folder would be longer than Linux allows."""
     return len(os.fsencode(folder)) > LONGEST_FOLDER
 
 
@@ -62,7 +62,7 @@ def candidates() -> Iterator[str]:
 
 
 def make_short() -> Path | None:
-    """A new folder with a short path, for this user alone, with a name that nobody can guess; None: there is no place for it."""
+    """A new folder with a short path, for this user alone, with an unpredictable name; None: there is no place for it."""
     for place in candidates():
         if unusable(place) is None and not too_long(f"{place}/{PREFIX}01234567"):
             return Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))

@@ -1,8 +1,8 @@
-"""The clusters that may have Ray's token: those that the user named, not those that a stranger's recipe or run folder names.
+"""The clusters that may receive Ray's token: those that the user named, not those in a stranger's recipe or run folder.
 
-Named by the user are the address in `RAY_ADDRESS`, one typed as an override, one confirmed on a terminal, and the heads that the
-user's processes on this machine belong to. Those typed and confirmed are noted in a file, so that `resume` and the next run do not
-ask again.
+Named are the address in `RAY_ADDRESS`, one typed as an override, one confirmed on a terminal, and the heads that the user's
+processes on this machine belong to. Those typed and confirmed are noted in a file, so that `resume` and the next run do not ask
+again.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from grpo_ray.errors import ConfigError
 from grpo_ray.plain_terminal import say
 
 NAMED_FILE = "grpo-ray/clusters"
-"""Below the folder for configurations; an address a line."""
+"""The file of named clusters, below the folder for configurations; one address a line."""
 _noted: set[str] = set()
-"""In this process, where the file can't be written."""
+"""The addresses noted in this process, where the file can't be written."""
 
 
 def named_file() -> Path:
@@ -27,7 +27,7 @@ def named_file() -> Path:
 
 
 def is_named(address: Address) -> bool:
-    """Tells whether the user named it."""
+    """Whether the user named the address."""
     if address.source == VARIABLE or address.where == "auto":
         return True
     in_environment = os.environ.get(VARIABLE, "").strip()
@@ -35,7 +35,7 @@ def is_named(address: Address) -> bool:
 
 
 def note(address: Address) -> None:
-    """Let it count as named by the user, from here on."""
+    """Record the address as named by the user, from now on."""
     if is_named(address):
         return
     _noted.add(address.where)
@@ -49,7 +49,7 @@ def note(address: Address) -> None:
 
 
 def check_named(address: Address) -> None:
-    """Raises ConfigError for an address that the user has not named."""
+    """Raise ConfigError for an address that the user has not named."""
     if not is_named(address):
         raise ConfigError(
             f"{OPTION} {address.where} is named by the recipe or the run's folder, not by you, and a cluster that is joined gets "
@@ -59,7 +59,7 @@ def check_named(address: Address) -> None:
 
 
 def _read() -> set[str]:
-    """What the file holds, where nobody else can have written to it."""
+    """The addresses in the file, if no other user can have written to it."""
     file = named_file()
     try:
         if why_open(file.parent) is not None:

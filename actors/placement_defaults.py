@@ -1,12 +1,12 @@
-"""How many workers a run has, and what each asks for, where the recipe leaves it open.
+"""The defaults of placement: how many workers a run has, and what each asks for, where the recipe leaves it open.
 
     (what there is, config) -> config
 
-What a recipe names is kept. Of the rest:
+What a recipe sets is kept. The rest is chosen:
 
-    GPUs, on-policy     an engine and a learner on each, in turns
-    GPUs, off-policy    half of them for learners; one GPU alone is shared by both
-    CPUs                an engine for each four cores, one learner
+    GPUs, on-policy     an engine and a learner rank on each, in turns
+    GPUs, off-policy    half of them for learner ranks; one GPU alone is shared by both
+    CPUs                an engine for every four cores, one learner rank
     CPUs of a worker    1 each; where they don't suffice, none for reward workers, then less for the others
 
 A CPU here is what Ray counts. Threads may be more or fewer: see rollout.num_threads and learner.num_threads.
@@ -31,16 +31,16 @@ CORES_PER_ENGINE = 4
 MOST_ENGINES_ON_CPU = 8
 MOST_REWARD_WORKERS = 8
 CPU_SHARES = (1.0, 0.5, 0.25, 0.1, 0.0)
-"""Of an engine and of a learner, the first that fits."""
+"""The CPUs of an engine and of a learner rank; the first that fits is taken."""
 SHARED_MEMORY_UTILIZATION = 0.4
-"""Of an engine whose GPU has a learner on it all the time."""
+"""The memory utilization of an engine whose GPU holds a learner rank all the time."""
 
 UNUSED = {
     "replay": ("rollout", "reward"),
     "eval": ("learner",),
     "sample": ("learner",),
 }
-"""Kind of run -> the sections of workers of its recipe that it starts none of."""
+"""Kind of run -> the sections of its recipe whose workers it does not start."""
 
 NUM_CPUS = ("reward.num_cpus", "learner.num_cpus", "rollout.num_cpus")
 NUM_ACTORS = ("reward.num_actors", "rollout.num_actors", "learner.num_actors")
@@ -48,7 +48,7 @@ NUM_GPUS = ("rollout.num_gpus", "learner.num_gpus")
 PLACEMENT = "cluster.placement"
 UTILIZATION = "rollout.gpu_memory_utilization"
 CHOSEN = (*NUM_ACTORS, *NUM_CPUS, PLACEMENT, *NUM_GPUS, UTILIZATION)
-"""Options that are chosen where a recipe does not name them."""
+"""The options that are chosen where a recipe does not set them."""
 TENSOR_PARALLEL = "rollout.tensor_parallel_size"
 
 
@@ -61,19 +61,19 @@ class Node:
 
     @property
     def offers(self) -> dict[str, float]:
-        """By Ray's names."""
+        """The resources, by Ray's names."""
         return {"CPU": self.cpus, "GPU": self.gpus, **self.resources}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run may be put on: this machine, or a cluster."""
+    """What a run may be placed on: this machine, or a cluster."""
 
     nodes: tuple[Node, ...]
     cores: int | None = None
-    """Of this machine, where Ray counts more CPUs (cluster.num_cpus). None: as many as CPUs."""
+    """The cores of this machine, where Ray counts more CPUs (cluster.num_cpus). None: as many as CPUs."""
     free: Mapping[str, float] = field(default_factory=dict)
-    """What no other run holds, by Ray's names; a kind that is not named is free."""
+    """The resources that no other run holds, by Ray's names; a kind that is missing is free."""
 
     @property
     def offers(self) -> dict[str, float]:
@@ -84,29 +84,28 @@ class Machine:
         return out
 
     def gpus_of(self, resources: Mapping[str, float], labels: Mapping[str, str]) -> int:
-        """Whole ones, on nodes that may hold workers who ask for these."""
+        """The number of whole GPUs on nodes that may hold workers with these resources and labels."""
         nodes = [n for n in self.nodes if fits(n.labels, labels) and all(r in n.resources for r in resources)]
         found = sum(int(n.gpus) for n in nodes)
         return min(found, int(self.free.get("GPU", found)))
 
 
 def open_options(config: RunConfig | SftConfig) -> frozenset[str]:
-    """Those of CHOSEN that nobody has named."""
+    """The options of CHOSEN that nobody has set."""
     return frozenset(key for key in CHOSEN if _has(config, key) and not _is_named(config, key))
 
 
 def fit_to(machine: Machine, config: Config, kind: str) -> tuple[Config, dict[str, Any]]:
-    """The config with numbers for this machine in the place of what it leaves open, and what was chosen. Where nothing fits it is
-    as it was.
+    """The config with what it leaves open chosen for this machine, and the choices. Where nothing fits it is unchanged.
 
     Args:
-        kind: of the run, e.g. `grpo` or `eval`: workers that it starts none of take nothing.
+        kind: the kind of run, e.g. `grpo` or `eval`: roles that it does not start take nothing.
     """
     return _fitted(machine, config, kind, open_options(config))
 
 
 def would_fit(machine: Machine, config: Config, kind: str) -> dict[str, Any]:
-    """Values of options that a recipe names, with which a run that does not fit would; few of them. Empty: there are none."""
+    """The values of options set by a recipe with which a run that does not fit would, as few as possible. Empty: there are none."""
     free = open_options(config)
     groups: list[tuple[str, ...]] = [(key,) for key in (*NUM_CPUS, *NUM_ACTORS)]
     groups += [NUM_CPUS, NUM_ACTORS, (*NUM_CPUS, *NUM_ACTORS)]
@@ -130,8 +129,8 @@ def too_small(machine: Machine, config: Config, kind: str, found: Config) -> str
     """One line on what is asked for beyond what there is, and what would fit; None when everything fits.
 
     Args:
-        config: as the recipe has it.
-        found: the same, fitted.
+        config: the config as in the recipe.
+        found: the same config, fitted.
     """
     if _is_placed(machine, found, kind):
         return None
@@ -147,7 +146,7 @@ def too_small(machine: Machine, config: Config, kind: str, found: Config) -> str
 
 
 def _nowhere(machine: Machine, wanted: Iterable[Demand]) -> str | None:
-    """One line on labels and resources that no node has at all; None: each has one."""
+    """One line on labels and resources that no node has at all; None: each is on some node."""
     lines = []
     for demand in wanted:
         option = demand.option.partition("-")[0]
@@ -165,7 +164,7 @@ def _nowhere(machine: Machine, wanted: Iterable[Demand]) -> str | None:
 
 
 def told(options: Mapping[str, Any]) -> str:
-    """As overrides: `rollout.num_cpus=0.5 reward.num_cpus=0`."""
+    """The options as overrides: `rollout.num_cpus=0.5 reward.num_cpus=0`."""
     return " ".join(f"{key}={_word(value)}" for key, value in options.items())
 
 
@@ -186,7 +185,7 @@ def _fitted(machine: Machine, config: Config, kind: str, free: Collection[str]) 
 def _candidates(
     machine: Machine, config: RunConfig | SftConfig, kind: str, free: Collection[str]
 ) -> Iterator[dict[str, Any]]:
-    """Choices for what is free, the best first."""
+    """The choices for what is left open, the best first."""
     reward = isinstance(config, RunConfig) and SHARED_POOL in config.reward.pools
     shares = CPU_SHARES if _may_share(machine, config, free) else CPU_SHARES[:1]
     for counts in _counts(machine, config, kind, free):
@@ -205,8 +204,8 @@ def _candidates(
 
 
 def _may_share(machine: Machine, config: RunConfig | SftConfig, free: Collection[str]) -> bool:
-    """May engines and learners ask for less than a CPU? Those that work on GPUs, and one of each on CPUs: more of them than cores
-    are for the user to ask for."""
+    """Whether engines and learner ranks may ask for less than a CPU: those on GPUs, and one of each on CPUs; more of them than
+    cores only the user may ask for."""
     several = [
         key
         for key in ("rollout.num_actors", "learner.num_actors")
@@ -224,7 +223,7 @@ def _reward_workers(machine: Machine, config: RunConfig | SftConfig) -> int:
 def _counts(
     machine: Machine, config: RunConfig | SftConfig, kind: str, free: Collection[str]
 ) -> Iterator[dict[str, Any]]:
-    """Numbers of engines and learners, and how they share devices: fewer and fewer."""
+    """The numbers of engines and learner ranks, and how they share devices, in decreasing order."""
     learner = config.learner
     if not isinstance(config, RunConfig):
         gpus = machine.gpus_of(learner.resources, learner.labels)
@@ -283,7 +282,7 @@ def _on_gpus(
 
 
 def _learners(config: RunConfig | SftConfig, number: int) -> int:
-    """At most so many, and no more than there is work for; sequence_parallel_size divides it."""
+    """The number of learner ranks: at most `number`, and no more than there is work for; sequence_parallel_size divides it."""
     size = config.learner.sequence_parallel_size
     samples = (
         config.prompts_per_step * config.rollout.num_generations
@@ -307,7 +306,7 @@ def _cores(machine: Machine) -> int:
 
 
 def _fewer(number: int) -> Iterator[int]:
-    """number, a half of it, .. 1."""
+    """number, half of it, .. 1."""
     number = max(1, number)
     while number > 1:
         yield number
@@ -316,7 +315,7 @@ def _fewer(number: int) -> Iterator[int]:
 
 
 def _is_placed(machine: Machine, config: RunConfig | SftConfig, kind: str) -> bool:
-    """Does each worker find a node? Tried the largest first, each on the first node that has room."""
+    """Whether each worker finds a node, trying the largest first, each on the first node that has room."""
     has_gpus = machine.offers.get("GPU", 0) > 0
     wanted = used(config, kind, gpus=has_gpus)
     if missing(wanted, machine.offers) is not None:
@@ -346,7 +345,7 @@ def _is_placed(machine: Machine, config: RunConfig | SftConfig, kind: str) -> bo
 
 
 def with_options(config: Config, options: Mapping[str, Any]) -> Config:
-    """The config with these in it, all as if they had been named."""
+    """The config with these options, all as if they had been set by the user."""
     by_section: dict[str, dict[str, Any]] = {}
     for key, value in options.items():
         section, _, name = key.partition(".")
@@ -356,7 +355,7 @@ def with_options(config: Config, options: Mapping[str, Any]) -> Config:
 
 
 def _has(config: RunConfig | SftConfig, key: str) -> bool:
-    """Is it an option of this kind of config, and has a run of it a say in it?"""
+    """Whether this kind of config has the option and a run of it uses it."""
     section, _, name = key.partition(".")
     if section == "reward" and isinstance(config, RunConfig) and SHARED_POOL not in config.reward.pools:
         return False

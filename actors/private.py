@@ -1,4 +1,4 @@
-"""Folders of this user alone. What another user of the machine could have put at a path, or could still change there, is not used.
+"""Folders of this user alone. A path that another user of the machine could have written, or could still change, is not used.
 
 `python -P -m actors.private` prints the folder for temporary files, which the start scripts give to Ray.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from actors.folders import PREFIX, candidates, too_long, unusable
 
 TEMPORARY = ("RAY_TMPDIR", "TMPDIR")
-"""The first that is set says where Ray's sessions are."""
+"""The variables that name the folder of Ray's sessions; the first that is set counts."""
 MAX_LINKS = 40
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _OTHERS_ENTER = stat.S_IXGRP | stat.S_IXOTH
@@ -26,7 +26,7 @@ _INITIAL_USERS = ["0", "0", "4294967295"]
 
 
 def why_open(path: str | Path) -> str | None:
-    """Says why a user other than this one and root could put something at `path`, or change what is there; None: nobody can.
+    """Why a user other than this one and root could put something at `path`, or change what is there; None: nobody can.
 
     Every folder on the way counts, through links. The path itself need not exist.
     """
@@ -34,17 +34,17 @@ def why_open(path: str | Path) -> str | None:
 
 
 def is_closed(path: str | Path) -> bool:
-    """Tells whether no other user can even reach what is at `path`."""
+    """Whether no other user can even reach what is at `path`."""
     reason, closed = _look(path)
     return reason is None and closed
 
 
 def private_folder() -> Path:
-    """The folder of this user for temporary files and Ray's sessions: mode 0700, short enough for sockets, below the place that
-    the environment names or the first that will do. It is made if need be.
+    """The folder of this user for temporary files and Ray's sessions: mode 0700, short enough for sockets, below the folder that
+    the environment names or the first suitable one. It is created if missing.
 
     Raises:
-        FileNotFoundError: there is no place for it.
+        FileNotFoundError: no folder is suitable.
     """
     named = [os.environ[name] for name in TEMPORARY if os.environ.get(name)]
     places = [p for p in (*named, *candidates()) if unusable(p) is None]
@@ -62,7 +62,7 @@ def private_folder() -> Path:
 
 
 def make_private(place: Path) -> Path:
-    """The place itself where no other user can enter it, else a folder of this user in it, which is made."""
+    """The place itself if no other user can enter it, else a folder of this user in it, which is created."""
     own = place / f"{PREFIX}{os.getuid()}"
     if is_closed(place):
         return place
@@ -70,7 +70,7 @@ def make_private(place: Path) -> Path:
 
 
 def use_private_temporary_files() -> Path:
-    """Let this process, and those that it starts, keep temporary files in `private_folder`."""
+    """Make this process, and those that it starts, keep temporary files in `private_folder`."""
     folder = private_folder()
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
     if "RAY_TMPDIR" in os.environ:
@@ -79,7 +79,7 @@ def use_private_temporary_files() -> Path:
 
 
 def _make(folder: Path) -> bool:
-    """Makes it, or takes it if it is this user's, is no link, and was closed to others."""
+    """Create the folder, or accept it if it is this user's, is not a link, and was closed to others."""
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder, 0o700)
     status = os.lstat(folder)
@@ -88,7 +88,7 @@ def _make(folder: Path) -> bool:
 
 
 def _look(path: str | Path) -> tuple[str | None, bool]:
-    """Why it is open to others, and whether they are kept out on the way."""
+    """Why the path is open to others, and whether they are kept out on the way."""
     left = _parts(os.path.join(os.getcwd(), os.path.expanduser(path)))
     here, closed, links = "/", False, 0
     status = os.lstat(here)
@@ -123,7 +123,7 @@ def _look(path: str | Path) -> tuple[str | None, bool]:
 
 
 def _parts(path: str) -> list[str]:
-    """The last first."""
+    """The parts of the path, the last first."""
     return [part for part in reversed(path.split("/")) if part not in ("", ".")]
 
 
@@ -140,7 +140,7 @@ def _why_writable(path: str, status: os.stat_result) -> str | None:
 
 
 def _why_replaceable(path: str, status: os.stat_result, entry: os.stat_result) -> str | None:
-    """Of an entry that is there: in a sticky folder only its owner may rename or remove it."""
+    """Why an existing entry can be replaced: in a sticky folder only its owner may rename or remove it."""
     if status.st_mode & stat.S_ISVTX:
         return _why_not_ours(path, entry)
     return _why_writable(os.path.dirname(path), status)
@@ -148,7 +148,7 @@ def _why_replaceable(path: str, status: os.stat_result, entry: os.stat_result) -
 
 @cache
 def _trusted() -> frozenset[int]:
-    """This user and root; in a user namespace also who root is seen as there."""
+    """This user and root; in a user namespace also the user that root is mapped to."""
     with open("/proc/self/uid_map") as users:
         initial = users.read().split() == _INITIAL_USERS
     return frozenset({0, os.getuid(), *(() if initial else _unmapped())})
@@ -161,7 +161,7 @@ def _unmapped() -> Iterator[int]:
 
 @cache
 def _own_groups() -> frozenset[int]:
-    """Root's, and this user's own where it is a group of one, as distributions make them."""
+    """The groups of root, and this user's own where it is a group of one, as distributions create them."""
     try:
         user = pwd.getpwuid(os.getuid())
         group = grp.getgrgid(user.pw_gid)

@@ -1,10 +1,10 @@
-"""Groups of processes that only those can join who were handed their key, through Ray, whose own channels its token protects.
+"""Groups of processes that only holders of their key can join. Ray hands out the key, through channels that its token protects.
 
-torch's stores and gloo's sockets ask nobody who they are: whoever reaches a store's port reads and writes what is in it, and a
-socket takes the first who calls. So
+torch's stores and gloo's sockets do not authenticate: whoever reaches a store's port reads and writes what is in it, and a
+socket accepts the first caller. So
     the port      listens on one address: loopback where all members are on one node, else the node's own
     the store     holds what is sealed under the key and its own name (AES-GCM); anything else is refused
-    the sockets   each two members prove to each other that they have the key, as soon as they are connected
+    the sockets   every two members prove to each other that they have the key, as soon as they are connected
 What travels between members afterwards is tensors; nothing is unpickled.
 """
 
@@ -35,11 +35,11 @@ TEXT_BYTES = 4096
 _SEAL_BYTES = 12
 _BACKLOG = 1024
 _QUESTION, _PROOF = 7001, 7002
-"""Tags of messages."""
+"""The tags of the messages of a proof."""
 
 
 class StrangerError(RuntimeError):
-    """Something in a group of processes comes from one that was not handed the key."""
+    """Something in a group of processes comes from a process without the key."""
 
 
 def new_key() -> bytes:
@@ -48,26 +48,26 @@ def new_key() -> bytes:
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the members of a group meet, and by what they know each other; it travels through Ray alone."""
+    """Where the members of a group meet, and the key by which they know each other; it travels through Ray alone."""
 
     host: str
     port: int
     key: bytes = field(repr=False)
 
     def own_address(self, of_node: str) -> str:
-        """The address that a member listens on, which is on the node of this address."""
+        """The address that a member listens on, on the node of this address."""
         return LOOPBACK if self.host == LOOPBACK else of_node
 
 
 def listen_at(host: str) -> socket.socket:
-    """Listens on a free port of this address and no other."""
+    """A socket that listens on a free port of this address and no other."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, 0), family=family, backlog=_BACKLOG)
 
 
 class SealedStore(dist.Store):
-    """A store in which members read only what members wrote, each value under the name that it was given. Counters (`add`) are as
-    in the inner one: nothing but how long somebody waits depends on them."""
+    """A store in which members read only what members wrote, each value under its own name. Counters (`add`) are as in the inner
+    store: only waiting times depend on them."""
 
     def __init__(self, inner: dist.Store, key: bytes) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class SealedStore(dist.Store):
 
 
 def open_store(meeting: Meeting, timeout: timedelta, listening: socket.socket | None = None) -> SealedStore:
-    """The store of a meeting. Who has the listening socket holds it; the others connect."""
+    """The store of a meeting. The member with the listening socket holds it; the others connect."""
     served: dict[str, Any] = {} if listening is None else {"master_listen_fd": listening.detach()}
     try:
         inner = dist.TCPStore(
@@ -136,10 +136,10 @@ def join_gloo(
     address_of_node: str,
     listening: socket.socket | None = None,
 ) -> ProcessGroupGloo:
-    """A gloo group beside torch's own world, of members that know each other.
+    """A gloo group beside torch's own world, of members that have authenticated each other.
 
     Raises:
-        StrangerError: another process was in the way of it.
+        StrangerError: another process interfered.
     """
     store = open_store(meeting, timeout, listening)
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
@@ -151,10 +151,10 @@ def join_gloo(
 
 
 def prove_membership(group: Any, key: bytes, rank: int, size: int) -> None:
-    """All members at once; each is asked by each.
+    """Make every member prove to every other that it has the key; all members together.
 
     Raises:
-        StrangerError: one of them has not the key.
+        StrangerError: one of them does not have the key.
     """
     asked = {peer: os.urandom(PROOF_BYTES) for peer in range(size) if peer != rank}
     questions = _exchange(group, asked, _QUESTION)
@@ -172,7 +172,7 @@ def _proof(key: bytes, prover: int, asker: int, question: bytes) -> bytes:
 
 
 def _exchange(group: Any, messages: Mapping[int, bytes], tag: int) -> dict[int, bytes]:
-    """Of `PROOF_BYTES` each, one to and from each peer."""
+    """Exchange messages of `PROOF_BYTES` with every peer, one in each direction."""
     outgoing = {peer: _as_tensor(message) for peer, message in messages.items()}
     incoming = {peer: torch.empty(PROOF_BYTES, dtype=torch.uint8) for peer in messages}
     work = [group.send([tensor], peer, tag) for peer, tensor in outgoing.items()]
@@ -187,7 +187,7 @@ def _as_tensor(data: bytes) -> Tensor:
 
 
 def gather_texts(text: str, device: torch.device) -> list[str]:
-    """Of every rank of torch's world, in the order of ranks, cut to `TEXT_BYTES`; in the place of `all_gather_object`, which
+    """The texts of every rank of torch's world, in rank order, cut to `TEXT_BYTES`; it replaces `all_gather_object`, which
     unpickles what arrives."""
     data = text.encode()[:TEXT_BYTES]
     own = torch.zeros(TEXT_BYTES, dtype=torch.uint8)
@@ -198,7 +198,7 @@ def gather_texts(text: str, device: torch.device) -> list[str]:
 
 
 def refuse_objects() -> None:
-    """From now on no collective of torch's in this process unpickles anything, whichever library calls it."""
+    """From now on no collective of torch in this process unpickles anything, whichever library calls it."""
     distributed_c10d._tensor_to_object = _refuse
 
 

@@ -1,4 +1,4 @@
-"""What every actor and pool shares: logs of its own, waits with a deadline, threads that don't fight."""
+"""What every actor and pool shares: logs of its own, waits with a deadline, threads that don't compete."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ from grpo_ray.plain_terminal import clean_streams, say
 T = TypeVar("T")
 
 GC_THRESHOLD = 50_000
-"""Objects made and not gone, between two looks of the garbage collector; at least."""
+"""The minimum of surviving new objects between two runs of the garbage collector."""
 GC_THRESHOLD_PER_SAMPLE = 32
-"""Twice or three times what the controller holds for a sample under way: then those of a step that begins are no reason to look."""
+"""Two or three times the objects that the controller holds per sample in progress: those of a step that begins then trigger no
+collection."""
 PYTHONS_GC = (700, 10, 10)
 NAME_TRIES = 20
 LOOPBACK = "127.0.0.1"
 NO_RECORDS = {"enable_task_events": False}
-"""Options of every actor: Ray's head keeps 3 KB of each of the last 100,000 calls otherwise, and ours are many and small."""
+"""The options of every actor: otherwise Ray's head keeps 3 KB for each of the last 100,000 calls, and ours are many and small."""
 
 # Large buffers are reused instead of going back to the kernel after every micro-batch.
 ALLOCATOR_ENV = {
@@ -48,20 +49,20 @@ ALLOCATOR_ENV = {
 
 
 class Actors(Protocol):
-    """Where a pool's actors come from, and how they end. Ray's in a run; a simulation of a cluster brings its own."""
+    """Where a pool's actors come from, and how they end: Ray in a run; a simulation of a cluster has its own."""
 
     def start(self, actor: type, *args: Any, **options: Any) -> Any:
         """A handle of `actor(*args)`; `options` in Ray's words."""
         ...
 
     def kill(self, handle: Any) -> None:
-        """At once, whatever it is doing."""
+        """End the actor at once, whatever it is doing."""
         ...
 
 
 class RayActors:
     def start(self, actor: type, *args: Any, **options: Any) -> Any:
-        # The one option that Ray wants here and nowhere else.
+        # The one option that Ray accepts here and nowhere else.
         groups = options.pop("concurrency_groups", {})
         remote = ray.remote(concurrency_groups=groups)(actor)
         return remote.options(**NO_RECORDS, **options).remote(*args)
@@ -71,23 +72,23 @@ class RayActors:
 
 
 def settle_garbage_collector(samples_under_way: int = 0) -> None:
-    """For the controller when everything is up. What is there stays to the end (modules, models, prompts): it need not be looked
-    through again and again. Nor do thousands of samples under way, which go by themselves: look seldom, and the more of them there
-    are the more seldom."""
+    """Set the garbage collector of the controller when everything is up. What exists stays to the end (modules, models, prompts)
+    and need not be scanned again and again. Nor need thousands of samples in progress, which are freed by themselves: the more
+    there are, the more rarely it runs."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(max(GC_THRESHOLD, GC_THRESHOLD_PER_SAMPLE * samples_under_way))
 
 
 def end_of_imports() -> None:
-    """For a process that holds tensors, when all is imported (see `search_path.IMPORT_GC_THRESHOLD`): garbage with tensors in it
-    would fill the memory while it waits for a collector that looks seldom."""
+    """Reset the garbage collector of a process that holds tensors, after its imports (see `search_path.IMPORT_GC_THRESHOLD`):
+    garbage with tensors in it would fill the memory while it waits for a collector that runs rarely."""
     gc.set_threshold(*PYTHONS_GC)
 
 
 def start_named(source: Actors, actor: type, *args: Any, run_dir: str, name: str, **options: Any) -> Any:
-    """`source.start`, under `RUN/name` in Ray's dashboard. While the cluster has not noticed yet that the one before it is dead,
-    the name gets a number.
+    """Call `source.start`, under `RUN/name` in Ray's dashboard. Until the cluster has noticed that the one before it is dead, the
+    name gets a number.
     """
     name = f"{run_name(Path(run_dir))}/{name}"
     for left in reversed(range(NAME_TRIES)):
@@ -115,7 +116,7 @@ def own_log(run_dir: str, name: str) -> Path:
 
 
 def own_process(run_dir: str, name: str) -> Path:
-    """Begins the process of an actor: its log, see `own_log`, and folders that other users of the machine have no way into."""
+    """Begin the process of an actor: its log, see `own_log`, and folders that other users of the machine cannot enter."""
     path = own_log(run_dir, name)
     use_private_temporary_files()
     for note in use_private_caches():
@@ -124,17 +125,18 @@ def own_process(run_dir: str, name: str) -> Path:
 
 
 def use_batch_scheduling() -> None:
-    """For processes that move samples or score them: their threads, and what these start from now on, wait for a free core or their
-    turn, and do not push an engine or a learner off its core when they wake up. On two cores they did, 300 times a second."""
+    """Put processes that move or score samples under batch scheduling: their threads, and what these start from now on, wait for a
+    free core or their turn, and do not preempt an engine or a learner rank when they wake up. On two cores they did, 300 times
+    a second."""
     for thread in os.listdir("/proc/self/task"):
-        # It may have ended; containers may forbid it.
+        # The thread may have ended; containers may forbid it.
         with contextlib.suppress(OSError):
             os.sched_setscheduler(int(thread), os.SCHED_BATCH, os.sched_param(0))
 
 
 def own_scratch(run_dir: str, name: str) -> Path:
     """A folder for the temporary files of this process and of those that it starts. What dead processes of that `name` left is
-    removed: vLLM takes nothing away when it is killed, and three sockets and a file of each engine stay else."""
+    removed: vLLM deletes nothing when it is killed, which leaves three sockets and a file of each engine."""
     whose = hashlib.blake2b(f"{run_dir}/{name}".encode(), digest_size=4).hexdigest()
     temporary = str(use_private_temporary_files())
     left_over = re.compile(rf"grpo-ray-{whose}-(\d+)-\w+")
@@ -144,19 +146,19 @@ def own_scratch(run_dir: str, name: str) -> Path:
         if made and not psutil.pid_exists(int(made[1])):
             shutil.rmtree(entry.path, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f"grpo-ray-{whose}-{os.getpid()}-", dir=temporary))
-    # What torch compiles is for later lives too.
+    # What torch compiles is for later processes too.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own_cache("torchinductor")))
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
     return folder
 
 
 def use_nodes_interface(*, on_one_node: bool) -> None:
-    """Let gloo and NCCL connect this process by the address that Ray has for its node, with the processes that it starts; gloo by
-    loopback, where its groups are all on one node. By itself gloo takes what the machine's own name stands for, and NCCL listens on
-    whatever interface it finds."""
+    """Let gloo and NCCL connect this process, and those that it starts, by the address that Ray has for its node; gloo by
+    loopback, where its groups are all on one node. By itself gloo takes what the machine's own name resolves to, and NCCL
+    listens on whatever interface it finds."""
     address = ray.util.get_node_ip_address()
     if (interface := _interface_of(address)) is not None:
-        # Which has to reach engines on other nodes, too.
+        # NCCL has to reach engines on other nodes, too.
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
     if (interface := _interface_of(LOOPBACK if on_one_node else address)) is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -168,8 +170,8 @@ def _interface_of(address: str) -> str | None:
 
 
 def end_with_parent() -> None:
-    """From now on this process ends when the one that started it is gone, however that went; only what multiprocessing has started
-    does. An engine's core outlives its actor otherwise, with all its memory, where no raylet is left to end it."""
+    """Make this process end with the one that started it, however that ended; for processes started by multiprocessing only.
+    Otherwise an engine's core outlives its actor, with all its memory, where no raylet is left to end it."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -182,7 +184,7 @@ def end_with_parent() -> None:
 
 
 def node_died(error: BaseException) -> bool:
-    """Did an actor go because its whole node did? Ray says so in words alone."""
+    """Whether an actor died because its whole node did, which Ray reports only in the message's text."""
     return isinstance(error, RayActorError) and "node has died" in str(error)
 
 
@@ -195,7 +197,7 @@ def log_tail(path: Path, lines: int = 15) -> str:
 
 
 def core_error(path: Path, otherwise: str) -> str:
-    """What vLLM's engine core died of, by its log; the actor itself only learns that it is gone."""
+    """What vLLM's engine core died of, from its log; the actor itself only learns that it is gone."""
     errors = re.findall(r"EngineCore.*?\b((?:\w+\.)*\w*(?:Error|Exception): .+)", log_tail(path, lines=1000))
     return str(errors[-1]).strip() if errors else otherwise
 
@@ -204,7 +206,7 @@ async def within(work: Awaitable[T], seconds: float, what: str, option: str) -> 
     """Await `work`, at most `seconds`.
 
     Raises:
-        DeadlineError: naming `what` was waited for and the `option` that sets the limit.
+        DeadlineError: `what` was waited for, and the `option` that sets the limit.
     """
     try:
         async with asyncio.timeout(seconds):

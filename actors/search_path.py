@@ -1,6 +1,6 @@
-"""Whose module an import finds: grpo-ray's own packages and the libraries come before the folder that a run is started from.
+"""The order of the import path: grpo-ray's own packages and the libraries come before the folder that a run is started from.
 
-A user's `actors.py`, `random.py` or `datasets/` beside the recipe is theirs to have; found first, it would run in their place. Ray
+A user may have an `actors.py`, `random.py` or `datasets/` beside the recipe; found first, it would run in place of ours. Ray
 puts that folder first in every worker, and Python does in every process that is started with `-c` or `-m`.
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 PACKAGES = ("grpo_ray", "actors", "launch")
 ROOT = str(Path(__file__).parent.parent)
 IMPORT_GC_THRESHOLD = 50_000
-"""Objects made and not gone, between two looks of the garbage collector. By Python's own number, 700, it looks a thousand times
-through what an import of torch and Transformers makes, of which nothing ever goes: a quarter of its time."""
+"""The number of surviving new objects between two runs of the garbage collector. By Python's own number, 700, it scans a thousand
+times what an import of torch and Transformers creates, none of which is ever freed: a quarter of its time."""
 
 
 LIBRARIES = (
@@ -49,14 +49,14 @@ LIBRARIES = (
         "peft",
     ),
 )
-"""What a run imports by these names, and what a user's file or folder may be called."""
+"""The names that a run imports, and that a user's file or folder may have as well."""
 
 
 def settle() -> None:
-    """For the process of a command, before it imports anything else: our packages, then libraries, then the user's folder.
+    """Order the path of a command's process before it imports anything else: our packages, then libraries, then the user's folder.
 
     Raises:
-        SystemExit: with the reason, for a file on PYTHONPATH that hides a module of Python or a library.
+        SystemExit: a file on PYTHONPATH hides a module of Python or a library.
     """
     try:
         here = os.getcwd()
@@ -79,7 +79,7 @@ def settle() -> None:
 
 
 def hiding(folder: str) -> Iterator[str]:
-    """Files in it that would be imported in the place of Python's own modules or of libraries, were it searched first."""
+    """The files in a folder that would be imported in place of Python's own modules or of libraries, if it were searched first."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError:
@@ -101,7 +101,7 @@ def hidden_by(file: str) -> str:
 
 
 def bind_ours() -> None:
-    """Import our packages, whatever the search path says, and let processes that get a copy of the path find them, too."""
+    """Import our packages, whatever the search path is, and let processes that inherit it find them, too."""
     sys.path.insert(0, ROOT)
     try:
         for name in PACKAGES:
@@ -113,14 +113,15 @@ def bind_ours() -> None:
 
 
 def keep_behind(folder: str) -> None:
-    """Keep the user's folder at the end of the search path, also when someone puts it first later."""
+    """Keep the user's folder at the end of the search path, also when it is put first later."""
     behind = _Behind(folder)
     behind.reorder()
     sys.meta_path.insert(0, behind)
 
 
 class _Behind:
-    """In `sys.meta_path`: finds nothing; puts a folder back to the end of `sys.path` before others look for a module."""
+    """An entry of `sys.meta_path` that finds nothing, and moves a folder back to the end of `sys.path` before others look for a
+    module."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
@@ -135,16 +136,16 @@ class _Behind:
 
 
 def worker_env(folder: str) -> dict[str, Any]:
-    """Ray's `runtime_env` of a job: each worker process has our packages and its libraries before it has the user's folder.
+    """Ray's `runtime_env` of a job: each worker process searches our packages and its libraries before the user's folder.
 
     Args:
-        folder: of the user, where a run is started.
+        folder: the user's folder, where a run is started.
     """
     return {"worker_process_setup_hook": _hook(ROOT, folder, IMPORT_GC_THRESHOLD), "env_vars": {"PYTHONSAFEPATH": "1"}}
 
 
 def _hook(root: str, folder: str, seldom: int) -> Callable[[], None]:
-    """It travels as code, not by a name that a worker would have to import first, and so find the user's."""
+    """The hook as code: by name, a worker would have to import it first, and might find the user's module."""
 
     def first_of_all() -> None:
         import gc

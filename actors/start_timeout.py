@@ -1,6 +1,6 @@
-"""How long a worker may take to start: rollout engines, reward workers, learner ranks and scoring processes alike.
+"""The start timeout of workers: rollout engines, reward workers, learner ranks and scoring processes alike.
 
-A start that takes far longer than those before it hangs, or there is no room for the worker: it is begun again with twice the time.
+A start that takes far longer than those before it hangs, or there is no room for the worker: it is retried with twice the time.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ class StartTimeout:
 
     @contextmanager
     def measured(self) -> Iterator[None]:
-        """Times the block, which is a start; it counts unless it raises."""
+        """Time the block, which is a start; it counts unless it raises."""
         began = self._clock()
         yield
         self.longest_s = max(self.longest_s, self._clock() - began)
 
     def died(self) -> None:
-        """Begins anew the time in which a worker has to start: one died, or its start failed."""
+        """Reset the time in which a worker has to start: one died, or its start failed."""
         self._died_at = self._clock()
 
     @property
     def again_s(self) -> float:
-        """A start that replaces a worker and takes longer than this hangs."""
+        """The limit in seconds of a start that replaces a worker; beyond it the start hangs."""
         if not self.longest_s:
             return self.limit_s
         return min(self.limit_s, RESTART_S + RESTART_FACTOR * self.longest_s)
@@ -47,5 +47,5 @@ class StartTimeout:
 
     @property
     def left_s(self) -> float:
-        """Seconds until a pool without any worker is given up."""
+        """The seconds until a pool without any worker is given up."""
         return self._died_at + self.limit_s - self._clock()

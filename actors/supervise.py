@@ -5,7 +5,7 @@
     leave  a worker gets nothing new, finishes what it has, and ends
     watch  a busy worker that does not answer a probe hangs, and its pool treats it as dead
 
-A start that takes far longer than those before it (the worker hangs, or its node is gone and there is room nowhere) is begun again
+A start that takes far longer than those before it (the worker hangs, or its node is gone and there is room nowhere) is retried
 with twice the time. A worker is given up when it has died too often without finishing anything in between, or when no worker of its
 pool is alive and none has started for as long as a first start may take.
 """
@@ -33,24 +33,24 @@ CANCEL_S = 5.0
 
 @dataclass(eq=False, slots=True)
 class Worker:
-    """One place in a pool; it outlives the actors that fill it, one after the other."""
+    """One slot of a pool; it outlives the actors that fill it, one after the other."""
 
     index: int
     name: str
     handle: Any = None
-    """Ray handle of the present actor."""
+    """The Ray handle of the present actor."""
     incarnation: int = 0
     """The number of the present actor: a worker that was restarted is another incarnation."""
     alive: bool = False
     started: bool = False
-    """Whether any actor of this place has been alive."""
+    """Whether any actor of this slot has been alive."""
     leaving: bool = False
     restarts: int = 0
     """The number of restarts in a row, without any work finished in between."""
     probe: asyncio.Task[None] | None = None
     """The latest probe of the present actor."""
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    """Tasks that are cancelled when the worker leaves."""
+    """The tasks that are cancelled when the worker leaves."""
     activity: Activity = field(init=False)
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ W_contra = TypeVar("W_contra", bound=Worker, contravariant=True)
 
 
 class WorkerKind(Protocol[W]):
-    """What differs between kinds of workers: how one is started, asked and stopped."""
+    """What differs between kinds of workers: how one is started, probed and stopped."""
 
     max_restarts: int
     """A worker that has been restarted this many times in a row is given up."""
@@ -72,37 +72,37 @@ class WorkerKind(Protocol[W]):
     """A worker that does not stop by itself within this many seconds is killed."""
 
     def make(self, index: int) -> W:
-        """Returns a worker without an actor."""
+        """Create a worker without an actor."""
         ...
 
     def launch(self, worker: W) -> Any:
-        """Creates an actor and returns its handle without waiting for it."""
+        """Create an actor and return its handle without waiting for it."""
         ...
 
     async def ready(self, worker: W, limit_s: float) -> None:
-        """Waits until the actor has started.
+        """Wait until the actor has started.
 
         Raises:
-            DeadlineError: not within `limit_s`.
+            DeadlineError: it has not started within `limit_s`.
             WorkerError: it died.
-            GrpoRayError: no other start would do better.
+            GrpoRayError: another start would not help.
         """
         ...
 
     def waits_for(self) -> str:
-        """Says what a worker that does not start may be busy with, or lack."""
+        """What a worker that does not start may be busy with, or lack."""
         ...
 
     def backoff_s(self, worker: W, cause: BaseException) -> float:
-        """Returns the seconds to wait before restart number `worker.restarts` of a worker that died of `cause`."""
+        """The seconds to wait before restart number `worker.restarts` of a worker that died of `cause`."""
         ...
 
     def probe(self, handle: Any) -> Awaitable[Any]:
-        """Makes a call that a worker answers at any time, unless it hangs."""
+        """Make a call that a worker answers at any time, unless it hangs."""
         ...
 
     def stop(self, handle: Any) -> Awaitable[Any]:
-        """Asks the actor to end of its own accord."""
+        """Ask the actor to end of its own accord."""
         ...
 
 
@@ -116,20 +116,20 @@ class Pool(Protocol[W_contra]):
         ...
 
     def worker_started(self, worker: W_contra) -> None:
-        """The worker is alive now, and has nothing to do."""
+        """Handle a worker that is alive now, and idle."""
         ...
 
     def worker_hangs(self, worker: W_contra, incarnation: int) -> None:
-        """This incarnation of the worker did not answer a probe in time."""
+        """Handle an incarnation of the worker that did not answer a probe in time."""
         ...
 
     def worker_restarts(self, worker: W_contra, cause: BaseException) -> None:
-        """The worker died of `cause` and is about to be started again."""
+        """Handle a worker that died of `cause` and is about to be restarted."""
         ...
 
 
 class GivenUpError(GrpoRayError):
-    """A worker that is not started again."""
+    """A worker that is not restarted."""
 
     def __init__(self, worker: str, cause: BaseException, *, late: bool) -> None:
         super().__init__(f"{worker} is given up: {cause}")
@@ -149,10 +149,10 @@ class Supervisor(Generic[W]):
         self._source = source
         self._start_timeout = StartTimeout(limit_s, lambda: asyncio.get_running_loop().time())
         self._lives = itertools.count()
-        """No two lives of a name have the same number, whoever had the name before."""
+        """The numbers of lives: no two lives of a name have the same one, whichever worker had the name before."""
         self.workers = {i: kind.make(i) for i in range(number)}
         self._left: list[W] = []
-        """Workers that have left and still have something to report."""
+        """The workers that have left and still have something to report."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: set[asyncio.Task[None]] = set()
         self.num_restarts = 0
@@ -168,7 +168,7 @@ class Supervisor(Generic[W]):
     # Starts
 
     async def start_all(self) -> None:
-        """Starts every worker, side by side; the first error ends them all."""
+        """Start every worker, side by side; the first error ends them all."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 for worker in self.workers.values():
@@ -178,7 +178,7 @@ class Supervisor(Generic[W]):
             raise error from error.__cause__
 
     async def join(self, worker: W, tries: int = 1) -> None:
-        """Starts a new worker while the others are busy, and raises the error of the last try; see `WorkerKind.ready`."""
+        """Start a new worker while the others are busy, and raise the error of the last try; see `WorkerKind.ready`."""
         for left in reversed(range(tries)):
             try:
                 await self._start_with_warning(worker, self.limit_s)
@@ -190,11 +190,11 @@ class Supervisor(Generic[W]):
                 self._pool.on_trouble(f"{worker.name} was to join and does not start, it is tried again: {e}")
 
     async def restart(self, worker: W, cause: BaseException) -> bool:
-        """Starts a worker that died of `cause` again, until it is alive (True) or is to leave (False).
+        """Restart a worker that died of `cause`, until it is alive (True) or is to leave (False).
 
         Raises:
             GivenUpError: see the top of this file.
-            GrpoRayError: no other start would do better.
+            GrpoRayError: another start would not help.
         """
         self._start_timeout.died()
         limit_s = self._start_timeout.again_s
@@ -217,14 +217,14 @@ class Supervisor(Generic[W]):
                 self.kill(worker)
                 if self._start_timeout.left_s <= 0 and not self.num_alive:
                     raise GivenUpError(worker.name, cause, late=True) from None
-                worker.restarts -= 1  # It died of nothing.
+                worker.restarts -= 1  # It has not died.
                 limit_s = self._start_timeout.doubled(limit_s)
         if worker.leaving:
             return False
         raise GivenUpError(worker.name, cause, late=False)
 
     async def _start_with_warning(self, worker: W, limit_s: float) -> None:
-        """Starts a worker while the run goes on: the cluster may have no room any more, and Ray does not report that."""
+        """Start a worker while the run goes on: the cluster may have no room any more, and Ray does not report that."""
         warning = asyncio.get_running_loop().call_later(
             START_WARNING_S,
             self._pool.on_trouble,
@@ -247,10 +247,10 @@ class Supervisor(Generic[W]):
     # Members
 
     def scale(self, number: int, worth: Callable[[W], Any]) -> tuple[list[W], list[W]]:
-        """Changes the number of workers that are not to leave.
+        """Change the number of workers that are not to leave.
 
         Returns:
-            Those that are new, without an actor; and those that are to leave from now on, which are worth least.
+            The new workers, without an actor; and those that are to leave from now on, which are worth least.
         """
         staying = [w for w in self.workers.values() if not w.leaving]
         free = (i for i in itertools.count() if i not in self.workers)
@@ -262,7 +262,7 @@ class Supervisor(Generic[W]):
         return new, leaving
 
     def remove(self, worker: W) -> None:
-        """Ends a worker that has nothing to do; it is no member of the pool from now on."""
+        """End an idle worker, which is not a member of the pool from now on."""
         del self.workers[worker.index]
         if worker.started:
             self._left.append(worker)
@@ -271,12 +271,12 @@ class Supervisor(Generic[W]):
         _hold(self._ending, asyncio.create_task(self._end(worker)))
 
     def kill(self, worker: W) -> None:
-        """Ends the worker's actor at once, whatever it is doing."""
+        """End the worker's actor at once, whatever it is doing."""
         if worker.handle is not None:
             self._source.kill(worker.handle)
 
     async def close(self) -> None:
-        """Cancels all tasks and ends all workers."""
+        """Cancel all tasks and end all workers."""
         workers = list(self.workers.values())
         tasks = _cancel({*self._tasks, *(t for w in workers for t in w.tasks)})
         if tasks:
@@ -284,7 +284,7 @@ class Supervisor(Generic[W]):
         await asyncio.gather(*(self._end(w) for w in workers), *self._ending)
 
     async def _end(self, worker: W) -> None:
-        """Ends the worker's actor, of its own accord or by force."""
+        """End the worker's actor, of its own accord or by force."""
         worker.alive = False
         handle, worker.handle = worker.handle, None
         if handle is None:
@@ -300,15 +300,15 @@ class Supervisor(Generic[W]):
     # Tasks
 
     def keep(self, worker: W, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Runs a task that is cancelled when the worker leaves."""
+        """Run a task that is cancelled when the worker leaves."""
         return _hold(worker.tasks, asyncio.create_task(work))
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Runs a task that is cancelled when the pool closes."""
+        """Run a task that is cancelled when the pool closes."""
         return _hold(self._tasks, asyncio.create_task(work))
 
     async def watch(self, period_s: Callable[[], float]) -> None:
-        """Probes the workers that are busy, every `period_s()`."""
+        """Probe the busy workers, every `period_s()`."""
         while True:
             await asyncio.sleep(period_s())
             for worker in list(self.workers.values()):
@@ -323,30 +323,30 @@ class Supervisor(Generic[W]):
         except TimeoutError:
             self._pool.worker_hangs(worker, life)
         except (RayError, GrpoRayError):
-            pass  # It is dead, and the call that it is busy with says what it died of.
+            pass  # It is dead, and the call that it is busy with reports what it died of.
 
     # Reports
 
     def reporting(self) -> list[W]:
-        """Returns the workers that have something to report: not those that are only about to join."""
+        """The workers that have something to report: not those that are only about to join."""
         return [*(w for w in self.workers.values() if w.started), *self._left]
 
     def take_tracks(self) -> list[Track]:
-        """Returns what each worker did since the last call."""
+        """What each worker did since the last call."""
         tracks = [worker.activity.take() for worker in self.reporting()]
         self._left = []
         return tracks
 
 
 def _hold(tasks: set[asyncio.Task[None]], task: asyncio.Task[None]) -> asyncio.Task[None]:
-    """Keeps a reference to the task while it runs: the event loop has only a weak one."""
+    """Keep a reference to the task while it runs: the event loop has only a weak one."""
     tasks.add(task)
     task.add_done_callback(tasks.discard)
     return task
 
 
 def _cancel(tasks: set[asyncio.Task[None]]) -> set[asyncio.Task[None]]:
-    """Cancels all tasks but the current one, and returns them."""
+    """Cancel all tasks but the current one, and return them."""
     others = tasks - {asyncio.current_task()}
     for task in others:
         task.cancel()

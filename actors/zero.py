@@ -1,4 +1,4 @@
-"""Parameters that ZeRO-3 has split over the learner ranks, whole for a moment."""
+"""Whole parameters, for a moment, of those that ZeRO-3 has partitioned over the learner ranks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import nn
 
 
 def gathered(params: list[nn.Parameter], writer: int | None = None) -> AbstractContextManager[Any]:
-    """Whole parameters inside, whatever ZeRO-3 has split; all ranks together. `writer`: the rank whose changes all take over;
-    None: nobody changes anything.
+    """Whole parameters inside, whatever ZeRO-3 has partitioned; all ranks together. `writer`: the rank whose changes all take
+    over; None: nobody changes anything.
     """
     sharded = [p for p in params if hasattr(p, "ds_id")]
     if not sharded:
