@@ -1,4 +1,4 @@
-"""Everything that can be validated without loading a model; prints the plan of a run."""
+"""The validation of everything that can be checked without loading a model; it prints the plan of a run."""
 
 from __future__ import annotations
 
@@ -54,20 +54,21 @@ from launch.run.recipe import (
 
 console = plain_console()
 STORE_S = 5.0
-"""How long it waits for an object store."""
+"""The seconds that the check waits for an object store."""
 
 
 def check_recipe(
     recipe: str, overrides: list[str], as_kind: str | None = None, *, run_code: bool = False, makes_models: bool = True
 ) -> None:
-    """
+    """Validate a recipe and print the plan of its run.
+
     Args:
-        as_kind: a name of `check_kind`; None: the recipe tells.
-        run_code: import and call what the recipe brings of its own, too.
-        makes_models: this process may have to, once this is done; else it is spared the import of torch.
+        as_kind: a name of `check_kind`; None: the recipe's own.
+        run_code: import and call the recipe's own code, too.
+        makes_models: whether this process may create models later; otherwise it does not import torch.
 
     Raises:
-        GrpoRayError: at the first thing that would keep the run from working.
+        GrpoRayError: for the first problem that would keep the run from working.
     """
     if is_pipeline(find_recipe(recipe)):
         from launch.pipeline.stages import run_pipeline
@@ -108,10 +109,10 @@ def check_recipe(
 
 
 class _Foreign:
-    """Code that the recipe brings, and that is not run here."""
+    """The recipe's own code, which is not run here."""
 
     def __init__(self, config: RunConfig | SftConfig, *, run: bool) -> None:
-        # Found also where it is run: what is not a recipe's to name is refused.
+        # It is located even where it is run: a function that a recipe must not name is refused.
         found = [*foreign_rewards(config)], [*foreign_rows(config)], [*foreign_model(config)]
         self.run = run
         self.of_rewards, self.of_data, self.of_model = ([], [], []) if run else found
@@ -131,9 +132,10 @@ def _rows_of_model(
     on_gpu: bool,
     code: _Foreign,
 ) -> list[tuple[str, str]]:
-    """
+    """The plan's lines on the model.
+
     Args:
-        found: the config with what was chosen for this machine.
+        found: the config with the options chosen for this machine.
     """
     files = ModelFiles(config.model)
     with num_params_of(config, on_gpu=on_gpu) as num_params:
@@ -154,13 +156,13 @@ def _taken(folder: Path) -> Iterator[str]:
 
 
 def _print_ok(command: str, recipe: str, overrides: list[str]) -> None:
-    """The command that this was about, to be copied to a shell."""
+    """Print the command that was checked, to be copied to a shell."""
     words = shlex.join(["grpo-ray", command, recipe, *overrides])
     console.print(headed("ok", "green", f"     {runnable(words)}"), soft_wrap=True)
 
 
 def _context(config: RunConfig | SftConfig, model_config: Any, *, on_gpu: bool) -> int:
-    """Of the model. Raises ConfigError or ResourceError: what a sample may take does not fit it, or the cache."""
+    """The model's context length. Raises ConfigError or ResourceError: the longest sample does not fit it, or the cache."""
     context = context_length(model_config)
     check_context(config, context)
     if isinstance(config, RunConfig) and not on_gpu:
@@ -255,7 +257,7 @@ def _data_rows(config: RunConfig | SftConfig, files: ModelFiles, *, imports: boo
 
 
 def source_told(source: DataSource) -> str:
-    """With its split, where that is not the usual one."""
+    """The source with its split, where that is not the usual one."""
     return source.path + (f" {source.split}" if source.split != "train" else "")
 
 
@@ -296,7 +298,7 @@ def _step_rows(config: RunConfig | SftConfig, context: int, *, imports: bool) ->
 
 
 def _called(reward: RewardConfig, num_generations: int, *, imports: bool) -> str:
-    """With what the reward functions are called."""
+    """The arguments that the reward functions are called with."""
     found = [described(f, imports=imports) for f in reward.functions]
     whole = [f.name for f in found if not f.per_sample]
     group, one = f"the {num_generations} samples of a group at once", "one sample, the moment it is drawn"
@@ -334,7 +336,7 @@ def _cluster_rows(
 
 
 def _unnamed(config: RunConfig | SftConfig) -> list[str]:
-    """What is to be said of a cluster that the recipe names and the user does not: it is not joined here."""
+    """The warnings about a cluster that the recipe names and the user does not: it is not joined here."""
     address = read_address(config.cluster.address)
     if address is None or is_named(address):
         return []

@@ -1,4 +1,4 @@
-"""How many gold answers the reward `accuracy` understands, told before a run: the rest gets no reward."""
+"""How many gold answers the reward `accuracy` understands, reported before a run: the rest gets no reward."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class GoldReport:
     """What `accuracy` makes of the gold answers of one data set."""
 
     num_rows: int
-    """Rows that the reward is for."""
+    """The rows that the reward applies to."""
     num_read: int = 0
     num_unknown: int = 0
     examples: list[str] = field(default_factory=list)
 
     def text(self, what: str) -> str:
-        """What to print of it: one line, and a warning where not a single gold is understood."""
+        """The text to print: one line, and a warning where not a single gold is understood."""
         asked = (
             f"{self.num_read:,}"
             if self.num_read == self.num_rows
@@ -51,8 +51,8 @@ def gold_rows(config: RunConfig, prompts: PromptSets, facts: Mapping[str, Column
 
     Args:
         config: the recipe.
-        prompts: of its data sets.
-        facts: option of a data set -> of all its rows, where `prompts` has a part of them.
+        prompts: the prompts of its data sets.
+        facts: option of a data set -> the facts of all its rows, where `prompts` has only some of them.
     """
     rows = []
     sets = [("data.train", config.data.train.path, prompts.train)]
@@ -71,7 +71,7 @@ def gold_rows(config: RunConfig, prompts: PromptSets, facts: Mapping[str, Column
 
 
 def read_golds(dataset: PromptDataset, path: str, function: RewardFunctionConfig) -> GoldReport:
-    """Reads up to 2,000 golds that lie evenly over the data set, for 20 s at most."""
+    """Read up to 2,000 golds, evenly spaced over the data set, for 20 s at most."""
     from grpo_ray.rewards.answers.golds import COLUMNS, GOLD_TIMES, TIMEOUT_S, gold_of, read_gold
 
     indices = _rows_of(dataset, function.sources)
@@ -101,7 +101,7 @@ def _rows_of(dataset: PromptDataset, sources: Sequence[str]) -> list[int]:
 
 
 def _evenly(indices: Sequence[int], count: int) -> list[int]:
-    """Up to `count` of them, the first one and then one in so many."""
+    """Up to `count` of the indices, evenly spaced from the first one."""
     if len(indices) <= count:
         return list(indices)
     return [indices[i * len(indices) // count] for i in range(count)]

@@ -1,4 +1,4 @@
-"""What `check` says of large data sets: what is counted over all rows, and what is estimated from a sample."""
+"""The lines of `check` on large data sets: what is counted over all rows, and what is estimated from a sample."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from launch.check.overview import Overview, Sampler, key_of
 
 
 def of_all_rows(report: LoadReport, overview: Overview | None, num_in_eval: int | None = None) -> LoadReport:
-    """The report of a sample -> of all rows, about.
+    """The report of all rows, estimated from that of a sample.
 
     Args:
-        report: of the sample.
+        report: the report of the sample.
         overview: None: the report is of all rows.
-        num_in_eval: where it is known.
+        num_in_eval: the rows also in `data.eval`, where known.
     """
     if overview is None:
         return report
@@ -30,7 +30,7 @@ def of_all_rows(report: LoadReport, overview: Overview | None, num_in_eval: int 
 
 
 def overview_rows(config: RunConfig | SftConfig, sampler: Sampler) -> Iterator[tuple[str, str]]:
-    """A line for each data set of which a sample was looked at, and for prompts that come more than once."""
+    """A line for each data set that was sampled, and for prompts that appear more than once."""
     sources = {"data.train": config.data.train} | {
         f"data.eval {n}".strip(): s for n, s in config.data.eval_sets.items()
     }
@@ -51,7 +51,7 @@ def overview_rows(config: RunConfig | SftConfig, sampler: Sampler) -> Iterator[t
 
 
 def facts_of(config: RunConfig, sampler: Sampler) -> dict[str, ColumnFacts]:
-    """Option -> the columns of all rows, of data sets of which a sample was looked at."""
+    """Option -> the columns of all rows, for data sets that were sampled."""
     sources = {"data.train": config.data.train} | {
         f"data.eval.{n}" if n else "data.eval": s for n, s in config.data.eval_sets.items()
     }
@@ -60,7 +60,7 @@ def facts_of(config: RunConfig, sampler: Sampler) -> dict[str, ColumnFacts]:
 
 
 def num_in_eval(config: RunConfig, sampler: Sampler, prompts: PromptSets) -> int | None:
-    """Training rows whose prompt is held out; None: it is to be estimated, or nothing is held out."""
+    """The training rows whose prompt is held out; None: it is to be estimated, or nothing is held out."""
     overview = sampler.overviews.get(key_of(config.data.train))
     sampled = any(key_of(source) in sampler.overviews for source in config.data.eval_sets.values())
     if overview is None or sampled or not config.data.exclude_eval:
@@ -69,15 +69,15 @@ def num_in_eval(config: RunConfig, sampler: Sampler, prompts: PromptSets) -> int
 
 
 def longest_prompt(config: RunConfig, sampler: Sampler, render: Render, tokenizer: Any, limit: int, known: int) -> int:
-    """Tokens of the longest prompt that is kept, as far as the sample and the rows with the longest texts tell.
+    """The tokens of the longest prompt that is kept, as far as the sample and the rows with the longest texts show.
 
     Args:
-        config: its data.
-        sampler: that has read them.
-        render: the template.
-        tokenizer: of the model.
-        limit: tokens of a prompt that is kept.
-        known: of the longest of the sample.
+        config: the config with the data.
+        sampler: the sampler that has read them.
+        render: renders the template.
+        tokenizer: the tokenizer of the model.
+        limit: the most tokens of a prompt that is kept.
+        known: the tokens of the longest prompt in the sample.
     """
     overview = sampler.overviews.get(key_of(config.data.train))
     if overview is None or not overview.longest.rows:

@@ -1,7 +1,8 @@
-"""What `check` asks of a model, without torch: that takes 3 s and 220 MB, and the layers of Transformers' models as much again.
+"""What `check` needs to know of a model, without torch, which takes 3 s and 220 MB, and the layers of Transformers' models, which
+take as much again.
 
-Whether the learner can train the model is found by a process of its own, while this one reads the data. Of a tiny model all is
-known without Transformers, whose import takes 2 s.
+A process of its own finds out whether the learner can train the model, while this one reads the data. A tiny model is fully known
+without Transformers, whose import takes 2 s.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from grpo_ray.plain_terminal import say
 
 
 class ModelFiles:
-    """What the files of a model say, each read when it is asked for."""
+    """The contents of a model's files, each read on first use."""
 
     def __init__(self, config: ModelConfig) -> None:
-        """Raises ConfigError: the folder does not exist or holds no model."""
+        """Find the files. Raises ConfigError: the folder does not exist or holds no model."""
         self._config = config
         self.name = model_name(config) if config.tiny is None else "tiny"
 
@@ -58,12 +59,12 @@ class ModelFiles:
 _QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 _CHILD = "import sys; sys.path[:] = {path!r}; from launch.check.model import answer; answer()"
 QUESTION_S = 600.0
-"""For code and config of a model that the hub still has to give."""
+"""The time limit for code and config of a model that has to be downloaded from the hub."""
 
 
 def keep_torch_out() -> None:
-    """From here on Transformers reads configs and tokenizers in this process, and makes no models. Nothing where it, or torch, is
-    imported already."""
+    """Make Transformers read configs and tokenizers in this process, and create no models. It does nothing where Transformers or
+    torch is already imported."""
     if not {"torch", "transformers"}.isdisjoint(sys.modules):
         return
     find_spec, quiet = importlib.util.find_spec, os.environ.get(_QUIET)
@@ -75,7 +76,7 @@ def keep_torch_out() -> None:
     try:
         import transformers
 
-        # The answer is kept.
+        # The result is cached.
         transformers.utils.is_torch_available()
     finally:
         importlib.util.find_spec = find_spec
@@ -85,10 +86,10 @@ def keep_torch_out() -> None:
 
 @contextmanager
 def num_params_of(config: RunConfig | SftConfig, *, on_gpu: bool) -> Iterator[Callable[[], int]]:
-    """Has the model looked at meanwhile. What it gives waits for that and returns the number of its parameters.
+    """Inspect the model in the background. The yielded function waits for the result and returns the number of its parameters.
 
     Raises:
-        ConfigError: the learner would refuse it.
+        ConfigError: the learner would refuse the model.
     """
     known = known_facts(config.model)
     if known is not None and _is_ours(config):
@@ -120,7 +121,7 @@ def num_params_of(config: RunConfig | SftConfig, *, on_gpu: bool) -> Iterator[Ca
 
 
 def _is_ours(config: RunConfig | SftConfig) -> bool:
-    """Is it a tiny model as any, of which tests show that it is trained?"""
+    """Whether the model is a usual tiny model, which tests show to be trainable."""
     plain = config.model.tiny is not None and config.model.lora is None and config.model.attention == "auto"
     return plain and config.learner.sequence_parallel_size == 1 and not isinstance(config, RewardModelConfig)
 
@@ -145,7 +146,7 @@ def _told(child: subprocess.Popen[str]) -> int:
 
 
 def answer() -> None:
-    """The child: a question on stdin, the answer in the last line of stdout."""
+    """Run the child: a question on stdin, the answer in the last line of stdout."""
     question = json.loads(sys.stdin.read())
     try:
         said: dict[str, Any] = {"num_params": _count(question)}
@@ -155,7 +156,7 @@ def answer() -> None:
 
 
 def _count(question: dict[str, Any]) -> int:
-    """Parameters of the model. Raises ConfigError: the learner would refuse it."""
+    """The number of parameters of the model. Raises ConfigError: the learner would refuse it."""
     from grpo_ray.models.trainable import check_adapters, skeleton
 
     config = ModelConfig.model_validate(question["model"])

@@ -1,8 +1,8 @@
-"""Large data sets for `grpo-ray check`: counts over all rows by Arrow, and a sample of rows to be templated and tokenized.
+"""Large data sets for `grpo-ray check`: counts over all rows by Arrow, and a sample of rows to template and tokenize.
 
-What is exact: rows, columns that are missing or null, prompts that come twice, prompts that are held out too. What is estimated
-from the sample: lengths, and what is left out for them. A JSONL file that Arrow does not read (a column of several types, half a
-character, a torn line) is read row by row, as for a run, and every one of its rows is looked at.
+Exact are the numbers of rows, of columns that are missing or null, and of prompts that are repeated or held out too. Lengths, and
+the rows left out for them, are estimated from the sample. A JSONL file that Arrow does not read (a column of several types, half a
+character, a torn line) is read row by row, as for a run, and every one of its rows is examined.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from grpo_ray.errors import DataError
 from grpo_ray.rewards.columns import ColumnFacts, RowFacts
 
 MANY_ROWS = 20_000
-"""Fewer are looked at one by one."""
+"""The number of rows from which a data set is sampled; with fewer, each row is read."""
 SAMPLE = 1000
 LONGEST = 16
 PARTS = 8
-"""A power of two."""
+"""The number of parts; a power of two."""
 _KEYS = ("prompt", "messages", "completion", "chosen", "rejected", "label")
-"""Columns without which a row is none; the first row that lacks one is in the sample, where it is told."""
+"""The columns that a row cannot lack; the first row without one is in the sample, where it is reported."""
 
 
 def _numbers(values: Sequence[int], kind: type[np.integer[Any]] = np.int64) -> pa.Array:
-    """Arrow's, without a conversion: pyarrow imports pandas for its first one, which takes half a second and 45 MB."""
+    """An Arrow array, without a conversion: pyarrow imports pandas for its first one, which takes half a second and 45 MB."""
     return pa.Array.from_buffers(pa.from_numpy_dtype(kind), len(values), [None, pa.py_buffer(np.asarray(values, kind))])
 
 
 def _texts(values: Iterable[Any], kind: pa.DataType) -> pa.Array:
-    """Likewise, of a type for text."""
+    """An Arrow array of text, likewise without a conversion."""
     encoded = [text.encode() for text in values]
     ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
     buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(encoded))]
@@ -51,12 +51,12 @@ _TRUE = pa.Array.from_buffers(pa.bool_(), 1, [None, pa.py_buffer(b"\1")])[0]
 
 
 class ArrowFacts:
-    """`ColumnFacts` of an Arrow table."""
+    """The `ColumnFacts` of an Arrow table."""
 
     def __init__(self, table: pa.Table, columns: Mapping[str, str]) -> None:
         taken = set(columns.values())
         kept = {name: table.column(name) for name in table.column_names if name not in taken}
-        # A prompt is no column of rewards; nor are messages where they are the prompt.
+        # A prompt is not a column of rewards; nor are messages where they are the prompt.
         self._hidden = {"prompt"} if "prompt" in kept or "prompt" in columns else {"messages"}
         self._columns = kept | {
             new: found for new, old in columns.items() if (found := _nested(table, old)) is not None
@@ -82,7 +82,7 @@ class ArrowFacts:
         return num_rows, _count(reduce(pc.and_, nulls, rows)), bool(found) and num_rows > 0
 
     def _rows_of(self, of: str, values: Sequence[str]) -> Any:
-        """Those whose column is one of these; None: it holds no text."""
+        """The rows whose column is one of these; None: it holds no text."""
         column = self._columns[of]
         return pc.is_in(column, _texts(values, column.type)) if _is_text(column) else None
 
@@ -117,46 +117,46 @@ def _count(mask: Any) -> int:
 
 @dataclass
 class Overview:
-    """Of one data set of many rows."""
+    """The overview of one data set of many rows."""
 
     num_rows: int
     num_looked_at: int
-    """Rows of the sample."""
+    """The number of rows in the sample."""
     facts: ColumnFacts
     longest: Table
     """The rows with the longest prompts."""
     prompts: pa.ChunkedArray | None
-    """[num_rows], where they are text."""
+    """[num_rows] the prompts, where they are text."""
 
     @cached_property
     def num_repeated(self) -> int:
-        """Rows whose prompt an earlier row has."""
+        """The number of rows whose prompt an earlier row has."""
         if self.prompts is None:
             return 0
         return self.num_rows - _num_different(self.prompts)
 
     def num_in(self, prompts: Iterable[Any]) -> int | None:
-        """Rows whose prompt is one of these; None: not known, for prompts that are no text."""
+        """The number of rows whose prompt is one of these; None: unknown, for prompts that are not text."""
         texts = list(prompts)
         if self.prompts is None or not all(isinstance(p, str) for p in texts):
             return None
         return _count(pc.is_in(self.prompts, _texts(texts, self.prompts.type)))
 
     def scaled(self, number: int) -> int:
-        """Of the sample -> of all rows, about."""
+        """The estimate for all rows of a number counted in the sample."""
         return round(number * self.num_rows / max(1, self.num_looked_at))
 
 
 @dataclass
 class Sampler:
-    """Reads data sets as `load_table` does; of large ones it gives a sample, and keeps an overview."""
+    """Reads data sets as `load_table` does; large ones are sampled, and an overview of each is kept."""
 
     many_rows: int = MANY_ROWS
     overviews: dict[str, Overview] = field(default_factory=dict)
-    """Key of a source -> what is known of all of it."""
+    """Key of a source -> its overview."""
 
     def read(self, source: DataSource, *, seed: int) -> Table:
-        """Raises DataError as `load_table` does."""
+        """The rows, or a sample of them; raises DataError as `load_table` does."""
         found = _arrow(source)
         if found is not None and found[0].num_rows <= self.many_rows:
             return load_table(source, seed=seed)
@@ -199,7 +199,7 @@ def key_of(source: DataSource) -> str:
 
 
 def _asks(row: Row) -> bool:
-    """Has it text or messages for a prompt, as far as types tell?"""
+    """Whether the row has text or messages for a prompt, judged by types."""
     prompt = row["messages"] if row.get("prompt") is None and "messages" in row else row.get("prompt")
     if isinstance(prompt, list):
         return bool(prompt) and all(isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in prompt)
@@ -219,7 +219,7 @@ def _picked(table: Table, places: Sequence[int]) -> Table:
 
 
 def _arrow(source: DataSource) -> tuple[pa.Table, Any] | None:
-    """(the table, (name, places) -> these rows as they are for a run); None: not a file that Arrow reads as a run would."""
+    """(the table, (name, indices) -> these rows as a run reads them); None: not a file that Arrow reads as a run would."""
     if is_part(source) or not source.is_file or not Path(source.path).expanduser().is_file():
         return None
     try:
@@ -242,13 +242,13 @@ def _of_parquet(source: DataSource) -> tuple[pa.Table, Any]:
 
 
 def _of_jsonl(source: DataSource) -> tuple[pa.Table, Any]:
-    """Raises ValueError where lines and rows do not go together."""
+    """As `_arrow`, for a JSONL file; raises ValueError where lines and rows do not correspond."""
 
     import pyarrow.json as pj
 
     path = Path(source.path).expanduser()
     data = path.read_bytes()
-    # The system's pool gives back what was needed for a moment; Arrow's own keeps it.
+    # The system's pool returns what was needed for a moment; Arrow's own keeps it.
     table = pj.read_json(pa.BufferReader(data), memory_pool=pa.system_memory_pool())
     table.validate(full=True)
     ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
@@ -278,7 +278,7 @@ def _evenly(num_rows: int) -> list[int]:
 
 
 def _first_nulls(facts: ArrowFacts) -> list[int]:
-    """Of each key column the first row without a value, and the first that is empty."""
+    """For each key column, the first row without a value, and the first that is empty."""
     out = []
     for name in _KEYS:
         column = facts.column(name)
@@ -296,7 +296,7 @@ def _first_nulls(facts: ArrowFacts) -> list[int]:
 
 
 def _first_without_content(column: pa.ChunkedArray) -> list[int]:
-    """Of conversations, the first with a message that has none."""
+    """The first conversation with a message that has no content, if there is one."""
     if not (pa.types.is_list(column.type) and pa.types.is_struct(column.type.value_type)):
         return []
     conversations = column.combine_chunks()
@@ -308,7 +308,8 @@ def _first_without_content(column: pa.ChunkedArray) -> list[int]:
 
 
 def _num_different(texts: pa.ChunkedArray) -> int:
-    """By their length one part after the other, so that the table of those seen stays small. Null is one more."""
+    """The number of different texts, counted part by part by their length, so that the table of those seen stays small. Null is
+    one more."""
     pool = pa.system_memory_pool()
     part = pc.bit_wise_and(pc.binary_length(texts), _numbers([PARTS - 1], np.int32)[0])
     parts = (pc.filter(texts, pc.equal(part, i), memory_pool=pool) for i in _numbers(range(PARTS), np.int32))
