@@ -1,4 +1,4 @@
-"""A bound on what Ray's own HTTP clients read of an answer: they use `requests`, which reads whatever comes, however long."""
+"""A bound on the size of a response that Ray's own HTTP clients read: they use `requests`, which reads any length."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from requests.adapters import HTTPAdapter
 from requests.exceptions import ContentDecodingError
 
 MAX_ANSWER_BYTES = 64 << 20
-"""Of one answer, unpacked. The longest are logs of jobs: a line a step, 600,000 steps."""
+"""The limit of one response, unpacked. The longest are logs of jobs: a line a step, 600,000 steps."""
 CHUNK_BYTES = 1 << 16
 CONNECT_S, QUIET_S, READ_S = 10.0, 300.0, 300.0
-"""To connect, for an answer to begin or go on, and to read all of it."""
+"""The time limits: to connect, for a response to begin or continue, and to read all of it."""
 
 
 class BoundedAdapter(HTTPAdapter):
@@ -30,7 +30,7 @@ class BoundedAdapter(HTTPAdapter):
 
 
 class _Bounded:
-    """urllib3's answer, read to a bound."""
+    """A response of urllib3, read to a bound."""
 
     def __init__(self, answer: Any) -> None:
         self._answer = answer
@@ -40,7 +40,7 @@ class _Bounded:
 
     def stream(self, _amount: int, decode_content: bool | None = None) -> Iterator[bytes]:
         read, end = 0, time.monotonic() + READ_S
-        # What is there, and not so much as was asked for: that may trickle.
+        # This reads what has arrived, not as much as was requested, which may trickle.
         while chunk := self._answer.read1(CHUNK_BYTES, decode_content=decode_content):
             read += len(chunk)
             if read > MAX_ANSWER_BYTES or time.monotonic() > end:
@@ -50,5 +50,5 @@ class _Bounded:
 
 
 def bound_requests() -> None:
-    """Of every session that is made from now on, Ray's among them, which are made anew for each request."""
+    """Bound every session that is created from now on, including Ray's, which are created anew for each request."""
     sessions.HTTPAdapter = BoundedAdapter  # type: ignore[misc]

@@ -28,36 +28,36 @@ from grpo_ray.names import check_name
 DASHBOARD_PORT = 8265
 REACH_S = 10.0
 COMMAND_S = 180.0
-"""A command inside the cluster: a process that imports Ray, on a busy head."""
+"""The time limit of a command inside the cluster: a process that imports Ray, on a busy head."""
 LOST_S = 120.0
 """How long the log of a job may be out of reach before following it gives up."""
 QUIET_S = 60.0
-"""A connection that has brought nothing for so long is made again: it may be cut, and would never say so."""
+"""The time after which a connection without data is replaced: it may be cut, and would never report it."""
 RUN_KEY = "grpo_ray_run"
-"""In a job's metadata: the run that it drives."""
+"""The key in a job's metadata for the run that it drives."""
 STOPPED_EXITS = (130, 143)
 MAX_ACTORS = 10_000
-"""That Ray tells of at once."""
+"""The number of actors that Ray lists at once."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class ClusterRun:
-    """A run as the cluster tells it."""
+    """A run as the cluster reports it."""
 
     name: str
     state: str
-    """waiting, running, finished, stopped, failed; `running alone`: what drove it is gone, it is not."""
+    """waiting, running, finished, stopped, failed; `running alone`: the driver has exited; the controller is still running."""
     job_id: str | None
-    """None: it was not submitted, or what drove it was no job."""
+    """The id of the job that drives the run; None: it was not submitted, or its driver was not a job."""
     started: float | None = None
-    """Seconds since the epoch."""
+    """The start of the run, in seconds since the epoch."""
     ended: float | None = None
     working_dir: str | None = None
     message: str = ""
     exit_code: int | None = None
     workers: Mapping[str, int] = field(default_factory=dict)
-    """Role -> those that are there; roles as in `grpo_ray.config.scaling`."""
+    """Role -> the number of its workers; roles as in `grpo_ray.config.scaling`."""
 
     @property
     def is_live(self) -> bool:
@@ -65,7 +65,7 @@ class ClusterRun:
 
 
 def merge(jobs: Iterable[Any], actors: Iterable[str]) -> list[ClusterRun]:
-    """Ray's jobs and the names of living actors -> runs, the oldest first; of a name that was used twice, the last."""
+    """The runs, the oldest first, from Ray's jobs and the names of live actors; of a name that was used twice, the last."""
     runs: dict[str, ClusterRun] = {}
     for job in sorted(jobs, key=lambda j: j.start_time or 0):
         name = (job.metadata or {}).get(RUN_KEY)
@@ -108,10 +108,10 @@ class Cluster:
     def __init__(self, address: str | None) -> None:
         """
         Args:
-            address: `http://HOST:8265`, HOST:6379 (of Ray's head) or `auto`; None: what the environment says.
+            address: `http://HOST:8265`, HOST:6379 (of Ray's head) or `auto`; None: the one in the environment.
 
         Raises:
-            ResourceError: nothing answers there, or it does not take our token.
+            ResourceError: nothing answers there, or it refuses our token.
         """
         said = ((source, os.environ.get(source)) for source in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"))
         source, where = next(((s, w) for s, w in (("--address", address), *said) if w), ("", None))
@@ -129,7 +129,7 @@ class Cluster:
         from launch.cluster.bounded_requests import bound_requests
 
         bound_requests()
-        # Ray lets the environment win over the argument.
+        # In Ray the environment overrides the argument.
         os.environ["RAY_API_SERVER_ADDRESS"] = self.address
         logging.getLogger("ray").setLevel(logging.WARNING)
         try:
@@ -154,7 +154,7 @@ class Cluster:
         return merge(self._ask(self._client.list_jobs), names)
 
     def find(self, name: str) -> ClusterRun:
-        """Raises ConfigError when the cluster knows no such run."""
+        """The run of this name; raises ConfigError when the cluster has none."""
         check_name(name, "the run's name")
         runs = self.runs()
         for run in runs:
@@ -165,7 +165,7 @@ class Cluster:
         raise ConfigError(no_such_run(name, [r.name for r in runs]))
 
     def submit(self, name: str, words: list[str], working_dir: str) -> str:
-        """Start `python -m launch job WORDS` in a copy of this folder; the job's id."""
+        """Start `python -m launch job WORDS` in a copy of this folder; returns the job's id."""
         return str(
             self._ask(
                 self._client.submit_job,
@@ -179,11 +179,11 @@ class Cluster:
     def command(
         self, words: list[str], run: ClusterRun, tell: Callable[[str], None], limit_s: float = math.inf
     ) -> None:
-        """The same for a command about a run, with that run's own code: follow it to its end, and leave no trace.
+        """Run a command about a run as a job with that run's own code: follow it to its end, and leave no trace.
 
         Raises:
-            ResourceError: it has not ended within `limit_s`.
-            WorkerError: with what it said. SystemExit for a run that was stopped while the command followed it.
+            ResourceError: the command has not ended within `limit_s`.
+            WorkerError: the command failed; with its message. SystemExit for a run that was stopped while the command followed it.
         """
         job = self._ask(
             self._client.submit_job,
@@ -205,7 +205,7 @@ class Cluster:
         return str(self._ask(self._client.get_job_logs, job_id))
 
     def follow(self, job_id: str, tell: Callable[[str], None], limit_s: float = math.inf) -> None:
-        """Pass on the log of a job until the job has ended; a broken connection is made again.
+        """Pass the log of a job to `tell` until the job has ended; a broken connection is replaced.
 
         Raises:
             ResourceError: the cluster did not answer for LOST_S, or the job has not ended within `limit_s`.
@@ -267,7 +267,7 @@ class Cluster:
             yield text
 
     def _ask(self, what: Callable[..., T], *args: Any, **options: Any) -> T:
-        """Raises ResourceError when the cluster does not answer, or says no."""
+        """Call Ray; raises ResourceError when the cluster does not answer, or refuses."""
         from ray.util.state.exception import RayStateApiException
 
         try:
@@ -283,16 +283,16 @@ class Cluster:
 
 
 def complete(address: str) -> str:
-    """HOST:8265 means the dashboard."""
+    """The address with its defaults filled in: HOST:8265 means the dashboard."""
     return f"http://{address}" if address.endswith(f":{DASHBOARD_PORT}") and "://" not in address else address
 
 
 def check_reachable(address: str, source: str = "--address") -> None:
-    """Raises ResourceError at once where Ray's own clients would try for minutes. From now on nothing that this process sends goes
+    """Raise ResourceError at once where Ray's own clients would try for minutes. From now on nothing that this process sends goes
     to a proxy: Ray finds the dashboard by itself, and shows it the token.
 
     Args:
-        source: who says so, an option or an environment variable.
+        source: the option or environment variable that names the address.
     """
     told = f"{address} (from {source})"
     try:

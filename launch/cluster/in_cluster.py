@@ -1,4 +1,5 @@
-"""What runs on the cluster's head for `submit`, `stop`, `scale`, `logs`: the commands of Ray jobs, `python -m launch job ...`."""
+"""The part of `submit`, `stop`, `scale` and `logs` that runs on the cluster's head: the commands of Ray jobs, `python -m launch
+job ...`."""
 
 from __future__ import annotations
 
@@ -24,12 +25,12 @@ ANSWER_S = 60.0
 
 
 def home() -> Path:
-    """Where the runs of a cluster are: a folder that all its nodes see."""
+    """The folder of a cluster's runs, which all its nodes see."""
     return Path(os.environ.get("GRPO_RAY_HOME") or Path.home())
 
 
 def run_recipe(recipe: Path) -> None:
-    """A recipe that `submit` has resolved: it has a name."""
+    """Run a recipe that `submit` has resolved: it has a name."""
     from launch.run.jobs import start_dpo, start_grpo, start_reward_model, start_sft
 
     folder = home() / Path(str(load_yaml(recipe).get("dir", RunConfig.model_fields["dir"].default))).expanduser()
@@ -99,7 +100,7 @@ def scale(run: str, words: list[str]) -> None:
 
 
 def attach(run: str) -> None:
-    """Everything that a run has told, and what it tells until its end."""
+    """Print everything that a run has reported, and what it reports until its end."""
     import ray
 
     from launch.run.follow import follow_events
@@ -115,7 +116,7 @@ def attach(run: str) -> None:
 
 
 def find_controller(run: str) -> Any:
-    """Joins the cluster around this process. Raises ConfigError when no such run is under way on it."""
+    """The controller of a run; joins the cluster around this process. Raises ConfigError when no such run is in progress on it."""
     import ray
 
     check_name(run, "the run's name")

@@ -1,6 +1,6 @@
 """What `submit` ships: the user's folder and this grpo-ray, copied side by side into one folder that Ray uploads.
 
-The cluster's image has the dependencies. That our own packages come along too means that both sides run the same version.
+The cluster's image has the dependencies. Our own packages are shipped too, so that both sides run the same version.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from grpo_ray.errors import ConfigError
 from launch.cluster.shipped import LEFT_OUT, Shipped, choose, matches, shipped
 
 LIMIT_BYTES = 200 << 20
-"""Ray keeps the upload in the memory of the head node, and refuses above half a GB."""
+"""The limit of the upload: Ray keeps it in the memory of the head node, and refuses above half a GB."""
 LARGEST_NAMED = 3
 LISTED = 40
-"""Files that are told of by name."""
+"""The number of files that are listed by name."""
 
 
 def stage(
@@ -30,10 +30,10 @@ def stage(
     named: Iterable[Path] = (),
     include: Sequence[str] = (),
 ) -> Shipped:
-    """Fill `into`; what of the user's is in it. For `named`, `include` and `exclude` see `choose`.
+    """Fill `into`; returns what it has of the user's. For `named`, `include` and `exclude` see `choose`.
 
     Raises:
-        ConfigError: the folder is too large, or holds something that would hide grpo-ray, or that is not to be uploaded.
+        ConfigError: the folder is too large, or holds something that would hide grpo-ray, or that must not be uploaded.
     """
     ours = Path(__file__).parents[2]
     if folder.resolve() != ours:
@@ -67,7 +67,7 @@ def stage(
 
 
 def told(found: Shipped) -> Iterator[str]:
-    """What is uploaded, the largest first, and what is not."""
+    """The report of what is uploaded, the largest first, and what is not."""
     by_size = sorted(found.files.items(), key=lambda entry: (-entry[1], entry[0]))
     for file, size in by_size[:LISTED]:
         yield f"upload   {size / 1e3:>10,.1f} kB  {file}"

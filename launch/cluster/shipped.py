@@ -1,4 +1,5 @@
-"""Which files of the user's folder `submit` uploads: what git tracks and what the recipe names, and never what looks like a key."""
+"""The files of the user's folder that `submit` uploads: what git tracks and what the recipe names, and never what looks like a
+key."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError
 
 OUTPUTS = ("build", "dist", "node_modules", "runs", "wandb", "mlruns")
-"""Names of folders, at any depth, of which only what the recipe names is shipped."""
+"""The names of folders, at any depth, of which only what the recipe names is shipped."""
 NEVER = (".*", "__pycache__", "*.pyc", "*.egg-info")
-"""Likewise, of which nothing is. Hidden files are where keys and tokens lie. A folder with a pyvenv.cfg is left out too."""
+"""Names, at any depth, that are never shipped: keys and tokens lie in hidden files. A folder with a pyvenv.cfg is left out too."""
 LEFT_OUT = (*NEVER, *OUTPUTS)
 SECRET_FILES = (
     *(
@@ -83,7 +84,7 @@ SECRET_FILES = (
     ),
     *("*[-_]key.txt", "*[-_]key.json", "*[-_]keys.csv", "api[-_]key*", "rootkey*", "*accesskey*", "*access[-_]key*"),
 )
-"""Names of what holds keys, in any case; code (`token.py`) is not meant."""
+"""The names of files that hold keys, in any case; code (`token.py`) is exempt."""
 SECRET_FOLDERS = (
     "secret",
     "secrets",
@@ -95,19 +96,19 @@ SECRET_FOLDERS = (
     "private[-_]keys",
     "api[-_]keys",
 )
-"""Names of folders of which nothing is shipped, in any case and hidden or not, but for data that the recipe names."""
+"""The names of folders of which nothing is shipped, in any case and hidden or not, except for data that the recipe names."""
 _COPY = re.compile(r"(\.(bak|backup|old|orig|save|copy|\d{1,8})|~)+$")
 DATA = (".jsonl", ".ndjson", ".parquet", ".arrow")
-"""Of data sets, which may be called as keys are where the recipe names them."""
+"""The suffixes of data sets, which may be named like keys where the recipe names them."""
 KINDS = (
     *(".py", ".pyi", ".yaml", ".yml", ".toml", ".jinja", ".jinja2", ".j2", ".md"),
     *(".jsonl", ".ndjson", ".parquet", ".json", ".csv", ".txt", ".arrow", ".safetensors", ".model"),
 )
-"""Of files that are shipped from a folder that git does not know."""
+"""The suffixes of files that are shipped from a folder without git."""
 GIT_S = 60.0
 CHUNK_BYTES = 1 << 20
 LONGEST_KEY = 16 << 10
-"""Of what is looked at of one private key; so much of a chunk is looked at again with the next."""
+"""The most that is scanned of one private key; this much of a chunk is scanned again with the next."""
 _MARKS = (b"PRIVATE KEY", b"Private-Lines: ", b"AGE-SECRET-KEY-1", b"LS0tLS1CRUdJTi")
 _BETWEEN = rb"(?:\s|\\+[nrtu]|\\|000[adAD]|%0[adAD]|&\#x?(?:10|13|[adAD]);|<br ?/?>|[\"'`+,;|>\#*])"
 _PRIVATE_KEY = re.compile(
@@ -120,7 +121,7 @@ _PRIVATE_KEY = re.compile(
 _AGE_KEY = re.compile(rb"AGE-SECRET-KEY-1[A-Z0-9]{40,}")
 _ENCODED = re.compile(rb"LS0tLS1CRUdJTi[A-Za-z0-9+/\s]{60,12000}")
 _LEAST_SIGNS = 12
-"""Different ones in the body of a key; a placeholder has less."""
+"""The least number of different characters in the body of a key; a placeholder has fewer."""
 
 
 @dataclass
@@ -130,7 +131,7 @@ class Shipped:
     files: dict[Path, int] = field(default_factory=dict)
     """Relative path -> bytes."""
     left_out: dict[Path, str] = field(default_factory=dict)
-    """What somebody may look for there -> why it is not."""
+    """What somebody may look for there -> why it is left out."""
 
     @property
     def size(self) -> int:
@@ -140,12 +141,13 @@ class Shipped:
 def choose(
     folder: Path, named: Iterable[Path] = (), include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> Shipped:
-    """
+    """The files of a folder to upload, and those left out.
+
     Args:
-        folder: of the user.
+        folder: the user's folder.
         named: files and folders below it that the recipe names.
-        include: names or relative paths of more, * allowed.
-        exclude: likewise, of what is not to be shipped.
+        include: names or relative paths of more files, * allowed.
+        exclude: likewise, what not to ship.
 
     Raises:
         ConfigError: a link leads out of the folder, or a file holds a private key.
@@ -198,7 +200,7 @@ def _named_outputs(folder: Path, wanted: Iterable[Path], never: Sequence[str], o
 
 
 def _is_secret_path(here: Path, folder: Path) -> bool:
-    """Is it called as keys are, or where it leads to, or a folder on the way?"""
+    """Whether the path, its target, or a folder on the way is named like a key."""
     real, root = here.resolve(), folder.resolve()
     ways = (here.relative_to(folder), real.relative_to(root) if real.is_relative_to(root) else Path(real.name))
     return any(
@@ -214,7 +216,7 @@ def _leads_to_what_stays(here: Path, folder: Path, left_out: Sequence[str]) -> b
 
 
 def named_by(config: RunConfig | SftConfig, folder: Path) -> list[Path]:
-    """Files and folders below `folder` that a recipe reads: data, models, templates, files and modules of rewards."""
+    """The files and folders below `folder` that a recipe reads: data, models, templates, files and modules of rewards."""
     found = []
     for text in _texts(config.model_dump(mode="json", exclude={"dir", "name", "checkpoint", "tracking"})):
         path = text.rpartition(".py:")[0] + ".py" if ".py:" in text else text.removeprefix("python:")
@@ -231,7 +233,7 @@ def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError:
-        # A text that is too long for a path.
+        # The text is too long for a path.
         return False
 
 
@@ -248,7 +250,7 @@ def _texts(node: Any) -> Iterator[str]:
 
 
 def is_secret(name: str) -> bool:
-    """Is this file where keys are kept, by its name?"""
+    """Whether a file of this name usually holds keys."""
     plain = _COPY.sub("", name.lower())
     return not plain.endswith((".py", ".pyi")) and any(fnmatch.fnmatchcase(plain, p) for p in SECRET_FILES)
 
@@ -258,12 +260,13 @@ def _matches_any(name: str, patterns: Sequence[str]) -> bool:
 
 
 def holds_private_key(file: Path) -> bool:
-    """Is there one anywhere in it: a header with a body, in any encoding of Unicode, broken into lines in any way, or in base64?"""
+    """Whether the file holds a private key anywhere: a header with a body, in any encoding of Unicode, with any line breaks, or in
+    base64."""
     before = b""
     with file.open("rb") as opened:
         while chunk := opened.read(CHUNK_BYTES):
             window = before + chunk
-            # Of UTF-16 and UTF-32 nothing but ASCII is left.
+            # Of UTF-16 and UTF-32 only ASCII is left.
             if _is_key_in(window) or (b"\0" in window and _is_key_in(window.translate(None, b"\0"))):
                 return True
             before = window[-LONGEST_KEY:]
@@ -283,7 +286,7 @@ def _encoded_keys(code: bytes) -> Iterator[re.Match[bytes]]:
 
 
 def matches(path: Path, patterns: Sequence[str]) -> bool:
-    """Is it, or a folder that it lies in, called so?"""
+    """Whether the path, or a folder that it lies in, matches."""
     whole = [path, *path.parents][:-1]
     return any(
         fnmatch.fnmatchcase(text, pattern.rstrip("/").removeprefix("./"))
@@ -314,7 +317,7 @@ def _below(folder: Path, left_out: Sequence[str], out: Shipped) -> Iterator[Path
 
 
 def _tracked(folder: Path) -> set[Path] | None:
-    """What git tracks of a folder; None: it is none of git's. Nothing that the repository configures is run."""
+    """What git tracks of a folder; None: it is not in a repository. Nothing that the repository configures is run."""
     command = ["git", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "ls-files", "-z", "--cached"]
     quiet = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {"GIT_OPTIONAL_LOCKS": "0"}
     try:

@@ -26,7 +26,7 @@ from launch.run.placement import open_yaml
 from launch.run.recipe import SCHEMAS, SHIPPED, find_recipe, kind_of, load_recipe, run_folder
 
 LAST_LINES = 5
-"""Of a run, in its status."""
+"""The number of a run's last lines in its status."""
 console = plain_console(soft_wrap=True)
 
 
@@ -41,7 +41,7 @@ def submit(
     resume: bool,
 ) -> None:
     if resume:
-        # That they are overrides without secrets, which the job's command would show; whether the run takes them is seen there.
+        # Are they overrides without secrets, which the job's command would show? The cluster checks whether the run takes them.
         check_secrets(parse_overrides(overrides), f"submit --resume {recipe}")
     config = None if resume else _resolve(recipe, overrides)
     name = check_name(Path(recipe).name if config is None else str(config.name))
@@ -69,7 +69,7 @@ def submit(
 
 
 def _resolve(recipe: str, overrides: list[str]) -> RunConfig | SftConfig:
-    """Everything that is wrong with a recipe by itself is told here, before anything is shipped."""
+    """The resolved config. Everything wrong with the recipe by itself is reported here, before anything is shipped."""
     config = load_recipe(SCHEMAS[kind_of(find_recipe(recipe), overrides)], recipe, overrides, keep_home=True)
     on_cluster = config.cluster.model_copy(update={"address": None, "num_cpus": None})
     return config.model_copy(update={"name": run_folder(config, recipe).name, "cluster": on_cluster})
@@ -116,7 +116,7 @@ def scale(run: str, words: list[str], address: str | None) -> None:
 
 
 def _follow(cluster: Cluster, run: ClusterRun, again: str) -> None:
-    """To the end of the run. Raises WorkerError for one that failed, SystemExit with a signal's code for one that was stopped."""
+    """Follow a run to its end. Raises WorkerError for one that failed, SystemExit with a signal's code for one that was stopped."""
     try:
         with interrupts.as_exceptions():
             if run.job_id is not None:
