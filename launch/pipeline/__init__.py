@@ -1,4 +1,4 @@
-"""`grpo-ray pipeline`, and the commands that make data: the stages of a recipe, one after the other.
+"""`grpo-ray pipeline`, and the commands that create data: the stages of a recipe, one after the other.
 
 Read stages.py, view.py and stage_data.py; judge_pairs.py and decontaminate.py are commands of their own.
 

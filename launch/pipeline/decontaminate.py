@@ -22,12 +22,13 @@ from launch.interrupts import leaving
 
 EXAMPLES = 5
 SEED = 1
-"""Of generators that name none, as in a run."""
+"""The seed of generators that name none, as in a run."""
 console = plain_console(soft_wrap=True)
 
 
 def source_of(path: str, name: str | None, split: str | None, usual: str) -> DataSource:
-    """A subset is of data sets on the hub, and so is the `usual` split; of a file all rows are compared."""
+    """The data source. A subset exists only for data sets on the hub, and so does the `usual` split; of a file all rows are
+    compared."""
     source = DataSource(path=path)
     if source.is_file or source.is_generator:
         return DataSource(path=path, split=split or "train")
@@ -37,7 +38,7 @@ def source_of(path: str, name: str | None, split: str | None, usual: str) -> Dat
 def decontaminate(
     train: DataSource, tests: list[DataSource], column: str | None, test_column: str | None, n: int, out: Path | None
 ) -> Path:
-    """Prints counts and examples; returns the file with the kept rows.
+    """Write the file with the kept rows, and return it; print counts and examples.
 
     Raises:
         ConfigError: `out` is one of the inputs.
@@ -81,7 +82,7 @@ def _parts(known: TestPrompts, n: int) -> str:
 
 
 def _beside(path: str, name: str) -> Path:
-    """Next to a file; in the current folder for what is none."""
+    """A path next to a file; in the current folder for what is not a file."""
     file = Path(path).expanduser()
     return (file.parent if file.is_file() else Path()) / f"{name}.decontaminated.jsonl"
 

@@ -31,7 +31,7 @@ def make_pairs(
     length_tolerance: float = 0.05,
     seed: int = 1,
 ) -> Path:
-    """Prints counts; returns the file.
+    """Write the pairs and return the file; print counts.
 
     Raises:
         ConfigError: `out` is the file to read.

@@ -1,4 +1,4 @@
-"""Stages that make data on this machine: chosen samples with other rows, judged pairs, prompts of several sources."""
+"""The stages that create data on this machine: chosen samples with other rows, judged pairs, prompts of several sources."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_data(config: MixConfig | PairsConfig | PromptsConfig, target: Path) -> 
     make_pairs(
         Table("samples", config.samples, rows),
         target,
-        # Asked again after a kill, it has the answers that it gave.
+        # After a kill and a restart, this has the judgements made before.
         JudgeOptions(**config.judge.model_dump(), cache=str(target.with_name("judge.sqlite"))),
         rubric=config.rubric or RUBRIC,
         part=config.part,

@@ -53,11 +53,11 @@ from launch.run.recipe import find_recipe, is_pipeline, tell_of_repeated
 console = plain_console(soft_wrap=True)
 RECIPE_COPY = "recipe.yaml"
 TRAINING = ("loss", "reward/mean", "completions/mean_length", "pairs/", "score/", "eval/")
-"""Metrics of a stage that trains, by their beginnings, which are its figures for gates."""
+"""The metrics of a training stage, by their prefixes, that its gates can use."""
 
 
 def load_plan(recipe: str, overrides: list[str], *, imports: bool = True) -> Plan:
-    """`imports`: False: nothing of the recipe's own code is run.
+    """The plan of a recipe. `imports`: False: the recipe's own code is not run.
 
     Raises ConfigError with every problem of the recipe, and of each stage's config.
     """
@@ -74,7 +74,7 @@ def load_plan(recipe: str, overrides: list[str], *, imports: bool = True) -> Pla
             check_machine(stage_config)
         if isinstance(stage_config, RunConfig):
             for function in with_absolute_files(stage_config, path.parent).reward.functions:
-                # A model that an earlier stage will make is not there yet.
+                # A model that an earlier stage will create is not there yet.
                 if not any(str(value).startswith(f"{plan.folder}/") for value in function.args.values()):
                     resolve(function, imports=imports)
     return plan
@@ -83,14 +83,15 @@ def load_plan(recipe: str, overrides: list[str], *, imports: bool = True) -> Pla
 def run_pipeline(
     recipe: str, overrides: list[str], first: str | None, last: str | None, *, dry_run: bool, run_code: bool = False
 ) -> None:
-    """
+    """Run the stages of a recipe, or plan them in a dry run.
+
     Args:
-        run_code: of a dry run: import what the recipe brings of its own, too.
+        run_code: in a dry run, import the recipe's own code, too.
         first: run this stage and what builds on it again.
-        last: the last one to run.
+        last: the last stage to run.
 
     Raises:
-        GrpoRayError: a stage failed, its gate did not open, or something that it was made from has changed.
+        GrpoRayError: a stage failed, it failed its gate, or one of its inputs has changed.
     """
     plan = load_plan(recipe, overrides, imports=run_code or not dry_run)
     if dry_run and not run_code:
@@ -127,7 +128,7 @@ def _tell_foreign(plan: Plan) -> None:
 
 
 def _to_run(plan: Plan, record: Record, first: str | None, last: str | None) -> list[Stage]:
-    """Raises ConfigError where what is done was done by another recipe."""
+    """The stages to run. Raises ConfigError where finished ones were run by another recipe."""
     again = plan.builds_on(first) if first is not None else set()
     names = [stage.name for stage in plan.stages]
     end = len(names)
@@ -150,7 +151,7 @@ def _to_run(plan: Plan, record: Record, first: str | None, last: str | None) -> 
 
 
 def _set_aside(folder: Path) -> None:
-    """A run is never overwritten: what a stage made before keeps its files under another name."""
+    """Rename the folder, since a run is never overwritten: the files that a stage made before stay under another name."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1
@@ -165,7 +166,7 @@ class _Runner:
         self._command = command
 
     def start_again(self, names: set[str]) -> None:
-        """Nothing of these stages is done; what they made before is aside. Before that, what they are made from is checked."""
+        """Set these stages back to not done, with what they made before set aside. First their inputs are checked."""
         for name in names:
             self._inputs(self._plan.stage(name), but=names)
         for name in names:
@@ -176,7 +177,7 @@ class _Runner:
             self._record.forget(name)
 
     def run(self, stages: list[Stage]) -> None:
-        # A gate that was shut still is, unless the recipe has another one now.
+        # A gate that failed still fails, unless the recipe has another one now.
         self._check_gates([s for s in self._plan.stages if self._record.done(s.name) and s not in stages])
         with _cluster(self._plan.config, needed=any(s.spec.run for s in stages)):
             for number, stage in enumerate(stages, 1):
@@ -220,12 +221,13 @@ class _Runner:
         self._check_gates([stage])
 
     def _inputs(self, stage: Stage, but: Collection[str] = ()) -> dict[str, str]:
-        """
+        """The inputs of a stage and their digests.
+
         Args:
             but: stages whose outputs are still to be made.
 
         Raises:
-            CheckpointError: something is not as the stage that made it left it.
+            CheckpointError: an input is not as the stage that made it left it.
         """
         out = {}
         for name, output in stage.references():
@@ -269,14 +271,14 @@ class _Runner:
                 threshold=config.eval.threshold,
                 by=self._plan.config.eval_by,
             )
-        # What training says of itself in the end: the last value of each.
+        # The final figures of training: the last value of each metric.
         last: dict[str, float] = {}
         for line in read_metrics(folder / "metrics.jsonl"):
             last |= {key: value for key, value in line.items() if value is not None and key.startswith(TRAINING)}
         return last
 
     def _check_gates(self, stages: list[Stage]) -> None:
-        """Raises WorkerError when one stays shut."""
+        """Raise WorkerError when a gate fails."""
         figures = figures_of(self._plan, self._record)
         for stage in stages:
             for verdict in judge(stage.gates, figures[stage.name], figures):
@@ -294,7 +296,7 @@ class _Runner:
 
 @contextmanager
 def _cluster(config: PipelineConfig, *, needed: bool) -> Iterator[None]:
-    """One for all stages."""
+    """One cluster for all stages."""
     if not needed:
         yield
         return
@@ -306,7 +308,7 @@ def _cluster(config: PipelineConfig, *, needed: bool) -> Iterator[None]:
 
 
 def _open_run(stage: Stage, config: RunConfig | SftConfig, folder: Path) -> tuple[RunDir, int | None]:
-    """The run of a stage, new or cut off, and the step to go on from."""
+    """The run of a stage, new or interrupted, and the step to go on from."""
     run = RunDir(folder).with_checkpoints(config.checkpoint.path, config.deadlines.store_s)
     if not run.config.is_file():
         from launch.run.preflight import preflight
@@ -332,7 +334,7 @@ def _open_run(stage: Stage, config: RunConfig | SftConfig, folder: Path) -> tupl
 
 
 def _tokens(stage: Stage, folder: Path) -> int:
-    """That the stage went through until now."""
+    """The tokens that the stage has processed so far."""
     if stage.spec.run == "sample":
         try:
             return sum(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in read_samples(folder / "samples"))
@@ -343,7 +345,7 @@ def _tokens(stage: Stage, folder: Path) -> int:
 
 
 def _files(node: Any) -> list[str]:
-    """Paths of local files that a stage's config names."""
+    """The paths of local files that a stage's config names."""
     if isinstance(node, dict):
         path = node.get("path")
         here = [path] if isinstance(path, str) and (path := os.path.expanduser(path)) and Path(path).is_file() else []

@@ -1,4 +1,4 @@
-"""What `grpo-ray pipeline` prints: the plan before, the figures after."""
+"""The output of `grpo-ray pipeline`: the plan before, the figures after."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_WIDTH = 240
 
 
 def print_figures(plan: Plan, record: Record) -> None:
-    """Of the held-out prompts, after each stage."""
+    """Print the figures on the held-out prompts, after each stage."""
     head, rows = held_out_figures(plan, record, brief=True)
     if not head:
         return
@@ -29,7 +29,7 @@ def print_figures(plan: Plan, record: Record) -> None:
     for name, values in rows:
         table.add_row(name, *values)
     console.print()
-    # Whole, also where the output is a file or a narrow terminal.
+    # Unwrapped, also where the output is a file or a narrow terminal.
     whole = Measurement.get(console, console.options.update(max_width=MAX_WIDTH), table).maximum
     plain_console(width=max(console.width, whole)).print(table)
 
