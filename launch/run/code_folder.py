@@ -1,4 +1,5 @@
-"""A run is resumed from any folder: the modules of its rewards and data are looked for where it was begun, too."""
+"""The code of a resumed run: it may resume in any folder, so the modules of its rewards and data are also looked for where it
+began."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from grpo_ray.user_code.places import add_code_folder
 
 
 def use_code_of(config: RunConfig | SftConfig) -> None:
-    """In this process and in those that it starts."""
+    """Use the run's code folder in this process and in those that it starts."""
     folder = config.code_dir
     if folder is None or os.path.realpath(folder) == os.getcwd():
         return

@@ -1,4 +1,4 @@
-"""What a command tells of options that do nothing in it."""
+"""The warnings about options that have no effect in a command."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from launch.run.hub import check_hub
 
 console = plain_console(soft_wrap=True, stderr=True)
 SHARED = ("sample", "eval")
-"""They take recipes of `grpo-ray train`, most of which is not for them."""
+"""The commands that take recipes of `grpo-ray train`, most options of which do not concern them."""
 
 
 def check_effects(config: RunConfig | SftConfig, command: str, overrides: list[str]) -> None:
     """Warn of options without an effect.
 
     Raises:
-        ConfigError: one was typed for this command, which does not look at it; or the model has no room for what is asked.
+        ConfigError: an option was typed for this command, which ignores it; or the model has no room for what is requested.
     """
     others = not_looked_at(config, command)
     for item in overrides:
@@ -39,7 +39,7 @@ def check_effects(config: RunConfig | SftConfig, command: str, overrides: list[s
 
 
 def tell_idle_of_pipeline(plan: Plan) -> None:
-    """Of the pipeline, and of each of its stages beside what it shares with others."""
+    """Report idle options of the pipeline, and of each of its stages except for what it shares with others."""
     _tell(pipeline_without_effect(plan.config))
     for stage in plan.stages:
         found = stage_without_effect(plan.config_of(stage), stage.spec.run)
@@ -47,7 +47,7 @@ def tell_idle_of_pipeline(plan: Plan) -> None:
 
 
 def tell_of_hub(config: RunConfig | SftConfig) -> None:
-    """Raises ConfigError as `check_hub` does."""
+    """Report the result of `check_hub`; raises ConfigError as it does."""
     if (text := check_hub(config)) is not None:
         console.print(f"warning: {text}", style="yellow", markup=False)
 

@@ -1,4 +1,4 @@
-"""Start a run's controller and stay with it: draw what it tells, pass signals on, say how it ended."""
+"""Following a run: start its controller, draw its events, pass signals on, report how it ended."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ POLL_S = 0.5
 FREE_S = 20.0
 """How long a run waits for what ended runs still hold."""
 SILENCE_S = 60.0
-"""A controller that does not answer for so long is taken for dead."""
+"""The time without an answer after which a controller is considered dead."""
 
 KILL_S = 0.3
-"""From the order to kill a controller to its death, on another process's word."""
+"""The wait from the order to kill a controller to its death, which another process carries out."""
 WITHOUT_STEPS = ("eval", "sample")
 
 
@@ -47,7 +47,7 @@ def run_and_follow(kind: str, config: RunConfig | SftConfig, run_dir: Path, resu
 
 @contextmanager
 def cluster_of(config: OnCluster, view: LiveView | None = None) -> Iterator[None]:
-    """Joined, or started on this machine and ended; what it is waiting for is told."""
+    """The cluster, joined, or started on this machine and ended; what it is waiting for is reported."""
     tell = view.handle if view is not None else lambda event: None
     address = read_address(config.cluster.address)
     where = f"joining {address}" if address is not None else "on this machine"
@@ -73,7 +73,7 @@ def run_here(
     On a cluster that was there before, the controller outlives this process if that is killed: the run goes on.
 
     Args:
-        view: where it is shown; None: one of its own.
+        view: where the run is shown; None: a view of its own.
 
     Raises:
         GrpoRayError: the cluster is too small, or the controller died.
@@ -97,7 +97,7 @@ def run_here(
     asyncio.run(await_free(wanted, FREE_S))
     from actors.control.controller_start import start_controller
 
-    # Here, where the functions can be imported; the controller has the data.
+    # Computed here, where the functions can be imported; the controller has the data.
     needs = column_needs(config.reward) if isinstance(config, RunConfig) and kind != "replay" else ()
     controller = start_controller(kind, config, run_dir, resume_step, needs=needs, detached=joins(config))
     try:
@@ -108,7 +108,7 @@ def run_here(
             try:
                 ray.get(finished, timeout=SILENCE_S)
             except ray.exceptions.RayError as e:
-                # All is said and written.
+                # Everything is reported and written.
                 if not is_lost(e):
                     raise
             return end
@@ -117,13 +117,13 @@ def run_here(
 
 
 def follow_events(controller: Any, view: LiveView, run_dir: Path, start_s: float = SILENCE_S) -> EndEvent:
-    """Draw what a controller tells, from its first event to its last.
+    """Draw a controller's events, from the first to the last.
 
     Args:
-        start_s: until its first answer: it imports torch before that, which a busy machine or a cold disk makes long.
+        start_s: the limit for its first answer: it imports torch before that, which a busy machine or a cold disk slows down.
 
     Raises:
-        WorkerError: it died, or does not answer.
+        WorkerError: the controller died, or does not answer.
     """
     import ray
 
@@ -153,8 +153,8 @@ def follow_events(controller: Any, view: LiveView, run_dir: Path, start_s: float
 
 @contextmanager
 def _signals_to(controller: Any, view: LiveView, *, joined: bool) -> Iterator[None]:
-    """While steps are done, the first SIGINT or SIGTERM asks for an end after the one under way; the second, and one at any other
-    time, ends at once."""
+    """Pass signals on. While steps run, the first SIGINT or SIGTERM asks to end after the one in progress; the second, and one at
+    any other time, ends at once."""
     asked = False
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -167,7 +167,7 @@ def _signals_to(controller: Any, view: LiveView, *, joined: bool) -> Iterator[No
         view.note(f"{name}: ending after this step, with a checkpoint (once more: end now)")
 
     def end() -> None:
-        # What it has started is on other machines too, and goes with it.
+        # What it has started is on other machines too, and ends with it.
         if joined:
             import ray
 

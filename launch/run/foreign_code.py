@@ -1,4 +1,4 @@
-"""What of a recipe's code is not grpo-ray's: `check` names it, and runs none of it unless it is told to."""
+"""A recipe's own code, which is not grpo-ray's: `check` names it, and runs none of it unless requested."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ RUN_CODE = "--run-code"
 
 
 def check_code(config: RunConfig | SftConfig) -> None:
-    """Raises RewardError or DataError for a function that the config may not name; nothing is run. A run's folder may be a
+    """Raise RewardError or DataError for a function that the config may not name; nothing is run. A run's folder may be a
     stranger's."""
     for _ in (*foreign_rewards(config), *foreign_rows(config)):
         pass
 
 
 def foreign_rewards(config: RunConfig | SftConfig) -> Iterator[str]:
-    """A line for each reward of the recipe's own. Raises RewardError: it is not there, or not a recipe's to name."""
+    """A line for each reward of the recipe's own. Raises RewardError: it does not exist, or a recipe must not name it."""
     if isinstance(config, RunConfig):
         for reward in config.reward.functions:
             if reward.name not in BUILTINS and (function := users_function(reward)).foreign:
@@ -30,7 +30,7 @@ def foreign_rewards(config: RunConfig | SftConfig) -> Iterator[str]:
 
 
 def foreign_rows(config: RunConfig | SftConfig) -> Iterator[str]:
-    """A line for each data set that a function of the recipe's own makes. Raises DataError, likewise."""
+    """A line for each data set made by a function of the recipe's own. Raises DataError, likewise."""
     for option, source in sources_of(config).items():
         function = python_function(source)
         if function is not None and function.foreign:
@@ -38,7 +38,7 @@ def foreign_rows(config: RunConfig | SftConfig) -> Iterator[str]:
 
 
 def sources_of(config: RunConfig | SftConfig) -> dict[str, DataSource]:
-    """Of the data sets, by their options."""
+    """The data sets, by their options."""
     named = {f"data.eval.{name}" if name else "data.eval": source for name, source in config.data.eval_sets.items()}
     return {"data.train": config.data.train, **named}
 

@@ -1,4 +1,4 @@
-"""Names on the Hugging Face hub, before anything is started: is it within reach, or is what they name here already?
+"""Names on the Hugging Face hub, before anything is started: is the hub within reach, or is what they name here already?
 
 Without this, a machine without a network waits for half a minute of retries, in each process that loads something.
 """
@@ -24,14 +24,14 @@ PORTS = {"http": 80, "https": 443}
 
 
 def check_hub(config: RunConfig | SftConfig) -> str | None:
-    """Where the hub is needed and out of reach, `HF_HUB_OFFLINE` is set for this process and those that it starts: what was
-    downloaded before is used at once.
+    """Set `HF_HUB_OFFLINE` for this process and those that it starts where the hub is needed and out of reach: what was downloaded
+    before is then used at once.
 
     Returns:
-        What to tell; None: nothing.
+        The text to report; None: nothing.
 
     Raises:
-        ConfigError: the model is neither here nor to be had.
+        ConfigError: the model is neither here nor within reach.
     """
     model = config.model.path
     on_hub = [model] if model is not None and _is_name(model) else []
@@ -90,5 +90,5 @@ def _is_cached(model: str) -> bool:
 def _go_offline() -> None:
     os.environ[OFFLINE] = "1"
     if (constants := sys.modules.get("huggingface_hub.constants")) is not None:
-        # Read from the environment once, when it was imported.
+        # The library read it from the environment once, at its import.
         setattr(constants, OFFLINE, True)

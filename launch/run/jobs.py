@@ -1,4 +1,4 @@
-"""What the commands do: make or open a run's folder, run it, say what came of it."""
+"""The work of the commands: create or open a run's folder, run it, report the result."""
 
 from __future__ import annotations
 
@@ -37,13 +37,14 @@ from launch.run.resumed import about_schedule, changed_config, check_changes, ch
 console = plain_console(soft_wrap=True)
 SIGNAL_EXITS = {"SIGINT": 130, "SIGTERM": 143, "stopped": 143, "preempted": 143}
 ASKED_S = 5.0
-"""For a store that may know nothing that the run's folder does not say."""
+"""The time limit for a store that may hold nothing beyond the run's folder."""
 
 
 def start_grpo(recipe: str, overrides: list[str], *, shipped: bool = False) -> Path:
-    """
+    """Start a run of `grpo-ray train`; returns its folder.
+
     Args:
-        shipped: the current folder is a copy that a cluster made for this run, so nothing is written down by its place.
+        shipped: the current folder is a copy that a cluster made for this run, so nothing is recorded by its path.
     """
     return _start("grpo", recipe, overrides, shipped)
 
@@ -87,7 +88,7 @@ def _start(kind: str, recipe: str, overrides: list[str], shipped: bool) -> Path:
 
 
 def start_sample(recipe: str, overrides: list[str]) -> Path:
-    """New samples, or the rest of those that a run of this name has begun."""
+    """Start new samples, or the rest of those that a run of this name has begun."""
     config = load_recipe(RunConfig, recipe, overrides)
     confirm_cluster(config.cluster.address, overrides)
     check_effects(config, "sample", overrides)
@@ -116,9 +117,10 @@ def _finish_samples(run: RunDir, end: EndEvent) -> None:
 
 
 def resume_run(path: Path, overrides: Sequence[str] = ()) -> None:
-    """
+    """Resume a run from its newest checkpoint.
+
     Args:
-        overrides: options that are other from here on, see `launch.run.resumed`.
+        overrides: options that change from here on, see `launch.run.resumed`.
     """
     run = RunDir.open(path)
     with owned(path):
@@ -172,7 +174,7 @@ def _resume(run: RunDir, overrides: Sequence[str]) -> None:
 
 
 def _tell_finished(run: RunDir, ended: Ended) -> None:
-    """Raises WorkerError for a run that had failed: it has no step left to do, and is no success for that."""
+    """Report a finished run; raises WorkerError for one that had failed: it has no step left to do, but is not a success."""
     console.print(f"finished {run.path} has done all of its {ended.total_steps} steps")
     _tell_model(run)
     longer = "num_steps" if ended.length[0] is not None else "num_epochs"
@@ -232,7 +234,7 @@ def evaluate_target(target: str, overrides: list[str]) -> None:
 
 
 def _record_place(target: Path, config: RunConfig, overrides: list[str]) -> tuple[Path, str]:
-    """Where the record of an evaluation is put, and its name: with the step, where a checkpoint is measured."""
+    """The folder and the name of the record of an evaluation: with the step, where a checkpoint is evaluated."""
     run = target if (target / "config.yaml").is_file() else None
     moved = any(item.partition("=")[0].strip() == "dir" for item in overrides)
     parent = Path(config.dir) if run is None or moved else run
@@ -272,7 +274,7 @@ def _tell_model(run: RunDir) -> None:
 
 
 def check_store_of(run: RunDir) -> None:
-    """See `check_store`; nothing where checkpoints are in a folder."""
+    """As `check_store`; it does nothing where checkpoints are in a folder."""
     if run.store.is_remote:
         check_store(run.store.url, run.patience_s)
 
@@ -288,7 +290,7 @@ def _print_remote_model(run: RunDir) -> None:
 
 
 def make_report(run: RunDir) -> Path:
-    """`report.html` of a run, with what its ledger says."""
+    """The path of a run's `report.html`, written from its ledger."""
     from grpo_ray.report.page import write_report
 
     if not run.ledger.is_file():
@@ -301,7 +303,7 @@ def make_report(run: RunDir) -> Path:
 
 
 def exit_unless_finished(end: EndEvent) -> None:
-    """Raises WorkerError for a run that failed, SystemExit with the signal's code for one that was stopped."""
+    """Raise WorkerError for a run that failed, SystemExit with the signal's code for one that was stopped."""
     if end.status == "failed":
         raise WorkerError(end.text)
     if end.status != "finished":

@@ -1,4 +1,4 @@
-"""What is left of a run that has ended before its time, in one line, and how to go on: as its folder is at that moment."""
+"""What is left of a run that ended early, in one line, and how to go on, from the present state of its folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from launch.interrupts import at_end, leaving
 
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """This command alone writes in a run's folder, see `grpo_ray.run.ownership`; what stays empty goes, after a signal too."""
+    """Hold a run's folder, so that this command alone writes in it, see `grpo_ray.run.ownership`; empty folders are removed, after
+    a signal too."""
     with commanded(folder) as command:
 
         def release() -> None:
@@ -24,7 +25,7 @@ def owned(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
         def last() -> None:
-            # A controller that a signal has ended meanwhile gave nothing back.
+            # A controller that a signal has ended meanwhile released nothing.
             forget_dead(folder)
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -38,7 +39,7 @@ def owned(folder: Path) -> Iterator[None]:
 
 
 def remove_if_nothing_happened(run: RunDir) -> None:
-    """A run that ended before its first step leaves its logs and nothing else: its name is free again."""
+    """Remove a run that ended before its first step, except for its logs: its name is free again."""
     if not run.path.is_dir() or run.metrics.exists() or run.has_some():
         return
     for entry in run.path.iterdir():
@@ -53,9 +54,10 @@ def remove_if_nothing_happened(run: RunDir) -> None:
 
 
 def left_of(run: RunDir, command: str) -> str:
-    """
+    """One line on what is left of a run, and how to go on.
+
     Args:
-        command: what began the run.
+        command: the command that began the run.
     """
     if not run.config.is_file():
         there = (
@@ -64,7 +66,7 @@ def left_of(run: RunDir, command: str) -> str:
         return f"nothing was trained, and {there}; `{command}` begins again"
     again = f"`grpo-ray resume {run.path}`"
     recorded = last_step(run)
-    # A remote store is not asked here: one that does not answer would hold up the end.
+    # A remote store is not queried here: one that does not answer would hold up the end.
     steps = run.outbox.steps()
     if not steps and run.store.is_remote:
         return f"{again} goes on from the newest checkpoint in {run.store.url}; {recorded} steps are recorded"

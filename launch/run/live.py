@@ -1,4 +1,4 @@
-"""What a run looks like in a terminal: a picture that is redrawn, or a plain line for it every ten seconds where there is no
+"""The view of a run in a terminal: a picture that is redrawn, or a plain line every ten seconds where there is no
 terminal.
 
 step 43/60  ━━━━━━━━━━━━━━━━━━╸━━━━━━━━  2.76 s a step  47s left  2m03s
@@ -36,11 +36,11 @@ from launch.program import runnable
 
 REFRESHES_A_SECOND = 4
 HISTORY = 400
-"""Steps that the small curves remember."""
+"""The number of steps in the small curves."""
 STEP_LINE_S = 10.0
-"""Without a terminal, steps that are quicker than that share a line: it is the last one's."""
+"""The time between lines without a terminal: of quicker steps only the last one has a line."""
 ETA_STEPS = 15
-"""The time left is the median of so many last steps, times the steps left: one slow step does not move it."""
+"""The number of last steps whose median, times the steps left, is the time left: one slow step does not move it."""
 
 ROWS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("reward", ("reward/mean",), ".3f"),
@@ -52,7 +52,7 @@ ROWS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("gradient norm", ("grad_norm",), ".3g"),
     ("mismatch", ("mismatch/mean_abs",), ".1e"),
 )
-"""(label, metrics of which the first one there is shown, format)."""
+"""(label, metrics of which the first available one is shown, format)."""
 
 DOING = {
     "rollout": "sampling",
@@ -64,10 +64,10 @@ DOING = {
     "scale": "scaling",
     "log": "writing",
 }
-"""Phases inside the loop, in words. Any other phase is part of starting up."""
+"""The phases inside the loop, in words. Any other phase is part of starting up."""
 
 STEPPING = ("rollout", "update")
-"""Phases of a step."""
+"""The phases of a step."""
 
 COLORS = dict(
     zip(ROLES, ("blue", "magenta", "yellow", "green", "cyan", "bright_black", "red", "bright_blue"), strict=True)
@@ -77,7 +77,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 class LiveView:
-    """Draws the events of one run. Use as a context manager, so that the terminal is given back whatever happens."""
+    """Draws the events of one run. It is a context manager, so that the terminal is restored whatever happens."""
 
     def __init__(
         self,
@@ -90,9 +90,9 @@ class LiveView:
     ) -> None:
         """
         Args:
-            total_steps: None until the first step tells.
-            no_steps: there will be none, so what is done of its phases is what is shown of the run.
-            run_dir: its name is the title.
+            total_steps: None until the first step reports it.
+            no_steps: there will be none, so the view shows the progress of its phases.
+            run_dir: the run's folder, whose name is the title.
             began: `time.monotonic()` at the start, for the time shown; None: now.
         """
         self.console = console or plain_console()
@@ -118,7 +118,7 @@ class LiveView:
             self._live.stop()
 
     def handle(self, event: Event) -> None:
-        """Take in what happened. Never raises for an unknown metric, phase or level."""
+        """Handle an event. It never raises for an unknown metric, phase or level."""
         self._state.take(event)
         match event:
             case PhaseEvent():
@@ -138,22 +138,22 @@ class LiveView:
                 self._print(prefix + event.text, LEVELS.get(event.level, ""))
             case EndEvent():
                 self._tell_step(time.monotonic())
-                # Why it failed is told by who asked for the run.
+                # The command that started the run reports why it failed.
                 why = "" if event.text in ("", event.status) or event.status == "failed" else f": {event.text}"
                 took = duration(time.monotonic() - self._began)
                 self._print(f"{event.status} after {took}{why}", _end_style(event.status))
 
     @property
     def in_steps(self) -> bool:
-        """A step is under way, or one has been done."""
+        """Whether a step is in progress or has been done."""
         return not self._state.no_steps and self._state.in_steps
 
     def note(self, text: str) -> None:
-        """A line of the launcher's own."""
+        """Print a line of the launcher's own."""
         self._print(text, "yellow")
 
     def _tell_step(self, now: float) -> None:
-        """The last step's line, if it was not told yet."""
+        """Print the last step's line, unless it was printed."""
         if self._untold:
             self._print(self._untold)
             self._untold, self._told_step_at = "", now
@@ -188,7 +188,7 @@ class _State:
         self.doing = "starting"
         self.in_steps = False
         self.counted = (0, 0)
-        """(done, total) of the phase under way."""
+        """(done, total) of the phase in progress."""
         self.history: dict[str, deque[float]] = {label: deque(maxlen=HISTORY) for label, _, _ in ROWS}
         self.last: dict[str, float] = {}
         self._eval_name: str | None = None
@@ -238,7 +238,7 @@ class _State:
 
 def eval_line(event: EvalEvent) -> str:
     """`step 40: held-out accuracy 61.0% ± 2.1 (800 samples), pass@8 80.5% ± 3.0, cons@8 66.0% ± 3.3`; the samples to which it does
-    not apply are told beside those that it is a mean of."""
+    not apply are listed beside those that it averages."""
     on = f" on {event.name}" if event.name else ""
     aside = f", {event.not_applicable} not applicable" if event.not_applicable else ""
     accuracy = "none" if event.accuracy is None else _percent(event.accuracy, event.standard_error)
@@ -273,11 +273,11 @@ PLAIN: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("mismatch", ("mismatch/mean_abs",), "7.1e"),
     ("sec", ("time/step",), "6.2f"),
 )
-"""Columns of the plain line, each of a fixed width."""
+"""The columns of the plain line, each of a fixed width."""
 
 
 def first_of(metrics: dict[str, float], names: Sequence[str]) -> float | None:
-    """The first of these metrics that is there and a number."""
+    """The first of these metrics that is available and a number."""
     return next((metrics[n] for n in names if metrics.get(n) is not None and metrics[n] == metrics[n]), None)
 
 

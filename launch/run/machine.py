@@ -1,4 +1,4 @@
-"""What a run needs of the machine that it is started on, looked at before anything is started: packages, folders, variables."""
+"""What a run needs of the machine that it is started on, checked before anything is started: packages, folders, variables."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ _GIB = 1 << 30
 
 
 def check_machine(config: RunConfig | SftConfig) -> None:
-    """
+    """Check that this machine has what the run needs.
+
     Raises:
-        ConfigError: a package that is not installed, a folder that can't be written to.
-        ResourceError: a disk that is full, a cache that is larger than memory.
+        ConfigError: a package is not installed, or a folder can't be written to.
+        ResourceError: a disk is full, or a cache is larger than memory.
     """
     check_folder(config.dir, "dir")
     if config.checkpoint.path is not None:
         check_checkpoint_path(config.checkpoint.path)
     if joins(config):
-        # What the nodes of a cluster have, only they know.
+        # Only the nodes of a cluster know what they have.
         return
     check_packages(config.tracking)
     if isinstance(config, RunConfig):
@@ -42,14 +43,15 @@ def check_machine(config: RunConfig | SftConfig) -> None:
 
 
 def check_folder(path: str, option: str, needed: int = 0) -> None:
-    """
+    """Check that a folder can be written to and has room.
+
     Args:
-        path: of a folder that is there or will be made.
-        option: that names it.
-        needed: bytes.
+        path: the folder, which exists or will be created.
+        option: the option that names it.
+        needed: the bytes that have to be free.
 
     Raises:
-        ConfigError: it is something else, or can't be written to.
+        ConfigError: the path is not a folder, or can't be written to.
         ResourceError: its disk has less room.
     """
     folder = Path(path).expanduser().absolute()
@@ -71,7 +73,7 @@ def check_folder(path: str, option: str, needed: int = 0) -> None:
 
 
 def check_checkpoint_path(path: str) -> None:
-    """Of `checkpoint.path`. Raises ConfigError: fsspec has nothing for this kind of URL, or the folder can't be written to."""
+    """Check `checkpoint.path`. Raises ConfigError: fsspec does not support this kind of URL, or the folder can't be written to."""
     if not is_url(path):
         check_folder(path, "checkpoint.path")
         return
@@ -125,12 +127,12 @@ def _knows_wandb() -> bool:
 
 
 def _asks_for_gpus(config: RunConfig) -> bool:
-    """GPUs are asked for, or taken where there are some."""
+    """Whether the config asks for GPUs, or takes them where there are some."""
     return bool(config.rollout.num_gpus) or (config.rollout.num_gpus is None and os.path.exists("/dev/nvidiactl"))
 
 
 def weights_on_disk(config: RunConfig) -> int:
-    """Bytes that an engine holds, as far as files here tell."""
+    """The bytes of the weights that an engine holds, as far as files here show."""
     folder = Path(config.model.path or "")
     if config.model.path is None or not folder.is_dir():
         return 0

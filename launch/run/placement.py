@@ -1,4 +1,4 @@
-"""What there is for a run, and the numbers of workers that fit it."""
+"""The resources available to a run, and the numbers of workers that fit them."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Config = TypeVar("Config", bound=RunConfig | SftConfig)
 console = plain_console(soft_wrap=True)
 ENGINES = "rollout.num_actors"
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-"""One of them is there where a GPU may be."""
+"""The device files, one of which exists where there may be a GPU."""
 
 
 def settled(config: Config, kind: str) -> Config:
-    """With numbers for the machine, or the cluster, in the place of what the recipe leaves open; what was chosen is printed. Joins
+    """The config with what the recipe leaves open chosen for the machine or the cluster; the choices are printed. It joins
     the cluster, where there is one.
 
     Raises:
-        ResourceError: what the recipe asks for can't fit, and what would.
+        ResourceError: what the recipe asks for can't fit; with what would.
     """
     if joins(config):
         connect(config)
@@ -44,13 +44,13 @@ def settled(config: Config, kind: str) -> Config:
 def fitted(
     config: Config, machine: Machine, place: str, kind: str, *, may_grow: bool = False
 ) -> tuple[Config, dict[str, Any]]:
-    """With what fits in the place of what is left open, and what was chosen.
+    """The config with what it leaves open fitted, and what was chosen.
 
     Args:
-        may_grow: nodes may still be joining, or an autoscaler brings them: see `await_resources`, which waits.
+        may_grow: nodes may still be joining, or an autoscaler adds them: see `await_resources`, which waits.
 
     Raises:
-        ResourceError: what the recipe asks for can't fit, and what would.
+        ResourceError: what the recipe asks for can't fit; with what would.
     """
     found, chosen = fit_to(machine, config, kind)
     if (lacking := too_small(machine, config, kind, found)) is not None and not may_grow:
@@ -59,11 +59,11 @@ def fitted(
 
 
 def fit_to_memory(machine: Machine, config: Config, chosen: dict[str, Any], kind: str) -> tuple[Config, dict[str, Any]]:
-    """The config with what fits this machine's memory in the place of what was left open, and what was chosen in all. Clusters,
-    GPUs and models that are not in a folder here are left as they are: their memory is not known.
+    """The config with what it leaves open fitted to this machine's memory, and all that was chosen. Clusters,
+    GPUs and models that are not in a folder here are left unchanged: their memory is unknown.
 
     Raises:
-        ResourceError: nothing fits; with what takes how much.
+        ResourceError: nothing fits; with how much each takes.
     """
     facts = known_facts(config.model)
     if facts is None or joins(config) or machine.offers.get("GPU"):
@@ -81,7 +81,7 @@ def fit_to_memory(machine: Machine, config: Config, chosen: dict[str, Any], kind
 
 
 def machine_of(config: RunConfig | SftConfig) -> Machine:
-    """The cluster that is joined, else this machine."""
+    """The joined cluster, else this machine."""
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         cores = usable_cpus()
@@ -97,7 +97,7 @@ def machine_of(config: RunConfig | SftConfig) -> Machine:
 
 
 def num_gpus() -> int:
-    """Of this machine. torch, which takes seconds to load, is asked only where there may be one."""
+    """The number of GPUs of this machine. torch, which takes seconds to load, is asked only where there may be one."""
     if not any(Path(device).exists() for device in GPU_DEVICES):
         return 0
     import torch
@@ -119,12 +119,12 @@ def offers_told(machine: Machine) -> str:
 
 
 def chosen_told(chosen: Mapping[str, Any]) -> str:
-    """As overrides that would say the same."""
+    """The choices, as the overrides that would set them."""
     return told({key: value for key, value in chosen.items() if value is not None})
 
 
 def with_mend(error: ResourceError, config: RunConfig | SftConfig, kind: str, run_dir: Path) -> ResourceError:
-    """Of a cluster that has stayed too small for a run: with what would fit, in the run's own file where it has one."""
+    """The error of a cluster that has stayed too small for a run, with what would fit, in the run's own file where it has one."""
     mend = would_fit(machine_of(config), config, kind)
     if not mend:
         return error

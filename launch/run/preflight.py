@@ -1,4 +1,4 @@
-"""What takes no time, and should fail before a cluster is started."""
+"""The checks that take no time, and should fail before a cluster is started."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from launch.run.machine import check_machine
 
 
 def preflight(config: RunConfig | SftConfig, *, imports: bool = True) -> None:
-    """Look at the model's folder, at what is needed of this machine, and for the recipe's functions.
+    """Check the model's folder, what is needed of this machine, and the recipe's functions.
 
     Args:
-        imports: False: nothing of the recipe's own code is run.
+        imports: False: the recipe's own code is not run.
     """
     use_code_of(config)
     if config.model.path is not None:

@@ -1,4 +1,4 @@
-"""From a recipe's name and dotted overrides to a validated config."""
+"""The steps from a recipe's name and dotted overrides to a validated config."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ SCHEMAS: dict[str, type[RunConfig | SftConfig]] = {
     "reward_model": RewardModelConfig,
 }
 SHIPPED = "grpo-ray-job.yaml"
-"""A recipe that `submit` has resolved: paths of reward files are relative to the folder that was shipped, on every node."""
+"""The file name of a recipe that `submit` has resolved: paths of reward files are relative to the folder that was shipped, on
+every node."""
 COMMANDS = {"grpo": "train", "sft": "sft", "dpo": "dpo", "reward_model": "reward-model"}
-"""Kind of a run -> the command that starts one."""
+"""The kind of a run -> the command that starts one."""
 
 
 def recipe_names() -> list[str]:
@@ -40,10 +41,10 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(recipe: str) -> Path:
-    """A YAML file, or the name of a recipe that ships with the project.
+    """The path of a YAML file, or of a recipe that ships with the project.
 
     Raises:
-        ConfigError: neither; with "did you mean".
+        ConfigError: it is neither; with "did you mean".
     """
     path = Path(recipe).expanduser()
     if path.suffix in (".yaml", ".yml"):
@@ -61,7 +62,7 @@ def find_recipe(recipe: str) -> Path:
 
 
 def with_own(own: list[str], overrides: list[str]) -> list[str]:
-    """A command's own overrides, but for those that the user gives too, and the user's."""
+    """A command's own overrides, except for those that the user gives too, and the user's."""
     given = {item.partition("=")[0].strip() for item in overrides}
     return [item for item in own if item.partition("=")[0] not in given] + overrides
 
@@ -74,12 +75,13 @@ def tell_of_repeated(overrides: list[str]) -> None:
 
 
 def load_recipe(schema: type[Config], recipe: str, overrides: list[str], *, keep_home: bool = False) -> Config:
-    """
+    """The validated config of a recipe with its overrides.
+
     Args:
-        keep_home: leave `~` in paths as it is, for another machine.
+        keep_home: leave `~` in paths unchanged, for another machine.
 
     Raises:
-        ConfigError: with every problem, one a line.
+        ConfigError: the config is invalid; with every problem, one a line.
     """
     path = find_recipe(recipe)
     tell_of_repeated(overrides)
@@ -108,8 +110,8 @@ def is_pipeline(path: Path) -> bool:
 
 
 def kind_of(path: Path, overrides: Sequence[str] = ()) -> str:
-    """Of a recipe or a config.yaml: by its section `dpo` or `reward_model`, also of an override; without these and without rewards
-    it trains on demonstrations, or by `dpo` where its data are pairs."""
+    """The kind of a recipe or a config.yaml: by its section `dpo` or `reward_model`, also in an override; without these and
+    without rewards it trains on demonstrations, or by `dpo` where its data are pairs."""
     sections = deep_merge(load_yaml(path), parse_overrides(list(overrides)))
     kinds = [kind for kind in ("dpo", "reward_model") if kind in sections]
     if kinds or "reward" in sections:
@@ -126,7 +128,7 @@ def check_kind(name: str) -> str:
 
 
 def _has_pairs(data: Any) -> bool:
-    """Do `data.train.columns`, or the first row of a file, name what is chosen and what is rejected?"""
+    """Whether `data.train.columns`, or the first row of a file, names chosen and rejected completions."""
     data = with_types(DataConfig, data, {})
     source = data.get("train") if isinstance(data, dict) else None
     if not isinstance(source, dict):
@@ -142,7 +144,7 @@ def _has_pairs(data: Any) -> bool:
 
 
 def _first_columns(path: Path) -> Iterable[str]:
-    """Raises OSError or ValueError for what can't be read."""
+    """The columns of a file's first row; raises OSError or ValueError for what can't be read."""
     if path.suffix in (".jsonl", ".ndjson"):
         with path.open("rb") as file:
             row = json_text.read(

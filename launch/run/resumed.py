@@ -1,7 +1,7 @@
-"""`grpo-ray resume RUN key=value ..`: which options a run may change when it goes on, and what that does to its learning rate.
+"""`grpo-ray resume RUN key=value ..`: which options a run may change when it resumes, and what that does to its learning rate.
 
-A run that goes on is the same experiment: what has been trained would not have been the same under another model, other data,
-another loss or another batch. What says how long, where, how fast and how safely it trains may change.
+A resumed run is the same experiment: what has been trained would have been different under another model, other data,
+another loss or another batch. The options for how long, where, how fast and how safely it trains may change.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MAY_CHANGE = frozenset(
         *("learner.sequence_parallel_size", "learner.logprob_chunk_tokens", "model.gradient_checkpointing"),
     ]
 )
-"""Options, and sections of which every option may."""
+"""The options that may change, and the sections of which every option may."""
 _NOTE = "# changed by resume after step "
 _ELSEWHERE = {
     "name": "it is the name of the run's folder: rename that, or begin another run",
@@ -64,7 +64,7 @@ def changed_config(
     """The run's config with these overrides, and what they change: dotted key -> (before, now).
 
     Raises:
-        ConfigError: an option that has to stay as it was.
+        ConfigError: an override changes an option that has to stay.
     """
     before = load_yaml(run.config)
     old = build(schema, before, str(run.config))
@@ -82,7 +82,7 @@ def changed_config(
 
 
 def check_length(run: RunDir, config: RunConfig | SftConfig, step: int | None) -> None:
-    """Raises ConfigError when more steps, or epochs, are done than the run is to have."""
+    """Raise ConfigError when the run has done more steps, or epochs, than it is to have."""
     if config.num_steps is not None and step is not None and config.num_steps < step:
         raise ConfigError(
             f"num_steps={config.num_steps}: {run.path} has done {step} steps already; give more than that"
@@ -97,11 +97,11 @@ def check_length(run: RunDir, config: RunConfig | SftConfig, step: int | None) -
 
 
 def check_changes(config: RunConfig | SftConfig, kind: str, changes: Iterable[str]) -> None:
-    """Raises ConfigError when one of these options does nothing in the run as it is then.
+    """Raise ConfigError when one of these options has no effect in the resumed run.
 
     Args:
-        kind: of the run.
-        changes: dotted keys.
+        kind: the kind of run.
+        changes: the dotted keys of the options.
     """
     idle = without_effect(config, COMMANDS[kind])
     lines = [f"  - {key}: {idle[key]}" for key in changes if key in idle]
@@ -110,7 +110,7 @@ def check_changes(config: RunConfig | SftConfig, kind: str, changes: Iterable[st
 
 
 def record_changes(run: RunDir, config: RunConfig | SftConfig, changes: dict[str, tuple[Any, Any]], step: int) -> None:
-    """In config.yaml, with a line on each at its top, and in the ledger of a run that has one."""
+    """Record the changes in config.yaml, with a line on each at its top, and in the ledger of a run that has one."""
     old_lines = run.config.read_text(encoding="utf-8").splitlines()
     kept = [line for line in old_lines if line.startswith(_NOTE)]
     new = [f"{_NOTE}{step}: {key} {was!r} -> {now!r}" for key, (was, now) in changes.items()]
@@ -122,7 +122,7 @@ def record_changes(run: RunDir, config: RunConfig | SftConfig, changes: dict[str
 
 
 def about_schedule(old: RunConfig | SftConfig, new: RunConfig | SftConfig, step: int) -> str | None:
-    """What a longer or shorter run does to a learning rate whose schedule ends with it; None: nothing."""
+    """The effect of a longer or shorter run on a learning rate whose schedule ends with it; None: nothing."""
     kind = new.learner.lr_scheduler_type
     lengths = [(c.num_steps, c.num_epochs) for c in (old, new)]
     if kind == "constant" or lengths[0] == lengths[1]:
@@ -135,7 +135,7 @@ def about_schedule(old: RunConfig | SftConfig, new: RunConfig | SftConfig, step:
 
 
 def differences(old: BaseModel, new: BaseModel, prefix: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Dotted keys whose values are not the same."""
+    """The dotted keys whose values differ."""
     for name in keys_in_order(type(old)):
         a, b = getattr(old, name), getattr(new, name)
         if a == b:

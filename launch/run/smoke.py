@@ -1,4 +1,4 @@
-"""The main job on the embedded default: cold start by SFT, then GRPO, on this machine, to 90% of the task."""
+"""The smoke run, on this machine: cold start by SFT, then GRPO, to 90% of the task."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from launch.run.recipe import with_own
 
 GOAL = 0.90
 COLD_START = "smoke-sft"
-"""Of the run that `grpo-ray sft smoke_sft` makes."""
+"""The name of the run that `grpo-ray sft smoke_sft` creates."""
 
 
 def run_smoke(overrides: list[str]) -> None:
-    """Overrides go to the GRPO stage. Raises WorkerError when the held-out accuracy stays below the goal."""
+    """Run both stages; overrides go to GRPO. Raises WorkerError when the held-out accuracy stays below the goal."""
     console = plain_console(soft_wrap=True)
     began = time.monotonic()
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -45,23 +45,24 @@ def run_smoke(overrides: list[str]) -> None:
 
 
 def _on_path() -> str:
-    """How to have the program by its bare name, where the shell does not find it."""
+    """How to call the program by its bare name, where the shell does not find it."""
     called = program()
     return "" if called == "grpo-ray" else f"; for `grpo-ray` by itself: source {Path(called).parent}/activate"
 
 
 def _link_cold_start(cold: Path) -> None:
-    """Under the name that the recipe `smoke` starts from, unless `grpo-ray sft smoke_sft` has made a run of it."""
+    """Link the cold start under the name that the recipe `smoke` starts from, unless `grpo-ray sft smoke_sft` has created that
+    run."""
     link = cold.parent / COLD_START
     if link.is_symlink() or not link.exists():
         link_whole(link, cold.name)
 
 
 def held_out_accuracy(run: Path) -> tuple[float, float]:
-    """Of the first and the last evaluation of a run.
+    """The accuracy of the first and the last evaluation of a run.
 
     Raises:
-        WorkerError: there is none.
+        WorkerError: there is no evaluation.
     """
     lines = [json_text.read(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     values = [line["eval/accuracy"] for line in lines if line.get("eval/accuracy") is not None]
