@@ -1,6 +1,6 @@
-"""The command of a job that may be started again, by its scheduler or by itself: `python -m launch.batch train RECIPE ...`.
+"""The command of a job that its scheduler, or the job itself, may restart: `python -m launch.batch train RECIPE ...`.
 
-As typed at first, and `resume` of the run as soon as that exists. Other commands go on by themselves when given again.
+The first start runs the command as typed, and later ones `resume` the run once it exists. Other commands continue by themselves.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from launch.run.recipe import COMMANDS, SCHEMAS, load_recipe, run_folder
 
 KINDS = {command: kind for kind, command in COMMANDS.items()}
 NAMED = (*KINDS, "sample", "pipeline")
-"""Commands whose runs have a name; made up from the time it would be another one at every start."""
+"""The commands whose runs have a name; a name made from the time would differ at every start."""
 
 
 def command_of(words: list[str], job: str) -> list[str]:
-    """What to give to `grpo-ray` this time.
+    """The words to give to `grpo-ray` this time.
 
     Args:
         words: the command as typed.
-        job: the name of a run that was given none.
+        job: the name for a run without one.
 
     Raises:
         ConfigError: the recipe is wrong.

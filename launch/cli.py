@@ -1,4 +1,4 @@
-"""The command line: `grpo-ray --help`. Imports of the machinery happen inside the commands, so that help is instant."""
+"""The command line: `grpo-ray --help`. The commands import the heavy libraries themselves, so that help is instant."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 WITHOUT_RAY = ("report", "decontaminate", "judge-pairs")
-"""Commands that neither start nor join a cluster."""
+"""The commands that neither start nor join a cluster."""
 
 
 def _print_version(asked: bool) -> None:
@@ -273,16 +273,16 @@ app.add_typer(job, name="job")
 
 
 def main() -> NoReturn:
-    """Runs the command: errors for the user are one message on stderr and an exit code, without a traceback."""
-    # A cluster protects itself by a token when it finds one, but a client shows its token only when told to, before Ray's import.
+    """Run the command: errors for the user are one message on stderr and an exit code, without a traceback."""
+    # A cluster protects itself by a token when it finds one, but a client shows its token only if this is set before Ray's import.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     for stream in (sys.stdout, sys.stderr):
-        # What a model or a file says may hold what the terminal's encoding has not; a message is never lost for that.
+        # What a model or a file contains may not exist in the terminal's encoding; a message is never lost for that.
         if isinstance(stream, io.TextIOWrapper):
             with contextlib.suppress(OSError):
                 stream.reconfigure(errors="backslashreplace")
     clean_streams()
-    # Shown once, at the first import after an installation, by packages that reasoning-gym brings.
+    # Packages that reasoning-gym installs show it once, at the first import after an installation.
     warnings.filterwarnings("ignore", category=SyntaxWarning)
     try:
         check_one_root()
@@ -301,7 +301,7 @@ def main() -> NoReturn:
         if (cause := blamed(str(e))) is not None:
             e.add_note(cause)
         raise
-    # Without its standalone mode typer gives back the code of an Exit, among them its 130 for a KeyboardInterrupt.
+    # Without its standalone mode typer returns the code of an Exit, among them its 130 for a KeyboardInterrupt.
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -313,14 +313,14 @@ def _with_cause(text: str) -> str:
 
 
 def check_one_root() -> None:
-    """Raises ConfigError when the three packages come from different checkouts: their records would not fit together."""
+    """Raise ConfigError when the three packages come from different checkouts: their records would not fit together."""
     import actors
     import grpo_ray
     import launch
 
     root = Path(launch.__file__ or "").parent.parent
     for package in (grpo_ray, actors):
-        # A folder without a file __init__.py has no file.
+        # A folder without an __init__.py has no file.
         where = Path(package.__file__ or next(iter(package.__path__)))
         if not where.is_relative_to(root / package.__name__):
             raise ConfigError(
@@ -330,7 +330,7 @@ def check_one_root() -> None:
 
 
 def _meant(error: Exception) -> str | None:
-    """For `--actor_learning_rate 1e-6`, an option of another project's command line: what it is called here."""
+    """What an option of another project's command line, such as `--actor_learning_rate 1e-6`, is called here."""
     from grpo_ray.config.aliases import called_here
     from grpo_ray.config.loading import all_keys
     from grpo_ray.config.schema import RunConfig

@@ -1,4 +1,4 @@
-"""Commands on the runs of a cluster, and what they start there."""
+"""The commands on the runs of a cluster, and what they start there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands print with."""
+"""The console that commands print with."""
 
 from __future__ import annotations
 

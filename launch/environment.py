@@ -1,4 +1,4 @@
-"""What the environment does to Ray, vLLM and torch, seen before they start: what can be mended is, and said; what can't is named.
+"""The effects of the environment on Ray, vLLM and torch, checked before they start: problems are fixed and reported, or else named.
 
 Every command that starts or joins a cluster calls `prepare` before it imports Ray, and so does `check`.
 """
@@ -29,19 +29,19 @@ SPILLING = "RAY_object_spilling_directory"
 TOKEN, TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 CERTIFICATES = ("RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
 WRITTEN = tuple(cache.variable for cache in CACHES)
-"""Folders that libraries write to, and make when they are not there."""
+"""The folders that libraries write to, and create when they are missing."""
 HUBS = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE")
-"""Those with models, which may well be read-only."""
+"""The folders of models, which may well be read-only."""
 
 _made: Path | None = None
 
 
 def prepare() -> None:
-    """Mend this process's environment, which its cluster inherits; tell on stderr what was mended.
+    """Fix this process's environment, which its cluster inherits; report on stderr what was fixed.
 
     Raises:
-        ConfigError: a variable that a library does not survive; names it.
-        ResourceError: there is no place for temporary files.
+        ConfigError: a library does not survive a variable; the message names it.
+        ResourceError: no folder is suitable for temporary files.
     """
     for note in (*_temporary(), *_home(), *_caches(), *use_private_caches(), *_warnings()):
         say(f"note: {note}", error=True)
@@ -74,7 +74,7 @@ def _temporary() -> list[str]:
             continue
         own = str(_own())
         if reason is None:
-            # There is room there, for all that is no socket.
+            # There is room there, for all that is not a socket.
             os.environ.setdefault(SPILLING, str(make_private(Path(folder))))
             reason = (
                 f"has {len(os.fsencode(folder))} characters, and the sockets of Ray and vLLM allow {LONGEST_FOLDER}"
@@ -89,7 +89,7 @@ def _temporary() -> list[str]:
 
 
 def _closed() -> list[str]:
-    """Temporary files, and what Ray spills, are where no other user of the machine can read or change them."""
+    """Keep temporary files, and what Ray spills, where no other user of the machine can read or change them."""
     notes = []
     wanted = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
     folder = use_private_temporary_files()
@@ -103,7 +103,7 @@ def _closed() -> list[str]:
 
 
 def _home() -> list[str]:
-    """Ray keeps its token there, and libraries what they compile."""
+    """Fix the home, where Ray keeps its token and libraries what they compile."""
     told = os.environ.get("HOME")
     if not told:
         try:
@@ -119,7 +119,7 @@ def _home() -> list[str]:
         ("HF_HOME", Path(told, ".cache", "huggingface")),
         (TOKEN_PATH, Path(told, ".ray", "auth_token")),
     ):
-        # What can be read there still counts.
+        # A file that can be read there still counts.
         if os.access(path, os.R_OK):
             os.environ.setdefault(name, str(path))
     os.environ["HOME"] = str(home)
@@ -144,7 +144,7 @@ def _caches() -> list[str]:
 
 
 def _warnings() -> list[str]:
-    """Every library warns of something, and none is written to be ended by it."""
+    """Fix the settings of warnings: every library warns of something, and none is written to be ended by it."""
     told = os.environ.get("PYTHONWARNINGS", "")
     if not any(part.strip().partition(":")[0].startswith("e") for part in told.split(",")):
         return []
@@ -154,7 +154,7 @@ def _warnings() -> list[str]:
 
 
 class _Probe:
-    """A group of variables, and what reads them at its import."""
+    """A group of variables, and the code that reads them at its import."""
 
     def __init__(self, names: str, code: str, harmless: Iterable[str] = ()) -> None:
         self.names = re.compile(names)
@@ -162,7 +162,7 @@ class _Probe:
         self.harmless = frozenset(harmless)
 
     def suspects(self) -> list[str]:
-        """Those that are set, and not to what no library stumbles over."""
+        """The variables that are set to values that may break a library."""
         return sorted(
             name
             for name, value in os.environ.items()
@@ -178,7 +178,7 @@ def alone(package, file):
     spec.loader.exec_module(module)
     return module
 """
-"""A library's file without all the rest of it: what reads the environment takes no second, vLLM's import takes ten."""
+"""Code that imports one file of a library without the rest: what reads the environment takes no second, vLLM's import takes ten."""
 _HUGGING_FACE = f"""{_ALONE}
 alone("datasets", "config")
 import huggingface_hub.constants, tqdm
@@ -193,7 +193,7 @@ _PROBES = (
     _Probe(
         r"RAY_",
         "import ray",
-        # Addresses and folders are looked at by themselves; the others are names, and what Ray gives to the jobs that it starts.
+        # Addresses and folders are checked by themselves; the others are names, and what Ray sets for the jobs that it starts.
         (
             *("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR", SPILLING),
             *("RAY_NAMESPACE", "RAY_IP", "RAY_CLUSTER_NAME", "RAY_CLUSTER_NAMESPACE", "RAY_NODE_TYPE_NAME"),
@@ -210,23 +210,23 @@ _PROBES = (
     ),
 )
 PROBE_S = 20.0
-"""For one import, on a busy machine."""
+"""The time limit of one import, on a busy machine."""
 PATIENT_S = 60.0
 LATE = f"not imported within {PROBE_S:g} s"
 TRIES = 12
-"""Children more, to find which of several variables it is."""
+"""The number of extra children that search for the culprit among several variables."""
 
 
 def _is_harmless(name: str, value: str) -> bool:
-    """Integers are understood wherever numbers are; secrets are words."""
+    """Whether the value is harmless: integers are understood wherever numbers are; secrets are words."""
     return value.isascii() and (value.isdigit() or is_secret_name(name))
 
 
 def check_variables() -> None:
-    """Have a child try what is about to be imported, where the environment holds something out of the usual for it.
+    """Let a child try the imports that follow, where the environment holds something unusual for them.
 
     Raises:
-        ConfigError: naming the variables that an import does not survive.
+        ConfigError: an import does not survive some variables, which the message names.
     """
     _check_json("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_OVERRIDE_RESOURCES")
     if (mode := os.environ.get("RAY_AUTH_MODE", "token")) not in ("token", "disabled"):
@@ -241,10 +241,10 @@ def check_variables() -> None:
             continue
         culprits = [name for name in suspects if name in error]
         if not culprits:
-            # Where it failed by itself, that it works without them may take as long as a busy machine needs.
+            # Where it failed by itself, the proof that it works without them may take as long as a busy machine needs.
             patience_s = PROBE_S if error == LATE else PATIENT_S
             if _tried(probe.code, suspects, patience_s) is not None:
-                # It fails for another reason, which its own message tells.
+                # It fails for another reason, which its own message reports.
                 continue
             culprits = _culprits(probe.code, suspects)
         told = ", ".join(f"{name}={os.environ[name]!r:.100}" for name in culprits)
@@ -256,7 +256,7 @@ def check_variables() -> None:
 
 
 def _check_files(mode: str) -> None:
-    """Raises ConfigError for a file that Ray would wait for, or end without."""
+    """Raise ConfigError for a file that Ray would wait for, or exit without."""
     needed = [TOKEN_PATH] if mode == "token" and os.environ.get(TOKEN_PATH) and not os.environ.get(TOKEN) else []
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
         needed += CERTIFICATES
@@ -271,7 +271,7 @@ def _check_files(mode: str) -> None:
 
 
 def blamed(text: str) -> str | None:
-    """One sentence on the variables whose value an error quotes, but not their name; None: there are none."""
+    """One sentence on the variables whose value an error quotes without their name; None: there are none."""
     names = [
         name
         for name, value in sorted(os.environ.items())
@@ -287,7 +287,7 @@ def blamed(text: str) -> str | None:
 
 
 def _check_json(*names: str) -> None:
-    """Raises ConfigError for one that Ray would read, and can't."""
+    """Raise ConfigError for a variable that Ray would read as JSON, and can't."""
     for name in names:
         value = os.environ.get(name)
         if not value:
@@ -301,7 +301,7 @@ def _check_json(*names: str) -> None:
 
 
 def _culprits(code: str, suspects: Sequence[str]) -> list[str]:
-    """Those without which it works, as far as a few tries tell them."""
+    """The variables without which it works, as far as a few tries show."""
     if len(suspects) == 1 or len(suspects) > TRIES:
         return list(suspects)
     alone = [name for name in suspects if _tried(code, [s for s in suspects if s != name]) is not None]
@@ -309,7 +309,7 @@ def _culprits(code: str, suspects: Sequence[str]) -> list[str]:
 
 
 def _tried(code: str, without: Sequence[str], limit_s: float = PROBE_S) -> str | None:
-    """How this code fails in a process with this environment but for some variables; None: it does not."""
+    """How this code fails in a process with this environment without some variables; None: it does not."""
     env = {k: v for k, v in os.environ.items() if k not in without}
     try:
         done = subprocess.run(

@@ -1,7 +1,7 @@
 """What Ctrl-C and SIGTERM do, at every moment of a command: it ends at once, with 130 or 143 and one line on what is left.
 
-The first signal runs the endings that are open, the innermost first, says the line of the innermost that has one, and leaves
-without unwinding: an exception out of a signal handler would come up anywhere, inside of an import too, where some library turns
+The first signal runs the open endings, the innermost first, prints the line of the innermost that has one, and exits
+without unwinding: an exception from a signal handler would surface anywhere, inside an import too, where some library turns
 it into another error. Little is imported here and nothing that takes time, since the command line begins with this module.
 """
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LIMIT_S = 10.0
-"""Endings that take longer are given up."""
+"""The time limit of endings, in seconds."""
 GONE_S = 3.0
-"""From the order to kill a process to its end."""
+"""The wait from the order to kill a process to its end."""
 BEFORE = "nothing was begun, and nothing is changed"
 _BREAKS = "\n\t"
 SHOW_CURSOR = b"\x1b[?25h"
@@ -36,11 +36,12 @@ class _Open(NamedTuple):
 _open: list[_Open] = []
 _last: list[Callable[[], object]] = []
 _owner = 0
-"""The process that these are about; one that it forks is not."""
+"""The process that these endings belong to; a process that it forks does not run them."""
 
 
 def install() -> None:
-    """From now on. Also where SIGINT was ignored, as in the background of a script: `kill -INT` is how such a run is stopped."""
+    """Install the handlers, also where SIGINT was ignored, as in the background of a script: `kill -INT` is how such a run is
+    stopped."""
     global _owner
     _owner = os.getpid()
     for number in SIGNALS:
@@ -49,10 +50,10 @@ def install() -> None:
 
 @contextlib.contextmanager
 def leaving(line: str | Callable[[], str] | None = None, end: Callable[[], None] | None = None) -> Iterator[None]:
-    """While this is open, what a signal does.
+    """Set what a signal does while the block is open.
 
     Args:
-        line: what is left and how to go on, asked for after the endings. None: what the one around it says.
+        line: what is left and how to go on, computed after the endings. None: the line of the block around it.
         end: ends or removes what must not stay.
     """
     entry = _Open((lambda: line) if isinstance(line, str) else line, end)
@@ -64,7 +65,7 @@ def leaving(line: str | Callable[[], str] | None = None, end: Callable[[], None]
 
 
 def at_end(call: Callable[[], object]) -> None:
-    """Have this called when the command ends, in whatever way."""
+    """Register a call for the end of the command, however it ends."""
     import atexit
 
     _last.append(call)
@@ -72,7 +73,7 @@ def at_end(call: Callable[[], object]) -> None:
 
 
 def run_last() -> None:
-    """For an end at which Python runs nothing by itself."""
+    """Run the registered calls, for an end at which Python runs nothing by itself."""
     for call in _last:
         with contextlib.suppress(Exception):
             call()
@@ -94,7 +95,8 @@ def scratch_folder() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def as_exceptions() -> Iterator[None]:
-    """For code that catches them: SIGINT raises KeyboardInterrupt, SIGTERM SystemExit(143); a second signal ends at once."""
+    """Raise exceptions inside, for code that catches them: KeyboardInterrupt for SIGINT, SystemExit(143) for SIGTERM; a second
+    signal ends at once."""
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         for each, handler in before.items():
@@ -111,7 +113,7 @@ def as_exceptions() -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Nobody else sets handlers of these signals meanwhile: Ray's for SIGTERM ends its process in silence, and by another code."""
+    """Keep the handlers of these signals inside: Ray's for SIGTERM ends its process silently, and with another code."""
     setting = signal.signal
 
     def signal_(number: int, handler: Any) -> Any:
@@ -144,7 +146,7 @@ def end_now(number: int) -> NoReturn:
     try:
         end_descendants()
     except Exception:
-        # The signal came in the middle of the import of something that this needs.
+        # The signal came in the middle of an import that this needs.
         _kill_descendants()
     for entry in entries:
         if entry.line is not None:
@@ -158,7 +160,7 @@ def end_now(number: int) -> NoReturn:
 
 
 def end_descendants() -> None:
-    """All processes that this one has started, and what they started; also their temporary folders."""
+    """Kill all processes that this one has started, and those that they started; remove their temporary folders."""
     if "psutil" not in sys.modules and not _has_children():
         return
     import shutil
@@ -181,7 +183,7 @@ def end_descendants() -> None:
 
 
 def _kill_descendants() -> None:
-    """By what the kernel says alone."""
+    """Kill the descendants by the kernel's records alone."""
     for pid in _started_by(os.getpid()):
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
@@ -198,7 +200,7 @@ def _started_by(pid: int) -> list[int]:
 
 
 def _is_alive(process: Any) -> bool:
-    """What is dead and was not asked for by its parent, which may be dead too, is gone."""
+    """Whether the process is alive: one that is dead and was not reaped by its parent, which may be dead too, is not."""
     import psutil
 
     with contextlib.suppress(ChildProcessError):

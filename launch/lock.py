@@ -1,10 +1,10 @@
-"""One lock file for each stack, for every Python that the project takes: `make lock`.
+"""One lock file for each stack, for every Python that the project supports: `make lock`.
 
 A package that is not the same under all of them has a line for each, with a marker; uv's own universal resolution goes beyond the
-newest Python that has wheels. What an earlier lock says is kept where it still fits.
+newest Python that has wheels. The pins of an earlier lock are kept where they still fit.
 
-A package whose wheel for one of them is not at hand (torch's CPU builds may be there for one alone) is resolved by what its build
-that is installed here requires. Where that is no way out either, what the lock has for that Python stays, and that is said.
+A package whose wheel for one of them is unavailable (torch's CPU builds may exist for one alone) is resolved by what its build
+that is installed here requires. Where that does not work either, the lock's lines for that Python stay, which is reported.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def merged(resolved: dict[str, dict[str, str]]) -> list[str]:
 
 
 def pinned(text: str, python: str | None = None) -> dict[str, str]:
-    """Package -> version, of a lock file.
+    """Package -> version, from a lock file.
 
     Args:
-        python: whose lines; None: the file is for one Python.
+        python: the Python whose lines to read; None: the file is for one Python.
     """
     lines = [line.partition(" ; ") for line in text.splitlines() if "==" in line]
     found = [line for line, _, marker in lines if not marker or python is None or f"'{python}'" in marker]
@@ -57,7 +57,7 @@ def pinned(text: str, python: str | None = None) -> dict[str, str]:
 
 
 class UnresolvedError(Exception):
-    """What uv says."""
+    """The error message of uv."""
 
 
 _NO_WHEEL = re.compile(r"Because ([\w.-]+)==(\S+) has no wheels with a matching Python ABI tag")
@@ -81,14 +81,15 @@ def resolve(stack: str, python: str, lock: Path) -> dict[str, str]:
 
 
 def _compiled(stack: str, python: str, lock: Path, without: dict[str, str]) -> dict[str, str]:
-    """
+    """Package -> version, as uv resolves them for one Python.
+
     Args:
-        without: packages that are left out, but for what they require.
+        without: packages that are left out, except for what they require.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         out, overrides, more = folder / lock.name, folder / "overrides.txt", folder / "more.txt"
-        # What is there already is what uv prefers.
+        # uv prefers the versions that are already in the output file.
         out.write_bytes(lock.read_bytes())
         overrides.write_text("".join(f"{package}; sys_platform == 'never'\n" for package in without))
         more.write_text("".join(f"{line}\n" for package in without for line in metadata.requires(package) or ()))
@@ -104,7 +105,7 @@ def _compiled(stack: str, python: str, lock: Path, without: dict[str, str]) -> d
 
 
 def _uv() -> str:
-    """Beside this Python, or on the path. Raises ConfigError: there is none."""
+    """The path of uv: beside this Python, or on the path. Raises ConfigError: there is none."""
     found = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if found is None:
         raise ConfigError(
@@ -121,7 +122,7 @@ def _version_here(package: str) -> str | None:
 
 
 def resolve_all(stack: str, lock: Path) -> list[str]:
-    """Write a lock file anew; returns the Pythons whose lines are as they were."""
+    """Rewrite a lock file; returns the Pythons whose lines are unchanged."""
     before = lock.read_text()
     resolved, kept = {}, []
     for python in VERSIONS:
@@ -141,7 +142,7 @@ def resolve_all(stack: str, lock: Path) -> list[str]:
 
 
 def main() -> None:
-    """The exit code is 1 where a lock file is not whole anew."""
+    """Write the lock files; the exit code is 1 where one could not be rewritten entirely."""
     kept = [resolve_all(stack, ROOT / f"lock-{stack}.txt") for stack in STACKS]
     sys.exit(int(any(kept)))
 

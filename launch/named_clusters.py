@@ -1,4 +1,4 @@
-"""The user's word on the cluster that a recipe names, before that cluster gets Ray's token."""
+"""The user's consent to the cluster that a recipe names, before that cluster gets Ray's token."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from grpo_ray.config.typed import with_types
 
 
 def check_cluster(option: str | None, overrides: Sequence[str] = ()) -> None:
-    """See that the cluster to join answers, before anything that takes time; it is shown no token.
+    """Check that the cluster to join answers, before anything that takes time; it is shown no token.
 
     Args:
         option: `cluster.address`.
         overrides: what the user typed; an address among them is noted as named by the user.
 
     Raises:
-        ConfigError: it is no address.
+        ConfigError: it is not an address.
         ResourceError: nothing answers there.
     """
     address = read_address(option)
@@ -34,7 +34,7 @@ def check_cluster(option: str | None, overrides: Sequence[str] = ()) -> None:
 
 
 def confirm_cluster(option: str | None, overrides: Sequence[str] = ()) -> None:
-    """See `check_cluster`; an address that the user did not name is asked about on a terminal, once.
+    """As `check_cluster`; an address that the user did not name has to be confirmed on a terminal, once.
 
     Raises:
         ConfigError: the user does not confirm it, or there is no terminal.

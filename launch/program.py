@@ -1,4 +1,4 @@
-"""What this program is called here: `grpo-ray` where the shell finds it, else the path that does."""
+"""The name of this program here: `grpo-ray` where the shell finds it, else the path of the script."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _CALL = re.compile(rf"\bgrpo-ray (?=(?:{'|'.join(COMMANDS)}|--)\b)")
 
 
 def program() -> str:
-    """As a shell in the current folder takes it."""
+    """The program's name as a shell in the current folder accepts it."""
     beside = Path(sys.executable).with_name("grpo-ray")
     found = shutil.which("grpo-ray")
     if found is not None and (not beside.exists() or os.path.realpath(found) == os.path.realpath(beside)):

