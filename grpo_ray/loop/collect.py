@@ -1,10 +1,10 @@
-"""Groups on their way to a batch: begun in the order of the data, collected in that order, whenever they are finished.
+"""Group collection: groups are dispatched in data order and batched in that order, however they finish.
 
     cursor -> dispatch -> GroupRollout (sample x G -> score) -> finished -> failure policy -> signal? -> ready -> oldest P
                  ^                                                               |              |
-                 +---- the next prompt takes the place of one that is left out --+--------------+
+                 +---- the next prompt replaces a group that is left out ------ --+--------------+
 
-`max_staleness` k paces dispatch: at most (k + 1) x P groups are under way beyond what is trained.
+`max_staleness` k paces dispatch: at most (k + 1) x P groups are in flight beyond what is trained.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from grpo_ray.telemetry.events import Event, MessageEvent, PhaseEvent
 from grpo_ray.types import Group, SampleRequest, SamplingParams, TrainerState
 
 NO_SIGNAL = "no_signal"
-"""Why dynamic sampling dropped a group."""
+"""The reason recorded for a group that dynamic sampling drops."""
 POISONED = "poisoned"
-"""Why a group is dropped whose prompt ends engines."""
+"""The reason recorded for a group whose prompt crashes rollout engines."""
 LAST_BATCH = "last_batch"
-"""Why a group is dropped that is left over at the end, where `data.last_batch` is `drop`."""
+"""The reason recorded for a group left over at the end of the run, where `data.last_batch` is `drop`."""
 
 
 class Collector:
-    """The groups of one run, from their dispatch until they are in a batch."""
+    """Collector of the groups of one run, from dispatch until they are in a batch."""
 
     def __init__(
         self,
@@ -66,23 +66,23 @@ class Collector:
         self._ledger = ledger
         self._health = health
         self._step = 0
-        """Steps done; also the policy version that groups are begun by."""
+        """The number of steps done, which is also the policy version that new groups start with."""
         self._total_steps = length.num_steps
         self._order = 0
-        """Of the next group to be begun."""
+        """The dispatch order of the next group."""
         self._under_way: dict[asyncio.Future[None], Group] = {}
-        """In dispatch order."""
+        """The groups in flight, in dispatch order."""
         self._finished: asyncio.Queue[asyncio.Future[None]] = asyncio.Queue()
-        """Those that ended and are not settled, and parts that the learner is through with."""
+        """Futures that are done and not settled: groups, and partial batches that the learner has finished."""
         self.early = PartialBatches(config, roles.learner, self._finished.put_nowait)
         self._ready: list[Group] = []
-        """Complete, and not yet in a batch; in dispatch order."""
+        """Complete groups that are in no batch yet, in dispatch order."""
         self._cursor_at: dict[int, dict[str, Any]] = {}
-        """Order of each group under way or ready, ascending -> the cursor just before it: where a resumed run begins again."""
+        """The order of each group in flight or ready, ascending -> the cursor just before it, where a resumed run starts again."""
         self._carried = RestoredGroups()
         self.counts = StepCounts()
         self.tally = health.tally()
-        """Of the step under way; meanwhile, of the groups that dynamic sampling leaves out."""
+        """The tally of the step in progress; while groups are collected, of those that dynamic sampling drops."""
         self._params = SamplingParams(
             temperature=config.rollout.temperature,
             top_p=config.rollout.top_p,
@@ -94,18 +94,18 @@ class Collector:
         )
         self._sampling = how_sampled(config, self._params)
 
-    # One step.
+    # One step
 
     async def collect(self, step: int, total_steps: int) -> list[Group]:
-        """The next P complete groups in dispatch order; fewer, but at least one, when the budget of dynamic sampling is spent, or
-        the prompts are; none when there is no batch any more. Meanwhile the learner works on those of them that are there.
+        """Return the next P complete groups in dispatch order, while the learner works on those that are already complete.
 
-        Always the oldest: however samples overtake each other, batches are the same, and no group waits for more than
-        `max_staleness` steps.
+        There are fewer than P, but at least one, when the budget of dynamic sampling or the prompts are used up, and none when no
+        batch is left. Groups are always the oldest: however samples overtake each other, batches are the same, and no group waits
+        for more than `max_staleness` steps.
 
         Args:
-            step: steps done.
-            total_steps: of the run, as far as is known.
+            step: the number of steps done.
+            total_steps: the number of steps of the run, as far as is known.
         """
         self._step, self._total_steps = step, total_steps
         self.counts, self.tally = StepCounts(), self._health.tally()
@@ -134,42 +134,48 @@ class Collector:
         return batch
 
     def num_left(self) -> float:
-        """Prompts that may still be begun."""
+        """The number of prompts that may still be dispatched."""
         return self._length.num_left(self._order, self._carried.dropped)
 
     def _num_oldest_ready(self) -> int:
-        """Those that nothing under way was dispatched before, which are the first of `_ready`."""
+        """The number of groups at the head of `_ready` that were dispatched before everything in flight."""
         oldest = next((g.order for g in self._under_way.values()), self._order)
         return bisect.bisect_left(self._ready, oldest, key=_order)
 
     def _certain(self, wanted: int) -> list[Group]:
-        """Complete groups that this step's batch will hold: fewer than `wanted` can come before them."""
+        """The complete groups that are certain to be in this step's batch: fewer than `wanted` can come before them."""
         *_, last = islice(self._cursor_at, wanted)
         return self._ready[: bisect.bisect_right(self._ready, last, key=_order)]
 
     def _wanted(self) -> int:
-        """Groups of this step's batch. Each group without signal beyond the budget of dynamic sampling makes it one smaller
-        instead of being replaced; which groups are in it never depends on the order in which they were finished."""
+        """The number of groups in this step's batch.
+
+        Each group without signal beyond the budget of dynamic sampling makes the batch one smaller instead of being replaced; which
+        groups are in it never depends on the order in which they finished.
+        """
         a, size = self.config.algorithm, self.config.prompts_per_step
         if not a.dynamic_sampling:
             return size
         unreplaced = self.counts.dropped.get(NO_SIGNAL, 0) - (a.max_sampling_rounds - 1) * size
-        # Sampling ahead may have spent the budget with groups for later steps complete: those are not lost.
+        # Sampling ahead may have spent the budget while groups for later steps are complete: those are not lost.
         return max(size - max(0, unreplaced), min(size, self._num_oldest_ready()), self._num_due())
 
     def _num_due(self) -> int:
-        """Groups that have to be in this step's batch, or some would be left when their staleness bound has come: one that is
-        due j steps later needs all before it trained as well by then, and a step trains P at most."""
+        """The number of groups that have to be in this step's batch so that none exceeds its staleness bound.
+
+        A group that is due j steps later needs all groups before it trained by then as well, and a step trains at most P.
+        """
         bound, size = self.config.algorithm.max_staleness, self.config.prompts_per_step
         groups = sorted((*self._ready, *self._under_way.values()), key=_order)
         last_steps = (max(g.dispatched_version + bound - self._step, 0) for g in groups)
         return max((place + 1 - j * size for place, j in enumerate(last_steps)), default=0)
 
-    # How a group is begun.
+    # Dispatch
 
     def _dispatch(self, wanted: int) -> None:
-        """Start as many groups as the staleness bound allows: those that a later step would train too late are not begun, nor
-        those that no step would train."""
+        """Start as many groups as the staleness bound allows, leaving out those that a later step would train too late or that no
+        step would train.
+        """
         ahead = min(self.config.algorithm.max_staleness, self._total_steps - self._step - 1)
         allowed = wanted + ahead * self.config.prompts_per_step
         num_fresh = min(allowed - len(self._ready) - len(self._under_way), self.num_left())
@@ -179,7 +185,7 @@ class Collector:
         self._ledger.dispatched(fresh)
         begun = fresh
         if self._cursor.epoch > 0:
-            # The longest first: what is begun last ends last, and everything waits for it.
+            # The longest first: what starts last ends last, and the step waits for it.
             lengths = self._ledger.last_lengths(fresh)
             begun = sorted(fresh, key=lambda g: -lengths.get(g.prompt.id, 0.0))
         fillings = {group.order: self._fill(group) for group in begun}
@@ -199,7 +205,7 @@ class Collector:
         return group
 
     def _fill(self, group: Group) -> asyncio.Future[None]:
-        """Begin to sample G completions of the prompt and to score them, or take them from the checkpoint."""
+        """Start sampling and scoring G completions of the prompt, or take them from the checkpoint."""
         if (kept := self._carried.take(group)) is not None:
             self.counts.from_checkpoint += 1
             group.samples, group.scores = kept.infos(self._roles.samples.put(kept.samples)), kept.scores
@@ -229,7 +235,7 @@ class Collector:
             num_trained=self._length.num_rows,
         )
 
-    # What becomes of a group that is finished.
+    # Finished groups
 
     def _settle(self, group: Group, filling: asyncio.Future[None]) -> None:
         try:
@@ -250,7 +256,7 @@ class Collector:
             self._leave_out(group)
 
     def _why_not(self, group: Group) -> str | None:
-        """Why a group gets no place in a batch, and the next prompt gets it; None: it has one."""
+        """The reason why a group is left out of the batch and replaced by the next prompt; None if it is kept."""
         refuse_rewards_of_steps(group, self.config.algorithm)
         if (failure := apply_failure_policy(group, self.counts, self.config, self._step + 1)) is not None:
             return failure
@@ -261,17 +267,18 @@ class Collector:
         return NO_SIGNAL
 
     def _leave_out(self, group: Group) -> None:
-        """Of every batch: others take its place."""
+        """Remove the group from every batch, so that others take its place."""
         del self._cursor_at[group.order]
         self.early.look_again()
 
-    # The end of a run, and what outlives it.
+    # End of the run, and its checkpoints
 
     async def end(self) -> str:
-        """The prompts are used up before the steps are: groups were dropped. Those that are left make no batch.
+        """Drop the groups that are left and make no batch, when the prompts are used up before the steps are because groups were
+        dropped.
 
         Returns:
-            What is told of it.
+            The message for the user.
         """
         await self.early.finish()
         for group in (*self._ready, *self._under_way.values()):
@@ -283,18 +290,18 @@ class Collector:
         return used_up(self.config, self._step, self._total_steps, self._ledger.summary().drop_reasons)
 
     async def cancel(self) -> None:
-        """Wait for nothing any more."""
+        """Cancel all groups in flight and the partial batch."""
         for filling in self._under_way:
             filling.cancel()
         await asyncio.gather(*self._under_way, return_exceptions=True)
         await self.early.cancel()
 
     def follow(self, learner: Learner) -> None:
-        """Finished groups go to this learner from now on."""
+        """Send finished groups to this learner from now on."""
         self.early = PartialBatches(self.config, learner, self._finished.put_nowait)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where a resumed run begins again: what is under way is sampled anew."""
+        """Where a resumed run starts again: groups in flight are sampled anew."""
         order = min(self._cursor_at, default=self._order)
         return {
             "order": order,
@@ -304,7 +311,7 @@ class Collector:
         }
 
     def finished_groups(self) -> More:
-        """What is finished at this moment and in no batch, to be written into a checkpoint."""
+        """A writer of the groups that are finished now and in no batch, for a checkpoint."""
         finished = sorted((*self._ready, *(g for t, g in self._under_way.items() if _succeeded(t))), key=_order)
 
         async def fetch() -> Callable[[Path], None]:
@@ -314,11 +321,12 @@ class Collector:
         return fetch
 
     async def load_state_dict(self, state: dict[str, Any], step: int, place: CheckpointLocation) -> None:
-        """
+        """Restore the state of a checkpoint, with its finished groups.
+
         Args:
-            state: of `state_dict`.
-            step: of the checkpoint.
-            place: of the checkpoint, with its finished groups.
+            state: the result of `state_dict`.
+            step: the step of the checkpoint.
+            place: the location of the checkpoint, with its finished groups.
         """
         self._step = step
         self._cursor.load_state_dict(state["cursor"])

@@ -1,10 +1,10 @@
-"""Held-out accuracy, by the same samplers and the same reward functions as training.
+"""Held-out accuracy, measured with the same rollout engines and the same reward functions as training.
 
 pass@1 is the mean over k samples of each prompt (DeepSeek-R1, 2501.12948, section 3.1), k = `eval.num_samples`; with more
 than one, also pass@k and cons@k, the majority vote over their answers. See `grpo_ray.telemetry.measures`.
 
-A sample of which the accuracy has nothing to say (None, or a row of other `sources`) is neither right nor wrong: it has no part
-in any measure, and is counted.
+A sample to which the accuracy does not apply (None, or a row of other `sources`) is neither right nor wrong: it is left out of
+every measure, and counted.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Answered:
     infos: list[SampleInfo]
     scores: list[Score]
     right: list[bool | None]
-    """None: the accuracy does not apply."""
+    """Whether each sample is right; None where the accuracy does not apply."""
     votes: list[float | None] | None
 
 
@@ -61,7 +61,8 @@ def eval_sampling(config: RunConfig) -> SamplingParams:
 
 
 def vote_config(config: RunConfig) -> RewardConfig | None:
-    """The scorer that tells which answers are the same, for `evaluate`; None: with one sample there is no vote."""
+    """The config of the scorer that decides which answers are the same, for `evaluate`; None with one sample, where there is no
+    vote."""
     if config.eval.num_samples == 1 or config.data.eval is None:
         return None
     votes = MATH_VOTES if accuracy_name(config) == "accuracy" else TEXT_VOTES
@@ -87,11 +88,11 @@ async def evaluate(
     """Sample and score every prompt `eval.num_samples` times.
 
     Args:
-        voter: a scorer of `vote_config`. None: no cons@k.
+        voter: a scorer made with `vote_config`. None: no cons@k.
         trainer: how far training is, for reward functions. None: nothing is trained.
 
     Raises:
-        RewardError: a score or a vote failed. An accuracy with holes would be compared with one without.
+        RewardError: a score or a vote failed; an accuracy with missing scores would be compared with a complete one.
     """
     params = eval_sampling(config)
     name = accuracy_name(config)
@@ -141,7 +142,7 @@ async def evaluate(
 
 
 def eval_event(step: int, name: str, result: EvalResult) -> EvalEvent:
-    """What watchers are told of an evaluation; `name` of its set where there are several."""
+    """The event that reports an evaluation; `name` is that of its data set where there are several."""
     others = {measure: value for measure, value in result.measures.items() if measure != "pass@1"}
     accuracy = result.accuracy
     mean, error = (None, 0.0) if accuracy is None else (accuracy.mean, accuracy.standard_error)
@@ -160,7 +161,7 @@ def _measures(answered: Sequence[_Answered], k: int) -> dict[str, Estimate]:
 
 
 def _votes_that_count(answered: _Answered) -> tuple[list[float | None], list[bool]] | None:
-    """Of the samples to which the accuracy applies, and whether each is right; None: there are none, or there was no vote."""
+    """The votes of the samples to which the accuracy applies, and whether each is right; None without such samples or votes."""
     if answered.votes is None:
         return None
     pairs = [(v, right) for v, right in zip(answered.votes, answered.right, strict=True) if right is not None]

@@ -1,4 +1,4 @@
-"""`reward.on_failure`: what becomes of a group whose scores failed, and when there are too many of them to go on."""
+"""The policy `reward.on_failure`: what happens to a group whose scores failed, and how many failures end the run."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from grpo_ray.errors import RewardError
 from grpo_ray.types import Group, Score
 
 DROPPED = "reward_failed"
-"""Why a group is dropped, as metrics have it; the ledger names the kind of failure."""
+"""The reason for a dropped group in metrics; the ledger names the kind of failure."""
 MIN_GROUPS = 4
-"""Failures are counted against the scores of at least so many groups: one poisoned prompt is no reason to end, and a function that
-always hangs is found soon."""
+"""The least number of groups whose scores failures are counted against: one bad prompt does not end the run, and a function that
+always hangs is found soon.
+"""
 
 
 @dataclass
 class StepCounts:
-    """What happened while the batch of one step was collected."""
+    """Counts of what happened while the batch of one step was collected."""
 
     scored: int = 0
     failed: dict[str, int] = field(default_factory=dict)
-    """Reward function -> failed scores."""
+    """The number of failed scores by reward function."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Reason -> groups."""
+    """The number of dropped groups by reason."""
     last_failure: str = ""
     from_checkpoint: int = 0
-    """Groups that were sampled in an earlier life of the run."""
+    """The number of groups that were sampled before the run was resumed."""
 
     def drop(self, reason: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
@@ -42,13 +43,13 @@ class StepCounts:
 
 
 def apply_failure_policy(group: Group, counts: StepCounts, config: RunConfig, step: int) -> str | None:
-    """Count the scores of a group, and give those that failed their value where the policy says so.
+    """Count the scores of a group, and give the failed ones the value that the policy sets.
 
     Args:
-        step: that collects the group; 1 is the first.
+        step: the step that collects the group; the first is 1.
 
     Returns:
-        Why the group is to be dropped, in the ledger's words; None: it is kept.
+        The reason why the group is to be dropped, as the ledger records it; None if it is kept.
 
     Raises:
         RewardError: more scores of the step failed than `reward.on_failure.abort_above` allows.
@@ -76,7 +77,7 @@ def apply_failure_policy(group: Group, counts: StepCounts, config: RunConfig, st
 
 
 def refuse_rewards_of_steps(group: Group, algorithm: AlgorithmConfig) -> None:
-    """Raises RewardError for rewards of steps where the algorithm would train on their sum in silence."""
+    """Raise RewardError for step rewards where the algorithm would silently train on their sum."""
     kind = algorithm.advantage
     name = next((p.name for s in group.scores for p in s.parts if p.steps), None)
     if name is not None and kind != "process":

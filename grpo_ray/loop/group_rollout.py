@@ -1,8 +1,8 @@
-"""The G samples of a group, each scored the moment it is drawn: a future of the whole group.
+"""Future of a whole group, whose G samples are each scored as soon as they are finished.
 
     requests -> Sampler.generate -> Scorer.score -> group.samples, group.scores
 
-By callbacks: a task for each sample would cost the controller as much as everything else that it does for the sample.
+It works by callbacks: a task for each sample would cost the controller as much as everything else that it does for the sample.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ T = TypeVar("T")
 
 
 class GroupRollout(asyncio.Future[None]):
-    """Done when the group is full. The first failure is its failure, and ends the rest; cancelling it ends all."""
+    """Future that is done when the group is complete. The first failure is its failure and cancels the rest; cancelling it
+    cancels all."""
 
     __slots__ = ("_drawn", "_per_call", "_scored", "_scorer", "_size", "_trainer", "_under_way", "group")
 
@@ -34,7 +35,9 @@ class GroupRollout(asyncio.Future[None]):
         at_once: bool,
         trainer: TrainerState | None = None,
     ) -> None:
-        """`at_once`: the samples of the group are scored in one call, when all are drawn (`RewardConfig.whole_groups`)."""
+        """Start sampling. With `at_once` the samples of the group are scored in one call, when all are finished
+        (`RewardConfig.whole_groups`).
+        """
         super().__init__(loop=asyncio.get_running_loop())
         self.group = group
         self._scorer = scorer
@@ -42,11 +45,11 @@ class GroupRollout(asyncio.Future[None]):
         self._size = len(requests)
         self._per_call = self._size if at_once else 1
         self._drawn: list[SampleInfo] = []
-        """And not given to the scorer yet."""
+        """Finished samples that have not been sent to the scorer yet."""
         self._scored: dict[int, tuple[SampleInfo, Score]] = {}
-        """By their index."""
+        """Scored samples by their index."""
         self._under_way: dict[asyncio.Future[Any], Callable[[Any], None]] = {}
-        """And what its result is for."""
+        """The futures in flight, each with the callback that takes its result."""
         then = self._take_sample
         for request in requests:
             self._begin(sampler.generate(request), then)
@@ -66,7 +69,7 @@ class GroupRollout(asyncio.Future[None]):
 
     def _go_on(self, future: asyncio.Future[Any]) -> None:
         if self.done():
-            # Looked at, so that asyncio does not tell of an error that nobody saw.
+            # Retrieved, so that asyncio does not log an exception that was never retrieved.
             _ = future.cancelled() or future.exception()
             return
         try:

@@ -1,7 +1,7 @@
 """asyncio.Future that runs its one callback synchronously on completion, which saves an event-loop iteration.
 
-A sample waits for two of them, that it is drawn and that it is scored: with thousands of samples under way these iterations were a
-tenth of all that the controller does.
+A sample waits for two of them, its completion and its score: with thousands of samples in flight these iterations were a tenth of
+the controller's work.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 
 class ImmediateFuture(asyncio.Future[T]):
-    """To be awaited like any future, or taken at once by one taker.
+    """Future that can be awaited like any other, or hand its result to one callback synchronously.
 
-    The taker runs inside the code that sets the result, which has to bear that calls come back into it.
+    The callback runs inside the code that sets the result, which has to tolerate calls back into it.
     """
 
     __slots__ = ("_taker",)
@@ -26,7 +26,7 @@ class ImmediateFuture(asyncio.Future[T]):
         self._taker: Callable[[asyncio.Future[T]], None] | None = None
 
     def when_done(self, taker: Callable[[asyncio.Future[T]], None]) -> None:
-        """Call it with this future, which is done then; in the next turn of the event loop if it is done already."""
+        """Call `taker` with this future on completion; in the next iteration of the event loop if it is done already."""
         if self.done():
             self.add_done_callback(taker)
         else:

@@ -1,10 +1,10 @@
-"""What the loop needs of the machinery, and nothing more.
+"""Protocols of everything that the loop calls: rollout engines, reward workers, learner, weight sync, scaling, samples and logs.
 
-`actors/` implements these over Ray; a test implements them over plain objects. What takes time is awaited: the loop has thousands
-of samples under way at once and reads as if it had one.
+`actors/` implements these over Ray; a test implements them over plain objects. Slow calls are awaited: the loop has
+thousands of samples in flight and reads as if it had one.
 
-Contract of every method: it ends, with a result or an exception, within the deadline that its owner was built with; the
-exception names what was waited for.
+Every method ends, with a result or an exception, within the deadline that its owner was built with; the exception names what was
+waited for.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from grpo_ray.types import (
 
 
 class Sampler(Protocol):
-    """A pool of rollout engines. Chooses the engine, moves work when one dies."""
+    """Pool of rollout engines, which chooses the engine and moves requests when one dies."""
 
     def generate(self, request: SampleRequest) -> Awaitable[SampleInfo]:
-        """Draw one sample. Many calls run at once, and whoever cancels one needs it no more."""
+        """Sample one completion. Many calls run at once; a cancelled call's sample is not needed any more."""
         ...
 
     def take_stats(self) -> dict[str, float]:
@@ -46,7 +46,7 @@ class Sampler(Protocol):
 
 
 class Scorer(Protocol):
-    """A pool of reward workers."""
+    """Pool of reward workers."""
 
     def score(self, requests: Sequence[ScoreRequest]) -> Awaitable[list[Score]]:
         """Score samples (one, or a whole group for rewards that compare its members); one Score each, in order.
@@ -56,7 +56,7 @@ class Scorer(Protocol):
         ...
 
     def take_tracks(self) -> list[Track]:
-        """What each worker did since the last call."""
+        """What each reward worker did since the last call."""
         ...
 
 
@@ -64,64 +64,69 @@ class Learner(Protocol):
     """All learner ranks as one."""
 
     async def accumulate(self, part: TrainBatch) -> None:
-        """Forward and backward of groups that will be in the batch of the next `update`, while it is not whole yet."""
+        """Run forward and backward passes on groups that will be in the batch of the next `update`, while it is not complete
+        yet."""
         ...
 
     async def update(self, batch: TrainBatch) -> UpdateReport:
-        """Train on the batch: `num_iterations` passes in mini-batches, one optimizer step for each mini-batch. What
-        `accumulate` has had of it is not computed again."""
+        """Train on the batch: `num_iterations` passes in mini-batches, one optimizer step for each mini-batch. Groups that
+        `accumulate` has had are not computed again.
+        """
         ...
 
     async def hold(self, place: CheckpointLocation, *, export: bool) -> None:
         """Copy into memory what `write` will write: weights, optimizer, schedule, random state; with `export` also the policy as a
-        Hugging Face model."""
+        Hugging Face model.
+        """
         ...
 
     async def write(self, place: CheckpointLocation) -> Mapping[str, FileSum]:
-        """Write what is held into a new place, while training goes on; returns what was written. Called once after `hold`."""
+        """Write the held copy into a new place while training goes on; returns what was written. Called once after `hold`."""
         ...
 
     async def load(self, place: CheckpointLocation) -> None:
-        """Back to what was held."""
+        """Restore the state saved at `place`."""
         ...
 
 
 class WeightSync(Protocol):
-    """The way from the learner to the samplers."""
+    """Weight synchronization from learner ranks to rollout engines."""
 
     async def sync(self, version: int) -> SyncReport:
-        """Give every live engine the learner's current weights under the name `version`; all of them, or an error."""
+        """Give every live engine the learner's current weights as policy `version`; all of them, or raise."""
         ...
 
 
 class Scaler(Protocol):
-    """Who changes the number of workers while a run goes on. Samplers and scorers come and go by themselves; for learners the loop
-    has to be between two steps."""
+    """Autoscaler of the workers of a running run. Rollout engines and reward workers are added and removed without the loop;
+    learner ranks only between two steps.
+    """
 
     def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A step is done; its metrics may be a reason to scale."""
+        """Note that a step is done; its metrics may be a reason to scale."""
         ...
 
     @property
     def wants_learners(self) -> bool:
-        """The number of learners is to change."""
+        """Whether the number of learner ranks is to change."""
         ...
 
     async def change_learners(self, place: CheckpointLocation | None) -> tuple[Learner, WeightSync]:
-        """End the learners and start others, with what is saved at `place`; None: with the starting model. Samplers, which have
-        the same weights, go on meanwhile."""
+        """Replace the learner ranks by others that load the checkpoint at `place`; None: the starting model. Rollout engines, which
+        have the same weights, keep sampling meanwhile.
+        """
         ...
 
 
 class SampleStore(Protocol):
-    """Where the tokens are, behind `SampleInfo.ref`."""
+    """Store of the tokens behind `SampleInfo.ref`."""
 
     async def fetch(self, refs: list[Any]) -> list[Sequence[Sample]]:
         """The lists behind these handles, in order."""
         ...
 
     def put(self, samples: list[Sample]) -> Any:
-        """A handle on these."""
+        """A handle on these samples."""
         ...
 
 
@@ -136,23 +141,23 @@ class InMemory:
 
 
 class RolloutLog(Protocol):
-    """Where samples are written down for people: `rollouts/*.parquet`."""
+    """Human-readable log of samples: `rollouts/*.parquet`."""
 
     async def write(self, step: int, groups: Sequence[Group], batch: TrainBatch) -> None:
-        """May return before the file is there; the next call, or `close`, says what went wrong with it.
+        """Queue the groups of a step; the file may be written after the return, and the next call, or `close`, raises its error.
 
-        `batch`: what the learner gets of these groups.
+        `batch` is what the learner gets of these groups.
         """
         ...
 
     async def close(self) -> None:
-        """Everything is on disk when it returns; a later `write` opens it again."""
+        """Flush everything to disk before returning; a later `write` opens the log again."""
         ...
 
 
 @dataclass(frozen=True)
 class Roles:
-    """Who does what in one run."""
+    """The implementations of all Protocols for one run."""
 
     sampler: Sampler
     scorer: Scorer
@@ -161,7 +166,7 @@ class Roles:
     rollout_log: RolloutLog
     samples: SampleStore = field(default_factory=InMemory, kw_only=True)
     voter: Scorer | None = None
-    """Tells which answers of an evaluation are the same; see `grpo_ray.loop.evaluate.vote_config`."""
+    """Decides which answers of an evaluation are the same; see `grpo_ray.loop.evaluate.vote_config`."""
     shared_devices: bool = False
-    """Samplers and learners use the same ones: what one wins by working at the same time, the other loses."""
+    """Whether rollout engines and learner ranks share devices: what one gains by working at the same time, the other loses."""
     scaler: Scaler | None = field(default=None, kw_only=True)

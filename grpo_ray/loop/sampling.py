@@ -1,8 +1,8 @@
-"""Offline generation: every prompt of a data set, several samples each, scored, to files that a killed run goes on with.
+"""Offline generation: several scored samples of every prompt of a data set, in files from which a killed run resumes.
 
     prompts in order -> GroupRollout (sample, score) -> shard complete -> SampleFolder.write
 
-A sample's seed depends on its prompt alone, so prompts that are drawn again after a kill get the same samples.
+A sample's seed depends on its prompt alone, so prompts that are sampled again after a kill get the same samples.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from grpo_ray.telemetry.sample_figures import Figures, figures_in
 from grpo_ray.types import Group, SampleRequest, SamplingParams, ScoreStatus
 
 WAVES = 2
-"""So many times what the engines sample at once is under way: they never wait for the next prompt."""
+"""The number of samples in flight, as a multiple of what the engines sample at once: they never wait for the next prompt."""
 TOLD = 500
-"""How often progress is told in a whole run."""
+"""The number of progress reports in a whole run."""
 DRAWS = 5
-"""How often the samples of a file are drawn, as long as nodes die that hold them."""
+"""The most attempts at sampling one file, while nodes die that hold its samples."""
 
 
 @dataclass(frozen=True)
 class SamplingReport:
     num_made: int
-    """Samples of this call."""
+    """The number of samples made by this call."""
     num_before: int
-    """That were there already."""
+    """The number of samples that existed before."""
     num_tokens: int
-    """Completion tokens of this call."""
+    """The number of completion tokens made by this call."""
     seconds: float
-    """Of this call, engines running."""
+    """The duration of this call, with engines running."""
     left_out: tuple[LeftOut, ...]
-    """Prompts of this call without samples."""
+    """The prompts of this call without samples."""
     num_unscored: int = 0
-    """Samples of this call to which no reward applies."""
+    """The number of samples of this call to which no reward applies."""
     why_unscored: str = ""
-    """Of the first of them, in words."""
+    """The reason for the first of them."""
 
 
 def sampling_params(config: RunConfig) -> SamplingParams:
@@ -73,7 +73,7 @@ def about_samples(config: RunConfig, prompts: PromptDataset, model: str, model_s
 
 
 def about_answers(config: RunConfig, prompts: PromptDataset, model: str, model_sha256: str) -> About:
-    """Of an evaluation: all in one file."""
+    """The metadata of an evaluation's answers, which are all in one file."""
     return _about(config, prompts, model, model_sha256, eval_sampling(config), config.eval.num_samples, len(prompts))
 
 
@@ -110,7 +110,7 @@ def _about(
 async def write_answers(
     path: Path, about: About, prompts: PromptDataset, result: EvalResult, samples: SampleStore
 ) -> Figures:
-    """What an evaluation drew, to a folder of samples; what they are worth."""
+    """Write the samples of an evaluation to a folder, and return their figures."""
     k = about.num_samples
     refs = list({id(info.ref): info.ref for info in result.infos}.values())
     lists = {id(ref): rows for ref, rows in zip(refs, await samples.fetch(refs), strict=True)}
@@ -136,10 +136,10 @@ async def sample_all(
     config: RunConfig,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> SamplingReport:
-    """Make the files that `folder` lacks. A prompt that ends engines gets no samples, and is named in its file.
+    """Make the files that `folder` lacks. A prompt that crashes engines gets no samples and is named in its file.
 
     Raises:
-        RewardError: more of a file's samples than reward.on_failure.abort_above could not be scored.
+        RewardError: the fraction of a file's samples that could not be scored is over `reward.on_failure.abort_above`.
         LostSamplesError: nodes died with the samples of one file, `DRAWS` times.
     """
     began = time.monotonic()
@@ -158,7 +158,7 @@ async def sample_all(
     progress(done, total)
 
     async def draw(index: int) -> Group | LeftOut:
-        """Its place is taken already: prompts begin in order."""
+        """Sample one prompt, whose slot is taken already: prompts start in order."""
         nonlocal done
         out: Group | LeftOut
         try:
@@ -211,7 +211,7 @@ async def sample_all(
                 why_unscored = "; ".join(why_not_applicable(f, columns, None) for f in config.reward.functions)
 
     async def make(number: int, groups: Sequence[asyncio.Task[Group | LeftOut]]) -> None:
-        """Samples that went with their node are drawn again, and are the same."""
+        """Write one file; samples that were lost with their node are sampled again, and are the same."""
         nonlocal done
         for left in reversed(range(DRAWS)):
             try:

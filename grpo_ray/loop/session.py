@@ -1,4 +1,4 @@
-"""What every training loop has, whatever it trains: its steps, how it is stopped, its checkpoints, its figures."""
+"""Base of every training loop: steps, stop requests, checkpoints and metrics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ C = TypeVar("C", bound=CommonConfig)
 
 
 class Session(Generic[C]):
-    """A run in one process: from its first step, or from a checkpoint, to its last, or to where it is stopped."""
+    """Training run in one process, from its first step or a checkpoint to its last step or a stop."""
 
     def __init__(
         self,
@@ -36,9 +36,9 @@ class Session(Generic[C]):
         self.trackers = trackers
         self.emit = emit
         self.step = 0
-        """Steps done; also the policy version of the learner."""
+        """The number of steps done, which is also the policy version of the learner."""
         self.total_steps = length.num_steps
-        """Fewer in the end, if groups are dropped and the prompts used up before."""
+        """The number of steps of the run; fewer in the end if groups are dropped and the prompts used up before."""
         self._length = length
         self._saver = Saver(run, learner, keep=config.checkpoint.keep, emit=emit, store_s=config.deadlines.store_s)
         self._saved_step = -1
@@ -49,21 +49,21 @@ class Session(Generic[C]):
         self._timeline = Timeline(run.trace if config.tracking.trace else None)
 
     def stop(self, reason: str) -> None:
-        """End after the step under way, with a checkpoint."""
+        """Stop after the step in progress, with a checkpoint."""
         self._stop_reason = reason
 
     def checkpoint_soon(self) -> None:
-        """After the step under way, and go on."""
+        """Save a checkpoint after the step in progress, and continue."""
         self._checkpoint_wanted = True
 
     @property
     def _is_fresh(self) -> bool:
-        """Neither a step nor a checkpoint is done."""
+        """Whether there is neither a step nor a checkpoint yet."""
         return self.step == 0 and self._saved_step < 0
 
     @property
     def _goes_on(self) -> bool:
-        """There is a next step."""
+        """Whether there is a next step."""
         return self.step < self.total_steps and self._stop_reason is None and not self._saver.gave_up
 
     @property
@@ -80,7 +80,7 @@ class Session(Generic[C]):
         return self._due(c.every_steps) or self._checkpoint_wanted or self._saver.is_late(c.every_minutes)
 
     async def _load(self, step: int, learner: Learner) -> dict[str, Any]:
-        """The learner is as it was after `step`; returns what else was saved there."""
+        """Restore the learner as it was after `step`; returns what else was saved there."""
         state = self.run_dir.load_state(step)
         self._timeline.resume(step)
         await learner.load(self.run_dir.place(step))
@@ -96,7 +96,7 @@ class Session(Generic[C]):
             self._track({"time/checkpoint": span.seconds})
 
     async def _deliver(self) -> None:
-        """The last checkpoint is where it is to stay."""
+        """Wait until the last checkpoint is at its destination."""
         await self._saver.deliver()
         self._track(self._saver.take_metrics())
 

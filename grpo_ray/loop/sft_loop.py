@@ -22,7 +22,7 @@ E = TypeVar("E")
 
 
 class SftLoop(Session[SftConfig], Generic[E]):
-    """A run that learns from examples."""
+    """Training run on examples."""
 
     def __init__(
         self,
@@ -35,8 +35,9 @@ class SftLoop(Session[SftConfig], Generic[E]):
         batch_of: Callable[[int, Sequence[E]], TrainBatch],
         measure: Callable[[], Awaitable[dict[str, float]]] | None = None,
     ) -> None:
-        """`batch_of`: (step, examples) -> what is trained on. `measure`: held-out figures, asked for before the first step and
-        after the last."""
+        """Create the loop: `batch_of` turns (step, examples) into a batch; `measure` returns held-out figures, and is called before
+        the first step and after the last.
+        """
         super().__init__(config, learner, run_length(config, len(cursor)), run, trackers, emit)
         self.learner = learner
         self.cursor = cursor
@@ -76,7 +77,7 @@ class SftLoop(Session[SftConfig], Generic[E]):
             batch = self.batch_of(self.step, [self.cursor.next() for _ in range(number)])
             update = await self.learner.update(batch)
             if self.step == 0:
-                # From here on something is recorded, and that needs a checkpoint to go on from.
+                # From here on the run is recorded, so there has to be a checkpoint to resume from.
                 await self._saver.finish()
         self.step += 1
         seconds = self._time.end_step()
@@ -109,7 +110,7 @@ class SftLoop(Session[SftConfig], Generic[E]):
 
 
 def sft_batch(step: int, examples: Sequence[SftExample]) -> TrainBatch:
-    """Demonstrations in the form of samples: the completion is what was written down instead of drawn."""
+    """A batch of demonstrations in the form of samples, whose completions were written instead of sampled."""
     rows = [
         Sample(
             prompt_id=e.id,

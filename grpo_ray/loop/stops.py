@@ -1,9 +1,9 @@
-"""What ends a sample, and what of it rewards and people read.
+"""Stop conditions of a completion, and the text of it that reward functions and people read.
 
     the model's end-of-sequence tokens + the template's end of a turn + rollout.stop_token_ids + rollout.stop -> Stops
 
-A completion is read as the model wrote it, tokens that are special included (`<think>` is one in many tokenizers). Left out is
-only the token that ended the turn.
+A completion is decoded as the model wrote it, special tokens included (`<think>` is one in many tokenizers). Only the token that
+ended the turn is left out.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from grpo_ray.errors import ConfigError, DataError
 from grpo_ray.models.loading import eos_ids, load_config, vocab_size
 
 _TAG = re.compile(r"</\w+>")
-"""Closes a part of the answer, and so belongs to it, also where it is a special token that ends the sample."""
+"""The pattern of a closing tag, which belongs to the answer even where it is a special token that ends the completion."""
 
 
 @dataclass(frozen=True)
 class Stops:
     token_ids: tuple[int, ...]
     strings: tuple[str, ...]
-    """Looked for in the text as it is written, special tokens included; they stay in it."""
+    """Strings that end a completion; they are searched in the decoded text, special tokens included, and stay in it."""
     hidden: frozenset[int]
-    """Of `token_ids`, those that are left out at the end of the text: they end a turn and say nothing."""
+    """Those of `token_ids` that are left out at the end of the text: they end a turn and carry no content."""
 
     def read(self, tokenizer: Any, token_ids: Sequence[int]) -> str:
         """The text of a completion of [T] tokens."""
@@ -40,13 +40,13 @@ class Stops:
         return text
 
     def describe(self, tokenizer: Any) -> str:
-        """For people: `<|im_end|> (151645), '</answer>'`."""
+        """Human-readable form: `<|im_end|> (151645), '</answer>'`."""
         tokens = [f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in self.token_ids]
         return ", ".join([*tokens, *(repr(s) for s in self.strings)])
 
 
 def template_end(tokenizer: Any, template: str) -> TurnEnd | None:
-    """How data.template ends an assistant's turn; None outside chat templates, and for one that does not tell."""
+    """How data.template ends an assistant's turn; None outside chat templates, and where the template does not reveal it."""
     if not is_chat(template):
         return None
     try:
@@ -56,8 +56,9 @@ def template_end(tokenizer: Any, template: str) -> TurnEnd | None:
 
 
 def name_turn_end(model: Any, tokenizer: Any) -> None:
-    """Let generation_config.json of an exported model name the end of its chat template's turns, so that it ends an answer in any
-    program as it does here: a base model's files often name another token."""
+    """Name the end of the chat template's turns in generation_config.json of an exported model, so that it ends an answer in any
+    program as it does here: a base model's files often name another token.
+    """
     config, end = getattr(model, "generation_config", None), template_end(tokenizer, "chat")
     if config is None or end is None:
         return
@@ -67,14 +68,14 @@ def name_turn_end(model: Any, tokenizer: Any) -> None:
 
 
 def describe_end(tokenizer: Any, template: str) -> str:
-    """For people: what ends a demonstration. Raises DataError: nothing does."""
+    """Human-readable form of what ends a demonstration. Raises DataError if nothing does."""
     end = make_template(template, tokenizer).end
     whence = "as the chat template ends a turn" if end.token in end.tail else "the tokenizer's end-of-sequence token"
     return f"an answer ends with {end.token} ({end.id}), {whence}"
 
 
 def stops_of_run(config: RunConfig, tokenizer: Any, model: str) -> Stops:
-    """All that ends a run's samples. Raises ConfigError, see `find_stops`."""
+    """All stop conditions of a run. Raises ConfigError, see `find_stops`."""
     code = config.model.trust_remote_code
     return find_stops(
         tokenizer,
@@ -94,17 +95,17 @@ def find_stops(
     strings: Sequence[str] = (),
     token_ids: Sequence[int] = (),
 ) -> Stops:
-    """All that ends a sample.
+    """Collect all stop conditions.
 
     Args:
-        eos_ids: that the model itself names, see `grpo_ray.models.loading.eos_ids`.
+        eos_ids: the end-of-sequence tokens of the model, see `grpo_ray.models.loading.eos_ids`.
         end: how the template ends a turn.
-        num_tokens: that the model can sample.
+        num_tokens: the number of tokens that the model can sample.
         strings: `rollout.stop`.
         token_ids: `rollout.stop_token_ids`.
 
     Raises:
-        ConfigError: a string that can never come, or a token that the tokenizer does not have.
+        ConfigError: a string can never occur, or the tokenizer does not have a token.
     """
     ends = [i for i in dict.fromkeys([*eos_ids, *([end.id] if end is not None else [])]) if i < num_tokens]
     special = {str(t.content): int(i) for i, t in tokenizer.added_tokens_decoder.items() if t.special}

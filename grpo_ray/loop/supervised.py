@@ -1,4 +1,4 @@
-"""What a supervised run learns, in one shape for all kinds: demonstrations (SFT), pairs (DPO, reward models), labelled answers.
+"""Task adapters for the supervised trainer (SFT, DPO, reward model): dataset, collator, held-out metrics.
 
 dataset -> Cursor -> examples -> batch -> learner;  before the first step `prepare`, then and at the end `measure`
 """
@@ -27,14 +27,14 @@ from grpo_ray.types import TrainBatch
 
 REFERENCE = "reference.safetensors"
 PAIRS_AT_ONCE = 256
-"""Of a pass without training."""
+"""The number of pairs in one call of a pass without training."""
 
 
 class Valuing(Protocol):
-    """The part of a learner that says what it thinks of samples."""
+    """The part of a learner that evaluates samples without training."""
 
     async def values(self, batch: TrainBatch) -> list[float]:
-        """[S] of each sample its log-probability, or a reward model's score."""
+        """[S]: the log-probability of each sample, or its score by a reward model."""
         ...
 
 
@@ -55,7 +55,7 @@ class Demonstrations:
 
 @dataclass
 class Preferences:
-    """For a reward model: answers are read to their end, and scored."""
+    """Preference pairs for a reward model, which reads answers to their end and scores them."""
 
     sets: PairSets
 
@@ -65,7 +65,7 @@ class Preferences:
 
     @property
     def measures(self) -> bool:
-        """Is there anything held out?"""
+        """Whether there are held-out pairs."""
         return bool(self.sets.eval)
 
     def batch(self, step: int, examples: Sequence[Pair]) -> TrainBatch:
@@ -75,7 +75,7 @@ class Preferences:
         pass
 
     async def measure(self, learner: Valuing) -> dict[str, float]:
-        """Held-out: how often, and by how much, the chosen answer is ahead."""
+        """Held-out figures: how often, and by how much, the chosen answer is ahead."""
         out: dict[str, float] = {}
         for name, pairs in self.sets.eval.items():
             prefix = f"eval/{name}/" if name else "eval/"
@@ -87,7 +87,7 @@ class Preferences:
         return held_out(values, torch.tensor([pair.target for pair in pairs], dtype=torch.float64))
 
     async def _values(self, learner: Valuing, pairs: Sequence[Pair], *, read_last: bool) -> list[list[float]]:
-        """Of each pair, one or two."""
+        """The one or two values of each pair."""
         out: list[list[float]] = []
         for start in range(0, len(pairs), PAIRS_AT_ONCE):
             some = pairs[start : start + PAIRS_AT_ONCE]
@@ -98,19 +98,19 @@ class Preferences:
 
 @dataclass
 class DirectPreferences(Preferences):
-    """For DPO: answers are predicted, and compared with what the model said of them before it was trained."""
+    """Preference pairs for DPO, which predicts answers and compares them with the log-probabilities before training."""
 
     references: dict[int, Sequence[float]] = field(default_factory=dict)
-    """Of the pairs of `dataset` by their index, what the reference says of either answer."""
+    """The index of each pair of `dataset` -> the reference's log-probabilities of its answers."""
     held_references: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Name of a set -> [P, 2], likewise."""
+    """The name of an evaluation set -> the reference's log-probabilities [P, 2]."""
 
     def batch(self, step: int, examples: Sequence[Pair]) -> TrainBatch:
         return pair_batch(step, examples, self.references)
 
     async def prepare(self, learner: Valuing, folder: Path, cursor: Cursor[Pair], num_examples: int) -> None:
-        """The log-probabilities of the reference, which is the learner before its first step: for the pairs that will be trained
-        on, and those held out. Kept in the run's folder, for a run that goes on.
+        """Compute the log-probabilities of the reference, which is the learner before its first step, for the pairs that will be
+        trained on and those held out. They are kept in the run's folder for a resumed run.
 
         Raises:
             ConfigError: those in the folder are of other pairs.
@@ -122,7 +122,7 @@ class DirectPreferences(Preferences):
             self._read(file, places)
 
     def _read(self, file: Path, places: Sequence[int]) -> bool:
-        """Are all of these pairs in it?"""
+        """Read the references; returns whether all of these pairs are in the file."""
         with safe_open(file, "pt") as saved:
             if saved.metadata() != self._fingerprints:
                 raise ConfigError(f"{file} is of other pairs than the run's: restore the data, or start another run")
@@ -160,7 +160,8 @@ def load_task(config: SftConfig, tokenizer: Any, read: Read = load_table) -> Tas
 
 
 def held_out(values: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
-    """Of pairs [P, 2]: how often the first is ahead, and by how much; of labelled answers [P, 1]: how far they are from it."""
+    """Figures of pairs [P, 2]: how often the first is ahead, and by how much; of labelled answers [P, 1]: how far they are from
+    it."""
     if values.shape[1] == 1:
         score_P = values[:, 0]
         right = ((score_P > 0) == (targets > 0.5)).double().mean()

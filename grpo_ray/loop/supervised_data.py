@@ -1,4 +1,4 @@
-"""The examples of a supervised run, read and tokenized: demonstrations, pairs or labelled answers. Torch is not needed."""
+"""Examples of a supervised run, read and tokenized: demonstrations, pairs or labelled answers. Torch is not needed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from grpo_ray.errors import ConfigError
 
 
 def load_examples(config: SftConfig, tokenizer: Any, read: Read = load_table) -> SftDataset | PairSets:
-    """
+    """Read and tokenize the examples.
+
     Args:
-        config: its options.
-        tokenizer: of its model.
+        config: the options of the run.
+        tokenizer: the tokenizer of its model.
         read: how rows are read.
 
     Raises:
-        DataError: names source, line or row, and the mend.
-        ConfigError: a reward model whose texts end in its padding.
+        DataError: a row is unusable; the message names source, line or row, and the fix.
+        ConfigError: the texts of a reward model end in its padding.
     """
     data, seed, longest = config.data, config.seed, config.max_length
     match config:
@@ -46,10 +47,10 @@ def load_examples(config: SftConfig, tokenizer: Any, read: Read = load_table) ->
 
 
 def check_padding(tokenizer: Any, end: TurnEnd | None = None) -> None:
-    """Transformers reads a score at the last token that is no padding.
+    """Check that texts do not end in padding, since Transformers reads a score at the last token that is no padding.
 
     Args:
-        end: of the texts; None: the end-of-sequence token.
+        end: the end of the texts; None: the end-of-sequence token.
 
     Raises:
         ConfigError: that would not be the end of the text.

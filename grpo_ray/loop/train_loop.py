@@ -1,4 +1,4 @@
-"""The loop, over `roles.py`: it knows no Ray, no vLLM and no DeepSpeed, and runs over plain objects in a test.
+"""The RL training loop, written against `roles.py` without Ray, vLLM or DeepSpeed; a test runs it over plain objects.
 
     cursor -> dispatch -> sample x G -> score -> group complete ----+
        ^        (each sample scored the moment it is finished)      |
@@ -6,11 +6,10 @@
     new policy version <- weights <- learner <- batch of P groups <- advantages
                                                  (sorted by dispatch order)
 
-`collect.py` has the upper line, this file the lower one. While the last groups of a step are sampled, the learner is given the
-finished ones (`overlap.py`). With dynamic sampling a group whose rewards are all equal is dropped, and the next prompt dispatched
-in its place.
+`collect.py` implements the upper line, this file the lower one. While the last groups of a step are sampled, the learner gets the
+finished ones (`overlap.py`). With dynamic sampling a group whose rewards are all equal is dropped and replaced by the next prompt.
 
-`max_staleness` k paces dispatch: at most (k + 1) x P groups are under way beyond what is trained. k = 0 is on-policy:
+`max_staleness` k paces dispatch: at most (k + 1) x P groups are in flight beyond what is trained. k = 0 is on-policy:
 a batch is trained only by the version that sampled it, which is asserted when the batch is cut.
 
 Policy versions and steps are one count: version v is the policy after v steps.
@@ -48,7 +47,7 @@ from grpo_ray.types import Group, Prompt, SyncReport, Track, TrainBatch, UpdateR
 
 
 class TrainLoop(Session[RunConfig]):
-    """A run that learns from the rewards of what it samples."""
+    """Training run that learns from the rewards of its own samples."""
 
     def __init__(
         self,
@@ -74,7 +73,7 @@ class TrainLoop(Session[RunConfig]):
         """The metrics of the last steps, for the advice."""
 
     async def restore(self, step: int) -> None:
-        """Go on from a checkpoint: the learner, the samplers, the cursor and the ledger are as they were after `step`."""
+        """Resume from a checkpoint: learner, rollout engines, cursor and ledger are restored to what they were after `step`."""
         state = await self._load(step, self.roles.learner)
         self._health.load_state_dict(state.get("health"))
         await self.collector.load_state_dict(state, step, self.run_dir.place(step))
@@ -109,7 +108,7 @@ class TrainLoop(Session[RunConfig]):
             await self._saver.close()
         return self._end
 
-    # One step, top to bottom.
+    # One step, top to bottom
 
     async def _one_step(self) -> None:
         self._time.start_step()
@@ -129,7 +128,7 @@ class TrainLoop(Session[RunConfig]):
             self.emit(PhaseEvent("update", "", 0, 0))
             update = await self._update(groups, batch)
             if self.step == 0:
-                # From here on something is recorded, and that needs a checkpoint to go on from.
+                # From here on the run is recorded, so there has to be a checkpoint to resume from.
                 await self._saver.finish()
         self.step += 1
         untrained = why_untrained(groups, batch, self.config, update.metrics)
@@ -141,7 +140,7 @@ class TrainLoop(Session[RunConfig]):
         self._record(groups, update, sync, untrained)
 
     async def _update(self, groups: list[Group], batch: TrainBatch) -> UpdateReport:
-        """Raises NonFiniteError when the batch that caused it is on disk."""
+        """Update the learner. Raises NonFiniteError after the batch that caused it is on disk."""
         await self.collector.early.finish()
         try:
             return await self.roles.learner.update(batch)
@@ -149,13 +148,13 @@ class TrainLoop(Session[RunConfig]):
             step = batch.step + 1
             await self.roles.rollout_log.write(step, groups, batch)
             await self.roles.rollout_log.close()
-            # What it says depends on the checkpoint that may just be written.
+            # The message depends on the checkpoint that may be being written.
             await self._saver.close()
             how = how_to_replay(self.run_dir, step, recorded=self.config.tracking.rollouts)
             raise NonFiniteError(f"{e}. {how}") from None
 
     async def _keep_what_is_done(self) -> None:
-        """Of a run that ends for want of samplers or scorers, with learners that live."""
+        """Save a checkpoint of a run that ends without rollout engines or reward workers, while its learner ranks are alive."""
         if self.step > 0 and self._saved_step != self.step:
             with contextlib.suppress(GrpoRayError):
                 await self.collector.early.finish()
@@ -163,7 +162,7 @@ class TrainLoop(Session[RunConfig]):
                 await self._saver.finish()
 
     async def _end_here(self) -> None:
-        """The prompts are used up before the steps are.
+        """End the run here, since the prompts are used up before the steps are.
 
         Raises:
             RewardError: every group was dropped.
@@ -175,8 +174,9 @@ class TrainLoop(Session[RunConfig]):
         self.total_steps = self.step
 
     async def _scale_learners(self) -> None:
-        """Through a checkpoint of the step that is done: what is under way is sampled on, and the new learners go on from the very
-        weights and optimizer states that the old ones had."""
+        """Change the number of learner ranks through a checkpoint of the step that is done: sampling goes on, and the new ranks
+        continue from the exact weights and optimizer states of the old ones.
+        """
         scaler = self.roles.scaler
         if scaler is None or not scaler.wants_learners:
             return
@@ -195,7 +195,7 @@ class TrainLoop(Session[RunConfig]):
         self._track({"time/scale": span.seconds})
 
     async def _evaluate(self) -> None:
-        """Every evaluation set in turn."""
+        """Evaluate every evaluation set in turn."""
         metrics = {"time/eval": 0.0}
         for name, prompts in self.eval_prompts.items():
             with self._time.phase("eval") as span:
@@ -216,11 +216,11 @@ class TrainLoop(Session[RunConfig]):
             self._track(metrics)
 
     async def _checkpoint(self, *, export: bool) -> None:
-        """What is under way begins again with the resumed run; what is finished is kept."""
+        """Save a checkpoint with all finished groups; a resumed run samples the groups in flight again."""
         state = self.collector.state_dict() | {"health": self._health.state_dict()}
         await self._save(state, export=export, more=self.collector.finished_groups())
 
-    # What is written down.
+    # Records
 
     def _record(
         self, groups: list[Group], update: UpdateReport, sync: SyncReport, untrained: Mapping[str, str]
@@ -256,7 +256,7 @@ class TrainLoop(Session[RunConfig]):
         return out | sampler_tokens_per_s(metrics) | {"workers/shared": float(self.roles.shared_devices)}
 
     def _take_tracks(self) -> dict[str, Sequence[Track]]:
-        """What everyone did since the last call; the learners' come with their reports."""
+        """What every worker did since the last call; the tracks of learner ranks come with their reports."""
         return {
             "controller": [self._activity.take()],
             "rollout": self.roles.sampler.take_tracks(),
@@ -265,7 +265,8 @@ class TrainLoop(Session[RunConfig]):
         }
 
     def _warn_of_mismatch(self, mean_abs: float | None) -> None:
-        """Once each time that the bound is crossed, not at every step above it. None: no token of the step tells."""
+        """Warn each time that the bound is crossed, not at every step above it. None: no token of the step was sampled by these
+        weights."""
         if mean_abs is None:
             return
         warning = mismatch_warning(mean_abs, self.config)
@@ -275,7 +276,7 @@ class TrainLoop(Session[RunConfig]):
 
     def _advise(self) -> None:
         if self._health.problem is not None:
-            # What makes a run faster is no help to one that does not learn.
+            # Advice on speed does not help a run that does not learn.
             self.emit(MessageEvent("warning", self._health.problem))
             return
         times = mean_step(list(self._lines), self.config.model_dump())
