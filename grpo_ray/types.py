@@ -2,8 +2,14 @@
 
     Prompt -> SampleRequest -> Sample -> Score -> Group -> TrainBatch -> UpdateReport -> SyncReport
 
-Sizes: P prompts a step, G samples a group, T completion tokens of one sample, N prompt tokens, S samples of a batch.
-Arrays are numpy (they travel through Ray's object store without a copy); the learner makes tensors of them.
+Suffixes of array names, one letter a dimension (`logits_CV` is [C, V]); lower case (`values_c`) is the slice of one rank:
+
+    P prompts, or preference pairs   G samples of a group    S samples or sequences   B completions, padded
+    N tokens, of a micro-batch       T of one completion     C completion tokens of a micro-batch, or rows of a chunk
+    V vocabulary   H hidden size     I, O in and out features of a layer              1 kept for broadcasting
+
+The losses see completion tokens alone and call them N; in this file N is prompt tokens. Arrays are numpy, which travel through
+Ray's object store without a copy; the learner makes tensors of them.
 """
 
 from __future__ import annotations
@@ -21,37 +27,39 @@ T = TypeVar("T")
 
 @dataclass_transform(frozen_default=True)
 def _record(cls: type[T]) -> type[T]:
-    """Of which there are several for each sample: frozen to the type checker alone, since a dataclass that is frozen at run time
-    takes four times as long to make."""
+    """Dataclass made several times a sample: frozen to the type checker alone, since run-time freezing makes it four times as
+    slow."""
     return dataclass(unsafe_hash=True, slots=True)(cls)
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One row of a data set, ready to sample from. Made by `grpo_ray.data.prompts`."""
+    """One row of a data set, ready to sample from. Made by `grpo_ray.data.prompts`.
+
+    Example: Prompt(id="train/0/17", token_ids=[51, 7], text="3 + 4 =", messages=None, columns={"answer": "7"})
+    """
 
     id: str
     """`<data set>/<epoch>/<row>`: the same row has the same id in every run and after every resume."""
     token_ids: list[int]
-    """[N]. What the engine gets; it is never made again from the text."""
+    """[N] token ids as the rollout engine gets them; they are never made again from the text."""
     text: str
-    """The templated text, for people."""
+    """The templated text, human-readable."""
     messages: list[dict[str, Any]] | None
     """The conversation, when the row is conversational or a chat template wrapped it; None for raw text."""
     columns: dict[str, Any]
-    """Every other column of the row under its (mapped) name: reward functions get them by keyword. None where this row lacks one
-    that others of its data set have."""
+    """Every other column of the row by its (mapped) name, for reward functions; None where only other rows have it."""
     asked: str | list[dict[str, Any]] | None = None
-    """The prompt as the row has it, text or messages, before any template; None: as `messages`, else as `text`."""
+    """The prompt as the row has it, text or messages, before any template; None: equal to `messages`, else to `text`."""
 
 
 @dataclass(frozen=True)
 class Truncation:
-    """Which tokens a sampler leaves out, in vLLM's words; as it is, none."""
+    """Truncation of the sampling distribution, in vLLM's words; the default truncates nothing."""
 
     top_p: float = 1.0
     top_k: int = 0
-    """0: all."""
+    """The number of likeliest tokens that are kept; 0 keeps all."""
     min_p: float = 0.0
 
     @property
@@ -61,7 +69,7 @@ class Truncation:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample, in vLLM's words. `temperature` 0 is greedy."""
+    """Sampling parameters in vLLM's words; `temperature` 0 is greedy."""
 
     temperature: float
     top_p: float
@@ -74,21 +82,21 @@ class SamplingParams:
 
 @_record
 class SampleRequest:
-    """One sample to draw. Made by the loop, consumed by a rollout actor."""
+    """Request for one sample. Made by the loop, consumed by a rollout engine."""
 
     prompt_id: str
     index: int
-    """Place in its group, 0 .. G-1."""
+    """The sample's place in its group, 0 .. G-1."""
     prompt_token_ids: list[int]
-    """[N]."""
+    """[N] token ids."""
     seed: int
-    """Of this one sample, derived from (run seed, prompt id, index): a rerun draws the same tokens."""
+    """The seed of this one sample, derived from (run seed, prompt id, index): a rerun samples the same tokens."""
     params: SamplingParams
 
 
 @dataclass(frozen=True)
 class VersionSpan:
-    """Tokens [start, end) of a completion were sampled by policy `version`."""
+    """The policy version that sampled tokens [start, end) of a completion."""
 
     version: int
     start: int
@@ -97,24 +105,25 @@ class VersionSpan:
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion, whole. Made by a rollout actor; travels by reference to scorers and learners."""
+    """One whole completion. Made by a rollout engine; travels by reference to reward workers and learner ranks.
+
+    Example: Sample("train/0/17", 2, array([51, 7]), array([9, 2]), array([-0.1, -0.3]), (VersionSpan(4, 0, 2),), "stop", "7")
+    """
 
     prompt_id: str
     index: int
     prompt_token_ids: NDArray[np.int32]
-    """[N]."""
+    """[N] token ids."""
     token_ids: NDArray[np.int32]
-    """[T], the end-of-sequence token included when the model wrote it."""
+    """[T] token ids, the end-of-sequence token included when the model wrote it."""
     logprobs: NDArray[np.float32]
-    """[T], of the sampling policy after temperature, over the tokens that top_p, top_k and min_p left: the `rollout`
-    log-probabilities."""
+    """[T] rollout_logps, of the sampling policy after temperature, over the tokens that top_p, top_k and min_p left."""
     versions: tuple[VersionSpan, ...]
-    """Covers [0, T)."""
+    """Spans that cover [0, T)."""
     finish_reason: str
-    """`stop` or `length`."""
+    """The reason why sampling ended, `stop` or `length`."""
     text: str
-    """Decoded once, as it was written: without the token that ended the turn, with all others. For rewards and people; never
-    tokenized again."""
+    """The completion, decoded once without the token that ended the turn, for rewards and people; it is never tokenized again."""
 
 
 @_record
@@ -125,19 +134,19 @@ class SampleInfo:
     index: int
     num_prompt_tokens: int
     num_tokens: int
-    """T."""
+    """The number of completion tokens, T."""
     min_version: int
-    """The oldest policy that sampled one of its tokens."""
+    """The oldest policy version that sampled one of its tokens."""
     finish_reason: str
     worker: str
-    """The rollout actor that drew it, e.g. `rollout-0`."""
+    """The rollout engine that sampled it, e.g. `rollout-0`."""
     ref: Any
-    """Handle on a list[Sample] (a Ray ObjectRef in a run; the list itself in a test)."""
+    """A handle on a list[Sample] (a Ray ObjectRef in a run; the list itself in a test)."""
     row: int
-    """Its place in that list."""
+    """The sample's index in that list."""
 
     def behind(self, ref: Any) -> SampleInfo:
-        """The same, with the handle that its actor can't know."""
+        """The same record with the handle, which the rollout engine cannot know."""
         return SampleInfo(
             self.prompt_id,
             self.index,
@@ -160,52 +169,54 @@ class ScoreStatus(StrEnum):
 
     def __init__(self, value: str) -> None:
         self.failed = value not in ("ok", "not_applicable")
-        """Did the machinery fail, rather than the model? Not a property: it is asked of every score, several times."""
+        """Whether the machinery failed, not the model. An attribute, not a property: it is read several times for every score."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """Process supervision: a number for a part of a completion, from the end of the step before it."""
+    """Process supervision: one number for a part of a completion, which starts at the end of the step before it."""
 
     end: int
-    """Index of its last token, 0 .. T-1."""
+    """The index of its last token, 0 .. T-1."""
     value: float
-    """What it is worth; of a trained sample the advantage of its tokens."""
+    """The reward of the step; in a trained sample the advantage of its tokens."""
 
 
 class LoggedMetric(NamedTuple):
-    """A figure that a reward function logs beside its rewards (TRL's `log_metric`, numbers of verl's dict), over the values of one
-    call."""
+    """A figure that a reward function logs beside its rewards (TRL's `log_metric`, numbers of verl's dict), over one call."""
 
     name: str
     total: float
-    """The sum of the finite ones."""
+    """The sum of the finite values."""
     num_finite: int
     num_not_finite: int
 
 
 @_record
 class RewardScore:
-    """What one reward function said of one sample."""
+    """The result of one reward function for one sample."""
 
     name: str
     status: ScoreStatus
     value: float
-    """Before its weight; the sum over its steps. NaN unless status is `ok`."""
+    """The reward before its weight; the sum over its steps. NaN unless status is `ok`."""
     detail: str = ""
-    """For a failure: what happened, in one line."""
+    """What happened, in one line, when the function failed."""
     seconds: float = 0.0
     steps: tuple[Step, ...] = ()
-    """Before their weight, by their ends. None: one number for the whole completion."""
+    """Step rewards before their weight, sorted by their ends. Empty: one number for the whole completion."""
     extra: tuple[tuple[str, str | float | bool | None], ...] = ()
-    """(column, value) pairs that the function logs of this sample: TRL's `log_extra`, the entries of verl's dict."""
+    """(column, value) pairs that the function logs for this sample: TRL's `log_extra`, the entries of verl's dict."""
     logged: tuple[LoggedMetric, ...] = ()
-    """Of the call that scored it, at the call's first sample alone."""
+    """Figures of the call that scored the sample, at the call's first sample alone."""
 
 
 @_record
 class Score:
-    """What a sample is worth: the weighted sum of its rewards. A failure is a status, never a zero."""
+    """The weighted sum of a sample's rewards. A failure is a status, never a zero.
+
+    Example: Score(ScoreStatus.OK, 1.2, (RewardScore("accuracy", ScoreStatus.OK, 1.0), RewardScore("format", ScoreStatus.OK, 0.2)))
+    """
 
     status: ScoreStatus
     """`ok`; `not_applicable` if no reward applied; otherwise the first failure among the parts."""
@@ -214,33 +225,33 @@ class Score:
     parts: tuple[RewardScore, ...] = ()
     detail: str = ""
     steps: tuple[Step, ...] = ()
-    """Weighted, of all parts together, by their ends; a part without steps is one that ends at the last token. Empty where no
-    part has any."""
+    """Weighted step rewards of all parts, by their ends; a part without steps is one step to the last token. Empty if none has
+    any."""
 
     @property
     def rewards(self) -> tuple[float, ...]:
-        """Those of its steps, or the one of the whole."""
+        """The rewards of its steps, or the one of the whole completion."""
         return tuple(step.value for step in self.steps) if self.steps else (self.value,)
 
 
 @dataclass(frozen=True)
 class TrainerState:
-    """How far training is, for reward functions: what TRL's `trainer_state` (transformers' TrainerState) has of it."""
+    """Progress of training, for reward functions: what exists here of TRL's `trainer_state` (transformers' TrainerState)."""
 
     global_step: int
-    """Steps done when the prompt was dispatched, 0 at first; in an evaluation, steps done."""
+    """The number of steps done when the prompt was dispatched, 0 at first; in an evaluation, steps done."""
     max_steps: int
-    """Of the whole run."""
+    """The number of steps of the whole run."""
     epoch: float
-    """Passes through the data set at that step, parts of one included."""
+    """The number of passes through the data set at that step, as a fraction."""
     num_train_epochs: int
-    """Passes that the run begins."""
+    """The number of passes that the run begins."""
 
     @classmethod
     def at(
         cls, step: int, max_steps: int, *, prompts_per_step: int, num_prompts: int, num_trained: int | None = None
     ) -> TrainerState:
-        """`num_trained`: prompts of the whole run, where its last step may have fewer. None: all steps have as many."""
+        """Compute the state. `num_trained`: prompts of the run, where its last step may have fewer; None: all have as many."""
         whole = max_steps * prompts_per_step if num_trained is None else num_trained
         return cls(step, max_steps, min(step * prompts_per_step, whole) / num_prompts, math.ceil(whole / num_prompts))
 
@@ -252,18 +263,18 @@ class TrainerState:
 
 @_record
 class ScoreRequest:
-    """One sample to score. The scorer fetches the text behind `sample.ref` itself."""
+    """Request to score one sample. The reward worker fetches the text behind `sample.ref` itself."""
 
     sample: SampleInfo
     prompt_text: str
     messages: list[dict[str, Any]] | None
     columns: dict[str, Any]
     step: int | None = None
-    """Steps done when the prompt was dispatched; None: it is no step's, an evaluation's."""
+    """The number of steps done when the prompt was dispatched; None in an evaluation."""
     asked: str | list[dict[str, Any]] | None = None
-    """As in `Prompt`."""
+    """The prompt before any template, as in `Prompt`."""
     trainer: TrainerState | None = None
-    """None: nothing is trained."""
+    """Progress of training; None: nothing is trained."""
 
     @classmethod
     def of(
@@ -278,15 +289,15 @@ class Group:
 
     prompt: Prompt
     order: int
-    """Dispatch order over the whole run: the batch is sorted by it, so that sums do not depend on timing."""
+    """The dispatch order over the whole run: batches are sorted by it, so that sums do not depend on timing."""
     dispatched_version: int
     samples: list[SampleInfo] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
     part: int | None = None
-    """Which of the parts that the learner was given before the batch was whole; None: it came with the batch."""
+    """The number of the partial batch that held the group; None: it came with the batch."""
     steps: list[tuple[Step, ...]] = field(default_factory=list)
-    """Of each sample, as in `TrainSample`; empty but for `algorithm.advantage: process`."""
+    """The step advantages of each sample, as in `TrainSample`; empty but for `algorithm.advantage: process`."""
 
     @property
     def min_version(self) -> int:
@@ -295,7 +306,10 @@ class Group:
 
 @_record
 class TrainSample:
-    """One sequence of a batch: where its tokens are, and what the loss needs besides."""
+    """One sequence of a batch: where its tokens are, and what else the loss needs.
+
+    Example: TrainSample(ref, row=2, prompt_id="train/0/17", index=2, num_prompt_tokens=2, num_tokens=2, advantage=0.7, group=0)
+    """
 
     ref: Any
     row: int
@@ -304,20 +318,21 @@ class TrainSample:
     num_prompt_tokens: int
     num_tokens: int
     advantage: float
-    """Where the learner makes the advantages (`AlgorithmConfig.advantages_on_learner`): the reward, NaN without a score. With
-    `algorithm.advantage: process` the mean over its tokens, for people."""
+    """The sample's advantage; the reward, NaN without a score, where the learner computes advantages
+    (`AlgorithmConfig.advantages_on_learner`); with `algorithm.advantage: process` the mean over its tokens, for people.
+    """
     group: int
-    """Which group of the batch it belongs to."""
+    """The index of its group in the batch."""
     loss_mask: bool = True
-    """False: takes part in nothing (a failed score, a truncated sample under overlong filtering)."""
+    """Whether the sample is trained on; False for a failed score, or a truncated sample under overlong filtering."""
     part: int | None = None
-    """As in `Group`."""
+    """The number of its partial batch, as in `Group`."""
     steps: tuple[Step, ...] = ()
-    """With `algorithm.advantage: process` the advantages of its tokens; 0 after the last step."""
+    """The advantages of its tokens with `algorithm.advantage: process`; 0 after the last step."""
 
     @property
     def advantages(self) -> tuple[float, ...]:
-        """All that its tokens have, but for 0."""
+        """All advantages that its tokens have, except 0."""
         return tuple(step.value for step in self.steps) or (self.advantage,)
 
 
@@ -327,11 +342,11 @@ class TrainBatch:
 
     step: int
     samples: list[TrainSample]
-    """[S]."""
+    """[S] samples."""
     temperature: float
-    """Log-probabilities are of logits / temperature, as the sampler's are."""
+    """The rollout engine's temperature: log-probabilities are of logits / temperature."""
     truncation: Truncation = Truncation()
-    """And over the tokens that the sampler could draw."""
+    """The rollout engine's truncation: log-probabilities are over the tokens that it could sample."""
 
 
 @_record
@@ -349,36 +364,36 @@ class TimeSpan:
 
 @_record
 class Track:
-    """What one worker did since it last told; see `grpo_ray.telemetry.activity`. Idle all along, it has no spans."""
+    """What one worker did since its last report; see `grpo_ray.telemetry.activity`. Without spans it was idle all along."""
 
     worker: str
-    """`rollout-0`."""
+    """The name of the worker, e.g. `rollout-0`."""
     spans: tuple[TimeSpan, ...]
-    """In order, without overlaps."""
+    """Spans in order, without overlaps."""
 
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """What the learner says of one step. Made by rank 0, already reduced over ranks."""
+    """The learner's report of one step. Made by rank 0, already reduced over ranks."""
 
     step: int
     metrics: dict[str, float]
-    """Names as in `grpo_ray.telemetry.catalogue`."""
+    """Metrics by the names in `grpo_ray.telemetry.catalogue`."""
     seconds: float
     tracks: tuple[Track, ...] = ()
-    """One a rank, since its last report."""
+    """One track for each rank, since its last report."""
 
 
 @dataclass(frozen=True)
 class SyncReport:
-    """One transfer of weights to the samplers."""
+    """Report of one weight sync."""
 
     version: int
     seconds: float
     pause_seconds: float
-    """How long generation stood still."""
+    """The time for which generation was paused."""
     num_bytes: int
     checksum: str
     num_engines: int
     tracks: tuple[Track, ...] = ()
-    """One a learner rank, since its last report."""
+    """One track for each learner rank, since its last report."""

@@ -2,7 +2,7 @@
 
     cursor -> dispatch -> GroupRollout (sample x G -> score) -> finished -> failure policy -> signal? -> ready -> oldest P
                  ^                                                               |              |
-                 +---- the next prompt replaces a group that is left out ------ --+--------------+
+                 +---- the next prompt replaces a group that is left out --------+--------------+
 
 `max_staleness` k paces dispatch: at most (k + 1) x P groups are in flight beyond what is trained.
 """
@@ -161,9 +161,8 @@ class Collector:
         return max(size - max(0, unreplaced), min(size, self._num_oldest_ready()), self._num_due())
 
     def _num_due(self) -> int:
-        """The number of groups that have to be in this step's batch so that none exceeds its staleness bound.
-
-        A group that is due j steps later needs all groups before it trained by then as well, and a step trains at most P.
+        """The number of groups that have to be in this step's batch for none to exceed its staleness bound: one that is due j steps
+        later needs all groups before it trained by then as well, and a step trains at most P.
         """
         bound, size = self.config.algorithm.max_staleness, self.config.prompts_per_step
         groups = sorted((*self._ready, *self._under_way.values()), key=_order)
@@ -173,9 +172,8 @@ class Collector:
     # Dispatch
 
     def _dispatch(self, wanted: int) -> None:
-        """Start as many groups as the staleness bound allows, leaving out those that a later step would train too late or that no
-        step would train.
-        """
+        """Start as many groups as the staleness bound allows, without those that a later step would train too late or no step
+        would train."""
         ahead = min(self.config.algorithm.max_staleness, self._total_steps - self._step - 1)
         allowed = wanted + ahead * self.config.prompts_per_step
         num_fresh = min(allowed - len(self._ready) - len(self._under_way), self.num_left())
@@ -274,8 +272,7 @@ class Collector:
     # End of the run, and its checkpoints
 
     async def end(self) -> str:
-        """Drop the groups that are left and make no batch, when the prompts are used up before the steps are because groups were
-        dropped.
+        """Drop the remaining groups, since the prompts are used up before the steps are: they make no batch.
 
         Returns:
             The message for the user.
