@@ -1,4 +1,4 @@
-"""What is learned from scored samples: advantages, the batch, and the objective of each micro-batch.
+"""The algorithms: advantages of scored samples, the training batch, and the objective of each micro-batch.
 
 Read advantages.py, train_batch.py, objectives.py with losses/ (one objective a file), then objectives_pairs.py and mismatch.py.
 

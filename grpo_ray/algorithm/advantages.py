@@ -1,4 +1,4 @@
-"""Rewards -> advantages. Pure. P prompts, G samples of each; T tokens of one completion, B completions.
+"""Advantages from rewards. Pure. P prompts, G samples of each; T tokens of one completion, B completions.
 
 `group_advantages` gives one number a sample, by the name in `algorithm.advantage`. Process supervision (`process`) and GAE
 (`gae`) give one a token.
@@ -18,14 +18,14 @@ from grpo_ray.spread import ABSOLUTE, RELATIVE, differ
 
 @dataclass(frozen=True)
 class _Rewards:
-    """What the kinds of advantage are made from. Where the mask is False, `raw` and `centred` are 0."""
+    """The rewards that every kind of advantage is computed from. Where the mask is False, `raw` and `centred` are 0."""
 
     raw_PG: Tensor
     centred_PG: Tensor
-    """Minus the mean of the group."""
+    """The rewards minus the mean of their group."""
     mask_PG: Tensor
     num_P1: Tensor
-    """Samples of the group with a score."""
+    """The number of the group's samples with a score."""
     ddof: int
     eps: float
 
@@ -44,7 +44,7 @@ def _rloo(r: _Rewards) -> Tensor:
 
 
 def _reinforce_pp_baseline(r: _Rewards) -> Tensor:
-    # Every group is centred already: the mean over the batch that whitening takes off is 0.
+    # Every group is centred already: the batch mean that whitening subtracts is 0.
     return r.centred_PG / (_std(r.centred_PG, r.mask_PG, r.ddof) + r.eps)
 
 
@@ -59,11 +59,11 @@ ADVANTAGES: dict[str, Callable[[_Rewards], Tensor]] = {
     "reinforce_pp_baseline": _reinforce_pp_baseline,
     "batch_std": _batch_std,
 }
-"""`algorithm.advantage`."""
+"""The functions that `algorithm.advantage` names."""
 
 
 def group_advantages(rewards_PG: Tensor, *, kind: str, ddof: int, eps: float, mask_PG: Tensor | None = None) -> Tensor:
-    """How much better each sample is than its group.
+    """Compute how much better each sample is than its group.
 
     grpo: (R - mean) / (std + eps), DeepSeekMath 2402.03300 section 4.1.2 (ddof and eps are not stated there).
     dr_grpo: R - mean, 2503.20783.
@@ -73,11 +73,11 @@ def group_advantages(rewards_PG: Tensor, *, kind: str, ddof: int, eps: float, ma
     batch_std: (R - mean) / (std of all rewards of the batch + eps), Lite-PPO 2508.08221; TRL's `scale_rewards="batch"`.
 
     Args:
-        rewards_PG: [P, G]. What is masked out may be NaN.
+        rewards_PG: [P, G]. Masked entries may be NaN.
         kind: a name of ADVANTAGES.
         ddof: 1 for the sample's, 0 for the population's standard deviation.
         eps: added to the standard deviation.
-        mask_PG: [P, G], False for samples without a score: no part in mean and std, advantage 0. None: all have one.
+        mask_PG: [P, G], False for samples without a score, which have no part in mean and std, and advantage 0. None: all have one.
 
     Returns:
         [P, G] in the dtype of the rewards. A group whose scores are all equal but for rounding (`grpo_ray/spread.py`), or fewer
@@ -87,8 +87,7 @@ def group_advantages(rewards_PG: Tensor, *, kind: str, ddof: int, eps: float, ma
     raw = rewards_PG.masked_fill(~mask, 0.0)
     num_P1 = mask.sum(dim=1, keepdim=True)
     centred = (raw - raw.sum(dim=1, keepdim=True) / num_P1.clamp(min=1)).masked_fill(~mask, 0.0)
-    # Compared, not computed: the rounded mean of equal rewards may differ from each of them, and a small eps would blow
-    # that up.
+    # Compared, not computed: the rounded mean of equal rewards may differ from each of them, and a small eps would magnify that.
     highest = raw.masked_fill(~mask, -torch.inf).amax(dim=1, keepdim=True)
     lowest = raw.masked_fill(~mask, torch.inf).amin(dim=1, keepdim=True)
     largest = torch.maximum(highest.abs(), lowest.abs())
@@ -98,7 +97,7 @@ def group_advantages(rewards_PG: Tensor, *, kind: str, ddof: int, eps: float, ma
 
 
 def _std(values: Tensor, mask: Tensor, ddof: int) -> Tensor:
-    """0-dim, over what the mask lets through."""
+    """The standard deviation of the unmasked values, 0-dim."""
     num = mask.sum()
     off = (values - values.sum() / num.clamp(min=1)).masked_fill(~mask, 0.0)
     return (off.square().sum() / (num - ddof).clamp(min=1)).sqrt()
@@ -111,14 +110,14 @@ def process_advantages(
     normalised together; a token's advantage is the sum over the steps that end at it or after it.
 
     Args:
-        step_rewards: of each output of the group, [number of its steps].
-        step_ends: of each output, [number of its steps]: index of the step's last token.
-        lengths: of each output, in tokens.
+        step_rewards: the rewards of each output of the group, [number of its steps].
+        step_ends: the index of each step's last token, for each output [number of its steps].
+        lengths: the length of each output in tokens.
         ddof: 1 for the sample's, 0 for the population's standard deviation.
-        eps: added to it.
+        eps: added to the standard deviation.
 
     Returns:
-        Of each output, [T]. All 0 when all rewards are equal but for rounding.
+        The advantages of each output, [T]. All 0 when all rewards are equal but for rounding.
     """
     pooled = torch.cat(list(step_rewards))
     spread = differ(pooled.tolist())
@@ -135,7 +134,7 @@ def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float,
 
         delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}
 
-    A masked token (padding, a tool's output) is stepped over: the token before it sees the value and the advantage of
+    A masked token (padding, a tool's output) is skipped: the token before it sees the value and the advantage of
     the next token that counts. Nothing follows the last one.
 
     Args:
@@ -162,7 +161,7 @@ def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float,
 
 
 def kl_in_reward(scores_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, *, beta: float) -> Tensor:
-    """PPO's and RLOO's place for the KL: every token's reward is -beta KL_t, and the last one's has the score besides.
+    """Compute token rewards with the KL, as PPO and RLOO have it: -beta KL_t at every token, plus the score at the last.
     1909.08593 eq. 2; summed over tokens it is the reward of the whole completion.
 
     Args:
@@ -190,13 +189,13 @@ def gae_of_segments(
     gamma: float,
     lam: float,
 ) -> tuple[Tensor, Tensor]:
-    """`gae` over packed sequences, each with its score at its last token, less the KL of every token.
+    """Compute `gae` over packed sequences, each with its score at its last token, minus the KL of every token.
 
     Args:
         scores_S: [S].
         kl_C: [C]; None: no KL in the reward.
         values_C: [C].
-        segments: which token is of which sequence.
+        segments: the sequence of each token.
         beta: weight of the KL.
         gamma: discount.
         lam: lambda of GAE.

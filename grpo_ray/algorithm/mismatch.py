@@ -1,6 +1,6 @@
-"""When sampler and learner disagree about the same tokens under the same weights, and what to do about it.
+"""Rollout/training mismatch: log-probabilities that rollout engine and learner give the same tokens under the same weights.
 
-Tokens of older weights are no part of it: what the policy has moved since is `staleness/logp_shift`, and no fault.
+Tokens of older weights are excluded: the movement of the policy since then is `staleness/logp_shift`, and no fault.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from grpo_ray.config.presets import SEQUENCE_LOSSES
 from grpo_ray.config.schema import RunConfig
 
 MISMATCH_BOUNDS = {"float32": 1e-3, "bfloat16": 0.1}
-"""By model.dtype: the mean |log-probability of sampler - of learner| that rounding explains, in nats. Measured: float32 1e-6 to
-3e-5; bfloat16 0.01 for small random models, 0.04 for a pretrained one of 135 M parameters. Faults (another temperature, stale or
-broken weights) begin at 0.3."""
+"""The mean |rollout_logps - old_logps| by model.dtype that rounding explains, in nats. Measured: float32 1e-6 to 3e-5; bfloat16
+0.01 for small random models, 0.04 for a pretrained one of 135 M parameters. Faults (another temperature, stale or broken
+weights) begin at 0.3."""
 
 
 def mismatch_warning(mean_abs: float, config: RunConfig) -> str | None:
-    """What to tell of a step's `mismatch/mean_abs`; None: it is rounding."""
+    """The warning for a step's `mismatch/mean_abs`; None if rounding explains it."""
     dtype = config.model.dtype
     bound = MISMATCH_BOUNDS[dtype]
     if mean_abs <= bound:

@@ -1,4 +1,4 @@
-"""What one micro-batch adds to the loss and to the metrics, for each kind of training. Pure torch.
+"""Objectives: the loss and the metric sums of one micro-batch, for each kind of training. Pure torch.
 
 C: completion tokens of one micro-batch.
 """
@@ -27,7 +27,7 @@ from grpo_ray.config.algorithm import AlgorithmConfig
 
 @dataclass
 class MicroBatchData:
-    """One micro-batch on its device; what may be None is filled in on the way."""
+    """One micro-batch on its device; optional fields are filled in step by step."""
 
     packed: PackedBatch
     rollout_logps_C: Tensor
@@ -35,21 +35,22 @@ class MicroBatchData:
     weights_C: Tensor
     segments: Segments
     old_logps_C: Tensor | None = None
-    """Log-probabilities of the learner for the version that sampled. None: the pass under way is that version."""
+    """old_logps: the learner's log-probabilities under the version that sampled. None: the current pass is by that version."""
     ref_logps_C: Tensor | None = None
-    """Log-probabilities of the reference model."""
+    """ref_logps: log-probabilities under the reference model."""
     kl_C: Tensor | None = None
-    """KL to the reference, of a policy that is not being trained right now; None: it is not taken off the reward."""
+    """KL to the reference of a policy that is not being trained right now; None: it is not subtracted from the reward."""
     values_C: Tensor | None = None
-    """The critic's, when the advantages were made."""
+    """The critic's values when the advantages were computed."""
     returns_C: Tensor | None = None
-    """What the critic learns."""
+    """The critic's targets."""
     current_C: Tensor | None = None
-    """Bool: sampled by the version that the update begins with; None: all. Of these alone sampler and learner tell the same."""
+    """Whether the token was sampled by the version that the update starts with; None: all were. Only these tokens show a
+    mismatch."""
     sets: TokenSets | None = None
-    """The tokens that the sampler could draw in the place of each; None: all."""
+    """The set of tokens that the rollout engine could sample in the place of each; None: all."""
     moved: bool = False
-    """The weights have moved since the update began."""
+    """Whether the weights have moved since the update began."""
 
     @classmethod
     def of(cls, packed: PackedBatch, device: torch.device) -> MicroBatchData:
@@ -64,30 +65,30 @@ class MicroBatchData:
 class Objective(Protocol):
     @property
     def sum_names(self) -> Sequence[str]:
-        """What `loss` counts up over tokens, in the order of its second result."""
+        """The names of the token sums that `loss` returns, in the order of its second result."""
         ...
 
     @property
     def weighted_sums(self) -> Sequence[str]:
-        """Those of them that hold the weights of the tokens."""
+        """The names of those sums that contain the weights of the tokens."""
         ...
 
     @property
     def weight(self) -> Callable[[int, Normalizers], float]:
-        """Weight of each token of a sequence of so many completion tokens."""
+        """The weight of each token of a sequence of so many completion tokens."""
         ...
 
     @property
     def pairs(self) -> bool:
-        """Are samples 2k and 2k + 1 of a batch a pair that one micro-batch has to hold?"""
+        """Whether samples 2k and 2k + 1 of a batch are a pair that one micro-batch has to hold."""
         ...
 
     def value(self, logps_C: Tensor, segments: Segments) -> Tensor:
-        """[S] what the model says of each sequence: its log-probability, or a score."""
+        """[S] the model's value of each sequence: its log-probability, or a score."""
         ...
 
     def has_gradient(self, advantage: float) -> bool:
-        """Can a sample with this advantage add anything to the gradient?"""
+        """Whether a sample with this advantage can contribute to the gradient."""
         ...
 
     def loss(self, data: MicroBatchData, logps_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,13 +96,13 @@ class Objective(Protocol):
         ...
 
     def metrics(self, sums: dict[str, float], largest_mismatch: float, num_steps: int) -> dict[str, float]:
-        """From the sums over all micro-batches, learners and the `num_steps` optimizer steps."""
+        """Metrics from the sums over all micro-batches, learner ranks and the `num_steps` optimizer steps."""
         ...
 
 
 class GrpoObjective:
-    """The policy loss, corrected for the sampler, plus beta x KL to the reference (unless it is in the reward), minus a bonus
-    for entropy.
+    """The policy loss, corrected for the rollout/training mismatch, plus beta x KL to the reference (unless it is in the reward),
+    minus an entropy bonus.
 
     The correction weighs the policy loss alone; KL and entropy have the weights of the tokens and nothing else.
     """
@@ -166,7 +167,7 @@ class GrpoObjective:
         policy = self.token_loss(
             PolicyInputs(logps_C, data.old_logps_C, data.advantages_C, data.segments), self.options
         )
-        # With the sampler's report as `old`, the learner's own value is that of the pass under way.
+        # With rollout_logps as old_logps, the learner's own value is that of the current pass.
         log_w_C = (logps_C.detach() if a.old_logprobs == "rollout" else data.old_logps_C) - data.rollout_logps_C
         sums = _token_sums(logps_C.detach() - data.old_logps_C, policy, data.segments)
         largest = log_w_C.new_zeros(())
@@ -253,7 +254,7 @@ def _token_sums(log_ratio_C: Tensor, policy: TokenLosses, segments: Segments) ->
 
 @torch.no_grad()
 def _mismatch_sums(log_w_C: Tensor, current_C: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
-    """Of tokens of the same weights, and of older ones apart; and the largest of the first."""
+    """Mismatch sums of tokens of the same weights and, apart, of older ones; and the largest mismatch of the same weights."""
     current_C = torch.ones_like(log_w_C, dtype=torch.bool) if current_C is None else current_C
     gap_C = log_w_C.abs()
     own_C, older_C = gap_C.masked_fill(~current_C, 0.0), gap_C.masked_fill(current_C, 0.0)

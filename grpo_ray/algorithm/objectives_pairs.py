@@ -1,4 +1,4 @@
-"""Objectives over preferences: DPO, and reward models. Pairs lie one after the other in a micro-batch, chosen first.
+"""Objectives over preference pairs: DPO and reward models. The two answers of a pair are neighbours in a micro-batch, chosen first.
 
 C completion tokens of one micro-batch, S its sequences, P its pairs (S = 2 P).
 """
@@ -17,7 +17,7 @@ from grpo_ray.config.supervised import DpoOptions, RewardModelOptions
 
 
 def pair_mean(length: int, n: Normalizers) -> float:
-    """Mean over pairs, the weight of both of its sequences."""
+    """Mean over pairs: the weight of either sequence."""
     return 2.0 / n.num_sequences
 
 
@@ -27,7 +27,7 @@ def sequence_weight(length: int, n: Normalizers) -> float:
 
 
 class DpoObjective:
-    """The log-probabilities of the reference come with the samples, in the place of a sampler's."""
+    """The DPO objective. The reference's log-probabilities come with the samples, in the place of rollout_logps."""
 
     sum_names = ("pairs", "loss", "accurate", "chosen", "rejected", "chosen_logp", "rejected_logp", "tokens", "entropy")
     weighted_sums = ("loss",)
@@ -41,7 +41,7 @@ class DpoObjective:
         return True
 
     def value(self, logps_C: Tensor, segments: Segments) -> Tensor:
-        """[S] log-probability of each completion."""
+        """[S] the log-probability of each completion."""
         return segments.sum(logps_C)
 
     def loss(self, data: MicroBatchData, logps_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,8 +82,9 @@ class DpoObjective:
 
 
 class RewardModelObjective:
-    """A sequence's score is the model's output at its last token. Margins and labels are where other objectives have
-    advantages."""
+    """The reward model objective: a sequence's score is the model's output at its last token. Margins and labels are stored where
+    other objectives have advantages.
+    """
 
     sum_names = ("pairs", "loss", "accurate", "chosen", "rejected", "sequences", "score", "error")
     weighted_sums = ("loss",)
@@ -97,7 +98,7 @@ class RewardModelObjective:
         return True
 
     def value(self, logps_C: Tensor, segments: Segments) -> Tensor:
-        """[S] scores."""
+        """[S] the scores."""
         return logps_C[segments.lengths_S.cumsum(0) - 1]
 
     def loss(self, data: MicroBatchData, logps_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +136,7 @@ class RewardModelObjective:
 
 
 def _nothing(logps_C: Tensor, num_sums: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a dummy, which takes its part in the passes of all ranks and adds nothing."""
+    """Zero loss and sums of a dummy micro-batch, which takes part in the passes of all ranks and adds nothing."""
     zero = logps_C.new_zeros(())
     return (logps_C * 0).sum(), logps_C.new_zeros(num_sums), zero
 

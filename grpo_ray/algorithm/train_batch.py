@@ -1,4 +1,4 @@
-"""Scored groups -> what is trained on. Pure; the shape of a batch is decided here, its place in time in the loop."""
+"""Training batches from scored groups. Pure; this module decides the content of a batch, the loop its time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from grpo_ray.types import Group, Step, TrainBatch, TrainSample, Truncation
 def set_advantages(groups: Sequence[Group], algorithm: AlgorithmConfig) -> None:
     """Fill in `advantages`, and `steps` under `process`. A sample without a score has 0, and no part in its group's baseline.
 
-    Where the learner makes the advantages, since only it has what they are made of, they are the rewards.
+    Where the learner computes the advantages, since only it has their inputs, they are the rewards.
     """
     if algorithm.advantages_on_learner:
         for group in groups:
@@ -34,7 +34,7 @@ def set_advantages(groups: Sequence[Group], algorithm: AlgorithmConfig) -> None:
 def _set_process_advantages(group: Group, algorithm: AlgorithmConfig) -> None:
     group.advantages = [0.0] * len(group.scores)
     group.steps = [()] * len(group.scores)
-    # An empty completion has a part in the baseline, as if it were of one token.
+    # An empty completion has a part in the baseline, as if it were one token long.
     lengths = [max(info.num_tokens, 1) for info in group.samples]
     steps = {
         i: score.steps or (Step(lengths[i] - 1, score.value),)
@@ -56,12 +56,12 @@ def _set_process_advantages(group: Group, algorithm: AlgorithmConfig) -> None:
 
 
 def penalised_advantages(samples: Sequence[TrainSample], penalties_S: Tensor, algorithm: AlgorithmConfig) -> Tensor:
-    """The group advantages of rewards that something was taken off, RLOO 2402.14740.
+    """The group advantages of penalised rewards, RLOO 2402.14740.
 
     Args:
         samples: [S], a whole batch with the rewards in `advantage`; NaN has no part in the baseline.
         penalties_S: [S] float64, beta x KL.
-        algorithm: says how rewards are compared.
+        algorithm: the options of the advantage.
 
     Returns:
         [S] float64.
@@ -72,7 +72,7 @@ def penalised_advantages(samples: Sequence[TrainSample], penalties_S: Tensor, al
     size = max(map(len, groups.values()))
     places_PG = torch.tensor([[*members, *[-1] * (size - len(members))] for members in groups.values()])
     scores_S = torch.tensor([s.advantage for s in samples], dtype=torch.float64)
-    # By the scores alone: a KL that is no number must not pass for a missing score.
+    # Masked by the scores alone: a non-finite KL must not pass for a missing score.
     mask_PG = (places_PG >= 0) & ~scores_S[places_PG].isnan()
     advantages_PG = _compare((scores_S - penalties_S)[places_PG], mask_PG, algorithm)
     out_S = torch.zeros_like(scores_S)
@@ -87,10 +87,10 @@ def _compare(rewards_PG: Tensor, mask_PG: Tensor, algorithm: AlgorithmConfig) ->
 
 
 def cut_batch(groups: Sequence[Group], step: int, config: RunConfig) -> TrainBatch:
-    """The batch of this step. Nothing older than `max_staleness` may be in it.
+    """Build the batch of this step. Nothing older than `max_staleness` may be in it.
 
-    Samples without a score are masked from the loss; with `mask_truncated` those too that were cut at the longest
-    completion (DAPO 2503.14476, section 3.4). As there and in TRL, these keep their part in the baseline.
+    Samples without a score are masked from the loss; with `mask_truncated` also those truncated at max_completion_length (DAPO
+    2503.14476, section 3.4). As there and in TRL, these keep their part in the baseline.
     """
     bound = step - config.algorithm.max_staleness
     for g in groups:

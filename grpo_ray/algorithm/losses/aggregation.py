@@ -1,4 +1,4 @@
-"""How token losses become one number: the weight of every token of a sequence, given the whole optimizer step.
+"""Loss aggregation: the weight of every token of a sequence, given the whole optimizer step.
 
 The words in brackets are verl's `loss_agg_mode`.
 """
@@ -10,20 +10,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Normalizers:
-    """Of one optimizer step, over all learners and micro-batches. No defaults: leaving one out would change the
+    """Normalizers of one optimizer step, over all learner ranks and micro-batches. No defaults: leaving one out would change the
     gradient.
     """
 
     num_sequences: int
-    """Sequences that take part in the loss."""
+    """The number of sequences that take part in the loss."""
     num_tokens: int
-    """Their completion tokens."""
+    """The number of their completion tokens."""
     max_completion_length: int
-    """The sampler's limit, in tokens."""
+    """The longest possible completion, in tokens."""
 
     @classmethod
     def unit(cls, max_completion_length: int) -> Normalizers:
-        """For a batch that is not whole: weights by it are those of any other times a factor common to all tokens."""
+        """Normalizers of a partial batch: its weights are those of the whole batch times a factor common to all tokens."""
         return cls(1, 1, max_completion_length)
 
 

@@ -1,4 +1,4 @@
-"""Probability ratios that stay finite in fp32, and gradients that do with them.
+"""Probability ratios that stay finite in fp32, and so do their gradients.
 
 exp(x) is infinite above x = 88.7, and where a clip cuts it off, its gradient is 0 x infinity: NaN. So x is bounded before, as
 verl does (`negative_approx_kl`, in `core_algos.py`), and beyond the bound the gradient is 0: where a clip or an advantage of 0
@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 
 LOG_RATIO_BOUND = 20.0
-"""Nats: ratios lie in [2.1e-9, 4.9e8]."""
+"""The bound of a log-ratio in nats: ratios lie in [2.1e-9, 4.9e8]."""
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:

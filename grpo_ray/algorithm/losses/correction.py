@@ -1,22 +1,21 @@
-"""Samplers are not quite the policy that is trained: other kernels, older weights. What a token's loss is multiplied
-with to make up for it, all without gradient. w_t = exp(old_t - rollout_t).
+"""Rollout correction: truncated or masked importance sampling between the rollout policy (other kernels, older weights) and the
+training policy, as weights of token losses without gradient. w_t = exp(old_t - rollout_t), of old_logps and rollout_logps.
 
 `algorithm.importance_sampling`, in TRL's words (`vllm_importance_sampling_mode`):
 
     token_truncate     min(w_t, clip_max)                            TIS, Yao et al. 2025: clip_max 2
     token_mask         w_t within [clip_min, clip_max], else 0       MIS; IcePop, Ring-1T 2510.18855: [0.5, 5]
-    sequence_truncate  the same two with prod_t w_t in the place of w_t. A product of many numbers near 1 is far from 1:
+    sequence_truncate  the same two with prod_t w_t instead of w_t. A product of many numbers near 1 is far from 1:
     sequence_mask      on long answers this cuts off most sequences
 
 `algorithm.geometric_mask`: sequences whose geometric mean of w, exp(mean_t(old_t - rollout_t)), lies outside the bounds are
 dropped, [0.99, 1.01] (SkyRL). verl's `rollout_rs: seq_mean_k1` bounds its inverse, exp(mean_t(rollout_t - old_t)): its
 `low_high` is [1 / high, 1 / low] here.
 
-`algorithm.off_policy_mask_threshold` (TRL's name): sequences with A < 0 and mean_t(rollout_t - theta_t) above it are
-dropped, DeepSeek-V3.2 2512.02556, section 3.1. Its "old" policy is the sampler's own report, so that age and numerics
-both count.
+`algorithm.off_policy_mask_threshold` (TRL's name): sequences with A < 0 and mean_t(rollout_t - logps_t) above it are dropped,
+DeepSeek-V3.2 2512.02556, section 3.1. Its "old" policy is given by rollout_logps, so that staleness and numerics both count.
 
-With `old` recomputed by the learner, a clip around `old` and a weight w is decoupled PPO (AReaL 2505.24298).
+With old_logps recomputed by the learner, a clip around them and a weight w is decoupled PPO (AReaL 2505.24298).
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ IMPORTANCE_SAMPLING: dict[str, tuple[bool, Callable[[Tensor, float, float], Tens
     "sequence_truncate": (True, truncate),
     "sequence_mask": (True, mask),
 }
-"""`algorithm.importance_sampling` -> (is it the product over the sequence?, what becomes of the weight)."""
+"""The mode `algorithm.importance_sampling` -> (whether it is the product over the sequence, the function of the weight)."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def correction_weights(
     segments: Segments,
     o: CorrectionOptions,
 ) -> Tensor:
-    """[N], what each token's policy loss is multiplied with; 0 where it is masked. Arguments [N]."""
+    """[N] the factor of each token's policy loss; 0 where it is masked. Arguments [N]."""
     log_w_N = old_logps_N - rollout_logps_N
     weights_N = torch.ones_like(log_w_N)
     if o.importance_sampling is not None:
@@ -91,7 +90,7 @@ def correction_weights(
 
 @torch.no_grad()
 def correction_sums(weights_N: Tensor, segments: Segments) -> dict[str, Tensor]:
-    """Over one micro-batch, 0-dim; a masked sequence is one of which no token is left."""
+    """Metric sums over one micro-batch, 0-dim; a masked sequence is one without a token left."""
     return {
         "weight": weights_N.sum(),
         "weight_squared": weights_N.square().sum(),

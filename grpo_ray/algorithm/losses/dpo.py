@@ -10,7 +10,7 @@ def dpo_loss(chosen_P: Tensor, rejected_P: Tensor, weights_P: Tensor, *, beta: f
     """sum_p w_p * -log sigmoid(beta (d_w - d_l)), d = logp - ref. DPO 2305.18290, eq. 7; TRL's `sigmoid`.
 
     Args:
-        chosen_P: [P] log-probability of the whole chosen completion, less the reference's.
+        chosen_P: [P] log-probability of the whole chosen completion, minus the reference's.
         rejected_P: [P], likewise.
         weights_P: [P], 1 / pairs of the whole step.
         beta: how much a departure from the reference costs.
@@ -19,7 +19,7 @@ def dpo_loss(chosen_P: Tensor, rejected_P: Tensor, weights_P: Tensor, *, beta: f
 
 
 def ipo_loss(chosen_P: Tensor, rejected_P: Tensor, weights_P: Tensor, *, beta: float) -> Tensor:
-    """sum_p w_p (d_w - d_l - 1 / (2 beta))^2: a margin to reach, not to exceed. IPO 2310.12036, eq. 17; TRL's `ipo`.
+    """sum_p w_p (d_w - d_l - 1 / (2 beta))^2: the margin is a target, not a lower bound. IPO 2310.12036, eq. 17; TRL's `ipo`.
 
     Args:
         chosen_P: [P] as in `dpo_loss`, but a mean over the completion's tokens (TRL's reading, confirmed by the authors).

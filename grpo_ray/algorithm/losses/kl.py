@@ -26,7 +26,7 @@ def k2(d_N: Tensor, log_ratio_N: Tensor) -> Tensor:
 
 
 def k3(d_N: Tensor, log_ratio_N: Tensor) -> Tensor:
-    """DeepSeekMath 2402.03300, eq. 4; bounded where the reference likes a token e^20 times as much as the policy."""
+    """DeepSeekMath 2402.03300, eq. 4; bounded where a token is e^20 times as likely under the reference as under the policy."""
     return bounded_k3(d_N)
 
 
@@ -46,11 +46,11 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "k3+": k3_plus,
     "k3_unbiased": k3_unbiased,
 }
-"""`algorithm.kl_estimator`: (d [N], log r [N]) -> [N]."""
+"""The estimators that `algorithm.kl_estimator` names: (d [N], log r [N]) -> [N]."""
 
 
 def kl_of_tokens(old_logps_N: Tensor, ref_logps_N: Tensor, *, estimator: str) -> Tensor:
-    """[N] KL(old || reference), to be taken off rewards. Arguments [N], of k1, k2 or k3."""
+    """[N] KL(old || reference), to be subtracted from rewards. Arguments [N]; the estimator is k1, k2 or k3."""
     d_N = old_logps_N - ref_logps_N
     return KL_ESTIMATORS[estimator](d_N, torch.zeros_like(d_N)).detach()
 
@@ -58,12 +58,12 @@ def kl_of_tokens(old_logps_N: Tensor, ref_logps_N: Tensor, *, estimator: str) ->
 def kl_loss(
     logps_N: Tensor, ref_logps_N: Tensor, old_logps_N: Tensor, weights_N: Tensor, *, estimator: str
 ) -> tuple[Tensor, Tensor]:
-    """sum_t w_t KL_t, before beta; and the plain sum of KL_t over the tokens, detached, for the metrics.
+    """Return sum_t w_t KL_t, before beta; and the plain sum of KL_t over the tokens, detached, for the metrics.
 
     Args:
         logps_N: [N] log-probabilities under the weights being trained.
-        ref_logps_N: [N] those of the reference model, without gradient.
-        old_logps_N: [N] those that the ratio is taken to, without gradient.
+        ref_logps_N: [N] log-probabilities under the reference model, without gradient.
+        old_logps_N: [N] the denominator of the ratio, without gradient.
         weights_N: [N], with the global normalizer inside.
         estimator: a name of KL_ESTIMATORS.
     """

@@ -1,4 +1,4 @@
-"""What a policy loss is made of, and what it gives: the contract of the files that `table.py` lists."""
+"""The contract of a policy loss: its inputs, options and results, for the files that `table.py` lists."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from grpo_ray.batch.segments import Segments
 
 @dataclass(frozen=True)
 class PolicyInputs:
-    """Tokens of one micro-batch."""
+    """The completion tokens of one micro-batch."""
 
     logps_N: Tensor
     """[N] log-probabilities under the weights being trained; the only one with a gradient."""
     old_logps_N: Tensor
-    """[N] those that the ratio is taken to."""
+    """[N] log-probabilities in the denominator of the ratio."""
     advantages_N: Tensor
-    """[N], the same at every token of a sequence."""
+    """[N] advantages, the same at every token of a sequence."""
     segments: Segments
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The numbers of `algorithm` that a policy loss may use. No defaults: those are in the schema."""
+    """The options of `algorithm` that a policy loss may use. Their defaults are in the schema."""
 
     epsilon_low: float
     epsilon_high: float
@@ -38,20 +38,20 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """[N] each."""
+    """The result of a policy loss, [N] each."""
 
     loss_N: Tensor
-    """Before the token's weight."""
+    """The loss of each token, before its weight."""
     ratio_N: Tensor
     """The probability ratio that the objective uses, detached."""
     clip_low_N: Tensor
-    """Bool: cut off by the lower bound (a negative advantage, and already less likely)."""
+    """Whether the token is clipped at the lower bound (a negative advantage, and already less likely)."""
     clip_high_N: Tensor
-    """Bool: cut off by the upper bound (a positive advantage, and already more likely)."""
+    """Whether the token is clipped at the upper bound (a positive advantage, and already more likely)."""
 
 
 @dataclass(frozen=True)
 class PolicyLoss:
     token_loss: Callable[[PolicyInputs, LossOptions], TokenLosses]
     weight: Callable[[int, Normalizers], float]
-    """Of each token of a sequence of so many completion tokens."""
+    """The weight of each token of a sequence of so many completion tokens."""

@@ -12,9 +12,9 @@ from grpo_ray.algorithm.losses.policy import LossOptions, PolicyInputs, TokenLos
 def clipped(ratio_N: Tensor, advantages_N: Tensor, o: LossOptions) -> TokenLosses:
     """-min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A).
 
-    With `dual_clip_c`, where A < 0 the loss is at most -c A (dual-clip PPO, 1912.09729, eq. 5): a sample that the policy
-    has come to like much more, and that was bad, pulls no harder than c. TRL's `delta` clamps r to it in the first
-    branch; with delta > 1 + epsilon_high that is the same function.
+    With `dual_clip_c`, where A < 0 the loss is at most -c A (dual-clip PPO, 1912.09729, eq. 5): the loss of a bad sample that has
+    become much more likely is bounded. TRL's `delta` clamps r to it in the first branch; with delta > 1 + epsilon_high that is the
+    same function.
     """
     bounded_N = ratio_N.clamp(1 - o.epsilon_low, 1 + o.epsilon_high)
     loss_N = -torch.minimum(ratio_N * advantages_N, bounded_N * advantages_N)
@@ -30,5 +30,5 @@ def clipped(ratio_N: Tensor, advantages_N: Tensor, o: LossOptions) -> TokenLosse
 
 
 def clipped_token_ratio(x: PolicyInputs, o: LossOptions) -> TokenLosses:
-    """`clipped`, with r_t = exp(theta_t - old_t)."""
+    """`clipped`, with r_t = exp(logps_t - old_logps_t)."""
     return clipped(bounded_exp(x.logps_N - x.old_logps_N), x.advantages_N, o)

@@ -1,4 +1,4 @@
-"""What a reward model learns: which of two is better, or how good one is. P pairs, S sequences."""
+"""Losses of a reward model: which of two answers is better, or how good one is. P pairs, S sequences."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ def bradley_terry_loss(chosen_P: Tensor, rejected_P: Tensor, margins_P: Tensor, 
     Args:
         chosen_P: [P] scores.
         rejected_P: [P] scores.
-        margins_P: [P] by how much they should differ, 0 without.
+        margins_P: [P] by how much the scores should differ; 0: no margin.
         weights_P: [P], 1 / pairs of the whole step.
     """
     return -(weights_P * logsigmoid(chosen_P - rejected_P - margins_P)).sum()
 
 
 def point_loss(scores_S: Tensor, labels_S: Tensor, weights_S: Tensor, *, kind: str) -> Tensor:
-    """`bce`: the score is the logit of a label in [0, 1] (safe or not, DeepSeek-R1's safety model). `mse`: it is the label."""
+    """The loss of single answers. `bce`: the score is the logit of a label in [0, 1] (safe or not, DeepSeek-R1's safety model).
+    `mse`: the score is the label.
+    """
     if kind == "mse":
         return (weights_S * (scores_S - labels_S).square()).sum()
     return (weights_S * binary_cross_entropy_with_logits(scores_S, labels_S, reduction="none")).sum()

@@ -1,4 +1,4 @@
-"""SAPO, 2511.20347: a soft gate in the place of the clip, so that no token's gradient is cut off at once.
+"""SAPO, 2511.20347: a soft gate instead of the clip, so that no token's gradient is cut off at once.
 
 -(4 / tau) sigmoid(tau (r_t - 1)) A, with a tau for positive and one for other advantages; a mean over tokens and then
 over sequences. At r = 1 its gradient is that of -r A.

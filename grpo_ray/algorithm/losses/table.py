@@ -1,4 +1,4 @@
-"""`algorithm.loss` -> the policy loss."""
+"""The policy losses that `algorithm.loss` names."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ def value_loss(
 
     Args:
         values_N: [N] the critic's, with gradient.
-        old_values_N: [N] its values when the advantages were made.
+        old_values_N: [N] its values when the advantages were computed.
         returns_N: [N].
         weights_N: [N], with the global normalizer inside.
         clip_range: how far a value may move from the old one.
