@@ -1,7 +1,7 @@
-"""Samples as the learner computes them: packed into micro-batches, without padding.
+"""Micro-batches: samples packed end to end, without padding.
 
-Read plan.py (samples -> mini-batches -> ranks), pack.py (packed micro-batches), then segments.py (which token is of which
-sequence), sequence.py (slices of a micro-batch over several ranks) and truncation.py (which tokens could have been sampled).
+Read plan.py (samples -> mini-batches -> ranks), pack.py (packed micro-batches), then segments.py (the sequence of each token),
+sequence.py (slices of a micro-batch over several ranks) and truncation.py (the tokens that could have been sampled).
 
 Imports the modules at the root of `grpo_ray` alone.
 """

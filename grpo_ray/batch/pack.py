@@ -1,4 +1,4 @@
-"""The sequences of a micro-batch -> the tensors of one forward pass, end to end.
+"""Packing: the sequences of a micro-batch, end to end, as the tensors of one forward pass.
 
 N tokens of one micro-batch, C completion tokens of one micro-batch, T of one sequence.
 """
@@ -16,26 +16,26 @@ from grpo_ray.types import Step, VersionSpan
 
 @dataclass(frozen=True)
 class PackItem:
-    """One sequence on its way into a micro-batch."""
+    """One sequence to be packed into a micro-batch."""
 
     prompt_ids: NDArray[np.integer]
-    """At least one."""
+    """The token ids of the prompt, at least one."""
     completion_ids: NDArray[np.integer]
-    """[T], at least one."""
+    """[T] token ids, at least one."""
     rollout_logprobs: NDArray[np.float32]
-    """[T]."""
+    """[T] rollout_logps."""
     advantage: float | NDArray[np.floating]
-    """Of all its tokens, or [T]."""
+    """The advantage of all its tokens, or [T]."""
     weight: float
-    """Of each of its tokens in the loss: the global normalizer is in it."""
+    """The weight of each of its tokens in the loss, including the global normalizer."""
     sample: int
-    """Which sample of the batch it is."""
+    """The index of the sample in the batch."""
     current: NDArray[np.bool_] | None = None
-    """[T], as in `PackedBatch`; None: all."""
+    """[T], as in `PackedBatch`; None: all True."""
 
 
 def tokens_of_version(versions: Sequence[VersionSpan], version: int, num_tokens: int) -> NDArray[np.bool_]:
-    """[T]: was each token sampled by this version of the policy?"""
+    """[T] whether each token was sampled by this version of the policy."""
     out = np.zeros(num_tokens, dtype=np.bool_)
     for span in versions:
         out[span.start : span.end] = span.version == version
@@ -43,7 +43,7 @@ def tokens_of_version(versions: Sequence[VersionSpan], version: int, num_tokens:
 
 
 def token_values(steps: Sequence[Step], num_tokens: int) -> NDArray[np.float64]:
-    """[T]: each step's value at each of its tokens, 0 after the last step."""
+    """[T] each step's value at each of its tokens, 0 after the last step."""
     out = np.zeros(num_tokens)
     start = 0
     for step in steps:
@@ -56,34 +56,34 @@ def token_values(steps: Sequence[Step], num_tokens: int) -> NDArray[np.float64]:
 class PackedBatch:
     """One micro-batch: sequences end to end. The last token of each is only a target, never an input.
 
-    Neighbours with the same prompt may share it: then it is there once, before what follows it in each of them. Padding, where it
-    is asked for, comes after a sequence's own tokens, which are causal and never see it.
+    Neighbours with the same prompt may share it: then it is there once, before the rest of each of them. Optional padding comes
+    after a sequence's own tokens, which are causal and never attend to it.
     """
 
     input_ids: NDArray[np.int64]
-    """[N]."""
+    """[N] token ids."""
     position_ids: NDArray[np.int64]
-    """[N], from 0 in each sequence."""
+    """[N] positions, from 0 in each sequence."""
     lengths: list[int]
-    """Of each part of `input_ids`, end to end: a sequence with its padding, a shared prompt, or what follows one."""
+    """The length of each part of `input_ids`: a sequence with its padding, a shared prompt, or the rest of a sequence after one."""
     sequences: list[tuple[int, ...]]
-    """The parts that each sequence is made of."""
+    """The parts of each sequence."""
     target_rows: NDArray[np.int64]
-    """[C]: which positions predict a completion token."""
+    """[C] the positions that predict a completion token."""
     targets: NDArray[np.int64]
-    """[C]: that token."""
+    """[C] the completion tokens."""
     rollout_logprobs: NDArray[np.float32]
-    """[C]."""
+    """[C] rollout_logps."""
     advantages: NDArray[np.float32]
-    """[C]."""
+    """[C] advantages."""
     weights: NDArray[np.float32]
-    """[C], 0 in a dummy."""
+    """[C] loss weights, 0 in a dummy."""
     samples: NDArray[np.int64]
-    """[C]: which sample of the batch the token belongs to; -1 in a dummy."""
+    """[C] the index of the token's sample in the batch; -1 in a dummy."""
     segments: NDArray[np.int64]
-    """[C]: which sequence of the micro-batch the token belongs to, 0, 1, .. in order."""
+    """[C] the index of the token's sequence in the micro-batch, 0, 1, .. in order."""
     current: NDArray[np.bool_]
-    """[C]: was the token sampled by the version that the update begins with?"""
+    """[C] whether the token was sampled by the version that the update starts with."""
 
     @property
     def is_dummy(self) -> bool:
@@ -91,24 +91,24 @@ class PackedBatch:
 
     @property
     def num_inputs(self) -> int:
-        """Tokens that are computed, 0 for a dummy."""
+        """The number of tokens that are computed, 0 for a dummy."""
         return 0 if self.is_dummy else len(self.input_ids)
 
     @property
     def num_tokens(self) -> int:
-        """The same, if each sequence were computed by itself."""
+        """The number of tokens if each sequence were computed by itself."""
         return 0 if self.is_dummy else sum(self.lengths[part] for parts in self.sequences for part in parts)
 
 
 def pack(items: Sequence[PackItem], *, padded: bool = False, share_prompts: bool = False) -> PackedBatch:
-    """Lay sequences end to end.
+    """Pack sequences end to end.
 
-    Without any: a dummy of one token with weight 0, which keeps a rank in step with the others.
+    Without any item the result is a dummy of one token with weight 0, which keeps a rank in step with the others.
 
     Args:
-        items: in this order.
-        padded: each as long as the longest.
-        share_prompts: neighbours with the same prompt have it once.
+        items: the sequences, in this order.
+        padded: pad each to the length of the longest.
+        share_prompts: compute the prompt of neighbours with the same one once.
     """
     if not items:
         items = [PackItem(np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.float32), 0.0, 0.0, -1)]
@@ -158,7 +158,7 @@ def pack(items: Sequence[PackItem], *, padded: bool = False, share_prompts: bool
 
 
 def _with_one_prompt(items: Sequence[PackItem]) -> list[list[PackItem]]:
-    """Runs of neighbours whose prompts are the same."""
+    """Runs of neighbours with the same prompt."""
     runs: list[list[PackItem]] = []
     for item in items:
         if runs and np.array_equal(runs[-1][-1].prompt_ids, item.prompt_ids):

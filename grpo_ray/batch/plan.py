@@ -1,4 +1,4 @@
-"""Samples -> mini-batches -> learner ranks -> micro-batches. Pure and deterministic: every rank makes the same plan.
+"""Batch plans: samples -> mini-batches -> learner ranks -> micro-batches. Pure and deterministic: every rank makes the same plan.
 
 S samples of a batch.
 """
@@ -14,14 +14,16 @@ from grpo_ray.errors import ConfigError
 
 _NEAR_BEST = 1.05
 _SEARCHED = 64
-"""Samples. With more, the longest first is within 5% unless a few are far longer than all others."""
+"""The most samples for which a search is worthwhile. With more, longest-first is within 5% unless a few are far longer than all
+others."""
 _NODES = 20_000
 _ATTENTION_COPY = 8
-"""So many tokens of a shared prompt that attention alone has again weigh as much as one that a whole layer has: attention keeps 4
-of the about 34 vectors of a token that a layer keeps for its backward pass (queries, keys, values and what comes out)."""
+"""The number of a shared prompt's tokens recomputed by attention alone that cost as much as one token of a whole layer:
+attention keeps 4 of the about 34 vectors of a token that a layer keeps for its backward pass (queries, keys, values and the
+output)."""
 
 MicroBatch = tuple[int, ...]
-"""Indices into the samples, by length or, where they share prompts, group by group; empty where a rank has less to do."""
+"""Indices into the samples, by length or, where they share prompts, group by group; empty where a rank has less to compute."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,12 @@ class MiniBatchPlan:
         return sorted([*self.idle, *(i for rank in self.ranks for micro in rank for i in micro)])
 
     def of_pairs(self) -> MiniBatchPlan:
-        """With samples 2i and 2i + 1 in the place of pair i."""
+        """The plan with samples 2i and 2i + 1 in the place of pair i."""
         ranks = tuple(tuple(tuple(2 * i + k for i in micro for k in (0, 1)) for micro in rank) for rank in self.ranks)
         return MiniBatchPlan(ranks, tuple(2 * i + k for i in self.idle for k in (0, 1)))
 
     def renumbered(self, names: Sequence[int]) -> MiniBatchPlan:
-        """With `names[i]` in the place of i."""
+        """The plan with `names[i]` in the place of i."""
         ranks = tuple(tuple(tuple(names[i] for i in micro) for micro in rank) for rank in self.ranks)
         return MiniBatchPlan(ranks, tuple(names[i] for i in self.idle))
 
@@ -61,23 +63,23 @@ def plan_batch(
     """Split a batch into mini-batches of whole groups, in order; each mini-batch over ranks, and each rank's part into
     micro-batches, balanced by tokens.
 
-    Where a group's prompt is computed once for all of a micro-batch, groups are split over ranks only as far as balance asks for.
+    Where a group's prompt is computed once for all of a micro-batch, groups are split over ranks only as far as balance requires.
 
-    Unequal numbers of micro-batches would make DeepSpeed's ranks wait for each other for ever, so the shorter lists are
+    Unequal numbers of micro-batches would deadlock DeepSpeed's ranks, so the shorter lists are
     filled with empty ones.
 
     Args:
         lengths_S: [S] tokens, prompt and completion.
         groups_S: [S] number of each sample's group; groups come in the order in which they first appear.
-        num_ranks: learners.
+        num_ranks: the number of learner ranks.
         num_mini_batches: optimizer steps in one pass; fewer come back when there are fewer groups.
         micro_batch_tokens: most tokens of one micro-batch, padding included.
         padded: sequences of a micro-batch are filled up to its longest, so each holds sequences of similar length.
         prompts_S: [S] tokens that a sample shares with the others of its group in a micro-batch; None: nothing is shared.
-        idle: samples that need no pass; they belong to their mini-batch all the same.
+        idle: samples that need no pass; they still belong to their mini-batch.
 
     Raises:
-        ConfigError: a sample alone is longer than `micro_batch_tokens`.
+        ConfigError: a single sample is longer than `micro_batch_tokens`.
     """
     for i, length in enumerate(lengths_S):
         if length > micro_batch_tokens:
@@ -131,7 +133,7 @@ def _plan_mini_batch(
 
 
 def shared_cost(lengths: Sequence[int], prompt: int) -> int:
-    """Tokens that count of sequences which share a prompt: that prompt once, and attention's copies of it for what they cost."""
+    """The cost in tokens of sequences that share a prompt: the prompt once, and attention's copies of it at their own cost."""
     repeated = (len(lengths) - 1) * prompt
     return sum(lengths) - repeated + repeated // _ATTENTION_COPY
 
@@ -139,7 +141,7 @@ def shared_cost(lengths: Sequence[int], prompt: int) -> int:
 def _balance_shared(
     groups: list[list[int]], lengths_S: Sequence[int], prompts_S: Sequence[int], num_ranks: int, budget: int
 ) -> tuple[list[list[int]], list[int], list[list[int]]]:
-    """Cut groups into units that are computed together, in as few as balance over the ranks and the budget allow.
+    """Cut groups into units that are computed together, as few as balance over the ranks and the budget allow.
 
     Returns:
         Samples of each unit, its cost in tokens, and the units of each rank.
@@ -161,7 +163,7 @@ def _balance_shared(
 def _cut(
     group: list[int], lengths_S: Sequence[int], prompts_S: Sequence[int], cuts: int, budget: int
 ) -> list[list[int]]:
-    """A group in `cuts` units, as even as may be; in more, if one would be over the budget."""
+    """Cut a group into `cuts` units of even size; into more, if one would be over the budget."""
     for count in range(min(cuts, len(group)), len(group)):
         units = _spread(group, lengths_S, count)
         if all(shared_cost([lengths_S[i] for i in u], prompts_S[group[0]]) <= budget for u in units):
@@ -170,9 +172,8 @@ def _cut(
 
 
 def _spread(samples: Sequence[int], lengths_S: Sequence[int], num_bins: int) -> list[list[int]]:
-    """Longest first, each to the bin with the fewest tokens: at most 4/3 of the best possible largest bin (Graham
-    1969).
-    """
+    """Assign the longest first, each to the bin with the fewest tokens: at most 4/3 of the best possible largest bin (Graham
+    1969)."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     heap = [(0, k) for k in range(num_bins)]
     for i in sorted(samples, key=lambda i: (-lengths_S[i], i)):
@@ -183,11 +184,11 @@ def _spread(samples: Sequence[int], lengths_S: Sequence[int], num_bins: int) -> 
 
 
 def _balance(samples: Sequence[int], lengths_S: Sequence[int], num_bins: int) -> list[list[int]]:
-    """Like `_spread`; where that may be more than 5% above the best possible, few samples of uneven length, a search goes on
-    until it is not (or its budget is spent, which takes tens of milliseconds)."""
+    """Assign like `_spread`; where that may be more than 5% above the best possible (few samples of uneven length), search until
+    it is not, or the search budget is spent, which takes tens of milliseconds."""
     bins = _spread(samples, lengths_S, num_bins)
     longest = sorted((lengths_S[i] for i in samples), reverse=True)
-    # No bin can be shorter than the mean, the longest sample, or the two shortest of those that can't all be alone.
+    # No bin can be shorter than the mean, the longest sample, or the two shortest of those that cannot all have a bin of their own.
     least = max(
         -(-sum(longest) // num_bins),
         *longest[:1],
@@ -201,7 +202,7 @@ def _balance(samples: Sequence[int], lengths_S: Sequence[int], num_bins: int) ->
     loads, place, nodes = [0] * num_bins, [0] * len(order), 0
 
     def search(n: int) -> None:
-        """Places the samples from the n-th on, as LPT would at first; keeps the best of what it reaches."""
+        """Place the samples from the n-th on, at first as LPT would; keep the best result."""
         nonlocal fullest, bins, nodes
         if n == len(order):
             fullest = max(loads)
@@ -223,9 +224,7 @@ def _balance(samples: Sequence[int], lengths_S: Sequence[int], num_bins: int) ->
 
 
 def _pack_into(samples: Sequence[int], lengths_S: Sequence[int], count: int, budget: int) -> list[list[int]] | None:
-    """`count` micro-batches within the budget: of even size if that fits, else filled best-fit; None if neither
-    does.
-    """
+    """Pack into `count` micro-batches within the budget: of even size if that fits, else best-fit; None if neither does."""
     bins = _spread(samples, lengths_S, count)
     if max(sum(lengths_S[i] for i in b) for b in bins) <= budget:
         return bins
@@ -242,7 +241,7 @@ def _pack_into(samples: Sequence[int], lengths_S: Sequence[int], count: int, bud
 
 
 def _pad_into(samples: Sequence[int], lengths_S: Sequence[int], count: int, budget: int) -> list[list[int]] | None:
-    """`count` runs of the samples by length; None if one of them is over the budget when all are as long as its longest."""
+    """Pack into `count` runs of the samples by length; None if one of them is over the budget when padded to its longest."""
     in_order = sorted(samples, key=lambda i: (lengths_S[i], i))
     cuts = [len(in_order) * k // count for k in range(count + 1)]
     bins = [in_order[a:b] for a, b in pairwise(cuts)]

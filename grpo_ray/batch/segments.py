@@ -1,4 +1,4 @@
-"""Which token of a packed micro-batch belongs to which sequence. N tokens, S sequences."""
+"""Segments: the sequence of each token of a packed micro-batch. N tokens, S sequences."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Segments:
-    """Sequences lie end to end and are whole: all of a sequence's completion tokens are in the micro-batch."""
+    """Sequences that lie end to end and are whole: all completion tokens of a sequence are in the micro-batch."""
 
     index_N: Tensor
-    """[N] int64, 0 .. S-1, ascending."""
+    """[N] int64, the sequence of each token, 0 .. S-1, ascending."""
     lengths_S: Tensor
-    """[S] int64, completion tokens of each."""
+    """[S] int64, the number of completion tokens of each sequence."""
 
     @classmethod
     def of(cls, index_N: Tensor) -> Segments:
         return cls(index_N, index_N.bincount())
 
     def sum(self, values_N: Tensor) -> Tensor:
-        """[S]."""
-        # Unlike index_add, the same bits every time on GPUs too. `unsafe` only skips a check of the lengths.
+        """[S] the sum over each sequence."""
+        # Unlike index_add, this gives the same bits every time on GPUs too. `unsafe` only skips a check of the lengths.
         return torch.segment_reduce(values_N, "sum", lengths=self.lengths_S, unsafe=True)
 
     def mean(self, values_N: Tensor) -> Tensor:
-        """[S]."""
+        """[S] the mean over each sequence."""
         return self.sum(values_N) / self.lengths_S
 
     def spread(self, values_S: Tensor) -> Tensor:
-        """[N]: each sequence's value at each of its tokens."""
+        """[N] each sequence's value at each of its tokens."""
         return values_S[self.index_N]

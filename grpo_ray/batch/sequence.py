@@ -1,10 +1,10 @@
-"""One micro-batch over several ranks, each with a slice of its tokens (Ulysses, 2309.14509).
+"""Sequence parallelism: one micro-batch over several ranks, each with a slice of its tokens (Ulysses, 2309.14509).
 
     ids [N] -> slice [n] -> body, whose attention has all N tokens of a part of the heads -> hidden states [n, H]
             -> values of the slice's targets [c] -> gathered [C] on every rank -> the same loss on every rank
 
-N tokens of a micro-batch, n of a slice, C targets of a micro-batch, c of a slice. Every rank has the whole loss, and the
-gradient of its own slice only: the gradient of the loss is the sum over the ranks.
+N tokens of a micro-batch, n of a slice, C targets of a micro-batch, c of a slice. Every rank has the whole loss, and only the
+gradient of its own slice: the gradient of the loss is the sum over the ranks.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ _ROPES_BY_LENGTH = {"dynamic", "longrope"}
 
 
 class SequenceRanks(Protocol):
-    """The ranks that share each micro-batch, as one of them sees them."""
+    """The ranks that share each micro-batch, as seen by one of them."""
 
     @property
     def rank(self) -> int:
-        """0 .. size - 1, in the order of the slices."""
+        """The index of this rank, 0 .. size - 1, in the order of the slices."""
         ...
 
     @property
     def size(self) -> int: ...
 
     def split_heads(self, hf: nn.Module) -> None:
-        """Let the attention of a Transformers model go over all slices. Raises ConfigError when it can't."""
+        """Make the attention of a Transformers model span all slices. Raises ConfigError when it cannot."""
         ...
 
     def gather(self, counts: Sequence[int], *values_c: Tensor) -> tuple[Tensor, ...]:
-        """Each [c] of all slices end to end, [C]. The gradient that comes back is that of the own slice."""
+        """Concatenate the [c] of all slices to [C]. The gradient that comes back is that of the own slice."""
         ...
 
 
 class Alone:
-    """One rank has the whole micro-batch."""
+    """A single rank with the whole micro-batch."""
 
     rank = 0
     size = 1
@@ -57,35 +57,36 @@ class Alone:
 
 @dataclass(frozen=True)
 class Slice:
-    """What one rank computes of a micro-batch."""
+    """The part of a micro-batch that one rank computes."""
 
     input_ids: NDArray[np.int64]
-    """[n], n > 0 and the same on every rank."""
+    """[n] token ids, n > 0 and the same on every rank."""
     position_ids: NDArray[np.int64]
-    """[n], from 0 in each sequence, which may have begun in an earlier slice."""
+    """[n] positions, from 0 in each sequence, which may have begun in an earlier slice."""
     lengths: list[int]
-    """Of every part of the micro-batch, and of what fills the last slice up."""
+    """The length of every part of the micro-batch, and of the padding of the last slice."""
     sequences: list[tuple[int, ...]]
-    """The parts that each sequence is made of."""
+    """The parts of each sequence."""
     target_rows: NDArray[np.int64]
-    """[c]: which positions of the slice predict a completion token."""
+    """[c] the positions of the slice that predict a completion token."""
     targets: NDArray[np.int64]
-    """[c], possibly none: that token."""
+    """[c] the completion tokens, possibly none."""
     counts: tuple[int, ...]
-    """c of each rank."""
+    """The c of each rank."""
 
 
 def slice_of(batch: PackedBatch, rank: int, size: int, multiple: int = 1) -> Slice:
-    """The rank's slice of the tokens, `multiple` of them or a multiple of that. They are filled up by a sequence without targets.
+    """Cut the rank's slice of the tokens, whose length is a multiple of `multiple`; a sequence without targets pads the last slice.
 
-    Of more than one slice the sequences must not share prompts: the targets of a slice would not be neighbours.
+    With more than one slice the sequences must not share prompts: the targets of a slice would not be neighbours.
     """
     fill = -len(batch.input_ids) % (size * multiple)
     input_ids = np.concatenate([batch.input_ids, np.zeros(fill, np.int64)])
     position_ids = np.concatenate([batch.position_ids, np.arange(fill)])
     n = len(input_ids) // size
     own = slice(rank * n, (rank + 1) * n)
-    # Without shared prompts target rows ascend: the targets of a slice are neighbours, and those of all slices in order are all.
+    # Without shared prompts target rows ascend: the targets of a slice are neighbours, and together the slices have all targets in
+    # order.
     cuts = np.searchsorted(batch.target_rows, n * np.arange(size + 1))
     targets = slice(cuts[rank], cuts[rank + 1])
     return Slice(
@@ -100,10 +101,10 @@ def slice_of(batch: PackedBatch, rank: int, size: int, multiple: int = 1) -> Sli
 
 
 def check_model(hf: nn.Module, size: int) -> None:
-    """Can the attention of a model go over all slices: do positions not depend on a length, and can its heads be split?
+    """Check that the attention of a model can span all slices: positions do not depend on a length, and its heads can be split.
 
     Raises:
-        ConfigError: no. A slice would then silently be computed as if nothing came before it.
+        ConfigError: it cannot; a slice would silently be computed as if nothing came before it.
     """
     model: Any = hf
     config = model.config.get_text_config()

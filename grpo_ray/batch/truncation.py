@@ -1,12 +1,13 @@
-"""Which tokens a sampler can draw under top_p, top_k and min_p, so that the learner's probabilities are of the same ones.
+"""Truncated distributions: the tokens that can be sampled under top_p, top_k and min_p, so that the learner normalises over the
+same ones.
 
-What is sampled from is not the policy but the policy cut down to a set of tokens and renormalised over it:
+Samples come not from the policy but from the policy restricted to a set of tokens and renormalised over it:
 
     pi~(a) = pi(a) / sum_{b in S} pi(b),    a in S
 
-The sampler reports log pi~, so the learner computes it too: S is made once, from the logits of the policy that sampled, and every
-pass over these tokens (old, current and reference policy) renormalises over the same S, without a gradient through its choice.
-DeepSeek-V3.2 calls it "keep sampling mask" (2512.02556, section 3.1).
+The rollout engine reports log pi~, so the learner computes it too: S is computed once, from the logits of the policy that sampled,
+and every pass over these tokens (old, current and reference policy) renormalises over the same S, without a gradient through its
+choice. DeepSeek-V3.2 calls it "keep sampling mask" (2512.02556, section 3.1).
 
 C rows of a chunk, V vocabulary.
 """
@@ -22,23 +23,23 @@ from torch import Tensor
 from grpo_ray.types import Truncation
 
 DROPPED = -1e30
-"""The logit of a token outside of the set: its probability is 0, and 0 times its logarithm is 0 too."""
+"""The logit of a token outside the set: its probability is 0, and 0 times its logarithm is 0 too."""
 _CANDIDATES = 1024
-"""So many of the likeliest tokens, or top_k, are sorted at first; a row whose top_p reaches further is sorted whole."""
+"""The number of likeliest tokens (or top_k) that are sorted at first; a row whose top_p reaches further is sorted whole."""
 _PIECES = 8
-"""A chunk is looked at in so many pieces, since sorting takes several times the memory of what is sorted."""
+"""The number of pieces in which a chunk is processed, since sorting takes several times the memory of its input."""
 
 
 def keep_mask(logits_CV: Tensor, targets_C: Tensor, truncation: Truncation) -> Tensor:
-    """The set of each row, as vLLM makes it: min_p first, then top_k of what is left, then top_p of that, renormalised.
+    """Compute the set of each row as vLLM does: min_p first, then top_k of what is left, then top_p of that, renormalised.
 
-    Of tokens as likely as the last of the top_k all are kept on CPUs, and as many as make k on GPUs. The sampled token is in its
-    set whatever rounding says: it was.
+    Of tokens tied with the last of the top_k all are kept on CPUs, and as many as make k on GPUs. The sampled token is always in
+    its set, whatever rounding says.
 
     Args:
         logits_CV: [C, V] fp32, after the temperature.
         targets_C: [C], the sampled tokens.
-        truncation: what cuts off.
+        truncation: the options that truncate.
 
     Returns:
         [C, V] bool.
@@ -50,7 +51,7 @@ def keep_mask(logits_CV: Tensor, targets_C: Tensor, truncation: Truncation) -> T
     return torch.cat(masks) if masks else torch.ones_like(logits_CV, dtype=torch.bool)
 
 
-# Comparisons are negated where a NaN has to stay in the set: the loss is then none either, and says so.
+# Comparisons are negated where a NaN has to stay in the set: then the loss is NaN too, and the error names it.
 
 
 def _keep(logits: Tensor, truncation: Truncation, exact_k: bool) -> Tensor:
@@ -71,7 +72,7 @@ def _keep(logits: Tensor, truncation: Truncation, exact_k: bool) -> Tensor:
 
 
 def _nucleus(logits: Tensor, top_p: float, candidates: int) -> Tensor:
-    """The likeliest tokens, until together they have at least `top_p`: those before which there is less than that."""
+    """The smallest set of the likeliest tokens that together have at least `top_p`: those preceded by less than that."""
     mask = torch.zeros_like(logits, dtype=torch.bool)
     total = logits.logsumexp(dim=1, keepdim=True)
     values, places = logits.topk(candidates, dim=1)
@@ -91,7 +92,7 @@ def _first(values: Tensor, total: Tensor, top_p: float) -> Tensor:
 
 
 def _with_target(mask: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    """Of tokens that are as likely as the last that is kept, the sampled one was kept: it takes the place of another."""
+    """Add the sampled token, which was kept; among tokens tied with the last that is kept it replaces another."""
     missing = (~mask.gather(1, targets[:, None])[:, 0]).nonzero()[:, 0]
     own = targets[missing]
     tied = mask[missing] & (logits[missing] == logits[missing, own][:, None])
@@ -102,11 +103,11 @@ def _with_target(mask: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A mask in little memory: the columns of what is kept, or where that is more, a bit for each."""
+    """A compact mask: the columns of the kept tokens, or where that is larger, one bit for each token."""
 
     counts_C: Tensor | None
     columns: Tensor
-    """int32, or uint8 [C, V / 8] without counts."""
+    """The columns as int32; without counts, bits as uint8 [C, V / 8]."""
     vocab_size: int
 
     @classmethod
@@ -119,7 +120,7 @@ class _Chunk:
         return cls(None, (padded * _bits(mask_CV)).sum(dim=2, dtype=torch.uint8), vocab_size)
 
     def mask(self) -> Tensor:
-        """[C, V] bool."""
+        """[C, V] the mask as bool."""
         if self.counts_C is None:
             bits = (self.columns[:, :, None] & _bits(self.columns)) != 0
             return bits.flatten(1)[:, : self.vocab_size]
@@ -135,20 +136,20 @@ def _bits(like: Tensor) -> Tensor:
 
 
 class TokenSets:
-    """The sets of a micro-batch's tokens: made in the first pass over them, and used in every later one.
+    """The sets of a micro-batch's tokens: computed in the first pass over them, and reused in every later one.
 
-    At most an eighth of a byte for each row and token of the vocabulary, which only very flat distributions need.
+    They take at most an eighth of a byte for each row and token of the vocabulary, which only very flat distributions need.
     """
 
     def __init__(self, truncation: Truncation) -> None:
         self.truncation = truncation
         self._chunks: dict[int, _Chunk] = {}
-        """By their first row."""
+        """Chunks by their first row."""
         self.made = False
-        """There was a pass over these tokens; a rank's slice may hold none that is predicted."""
+        """Whether there was a pass over these tokens; a rank's slice may hold no token that is predicted."""
 
     def drop(self, logits_CV: Tensor, targets_C: Tensor, first_row: int) -> Tensor:
-        """The logits of the chunk that begins with this row, DROPPED where they are outside of its sets; overwrites them."""
+        """The logits of the chunk that begins with this row, DROPPED outside its sets; the input is overwritten."""
         if first_row not in self._chunks:
             self._chunks[first_row] = _Chunk.of(keep_mask(logits_CV, targets_C, self.truncation))
         return logits_CV.masked_fill_(~self._chunks[first_row].mask(), DROPPED)
