@@ -1,9 +1,9 @@
-"""Where checkpoints are: a folder, or an object store by fsspec. A checkpoint is whole when its manifest is there.
+"""Checkpoint stores: a folder, or an object store by fsspec. A checkpoint is complete when its manifest exists.
 
-folder        filled aside as `.step-000040.tmp`, every file and folder synced, then renamed
-object store  gets what is whole in a folder already, the manifest last; see delivery.py
+folder        written first as `.step-000040.tmp`, every file and folder synced, then renamed
+object store  receives checkpoints that are complete in a folder, the manifest last; see delivery.py
 
-store.begin(40) -> Place -> workers fill parts of it, each a folder of its own -> store.commit(place, sums)
+store.begin(40) -> Place -> workers write its parts, each a folder of its own -> store.commit(place, sums)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["CheckpointLocation", "Reading", "Store", "is_url"]
 T = TypeVar("T")
 _STEP = re.compile("step-([0-9]{6,15})")
 SET_ASIDE = "manifest.broken.json"
-"""The name of a manifest that was found to be wrong: what lies beside it is no checkpoint any more, and is left to look at."""
+"""The name given to an invalid manifest: the files beside it are no checkpoint any more, and are kept for inspection."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class CheckpointLocation:
     """The folder of one checkpoint, being written or read; the same for every worker, wherever it runs."""
 
     url: str
-    """A local path, or what fsspec takes."""
+    """A local path, or a URL that fsspec takes."""
     patience_s: float = PATIENCE_S
-    """For a store that does not answer."""
+    """How long to retry while a store does not answer."""
 
     def path(self, name: str) -> str:
         return f"{self.url}/{name}"
 
     def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError when it is not there, OSError or StoreError when it can't be read."""
+        """Read a file. Raises FileNotFoundError when it does not exist, OSError or StoreError when it cannot be read."""
         if is_url(self.url):
             data: bytes = self._ask("read", lambda fs: fs.cat_file(self.path(name)))
             return data
@@ -54,7 +54,7 @@ class CheckpointLocation:
             return file.read()
 
     def sum(self, name: str) -> FileSum:
-        """Of all its bytes. Raises as `read`."""
+        """The size and checksum of a file, all bytes read. Raises as `read`."""
 
         def of_remote(fs: Any) -> FileSum:
             with fs.open(self.path(name), "rb") as file:
@@ -66,7 +66,7 @@ class CheckpointLocation:
             return manifest.sum_of(file)
 
     def size(self, name: str) -> int:
-        """Of a local file, without reading it. Raises as `read`."""
+        """The size of a local file, without reading it. Raises as `read`."""
         with open_inside(Path(self.url), name) as file:
             return os.fstat(file.fileno()).st_size
 
@@ -75,11 +75,10 @@ class CheckpointLocation:
 
     @contextmanager
     def filling(self, part: str) -> Iterator[tuple[Path, dict[str, FileSum]]]:
-        """A folder to write in, of a place that is local. When it ends everything in it is on the disk to stay, and the
-        dictionary says what.
+        """A folder to write to, in a local place. On exit everything in it is synced to disk, and the dictionary lists its files.
 
         Args:
-            part: path inside the checkpoint; nobody else writes there.
+            part: the path inside the checkpoint; nobody else writes there.
         """
         sums: dict[str, FileSum] = {}
         folder = Path(self.path(part))
@@ -100,13 +99,13 @@ class CheckpointLocation:
 
 @dataclass(frozen=True)
 class Reading:
-    """Files of a checkpoint as local ones; of an object store those that are asked for, until the reading ends."""
+    """Files of a checkpoint as local ones; those of an object store are downloaded on request, and kept until the reading ends."""
 
     place: CheckpointLocation
     folder: Path
 
     def local(self, name: str) -> Path:
-        """Raises CheckpointError when it can't be had."""
+        """A local path of the file. Raises CheckpointError when there is none."""
         path = self.folder / name
         try:
             if not is_url(self.place.url):
@@ -136,7 +135,7 @@ class Store:
         return CheckpointLocation(f"{self.url}/{_name(step)}", self.patience_s)
 
     def has(self, step: int) -> bool:
-        """In a folder."""
+        """Whether the step has a checkpoint in a folder."""
         return Path(self.place(step).path(manifest.NAME)).is_file()
 
     def steps(self) -> list[int]:
@@ -144,7 +143,7 @@ class Store:
         return self._steps_with(manifest.NAME)
 
     def _steps_with(self, name: str = "") -> list[int]:
-        """Steps with a file of that name; without one, all that there is something of."""
+        """Steps with a file of that name; without a name, all steps with any file."""
         pattern = f"step-*/{name}".rstrip("/")
         if self.is_remote:
             found = [str(p).rstrip("/") for p in self._list(pattern)]
@@ -163,10 +162,10 @@ class Store:
     def _ask(self, what: str, call: Callable[[Any], T]) -> T:
         return ask(self.url, what, call, patience_s=self.patience_s)
 
-    # Writing, into a folder.
+    # Writing to a folder
 
     def begin(self, step: int) -> CheckpointLocation:
-        """An empty place for this step. What saves that were cut off have left is removed."""
+        """An empty place for this step. Leftovers of interrupted saves are removed."""
         assert not self.is_remote, "made in a folder, then sent"
         root = Path(self.url)
         root.mkdir(parents=True, exist_ok=True)
@@ -177,8 +176,8 @@ class Store:
         return CheckpointLocation(str(aside))
 
     def commit(self, place: CheckpointLocation, step: int, sums: Sums, *, keep: int | None) -> CheckpointLocation:
-        """Make it whole; then remove older ones than the newest `keep`, None: keep all. From the manifest on it is there, before
-        it is not."""
+        """Make the checkpoint complete, then remove all but the newest `keep`; None: keep all. It exists from the manifest on,
+        not before."""
         final = self._rename(place, step, manifest.to_json(step, sums))
         if keep is not None:
             self.remove(self.steps()[:-keep])
@@ -200,24 +199,24 @@ class Store:
         return CheckpointLocation(str(final))
 
     def discard(self, place: CheckpointLocation) -> None:
-        """Nothing is left of a save that failed."""
+        """Remove all files of a failed save."""
         shutil.rmtree(place.url, ignore_errors=True)
 
     def remove(self, steps: Iterable[int]) -> None:
-        """From a folder; never half of one under its name."""
+        """Remove checkpoints from a folder; none is ever half-removed under its name."""
         for step in steps:
             gone = Path(self.url) / f".{_name(step)}.old.tmp"
             os.replace(self.place(step).url, gone)
             shutil.rmtree(gone, ignore_errors=True)
 
-    # Writing, into an object store, which has no rename.
+    # Writing to an object store, which has no rename
 
     def send(self, source: CheckpointLocation, step: int, sent: set[str], *, beat: Callable[[], None]) -> None:
-        """A whole checkpoint from a folder. Called again after a failure it goes on where it was.
+        """Upload a complete checkpoint from a folder. Called again after a failure it continues where it was.
 
         Args:
-            sent: names of the files that are there; empty at first.
-            beat: called whenever a part of a file has gone through; what it raises ends the sending.
+            sent: names of the files that are uploaded; empty at first.
+            beat: called after every uploaded part of a file; its exception ends the upload.
 
         Raises:
             StoreError: the store refuses or does not answer.
@@ -225,7 +224,7 @@ class Store:
         """
         sums, place = manifest.from_json(source.read(manifest.NAME), step), self.place(step)
         if not sent:
-            # What saves that were cut off have left, and an earlier one of this step: that may have other files.
+            # Leftovers of interrupted uploads, and of an earlier checkpoint of this step, which may have other files.
             kept = {*self.steps(), *self._steps_with(SET_ASIDE)} - {step}
             for cut_off in set(self._steps_with()) - kept:
                 self._remove_remote(cut_off)
@@ -248,7 +247,8 @@ class Store:
             raise StoreError(f"can't write in {self.url}: {reason(e)}") from None
 
     def keep_newest(self, number: int, step: int) -> None:
-        """Remove older ones in an object store, and set aside what is newer than `step`: it is of a future that was given up.
+        """Remove older checkpoints in an object store, and set aside those newer than `step`, which belong to an abandoned
+        continuation.
 
         Raises:
             StoreError: the store refuses or does not answer.
@@ -262,14 +262,16 @@ class Store:
     def _remove_remote(self, step: int) -> None:
         place = self.place(step)
         for path in (place.path(manifest.NAME), place.url):
-            # Already gone is as good.
+            # A file that is already gone is as good.
             with suppress(FileNotFoundError):
                 self._ask("remove an old checkpoint", partial(_remove_tree, path))
 
-    # Reading.
+    # Reading
 
     def first_wrong(self, step: int) -> str | None:
-        """What is wrong with this checkpoint, every byte of it read; None: nothing. Raises StoreError when that can't be known."""
+        """The first file of this checkpoint that fails its checksum, and why, with every byte read; None if all pass. Raises
+        StoreError when the store cannot be read.
+        """
         place = self.place(step)
         try:
             sums = manifest.from_json(place.read(manifest.NAME), step)
@@ -280,7 +282,7 @@ class Store:
         return manifest.first_wrong(sums, place.sum)
 
     def set_aside(self, step: int) -> None:
-        """It is no checkpoint any more; its files stay."""
+        """Mark the checkpoint as invalid; its files stay."""
         place = self.place(step)
         if self.is_remote:
             self._ask("rename", lambda fs: fs.mv(place.path(manifest.NAME), place.path(SET_ASIDE)))
@@ -288,12 +290,12 @@ class Store:
             os.replace(place.path(manifest.NAME), place.path(SET_ASIDE))
 
     def earlier_format(self) -> list[int]:
-        """Steps that a version of grpo-ray without manifests has saved."""
+        """Steps saved by a version of grpo-ray without manifests."""
         return [s for s in self._steps_with("learner/learner.json") if s not in self.steps()]
 
 
 def sync_tree(folder: Path) -> None:
-    """Every file and folder below, and the folder itself, on the disk to stay."""
+    """Sync every file and folder below, and the folder itself, to disk."""
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_dir():
             sync_folder(path)
@@ -309,7 +311,7 @@ def _name(step: int) -> str:
 
 
 def step_of_name(name: str) -> int | None:
-    """Of a folder that is called as the checkpoint of a step is; None: it is not."""
+    """The step of a folder named like a checkpoint; None for other names."""
     found = _STEP.fullmatch(name)
     return int(found[1]) if found is not None and _name(int(found[1])) == name else None
 
@@ -319,7 +321,7 @@ def _remove_tree(path: str, fs: Any) -> None:
 
 
 def _beats(beat: Callable[[], None]) -> Any:
-    """For fsspec, which tells of every part of a file that has gone through."""
+    """Callback for fsspec, which reports every transferred part of a file."""
     from fsspec.callbacks import Callback
 
     class Beats(Callback):

@@ -1,10 +1,10 @@
-"""The way of checkpoints into an object store, behind the loop's back: made in the run's folder, sent from there.
+"""Upload of checkpoints to an object store in the background: they are written to the run's folder and sent from there.
 
     outbox/step-000040  --offer-->  [the newest that is waiting]  --send, again and again-->  store/step-000040
 
-A store that does not answer, or refuses what it took before, is a warning: training goes on, and what waits is the newest
-checkpoint alone. At most three are in the folder: one that is sent, one that waits, one that is being made. The newest stays there
-until the run's end, so that learners that start again need no store.
+A store that does not answer, or refuses what it accepted before, causes a warning: training goes on, and only the newest checkpoint
+waits. At most three are in the folder: one being sent, one waiting, one being written. The newest stays there until the run's end,
+so that learner ranks that restart need no store.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from grpo_ray.run.checkpoint_store import Store
 from grpo_ray.telemetry.events import CheckpointEvent, Event, MessageEvent
 
 LOOK_S = 1.0
-"""How often a sending that is silent is looked at."""
+"""The interval in seconds at which a silent upload is checked."""
 
 
 class _Stopped(CheckpointError):
-    """The run ends; whoever resumes it sends what is left."""
+    """The run ends; a resumed run sends the rest."""
 
 
 @dataclass
 class _Sending:
-    """One attempt, in a thread that nobody can end: it is told to."""
+    """One upload attempt, in a thread that cannot be killed and is asked to stop."""
 
     heard_at: float
     stopped: threading.Event
@@ -44,18 +44,19 @@ class _Sending:
 
 
 class Delivery:
-    """One checkpoint at a time. Its methods are called on one event loop."""
+    """Uploader of one checkpoint at a time. Its methods are called on one event loop."""
 
     def __init__(
         self, outbox: Store, store: Store, *, keep: int, limit_s: float, emit: Callable[[Event], None]
     ) -> None:
-        """
+        """Create the uploader.
+
         Args:
-            keep: older checkpoints than the newest `keep` are removed from the store.
-            limit_s: without a sign of the store, after which it is given up (deadlines.store_s).
+            keep: the number of newest checkpoints that stay in the store.
+            limit_s: how long the store may be silent before it is given up (deadlines.store_s).
         """
         self._outbox = outbox
-        # Patience is here, where it ends with the run.
+        # Retries are made here, where they end with the run.
         self._store = Store(store.url, patience_s=0)
         self._keep = keep
         self._limit_s = limit_s
@@ -63,16 +64,16 @@ class Delivery:
         self._waiting: int | None = None
         self._sending: _Sending | None = None
         self._sent_step: int | None = None
-        """Under way."""
+        """The step that is being sent."""
         self._began: dict[int, float] = {}
         self._work: asyncio.Task[None] | None = None
         self._away_since: float | None = None
         self._clutter = ""
         self.gave_up: str | None = None
-        """Why it is given up."""
+        """The reason why the store was given up."""
 
     def offer(self, step: int) -> None:
-        """A checkpoint that is whole in the outbox. One that still waits there is not sent any more."""
+        """Queue a checkpoint that is complete in the outbox. One that still waits there is not sent any more."""
         skipped = self._waiting is not None and self._waiting not in (step, self._sent_step)
         if skipped and self._away_since is None:
             self._emit(
@@ -88,12 +89,12 @@ class Delivery:
             self._work = asyncio.create_task(self._deliver())
 
     def offer_leftovers(self) -> None:
-        """What an earlier life of the run could not send."""
+        """Queue what an earlier start of the run could not send."""
         if left := self._outbox.steps():
             self.offer(left[-1])
 
     async def finish(self) -> None:
-        """Everything is in the store, and nothing in the outbox any more.
+        """Wait until everything is in the store and nothing is in the outbox any more.
 
         Raises:
             StoreError: the store was given up; the newest checkpoint is in the outbox.
@@ -107,7 +108,7 @@ class Delivery:
             shutil.rmtree(self._outbox.url, ignore_errors=True)
 
     async def close(self) -> None:
-        """What is not there yet stays in the outbox."""
+        """Stop; what is not uploaded yet stays in the outbox."""
         if self._sending is not None:
             self._sending.stopped.set()
         if self._work is not None:
@@ -120,7 +121,7 @@ class Delivery:
         heard_at, wait_s = time.monotonic(), FIRST_WAIT_S
         while (step := self._waiting) is not None:
             self._sent_step = step
-            # What lies half-sent of another one is removed by the first attempt of this one.
+            # The first attempt of this checkpoint removes a half-sent other one.
             sent = {step: sent.get(step, set())}
             had = len(sent[step])
             try:
@@ -143,7 +144,7 @@ class Delivery:
         self._sending = self._work = None
 
     async def _send(self, step: int, sent: set[str], heard_at: float) -> float:
-        """One attempt. Raises what it raises, or TimeoutError when nothing went through for the limit."""
+        """Make one attempt. Raises its exception, or TimeoutError when nothing was transferred within the limit."""
         self._sending = sending = _Sending(heard_at, threading.Event())
 
         def send() -> None:
@@ -161,11 +162,11 @@ class Delivery:
                     raise TimeoutError(f"nothing went through for {self._limit_s:g} s")
         finally:
             sending.stopped.set()
-            # Whatever a thread that is left behind says is no news.
+            # Reports of an abandoned thread are ignored.
             attempt.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     def _clear_store(self, step: int) -> None:
-        """Older ones that can't be removed are in the way of nothing but room: told once."""
+        """Remove older checkpoints in the store. A failure only costs space, and is reported once."""
         try:
             self._store.keep_newest(self._keep, step)
         except StoreAwayError:
@@ -176,7 +177,7 @@ class Delivery:
                 self._clutter = text
 
     def _is_worth_waiting(self, error: Exception, step: int, heard_at: float, left_s: float) -> bool:
-        """Tells of the first failure; False: the store is given up."""
+        """Report the first failure; returns False when the store is given up."""
         why = str(error) if isinstance(error, CheckpointError) else reason(error)
         place = self._outbox.place(step).url
         if not self._outbox.has(step):

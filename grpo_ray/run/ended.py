@@ -1,4 +1,5 @@
-"""`ended.json` of a run: how it ended and how far it had come, so that a finished run is known without starting anything."""
+"""The file `ended.json` of a run: how it ended and at which step, so that a finished run is recognised without starting
+anything."""
 
 from __future__ import annotations
 
@@ -19,13 +20,13 @@ FILE = "ended.json"
 @dataclass(frozen=True)
 class Ended:
     status: str
-    """As in `events.EndEvent`."""
+    """The status, as in `events.EndEvent`."""
     text: str
     step: int
-    """Steps done."""
+    """The number of steps done."""
     total_steps: int
     length: list[Any]
-    """The options that say how long the run is, see `length_of`."""
+    """The options that determine the run's length, see `length_of`."""
 
 
 def length_of(config: RunConfig | SftConfig) -> list[Any]:
@@ -38,7 +39,7 @@ def write_ended(run: Path, config: RunConfig | SftConfig, status: str, text: str
 
 
 def read_ended(run: Path) -> Ended | None:
-    """None: the run has not ended by itself, or what is there can't be read."""
+    """Read the file; None if the run has not ended by itself, or the file cannot be read."""
     try:
         ended = Ended(**read_json(run / FILE))
         numbers = type(ended.step) is int and type(ended.total_steps) is int
@@ -50,8 +51,9 @@ def read_ended(run: Path) -> Ended | None:
 
 
 def finished(run: RunDir, config: RunConfig | SftConfig) -> Ended | None:
-    """How the run ended, if all of its steps are done and its newest checkpoint is of the last: then nothing is left to do. None:
-    it has steps to do, or a checkpoint to send to its store, or nobody knows without its data."""
+    """How the run ended, if all of its steps are done and its newest checkpoint is of the last: then nothing is left to do. None if
+    it has steps to do, or a checkpoint to send to its store, or that cannot be known without its data.
+    """
     if run.store.is_remote and run.outbox.steps():
         return None
     ended = read_ended(run.path)

@@ -1,11 +1,11 @@
-"""What `grpo-ray eval` leaves: a folder of its own for each call, in the run that it measures or beside the runs.
+"""Records of `grpo-ray eval`: one folder for each call, in the run that it evaluates or beside the runs.
 
     RUN/evals/NAME-step-000040/     again: NAME-step-000040-2
       settings.yaml                 the config, fully resolved
       figures.json                  step, model with its SHA-256; of each set: its measures with their errors, rewards by function
       answers/SET/samples-000000.parquet   every prompt with its answers and scores, as `grpo-ray sample` writes them
 
-`figures.json` comes last: a folder without one is of an evaluation that did not end.
+`figures.json` comes last: a folder without one belongs to an evaluation that did not finish.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ SETTINGS, FIGURES, ANSWERS = "settings.yaml", "figures.json", "answers"
 
 
 def new_record(parent: Path, name: str, config: RunConfig) -> Path:
-    """A new folder with the settings in it; its name gets a number where it is taken.
+    """Create a folder with the settings in it; its name gets a number where it is taken.
 
     Raises:
-        ConfigError: it can't be made.
+        ConfigError: the folder cannot be created.
     """
     for number in count(1):
         folder = parent / (name if number == 1 else f"{name}-{number}")
@@ -51,7 +51,7 @@ def new_record(parent: Path, name: str, config: RunConfig) -> Path:
 
 
 def step_of(model: Path) -> int | None:
-    """Of the checkpoint that a model lies in; None: it is in none."""
+    """The step of the checkpoint that contains the model; None if it is in no checkpoint."""
     return step_of_name(model.resolve().parent.name)
 
 
@@ -60,7 +60,7 @@ def answers_folder(record: Path, set_name: str) -> Path:
 
 
 def set_figures(result: EvalResult, figures: Figures) -> dict[str, Any]:
-    """Of one set, for `figures.json`."""
+    """The figures of one evaluation set, for `figures.json`."""
     return {
         "measures": {name: asdict(estimate) for name, estimate in result.measures.items()},
         "num_prompts": result.num_prompts,

@@ -1,7 +1,7 @@
-"""Parts of parameters on disk, so that any layout reads what any other has written.
+"""Parameter fragments on disk, which any layout of ranks can read whatever layout wrote them.
 
 Every rank writes the elements that it holds, [start, start + numel) of each flattened parameter, under the parameter's name;
-a rank of another layout reads the elements that it will hold from whichever files have them. Nobody ever holds the whole.
+a rank of another layout reads the elements that it will hold from whichever files have them. No rank ever holds all of it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from grpo_ray.errors import CheckpointError
 @dataclass(frozen=True)
 class Fragment:
     name: str
-    """Of the parameter."""
+    """The name of the parameter."""
     start: int
     values: dict[str, Tensor]
-    """What is kept of each element, e.g. `master`, `exp_avg`: [numel] each."""
+    """The values kept of each element, e.g. `master`, `exp_avg`: [numel] each."""
 
     @property
     def numel(self) -> int:
@@ -33,40 +33,40 @@ class Fragment:
 
 
 Extents = Mapping[str, Sequence[int]]
-"""Name -> (start, numel) of what one file holds of a parameter."""
+"""The (start, numel) of a parameter's elements in one file, by parameter name."""
 
 
 def even_part(numel: int, rank: int, num_ranks: int) -> tuple[int, int]:
-    """(start, numel) of a rank's share of what all ranks hold."""
+    """The (start, numel) of a rank's share of what all ranks hold."""
     start, end = numel * rank // num_ranks, numel * (rank + 1) // num_ranks
     return start, end - start
 
 
 def write_fragments(fragments: Sequence[Fragment], path: Path) -> dict[str, tuple[int, int]]:
-    """One safetensors file with `KIND/NAME` for each. Returns what it holds."""
+    """Write one safetensors file with `KIND/NAME` for each fragment. Returns the extents in it."""
     save_file({f"{kind}/{f.name}": t for f in fragments for kind, t in f.values.items()}, path)
     return {f.name: (f.start, f.numel) for f in fragments}
 
 
 @dataclass
 class FragmentReader:
-    """Reads any stretch of any parameter out of the files of all ranks, and opens only those that have some of it."""
+    """Reader of any range of any parameter from the files of all ranks, which opens only the files that it needs."""
 
     extents: Sequence[Extents]
-    """Of each file."""
+    """The extents in each file."""
     path_of: Callable[[int], Path]
-    """Number of a file -> where it lies."""
+    """The path of each file by its number."""
     _open: dict[int, Any] = field(default_factory=dict)
 
     def numel(self, name: str) -> int:
-        """Elements of the whole parameter; 0 if there is none of that name."""
+        """The number of elements of the whole parameter; 0 if there is none of that name."""
         return max((sum(e[name]) for e in self.extents if name in e), default=0)
 
     def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
-        """[numel], from `start` on.
+        """Read [numel] elements, from `start` on.
 
         Raises:
-            CheckpointError: some of it is in no file.
+            CheckpointError: a part of the range is in no file.
         """
         end, parts, at = start + numel, [], start
         having = sorted((e[name][0], i) for i, e in enumerate(self.extents) if name in e)

@@ -1,6 +1,6 @@
-"""Groups that are sampled and scored but not trained, in a checkpoint: a resumed run samples only what is missing.
+"""Groups of a checkpoint that are sampled and scored but not trained, so that a resumed run samples only the missing ones.
 
-`loop/groups.parquet`, one row a sample: everything that a group has but its prompt, which the cursor gives again.
+`loop/groups.parquet`, one row a sample: everything of a group but its prompt, which the cursor provides again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SCHEMA = pa.schema(
         ("score", pa.string()),
     ]
 )
-"""`score` is JSON; a reward that is no number is NaN there."""
+"""The columns of the file; `score` is JSON, in which a reward that is no number is NaN."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class KeptGroup:
     scores: list[Score]
 
     def infos(self, ref: Any) -> list[SampleInfo]:
-        """Its samples as the loop wants them, their tokens behind `ref`."""
+        """The records of its samples for the loop, with their tokens behind `ref`."""
         return [
             SampleInfo(
                 prompt_id=s.prompt_id,
@@ -73,7 +73,7 @@ class KeptGroup:
 
 
 def write_groups(path: Path, groups: Sequence[Group], lists: Sequence[Sequence[Sample]]) -> None:
-    """`lists`: those behind `distinct_refs(groups)`, in that order."""
+    """Write the groups. `lists` are those behind `distinct_refs(groups)`, in that order."""
     behind = {id(ref): rows for ref, rows in zip(distinct_refs(groups), lists, strict=True)}
     rows = [
         _row(group, info, behind[id(info.ref)][info.row], score)
@@ -84,10 +84,10 @@ def write_groups(path: Path, groups: Sequence[Group], lists: Sequence[Sequence[S
 
 
 def read_groups(path: Path) -> list[KeptGroup]:
-    """What `write_groups` wrote, bit for bit, in dispatch order.
+    """Read what `write_groups` wrote, bit for bit, in dispatch order.
 
     Raises:
-        CheckpointError: it is something else.
+        CheckpointError: the file is something else.
     """
     try:
         return _groups(pq.read_table(path))

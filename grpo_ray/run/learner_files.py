@@ -1,8 +1,8 @@
-"""The learner's part of a checkpoint: a folder for every rank that there was, read by any number of ranks.
+"""The learner's part of a checkpoint: a folder for every rank that wrote it, readable by any number of ranks.
 
-learner/rank-0/state.json           how many ranks, how many steps, and which elements of what lie beside it
+learner/rank-0/state.json           the number of ranks and of steps, and the extents in the files beside it
                policy.safetensors   fp32 masters and Adam's moments; so critic.safetensors, where there is one
-               reference.safetensors   of a reference that follows the policy
+               reference.safetensors   a reference that follows the policy
                random.safetensors   the random state of this rank
 """
 
@@ -31,13 +31,13 @@ MAX_RANKS = 1 << 20
 
 @dataclass(frozen=True)
 class HeldModel:
-    """What one rank writes of one model."""
+    """The part of one model that one rank writes."""
 
     fragments: Sequence[Fragment]
     num_steps: int = 0
-    """Steps of its optimizer."""
+    """The number of steps of its optimizer."""
     num_scheduled: int = 0
-    """Steps of its learning rate's schedule."""
+    """The number of steps of its learning rate schedule."""
 
 
 def write_rank(
@@ -48,7 +48,7 @@ def write_rank(
     random_state: Mapping[str, Tensor],
     facts: Mapping[str, Any],
 ) -> dict[str, FileSum]:
-    """One rank's folder. `facts`: what a learner that loads it must have in common with this one."""
+    """Write one rank's folder. `facts` are what a learner that loads it must have in common with this one."""
     with place.filling(_folder(rank)) as (folder, sums):
         state: dict[str, Any] = {"num_ranks": num_ranks, "facts": dict(facts), "models": {}}
         for name, model in models.items():
@@ -65,15 +65,15 @@ def write_rank(
 
 @dataclass(frozen=True)
 class SavedLearner:
-    """All ranks of a checkpoint."""
+    """The learner state of all ranks in a checkpoint."""
 
     files: Reading
     states: list[dict[str, Any]]
-    """Of each rank, as it is in its state.json."""
+    """The content of each rank's state.json."""
 
     @classmethod
     def open(cls, files: Reading) -> SavedLearner:
-        """Raises CheckpointError when the checkpoint holds no learner, or not all of its ranks."""
+        """Open the state. Raises CheckpointError when the checkpoint holds no learner, or not all of its ranks."""
         first = _read_state(files, 0)
         return cls(files, [first, *(_read_state(files, rank) for rank in range(1, first["num_ranks"]))])
 
@@ -96,7 +96,7 @@ class SavedLearner:
         return FragmentReader(extents, partial(self._path, f"{model}.safetensors"))
 
     def random_state(self, rank: int) -> dict[str, Tensor] | None:
-        """None: there was no such rank."""
+        """The random state of a rank; None if there was no such rank."""
         return load_file(self._path(_RANDOM, rank)) if rank < len(self.states) else None
 
     def _path(self, name: str, rank: int) -> Path:
@@ -117,7 +117,7 @@ def _read_state(files: Reading, rank: int) -> dict[str, Any]:
 
 
 def _check_state(state: dict[str, Any]) -> None:
-    """Raises ValueError, KeyError, TypeError or AttributeError for what `write_rank` has not written."""
+    """Check the state. Raises ValueError, KeyError, TypeError or AttributeError if `write_rank` has not written it."""
     if type(state["num_ranks"]) is not int or not 1 <= state["num_ranks"] <= MAX_RANKS:
         raise ValueError(f"num_ranks is {str(state['num_ranks'])[:40]!r}")
     state["facts"].items()

@@ -1,16 +1,16 @@
-"""What became of every prompt: one row a group, in SQLite, readable while the run goes on.
+"""Ledger of every prompt's fate: one row a group, in SQLite, readable while the run goes on.
 
     dispatched -> sampled -> trained (at which step) | dropped (at which step, why)
 
 A second table has the options that `resume` has changed, and after which step.
 
-A group that is `trained` had its turn in a batch. Where nothing was learned from it, `drop_reason` says why: `not_applicable`,
+A group that is `trained` was in a batch. Where nothing was learned from it, `drop_reason` says why: `not_applicable`,
 `no_signal` (its rewards are all equal), `truncated` and `empty` (what differs is out of the loss), `no_gradient`.
 
 The ledger and the checkpoint agree: `roll_back(step)` forgets everything after a checkpoint, so a resumed run ends with
 the same rows as one that was never stopped.
 
-That a group was sampled is written some time after it was, with others: after a crash it is sampled again in any case.
+The state `sampled` is written later, for several groups at once: after a crash they are sampled again in any case.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ CREATE TABLE IF NOT EXISTS changes (
 
 
 SAMPLED_AT_ONCE = 64
-"""Groups that were sampled, for one transaction."""
+"""The number of sampled groups in one transaction."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class LedgerSummary:
     dropped: int
     in_flight: int
     steps: int
-    """Steps that trained at least one group."""
+    """The number of steps that trained at least one group."""
     drop_reasons: dict[str, int]
     nothing_learned: dict[str, int]
-    """Why -> groups that were trained, and that nothing was learned from."""
+    """The number of trained groups from which nothing was learned, by reason."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ _COLUMNS = tuple(column.name for column in fields(LedgerRow))
 
 
 class Ledger:
-    """One writer (the controller); any number of readers."""
+    """The ledger of one run, with one writer (the controller) and any number of readers."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,10 +106,10 @@ class Ledger:
                 raise
             raise CheckpointError(f"{path} is no ledger ({e}); put it back from a copy, or take it away") from None
         self._sampled: list[tuple[object, ...]] = []
-        """Not written yet."""
+        """Rows of sampled groups that are not written yet."""
 
     def changed(self, step: int, options: Mapping[str, tuple[object, object]]) -> None:
-        """`resume` goes on after this step with other values of these options: dotted key -> (before, after)."""
+        """Record that `resume` continues after this step with other values of these options: dotted key -> (before, after)."""
         now = time.time()
         with self._transaction():
             self._db.executemany(
@@ -118,7 +118,8 @@ class Ledger:
             )
 
     def dispatched(self, groups: Iterable[Group]) -> None:
-        """Raises sqlite3.IntegrityError when a prompt is dispatched twice: the invariant that the ledger is for."""
+        """Record dispatched groups. Raises sqlite3.IntegrityError when a prompt is dispatched twice: the invariant that the
+        ledger is for."""
         now = time.time()
         with self._transaction():
             self._db.executemany(
@@ -128,7 +129,7 @@ class Ledger:
             )
 
     def sampled(self, group: Group) -> None:
-        """Written when there are enough of them, or by `flush`, which every other method calls that looks at rows."""
+        """Record a sampled group. It is written with others, or by `flush`, which every method that reads rows calls."""
         values = [s.value for s in group.scores if not s.status.failed and s.value == s.value]
         self._sampled.append(
             (
@@ -145,7 +146,7 @@ class Ledger:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is not written yet."""
+        """Write the rows that are not written yet."""
         if self._sampled:
             rows, self._sampled = self._sampled, []
             self._update(
@@ -163,10 +164,10 @@ class Ledger:
         )
 
     def trained(self, groups: Iterable[Group], step: int, untrained: Mapping[str, str] | None = None) -> None:
-        """All of a step or none.
+        """Record the trained groups of a step, all or none.
 
         Args:
-            untrained: prompt id -> why nothing was learned from its group, though it was in the batch.
+            untrained: prompt id -> the reason why nothing was learned from its group in the batch.
         """
         self.flush()
         why = untrained or {}
@@ -176,18 +177,18 @@ class Ledger:
         )
 
     def roll_back(self, step: int, order: int) -> int:
-        """Forget what happened after `step` was trained, and every group from `order` on. Returns how many groups that were."""
+        """Remove what happened after `step` was trained, and every group from `order` on. Returns the number of removed groups."""
         self.flush()
         where = "step IS NULL OR step > ? OR dispatch_order >= ?"
         return self._db.execute(f"DELETE FROM groups WHERE {where}", (step, order)).rowcount
 
     def dropped_from(self, order: int) -> list[LedgerRow]:
-        """Of the groups from `order` on those that were dropped."""
+        """The dropped groups from `order` on."""
         where = "state = 'dropped' AND dispatch_order >= ? ORDER BY dispatch_order"
         return self._rows_where(where, order)
 
     def after(self, step: int) -> list[LedgerRow]:
-        """Of the groups that were trained or dropped after `step`, which `roll_back` forgets."""
+        """The groups trained or dropped after `step`, which `roll_back` removes."""
         self.flush()
         return self._rows_where("step > ? ORDER BY dispatch_order", step)
 
@@ -196,7 +197,7 @@ class Ledger:
         return [LedgerRow(*row) for row in found]
 
     def put_back(self, rows: Iterable[LedgerRow]) -> None:
-        """Rows that `roll_back` has forgotten, as they were."""
+        """Restore rows that `roll_back` has removed."""
         with self._transaction():
             places = ", ".join("?" * len(_COLUMNS))
             self._db.executemany(
@@ -204,7 +205,7 @@ class Ledger:
             )
 
     def last_lengths(self, groups: Iterable[Group]) -> dict[str, float]:
-        """Prompt id -> tokens of a sample of the same row in the epoch before, mean; without those it does not know."""
+        """The mean number of tokens of a sample of the same row in the epoch before, by prompt id; unknown rows are left out."""
         self.flush()
         out = {}
         for group in groups:
@@ -240,8 +241,9 @@ class Ledger:
         )
 
     def rows(self) -> list[tuple[str, int, str, int | None, str | None]]:
-        """(prompt id, dispatch order, state, step, why it was dropped or nothing was learned from it), in dispatch order: what
-        two runs must have in common."""
+        """Rows (prompt id, dispatch order, state, step, why it was dropped or nothing was learned from it), in dispatch order: what
+        two equal runs have in common.
+        """
         self.flush()
         return list(
             self._db.execute(
@@ -255,7 +257,7 @@ class Ledger:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """All of it or nothing."""
+        """A transaction, applied as a whole or not at all."""
         self._db.execute("BEGIN")
         try:
             yield
@@ -265,7 +267,7 @@ class Ledger:
         self._db.execute("COMMIT")
 
     def _update(self, sql: str, rows: Sequence[tuple[object, ...]]) -> None:
-        """A transition of some groups, or of none; the last of a row's values names its prompt."""
+        """Apply a transition to some groups, or to none; the last of a row's values names its prompt."""
         with self._transaction():
             for row in rows:
                 changed = self._db.execute(sql, row).rowcount
@@ -276,13 +278,13 @@ class Ledger:
 
 
 def last_trained(path: Path) -> int:
-    """The latest step at which something was trained; 0: none. Only looks: what a killed run has left stays as it is."""
-    # Without a log of changes beside it, SQLite would make one, and leave it.
+    """The latest step at which something was trained; 0 for none. Read-only: the files of a killed run stay unchanged."""
+    # Without a write-ahead log beside the file, SQLite would create one, and leave it.
     how = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"
     db = sqlite3.connect(f"{path.resolve().as_uri()}?{how}", uri=True)
     try:
         (step,) = db.execute("SELECT MAX(step) FROM groups WHERE state = 'trained'").fetchone()
-    except sqlite3.OperationalError:  # Killed before it had a table.
+    except sqlite3.OperationalError:  # The run was killed before the ledger had a table.
         return 0
     except (sqlite3.DatabaseError, OverflowError) as e:
         raise CheckpointError(f"{path} is no ledger ({e}); put it back from a copy, or take it away") from None

@@ -1,6 +1,6 @@
-"""What makes a checkpoint whole: `manifest.json`, written last, with the size and SHA-256 of every other file.
+"""Manifest of a checkpoint: `manifest.json`, written last, with the size and SHA-256 of every other file.
 
-`sha256sum` says the same of them.
+`sha256sum` computes the same sums.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FORMAT = 1
 MAX_FILE_BYTES = 1 << 50
 _SHA256 = re.compile("[0-9a-f]{64}")
 THREADS = 4
-"""Hashing and reading let go of the interpreter."""
+"""The number of threads; hashing and reading release the interpreter lock."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class FileSum:
 
 
 Sums = Mapping[str, FileSum]
-"""Path inside the checkpoint, with `/` -> what is in it."""
+"""Path inside the checkpoint, with `/` -> its size and checksum."""
 
 
 def sum_of(file: BinaryIO) -> FileSum:
@@ -40,7 +40,7 @@ def sum_of(file: BinaryIO) -> FileSum:
 
 
 def sums_below(folder: Path, prefix: str) -> dict[str, FileSum]:
-    """Of every file below a folder, each under `prefix/`."""
+    """The sums of every file below a folder, each under `prefix/`."""
     out = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         with path.open("rb") as file:
@@ -54,7 +54,7 @@ def to_json(step: int, sums: Sums) -> bytes:
 
 
 def from_json(data: bytes, step: int) -> Sums:
-    """Raises ValueError when this is not what `to_json` wrote for that step, or names what is not inside of the checkpoint."""
+    """Parse a manifest. Raises ValueError if `to_json` did not write it for that step, or a path leads out of the checkpoint."""
     content = parse_json(data)
     try:
         if not _is_number(content["format"], FORMAT):
@@ -70,7 +70,7 @@ def from_json(data: bytes, step: int) -> Sums:
 
 
 def _is_number(value: object, wanted: int) -> bool:
-    """Is it this whole number, and neither 1.0 nor true for 1?"""
+    """Whether the value is this integer, and neither 1.0 nor true for 1."""
     return type(value) is int and value == wanted
 
 
@@ -83,7 +83,7 @@ def _checked(entry: FileSum) -> FileSum:
 
 
 def first_wrong_size(sums: Sums, size_now: Callable[[str], int]) -> str | None:
-    """As `first_wrong`, without reading what has another size already."""
+    """The same as `first_wrong` by sizes alone, without reading file contents."""
     for name, want in sums.items():
         try:
             size = size_now(name)
@@ -95,18 +95,18 @@ def first_wrong_size(sums: Sums, size_now: Callable[[str], int]) -> str | None:
 
 
 def first_wrong(sums: Sums, sum_now: Callable[[str], FileSum]) -> str | None:
-    """Which file is not what it was, and how; None: every one is.
+    """The first file that fails its checksum, and how; None if all pass.
 
     Args:
-        sums: what was written.
-        sum_now: path inside the checkpoint -> what is in it; raises OSError when it is not there. What else it raises is raised.
+        sums: the sums when it was written.
+        sum_now: path inside the checkpoint -> its sum now; an OSError means that it is missing, other exceptions are passed on.
     """
     pool = ThreadPoolExecutor(THREADS)
     try:
         found: Iterable[str | None] = pool.map(lambda name: _wrong(name, sums[name], sum_now), sums)
         return next((wrong for wrong in found if wrong), None)
     finally:
-        # After the first answer that matters nobody waits for those of hundreds of other files.
+        # After the first decisive answer nobody waits for those of hundreds of other files.
         pool.shutdown(cancel_futures=True)
 
 

@@ -1,12 +1,12 @@
-"""Who writes in a run's folder: one command, and one controller, each until it ends or its process, machine or power does.
+"""Ownership of a run's folder: one command and one controller may write to it, until they or their process or machine end.
 
 RUN/.owner/command.lock    the command that made or opened the run (train, resume, sample, pipeline, ..)
 RUN/.owner/run.lock        the controller, which on a cluster outlives the command
-RUN/.owner/*.json          beside each: who that is, for the message to the next one
+RUN/.owner/*.json          beside each: a description of the owner, for the message to the next one
 
-A lock is filelock's `SoftFileLease`: a file made exclusively, which file systems of all kinds can do (flock is local alone on
-some, and unknown to others), touched every HEARTBEAT_S. It is taken over at once when its process was on this machine and is gone,
-and else when it was not touched for LEASE_S of the clock of the one who waits: clocks of machines are not compared.
+A lock is filelock's `SoftFileLease`: a file created exclusively, which file systems of all kinds support (flock is local on some,
+and missing on others), and touched every HEARTBEAT_S. It is taken over at once when its process was on this machine and is gone,
+and otherwise when it was not touched for LEASE_S by the waiting process's clock: clocks of machines are not compared.
 """
 
 from __future__ import annotations
@@ -36,25 +36,27 @@ from grpo_ray.plain_terminal import say
 
 FOLDER = ".owner"
 LEASE_S, HEARTBEAT_S = 60.0, 10.0
-"""A lock that is not touched for LEASE_S is left over. It is touched so often that five misses in a row are no death."""
+"""The time after which an untouched lock is stale, and the interval at which it is touched: five missed heartbeats are
+tolerated."""
 ENDING_S = 20.0
-"""How long the controller of a run may take to notice that the command which started it is gone. In a container in which nobody
-reaps the dead it never does; it is ended then."""
+"""How long the controller of a run may take to notice that the command which started it is gone. In a container without a process
+that reaps the dead it never does; then it is killed.
+"""
 KILL_S = 5.0
 POLL_S = 0.2
 NOT_FOUND = 5
-"""How often a folder that was just made may be gone again."""
+"""The number of times that a newly created folder may be gone again."""
 SAYS_S = 2.0
-"""A wait that is longer is told."""
+"""The wait in seconds after which a message is printed."""
 
 Part = Literal["command", "run"]
 BOOT_ID_BITS = 64
-"""filelock's start of a process holds the machine's boot id above so many bits."""
+"""The number of low bits in filelock's process start time; the machine's boot id is above them."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lock, as it describes itself."""
+    """The holder of a lock, as it describes itself."""
 
     host: str
     pid: int
@@ -63,7 +65,7 @@ class Owner:
     end: str
     """How to see or end it."""
     ends_with_command: bool = False
-    """It is the controller of a run that ends when the command which started it does."""
+    """Whether it is the controller of a run that ends when the command which started it does."""
 
     def __str__(self) -> str:
         since = f", since {self.since}" if self.since else ""
@@ -71,14 +73,14 @@ class Owner:
 
 
 class Ownership:
-    """One lock that is held. `lost` says why it is not any more."""
+    """A lock that is held. `lost` is the reason why it is not any more."""
 
     def __init__(self, folder: Path, part: Part, on_lost: Callable[[str], None] | None = None) -> None:
         self.lost: str | None = None
         self._on_lost = on_lost
         self._run = folder
         self._made = [f for f in (folder, *folder.parents) if not f.exists()]
-        """Folders that are there for the lock alone, unless something comes into them."""
+        """Folders that exist for the lock alone, unless something else is created in them."""
         self._path = folder.resolve() / FOLDER / f"{part}.lock"
         self._about = self._path.with_suffix(".json")
         self._lease = self._new_lease()
@@ -95,16 +97,17 @@ class Ownership:
         )
 
     def take(self, owner: Owner, tell: Callable[[str], None]) -> None:
-        """
+        """Take the lock.
+
         Args:
             tell: gets one line when that takes a while.
 
         Raises:
-            ConfigError: another has it, and lives; with who that is. Or the folder can't be written.
+            ConfigError: another process has it, and lives; the message names it. Or the folder cannot be written.
         """
         try:
             self._take(tell)
-            # A file that is empty after a power cut says nothing of whose it was.
+            # A file that is empty after a power cut does not reveal its owner.
             with self._path.open("rb") as file:
                 os.fsync(file.fileno())
             write_whole(self._about, json.dumps(asdict(owner)).encode())
@@ -145,7 +148,7 @@ class Ownership:
         except (Timeout, LeaseSettingsMismatch):
             return False
         except FileNotFoundError:
-            # The one before has just taken the empty folder away. Or no folder can be made there, as in /proc.
+            # The previous owner has just removed the empty folder. Or no folder can be created there, as in /proc.
             self._not_found += 1
             if self._not_found > NOT_FOUND:
                 raise
@@ -153,8 +156,9 @@ class Ownership:
         return True
 
     def _state(self, unchanged_s: float) -> Literal["free", "here", "elsewhere", "dead", "unclear"]:
-        """Of the one who holds it. `free` is also what filelock sees to by itself. `unclear`: it was cut off while it wrote its
-        name, or it is of a machine of this name that is another one, or was this one before it started again."""
+        """The state of the holder. `free` includes what filelock handles by itself. `unclear`: it was interrupted while it wrote
+        its name, or it is on a machine of this name that is another one, or was this one before a reboot.
+        """
         record = self._lease.owner
         if record is None:
             return "free" if not self._path.exists() else "dead" if unchanged_s >= LEASE_S else "unclear"
@@ -167,11 +171,11 @@ class Ownership:
             status = psutil.Process(record.pid).status()
         except psutil.NoSuchProcess:
             return "free"
-        # Nobody has asked how it ended, as nobody does in many containers.
+        # Nobody has reaped it, as in many containers.
         return "dead" if status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) else "here"
 
     def _break(self, marker: tuple[int, ...]) -> None:
-        """Of one that is dead and that filelock takes for alive. Only one process of this machine does that at a time."""
+        """Break the lock of a dead process that filelock takes for alive. Only one process of this machine does so at a time."""
         with self._path.with_suffix(".break").open("w") as file:
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -183,7 +187,7 @@ class Ownership:
         return ENDING_S if about is not None and about.ends_with_command else 0.0
 
     def _end_left_over(self) -> bool:
-        """A controller without the command that it belongs to, if that is what it is."""
+        """Kill a controller that has outlived the command it belongs to, if the holder is one."""
         about = self._described()
         if about is None or not about.ends_with_command or about.pid == os.getpid():
             return False
@@ -212,7 +216,7 @@ class Ownership:
         return f"process {record.pid} on {record.hostname.partition('?')[0]}"
 
     def _described(self) -> Owner | None:
-        """Only if that is the one who holds it: it writes this a moment later."""
+        """The holder's description, only if it belongs to the current holder, which writes it a moment after locking."""
         record = self._lease.owner
         try:
             about = Owner(**json_text.read(self._about.read_bytes()))
@@ -221,8 +225,9 @@ class Ownership:
         return about if record is not None and record.pid == about.pid else None
 
     def _compromised(self, loss: LeaseCompromise) -> None:
-        """Called by the heartbeat. What nobody else has taken is taken again: a lock that was removed by hand, or that could not be
-        touched while the file system was away."""
+        """Handle a loss, as the heartbeat calls it. The lock is taken again if nobody else has it: it may have been removed by
+        hand, or could not be touched while the file system was unavailable.
+        """
         while self._away():
             time.sleep(HEARTBEAT_S)
         with contextlib.suppress(OSError):
@@ -247,7 +252,7 @@ class Ownership:
         return False
 
     def release(self) -> None:
-        """Of one that was lost, nothing of the new owner's is touched."""
+        """Release the lock; after a loss nothing of the new owner's is touched."""
         with contextlib.suppress(OSError):
             if self.lost is None and self._lease.is_locked:
                 self._about.unlink(missing_ok=True)
@@ -259,7 +264,7 @@ class Ownership:
 
 @cache
 def _this_machine() -> tuple[str, int]:
-    """Its name as filelock writes it down, with the container's number in it, and the id of its start; 0 where that is hidden."""
+    """The machine's name as filelock writes it, with the container's number, and the id of its boot; 0 where that is hidden."""
     with tempfile.TemporaryDirectory() as folder, SoftFileLease(Path(folder) / "self", thread_local=False):
         record = SoftFileLease(Path(folder) / "self").owner
     assert record is not None
@@ -267,7 +272,8 @@ def _this_machine() -> tuple[str, int]:
 
 
 def _look(path: Path) -> tuple[int, ...]:
-    """Which file that is, and when it was touched; empty: there is none. It is opened, for NFS asks the server only then."""
+    """The identity of the file and its time of modification; empty if there is none. It is opened, since NFS asks the server
+    only then."""
     try:
         with path.open("rb") as file:
             found = os.fstat(file.fileno())
@@ -278,10 +284,10 @@ def _look(path: Path) -> tuple[int, ...]:
 
 @contextmanager
 def commanded(folder: Path, tell: Callable[[str], None] = lambda text: say(text, error=True)) -> Iterator[Ownership]:
-    """This command is the only one that writes in `folder`, which need not be there yet.
+    """Make this command the only one that writes to `folder`, which need not exist yet.
 
     Raises:
-        ConfigError: another one does, or the controller of one that is gone.
+        ConfigError: another command does, or the controller of one that is gone.
     """
     me = _this_command(folder.name)
     command = Ownership(folder, "command")
@@ -309,13 +315,13 @@ def holding(
     tell: Callable[[str], None],
     on_lost: Callable[[str], None] | None = None,
 ) -> Iterator[None]:
-    """This controller is the only one that writes in these folders.
+    """Make this controller the only one that writes to these folders.
 
     Args:
-        on_lost: called from another thread with the reason, when it is not any more.
+        on_lost: called from another thread with the reason, when the lock is lost.
 
     Raises:
-        ConfigError: another one does.
+        ConfigError: another controller does.
     """
     with contextlib.ExitStack() as held:
         for folder in folders:
@@ -326,7 +332,7 @@ def holding(
 
 
 def forget_dead(folder: Path) -> None:
-    """Remove the lock of a controller that was ended and could not do so itself; one that lives keeps it."""
+    """Remove the lock of a controller that was killed and could not do so itself; a live one keeps it."""
     if not (folder / FOLDER).is_dir():
         return
     left = Ownership(folder, "run")
@@ -336,6 +342,6 @@ def forget_dead(folder: Path) -> None:
 
 
 def describe(command: str, end: str, *, ends_with_command: bool = False) -> Owner:
-    """This process as an owner."""
+    """A description of this process as an owner."""
     since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     return Owner(socket.gethostname(), os.getpid(), since, command, end, ends_with_command)

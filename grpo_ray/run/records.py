@@ -1,13 +1,13 @@
-"""What a run has written down of its steps, and what becomes of it when it goes on from an earlier one: nothing is overwritten.
+"""Records of a run's steps, and how they are kept when the run resumes from an earlier step: nothing is overwritten.
 
-    runs/NAME/superseded/1/     what the first such restart took back; 2/ the second, ..
-        metrics.jsonl           lines of the steps after the one that it went on from
+    runs/NAME/superseded/1/     records that the first such restart superseded; 2/ the second, ..
+        metrics.jsonl           lines of the steps after the one that it resumed from
         rollouts/               their files
         ledger.jsonl            their groups, one a line
         trace.json              their events
 
-Filled aside, then renamed, and only then are the records in the run's folder cut: killed at any moment, each is in one of the
-two places, or in both.
+The folder is written under another name, then renamed, and only then are the records in the run's folder cut: if it is killed at
+any moment, each record is in one of the two places, or in both.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from grpo_ray.telemetry.tracking import lines_after, read_metrics
 
 
 def step_to_resume(run: RunDir, tell: Callable[[str], None]) -> int | None:
-    """As `RunDir.latest_valid_step`, of a run that goes on. None: nothing has been recorded yet, so it may begin.
+    """The step to resume from, as `RunDir.latest_valid_step`; None if nothing has been recorded yet, so that it may start anew.
 
     Raises:
-        CheckpointError: steps are recorded and there is no checkpoint, or none that is whole.
+        CheckpointError: steps are recorded and there is no complete checkpoint.
     """
     step = run.latest_valid_step(tell)
     if step is None and (recorded := last_step(run)) > 0:
@@ -47,7 +47,7 @@ def step_to_resume(run: RunDir, tell: Callable[[str], None]) -> int | None:
 
 
 def last_step(run: RunDir) -> int:
-    """The latest that something is recorded of; 0: of none."""
+    """The latest recorded step; 0 if there is none."""
     found = [line["step"] for line in read_metrics(run.metrics)] + list(rollout_steps(run.rollouts))
     if run.ledger.is_file():
         found.append(last_trained(run.ledger))
@@ -55,13 +55,13 @@ def last_step(run: RunDir) -> int:
 
 
 def set_aside(run: RunDir, step: int | None) -> Path | None:
-    """Keep what is recorded of the steps after `step`, before it is taken back.
+    """Keep the records of the steps after `step`, before they are removed.
 
     Args:
-        step: of the checkpoint that the run goes on from. None: it begins again.
+        step: the step of the checkpoint that the run resumes from. None: it starts anew.
 
     Returns:
-        The folder that it is in now; None: there was nothing.
+        The folder that has them now; None if there were none.
     """
     root = run.superseded
     numbers = [int(p.name) for p in root.glob("*") if p.name.isdecimal()]
@@ -88,7 +88,7 @@ def set_aside(run: RunDir, step: int | None) -> Path | None:
 
 
 def _rows(run: RunDir, step: int | None) -> list[bytes]:
-    """Of groups that were trained or dropped after `step`, but for those that the checkpoint gives back."""
+    """Rows of groups that were trained or dropped after `step`, except those that the checkpoint restores."""
     if not run.ledger.is_file():
         return []
     given_back = set() if step is None else {row["dispatch_order"] for row in run.load_state(step).get("dropped", [])}
@@ -99,7 +99,8 @@ def _rows(run: RunDir, step: int | None) -> list[bytes]:
 
 
 def _write_lines(path: Path, lines: Iterable[bytes], before: Path) -> None:
-    """But for those in `before`: a restart that was killed has kept them there, and not yet cut them off."""
+    """Write the lines except those in `before`, where an earlier restart kept them before it was killed, without cutting them
+    off."""
     kept = set(before.read_bytes().splitlines(keepends=True)) if before.is_file() else set()
     if new := [line for line in lines if line not in kept]:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +108,7 @@ def _write_lines(path: Path, lines: Iterable[bytes], before: Path) -> None:
 
 
 def _link(folder: Path, files: Iterable[Path], before: Path) -> None:
-    """The same files, under another name too; copies where a disk can't do that."""
+    """Hard-link the files under another name; copies where a disk does not support that."""
     for file in files:
         if (before / file.name).is_file() and filecmp.cmp(file, before / file.name, shallow=False):
             continue
@@ -119,7 +120,7 @@ def _link(folder: Path, files: Iterable[Path], before: Path) -> None:
 
 
 def _keep_events(path: Path, trace: Path, after: int) -> None:
-    """Those of later steps, and the names of the workers."""
+    """Keep the events of later steps, and the names of the workers."""
     events = list(read_trace(trace))
     if any(step_of(event) > after for event in events):
         write_trace(path, [e for e in events if step_of(e) > after or e["ph"] == "M"])

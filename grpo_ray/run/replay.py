@@ -1,6 +1,6 @@
-"""A recorded step once more: the batch as the learner got it, from where the step started, and what came of it then.
+"""Replay of a recorded step: the batch as the learner got it, the state in which the step started, and its recorded figures.
 
-rollouts/step-000005.parquet -> TrainBatch     checkpoints/step-000004 -> learner     metrics.jsonl -> what to compare with
+rollouts/step-000005.parquet -> TrainBatch     checkpoints/step-000004 -> learner     metrics.jsonl -> recorded figures
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from grpo_ray.types import Sample, Step, TrainBatch, TrainSample, Truncation
 
 COMPARED = ("loss/policy", "grad_norm")
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3}
-"""By model.dtype. The same hardware gives the same bits; other hardware sums in another order."""
+"""The tolerance by model.dtype. The same hardware gives the same bits; other hardware sums in another order."""
 _NEEDED = ("group", "loss_mask", "temperature")
 _ADVICE = (
     "a step needs its rollouts/ file (tracking.rollouts) and a checkpoint of exactly the step before it; "
@@ -31,13 +31,13 @@ _ADVICE = (
 
 
 def replayable_steps(run: RunDir) -> list[int]:
-    """Steps whose batch is on disk and whose start is known: a checkpoint, or for step 1 the starting model."""
+    """Steps whose batch is on disk and whose initial state is known: a checkpoint, or for step 1 the starting model."""
     starts = {0, *run.steps()}
     return [step for step in rollout_steps(run.rollouts) if step - 1 in starts]
 
 
 def check_replayable(run: RunDir, step: int) -> None:
-    """Raises CheckpointError saying what is missing for this step, and which steps can be replayed."""
+    """Check that the step can be replayed. Raises CheckpointError that names what is missing, and the steps that can be."""
     possible = replayable_steps(run)
     if step in possible:
         wrong = run.first_wrong(step - 1) if step > 1 else None
@@ -55,7 +55,7 @@ def check_replayable(run: RunDir, step: int) -> None:
 
 
 def how_to_replay(run: RunDir, step: int, *, recorded: bool) -> str:
-    """One sentence for the error of a step that failed."""
+    """A sentence on replaying, for the error of a failed step."""
     if not recorded:
         return "Its batch was not kept, since tracking.rollouts is false"
     where = f"Its batch is in {rollout_path(run.rollouts, step)}"
@@ -66,10 +66,10 @@ def how_to_replay(run: RunDir, step: int, *, recorded: bool) -> str:
 
 
 def read_batch(path: Path) -> TrainBatch:
-    """The batch that `rollout_log.write_rollouts` was given, its samples in one list: token for token and bit for bit.
+    """Read the batch that `rollout_log.write_rollouts` was given, its samples in one list: token for token and bit for bit.
 
     Raises:
-        CheckpointError: the file can't be read, or was written before batches were recorded whole.
+        CheckpointError: the file cannot be read, or was written before batches were recorded completely.
     """
     try:
         table = pq.read_table(path)
@@ -93,13 +93,14 @@ def _batch(table: pa.Table) -> TrainBatch:
         step=rows[0]["step"] - 1,
         samples=[_train_sample(row, samples, i) for i, row in enumerate(rows)],
         temperature=rows[0]["temperature"],
-        # Not in the files of earlier versions, whose learner knew no truncation.
+        # Files of earlier versions, whose learner knew no truncation, do not have these columns.
         truncation=Truncation(**{f.name: rows[0][f.name] for f in fields(Truncation) if f.name in rows[0]}),
     )
 
 
 def parts_of(batch: TrainBatch) -> list[TrainBatch]:
-    """What the learner was given before the batch was whole, in order: sums in another order would be other bits."""
+    """The partial batches that the learner was given before the batch was complete, in order: another order of sums gives other
+    bits."""
     numbers = sorted({s.part for s in batch.samples if s.part is not None})
     return [replace(batch, samples=[s for s in batch.samples if s.part == number]) for number in numbers]
 
@@ -121,14 +122,14 @@ def _train_sample(row: Mapping[str, Any], samples: list[Sample], place: int) -> 
         group=row["group"],
         loss_mask=row["loss_mask"],
         part=row.get("part"),
-        # Not in the files of earlier versions, which knew no process supervision.
+        # Files of earlier versions, which knew no process supervision, do not have this column.
         steps=tuple(Step(**step) for step in row.get("advantage_steps", ())),
     )
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One figure of the step, then and now."""
+    """One figure of the step, recorded and replayed."""
 
     name: str
     recorded: float | None
@@ -136,7 +137,7 @@ class Comparison:
     agrees: bool
 
     def __str__(self) -> str:
-        """`grad_norm    recorded 1.25  replayed 1.25  the same bits`."""
+        """One line: `grad_norm    recorded 1.25  replayed 1.25  the same bits`."""
         now = f"replayed {self.replayed:.17g}"
         if self.recorded is None:
             return f"{self.name:<12} recorded nothing  {now}"
@@ -148,7 +149,7 @@ class Comparison:
 
 
 def compare(recorded: Mapping[str, Any], replayed: Mapping[str, float], *, tolerance: float) -> list[Comparison]:
-    """Loss and gradient norm of a step, relative to the larger of the two.
+    """Compare loss and gradient norm of a step, relative to the larger of the two values.
 
     The loss is a difference of terms of order one, and 0 but for rounding with one update per batch: it is also equal when
     the two differ by less than `tolerance` itself. A figure that was not recorded (the step failed) agrees with nothing.

@@ -1,7 +1,6 @@
-"""What was sampled, for people, for later training and for `replay`: `rollouts/step-000012.parquet`, one row a sample, in
-the order of the batch.
+"""Log of the samples, for people, later training and `replay`: `rollouts/step-000012.parquet`, one row a sample, in batch order.
 
-Readable by anything that reads Parquet: `pandas.read_parquet(folder)`, `load_dataset("parquet", data_dir=folder)`.
+Anything that reads Parquet can read it: `pandas.read_parquet(folder)`, `load_dataset("parquet", data_dir=folder)`.
 """
 
 from __future__ import annotations
@@ -67,24 +66,24 @@ SCHEMA = pa.schema(
         ("min_p", pa.float64()),
     ]
 )
-"""`completion_ids` and `rollout_logprobs` are [T], `prompt_ids` [N]. A reward or advantage that is no number: null. `group`,
+"""`completion_ids` and `rollout_logprobs` are [T], `prompt_ids` [N]. A reward or advantage that is no number is null. `group`,
 `loss_mask` and `part` as in `types.TrainSample`; `temperature`, `top_p`, `top_k` and `min_p` of the whole batch.
 
-`reward` and `rewards` are the scores, before a KL is taken off; `extra` is JSON, what a function logs of the sample beside its
-reward, or null. `advantage` is what the learner was given: the reward itself
-where it makes the advantages (gae, kl_in reward); under process the mean over the tokens, whose own are in `advantage_steps`
-(`end`, and the value of each token from the end before it)."""
+`reward` and `rewards` are the scores, before a KL is taken off; `extra` is JSON that a function logs for the sample beside its
+reward, or null. `advantage` is what the learner was given: the reward itself where it computes the advantages (gae, kl_in reward);
+under process the mean over the tokens, whose own are in `advantage_steps` (`end`, and the value of each token from the end before
+it)."""
 
 _NAME = re.compile(r"step-(\d+)\.parquet")
 
 
 class ParquetRolloutLog:
-    """`roles.RolloutLog` for samples that can be had here: writes in a thread while the loop goes on."""
+    """`roles.RolloutLog` for samples that can be fetched here, written in a thread while the loop goes on."""
 
     def __init__(
         self, folder: Path, run_seed: int, fetch: Callable[[list[Any]], Awaitable[list[Sequence[Sample]]]]
     ) -> None:
-        """`fetch`: handles (`SampleInfo.ref`, each once) -> the lists of samples behind them, in order."""
+        """Create the log; `fetch` maps handles (`SampleInfo.ref`, each once) to the lists of samples behind them, in order."""
         self._folder = folder
         self._run_seed = run_seed
         self._fetch = fetch
@@ -125,10 +124,10 @@ def write_rollouts(
     samples: Sequence[Sequence[Sample]],
     run_seed: int,
 ) -> Path:
-    """Write the groups of one step; the file is there whole or not at all.
+    """Write the groups of one step; the file is complete or absent.
 
     Args:
-        batch: what the learner got of them: all their samples, in order.
+        batch: the batch that the learner got: all their samples, in order.
         samples: the lists behind `distinct_refs(groups)`, in that order.
     """
     lists = {id(ref): rows for ref, rows in zip(distinct_refs(groups), samples, strict=True)}
@@ -187,7 +186,7 @@ def _row(
 
 
 def rollout_steps(folder: Path) -> dict[int, Path]:
-    """Step -> its file, in order of steps."""
+    """The file of each step, in order of steps."""
     found = [(_NAME.fullmatch(p.name), p) for p in folder.glob("step-*.parquet")]
     return dict(sorted((int(match[1]), path) for match, path in found if match))
 
@@ -196,7 +195,7 @@ def read_rollouts(path: Path, columns: Sequence[str] | None = None) -> list[dict
     """The rows of one step as plain Python; only `columns` where given.
 
     Raises:
-        DataError: it is not what `write_rollouts` writes.
+        DataError: `write_rollouts` did not write the file.
     """
     try:
         with pq.ParquetFile(path) as file:
@@ -209,7 +208,7 @@ def read_rollouts(path: Path, columns: Sequence[str] | None = None) -> list[dict
 
 
 def remove_after(folder: Path, step: int) -> int:
-    """Remove what a resumed run writes again: the steps after `step`, and unfinished files. Returns how many steps."""
+    """Remove what a resumed run writes again: the steps after `step`, and unfinished files. Returns the number of steps."""
     for unfinished in folder.glob("step-*.parquet.new"):
         unfinished.unlink()
     late = [path for number, path in rollout_steps(folder).items() if number > step]
@@ -232,7 +231,7 @@ def sample_of(
     completion_ids: NDArray[np.int32],
     logprobs: NDArray[np.float32],
 ) -> Sample:
-    """What a row of a Parquet file tells of a sample, and its arrays as they were."""
+    """The sample of a row of a Parquet file, with its arrays as they were."""
     return Sample(
         prompt_id=row["prompt_id"],
         index=row["index"],
@@ -250,5 +249,5 @@ def extra_json(part: RewardScore) -> str | None:
 
 
 def utf8(text: str) -> str:
-    """A lone surrogate, which a model's bytes can decode to, is no valid text for Arrow."""
+    """Valid UTF-8: a lone surrogate, which a model's bytes can decode to, is no valid text for Arrow."""
     return text.encode("utf-8", "replace").decode("utf-8")

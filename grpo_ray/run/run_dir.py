@@ -1,6 +1,6 @@
-"""Where a run lives on disk, and which of its checkpoints to go on from.
+"""Paths of a run on disk, and the choice of the checkpoint to resume from.
 
-runs/NAME/checkpoints/step-000040/     and below checkpoint.path, where that is given; see checkpoint_store.py
+runs/NAME/checkpoints/step-000040/     and below checkpoint.path, if given; see checkpoint_store.py
     manifest.json   written last: size and SHA-256 of every other file
     learner/        a folder for every rank; see learner_files.py
     hf/             the policy as a Hugging Face model
@@ -31,16 +31,17 @@ class RunDir:
 
     path: Path
     checkpoint_path: str | None = None
-    """checkpoint.path: a folder or URL in which each run has one of its name. None: `checkpoints/` of the run."""
+    """The option checkpoint.path: a folder or URL in which each run has one of its name. None: `checkpoints/` of the run."""
     patience_s: float = PATIENCE_S
-    """For a store that does not answer, where the run can't do without."""
+    """How long to retry while a store does not answer, where the run cannot do without it."""
     LOGS: ClassVar[str] = "logs"
     NO_RUN: ClassVar[tuple[str, ...]] = (LOGS, ownership.FOLDER)
-    """What is left of a start that failed, and what a start begins with."""
+    """The contents of a folder before a run starts, which a failed start leaves behind."""
 
     @classmethod
     def create(cls, path: Path) -> RunDir:
-        """Raises ConfigError when the name is taken: runs are never overwritten. Logs of a start that failed are no run."""
+        """Create the folder. Raises ConfigError when the name is taken: runs are never overwritten. Logs of a failed start are
+        no run."""
         if cls.is_taken(path):
             raise ConfigError(
                 f"run {path} exists already; continue it with `grpo-ray resume {path}` (on a cluster "
@@ -72,12 +73,12 @@ class RunDir:
         return self.path / "ledger.sqlite"
 
     def with_checkpoints(self, path: str | None, store_s: float = PATIENCE_S) -> RunDir:
-        """`store_s`: deadlines.store_s."""
+        """The same folder with its checkpoints at `path`; `store_s` is deadlines.store_s."""
         return replace(self, checkpoint_path=path, patience_s=min(store_s, PATIENCE_S))
 
     @property
     def store(self) -> Store:
-        """Of its checkpoints, in the end."""
+        """The final store of its checkpoints."""
         where = self.checkpoint_path
         if where is None:
             return Store(str(self.path / "checkpoints"))
@@ -86,7 +87,8 @@ class RunDir:
 
     @property
     def outbox(self) -> Store:
-        """Where checkpoints are made: in the store itself, or if that is remote in a folder from which they are sent there."""
+        """The store in which checkpoints are written: the final one, or if that is remote a folder from which they are sent
+        there."""
         return Store(str(self.path / "checkpoints")) if self.store.is_remote else self.store
 
     @property
@@ -99,12 +101,12 @@ class RunDir:
 
     @property
     def superseded(self) -> Path:
-        """What restarts took back; see `grpo_ray.run.records`."""
+        """The folder of records that restarts superseded; see `grpo_ray.run.records`."""
         return self.path / "superseded"
 
     @property
     def samples(self) -> Path:
-        """What `grpo-ray sample` made."""
+        """The folder of `grpo-ray sample`."""
         return self.path / "samples"
 
     @property
@@ -121,25 +123,26 @@ class RunDir:
         return sorted({step for store in self._stores for step in store.steps()})
 
     def newest_step(self) -> int | None:
-        """The newest step with a checkpoint. A remote store is asked only where none is in the folder that they are sent from.
-        Raises StoreError."""
+        """The newest step with a checkpoint. A remote store is asked only if the folder from which checkpoints are sent has none.
+        Raises StoreError.
+        """
         return max(self.outbox.steps() or self.store.steps(), default=None)
 
     @property
     def _stores(self) -> list[Store]:
-        """The nearest first."""
+        """The stores, the nearest first."""
         return [self.outbox, self.store] if self.store.is_remote else [self.store]
 
     def place(self, step: int) -> CheckpointLocation:
-        """Where to read that checkpoint."""
+        """The location from which to read that checkpoint."""
         return (self.outbox if self.outbox.has(step) else self.store).place(step)
 
     def first_wrong(self, step: int) -> str | None:
-        """See `Store.first_wrong`."""
+        """The first invalid file of a checkpoint, see `Store.first_wrong`."""
         return (self.outbox if self.outbox.has(step) else self.store).first_wrong(step)
 
     def has_some(self) -> bool:
-        """Is there a checkpoint? A store that says nothing is taken to have one."""
+        """Whether there is a checkpoint. A store that does not answer is assumed to have one."""
         if self.outbox.steps():
             return True
         try:
@@ -148,14 +151,14 @@ class RunDir:
             return True
 
     def latest_valid_step(self, tell: Callable[[str], None]) -> int | None:
-        """The step to go on from: of the newest checkpoint whose every byte is what it was. None: the run has none.
+        """The step of the newest checkpoint that passes its checksums; None if the run has no checkpoint.
 
-        What is broken above it is told, and no checkpoint any more. While the store does not answer, one that was not sent there
+        Newer broken ones are reported and marked as invalid. While the store does not answer, a checkpoint that was not sent there
         yet is the newest.
 
         Raises:
-            CheckpointError: there are some, and none is whole.
-            StoreError: the store refuses, or it does not answer and nothing else is whole.
+            CheckpointError: there are checkpoints, and none is valid.
+            StoreError: the store refuses, or it does not answer and no other checkpoint is valid.
         """
         away: StoreAwayError | None = None
         found: list[tuple[int, int, Store]] = []
@@ -196,7 +199,7 @@ class RunDir:
         return None
 
     def load_state(self, step: int) -> dict[str, Any]:
-        """What the loop has saved of itself."""
+        """The loop's saved state."""
         place = self.place(step)
         try:
             state = parse_json(place.read(LOOP_STATE))
@@ -207,7 +210,7 @@ class RunDir:
         return state
 
     def link_export(self, place: CheckpointLocation) -> None:
-        """Let `hf` lead to the model of this checkpoint, where it has one and stays here."""
+        """Point `hf` to the model of this checkpoint, where it has one and stays here."""
         target = Path(place.url) / "hf"
         if self.store.is_remote or not target.is_dir():
             return

@@ -1,10 +1,11 @@
-"""What `grpo-ray sample` writes: Parquet files of scored samples, each whole or not there, and what they were made with.
+"""Files of `grpo-ray sample`: Parquet files of scored samples, each complete or absent, and the settings they were made with.
 
 RUN/samples.json                   model (with its SHA-256), prompts, seed, sampling: the same for every file
-RUN/samples/samples-000000.parquet prompts 0 .. shard_prompts - 1, all samples of each, in order; prompts without any, for they end
+RUN/samples/samples-000000.parquet prompts 0 .. shard_prompts - 1, all samples of each, in order; prompts without any, since they
+crash
                                    engines, are named in its metadata (`left_out`)
 
-Readable by anything that reads Parquet: `pandas.read_parquet(folder)`, `load_dataset("parquet", data_dir=folder)`.
+Anything that reads Parquet can read them: `pandas.read_parquet(folder)`, `load_dataset("parquet", data_dir=folder)`.
 """
 
 from __future__ import annotations
@@ -54,40 +55,40 @@ SCHEMA = pa.schema(
         ("model_sha256", pa.string()),
     ]
 )
-"""`prompt_ids` [N], `completion_ids` [T]. `messages` and `columns` are JSON: what was asked as a conversation, without anything
-that the template adds, and the other columns of the prompt's row; `extra` too,
-what a function logs of the sample. A reward that is no number: null."""
+"""`prompt_ids` [N], `completion_ids` [T]. `messages` and `columns` are JSON: the prompt as a conversation, without anything that
+the template adds, and the other columns of the prompt's row. `extra` is JSON too, which a function logs for the sample. A reward
+that is no number is null."""
 
 
 MAX_SHARDS = 999_999
-"""As many as the names of files have digits for."""
+"""The most files, limited by the digits in their names."""
 
 
 @dataclass(frozen=True)
 class About:
-    """What all samples of a folder have in common."""
+    """The settings that all samples of a folder have in common."""
 
     model: str
     model_sha256: str
-    """Of its files, see `manifest.digest_of`; of a name on the hub: empty."""
+    """The SHA-256 of the model's files, see `manifest.digest_of`; empty for a name on the hub."""
     prompts: str
-    """Fingerprint of the prompts."""
+    """The fingerprint of the prompts."""
     num_prompts: int
     num_samples: int
-    """Of each prompt."""
+    """The number of samples of each prompt."""
     shard_prompts: int
     seed: int
-    """Of the run; a sample's own is in its row."""
+    """The seed of the run; a sample's own is in its row."""
     sampling: dict[str, Any]
     rewards: list[dict[str, Any]]
-    """Name, weight and arguments of the functions that scored."""
+    """Name, weight and arguments of the reward functions."""
 
     @property
     def num_shards(self) -> int:
         return -(-self.num_prompts // self.shard_prompts)
 
     def shard(self, number: int) -> range:
-        """Indices of its prompts."""
+        """The indices of the file's prompts."""
         return range(number * self.shard_prompts, min((number + 1) * self.shard_prompts, self.num_prompts))
 
 
@@ -97,7 +98,7 @@ class SampledPrompt:
 
     prompt: Prompt
     messages: list[dict[str, Any]]
-    """What the row asks, before the template."""
+    """The messages of the row, before the template."""
     samples: Sequence[Sample]
     scores: Sequence[Score]
 
@@ -119,7 +120,7 @@ class SampleFolder:
 
     @classmethod
     def open(cls, path: Path, about: About) -> SampleFolder:
-        """A new folder, or one to go on with. What an interrupted write left is removed.
+        """Create a folder, or open one to continue. Leftovers of an interrupted write are removed.
 
         Raises:
             DataError: its files were made with something else.
@@ -148,16 +149,16 @@ class SampleFolder:
         return cls(path, about)
 
     def missing(self) -> list[int]:
-        """Numbers of the files that are still to be made."""
+        """The numbers of the files that are still to be made."""
         return [n for n in range(self.about.num_shards) if not self._file(n).is_file()]
 
     def num_samples(self) -> int:
-        """In the files that are there."""
+        """The number of samples in the existing files."""
         numbers = set(range(self.about.num_shards)).difference(self.missing())
         return sum(int(pq.read_metadata(self._file(n)).num_rows) for n in numbers)
 
     def write(self, number: int, drawn: Sequence[SampledPrompt], left_out: Sequence[LeftOut] = ()) -> Path:
-        """The file is there whole or not at all."""
+        """Write a file, which is complete or absent."""
         rows = [self._row(one, i) for one in drawn for i in range(len(one.samples))]
         notes = {"left_out": _json([asdict(one) for one in left_out])} if left_out else None
         sink = pa.BufferOutputStream()
@@ -199,10 +200,10 @@ class SampleFolder:
 
 
 def read_samples(folder: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a folder in order, `messages` and `columns` as they were.
+    """Read the rows of a folder in order, with `messages` and `columns` decoded.
 
     Raises:
-        DataError: there are none, or a file of them is missing.
+        DataError: there are no files, or one is missing.
     """
     file = about_file(folder)
     if not file.is_file():
@@ -232,7 +233,7 @@ def _rows_of(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_about(file: Path) -> dict[str, Any]:
-    """Raises DataError for a file that is no JSON object."""
+    """Read the settings. Raises DataError for a file that is no JSON object."""
     try:
         found = read_json(file)
     except (OSError, ValueError) as e:
@@ -243,7 +244,7 @@ def _read_about(file: Path) -> dict[str, Any]:
 
 
 def _about(file: Path) -> About:
-    """Raises DataError for a file that is not what was written."""
+    """Parse the settings. Raises DataError for a file that was not written by `open`."""
     try:
         about = About(**_read_about(file))
         if 0 < about.num_shards <= MAX_SHARDS:
@@ -255,7 +256,7 @@ def _about(file: Path) -> About:
 
 
 def about_file(folder: Path) -> Path:
-    """Beside the folder, in which others expect nothing but Parquet."""
+    """The path of the settings, beside the folder, in which other programs expect only Parquet."""
     return folder.with_name(f"{folder.name}.json")
 
 

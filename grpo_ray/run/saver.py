@@ -1,9 +1,9 @@
-"""Saving while training goes on: copies are taken between two steps, and written behind the loop's back.
+"""Saving while training goes on: copies are taken between two steps and written in the background.
 
-    save  ->  [the save before it is through]  begin -> hold   |   write -> commit  (-> sent to the store, see delivery.py)
+    save  ->  [the save before it is finished]  begin -> hold   |   write -> commit  (-> sent to the store, see delivery.py)
               what the loop waits for                          |   in the background
 
-A write that fails is told at once, and is the error of the next save, or of the run's end.
+A failed write is reported at once, and raised by the next save or at the run's end.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from grpo_ray.telemetry.events import CheckpointEvent, Event, MessageEvent
 
 BACKGROUND = "checkpoint/background_s"
 More = Callable[[], Awaitable[Callable[[Path], None]]]
-"""Awaited in the background; what it gives writes files into a folder, in a thread."""
+"""Awaited in the background; its result writes files into a folder, in a thread."""
 
 
 class Holder(Protocol):
-    """What is saved: its state is copied into memory, and written from there."""
+    """An object to be saved: its state is copied into memory, and written from there."""
 
     async def hold(self, place: CheckpointLocation, *, export: bool) -> None:
         """Copy into memory what `write` will write."""
         ...
 
     async def write(self, place: CheckpointLocation) -> Mapping[str, FileSum]:
-        """Write what is held into a new place; returns what was written."""
+        """Write the held copy into a new place; returns what was written."""
         ...
 
 
 class Saver:
-    """One checkpoint at a time."""
+    """Saver of one checkpoint at a time."""
 
     def __init__(
         self,
@@ -53,9 +53,10 @@ class Saver:
         emit: Callable[[Event], None],
         store_s: float = DeadlineConfig.model_fields["store_s"].default,
     ) -> None:
-        """
+        """Create the saver.
+
         Args:
-            keep: older checkpoints than the newest `keep` are removed.
+            keep: the number of newest checkpoints that are kept.
             store_s: see deadlines.store_s.
         """
         self._run = run
@@ -67,33 +68,33 @@ class Saver:
         self._writing: asyncio.Task[None] | None = None
         self._seconds: float | None = None
         self._began = time.monotonic()
-        """The last one."""
+        """The time at which the last save began."""
 
     def is_late(self, minutes: float) -> bool:
-        """Has the last one, or the start, been so long ago? 0: it never is."""
+        """Whether the last save, or the start, was longer ago than this; never for 0."""
         return 0 < minutes * 60 <= time.monotonic() - self._began
 
     def send_leftovers(self) -> None:
-        """To the store, of what an earlier life of the run could not send."""
+        """Send to the store what an earlier start of the run could not send."""
         if self._delivery is not None:
             self._delivery.offer_leftovers()
 
     @property
     def gave_up(self) -> bool:
-        """The store did not answer for too long: the run has to end, from a checkpoint in its own folder."""
+        """Whether the store was given up after too long a silence: the run has to end, from a checkpoint in its own folder."""
         return self._delivery is not None and self._delivery.gave_up is not None
 
     async def save(self, step: int, state: dict[str, Any], *, export: bool, more: More | None = None) -> None:
-        """Returns when training may go on; the checkpoint is whole later, or not there at all.
+        """Save a checkpoint. Returns when training may go on; the checkpoint is complete later, or absent.
 
         Args:
-            step: of the checkpoint.
-            state: JSON, for `RunDir.load_state`.
+            step: the step of the checkpoint.
+            state: the loop's state as JSON, for `RunDir.load_state`.
             export: also the policy as a Hugging Face model.
-            more: to write beside loop.json.
+            more: files to write beside loop.json.
 
         Raises:
-            CheckpointError: there is no room, or the save before this one failed.
+            CheckpointError: there is no space, or the save before this one failed.
         """
         await self.finish()
         self._began = began = time.monotonic()
@@ -106,20 +107,20 @@ class Saver:
         self._writing = asyncio.create_task(self._write(place, step, state, more, began))
 
     def follow(self, learner: Holder) -> None:
-        """Checkpoints are of this learner from now on."""
+        """Save this learner from now on."""
         self._learner = learner
 
     async def finish(self) -> None:
-        """What was being written is whole. Raises what went wrong with it."""
+        """Wait until the save in progress is complete. Raises its exception."""
         writing, self._writing = self._writing, None
         if writing is not None:
             await writing
 
     async def deliver(self) -> None:
-        """As `finish`, and it is in the store, too.
+        """Finish the save in progress, and wait until it is in the store too.
 
         Raises:
-            CheckpointError: as `finish`; or it could not be sent, and is in the run's folder.
+            CheckpointError: the save failed; or it could not be sent, and is in the run's folder.
         """
         await self.finish()
         if self._delivery is None:
@@ -132,14 +133,14 @@ class Saver:
             raise StoreError(f"{e}{where}: `grpo-ray resume {self._run.path}` goes on") from None
 
     async def close(self) -> None:
-        """As `finish`, for a run that ends by another error: what goes wrong has been told."""
+        """Finish, for a run that ends by another error: an error of the save has been reported."""
         if self._writing is not None:
             await asyncio.gather(self._writing, return_exceptions=True)
         if self._delivery is not None:
             await self._delivery.close()
 
     def take_metrics(self) -> dict[str, float]:
-        """Of a save that came to its end since the last call."""
+        """The metrics of a save that finished since the last call."""
         seconds, self._seconds = self._seconds, None
         return {} if seconds is None else {BACKGROUND: seconds}
 
@@ -179,7 +180,7 @@ class Saver:
             (folder / Path(LOOP_STATE).name).write_text(json.dumps(state))
             if write_more is not None:
                 write_more(folder)
-        # Those that wait to be sent are removed by the delivery, which knows what it is reading.
+        # The delivery removes those that wait to be sent, since it knows what it is reading.
         keep = self._keep if self._delivery is None else None
         final = self._run.outbox.commit(place, step, sums | of_loop, keep=keep)
         self._run.link_export(final)
