@@ -1,4 +1,4 @@
-"""Why a reward function has nothing to say of a sample, in words, with the mend."""
+"""Explanations of why a reward function does not apply to a sample, with the fix."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from grpo_ray.rewards.answers.golds import gold_of
 from grpo_ray.rewards.functions.function import SOURCE
 
 QUOTED = 60
-"""Characters of a value that a message shows."""
+"""The number of characters of a value that a message shows."""
 
 
 def why_not_applicable(function: RewardFunctionConfig, columns: Mapping[str, Any], step: int | None) -> str:
-    """
+    """Explain why the function does not apply to a row.
+
     Args:
-        columns: of a row that the function had nothing to say of.
-        step: steps done when its prompt was dispatched; None: it is no step's, an evaluation's.
+        columns: the columns of the row.
+        step: the number of steps done when its prompt was dispatched; None in an evaluation.
     """
     name = function.title
     if step is not None and step < function.from_step:
@@ -38,6 +39,6 @@ def why_not_applicable(function: RewardFunctionConfig, columns: Mapping[str, Any
 
 
 def quoted(value: Any) -> str:
-    """What a data set holds, cut to what fits in a message."""
+    """A value of a data set, shortened to fit in a message."""
     text = repr(value)
     return text if len(text) <= QUOTED else f"{text[: QUOTED - 1]}…"

@@ -1,4 +1,4 @@
-"""Why a step has nothing to learn from, in words: what is seen, and the options or columns that would change it. Pure."""
+"""Explanations of a step without signal: the symptom, and the options or columns that would change it. Pure."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from grpo_ray.health.tally import Moments, Tally
 from grpo_ray.health.untrained import EMPTY, NO_GRADIENT, NO_SIGNAL, NOT_APPLICABLE, TRUNCATED
 
 MOST = 0.9
-"""Part of the completions that is nearly all."""
+"""The fraction of the completions that counts as nearly all."""
 
 
 def why_no_signal(
     config: RunConfig, step: int, tally: Tally, untrained: Mapping[str, str], before: Sequence[Tally]
 ) -> tuple[str, str]:
-    """A name for the cause, and the cause with its mend.
+    """Return a name for the cause, and its description with the fix.
 
     Args:
-        step: 1 is the first.
-        untrained: of `why_untrained`.
-        before: of the steps before.
+        step: the step; the first is 1.
+        untrained: the result of `why_untrained`.
+        before: the tallies of the steps before.
     """
     rewards, total = tally.rewards, tally.samples
     if not rewards.count:
@@ -48,7 +48,7 @@ def why_no_signal(
 
 
 def after_a_fall(config: RunConfig) -> str:
-    """What to do when a run can't do any more what it could."""
+    """The advice for a run that has lost an ability."""
     return (
         f"the policy has broken down, or prompts have changed. Lower learner.learning_rate ({config.learner.learning_rate:g}), and "
         "go on from an earlier checkpoint or begin anew"

@@ -1,6 +1,6 @@
-"""Has a run lost what it could do? Each step against the best of those shortly before it. Pure.
+"""Collapse detection: each step is compared with the best of those shortly before it. Pure.
 
-The bars are high: a mean over a few prompts jumps about, and data may grow harder. What is told here has no such excuse.
+Thresholds are high: a mean over a few prompts is noisy, and data may get harder. What is reported here has no such excuse.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from statistics import median
 from grpo_ray.health.tally import Moments
 
 BEST_OF = 5
-"""Steps whose mean is a level that a run has reached."""
+"""The number of steps whose mean is a level that a run has reached."""
 NOW = (1, 2, 4, 8)
-"""Steps whose mean is compared with it: a few prompts a step say something only together."""
+"""The numbers of last steps whose mean is compared with it: a few prompts a step are significant only together."""
 OF_LEVEL = 1 / 3
-"""An accuracy has fallen when this part of it is left, or less, and it has not come back below twice as much."""
+"""An accuracy has fallen when this fraction of it is left, or less, and it has not recovered below twice as much."""
 LEAST_FALL = 0.1
 LEAST_Z, LEAST_Z_OF_REWARD = 4.5, 6.0
-"""Standard errors of the difference, groups being what is independent. Many are compared over a run."""
+"""The least z-score, in standard errors of the difference; groups are independent. Many differences are compared over a run."""
 LEAST_GROUPS = 8
-"""Of fewer nobody knows how they spread."""
+"""The least number of groups from which a spread can be estimated."""
 LEAST_STDS = 1.5
-"""A reward without a natural zero has fallen by so many standard deviations of a sample, and by half of what it was."""
+"""A reward without a natural zero has fallen by this many standard deviations of a sample, and by half of what it was."""
 ENTROPY_TIMES, ENTROPY_NATS = 3.0, 1.0
 NO_ENTROPY = 0.01
-"""Nats a token: every sample of a prompt is the same."""
+"""The entropy in nats a token below which every sample of a prompt is the same."""
 GRADIENT_TIMES = 100.0
 
 
@@ -38,10 +38,11 @@ class Fall:
 
 
 def accuracy_fell(series: Sequence[Moments], *, told: bool) -> Fall | None:
-    """
+    """Detect a fall of the accuracy.
+
     Args:
-        series: of each step, the part of right samples by group.
-        told: it had fallen at the step before.
+        series: the fraction of right samples by group, for each step.
+        told: whether it had fallen at the step before.
     """
     for level, now, z in _falls(series, 0.3):
         left = 2 * OF_LEVEL if told else OF_LEVEL
@@ -52,7 +53,7 @@ def accuracy_fell(series: Sequence[Moments], *, told: bool) -> Fall | None:
 
 
 def reward_fell(series: Sequence[Moments], samples: Sequence[Moments], *, told: bool) -> Fall | None:
-    """As `accuracy_fell`, of mean rewards of groups, and of single rewards."""
+    """Detect a fall like `accuracy_fell`, of mean rewards of groups and of single rewards."""
     unit = max((m.std for m in samples[:-1]), default=0.0)
     for level, now, z in _falls(series, 0.1):
         part = 0.5 if told else 1.0
@@ -63,10 +64,11 @@ def reward_fell(series: Sequence[Moments], samples: Sequence[Moments], *, told: 
 
 
 def _falls(series: Sequence[Moments], least_spread: float) -> list[tuple[float, float, float]]:
-    """(level, now, z) for each of NOW.
+    """Triples (level, now, z) for each of NOW.
 
     Args:
-        least_spread: of groups around their mean, as a part of it: where all were alike before, they need not be for ever.
+        least_spread: the least spread of groups around their mean, as a fraction of it: if all were alike before, they need not
+            stay so.
     """
     known = [m for m in series if m.count]
     out = []
@@ -85,7 +87,7 @@ def _falls(series: Sequence[Moments], least_spread: float) -> list[tuple[float, 
 
 
 def entropy_rose(before: Sequence[float], now: float, *, told: bool) -> Fall | None:
-    """The policy's choices were sure of themselves, and are not any more."""
+    """Detect a rise of the entropy of a policy that was certain of its choices."""
     if not before:
         return None
     level = median(before)
@@ -95,14 +97,15 @@ def entropy_rose(before: Sequence[float], now: float, *, told: bool) -> Fall | N
 
 
 def entropy_vanished(before: Sequence[float], now: float, right: float | None) -> bool:
-    """All samples of a prompt are the same, and most of them wrong: nothing will be tried any more."""
+    """Whether all samples of a prompt are the same and most of them wrong: nothing new will be tried any more."""
     return bool(before) and now < NO_ENTROPY <= median(before) / 10 and right is not None and right < 0.5
 
 
 def gradient_exploded(before: Sequence[float], now: float, limit: float) -> bool:
-    """
+    """Whether the gradient norm has exploded.
+
     Args:
-        limit: what the norm is clipped to, or 1.
+        limit: the norm to which gradients are clipped, or 1.
     """
     moved = [norm for norm in before if norm > 0]
     return len(moved) >= BEST_OF and now > GRADIENT_TIMES * median(moved) and now > 10 * limit

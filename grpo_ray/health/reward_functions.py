@@ -1,4 +1,4 @@
-"""Does each reward function have something to say of the samples? Told once, when enough of them are there. Pure."""
+"""Checks that each reward function scores samples and distinguishes them, reported once, when enough samples are there. Pure."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from grpo_ray.health.tally import FunctionTally, Tally
 from grpo_ray.telemetry.events import MessageEvent
 
 FEW = 32
-"""Samples: of fewer, a part says little."""
+"""The number of samples below which a fraction is not significant."""
 SETTLED = 5
-"""Steps after which a reward function that has said nothing yet is told."""
+"""The number of steps after which a reward function without any score is reported."""
 UNSCORED = 0.25
 PENALTIES = ("repetition_penalty", "soft_overlong")
-"""Rewards for which 0 is the best there is."""
+"""Rewards whose best value is 0."""
 
 
 class RewardFunctions:
-    """Those of one run."""
+    """The checks of one run's reward functions."""
 
     def __init__(self, functions: Sequence[RewardFunctionConfig]) -> None:
         self._config = functions
         self._functions: dict[str, FunctionTally] = {}
         self._steps_of: dict[str, int] = {}
         self._scored = [0, 0]
-        """Samples with a reward, and all, since the run began or was resumed."""
+        """The numbers of samples with a reward, and of all samples, since the run began or was resumed."""
         self._settled: set[str] = set()
-        """What has been said of a reward function, or found in order."""
+        """The reward functions that were reported, or found in order."""
 
     def after_step(self, step: int, tally: Tally) -> list[MessageEvent]:
         self._scored[0] += tally.of_samples.count
@@ -48,7 +48,7 @@ class RewardFunctions:
         return self._say(step, due)
 
     def at_the_end(self, step: int) -> list[MessageEvent]:
-        """What a run too short for it has not been told."""
+        """Reports that a run was too short to make before."""
         late = [n for n, steps in self._steps_of.items() if n not in self._settled and steps > 1]
         return self._say(step, late)
 

@@ -1,4 +1,4 @@
-"""What the scores of a step say, counted while its groups come: nothing but numbers, and one row to quote."""
+"""Tally of a step's scores, counted while its groups arrive: numbers alone, and one row to quote."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grpo_ray.types import Group, RewardScore, SampleInfo, ScoreStatus
 
 @dataclass
 class Extent:
-    """How far values reach, and how many there are."""
+    """The range of values, and their number."""
 
     count: int = 0
     lowest: float = math.inf
@@ -30,21 +30,21 @@ class Extent:
 
     @property
     def flat(self) -> bool:
-        """There are values, and all are the same."""
+        """Whether there are values, and all are the same."""
         return self.lowest == self.highest
 
 
 @dataclass
 class FunctionTally:
-    """One reward function."""
+    """The tally of one reward function."""
 
     values: Extent = field(default_factory=Extent)
     not_applicable: int = 0
     columns: Mapping[str, Any] | None = None
-    """Of the first row that it had nothing to say of."""
+    """The columns of the first row to which the function did not apply."""
 
     def add(self, parts: Sequence[RewardScore], columns: Mapping[str, Any]) -> None:
-        """What it says of the samples of a group."""
+        """Add its scores of the samples of a group."""
         self.values.add([p.value for p in parts if p.status is ScoreStatus.OK])
         silent = sum([p.status is ScoreStatus.NOT_APPLICABLE for p in parts])
         self.not_applicable += silent
@@ -54,7 +54,7 @@ class FunctionTally:
 
 @dataclass
 class Moments:
-    """Means of groups: how many, their sum and the sum of their squares."""
+    """Moments of group means: their number, their sum and the sum of their squares."""
 
     count: int = 0
     total: float = 0.0
@@ -85,7 +85,7 @@ class Moments:
 
 @dataclass
 class Tally:
-    """Of the groups of one step. `accuracy` names the function that says what is right, from `threshold` on."""
+    """The tally of the groups of one step. `accuracy` names the function that decides what is right, from `threshold` on."""
 
     accuracy: str
     threshold: float
@@ -93,16 +93,16 @@ class Tally:
     with_spread: int = 0
     samples: int = 0
     failed: int = 0
-    """Scores that failed, whatever they count as."""
+    """The number of failed scores, whatever value they count as."""
     cut: int = 0
-    """At the longest completion."""
+    """The number of completions truncated at max_completion_length."""
     empty: int = 0
     rewards: Extent = field(default_factory=Extent)
     of_groups: Moments = field(default_factory=Moments)
-    """Mean reward of each group that has one."""
+    """The mean rewards of the groups that have one."""
     of_samples: Moments = field(default_factory=Moments)
     right: Moments = field(default_factory=Moments)
-    """Part of the right samples, of each group to which the accuracy applies."""
+    """The fractions of right samples, of the groups to which the accuracy applies."""
     functions: dict[str, FunctionTally] = field(default_factory=dict)
 
     def add(self, group: Group) -> None:
@@ -129,5 +129,5 @@ class Tally:
 
 
 def is_empty(info: SampleInfo) -> bool:
-    """It ended at once: with no token, or with one that ends it."""
+    """Whether the completion ended at once: without a token, or with an end token alone."""
     return info.num_tokens == 0 or (info.num_tokens == 1 and info.finish_reason != "length")

@@ -1,4 +1,4 @@
-"""Why nothing of the task was learned from a group that was trained. Pure."""
+"""Reasons why nothing of the task was learned from a group that was trained. Pure."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ NOT_APPLICABLE, NO_SIGNAL, TRUNCATED, EMPTY, NO_GRADIENT = (
     "empty",
     "no_gradient",
 )
-"""Why nothing was learned from a group, in the ledger's words."""
+"""The reasons why nothing was learned from a group, as the ledger records them."""
 
 
 def why_untrained(
     groups: Sequence[Group], batch: TrainBatch, config: RunConfig, metrics: Mapping[str, float]
 ) -> dict[str, str]:
-    """Prompt id -> why nothing of the task was learned from its group; without those that something was learned from.
+    """Map prompt ids to the reason why nothing of the task was learned from their group; groups that were learned from are left
+    out.
 
     Args:
-        batch: of these groups.
-        metrics: of the update.
+        batch: the batch of these groups.
+        metrics: the metrics of the update.
     """
     samples: dict[int, list[TrainSample]] = {}
     for sample in batch.samples:

@@ -1,7 +1,7 @@
-"""Is there anything to learn from? Looked at after every step, told in words with the cause and the mend. Pure.
+"""Health watch: after every step, whether there is anything to learn from, reported with cause and fix. Pure.
 
 scored groups -> Tally ---+
-why a group moves nothing +-> Health.after_step -> MessageEvent: each once, when it comes up
+why a group moves nothing +-> Health.after_step -> MessageEvent: each once, when it appears
 metrics of the update ----+
 """
 
@@ -21,67 +21,67 @@ from grpo_ray.telemetry.events import MessageEvent
 from grpo_ray.telemetry.measures import Estimate, EvalResult, accuracy_name
 
 REMEMBERED = 24
-"""Steps that a step is compared with."""
+"""The number of previous steps that a step is compared with."""
 UNLIKELY = 1e-3
-"""A step without signal after others that had one is told when chance alone gives one so rarely."""
+"""The probability by chance below which a step without signal, after others that had one, is reported."""
 MOST_STILL = 0.75
-"""What is told of MOST of the completions is told anew only when it was true of less than this part in between."""
+"""What is reported of MOST of the completions is reported again only if it held for less than this fraction in between."""
 
 
 class Health:
-    """Of one run. `tally` before a step, `after_step` after it."""
+    """The health of one run. Call `tally` before a step, `after_step` after it."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.steps_with_signal = 0
         self.steps_without_signal = 0
-        """In a row, up to the last step."""
+        """The number of steps without signal in a row, up to the last step."""
         self._cause_name = self._cause = ""
-        """Of the steps without signal: a name, and words, those of the first step of this cause."""
+        """The cause of the steps without signal: a name, and the description from the first step with this cause."""
         self._active: dict[str, str] = {}
-        """What is wrong as of the last step: its name, and what was told when it came up."""
+        """Problems as of the last step: their names, and the message when they appeared."""
         self._tallies: deque[Tally] = deque(maxlen=REMEMBERED)
         self._metrics: deque[Mapping[str, float]] = deque(maxlen=REMEMBERED)
         self._with_signal: deque[tuple[int, int]] = deque(maxlen=REMEMBERED)
-        """Groups with signal, and all, of steps that had one."""
+        """The numbers of groups with signal, and of all groups, for steps that had one."""
         self._idle_groups = 0
         self._functions = RewardFunctions(config.reward.functions)
         self._accuracies: dict[str, Estimate] = {}
-        """Evaluation set -> the best so far."""
+        """The best accuracy so far by evaluation set."""
         self._unmeasured: frozenset[str] = frozenset()
-        """Evaluation sets of which it has been told that they have no accuracy."""
+        """The evaluation sets that were reported to have no accuracy."""
 
-    # What outlives a restart.
+    # State that survives a restart
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "steps_with_signal": self.steps_with_signal,
-            # A run that is resumed after it gave up has been changed, or is to be told once more.
+            # A run that is resumed after it gave up has been changed, or gets the message once more.
             "steps_without_signal": 0 if self.gave_up else self.steps_without_signal,
         }
 
     def load_state_dict(self, state: Mapping[str, int] | None) -> None:
-        """None: of a checkpoint that does not tell; what came before is taken to have been well."""
+        """Restore the state; None from a checkpoint without one, whose run is assumed to have been healthy."""
         self.steps_with_signal = state["steps_with_signal"] if state else 1
         self.steps_without_signal = state["steps_without_signal"] if state else 0
 
-    # After a step.
+    # After a step
 
     def tally(self) -> Tally:
-        """An empty one, for the next step."""
+        """An empty tally for the next step."""
         return Tally(accuracy_name(self.config), self.config.eval.threshold)
 
     def after_step(
         self, step: int, tally: Tally, num_groups: int, untrained: Mapping[str, str], metrics: Mapping[str, float]
     ) -> list[MessageEvent]:
-        """What has come up.
+        """Messages about new problems.
 
         Args:
-            step: 1 is the first.
-            tally: of its groups, those included that dynamic sampling left out.
-            num_groups: of its batch.
-            untrained: of `why_untrained`.
-            metrics: of the update.
+            step: the step; the first is 1.
+            tally: the tally of its groups, including those that dynamic sampling dropped.
+            num_groups: the number of groups in its batch.
+            untrained: the result of `why_untrained`.
+            metrics: the metrics of the update.
         """
         signal = len(untrained) < num_groups
         found: dict[str, str] = {}
@@ -102,7 +102,7 @@ class Health:
         found |= self._truncation(step, tally) | self._collapse(step, tally, metrics)
         new = [name for name in found if name not in self._active]
         if any(name.startswith("signal/") for name in new):
-            # It says so of the same fall.
+            # The collapse check reports the same fall.
             new = [name for name in new if name not in ("accuracy", "reward")]
         notices = [MessageEvent("warning", found[name]) for name in new]
         self._active = {name: self._active.get(name, text) for name, text in found.items()}
@@ -111,7 +111,7 @@ class Health:
         return notices + self._functions.after_step(step, tally)
 
     def after_eval(self, step: int, name: str, result: EvalResult) -> list[MessageEvent]:
-        """What has come up; `name` of its set where there are several."""
+        """Messages about new problems; `name` is the evaluation set's where there are several."""
         now, warning = result.accuracy, result.warning
         if now is None or warning is not None:
             told, self._unmeasured = name in self._unmeasured, self._unmeasured | {name}
@@ -128,7 +128,7 @@ class Health:
         fell = now.mean <= best.mean / 3 and best.mean - now.mean >= max(0.1, 4 * error)
         if not fell:
             return []
-        # The level from now on: told once.
+        # This is the level from now on, so the fall is reported once.
         self._accuracies[name] = now
         on = f" on {name}" if name else ""
         return [
@@ -139,12 +139,12 @@ class Health:
         ]
 
     def at_the_end(self, step: int) -> list[MessageEvent]:
-        """What a run too short for it has not been told."""
+        """Messages that a run was too short to give before."""
         if self.steps_with_signal == 0:
             return []
         return self._functions.at_the_end(step)
 
-    # How it may end.
+    # How the run may end
 
     @property
     def gave_up(self) -> bool:
@@ -153,14 +153,15 @@ class Health:
 
     @property
     def problem(self) -> str | None:
-        """What is wrong at the moment, before any advice on speed."""
+        """The current problem, which comes before any advice on speed."""
         if self._idle_is_told:
             count = self.steps_without_signal
             return f"nothing was learned in the last {'step' if count == 1 else f'{count} steps'}: {self._cause}"
         return next(iter(self._active.values()), None)
 
     def check(self, step: int, *, finished: bool) -> None:
-        """
+        """Check whether the run may go on, or end as a success.
+
         Raises:
             NoSignalError: there was nothing to learn from in too many steps in a row, or, of a finished run of more than one step,
                 in all of them.
@@ -176,19 +177,19 @@ class Health:
             raise NoSignalError(f"nothing was trained in any of the {step} steps of this run{cause}")
 
     def why_all_dropped(self, step: int, tally: Tally) -> str:
-        """Of the groups of a step that dynamic sampling left out, all of them."""
+        """The reason why dynamic sampling dropped all groups of a step."""
         return why_no_signal(self.config, step, tally, {}, self._tallies)[1]
 
-    # In words.
+    # Descriptions
 
     @property
     def _idle_is_told(self) -> bool:
         return any(name.startswith("signal/") for name in self._active)
 
     def _no_accident(self) -> bool:
-        """So many groups without signal are not what chance gives, or there has never been one with it."""
+        """Whether so many groups without signal are not explained by chance, or there has never been one with signal."""
         some, every = (sum(column) for column in zip(*self._with_signal, strict=True)) if self._with_signal else (0, 0)
-        # As if there had been one more of each kind: a few that all had one are no law.
+        # Counted as if there had been one more of each kind: a few groups that all had signal prove little.
         return not some or (1 - (some + 1) / (every + 2)) ** self._idle_groups < UNLIKELY
 
     def _truncation(self, step: int, tally: Tally) -> dict[str, str]:
@@ -228,7 +229,7 @@ class Health:
 
     def _collapse(self, step: int, tally: Tally, metrics: Mapping[str, float]) -> dict[str, str]:
         if any(f.from_step and f.from_step == step - 1 for f in self.config.reward.functions):
-            # Another reward from here on: what came before is not its measure.
+            # The reward differs from here on, so earlier values are no measure of it.
             self._tallies.clear()
         every = [*self._tallies, tally]
         found = {}
