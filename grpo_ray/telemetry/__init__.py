@@ -1,4 +1,4 @@
-"""What a run measures and tells: metrics, events, spans of time, and where they are written.
+"""Telemetry of a run: metrics, events, time spans, and where they are written.
 
 Read metrics.py (typed reports -> names and numbers; catalogue.py: the names), measures.py (pass@k, cons@k), events.py,
 tracking.py; then activity.py, timeline.py, trace_file.py and advice.py (where the time goes), messages.py, sample_figures.py

@@ -1,4 +1,4 @@
-"""What one worker does, as spans of time that never overlap. Kept in memory until a report that is sent anyway takes them along.
+"""Activity of one worker as time spans that never overlap, kept in memory until a report that is sent anyway includes them.
 
 The clock is `time.time()` of the worker's host: one clock for all workers of a node; those of other nodes are as far off as their
 clocks are (milliseconds under NTP).
@@ -13,15 +13,15 @@ from contextlib import contextmanager
 from grpo_ray.types import TimeSpan, Track
 
 MAX_SPANS = 512
-"""Of one worker between two reports, some 50 kB. Above it neighbours are joined: see `joined`."""
+"""The most spans of one worker between two reports, some 50 kB. Above it neighbours are joined: see `joined`."""
 JOINED_AT_ONCE = 32
 IDLE = ""
 NOT_BUSY = (IDLE, "paused", "restarting")
-"""What a worker does when it is not busy."""
+"""The activities in which a worker is not busy."""
 
 
 class Activity:
-    """The state of one worker, `IDLE` at first."""
+    """The activity of one worker, `IDLE` at first."""
 
     __slots__ = ("_busy_s", "_clock", "_name", "_since", "_spans", "worker")
 
@@ -35,18 +35,18 @@ class Activity:
 
     @property
     def busy_s(self) -> float:
-        """Since it was made, what is under way included."""
+        """The busy seconds since it was created, including the current activity."""
         return self._busy_s + (max(0.0, self._clock() - self._since) if self._name not in NOT_BUSY else 0.0)
 
     def enter(self, name: str) -> None:
-        """From now on it does `name`. The same again changes nothing."""
+        """Start activity `name`. Starting the same again changes nothing."""
         if name != self._name:
             self._close()
             self._name = name
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """`name` inside the block, then again what it did before: a span inside a span cuts the outer one."""
+        """Activity `name` inside the block, then the previous one again: a span inside a span cuts the outer one."""
         before = self._name
         self.enter(name)
         try:
@@ -55,13 +55,13 @@ class Activity:
             self.enter(before)
 
     def take(self) -> Track:
-        """Everything since the last call; what is under way is cut here and goes on."""
+        """All spans since the last call; the current one is cut here and continues."""
         self._close()
         spans, self._spans = self._spans, []
         return Track(self.worker, tuple(spans))
 
     def finish(self) -> Track:
-        """End what is under way, with all that it is inside of, and take everything: for the report of it."""
+        """End the current activity and all that contain it, and take all spans: for the report of that activity."""
         self.enter(IDLE)
         return self.take()
 
@@ -81,8 +81,8 @@ class Activity:
 
 
 def joined(spans: Sequence[TimeSpan]) -> list[TimeSpan]:
-    """Fewer spans with the same seconds under each name: of every JOINED_AT_ONCE in a row those of one name become one, laid
-    end to end from where the first began. A picture a little coarser, and sums that stay exact."""
+    """Join spans, keeping the seconds of each name: of every JOINED_AT_ONCE in a row those of one name become one, laid end to end
+    from where the first began. The picture gets coarser, and sums stay exact."""
     out = []
     for first in range(0, len(spans), JOINED_AT_ONCE):
         part = spans[first : first + JOINED_AT_ONCE]

@@ -1,18 +1,19 @@
-"""One sentence on where a run's time goes and which option would win some of it back.
+"""Advice, in one sentence, on where a run's time goes and which option would save some of it.
 
-The model. A step is what the controller waits for samples plus what it then does one after the other:
+The model: a step is the controller's wait for samples plus what it then does one after the other:
 
     step = wait + serial,    serial = update + sync + log + other
 
-Nothing is sampled ahead (max_staleness 0): the samplers' work lies in `wait`, the learners' in `update`, and each divides evenly
-over its workers. With n workers of a role instead of m its part is m / n of what it was, and all else is as long as before.
+Without sampling ahead (max_staleness 0) the rollout engines' work is in `wait`, the learner's in `update`, and each divides evenly
+over its workers. With n workers of a role instead of m its part is m / n of what it was, and everything else takes as long as
+before.
 
-Sampling ahead: both go on at once, and the slowest way sets the pace.
+With sampling ahead both run at once, and the slowest path sets the pace.
 
     step >= max(sampling + sync, serial, scoring)        (engines are paused while weights are sent)
 
-Both leave out what they can't know: how uneven the work is (a worker that waits for the longest answer stays as it is), and that
-smaller parts are done less efficiently. So a factor is what an even world would give: `at most` where it is a bound.
+Both ignore what they cannot know: how uneven the work is (a worker that waits for the longest answer stays as it is), and that
+smaller parts are less efficient. So a factor assumes even work: `at most` where it is a bound.
 """
 
 from __future__ import annotations
@@ -22,33 +23,33 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 WORTH_TELLING = 1.10
-"""A factor below it is lost in the noise of a run."""
+"""The least factor worth reporting; below it a gain is lost in the noise of a run."""
 STEPS_LOOKED_AT = 100
-"""The last ones: advice is for the run as it is now."""
+"""The number of last steps that are used: advice is for the run as it is now."""
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """A mean step."""
+    """The times of a mean step."""
 
     step_s: float
     wait_s: float
-    """Of it: the controller had not enough scored samples."""
+    """The part of the step in which the controller did not have enough scored samples."""
     update_s: float
     sync_s: float
     log_s: float
     sampling_s: float
-    """A sampler was busy, mean over samplers; so below."""
+    """The time for which a rollout engine was busy, mean over engines; likewise below."""
     learning_s: float
     scoring_s: float
     scoring_alone_s: float
-    """A scorer was busy while neither a sampler nor a learner was."""
+    """The time for which a reward worker was busy while neither a rollout engine nor a learner rank was."""
     num_samplers: int
     num_learners: int
     num_scorers: int
     max_staleness: int
     shared_devices: bool
-    """Samplers and learners use the same devices: what one wins by working at the same time, the other loses."""
+    """Whether rollout engines and learner ranks share devices: what one gains by working at the same time, the other loses."""
     devices_per_sampler: int = 1
 
     @property
@@ -60,11 +61,11 @@ class StepTimes:
 class Advice:
     text: str
     factor: float
-    """By which steps would be faster."""
+    """The factor by which steps would be faster."""
 
 
 def advise(times: StepTimes) -> Advice | None:
-    """The change that wins most. None: nothing wins a tenth."""
+    """The change that saves most; None if nothing saves a tenth."""
     if times.step_s <= 0:
         return None
     best = max(_candidates(times), key=lambda a: a.factor, default=None)
@@ -75,7 +76,7 @@ def advise(times: StepTimes) -> Advice | None:
 
 
 def step_model(times: StepTimes, *, ahead: bool, samplers: int = 0, learners: int = 0, scorers: int = 0) -> float:
-    """Seconds of a step with so many workers (0: as many as now); see the top of this file."""
+    """The seconds of a step with so many workers (0: as many as now); see the top of this file."""
     t = times
     sampling = t.sampling_s * t.num_samplers / (samplers or t.num_samplers)
     update = t.update_s * t.num_learners / (learners or t.num_learners)
@@ -86,7 +87,7 @@ def step_model(times: StepTimes, *, ahead: bool, samplers: int = 0, learners: in
 
 
 def _candidates(t: StepTimes) -> Iterator[Advice]:
-    """What can be had with the devices that are there."""
+    """Changes that are possible with the present devices."""
     ahead = t.max_staleness > 0
     now = step_model(t, ahead=ahead)
     if not t.shared_devices:
@@ -128,7 +129,7 @@ def _overlap(t: StepTimes) -> Advice:
 
 
 def _moves(t: StepTimes, now: float, *, ahead: bool) -> Iterator[Advice]:
-    """Every split of the devices over samplers and learners."""
+    """Every split of the devices over rollout engines and learner ranks."""
     size = t.devices_per_sampler
     devices = t.num_samplers * size + t.num_learners
     for samplers in range(1, (devices - 1) // size + 1):
@@ -148,7 +149,7 @@ def _moves(t: StepTimes, now: float, *, ahead: bool) -> Iterator[Advice]:
 
 
 def _more_workers(t: StepTimes) -> Iterator[Advice]:
-    """One worker more, on a device more, where nothing else helps."""
+    """One worker more, on one more device, where nothing else helps."""
     if t.shared_devices:
         return
     ahead = t.max_staleness > 0
@@ -175,17 +176,17 @@ def _times(factor: float) -> str:
     return f"{factor:.1f}x"
 
 
-# From what a run has written down.
+# From a run's metrics
 
 
 def mean_step(lines: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> StepTimes | None:
-    """Of the last STEPS_LOOKED_AT lines of `metrics.jsonl`, without the first step of a run, which warms up.
+    """The mean of the last STEPS_LOOKED_AT lines of `metrics.jsonl`, without the first step of a run, which warms up.
 
     Args:
         config: `config.yaml`, or a dump of the `RunConfig`.
 
     Returns:
-        None without a step that tells how busy samplers and learners were.
+        None without a step that has the busy times of rollout engines and learner ranks.
     """
     told = [line for line in lines if all(_number(line.get(name)) for name in _NEEDED)]
     steady = told[1:] if len(told) > 1 else told

@@ -1,15 +1,15 @@
-"""Every metric of a run: its name, what it is, and its unit. A name that is not in METRICS is no metric."""
+"""Catalogue of every metric of a run: its name, description and unit. A name that is not in METRICS is no metric."""
 
 from __future__ import annotations
 
 ROLES = ("rollout", "reward", "update", "sync", "log", "other", "eval", "checkpoint")
-"""What a run's time can go to, in the order in which a step meets it."""
+"""The activities that take a run's time, in the order in which a step meets them."""
 
 LOSSES = ("loss/sft", "loss/dpo", "loss/reward_model", "loss")
-"""What a supervised run has one of."""
+"""The losses, of which a supervised run has one."""
 
 MAX_LOGGED = 200
-"""Names of a step that reward functions may log: they can come from completions."""
+"""The most names that reward functions may log in a step, since they can come from completions."""
 
 METRICS: dict[str, tuple[str, str]] = {
     "reward/mean": ("Reward: weighted sum of the functions, mean over the scored samples", ""),
@@ -155,16 +155,16 @@ METRICS: dict[str, tuple[str, str]] = {
     ),
     "throughput/samples_per_s": ("Samples of the step by its whole time", "samples/s"),
 }
-"""Name -> (what it is, unit). `*` stands for the name of a function, a reason or a figure."""
+"""Name -> (description, unit). `*` stands for the name of a function, a reason or a figure."""
 
 
 def pattern_of(name: str) -> str | None:
-    """The name or the family in METRICS that means this metric; None: there is none."""
+    """The name or the family in METRICS that matches this metric; None if there is none."""
     return name if name in METRICS else next((p for p in METRICS if "*" in p and matches(name, p)), None)
 
 
 def describe(name: str) -> tuple[str, str]:
-    """(what, unit) of a metric; a name that METRICS does not know describes itself."""
+    """The (description, unit) of a metric; a name that METRICS does not know describes itself."""
     pattern = pattern_of(name)
     if pattern is None:
         return name, ""
@@ -173,13 +173,13 @@ def describe(name: str) -> tuple[str, str]:
 
 
 def star(name: str, pattern: str) -> str:
-    """What the `*` of a pattern stands for in a metric that it means."""
+    """The part of a metric's name that the `*` of its pattern matches."""
     head, has_star, tail = pattern.partition("*")
     return name[len(head) : len(name) - len(tail)] if has_star else ""
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Is this metric meant by the pattern? A `*` stands for one character or more."""
+    """Whether the pattern matches this metric. A `*` matches one character or more."""
     head, star, tail = pattern.partition("*")
     if not star:
         return name == pattern

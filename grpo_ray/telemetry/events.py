@@ -1,4 +1,4 @@
-"""What a run tells those who watch it: small facts, in order. Made by the loops, drawn by `launch/run/live.py`."""
+"""Events that a run reports to its watchers: small facts, in order. Made by the loops, displayed by `launch/run/live.py`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from grpo_ray.telemetry.measures import Estimate
 
 @dataclass(frozen=True)
 class PhaseEvent:
-    """Something is under way."""
+    """A phase is in progress."""
 
     phase: str
-    """`rollout`, `update`, `sync`, `eval`, `checkpoint` inside the loop; any other name is part of starting up."""
+    """The phase: `rollout`, `update`, `sync`, `eval`, `checkpoint` inside the loop; any other name is part of starting up."""
     detail: str = ""
     done: int = 0
     total: int = 0
-    """0: it can't be counted."""
+    """The number of parts; 0 if they cannot be counted."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,16 @@ class StepEvent:
     """A step is done."""
 
     step: int
-    """1 is the first."""
+    """The step; the first is 1."""
     total_steps: int
     metrics: dict[str, float]
-    """Names as in `grpo_ray.telemetry.catalogue`."""
+    """Metrics by the names in `grpo_ray.telemetry.catalogue`."""
 
 
 @dataclass(frozen=True)
 class MessageEvent:
     level: str
-    """`info`, `warning` or `error`."""
+    """The level: `info`, `warning` or `error`."""
     text: str
 
 
@@ -45,16 +45,16 @@ class EvalEvent:
 
     step: int
     accuracy: float | None
-    """None: it applies to no sample."""
+    """The accuracy; None if it applies to no sample."""
     n: int
-    """Samples behind it."""
+    """The number of samples that it is measured on."""
     standard_error: float
     name: str = ""
-    """Of the evaluation set, where there are several."""
+    """The name of the evaluation set, where there are several."""
     measures: dict[str, Estimate] = field(default_factory=dict)
-    """What several samples of each prompt say besides: `pass@8`, `cons@8`."""
+    """Measures over several samples of each prompt: `pass@8`, `cons@8`."""
     not_applicable: int = 0
-    """Samples to which the accuracy does not apply; they are not among `n`."""
+    """The number of samples to which the accuracy does not apply; they are not among `n`."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class CheckpointEvent:
 
 @dataclass(frozen=True)
 class EndEvent:
-    """The last one of a run."""
+    """The run has ended; its last event."""
 
     status: str
-    """`finished`, `failed`, or the reason of the stop."""
+    """The status: `finished`, `failed`, or the reason of the stop."""
     text: str
 
 
@@ -79,18 +79,19 @@ Event = PhaseEvent | StepEvent | MessageEvent | EvalEvent | CheckpointEvent | En
 
 
 class EventLog:
-    """What a run has told, for those who watch and those who come late; of a long run the end, so that it does not grow with it."""
+    """Log of a run's events, for watchers that are present or join late. It keeps the last events, so that it does not grow with
+    the run."""
 
     RECENT = 1000
-    """The newest events, all of them."""
+    """The number of newest events, all of which are kept."""
     EARLIER = 1000
-    """Those before, without phases, which are over."""
+    """The number of earlier events that are kept, without phases, which are over."""
 
     def __init__(self) -> None:
         self._recent: deque[tuple[int, Event]] = deque()
         self._earlier: deque[tuple[int, Event]] = deque(maxlen=self.EARLIER)
         self.count = 0
-        """Events so far; they are numbered from 0."""
+        """The number of events so far; they are numbered from 0."""
 
     def add(self, event: Event) -> None:
         self._recent.append((self.count, event))
@@ -101,7 +102,7 @@ class EventLog:
                 self._earlier.append((number, old))
 
     def since(self, number: int) -> list[Event]:
-        """Those that are kept from event `number` on."""
+        """The kept events from `number` on."""
         recent_only = self._recent and self._recent[0][0] <= number
         kept = self._recent if recent_only else chain(self._earlier, self._recent)
         return [event for n, event in kept if n >= number]

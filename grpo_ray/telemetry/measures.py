@@ -1,4 +1,4 @@
-"""What several samples of each prompt say of a model: pass@1, pass@k and cons@k, each with its standard error.
+"""Measures of a model over several samples of each prompt: pass@1, pass@k and cons@k, each with its standard error.
 
 P prompts, n samples of each, c of them right. Every measure is a mean over prompts, so its standard error is that of the
 P values: the n samples of one prompt are not independent of each other and count as one.
@@ -18,7 +18,7 @@ from grpo_ray.types import SampleInfo, Score
 class Estimate:
     mean: float
     standard_error: float
-    """Of the mean, over prompts; 0 for a single prompt, where it can't be known."""
+    """The standard error of the mean over prompts; 0 for a single prompt, where it cannot be known."""
 
 
 def estimate(values_P: Sequence[float]) -> Estimate:
@@ -30,7 +30,7 @@ def estimate(values_P: Sequence[float]) -> Estimate:
 
 
 def pass_at(k: int, num_samples: int, num_right: int) -> float:
-    """The chance that k of the n samples, drawn without putting back, hold a right one: 1 - C(n-c, k) / C(n, k).
+    """The probability that k of the n samples, drawn without replacement, contain a right one: 1 - C(n-c, k) / C(n, k).
 
     Unbiased for every k <= n (2107.03374, equation 1); k = 1 is the mean.
     """
@@ -38,14 +38,14 @@ def pass_at(k: int, num_samples: int, num_right: int) -> float:
 
 
 def consensus(votes: Sequence[float | None], right: Sequence[bool]) -> float:
-    """Is the answer that most samples give right? DeepSeek-R1's cons@k (2501.12948).
+    """Whether the answer that most samples give is right, DeepSeek-R1's cons@k (2501.12948).
 
     Args:
-        votes: [n] which answer each sample gives: equal numbers, equal answers. None: it gives none, and has no vote.
-        right: [n].
+        votes: [n] the answer of each sample as a number, equal for equal answers. None: it gives none, and has no vote.
+        right: [n] whether each sample is right.
 
     Returns:
-        1 or 0. A tie counts by the part of the tied answers that is right, so that no order decides it; without any
+        1 or 0. A tie counts by the fraction of the tied answers that is right, so that no order decides it; without any
         vote 0.
     """
     camps: dict[float, list[bool]] = {}
@@ -60,7 +60,7 @@ def consensus(votes: Sequence[float | None], right: Sequence[bool]) -> float:
 
 
 def pass_ks(num_samples: int) -> list[int]:
-    """The k of pass@k worth telling: powers of two, and n itself."""
+    """The k of pass@k that are reported: powers of two, and n itself."""
     return sorted({1 << i for i in range(num_samples.bit_length())} | {num_samples})
 
 
@@ -68,36 +68,36 @@ def pass_ks(num_samples: int) -> list[int]:
 class EvalResult:
     measures: dict[str, Estimate]
     """`pass@1`; with more than one sample also `pass@2`, `pass@4`, .. and, where votes were counted, `cons@k`: each over the
-    prompts with so many samples to which the accuracy applies. Empty: it applies to none."""
+    prompts with so many samples to which the accuracy applies. Empty if it applies to none."""
     num_prompts: int
     num_samples: int
-    """k."""
+    """The number of samples of each prompt, k."""
     mean_reward: float | None
-    """Over the samples that have a reward; None: none has."""
+    """The mean reward of the samples that have one; None if none has."""
     mean_length: float
-    """Completion tokens."""
+    """The mean number of completion tokens."""
     num_not_applicable: int = 0
-    """Samples of which the accuracy has nothing to say."""
+    """The number of samples to which the accuracy does not apply."""
     why_not: str = ""
-    """Of the first of them, in words."""
+    """The reason for the first of them."""
     scores: tuple[Score, ...] = ()
-    """Of all samples."""
+    """The scores of all samples."""
     infos: tuple[SampleInfo, ...] = ()
-    """Of the same, in the same order: the prompts', k of each."""
+    """The records of all samples, in the same order: prompt by prompt, k of each."""
 
     @property
     def accuracy(self) -> Estimate | None:
-        """pass@1."""
+        """The measure pass@1."""
         return self.measures.get("pass@1")
 
     @property
     def num_measured(self) -> int:
-        """Samples behind the accuracy."""
+        """The number of samples that the accuracy is measured on."""
         return self.num_prompts * self.num_samples - self.num_not_applicable
 
     @property
     def warning(self) -> str | None:
-        """What has to be told when there is no accuracy."""
+        """The warning when there is no accuracy."""
         if self.accuracy is not None:
             return None
         total = self.num_prompts * self.num_samples
@@ -105,5 +105,5 @@ class EvalResult:
 
 
 def accuracy_name(config: RunConfig) -> str:
-    """The reward function that says what is right."""
+    """The name of the reward function that decides what is right."""
     return config.eval.accuracy or config.reward.functions[0].title

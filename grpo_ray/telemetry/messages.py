@@ -1,4 +1,4 @@
-"""What a run warned of, kept for its report: messages.jsonl, one line each, added to and never written over."""
+"""Warnings of a run, kept for its report in messages.jsonl: one line each, appended and never overwritten."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ log = logging.getLogger(__name__)
 
 FILE = "messages.jsonl"
 KEPT = ("warning", "error")
-"""Levels of a `MessageEvent`; what is only for the moment is not kept."""
+"""Levels of a `MessageEvent` that are kept; others matter only at the moment."""
 MAX_CHARS = 4000
-"""Of one text."""
+"""The most characters of one text."""
 
 
 @dataclass(frozen=True)
 class Message:
     step: int
-    """Steps done when it was told."""
+    """The number of steps done when it was reported."""
     time: float
-    """Seconds since 1970."""
+    """The time in seconds since 1970."""
     level: str
     text: str
 
 
 class MessageLog:
-    """A run's; every life of it adds to the same file."""
+    """The message log of a run; every start of it appends to the same file."""
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / FILE
 
     def add(self, step: int, level: str, text: str) -> None:
-        """Never raises: a full disk is told by what has to be written."""
+        """Append a message. Never raises: a full disk is reported by the records that must be written."""
         if level not in KEPT:
             return
         try:
@@ -48,14 +48,14 @@ class MessageLog:
 
 
 def read_messages(run_dir: Path) -> list[Message]:
-    """In the order in which they were told. A torn line is passed over; no file, no messages."""
+    """Read the messages in order. A torn line is skipped; without a file there are no messages."""
     path = run_dir / FILE
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     return [message for line in lines if (message := _parse(line)) is not None]
 
 
 def told_once(messages: Sequence[Message]) -> list[tuple[Message, int]]:
-    """Each text where it first came, and how often it did."""
+    """Each text where it first occurred, and how often it did."""
     counts: dict[tuple[str, str], int] = {}
     firsts: dict[tuple[str, str], Message] = {}
     for m in messages:

@@ -1,4 +1,4 @@
-"""The one place where typed reports become metrics, named as in `catalogue.py`.
+"""Metrics from typed reports, named as in `catalogue.py`; no other place makes them.
 
     Groups + UpdateReport + SyncReport + seconds  ->  {"reward/mean": 0.41, "time/update": 1.3, ...}
 
@@ -23,7 +23,7 @@ from grpo_ray.types import Group, Score, ScoreStatus, SyncReport, TimeSpan, Upda
 
 
 def duration(seconds: float) -> str:
-    """`5.8s`, `41s`, `4m41s`, `3h07m`: for people."""
+    """A human-readable duration: `5.8s`, `41s`, `4m41s`, `3h07m`."""
     if seconds < 10:
         return f"{seconds:.1f}s"
     whole = round(seconds)
@@ -46,18 +46,18 @@ def step_metrics(
     untrained: Mapping[str, str] | None = None,
     ahead: bool = False,
 ) -> dict[str, float]:
-    """Everything that one step has to say, flat.
+    """All metrics of one step, as a flat dictionary.
 
     Args:
-        groups: the batch: P groups of G samples, scored, with advantages.
+        groups: the batch, P groups of G samples, scored, with advantages.
         update: its `step` is the policy version that was trained, the base of staleness; its metrics are taken as is.
-        sync: None for a step without a transfer.
-        sampler_stats: figures of the samplers; a name without a slash goes under `rollout/`.
-        seconds: of `TimeKeeper.end_step()`.
+        sync: the report of the weight sync; None for a step without one.
+        sampler_stats: figures of the rollout engines; a name without a slash goes under `rollout/`.
+        seconds: the result of `TimeKeeper.end_step()`.
         dropped: reason -> groups, while this batch was collected.
         failed: reward function -> scores that failed, dropped groups included.
-        untrained: prompt id -> why nothing was learned from its group.
-        ahead: samples may have been drawn before the wait for them began.
+        untrained: prompt id -> the reason why nothing was learned from its group.
+        ahead: whether samples may have been generated before the wait for them began.
     """
     out = {
         **_reward_metrics(groups),
@@ -85,7 +85,7 @@ def step_metrics(
     if seconds.get("step", 0) > 0:
         out["throughput/tokens_per_s"] = num_tokens / seconds["step"]
         out["throughput/samples_per_s"] = sum(len(g.samples) for g in groups) / seconds["step"]
-    # Who samples ahead hardly waits, but samples all the while.
+    # With sampling ahead there is hardly any wait, and sampling goes on all the time.
     sampling_s = seconds.get("step" if ahead else "rollout", 0.0)
     if sampling_s > 0:
         out["throughput/rollout_tokens_per_s"] = num_tokens / sampling_s
@@ -93,7 +93,7 @@ def step_metrics(
 
 
 def eval_metrics(result: EvalResult, name: str = "") -> dict[str, float]:
-    """Of one evaluation; `name` of its set where there are several."""
+    """The metrics of one evaluation; `name` is its set's where there are several."""
     prefix = f"eval/{name}" if name else "eval"
     out = {
         f"{prefix}/mean_length": result.mean_length,
@@ -147,7 +147,7 @@ def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def logged_metrics(scores: Iterable[Score]) -> dict[str, float]:
-    """`logged/NAME` of what reward functions logged: the mean over all values, as in TRL."""
+    """The metrics `logged/NAME` of what reward functions logged: the mean over all values, as in TRL."""
     totals: dict[str, list[float]] = {}
     for name, *figures in (m for score in scores for part in score.parts for m in part.logged):
         so_far = totals.get(name, [0.0, 0, 0])
@@ -197,7 +197,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _std(values: Sequence[float]) -> float:
-    """With n - 1, as torch.std and TRL's `reward_std`."""
+    """The standard deviation with n - 1, as torch.std and TRL's `reward_std`."""
     mean = _mean(values)
     return math.sqrt(math.fsum([(v - mean) ** 2 for v in values]) / (len(values) - 1))
 
@@ -210,7 +210,7 @@ class Span:
 
 
 class TimeKeeper:
-    """Where the time of a step went. A phase inside a phase is taken out of the outer one: parts add up to the whole.
+    """Timer of a step's phases. A phase inside a phase is subtracted from the outer one: parts add up to the whole.
 
     keeper.start_step()
     with keeper.phase("rollout"): ...
@@ -220,16 +220,16 @@ class TimeKeeper:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, activity: Activity | None = None) -> None:
-        """`activity`: gets each phase as a span."""
+        """Create the timer; `activity` gets each phase as a span."""
         self._clock = clock
         self._activity = activity or Activity("controller")
         self._open: list[float] = []
-        """For each phase under way, the seconds of the phases inside it."""
+        """For each open phase, the seconds of the phases inside it."""
         self._spent: dict[str, float] = {}
         self._began: float | None = None
         self._window_start = 0.0
         self.window = TimeSpan("step", 0.0, 0.0)
-        """Of the last step that ended, on the clock of the tracks."""
+        """The time of the last step that ended, on the clock of the tracks."""
 
     def start_step(self) -> None:
         self._spent = {}
@@ -252,7 +252,7 @@ class TimeKeeper:
             self._spent[name] = self._spent.get(name, 0.0) + span.seconds
 
     def end_step(self) -> dict[str, float]:
-        """Seconds by phase, `other` for what no phase covers, and `step` for the whole."""
+        """The seconds by phase, `other` for what no phase covers, and `step` for the whole."""
         assert self._began is not None, "end_step without start_step"
         whole = self._clock() - self._began
         self._began = None

@@ -1,6 +1,6 @@
 """Metrics as Ray exports them to Prometheus: `reward/accuracy/mean` -> `ray_grpo_reward_mean{run="smoke", of="accuracy"}`.
 
-What stands for the `*` of a family becomes the label `of`, so that a dashboard need not know the names of reward functions.
+The part that the `*` of a family matches becomes the label `of`, so that a dashboard need not know the names of reward functions.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ LABELS = ("run", "of")
 @dataclass(frozen=True)
 class Exported:
     name: str
-    """Without Ray's prefix."""
+    """The name without Ray's prefix."""
     of: str
-    """'' where the metric is no family's."""
+    """The value of the label; '' where the metric belongs to no family."""
     help: str
 
 
@@ -30,7 +30,7 @@ class Count:
 
     name: str
     metric: str
-    """Or a pattern; what the `*` stands for is the label `of`."""
+    """A metric, or a pattern whose `*` becomes the label `of`."""
     help: str
 
 
@@ -49,7 +49,7 @@ COUNTS = (
     Count(f"{PREFIX}failed_scores_total", "reward/*/failed", "Scores that failed, by the reward function"),
 )
 STEPS = Count(f"{PREFIX}steps_total", "time/step", "Steps that were done")
-"""Counts the steps themselves."""
+"""The counter of the steps themselves."""
 SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 DISTRIBUTIONS = (
     Distribution(f"{PREFIX}step_seconds", "time/step", "Seconds of a step", SECONDS),
@@ -60,7 +60,7 @@ DISTRIBUTIONS = (
 
 
 def exported(metric: str) -> Exported:
-    """The gauge that shows a metric."""
+    """The gauge that exports a metric."""
     pattern = pattern_of(metric) or metric
     of = star(metric, pattern)
     help_text, unit = METRICS.get(pattern, (describe(metric)[0], ""))
@@ -68,7 +68,7 @@ def exported(metric: str) -> Exported:
 
 
 def series() -> set[str]:
-    """Every name that Prometheus can see, Ray's prefix and the parts of histograms included: what a dashboard may ask for."""
+    """Every name that Prometheus sees, including Ray's prefix and the parts of histograms: what a dashboard may query."""
     parts = {f"{d.name}{part}" for d in DISTRIBUTIONS for part in ("_bucket", "_sum", "_count")}
     names = {_gauge(pattern) for pattern in METRICS} | {c.name for c in (*COUNTS, STEPS)} | parts
     return {RAY_PREFIX + name for name in names}

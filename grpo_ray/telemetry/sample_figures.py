@@ -1,4 +1,4 @@
-"""What the samples of a folder are worth together: means over those that have a reward, and how many have none, and why."""
+"""Figures of a folder of samples: means over those that have a reward, and how many have none, and why."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from grpo_ray.types import ScoreStatus
 
 @dataclass(frozen=True)
 class Worth:
-    """Of one reward function, or of all together."""
+    """The figures of one reward function, or of all together."""
 
     mean: float | None
-    """Over the samples that are scored; None: none is."""
+    """The mean over the scored samples; None if there are none."""
     num_scored: int
     num_not_applicable: int
     num_failed: int
@@ -36,12 +36,12 @@ class Worth:
 @dataclass(frozen=True)
 class Figures:
     reward: Worth
-    """The weighted sum."""
+    """The figures of the weighted sum."""
     functions: dict[str, Worth]
-    """By the function's title, in the order of the recipe; without its weight."""
+    """The figures by function title, in the order of the recipe, without its weight."""
     num_samples: int
     mean_length: float | None
-    """Completion tokens."""
+    """The mean number of completion tokens."""
 
     def __str__(self) -> str:
         parts = "; ".join(f"{name} {worth}" for name, worth in self.functions.items())
@@ -69,7 +69,7 @@ class _Sum:
 
 
 def figures_of(rows: Iterable[dict[str, Any]]) -> Figures:
-    """Of rows as `grpo-ray sample` writes them: `reward`, `reward_status`, `rewards` and `num_tokens`."""
+    """The figures of rows as `grpo-ray sample` writes them: `reward`, `reward_status`, `rewards` and `num_tokens`."""
     total, by_name, num_tokens = _Sum(), dict[str, _Sum](), []
     for row in rows:
         total.add(row["reward_status"], row["reward"])
@@ -85,7 +85,7 @@ def figures_of(rows: Iterable[dict[str, Any]]) -> Figures:
 
 
 def figures_in(folder: Path) -> Figures:
-    """Of the files of a folder of samples that are there."""
+    """The figures of the existing files in a folder of samples."""
     return figures_of(row for file in sorted(folder.glob("samples-*.parquet")) for row in _rows(file))
 
 

@@ -1,6 +1,6 @@
-"""The tracks of all workers, step by step: trace.json, and how busy each role was.
+"""Timeline of all workers, step by step: trace.json, and the busy fraction of each role.
 
-tracks of samplers, scorers, learners, controller  ->  record(step, window, ..)  ->  trace.json
+tracks of engines, scorers, learners, controller   ->  record(step, window, ..)  ->  trace.json
                                                                                  ->  {"busy/learner": 0.37, ..}
 """
 
@@ -16,35 +16,34 @@ from grpo_ray.types import TimeSpan, Track
 
 Interval = tuple[float, float]
 ROLES = ("rollout", "reward", "learner")
-"""Those that work; the controller waits for them."""
+"""The roles that work; the controller waits for them."""
 
 
 class Timeline:
-    """One for a run. `record` after every step, `close` after the last."""
+    """The timeline of one run. Call `record` after every step, `close` after the last."""
 
     def __init__(self, path: Path | None) -> None:
-        """`path` of trace.json. None: none is written (`tracking.trace: false`)."""
+        """Create the timeline; `path` is that of trace.json, or None if none is written (`tracking.trace: false`)."""
         self._path = path
         self._file: TraceFile | None = None
 
     def resume(self, step: int) -> None:
-        """Go on after `step`: what the file holds of later steps is forgotten. Without this call it is begun anew."""
+        """Resume after `step`: later steps are removed from the file. Without this call it starts anew."""
         if self._path is not None:
             self._file = TraceFile(self._path, step)
 
     def record(self, step: int, window: TimeSpan, tracks: Mapping[str, Sequence[Track]]) -> dict[str, float]:
-        """Write down step `step`, which took the time of `window`; its figures, named as in `grpo_ray.telemetry.catalogue`.
+        """Record step `step`, which took the time of `window`; returns its metrics, named as in `grpo_ray.telemetry.catalogue`.
 
         Args:
-            tracks: role -> its workers, each since the last call: what they did between two steps is in the file, and in no
-                figure.
+            tracks: role -> its workers, each since the last call: activities between two steps are in the file, and in no metric.
         """
         steps = Track("steps", (TimeSpan(f"step {step}", window.start, window.end),))
         self._write(step, {**tracks, "controller": [steps, *tracks.get("controller", ())]})
         return busy_metrics(window, tracks)
 
     def close(self, step: int, tracks: Mapping[str, Sequence[Track]]) -> None:
-        """What was done after step `step`, the last one."""
+        """Record what was done after `step`, the last one."""
         if step > 0:
             self._write(step, tracks)
 
@@ -57,7 +56,7 @@ class Timeline:
 
 
 def merged(tracks: Mapping[str, Sequence[Track]]) -> dict[str, list[Track]]:
-    """One track a worker, where two reports tell of the same one, in order of time."""
+    """One track for each worker, joined where two reports have the same one, in order of time."""
     out: dict[str, list[Track]] = {}
     for role, reports in tracks.items():
         of: dict[str, Track] = {}
@@ -73,7 +72,7 @@ def _joined(a: Track, b: Track) -> Track:
 
 
 def busy_metrics(window: TimeSpan, tracks: Mapping[str, Sequence[Track]]) -> dict[str, float]:
-    """For each role with workers the busy part of the window, mean over its workers, and how many they are."""
+    """The busy fraction of the window for each role, mean over its workers, and the number of workers."""
     out: dict[str, float] = {}
     by_worker = merged({role: tracks.get(role, ()) for role in ROLES})
     busy = {role: [busy_intervals(t, window) for t in by_worker[role]] for role in ROLES}
@@ -90,7 +89,7 @@ def busy_metrics(window: TimeSpan, tracks: Mapping[str, Sequence[Track]]) -> dic
 
 
 def sampler_tokens_per_s(metrics: Mapping[str, float]) -> dict[str, float]:
-    """From the tokens and busy seconds of each engine, `rollout/0/tokens` and `rollout/0/busy_s`."""
+    """Tokens per second from the tokens and busy seconds of each engine, `rollout/0/tokens` and `rollout/0/busy_s`."""
     tokens, busy_s = (
         sum(v for name, v in metrics.items() if name.endswith(what) and matches(name, f"rollout/*/{what}"))
         for what in ("tokens", "busy_s")
@@ -99,7 +98,7 @@ def sampler_tokens_per_s(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def busy_intervals(track: Track, window: TimeSpan) -> list[Interval]:
-    """When the worker was busy, within the window."""
+    """The intervals in which the worker was busy, within the window."""
     first, last = window.start, window.end
     return [
         (s.start if s.start > first else first, s.end if s.end < last else last)
@@ -109,7 +108,7 @@ def busy_intervals(track: Track, window: TimeSpan) -> list[Interval]:
 
 
 def union(intervals: Sequence[Interval]) -> list[Interval]:
-    """In order, without overlaps."""
+    """The union of intervals, in order, without overlaps."""
     out: list[Interval] = []
     for start, end in sorted(intervals):
         if out and start <= out[-1][1]:
@@ -124,7 +123,7 @@ def _length(intervals: Sequence[Interval]) -> float:
 
 
 def _overlap(a: Sequence[Interval], b: Sequence[Interval]) -> float:
-    """Both in order and without overlaps."""
+    """The length of the overlap of two lists of intervals, each in order and without overlaps."""
     total, i, j = 0.0, 0, 0
     while i < len(a) and j < len(b):
         (start, end), (other_start, other_end) = a[i], b[j]

@@ -23,16 +23,16 @@ from grpo_ray.types import Track
 
 LIMIT_BYTES = 64 << 20
 PROCESSES = ("controller", "rollout", "reward", "votes", "learner")
-"""Process id - 1, and the order from top to bottom."""
+"""The roles in order from top to bottom; process id - 1 is the index."""
 _OPEN, _NEXT, _CLOSE = b"[", b",\n", b"\n]\n"
 _META = b'{"ph":"M"'
 
 
 class TraceFile:
-    """Appends the events of one step at a time."""
+    """Writer that appends the events of one step at a time."""
 
     def __init__(self, path: Path, resume_step: int, limit_bytes: int = LIMIT_BYTES) -> None:
-        """`resume_step`: go on after it, forgetting the events of later steps; 0: anew."""
+        """Open the file. `resume_step`: continue after it and remove the events of later steps; 0: start anew."""
         self._path = path
         self._limit_bytes = limit_bytes
         kept = [e for e in read_trace(path) if step_of(e) <= resume_step] if resume_step else []
@@ -41,7 +41,7 @@ class TraceFile:
         self._rewrite([_line(e) for e in kept])
 
     def append(self, step: int, tracks: Mapping[str, Sequence[Track]]) -> None:
-        """`tracks`: role -> workers."""
+        """Append a step's events; `tracks` maps roles to workers."""
         lines = [e for role, workers in tracks.items() for track in workers for e in self._events(step, role, track)]
         if not lines:
             return
@@ -49,14 +49,14 @@ class TraceFile:
         if self._path.stat().st_size + len(new) > self._limit_bytes:
             self._drop_older_half()
         with self._path.open("r+b") as file:
-            # Over the closing bracket of the step before.
+            # Overwrites the closing bracket of the step before.
             end = file.seek(-len(_CLOSE), os.SEEK_END)
             file.write((_NEXT if end > len(_OPEN) else b"\n") + new + _CLOSE)
 
     def _events(self, step: int, role: str, track: Track) -> list[bytes]:
         named = [] if track.worker in self._threads else self._name_thread(role, track.worker)
         pid, tid = self._threads[track.worker]
-        # Put together by hand: json.dumps of thousands of these takes longer than all else that is done for a step.
+        # Formatted by hand: json.dumps of thousands of these takes longer than all other work for a step.
         names = {name: json.dumps(name) for name in {s.name for s in track.spans}}
         where = f'"cat":{json.dumps(role)},"pid":{pid},"tid":{tid},"args":{{"step":{step}}}}}'
         lines = []
@@ -84,7 +84,7 @@ class TraceFile:
         ]
 
     def _drop_older_half(self) -> None:
-        """Half of the bytes, and the rest of the step that this cuts. Most lines are not looked into."""
+        """Drop half of the bytes, and the rest of the step that this cuts. Most lines are not parsed."""
         lines = [line.rstrip(b",\n") for line in self._path.read_bytes().splitlines()[1:-1]]
         middle = len(lines) // 2
         cut = next((step_of(e) for e in map(_event, lines[middle:]) if e["ph"] != "M"), 0)
@@ -96,7 +96,7 @@ class TraceFile:
 
 
 def write_trace(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
-    """A file of these events, in place of what is there."""
+    """Write a file of these events, replacing an existing one."""
     _write(path, [_line(e) for e in events])
 
 
@@ -106,7 +106,7 @@ def _write(path: Path, lines: Sequence[bytes]) -> None:
 
 
 def read_trace(path: Path) -> Iterator[dict[str, Any]]:
-    """Every whole event of a `trace.json`; a torn line is passed over; no file, no events."""
+    """Every complete event of a `trace.json`; a torn line is skipped; without a file there are no events."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -120,7 +120,7 @@ def read_trace(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _is_event(event: Any) -> bool:
-    """Of the form that `TraceFile` writes, with numbers that a float can hold."""
+    """Whether the event has the form that `TraceFile` writes, with numbers that a float can hold."""
     if not isinstance(event, dict) or not isinstance(args := event.get("args"), dict):
         return False
     numbers = [event.get("pid"), event.get("tid"), args.get("step", 0)]
@@ -132,7 +132,7 @@ def _is_event(event: Any) -> bool:
 
 
 def step_of(event: Mapping[str, Any]) -> int:
-    """The step that it was written with; 0 for the names of workers, which belong to none."""
+    """The step of the event; 0 for the names of workers, which belong to none."""
     return int(event["args"].get("step", 0))
 
 

@@ -1,6 +1,6 @@
-"""Where metrics go. `metrics.jsonl` always: it is the run's own record, which the report reads; others as asked.
+"""Trackers of metrics. `metrics.jsonl` is always written, since the report reads it; others are optional.
 
-A tracker other than that one never ends a run: its first failure is told, and the run goes on without its figures.
+A tracker other than that one never ends a run: its first failure is reported, and the run goes on without it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from grpo_ray.errors import ConfigError
 from grpo_ray.files import write_whole
 
 MAX_STEP = 1 << 40
-"""A step beyond is none that a run has come to."""
+"""The bound of step numbers; larger ones come from no run."""
 log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """Where metrics go: JSONL, TensorBoard, W&B, MLflow."""
+    """A destination of metrics: JSONL, TensorBoard, W&B, MLflow."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
 
@@ -38,12 +38,13 @@ class Tracker(Protocol):
 class JsonlTracker:
     """One JSON object a line and a step: `{"step": 3, "time": 1700000000.0, "reward/mean": 0.5, ...}`.
 
-    What is logged twice for a step (training, then its evaluation) joins into one line. Not-a-number becomes null.
+    Two records of one step (training, then its evaluation) become one line. Not-a-number becomes null.
     """
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
-        """`resume_step`: forget the lines after it, which `records.set_aside` has kept. None: a torn last line is cut off,
-        everything else stays."""
+        """Open the file. `resume_step`: drop the lines after it, which `records.set_aside` has kept. None: cut off a torn last line
+        and keep everything else.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         truncate_after(path, resume_step)
         self._file = path.open("r+b" if path.exists() else "w+b")
@@ -54,7 +55,7 @@ class JsonlTracker:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         new = {"step": step, "time": time.time(), **{k: _finite(v) for k, v in metrics.items()}}
         if self._last.get("step") == step:
-            # Padded to the length of what it replaces, so that nothing of the old line stays behind it.
+            # Padded to the length of what it replaces, so that nothing of the old line is left behind it.
             self._last = {**self._last, **new, "time": self._last["time"]}
             line = _line(self._last).ljust(self._file.tell() - self._last_start - 1)
             self._file.seek(self._last_start)
@@ -69,7 +70,7 @@ class JsonlTracker:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, one a step, in order of steps. A torn line is passed over; no file, no lines."""
+    """The lines of a `metrics.jsonl`, one a step, in order of steps. A torn line is skipped; without a file there are no lines."""
     by_step: dict[int, dict[str, Any]] = {}
     for line in path.read_bytes().splitlines() if path.exists() else []:
         record = _parse(line)
@@ -79,7 +80,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate_after(path: Path, step: int | None) -> None:
-    """Drop torn lines and those of steps after `step` (None: of no step); the others stay as is. All or nothing."""
+    """Drop torn lines and those of steps after `step` (None: of no step); the others stay as they are. All or nothing."""
     if not path.exists():
         return
     old = path.read_bytes()
@@ -90,12 +91,12 @@ def truncate_after(path: Path, step: int | None) -> None:
 
 
 def lines_after(path: Path, step: int) -> list[bytes]:
-    """Those that `truncate_after` drops and that are not torn."""
+    """The lines that `truncate_after` drops and that are not torn."""
     return [line for n, line in _whole_lines(path.read_bytes()) if n > step] if path.exists() else []
 
 
 def _whole_lines(data: bytes) -> list[tuple[int, bytes]]:
-    """Each with its step, and the end of its line."""
+    """Each complete line with its step, and the position of its end."""
     lines = [line for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
     return [(record["step"], line) for line in lines if (record := _parse(line)) is not None]
 
@@ -113,7 +114,7 @@ def _is_step(value: Any) -> bool:
 
 
 def _are_figures(record: dict[str, Any]) -> bool:
-    """Numbers that a float can hold, or null: what `JsonlTracker` writes."""
+    """Whether the values are numbers that a float can hold, or null: what `JsonlTracker` writes."""
     return all(value is None or (isinstance(value, int | float) and abs(value) < math.inf) for value in record.values())
 
 
@@ -144,7 +145,7 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A W&B run with the id kept in the run directory, so that a resumed run goes on in the same curves.
+    """A W&B run with the id kept in the run directory, so that a resumed run continues the same curves.
 
     W&B takes no step back: after a resume the steps since the checkpoint appear twice over the axis `step`.
     """
@@ -205,10 +206,10 @@ MLFLOW_VALUE_LIMIT = 500
 
 
 class BestEffortTracker:
-    """A tracker whose failures are told once and otherwise passed over: figures elsewhere are not worth a run."""
+    """A tracker whose failures are reported once and otherwise ignored: external metrics are not worth a run."""
 
     def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
-        """Raises ConfigError when the package is missing: that is known before anything has run."""
+        """Create the tracker. Raises ConfigError when its package is missing, which is known before anything has run."""
         self._name = name
         self._told = False
         self._inner: Tracker | None = None
@@ -241,11 +242,11 @@ def make_trackers(
     """Every tracker that the config asks for; `metrics.jsonl` is the first.
 
     Args:
-        resume_step: go on after this step, forgetting later ones. None: a fresh run.
+        resume_step: continue after this step, dropping later ones. None: a fresh run.
         config_dict: the resolved config, for trackers that show it.
 
     Raises:
-        ConfigError: the package of an asked-for tracker is not installed.
+        ConfigError: the package of a requested tracker is not installed.
     """
     trackers: list[Tracker] = [JsonlTracker(run_dir / "metrics.jsonl", resume_step)]
     if config.tensorboard:
@@ -260,7 +261,7 @@ def make_trackers(
 
 
 def check_packages(config: TrackingConfig) -> None:
-    """Raises ConfigError: the package of an asked-for tracker is not installed."""
+    """Check the packages. Raises ConfigError if that of a requested tracker is not installed."""
     for name in ("wandb", "mlflow"):
         if getattr(config, name) and importlib.util.find_spec(name) is None:
             raise _lacking(name)
