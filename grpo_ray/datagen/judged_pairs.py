@@ -1,7 +1,7 @@
-"""Preference pairs by a judge, as DeepSeek-R1 makes them (2501.12948, section 3.1): each two answers are shown in both orders, a
+"""Preference pairs from a judge, as in DeepSeek-R1 (2501.12948, section 3.1): every two answers are shown in both orders, a
 pair is kept where all judgements agree and differ clearly, and the kept ones are balanced in length.
 
-    answers of a prompt -> two of them, seeded -> both orders, `rounds` times -> decide -> balance_lengths -> rows of TRL's form
+    answers of a prompt -> two of them, seeded -> both orders, `rounds` times -> decide -> balance_lengths -> rows in TRL's form
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Candidates:
 
     prompt: str | list[dict[str, Any]]
     answers: tuple[str, ...]
-    """Distinct, at least two."""
+    """The answers, distinct, at least two."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,15 @@ class JudgedPair:
     chosen: str
     rejected: str
     margin: float
-    """Mean difference of their ratings, in points of ten."""
+    """The mean difference of their ratings, in points of ten."""
 
     @property
     def longer_by(self) -> int:
-        """Characters of the chosen answer beyond those of the rejected one."""
+        """The number of characters by which the chosen answer is longer than the rejected one."""
         return len(self.chosen) - len(self.rejected)
 
     def row(self) -> Row:
-        """TRL's preference format, conversational where the prompt is."""
+        """The row in TRL's preference format, conversational where the prompt is."""
         chat = not isinstance(self.prompt, str)
         answers = {"chosen": self.chosen, "rejected": self.rejected}
         out: Row = {"prompt": self.prompt}
@@ -61,22 +61,22 @@ class JudgedPair:
 
 @dataclass
 class Counts:
-    """What became of the comparisons."""
+    """Counts of the outcomes of comparisons."""
 
     asked: int = 0
     kept: int = 0
     disagreed: int = 0
-    """One order said this, another that, or neither."""
+    """The number of pairs for which the two orders disagreed, or gave no preference."""
     too_close: int = 0
     failed: int = 0
     last_failure: str = ""
 
 
 def read_candidates(table: Table) -> list[Candidates]:
-    """Rows with `prompt` and `completions`, or with `prompt` and `completion`, which are put together by prompt.
+    """Read rows with `prompt` and `completions`, or with `prompt` and `completion`, which are grouped by prompt.
 
     Raises:
-        DataError: a row with neither, or no prompt with two different answers.
+        DataError: a row has neither, or no prompt has two different answers.
     """
     answers: dict[str, tuple[Any, dict[str, None]]] = {}
     for i, row in enumerate(table.rows):
@@ -96,25 +96,26 @@ def read_candidates(table: Table) -> list[Candidates]:
 
 
 def choose(candidates: Candidates, num_pairs: int, seed: int) -> list[tuple[str, str]]:
-    """Which answers are compared: `num_pairs` of all pairs, the same ones for the same seed and prompt."""
+    """The answers to compare: `num_pairs` of all pairs, the same ones for the same seed and prompt."""
     every = list(combinations(candidates.answers, 2))
     return random.Random(f"{seed}/{candidates.prompt!r}").sample(every, min(num_pairs, len(every)))
 
 
 def decide(gaps: Sequence[float], min_margin: float) -> float | None:
-    """The mean gap, rating of one answer minus the other's, over all judgements; None where they don't have one sign, or the mean
-    is less than `min_margin`."""
+    """The mean gap, rating of one answer minus the other's, over all judgements; None if their signs differ, or the mean is less
+    than `min_margin`.
+    """
     mean = sum(gaps) / len(gaps)
     agree = all(gap > 0 for gap in gaps) or all(gap < 0 for gap in gaps)
     return mean if agree and abs(mean) >= min_margin else None
 
 
 def balance_lengths(pairs: Sequence[JudgedPair], tolerance: float) -> list[JudgedPair]:
-    """Without as few pairs as it takes for chosen answers to be as long as rejected ones on average: a judge likes length, and a
-    reward model would learn no more than that.
+    """Drop the fewest pairs for which chosen answers are then as long as rejected ones on average: a judge prefers length, and a
+    reward model would learn nothing else.
 
     Args:
-        tolerance: of the mean length; 1 keeps all.
+        tolerance: the tolerance of the mean length; 1 keeps all.
     """
     if tolerance >= 1:
         return list(pairs)
@@ -144,12 +145,12 @@ async def judge_pairs(
     counts: Counts,
     advance: Callable[[int], None],
 ) -> list[JudgedPair]:
-    """Pairs in the order of their prompts. A comparison that fails is counted and left out.
+    """Judge pairs in the order of their prompts. A comparison that fails is counted and left out.
 
     Args:
-        part: what the judge sees of an answer.
+        part: the part of an answer that the judge sees.
         rounds: how often it is asked in each order (DeepSeek-R1: 2, four judgements in all).
-        counts: what became of the comparisons is added.
+        counts: the outcomes of the comparisons are added to it.
         advance: called with 1 for every comparison that is done.
     """
     wanted = [(c.prompt, *two) for c in candidates for two in choose(c, pairs_per_prompt, seed)]
@@ -160,7 +161,7 @@ async def judge_pairs(
             shown = (part_of(one, part), part_of(other, part))
             asked = [(order, n) for n in range(rounds) for order in (shown, shown[::-1])]
             calls = [asyncio.create_task(_ratings(judge, rubric, prompt, *order, n)) for order, n in asked]
-            # All of them, so that the cache has what a failure's neighbours were told.
+            # All of them, so that the cache has the replies to the neighbours of a failure.
             await asyncio.gather(*calls, return_exceptions=True)
             ratings = [call.result() for call in calls]
         except JudgeError as e:
@@ -186,7 +187,7 @@ async def judge_pairs(
 async def _ratings(
     judge: Judge, rubric: str, prompt: str | list[dict[str, Any]], first: str, second: str, number: int
 ) -> tuple[float, float]:
-    """Raises JudgeError, also for an answer without ratings."""
+    """The two ratings. Raises JudgeError, also for a reply without ratings."""
     question = conversation_text(prompt)
     mark = judge.mark([rubric, question, first, second])
     shown = [quoted("question", question, mark), *(quoted("response", text, mark) for text in (first, second))]
@@ -194,7 +195,7 @@ async def _ratings(
         f"Rate each from {LOWEST:g} to {HIGHEST:g}. Say in a sentence or two why, then end with both ratings in this form: "
         f"{rating_form(_RATINGS, mark)}. Their order means nothing. {about_material('The question and the responses', mark)}"
     )
-    # The number of the round makes another question of it, for the cache and for a judge at temperature 0.
+    # The round number makes it another question, for the cache and for a judge at temperature 0.
     again = f" (judgement {number + 1})" if number else ""
     messages: list[Message] = [
         {"role": "system", "content": f"{rubric} {form}{again}"},

@@ -1,4 +1,4 @@
-"""Which sampled answers become training data: right, readable, of the right form, and no two the same.
+"""Filters of sampled answers for training data: right, readable, well-formed, and without duplicates.
 
     samples -> judge (filters/trace.py) -> select (filters/select.py) -> mix (filters/mix.py) -> rows for SFT
 

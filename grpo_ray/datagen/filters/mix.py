@@ -1,7 +1,7 @@
-"""Chosen samples and other demonstrations, at a ratio, without what a test set has: the rows that SFT trains on.
+"""Mix of selected samples and other demonstrations at a ratio, decontaminated against test sets: the rows that SFT trains on.
 
 Each row has TRL's conversational form, `prompt` and `completion` as messages, so that `trl sft`, `load_dataset("json", ..)` and
-`grpo-ray sft` all read the file as it is. Beside them it says where it comes from.
+`grpo-ray sft` all read the file as it is. Its other columns name its origin.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class MixReport:
-    """What the data are made of."""
+    """The composition of the data."""
 
     num_rows: int
     composition: dict[str, int]
-    """`samples/add` -> rows: the part, and the value of the column `group_by`."""
+    """The number of rows by part and value of the column `group_by`, e.g. `samples/add`."""
     left_out: dict[str, int]
-    """Why samples were not chosen -> how many."""
+    """The number of samples left out, by reason."""
     num_samples: int
-    """That were looked at."""
+    """The number of samples that were considered."""
     num_chosen: int
-    """That passed, before the ratio."""
+    """The number of samples that passed, before the ratio."""
     num_contaminated: int
 
 
@@ -45,7 +45,7 @@ def make_mix(config: MixConfig, target: Path) -> MixReport:
     """Write the rows as JSONL, all or nothing, in an order that `config.seed` decides.
 
     Raises:
-        DataError: nothing to mix, or nothing left.
+        DataError: there is nothing to mix, or nothing is left.
     """
     selections = [select(read_samples(Path(s.path)), s, seed=config.seed) for s in config.samples]
     left_out: Counter[str] = sum((s.left_out for s in selections), Counter())
@@ -60,7 +60,7 @@ def make_mix(config: MixConfig, target: Path) -> MixReport:
     rows = _at_ratio(chosen, other, config.ratio, rng)
     rng.shuffle(rows)
     rows = rows[: config.max_rows]
-    # As text: rows of different tasks have columns of different kinds, which no one table holds.
+    # As text: rows of different tasks have columns of different types, which do not fit in one table.
     write_jsonl(target, ({**row, "columns": json.dumps(row["columns"], ensure_ascii=False)} for row in rows))
     return MixReport(
         num_rows=len(rows),
@@ -73,7 +73,7 @@ def make_mix(config: MixConfig, target: Path) -> MixReport:
 
 
 def _at_ratio(chosen: list[Row], other: list[Row], ratio: float | None, rng: random.Random) -> list[Row]:
-    """As many of both as keep `ratio` of the first for one of the second."""
+    """The most rows of both that keep `ratio` of the first for one of the second."""
     if ratio is None or not chosen or not other:
         return [*chosen, *other]
     num_chosen = min(len(chosen), round(len(other) * ratio))

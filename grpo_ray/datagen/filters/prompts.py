@@ -1,4 +1,5 @@
-"""Prompts of several sources, joined for a run whose rewards go by the source: reasoning with rules, all else with models."""
+"""Prompts of several sources, joined for a run whose rewards depend on the source: rules for reasoning, models for everything
+else."""
 
 from __future__ import annotations
 

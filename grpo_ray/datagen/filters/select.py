@@ -1,4 +1,4 @@
-"""Which of the samples of each prompt are kept, and how they are written down."""
+"""Selection of the samples of each prompt that are kept, and their output form."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Row = dict[str, Any]
 
 @dataclass
 class Selection:
-    """What became of the samples of one source."""
+    """The selection from the samples of one source."""
 
     rows: list[Row] = field(default_factory=list)
-    """Those kept, in TRL's conversational form: prompt, completion, and where they come from."""
+    """The kept rows in TRL's conversational form: prompt, completion, and their origin."""
     left_out: Counter[str] = field(default_factory=Counter)
-    """Why -> how many."""
+    """The number of samples left out, by reason."""
     num_samples: int = 0
     num_prompts: int = 0
     num_prompts_kept: int = 0
@@ -37,11 +37,11 @@ class Selection:
 
 
 def select(samples: Iterable[Row], config: SampledSource, *, seed: int) -> Selection:
-    """Filter, drop duplicates, keep so many of each prompt.
+    """Filter samples, drop duplicates, and keep so many of each prompt.
 
     Args:
-        samples: rows of `read_samples`: those of a prompt are next to each other.
-        seed: for `prefer: random`.
+        samples: rows of `read_samples`, in which those of a prompt are neighbours.
+        seed: the seed of `prefer: random`.
     """
     out = Selection()
     for prompt_id, group in groupby(samples, key=lambda row: row["prompt_id"]):
@@ -68,7 +68,7 @@ def select(samples: Iterable[Row], config: SampledSource, *, seed: int) -> Selec
 
 
 def _without_duplicates(rows: list[Row]) -> list[Row]:
-    """White space aside; the first stays."""
+    """The rows without duplicates, apart from white space; the first stays."""
     return list({" ".join(row["completion"].split()): row for row in reversed(rows)}.values())[::-1]
 
 
@@ -90,16 +90,16 @@ def _demonstration(row: Row, config: SampledSource) -> Row:
         "index": row["index"],
         "model_sha256": row["model_sha256"],
         "columns": row["columns"],
-        # What the chat template was shown of the prompt, it has to be shown of the demonstration.
+        # The chat template has to get for the demonstration what it got for the prompt.
         **{name: row["columns"][name] for name in (TOOLS, KWARGS) if row["columns"].get(name) is not None},
     }
 
 
 def written(completion: str, columns: Row, summary: str | dict[str, str] | None) -> str:
-    """The completion with its reasoning as it was and the summary behind it.
+    """The completion with its reasoning unchanged, followed by the summary.
 
     Raises:
-        DataError: no summary for the row's language.
+        DataError: there is no summary for the row's language.
     """
     if summary is None:
         return completion

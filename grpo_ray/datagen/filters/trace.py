@@ -1,4 +1,4 @@
-"""One sampled answer against the filters: the reason why it is not kept, or None."""
+"""Check of one sampled answer against the filters: the reason why it is not kept, or None."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ _FORMULA_ENDS = {"$": "$", r"\(": r"\)", r"\[": r"\]", "```": "```"}
 _UNSPACED_RANGES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 _WORD = re.compile(rf"[{_UNSPACED_RANGES}]|[^\W{_UNSPACED_RANGES}]+|[^\w\s]")
 LOOP_CHARS = 2000
-"""So much of the end is searched for a piece that comes again and again."""
+"""The number of characters at the end that are searched for a repeated piece."""
 MIN_LOOP_CHARS = 24
-"""A shorter tail (`...`, `=====`) is no loop."""
+"""The least length of a repeated piece; a shorter tail (`...`, `=====`) is no loop."""
 MIN_LINE_CHARS = 8
 MIN_FOREIGN = 2
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What the filters look at."""
+    """The properties of an answer that the filters check."""
 
     prompt: str
     completion: str
     finish_reason: str
     num_tokens: int
     scores: dict[str, tuple[str, float | None]]
-    """Reward function -> (status, value)."""
+    """The (status, value) by reward function."""
 
 
 def trace_of(row: dict[str, Any]) -> Trace:
-    """Of a row of `read_samples`."""
+    """The trace of a row of `read_samples`."""
     return Trace(
         prompt="\n".join(str(m["content"]) for m in row["messages"]),
         completion=completion_of(row),
@@ -51,13 +51,13 @@ def trace_of(row: dict[str, Any]) -> Trace:
 
 
 def completion_of(row: dict[str, Any]) -> str:
-    """Of a row of `read_samples`; it begins with `<think>` also where the prompt's template wrote that."""
+    """The completion of a row of `read_samples`; it starts with `<think>` also where the prompt's template wrote that."""
     completion: str = row["completion"]
     return begun(completion) if opens_thinking(row["prompt"]) else completion
 
 
 def first_fault(trace: Trace, config: FilterConfig) -> str | None:
-    """Why this answer is not kept, in a word or two that reports count by; None: it is."""
+    """The reason why this answer is not kept, in a word or two that reports count by; None if it is kept."""
     if config.finished and trace.finish_reason != "stop":
         return "cut off"
     if (wrong := _score_fault(trace, config)) is not None:
@@ -96,7 +96,7 @@ def _score_fault(trace: Trace, config: FilterConfig) -> str | None:
 
 
 def _has_form(completion: str, form: str) -> bool:
-    """With something in the answer's place, which the rewards of these forms don't ask for."""
+    """Whether the completion has this form and its answer is not empty, which the rewards of these forms do not check."""
     if form == "r1":
         found = match_r1(completion)
         return found is not None and bool(found["answer"].strip())
@@ -106,9 +106,8 @@ def _has_form(completion: str, form: str) -> bool:
 
 
 def foreign(prompt: str, completion: str) -> float:
-    """Part of the completion's words that are of another script than most of the prompt's; formulas, code and single letters are
-    no words, and a word of the prompt is never foreign. Of scripts without spaces each character is a word.
-    """
+    """The fraction of the completion's words in another script than most of the prompt's; formulas, code and single letters are
+    no words, and a word of the prompt is never foreign. In scripts without spaces each character is a word."""
     asked = words_by_script(prompt)
     said = words_by_script(completion)
     home = max(asked, key=lambda script: len(asked[script]), default="")
@@ -119,7 +118,7 @@ def foreign(prompt: str, completion: str) -> float:
 
 
 def words_by_script(text: str) -> dict[str, list[str]]:
-    """`LATIN`, `CJK`, `CYRILLIC`, ..: kana counts as CJK, for Japanese is written with both."""
+    """Words by script: `LATIN`, `CJK`, `CYRILLIC`, ..; kana counts as CJK, since Japanese is written with both."""
     out: dict[str, list[str]] = {}
     for word in words_of(without_formulas(text)):
         script = script_of(word)
@@ -128,7 +127,7 @@ def words_by_script(text: str) -> dict[str, list[str]]:
 
 
 def without_formulas(text: str) -> str:
-    """A space in the place of each formula, LaTeX command and code block; a mark that nothing closes stays."""
+    """The text with a space in place of each formula, LaTeX command and code block; an unclosed mark stays."""
     kept, at, search_from = [], 0, 0
     unclosed: set[str] = set()
     while start := _FORMULA_START.search(text, search_from):
@@ -145,14 +144,14 @@ def without_formulas(text: str) -> str:
 
 
 def repeated(text: str, n: int) -> float:
-    """Part of the runs of n words that were there before; signs are words, as are characters of scripts without spaces."""
+    """The fraction of the runs of n words that occurred before; signs are words, as are characters of scripts without spaces."""
     words = _WORD.findall(text.lower())
     runs = list(zip(*(words[i:] for i in range(n)), strict=False))
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def loops(text: str, limit: int) -> bool:
-    """Does the same line, or the same piece of text at the end, come more than `limit` times in a row?"""
+    """Whether the same line, or the same piece of text at the end, occurs more than `limit` times in a row."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     run = 1
     for before, line in itertools.pairwise(lines):
