@@ -1,5 +1,6 @@
-"""Tasks of the shipped recipes, made on the spot: arithmetic.py for `smoke`, r1.py for `r1_tiny`.
+"""Generated tasks of the shipped recipes: arithmetic.py for `smoke`, r1.py for `r1_tiny`.
 
-Recipes name their functions, also by the names of before, `grpo_ray.tasks.arithmetic` and `grpo_ray.tasks.r1`. Imports `rewards`
-and the modules at the root of `grpo_ray`.
+Recipes name their functions, also by their earlier names `grpo_ray.tiny_arithmetic` and `grpo_ray.tiny_r1`.
+
+Imports `rewards` and the modules at the root of `grpo_ray`.
 """

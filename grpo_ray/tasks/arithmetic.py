@@ -4,13 +4,13 @@
     Completion  <think>8+6+0=14,5+2+1=08</think><answer>84</answer>
 
 Columns go from the units up. `8+6+0=14` is digit + digit + carry = carry out, digit; `0-3-0=17` is digit - digit -
-borrow = borrow out, digit. A negative difference is worked the other way round inside `-(...)`:
+borrow = borrow out, digit. A negative difference is computed the other way round inside `-(...)`:
 
     Prompt      23 - 60
     Completion  <think>-(0-3-0=17,6-2-1=03)</think><answer>-37</answer>
 
-A model that imitates the flaws is right in a third of its samples or so, and every step that it needs to do better is
-one that it already takes now and then: what reinforcement learning asks of a cold start.
+A model that imitates the flaws is right in about a third of its samples, and every step that it needs to improve is one that it
+already takes sometimes: what reinforcement learning requires of a cold start.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from grpo_ray.errors import DataError
 
 @dataclass(frozen=True)
 class Flaws:
-    """How often a demonstration goes wrong, each a probability in [0, 1]."""
+    """Rates of the flaws in demonstrations, each a probability in [0, 1]."""
 
     wrong_column: float = 0.12
-    """A column's result is random. Per column."""
+    """The probability, per column, that its result is random."""
     forgotten_carry: float = 0.8
-    """0 is written in the place of the carry (or borrow), and the column worked with that. Per column with one. Above 0.5 it
-    is a habit: the likeliest continuation, so that greedy decoding is wrong wherever there is a carry."""
+    """The probability, per column with a carry (or borrow), that 0 is written for it and the column computed with that. Above
+    0.5 it is a habit: the likeliest continuation, so that greedy decoding is wrong wherever there is a carry."""
     broken_format: float = 0.12
-    """A tag is missing. Per demonstration."""
+    """The probability, per demonstration, that a tag is missing."""
 
 
 def flawed_demonstrations(
@@ -44,13 +44,13 @@ def flawed_demonstrations(
     forgotten_carry: float = Flaws.forgotten_carry,
     broken_format: float = Flaws.broken_format,
 ) -> Iterator[dict[str, str]]:
-    """Rows {prompt, completion} over two-term `chain_sum` of reasoning-gym; the prompt is its `metadata.expression`.
+    """Make rows {prompt, completion} over two-term `chain_sum` of reasoning-gym; the prompt is its `metadata.expression`.
 
-    `chain_sum` draws row i from the seed `seed + i`: two sets are independent only if their seeds are further apart
+    `chain_sum` generates row i from the seed `seed + i`: two sets are independent only if their seeds are further apart
     than their sizes.
 
     Raises:
-        DataError: a probability outside [0, 1].
+        DataError: a probability is outside [0, 1].
     """
     flaws = Flaws(wrong_column, forgotten_carry, broken_format)
     for name, value in vars(flaws).items():

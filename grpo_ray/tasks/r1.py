@@ -9,9 +9,9 @@
 
 Sums and words are reasoning-gym's, with its verifiers; a greeting has no rule, only a style that people prefer.
 
-`base_text` stands for what a base model was trained on. As on the web, languages mix in it, answers are often wrong, and one
-language is the better place for the matter: steps written in German forget fewer carries than those in English. So a model that is
-rewarded for right answers alone learns to think in German whatever it was asked in, which is what R1-Zero's mixing is made of.
+`base_text` imitates the training text of a base model. As on the web, languages mix in it, answers are often wrong, and one
+language is better at the task: steps written in German forget fewer carries than those in English. So a model that is rewarded for
+right answers alone learns to think in German whatever the prompt's language, which is the cause of R1-Zero's language mixing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Row = dict[str, Any]
 TASKS = ("add", "reverse", "greet")
 LANGUAGES = ("en", "de")
 HELD_OUT = 8
-"""One prompt of so many is held out, by its text."""
+"""The inverse of the fraction of prompts that are held out, chosen by their text."""
 
 ASKED = {
     ("add", "en"): "what is {}",
@@ -44,7 +44,7 @@ COLUMNS = {"en": ("ones", "tens"), "de": ("einer", "zehner")}
 ORDER = {"en": ("finally", "next"), "de": ("zuletzt", "danach")}
 VISITOR = {"en": "the visitor waits", "de": "der besucher wartet"}
 HELLO = {"en": ("hello", "hey"), "de": ("hallo", "na")}
-"""Kind, curt."""
+"""The kind and the curt greeting of each language."""
 WELCOME = {"en": "welcome", "de": "willkommen"}
 SUMMARY = {"en": "it is ", "de": "es ist "}
 _FIRST = ("an", "be", "ca", "da", "el", "fi", "ga", "ha", "ja", "ka", "le", "ma", "ne", "pa", "ro", "sa", "ti", "vi")
@@ -54,29 +54,29 @@ NAMES = tuple(a + b for a in _FIRST for b in _LAST)
 
 @dataclass(frozen=True)
 class Flaws:
-    """How often base text goes wrong, each a probability in [0, 1]."""
+    """Rates of the flaws in base text, each a probability in [0, 1]."""
 
     other_language: float = 0.2
-    """A step is written in the other language than the prompt's. Per step."""
+    """The probability, per step, that it is written in the other language than the prompt's."""
     forgotten_carry_en: float = 0.9
-    """A carry is left out in a step of that language."""
+    """The probability that a carry is left out in a step of that language."""
     forgotten_carry_de: float = 0.4
     lost_letter_en: float = 0.25
-    """A letter is replaced in a step of that language."""
+    """The probability that a letter is replaced in a step of that language."""
     lost_letter_de: float = 0.08
     broken_format: float = 0.4
-    """A tag is missing. Per answer."""
+    """The probability, per answer, that a tag is missing."""
     summarised: float = 0.3
-    """No flaw, but not R1-Zero's form: words stand before the answer, as a summary has them. Per answer in form."""
+    """The probability, per well-formed answer, that words precede the answer, as in a summary: no flaw, but not R1-Zero's form."""
     curt: float = 0.6
-    """A greeting is short and names nobody. Per greeting."""
+    """The probability, per greeting, that it is short and names nobody."""
 
 
 def base_text(size: int, seed: int, tasks: Sequence[str] = TASKS, **flaws: float) -> Iterator[Row]:
-    """Rows {prompt, completion, source, language} of the quality that `flaws` says; no held-out prompt among them.
+    """Make rows {prompt, completion, source, language} with these rates of `flaws`, without any held-out prompt.
 
     Raises:
-        DataError: a flaw that is none, or no probability.
+        DataError: an unknown flaw, or a rate that is no probability.
     """
     chosen = _flaws(flaws)
     rng = random.Random(f"base/{seed}")
@@ -90,13 +90,13 @@ def base_text(size: int, seed: int, tasks: Sequence[str] = TASKS, **flaws: float
 
 
 def prompts(size: int, seed: int, tasks: Sequence[str] = TASKS, held_out: bool = False) -> Iterator[Row]:
-    """`size` rows, tasks and languages in turn: {prompt, source, language, subject, reasoning_gym_entry, reasoning_gym_task}.
+    """Make `size` rows, tasks and languages in turn: {prompt, source, language, subject, reasoning_gym_entry, reasoning_gym_task}.
 
     Args:
-        held_out: those that training never sees, or those that it may.
+        held_out: make prompts that training never sees instead of those that it may see.
 
     Raises:
-        DataError: a task that is none.
+        DataError: an unknown task.
     """
     wrong = [task for task in tasks if task not in TASKS]
     if wrong:
@@ -120,7 +120,8 @@ def prompts(size: int, seed: int, tasks: Sequence[str] = TASKS, held_out: bool =
 
 
 def greetings(size: int, seed: int, curt: float = 0.5) -> Iterator[Row]:
-    """Demonstrations without any reasoning to check: the other data of stage 3. Right in form and language; some are curt."""
+    """Demonstrations without any reasoning to check, the other data of stage 3. They are right in form and language; some are
+    curt."""
     flaws = Flaws(other_language=0, broken_format=0, summarised=1, curt=curt)
     rng = random.Random(f"greetings/{seed}")
     for row in prompts(size, seed, tasks=("greet",)):
@@ -133,8 +134,8 @@ def greetings(size: int, seed: int, curt: float = 0.5) -> Iterator[Row]:
 
 
 def greeting_pairs(size: int, seed: int, held_out: bool = False) -> Iterator[Row]:
-    """Preferences {prompt, chosen, rejected} between what may follow the reasoning, in the form that the policy writes it: the kind
-    greeting in the prompt's language against a curt one, or one in the other language."""
+    """Preferences {prompt, chosen, rejected} between continuations of the reasoning, in the form that the policy writes: the
+    kind greeting in the prompt's language against a curt one, or one in the other language."""
     rng = random.Random(f"pairs/{seed}")
     for row in prompts(size, seed, tasks=("greet",), held_out=held_out):
         language, name = row["language"], row["subject"]
@@ -150,7 +151,7 @@ def greeting_pairs(size: int, seed: int, held_out: bool = False) -> Iterator[Row
 def kind_greeting(
     completions: Completions, source: list[str], language: list[str], subject: list[str]
 ) -> list[float | None]:
-    """A reward function to measure by: is it the kind greeting that people prefer? Of other tasks it says nothing."""
+    """A reward function for evaluation: whether it is the kind greeting that people prefer. It does not apply to other tasks."""
     rows = zip(completions, source, language, subject, strict=True)
     return [
         float(answer_of(text_of(c)) == _kind(name, spoken)) if task == "greet" else None
@@ -163,7 +164,7 @@ def _kind(name: str, language: str) -> str:
 
 
 def _subjects(task: str, seed: int) -> Iterator[tuple[str, Row | None]]:
-    """Without end: what is asked about, and reasoning-gym's entry."""
+    """An endless sequence of the task's subjects, each with reasoning-gym's entry."""
     import reasoning_gym
 
     if task == "greet":
@@ -174,7 +175,7 @@ def _subjects(task: str, seed: int) -> Iterator[tuple[str, Row | None]]:
         "add": ("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}),
         "reverse": ("spell_backward", {"min_word_len": 3, "max_word_len": 5}),
     }[task]
-    # Row i is drawn from seed + i.
+    # Row i is generated from seed + i.
     for entry in reasoning_gym.create_dataset(name, seed=seed * 10_000_000, size=9_999_999, **args):
         subject = entry["metadata"]["expression" if task == "add" else "word"]
         if "-" not in subject and subject == subject.lower():
