@@ -1,4 +1,4 @@
-"""report.html: what a run did, in one file that stands alone.
+"""The report of a run: report.html, one self-contained file.
 
 Read page.py, then charts.py and timeline.py; template.html is the page.
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl -> the curves of report.html, as data; its own script draws them with plotly."""
+"""The curves of report.html as data, from metrics.jsonl; its own script draws them with plotly."""
 
 from __future__ import annotations
 
@@ -40,29 +40,29 @@ CHARTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("Workers at work, part of the step", ("busy/rollout", "busy/reward", "busy/learner"), "percent"),
     ("Learner: model FLOPs utilization", ("throughput/mfu",), "percent"),
 )
-"""(title, metrics or patterns, kind of axis); one with no data in a run is not drawn."""
+"""Charts as (title, metrics or patterns, kind of axis); one without data in a run is not drawn."""
 
 ZERO_BY_DESIGN = ("staleness/*",)
-"""Of a run that does not sample ahead."""
+"""Metrics that are 0 in a run that does not sample ahead."""
 POINTS_SHOWN = 1500
-"""Of one curve; a longer run is thinned evenly, its last point kept."""
+"""The most points of one curve; a longer run is thinned evenly, and its last point kept."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One set of axes; `series` holds (name, what it is, steps, values)."""
+    """One set of axes; `series` has (name, description, steps, values)."""
 
     id: str
     title: str
     kind: str
-    """"Empty, `percent`, `log`, `small`, `stack` or `timeline`."""
+    """The kind: empty, `percent`, `log`, `small`, `stack` or `timeline`."""
     unit: str
     series: list[dict[str, Any]]
-    """Of a `timeline`: a name of spans each, with `y` their workers, `base` where they begin, `x` how long they are."""
+    """The curves; in a `timeline` one for each span name, with `y` the workers, `base` the starts, `x` the durations."""
     rows: list[str] = field(default_factory=list)
-    """Of a `timeline`: the workers, from top to bottom."""
+    """The workers of a `timeline`, from top to bottom."""
     marks: list[float] = field(default_factory=list)
-    """Of a `timeline`: where a step begins or ends."""
+    """The boundaries of steps in a `timeline`."""
 
 
 def inert_json(data: Any) -> Markup:
@@ -72,7 +72,7 @@ def inert_json(data: Any) -> Markup:
 
 
 def metric_charts(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """Those of CHARTS that the lines of `metrics.jsonl` have data for."""
+    """The charts of CHARTS for which `metrics.jsonl` has data."""
     names = list(dict.fromkeys(name for line in lines for name in line))
     out = []
     for number, (title, wanted, kind) in enumerate(CHARTS):
@@ -87,7 +87,7 @@ def metric_charts(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
 
 
 def time_charts(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """Where the time went: seconds of every step by role, stacked, evaluation and checkpoint on top."""
+    """The chart of time use: seconds of every step by role, stacked, evaluation and checkpoint on top."""
     timed = _thin([line for line in lines if any(f"time/{role}" in line for role in ROLES)])
     steps = [line["step"] for line in timed]
     series = []
@@ -99,7 +99,7 @@ def time_charts(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
 
 
 def time_shares(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, float, float]]:
-    """(role, what, seconds, part of the whole) over the run, largest first."""
+    """Rows (role, description, seconds, fraction of the whole) over the run, largest first."""
     totals = {role: sum(line.get(f"time/{role}") or 0.0 for line in lines) for role in ROLES}
     whole = sum(totals.values())
     rows = [
@@ -121,8 +121,8 @@ def _series(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any] | N
 
 
 def _distinct(series: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without curves that only repeat another one (one reward of weight 1). What is 0 all along stays, since it may be what is
-    wrong, unless a run is made so."""
+    """The series without curves that only repeat another one (one reward of weight 1). Curves that are 0 throughout stay, since
+    they may be the problem, unless a run is designed so."""
     out: list[dict[str, Any]] = []
     for one in series:
         by_design = not any(one["y"]) and any(matches(one["name"], pattern) for pattern in ZERO_BY_DESIGN)

@@ -1,7 +1,7 @@
-"""report.html: what a run did, in one file that stands alone. Curves, where the time went, samples to read.
+"""The page report.html of a run, one self-contained file: curves, time use, samples to read.
 
-Nothing in it comes from the network: plotly's JavaScript is inside (4.8 MB of the file). Data is inert JSON, and what a
-model or a data set wrote is escaped by Jinja.
+Nothing in it comes from the network: plotly's JavaScript is included (4.8 MB of the file). Data is inert JSON, and text of models
+and data sets is escaped by Jinja.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ SAMPLE_COLUMNS = (
     "worker",
 )
 GROUPS_SHOWN = 2
-"""Of each step shown: those with the widest spread of rewards, which is where something was learned."""
+"""The number of groups of each step shown: those with the widest spread of rewards, from which something was learned."""
 NOTHING = "n/a"
 MESSAGES_SHOWN = 100
 TEXT_LIMIT = 20_000
-"""Characters of one text in the report; the whole is in the Parquet file."""
+"""The most characters of one text in the report; the Parquet file has the whole."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ class Figure:
 
 
 def write_report(run_dir: Path, ledger: Mapping[str, Any] | None = None) -> Path:
-    """Write `run_dir/report.html` from whatever the run has left: config.yaml, metrics.jsonl, rollouts/, trace.json,
+    """Write `run_dir/report.html` from the files that the run has left: config.yaml, metrics.jsonl, rollouts/, trace.json,
     messages.jsonl.
 
     Args:
         ledger: figures to show as they are, e.g. `asdict(Ledger(...).summary())`.
 
     Raises:
-        ConfigError, DataError: what is there is not what a run writes.
+        ConfigError, DataError: the files are not those of a run.
     """
     try:
         page = _page(run_dir, ledger or {})
@@ -88,7 +88,7 @@ def _page(run_dir: Path, ledger: Mapping[str, Any]) -> str:
     timeline = timeline_chart(run_dir / "trace.json")
     charts = [*curves, *timings, *([timeline] if timeline else [])]
     times = mean_step(lines, config)
-    # What makes a run faster is no help to one that does not learn.
+    # Advice on speed does not help a run that does not learn.
     learns = not (lines and lines[-1].get("steps/without_signal"))
     advice = advise(times) if times and learns else None
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -114,7 +114,7 @@ def _page(run_dir: Path, ledger: Mapping[str, Any]) -> str:
 
 
 def first_middle_last(steps: Sequence[int]) -> list[int]:
-    """Each once, in order; the middle is the step nearest to half-way."""
+    """The first, middle and last step, each once, in order; the middle is the step nearest to half-way."""
     if not steps:
         return []
     half = (steps[0] + steps[-1]) / 2
@@ -129,7 +129,7 @@ def _subtitle(config: Mapping[str, Any]) -> str:
     return " · ".join(str(part) for part in (name, data) if part)
 
 
-# Headline figures.
+# Headline figures
 
 
 def _headlines(lines: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> list[Figure]:
@@ -162,7 +162,7 @@ def _headlines(lines: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) ->
 
 
 def _accuracy(lines: Sequence[Mapping[str, Any]], name: str) -> Figure:
-    """Of one evaluation set: `eval/accuracy`, or `eval/NAME/accuracy`."""
+    """The accuracy of one evaluation set: `eval/accuracy`, or `eval/NAME/accuracy`."""
     evals = [line for line in lines if line.get(name) is not None]
     first, last = evals[0], evals[-1]
     error = last.get(name.removesuffix("accuracy") + "standard_error")
@@ -179,7 +179,7 @@ def _samples_of(line: Mapping[str, Any]) -> float:
 
 
 def _messages(messages: Sequence[Message]) -> list[tuple[str, str, str]]:
-    """(when, level, text), the same text once; of very many the last."""
+    """Messages as (when, level, text), each text once; of very many the last."""
     return [
         (f"step {m.step}" + (f", {count} times" if count > 1 else ""), m.level, _shorten(m.text))
         for m, count in told_once(messages)[-MESSAGES_SHOWN:]
@@ -205,7 +205,7 @@ def _flat_ledger(ledger: Mapping[str, Any], prefix: str = "") -> list[tuple[str,
     return out
 
 
-# Samples.
+# Samples
 
 
 def _step_samples(step: int, path: Path) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def _spread(rows: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _group(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The best and the worst of a group; a sample whose score failed is neither, unless all did."""
+    """The best and the worst sample of a group; a sample whose score failed is neither, unless all failed."""
     scored = [row for row in rows if row["reward"] is not None] or list(rows)
     best = max(scored, key=_worth)
     worst = min(scored, key=_worth)

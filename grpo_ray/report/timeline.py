@@ -1,4 +1,5 @@
-"""trace.json and metrics.jsonl -> who worked when in two steps, and how idle each role was, for report.html."""
+"""The timeline of report.html from trace.json and metrics.jsonl: the workers' activity in two steps, and the idle time of each
+role."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from grpo_ray.telemetry.trace_file import read_trace, step_of
 STEPS_SHOWN = 2
 WORKERS_SHOWN = 24
 PIXELS = 2000
-"""Of the picture's width, generously: what is narrower than one is not drawn by itself."""
+"""A generous width of the picture in pixels: spans narrower than one are not drawn separately."""
 COLOR_ORDER = (
     "rollout",
     "update",
@@ -36,15 +37,15 @@ COLOR_ORDER = (
     "hold",
     "load",
 )
-"""Names of spans in the order of the legend; the page gives each a color of its own."""
+"""The span names in the order of the legend; the page gives each a color of its own."""
 
 
 def timeline_chart(path: Path) -> Chart | None:
-    """Two steps from the middle of a run, one row a worker. None without a trace of a whole step."""
+    """The chart of two steps from the middle of a run, one row a worker. None without a trace of a whole step."""
     steps = sorted({step_of(e) for e in read_trace(path) if _is_step(e)})
     if not steps:
         return None
-    # The first step warms up.
+    # The first step is a warm-up.
     first = steps[min(max(len(steps) // 2, min(1, len(steps) - 1)), max(0, len(steps) - STEPS_SHOWN))]
     shown = [s for s in steps if s >= first][:STEPS_SHOWN]
     workers: dict[tuple[int, int], str] = {}
@@ -87,8 +88,8 @@ def _draw(
 def visible(
     spans: Iterable[tuple[str, float, float]], start: float, end: float, pixel: float
 ) -> list[tuple[str, float, float]]:
-    """The spans within [start, end]: those of one name with less than a pixel between them become one, those that are then
-    narrower than a pixel are left out."""
+    """The visible spans within [start, end]: those of one name less than a pixel apart become one, and those then narrower than a
+    pixel are left out."""
     out: list[tuple[str, float, float]] = []
     for name, a, b in sorted(spans, key=lambda s: s[1]):
         a, b = max(a, start), min(b, end)
@@ -102,7 +103,7 @@ def visible(
 
 
 def busy_table(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, float, float]]:
-    """(role, workers, busy part, idle part) over the steps of a run, by their seconds."""
+    """Rows (role, workers, busy fraction, idle fraction) over the steps of a run, weighted by their seconds."""
     out = []
     for role in ROLES:
         told = [line for line in lines if line.get(f"busy/{role}") is not None and line.get("time/step")]
