@@ -1,9 +1,9 @@
-"""Stages as a graph, each with what it needs, what it leaves, and a gate: DeepSeek-R1's recipe as one program.
+"""Pipelines: a graph of stages with inputs, outputs and gates, e.g. DeepSeek-R1's recipe as one program.
 
     config.py   the schema of a pipeline's recipe        plan.py     stages in order, references resolved
-    kinds.py    what kinds of stages there are           record.py   pipeline.json: what is done, with checksums
-    measure.py  a model's figures on held-out prompts    gates.py    may it go on?
-    estimate.py tokens and time, before they are spent   report.py   report.html of the whole
+    kinds.py    the kinds of stages                      record.py   pipeline.json: finished stages, with checksums
+    measure.py  a model's figures on held-out prompts    gates.py    conditions to go on
+    estimate.py expected tokens and time                 report.py   report.html of the pipeline
 
 `launch/pipeline/stages.py` runs it.
 """

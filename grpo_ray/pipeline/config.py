@@ -7,7 +7,7 @@
       zero: {kind: train, config: {model: {path: base}, ..}}
       traces: {kind: sample, config: {model: {path: "${stages.zero.model}"}, ..}}
 
-`${stages.NAME.OUTPUT}` is where a stage leaves something (kinds.py says what), and a stage needs all stages that it names so.
+`${stages.NAME.OUTPUT}` is the path of a stage's output (kinds.py lists them), and a stage needs all stages that it references so.
 `${seed}` is the pipeline's.
 """
 
@@ -24,16 +24,16 @@ StageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
 class GateConfig(Strict):
-    """What must be true of a stage before the next ones begin."""
+    """A condition on a stage that must hold before the next ones begin."""
 
     metric: str
-    """A figure of the stage, by its name in the report: `accuracy`, `accuracy/add`, `length`, `reward/NAME`, `num_rows`."""
+    """The metric of the stage, by its name in the report: `accuracy`, `accuracy/add`, `length`, `reward/NAME`, `num_rows`."""
     at_least: float | None = None
     at_most: float | None = None
     not_below: str | None = None
-    """Another stage: the metric must not be less than there.."""
+    """Another stage: the metric must not be less than there by more than `by`."""
     by: float = 0.0
-    """.. by more than this."""
+    """The tolerance of `not_below`."""
 
     @model_validator(mode="after")
     def _bound(self) -> Self:
@@ -49,46 +49,46 @@ class GateConfig(Strict):
 class StageConfig(Strict):
     kind: str
     note: str = ""
-    """One line for the plan and the report."""
+    """A one-line note for the plan and the report."""
     recipe: HomePath | None = None
-    """A recipe that `config` goes over."""
+    """A recipe that `config` overrides."""
     needs: tuple[StageName, ...] = ()
-    """Stages to wait for besides those that `config` names."""
+    """Stages to wait for besides those that `config` references."""
     config: dict[str, Any] = {}
     gate: tuple[GateConfig, ...] = ()
     eval: bool | dict[str, Any] = True
-    """Measure the model that it makes by the pipeline's `eval`; a mapping goes over that, e.g. for another template."""
+    """Whether to measure the resulting model by the pipeline's `eval`; a mapping overrides that, e.g. for another template."""
 
 
 class AssumeConfig(Strict):
-    """For `--dry-run`, where nothing of the kind has been measured yet."""
+    """Assumptions of `--dry-run`, where no stage of the kind has been measured yet."""
 
     completion_tokens: PositiveFloat | None = None
-    """Of a sample. None: half of its limit."""
+    """The completion tokens of a sample. None: half of its limit."""
     prompt_tokens: PositiveFloat | None = None
-    """None: half of its limit."""
+    """The prompt tokens of a sample. None: half of its limit."""
     tokens_per_s: dict[str, PositiveFloat] = {}
-    """Kind of stage -> tokens that it goes through in a second, start-up aside."""
+    """Kind of stage -> tokens that it processes in a second, start-up aside."""
     rows: dict[str, PositiveInt] = {}
-    """Of data sets on the hub, by their path, and of what data stages make, by their name."""
+    """The rows of data sets on the hub, by their path, and of the output of data stages, by their name."""
     start_s: PositiveFloat = 60.0
-    """Of a stage: engines and learners."""
+    """The start-up time of a stage: engines and learner ranks."""
 
 
 class PipelineConfig(Strict):
     name: str | None = None
-    """Folder under `dir`. None: the recipe's name. Running it again goes on."""
+    """The folder under `dir`. None: the recipe's name. Running it again continues it."""
     dir: HomePath = "runs"
     seed: int = 1
     cluster: ClusterConfig = ClusterConfig()
-    """One for all stages."""
+    """The cluster of all stages."""
     common: dict[str, dict[str, Any]] = {}
-    """Kind (or `all`: of those that run on the cluster) -> config under that of every such stage."""
+    """Kind (or `all`: of those that run on the cluster) -> config that every such stage overrides."""
     eval: dict[str, Any] | None = None
     """Config of kind `sample`: held-out prompts in `data.train`, and the rewards that measure. `model` is each stage's own."""
     eval_by: str | None = "source"
-    """Column by which accuracy is told apart."""
+    """The column by which accuracy is split."""
     samples_shown: PositiveInt = 6
-    """Held-out prompts whose answers after every stage are in the report."""
+    """The number of held-out prompts whose answers after every stage are in the report."""
     assume: AssumeConfig = AssumeConfig()
     stages: Annotated[dict[StageName, StageConfig], Field(min_length=1)]

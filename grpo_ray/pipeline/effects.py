@@ -1,4 +1,4 @@
-"""Options of a pipeline that do nothing, beside those of its stages' runs (`config.effects`)."""
+"""Options of a pipeline that have no effect, beside those of its stages' runs (`config.effects`)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from grpo_ray.pipeline.config import PipelineConfig
 from grpo_ray.pipeline.kinds import EVAL, KINDS
 
 COMMANDS = {"grpo": "train", "reward_model": "reward-model"}
-"""Of those `Kind.run` whose command is called otherwise."""
+"""The commands of those `Kind.run` that have another name."""
 PLACE = ("name", "dir")
 
 
 def pipeline_without_effect(config: PipelineConfig) -> dict[str, str]:
-    """Dotted key -> why it changes nothing."""
+    """The reason why an option changes nothing, by dotted key."""
     return dict(_of_measuring(config)) | dict(_of_kinds(config)) | dict(_of_places(config))
 
 
@@ -26,7 +26,7 @@ def stage_without_effect(config: Strict, run: str | None) -> dict[str, str]:
     """The same of one stage's config.
 
     Args:
-        run: its `Kind.run`.
+        run: the `Kind.run` of the stage.
     """
     if isinstance(config, RunConfig | SftConfig):
         return without_effect(config, COMMANDS.get(run or "", run or ""))

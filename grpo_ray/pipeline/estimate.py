@@ -1,4 +1,4 @@
-"""Tokens and time of a stage before they are spent: rough, and from what earlier stages took as soon as there are some."""
+"""Estimates of a stage's tokens and time: rough, and based on the stages that are done as soon as there are some."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from grpo_ray.pipeline.plan import Plan, Stage
 from grpo_ray.pipeline.record import Record
 
 ROWS = 10_000
-"""Taken for a data set whose size is not known yet."""
+"""The assumed number of rows of a data set whose size is not known yet."""
 
 
 @dataclass(frozen=True)
 class Estimate:
     tokens: int
-    """Prompts and completions that are sampled or trained on."""
+    """The number of prompt and completion tokens that are sampled or trained on."""
     seconds: float | None
-    """None: neither measured nor assumed."""
+    """The seconds; None if neither measured nor assumed."""
     what: str
-    """`300 steps x 32 examples`."""
+    """The amount of work, e.g. `300 steps x 32 examples`."""
 
 
 def estimate(
     stage: Stage, config: Strict, plan: Plan, record: Record, num_rows: Callable[[DataSource], int | None]
 ) -> Estimate:
-    """
+    """Estimate a stage.
+
     Args:
-        num_rows: rows of a source, as far as that can be known without reading it.
+        num_rows: returns the rows of a source, as far as they can be known without reading it.
     """
     assume = plan.config.assume
     tokens, what = _work(stage, config, assume, num_rows)
@@ -65,7 +66,7 @@ def _work(
 
 
 def _measured(plan: Plan, record: Record, kind: str) -> float | None:
-    """Tokens a second of the stages of this kind that are done, start-up aside."""
+    """The tokens per second of the finished stages of this kind, start-up aside."""
     costs = [record.stages[s.name].cost for s in plan.stages if s.kind == kind and record.done(s.name)]
     seconds = sum(max(1.0, c.seconds - c.starts * plan.config.assume.start_s) for c in costs)
     tokens = sum(c.tokens for c in costs)
@@ -73,7 +74,7 @@ def _measured(plan: Plan, record: Record, kind: str) -> float | None:
 
 
 def rows_known(source: DataSource, rows_of: Mapping[str, int]) -> int | None:
-    """Of a generator by its `args`, of a stage's data by what it made; None where the file would have to be read."""
+    """The rows of a generator by its `args`, of a stage's data by its output; None where the file would have to be read."""
     size = source.args.get("size")
     found = rows_of.get(source.path) or (int(size) if size is not None else None)
     if found is None and source.path.endswith(".jsonl") and Path(source.path).is_file():

@@ -1,4 +1,4 @@
-"""May the pipeline go on? Each gate compares one figure of a stage with a bound, or with another stage's."""
+"""Gates of a pipeline: each compares one metric of a stage with a bound, or with another stage's."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Metrics = Mapping[str, float]
 @dataclass(frozen=True)
 class Verdict:
     text: str
-    """`accuracy 61.2 of at least 0.5`."""
+    """The comparison, e.g. `accuracy 61.2 of at least 0.5`."""
     passed: bool
 
 
 def figures_of(plan: Plan, record: Record) -> dict[str, dict[str, float]]:
-    """Stage -> its figures, those of its model on held-out prompts among them."""
+    """The metrics of each stage, including those of its model on held-out prompts."""
     out = {name: dict(stage.metrics) for name, stage in record.stages.items()}
     for stage in plan.stages:
         if stage.measures and stage.name in out:
@@ -30,13 +30,14 @@ def figures_of(plan: Plan, record: Record) -> dict[str, dict[str, float]]:
 
 
 def judge(gates: Sequence[GateConfig], own: Metrics, of: Mapping[str, Metrics]) -> list[Verdict]:
-    """
+    """Judge the gates of a stage.
+
     Args:
-        own: figures of the stage.
-        of: stage -> figures, of all that are done.
+        own: the metrics of the stage.
+        of: stage -> metrics, of all that are done.
 
     Raises:
-        ConfigError: there is no such figure.
+        ConfigError: there is no such metric.
     """
     return [verdict for gate in gates for verdict in _judge(gate, own, of)]
 

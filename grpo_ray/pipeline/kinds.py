@@ -1,4 +1,4 @@
-"""What kinds of stages there are: the schema of each, and what it leaves in its folder."""
+"""The kinds of stages: the schema and the outputs of each."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from grpo_ray.datagen.filters.config import MixConfig, PairsConfig, PromptsConfi
 class Kind:
     schema: type[Strict]
     run: str | None
-    """What the controller calls it; None: no run on the cluster."""
+    """The controller's name for it; None: it has no run on the cluster."""
     outputs: dict[str, str]
     """Name -> path in the stage's folder."""
     trains: bool = False
-    """It has checkpoints to go on from."""
+    """Whether it has checkpoints to resume from."""
     policy: bool = False
-    """Its `model` answers prompts, so the pipeline's `eval` can measure it."""
+    """Whether its `model` answers prompts, so that the pipeline's `eval` can measure it."""
 
 
 KINDS = {
@@ -34,4 +34,4 @@ KINDS = {
     "prompts": Kind(PromptsConfig, None, {"data": "prompts.jsonl"}),
 }
 EVAL = "eval"
-"""A `sample` stage that a stage which makes a model brings with it, called `NAME-eval`."""
+"""The kind of a `sample` stage that is added to a stage which makes a model, as `NAME-eval`."""

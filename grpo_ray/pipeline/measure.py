@@ -1,4 +1,4 @@
-"""A model's figures on the held-out prompts, from samples with their scores."""
+"""Metrics of a model on the held-out prompts, from samples with their scores."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ FAILED = tuple(status for status in ScoreStatus if status.failed)
 
 
 def measure(rows: Iterable[Row], *, accuracy: str, threshold: float, by: str | None) -> dict[str, float]:
-    """
+    """Compute the metrics.
+
     Args:
-        rows: of `read_samples`.
-        accuracy: the reward function that says what is right; prompts to which it does not apply have no part in accuracy.
-        threshold: what it has to give at least.
-        by: column that tells apart kinds of prompts.
+        rows: rows of `read_samples`.
+        accuracy: the reward function that decides what is right; prompts to which it does not apply have no part in accuracy.
+        threshold: its least value for a right sample.
+        by: the column with the kind of prompt.
 
     Returns:
-        `accuracy` and `accuracy/KIND` (mean over prompts of the part of right samples), `accuracy_error` (its standard error),
-        `reward/NAME` (mean of each function where it applies; also `/KIND`), `length` (tokens), `cut_off` (part of the samples);
-        where there are any, `not_applicable` and `failed`: parts of the samples that the accuracy leaves out, since its function
-        has nothing to say of them, or failed.
+        `accuracy` and `accuracy/KIND` (mean over prompts of the fraction of right samples), `accuracy_error` (its standard error),
+        `reward/NAME` (mean of each function where it applies; also `/KIND`), `length` (tokens), `cut_off` (fraction of the
+        samples); where there are any, `not_applicable` and `failed`: fractions of the samples that the accuracy leaves out, since
+        its function does not apply to them, or failed.
     """
     samples = list(rows)
     kinds = sorted({kind for row in samples if (kind := _kind(row, by)) is not None})

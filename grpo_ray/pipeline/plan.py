@@ -1,4 +1,4 @@
-"""From a pipeline's recipe to its stages in order, each with a config that only its references are missing from.
+"""Plans: the stages of a pipeline's recipe in order, each with a config that lacks only the values of its references.
 
 PipelineConfig -> [Stage] -> config_of(stage) -> RunConfig, SftConfig, MixConfig
 """
@@ -31,11 +31,11 @@ Data = dict[str, Any]
 class Stage:
     name: str
     kind: str
-    """Of KINDS, or `eval`."""
+    """The kind, of KINDS or `eval`."""
     data: Data
-    """Its config, references as they were written."""
+    """Its config, with references as they were written."""
     needs: tuple[str, ...]
-    """In the order of the plan."""
+    """The names of the stages that it needs, in the order of the plan."""
     gates: tuple[GateConfig, ...] = ()
     note: str = ""
     measures: str | None = None
@@ -47,11 +47,11 @@ class Stage:
 
     @property
     def digest(self) -> str:
-        """Of its config as it is written in the recipe."""
+        """The digest of its config as it is written in the recipe."""
         return hashlib.sha256(json.dumps(self.data, sort_keys=True, default=str).encode()).hexdigest()
 
     def references(self) -> list[tuple[str, str]]:
-        """(stage, output) of each, once."""
+        """The distinct references as (stage, output)."""
         return list(dict.fromkeys(found for text in _texts(self.data) for found in REFERENCE.findall(text)))
 
 
@@ -60,28 +60,29 @@ class Plan:
     config: PipelineConfig
     name: str
     stages: tuple[Stage, ...]
-    """Each after those that it needs."""
+    """The stages, each after those that it needs."""
 
     @property
     def folder(self) -> Path:
         return Path(self.config.dir) / self.name
 
     def stage(self, name: str) -> Stage:
-        """Raises ConfigError for one that is not there."""
+        """The stage of that name. Raises ConfigError if there is none."""
         found = next((s for s in self.stages if s.name == name), None)
         if found is None:
             raise ConfigError(f"there is no stage {name!r}; {_meant(name, [s.name for s in self.stages])}")
         return found
 
     def folder_of(self, name: str) -> Path:
-        """The run of a stage. Its name says whose it is: on a cluster, runs of all pipelines have theirs side by side."""
+        """The run folder of a stage. Its name includes the pipeline's: on a cluster, runs of all pipelines have theirs side by
+        side."""
         return self.folder / f"{self.name}.{name}"
 
     def output(self, stage: str, output: str) -> Path:
         return self.folder_of(stage) / self.stage(stage).spec.outputs[output]
 
     def config_of(self, stage: Stage) -> Strict:
-        """Validated. Raises ConfigError with every problem, one a line."""
+        """The validated config. Raises ConfigError with every problem, one a line."""
         folder = self.folder_of(stage.name)
         data = _resolve(stage.data, lambda name, output: str(self.output(name, output)), self.config.seed)
         place = {"dir": str(folder.parent), "name": folder.name}
@@ -97,8 +98,8 @@ class Plan:
 
 
 def typed_stages(data: Data) -> Data:
-    """A pipeline as it was read, with the configs of its stages typed by the schemas of their kinds. What fits none of these
-    stays as it is: the stage's own validation names it.
+    """Type the configs of the stages by the schemas of their kinds. A config that fits none of these stays as it is: the stage's
+    own validation names it.
     """
     out = dict(data)
     common, stages = data.get("common"), data.get("stages")
@@ -123,13 +124,14 @@ def _typed(kind: Any, config: Any) -> Any:
 
 
 def make_plan(config: PipelineConfig, name: str, load_recipe: Callable[[str], Data]) -> Plan:
-    """
+    """Make the plan.
+
     Args:
-        name: of the pipeline where its config has none.
-        load_recipe: the name of a recipe -> what is in it.
+        name: the name of the pipeline where its config has none.
+        load_recipe: returns the content of a recipe by its name.
 
     Raises:
-        ConfigError: a stage names something that is not there, or stages need each other in a circle.
+        ConfigError: a stage names something that does not exist, or stages need each other in a circle.
     """
     for kind in config.common:
         if kind != "all" and kind not in KINDS:
@@ -183,7 +185,7 @@ def _check_references(stage: Stage, stages: Mapping[str, Stage]) -> None:
 
 
 def _with_needs(stage: Stage, config: PipelineConfig) -> Stage:
-    """With all that it needs. What is compared with another stage comes after that one was measured."""
+    """The stage with all that it needs. A comparison with another stage needs that one's measurement."""
     needs = [name for name, _ in stage.references()] + list(stage.needs)
     for gate in stage.gates:
         if gate.not_below is not None:
@@ -194,7 +196,7 @@ def _with_needs(stage: Stage, config: PipelineConfig) -> Stage:
 
 
 def _measured_as(name: str, config: PipelineConfig) -> str:
-    """The stage that has the figures of this one."""
+    """The stage that has the metrics of this one."""
     given = config.stages.get(name)
     return f"{name}-{EVAL}" if given is not None and _is_measured(given, config) else name
 
@@ -204,8 +206,8 @@ def _is_measured(given: StageConfig, config: PipelineConfig) -> bool:
 
 
 def _in_order(stages: dict[str, Stage]) -> list[Stage]:
-    """As in the recipe, but for stages that need a later one. What measures a model comes right behind the stage that made it, for
-    its gate is asked there."""
+    """The stages as in the recipe, except for those that need a later one. A stage that measures a model directly follows the
+    stage that made it, since its gate is checked there."""
     waiting = dict(stages)
     out: list[Stage] = []
     done: set[str] = set()

@@ -1,6 +1,6 @@
-"""`pipeline.json`: what every stage was made from and what it made, with checksums; written whole or not at all.
+"""The record `pipeline.json`: inputs and outputs of every stage, with checksums; it is written as a whole or not at all.
 
-A stage is done when it is here with its outputs. What it cost is beside that and has no part in what it is.
+A stage is done when it is here with its outputs. Its cost is recorded too, and is no part of its identity.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ FORMAT = 1
 @dataclass(frozen=True)
 class Cost:
     seconds: float = 0.0
-    """Of all starts."""
+    """The seconds of all starts."""
     tokens: int = 0
-    """That it went through: sampled, or trained on."""
+    """The number of tokens that it processed: sampled, or trained on."""
     starts: int = 0
 
 
@@ -31,25 +31,25 @@ class Cost:
 class StageRecord:
     kind: str
     config: str
-    """Digest of what the recipe says of it."""
+    """The digest of its config in the recipe."""
     done: bool = False
     inputs: dict[str, str] = field(default_factory=dict)
-    """`zero.model`, or the path of a file -> SHA-256."""
+    """The SHA-256 of each input: `zero.model`, or the path of a file."""
     outputs: dict[str, str] = field(default_factory=dict)
-    """`model` -> SHA-256 of the file, or of the names and sums of all files below the folder."""
+    """The SHA-256 of each output, e.g. `model`: of the file, or of the names and sums of all files below the folder."""
     metrics: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
-    """What the report tells besides: composition, why samples were left out."""
+    """Other facts for the report: composition, why samples were left out."""
     cost: Cost = Cost()
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All but what it cost: the same after any number of kills."""
+        """Everything except its cost: the same after any number of kills."""
         return {key: value for key, value in asdict(self).items() if key != "cost"}
 
 
 class Record:
-    """Of one pipeline."""
+    """The record of one pipeline."""
 
     def __init__(self, path: Path, stages: dict[str, StageRecord]) -> None:
         self._path = path
@@ -57,7 +57,7 @@ class Record:
 
     @classmethod
     def open(cls, folder: Path) -> Record:
-        """Raises CheckpointError for a file that is not what was written."""
+        """Open the record. Raises CheckpointError for a file that was not written by this class."""
         path = folder / NAME
         if not path.is_file():
             return cls(path, {})
@@ -83,7 +83,7 @@ class Record:
         self._write()
 
     def forget(self, name: str) -> None:
-        """It is to be run again."""
+        """Forget a stage, so that it runs again."""
         if self.stages.pop(name, None) is not None:
             self._write()
 
@@ -92,18 +92,18 @@ class Record:
         write_whole(self._path, (json.dumps(content, indent=1) + "\n").encode())
 
     def add_cost(self, name: str, seconds: float, tokens: int) -> StageRecord:
-        """The stage with one start more.
+        """Add one start to the stage.
 
         Args:
-            seconds: of this start.
-            tokens: of all starts, as far as they count.
+            seconds: the seconds of this start.
+            tokens: the tokens of all starts, as far as they count.
         """
         stage = self.stages[name]
         return replace(stage, cost=Cost(stage.cost.seconds + seconds, tokens, stage.cost.starts + 1))
 
 
 def check_unchanged(path: Path, was: str, what: str, mend: str) -> None:
-    """Raises CheckpointError when what a stage left is not what it was."""
+    """Check the output of a stage. Raises CheckpointError when it has changed."""
     now = digest_of(path) if path.exists() else None
     if now is None:
         raise CheckpointError(f"{what} ({path}) is not there any more; {mend}")

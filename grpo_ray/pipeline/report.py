@@ -1,5 +1,5 @@
-"""report.html of a pipeline: what each stage did to the model, the same prompts after every stage, what the data are made of,
-where time and tokens went. One file that stands alone; what a model wrote is escaped.
+"""The report.html of a pipeline: metrics of the model after each stage, the same prompts after every stage, the composition of the
+data, the use of time and tokens. It is one self-contained file, in which text of models is escaped.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ TEXT_LIMIT = 4000
 
 
 def write_pipeline_report(plan: Plan, record: Record) -> Path:
-    """Write `report.html` into the pipeline's folder, of what is done until now."""
+    """Write `report.html` of the stages done so far into the pipeline's folder."""
     measured = _measured(plan, record)
     head, table = held_out_figures(plan, record)
     charts = _charts(measured, record)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     here = files("grpo_ray")
-    # The look of a run's report, and its script that draws.
+    # The style of a run's report, and its drawing script.
     of_a_run = (here / "report" / "template.html").read_text()
     page = environment.from_string((here / "pipeline" / "report_template.html").read_text()).render(
         style=Markup(of_a_run.partition("<style>")[2].partition("</style>")[0]),
@@ -64,9 +64,9 @@ def _measured(plan: Plan, record: Record) -> list[Stage]:
 def held_out_figures(
     plan: Plan, record: Record, *, brief: bool = False
 ) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Stages that made a model, and rows of (figure, its value after each).
+    """The stages that made a model, and rows of (metric, its value after each).
 
-    `brief`: only accuracy by kinds of prompts, all else over all of them.
+    With `brief` only accuracy is split by kinds of prompts.
     """
     measured = _measured(plan, record)
     names = dict.fromkeys(n for s in measured for n in record.stages[s.name].metrics if n != "accuracy_error")
@@ -88,7 +88,7 @@ def _shown(name: str, metrics: Mapping[str, float]) -> str:
 
 
 def _charts(measured: Sequence[Stage], record: Record) -> list[Chart]:
-    """Accuracy by kind of prompt, rewards and length over the stages."""
+    """Charts of accuracy by kind of prompt, rewards and length over the stages."""
     names = list(dict.fromkeys(n for s in measured for n in record.stages[s.name].metrics))
     wanted = (
         ("Accuracy", [n for n in names if n.split("/")[0] == "accuracy"], "percent"),
