@@ -1,5 +1,6 @@
-"""What the script `grpo-ray` calls. It lies in the package whose name no user has: a `launch.py` or `actors/` on PYTHONPATH would
-be found first and run in the place of ours, so those two are imported from beside this one. By name: nothing here needs them."""
+"""Entry point of the script `grpo-ray`. It is in the package whose name no user has: a `launch.py` or `actors/` on PYTHONPATH
+would be found first and run instead of ours, so those two are imported from beside this one, by name, since nothing here depends
+on them."""
 
 from __future__ import annotations
 
@@ -11,11 +12,12 @@ from pathlib import Path
 from typing import NoReturn
 
 SLOW_TO_LEAVE = ("ray", "torch")
-"""Packages after which an orderly end of the interpreter takes seconds. Ray is shut down by who has started it."""
+"""Packages after which an orderly exit of the interpreter takes seconds. Ray is shut down by the code that started it."""
 
 
 def main() -> NoReturn:
-    """Signals are heard before anything that takes time is imported; what goes with the process is not taken apart at its end."""
+    """Run the command line. Signal handlers are installed before slow imports; objects that end with the process are not torn
+    down."""
     root = str(Path(__file__).parent.parent)
     sys.path.insert(0, root)
     try:

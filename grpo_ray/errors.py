@@ -1,6 +1,6 @@
-"""Errors that a user can mend. The command line prints their message alone; anything else is a bug and prints its traceback.
+"""Errors that a user can fix. The command line prints their message alone; any other exception is a bug and prints its traceback.
 
-Every message names the culprit, what it got, what it expected, and the mend.
+Every message names the culprit, what it got, what it expected, and the fix.
 """
 
 
@@ -9,78 +9,78 @@ class GrpoRayError(Exception):
 
 
 class ConfigError(GrpoRayError, ValueError):
-    """A recipe, an override or a combination of options that can't run."""
+    """A recipe, an override or a combination of options cannot run."""
 
 
 class DataError(GrpoRayError, ValueError):
-    """A data set that can't be read or used; names file, line and column."""
+    """A data set cannot be read or used; the message names file, line and column."""
 
 
 class RewardError(GrpoRayError):
-    """A reward function that can't be imported, or fails too often; names the function."""
+    """A reward function cannot be imported, or fails too often; the message names the function."""
 
 
 class NoSignalError(GrpoRayError):
-    """A run that has nothing to learn from; says why, and what would change that."""
+    """A run has nothing to learn from; the message says why, and what would change that."""
 
 
 class JudgeError(RewardError):
-    """A judge model that can't be reached, refuses, or does not answer as it was asked to; says which and why."""
+    """A judge model cannot be reached, refuses, or gives an unusable reply; the message says which and why."""
 
 
 class ResourceError(GrpoRayError):
-    """The cluster lacks what the run asks for; says what is missing."""
+    """The cluster lacks resources that the run requests; the message names them."""
 
 
 class DeadlineError(GrpoRayError, TimeoutError):
-    """Something did not finish in time; names it and the option that sets the limit."""
+    """An operation did not finish in time; the message names it and the option that sets the limit."""
 
 
 class WorkerError(GrpoRayError):
-    """An actor failed or died; names it, and the log file that tells more."""
+    """An actor failed or died; the message names it, and its log file."""
 
 
 class NoMemoryError(WorkerError):
-    """An actor that memory ran out for; says what took it, and which options lower that."""
+    """An actor ran out of memory; the message says what took it, and which options reduce that."""
 
 
 class PoisonedError(WorkerError):
-    """A prompt that ends rollout engines; names it."""
+    """A prompt crashes rollout engines; the message names it."""
 
 
 class LostSamplesError(WorkerError):
-    """Samples that went with the node that held them: they have to be drawn again."""
+    """Samples were lost with the node that held them, and have to be sampled again."""
 
 
 class CheckpointError(GrpoRayError):
-    """A checkpoint can't be written or read."""
+    """A checkpoint cannot be written or read."""
 
 
 class StoreError(CheckpointError):
-    """An object store refuses, or is not there under that name; says which and why."""
+    """An object store refuses, or does not exist under that name; the message says which and why."""
 
 
 class StoreAwayError(StoreError):
-    """An object store that does not answer: it may come back."""
+    """An object store does not answer; it may come back."""
 
 
 class NonFiniteError(GrpoRayError):
-    """A loss or a gradient that is not a finite number; names the step, and the sample where it is known."""
+    """A loss or a gradient is not finite; the message names the step, and the sample where it is known."""
 
 
 def first_line(error: object) -> str:
-    """The first line of what an error says; what kind it is where it says nothing."""
+    """The first line of an error's message, or its kind if the message is empty."""
     return next(iter(_lines(error)), type(error).__name__)
 
 
 def kind_and_line(error: BaseException) -> str:
-    """`ValueError: no digits`: the kind of an error and the first line of what it says."""
+    """The kind of an error and the first line of its message: `ValueError: no digits`."""
     kind = type(error).__name__
     return ": ".join([kind, *_lines(error)[:1]])
 
 
 def told(error: BaseException) -> str:
-    """The first line of a library's error, and the next where the first only announces it."""
+    """The first line of a library's error, and the next where the first only introduces it."""
     lines = _lines(error)
     return " ".join(lines[:2]) if lines and lines[0].endswith(":") else first_line(error)
 

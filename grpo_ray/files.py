@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever their writer is killed."""
+"""Atomic file writes: files are complete or absent, whenever their writer is killed."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Any, BinaryIO
 from grpo_ray import json_text
 
 ASIDE = ".new"
-"""Behind the name of a file that is being written. One that is left over is worth nothing."""
+"""The suffix of a file that is being written. A leftover one is worthless."""
 
 
 def aside_of(path: Path) -> Path:
-    """Where a file is written before it is whole."""
+    """The path at which a file is written before it is complete."""
     return path.with_name(f"{path.name}{ASIDE}")
 
 
 @contextmanager
 def written_aside(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
-    """A file that takes the place of what is there when all is written; what can't be written leaves no trace.
+    """A file that replaces an existing one when it is completely written; a failed write leaves no trace.
 
     Args:
-        durable: it is on disk, too, at the end. Without it, a machine that loses its power may leave an empty file.
+        durable: sync the file to disk at the end. Without it, a power cut may leave an empty file.
     """
     aside = aside_of(path)
     try:
@@ -44,13 +44,13 @@ def written_aside(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
 
 
 def write_whole(path: Path, data: bytes | memoryview) -> None:
-    """In place of what is there. On disk, too, when this returns."""
+    """Write a file, replacing an existing one. It is synced to disk on return."""
     with written_aside(path) as file:
         file.write(data)
 
 
 def link_whole(link: Path, target: str) -> None:
-    """A symbolic link in place of what is there, which is never missing meanwhile."""
+    """Create a symbolic link, replacing an existing one without a moment in which it is missing."""
     aside = aside_of(link)
     aside.unlink(missing_ok=True)
     aside.symlink_to(target)
@@ -58,11 +58,11 @@ def link_whole(link: Path, target: str) -> None:
 
 
 MAX_JSON_BYTES = 64 << 20
-"""Of a file that says what others hold."""
+"""The largest size of a JSON file that describes other files."""
 
 
 def check_inside(name: object) -> str:
-    """A name of a file inside a folder, with `/`. Raises ValueError for one that leads out of it, or is none."""
+    """Check the name of a file inside a folder, with `/`. Raises ValueError for one that leads out of it, or is no name."""
     if not isinstance(name, str) or not name or len(name) > 1024:
         raise ValueError(f"names a file {str(name)[:40]!r}, expected a relative path")
     parts = PurePosixPath(name).parts
@@ -72,10 +72,10 @@ def check_inside(name: object) -> str:
 
 
 def open_inside(folder: Path, name: str) -> BinaryIO:
-    """A regular file of a folder, to be read.
+    """Open a regular file of a folder for reading.
 
     Raises:
-        OSError: it is not there, leads out of the folder by a link, is no regular file, or claims to be larger than its disk.
+        OSError: it does not exist, leads out of the folder by a link, is no regular file, or claims to be larger than its disk.
     """
     real = os.path.realpath(folder / name)
     if not Path(real).is_relative_to(os.path.realpath(folder)):
@@ -84,7 +84,7 @@ def open_inside(folder: Path, name: str) -> BinaryIO:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Likewise, wherever links lead; neither a pipe that nobody writes to nor a device is waited for."""
+    """Open a regular file, wherever links lead; it never blocks on a pipe without a writer or on a device."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         status = os.fstat(descriptor)
@@ -99,20 +99,20 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_json(path: Path) -> Any:
-    """Raises OSError as `open_regular`, and ValueError as `parse_json`."""
+    """Read a JSON file. Raises OSError as `open_regular`, and ValueError as `parse_json`."""
     with open_regular(path) as file:
         return parse_json(file.read(MAX_JSON_BYTES + 1))
 
 
 def parse_json(data: bytes) -> Any:
-    """Raises ValueError for what is no JSON, larger than MAX_JSON_BYTES or too deep."""
+    """Parse JSON. Raises ValueError for text that is no JSON, larger than MAX_JSON_BYTES or too deep."""
     if len(data) > MAX_JSON_BYTES:
         raise ValueError(f"has more than {MAX_JSON_BYTES >> 20} MiB")
     return json_text.read(data)
 
 
 def sync_folder(folder: Path) -> None:
-    """Which names are in it, on the disk to stay."""
+    """Sync the names in a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -121,8 +121,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def readable_as_asked(folder: Path) -> None:
-    """Files below `folder` get the mode that the umask asks for. safetensors makes its own 0600 whatever that says, and a model
-    that none but its owner may read is not exported."""
+    """Give files below `folder` the mode that the umask sets. safetensors makes its own 0600 regardless, and a model that only its
+    owner can read is not exported.
+    """
     mode = 0o666 & ~_umask()
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
@@ -130,6 +131,6 @@ def readable_as_asked(folder: Path) -> None:
 
 
 def _umask() -> int:
-    """Of this process. Asking `os.umask` changes it for a moment, under the feet of other threads."""
+    """The umask of this process. `os.umask` would change it for a moment, which other threads would see."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("Umask:")[2].split()[0], 8)

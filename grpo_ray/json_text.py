@@ -1,8 +1,8 @@
-"""JSON of files that anybody may have written: whatever is wrong with it is a ValueError that says so, in no time.
+"""JSON from untrusted files: every defect raises a ValueError that names it, without delay.
 
-`read` is for what this project writes (NaN included), `read_strictly` for rows of data, where what Python would let pass, and
-nobody means, is refused: a key twice, NaN and infinities, numbers beyond a float, keys with half of a character. (A text with one
-may be a program's input; where it is to be tokenized, `tokenized.check_characters` refuses it.)
+`read` is for files of this project (NaN included), `read_strictly` for rows of data, where it refuses what Python accepts and
+nobody intends: duplicate keys, NaN and infinities, numbers beyond a float, keys with a lone surrogate. (A text with one may be a
+program's input; where it is to be tokenized, `tokenized.check_characters` refuses it.)
 """
 
 from __future__ import annotations
@@ -15,23 +15,25 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 MAX_DEPTH = 100
-"""Of data; Parquet's own bound. What is deeper can be read, and not sent between processes."""
+"""The largest depth of data, Parquet's own bound. Deeper data can be read, and not sent between processes."""
 _HALF = re.compile("[\ud800-\udfff]")
 _MAY_BE_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read(data: str | bytes) -> Any:
-    """
+    """Read JSON.
+
     Raises:
-        ValueError: it is no JSON, nested too deeply, or holds a number of thousands of digits.
+        ValueError: it is no JSON, nested too deeply, or contains a number of thousands of digits.
     """
     return _loaded(data, json.loads)
 
 
 def read_strictly(data: bytes) -> Any:
-    """
+    """Read JSON strictly.
+
     Raises:
-        ValueError: as `read`, and what the head of this file lists.
+        ValueError: as `read`, and the cases listed at the top of this file.
     """
     value = _loaded(data, lambda data: _STRICT.decode(data.decode().removeprefix("\ufeff").rstrip()))
     if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
@@ -90,12 +92,12 @@ def _refuse_halves(value: Any) -> None:
 
 
 def _depth(value: Any) -> int:
-    """Of a number or a text 0."""
+    """The depth of a value, 0 for a number or a text."""
     return sum(1 for _ in _levels(value)) - 1
 
 
 def _levels(value: Any) -> Iterator[list[Any]]:
-    """The value itself, then what is in it, then what is in that, .."""
+    """The levels of a value: itself, then its elements, then theirs, .."""
     level = [value]
     while level:
         yield level

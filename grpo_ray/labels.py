@@ -1,4 +1,4 @@
-"""Labels of a cluster's nodes, and what a kind of worker asks of them, in the words of Ray's `label_selector`.
+"""Labels of a cluster's nodes, and the requirements of a kind of worker, in the syntax of Ray's `label_selector`.
 
 {zone: a}   {zone: "!a"}   {zone: "in(a, b)"}   {zone: "!in(a, b)"}        every entry must hold
 """
@@ -14,7 +14,7 @@ _KEY = re.compile(rf"(?:{_VALUE}/)?{_VALUE}")
 
 
 def check_labels(labels: dict[str, str]) -> dict[str, str]:
-    """The same. Raises ValueError for what Ray does not take."""
+    """The labels, checked. Raises ValueError for those that Ray does not accept."""
     for key, selector in labels.items():
         if not _KEY.fullmatch(key):
             raise ValueError(f"{key!r} is no label's name; it reads zone or example.com/zone")
@@ -24,7 +24,7 @@ def check_labels(labels: dict[str, str]) -> dict[str, str]:
 
 
 def check_resources(resources: dict[str, float]) -> dict[str, float]:
-    """The same. Raises ValueError for what has an option of its own."""
+    """The resources, checked. Raises ValueError for those that have an option of their own."""
     for name, option in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
         if name in resources:
             raise ValueError(f"{name} is no custom resource: use {option}")
@@ -32,7 +32,7 @@ def check_resources(resources: dict[str, float]) -> dict[str, float]:
 
 
 def fits(labels: Mapping[str, str], asked: Mapping[str, str]) -> bool:
-    """May a worker that asks for this be put on a node with these labels?"""
+    """Whether a worker with these requirements may be placed on a node with these labels."""
     for key, selector in asked.items():
         found = _SELECTOR.fullmatch(selector)
         assert found is not None, selector

@@ -1,6 +1,6 @@
-"""What this machine lets a process have: a container's limits as well as the hardware.
+"""CPU and memory available to a process: a container's limits as well as the hardware.
 
-Control groups of both versions are asked, from the process's own up to the root: the tightest limit counts.
+Control groups of both versions are read, from the process's own up to the root: the tightest limit counts.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import psutil
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 UNLIMITED = 1 << 60
-"""Bytes. Version 1 writes the largest multiple of a page where there is no limit."""
+"""The least value in bytes that means no limit: version 1 writes the largest multiple of a page."""
 
 
 def usable_cpus() -> int:
-    """Cores that this process may keep busy at once: those it may run on, or what its quota pays for; 1 or more."""
+    """The cores that this process may keep busy at once: those of its affinity, or as many as its quota allows; 1 or more."""
     cores = len(os.sched_getaffinity(0))
     quota = cpu_quota()
     return cores if quota is None else max(1, min(cores, int(quota)))
 
 
 def cpu_quota(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float | None:
-    """CPUs that the control groups of this process may use in the mean; None: as many as there are."""
+    """The CPUs that the control groups of this process may use on average; None: unlimited."""
     found = []
     for folder in _folders("cpu", root, membership):
         match _words(folder / "cpu.max"):
@@ -38,20 +38,20 @@ def cpu_quota(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float | No
 
 
 def total_memory(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
-    """Bytes that processes here may have: the machine's, or what a control group of this process allows if that is less."""
+    """The bytes of memory for processes here: the machine's, or what a control group of this process allows if that is less."""
     total = int(psutil.virtual_memory().total)
     return min([total, *(limit for _, limit, _ in _memory_limits(root, membership))])
 
 
 def free_memory(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
-    """Bytes that can be taken before the machine, or a control group of this process, has none left."""
+    """The bytes that can be taken before the machine, or a control group of this process, is out of memory."""
     free = int(psutil.virtual_memory().available)
     limits = _memory_limits(root, membership)
     return min([free, *(max(0, limit - used + _reclaimable(folder)) for folder, limit, used in limits)])
 
 
 def _memory_limits(root: Path, membership: Path) -> Iterator[tuple[Path, int, int]]:
-    """(control group, bytes that it may have, bytes that it has) of those with a limit."""
+    """The (control group, limit in bytes, bytes in use) of control groups with a limit."""
     for folder in _folders("memory", root, membership):
         for limit_name, used_name in (
             ("memory.max", "memory.current"),
@@ -63,14 +63,14 @@ def _memory_limits(root: Path, membership: Path) -> Iterator[tuple[Path, int, in
 
 
 def _reclaimable(folder: Path) -> int:
-    """Bytes of files that a control group holds and would give back."""
+    """The bytes of file cache that a control group holds and would give back."""
     words = _words(folder / "memory.stat")
     stat = dict(zip(words[::2], words[1::2], strict=False))
     return int(stat.get("total_inactive_file", stat.get("inactive_file", "0")))
 
 
 def _folders(controller: str, root: Path, membership: Path) -> Iterator[Path]:
-    """Of the control groups that this process is in, the innermost first."""
+    """The folders of the control groups that this process is in, the innermost first."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:

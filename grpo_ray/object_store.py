@@ -1,9 +1,9 @@
-"""What is asked of an object store by fsspec, and the one line that says why there is no answer.
+"""Requests to an object store by fsspec, with errors of one line.
 
-    ask(url, what, call)  ->  call(filesystem), tried again while the store does not answer, for a while
+    ask(url, what, call)  ->  call(filesystem), retried for a while if the store does not answer
 
-Stores go away and come back: a network, a rolling update, a limit of requests. What they refuse (a key, a bucket that is not
-there) they refuse again.
+Stores go away and come back: a network, a rolling update, a rate limit. What they refuse (a key, a missing bucket) they refuse
+again.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from grpo_ray.plain_terminal import say
 
 T = TypeVar("T")
 PATIENCE_S = 60.0
-"""How long a command waits for a store that does not answer, where nothing else could be done meanwhile."""
+"""How many seconds a command waits for a store that does not answer, where it could do nothing else meanwhile."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0
-"""Between two attempts, at first and at most."""
+"""The first and the longest wait between two attempts."""
 WITHOUT_FOLDERS = frozenset(
     ["s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "obs", "cos", "r2", "tos"]
 )
-"""Protocols where a name with slashes needs nothing above it. Made all the same, a mistyped bucket would come into being."""
+"""Protocols where a name with slashes needs no folder. If one were created all the same, so would be a mistyped bucket."""
 
 _REFUSALS = (
     *("NoCredentials", "PartialCredentials", "ProfileNotFound", "InvalidAccessKeyId", "SignatureDoesNotMatch"),
     *("Unauthorized", "Forbidden", "AccessDenied", "ParamValidation", "InvalidRegion", "EndpointProvider"),
 )
-"""In the name of an error, or at its beginning, of clients that do not say it by PermissionError."""
+"""Parts of the names or beginnings of errors that mean a refusal, from clients that do not raise PermissionError."""
 _HERE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENAMETOOLONG}
-"""What goes wrong on this side."""
+"""Errors of this machine, not of the store."""
 
 
 def is_url(path: str) -> bool:
@@ -47,18 +47,18 @@ def ask(
     patience_s: float = 0.0,
     tell: Callable[[str], None] | None = None,
 ) -> T:
-    """What `call` makes of the store's filesystem.
+    """Return the result of `call` with the store's filesystem.
 
     Args:
-        what: it does, for messages: "list the checkpoints".
-        patience_s: for a store that does not answer; 0: it is asked once.
-        tell: one line, the first time that it does not. None: on stderr.
+        what: the description of the call for messages: "list the checkpoints".
+        patience_s: how long to retry while a store does not answer; 0: one attempt.
+        tell: gets one line, the first time that it does not answer. None: stderr.
 
     Raises:
-        FileNotFoundError: there is no such thing in it.
-        StoreError: it refuses.
+        FileNotFoundError: the store has no such object.
+        StoreError: the store refuses.
         StoreAwayError: it did not answer.
-        CheckpointError: there is no package for it.
+        CheckpointError: there is no package for this kind of store.
     """
     give_up, wait_s, told = time.monotonic() + patience_s, FIRST_WAIT_S, False
     while True:
@@ -83,7 +83,7 @@ def ask(
 
 
 def check_store(url: str, patience_s: float) -> None:
-    """That a run may write there, before its workers start: a few bytes are written, listed and removed.
+    """Check that a run may write to the store, before its workers start: a few bytes are written, listed and removed.
 
     Raises:
         StoreError: it refuses, or there is no such bucket.
@@ -109,14 +109,14 @@ def check_store(url: str, patience_s: float) -> None:
 
 
 def make_folder(fs: Any, path: str) -> None:
-    """Where `path` can lie, in stores that have folders."""
+    """Create the parent folder of `path`, in stores that have folders."""
     protocol = path.partition("://")[0]
     if protocol not in WITHOUT_FOLDERS:
         fs.makedirs(path.rpartition("/")[0], exist_ok=True)
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Would it be the same again?"""
+    """Whether another attempt would give the same error."""
     if isinstance(error, OSError) and error.errno in _HERE:
         return True
     if isinstance(error, PermissionError | FileExistsError | NotADirectoryError | IsADirectoryError):
@@ -125,12 +125,12 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """One line."""
+    """The reason of an error, in one line."""
     return kind_and_line(error)[:300]
 
 
 def filesystem(url: str) -> Any:
-    """Without what it remembers of folders, which others change.
+    """The filesystem of a URL, without its cache of folders, which others change.
 
     Raises:
         CheckpointError: fsspec has nothing for that protocol.
@@ -146,7 +146,7 @@ def filesystem(url: str) -> Any:
 
 
 def _forget(url: str) -> None:
-    """The client with the keys that it was made with: those of the next one may be new."""
+    """Drop the cached client with its credentials: those of the next one may be new."""
     type(filesystem(url)).clear_instance_cache()
 
 

@@ -1,4 +1,4 @@
-"""Text of others on a terminal or in a log: what a file, a model or another machine says moves no cursor and sets no clipboard."""
+"""Untrusted text on a terminal or in a log: text of a file, a model or another machine moves no cursor and sets no clipboard."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from typing import Any, TextIO
 from grpo_ray.secrets import hide_secrets
 
 _SEQUENCES = re.compile(
-    # OSC, DCS, PM, APC, SOS up to their end, where it comes; then CSI; then two-character sequences.
+    # OSC, DCS, PM, APC, SOS up to their terminator, if there is one; then CSI; then two-character sequences.
     r"(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x90\x98\x9c-\x9f\n]{0,4096}+(?:\x07|\x1b\\|\x9c)"
     r"|(?:\x1b\[|\x9b)[0-?]{0,64}[ -/]{0,16}[@-~]"
     r"|\x1b[ -/]{0,16}[0-Z\\^-~]"
 )
-# C0 but for newline and tab, DEL, C1; separators that are taken for newlines; what turns the direction of text or is not seen.
+# C0 except newline and tab, DEL, C1; separators that count as newlines; characters that change the direction of text or are
+# invisible.
 _CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
 
 
 def clean(text: str) -> str:
-    """`text` without control characters and their sequences; newlines and tabs stay, and what would overwrite a line begins one."""
+    """`text` without control characters and sequences; newlines and tabs stay, and a character that would overwrite a line
+    starts a new one."""
     if text.isascii() and text.isprintable():
         return text
     text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -32,12 +34,12 @@ def clean(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Likewise, without newlines."""
+    """`clean` text without newlines."""
     return clean(text).replace("\n", " ").replace("\t", " ")
 
 
 class CleanStream(io.TextIOBase):
-    """A stream whose text goes through `clean` on its way to another one: for prints, logging, warnings and tracebacks alike."""
+    """A stream whose text goes through `clean` before another one: for prints, logging, warnings and tracebacks alike."""
 
     def __init__(self, raw: TextIO) -> None:
         self.raw = raw
@@ -75,18 +77,18 @@ class CleanStream(io.TextIOBase):
 
 
 def clean_streams() -> None:
-    """Let everything that this process writes as text be clean from here on; an error that nobody expected holds no secrets."""
+    """Clean everything that this process writes as text from now on; unexpected errors show no secrets."""
     sys.stdout, sys.stderr = _cleaned(sys.stdout), _cleaned(sys.stderr)
     sys.excepthook = _tell_unexpected
 
 
 def raw_of(stream: TextIO) -> TextIO:
-    """The stream below, for who writes sequences of its own."""
+    """The underlying stream, for code that writes control sequences of its own."""
     return stream.raw if isinstance(stream, CleanStream) else stream
 
 
 def say(text: str, *, error: bool = False) -> None:
-    """One line on stdout, or on stderr."""
+    """Print one line on stdout, or on stderr."""
     stream = sys.stderr if error else sys.stdout
     stream.write(f"{clean(text)}\n")
     stream.flush()

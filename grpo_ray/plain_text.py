@@ -1,4 +1,4 @@
-"""Texts in one of the many ways in which Unicode can write them, in time that grows with their length alone."""
+"""Unicode normalisation of texts that can be written in many ways, in time linear in their length."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import re
 import unicodedata
 
 MAX_MARKS = 30
-"""On one letter, as Unicode's stream-safe format has it (UAX 15). They are put in order two by two: 30,000 take seconds."""
+"""The most marks on one letter, as in Unicode's stream-safe format (UAX 15). They are sorted pair by pair: 30,000 take seconds."""
 # Only between letters can there be so many.
 _NO_LETTERS = re.compile(rf"\W{{{MAX_MARKS + 1},}}")
 
 
 MAX_GROWTH = 1.5
-"""Of a text by its plain equivalents: there are signs for 18 letters."""
+"""The largest growth of a text by its plain equivalents: there are signs for 18 letters."""
 
 
 def nfkc(text: str) -> str:
-    """Full-width letters, ligatures and the like as their plain equivalents; letters and their marks as one sign. Where that makes
-    much more of a text, signs for several letters stay as they are."""
+    """Normalise full-width letters, ligatures and the like to plain equivalents; letters and their marks become one sign. If that
+    makes the text much longer, signs for several letters stay as they are.
+    """
     if text.isascii():
         return text
     bound = bound_marks(text)
@@ -30,12 +31,12 @@ def nfkc(text: str) -> str:
 
 
 def whole_characters(text: str) -> str:
-    """Halves of characters, which UTF-8 can't hold, as `\ufffd`."""
+    """The text with lone surrogates, which UTF-8 cannot hold, as `\ufffd`."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def bound_marks(text: str) -> str:
-    """Without the marks of a letter that has more than MAX_MARKS, from there on."""
+    """The text without the marks of a letter beyond MAX_MARKS."""
     return _NO_LETTERS.sub(lambda found: _bound(found[0]), text)
 
 

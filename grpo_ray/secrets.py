@@ -1,4 +1,4 @@
-"""Keys and tokens stay where they are: recipes can't hold them, and what a run tells has them taken out.
+"""Protection of keys and tokens: recipes cannot hold them, and a run's output does not show them.
 
 A recipe becomes config.yaml, goes to trackers and shows in Ray's dashboard. It names a secret as `${NAME}`, and Ray fills in the
 value where the worker starts.
@@ -24,21 +24,21 @@ SECRET_NAME = re.compile(
     rf"((^|_)({_NAMED})|[A-Z0-9]_KEY|[A-Z0-9]{{2,}}(PASSWORD|PASSWD|PASSPHRASE|SECRET|TOKEN|APIKEY))$"
 )
 _SECRET_OPTION = re.compile(rf"((^|_)({_NAMED})|[A-Z0-9]{{2,}}(PASSWORD|PASSWD|PASSPHRASE|SECRET|APIKEY))$")
-"""Of an option of a recipe: other keys than these are a data set's to have."""
+"""The name of a recipe's option for a secret: other keys belong to data sets."""
 _ANY_TOKEN = re.compile(r"TOKENS?$")
 _SURE_TOKEN = re.compile(
     r"(^|_)(API|ACCESS|AUTH|BEARER|BOT|REFRESH|SESSION|SECRET|SERVICE|PERSONAL|ADMIN|HF|HUB|GITHUB|GITLAB|SLACK|VAULT|WANDB)_?TOKENS?$"
 )
-"""Other tokens may be words of a text."""
+"""Names of tokens that are certainly secrets; other tokens may be words of a text."""
 _SUFFIX = re.compile(
     r"(?<!^PASS)_?(\d{1,4}|V\d|(?<=_)(OLD|NEW|PROD|PRODUCTION|DEV|TEST|STAGING|LIVE|BACKUP|PRIMARY|SECONDARY|MAIN|VALUE|[A-Z]))$"
 )
-"""Of one of several secrets: api_key_1, token2, password_prod."""
+"""The suffix of one of several secrets: api_key_1, token2, password_prod."""
 _BESIDE = re.compile(
     r"^(USER|USER_?NAME|LOGIN|NAME|EMAIL|ACCOUNT|TYPE|KIND|METHOD|SCHEME|MODE|PROVIDER|PROFILE|HOST|PORT|URL|URI|ENDPOINT|REGION|"
     r"SCOPES?|AUDIENCE|ISSUER|(CLIENT_)?ID|PROJECT|DATABASE|BUCKET|FILE|PATH|ENV|VARIABLE|HEADER|PREFIX)$"
 )
-"""What stands beside a secret in a mapping of a telling name."""
+"""Keys beside a secret in a mapping whose name reveals it."""
 _IDENTIFIER = re.compile(r"[A-Za-z]+(?:[_.-]+[A-Za-z]+|[_.-]*v?\d{1,3}(?![A-Za-z0-9]))*")
 _NO_SECRETS = re.compile(
     r"^(OLD)?PWD$|^(PAD|EOS|BOS|UNK|SEP|CLS|MASK|STOP|START|END|BEGIN|SPECIAL|IMAGE|THINK|NEW|MAX|MIN|NUM|LAST|FIRST)(_[A-Z]+)*_TOKENS?$"
@@ -47,12 +47,12 @@ _NO_SECRETS = re.compile(
 REFERENCE = re.compile(r"\$\{\w+\}")
 TOKEN_BYTES = 32
 MIN_LENGTH = 8
-"""Shorter values are taken for words: `true`, `token`."""
+"""The least length of a secret; shorter values are taken for words: `true`, `token`."""
 HIDDEN = "[hidden]"
 _NO_VALUE = re.compile(
     r"|[01]|(?i:true|false|yes|no|on|off|none|null|default|auto)|[~.]?/[\w.-]+(?:/[\w.-]+)*\.\w{1,8}|~?/[\w.-]+(?:/[\w.-]+)+"
 )
-"""Of a variable that is called as secrets are: a switch, or the path of a file."""
+"""Values of a variable named like a secret that are none: a switch, or the path of a file."""
 _WORDS = ("none", "default", "auto", "None", "True", "False", "null", "true", "false", HIDDEN)
 _VALUE = re.compile(
     r"(?<![A-Za-z0-9])(?:sk|rk|pk)-[A-Za-z0-9_-]{16,}|(?<![A-Za-z0-9])(?:gh[oprsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,})"
@@ -65,9 +65,9 @@ _VALUE = re.compile(
     r"|-----BEGIN [A-Z ]{0,40}PRIVATE KEY(?: BLOCK)?-----(?:[^-]{0,20000}+-----END [A-Z ]{0,40}-----)?"
     r"|(?i:\b(?:AccountKey|SharedAccessKey|SharedAccessSignature)=[^;\s]{8,})"
 )
-"""Keys that are known by their form, wherever they stand."""
+"""Keys that are recognised by their form, wherever they are."""
 _SCHEME = re.compile(r"^(?i:Bearer|Basic|Token|ApiKey)\s+")
-"""Of a header `Authorization`."""
+"""The scheme of a header `Authorization`."""
 _URL_USER = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,30}+://)(?P<user>[^\s/?#@:]{0,200}+:(?!\d{1,5}(?:[/?#]|$))[^\s@\"']{1,500}+"
     r"(?:@[^\s@/\"']{1,200}(?=@))*)(?=@)"
@@ -83,12 +83,12 @@ _ASSIGNED = re.compile(
 
 
 def is_secret_name(variable: str) -> bool:
-    """Does this environment variable hold a secret, by its name?"""
+    """Whether this environment variable holds a secret, judged by its name."""
     return _is_named(variable, SECRET_NAME)
 
 
 def _is_named(name: str, pattern: re.Pattern[str]) -> bool:
-    """Is it called so, one of several or alone?"""
+    """Whether the name matches, as one of several or alone."""
     upper = _upper(name)
     return any(_NO_SECRETS.search(n) is None and pattern.search(n) is not None for n in (upper, _SUFFIX.sub("", upper)))
 
@@ -99,7 +99,7 @@ def _upper(name: str) -> str:
 
 
 def check_env(env: dict[str, str]) -> dict[str, str]:
-    """An `env:` of a recipe. Raises ValueError for a secret that is written out."""
+    """An `env:` of a recipe, checked. Raises ValueError for a secret that is written out."""
     for name, value in env.items():
         if REFERENCE.fullmatch(value):
             continue
@@ -112,10 +112,10 @@ def check_env(env: dict[str, str]) -> dict[str, str]:
 
 
 def secrets_in(tree: Any, key: str = "", named: str = "") -> Iterator[str]:
-    """The dotted keys of a recipe that hold a secret, by their names or by what they hold; of `env`, `check_env` tells.
+    """The dotted keys of a recipe that hold a secret, judged by their names or values; `env` is left to `check_env`.
 
     Args:
-        named: the nearest name above that tells of a secret.
+        named: the nearest name above that reveals a secret.
     """
     match tree:
         case dict():
@@ -126,7 +126,7 @@ def secrets_in(tree: Any, key: str = "", named: str = "") -> Iterator[str]:
                 elif name == "env" and isinstance(value, dict):
                     continue
                 elif name == "columns" and isinstance(value, dict):
-                    # What a data set calls its columns.
+                    # The names of a data set's columns.
                     yield from secrets_in(list(value.values()), inner)
                 else:
                     yield from secrets_in(value, inner, _telling(str(name), _name_beside(tree, str(name)), named))
@@ -144,12 +144,12 @@ def secrets_in(tree: Any, key: str = "", named: str = "") -> Iterator[str]:
 
 
 def _name_beside(pair: dict[Any, Any], name: str) -> str:
-    """Of `{name: NAME, value: VALUE}` what the value is called."""
+    """The name of a value given as `{name: NAME, value: VALUE}`."""
     return str(pair.get("name") or pair.get("key") or pair.get("header") or "") if name.lower() == "value" else ""
 
 
 def _telling(name: str, beside: str, above: str) -> str:
-    """The name by which a value may be known for a secret: its own, that of its pair, or the one above that tells."""
+    """The name that reveals a value as a secret: its own, that of its pair, or the one above."""
     for said in (name, beside):
         if _is_named(said, SECRET_NAME):
             return said
@@ -158,7 +158,7 @@ def _telling(name: str, beside: str, above: str) -> str:
 
 
 def _names_secret(name: str, value: Any) -> bool:
-    """Is it an option for a secret, and is one given?"""
+    """Whether it is an option for a secret, and has a value."""
     given = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
     given = _SCHEME.sub("", given)
     if len(given) < 4 or REFERENCE.fullmatch(given) or any(c.isspace() or c in "<>|" for c in given) or given in _WORDS:
@@ -170,18 +170,18 @@ def _names_secret(name: str, value: Any) -> bool:
 
 
 def _is_random(text: str, least: int) -> bool:
-    """Is it longer than that, of digits and letters, and not made of words?"""
+    """Whether the text is longer than that, of digits and letters, and not made of words."""
     mixed = any(map(str.isdigit, text)) and any(map(str.isalpha, text))
     return len(text) >= least and mixed and not _IDENTIFIER.fullmatch(text)
 
 
 def holds_secret(text: str) -> bool:
-    """Is there a key of a known form in it, a URL with a password, or one with a token among its parameters?"""
+    """Whether the text contains a key of a known form, a URL with a password, or one with a token among its parameters."""
     return hide_forms(text) != text
 
 
 def hide_forms(text: str) -> str:
-    """`text` without keys of known forms, and without what URLs hold of users and tokens."""
+    """`text` without keys of known forms, and without users and tokens of URLs."""
     text = _VALUE.sub(HIDDEN, text)
     if "://" not in text:
         return text
@@ -201,7 +201,7 @@ def _hide_parameter(found: re.Match[str]) -> str:
 
 
 def _assigned(text: str) -> str:
-    """`text` without what stands behind the names of secrets: `password=..`, `api_key: ..`."""
+    """`text` without the values assigned to names of secrets: `password=..`, `api_key: ..`."""
 
     def hide(found: re.Match[str]) -> str:
         name, value = found["name"].rpartition(".")[2], found["value"]
@@ -213,12 +213,12 @@ def _assigned(text: str) -> str:
 
 
 def resolve(env: Mapping[str, str], node: Mapping[str, str]) -> dict[str, str]:
-    """`${NAME}` -> its value on this node, '' where it has none. Ray does the same with what it starts itself."""
+    """Values of `${NAME}` on this node, '' where it has none. Ray does the same for the processes that it starts itself."""
     return {k: node.get(v[2:-1], "") if REFERENCE.fullmatch(v) else v for k, v in env.items()}
 
 
 def secret_values(env: Mapping[str, str]) -> list[str]:
-    """What must not be told: the secrets of this environment, and Ray's token. The longest first."""
+    """The secrets that must not be shown: those of this environment, and Ray's token. The longest first."""
     values = {value for name, value in env.items() if is_secret_name(name) and not value.startswith(("/", "~"))}
     with contextlib.suppress(OSError, ValueError):
         values.add(token_path(env).read_text().strip())
@@ -226,15 +226,16 @@ def secret_values(env: Mapping[str, str]) -> list[str]:
 
 
 def hide_secrets(text: str, env: Mapping[str, str] = os.environ) -> str:
-    """`text` without them: what leaves a worker, or goes to a terminal, as a message or a traceback."""
+    """`text` without secrets, for messages and tracebacks that leave a worker or go to a terminal."""
     for value in secret_values(env):
         text = text.replace(value, HIDDEN)
     return _assigned(hide_forms(text))
 
 
 def make_token(env: Mapping[str, str]) -> None:
-    """Ray's token is there, and nobody else could read it at any moment: Ray's own would be readable by all until it is told
-    otherwise. One that is there already is kept."""
+    """Create Ray's token so that nobody else can read it at any moment: Ray's own would be readable by all until it is configured
+    otherwise. An existing one is kept.
+    """
     if env.get("RAY_AUTH_TOKEN"):
         return
     path = token_path(env)
@@ -246,7 +247,7 @@ def make_token(env: Mapping[str, str]) -> None:
 
 
 def _write_once(path: Path, text: str) -> None:
-    """All of it at once and for this user alone; another process that was first has its own kept."""
+    """Write a file at once, readable by this user alone; the file of another process that was first is kept."""
     aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
@@ -263,5 +264,5 @@ def _write_once(path: Path, text: str) -> None:
 
 
 def token_path(env: Mapping[str, str]) -> Path:
-    """Where Ray keeps the token of a cluster; also `RAY_AUTH_TOKEN` may hold it."""
+    """The path at which Ray keeps the token of a cluster; `RAY_AUTH_TOKEN` may hold it too."""
     return Path(env.get("RAY_AUTH_TOKEN_PATH") or Path(env.get("HOME") or Path.home(), ".ray", "auth_token"))

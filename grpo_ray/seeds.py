@@ -1,4 +1,4 @@
-"""Seeds that depend on what is sampled, not on when or where."""
+"""Seeds that depend on the sample alone, not on when or where it is made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was meant by a name that there is not."""
+"""Suggestions for unknown names."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import difflib
 from collections.abc import Callable, Iterable
 
 ALIKE = 0.6
-"""Of `difflib`'s ratio: `smoek` is `smoke` (0.8), `smoke` is not `chat` (0)."""
+"""The least ratio of `difflib`: `smoek` is `smoke` (0.8), `smoke` is not `chat` (0)."""
 
 
 def closest(name: str, known: Iterable[str], cutoff: float = ALIKE) -> str | None:
-    """The one that is spelt most alike; None: none is."""
+    """The known name with the most similar spelling; None if none is similar."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
 
 
@@ -24,16 +24,16 @@ def did_you_mean(
     show: Callable[[str], str] = str,
     then: str = "",
 ) -> str:
-    """`did you mean smoke?`
+    """The suggestion, e.g. `did you mean smoke?`
 
     Args:
-        name: that there is not.
-        known: those that there are.
-        otherwise: what is said where none is spelt alike.
-        cutoff: how alike.
-        count: names at most.
-        show: how a name is written.
-        then: what is said in either case.
+        name: the unknown name.
+        known: the existing names.
+        otherwise: the text where no name is similar.
+        cutoff: the least similarity.
+        count: the most names.
+        show: formats a name.
+        then: the text that follows in either case.
     """
     close = difflib.get_close_matches(name, list(known), n=count, cutoff=cutoff)
     hint = f"did you mean {', '.join(map(show, close))}?" if close else otherwise

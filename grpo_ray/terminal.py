@@ -1,4 +1,4 @@
-"""The one console of this project. Text of users (prompts, paths, what models wrote) is printed as it is: no markup, no emoji
+"""The one console of this project. Text of users (prompts, paths, output of models) is printed as it is: no markup, no emoji
 codes, no control characters."""
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from grpo_ray.plain_terminal import one_line, raw_of
 
 
 class PlainConsole(Console):
-    """A console that prints strings literally; what has a style is a `Text`. Only its own colours and moves of the cursor reach
-    the terminal."""
+    """A console that prints strings literally; styled text is a `Text`. Only its own colours and cursor moves reach the
+    terminal."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, markup=False, emoji=False, **options)

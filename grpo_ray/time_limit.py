@@ -1,7 +1,7 @@
-"""A limit on the processor time of one call, in any thread: for programs of others that run in ours, such as chat templates.
+"""A limit on the processor time of one call, in any thread: for foreign programs that run in ours, such as chat templates.
 
-One thread, while there are such calls, looks at the clocks of theirs and raises an exception in the one that is late. A single step
-inside C code is not interrupted.
+While there are such calls, one thread watches their clocks and raises an exception in the late one. A single step inside C code is
+not interrupted.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class TooLongError(Exception):
 
 
 class _Late(BaseException):
-    """No Exception, so that no `except Exception` on the way keeps it."""
+    """Not an Exception, so that no `except Exception` on the way catches it."""
 
 
 def within_thread_s(seconds: float, call: Callable[[], T]) -> T:
-    """What `call` returns.
+    """Return the result of `call`.
 
     Raises:
-        TooLongError: it took longer; it is within a tick of the limit.
+        TooLongError: it took longer, measured to within a tick.
     """
     thread = threading.get_ident()
     try:
@@ -78,7 +78,7 @@ def _raise_in(thread: int, error: type[BaseException] | None) -> None:
 
 
 def _begin_again() -> None:
-    """In a fork, where the watching thread is not, and may have held the lock."""
+    """Start anew in a fork, which has no watching thread, and may have inherited its lock in a locked state."""
     global _lock
     _lock = threading.Lock()
     _ends.clear()

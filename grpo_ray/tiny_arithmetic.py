@@ -1,4 +1,4 @@
-"""What `grpo_ray.tasks.arithmetic` was called before: users' own modules import it by this name."""
+"""The earlier name of `grpo_ray.tasks.arithmetic`, by which users' own modules import it."""
 
 from grpo_ray.tasks.arithmetic import Flaws, demonstrate, flawed_demonstrations
 
