@@ -82,7 +82,7 @@ class RolloutActor:
         self.name = f"rollout-{index}"
         own_process(run_dir, self.name)
         self._scratch = own_scratch(run_dir, self.name)
-        # vLLM's own processes talk to each other on this node alone; `weight_gloo_engine` has an address for others.
+        # vLLM's own processes talk to each other on this node alone; `weights.gloo_engine` has an address for others.
         use_nodes_interface(on_one_node=True)
         os.environ.setdefault("VLLM_HOST_IP", ray.util.get_node_ip_address())
         import torch._dynamo
