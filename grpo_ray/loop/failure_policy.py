@@ -12,7 +12,7 @@ from grpo_ray.types import Group, Score
 DROPPED = "reward_failed"
 """The reason for a dropped group in metrics; the ledger names the kind of failure."""
 MIN_GROUPS = 4
-"""The least number of groups whose scores failures are counted against: one bad prompt does not end the run, and a function that
+"""The least number of groups against whose scores failures are counted: one bad prompt does not end the run, and a function that
 always hangs is found soon.
 """
 

@@ -69,7 +69,7 @@ class GroupRollout(asyncio.Future[None]):
 
     def _go_on(self, future: asyncio.Future[Any]) -> None:
         if self.done():
-            # Retrieved, so that asyncio does not log an exception that was never retrieved.
+            # Retrieve the exception, which asyncio would log otherwise.
             _ = future.cancelled() or future.exception()
             return
         try:

@@ -1,4 +1,6 @@
-"""Task adapters for the supervised trainer (SFT, DPO, reward model): dataset, collator, held-out metrics.
+"""Task adapters for the supervised trainer: demonstrations (SFT), pairs (DPO, reward models), labelled answers (reward models).
+
+Each has a dataset, a collator and held-out metrics.
 
 dataset -> Cursor -> examples -> batch -> learner;  before the first step `prepare`, then and at the end `measure`
 """
