@@ -17,7 +17,7 @@ BEST_OF = 5
 NOW = (1, 2, 4, 8)
 """The numbers of last steps whose mean is compared with it: a few prompts a step are significant only together."""
 OF_LEVEL = 1 / 3
-"""An accuracy has fallen when this fraction of it is left, or less, and it has not recovered below twice as much."""
+"""The fraction of its level at which an accuracy counts as fallen; it has recovered only above twice this fraction."""
 LEAST_FALL = 0.1
 LEAST_Z, LEAST_Z_OF_REWARD = 4.5, 6.0
 """The least z-score, in standard errors of the difference; groups are independent. Many differences are compared over a run."""
