@@ -319,7 +319,7 @@ class TrainSample:
     num_tokens: int
     advantage: float
     """The sample's advantage; the reward, NaN without a score, where the learner computes advantages
-    (`AlgorithmConfig.advantages_on_learner`); with `algorithm.advantage: process` the mean over its tokens, for people.
+    (`AlgorithmConfig.advantages_on_learner`); with `algorithm.advantage: process` the mean over its tokens, for display.
     """
     group: int
     """The index of its group in the batch."""
