@@ -27,7 +27,7 @@ import yaml
 from tests.chaos.processes import adopt_orphans, end, family
 from tests.chaos.soak import StepFile, recipe
 from tests.chaos.victims import VICTIMS, strike
-from tests.end_to_end.clusters import CheckpointLocation
+from tests.end_to_end.clusters import Place
 from tests.end_to_end.runs import launch, metrics, train
 
 IN_ONE_RUN = ("an engine", "a rollout actor", "a reward actor", "a learner")
@@ -136,7 +136,7 @@ def of_controllers(folder: Path, repeats: int, out: dict[str, Recovered]) -> Non
 def of_nodes(folder: Path, repeats: int, out: dict[str, Recovered]) -> None:
     """Two engines, three nodes that can have one."""
     who = "a node with one of two engines"
-    place = CheckpointLocation(folder)
+    place = Place(folder)
     try:
         place.make_token()
         place.start_head('--resources={"engines": 1}')

@@ -18,7 +18,7 @@ import pytest
 from actors.cluster import controller_name
 from tests.bench.simulated import oldest_trained
 from tests.chaos.processes import adopt_orphans, end, left_behind, living
-from tests.end_to_end.clusters import CheckpointLocation
+from tests.end_to_end.clusters import Place
 from tests.end_to_end.runs import metrics
 from tests.end_to_end.test_scale import await_step, await_workers, check_ledger, is_live, steps, wait_for
 
@@ -88,11 +88,11 @@ def link() -> Iterator[Link]:
 
 
 @pytest.fixture(scope="module")
-def place(link: Link, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CheckpointLocation]:
+def place(link: Link, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """A head with one engine's resources, and another node behind the link with as much."""
     adopt_orphans()
     before = {p.pid for p in living()}
-    place = CheckpointLocation(tmp_path_factory.mktemp("place"))
+    place = Place(tmp_path_factory.mktemp("place"))
     try:
         place.make_token()
         place.start_head('--resources={"engines": 1}', "--labels=site=near", ip=NEAR)
@@ -105,12 +105,12 @@ def place(link: Link, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chec
         assert found == []
 
 
-def add_far(place: CheckpointLocation, link: Link) -> None:
+def add_far(place: Place, link: Link) -> None:
     place.add_node("far", 1, within=["ip", "netns", "exec", link.namespace], ip=FAR, engines=1)
     wait_for(lambda: sorted(place.nodes().values()) == ["far", "near"], "the far node does not join")
 
 
-def submit(place: CheckpointLocation, name: str, *options: str) -> Path:
+def submit(place: Place, name: str, *options: str) -> Path:
     options = (
         "num_steps=100000",
         "rollout.num_actors=2",
@@ -130,7 +130,7 @@ def submit(place: CheckpointLocation, name: str, *options: str) -> Path:
     return run
 
 
-def check_end(place: CheckpointLocation, name: str, staleness: int) -> None:
+def check_end(place: Place, name: str, staleness: int) -> None:
     run = place.runs / name
     assert place.run("stop", name, "--address", place.address)[0] == 0
     wait_for(lambda: not is_live(place, name), "it does not end", run)
@@ -143,13 +143,13 @@ def longest_step_s(run: Path, first: int) -> float:
     return max(m["time/step"] for m in steps(run)[first:])
 
 
-def is_there(place: CheckpointLocation, site: str) -> bool:
+def is_there(place: Place, site: str) -> bool:
     return site in place.nodes().values()
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
 def test_a_run_goes_on_without_a_node_that_is_cut_off_and_with_it_when_it_is_back(
-    place: CheckpointLocation, link: Link, staleness: int
+    place: Place, link: Link, staleness: int
 ) -> None:
     name = f"cut-{staleness}"
     run = submit(place, name, f"algorithm.max_staleness={staleness}")
@@ -176,7 +176,7 @@ def test_a_run_goes_on_without_a_node_that_is_cut_off_and_with_it_when_it_is_bac
     check_end(place, name, staleness)
 
 
-def test_a_cut_that_is_shorter_than_rays_patience_costs_no_worker(place: CheckpointLocation, link: Link) -> None:
+def test_a_cut_that_is_shorter_than_rays_patience_costs_no_worker(place: Place, link: Link) -> None:
     run = submit(place, "short")
     before = place.where("short")
     first = len(steps(run))

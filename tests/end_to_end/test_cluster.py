@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from grpo_ray.telemetry.prometheus import series
-from tests.end_to_end.clusters import CheckpointLocation
+from tests.end_to_end.clusters import Place
 from tests.end_to_end.runs import ledger, metrics
 
 pytestmark = pytest.mark.timeout(900)
@@ -24,8 +24,8 @@ LIMIT_S = 300
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[CheckpointLocation]:
-    place = CheckpointLocation(tmp_path)
+def place(tmp_path: Path) -> Iterator[Place]:
+    place = Place(tmp_path)
     yield place
     place.close()
 
@@ -42,7 +42,7 @@ def num_steps(run: Path) -> int:
 
 
 @pytest.mark.slow
-def test_who_ran_on_this_machine_first_can_submit_to_a_cluster_started_afterwards(place: CheckpointLocation) -> None:
+def test_who_ran_on_this_machine_first_can_submit_to_a_cluster_started_afterwards(place: Place) -> None:
     """A local run leaves a token in the home, with which every Ray started later protects itself."""
     code, output = place.run("train", "tiny.yaml", "name=local", "data.train.path=gone.jsonl")
     assert code == 1, output
@@ -71,7 +71,7 @@ def test_who_ran_on_this_machine_first_can_submit_to_a_cluster_started_afterward
 
 
 @pytest.mark.slow
-def test_a_run_outlives_all_who_watch_it_and_ends_when_told(place: CheckpointLocation) -> None:
+def test_a_run_outlives_all_who_watch_it_and_ends_when_told(place: Place) -> None:
     place.make_token()
     place.start_head()
     at = ("--address", place.address)
@@ -130,7 +130,7 @@ def test_a_run_outlives_all_who_watch_it_and_ends_when_told(place: CheckpointLoc
     assert numbers == list(range(1, len(numbers) + 1))
 
 
-def told_to_ray(place: CheckpointLocation) -> None:
+def told_to_ray(place: Place) -> None:
     """Names in the dashboard, and figures for Prometheus; both without knowing of grpo-ray."""
     actors = place.ask("actors")
     names = {a["name"] for a in actors if a["state"] == "ALIVE"}
@@ -159,7 +159,7 @@ def told_to_ray(place: CheckpointLocation) -> None:
     assert values["ray_grpo_trained_groups_total/"] == 4 * values["ray_grpo_steps_total/"]
 
 
-def drives(process: psutil.Process, place: CheckpointLocation) -> bool:
+def drives(process: psutil.Process, place: Place) -> bool:
     """Is it what Ray's job manager started for a run?"""
     words = " ".join(process.info["cmdline"] or [])
     return "launch job run" in words and "/bin/sh" not in words and str(place.tmp) in process.cwd()

@@ -16,7 +16,7 @@ import yaml
 
 from actors.runtime import log_tail
 from grpo_ray.run.run_dir import RunDir
-from tests.end_to_end.clusters import CheckpointLocation
+from tests.end_to_end.clusters import Place
 from tests.end_to_end.runs import ledger, metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -27,8 +27,8 @@ COMPARED = 50
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CheckpointLocation]:
-    place = CheckpointLocation(tmp_path_factory.mktemp("place"))
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    place = Place(tmp_path_factory.mktemp("place"))
     try:
         place.make_token()
         place.start_head()
@@ -68,7 +68,7 @@ def await_workers(run: Path, role: str, number: int) -> int:
     return int(later()[0]["step"])
 
 
-def is_live(place: CheckpointLocation, name: str) -> bool:
+def is_live(place: Place, name: str) -> bool:
     return any(a["name"] == f"{name}/controller" and a["state"] == "ALIVE" for a in place.ask("actors"))
 
 
@@ -83,7 +83,7 @@ def check_ledger(run: Path, prompts_per_step: int = 4) -> None:
     assert [m["step"] for m in steps(run)] == list(range(1, len(steps(run)) + 1))
 
 
-def test_workers_of_each_role_come_and_go_in_one_run(place: CheckpointLocation) -> None:
+def test_workers_of_each_role_come_and_go_in_one_run(place: Place) -> None:
     at = ("--address", place.address)
     options = ("rollout.labels={site: samplers}", "learner.labels={site: learners}", "reward.num_actors=2")
     options = (*options, "checkpoint.every_steps=1000", "learner.learning_rate=1e-5")
@@ -133,7 +133,7 @@ def test_workers_of_each_role_come_and_go_in_one_run(place: CheckpointLocation) 
         assert figures == pytest.approx([m[name] for m in steps(place.runs / "whole")], rel=1e-3), name
 
 
-def test_the_smoke_run_reaches_its_accuracy_while_workers_of_each_role_come_and_go(place: CheckpointLocation) -> None:
+def test_the_smoke_run_reaches_its_accuracy_while_workers_of_each_role_come_and_go(place: Place) -> None:
     at = ("--address", place.address)
     code, output = place.run("sft", "smoke_sft")
     assert code == 0, output
@@ -170,7 +170,7 @@ def test_the_smoke_run_reaches_its_accuracy_while_workers_of_each_role_come_and_
     assert accuracy[-1] >= 0.9
 
 
-def test_a_node_that_dies_with_a_sampler_costs_nothing_but_that(place: CheckpointLocation) -> None:
+def test_a_node_that_dies_with_a_sampler_costs_nothing_but_that(place: Place) -> None:
     at = ("--address", place.address)
     place.add_node("spare", 1, engines=1)
     wait_for(lambda: "spare" in place.nodes().values(), "the node does not join")
@@ -208,7 +208,7 @@ def test_a_node_that_dies_with_a_sampler_costs_nothing_but_that(place: Checkpoin
     assert f"{lost} died and is restarted" not in output
 
 
-def test_a_node_that_is_taken_away_leads_to_a_checkpoint_before_it_goes(place: CheckpointLocation) -> None:
+def test_a_node_that_is_taken_away_leads_to_a_checkpoint_before_it_goes(place: Place) -> None:
     at = ("--address", place.address)
     place.add_node("spot", 1)
     wait_for(lambda: "spot" in place.nodes().values(), "the node does not join")
@@ -236,7 +236,7 @@ def test_a_node_that_is_taken_away_leads_to_a_checkpoint_before_it_goes(place: C
     place.kill_node("spot")
 
 
-def test_a_run_that_waits_for_its_sampler_gives_itself_another(place: CheckpointLocation) -> None:
+def test_a_run_that_waits_for_its_sampler_gives_itself_another(place: Place) -> None:
     at = ("--address", place.address)
     wait_for(lambda: "spot" not in place.nodes().values(), "a node more than the message below counts with")
     options = (
