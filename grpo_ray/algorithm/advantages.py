@@ -17,7 +17,7 @@ from grpo_ray.spread import ABSOLUTE, RELATIVE, differ
 
 
 @dataclass(frozen=True)
-class _Rewards:
+class Rewards:
     """The rewards that every kind of advantage is computed from. Where the mask is False, `raw` and `centred` are 0."""
 
     raw_PG: Tensor
@@ -30,29 +30,31 @@ class _Rewards:
     eps: float
 
 
-def _grpo(r: _Rewards) -> Tensor:
+def _grpo(r: Rewards) -> Tensor:
     variance_P1 = r.centred_PG.square().sum(dim=1, keepdim=True) / (r.num_P1 - r.ddof).clamp(min=1)
     return r.centred_PG / (variance_P1.sqrt() + r.eps)
 
 
-def _dr_grpo(r: _Rewards) -> Tensor:
+def _dr_grpo(r: Rewards) -> Tensor:
     return r.centred_PG
 
 
-def _rloo(r: _Rewards) -> Tensor:
+def _rloo(r: Rewards) -> Tensor:
     return r.centred_PG * r.num_P1 / (r.num_P1 - 1).clamp(min=1)
 
 
-def _reinforce_pp_baseline(r: _Rewards) -> Tensor:
+def _reinforce_pp_baseline(r: Rewards) -> Tensor:
     # Every group is centred already: the batch mean that whitening subtracts is 0.
     return r.centred_PG / (_std(r.centred_PG, r.mask_PG, r.ddof) + r.eps)
 
 
-def _batch_std(r: _Rewards) -> Tensor:
+def _batch_std(r: Rewards) -> Tensor:
     return r.centred_PG / (_std(r.raw_PG, r.mask_PG, r.ddof) + r.eps)
 
 
-ADVANTAGES: dict[str, Callable[[_Rewards], Tensor]] = {
+Advantage = Callable[[Rewards], Tensor]
+
+ADVANTAGES: dict[str, Advantage] = {
     "grpo": _grpo,
     "dr_grpo": _dr_grpo,
     "rloo": _rloo,
@@ -62,7 +64,9 @@ ADVANTAGES: dict[str, Callable[[_Rewards], Tensor]] = {
 """The functions that `algorithm.advantage` names."""
 
 
-def group_advantages(rewards_PG: Tensor, *, kind: str, ddof: int, eps: float, mask_PG: Tensor | None = None) -> Tensor:
+def group_advantages(
+    rewards_PG: Tensor, *, kind: str | Advantage, ddof: int, eps: float, mask_PG: Tensor | None = None
+) -> Tensor:
     """Compute how much better each sample is than its group.
 
     grpo: (R - mean) / (std + eps), DeepSeekMath 2402.03300 section 4.1.2 (ddof and eps are not stated there).
@@ -74,7 +78,7 @@ def group_advantages(rewards_PG: Tensor, *, kind: str, ddof: int, eps: float, ma
 
     Args:
         rewards_PG: [P, G]. Masked entries may be NaN.
-        kind: a name of ADVANTAGES.
+        kind: a name of ADVANTAGES, or a function like those of it.
         ddof: 1 for the sample's, 0 for the population's standard deviation.
         eps: added to the standard deviation.
         mask_PG: [P, G], False for samples without a score, which have no part in mean and std, and advantage 0. None: all have one.
@@ -93,7 +97,8 @@ def group_advantages(rewards_PG: Tensor, *, kind: str, ddof: int, eps: float, ma
     largest = torch.maximum(highest.abs(), lowest.abs())
     flat = highest - lowest <= (RELATIVE * largest).clamp(min=ABSOLUTE)
     centred = centred.masked_fill(flat, 0.0)
-    return ADVANTAGES[kind](_Rewards(raw, centred, mask, num_P1, ddof, eps)).masked_fill(flat, 0.0)
+    compare = ADVANTAGES[kind] if isinstance(kind, str) else kind
+    return compare(Rewards(raw, centred, mask, num_P1, ddof, eps)).masked_fill(flat, 0.0)
 
 
 def _std(values: Tensor, mask: Tensor, ddof: int) -> Tensor:

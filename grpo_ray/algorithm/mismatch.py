@@ -5,7 +5,7 @@ Tokens of older weights are excluded: the movement of the policy since then is `
 
 from __future__ import annotations
 
-from grpo_ray.config.presets import SEQUENCE_LOSSES
+from grpo_ray.algorithm.users import has_sequence_ratio
 from grpo_ray.config.schema import RunConfig
 
 MISMATCH_BOUNDS = {"float32": 1e-3, "bfloat16": 0.1}
@@ -38,6 +38,6 @@ def _mend(config: RunConfig) -> str:
             f"algorithm.importance_sampling {a.importance_sampling} already corrects for it; model.dtype=float32 shows whether it "
             "is rounding"
         )
-    kind = "sequence_truncate" if a.loss in SEQUENCE_LOSSES else "token_truncate"
+    kind = "sequence_truncate" if has_sequence_ratio(a) else "token_truncate"
     recompute = "algorithm.old_logprobs=recompute " if a.old_logprobs == "rollout" else ""
     return f"{recompute}algorithm.importance_sampling={kind} corrects for it; model.dtype=float32 shows whether it is rounding"

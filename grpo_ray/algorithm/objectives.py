@@ -18,7 +18,7 @@ from grpo_ray.algorithm.losses.correction import CorrectionOptions, correction_s
 from grpo_ray.algorithm.losses.kl import kl_loss
 from grpo_ray.algorithm.losses.policy import LossOptions, PolicyInputs, TokenLosses
 from grpo_ray.algorithm.losses.sft import sft_loss
-from grpo_ray.algorithm.losses.table import POLICY_LOSSES
+from grpo_ray.algorithm.users_called import loss_of
 from grpo_ray.batch.pack import PackedBatch
 from grpo_ray.batch.segments import Segments
 from grpo_ray.batch.truncation import TokenSets
@@ -134,7 +134,7 @@ class GrpoObjective:
 
     def __init__(self, algorithm: AlgorithmConfig) -> None:
         self.algorithm = a = algorithm
-        policy = POLICY_LOSSES[a.loss]
+        policy = loss_of(a)
         self.token_loss = policy.token_loss
         self.weight = policy.weight
         self.options = LossOptions(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo_ray.algorithm.advantages import group_advantages, process_advantages
+from grpo_ray.algorithm.users_called import advantage_of
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.types import Group, Step, TrainBatch, TrainSample, Truncation
@@ -82,7 +83,7 @@ def penalised_advantages(samples: Sequence[TrainSample], penalties_S: Tensor, al
 
 def _compare(rewards_PG: Tensor, mask_PG: Tensor, algorithm: AlgorithmConfig) -> Tensor:
     return group_advantages(
-        rewards_PG, mask_PG=mask_PG, kind=algorithm.advantage, ddof=algorithm.std_ddof, eps=algorithm.std_eps
+        rewards_PG, mask_PG=mask_PG, kind=advantage_of(algorithm), ddof=algorithm.std_ddof, eps=algorithm.std_eps
     )
 
 

@@ -8,23 +8,55 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
-from grpo_ray.config.base import NonNegFloat, NonNegInt, PositiveFloat, PositiveInt, Strict
+from grpo_ray.config.base import (
+    HOW_TO_NAME,
+    NonNegFloat,
+    NonNegInt,
+    PositiveFloat,
+    PositiveInt,
+    Strict,
+    expand_home,
+    is_users,
+)
 from grpo_ray.config.presets import SEQUENCE_LOSSES, with_preset
+from grpo_ray.suggest import did_you_mean
+
+LOSSES = ("grpo", "grpo_sequence", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "gmpo")
+ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "batch_std", "process", "gae")
+TOKEN_ADVANTAGES = ("gae", "process")
+"""They give every token an advantage of its own."""
 
 TOKEN_CLIP_LOSSES = ("grpo", "dr_grpo", "dapo")
+
+
+def _built_in_or_users(name: str, info: ValidationInfo) -> str:
+    known = {"loss": LOSSES, "advantage": ADVANTAGES}[str(info.field_name)]
+    if is_users(name):
+        return expand_home(name, info)
+    if name not in known:
+        hint = did_you_mean(name, known, then=f"built in are {', '.join(known)}.", cutoff=0.5)
+        raise ValueError(f"algorithm.{info.field_name} {name!r} is not known; {hint} {HOW_TO_NAME}")
+    return name
+
+
+BuiltInOrUsers = Annotated[str, AfterValidator(_built_in_or_users)]
+"""The name of a built-in, or of a function of the recipe's own (`launch/guide/extend.md`)."""
 
 
 class AlgorithmConfig(Strict):
     preset: str | None = None
     """The name of a preset in `grpo_ray.config.presets.PRESETS`; the other options given here override its values."""
+    package: str | None = None
+    """The installed package whose functions `loss` and `advantage` are; see `reward.functions`."""
 
-    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "batch_std", "process", "gae"] = "grpo"
+    advantage: BuiltInOrUsers = "grpo"
     """The baseline is the mean reward of the group; the difference is divided by the group's std (grpo), by nothing (dr_grpo,
     rloo), by the batch's std of the differences (reinforce_pp_baseline) or of the rewards (batch_std). process: the rewards of the
     steps of a group are compared as in grpo, and a token gets the sum over the steps that end at it or after it; reward functions
-    may return `[(end, reward), ..]` for a sample, which ends the run under any other kind. gae: PPO's, with a critic."""
+    may return `[(end, reward), ..]` for a sample, which ends the run under any other kind. gae: PPO's, with a critic. Or a function
+    of your own, see launch/guide/extend.md."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The discount factor of gae."""
     lam: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -34,10 +66,10 @@ class AlgorithmConfig(Strict):
     """The constant added to the standard deviation. Whatever it is, rewards of a group that differ by a millionth of the largest or
     less count as equal, and their advantages are 0."""
 
-    loss: Literal["grpo", "grpo_sequence", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "gmpo"] = "grpo"
+    loss: BuiltInOrUsers = "grpo"
     """The token losses average the clipped token ratio: the mean of sequence means (grpo), the sum / (sequences x max length)
     (dr_grpo) or / all tokens (dapo). The sequence losses use the ratio of a whole sequence: R1's (grpo_sequence), per token (gspo),
-    with each token clipped (gmpo). cispo caps the weight, sapo has a soft gate."""
+    with each token clipped (gmpo). cispo caps the weight, sapo has a soft gate. Or a function of your own, as `advantage`."""
     epsilon_low: NonNegFloat = 0.2
     epsilon_high: NonNegFloat = 0.2
     """How far the ratio may leave 1 before it is clipped; for gmpo, how far the logarithm of the ratio may leave 0. The defaults of
@@ -130,13 +162,13 @@ class AlgorithmConfig(Strict):
             ("sapo_temperature_pos", "sapo"),
             ("sapo_temperature_neg", "sapo"),
         ):
-            if self._given(name) and loss != owner:
+            if self._given(name) and loss != owner and not is_users(loss):
                 raise ValueError(
                     f"algorithm.{name} is of loss {owner} and does nothing with {loss}; take one of them out"
                 )
         if self.dual_clip_c is None:
             return self
-        if loss not in TOKEN_CLIP_LOSSES:
+        if loss not in TOKEN_CLIP_LOSSES and not is_users(loss):
             raise ValueError(
                 f"algorithm.dual_clip_c bounds the clipped token ratio of {', '.join(TOKEN_CLIP_LOSSES)}; loss {loss} has "
                 "none: take it out"
@@ -145,6 +177,14 @@ class AlgorithmConfig(Strict):
             raise ValueError(
                 f"algorithm.dual_clip_c ({self.dual_clip_c:g}) must be above 1 + epsilon_high ({1 + self.epsilon_high:g}), or it "
                 "undoes the clip; 3 is usual"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _package(self) -> Self:
+        if self.package is not None and not (is_users(self.loss) or is_users(self.advantage)):
+            raise ValueError(
+                f"algorithm.package {self.package!r} is whose loss or advantage is named, and both are built in; take it out"
             )
         return self
 
@@ -210,7 +250,7 @@ class AlgorithmConfig(Strict):
             raise ValueError(
                 f"algorithm.{given} is of GAE and does nothing with advantage {self.advantage}; use advantage gae"
             )
-        if self.advantage in ("gae", "process") and self.loss in SEQUENCE_LOSSES:
+        if self.advantage in TOKEN_ADVANTAGES and self.loss in SEQUENCE_LOSSES:
             raise ValueError(
                 f"algorithm.advantage {self.advantage} gives every token its own advantage, and loss {self.loss} has one ratio for "
                 "the whole sequence; use loss dapo or grpo"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
@@ -67,3 +68,31 @@ def check_temperature(section: str, temperature: float) -> None:
             f"{section}.temperature {temperature:g} is below {SAMPLER_MIN_TEMPERATURE}, which vLLM would sample at in its place; "
             "use that or more" + (", or 0 for the likeliest tokens" if section != "rollout" else "")
         )
+
+
+HOW_TO_NAME = "A function of yours is named package.module.function or file.py:function"
+_IN_FILE = re.compile(r"(?P<file>.*\.py)(:(?P<function>.*))?", re.DOTALL)
+
+
+def is_users(name: str) -> bool:
+    """Is this the name of a function of the recipe's own, and not of a built-in?"""
+    return "." in name
+
+
+def is_in_file(name: str) -> bool:
+    """Is the function named by the file that it is in?"""
+    return _IN_FILE.fullmatch(name) is not None
+
+
+def file_and_function(name: str) -> tuple[str, str]:
+    """Of `file.py:function`; the function is '' where it is not named. Raises ValueError for a name of another kind."""
+    found = _IN_FILE.fullmatch(name)
+    if found is None:
+        raise ValueError(f"{name!r} names no file")
+    return found["file"], found["function"] or ""
+
+
+def in_other_place(name: str, file: str) -> str:
+    """The name of the same function, with its file in another place."""
+    function = file_and_function(name)[1]
+    return f"{file}:{function}" if function else file

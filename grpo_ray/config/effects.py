@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from grpo_ray.config.algorithm import AlgorithmConfig
+from grpo_ray.config.base import is_users
 from grpo_ray.config.common import keys_in_order
 from grpo_ray.config.reward import SHARED_POOL
 from grpo_ray.config.rollout import RolloutConfig
@@ -67,7 +68,7 @@ WHERE: dict[str, dict[str, str]] = {
     "reward.functions": {"name package label weight args sources from_step part": SAMPLING},
     "reward.functions.workers": {"num_actors num_cpus num_gpus timeout_s": SAMPLING},
     "algorithm": {
-        "preset advantage gamma lam std_ddof std_eps loss epsilon_low epsilon_high dual_clip_c cispo_max_ratio "
+        "preset package advantage gamma lam std_ddof std_eps loss epsilon_low epsilon_high dual_clip_c cispo_max_ratio "
         "sapo_temperature_pos sapo_temperature_neg entropy_coef beta kl_in kl_estimator ref_refresh_steps ref_polyak_tau "
         "old_logprobs importance_sampling importance_sampling_clip_min importance_sampling_clip_max geometric_mask "
         "off_policy_mask_threshold dynamic_sampling max_sampling_rounds mask_truncated num_iterations num_mini_batches "
@@ -272,7 +273,7 @@ def _of_the_loss(config: RunConfig | SftConfig, command: str) -> Found:
         for name in ("std_ddof", "std_eps"):
             yield f"algorithm.{name}", f"advantage {a.advantage} divides by no standard deviation"
     on_policy = a.num_iterations * a.num_mini_batches == 1 and a.max_staleness == 0 and a.old_logprobs == "recompute"
-    if on_policy:
+    if on_policy and not is_users(a.loss):
         usual = AlgorithmConfig.model_validate({"preset": a.preset, "loss": a.loss})
         bounds = ["epsilon_low", "epsilon_high", "dual_clip_c", "sapo_temperature_pos", "sapo_temperature_neg"]
         for name in bounds + ["cispo_max_ratio"] * (a.cispo_max_ratio >= 1):

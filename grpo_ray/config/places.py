@@ -9,9 +9,10 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import AfterValidator
 
-from grpo_ray.config.base import Strict, expand_home
+from grpo_ray.config.algorithm import AlgorithmConfig
+from grpo_ray.config.base import Strict, expand_home, file_and_function, in_other_place, is_in_file
 from grpo_ray.config.data import DataSource
-from grpo_ray.config.reward import RewardFunctionConfig, file_and_function
+from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 
@@ -58,17 +59,18 @@ def _absolute(section: S, folder: Path) -> S:
     if isinstance(section, DataSource) and section.is_generator:
         del update["path"]
     if isinstance(section, RewardFunctionConfig):
-        update["name"] = _reward_file(section, folder)
+        update["name"] = _code_file(section.name, folder)
         update["args"] = {k: _reward_place(k, v, folder) for k, v in section.args.items()}
+    if isinstance(section, AlgorithmConfig):
+        update["loss"], update["advantage"] = _code_file(section.loss, folder), _code_file(section.advantage, folder)
     return section.model_copy(update=update)
 
 
-def _reward_file(reward: RewardFunctionConfig, folder: Path) -> str:
-    """The name of a reward, with its file as an absolute path; a dotted name is searched in `code_dir`."""
-    if not reward.in_file:
-        return reward.name
-    path, function = file_and_function(reward.name)
-    return f"{_place(path, folder, named=False)}{':' * bool(function)}{function}"
+def _code_file(name: str, folder: Path) -> str:
+    """The name of a function, with its file as an absolute path; a dotted name is looked for in `code_dir`."""
+    if not is_in_file(name):
+        return name
+    return in_other_place(name, _place(file_and_function(name)[0], folder, named=False))
 
 
 def _reward_place(name: str, value: Any, folder: Path) -> Any:

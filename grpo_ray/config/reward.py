@@ -19,6 +19,9 @@ from grpo_ray.config.base import (
     Strict,
     check_bounds,
     expand_home,
+    file_and_function,
+    is_in_file,
+    is_users,
 )
 
 SHARED_POOL = "reward"
@@ -39,17 +42,6 @@ class RewardWorkersConfig(Strict):
 def _at_home(args: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     """The arguments with `~` expanded in the paths of built-in rewards."""
     return {k: expand_home(v, info) if k in ("path", "cache") and isinstance(v, str) else v for k, v in args.items()}
-
-
-_IN_FILE = re.compile(r"(?P<file>.*\.py)(:(?P<function>.*))?", re.DOTALL)
-
-
-def file_and_function(name: str) -> tuple[str, str]:
-    """The parts of `file.py:function`; the function is '' if it is not named. Raises ValueError for a name of another form."""
-    found = _IN_FILE.fullmatch(name)
-    if found is None:
-        raise ValueError(f"{name!r} names no file")
-    return found["file"], found["function"] or ""
 
 
 class RewardFunctionConfig(Strict):
@@ -86,12 +78,12 @@ class RewardFunctionConfig(Strict):
 
     @property
     def in_file(self) -> bool:
-        """Whether it is named by its file."""
-        return _IN_FILE.fullmatch(self.name) is not None
+        """Is it named by the file that it is in?"""
+        return is_in_file(self.name)
 
     @property
     def built_in(self) -> bool:
-        return "." not in self.name
+        return not is_users(self.name)
 
     @property
     def needs_host(self) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from grpo_ray.config.base import HOW_TO_NAME
 from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.accuracy import accuracy, load_parser
@@ -162,6 +163,4 @@ def _users(config: RewardFunctionConfig, *, imports: bool) -> RewardFunction:
 
 def _unknown(name: str) -> str:
     hint = did_you_mean(name, BUILTINS, f"built in: {', '.join(BUILTINS)};", cutoff=0.5, show=repr)
-    return (
-        f"no reward is called {name!r}; {hint} A function of yours is named package.module.function or file.py:function"
-    )
+    return f"no reward is called {name!r}; {hint} {HOW_TO_NAME}"

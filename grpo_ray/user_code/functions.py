@@ -6,6 +6,7 @@ import functools
 import importlib
 import inspect
 import os
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,6 +67,25 @@ def of_module(dotted: str, package: str | None) -> UserFunction:
     module, _, name = dotted.rpartition(".")
     module = FORMER.get(module, module)
     return _user_function(Source(locate(module, package), module, package), name)
+
+
+def of_path(path: str, name: str) -> UserFunction:
+    """A function of a file, `~` being the home. Raises ForeignCodeError as `of_module` does, and where there is no such file."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ForeignCodeError(_no_file(file))
+    return of_file(file, name)
+
+
+def _no_file(file: Path) -> str:
+    if file.is_dir():
+        return f"{file} is a folder"
+    if not file.is_absolute():
+        return f"there is no file {file} in {Path.cwd()}"
+    return (
+        f"there is no file {file} on {socket.gethostname()}; every node has to see it: put it on a file system that all of them "
+        "mount, or use `grpo-ray submit` from its folder, which ships it"
+    )
 
 
 def of_file(file: Path, name: str) -> UserFunction:

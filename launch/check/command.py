@@ -36,7 +36,7 @@ from launch.console import headed, plain_console
 from launch.named_clusters import check_cluster
 from launch.program import runnable
 from launch.run.effects import check_effects, told
-from launch.run.foreign_code import RUN_CODE, foreign_model, foreign_rewards, foreign_rows
+from launch.run.foreign_code import RUN_CODE, foreign_algorithm, foreign_model, foreign_rewards, foreign_rows
 from launch.run.machine import unset_variables
 from launch.run.placement import chosen_told, fitted, machine_of, offers_told, where
 from launch.run.preflight import preflight
@@ -112,8 +112,12 @@ class _Foreign:
     """The recipe's own code, which is not run here."""
 
     def __init__(self, config: RunConfig | SftConfig, *, run: bool) -> None:
-        # It is located even where it is run: a function that a recipe must not name is refused.
-        found = [*foreign_rewards(config)], [*foreign_rows(config)], [*foreign_model(config)]
+        # Found also where it is run: what is not a recipe's to name is refused.
+        found = (
+            [*foreign_algorithm(config), *foreign_rewards(config)],
+            [*foreign_rows(config)],
+            [*foreign_model(config)],
+        )
         self.run = run
         self.of_rewards, self.of_data, self.of_model = ([], [], []) if run else found
 

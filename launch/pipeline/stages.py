@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from grpo_ray.algorithm.users import check_users
 from grpo_ray.config.base import Strict
 from grpo_ray.config.loading import build, deep_merge, load_yaml, parse_overrides, to_yaml
 from grpo_ray.config.schema import RunConfig
@@ -43,7 +44,7 @@ from launch.pipeline.stage_data import make_data
 from launch.pipeline.view import print_figures, print_plan
 from launch.program import runnable
 from launch.run.effects import tell_idle_of_pipeline
-from launch.run.foreign_code import foreign_model, foreign_rewards, foreign_rows
+from launch.run.foreign_code import foreign_algorithm, foreign_model, foreign_rewards, foreign_rows
 from launch.run.jobs import check_store_of, exit_unless_finished, make_report, write_config
 from launch.run.left import owned
 from launch.run.machine import check_machine
@@ -73,8 +74,10 @@ def load_plan(recipe: str, overrides: list[str], *, imports: bool = True) -> Pla
         if isinstance(stage_config, RunConfig | SftConfig):
             check_machine(stage_config)
         if isinstance(stage_config, RunConfig):
-            for function in with_absolute_files(stage_config, path.parent).reward.functions:
-                # A model that an earlier stage will create is not there yet.
+            placed = with_absolute_files(stage_config, path.parent)
+            check_users(placed.algorithm, imports=imports)
+            for function in placed.reward.functions:
+                # A model that an earlier stage will make is not there yet.
                 if not any(str(value).startswith(f"{plan.folder}/") for value in function.args.values()):
                     resolve(function, imports=imports)
     return plan
@@ -123,7 +126,8 @@ def _tell_foreign(plan: Plan) -> None:
     for stage in plan.stages:
         config = plan.config_of(stage)
         if isinstance(config, RunConfig | SftConfig):
-            for line in (*foreign_rewards(config), *foreign_rows(config), *foreign_model(config)):
+            code = (foreign_algorithm, foreign_rewards, foreign_rows, foreign_model)
+            for line in (line for lines in code for line in lines(config)):
                 console.print(f"code     stage {stage.name}: {line}: read, not run")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from grpo_ray.algorithm.users import users_functions
 from grpo_ray.config.data import DataSource
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
@@ -15,10 +16,18 @@ RUN_CODE = "--run-code"
 
 
 def check_code(config: RunConfig | SftConfig) -> None:
-    """Raise RewardError or DataError for a function that the config may not name; nothing is run. A run's folder may be a
-    stranger's."""
-    for _ in (*foreign_rewards(config), *foreign_rows(config)):
+    """Raises ConfigError, RewardError or DataError for a function that the config may not name; nothing is run. A run's folder may
+    be a stranger's."""
+    for _ in (*foreign_algorithm(config), *foreign_rewards(config), *foreign_rows(config)):
         pass
+
+
+def foreign_algorithm(config: RunConfig | SftConfig) -> Iterator[str]:
+    """A line for a loss and an advantage of the recipe's own. Raises ConfigError, likewise."""
+    if isinstance(config, RunConfig):
+        for option, function in users_functions(config.algorithm):
+            if function.foreign:
+                yield f"algorithm.{option}: {function}"
 
 
 def foreign_rewards(config: RunConfig | SftConfig) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from grpo_ray.algorithm.users import check_users
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.models.loading import check_model_path
@@ -24,6 +25,7 @@ def preflight(config: RunConfig | SftConfig, *, imports: bool = True) -> None:
     check_machine(config)
     tell_of_hub(config)
     if isinstance(config, RunConfig):
+        check_users(config.algorithm, imports=imports)
         for function in config.reward.functions:
             resolve(function, imports=imports)
     check_code(config)

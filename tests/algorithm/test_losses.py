@@ -22,6 +22,7 @@ from grpo_ray.algorithm.losses.value import value_loss
 from grpo_ray.algorithm.objectives import GrpoObjective, MicroBatchData
 from grpo_ray.batch.pack import pack
 from grpo_ray.batch.segments import Segments
+from grpo_ray.config import algorithm as schema
 from grpo_ray.config.algorithm import AlgorithmConfig
 from tests.naive_losses import OPTIONS, SEQUENCE, Batch, correction, kl_tokens, make_batch, number, policy_loss, reduce
 from tests.packed import algorithm, gradient, run
@@ -294,8 +295,8 @@ def test_the_table_and_the_schema_know_the_same_names() -> None:
         annotation = AlgorithmConfig.model_fields[field].annotation
         return {x for arg in get_args(annotation) for x in (get_args(arg) or (arg,))} - {type(None)}
 
-    assert names("advantage") == {*ADVANTAGES, "process", "gae"}, "these two give one a token"
-    assert names("loss") == set(POLICY_LOSSES)
+    assert set(schema.ADVANTAGES) == {*ADVANTAGES, *schema.TOKEN_ADVANTAGES}
+    assert set(schema.LOSSES) == set(POLICY_LOSSES)
     assert names("kl_estimator") == set(KL_ESTIMATORS)
     assert names("importance_sampling") == set(IMPORTANCE_SAMPLING)
 

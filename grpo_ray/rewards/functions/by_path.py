@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import socket
-from pathlib import Path
-
-from grpo_ray.config.reward import RewardFunctionConfig, file_and_function
+from grpo_ray.config.base import file_and_function
+from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
-from grpo_ray.user_code.functions import UserFunction, of_file, of_module
+from grpo_ray.user_code.functions import UserFunction, of_module, of_path
 from grpo_ray.user_code.places import ForeignCodeError
 
 
@@ -21,21 +19,6 @@ def users_function(config: RewardFunctionConfig) -> UserFunction:
     try:
         if not config.in_file:
             return of_module(config.name, config.package)
-        path, attribute = file_and_function(config.name)
-        file = Path(path).expanduser()
-        if not file.is_file():
-            raise ForeignCodeError(_no_file(file))
-        return of_file(file, attribute)
+        return of_path(*file_and_function(config.name))
     except ForeignCodeError as e:
         raise RewardError(f"reward {config.name!r}: {e}") from None
-
-
-def _no_file(file: Path) -> str:
-    if file.is_dir():
-        return f"{file} is a folder"
-    if not file.is_absolute():
-        return f"there is no file {file} in {Path.cwd()}"
-    return (
-        f"there is no file {file} on {socket.gethostname()}; every node has to see it: put it on a file system that all of them "
-        "mount, or use `grpo-ray submit` from its folder, which ships it"
-    )

@@ -1,4 +1,4 @@
-"""The files of rewards that a recipe names (`rewards.py:mine`).
+"""Where the files of functions are that a recipe names (`rewards.py:mine`): of rewards, of a loss, of an advantage.
 
 In a run's own config and in its config.yaml a path is absolute, so that workers and later commands find the file from any folder.
 In a submitted run it stays relative to the shipped folder, which is the working folder of every worker.
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from grpo_ray.config.reward import file_and_function
+from grpo_ray.config.base import file_and_function, in_other_place, is_in_file
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError
@@ -19,7 +19,7 @@ C = TypeVar("C", bound=RunConfig | SftConfig)
 
 
 def with_absolute_files(config: C, folder: Path) -> C:
-    """The config, with every reward's file named by its absolute path.
+    """The config, with the file of every function named by its absolute path.
 
     Args:
         config: the config of a recipe.
@@ -29,17 +29,17 @@ def with_absolute_files(config: C, folder: Path) -> C:
         ConfigError: there is no such file.
     """
 
-    def absolute(name: str, path: str) -> str:
+    def absolute(what: str, path: str) -> str:
         places = [place for place in (folder / path, Path(path)) if place.is_file()]
         if not places:
-            raise ConfigError(f"reward {name!r}: there is no file {path}{_looked(path, folder, Path.cwd())}")
+            raise ConfigError(f"{what}: there is no file {path}{_looked(path, folder, Path.cwd())}")
         return str(places[0].resolve())
 
     return _with_files(config, absolute)
 
 
 def with_shipped_files(config: C, folder: Path, shipped: Path) -> C:
-    """The config of a submitted run: every reward's file by its path in the shipped folder.
+    """The config of a run that is submitted: the file of every function by its path in the folder that is shipped.
 
     Args:
         config: the config of a recipe, `~` not expanded.
@@ -50,19 +50,19 @@ def with_shipped_files(config: C, folder: Path, shipped: Path) -> C:
         ConfigError: there is no such file, or it lies elsewhere, and so would not reach the nodes.
     """
 
-    def inside(name: str, path: str) -> str:
+    def inside(what: str, path: str) -> str:
         places = [p for p in (folder / Path(path).expanduser(), Path(path).expanduser()) if p.is_file()]
         if not places:
-            raise ConfigError(f"reward {name!r}: there is no file {path}{_looked(path, folder, shipped)}")
+            raise ConfigError(f"{what}: there is no file {path}{_looked(path, folder, shipped)}")
         file = places[0].resolve()
         if not file.is_relative_to(shipped.resolve()):
             raise ConfigError(
-                f"reward {name!r}: {file} is outside of {shipped}, the folder that is shipped, and would not reach the cluster's "
+                f"{what}: {file} is outside of {shipped}, the folder that is shipped, and would not reach the cluster's "
                 "nodes; move it there, or submit from a folder that holds it"
             )
         relative = file.relative_to(shipped.resolve())
         if any(part.startswith(".") for part in relative.parts):
-            raise ConfigError(f"reward {name!r}: {relative} is hidden, and hidden files are not shipped; rename it")
+            raise ConfigError(f"{what}: {relative} is hidden, and hidden files are not shipped; rename it")
         return str(relative)
 
     return _with_files(config, inside)
@@ -71,16 +71,19 @@ def with_shipped_files(config: C, folder: Path, shipped: Path) -> C:
 def _with_files(config: C, place: Callable[[str, str], str]) -> C:
     if not isinstance(config, RunConfig):
         return config
-    functions = []
-    for function in config.reward.functions:
-        if function.in_file:
-            path, attribute = file_and_function(function.name)
-            named = f"{place(function.name, path)}:{attribute}" if attribute else place(function.name, path)
-            functions.append(function.model_copy(update={"name": named}))
-        else:
-            functions.append(function)
-    reward = config.reward.model_copy(update={"functions": tuple(functions)})
-    return config.model_copy(update={"reward": reward})
+
+    def placed(name: str, what: str) -> str:
+        return in_other_place(name, place(f"{what} {name!r}", file_and_function(name)[0])) if is_in_file(name) else name
+
+    functions = tuple(f.model_copy(update={"name": placed(f.name, "reward")}) for f in config.reward.functions)
+    a = config.algorithm
+    users = {option: placed(getattr(a, option), f"algorithm.{option}") for option in ("loss", "advantage")}
+    return config.model_copy(
+        update={
+            "reward": config.reward.model_copy(update={"functions": functions}),
+            "algorithm": a.model_copy(update=users),
+        }
+    )
 
 
 def _looked(path: str, *folders: Path) -> str:
