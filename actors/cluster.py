@@ -203,7 +203,7 @@ def has_gpus() -> bool:
     """Whether any node of the cluster offers GPUs."""
     import ray
 
-    return ray.cluster_resources().get("GPU", 0) > 0
+    return float(ray.cluster_resources().get("GPU", 0)) > 0
 
 
 def shares_devices(config: RunConfig, gpus: bool) -> bool:

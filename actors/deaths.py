@@ -172,7 +172,7 @@ class KernelKills:
 
 def memory_wait_s(number: int) -> float:
     """The wait before the `number`-th start after memory ran out, from 1 on."""
-    return min(MEMORY_WAIT_S * 2 ** (number - 1), LONGEST_MEMORY_WAIT_S)
+    return min(MEMORY_WAIT_S * 2.0 ** (number - 1), LONGEST_MEMORY_WAIT_S)
 
 
 def _users_at(text: str) -> int:

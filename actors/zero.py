@@ -17,4 +17,5 @@ def gathered(params: list[nn.Parameter], writer: int | None = None) -> AbstractC
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=writer)
+    whole: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(sharded, modifier_rank=writer)
+    return whole

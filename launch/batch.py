@@ -29,7 +29,7 @@ def command_of(words: list[str], job: str) -> list[str]:
     if len(words) < 2 or words[0] not in NAMED:
         return words
     command, recipe, *overrides = words
-    if not any(word.startswith("name=") and word != "name=" for word in overrides) and not _has_name(command, recipe):
+    if not any(word.startswith("name=") and word != "name=" for word in overrides) and not _has_name(recipe):
         overrides = [*overrides, f"name={job}"]
     if command in KINDS:
         folder = run_folder(load_recipe(SCHEMAS[KINDS[command]], recipe, [w for w in overrides if "=" in w]), recipe)
@@ -38,7 +38,7 @@ def command_of(words: list[str], job: str) -> list[str]:
     return [command, recipe, *overrides]
 
 
-def _has_name(command: str, recipe: str) -> bool:
+def _has_name(recipe: str) -> bool:
     from grpo_ray.config.loading import load_yaml
     from launch.run.recipe import find_recipe
 

@@ -223,7 +223,7 @@ def build_reference(spec: LearnerSpec, device: torch.device, ranks: SequenceRank
         return policy.to(device)
     config = deepspeed_config(spec.model, spec.learner)
     config["zero_optimization"].pop("offload_optimizer", None)
-    engine, *_ = deepspeed.initialize(model=policy, config=config, dist_init_required=False)
+    engine: nn.Module = deepspeed.initialize(model=policy, config=config, dist_init_required=False)[0]
     return engine
 
 

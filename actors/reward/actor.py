@@ -60,7 +60,8 @@ class RewardActor:
         """
         texts = await self._fetch([request for group in groups for request in group])
         async with self._turn:
-            return await self._on_thread(self._score, groups, texts)
+            scores: list[list[Score]] = await self._on_thread(self._score, groups, texts)
+            return scores
 
     async def ping(self) -> None:
         """Answer at any time: scoring has a thread of its own."""

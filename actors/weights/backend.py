@@ -70,11 +70,11 @@ class TransferExtension:
 
     def weight_transfer_digest(self) -> str:
         """The digest of what this worker received for the update in progress (nccl, ipc)."""
-        return self.weight_transfer_engine.digest.hex()
+        return str(self.weight_transfer_engine.digest.hex())
 
     def weight_transfer_share(self, address: Address) -> bool:
         """See `GlooEngine.share`."""
-        return self.weight_transfer_engine.share(address)
+        return bool(self.weight_transfer_engine.share(address))
 
     def weight_transfer_stage(self) -> None:
         """See `GlooEngine.stage`."""
@@ -82,7 +82,7 @@ class TransferExtension:
 
     def weight_transfer_staged(self) -> bool:
         """See `GlooEngine.staged`."""
-        return self.weight_transfer_engine.staged()
+        return bool(self.weight_transfer_engine.staged())
 
 
 def register() -> None:

@@ -63,7 +63,8 @@ class DigestSource(WeightSource):
         self.digest = Digest()
 
     def metadata(self) -> list[ParamMeta]:
-        return self.inner.metadata()
+        metas: list[ParamMeta] = self.inner.metadata()
+        return metas
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         self.digest = Digest()

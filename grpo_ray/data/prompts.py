@@ -122,8 +122,8 @@ class SftDataset:
 
     def item(self, index: int, epoch: int) -> SftExample:
         """The index-th kept row, as the example of an epoch."""
-        id = f"{self.name}/{epoch}/{self._rows[index]}"
-        return SftExample(id, self._prompt_ids[index], self._completion_ids[index])
+        example_id = f"{self.name}/{epoch}/{self._rows[index]}"
+        return SftExample(example_id, self._prompt_ids[index], self._completion_ids[index])
 
     def __iter__(self) -> Iterator[SftExample]:
         return (self.item(i, 0) for i in range(len(self)))

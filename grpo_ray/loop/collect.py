@@ -35,7 +35,7 @@ from grpo_ray.run.saver import More
 from grpo_ray.seeds import sample_seed
 from grpo_ray.spread import has_spread
 from grpo_ray.telemetry.events import Event, MessageEvent, PhaseEvent
-from grpo_ray.types import Group, SampleRequest, SamplingParams, TrainerState
+from grpo_ray.types import Group, Prompt, SampleRequest, SamplingParams, TrainerState
 
 NO_SIGNAL = "no_signal"
 """The reason recorded for a group that dynamic sampling drops."""
@@ -52,7 +52,7 @@ class Collector:
         self,
         config: RunConfig,
         roles: Roles,
-        cursor: Cursor,
+        cursor: Cursor[Prompt],
         length: RunLength,
         ledger: Ledger,
         health: Health,

@@ -53,7 +53,7 @@ class TrainLoop(Session[RunConfig]):
         self,
         config: RunConfig,
         roles: Roles,
-        cursor: Cursor,
+        cursor: Cursor[Prompt],
         eval_prompts: Mapping[str, Sequence[Prompt]],
         ledger: Ledger,
         run: RunDir,

@@ -170,7 +170,10 @@ def chunked_logprobs(
     Returns:
         log-probabilities [N] and entropies [N] in nats, both differentiable.
     """
-    return _ChunkedLogprobs.apply(hidden_NH, weight_VH, bias_V, targets_N, temperature, chunk, sets)
+    found: tuple[Tensor, Tensor] = _ChunkedLogprobs.apply(
+        hidden_NH, weight_VH, bias_V, targets_N, temperature, chunk, sets
+    )
+    return found
 
 
 class LogprobHead(nn.Module):

@@ -45,8 +45,8 @@ class TinyTokenizer:
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
         return dict(self.backend.get_added_tokens_decoder())
 
-    def convert_ids_to_tokens(self, id: int) -> str | None:
-        return self.backend.id_to_token(id)
+    def convert_ids_to_tokens(self, token_id: int) -> str | None:
+        return self.backend.id_to_token(token_id)
 
     @cached_property
     def whole(self) -> Any:

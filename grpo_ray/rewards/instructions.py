@@ -54,7 +54,7 @@ def _score(
             f"reward 'instructions': instruction_id_list is {_shown(ids, 80)} and kwargs {_shown(arguments, 80)}; expected two "
             "lists of the same length, of names and of mappings"
         )
-    kept = [_keeps(text, id, args or {}, prompt) for id, args in zip(ids, arguments, strict=True)]
+    kept = [_keeps(text, instruction, args or {}, prompt) for instruction, args in zip(ids, arguments, strict=True)]
     return float(all(kept)) if strict else sum(kept) / len(kept)
 
 
@@ -73,19 +73,19 @@ def _shown(value: Any, length: int) -> str:
         return "a number of thousands of digits"
 
 
-def _keeps(text: str, id: str, arguments: dict[str, Any], prompt: str | Conversation) -> bool:
-    check = CHECKS.get(id)
+def _keeps(text: str, instruction: str, arguments: dict[str, Any], prompt: str | Conversation) -> bool:
+    check = CHECKS.get(instruction)
     if check is None:
-        raise RewardError(f"reward 'instructions': no instruction {id!r}; known are {', '.join(CHECKS)}")
+        raise RewardError(f"reward 'instructions': no instruction {instruction!r}; known are {', '.join(CHECKS)}")
     # Arrow gives every row the arguments of all instructions, most of them null; pandas turns null into NaN.
     given = {name: value for name, value in arguments.items() if value is not None and value == value}
-    if id == "combination:repeat_prompt" and "prompt_to_repeat" not in given:
+    if instruction == "combination:repeat_prompt" and "prompt_to_repeat" not in given:
         given["prompt_to_repeat"] = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
     try:
         # Arguments are checked for blank texts too: a wrong argument is the row's fault.
         return check(text, **_read_arguments(check, given)) and bool(text.strip())
     except RewardError as e:
-        raise RewardError(f"reward 'instructions': {id} {e}; its arguments are {_shown(given, 200)}") from None
+        raise RewardError(f"reward 'instructions': {instruction} {e}; its arguments are {_shown(given, 200)}") from None
 
 
 @lru_cache(maxsize=len(CHECKS))

@@ -41,7 +41,8 @@ def main() -> Job | None:
         if request["kind"] == "verify":
             worker = globals().copy()
             exec(request["worker"], worker)
-            return worker["keep_verifying"](setup["source"], request, requests, replies)
+            answer: Callable[[], object] | None = worker["keep_verifying"](setup["source"], request, requests, replies)
+            return answer
         result, errors, stdin = (os.open("/tmp", os.O_TMPFILE | os.O_RDWR) for _ in range(3))
         write(stdin, request["stdin"])
         os.lseek(stdin, 0, os.SEEK_SET)

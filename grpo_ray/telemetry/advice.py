@@ -198,7 +198,7 @@ def mean_step(lines: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> 
         return sum(line[name] if _number(line.get(name)) else 0.0 for line in steady) / len(steady)
 
     def busy(role: str) -> float:
-        return sum((line.get(f"busy/{role}") or 0.0) * line["time/step"] for line in steady) / len(steady)
+        return sum(float(line.get(f"busy/{role}") or 0.0) * float(line["time/step"]) for line in steady) / len(steady)
 
     last = steady[-1]
     return StepTimes(

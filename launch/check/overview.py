@@ -172,7 +172,8 @@ class Sampler:
         self.overviews[key_of(source)] = Overview(
             arrow.num_rows, len(chosen), facts, pick(name, longest), prompts if text else None
         )
-        return pick(name, sorted(chosen))
+        sample: Table = pick(name, sorted(chosen))
+        return sample
 
     def _sample_of_rows(self, table: Table, source: DataSource) -> Table:
         num_rows = len(table.rows)
@@ -243,7 +244,6 @@ def _of_parquet(source: DataSource) -> tuple[pa.Table, Any]:
 
 def _of_jsonl(source: DataSource) -> tuple[pa.Table, Any]:
     """As `_arrow`, for a JSONL file; raises ValueError where lines and rows do not correspond."""
-
     import pyarrow.json as pj
 
     path = Path(source.path).expanduser()
@@ -313,7 +313,7 @@ def _num_different(texts: pa.ChunkedArray) -> int:
     pool = pa.system_memory_pool()
     part = pc.bit_wise_and(pc.binary_length(texts), _numbers([PARTS - 1], np.int32)[0])
     parts = (pc.filter(texts, pc.equal(part, i), memory_pool=pool) for i in _numbers(range(PARTS), np.int32))
-    return sum(pc.count_distinct(each, memory_pool=pool).as_py() for each in parts) + (texts.null_count > 0)
+    return sum(int(pc.count_distinct(each, memory_pool=pool).as_py()) for each in parts) + int(texts.null_count > 0)
 
 
 def _is_text(column: pa.ChunkedArray | None) -> bool:

@@ -22,7 +22,7 @@ FORMS = ("standard input and output", "calls of a function", "asserts, in a sand
 
 
 def score_ordinary(code: RewardFunction, index: int) -> str:
-    """ "" or what is wrong with the score of this program."""
+    """What is wrong with the score of this program; "" where nothing is."""
     row = ordinary(index)
     (result,) = call_reward(code, ScoreInputs(["p"], [row.completion], [[1]], {"tests": [row.tests]}))
     if (result.status, result.value) == (ScoreStatus.OK, row.value):

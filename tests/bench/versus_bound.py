@@ -43,7 +43,6 @@ def _sampling_alike(task: str, model: str) -> Callable[[slice], int]:
 
 def _engine_step(task: str, model: str, *, alike: bool) -> Callable[[slice], int]:
     """The engine with the options of `actors/rollout/vllm_options.py`."""
-
     from grpo_ray.config.rollout import RolloutConfig
 
     t = TASKS[task]

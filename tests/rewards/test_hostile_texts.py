@@ -56,7 +56,7 @@ LIBRARIES = {
     "change_case:english_lowercase": {},
 }
 
-PLAIN = [id for id in CHECKS if id not in LIBRARIES]
+PLAIN = [name for name in CHECKS if name not in LIBRARIES]
 
 
 def reward(name: str, part: str = "all", args: dict[str, Any] | None = None, **columns: Any) -> Callable[[str], None]:
@@ -94,11 +94,11 @@ REWARDS: dict[str, Callable[[str], None]] = {
     "language_consistency": reward("language_consistency", language="zh"),
     "language_consistency, a dictionary": reward("language_consistency", part="reasoning", language="de"),
     "instructions": reward(
-        "instructions", instruction_id_list=PLAIN, kwargs=[ARGUMENTS.get(id, {}) for id in PLAIN], part="summary"
+        "instructions", instruction_id_list=PLAIN, kwargs=[ARGUMENTS.get(name, {}) for name in PLAIN], part="summary"
     ),
     **{
-        f"instructions, {id}": reward("instructions", instruction_id_list=[id], kwargs=[arguments])
-        for id, arguments in LIBRARIES.items()
+        f"instructions, {name}": reward("instructions", instruction_id_list=[name], kwargs=[arguments])
+        for name, arguments in LIBRARIES.items()
     },
 }
 ELSEWHERE = {

@@ -266,15 +266,15 @@ def scores(responses: list[str], ids: list[str], kwargs: Any, **args: Any) -> li
 
 
 def test_every_instruction_of_ifeval_has_both_verdicts() -> None:
-    kept = {id for id, _, good, _ in VERDICTS if good}
-    broken = {id for id, _, _, bad in VERDICTS if bad}
+    kept = {name for name, _, good, _ in VERDICTS if good}
+    broken = {name for name, _, _, bad in VERDICTS if bad}
     assert len(CHECKS) == 25
     assert kept == broken == set(CHECKS)
 
 
-@pytest.mark.parametrize(("id", "arguments", "good", "bad"), VERDICTS)
-def test_the_verdict_is_ifevals(id: str, arguments: dict[str, Any], good: list[str], bad: list[str]) -> None:
-    got = [s.value for s in scores([*good, *bad], [id], [{**arguments, "of_another_instruction": None}])]
+@pytest.mark.parametrize(("name", "arguments", "good", "bad"), VERDICTS)
+def test_the_verdict_is_ifevals(name: str, arguments: dict[str, Any], good: list[str], bad: list[str]) -> None:
+    got = [s.value for s in scores([*good, *bad], [name], [{**arguments, "of_another_instruction": None}])]
     assert got == [1.0] * len(good) + [0.0] * len(bad)
 
 
@@ -322,7 +322,7 @@ def test_a_row_without_instructions_is_not_for_this_reward() -> None:
 
 @pytest.mark.parametrize("response", ["text", ""])
 @pytest.mark.parametrize(
-    ("id", "arguments", "words"),
+    ("name", "arguments", "words"),
     [
         ("keywords:nothing", {}, "no instruction 'keywords:nothing'; known are keywords:existence"),
         ("keywords:existence", {}, "keywords:existence lacks its argument 'keywords'"),
@@ -370,9 +370,9 @@ def test_a_row_without_instructions_is_not_for_this_reward() -> None:
     ],
 )
 def test_an_instruction_that_cannot_be_checked_is_an_error_and_never_a_verdict(
-    response: str, id: str, arguments: dict[str, Any], words: str
+    response: str, name: str, arguments: dict[str, Any], words: str
 ) -> None:
-    (score,) = scores([response], [id], [arguments])
+    (score,) = scores([response], [name], [arguments])
     assert score.status is ScoreStatus.ERROR
     assert words in score.detail
 

@@ -31,7 +31,7 @@ class Handle:
     def __getattr__(self, method: str) -> Any:
         class Method:
             @staticmethod
-            def remote(*args: Any) -> Done:
+            def remote(*_: Any) -> Done:
                 self._calls.append(method)
                 return Done()
 
