@@ -622,7 +622,8 @@ def test_a_gold_that_runs_out_of_time_fails_its_sample_and_is_read_again(monkeyp
 @pytest.mark.parametrize("call", ["accuracy(['it is 0.5'], ['1/2'])", "math_votes(['it is 0.5'], ['1/2'])"])
 def test_loading_math_verify_is_not_counted_to_the_first_answer(call: str) -> None:
     timed = call.replace("])", "], timeout_s=0.2)")
-    code = f"from grpo_ray.rewards.accuracy import accuracy; from grpo_ray.rewards.votes import math_votes; print({timed} == {call})"
+    imports = "from grpo_ray.rewards.accuracy import accuracy; from grpo_ray.rewards.votes import math_votes"
+    code = f"{imports}; print({timed} == {call})"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
     assert ran.stdout == "True\n"
 

@@ -142,7 +142,7 @@ def test_the_users_own_functions_have_network_home_and_what_env_names(
 
 LEAVE = """
 import asyncio, socket
-from actors import apart
+from actors.reward import apart
 {}
 apart.leave_network()
 for family, address in ((socket.AF_INET, ("127.0.0.1", {})), (socket.AF_INET6, ("::1", 9)), (socket.AF_UNIX, "\\0{}")):
@@ -151,7 +151,8 @@ for family, address in ((socket.AF_INET, ("127.0.0.1", {})), (socket.AF_INET6, (
     except OSError as e:
         print(type(e).__name__)
 print(asyncio.run(asyncio.sleep(0, 7)))
-from grpo_ray.sandbox import Languages, check_isolation
+from grpo_ray.sandbox.isolation import Languages
+from grpo_ray.sandbox.trial import check_isolation
 asyncio.run(check_isolation(Languages()))
 """
 

@@ -359,8 +359,6 @@ import asyncio, os, sys
 from pathlib import Path
 from actors.rollout.actor import RolloutActor
 from actors.rollout.vllm_options import rollout_env
-from grpo_ray.config.schema import RolloutConfig
-from actors.rollout.actor import RolloutActor, rollout_env
 from grpo_ray.config.rollout import RolloutConfig
 
 async def main(model, run_dir):

@@ -18,7 +18,7 @@ PROGRAM = """
 import asyncio, json, sys
 from pathlib import Path
 import ray
-from actors.control.controller import start_controller
+from actors.control.controller_start import start_controller
 from actors.learner.group import LearnerGroup
 from actors.reward.pool import RewardPool
 from actors.rollout.pool import RolloutPool
