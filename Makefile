@@ -16,7 +16,7 @@ smoke: .venv/.ready  ## train a tiny model from a cold start to 90% of its task 
 r1: .venv/.ready  ## DeepSeek-R1's recipe from a random model to its last stage, on two cores (SEEDS="1 2 3": three times)
 	@for seed in $(or $(SEEDS),1); do $(BIN)/grpo-ray pipeline r1_tiny seed=$$seed name=r1-tiny-$$seed || exit 1; done
 
-test: .venv/.ready  ## the tests, on two cores in less than 15 minutes
+test: .venv/.ready  ## the tests (half an hour on two cores)
 	@$(BIN)/pytest -m "not slow and not gpu"
 
 test-all: .venv/.ready  ## the slow tests too, and those for GPUs where there is one
