@@ -23,9 +23,10 @@ STATUS = pytest.StashKey[int]()
 
 @pytest.fixture(autouse=True)
 def same_environment() -> Iterator[None]:
-    """What a test, or the code that it calls, sets in the environment is gone after it."""
-    before = dict(os.environ)
+    """What a test, or the code that it calls, sets in the environment or adds to the search path is gone after it."""
+    before, path = dict(os.environ), list(sys.path)
     yield
+    sys.path[:] = path
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
