@@ -15,6 +15,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 TICK_S = 0.1
+AGAIN_S = 1.0
+"""A call that goes on all the same is ended once more after this much more processor time."""
 WATCH = "grpo-ray time limit"
 _lock = threading.Lock()
 _ends: dict[int, float] = {}
@@ -64,7 +66,10 @@ def _interrupt_late() -> None:
         time.sleep(TICK_S)
         with _lock:
             for thread, end in _ends.items():
-                if time.clock_gettime(time.pthread_getcpuclockid(thread)) > end:
+                now = time.clock_gettime(time.pthread_getcpuclockid(thread))
+                if now > end:
+                    # Not at every tick: a second one would come while the first is handled, and be nobody's.
+                    _ends[thread] = now + AGAIN_S
                     _raise_in(thread, _Late)
             if not _ends:
                 _watching.clear()

@@ -1,4 +1,4 @@
-"""What a loss of a recipe's own says of itself: over what its ratio is taken, and how its tokens are averaged."""
+"""The declaration of a recipe's own loss: over what its ratio is taken, and how its tokens are averaged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WEIGHTS: dict[str, Callable[[int, Normalizers], float]] = {
 
 @dataclass(frozen=True)
 class Declared:
-    """The defaults are those of loss grpo."""
+    """What a loss declares; the defaults are those of loss grpo."""
 
     ratio: Ratio = "token"
     average: Average = "sequence_mean"

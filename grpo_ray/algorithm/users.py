@@ -29,19 +29,20 @@ PAGE = "launch/guide/extend.md"
 
 
 def users_functions(a: AlgorithmConfig) -> Iterator[tuple[Option, UserFunction]]:
-    """The functions that a recipe names, not imported. Raises ConfigError: there is none, or it is not a recipe's to name."""
+    """The functions that a recipe names, not imported. Raises ConfigError: one does not exist, or a recipe must not name it."""
     for option in _TAKES:
         if is_users(name := getattr(a, option)):
             yield option, _found(option, name, a.package)
 
 
 def check_users(a: AlgorithmConfig, *, imports: bool) -> None:
-    """
+    """Check the loss and the advantage of a recipe's own.
+
     Args:
-        imports: False: nothing of the recipe's own code is run, and what its source tells is all that is known of it.
+        imports: False: nothing of the recipe's own code is run, and only its source is read.
 
     Raises:
-        ConfigError: a function that is not there, does not fit the contract, or does not go with another option.
+        ConfigError: a function does not exist, does not fit the contract, or excludes another option.
     """
     for option, function in users_functions(a):
         if imports:
@@ -53,17 +54,17 @@ def check_users(a: AlgorithmConfig, *, imports: bool) -> None:
 
 
 def has_sequence_ratio(a: AlgorithmConfig) -> bool:
-    """Is the ratio of the loss that of the whole sequence?"""
+    """Whether the ratio of the loss is that of the whole sequence."""
     return declared_loss(a).ratio == "sequence" if is_users(a.loss) else a.loss in SEQUENCE_LOSSES
 
 
 def declared_loss(a: AlgorithmConfig) -> Declared:
-    """What the loss of the recipe's own says of itself. It is imported."""
+    """What the recipe's own loss declares of itself; the loss is imported."""
     return declared_by(loaded("loss", a.loss, a.package))
 
 
 def check_ratio(a: AlgorithmConfig, ratio: str) -> None:
-    """Raises ConfigError for options by the token beside a ratio of the whole sequence."""
+    """Raise ConfigError for token-level options beside a ratio of the whole sequence."""
     if ratio != "sequence":
         return
     if a.advantage in TOKEN_ADVANTAGES:
@@ -87,7 +88,7 @@ def _found(option: Option, name: str, package: str | None) -> UserFunction:
 
 @functools.cache
 def loaded(option: Option, name: str, package: str | None) -> Any:
-    """The function, imported once. Raises ConfigError: it can't be, or it does not fit the contract."""
+    """The function, imported once. Raises ConfigError: it can't be imported, or does not fit the contract."""
     found = _found(option, name, package)
     try:
         function = found.load()
@@ -103,7 +104,7 @@ def loaded(option: Option, name: str, package: str | None) -> Any:
 
 
 def _check_source(option: Option, name: str, function: UserFunction) -> None:
-    """Raises ConfigError for a definition that can't be called as its option is; a decorator may make another of it."""
+    """Raise ConfigError for a definition that can't be called as its option is; unknown decorators may change how it is called."""
     node = function.found.node
     if isinstance(node, ast.ClassDef | ast.AsyncFunctionDef):
         raise _unfit(option, name, function, "it is a class or a coroutine")
@@ -122,14 +123,13 @@ def _declarations(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -
     for decorator in node.decorator_list:
         if isinstance(decorator, ast.Call):
             called = decorator.func
-            if (
-                called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
-            ) == policy_loss.__name__:
+            name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+            if name == policy_loss.__name__:
                 yield decorator
 
 
 def _declared_by_source(function: UserFunction) -> str:
-    """The ratio that the decorator names; `token` where the source does not tell."""
+    """The ratio that the decorator names; `token` if the source does not state it."""
     for call in _declarations(function.found.node) if function.found.node is not None else ():
         for keyword in call.keywords:
             if keyword.arg == "ratio" and isinstance(keyword.value, ast.Constant):

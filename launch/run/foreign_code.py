@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from grpo_ray.algorithm.users import users_functions
+from grpo_ray.algorithm.users import check_users, users_functions
 from grpo_ray.config.data import DataSource
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
@@ -15,15 +15,21 @@ from grpo_ray.rewards.table import BUILTINS
 RUN_CODE = "--run-code"
 
 
-def check_code(config: RunConfig | SftConfig) -> None:
-    """Raises ConfigError, RewardError or DataError for a function that the config may not name; nothing is run. A run's folder may
-    be a stranger's."""
-    for _ in (*foreign_algorithm(config), *foreign_rewards(config), *foreign_rows(config)):
+def check_code(config: RunConfig | SftConfig, *, trains: bool = True) -> None:
+    """Raise ConfigError, RewardError or DataError for a function that the config may not name, or a loss or an advantage that can't
+    be called as its option is; nothing is run. A run's folder may be a stranger's.
+
+    Args:
+        trains: False: the loss and the advantage are not used, and need not exist.
+    """
+    if trains and isinstance(config, RunConfig):
+        check_users(config.algorithm, imports=False)
+    for _ in (*foreign_rewards(config), *foreign_rows(config)):
         pass
 
 
 def foreign_algorithm(config: RunConfig | SftConfig) -> Iterator[str]:
-    """A line for a loss and an advantage of the recipe's own. Raises ConfigError, likewise."""
+    """A line for each of the recipe's own loss and advantage. Raises ConfigError: it does not exist, or must not be named."""
     if isinstance(config, RunConfig):
         for option, function in users_functions(config.algorithm):
             if function.foreign:

@@ -99,7 +99,7 @@ def start_sample(recipe: str, overrides: list[str]) -> Path:
             run = RunDir.open(folder)
             console.print(f"going on with {run.path}")
         else:
-            preflight(config)
+            preflight(config, trains=False)
             config = settled(config, "sample")
             run = RunDir.create(folder)
             write_config(run, config)
@@ -133,7 +133,7 @@ def _resume(run: RunDir, overrides: Sequence[str]) -> None:
             raise ConfigError(f"{overrides[0]}: samples are made as they were begun; leave the overrides out")
         of_samples = load_run_config(RunConfig, run.config)
         use_code_of(of_samples)
-        check_code(of_samples)
+        check_code(of_samples, trains=False)
         with leaving(lambda: left_of_samples(run, f"grpo-ray resume {run.path}")):
             _finish_samples(run, _run("sample", of_samples, run, None))
         return
@@ -223,7 +223,7 @@ def evaluate_target(target: str, overrides: list[str]) -> None:
     if config.data.eval is None:
         raise ConfigError(f"{target} has no data.eval to measure on; add data.eval.path=...")
     confirm_cluster(config.cluster.address, overrides)
-    preflight(config)
+    preflight(config, trains=False)
     check_effects(config, "eval", overrides)
     config = settled(config, "eval")
     record = new_record(*_record_place(folder, config, overrides), config)

@@ -13,11 +13,12 @@ from launch.run.foreign_code import check_code
 from launch.run.machine import check_machine
 
 
-def preflight(config: RunConfig | SftConfig, *, imports: bool = True) -> None:
+def preflight(config: RunConfig | SftConfig, *, imports: bool = True, trains: bool = True) -> None:
     """Check the model's folder, what is needed of this machine, and the recipe's functions.
 
     Args:
         imports: False: the recipe's own code is not run.
+        trains: False: the loss and the advantage are not used, and neither imported nor looked for.
     """
     use_code_of(config)
     if config.model.path is not None:
@@ -25,7 +26,8 @@ def preflight(config: RunConfig | SftConfig, *, imports: bool = True) -> None:
     check_machine(config)
     tell_of_hub(config)
     if isinstance(config, RunConfig):
-        check_users(config.algorithm, imports=imports)
         for function in config.reward.functions:
             resolve(function, imports=imports)
-    check_code(config)
+    check_code(config, trains=trains)
+    if isinstance(config, RunConfig) and trains and imports:
+        check_users(config.algorithm, imports=True)

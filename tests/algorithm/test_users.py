@@ -20,11 +20,13 @@ from grpo_ray.errors import ConfigError
 from grpo_ray.rewards.functions.files import with_shipped_files
 from grpo_ray.types import Group
 from launch.check.command import check_recipe
+from launch.run.foreign_code import check_code
+from launch.run.preflight import preflight
 from launch.run.recipe import load_recipe, load_run_config
 from tests.algorithm.test_train_batch import group
 from tests.naive_losses import make_batch
 from tests.packed import gradient, run
-from tests.recipes import RL
+from tests.recipes import RL, run_config
 
 MINE = """
 import torch
@@ -286,3 +288,18 @@ def test_check_names_a_loss_and_an_advantage_and_imports_them_only_when_told_to(
     assert (here / "IMPORTED").exists()
     with pytest.raises(ConfigError, match=r"line 2\) can't be called with \(rewards\)"):
         check_recipe("recipe.yaml", ["algorithm.advantage=noisy.loss"])
+
+
+def test_what_is_not_trained_needs_no_loss_and_what_is_resumed_needs_one_that_fits(here: Path) -> None:
+    config = run_config(f"algorithm.loss={here}/mine.py:grpo")
+    preflight(config)
+    check_code(config)
+    source = (here / "mine.py").read_text()
+    (here / "mine.py").write_text(source.replace("def grpo(", "def grpo(needed, more, "))
+    with pytest.raises(ConfigError, match=r"mine\.py, line \d+\) can't be called with \(inputs, options\)"):
+        check_code(config)
+    (here / "mine.py").unlink()
+    for refuse in (preflight, check_code):
+        with pytest.raises(ConfigError, match=r"algorithm\.loss"):
+            refuse(config)
+        refuse(config, trains=False)

@@ -81,6 +81,27 @@ def test_what_a_call_returns_and_raises_is_its_own_and_nothing_comes_later() -> 
         pass
 
 
+def test_what_handles_the_end_of_a_call_is_not_ended_in_its_turn() -> None:
+    def spend(seconds: float) -> None:
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+
+    ended: list[str] = []
+
+    def late() -> None:
+        try:
+            spin()
+        except BaseException:
+            spend(0.4)
+            ended.append("handled")
+            raise
+
+    with pytest.raises(TooLongError):
+        within_thread_s(0.05, late)
+    assert ended == ["handled"]
+
+
 def test_a_fork_has_a_watch_of_its_own_and_the_watch_ends_when_there_is_nothing_to_see() -> None:
     with pytest.raises(TooLongError):
         within_thread_s(0.05, spin)
