@@ -17,6 +17,7 @@ from grpo_ray.config.base import (
     Strict,
     check_bounds,
 )
+from grpo_ray.types import SamplingParams
 
 
 class RolloutConfig(Strict):
@@ -68,6 +69,19 @@ class RolloutConfig(Strict):
         """Those of top_p, top_k and min_p that leave tokens out, in words."""
         names = (n for n in ("top_p", "top_k", "min_p") if getattr(self, n) != type(self).model_fields[n].default)
         return ", ".join(f"{name} {getattr(self, name):g}" for name in names)
+
+    @property
+    def sampling_params(self) -> SamplingParams:
+        """The sampling parameters of training; `eval` and `sample` replace some of them."""
+        return SamplingParams(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            max_tokens=self.max_completion_length,
+            stop=self.stop,
+            stop_token_ids=self.stop_token_ids,
+        )
 
     @model_validator(mode="after")
     def _group(self) -> Self:

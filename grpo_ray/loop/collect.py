@@ -35,7 +35,7 @@ from grpo_ray.run.saver import More
 from grpo_ray.seeds import sample_seed
 from grpo_ray.spread import has_spread
 from grpo_ray.telemetry.events import Event, MessageEvent, PhaseEvent
-from grpo_ray.types import Group, Prompt, SampleRequest, SamplingParams, TrainerState
+from grpo_ray.types import Group, Prompt, SampleRequest, TrainerState
 
 NO_SIGNAL = "no_signal"
 """The reason recorded for a group that dynamic sampling drops."""
@@ -83,15 +83,7 @@ class Collector:
         self.counts = StepCounts()
         self.tally = health.tally()
         """The tally of the step in progress; while groups are collected, of those that dynamic sampling drops."""
-        self._params = SamplingParams(
-            temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p,
-            top_k=config.rollout.top_k,
-            min_p=config.rollout.min_p,
-            max_tokens=config.rollout.max_completion_length,
-            stop=config.rollout.stop,
-            stop_token_ids=config.rollout.stop_token_ids,
-        )
+        self._params = config.rollout.sampling_params
         self._sampling = how_sampled(config, self._params)
 
     # One step

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import fsum
 
 from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
@@ -49,15 +49,8 @@ class _Answered:
 
 
 def eval_sampling(config: RunConfig) -> SamplingParams:
-    return SamplingParams(
-        temperature=config.eval.temperature,
-        top_p=config.eval.top_p,
-        top_k=0,
-        min_p=0.0,
-        max_tokens=config.rollout.max_completion_length,
-        stop=config.rollout.stop,
-        stop_token_ids=config.rollout.stop_token_ids,
-    )
+    params = config.rollout.sampling_params
+    return replace(params, temperature=config.eval.temperature, top_p=config.eval.top_p, top_k=0, min_p=0.0)
 
 
 def vote_config(config: RunConfig) -> RewardConfig | None:

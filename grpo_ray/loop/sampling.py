@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from grpo_ray.config.schema import RunConfig
@@ -54,15 +54,8 @@ class SamplingReport:
 
 
 def sampling_params(config: RunConfig) -> SamplingParams:
-    return SamplingParams(
-        temperature=config.sample.temperature,
-        top_p=config.sample.top_p,
-        top_k=config.rollout.top_k,
-        min_p=config.rollout.min_p,
-        max_tokens=config.rollout.max_completion_length,
-        stop=config.rollout.stop,
-        stop_token_ids=config.rollout.stop_token_ids,
-    )
+    sample = config.sample
+    return replace(config.rollout.sampling_params, temperature=sample.temperature, top_p=sample.top_p)
 
 
 def about_samples(config: RunConfig, prompts: PromptDataset, model: str, model_sha256: str) -> About:
