@@ -222,7 +222,7 @@ class Workers:
     async def start_learner(self, num_steps: int, placement: Any = None, limit_s: float | None = None) -> LearnerGroup:
         self._phase("starting", "learner: DeepSpeed")
         with self._learner_timeout.measured():
-            await asyncio.to_thread(import_learning)
+            await import_learning(self._config.deadlines.start_s)
             from actors.learner.group import LearnerGroup
 
             pool = await LearnerGroup.create(

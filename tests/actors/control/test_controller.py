@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
+
+from actors.control import learning
+from grpo_ray.errors import DeadlineError
 
 ROOT = Path(__file__).parents[3]
 # In a process of its own: a controller takes over the output of the process that it is made in.
@@ -55,3 +62,9 @@ def test_a_controller_is_there_before_torch_is_imported() -> None:
         [sys.executable, "-c", code], env=env, check=True, timeout=120, capture_output=True, text=True
     )
     assert told.stdout == "[]\n"
+
+
+def test_an_import_of_torch_that_hangs_ends_at_the_deadline_of_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "_import", lambda: time.sleep(1))
+    with pytest.raises(DeadlineError, match=r"the import of torch .* within 0\.05 s.*deadlines\.start_s"):
+        asyncio.run(learning.import_learning(0.05))
