@@ -1,4 +1,4 @@
-"""The start of a run's controller. Its process imports torch and Transformers; the starting process need not wait for that."""
+"""The start of a run's controller: an actor whose imports take seconds, for which the starting process need not wait."""
 
 from __future__ import annotations
 

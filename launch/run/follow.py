@@ -103,7 +103,7 @@ def run_here(
     try:
         with _signals_to(controller, view, joined=joins(config)):
             finished = controller.run.remote()
-            view.handle(PhaseEvent("controller", "importing torch and Transformers"))
+            view.handle(PhaseEvent("controller", "starting its process"))
             end = follow_events(controller, view, run_dir, config.deadlines.start_s)
             try:
                 ray.get(finished, timeout=SILENCE_S)

@@ -30,6 +30,7 @@ async def resolve_model(context: RunContext, config: RunConfig | SftConfig) -> s
 
 async def begin_learning(context: RunContext, config: RunConfig | SftConfig) -> None:
     """Import what the controller needs of torch, and warn of a CPU that is slow in the run's dtype."""
+    context.phase("importing", "torch and Transformers")
     await import_learning(config.deadlines.start_s)
     from grpo_ray.models.attention import cpu_has_bf16
 
