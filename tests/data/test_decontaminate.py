@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from grpo_ray.data.decontaminate import find_contaminated, ngram_hashes, ngrams,
 from grpo_ray.data.sources import Table
 from grpo_ray.errors import ConfigError, DataError
 from launch.cli import app
+from tests.cpu_time import cpu_below
 
 TEST = "Natalia sold clips to 48 of her friends in April, and then she sold half as many in May."
 
@@ -166,9 +166,8 @@ def test_hostile_rows_take_time_in_proportion_to_their_length() -> None:
         "." * 32_000,
         "ก" * 32_000,
     ]
-    start = time.process_time()
-    assert [row for row, _ in contaminated(rows, tests, 10)] == [2]
-    assert time.process_time() - start < 25
+    with cpu_below(25):
+        assert [row for row, _ in contaminated(rows, tests, 10)] == [2]
 
 
 def test_a_text_has_one_ngram_for_each_place_it_can_start() -> None:

@@ -6,7 +6,6 @@ import io
 import json
 import re
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from grpo_ray.data.sources import load_table, progress
 from grpo_ray.data.templates import R1_SYSTEM
 from grpo_ray.data.tokenized import TokenLists
 from grpo_ray.errors import DataError
+from tests.cpu_time import cpu_below
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -599,12 +599,11 @@ def test_demonstrations_without_completion_or_too_long_are_named(tokenizer: Any,
 
 def test_a_hundred_thousand_rows_load_in_seconds(tokenizer: Any, jsonl: Callable[..., str]) -> None:
     path = jsonl([{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(100_000)])
-    start = time.process_time()
-    data = load_prompts(config(path), tokenizer, seed=1).train
-    cursor = Cursor(data, seed=1)
-    ids = {p.id for p in take(cursor, len(data))}
+    with cpu_below(60):
+        data = load_prompts(config(path), tokenizer, seed=1).train
+        cursor = Cursor(data, seed=1)
+        ids = {p.id for p in take(cursor, len(data))}
     assert len(ids) == 100_000
-    assert time.process_time() - start < 60
 
 
 def test_token_lists_come_back_as_they_went_in() -> None:

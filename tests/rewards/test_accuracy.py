@@ -31,6 +31,7 @@ from grpo_ray.rewards.functions.function import ScoreInputs
 from grpo_ray.rewards.functions.scoring import call_reward
 from grpo_ray.rewards.table import resolve
 from grpo_ray.types import ScoreStatus
+from tests.cpu_time import cpu_below
 
 NO = None
 """Not applicable: the gold is not understood."""
@@ -630,10 +631,8 @@ def test_loading_math_verify_is_not_counted_to_the_first_answer(call: str) -> No
 
 def test_the_clock_counts_work_and_not_waiting() -> None:
     assert within_cpu_s(0.2, lambda: time.sleep(0.5)) is None
-    start = time.process_time()
-    with pytest.raises(OutOfTimeError):
+    with cpu_below(10), pytest.raises(OutOfTimeError):
         within_cpu_s(0.1, lambda: sum(1 for _ in iter(int, 1)))
-    assert time.process_time() - start < 10
 
 
 def test_a_library_that_swallows_the_clocks_signal_is_stopped_by_the_next() -> None:
@@ -653,9 +652,8 @@ def test_a_library_that_swallows_the_clocks_signal_is_stopped_by_the_next() -> N
 @pytest.mark.parametrize("answer", ["9^{9^{9}}", "9^{9^{8}}", "99999999!", r"\binom{10^9}{10^8}", "10^{10^{10}} - 1"])
 def test_an_answer_too_big_to_compute_is_wrong_at_once(answer: str) -> None:
     score("x+1", "x+1")
-    start = time.process_time()
-    assert score(42, rf"\boxed{{{answer}}}") == 0
-    assert time.process_time() - start < 3
+    with cpu_below(5):
+        assert score(42, rf"\boxed{{{answer}}}") == 0
 
 
 @pytest.mark.parametrize(
@@ -673,21 +671,16 @@ RUNS = ["1 ", "1,", "$a", r"\boxed{", "**a", "`", "`a", "(", "answer is ", "A, "
 @pytest.mark.timeout(300)
 def test_long_runs_of_anything_are_scored_within_a_second() -> None:
     score("x+1", "x+1")
-    slow = []
     for gold in (72, "C"):
         for run in RUNS:
-            start = time.process_time()
-            score(gold, "The answer is " + (run * 32_000)[:32_000])
-            if time.process_time() - start > 5:
-                slow.append((gold, run))
-    assert slow == []
+            with cpu_below(5, (gold, run)):
+                score(gold, "The answer is " + (run * 32_000)[:32_000])
 
 
 def test_units_of_endless_letters_do_not_backtrack() -> None:
-    start = time.process_time()
-    assert score(6, r"\boxed{5 \text{" + "a" * 300 + "}}") == 0
-    assert read_gold("5 " + "a" * 300, 3) == ()
-    assert time.process_time() - start < 10
+    with cpu_below(10):
+        assert score(6, r"\boxed{5 \text{" + "a" * 300 + "}}") == 0
+        assert read_gold("5 " + "a" * 300, 3) == ()
 
 
 IN_PARQUET: list[tuple[Any, Any, str, float | None]] = [

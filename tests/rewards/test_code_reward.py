@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from grpo_ray.sandbox.box import Box, Outcome
 from grpo_ray.types import RewardScore, ScoreStatus
 from tests.bench.programs import TASKS, ordinary
 from tests.bench.sandbox import score_ordinary
+from tests.cpu_time import cpu_below
 
 ADD = "def add(a, b):\n    return a + b\n"
 
@@ -145,14 +145,12 @@ def test_hostile_text_takes_no_time_to_read() -> None:
         "`" * 300_000,
     ]
     outputs = [b"\n" * (16 << 20), b"1" * 200_000 + b"x", b"1." * 100_000, b"[]," * 1_000_000, b"{" * 1_000_000]
-    started = time.process_time()
-    for text in texts:
-        find_program(text, ("python",))
-    for output in outputs:
-        assert not same_output(output, "1.5 " * 20_000)
-        assert not same_value(output, [1.5] * 20_000)
-    # What goes back over the text again and again takes minutes.
-    assert time.process_time() - started < 30
+    with cpu_below(30):  # what goes back over the text again and again takes minutes
+        for text in texts:
+            find_program(text, ("python",))
+        for output in outputs:
+            assert not same_output(output, "1.5 " * 20_000)
+            assert not same_value(output, [1.5] * 20_000)
 
 
 def test_only_what_nobody_else_defines_is_taken_from_the_program() -> None:
