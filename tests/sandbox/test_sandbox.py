@@ -104,18 +104,25 @@ def score(code: RewardFunction, program: str, tests: Any) -> RewardScore:
 
 
 def in_other_namespaces() -> set[int]:
-    """Every living process of every sandbox on this machine."""
-    ours, found = os.stat("/proc/self/ns/pid").st_ino, set()
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+    """Every living process of the sandboxes of this process and those below it, and of sandboxes that nobody owns any more."""
+    found = set()
+    for process in psutil.process_iter():
         try:
-            if (
-                os.stat(f"/proc/{pid}/ns/pid").st_ino != ours
-                and psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
-            ):
-                found.add(int(pid))
+            if in_another_namespace(process.pid) and process.status() != psutil.STATUS_ZOMBIE and is_ours(process):
+                found.add(process.pid)
         except (OSError, psutil.Error):
             continue
     return found
+
+
+def in_another_namespace(pid: int) -> bool:
+    return os.stat(f"/proc/{pid}/ns/pid").st_ino != os.stat("/proc/self/ns/pid").st_ino
+
+
+def is_ours(process: psutil.Process) -> bool:
+    """Whether the first process above a sandbox's is this one, one below it, or one to which orphans fall."""
+    above = [p for p in process.parents() if p.pid == 1 or not (in_another_namespace(p.pid) or p.name() == "bwrap")]
+    return os.getpid() in [p.pid for p in above] or above[0].pid in [p.pid for p in psutil.Process().parents()]
 
 
 @pytest.mark.parametrize("name", CONTAINED)
