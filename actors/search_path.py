@@ -126,7 +126,7 @@ class _Behind:
     def __init__(self, folder: str) -> None:
         self._folder = folder
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> None:
+    def find_spec(self, _fullname: str, path: Sequence[str] | None, _target: Any = None) -> None:
         if path is None:
             self.reorder()
 

@@ -45,7 +45,7 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def before_any(
     context: typer.Context,
-    version: Annotated[
+    _version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Of grpo-ray and of what it runs on"),
     ] = False,

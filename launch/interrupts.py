@@ -98,7 +98,7 @@ def as_exceptions() -> Iterator[None]:
     """Raise exceptions inside, for code that catches them: KeyboardInterrupt for SIGINT, SystemExit(143) for SIGTERM; a second
     signal ends at once."""
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
+    def on_signal(number: int, _frame: FrameType | None) -> None:
         for each, handler in before.items():
             signal.signal(each, handler)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
@@ -222,7 +222,7 @@ def _has_children() -> bool:
     return False
 
 
-def _on_signal(number: int, frame: FrameType | None) -> None:
+def _on_signal(number: int, _frame: FrameType | None) -> None:
     if os.getpid() != _owner:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)

@@ -120,7 +120,7 @@ class ColocatedLearner:
         self._learner = learner
         self._turns = turns
 
-    async def accumulate(self, part: TrainBatch) -> None:
+    async def accumulate(self, _part: TrainBatch) -> None:
         raise ConfigError(
             "samplers and learners of one device take turns, so nothing is learned while others are sampled"
         )

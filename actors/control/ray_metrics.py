@@ -30,7 +30,7 @@ class RayMetrics:
         }
         self._refreshing = asyncio.get_running_loop().create_task(self._refresh())
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, _step: int, metrics: dict[str, float]) -> None:
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         self._newest |= finite
         for name, value in finite.items():

@@ -123,7 +123,7 @@ class RunScaler:
         self._record(counts(config))
         self._crew.reconfigure(config)
 
-    def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
+    def after_step(self, _step: int, metrics: Mapping[str, float]) -> None:
         """Check whether a role with bounds has too few workers, or too many."""
         waiting, asked = self._crew.take_most_waiting(), counts(self._config)
         for role, loads in self._loads.items():

@@ -180,7 +180,7 @@ class RolloutEngineKind:
         where = f" on a node with the labels {dict(asked.labels)}" if asked.labels else ""
         return f"it loads the model, or waits for {asked.each}{where}"
 
-    def backoff_s(self, engine: RolloutEngine, cause: BaseException) -> float:
+    def backoff_s(self, engine: RolloutEngine, _cause: BaseException) -> float:
         return float(BACKOFF_S * 2 ** (engine.restarts - 1))
 
     def probe(self, handle: Any) -> Awaitable[Any]:

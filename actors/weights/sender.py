@@ -121,7 +121,7 @@ class EngineClient:
     def wait_staged(self) -> None:
         self._call_all("wait_staged")
 
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
+    def finish_weight_update(self, _weight_version: str | None = None) -> None:
         """Finish with the sync's own version; vLLM's trainer engines don't pass one."""
         self._call_all("finish_weight_update", self.version, self.source.digest.hex())
 

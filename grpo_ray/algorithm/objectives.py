@@ -281,7 +281,7 @@ class SftObjective:
     def value(self, logps_C: Tensor, segments: Segments) -> Tensor:
         return segments.sum(logps_C)
 
-    def has_gradient(self, advantage: float) -> bool:
+    def has_gradient(self, _advantage: float) -> bool:
         return True
 
     def loss(self, data: MicroBatchData, logps_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -289,7 +289,7 @@ class SftObjective:
         sums = torch.stack([loss.new_tensor(len(logps_C)), entropy_C.detach().sum(), loss.detach()])
         return loss, sums, loss.new_zeros(())
 
-    def metrics(self, sums: dict[str, float], largest_mismatch: float, num_steps: int) -> dict[str, float]:
+    def metrics(self, sums: dict[str, float], _largest_mismatch: float, num_steps: int) -> dict[str, float]:
         if not sums["tokens"]:
             return {}
         return {"loss/sft": sums["loss"] / num_steps, "entropy": sums["entropy"] / sums["tokens"]}

@@ -16,12 +16,12 @@ from grpo_ray.batch.segments import Segments
 from grpo_ray.config.supervised import DpoOptions, RewardModelOptions
 
 
-def pair_mean(length: int, n: Normalizers) -> float:
+def pair_mean(_length: int, n: Normalizers) -> float:
     """Mean over pairs: the weight of either sequence."""
     return 2.0 / n.num_sequences
 
 
-def sequence_weight(length: int, n: Normalizers) -> float:
+def sequence_weight(_length: int, n: Normalizers) -> float:
     """Mean over sequences, whatever their length."""
     return 1.0 / n.num_sequences
 
@@ -37,7 +37,7 @@ class DpoObjective:
         self.options = options
         self.weight = pair_mean
 
-    def has_gradient(self, advantage: float) -> bool:
+    def has_gradient(self, _advantage: float) -> bool:
         return True
 
     def value(self, logps_C: Tensor, segments: Segments) -> Tensor:
@@ -70,7 +70,7 @@ class DpoObjective:
         ]
         return loss, torch.stack(sums), loss.new_zeros(())
 
-    def metrics(self, sums: dict[str, float], largest_mismatch: float, num_steps: int) -> dict[str, float]:
+    def metrics(self, sums: dict[str, float], _largest_mismatch: float, num_steps: int) -> dict[str, float]:
         pairs = max(sums["pairs"], 1.0)
         return {
             "loss/dpo": sums["loss"] / num_steps,
@@ -94,14 +94,14 @@ class RewardModelObjective:
         self.pairs = options.pairwise
         self.weight = pair_mean if options.pairwise else sequence_weight
 
-    def has_gradient(self, advantage: float) -> bool:
+    def has_gradient(self, _advantage: float) -> bool:
         return True
 
     def value(self, logps_C: Tensor, segments: Segments) -> Tensor:
         """[S] the scores."""
         return logps_C[segments.lengths_S.cumsum(0) - 1]
 
-    def loss(self, data: MicroBatchData, logps_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(self, data: MicroBatchData, logps_C: Tensor, _entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if data.packed.is_dummy:
             return _nothing(logps_C, len(self.sum_names))
         scores_S = self.value(logps_C, data.segments)
@@ -125,7 +125,7 @@ class RewardModelObjective:
         sums += [loss.new_tensor(len(told)), told.sum(), (told - targets_S).abs().sum()]
         return loss, torch.stack(sums), zero
 
-    def metrics(self, sums: dict[str, float], largest_mismatch: float, num_steps: int) -> dict[str, float]:
+    def metrics(self, sums: dict[str, float], _largest_mismatch: float, num_steps: int) -> dict[str, float]:
         sequences = max(sums["sequences"], 1.0)
         out = {"loss/reward_model": sums["loss"] / num_steps, "score/mean": sums["score"] / sequences}
         if self.pairs:

@@ -51,7 +51,7 @@ class Alone:
 
     def split_heads(self, hf: nn.Module) -> None: ...
 
-    def gather(self, counts: Sequence[int], *values_c: Tensor) -> tuple[Tensor, ...]:
+    def gather(self, _counts: Sequence[int], *values_c: Tensor) -> tuple[Tensor, ...]:
         return values_c
 
 

@@ -194,7 +194,7 @@ def _given(node: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
 Found = Iterator[tuple[str, str]]
 
 
-def _of_steps(config: RunConfig | SftConfig, command: str) -> Found:
+def _of_steps(config: RunConfig | SftConfig, _command: str) -> Found:
     if config.num_steps is not None:
         yield "num_epochs", f"num_steps is given ({config.num_steps}); num_steps=null lets num_epochs decide"
         yield "data.last_batch", f"it is about the end of num_epochs, and num_steps is given ({config.num_steps})"
@@ -210,7 +210,7 @@ def _of_steps(config: RunConfig | SftConfig, command: str) -> Found:
         yield "learner.share_prompts", "sequences that several learners share (sequence_parallel_size) share no prompt"
 
 
-def _of_tracking(config: RunConfig | SftConfig, command: str) -> Found:
+def _of_tracking(config: RunConfig | SftConfig, _command: str) -> Found:
     if not (config.tracking.wandb or config.tracking.mlflow):
         yield "tracking.project", "it is of tracking.wandb and tracking.mlflow, and both are off"
     if config.cluster.address is not None:
@@ -265,7 +265,7 @@ def _of_workers(config: RunConfig | SftConfig, command: str) -> Found:
         yield "reward.on_failure.value", "it is of action value, and reward.on_failure.action is drop_group"
 
 
-def _of_the_loss(config: RunConfig | SftConfig, command: str) -> Found:
+def _of_the_loss(config: RunConfig | SftConfig, _command: str) -> Found:
     if not isinstance(config, RunConfig):
         return
     a = config.algorithm

@@ -91,7 +91,7 @@ class _Loader(yaml.SafeLoader):
 
     num_nodes = 0
 
-    def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
+    def resolve(self, _kind: Any, _value: Any, _implicit: Any) -> str:
         return _UNWRITTEN
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
@@ -349,7 +349,7 @@ def _explained(error: yaml.YAMLError, text: str) -> str:
 class _Dumper(yaml.SafeDumper):
     """Quotes what either YAML 1.1 or `read_scalar` would read as something other than text."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, _data: Any) -> bool:
         return True
 
 

@@ -75,7 +75,7 @@ async def evaluate(
     scorer: Scorer,
     voter: Scorer | None,
     config: RunConfig,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
     trainer: TrainerState | None = None,
 ) -> EvalResult:
     """Sample and score every prompt `eval.num_samples` times.

@@ -127,7 +127,7 @@ async def sample_all(
     samples: SampleStore,
     folder: SampleFolder,
     config: RunConfig,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> SamplingReport:
     """Make the files that `folder` lacks. A prompt that crashes engines gets no samples and is named in its file.
 

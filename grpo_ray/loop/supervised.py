@@ -51,7 +51,7 @@ class Demonstrations:
     async def prepare(self, learner: Valuing, folder: Path, cursor: Cursor[Any], num_examples: int) -> None:
         pass
 
-    async def measure(self, learner: Valuing) -> dict[str, float]:
+    async def measure(self, _learner: Valuing) -> dict[str, float]:
         return {}
 
 
@@ -84,7 +84,7 @@ class Preferences:
             out |= {f"{prefix}{key}": value for key, value in (await self._held_out(learner, name, pairs)).items()}
         return out
 
-    async def _held_out(self, learner: Valuing, name: str, pairs: PairDataset) -> dict[str, float]:
+    async def _held_out(self, learner: Valuing, _name: str, pairs: PairDataset) -> dict[str, float]:
         values = torch.tensor(await self._values(learner, list(pairs), read_last=True), dtype=torch.float64)
         return held_out(values, torch.tensor([pair.target for pair in pairs], dtype=torch.float64))
 

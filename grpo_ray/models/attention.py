@@ -65,7 +65,7 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(PACKED, packed_attention)
-    AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)
+    AttentionMaskInterface.register(PACKED, lambda *_, **__: None)
 
 
 @dataclass(frozen=True)

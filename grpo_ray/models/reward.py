@@ -23,7 +23,7 @@ class RewardModel(nn.Module):
         self.hf = hf
         self.ranks = ranks or Alone()
 
-    def forward(self, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: PackedBatch, _temperature: float) -> tuple[Tensor, Tensor]:
         """The values [C], and zeros in place of a policy's entropies; fp32."""
         hf: Any = self.hf
         weight = hf.score.weight

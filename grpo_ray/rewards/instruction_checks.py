@@ -251,7 +251,7 @@ CHECKS: dict[str, Callable[..., bool]] = {
 }
 
 
-def load_libraries(args: dict[str, Any]) -> None:
+def load_libraries(_args: dict[str, Any]) -> None:
     """Load two seconds and 100 MB of libraries, which would otherwise count against the first sample's deadline."""
     _language_of("a")
     next(_tokens("A word."))

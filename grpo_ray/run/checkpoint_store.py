@@ -325,10 +325,10 @@ def _beats(beat: Callable[[], None]) -> Any:
     from fsspec.callbacks import Callback
 
     class Beats(Callback):
-        def relative_update(self, inc: int = 1) -> None:
+        def relative_update(self, _inc: int = 1) -> None:
             beat()
 
-        def absolute_update(self, value: int) -> None:
+        def absolute_update(self, _value: int) -> None:
             beat()
 
     return Beats()

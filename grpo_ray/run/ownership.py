@@ -337,7 +337,7 @@ def forget_dead(folder: Path) -> None:
         return
     left = Ownership(folder, "run")
     with contextlib.suppress(ConfigError):
-        left.take(describe("the end of a command", ""), lambda text: None)
+        left.take(describe("the end of a command", ""), lambda _text: None)
         left.release()
 
 

@@ -48,7 +48,7 @@ def run_and_follow(kind: str, config: RunConfig | SftConfig, run_dir: Path, resu
 @contextmanager
 def cluster_of(config: OnCluster, view: LiveView | None = None) -> Iterator[None]:
     """The cluster, joined, or started on this machine and ended; what it is waiting for is reported."""
-    tell = view.handle if view is not None else lambda event: None
+    tell = view.handle if view is not None else lambda _event: None
     address = read_address(config.cluster.address)
     where = f"joining {address}" if address is not None else "on this machine"
     tell(PhaseEvent("Ray", "importing it"))
@@ -157,7 +157,7 @@ def _signals_to(controller: Any, view: LiveView, *, joined: bool) -> Iterator[No
     any other time, ends at once."""
     asked = False
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
+    def on_signal(number: int, _frame: FrameType | None) -> None:
         nonlocal asked
         if asked or not view.in_steps:
             interrupts.end_now(number)

@@ -32,19 +32,19 @@ def sequence_mean(length: int, n: Normalizers) -> float:
     return 1.0 / (n.num_sequences * max(length, 1))
 
 
-def sequence_sum(length: int, n: Normalizers) -> float:
+def sequence_sum(_length: int, n: Normalizers) -> float:
     """Mean over sequences of the sum over their tokens [seq-mean-token-sum]. DeepSeek-R1 2501.12948, eq. 1."""
     return 1.0 / n.num_sequences
 
 
-def fixed_length(length: int, n: Normalizers) -> float:
+def fixed_length(_length: int, n: Normalizers) -> float:
     """Sum of tokens / (sequences x longest possible completion) [seq-mean-token-sum-norm]: no bias towards short
     answers. Dr. GRPO 2503.20783, section 3.2.
     """
     return 1.0 / (n.num_sequences * n.max_completion_length)
 
 
-def token_mean(length: int, n: Normalizers) -> float:
+def token_mean(_length: int, n: Normalizers) -> float:
     """Mean over all tokens of the step [token-mean]. DAPO 2503.14476, eq. 8 (there of a prompt's group; in verl, TRL
     and here of the batch).
     """

@@ -17,15 +17,15 @@ from torch import Tensor
 from grpo_ray.algorithm.losses.bounds import bounded_exp, bounded_k3
 
 
-def k1(d_N: Tensor, log_ratio_N: Tensor) -> Tensor:
+def k1(d_N: Tensor, _log_ratio_N: Tensor) -> Tensor:
     return d_N
 
 
-def k2(d_N: Tensor, log_ratio_N: Tensor) -> Tensor:
+def k2(d_N: Tensor, _log_ratio_N: Tensor) -> Tensor:
     return 0.5 * d_N.square()
 
 
-def k3(d_N: Tensor, log_ratio_N: Tensor) -> Tensor:
+def k3(d_N: Tensor, _log_ratio_N: Tensor) -> Tensor:
     """DeepSeekMath 2402.03300, eq. 4; bounded where a token is e^20 times as likely under the reference as under the policy."""
     return bounded_k3(d_N)
 
