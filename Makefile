@@ -37,11 +37,12 @@ test-cluster: .venv/.ready  ## a Ray cluster of several nodes on this machine: w
 mutants: .venv/.ready  ## small mistakes put into the code, and whether a fast test notices (SAMPLE=400 of each part, or all; MUTANTS='grpo_ray.algorithm.losses.*': these)
 	@$(BIN)/python -m tests.mutants $(if $(MUTANTS),$(MUTANTS),--sample $(or $(SAMPLE),400))
 
-lint: .venv/.ready  ## ruff, mypy, import layers
+lint: .venv/.ready  ## ruff, mypy, import layers, dead code
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@$(BIN)/vulture
 
 bench: .venv/.ready  ## the tables of the README
 	@$(BIN)/python -m tests.bench

@@ -42,11 +42,6 @@ class StageRecord:
     """Other facts for the report: composition, why samples were left out."""
     cost: Cost = Cost()
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Everything except its cost: the same after any number of kills."""
-        return {key: value for key, value in asdict(self).items() if key != "cost"}
-
 
 class Record:
     """The record of one pipeline."""

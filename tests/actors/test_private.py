@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ OURS = f"grpo-ray-{os.getuid()}"
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     before = dict(os.environ)
     for name in ("TMPDIR", "RAY_TMPDIR", "HF_HOME", *(cache.variable for cache in CACHES)):
         monkeypatch.delenv(name, raising=False)
@@ -103,13 +104,13 @@ def test_another_user_who_was_first_neither_gets_our_files_nor_keeps_us_from_sta
 def test_another_user_can_neither_read_nor_replace_what_is_in_it(shared: Path) -> None:
     (private_folder() / "package").mkdir(mode=0o777)
     for path in (private_folder(), private_folder() / "package"):
-        assert as_nobody(lambda path=path: list(path.iterdir())) == "PermissionError"
-        assert as_nobody(lambda path=path: path.rename(f"{path}.away")) == "PermissionError"
-        assert as_nobody(lambda path=path: (path / "module.py").touch()) == "PermissionError"
+        assert as_nobody(partial(os.listdir, path)) == "PermissionError"
+        assert as_nobody(partial(os.rename, path, f"{path}.away")) == "PermissionError"
+        assert as_nobody((path / "module.py").touch) == "PermissionError"
     assert as_nobody(lambda: (shared / "other").touch()) == "None"
 
 
-def test_every_folder_on_the_way_counts(tmp_path: Path) -> None:
+def test_every_folder_on_the_way_counts() -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as top:
         os.chmod(top, 0o755)
         deep = Path(top, "a", "b", "c")
@@ -149,7 +150,7 @@ def test_a_sticky_folder_protects_what_is_ones_own_and_not_a_name_that_is_free()
         assert why_open(shared / "mine") == f"every user can write to {shared}"
 
 
-def test_a_group_that_may_write_is_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_that_may_write_is_others(monkeypatch: pytest.MonkeyPatch) -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as top:
         os.chmod(top, 0o775)
         monkeypatch.setattr(actors.private, "_own_groups", lambda: frozenset({os.stat(top).st_gid}))
@@ -253,7 +254,8 @@ def test_rays_token_is_nobody_elses_from_its_first_byte_on(
     assert there != "nothing" or mode(path.parent) == 0o700
 
 
-def test_the_start_scripts_get_the_same_folder(shared: Path) -> None:
+@pytest.mark.usefixtures("shared")
+def test_the_start_scripts_get_the_same_folder() -> None:
     told = subprocess.run(
         [sys.executable, "-P", "-m", "actors.private"],
         env={**os.environ, "PYTHONPATH": str(Path(actors.private.__file__).parents[1])},

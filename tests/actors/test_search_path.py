@@ -118,7 +118,8 @@ if __name__ == "__main__":
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_scoring_process_runs_the_users_reward_and_none_of_those_files(user: Path) -> None:
+@pytest.mark.usefixtures("user")
+def test_a_scoring_process_runs_the_users_reward_and_none_of_those_files() -> None:
     process = ScoringProcess(RewardConfig(functions=(RewardFunctionConfig(name="mine.f"),)))
     try:
         process.start()
@@ -147,7 +148,8 @@ def test_a_reward_under_a_name_that_is_taken_is_refused_with_the_reason(user: Pa
         resolve(RewardFunctionConfig(name=reward))
 
 
-def test_rows_from_a_module_under_a_name_that_is_taken_are_refused_with_the_reason(user: Path) -> None:
+@pytest.mark.usefixtures("user")
+def test_rows_from_a_module_under_a_name_that_is_taken_are_refused_with_the_reason() -> None:
     with pytest.raises(DataError, match=r"the name types is taken by Python's own module"):
         load_table(DataSource(path="python:types.rows"), seed=1)
 

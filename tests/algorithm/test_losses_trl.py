@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from tests.naive_losses import MAX_LENGTH, OPTIONS, Batch, correction, make_batch
 from tests.packed import algorithm, gradient, run
 
+T = TypeVar("T")
 SEEDS = range(6)
 
 
@@ -50,23 +51,27 @@ def trl_loss(
     )
     trainer.model = SimpleNamespace(training=True)
     trainer.accelerator = SimpleNamespace(
-        num_processes=1, sync_gradients=True, gather=lambda x: x, reduce=lambda x, reduction: x
+        num_processes=1, sync_gradients=True, gather=lambda x: x, reduce=lambda x, **_: x
     )
-    trainer.loss_type = loss_type
-    trainer.importance_sampling_level = level
-    trainer.epsilon_low = OPTIONS.epsilon_low
-    trainer.epsilon_high = OPTIONS.cispo_max_ratio if loss_type == "cispo" else OPTIONS.epsilon_high
-    trainer.beta = beta
-    trainer.max_completion_length = MAX_LENGTH
-    trainer.current_gradient_accumulation_steps = 1
-    trainer.top_entropy_quantile = 1.0
-    trainer.off_policy_mask_threshold = off_policy_mask_threshold
-    trainer.use_vllm = trainer.vllm_importance_sampling_correction = weights is not None
-    trainer.aux_loss_enabled = trainer.use_adaptive_entropy = False
-    trainer._entropy_bonus_enabled = entropy_coef > 0
-    trainer.entropy_coef = entropy_coef
-    trainer._metrics = {"train": defaultdict(list)}
-    trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: (pad(b.theta), pad(b.entropy), None)
+    vars(trainer).update(
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        epsilon_low=OPTIONS.epsilon_low,
+        epsilon_high=OPTIONS.cispo_max_ratio if loss_type == "cispo" else OPTIONS.epsilon_high,
+        beta=beta,
+        max_completion_length=MAX_LENGTH,
+        current_gradient_accumulation_steps=1,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=off_policy_mask_threshold,
+        use_vllm=weights is not None,
+        vllm_importance_sampling_correction=weights is not None,
+        aux_loss_enabled=False,
+        use_adaptive_entropy=False,
+        _entropy_bonus_enabled=entropy_coef > 0,
+        entropy_coef=entropy_coef,
+        _metrics={"train": defaultdict(list)},
+        _get_per_token_logps_and_entropies=lambda *_, **__: (pad(b.theta), pad(b.entropy), None),
+    )
     ones = torch.tensor([[t < n for t in range(MAX_LENGTH)] for n in b.lengths]).long()
     mask = ones if mask is None else ones * mask[:, None]
     inputs = {
@@ -83,6 +88,13 @@ def trl_loss(
     if weights is not None:
         inputs["importance_sampling_ratio"] = pad(weights)
     return GRPOTrainer._compute_loss(trainer, None, inputs)
+
+
+def some_of(b: Batch, kept: list[int]) -> Batch:
+    def of(values: list[T]) -> list[T]:
+        return [values[i] for i in kept]
+
+    return Batch(of(b.theta), of(b.old), of(b.rollout), of(b.ref), of(b.entropy), of(b.advantages))
 
 
 def assert_same(ours: Tensor, theirs: Tensor, b: Batch) -> None:
@@ -187,7 +199,7 @@ def test_a_sequence_without_part_in_the_loss_does_not_count_in_our_mean_and_coun
     """A truncated sample under overlong filtering, e.g."""
     b = make_batch(1)
     kept = [0, 1, 3, 4]
-    fewer = Batch(*([rows[i] for i in kept] for rows in (b.theta, b.old, b.rollout, b.ref, b.entropy, b.advantages)))
+    fewer = some_of(b, kept)
     ours, _ = run(algorithm("grpo"), fewer)
     theirs = trl_loss(b, "grpo", mask=torch.tensor([1, 1, 0, 1, 1, 0]))
     torch.testing.assert_close(ours, theirs * 6 / 4, rtol=1e-6, atol=1e-12)
@@ -197,12 +209,9 @@ def test_a_sequence_without_part_in_the_loss_does_not_count_in_our_mean_and_coun
 
 def test_trls_mean_is_of_each_micro_batch_and_ours_of_the_step() -> None:
     b = make_batch(1)
-    halves = [
-        Batch(*([rows[i] for i in half] for rows in (b.theta, b.old, b.rollout, b.ref, b.entropy, b.advantages)))
-        for half in ((0, 1, 2), (3, 4, 5))
-    ]
+    halves = [some_of(b, half) for half in ([0, 1, 2], [3, 4, 5])]
     ours, _ = run(algorithm("dapo"), b, [[0, 1, 2], [3, 4, 5]])
-    theirs = sum(trl_loss(half, "bnpo") for half in halves) / 2
+    theirs = torch.stack([trl_loss(half, "bnpo") for half in halves]).mean()
     assert abs(ours.item() - theirs.item()) > 1e-3
     torch.testing.assert_close(ours, trl_loss(b, "bnpo"), rtol=1e-6, atol=1e-12)
 

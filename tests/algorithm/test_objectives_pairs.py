@@ -42,7 +42,10 @@ class Rows:
 
 def micro_batch(rows: Rows, members: range, objective: Any) -> MicroBatchData:
     n = Normalizers(num_sequences=len(LENGTHS), num_tokens=sum(LENGTHS), max_completion_length=9)
-    empty = [PackItem(np.zeros(2), np.zeros(LENGTHS[i]), np.zeros(LENGTHS[i], np.float32), 0, 0, i) for i in members]
+    empty = [
+        PackItem(np.zeros(2, int), np.zeros(LENGTHS[i], int), np.zeros(LENGTHS[i], np.float32), 0, 0, i)
+        for i in members
+    ]
     packed = pack(empty)
 
     def spread(values: list[float]) -> Tensor:
@@ -60,7 +63,8 @@ def micro_batch(rows: Rows, members: range, objective: Any) -> MicroBatchData:
 
 
 def run(objective: Any, rows: Rows, split: list[range]) -> tuple[Tensor, dict[str, float]]:
-    total, sums = torch.zeros((), dtype=torch.float64), 0
+    total = torch.zeros((), dtype=torch.float64)
+    sums = torch.zeros(len(objective.sum_names), dtype=torch.float64)
     for members in split:
         theta = torch.cat([rows.theta[i] for i in members])
         loss, new, _ = objective.loss(micro_batch(rows, members, objective), theta, torch.zeros_like(theta))
@@ -96,14 +100,20 @@ def trl_dpo(rows: Rows, kind: str) -> tuple[Tensor, dict[str, float]]:
     trainer: Any = object.__new__(DPOTrainer)
     trainer.model = SimpleNamespace(training=True)
     trainer.accelerator = SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x, gather=lambda x: x)
-    trainer.aux_loss_enabled = trainer.use_weighting = False
-    trainer.ld_alpha = None
-    trainer.precompute_ref_logps = True
-    trainer.f_divergence_type = "reverse_kl"
-    trainer.beta, trainer.label_smoothing = BETA, 0.0
-    trainer.loss_types, trainer.loss_weights = [kind], [1.0]
-    trainer._metrics = {"train": defaultdict(list)}
-    trainer._total_train_tokens, trainer._tp_size = 0, 1
+    vars(trainer).update(
+        aux_loss_enabled=False,
+        use_weighting=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        beta=BETA,
+        label_smoothing=0.0,
+        loss_types=[kind],
+        loss_weights=[1.0],
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
     zeros = torch.zeros(10, longest)
     outputs = SimpleNamespace(log_probs=pad(rows.theta), entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
     refs = torch.stack([rows.ref[i].sum() for i in order])
@@ -157,8 +167,7 @@ def trl_reward(rows: Rows, margins: Tensor | None) -> Tensor:
     trainer.model = SimpleNamespace(training=False)
     trainer.accelerator = SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x)
     trainer.args = SimpleNamespace(center_rewards_coefficient=None)
-    trainer._metrics = {"eval": defaultdict(list)}
-    trainer._total_train_tokens = 0
+    vars(trainer).update(_metrics={"eval": defaultdict(list)}, _total_train_tokens=0)
     scores = last(rows)
     logits = torch.cat([scores[::2], scores[1::2]])[:, None]
     inputs = {} if margins is None else {"margin": margins}

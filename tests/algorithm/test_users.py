@@ -111,7 +111,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def of(here: Path, **values: Any) -> AlgorithmConfig:
-    named = {k: f"{here}/mine.py:{v}" if k in ("loss", "advantage") else v for k, v in values.items()}
+    named: dict[str, Any] = {k: f"{here}/mine.py:{v}" if k in ("loss", "advantage") else v for k, v in values.items()}
     return AlgorithmConfig(**named)
 
 
@@ -241,17 +241,19 @@ def test_the_ratio_is_that_which_the_loss_declares(here: Path) -> None:
         ("algorithm.loss=none.py:f", "algorithm.loss 'none.py:f': there is no file none.py in"),
     ],
 )
-def test_a_name_that_there_is_not_is_told_with_how_to_name_ones_own(override: str, expected: str, here: Path) -> None:
+@pytest.mark.usefixtures("here")
+def test_a_name_that_there_is_not_is_told_with_how_to_name_ones_own(override: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         load_recipe(RunConfig, "recipe.yaml", [override])
 
 
 @pytest.mark.parametrize("name", ["subprocess.run", "torch.load", "grpo_ray.algorithm.losses.grpo.clipped_token_ratio"])
 @pytest.mark.parametrize("option", ["loss", "advantage"])
-def test_functions_of_python_of_libraries_and_of_grpo_ray_are_refused(option: str, name: str, here: Path) -> None:
+@pytest.mark.usefixtures("here")
+def test_functions_of_python_of_libraries_and_of_grpo_ray_are_refused(option: str, name: str) -> None:
     for package in (None, name.partition(".")[0]):
         with pytest.raises(ConfigError, match=rf"algorithm\.{option} '{name}'"):
-            check_users(AlgorithmConfig(**{option: name}, package=package), imports=True)
+            check_users(AlgorithmConfig.model_validate({option: name, "package": package}), imports=True)
 
 
 def test_a_run_keeps_the_file_of_its_loss_and_reads_it_back(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,32 +41,43 @@ def trl_batch(rewards: Tensor, b: Batch, **settings: Any) -> dict[str, Tensor]:
     )
     trainer.model = SimpleNamespace(training=True, is_gradient_checkpointing=False)
     trainer.accelerator = SimpleNamespace(device=torch.device("cpu"), process_index=0, gather=lambda x: x)
-    trainer.environment_factories = trainer.pad_to_multiple_of = trainer.vllm_importance_sampling_clip_min = None
-    trainer.tools = trainer.environments = []
-    trainer._tokenizer = SimpleNamespace(pad_token_id=PAD)
-    trainer.eos_token_ids = [EOS]
-    trainer.beta = 0.0
-    trainer.num_iterations = 1
-    trainer.num_generations = GROUP
-    trainer.multi_objective_aggregation = "sum_then_normalize"
-    trainer.scale_rewards = "group"
-    trainer.mask_truncated_completions = trainer.log_multimodal = trainer._is_vlm = False
-    trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
-    trainer.vllm_importance_sampling_mode = "token_truncate"
-    trainer.vllm_importance_sampling_clip_max = 2.0
-    trainer.reward_weights = torch.ones(1, dtype=torch.float64)
-    trainer.reward_func_names = ["reward"]
-    trainer._metrics = {"train": defaultdict(list)}
-    trainer._logs = {"prompt": [], "completion": [], "rewards": defaultdict(list), "advantages": [], "extra": {}}
-    trainer._pending_extra_logs, trainer._pending_metrics = {}, {}
+    vars(trainer).update(
+        environment_factories=None,
+        pad_to_multiple_of=None,
+        vllm_importance_sampling_clip_min=None,
+        tools=[],
+        environments=[],
+        _tokenizer=SimpleNamespace(pad_token_id=PAD),
+        eos_token_ids=[EOS],
+        beta=0.0,
+        num_iterations=1,
+        num_generations=GROUP,
+        multi_objective_aggregation="sum_then_normalize",
+        scale_rewards="group",
+        mask_truncated_completions=False,
+        log_multimodal=False,
+        _is_vlm=False,
+        use_vllm=True,
+        vllm_importance_sampling_correction=True,
+        vllm_importance_sampling_mode="token_truncate",
+        vllm_importance_sampling_clip_max=2.0,
+        reward_weights=torch.ones(1, dtype=torch.float64),
+        reward_func_names=["reward"],
+        _metrics={"train": defaultdict(list)},
+        _logs={"prompt": [], "completion": [], "rewards": defaultdict(list), "advantages": [], "extra": {}},
+        _pending_extra_logs={},
+        _pending_metrics={},
+    )
     # The last token of every other sample is not the end of the sequence: that one was truncated.
     ids = [[7] * (n - 1) + [EOS if i % 2 else 7] for i, n in enumerate(b.lengths)]
     rollout = [r.tolist() for r in b.rollout]
-    trainer._generate = lambda prompts: ([[5]] * len(ids), ids, None, ["text"] * len(ids), rollout, {}, None, None)
-    trainer._calculate_rewards = lambda *args: rewards[:, None]
     longest = max(b.lengths)
     old = torch.stack([torch.cat([r, r.new_zeros(longest - len(r))]) for r in b.old])
-    trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: (old, None, None)
+    vars(trainer).update(
+        _generate=lambda _: ([[5]] * len(ids), ids, None, ["text"] * len(ids), rollout, {}, None, None),
+        _calculate_rewards=lambda *_: rewards[:, None],
+        _get_per_token_logps_and_entropies=lambda *_, **__: (old, None, None),
+    )
     for name, value in settings.items():
         assert hasattr(trainer, name)
         setattr(trainer, name, value)
@@ -144,19 +155,25 @@ def trl_rloo(rewards: Tensor, b: Batch, beta: float) -> tuple[Tensor, float]:
     trainer.args = SimpleNamespace(per_device_train_batch_size=len(rewards), gradient_checkpointing_kwargs=None)
     trainer.model = SimpleNamespace(training=True, is_gradient_checkpointing=False)
     trainer.accelerator = SimpleNamespace(
-        device=torch.device("cpu"), process_index=0, gather=lambda x: x, reduce=lambda x, reduction: x
+        device=torch.device("cpu"), process_index=0, gather=lambda x: x, reduce=lambda x, **_: x
     )
-    trainer.pad_to_multiple_of = trainer.reward_clip_range = None
-    trainer._tokenizer = SimpleNamespace(pad_token_id=PAD)
-    trainer.mask_truncated_completions = trainer.normalize_advantages = trainer.log_multimodal = False
-    trainer.beta, trainer.num_generations = beta, GROUP
-    trainer.reward_weights, trainer.reward_func_names = torch.ones(1, dtype=torch.float64), ["reward"]
-    trainer._metrics = {"train": defaultdict(list)}
-    trainer._logs = {"prompt": [], "completion": [], "rewards": defaultdict(list), "advantages": [], "extra": {}}
-    trainer._pending_extra_logs, trainer._pending_metrics = {}, {}
+    vars(trainer).update(
+        pad_to_multiple_of=None,
+        reward_clip_range=None,
+        _tokenizer=SimpleNamespace(pad_token_id=PAD),
+        mask_truncated_completions=False,
+        normalize_advantages=False,
+        log_multimodal=False,
+        beta=beta,
+        num_generations=GROUP,
+        reward_weights=torch.ones(1, dtype=torch.float64),
+        reward_func_names=["reward"],
+        _metrics={"train": defaultdict(list)},
+        _logs={"prompt": [], "completion": [], "rewards": defaultdict(list), "advantages": [], "extra": {}},
+        _pending_extra_logs={},
+        _pending_metrics={},
+    )
     ids = [[7] * (n - 1) + [EOS] for n in b.lengths]
-    trainer._generate = lambda prompts: ([[5]] * len(ids), ids, ["text"] * len(ids))
-    trainer._calculate_rewards = lambda *args: rewards[:, None]
     longest = max(b.lengths)
     # What lies on the padding must not count.
     padded = [
@@ -164,10 +181,14 @@ def trl_rloo(rewards: Tensor, b: Batch, beta: float) -> tuple[Tensor, float]:
         for k, rows in enumerate((b.old, b.ref))
     ]
     trainer.ref_model = SimpleNamespace()
-    trainer._get_per_token_logps_and_entropies = lambda model, *args, **kwargs: (
-        padded[int(model is trainer.ref_model)],
-        None,
-        None,
+    vars(trainer).update(
+        _generate=lambda _: ([[5]] * len(ids), ids, ["text"] * len(ids)),
+        _calculate_rewards=lambda *_: rewards[:, None],
+        _get_per_token_logps_and_entropies=lambda model, *_, **__: (
+            padded[int(model is trainer.ref_model)],
+            None,
+            None,
+        ),
     )
     output = RLOOTrainer._generate_and_score_completions(trainer, [{"prompt": "?"} for _ in ids])
     return output["advantages"], trainer._metrics["train"]["kl"][0]

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from ray.exceptions import ActorDiedError, OutOfMemoryError
@@ -61,6 +61,7 @@ from grpo_ray.types import (
     UpdateReport,
 )
 
+T = TypeVar("T")
 PROMPT_TOKENS = 256
 NUM_LENGTHS = 1 << 16
 MAX_TURNS = 10_000
@@ -232,12 +233,12 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        super().__init__(_Selector(cluster, lambda: bool(self._ready)))
+        super().__init__(_Selector(cluster, lambda: bool(self._ready)))  # type: ignore[attr-defined]
 
     def time(self) -> float:
         return self._cluster.now
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+    def run_in_executor(self, _executor: Any, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:  # type: ignore[override]
         """In no time: another thread would be real time, for which this loop does not wait."""
         future = self.create_future()
         try:
@@ -323,7 +324,6 @@ class Totals:
     """Of the event loop."""
     engine_busy_s: float = 0.0
     sequence_s: float = 0.0
-    sampled_tokens: int = 0
     update_s: float = 0.0
     transfer_s: float = 0.0
     late_s: float = 0.0
@@ -510,7 +510,6 @@ class Engine:
         while self._running and self._running[0][0] <= self._ticks + 1e-3:
             _, ticket, request, tokens, version = heapq.heappop(self._running)
             reason = "length" if tokens == self._plan.max_tokens else "stop"
-            self.world.sums.sampled_tokens += tokens
             row = len(self._outcomes)
             info = SampleInfo(
                 request.prompt_id, request.index, PROMPT_TOKENS, tokens, version, reason, self.name, None, row

@@ -55,7 +55,7 @@ def ours(data: DataConfig, tokenizer: Any) -> list[tuple[str, str]]:
 def trls(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
     """What TRL's SFTTrainer would train on: (prompt ids, completion ids)."""
     trainer: Any = object.__new__(SFTTrainer)
-    trainer._tokenizer, trainer.chat_template, trainer.completion_only_loss = tokenizer, None, True
+    vars(trainer).update(_tokenizer=tokenizer, chat_template=None, completion_only_loss=True)
     args = SFTConfig(
         output_dir="unused", max_length=None, use_cpu=True, bf16=False, report_to=[], shuffle_dataset=False
     )

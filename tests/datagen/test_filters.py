@@ -106,7 +106,7 @@ def test_of_each_prompt_so_many_different_answers_are_kept() -> None:
     assert [r["index"] for r in by["first"].rows] == [0, 1, 0]
     assert [r["index"] for r in by["shortest"].rows] == [0, 3, 0]
     for found in by.values():
-        assert (found.num_samples, found.num_prompts, found.num_prompts_kept) == (6, 2, 2)
+        assert (found.num_samples, found.num_prompts) == (6, 2)
         assert found.num_samples == found.num_kept + sum(found.left_out.values())
         assert found.left_out["duplicate"] == 1
 

@@ -54,8 +54,9 @@ class OneRank:
 
 
 @pytest.mark.parametrize(("backend", "gpus"), [("ipc", 0.4), ("nccl", 1)])
+@pytest.mark.usefixtures("local_ray")
 def test_an_engine_samples_with_the_weights_it_was_sent(
-    local_ray: None, tiny_model: Path, tmp_path: Path, backend: str, gpus: float
+    tiny_model: Path, tmp_path: Path, backend: str, gpus: float
 ) -> None:
     if torch.cuda.device_count() < (2 if backend == "nccl" else 1):
         pytest.skip(f"{backend} needs more GPUs than the {torch.cuda.device_count()} here")
@@ -67,7 +68,8 @@ def test_an_engine_samples_with_the_weights_it_was_sent(
     async def sync_and_draw() -> tuple[int, list[Sample]]:
         pool = await RolloutPool.create(config, str(tiny_model), str(tmp_path), has_gpus=True)
         try:
-            learner = GpuLearner.options(num_gpus=1 if backend == "nccl" else 0.3).remote(str(new), backend)
+            actor: Any = GpuLearner
+            learner = actor.options(num_gpus=1 if backend == "nccl" else 0.3).remote(str(new), backend)
             report = await RayWeightSync(pool, OneRank(learner), timeout_s=120).sync(5)
             infos = await asyncio.gather(*(pool.generate(r) for r in requests(8, SAMPLING)))
             return report.num_bytes, [(await i.ref)[i.row] for i in infos]

@@ -14,12 +14,12 @@ from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.loop.evaluate import eval_event, evaluate, vote_config
 from grpo_ray.rewards.functions.function import ScoreInputs
-from grpo_ray.rewards.functions.scoring import score_samples
 from grpo_ray.rewards.table import resolve
 from grpo_ray.telemetry.measures import EvalResult
 from grpo_ray.telemetry.metrics import eval_metrics
 from grpo_ray.types import Prompt, SampleInfo, SampleRequest, Score, ScoreRequest, ScoreStatus, Track
 from launch.run.live import eval_line
+from tests.scoring import score_samples
 
 ANSWERS = {
     "a": ("\\boxed{\\frac{1}{2}}", "it is 0.5", "\\boxed{7}", "\\boxed{8}"),  # 2 right, a majority of equal values
@@ -158,7 +158,7 @@ def test_what_the_accuracy_does_not_apply_to_is_neither_right_nor_wrong(samples:
     """`c` is right in all samples; the golds of the others are words."""
     cfg = config(f"eval.num_samples={samples}")
     votes = vote_config(cfg)
-    result = run(cfg, votes and LocalScorer(votes), with_golds(a="Paris", b="Rome", c="9"))
+    result = run(cfg, None if votes is None else LocalScorer(votes), with_golds(a="Paris", b="Rome", c="9"))
     measures = {"pass@1", "pass@2", "pass@4", "cons@4"} if samples > 1 else {"pass@1"}
     assert {name: (e.mean, e.standard_error) for name, e in result.measures.items()} == dict.fromkeys(measures, (1, 0))
     assert (result.mean_reward, result.num_measured, result.num_not_applicable) == (1.0, samples, 2 * samples)

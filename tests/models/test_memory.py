@@ -162,7 +162,7 @@ def test_logits_in_fp32_take_a_copy_of_a_bf16_head_on_cpus() -> None:
     assert of["bfloat16"] == [chunks[0] + 2 * head, chunks[1] + 3 * head]
 
 
-def test_facts_come_from_files_as_from_transformers(tmp_path: Path, tiny_model: Path) -> None:
+def test_facts_come_from_files_as_from_transformers(tiny_model: Path) -> None:
     known = known_facts(run_config(f"model={{path: {tiny_model}, tiny: null}}").model)
     read = load_config(str(tiny_model), trust_remote_code=False)
     held = skeleton(read, ModelConfig(path=str(tiny_model)))

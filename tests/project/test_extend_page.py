@@ -45,9 +45,8 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunConfi
         sys.modules.pop(name.removesuffix(".py"), None)
 
 
-def test_check_takes_the_pages_recipe_and_names_its_functions(
-    config: RunConfig, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("config")
+def test_check_takes_the_pages_recipe_and_names_its_functions(capsys: pytest.CaptureFixture[str]) -> None:
     check_recipe("recipe.yaml", [])
     assert capsys.readouterr().out.count("read, not run") == 4
     check_recipe("recipe.yaml", [], run_code=True)

@@ -154,7 +154,7 @@ def test_warnings_are_shown_once_and_in_place_of_advice_on_speed(tmp_path: Path)
     MessageLog(tmp_path / "nowhere").add(1, "error", "there is no such folder")
 
 
-def test_what_is_0_all_along_is_drawn(tmp_path: Path) -> None:
+def test_what_is_0_all_along_is_drawn() -> None:
     lines = [
         {
             "step": s,

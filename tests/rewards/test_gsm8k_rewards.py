@@ -10,8 +10,8 @@ import pytest
 
 from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.rewards.functions.function import ScoreInputs
-from grpo_ray.rewards.functions.scoring import score_samples
 from grpo_ray.rewards.table import resolve
+from tests.scoring import score_samples
 
 FOLDER = Path(os.environ.get("GRPO_RAY_GSM8K", Path(__file__).parents[2] / "../shared/data/gsm8k"))
 pytestmark = pytest.mark.skipif(

@@ -8,10 +8,10 @@ import pytest
 
 from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.rewards.functions.function import ScoreInputs
-from grpo_ray.rewards.functions.scoring import score_samples
 from grpo_ray.rewards.instruction_checks import CHECKS, _languages, _punkt
 from grpo_ray.rewards.table import resolve
 from grpo_ray.types import Score, ScoreStatus
+from tests.scoring import score_samples
 
 # Instruction, its arguments, responses that keep it, responses that don't: what IFEval's own checker says, over NLTK 3.10 and
 # langdetect 1.0.9. Those of languages are the same with every seed of langdetect.

@@ -35,11 +35,11 @@ from grpo_ray.errors import ConfigError, DataError, JudgeError
 from grpo_ray.rewards.endpoints.judge_client import Judge, JudgeOptions
 from grpo_ray.rewards.endpoints.judge_form import read_ratings
 from grpo_ray.rewards.functions.function import ScoreInputs
-from grpo_ray.rewards.functions.scoring import score_samples
 from grpo_ray.rewards.table import resolve
 from grpo_ray.types import Score, ScoreStatus
 from launch.pipeline.judge_pairs import make_pairs
 from tests.endpoints import ImmediateFuture, endpoint, mark_of, rated, rated_pair, shown_of, vllm_server
+from tests.scoring import score_samples
 
 ASK = [{"role": "user", "content": "So?"}]
 
@@ -180,7 +180,7 @@ def test_every_request_is_paced_and_no_more_than_so_many_are_under_way(monkeypat
 
 
 def test_the_cache_outlives_the_process_and_knows_questions_apart(tmp_path: Path) -> None:
-    options = {"cache": str(tmp_path / "folder" / "answers.sqlite")}
+    options: dict[str, Any] = {"cache": str(tmp_path / "folder" / "answers.sqlite")}
     with endpoint(lambda request, n: f"answer {n}") as there:
         first = JudgeOptions("judge", there.url, **options)
         assert ask(first) == ["answer 0"]
@@ -493,7 +493,7 @@ def test_comparisons_are_the_same_for_the_same_seed() -> None:
 
 
 def test_immediate_future_come_in_lists_or_row_by_row() -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prompt": "a", "completions": ["x", "y", "x"]},
         {"prompt": ASK, "completion": [{"role": "assistant", "content": "u"}]},
         {"prompt": ASK, "completion": "v"},

@@ -12,10 +12,10 @@ from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError, RewardError
 from grpo_ray.rewards.answers.parts import part_of
 from grpo_ray.rewards.functions.function import ScoreInputs
-from grpo_ray.rewards.functions.scoring import score_samples
 from grpo_ray.rewards.language_consistency import _knows, language_consistency, words_of
 from grpo_ray.rewards.table import resolve
 from grpo_ray.types import ScoreStatus
+from tests.scoring import score_samples
 
 EN = "first add the tens, then the ones; the sum is forty-two"
 DE = "zuerst addieren wir die Zehner, dann die Einer; also ist die Summe zweiundvierzig"
@@ -130,7 +130,12 @@ def test_rewards_by_source_add_nothing_where_they_do_not_apply() -> None:
 def test_a_conversation_keeps_its_form_when_only_its_summary_is_seen() -> None:
     seen: list[Any] = []
     call = function(part="summary")
-    object.__setattr__(call, "call", lambda completions, **c: seen.extend(completions) or [0.0] * len(completions))
+
+    def noted(completions: list[Any], **_: Any) -> list[float]:
+        seen.extend(completions)
+        return [0.0] * len(completions)
+
+    object.__setattr__(call, "call", noted)
     score_samples([call], inputs_of([[{"role": "assistant", "content": "<think>a</think>b"}]]))
     assert seen == [[{"role": "assistant", "content": "b"}]]
 

@@ -88,9 +88,8 @@ def test_no_tasks_verifier_runs_an_answer(
     assert gains == []
 
 
-def test_the_attacks_of_this_file_succeed_where_nothing_holds_them(
-    entries: dict[str, Any], canary: tuple[Path, int], tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("canary")
+def test_the_attacks_of_this_file_succeed_where_nothing_holds_them(entries: dict[str, Any], tmp_path: Path) -> None:
     attack = f"__import__('os').system('echo > {tmp_path / 'made'}')"
     ran = []
     for task in EVALUATING:

@@ -132,16 +132,16 @@ def request(text: str, **fields: Any) -> ScoreRequest:
 def test_string_prompts_stay_strings_under_a_chat_template_but_for_built_ins() -> None:
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "1+1?"}]
     one = request("2", messages=messages, asked="1+1?", trainer=STATE)
-    texts = {id(one.sample.ref): one.sample.ref}
+    texts: dict[int, Any] = {id(one.sample.ref): one.sample.ref}
     seen = build_inputs([one], texts)
     assert (seen.prompts, seen.completions, seen.trainer) == (["1+1?"], ["2"], STATE)
     templated = build_inputs([one], texts, templated=True)
     assert (templated.prompts, templated.completions) == ([messages], chat("2"))
     raw = request("2", prompt_text="R1: 1+1?", asked="1+1?")
-    assert build_inputs([raw], {id(raw.sample.ref): ["2"]}).prompts == ["1+1?"]
+    assert build_inputs([raw], {id(raw.sample.ref): "2"}).prompts == ["1+1?"]
     asked = [{"role": "user", "content": "1+1?"}]
     talk = request("2", messages=messages, asked=asked)
-    seen = build_inputs([talk], {id(talk.sample.ref): ["2"]})
+    seen = build_inputs([talk], {id(talk.sample.ref): "2"})
     assert (seen.prompts, seen.completions) == ([asked], chat("2"))
 
 
@@ -440,7 +440,7 @@ def test_extra_columns_have_one_value_for_each_completion() -> None:
     log.log_extra("in_turns", ["x" * 5000])
     (first, second) = log.extras()
     assert first == (("in_turns", 1),)
-    assert MAX_VALUE_CHARS <= len(second[0][1]) < MAX_VALUE_CHARS + 40
+    assert MAX_VALUE_CHARS <= len(str(second[0][1])) < MAX_VALUE_CHARS + 40
     with pytest.raises(RewardError, match=r"log_extra\('in_turns', ..\) got 3 values, expected a list of 2"):
         log.log_extra("in_turns", [1])
     log.log_extra("short", [1])
@@ -475,7 +475,7 @@ def test_metrics_that_are_not_finite_are_counted_and_others_refused() -> None:
     (metric,) = log.metrics
     assert (metric.total, metric.num_finite, metric.num_not_finite) == (1e308, 3, 3)
     with pytest.raises(RewardError, match=r"log_metric\('y', ..\) got a str, expected a number"):
-        log.log_metric("y", "good")
+        log.log_metric("y", "good")  # type: ignore[arg-type]
     for bad in ("", "a\nb", "x" * 101, 3):
         with pytest.raises(RewardError, match="printable characters"):
             log.log_metric(bad, 1.0)  # type: ignore[arg-type]
@@ -491,7 +491,7 @@ def test_metrics_that_are_not_finite_are_counted_and_others_refused() -> None:
 
 # ---- verl
 
-VERL_ROW = {
+VERL_ROW: dict[str, Any] = {
     "data_source": ["openai/gsm8k"] * 2,
     "ability": ["math"] * 2,
     "reward_model": [{"style": "rule", "ground_truth": "72"}, {"style": "rule", "ground_truth": "5"}],
@@ -639,10 +639,10 @@ def test_a_column_never_mounts_a_folder_into_the_sandbox(readable: Path) -> None
     secret = readable / "secret.txt"
     secret.write_text("4")
     program = f"```python\nprint(open({str(secret)!r}).read())\n```"
-    data = {"tests": [[{"input": "", "output": "4"}]]}
+    data: dict[str, Any] = {"tests": [[{"input": "", "output": "4"}]]}
     mounted = resolve(RewardFunctionConfig(name="code", args={"read_only": [str(readable)]}))
     assert said(mounted, told([program], **data)) == [1.0]
-    columns = {
+    columns: dict[str, Any] = {
         "read_only": [[str(readable)]],
         "python_path": [[str(readable)]],
         "language": ["Python"],
@@ -687,7 +687,8 @@ class Rows:
 
 def checked(functions: list[dict[str, Any]], *rows: dict[str, Any], **evaluation: list[dict[str, Any]]) -> list[str]:
     reward = RewardConfig.model_validate({"functions": functions})
-    sets = PromptSets(Rows(*rows), {name: Rows(*held_out) for name, held_out in evaluation.items()})  # type: ignore[arg-type]
+    held_out: dict[str, Any] = {name: Rows(*given) for name, given in evaluation.items()}
+    sets = PromptSets(Rows(*rows), held_out)  # type: ignore[arg-type]
     return check_columns(column_needs(reward), sets, train=True, evaluation=True)
 
 
@@ -724,7 +725,7 @@ def test_a_column_that_is_not_there_is_named_before_the_run(
 
 
 def test_only_rows_of_a_rewards_sources_need_its_columns() -> None:
-    rows = [{"source": "math", "answer": "4"}, {"source": "code", "tests": []}]
+    rows: list[dict[str, Any]] = [{"source": "math", "answer": "4"}, {"source": "code", "tests": []}]
     functions = [{"name": "accuracy", "sources": ["math"]}, {"name": "code", "sources": ["code"]}]
     assert checked(functions, *rows) == []
     (note,) = checked([{"name": "accuracy", "sources": ["prose"]}], *rows)
@@ -732,7 +733,7 @@ def test_only_rows_of_a_rewards_sources_need_its_columns() -> None:
 
 
 def test_what_should_be_known_of_the_columns_is_told() -> None:
-    rows = [{"answer": "4", "scale": 3}, {"answer": None, "scale": 3}, {}]
+    rows: list[dict[str, Any]] = [{"answer": "4", "scale": 3}, {"answer": None, "scale": 3}, {}]
     assert checked([{"name": "accuracy"}], *rows) == [
         "reward 'accuracy' does not apply to 2 of 3 rows of data.train: they have no 'answer' or 'solution'"
     ]
@@ -749,7 +750,7 @@ def test_the_columns_of_every_evaluation_set_are_checked() -> None:
         checked([{"name": "accuracy"}], {"answer": 1}, math=[{"solution": 1}], aime=[{"answers": 1}])
 
 
-def test_scores_keep_what_was_logged_in_a_checkpoint(tmp_path: Path) -> None:
+def test_scores_keep_what_was_logged_in_a_checkpoint() -> None:
     from dataclasses import asdict
 
     from grpo_ray.run.kept_groups import _score

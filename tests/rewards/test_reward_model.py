@@ -77,7 +77,8 @@ def test_a_model_is_loaded_in_the_dtype_that_args_name(scorer: Path) -> None:
     _load.cache_clear()
     for given, loaded in (({"dtype": "bfloat16", "num_threads": 2}, (2, "bfloat16")), ({}, (1, "float32"))):
         resolve(RewardFunctionConfig(name="reward_model", args={"path": str(scorer), **given}), load=True)
-        assert _load(str(scorer), None, *loaded, False)._forward._model.dtype is getattr(torch, loaded[1])
+        forward: Any = _load(str(scorer), None, *loaded, False)._forward
+        assert forward._model.dtype is getattr(torch, loaded[1])
         assert torch.get_num_threads() == loaded[0]
     assert _load.cache_info()[:2] == (2, 2)
 
@@ -167,9 +168,8 @@ async def score_all(whole: RewardConfig, folder: Path) -> tuple[list[list[Score]
         await asyncio.gather(*(pool.close() for pool in pools))
 
 
-def test_the_parts_of_several_pools_are_one_score_in_the_recipes_order(
-    local_ray: None, scorer: Path, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("local_ray")
+def test_the_parts_of_several_pools_are_one_score_in_the_recipes_order(scorer: Path, tmp_path: Path) -> None:
     (chat, math), workers = asyncio.run(score_all(config(scorer), tmp_path))
     summaries = [t.rpartition("</think>")[2] for t in TEXTS]
     told = plain_scores(scorer, ["1+1?"] * 4, summaries)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.countdown import evaluate
 from grpo_ray.rewards.functions.function import RewardFunction, ScoreInputs, inspect_function
-from grpo_ray.rewards.functions.scoring import call_reward, score_samples
+from grpo_ray.rewards.functions.scoring import call_reward
 from grpo_ray.rewards.r1_format import r1_format
 from grpo_ray.rewards.repetition_penalty import repetition_penalty
 from grpo_ray.rewards.soft_overlong import soft_overlong
@@ -25,13 +25,20 @@ from grpo_ray.rewards.think_format import think_format
 from grpo_ray.rewards.votes import math_votes, text_votes
 from grpo_ray.types import Score, ScoreStatus, Step
 from tests.cpu_time import cpu_below
+from tests.scoring import score_samples
 
 
 def inputs_of(completions: list[Any], ids: list[list[int]] | None = None, **columns: list[Any]) -> ScoreInputs:
     return ScoreInputs(["p"] * len(completions), completions, ids or [[1, 2, 3]] * len(completions), columns)
 
 
-def values(name: str, completions: list[Any], ids: list[list[int]] | None = None, args=None, **columns) -> list[float]:
+def values(
+    name: str,
+    completions: list[Any],
+    ids: list[list[int]] | None = None,
+    args: dict[str, Any] | None = None,
+    **columns: list[Any],
+) -> list[float]:
     function = resolve(RewardFunctionConfig(name=name, args=args or {}))
     return [s.value for s in score_samples([function], inputs_of(completions, ids, **columns))]
 
@@ -46,13 +53,15 @@ def function_of(call: Any, weight: float = 1.0, **args: Any) -> RewardFunction:
 def test_a_function_written_for_trl_gets_what_trl_gives_it() -> None:
     seen: dict[str, Any] = {}
 
-    def trl_reward(prompts, completions, completion_ids, answer, **kwargs):
+    def trl_reward(
+        prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], answer: list[str], **kwargs: Any
+    ) -> list[float]:
         seen.update(prompts=prompts, completions=completions, ids=completion_ids, answer=answer, rest=kwargs)
         return [float(c[0]["content"] == a) for c, a in zip(completions, answer, strict=True)]
 
     prompts = [[{"role": "user", "content": "1+1?"}], [{"role": "user", "content": "1+2?"}]]
     completions = [[{"role": "assistant", "content": "2"}], [{"role": "assistant", "content": "4"}]]
-    columns = {"answer": ["2", "3"], "level": [1, 2], "prompt": ["not", "these"]}
+    columns: dict[str, list[Any]] = {"answer": ["2", "3"], "level": [1, 2], "prompt": ["not", "these"]}
     scores = score_samples([function_of(trl_reward)], ScoreInputs(prompts, completions, [[5], [6, 7]], columns))
     assert [s.value for s in scores] == [1.0, 0.0]
     assert seen == {
@@ -65,7 +74,7 @@ def test_a_function_written_for_trl_gets_what_trl_gives_it() -> None:
 
 
 def test_a_function_without_kwargs_gets_only_what_it_names() -> None:
-    def picky(completions, level):
+    def picky(completions: list[Any], level: list[int]) -> list[float]:
         return [float(x) for x in level]
 
     scores = score_samples([function_of(picky)], inputs_of(["a", "b"], level=[3, 4], other=[0, 0]))
@@ -73,10 +82,10 @@ def test_a_function_without_kwargs_gets_only_what_it_names() -> None:
 
 
 def test_none_means_does_not_apply_and_the_others_are_weighted() -> None:
-    def even_only(completions, n, **kwargs):
+    def even_only(completions: list[Any], n: list[int], **kwargs: Any) -> list[float | None]:
         return [1.0 if x % 2 == 0 else None for x in n]
 
-    def always(completions, **kwargs):
+    def always(completions: list[Any], **kwargs: Any) -> list[bool]:
         return [True] * len(completions)
 
     both = [function_of(even_only, weight=2.0), function_of(always, weight=0.5)]
@@ -88,7 +97,7 @@ def test_none_means_does_not_apply_and_the_others_are_weighted() -> None:
     assert math.isnan(alone[1].value)
 
 
-async def slow_reward(completions, **kwargs):
+async def slow_reward(completions: list[Any], **kwargs: Any) -> list[float]:
     import asyncio
 
     await asyncio.sleep(0)
@@ -113,7 +122,7 @@ def test_async_functions_are_awaited_also_a_second_time() -> None:
     ],
 )
 def test_a_wrong_return_value_is_an_error_and_never_a_zero(returned: Any, words: str) -> None:
-    def bad(completions, **kwargs):
+    def bad(completions: list[Any], **kwargs: Any) -> Any:
         return returned
 
     scores = score_samples([function_of(bad)], inputs_of(["a", "b"]))
@@ -124,7 +133,7 @@ def test_a_wrong_return_value_is_an_error_and_never_a_zero(returned: Any, words:
 
 
 def test_one_bad_value_fails_its_own_sample_only() -> None:
-    def half_bad(completions, **kwargs):
+    def half_bad(completions: list[Any], **kwargs: Any) -> Any:
         return np.array([1.0, np.nan])
 
     scores = score_samples([function_of(half_bad)], inputs_of(["a", "b"]))
@@ -132,10 +141,10 @@ def test_one_bad_value_fails_its_own_sample_only() -> None:
 
 
 def test_a_failed_part_fails_the_whole_and_says_where() -> None:
-    def fine(completions, **kwargs):
+    def fine(completions: list[Any], **kwargs: Any) -> Any:
         return np.ones(len(completions), dtype=np.float32)
 
-    def raising(completions, **kwargs):
+    def raising(completions: list[Any], **kwargs: Any) -> NoReturn:
         raise KeyError("no such key\nand more")
 
     (score,) = score_samples([function_of(fine), function_of(raising)], inputs_of(["a"]))
@@ -186,10 +195,10 @@ def test_a_function_of_the_current_folder_is_found(tmp_path: Path, monkeypatch: 
 
 
 def test_environments_are_refused_unless_they_have_a_default() -> None:
-    def wants(completions, environments):
+    def wants(completions: list[Any], environments: Any) -> list[float]:
         return [0.0]
 
-    def may_have(completions, environments=None, **kwargs):
+    def may_have(completions: list[Any], environments: Any = None, **kwargs: Any) -> list[float]:
         return [0.0]
 
     with pytest.raises(RewardError, match="'environments', which TRL's trainer makes of its environment_factory"):
@@ -468,7 +477,7 @@ def test_reasoning_gym_uses_the_tasks_own_verifier() -> None:
     entries = list(reasoning_gym.create_dataset(name, seed=3, size=8))
     right = [f"<think>hm</think><answer> {e['answer']} </answer>" for e in entries]
     wrong = [f"<answer>{e['answer']}1</answer>" for e in entries]
-    columns = {"reasoning_gym_entry": entries, "reasoning_gym_task": [name] * 8}
+    columns: dict[str, Any] = {"reasoning_gym_entry": entries, "reasoning_gym_task": [name] * 8}
     assert values("reasoning_gym", right, **columns) == [1.0] * 8
     assert values("reasoning_gym", [str(e["answer"]) for e in entries], **columns) == [1.0] * 8
     assert max(values("reasoning_gym", wrong, **columns)) < 1.0
@@ -477,7 +486,7 @@ def test_reasoning_gym_uses_the_tasks_own_verifier() -> None:
 
 @pytest.mark.timeout(300)
 def test_reasoning_gym_names_an_unknown_task() -> None:
-    columns = {"reasoning_gym_entry": [{}], "reasoning_gym_task": ["no_such_task"]}
+    columns: dict[str, Any] = {"reasoning_gym_entry": [{}], "reasoning_gym_task": ["no_such_task"]}
     (part,) = call_reward(resolve(RewardFunctionConfig(name="reasoning_gym")), inputs_of(["x"], **columns))
     assert part.status is ScoreStatus.ERROR
     assert "no task 'no_such_task'" in part.detail
@@ -492,7 +501,7 @@ def score_of_steps(*functions: tuple[Any, float]) -> Score:
     """Of one completion of four tokens. `functions`: what each returns for it, and its weight."""
 
     def returning(value: Any, weight: float) -> RewardFunction:
-        def f(completions, **columns):
+        def f(completions: list[Any], **columns: Any) -> list[Any]:
             return [value]
 
         return function_of(f, weight)

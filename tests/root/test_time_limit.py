@@ -33,8 +33,9 @@ def limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("text", LOOPS)
 @pytest.mark.parametrize("kind", ["tokenizer", "file"])
+@pytest.mark.usefixtures("limit")
 def test_a_template_that_does_not_end_is_ended_and_named(
-    kind: str, text: str, limit: None, tiny_model: Path, tmp_path: Path
+    kind: str, text: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "t.jinja").write_text(text)
     tokenizer: Any = load_tokenizer(str(tiny_model), trust_remote_code=False)
@@ -72,7 +73,7 @@ def test_a_late_call_is_ended_in_any_thread_and_others_go_on() -> None:
 def test_what_a_call_returns_and_raises_is_its_own_and_nothing_comes_later() -> None:
     assert within_thread_s(60, lambda: 7) == 7
     with pytest.raises(KeyError):
-        within_thread_s(60, lambda: {}["a"])
+        within_thread_s(60, lambda: dict[str, int]()["a"])
     for _ in range(20):
         with contextlib.suppress(TooLongError):
             within_thread_s(0.001, lambda: sum(range(2_000_000)))

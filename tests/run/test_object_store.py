@@ -78,7 +78,7 @@ class Run:
         folder.mkdir(exist_ok=True)
         self.dir = RunDir(folder).with_checkpoints(where, 0.1)
         self.events: list[Event] = []
-        self.saver = Saver(self.dir, Learner(), keep=keep, emit=self.events.append, store_s=store_s)  # type: ignore[arg-type]
+        self.saver = Saver(self.dir, Learner(), keep=keep, emit=self.events.append, store_s=store_s)
 
     async def save(self, *steps: int) -> None:
         for step in steps:
@@ -239,7 +239,7 @@ def test_no_store_is_given_up_for_the_length_of_the_next_wait(
 
 def delivery_of(folder: Path, *steps: int) -> tuple[delivery.Delivery, list[Event]]:
     """Into a store in memory, with these checkpoints in its outbox."""
-    outbox, events = Store(str(folder)), []
+    outbox, events = Store(str(folder)), list[Event]()
     for step in steps:
         place = outbox.begin(step)
         with place.filling("loop") as (inside, sums):
@@ -314,9 +314,7 @@ def ended_of(run: Run, status: str) -> RunConfig:
     return config
 
 
-def test_a_run_is_not_finished_while_its_last_checkpoint_is_not_in_the_store(
-    s3: S3, bucket: str, tmp_path: Path
-) -> None:
+def test_a_run_is_not_finished_while_its_last_checkpoint_is_not_in_the_store(bucket: str, tmp_path: Path) -> None:
     run = Run(tmp_path / "run", bucket)
     within(30, run.save(2))
     config = ended_of(run, "failed")

@@ -176,8 +176,9 @@ def test_the_number_of_a_dead_owner_may_be_anothers_now(tmp_path: Path) -> None:
         assert "token=ab\n" not in path.read_text()
 
 
+@pytest.mark.usefixtures("quick")
 def test_one_of_another_machine_is_taken_over_when_nothing_was_heard_of_it(
-    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Its clock may be wrong by hours either way.
     for run, offset in ("a", -7200), ("b", 7200):
@@ -189,8 +190,9 @@ def test_one_of_another_machine_is_taken_over_when_nothing_was_heard_of_it(
 
 
 @pytest.mark.parametrize(("host", "boot"), [("elsewhere", 0), (None, 12345)])
+@pytest.mark.usefixtures("quick")
 def test_one_of_another_machine_that_is_heard_of_keeps_it_also_under_this_ones_name(
-    host: str | None, boot: int, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+    host: str | None, boot: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = written_by(tmp_path, monkeypatch, host=host, boot=boot)
     toucher = subprocess.Popen(["bash", "-c", f"while sleep 0.1; do touch -c {path}; done"])
@@ -204,7 +206,8 @@ def test_one_of_another_machine_that_is_heard_of_keeps_it_also_under_this_ones_n
         pass
 
 
-def test_what_a_power_cut_left_is_taken_over(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("quick")
+def test_what_a_power_cut_left_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a" / FOLDER).mkdir(parents=True)
     (tmp_path / "a" / FOLDER / "command.lock").touch()
     written_by(tmp_path / "b", monkeypatch, boot=12345)
@@ -251,7 +254,8 @@ def test_no_process_ends_itself_for_it(tmp_path: Path, monkeypatch: pytest.Monke
     run.release()
 
 
-def test_an_owner_that_was_taken_over_is_told_and_leaves_the_others_lock(tmp_path: Path, quick: None) -> None:
+@pytest.mark.usefixtures("quick")
+def test_an_owner_that_was_taken_over_is_told_and_leaves_the_others_lock(tmp_path: Path) -> None:
     told: list[str] = []
     first = Ownership(tmp_path, "run", told.append)
     first.take(describe("the first", "wait"), print)
@@ -268,7 +272,8 @@ def test_an_owner_that_was_taken_over_is_told_and_leaves_the_others_lock(tmp_pat
     assert path.with_suffix(".json").exists()
 
 
-def test_a_lock_that_was_removed_by_hand_is_made_again(tmp_path: Path, quick: None) -> None:
+@pytest.mark.usefixtures("quick")
+def test_a_lock_that_was_removed_by_hand_is_made_again(tmp_path: Path) -> None:
     told: list[str] = []
     run = Ownership(tmp_path, "run", told.append)
     run.take(describe("the first", "wait"), print)
@@ -305,7 +310,8 @@ def test_a_folder_that_can_not_be_written_says_so(tmp_path: Path) -> None:
         pass
 
 
-def test_a_folder_that_can_not_be_made_is_not_waited_for(quick: None) -> None:
+@pytest.mark.usefixtures("quick")
+def test_a_folder_that_can_not_be_made_is_not_waited_for() -> None:
     with (
         pytest.raises(ConfigError, match=r"/proc/runs/x can't be written to \(No such file"),
         commanded(Path("/proc/runs/x")),

@@ -29,7 +29,6 @@ class Selection:
     """The number of samples left out, by reason."""
     num_samples: int = 0
     num_prompts: int = 0
-    num_prompts_kept: int = 0
 
     @property
     def num_kept(self) -> int:
@@ -61,7 +60,6 @@ def select(samples: Iterable[Row], config: SampledSource, *, seed: int) -> Selec
         chosen = _keep(distinct, config, random.Random(f"{seed}/{prompt_id}"))
         out.left_out["duplicate"] += len(passed) - len(distinct)
         out.left_out["more of the same prompt"] += len(distinct) - len(chosen)
-        out.num_prompts_kept += bool(chosen)
         out.rows += [_demonstration(row, config) for row in chosen]
     out.left_out = +out.left_out
     return out

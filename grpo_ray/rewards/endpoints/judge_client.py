@@ -56,8 +56,6 @@ class Judge:
         self._turns = asyncio.Semaphore(options.concurrency)
         self._cache = _Cache(options.cache)
         self._next_slot = 0.0
-        self.num_asked = 0
-        """The number of questions sent to the endpoint; the cache answered the others."""
 
     def mark(self, question: Sequence[str]) -> str:
         """A word for the tags of a question that only readers of the cache can know. It is derived from the cache's random secret,
@@ -103,7 +101,6 @@ class Judge:
 
         o = self._options
         where = f"the judge {o.model} at {hide_forms(o.base_url)}"
-        self.num_asked += 1
         try:
             async with asyncio.timeout(o.deadline_s):
                 answer = await post_json(self._client, "/chat/completions", question)

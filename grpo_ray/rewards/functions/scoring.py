@@ -23,18 +23,6 @@ MAX_DETAIL_CHARS = 500
 _runner: asyncio.Runner | None = None
 
 
-def score_samples(functions: Sequence[RewardFunction], inputs: ScoreInputs) -> list[Score]:
-    """Score S samples with every function, in this process: without deadline or protection.
-
-    Async functions run on an event loop of our own, so this can't be called from inside a running one.
-    """
-    parts_by_function = [call_reward(function, inputs) for function in functions]
-    return [
-        weighted_sum([parts[s] for parts in parts_by_function], [f.weight for f in functions], length)
-        for s, length in enumerate(inputs.lengths)
-    ]
-
-
 def call_reward(function: RewardFunction, inputs: ScoreInputs) -> list[RewardScore]:
     """The results [S] of one function, `not_applicable` where it does not apply. It never raises, except KeyboardInterrupt."""
     start = time.perf_counter()

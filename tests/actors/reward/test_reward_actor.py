@@ -6,8 +6,9 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 import psutil
@@ -20,8 +21,13 @@ from actors.reward.process import ScoringProcess
 from grpo_ray.config.reward import FailurePolicy, RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import RewardError, WorkerError
 from grpo_ray.rewards.functions.function import ScoreInputs
-from grpo_ray.types import Sample, SampleInfo, ScoreRequest, ScoreStatus, Step, VersionSpan
+from grpo_ray.types import Sample, SampleInfo, Score, ScoreRequest, ScoreStatus, Step, Track, VersionSpan
 
+if TYPE_CHECKING:
+    from actors.reward.pool import RewardPool
+
+T = TypeVar("T")
+Start = Callable[..., ScoringProcess]
 TIMEOUT_S = 1.0
 HAS_F = "def f(completions): ..."
 KILLED_ON_IMPORT = """
@@ -195,9 +201,15 @@ def functions(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def config_of(folder: str, *names: str, retries: int = 0, **options: object) -> RewardConfig:
+def config_of(folder: str, *names: str, retries: int = 0, **options: Any) -> RewardConfig:
     entries = tuple(RewardFunctionConfig(name=n if "." in n else f"bad_rewards.{n}") for n in names)
-    settings = {"unit": "sample", "timeout_s": TIMEOUT_S, "memory_gb": 0.15, "env": {"PYTHONPATH": folder}, **options}
+    settings: dict[str, Any] = {
+        "unit": "sample",
+        "timeout_s": TIMEOUT_S,
+        "memory_gb": 0.15,
+        "env": {"PYTHONPATH": folder},
+        **options,
+    }
     return RewardConfig(functions=entries, on_failure=FailurePolicy(retries=retries), **settings)
 
 
@@ -206,11 +218,11 @@ def one(completion: str, **columns: object) -> ScoreInputs:
 
 
 @pytest.fixture
-def started(functions: str) -> Iterator[object]:
+def started(functions: str) -> Iterator[Start]:
     """Start scoring processes; all of them end with the test."""
     processes: list[ScoringProcess] = []
 
-    def start(*names: str, **options: object) -> ScoringProcess:
+    def start(*names: str, **options: Any) -> ScoringProcess:
         process = ScoringProcess(config_of(functions, *names, **options), start_timeout_s=60)
         processes.append(process)
         process.start()
@@ -263,7 +275,7 @@ def gone(living: Callable[[], Iterable[int]], seconds: float = 10.0) -> bool:
 )
 @pytest.mark.timeout(300)
 def test_a_bad_call_gets_a_typed_result_in_time_and_its_neighbours_are_scored(
-    started, name: str, status: ScoreStatus, words: str
+    started: Start, name: str, status: ScoreStatus, words: str
 ) -> None:
     process = started(name)
     start = time.monotonic()
@@ -278,7 +290,7 @@ def test_a_bad_call_gets_a_typed_result_in_time_and_its_neighbours_are_scored(
 
 
 @pytest.mark.timeout(300)
-def test_output_does_not_disturb_the_protocol(started) -> None:
+def test_output_does_not_disturb_the_protocol(started: Start) -> None:
     process = started("prints_a_lot")
     results = process.run([(0, one("bad")), (0, one("good")), (0, one("bad")), (0, one("good"))])
     assert [r[0].value for r in results] == [0.5, 1.0, 0.5, 1.0]
@@ -286,7 +298,7 @@ def test_output_does_not_disturb_the_protocol(started) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_a_forked_copy_of_the_process_does_not_answer_in_its_name(started) -> None:
+def test_a_forked_copy_of_the_process_does_not_answer_in_its_name(started: Start) -> None:
     process = started("forks_and_both_return")
     for numbers in ([1.0, 2.0, 3.0, 4.0], [5.0, 6.0]):
         results = process.run([(0, one(str(n))) for n in numbers])
@@ -295,14 +307,14 @@ def test_a_forked_copy_of_the_process_does_not_answer_in_its_name(started) -> No
 
 
 @pytest.mark.timeout(300)
-def test_an_async_function_is_awaited(started) -> None:
+def test_an_async_function_is_awaited(started: Start) -> None:
     results = started("asynchronous").run([(0, one("x"))] * 3)
     assert [r[0].value for r in results] == [0.25] * 3
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ["leaves_children_and_hangs", "leaves_an_orphan_and_exits"])
-def test_children_die_with_the_scoring_process_even_in_sessions_of_their_own(started, name: str) -> None:
+def test_children_die_with_the_scoring_process_even_in_sessions_of_their_own(started: Start, name: str) -> None:
     process = started(name)
     (result,) = process.run([(0, one("bad", pids=0))])
     assert result[0].status.failed
@@ -310,7 +322,7 @@ def test_children_die_with_the_scoring_process_even_in_sessions_of_their_own(sta
 
 
 @pytest.mark.timeout(300)
-def test_a_process_that_collects_children_is_replaced(started) -> None:
+def test_a_process_that_collects_children_is_replaced(started: Start) -> None:
     process = started("leaks_a_child")
     results = process.run([(0, one("x"))] * 60)
     assert [r[0].value for r in results] == [1.0] * 60
@@ -321,16 +333,16 @@ def test_a_process_that_collects_children_is_replaced(started) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_a_failed_call_is_tried_again_with_the_same_sample(started) -> None:
+def test_a_failed_call_is_tried_again_with_the_same_sample(started: Start) -> None:
     assert started("fails_at_first", retries=1).run([(0, one("a"))])[0][0].value == 1.0
     assert started("fails_at_first", retries=0).run([(0, one("a"))])[0][0].status is ScoreStatus.ERROR
 
 
 @pytest.mark.timeout(300)
-def test_one_process_serves_all_calls(started) -> None:
+def test_one_process_serves_all_calls(started: Start) -> None:
     process = started("process_id")
     pids = {r[0].value for r in process.run([(0, one("x"))] * 20)}
-    assert pids == {float(process.pid)}
+    assert pids == {process.pid}
 
 
 @pytest.mark.timeout(300)
@@ -488,7 +500,7 @@ def put(requests: list[ScoreRequest]) -> list[ScoreRequest]:
     return [dataclasses.replace(r, sample=dataclasses.replace(r.sample, ref=ref)) for r in requests]
 
 
-async def with_pool(config: RewardConfig, folder: Path, use, **options):
+async def with_pool(config: RewardConfig, folder: Path, use: Callable[[RewardPool], Awaitable[T]], **options: Any) -> T:
     from actors.reward.pool import RewardPool
 
     pool = await RewardPool.create(config, str(folder), start_timeout_s=60, **options)
@@ -499,7 +511,8 @@ async def with_pool(config: RewardConfig, folder: Path, use, **options):
 
 
 @pytest.mark.timeout(300)
-def test_the_pool_scores_samples_in_order_with_weights(local_ray, functions: str, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("local_ray")
+def test_the_pool_scores_samples_in_order_with_weights(functions: str, tmp_path: Path) -> None:
     entries = (
         RewardFunctionConfig(name="exact_match", weight=2.0),
         RewardFunctionConfig(name="bad_rewards.asynchronous", weight=0.5),
@@ -507,7 +520,7 @@ def test_the_pool_scores_samples_in_order_with_weights(local_ray, functions: str
     config = config_of(functions, "raises", num_actors=2, num_cpus=0.5).model_copy(update={"functions": entries})
     texts = [str(i % 3) for i in range(50)]
 
-    async def use(pool):
+    async def use(pool: RewardPool) -> tuple[list[Score], list[Score], list[Track]]:
         whole = await pool.score(put(requests_of(texts, answer="1")))
         singles = await asyncio.gather(*(pool.score([r]) for r in put(requests_of(texts, answer="1"))))
         return whole, [s[0] for s in singles], pool.take_tracks()
@@ -546,14 +559,15 @@ def test_steps_that_no_completion_can_have_are_not_believed(said: list[object]) 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("unit", ["sample", "group"])
-def test_steps_come_through_the_pool_with_their_weights(local_ray, functions: str, tmp_path: Path, unit: str) -> None:
+@pytest.mark.usefixtures("local_ray")
+def test_steps_come_through_the_pool_with_their_weights(functions: str, tmp_path: Path, unit: str) -> None:
     entries = (
         RewardFunctionConfig(name="bad_rewards.half_and_whole", weight=2.0),
         RewardFunctionConfig(name="bad_rewards.asynchronous", weight=4.0),
     )
     config = config_of(functions, "raises", num_cpus=0.5, unit=unit).model_copy(update={"functions": entries})
 
-    async def use(pool):
+    async def use(pool: RewardPool) -> list[Score]:
         return await pool.score(put(requests_of(["abcdef", "z"])))
 
     long, short = asyncio.run(with_pool(config, tmp_path, use))
@@ -564,11 +578,12 @@ def test_steps_come_through_the_pool_with_their_weights(local_ray, functions: st
 
 
 @pytest.mark.timeout(300)
-def test_unit_group_gives_the_function_the_whole_group(local_ray, functions: str, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("local_ray")
+def test_unit_group_gives_the_function_the_whole_group(functions: str, tmp_path: Path) -> None:
     config = config_of(functions, "group_rank", num_cpus=0.5, unit="group")
     groups = [["a", "bbb", "cc"], ["dddd", "e"]]
 
-    async def use(pool):
+    async def use(pool: RewardPool) -> list[list[Score]]:
         return await asyncio.gather(*(pool.score(put(requests_of(g))) for g in groups))
 
     first, second = asyncio.run(with_pool(config, tmp_path, use))
@@ -577,10 +592,11 @@ def test_unit_group_gives_the_function_the_whole_group(local_ray, functions: str
 
 
 @pytest.mark.timeout(300)
-def test_a_hanging_sample_fails_alone(local_ray, functions: str, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("local_ray")
+def test_a_hanging_sample_fails_alone(functions: str, tmp_path: Path) -> None:
     config = config_of(functions, "hangs_in_c", num_cpus=0.5)
 
-    async def use(pool):
+    async def use(pool: RewardPool) -> list[Score]:
         return await pool.score(put(requests_of(["good", "bad", "good"])))
 
     scores = asyncio.run(with_pool(config, tmp_path, use))
@@ -590,11 +606,12 @@ def test_a_hanging_sample_fails_alone(local_ray, functions: str, tmp_path: Path)
 
 
 @pytest.mark.timeout(300)
-def test_a_worker_killed_while_scoring_loses_nothing(local_ray, functions: str, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("local_ray")
+def test_a_worker_killed_while_scoring_loses_nothing(functions: str, tmp_path: Path) -> None:
     """SIGKILL of the actor's own process, with calls under way; its scoring process must not outlive it either."""
     config = config_of(functions, "asynchronous", "process_id", num_actors=2, num_cpus=0.5, timeout_s=20)
 
-    async def use(pool):
+    async def use(pool: RewardPool) -> tuple[list[Score], set[int]]:
         first = await pool.score(put(requests_of(["x"] * 40)))
         children = {int(s.parts[1].value) for s in first}
         work = asyncio.gather(*(pool.score(put(requests_of(["x"] * 20))) for _ in range(10)))
@@ -613,13 +630,14 @@ def test_a_worker_killed_while_scoring_loses_nothing(local_ray, functions: str, 
 
 
 @pytest.mark.timeout(300)
-def test_workers_that_join_and_leave_under_way_lose_nothing(local_ray, functions: str, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("local_ray")
+def test_workers_that_join_and_leave_under_way_lose_nothing(functions: str, tmp_path: Path) -> None:
     config = config_of(functions, "asynchronous", "process_id", num_actors=2, num_cpus=0.5, timeout_s=20)
 
-    async def use(pool):
-        answers = []
+    async def use(pool: RewardPool) -> tuple[Any, ...]:
+        answers: list[asyncio.Future[list[Score]]] = []
 
-        async def ask_until(enough) -> set[int]:
+        async def ask_until(enough: Callable[[], bool]) -> set[int]:
             """Keep it busy; the processes that scored."""
             start = len(answers)
             while not enough():
@@ -656,10 +674,11 @@ def test_workers_that_join_and_leave_under_way_lose_nothing(local_ray, functions
 
 
 @pytest.mark.timeout(300)
-def test_a_worker_that_can_not_join_costs_the_pool_nothing(local_ray, functions: str, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("local_ray")
+def test_a_worker_that_can_not_join_costs_the_pool_nothing(functions: str, tmp_path: Path) -> None:
     config = config_of(functions, "asynchronous", num_actors=1, num_cpus=0.5)
 
-    async def use(pool):
+    async def use(pool: RewardPool) -> tuple[list[str], list[Score], dict[str, float]]:
         told: list[str] = []
         pool.on_trouble = told.append
         pool._kind.config = config.model_copy(update={"functions": (RewardFunctionConfig(name="bad_rewards.gone"),)})
@@ -676,8 +695,9 @@ def test_a_worker_that_can_not_join_costs_the_pool_nothing(local_ray, functions:
 
 
 @pytest.mark.timeout(300)
-def test_an_unimportable_function_fails_the_start_of_the_pool(local_ray, functions: str, tmp_path: Path) -> None:
-    async def use(pool):
+@pytest.mark.usefixtures("local_ray")
+def test_an_unimportable_function_fails_the_start_of_the_pool(functions: str, tmp_path: Path) -> None:
+    async def use(pool: RewardPool) -> NoReturn:
         raise AssertionError("the pool started")
 
     with pytest.raises(RewardError, match=r"bad_rewards\.rises.*did you mean 'raises'"):
@@ -685,12 +705,11 @@ def test_an_unimportable_function_fails_the_start_of_the_pool(local_ray, functio
 
 
 @pytest.mark.timeout(300)
-def test_samples_that_end_their_workers_are_an_error_for_everyone_who_waits(
-    local_ray, functions: str, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("local_ray")
+def test_samples_that_end_their_workers_are_an_error_for_everyone_who_waits(functions: str, tmp_path: Path) -> None:
     config = config_of(functions, "asynchronous", num_cpus=0.5)
 
-    async def use(pool):
+    async def use(pool: RewardPool) -> list[list[Score] | BaseException]:
         work = asyncio.gather(*(pool.score(put(requests_of(["x"] * 50))) for _ in range(4)), return_exceptions=True)
         await asyncio.sleep(0.3)
         os.kill(pool.pids["reward-0"], signal.SIGKILL)
@@ -704,10 +723,11 @@ def test_samples_that_end_their_workers_are_an_error_for_everyone_who_waits(
 
 
 @pytest.mark.timeout(300)
-def test_closing_the_pool_answers_those_who_wait(local_ray, functions: str, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("local_ray")
+def test_closing_the_pool_answers_those_who_wait(functions: str, tmp_path: Path) -> None:
     config = config_of(functions, "hangs_in_c", num_cpus=0.5, timeout_s=600.0)
 
-    async def use(pool):
+    async def use(pool: RewardPool) -> float:
         work = asyncio.ensure_future(pool.score(put(requests_of(["bad"]))))
         await asyncio.sleep(1.0)
         start = time.monotonic()
@@ -719,7 +739,7 @@ def test_closing_the_pool_answers_those_who_wait(local_ray, functions: str, tmp_
     assert asyncio.run(with_pool(config, tmp_path, use)) < 120
 
 
-def until_lost(ref) -> None:
+def until_lost(ref: Any) -> None:
     """An object outlives its owner until the raylet frees it."""
     import ray
 
@@ -733,23 +753,23 @@ def until_lost(ref) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_a_lost_object_is_a_crashed_score_and_not_a_zero(local_ray, functions: str, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("local_ray")
+def test_a_lost_object_is_a_crashed_score_and_not_a_zero(functions: str, tmp_path: Path) -> None:
     import ray
 
-    @ray.remote(num_cpus=0.5)
     class Owner:
-        def make(self, samples):
+        def make(self, samples: Any) -> list[Any]:
             return [ray.put(samples)]
 
-    owner = Owner.remote()
+    owner = ray.remote(num_cpus=0.5)(Owner).remote()
     good = requests_of(["x"])
     ref = ray.get(owner.make.remote(good[0].sample.ref), timeout=60)[0]
     lost = requests_of(["x"], ref=ref)
     ray.kill(owner)
     until_lost(ref)
 
-    async def use(pool):
-        return await asyncio.gather(pool.score(lost), pool.score(put(good)))
+    async def use(pool: RewardPool) -> list[list[Score]]:
+        return list(await asyncio.gather(pool.score(lost), pool.score(put(good))))
 
     gone, kept = asyncio.run(with_pool(config_of(functions, "asynchronous", num_cpus=0.5), tmp_path, use))
     assert gone[0].status is ScoreStatus.CRASHED
@@ -758,9 +778,8 @@ def test_a_lost_object_is_a_crashed_score_and_not_a_zero(local_ray, functions: s
 
 
 @pytest.mark.timeout(300)
-def test_by_default_built_ins_and_verls_see_samples_and_trls_the_whole_group(
-    local_ray, functions: str, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("local_ray")
+def test_by_default_built_ins_and_verls_see_samples_and_trls_the_whole_group(functions: str, tmp_path: Path) -> None:
     examples = "tests.reward_examples."
     entries = (
         RewardFunctionConfig(name="exact_match"),
@@ -775,7 +794,7 @@ def test_by_default_built_ins_and_verls_see_samples_and_trls_the_whole_group(
     assert config.whole_groups
     columns = {"answer": "bb", "data_source": "x", "extra_info": {"split": "train"}}
 
-    async def use(pool):
+    async def use(pool: RewardPool) -> tuple[list[Score], list[Score]]:
         return await asyncio.gather(
             pool.score(put(requests_of(["a", "bb", "cccc"], **columns))),
             pool.score(put(requests_of(["bb"], **columns))),
@@ -800,7 +819,7 @@ def test_by_default_built_ins_and_verls_see_samples_and_trls_the_whole_group(
     [("raises", ScoreStatus.ERROR), ("hangs_in_c", ScoreStatus.TIMEOUT), ("exits", ScoreStatus.CRASHED)],
 )
 def test_a_group_that_a_function_fails_at_has_a_typed_result_for_each_of_its_samples(
-    started, name: str, status: ScoreStatus
+    started: Start, name: str, status: ScoreStatus
 ) -> None:
     process = started(name, unit="auto", timeout_s=0.3)
     assert process.takes_whole(0)

@@ -346,7 +346,8 @@ def test_samples_outlive_the_actor_that_drew_them(bench: Bench) -> None:
     bench.run(orphan_ends(), timeout_s=10)
 
 
-def test_a_model_without_weights_says_so_with_the_log(local_ray: None, tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("local_ray")
+def test_a_model_without_weights_says_so_with_the_log(tiny_model: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     config = run_config(tmp_path / "model", rollout={"num_actors": 1})
     with pytest.raises(WorkerError, match="rollout-0 does not start") as error:

@@ -32,7 +32,8 @@ class Connecting:
 
 
 @pytest.mark.timeout(300)
-def test_gloo_connects_by_the_address_that_ray_has_for_the_node_and_by_loopback_on_one_alone(local_ray) -> None:
+@pytest.mark.usefixtures("local_ray")
+def test_gloo_connects_by_the_address_that_ray_has_for_the_node_and_by_loopback_on_one_alone() -> None:
     import ray
 
     actors = [RayActors().start(Connecting, num_cpus=0) for _ in range(2)]
@@ -44,7 +45,8 @@ def test_gloo_connects_by_the_address_that_ray_has_for_the_node_and_by_loopback_
 
 
 @pytest.mark.timeout(300)
-def test_rays_head_keeps_no_record_of_our_calls(local_ray) -> None:
+@pytest.mark.usefixtures("local_ray")
+def test_rays_head_keeps_no_record_of_our_calls() -> None:
     import ray
 
     ours = RayActors().start(Counter, num_cpus=0)

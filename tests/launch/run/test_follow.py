@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -25,10 +26,12 @@ class SlowToStart:
         return [EndEvent("finished", "")], 1
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_a_controller_may_start_for_longer_than_it_may_be_silent(
-    local_ray: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(follow, "SILENCE_S", 1.0)
-    assert follow.follow_events(SlowToStart.remote(), LiveView(), tmp_path, start_s=120).status == "finished"
+    slow: Any = SlowToStart
+    assert follow.follow_events(slow.remote(), LiveView(), tmp_path, start_s=120).status == "finished"
     with pytest.raises(WorkerError, match=r"did not answer for 0\.5 s"):
-        follow.follow_events(SlowToStart.remote(), LiveView(), tmp_path, start_s=0.5)
+        follow.follow_events(slow.remote(), LiveView(), tmp_path, start_s=0.5)
