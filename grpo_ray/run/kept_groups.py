@@ -11,35 +11,35 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grpo_ray import json_text
 from grpo_ray.errors import CheckpointError
-from grpo_ray.run.rollout_log import SPAN, distinct_refs, sample_of, utf8
+from grpo_ray.run.rollout_log import distinct_refs
 from grpo_ray.run.run_dir import LOOP
+from grpo_ray.run.sample_columns import rows_and_samples, sample_cells, schema, table_of
 from grpo_ray.types import Group, LoggedMetric, RewardScore, Sample, SampleInfo, Score, ScoreStatus, Step
 
 KEPT_GROUPS = f"{LOOP}/groups.parquet"
-_SCHEMA = pa.schema(
-    [
-        ("order", pa.int64()),
-        ("dispatched_version", pa.int64()),
-        ("prompt_id", pa.string()),
-        ("index", pa.int32()),
-        ("prompt_ids", pa.list_(pa.int32())),
-        ("completion_ids", pa.list_(pa.int32())),
-        ("rollout_logprobs", pa.list_(pa.float32())),
-        ("versions", pa.list_(SPAN)),
-        ("min_version", pa.int64()),
-        ("finish_reason", pa.string()),
-        ("completion", pa.string()),
-        ("worker", pa.string()),
-        ("score", pa.string()),
-    ]
+_SCHEMA = schema(
+    (
+        "order",
+        "dispatched_version",
+        "prompt_id",
+        "index",
+        "prompt_ids",
+        "completion_ids",
+        "rollout_logprobs",
+        "versions",
+        "min_version",
+        "finish_reason",
+        "completion",
+        "worker",
+        "score",
+    )
 )
-"""The columns of the file; `score` is JSON, in which a reward that is no number is NaN."""
+"""Columns as in `sample_columns.COLUMNS`."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def write_groups(path: Path, groups: Sequence[Group], lists: Sequence[Sequence[S
         for group in groups
         for info, score in zip(group.samples, group.scores, strict=True)
     ]
-    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), path, compression="zstd")
+    pq.write_table(table_of(rows, _SCHEMA), path, compression="zstd")
 
 
 def read_groups(path: Path) -> list[KeptGroup]:
@@ -96,11 +96,8 @@ def read_groups(path: Path) -> list[KeptGroup]:
 
 
 def _groups(table: pa.Table) -> list[KeptGroup]:
-    arrays = [[s.values.to_numpy() for s in table[n]] for n in ("prompt_ids", "completion_ids", "rollout_logprobs")]
     by_order: dict[int, list[tuple[dict[str, Any], Sample]]] = {}
-    rows = table.drop_columns(["prompt_ids", "completion_ids", "rollout_logprobs"]).to_pylist()
-    for row, prompt_ids, completion_ids, logprobs in zip(rows, *arrays, strict=True):
-        sample = sample_of(row, prompt_ids, completion_ids, logprobs)
+    for row, sample in rows_and_samples(table):
         by_order.setdefault(row["order"], []).append((row, sample))
     return [_group(order, members) for order, members in sorted(by_order.items())]
 
@@ -120,17 +117,10 @@ def _group(order: int, members: list[tuple[dict[str, Any], Sample]]) -> KeptGrou
 
 def _row(group: Group, info: SampleInfo, sample: Sample, score: Score) -> dict[str, Any]:
     return {
+        **sample_cells(sample),
         "order": group.order,
         "dispatched_version": group.dispatched_version,
-        "prompt_id": sample.prompt_id,
-        "index": sample.index,
-        "prompt_ids": np.asarray(sample.prompt_token_ids, dtype=np.int32),
-        "completion_ids": np.asarray(sample.token_ids, dtype=np.int32),
-        "rollout_logprobs": np.asarray(sample.logprobs, dtype=np.float32),
-        "versions": [asdict(v) for v in sample.versions],
         "min_version": info.min_version,
-        "finish_reason": sample.finish_reason,
-        "completion": utf8(sample.text),
         "worker": info.worker,
         "score": json.dumps(asdict(score)),
     }

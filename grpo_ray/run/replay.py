@@ -13,11 +13,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from grpo_ray.errors import CheckpointError, first_line
-from grpo_ray.run.rollout_log import rollout_path, rollout_steps, sample_of
+from grpo_ray.run.rollout_log import rollout_path, rollout_steps
 from grpo_ray.run.run_dir import RunDir
+from grpo_ray.run.sample_columns import rows_and_samples
 from grpo_ray.types import Sample, Step, TrainBatch, TrainSample, Truncation
 
 COMPARED = ("loss/policy", "grad_norm")
@@ -86,9 +86,8 @@ def read_batch(path: Path) -> TrainBatch:
 
 
 def _batch(table: pa.Table) -> TrainBatch:
-    rows = table.drop_columns(["prompt_ids", "completion_ids", "rollout_logprobs"]).to_pylist()
-    arrays = zip(*(_arrays(table[name]) for name in ("prompt_ids", "completion_ids", "rollout_logprobs")), strict=True)
-    samples = [sample_of(row, *lists) for row, lists in zip(rows, arrays, strict=True)]
+    found = rows_and_samples(table)
+    rows, samples = [row for row, _ in found], [sample for _, sample in found]
     return TrainBatch(
         step=rows[0]["step"] - 1,
         samples=[_train_sample(row, samples, i) for i, row in enumerate(rows)],
@@ -103,10 +102,6 @@ def parts_of(batch: TrainBatch) -> list[TrainBatch]:
     bits."""
     numbers = sorted({s.part for s in batch.samples if s.part is not None})
     return [replace(batch, samples=[s for s in batch.samples if s.part == number]) for number in numbers]
-
-
-def _arrays(column: Any) -> list[NDArray[Any]]:
-    return [scalar.values.to_numpy() for scalar in column]
 
 
 def _train_sample(row: Mapping[str, Any], samples: list[Sample], place: int) -> TrainSample:

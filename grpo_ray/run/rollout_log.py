@@ -6,73 +6,53 @@ Anything that reads Parquet can read it: `pandas.read_parquet(folder)`, `load_da
 from __future__ import annotations
 
 import asyncio
-import json
-import math
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from grpo_ray.errors import DataError, first_line
 from grpo_ray.files import write_whole
+from grpo_ray.run.sample_columns import number, sample_cells, schema, score_cells, step_cells, table_of, utf8
 from grpo_ray.seeds import sample_seed
-from grpo_ray.types import Group, RewardScore, Sample, SampleInfo, Score, Step, TrainBatch, TrainSample, VersionSpan
+from grpo_ray.types import Group, Sample, SampleInfo, Score, TrainBatch, TrainSample
 
-_STEPS = pa.list_(pa.struct([("end", pa.int32()), ("value", pa.float64())]))
-_PART = pa.struct(
-    [
-        ("name", pa.string()),
-        ("status", pa.string()),
-        ("value", pa.float64()),
-        ("detail", pa.string()),
-        ("seconds", pa.float64()),
-        ("steps", _STEPS),
-        ("extra", pa.string()),
-    ]
+SCHEMA = schema(
+    (
+        "step",
+        "prompt_id",
+        "index",
+        "prompt",
+        "completion",
+        "prompt_ids",
+        "completion_ids",
+        "rollout_logprobs",
+        "advantage",
+        "advantage_steps",
+        "reward",
+        "reward_status",
+        "rewards",
+        "versions",
+        "finish_reason",
+        "worker",
+        "seed",
+        "group",
+        "loss_mask",
+        "part",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+    )
 )
-SPAN = pa.struct([("version", pa.int64()), ("start", pa.int64()), ("end", pa.int64())])
+"""Columns as in `sample_columns.COLUMNS`.
 
-SCHEMA = pa.schema(
-    [
-        ("step", pa.int64()),
-        ("prompt_id", pa.string()),
-        ("index", pa.int32()),
-        ("prompt", pa.string()),
-        ("completion", pa.string()),
-        ("prompt_ids", pa.list_(pa.int32())),
-        ("completion_ids", pa.list_(pa.int32())),
-        ("rollout_logprobs", pa.list_(pa.float32())),
-        ("advantage", pa.float64()),
-        ("advantage_steps", _STEPS),
-        ("reward", pa.float64()),
-        ("reward_status", pa.string()),
-        ("rewards", pa.list_(_PART)),
-        ("versions", pa.list_(SPAN)),
-        ("finish_reason", pa.string()),
-        ("worker", pa.string()),
-        ("seed", pa.int64()),
-        ("group", pa.int32()),
-        ("loss_mask", pa.bool_()),
-        ("part", pa.int32()),
-        ("temperature", pa.float64()),
-        ("top_p", pa.float64()),
-        ("top_k", pa.int64()),
-        ("min_p", pa.float64()),
-    ]
-)
-"""`completion_ids` and `rollout_logprobs` are [T], `prompt_ids` [N]. A reward or advantage that is no number is null. `group`,
-`loss_mask` and `part` as in `types.TrainSample`; `temperature`, `top_p`, `top_k` and `min_p` of the whole batch.
-
-`reward` and `rewards` are the scores, before a KL is taken off; `extra` is JSON that a function logs for the sample beside its
-reward, or null. `advantage` is what the learner was given: the reward itself where it computes the advantages (gae, kl_in reward);
-under process the mean over the tokens, whose own are in `advantage_steps` (`end`, and the value of each token from the end before
-it)."""
+`advantage` is what the learner was given: the reward itself where it computes the advantages (gae, kl_in reward); under process
+the mean over the tokens, whose own are in `advantage_steps` (`end`, and the value of each token from the end before it)."""
 
 _NAME = re.compile(r"step-(\d+)\.parquet")
 
@@ -142,7 +122,7 @@ def write_rollouts(
     folder.mkdir(parents=True, exist_ok=True)
     path = rollout_path(folder, step)
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
+    pq.write_table(table_of(rows, SCHEMA), sink, compression="zstd")
     write_whole(path, memoryview(sink.getvalue()))
     return path
 
@@ -151,32 +131,12 @@ def _row(
     step: int, group: Group, info: SampleInfo, sample: Sample, score: Score, trained: TrainSample, run_seed: int
 ) -> dict[str, Any]:
     return {
+        **sample_cells(sample),
+        **score_cells(score),
         "step": step,
-        "prompt_id": sample.prompt_id,
-        "index": sample.index,
         "prompt": utf8(group.prompt.text),
-        "completion": utf8(sample.text),
-        "prompt_ids": np.asarray(sample.prompt_token_ids, dtype=np.int32),
-        "completion_ids": np.asarray(sample.token_ids, dtype=np.int32),
-        "rollout_logprobs": np.asarray(sample.logprobs, dtype=np.float32),
-        "advantage": _number(trained.advantage),
-        "advantage_steps": _steps(trained.steps),
-        "reward": _number(score.value),
-        "reward_status": str(score.status),
-        "rewards": [
-            {
-                "name": p.name,
-                "status": str(p.status),
-                "value": _number(p.value),
-                "detail": utf8(p.detail),
-                "seconds": p.seconds,
-                "steps": _steps(p.steps),
-                "extra": extra_json(p),
-            }
-            for p in score.parts
-        ],
-        "versions": [{"version": v.version, "start": v.start, "end": v.end} for v in sample.versions],
-        "finish_reason": sample.finish_reason,
+        "advantage": number(trained.advantage),
+        "advantage_steps": step_cells(trained.steps),
         "worker": info.worker,
         "seed": sample_seed(run_seed, sample.prompt_id, sample.index),
         "group": trained.group,
@@ -215,39 +175,3 @@ def remove_after(folder: Path, step: int) -> int:
     for path in late:
         path.unlink()
     return len(late)
-
-
-def _steps(steps: Sequence[Step]) -> list[dict[str, Any]]:
-    return [{"end": step.end, "value": step.value} for step in steps]
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-def sample_of(
-    row: Mapping[str, Any],
-    prompt_ids: NDArray[np.int32],
-    completion_ids: NDArray[np.int32],
-    logprobs: NDArray[np.float32],
-) -> Sample:
-    """The sample of a row of a Parquet file, with its arrays as they were."""
-    return Sample(
-        prompt_id=row["prompt_id"],
-        index=row["index"],
-        prompt_token_ids=prompt_ids,
-        token_ids=completion_ids,
-        logprobs=logprobs,
-        versions=tuple(VersionSpan(**span) for span in row["versions"]),
-        finish_reason=row["finish_reason"],
-        text=row["completion"],
-    )
-
-
-def extra_json(part: RewardScore) -> str | None:
-    return utf8(json.dumps(dict(part.extra), ensure_ascii=False)) if part.extra else None
-
-
-def utf8(text: str) -> str:
-    """Valid UTF-8: a lone surrogate, which a model's bytes can decode to, is no valid text for Arrow."""
-    return text.encode("utf-8", "replace").decode("utf-8")

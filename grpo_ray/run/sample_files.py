@@ -11,53 +11,41 @@ Anything that reads Parquet can read them: `pandas.read_parquet(folder)`, `load_
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grpo_ray import json_text
 from grpo_ray.errors import DataError
 from grpo_ray.files import ASIDE, read_json, write_whole
-from grpo_ray.run.rollout_log import extra_json, utf8
+from grpo_ray.run.sample_columns import sample_cells, schema, score_cells, table_of, utf8
 from grpo_ray.seeds import sample_seed
 from grpo_ray.types import Prompt, Sample, Score
 
-_PART = pa.struct(
-    [
-        ("name", pa.string()),
-        ("status", pa.string()),
-        ("value", pa.float64()),
-        ("detail", pa.string()),
-        ("extra", pa.string()),
-    ]
+SCHEMA = schema(
+    (
+        "prompt_id",
+        "index",
+        "prompt",
+        "messages",
+        "completion",
+        "prompt_ids",
+        "completion_ids",
+        "finish_reason",
+        "reward",
+        "reward_status",
+        "rewards",
+        "columns",
+        "seed",
+        "model_sha256",
+    ),
+    reward_fields=("name", "status", "value", "detail", "extra"),
 )
-SCHEMA = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("index", pa.int32()),
-        ("prompt", pa.string()),
-        ("messages", pa.string()),
-        ("completion", pa.string()),
-        ("prompt_ids", pa.list_(pa.int32())),
-        ("completion_ids", pa.list_(pa.int32())),
-        ("finish_reason", pa.string()),
-        ("reward", pa.float64()),
-        ("reward_status", pa.string()),
-        ("rewards", pa.list_(_PART)),
-        ("columns", pa.string()),
-        ("seed", pa.int64()),
-        ("model_sha256", pa.string()),
-    ]
-)
-"""`prompt_ids` [N], `completion_ids` [T]. `messages` and `columns` are JSON: the prompt as a conversation, without anything that
-the template adds, and the other columns of the prompt's row. `extra` is JSON too, which a function logs for the sample. A reward
-that is no number is null."""
+"""Columns as in `sample_columns.COLUMNS`."""
 
 
 MAX_SHARDS = 999_999
@@ -162,7 +150,7 @@ class SampleFolder:
         rows = [self._row(one, i) for one in drawn for i in range(len(one.samples))]
         notes = {"left_out": _json([asdict(one) for one in left_out])} if left_out else None
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(notes)), sink, compression="zstd")
+        pq.write_table(table_of(rows, SCHEMA.with_metadata(notes)), sink, compression="zstd")
         file = self._file(number)
         write_whole(file, memoryview(sink.getvalue()))
         return file
@@ -173,26 +161,10 @@ class SampleFolder:
     def _row(self, drawn: SampledPrompt, i: int) -> dict[str, Any]:
         prompt, sample, score = drawn.prompt, drawn.samples[i], drawn.scores[i]
         return {
-            "prompt_id": prompt.id,
-            "index": sample.index,
+            **sample_cells(sample),
+            **score_cells(score),
             "prompt": utf8(prompt.text),
             "messages": _json(drawn.messages),
-            "completion": utf8(sample.text),
-            "prompt_ids": np.asarray(sample.prompt_token_ids, dtype=np.int32),
-            "completion_ids": np.asarray(sample.token_ids, dtype=np.int32),
-            "finish_reason": sample.finish_reason,
-            "reward": _number(score.value),
-            "reward_status": str(score.status),
-            "rewards": [
-                {
-                    "name": p.name,
-                    "status": str(p.status),
-                    "value": _number(p.value),
-                    "detail": utf8(p.detail),
-                    "extra": extra_json(p),
-                }
-                for p in score.parts
-            ],
             "columns": _json(prompt.columns),
             "seed": sample_seed(self.about.seed, prompt.id, sample.index),
             "model_sha256": self.about.model_sha256,
@@ -262,7 +234,3 @@ def about_file(folder: Path) -> Path:
 
 def _json(value: Any) -> str:
     return utf8(json.dumps(value, ensure_ascii=False, default=str))
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

@@ -38,7 +38,7 @@ PARTS = {
     "batches": ("algorithm.train_batch", "batch.plan", "batch.pack", "batch.sequence"),
     "run files": (
         *("run.run_dir", "run.saver", "run.manifest", "run.checkpoint_store", "files", "run.delivery", "run.ended"),
-        *("run.fragments", "run.ledger", "run.rollout_log", "run.records"),
+        *("run.fragments", "run.ledger", "run.rollout_log", "run.sample_columns", "run.records"),
     ),
     "data": ("data.sources", "data.prompts", "data.cursor", "data.epochs", "data.turns", "data.thinking", "loop.stops"),
     "rewards": ("rewards",),
