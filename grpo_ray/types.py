@@ -145,20 +145,6 @@ class SampleInfo:
     row: int
     """The sample's index in that list."""
 
-    def behind(self, ref: Any) -> SampleInfo:
-        """The same record with the handle, which the rollout engine cannot know."""
-        return SampleInfo(
-            self.prompt_id,
-            self.index,
-            self.num_prompt_tokens,
-            self.num_tokens,
-            self.min_version,
-            self.finish_reason,
-            self.worker,
-            ref,
-            self.row,
-        )
-
 
 class ScoreStatus(StrEnum):
     OK = "ok"
@@ -308,7 +294,7 @@ class Group:
 class TrainSample:
     """One sequence of a batch: where its tokens are, and what else the loss needs.
 
-    Example: TrainSample(ref, row=2, prompt_id="train/0/17", index=2, num_prompt_tokens=2, num_tokens=2, advantage=0.7, group=0)
+    Example: TrainSample(ref, 2, "train/0/17", index=2, num_prompt_tokens=2, num_tokens=2, group=0, reward=1.0, advantage=0.7)
     """
 
     ref: Any
@@ -317,21 +303,26 @@ class TrainSample:
     index: int
     num_prompt_tokens: int
     num_tokens: int
-    advantage: float
-    """The sample's advantage; the reward, NaN without a score, where the learner computes advantages
-    (`AlgorithmConfig.advantages_on_learner`); with `algorithm.advantage: process` the mean over its tokens, for display.
-    """
     group: int
     """The index of its group in the batch."""
     loss_mask: bool = True
     """Whether the sample is trained on; False for a failed score, or a truncated sample under overlong filtering."""
+    reward: float = math.nan
+    """Its score, NaN without one."""
+    advantage: float | None = 0.0
+    """Its advantage; with `algorithm.advantage: process` the mean over its tokens, for display. None: the learner computes it from
+    the rewards (`AlgorithmConfig.advantages_on_learner`)."""
     part: int | None = None
     """The number of its partial batch, as in `Group`."""
     steps: tuple[Step, ...] = ()
     """The advantages of its tokens with `algorithm.advantage: process`; 0 after the last step."""
+    target: float = 0.0
+    """For a reward model: the margin by which the chosen answer of the pair should be better, or the label."""
+    ref_logps: float | None = None
+    """For DPO: ref_logps summed over the completion."""
 
     @property
-    def advantages(self) -> tuple[float, ...]:
+    def advantages(self) -> tuple[float | None, ...]:
         """All advantages that its tokens have, except 0."""
         return tuple(step.value for step in self.steps) or (self.advantage,)
 

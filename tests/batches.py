@@ -17,9 +17,10 @@ def batch_of(groups: Sequence[Group], step: int, temperature: float = 1.0) -> Tr
             info.index,
             info.num_prompt_tokens,
             info.num_tokens,
-            advantage,
             number,
             loss_mask=not math.isnan(score.value),
+            reward=score.value,
+            advantage=advantage,
             steps=steps,
         )
         for number, g in enumerate(groups)

@@ -177,13 +177,23 @@ class _Computed:
     def is_wrong(self) -> torch.Tensor:
         """Whether anything is not finite, as a 0-dim bool. A clip or a mask hides a rollout logprob: exp(-inf) is 0, and
         comparisons with NaN are False."""
-        return ~(self.loss.isfinite() & self.data.rollout_logps_C.isfinite().all())
+        return ~(self.loss.isfinite() & self._reported_C.all())
+
+    @property
+    def _reported_C(self) -> torch.Tensor:
+        """Whether the log-probabilities that came with a token, or with its whole completion, are finite."""
+        finite_C = self.data.rollout_logps_C.isfinite()
+        if self.data.ref_logps_S is None:
+            return finite_C
+        return finite_C & self.data.segments.spread(self.data.ref_logps_S.isfinite())
 
     @property
     def culprit(self) -> str:
         """A sample that is not finite, and which of its values."""
-        reported = self.data.rollout_logps_C.isfinite()
-        tokens = ~(self.logps_C.isfinite() & reported & self.data.advantages_C.isfinite())
-        sample = self.batch.samples[int(self.data.packed.samples[int(tokens.int().argmax())])]
-        what = "loss" if reported.all() else "log-probability that came with a token"
+        data, reported_C = self.data, self._reported_C
+        finite_C = self.logps_C.isfinite() & reported_C & data.advantages_C.isfinite()
+        if data.targets_S is not None:
+            finite_C &= data.segments.spread(data.targets_S.isfinite())
+        sample = self.batch.samples[int(data.packed.samples[int((~finite_C).int().argmax())])]
+        what = "loss" if reported_C.all() else "log-probability that came with a token"
         return f"{what} of sample {sample.prompt_id}[{sample.index}]"

@@ -36,8 +36,7 @@ class Critic:
 
     @torch.no_grad()
     def set_advantages(self, micro_batches: list[MicroBatchData]) -> None:
-        """Replace the rewards in `advantages_C`, less the KL where there is one, by whitened advantages; add values
-        and returns.
+        """Fill in whitened advantages of the rewards, less the KL where there is one; and values and returns.
 
         They are whitened as in the PPO of RLHF: minus the mean, over the standard deviation of all tokens of the step.
         """
@@ -45,9 +44,9 @@ class Critic:
         moments = torch.zeros(3, device=self._sums.device, dtype=torch.float64)
         for data in micro_batches:
             values_C: Tensor = self.engine(data.packed)
-            scores_S = data.segments.mean(data.advantages_C)
+            assert data.rewards_S is not None
             advantages_C, returns_C = gae_of_segments(
-                scores_S, data.kl_C, values_C, data.segments, beta=a.beta, gamma=a.gamma, lam=a.lam
+                data.rewards_S, data.kl_C, values_C, data.segments, beta=a.beta, gamma=a.gamma, lam=a.lam
             )
             data.values_C, data.returns_C, data.advantages_C = values_C, returns_C, advantages_C
             if self._counts and not data.packed.is_dummy:

@@ -92,7 +92,7 @@ def kl_of_samples(
 def set_advantages(
     micro_batches: Sequence[MicroBatchData], batch: TrainBatch, kl_S: Tensor, algorithm: AlgorithmConfig
 ) -> None:
-    """Replace the rewards in `advantages_C` by group advantages of R - beta sum_t KL_t; `kl_S` covers the whole batch."""
+    """Fill in `advantages_C`, group advantages of R - beta sum_t KL_t; `kl_S` covers the whole batch."""
     advantages_S = penalised_advantages(batch.samples, algorithm.beta * kl_S.cpu(), algorithm).float().to(kl_S.device)
     for data in micro_batches:
         if not data.packed.is_dummy:

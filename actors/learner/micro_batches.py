@@ -6,11 +6,14 @@ fetch   this rank's samples of one mini-batch, as packed micro-batches on its de
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence, Set
 from typing import Any
 
+import numpy as np
 import ray
 import torch
+from numpy.typing import NDArray
 
 from actors.learner.build import LearnerSpec
 from grpo_ray.algorithm.losses.aggregation import Normalizers
@@ -69,9 +72,7 @@ class MicroBatchLoader:
         """Plan the samples that count in their group's baseline alone, where the KL in the reward includes theirs."""
         if self._spec.needs_critic:
             return []
-        members = [
-            i for i, s in enumerate(batch.samples) if not s.loss_mask and s.advantage == s.advantage and s.num_tokens
-        ]
+        members = [i for i, s in enumerate(batch.samples) if not s.loss_mask and s.reward == s.reward and s.num_tokens]
         return self._plan_of(members, batch, num_mini_batches=1)
 
     def _is_idle(self, sample: TrainSample) -> bool:
@@ -130,18 +131,17 @@ class MicroBatchLoader:
         """
         micros = planned.ranks[self._rank // self._ranks.size]
         rows = self._fetch_rows(batch, micros)
-        packed = (
-            pack(
+        made = []
+        for micro in micros:
+            packed = pack(
                 [self._item(batch, i, rows, normalizers) for i in micro],
                 padded=not self._spec.learner.packing,
                 share_prompts=self.share_prompts,
             )
-            for micro in micros
-        )
-        made = [MicroBatchData.of(p, self._device) for p in packed]
-        if batch.truncation.any:
-            for data in made:
+            data = MicroBatchData.of(packed, self._device, [batch.samples[i] for i in micro])
+            if batch.truncation.any:
                 data.sets = TokenSets(batch.truncation)
+            made.append(data)
         return made
 
     def _fetch_rows(self, batch: TrainBatch, micros: Sequence[Sequence[int]]) -> dict[Any, list[Sample]]:
@@ -170,11 +170,18 @@ class MicroBatchLoader:
             prompt_ids=sample.prompt_token_ids,
             completion_ids=sample.token_ids,
             rollout_logprobs=sample.logprobs,
-            advantage=token_values(info.steps, info.num_tokens) if info.steps else info.advantage,
+            advantage=_advantages(info),
             weight=self._objective.weight(info.num_tokens, normalizers),
             sample=index,
             current=tokens_of_version(sample.versions, batch.step, info.num_tokens),
         )
+
+
+def _advantages(sample: TrainSample) -> float | NDArray[np.float64]:
+    """Its advantage, or that of each token; NaN if the learner is still to compute it."""
+    if sample.steps:
+        return token_values(sample.steps, sample.num_tokens)
+    return math.nan if sample.advantage is None else sample.advantage
 
 
 def model_inputs(data: MicroBatchData, temperature: float) -> tuple[Any, ...]:

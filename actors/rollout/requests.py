@@ -235,7 +235,7 @@ class RequestQueue:
             if outcome.info is not None:
                 engine.has_finished(outcome.info)
                 self._progress = self._clock()
-                sample.succeed(outcome.info.behind(samples_ref))
+                sample.succeed(_behind(outcome.info, samples_ref))
             elif outcome.problem == "refused":
                 sample.fail(DataError(f"{engine.name} refuses {sample.name}: {outcome.detail}"))
             else:
@@ -322,3 +322,18 @@ class RequestQueue:
 def _handed_before(when: float, engine: SamplingEngine) -> list[PendingSample]:
     """The samples that the engine has had since before `when`."""
     return list(itertools.takewhile(lambda sample: sample.since < when, engine.work.values()))
+
+
+def _behind(info: SampleInfo, ref: Any) -> SampleInfo:
+    """The same record with the handle, which the rollout engine cannot know."""
+    return SampleInfo(
+        info.prompt_id,
+        info.index,
+        info.num_prompt_tokens,
+        info.num_tokens,
+        info.min_version,
+        info.finish_reason,
+        info.worker,
+        ref,
+        info.row,
+    )

@@ -23,6 +23,7 @@ from grpo_ray.batch.pack import PackedBatch
 from grpo_ray.batch.segments import Segments
 from grpo_ray.batch.truncation import TokenSets
 from grpo_ray.config.algorithm import AlgorithmConfig
+from grpo_ray.types import TrainSample
 
 
 @dataclass
@@ -32,12 +33,19 @@ class MicroBatchData:
     packed: PackedBatch
     rollout_logps_C: Tensor
     advantages_C: Tensor
+    """The advantages; NaN until they are computed, where the learner does it."""
     weights_C: Tensor
     segments: Segments
     old_logps_C: Tensor | None = None
     """old_logps: the learner's log-probabilities under the version that sampled. None: the current pass is by that version."""
     ref_logps_C: Tensor | None = None
     """ref_logps: log-probabilities under the reference model."""
+    rewards_S: Tensor | None = None
+    """The reward of each sequence, from which a critic's advantages are computed."""
+    targets_S: Tensor | None = None
+    """What a reward model learns of each sequence: the margin of its pair, or its label."""
+    ref_logps_S: Tensor | None = None
+    """ref_logps summed over each completion, which DPO gets with its samples."""
     kl_C: Tensor | None = None
     """KL to the reference of a policy that is not being trained right now; None: it is not subtracted from the reward."""
     values_C: Tensor | None = None
@@ -53,13 +61,21 @@ class MicroBatchData:
     """Whether the weights have moved since the update began."""
 
     @classmethod
-    def of(cls, packed: PackedBatch, device: torch.device) -> MicroBatchData:
+    def of(cls, packed: PackedBatch, device: torch.device, samples: Sequence[TrainSample] = ()) -> MicroBatchData:
+        """Move a micro-batch to its device; `samples` are those of its sequences, in order."""
         rollout, advantages, weights, index = (
             torch.from_numpy(x).to(device)
             for x in (packed.rollout_logprobs, packed.advantages, packed.weights, packed.segments)
         )
         current = torch.from_numpy(packed.current).to(device)
-        return cls(packed, rollout, advantages, weights, Segments.of(index), current_C=current)
+        data = cls(packed, rollout, advantages, weights, Segments.of(index), current_C=current)
+        num = len(data.segments.lengths_S)
+        # A dummy has a sequence and no sample.
+        data.rewards_S = rollout.new_tensor([s.reward for s in samples] or [0.0] * num)
+        data.targets_S = rollout.new_tensor([s.target for s in samples] or [0.0] * num)
+        ref_logps = [s.ref_logps for s in samples if s.ref_logps is not None]
+        data.ref_logps_S = rollout.new_tensor(ref_logps) if ref_logps else None
+        return data
 
 
 class Objective(Protocol):
@@ -87,8 +103,8 @@ class Objective(Protocol):
         """[S] the model's value of each sequence: its log-probability, or a score."""
         ...
 
-    def has_gradient(self, advantage: float) -> bool:
-        """Whether a sample with this advantage can contribute to the gradient."""
+    def has_gradient(self, advantage: float | None) -> bool:
+        """Whether a sample with this advantage (None: not computed yet) can contribute to the gradient."""
         ...
 
     def loss(self, data: MicroBatchData, logps_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,7 +172,7 @@ class GrpoObjective:
     def value(self, logps_C: Tensor, segments: Segments) -> Tensor:
         return segments.sum(logps_C)
 
-    def has_gradient(self, advantage: float) -> bool:
+    def has_gradient(self, advantage: float | None) -> bool:
         a = self.algorithm
         return advantage != 0 or a.beta > 0 or a.entropy_coef > 0 or a.advantages_on_learner
 
@@ -281,7 +297,7 @@ class SftObjective:
     def value(self, logps_C: Tensor, segments: Segments) -> Tensor:
         return segments.sum(logps_C)
 
-    def has_gradient(self, _advantage: float) -> bool:
+    def has_gradient(self, _advantage: float | None) -> bool:
         return True
 
     def loss(self, data: MicroBatchData, logps_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,7 +27,7 @@ def sequence_weight(_length: int, n: Normalizers) -> float:
 
 
 class DpoObjective:
-    """The DPO objective. The reference's log-probabilities come with the samples, in the place of rollout_logps."""
+    """The DPO objective. The reference's log-probabilities come with the samples."""
 
     sum_names = ("pairs", "loss", "accurate", "chosen", "rejected", "chosen_logp", "rejected_logp", "tokens", "entropy")
     weighted_sums = ("loss",)
@@ -37,7 +37,7 @@ class DpoObjective:
         self.options = options
         self.weight = pair_mean
 
-    def has_gradient(self, _advantage: float) -> bool:
+    def has_gradient(self, _advantage: float | None) -> bool:
         return True
 
     def value(self, logps_C: Tensor, segments: Segments) -> Tensor:
@@ -48,7 +48,9 @@ class DpoObjective:
         if data.packed.is_dummy:
             return _nothing(logps_C, len(self.sum_names))
         beta, segments = self.options.beta, data.segments
-        ratio_S = segments.sum(logps_C - data.rollout_logps_C)
+        assert data.ref_logps_S is not None
+        logps_S = segments.sum(logps_C)
+        ratio_S = logps_S - data.ref_logps_S
         weights_P = segments.mean(data.weights_C)[::2]
         if self.options.loss == "ipo":
             mean_S = ratio_S / segments.lengths_S
@@ -56,15 +58,14 @@ class DpoObjective:
         else:
             loss = dpo_loss(ratio_S[::2], ratio_S[1::2], weights_P, beta=beta)
         chosen_P, rejected_P = (beta * ratio_S.detach()).view(-1, 2).unbind(1)
-        logps_S = segments.sum(logps_C.detach())
         sums = [
             loss.new_tensor(len(chosen_P)),
             loss.detach(),
             (chosen_P > rejected_P).to(loss.dtype).sum(),
             chosen_P.sum(),
             rejected_P.sum(),
-            logps_S[::2].sum(),
-            logps_S[1::2].sum(),
+            logps_S[::2].detach().sum(),
+            logps_S[1::2].detach().sum(),
             loss.new_tensor(len(logps_C)),
             entropy_C.detach().sum(),
         ]
@@ -82,9 +83,7 @@ class DpoObjective:
 
 
 class RewardModelObjective:
-    """The reward model objective: a sequence's score is the model's output at its last token. Margins and labels are stored where
-    other objectives have advantages.
-    """
+    """The reward model objective: a sequence's score is the model's output at its last token."""
 
     sum_names = ("pairs", "loss", "accurate", "chosen", "rejected", "sequences", "score", "error")
     weighted_sums = ("loss",)
@@ -94,7 +93,7 @@ class RewardModelObjective:
         self.pairs = options.pairwise
         self.weight = pair_mean if options.pairwise else sequence_weight
 
-    def has_gradient(self, _advantage: float) -> bool:
+    def has_gradient(self, _advantage: float | None) -> bool:
         return True
 
     def value(self, logps_C: Tensor, segments: Segments) -> Tensor:
@@ -105,7 +104,8 @@ class RewardModelObjective:
         if data.packed.is_dummy:
             return _nothing(logps_C, len(self.sum_names))
         scores_S = self.value(logps_C, data.segments)
-        targets_S = data.segments.mean(data.advantages_C)
+        assert data.targets_S is not None
+        targets_S = data.targets_S
         weights_S = data.segments.mean(data.weights_C)
         zero = logps_C.new_zeros(())
         told = scores_S.detach()

@@ -17,11 +17,9 @@ from grpo_ray.types import Group, Step, TrainBatch, TrainSample, Truncation
 def set_advantages(groups: Sequence[Group], algorithm: AlgorithmConfig) -> None:
     """Fill in `advantages`, and `steps` under `process`. A sample without a score has 0, and no part in its group's baseline.
 
-    Where the learner computes the advantages, since only it has their inputs, they are the rewards.
+    Where the learner computes the advantages, since only it has their inputs, they stay empty.
     """
     if algorithm.advantages_on_learner:
-        for group in groups:
-            group.advantages = [s.value for s in group.scores]
         return
     if algorithm.advantage == "process":
         for group in groups:
@@ -60,7 +58,7 @@ def penalised_advantages(samples: Sequence[TrainSample], penalties_S: Tensor, al
     """The group advantages of penalised rewards, RLOO 2402.14740.
 
     Args:
-        samples: [S], a whole batch with the rewards in `advantage`; NaN has no part in the baseline.
+        samples: [S], a whole batch; one without a reward (NaN) has no part in the baseline.
         penalties_S: [S] float64, beta x KL.
         algorithm: the options of the advantage.
 
@@ -72,7 +70,7 @@ def penalised_advantages(samples: Sequence[TrainSample], penalties_S: Tensor, al
         groups.setdefault(sample.group, []).append(i)
     size = max(map(len, groups.values()))
     places_PG = torch.tensor([[*members, *[-1] * (size - len(members))] for members in groups.values()])
-    scores_S = torch.tensor([s.advantage for s in samples], dtype=torch.float64)
+    scores_S = torch.tensor([s.reward for s in samples], dtype=torch.float64)
     # Masked by the scores alone: a non-finite KL must not pass for a missing score.
     mask_PG = (places_PG >= 0) & ~scores_S[places_PG].isnan()
     advantages_PG = _compare((scores_S - penalties_S)[places_PG], mask_PG, algorithm)
@@ -107,16 +105,23 @@ def cut_batch(groups: Sequence[Group], step: int, config: RunConfig) -> TrainBat
             index=info.index,
             num_prompt_tokens=info.num_prompt_tokens,
             num_tokens=info.num_tokens,
-            advantage=advantage,
             group=number,
             loss_mask=score.value == score.value and info.finish_reason != masked_reason,
+            reward=score.value,
+            advantage=advantage,
             part=g.part,
             steps=steps,
         )
         for number, g in enumerate(groups)
-        for info, score, advantage, steps in zip(
-            g.samples, g.scores, g.advantages, g.steps or [()] * len(g.samples), strict=True
-        )
+        for info, score, advantage, steps in zip(g.samples, g.scores, _advantages(g), _steps(g), strict=True)
     ]
     r = config.rollout
     return TrainBatch(step, samples, r.temperature, Truncation(r.top_p, r.top_k, r.min_p))
+
+
+def _advantages(group: Group) -> Sequence[float | None]:
+    return group.advantages or [None] * len(group.samples)
+
+
+def _steps(group: Group) -> Sequence[tuple[Step, ...]]:
+    return group.steps or [()] * len(group.samples)

@@ -155,20 +155,29 @@ def pair_batch(
     Args:
         step: the step of the run, from 0.
         pairs: the pairs of one optimizer step.
-        references: index of a pair -> log-probability of each of its answers under the reference; it is stored where the
-            rollout engine's would be, at the first token.
+        references: index of a pair -> log-probability of each of its answers under the reference.
         read_last: whether the model also reads the last token of an answer, which otherwise is only predicted.
     """
     rows, samples = [], []
     for group, pair in enumerate(pairs):
         for place, answer in enumerate(pair.answers):
             ids = np.asarray([*answer, answer[-1]] if read_last else answer, dtype=np.int32)
-            logprobs = np.zeros(len(ids), dtype=np.float32)
-            if references is not None:
-                logprobs[0] = references[pair.index][place]
             prompt = np.asarray(pair.prompt_ids, dtype=np.int32)
-            rows.append(Sample(pair.id, place, prompt, ids, logprobs, (VersionSpan(step, 0, len(ids)),), "stop", ""))
-            samples.append(TrainSample(rows, len(rows) - 1, pair.id, place, len(prompt), len(ids), pair.target, group))
+            nothing = np.zeros(len(ids), dtype=np.float32)
+            rows.append(Sample(pair.id, place, prompt, ids, nothing, (VersionSpan(step, 0, len(ids)),), "stop", ""))
+            samples.append(
+                TrainSample(
+                    ref=rows,
+                    row=len(rows) - 1,
+                    prompt_id=pair.id,
+                    index=place,
+                    num_prompt_tokens=len(prompt),
+                    num_tokens=len(ids),
+                    group=group,
+                    target=pair.target,
+                    ref_logps=None if references is None else references[pair.index][place],
+                )
+            )
     return TrainBatch(step=step, samples=samples, temperature=1.0)
 
 

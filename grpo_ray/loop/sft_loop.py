@@ -132,7 +132,6 @@ def sft_batch(step: int, examples: Sequence[SftExample]) -> TrainBatch:
             index=0,
             num_prompt_tokens=len(e.prompt_ids),
             num_tokens=len(e.completion_ids),
-            advantage=1.0,
             group=i,
         )
         for i, e in enumerate(examples)

@@ -65,8 +65,11 @@ def how_to_replay(run: RunDir, step: int, *, recorded: bool) -> str:
     return f"{where}; with a checkpoint of step {step - 1} (checkpoint.every_steps=1) {command} would repeat the step"
 
 
-def read_batch(path: Path) -> TrainBatch:
+def read_batch(path: Path, *, advantages_on_learner: bool = False) -> TrainBatch:
     """Read the batch that `rollout_log.write_rollouts` was given, its samples in one list: token for token and bit for bit.
+
+    Args:
+        advantages_on_learner: as in `AlgorithmConfig`: the file has no advantages then.
 
     Raises:
         CheckpointError: the file cannot be read, or was written before batches were recorded completely.
@@ -80,9 +83,12 @@ def read_batch(path: Path) -> TrainBatch:
         what = f"has no column {missing[0]!r}: an earlier version of grpo-ray wrote it" if missing else "is empty"
         raise CheckpointError(f"{path} {what}; the step can't be replayed")
     try:
-        return _batch(table)
+        batch = _batch(table)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
         raise CheckpointError(f"{path} is not what a run writes ({type(e).__name__}: {e!s:.200})") from None
+    if not advantages_on_learner:
+        return batch
+    return replace(batch, samples=[replace(s, advantage=None) for s in batch.samples])
 
 
 def _batch(table: pa.Table) -> TrainBatch:
@@ -113,9 +119,10 @@ def _train_sample(row: Mapping[str, Any], samples: list[Sample], place: int) -> 
         index=sample.index,
         num_prompt_tokens=len(sample.prompt_token_ids),
         num_tokens=len(sample.token_ids),
-        advantage=math.nan if row["advantage"] is None else row["advantage"],
         group=row["group"],
         loss_mask=row["loss_mask"],
+        reward=math.nan if row["reward"] is None else row["reward"],
+        advantage=math.nan if row["advantage"] is None else row["advantage"],
         part=row.get("part"),
         # Files of earlier versions, which knew no process supervision, do not have this column.
         steps=tuple(Step(**step) for step in row.get("advantage_steps", ())),

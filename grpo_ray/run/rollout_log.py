@@ -135,7 +135,7 @@ def _row(
         **score_cells(score),
         "step": step,
         "prompt": utf8(group.prompt.text),
-        "advantage": number(trained.advantage),
+        "advantage": number(trained.reward if trained.advantage is None else trained.advantage),
         "advantage_steps": step_cells(trained.steps),
         "worker": info.worker,
         "seed": sample_seed(run_seed, sample.prompt_id, sample.index),

@@ -53,12 +53,15 @@ def micro_batch(rows: Rows, members: range, objective: Any) -> MicroBatchData:
             [torch.full((LENGTHS[i],), v, dtype=torch.float64) for i, v in zip(members, values, strict=True)]
         )
 
+    segments = Segments.of(torch.from_numpy(packed.segments))
     return MicroBatchData(
         packed,
-        rollout_logps_C=torch.cat([rows.ref[i] for i in members]),
-        advantages_C=spread([rows.targets[i] for i in members]),
+        rollout_logps_C=spread([0.0] * len(members)),
+        advantages_C=spread([0.0] * len(members)),
         weights_C=spread([objective.weight(LENGTHS[i], n) for i in members]),
-        segments=Segments.of(torch.from_numpy(packed.segments)),
+        segments=segments,
+        targets_S=torch.from_numpy(rows.targets[list(members)]),
+        ref_logps_S=segments.sum(torch.cat([rows.ref[i] for i in members])),
     )
 
 

@@ -75,7 +75,8 @@ def test_with_a_kl_in_the_reward_the_learner_is_given_rewards(kind: str) -> None
     groups = [group([1.0, NAN, 0.25], ["stop", "stop", "length"])]
     set_advantages(groups, algorithm)
     batch = cut_batch(groups, 0, config(algorithm))
-    assert [s.advantage for s in batch.samples] == pytest.approx([1.0, NAN, 0.25], nan_ok=True)
+    assert [s.reward for s in batch.samples] == pytest.approx([1.0, NAN, 0.25], nan_ok=True)
+    assert [s.advantage for s in batch.samples] == [None] * 3
     assert [s.loss_mask for s in batch.samples] == [True, False, False]
 
 
@@ -115,7 +116,7 @@ def test_group_advantages_of_penalised_rewards_are_the_formulas(kind: str, seed:
     rewards = [[NAN if rng.random() < 0.2 else rng.choice([0.0, 1.0, 0.3]) for _ in range(n)] for n in sizes]
     kls = [[rng.gauss(2, 3) for _ in range(n)] for n in sizes]
     flat = [
-        TrainSample([], 0, f"p{g}", i, 3, 5, r, g, loss_mask=rng.random() < 0.7)
+        TrainSample([], 0, f"p{g}", i, 3, 5, g, loss_mask=rng.random() < 0.7, reward=r)
         for g, row in enumerate(rewards)
         for i, r in enumerate(row)
     ]
@@ -127,7 +128,7 @@ def test_group_advantages_of_penalised_rewards_are_the_formulas(kind: str, seed:
 
 
 def test_a_kl_that_is_no_number_does_not_pass_for_a_missing_score() -> None:
-    samples = [TrainSample([], 0, "p", i, 3, 5, float(i), 0) for i in range(3)]
+    samples = [TrainSample([], 0, "p", i, 3, 5, 0, reward=float(i)) for i in range(3)]
     algorithm = AlgorithmConfig(advantage="rloo", beta=0.05, kl_in="reward")
     got = penalised_advantages(samples, torch.tensor([0.0, NAN, 0.0], dtype=torch.float64), algorithm)
     assert got.isnan().all()

@@ -201,7 +201,7 @@ def test_the_kl_in_the_reward_of_rloo_is_trls(seed: int) -> None:
     index = torch.repeat_interleave(torch.arange(len(b.lengths)), torch.tensor(b.lengths))
     kl_C = kl_of_tokens(torch.cat(b.old), torch.cat(b.ref), estimator="k1")
     samples = [
-        TrainSample([], 0, "p", i, 1, n, r, i // GROUP)
+        TrainSample([], 0, "p", i, 1, n, i // GROUP, reward=r)
         for i, (n, r) in enumerate(zip(b.lengths, rewards.tolist(), strict=True))
     ]
     algorithm = AlgorithmConfig(preset="rloo", beta=beta, kl_in="reward")

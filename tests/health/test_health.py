@@ -42,7 +42,8 @@ def learner_of(session: Session, **figures: float) -> Session:
 
     async def told(batch: TrainBatch) -> UpdateReport:
         report = await update(batch)
-        moved = any(s.loss_mask and s.num_tokens and s.advantage for s in batch.samples)
+        of = [s.reward if s.advantage is None else s.advantage for s in batch.samples if s.loss_mask and s.num_tokens]
+        moved = any(of)
         return replace(report, metrics={**report.metrics, "grad_norm": float(moved), **figures})
 
     session.world.update = told  # type: ignore[method-assign]

@@ -12,7 +12,7 @@ import pytest
 
 from grpo_ray.errors import CheckpointError
 from grpo_ray.run.replay import check_replayable, compare, how_to_replay, read_batch, replayable_steps
-from grpo_ray.run.rollout_log import distinct_refs, write_rollouts
+from grpo_ray.run.rollout_log import distinct_refs, read_rollouts, write_rollouts
 from grpo_ray.run.run_dir import RunDir
 from grpo_ray.types import (
     Group,
@@ -89,6 +89,15 @@ def test_a_batch_comes_back_from_its_file_bit_for_bit(tmp_path: Path) -> None:
     for step, one in ((8, batch), (9, replace(exploded, step=8))):
         path = write_rollouts(tmp_path, step, groups, one, distinct_refs(groups), run_seed=1)
         assert_same_batch(read_batch(path), one)
+
+
+def test_rewards_from_which_the_learner_computed_advantages_come_back_as_rewards(tmp_path: Path) -> None:
+    groups = odd_groups()
+    batch = batch_of(groups, step=7)
+    batch = replace(batch, samples=[replace(s, advantage=None, steps=()) for s in batch.samples])
+    path = write_rollouts(tmp_path, 8, groups, batch, distinct_refs(groups), run_seed=1)
+    assert_same_batch(read_batch(path, advantages_on_learner=True), batch)
+    assert [row["advantage"] for row in read_rollouts(path)] == [1.0, 1.0, None, 1.0, 1.0, 1.0], "what it was given"
 
 
 def test_a_file_of_an_earlier_version_is_refused_by_name(tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ def test_a_step_of_an_earlier_version_is_read_for_replay() -> None:
     batch = read_batch(WRITTEN / "step-000005.parquet")
     assert (batch.temperature, batch.truncation) == (0.7, Truncation(0.9, 20, 0.1))
     first, second = batch.samples
+    assert first.reward == 1.0
+    assert math.isnan(second.reward)
     assert (first.advantage, first.steps, first.part) == (0.5, (Step(0, 0.75), Step(2, 0.25)), 1)
     assert (second.advantage, second.steps, second.loss_mask) == (0.0, (), False)
     sample = first.ref[first.row]

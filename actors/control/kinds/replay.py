@@ -27,7 +27,11 @@ async def run_replay(context: RunContext, config: RunConfig) -> str:
         # The config of that step: the run may have been scaled since, and sums would be in another order.
         config = rescaled(config, {"learner": int(learners)})
     model = await resolve_model(context, config)
-    batch = await asyncio.to_thread(read_batch, rollout_path(run.rollouts, step))
+    batch = await asyncio.to_thread(
+        read_batch,
+        rollout_path(run.rollouts, step),
+        advantages_on_learner=config.algorithm.advantages_on_learner,
+    )
     num_steps = config.num_steps
     if num_steps is None:
         num_steps = run_length(config, len((await load_run_prompts(context, config, model)).train)).num_steps

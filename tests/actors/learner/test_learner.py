@@ -84,7 +84,7 @@ def start(config: RunConfig | SftConfig, run_dir: Path) -> LearnerGroup:
 
 
 def make_batch(num_groups: int = 4, group_size: int = 3, seed: int = 0, step: int = 0) -> TrainBatch:
-    """Groups of samples of very different length; the last sample of the batch is masked out."""
+    """Groups of samples of very different length, whose rewards are their advantages; the last one is masked out."""
     rng = np.random.default_rng(seed)
     rows, samples = [], []
     for g in range(num_groups):
@@ -108,7 +108,7 @@ def make_batch(num_groups: int = 4, group_size: int = 3, seed: int = 0, step: in
             last = (g, i) == (num_groups - 1, group_size - 1)
             advantage = 1e3 if last else float(rng.standard_normal())
             samples.append(
-                TrainSample(rows, len(rows) - 1, name, i, len(prompt), length, advantage, g, loss_mask=not last)
+                TrainSample(rows, len(rows) - 1, name, i, len(prompt), length, g, not last, advantage, advantage)
             )
     return TrainBatch(step, samples, TEMPERATURE)
 
@@ -392,7 +392,7 @@ def plain_ppo(path: Path, batch: TrainBatch, *, updates: int, beta: float) -> li
             following = 0.0
             for t in reversed(range(len(values))):
                 last = t == len(values) - 1
-                delta = (s.advantage if last else 0.98 * values[t + 1]) - values[t] - beta * kl[t]
+                delta = (s.reward if last else 0.98 * values[t + 1]) - values[t] - beta * kl[t]
                 following = delta + 0.98 * 0.9 * following
                 column[t] = following
             advantages.append(column)

@@ -37,7 +37,7 @@ def scored_batch(step: int) -> TrainBatch:
     """Four groups of three. The last sample has no score; one of the second group was truncated and is masked from the loss."""
     batch = make_batch(step=step, seed=step)
     samples = list(batch.samples)
-    samples[-1] = replace(samples[-1], advantage=math.nan)
+    samples[-1] = replace(samples[-1], reward=math.nan)
     samples[4] = replace(samples[4], loss_mask=False)
     return replace(batch, samples=samples)
 
@@ -59,14 +59,14 @@ def plain_rloo(
     optimizer = torch.optim.AdamW(model.parameters(), LR, eps=1.0, weight_decay=0.0)
     out = []
     for batch in batches:
-        scored = [s for s in batch.samples if s.advantage == s.advantage]
+        scored = [s for s in batch.samples if s.reward == s.reward]
         with torch.no_grad():
             old = [plain_logprobs(model, s.ref[s.row]) for s in scored]
             kls = [
                 (o - plain_logprobs(reference, s.ref[s.row])).double().sum().item()
                 for o, s in zip(old, scored, strict=True)
             ]
-        advantages = rloo(scored, [s.advantage - beta * kl for s, kl in zip(scored, kls, strict=True)])
+        advantages = rloo(scored, [s.reward - beta * kl for s, kl in zip(scored, kls, strict=True)])
         norms = []
         for half in ((0, 1), (2, 3)):
             chosen = [k for k, s in enumerate(scored) if s.loss_mask and s.group in half]
@@ -132,7 +132,7 @@ def assert_the_samplers_report_can_be_old_and_a_kl_that_is_no_number_is_named(
     values = {"advantage": "rloo", "beta": BETA, "kl_in": "reward", "kl_estimator": "k2", "old_logprobs": "rollout"}
     choose(group, AlgorithmConfig.model_validate(values))
     batch, reference = scored_batch(4), plain_model(tiny_model)
-    scored = [s for s in batch.samples if s.advantage == s.advantage]
+    scored = [s for s in batch.samples if s.reward == s.reward]
     with torch.no_grad():
         d = [torch.from_numpy(s.ref[s.row].logprobs) - plain_logprobs(reference, s.ref[s.row]) for s in scored]
     got = run(group.update(batch)).metrics

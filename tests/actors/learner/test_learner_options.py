@@ -189,7 +189,7 @@ def plain_ppo_update(
     with torch.no_grad():
         old = [plain_logprobs(policy, s.ref[s.row]) for s in members]
         before = [critic.of(s) for s in members]
-    advantages, returns = advantages_of([s.advantage for s in members], before)
+    advantages, returns = advantages_of([s.reward for s in members], before)
     low, high, dual = (ALGORITHM[name] for name in ("epsilon_low", "epsilon_high", "dual_clip_c"))
     for half in ((0, 1), (2, 3)) * ALGORITHM["num_iterations"]:
         chosen = [k for k, s in enumerate(members) if s.group in half]

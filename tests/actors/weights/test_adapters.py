@@ -77,7 +77,9 @@ class Setting:
         """One update on fresh samples; mean |log-probability of sampler - of learner|."""
         infos, _ = self.bench.draw(requests(8, CUT))
         samples = [
-            TrainSample(i.ref, i.row, i.prompt_id, i.index, i.num_prompt_tokens, i.num_tokens, (-1.0) ** i.index, 0)
+            TrainSample(
+                i.ref, i.row, i.prompt_id, i.index, i.num_prompt_tokens, i.num_tokens, 0, advantage=(-1.0) ** i.index
+            )
             for i in infos
         ]
         report = self.bench.run(
