@@ -8,6 +8,9 @@ Suffixes of array names, one letter a dimension (`logits_CV` is [C, V]); lower c
     N tokens, of a micro-batch       T of one completion     C completion tokens of a micro-batch, or rows of a chunk
     V vocabulary   H hidden size     I, O in and out features of a layer              1 kept for broadcasting
 
+Steps have numbers from 1: step n turns policy version n - 1 into version n, and its batch, metrics, files and the checkpoint after
+it have the number n. The last step done is also the number of steps done and the present policy version; 0: none.
+
 The losses see completion tokens alone and call them N; in this file N is prompt tokens. Arrays are numpy, which travel through
 Ray's object store without a copy; the learner makes tensors of them.
 """
@@ -225,7 +228,7 @@ class TrainerState:
     """Progress of training, for reward functions: what exists here of TRL's `trainer_state` (transformers' TrainerState)."""
 
     global_step: int
-    """The number of steps done when the prompt was dispatched, 0 at first; in an evaluation, steps done."""
+    """The last step done when the prompt was dispatched; in an evaluation, the last step done."""
     max_steps: int
     """The number of steps of the whole run."""
     epoch: float
@@ -256,7 +259,7 @@ class ScoreRequest:
     messages: list[dict[str, Any]] | None
     columns: dict[str, Any]
     step: int | None = None
-    """The number of steps done when the prompt was dispatched; None in an evaluation."""
+    """The last step done when the prompt was dispatched; None in an evaluation."""
     asked: str | list[dict[str, Any]] | None = None
     """The prompt before any template, as in `Prompt`."""
     trainer: TrainerState | None = None
@@ -332,12 +335,18 @@ class TrainBatch:
     """A whole batch, for all learner ranks; each rank takes its own micro-batches from `plan`."""
 
     step: int
+    """The number of the step that trains it."""
     samples: list[TrainSample]
     """[S] samples."""
     temperature: float
     """The rollout engine's temperature: log-probabilities are of logits / temperature."""
     truncation: Truncation = Truncation()
     """The rollout engine's truncation: log-probabilities are over the tokens that it could sample."""
+
+    @property
+    def version(self) -> int:
+        """The policy version that the step starts with."""
+        return self.step - 1
 
 
 @_record

@@ -9,6 +9,7 @@ from grpo_ray.types import Group, TrainBatch, TrainSample
 
 
 def batch_of(groups: Sequence[Group], step: int, temperature: float = 1.0) -> TrainBatch:
+    """Of the step after `step`."""
     samples = [
         TrainSample(
             info.ref,
@@ -28,4 +29,4 @@ def batch_of(groups: Sequence[Group], step: int, temperature: float = 1.0) -> Tr
             g.samples, g.scores, g.advantages, g.steps or [()] * len(g.samples), strict=True
         )
     ]
-    return TrainBatch(step, samples, temperature)
+    return TrainBatch(step + 1, samples, temperature)

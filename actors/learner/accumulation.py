@@ -56,7 +56,7 @@ class Accumulation:
         rest = [s for s in batch.samples if (s.prompt_id, s.index) not in self._parts]
         if len(batch.samples) - len(rest) != len(self._parts):
             raise WorkerError(
-                f"step {batch.step + 1}: of {len(self._parts)} samples that came in parts, "
+                f"step {batch.step}: of {len(self._parts)} samples that came in parts, "
                 f"{len(batch.samples) - len(rest)} are in the batch; their gradients can't be taken back"
             )
         return rest
@@ -92,7 +92,7 @@ class Accumulation:
         self._discard_gradients()
         culprit = next(n for n in names if n)
         raise NonFiniteError(
-            f"step {batch.step + 1}: the {culprit} is not a finite number; the weights were left as they "
+            f"step {batch.step}: the {culprit} is not a finite number; the weights were left as they "
             "are. Lower learner.learning_rate, or look at this sample"
         )
 
@@ -110,7 +110,7 @@ class Accumulation:
             self._grad_norms.append(step(self._engine, factor))
         except NonFiniteError as e:
             raise NonFiniteError(
-                f"step {batch.step + 1}: {e}, though every loss is finite. Lower learner.learning_rate"
+                f"step {batch.step}: {e}, though every loss is finite. Lower learner.learning_rate"
             ) from None
         self._learning_rates.append(learning_rate)
         if factor != 1.0:

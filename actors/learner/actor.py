@@ -236,7 +236,7 @@ class LearnerActor:
 
     def _refresh_reference(self, step: int) -> None:
         every = self._algorithm.ref_refresh_steps
-        if self._reference is not None and every and (step + 1) % every == 0:
+        if self._reference is not None and every and step % every == 0:
             with self._timer.phase("reference"):
                 reference.follow(self._reference_model, self._engine.module, self._algorithm.ref_polyak_tau)
 

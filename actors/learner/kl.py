@@ -83,7 +83,7 @@ def kl_of_samples(
     if wrong_S.any():
         sample = batch.samples[int(wrong_S.int().argmax())]
         raise NonFiniteError(
-            f"step {batch.step + 1}: the KL of sample {sample.prompt_id}[{sample.index}] to the reference is not a finite number; "
+            f"step {batch.step}: the KL of sample {sample.prompt_id}[{sample.index}] to the reference is not a finite number; "
             "the weights were left as they are. Lower learner.learning_rate, or look at this sample"
         )
     return kl_S

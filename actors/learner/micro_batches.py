@@ -173,7 +173,7 @@ class MicroBatchLoader:
             advantage=_advantages(info),
             weight=self._objective.weight(info.num_tokens, normalizers),
             sample=index,
-            current=tokens_of_version(sample.versions, batch.step, info.num_tokens),
+            current=tokens_of_version(sample.versions, batch.version, info.num_tokens),
         )
 
 

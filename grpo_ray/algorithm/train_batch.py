@@ -86,12 +86,12 @@ def _compare(rewards_PG: Tensor, mask_PG: Tensor, algorithm: AlgorithmConfig) ->
 
 
 def cut_batch(groups: Sequence[Group], step: int, config: RunConfig) -> TrainBatch:
-    """Build the batch of this step. Nothing older than `max_staleness` may be in it.
+    """Build the batch of the step with this number. Nothing older than `max_staleness` may be in it.
 
     Samples without a score are masked from the loss; with `mask_truncated` also those truncated at max_completion_length (DAPO
     2503.14476, section 3.4). As there and in TRL, these keep their part in the baseline.
     """
-    bound = step - config.algorithm.max_staleness
+    bound = step - 1 - config.algorithm.max_staleness
     for g in groups:
         assert g.min_version >= bound, (
             f"group {g.prompt.id} holds tokens of version {g.min_version}, the bound is {bound}"

@@ -153,7 +153,7 @@ def pair_batch(
     """The answers as samples, those of a pair one after the other.
 
     Args:
-        step: the step of the run, from 0.
+        step: the number of the step.
         pairs: the pairs of one optimizer step.
         references: index of a pair -> log-probability of each of its answers under the reference.
         read_last: whether the model also reads the last token of an answer, which otherwise is only predicted.
@@ -164,7 +164,7 @@ def pair_batch(
             ids = np.asarray([*answer, answer[-1]] if read_last else answer, dtype=np.int32)
             prompt = np.asarray(pair.prompt_ids, dtype=np.int32)
             nothing = np.zeros(len(ids), dtype=np.float32)
-            rows.append(Sample(pair.id, place, prompt, ids, nothing, (VersionSpan(step, 0, len(ids)),), "stop", ""))
+            rows.append(Sample(pair.id, place, prompt, ids, nothing, (VersionSpan(step - 1, 0, len(ids)),), "stop", ""))
             samples.append(
                 TrainSample(
                     ref=rows,

@@ -110,7 +110,7 @@ class Collector:
             if self._num_oldest_ready() >= wanted:
                 break
             if self.early.wants_more:
-                self.early.offer(self._certain(wanted), self._step)
+                self.early.offer(self._certain(wanted), self._step + 1)
             finished = await self._finished.get()
             if finished in self._under_way:
                 self._settle(self._under_way.pop(finished), finished)

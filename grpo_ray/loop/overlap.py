@@ -69,7 +69,7 @@ class PartialBatches:
 
         Args:
             certain: complete groups that are in the batch of this step whatever happens to the others.
-            step: the number of steps done, which is the policy version that trains them.
+            step: the number of the step that trains them.
         """
         new = [g for g in certain if g.part is None]
         self._waiting |= {g.order: _work(g) for g in new if g.order not in self._waiting}

@@ -35,8 +35,8 @@ class SftLoop(Session[SftConfig], Generic[E]):
         batch_of: Callable[[int, Sequence[E]], TrainBatch],
         measure: Callable[[], Awaitable[dict[str, float]]] | None = None,
     ) -> None:
-        """Create the loop: `batch_of` turns (step, examples) into a batch; `measure` returns held-out figures, and is called before
-        the first step and after the last.
+        """Create the loop: `batch_of` turns (number of the step, examples) into a batch; `measure` returns held-out figures, and is
+        called before the first step and after the last.
         """
         super().__init__(config, learner, run_length(config, len(cursor)), run, trackers, emit)
         self.learner = learner
@@ -74,7 +74,7 @@ class SftLoop(Session[SftConfig], Generic[E]):
         self._time.start_step()
         with self._time.phase("update"):
             number = self._length.next_batch(self._length.num_left(self.cursor.num_taken))
-            batch = self.batch_of(self.step, [self.cursor.next() for _ in range(number)])
+            batch = self.batch_of(self.step + 1, [self.cursor.next() for _ in range(number)])
             update = await self.learner.update(batch)
             if self.step == 0:
                 # From here on the run is recorded, so there has to be a checkpoint to resume from.
@@ -118,7 +118,7 @@ def sft_batch(step: int, examples: Sequence[SftExample]) -> TrainBatch:
             prompt_token_ids=np.asarray(e.prompt_ids, dtype=np.int32),
             token_ids=np.asarray(e.completion_ids, dtype=np.int32),
             logprobs=np.zeros(len(e.completion_ids), dtype=np.float32),
-            versions=(VersionSpan(step, 0, len(e.completion_ids)),),
+            versions=(VersionSpan(step - 1, 0, len(e.completion_ids)),),
             finish_reason="stop",
             text="",
         )

@@ -93,7 +93,7 @@ class Preferences:
         out: list[list[float]] = []
         for start in range(0, len(pairs), PAIRS_AT_ONCE):
             some = pairs[start : start + PAIRS_AT_ONCE]
-            told = iter(await learner.values(pair_batch(0, some, read_last=read_last)))
+            told = iter(await learner.values(pair_batch(1, some, read_last=read_last)))
             out += [[next(told) for _ in pair.answers] for pair in some]
         return out
 

@@ -12,7 +12,7 @@ finished ones (`overlap.py`). With dynamic sampling a group whose rewards are al
 `max_staleness` k paces dispatch: at most (k + 1) x P groups are in flight beyond what is trained. k = 0 is on-policy:
 a batch is trained only by the version that sampled it, which is asserted when the batch is cut.
 
-Policy versions and steps are one count: version v is the policy after v steps.
+Policy versions and steps are one count: version n is the policy after step n, and `step` is the last one done.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class TrainLoop(Session[RunConfig]):
             return
         self.ledger.flush()
         set_advantages(groups, self.config.algorithm)
-        batch = cut_batch(groups, self.step, self.config)
+        batch = cut_batch(groups, self.step + 1, self.config)
         with self._time.phase("update"):
             self.emit(PhaseEvent("update", "", 0, 0))
             update = await self._update(groups, batch)
@@ -145,12 +145,11 @@ class TrainLoop(Session[RunConfig]):
         try:
             return await self.roles.learner.update(batch)
         except NonFiniteError as e:
-            step = batch.step + 1
-            await self.roles.rollout_log.write(step, groups, batch)
+            await self.roles.rollout_log.write(batch.step, groups, batch)
             await self.roles.rollout_log.close()
             # The message depends on the checkpoint that may be being written.
             await self._saver.close()
-            how = how_to_replay(self.run_dir, step, recorded=self.config.tracking.rollouts)
+            how = how_to_replay(self.run_dir, batch.step, recorded=self.config.tracking.rollouts)
             raise NonFiniteError(f"{e}. {how}") from None
 
     async def _keep_what_is_done(self) -> None:

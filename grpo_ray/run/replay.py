@@ -95,7 +95,7 @@ def _batch(table: pa.Table) -> TrainBatch:
     found = rows_and_samples(table)
     rows, samples = [row for row, _ in found], [sample for _, sample in found]
     return TrainBatch(
-        step=rows[0]["step"] - 1,
+        step=rows[0]["step"],
         samples=[_train_sample(row, samples, i) for i, row in enumerate(rows)],
         temperature=rows[0]["temperature"],
         # Files of earlier versions, whose learner knew no truncation, do not have these columns.

@@ -50,7 +50,7 @@ def step_metrics(
 
     Args:
         groups: the batch, P groups of G samples, scored, with advantages.
-        update: its `step` is the policy version that was trained, the base of staleness; its metrics are taken as is.
+        update: its metrics are taken as is; staleness is measured from the policy version that its step started with.
         sync: the report of the weight sync; None for a step without one.
         sampler_stats: figures of the rollout engines; a name without a slash goes under `rollout/`.
         seconds: the result of `TimeKeeper.end_step()`.
@@ -72,7 +72,7 @@ def step_metrics(
         **update.metrics,
         **{f"time/{phase}": s for phase, s in seconds.items()},
     }
-    ages = [update.step - info.min_version for g in groups for info in g.samples]
+    ages = [update.step - 1 - info.min_version for g in groups for info in g.samples]
     if ages:
         out |= {"staleness/mean": _mean(ages), "staleness/max": float(max(ages))}
     if sync is not None:

@@ -55,7 +55,7 @@ def test_a_sample_without_a_score_has_no_part_in_anything(kind: str, expected: l
     algorithm = AlgorithmConfig(advantage=kind, std_eps=0.0)
     set_advantages(groups, algorithm)
     assert groups[0].advantages == pytest.approx(expected)
-    batch = cut_batch(groups, 0, config(algorithm))
+    batch = cut_batch(groups, 1, config(algorithm))
     assert [s.loss_mask for s in batch.samples] == [True, False, True]
 
 
@@ -64,7 +64,7 @@ def test_a_truncated_sample_keeps_its_part_in_the_baseline(mask: bool) -> None:
     algorithm = AlgorithmConfig(advantage="dr_grpo", mask_truncated=mask)
     groups = [group([1.0, 0.0, 0.5], ["stop", "length", "stop"])]
     set_advantages(groups, algorithm)
-    batch = cut_batch(groups, 0, config(algorithm))
+    batch = cut_batch(groups, 1, config(algorithm))
     assert [s.advantage for s in batch.samples] == pytest.approx([0.5, -0.5, 0.0])
     assert [s.loss_mask for s in batch.samples] == [True, not mask, True]
 
@@ -74,7 +74,7 @@ def test_with_a_kl_in_the_reward_the_learner_is_given_rewards(kind: str) -> None
     algorithm = AlgorithmConfig(advantage=kind, beta=0.1, kl_in="reward", mask_truncated=True)
     groups = [group([1.0, NAN, 0.25], ["stop", "stop", "length"])]
     set_advantages(groups, algorithm)
-    batch = cut_batch(groups, 0, config(algorithm))
+    batch = cut_batch(groups, 1, config(algorithm))
     assert [s.reward for s in batch.samples] == pytest.approx([1.0, NAN, 0.25], nan_ok=True)
     assert [s.advantage for s in batch.samples] == [None] * 3
     assert [s.loss_mask for s in batch.samples] == [True, False, False]
@@ -155,7 +155,7 @@ PROCESS = AlgorithmConfig(advantage="process")
 def process_tokens(groups: list[Group], algorithm: AlgorithmConfig = PROCESS) -> list[list[float]]:
     """Advantages of the tokens of each sample, as the learner lays them out."""
     set_advantages(groups, algorithm)
-    batch = cut_batch(groups, 0, config(algorithm))
+    batch = cut_batch(groups, 1, config(algorithm))
     return [token_values(s.steps, s.num_tokens).tolist() for s in batch.samples]
 
 
@@ -205,7 +205,7 @@ def test_under_process_a_truncated_sample_and_an_empty_one_keep_their_part_in_th
     first, last = (1 - mean) / (std + 1e-4), (0 - mean) / (std + 1e-4)
     assert tokens[0] == pytest.approx([first + last] * 2 + [last] * 2)
     assert tokens[2] == []
-    assert [s.loss_mask for s in cut_batch(groups, 0, config(algorithm)).samples] == [True, False, True]
+    assert [s.loss_mask for s in cut_batch(groups, 1, config(algorithm)).samples] == [True, False, True]
 
 
 def test_spread_is_of_the_steps_where_there_are_some() -> None:
@@ -228,6 +228,6 @@ def test_no_batch_holds_a_token_that_is_older_than_the_staleness_bound(staleness
     young.samples[:] = [SampleInfo("p", i, 3, 5, 5, "stop", "w-0", ref=[], row=i) for i in range(2)]
     old.samples[0] = young.samples[0]
     set_advantages([young, old], algorithm)
-    assert len(cut_batch([young, old], 5, cfg).samples) == 4
+    assert len(cut_batch([young, old], 6, cfg).samples) == 4
     with pytest.raises(AssertionError, match=f"holds tokens of version {5 - staleness}, the bound is {6 - staleness}"):
-        cut_batch([young, old], 6, cfg)
+        cut_batch([young, old], 7, cfg)

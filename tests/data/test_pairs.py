@@ -101,7 +101,7 @@ def test_a_batch_holds_the_answers_side_by_side_and_the_references_of_each(token
     assert [(s.group, s.index, s.num_tokens) for s in batch.samples] == [(0, 0, 4), (0, 1, 2), (1, 0, 2), (1, 1, 8)]
     assert [s.ref_logps for s in batch.samples] == [-3.0, -4.0, -1.0, -2.0]
     assert not any(s.ref[s.row].logprobs.any() for s in batch.samples), "nothing was sampled"
-    read = pair_batch(0, pairs, read_last=True)
+    read = pair_batch(1, pairs, read_last=True)
     assert [s.num_tokens for s in read.samples] == [3, 9, 5, 3]
     assert all(s.ref[s.row].token_ids[-1] == tokenizer.eos_token_id for s in read.samples)
 
@@ -135,7 +135,7 @@ def test_the_reference_is_asked_for_the_pairs_to_come_and_kept_for_a_run_that_go
     assert len(task.references) == 4
     first = Cursor(task.dataset, seed=1).next()
     assert task.references[first.index][0] == -len(first.answers[0])
-    batch = task.batch(0, [first])
+    batch = task.batch(1, [first])
     assert batch.samples[0].ref_logps == -len(first.answers[0])
 
     again = DirectPreferences(sets(tokenizer, tmp_path, 6))
@@ -210,7 +210,7 @@ def test_a_labelled_answer_is_one_sample(tokenizer: Any, tmp_path: Path) -> None
     raw = recipe(reward_model={"loss": "bce"}, data={"train": {"path": str(tmp_path / "x.jsonl")}})
     task = load_task(build(RewardModelConfig, raw, "r"), tokenizer)
     assert isinstance(task, Preferences)
-    batch = task.batch(0, list(task.dataset))
+    batch = task.batch(1, list(task.dataset))
     assert [(s.num_tokens, s.target) for s in batch.samples] == [(4, 1.0)]
     assert not task.measures
 
@@ -232,7 +232,7 @@ def test_a_label_is_the_number_that_the_row_has(
     write(tmp_path / "x.jsonl", [{"prompt": "a", "completion": "bc", "label": label}])
     raw = recipe(reward_model={"loss": loss}, data={"train": {"path": str(tmp_path / "x.jsonl")}})
     task = load_task(build(RewardModelConfig, raw, "r"), tokenizer)
-    assert [s.target for s in task.batch(0, list(task.dataset)).samples] == [target]
+    assert [s.target for s in task.batch(1, list(task.dataset)).samples] == [target]
 
 
 @pytest.mark.parametrize(

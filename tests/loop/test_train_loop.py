@@ -165,8 +165,8 @@ class World:
         self.under_way.clear()
         self.batches.append(batch)
         if self.on_update is not None:
-            self.on_update(batch.step)
-        mismatch = self.mismatch[batch.step]
+            self.on_update(batch.version)
+        mismatch = self.mismatch[batch.version]
         metrics = {"loss/policy": 0.0, "grad_norm": 1.0}
         metrics |= {} if mismatch is None else {"mismatch/mean_abs": mismatch}
         return UpdateReport(batch.step, metrics, 0.0)
@@ -289,7 +289,9 @@ def test_sampling_ahead_keeps_its_bound_and_trains_the_same_prompts_in_the_same_
         )
         assert session.go() == "finished"
         ages = [
-            batch.step - session.world.version_of[s.prompt_id] for batch in session.world.batches for s in batch.samples
+            batch.version - session.world.version_of[s.prompt_id]
+            for batch in session.world.batches
+            for s in batch.samples
         ]
         assert max(ages) == staleness
         assert session.world.most_under_way <= 3 * (staleness + 1)
@@ -362,7 +364,7 @@ def test_a_budget_spent_on_groups_for_later_steps_leaves_no_group_behind_its_sta
         # Of a step none of whose groups has a signal the run ends.
         with suppress(RewardError):
             session.go()
-        ages += [batch.step - world.version_of[s.prompt_id] for batch in world.batches for s in batch.samples]
+        ages += [batch.version - world.version_of[s.prompt_id] for batch in world.batches for s in batch.samples]
     assert len(ages) > 50
     assert max(ages) == staleness
 
@@ -477,7 +479,7 @@ def test_a_stopped_and_resumed_run_equals_one_never_stopped(tmp_path, stop_at):
     assert second.ledger_rows == whole.ledger_rows
     halves = first.world.batches + second.world.batches
     assert [essence(b) for b in halves] == [essence(b) for b in whole.world.batches]
-    assert [b.step for b in halves] == list(range(7))
+    assert [b.step for b in halves] == list(range(1, 8))
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
@@ -600,7 +602,7 @@ def test_a_run_that_ends_for_want_of_scorers_keeps_the_steps_that_are_done(tmp_p
     assert 4 - staleness <= done <= 4
     second = Session(tmp_path / "cut", options)
     assert second.go() == "finished"
-    assert [b.step for b in second.world.batches] == list(range(done, 7))
+    assert [b.step for b in second.world.batches] == list(range(done + 1, 8))
     assert prompts_of(first) + prompts_of(second) == prompts_of(whole)
 
 
@@ -618,7 +620,7 @@ def test_a_run_that_died_after_its_checkpoint_trains_the_lost_steps_again(tmp_pa
         first.go()
     second = Session(tmp_path / "cut", config("checkpoint.every_steps=2"))
     assert second.go() == "finished"
-    assert second.world.batches[0].step == 4
+    assert second.world.batches[0].version == 4
     assert second.ledger_rows == whole.ledger_rows
 
 

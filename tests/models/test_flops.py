@@ -77,7 +77,7 @@ def test_the_backward_pass_costs_what_torch_counts_with_and_without_adapters(tin
 def test_an_update_counts_what_every_pass_of_it_does() -> None:
     shape = ModelShape(body=1000, frozen_body=0, head=300, frozen_head=0, attention=64)
     samples = [TrainSample(None, i, "p", i, 7, 4, 0) for i in range(4)]
-    batch = TrainBatch(0, samples, 1.0)
+    batch = TrainBatch(1, samples, 1.0)
     plan = [MiniBatchPlan((((0,),), ((1,),))), MiniBatchPlan((((2,), ()), ((), ())), idle=(3,))]
     train, forward = train_flops(shape, [10], [4]), forward_flops(shape, [10], [4])
 
@@ -96,7 +96,7 @@ def test_an_update_counts_what_every_pass_of_it_does() -> None:
 def test_an_update_counts_what_ran_of_it_in_each_part_and_nothing_of_the_update_before() -> None:
     shape = ModelShape(body=1000, frozen_body=0, head=300, frozen_head=0, attention=64)
     samples = [TrainSample(None, i, "p", i, 7, 4, 0) for i in range(4)]
-    batch = TrainBatch(0, samples, 1.0)
+    batch = TrainBatch(1, samples, 1.0)
     passes = UpdatePasses(train=1, reference=False, old=False, critic=False)
     counter = FlopCounter(shape, shared_prompts=True)
     counter.add(batch, [MiniBatchPlan((((0, 1, 2, 3),),))], passes)
@@ -116,7 +116,7 @@ def test_an_update_counts_what_ran_of_it_in_each_part_and_nothing_of_the_update_
 def test_an_update_counts_a_shared_prompt_once_but_for_its_attention() -> None:
     shape = ModelShape(body=1000, frozen_body=400, head=300, frozen_head=0, attention=64)
     samples = [TrainSample(None, i, "p", i, 7, 4, group) for i, group in enumerate((0, 0, 0, 1))]
-    batch, passes = TrainBatch(0, samples, 1.0), UpdatePasses(train=1, reference=True, old=False, critic=False)
+    batch, passes = TrainBatch(1, samples, 1.0), UpdatePasses(train=1, reference=True, old=False, critic=False)
     together, apart = [MiniBatchPlan((((0, 1, 2, 3),),))], [MiniBatchPlan((((0, 3), (1,)), ((2,), ())))]
     whole = update_flops(shape, batch, together, passes)
     assert update_flops(shape, batch, apart, passes, shared_prompts=True) == whole

@@ -145,7 +145,7 @@ def test_only_what_was_not_finished_is_sampled_again_and_the_ledger_has_each_pro
     assert [r[:4] for r in second.ledger_rows] == [r[:4] for r in whole.ledger_rows]
     halves = [essence(b) for b in first.world.batches + second.world.batches]
     assert halves == [essence(b) for b in whole.world.batches]
-    ages = [b.step - version for b in second.world.batches for version in versions_of(b)]
+    ages = [b.version - version for b in second.world.batches for version in versions_of(b)]
     assert max(ages) <= 2
 
 
@@ -198,7 +198,7 @@ def test_groups_that_a_lower_bound_makes_too_old_are_sampled_again(tmp_path: Pat
     assert second.go() == "finished"
     fresh_enough = [k for k in kept if min(k.min_versions) >= 5]
     assert len(fresh_enough) < len(kept)
-    ages = [b.step - version for b in second.world.batches for version in versions_of(b)]
+    ages = [b.version - version for b in second.world.batches for version in versions_of(b)]
     assert set(ages) == {0}
     trained = [row[0] for row in second.ledger_rows if row[2] == "trained"]
     assert len(trained) == len(set(trained)) == 30
@@ -242,5 +242,5 @@ def test_a_checkpoint_that_fails_ends_the_run_at_the_next(tmp_path: Path) -> Non
     session.world.on_update = lambda step: setattr(session.world, "disk_is_full", step >= 1)
     with pytest.raises(CheckpointError, match=r"checkpoint of step 2 .*No space left on device"):
         session.go()
-    assert [b.step for b in session.world.batches] == [0, 1, 2, 3]
+    assert [b.step for b in session.world.batches] == [1, 2, 3, 4]
     assert session.run_dir.steps() == [0]

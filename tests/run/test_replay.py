@@ -86,7 +86,7 @@ def test_a_batch_comes_back_from_its_file_bit_for_bit(tmp_path: Path) -> None:
     exploded = replace(batch, samples=[replace(batch.samples[0], advantage=math.nan), *batch.samples[1:]])
     assert [s.loss_mask for s in batch.samples] == [True, True, False, True, True, True]
     assert [len(s.steps) for s in batch.samples] == [0, 0, 1, 1, 2, 2]
-    for step, one in ((8, batch), (9, replace(exploded, step=8))):
+    for step, one in ((8, batch), (9, replace(exploded, step=9))):
         path = write_rollouts(tmp_path, step, groups, one, distinct_refs(groups), run_seed=1)
         assert_same_batch(read_batch(path), one)
 

@@ -49,6 +49,7 @@ def test_a_column_has_one_type_in_all_files() -> None:
 
 def test_a_step_of_an_earlier_version_is_read_for_replay() -> None:
     batch = read_batch(WRITTEN / "step-000005.parquet")
+    assert (batch.step, batch.version) == (5, 4)
     assert (batch.temperature, batch.truncation) == (0.7, Truncation(0.9, 20, 0.1))
     first, second = batch.samples
     assert first.reward == 1.0

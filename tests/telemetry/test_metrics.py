@@ -43,7 +43,7 @@ def metrics() -> dict[str, float]:
     c = group("c", [info("c", 0, 50), info("c", 1, 60)], [failed(), ok(0.0, 0.0)])
     return step_metrics(
         [a, b, c],
-        UpdateReport(step=4, metrics={"loss/policy": 0.125, "grad_norm": 2.0, "kl/ref": math.nan}, seconds=1.5),
+        UpdateReport(step=5, metrics={"loss/policy": 0.125, "grad_norm": 2.0, "kl/ref": math.nan}, seconds=1.5),
         SyncReport(version=5, seconds=0.5, pause_seconds=0.25, num_bytes=4096, checksum="x", num_engines=2),
         sampler_stats={"busy_s": 1.75},
         seconds={"rollout": 2.0, "update": 1.5, "other": 0.5, "step": 4.0},
@@ -108,7 +108,7 @@ def test_reports_and_rates_are_taken_over(metrics: dict[str, float]) -> None:
 
 def test_a_figure_without_data_is_left_out() -> None:
     lone = group("a", [info("a", 0, 9, finish="length")], [failed()])
-    out = step_metrics([lone], UpdateReport(4, {}, 0.0), None, sampler_stats={}, seconds={}, dropped={}, failed={})
+    out = step_metrics([lone], UpdateReport(5, {}, 0.0), None, sampler_stats={}, seconds={}, dropped={}, failed={})
     absent = {"reward/mean", "reward/std", "reward/accuracy/mean", "completions/mean_terminated_length", "sync/bytes"}
     assert absent.isdisjoint(out)
     assert out["groups/no_signal_fraction"] == 1.0
@@ -132,7 +132,7 @@ def test_a_rate_of_sampling_is_by_the_time_of_sampling_and_never_by_a_wait_that_
     seconds = {"rollout": 0.002, "update": 1.5, "step": 1.6}
 
     def rate(*, ahead: bool) -> float:
-        report = UpdateReport(4, {}, 1.5)
+        report = UpdateReport(5, {}, 1.5)
         out = step_metrics(
             groups, report, None, sampler_stats={}, seconds=seconds, dropped={}, failed={}, untrained={}, ahead=ahead
         )
@@ -203,6 +203,6 @@ def test_a_group_with_two_different_steps_has_a_signal_though_its_sums_are_equal
     scores = [Score(ScoreStatus.OK, 1.0, (RewardScore("r", ScoreStatus.OK, 1.0, steps=steps),), steps=steps)] * 2
     plain = [Score(ScoreStatus.OK, 1.0, (RewardScore("r", ScoreStatus.OK, 1.0),))] * 2
     groups = [group(name, [info(name, 0, 10), info(name, 1, 20)], own) for name, own in (("a", scores), ("b", plain))]
-    out = step_metrics(groups, UpdateReport(0, {}, 0.0), None, sampler_stats={}, seconds={}, dropped={}, failed={})
+    out = step_metrics(groups, UpdateReport(1, {}, 0.0), None, sampler_stats={}, seconds={}, dropped={}, failed={})
     assert out["groups/no_signal_fraction"] == 0.5
     assert out["reward/mean"] == out["reward/r/mean"] == 1.0

@@ -22,7 +22,7 @@ def computed(samples: list[TrainSample], loss: float = 0.0) -> _Computed:
         [PackItem(np.arange(2), np.arange(n), np.zeros(n, np.float32), 0.0, 1.0, i) for i, n in enumerate(LENGTHS)]
     )
     data = MicroBatchData.of(packed, torch.device("cpu"), samples)
-    return _Computed(data, TrainBatch(0, samples, 1.0), torch.zeros(sum(LENGTHS)), torch.tensor(loss))
+    return _Computed(data, TrainBatch(1, samples, 1.0), torch.zeros(sum(LENGTHS)), torch.tensor(loss))
 
 
 @pytest.fixture

@@ -84,7 +84,10 @@ def start(config: RunConfig | SftConfig, run_dir: Path) -> LearnerGroup:
 
 
 def make_batch(num_groups: int = 4, group_size: int = 3, seed: int = 0, step: int = 0) -> TrainBatch:
-    """Groups of samples of very different length, whose rewards are their advantages; the last one is masked out."""
+    """Groups of samples of very different length, whose rewards are their advantages; the last one is masked out.
+
+    `step`: the last step done.
+    """
     rng = np.random.default_rng(seed)
     rows, samples = [], []
     for g in range(num_groups):
@@ -110,7 +113,7 @@ def make_batch(num_groups: int = 4, group_size: int = 3, seed: int = 0, step: in
             samples.append(
                 TrainSample(rows, len(rows) - 1, name, i, len(prompt), length, g, not last, advantage, advantage)
             )
-    return TrainBatch(step, samples, TEMPERATURE)
+    return TrainBatch(step + 1, samples, TEMPERATURE)
 
 
 def plain_logits(model: Any, sample: Sample, temperature: float = TEMPERATURE) -> tuple[Tensor, Tensor]:
@@ -251,7 +254,7 @@ def test_one_rank_under_zero_0_steps_like_plain_pytorch_and_exports_what_it_comp
     before = exported(group, tmp_path / "before")
     batch.samples[0].ref[4].logprobs[:] = 0
     bad = batch.samples[4]
-    broken = TrainBatch(9, [s if s is not bad else replace(bad, advantage=float("nan")) for s in batch.samples], 1.0)
+    broken = TrainBatch(10, [s if s is not bad else replace(bad, advantage=float("nan")) for s in batch.samples], 1.0)
     with pytest.raises(NonFiniteError, match=rf"step 10: the loss of sample {bad.prompt_id}\[{bad.index}\]"):
         run(group.update(broken))
     reported = batch.samples[0].ref[4].logprobs
@@ -475,7 +478,7 @@ def test_sft_in_bf16_descends_from_the_plain_cross_entropy_and_a_full_disk_is_to
     group = start(config, tmp_path)
     groups.append(group)
     batch = make_batch()
-    batch = TrainBatch(0, batch.samples, 1.0)
+    batch = TrainBatch(1, batch.samples, 1.0)
     model = plain_model(tiny_model)
     with torch.no_grad():
         logps = torch.cat([plain_logprobs(model, s.ref[s.row], 1.0) for s in batch.samples if s.loss_mask])
@@ -545,7 +548,7 @@ def test_samples_without_signal_cost_no_pass_and_leave_the_gradient_as_it_is(
         config = make_config(tiny_model, ranks=2, stage=1, learner={"skip_no_signal": skip, "learning_rate": 1e-30})
         group = start(config, tmp_path)
         groups.append(group)
-        got = [run(group.update(TrainBatch(0, s, TEMPERATURE))).metrics for s in (flat, nothing)]
+        got = [run(group.update(TrainBatch(1, s, TEMPERATURE))).metrics for s in (flat, nothing)]
         norms.append(got[0]["grad_norm"])
         trained.append([m["tokens/trained"] for m in got])
         assert got[1]["grad_norm"] == 0

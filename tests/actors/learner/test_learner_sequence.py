@@ -121,7 +121,7 @@ def test_two_ranks_share_every_micro_batch_and_step_like_plain_pytorch(
     rows = [
         replace(one.ref[one.row], prompt_token_ids=np.arange(10, 17), token_ids=np.array([9]), logprobs=np.zeros(1))
     ]
-    single = TrainBatch(2, [replace(one, ref=rows, row=0, num_prompt_tokens=7, num_tokens=1)], TEMPERATURE)
+    single = TrainBatch(3, [replace(one, ref=rows, row=0, num_prompt_tokens=7, num_tokens=1)], TEMPERATURE)
     exported(group, tmp_path / "before")
     _, want_norm, _ = plain_step(tmp_path / "before", single)
     assert run(group.update(single)).metrics["grad_norm"] == pytest.approx(want_norm, rel=1e-5)
@@ -129,7 +129,7 @@ def test_two_ranks_share_every_micro_batch_and_step_like_plain_pytorch(
     bad = batch.samples[4]
     broken = [replace(s, advantage=float("nan")) if s is bad else s for s in batch.samples]
     with pytest.raises(NonFiniteError, match=rf"the loss of sample {bad.prompt_id}\[{bad.index}\]"):
-        run(group.update(TrainBatch(3, broken, TEMPERATURE)))
+        run(group.update(TrainBatch(4, broken, TEMPERATURE)))
     assert run(group.update(make_batch(seed=2))).metrics["grad_norm"] > 0
 
 

@@ -113,11 +113,11 @@ def test_dpo_over_two_ranks_is_the_plain_loop(tiny_model: Path, tmp_path: Path, 
         LearnerGroup.create(make_config(DpoConfig, tiny_model, dpo={"beta": BETA}), str(tiny_model), str(tmp_path))
     )
     groups.append(group)
-    told = run(group.values(pair_batch(0, pairs)))
+    told = run(group.values(pair_batch(1, pairs)))
     assert told == pytest.approx([x for r in references for x in r], rel=1e-5)
     both = dict(enumerate(zip(told[::2], told[1::2], strict=True)))
     for step, (loss, norm) in enumerate(want):
-        metrics = run(group.update(pair_batch(step, pairs, both))).metrics
+        metrics = run(group.update(pair_batch(step + 1, pairs, both))).metrics
         assert metrics["loss/dpo"] == pytest.approx(loss, rel=1e-4, abs=1e-6)
         assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert want[0][0] == pytest.approx(np.log(2), abs=1e-5)
@@ -156,21 +156,21 @@ def test_a_reward_model_is_the_plain_loop_and_exports_what_transformers_loads(
     config = config.model_copy(update={"learner": config.learner.model_copy(update={"zero_stage": stage})})
     group = run(LearnerGroup.create(config, str(tiny_model), str(tmp_path)))
     groups.append(group)
-    assert run(group.values(pair_batch(0, pairs, read_last=True))) == [0.0] * 10
+    assert run(group.values(pair_batch(1, pairs, read_last=True))) == [0.0] * 10
     for step, (loss, norm) in enumerate(want):
-        metrics = run(group.update(pair_batch(step, pairs, read_last=True))).metrics
+        metrics = run(group.update(pair_batch(step + 1, pairs, read_last=True))).metrics
         assert metrics["loss/reward_model"] == pytest.approx(loss, rel=1e-4)
         assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-3)
-    values = run(group.values(pair_batch(0, pairs, read_last=True)))
+    values = run(group.values(pair_batch(1, pairs, read_last=True)))
     assert max(values) - min(values) > 1e-3
     place = tmp_path / "saved"
     place.mkdir()
     run(save(group, place))
     run(export(group, tmp_path / "exported"))
     torch.testing.assert_close(scored(tmp_path / "exported", pairs), torch.tensor(values), rtol=1e-4, atol=1e-5)
-    run(group.update(pair_batch(4, pairs, read_last=True)))
+    run(group.update(pair_batch(5, pairs, read_last=True)))
     run(load(group, place))
-    assert run(group.values(pair_batch(0, pairs, read_last=True))) == pytest.approx(values, abs=1e-6)
+    assert run(group.values(pair_batch(1, pairs, read_last=True))) == pytest.approx(values, abs=1e-6)
 
 
 def test_pairs_that_differ_by_a_word_are_learnt(tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup]) -> None:

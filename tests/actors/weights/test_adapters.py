@@ -83,7 +83,7 @@ class Setting:
             for i in infos
         ]
         report = self.bench.run(
-            self.learner.update(TrainBatch(self.version, samples, CUT.temperature, Truncation(0.9, 20, 0.1)))
+            self.learner.update(TrainBatch(self.version + 1, samples, CUT.temperature, Truncation(0.9, 20, 0.1)))
         )
         self.version += 1
         return report.metrics["mismatch/mean_abs"]
