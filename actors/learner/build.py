@@ -258,7 +258,7 @@ def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
             path,
             config=config,
             dtype=torch.float32 if trained else spec.dtype,
-            attn_implementation=choose_attention(spec.model.attention, device),
+            attn_implementation=choose_attention(spec.model.attention, device, spec.dtype),
             trust_remote_code=code,
             output_loading_info=True,
         )

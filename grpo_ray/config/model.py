@@ -73,7 +73,8 @@ class ModelConfig(Strict):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """The precision of rollout engine and learner. The learner keeps fp32 master weights in either case."""
     attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
-    """`auto`: flash-attention if there are a GPU and the package, else torch's attention per packed segment."""
+    """`auto`: flash-attention 2 if there are a GPU and the package, and `dtype` is bfloat16; else `sdpa`: torch's own kernels, on GPUs
+    and in bfloat16 one call for all sequences of a micro-batch."""
     gradient_checkpointing: bool = False
     lora: LoraConfig | None = None
     """Adapters to train on the frozen model. The reference model then costs no memory."""

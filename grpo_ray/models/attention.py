@@ -8,15 +8,16 @@ avoided: with its default cache, or a boolean mask under eager attention, packed
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from grpo_ray.models.varlen import VarlenLayout, has_kernel, varlen_attention
 
 PACKED = "grpo_ray_packed"
 """The name of the exact per-segment attention in Transformers' registry."""
@@ -25,19 +26,34 @@ _LAYERS = {"full_attention", "sliding_attention"}
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
-def choose_attention(wanted: str, device: torch.device) -> str:
+def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
     """The `attn_implementation` of Transformers for `model.attention`. Registers ours if it is the answer.
 
+    Args:
+        dtype: what the model computes in.
+
     Raises:
-        ValueError: flash-attention is requested, and there is no GPU or no package.
+        ValueError: flash-attention is requested, and there is no GPU or no package, or it does not compute in this dtype.
     """
-    flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    from transformers.utils import is_flash_attn_2_available
+
+    # flash-attn 4 installs a package of the same name, of which Transformers' flash_attention_2 is no part.
+    flash = device.type == "cuda" and is_flash_attn_2_available()
     if wanted == FLASH and not flash:
-        raise ValueError(f"model.attention is {FLASH}, which needs a GPU and the flash-attn package; use auto")
-    if wanted in (FLASH, "auto") and flash:
+        raise ValueError(f"model.attention is {FLASH}, which needs a GPU and the flash-attn package, version 2; use auto")
+    half = dtype != torch.float32
+    if wanted == FLASH and not half:
+        raise ValueError(f"model.attention is {FLASH}, which has no float32; use auto, or model.dtype bfloat16")
+    if wanted in (FLASH, "auto") and flash and half:
         return FLASH
     _register()
     return PACKED
+
+
+def use_attention_without_plans() -> None:
+    """Let torch take its flash kernels instead of cuDNN's, in this process: cuDNN makes an execution plan for each new shape, which
+    takes 25 ms and more of the host, and keeps them all. No two micro-batches have the same lengths."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def check_packable(hf: nn.Module) -> None:
@@ -86,6 +102,8 @@ class PackedLayout:
     """The number of tokens of each part of the row, end to end."""
     runs: list[Run]
     """The runs; every part is in at least one."""
+    varlen: VarlenLayout | None = None
+    """The same for a GPU's kernel, on that GPU."""
 
     @classmethod
     def of(cls, lengths: Sequence[int], sequences: Sequence[tuple[int, ...]]) -> PackedLayout:
@@ -118,7 +136,10 @@ def attention_kwargs(
         ValueError: sequences share parts, which only the packed attention supports.
     """
     if implementation == PACKED:
-        return {"packed_layout": PackedLayout.of(lengths, sequences)}
+        layout = PackedLayout.of(lengths, sequences)
+        if device.type == "cuda":
+            layout = replace(layout, varlen=VarlenLayout.of(lengths, sequences, device))
+        return {"packed_layout": layout}
     if len(sequences) != len(lengths) or any(len(parts) > 1 for parts in sequences):
         raise ValueError(
             f"{implementation} can't compute sequences that share a prompt; set learner.share_prompts to false"
@@ -164,6 +185,9 @@ def packed_attention(
         raise ValueError(
             f"{type(module).__name__} {what}: not supported with model.attention sdpa; use flash_attention_2 on a GPU"
         )
+    if packed_layout.varlen is not None and has_kernel(query, dropout):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return varlen_attention(q, k, v, packed_layout.varlen, scaling, sliding_window).unsqueeze(0), None
     dtype = query.dtype
     if _upcast(query):
         query, key, value = query.float(), key.float(), value.float()

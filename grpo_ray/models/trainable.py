@@ -37,6 +37,8 @@ def skeleton(
     check_text_alone(model_config, model.path or "")
     if model.attention == FLASH and not on_gpu:
         raise ConfigError(f"model.attention is {FLASH}, which needs GPUs, and there are none; use auto")
+    if model.attention == FLASH and model.dtype == "float32":
+        raise ConfigError(f"model.attention is {FLASH}, which has no float32; use auto, or model.dtype bfloat16")
     auto = AutoModelForSequenceClassification if reward_model else AutoModelForCausalLM
     attention = choose_attention("sdpa", torch.device("cpu"))
     try:
