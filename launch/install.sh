@@ -29,7 +29,17 @@ if ! command -v bwrap >/dev/null; then
         echo "grpo-ray set-up: bubblewrap is not here and can't be installed: the rewards \`code\` and \`reasoning_gym\`, and their tests, need it (Debian: apt-get install bubblewrap libseccomp2)" >&2
 fi
 gpu=${GRPO_RAY_GPU:-no}; if [ -z "${GRPO_RAY_GPU:-}" ] && command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then gpu=yes; fi
-need_gb=6; [ $gpu = yes ] && need_gb=16
+# CUDA 13, which torch is built for, asks for this driver; a machine that only builds an image has none.
+need_driver=580
+if [ $gpu = yes ] && command -v nvidia-smi >/dev/null; then
+    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | sed -n 1p || true)
+    case ${driver%%.*} in
+        ""|*[!0-9]*) ;;
+        *) [ "${driver%%.*}" -ge $need_driver ] || stop "the NVIDIA driver here is $driver, and torch for CUDA 13 needs $need_driver or newer; update it, or set GRPO_RAY_GPU=no for the CPU stack";;
+    esac
+fi
+need_gb=6; size="1.5 GB"
+[ $gpu = no ] || { need_gb=16; size="9 GB, of which 4 are downloaded"; }
 free_gb=$(df -Pk . | awk 'NR==2 {print int($4 / 1048576)}')
 [ "$free_gb" -ge $need_gb ] || stop "$free_gb GB free on this disk, $need_gb GB are needed for the packages"
 
@@ -66,7 +76,7 @@ if [ $gpu = no ]; then
     install -q "$torch" 2>/dev/null || install -q --index-url https://download.pytorch.org/whl/cpu "$torch" ||
         stop "$torch was found neither in the configured indexes nor at download.pytorch.org"
 fi
-echo "  3/4 $(grep -c == $lock) packages, vLLM, Ray, DeepSpeed and Transformers among them (1.5 GB)"
+echo "  3/4 $(grep -c == $lock) packages, vLLM, Ray, DeepSpeed and Transformers among them ($size)"
 install -q -r $lock || stop "some packages of $lock could not be installed (see above); call make again to go on"
 [ "${1:-}" != packages ] || exit 0
 echo "  4/4 this project, and a first import of everything"
@@ -77,7 +87,13 @@ warm() {
     env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -W ignore -c "import $1" >.venv/import-"$2".log 2>&1 ||
         stop "$2 does not import; .venv/import-$2.log says why"
 }
-warm "vllm.v1.engine.async_llm, vllm.v1.engine.core, vllm.v1.worker.$( [ $gpu = yes ] && echo gpu_worker || echo cpu_worker ), actors.weights.backend" vllm &
+engine="vllm.v1.engine.async_llm, vllm.v1.engine.core, actors.weights.backend"
+if [ $gpu = yes ]; then
+    engine="$engine, vllm.v1.worker.gpu_worker, vllm.v1.worker.gpu.sample.sampler, vllm.v1.attention.backends.flashinfer, flashinfer"
+else
+    engine="$engine, vllm.v1.worker.cpu_worker"
+fi
+warm "$engine" vllm &
 warm "deepspeed, datasets, reasoning_gym, math_verify, transformers.models.qwen2, actors.control.controller, actors.learner.actor, launch.run.follow" deepspeed
 wait $!
 touch .venv/.ready

@@ -25,7 +25,11 @@ def rollout_env(config: RolloutConfig, *, on_gpu: bool, backend: str) -> dict[st
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    if not on_gpu:
+    if on_gpu:
+        # Every request has a seed and wants the log-probabilities of what is left, for which that sampler is never taken; without
+        # this vLLM imports and may compile it all the same.
+        env["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    else:
         # This saves a process and 4 s of start-up: the worker lives in the engine's process.
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         # vLLM sets them for its core, which may be a fork (see `forked_core`) where torch has already read them.

@@ -40,7 +40,9 @@ def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype = tor
     # flash-attn 4 installs a package of the same name, of which Transformers' flash_attention_2 is no part.
     flash = device.type == "cuda" and is_flash_attn_2_available()
     if wanted == FLASH and not flash:
-        raise ValueError(f"model.attention is {FLASH}, which needs a GPU and the flash-attn package, version 2; use auto")
+        raise ValueError(
+            f"model.attention is {FLASH}, which needs a GPU and the flash-attn package, version 2; use auto"
+        )
     half = dtype != torch.float32
     if wanted == FLASH and not half:
         raise ValueError(f"model.attention is {FLASH}, which has no float32; use auto, or model.dtype bfloat16")

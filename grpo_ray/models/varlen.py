@@ -66,7 +66,9 @@ class VarlenLayout:
         for parts in sequences:
             own = [part for part in parts if part >= seen]
             if own != list(parts[len(parts) - len(own) :]) or own != list(range(seen, seen + len(own))):
-                raise ValueError(f"the parts {parts} of a packed sequence are not the next of the row, after shared ones")
+                raise ValueError(
+                    f"the parts {parts} of a packed sequence are not the next of the row, after shared ones"
+                )
             # A sequence that adds nothing has been computed: all of it is the beginning of another.
             if own:
                 seen += len(own)

@@ -162,6 +162,44 @@ def test_an_environment_of_another_python_is_refused_and_left_as_it_is(machine: 
     assert machine.install().returncode == 0
 
 
+NVIDIA_SMI = """#!/bin/bash
+case "$1" in -L) echo "GPU 0: NVIDIA H100 80GB HBM3";; --query-gpu=driver_version) {answer};; esac
+"""
+
+
+def put_gpu(machine: Machine, answer: str, free_gb: int = 100) -> None:
+    machine.python("python3.11")
+    machine.put("nvidia-smi", NVIDIA_SMI.format(answer=answer))
+    (machine.bin / "df").unlink()
+    machine.put("df", f"#!/bin/bash\necho; echo / 0 0 {free_gb * 1048576}\n")
+
+
+@pytest.mark.parametrize("version", ["535.104.05", "570.86.15", "9.1"])
+def test_a_driver_too_old_for_cuda_13_is_refused_before_anything_is_downloaded(machine: Machine, version: str) -> None:
+    put_gpu(machine, f"echo {version}; echo {version}")
+    done = machine.install(GRPO_RAY_GPU="")
+    assert done.returncode == 1
+    assert f"the NVIDIA driver here is {version}, and torch for CUDA 13 needs 580 or newer" in done.stderr
+    assert "GRPO_RAY_GPU=no" in done.stderr
+    assert not machine.is_set_up
+    assert machine.install(GRPO_RAY_GPU="no").returncode == 0
+
+
+@pytest.mark.parametrize("answer", ["echo 580.65.06", "echo 1000.1", "exit 9", "echo '[N/A]'"])
+def test_a_new_driver_is_taken_and_one_that_is_not_told_is_no_obstacle(machine: Machine, answer: str) -> None:
+    put_gpu(machine, answer)
+    done = machine.install(GRPO_RAY_GPU="")
+    assert done.returncode == 0, done.stderr
+    assert "packages of lock-gpu.txt" in done.stdout
+
+
+def test_the_gpu_packages_want_more_room(machine: Machine) -> None:
+    put_gpu(machine, "echo 580.65.06", free_gb=12)
+    done = machine.install(GRPO_RAY_GPU="")
+    assert "12 GB free on this disk, 16 GB are needed" in done.stderr
+    assert machine.install(GRPO_RAY_GPU="no").returncode == 0
+
+
 def test_whether_there_is_a_gpu_is_yes_or_no(machine: Machine) -> None:
     machine.python("python3.11")
     done = machine.install(GRPO_RAY_GPU="maybe")
