@@ -227,7 +227,7 @@ def gpus_per_engine(config: RunConfig, gpus: bool) -> float:
     rollout = config.rollout
     if rollout.num_gpus is not None or not gpus:
         return rollout.num_gpus or 0.0
-    return SHARED_GPU if config.colocated else float(rollout.tensor_parallel_size)
+    return SHARED_GPU if config.colocated else float(rollout.engine_size)
 
 
 def gpus_per_learner(config: RunConfig | SftConfig, gpus: bool) -> float:

@@ -74,6 +74,8 @@ class Machine:
     """The cores of this machine, where Ray counts more CPUs (cluster.num_cpus). None: as many as CPUs."""
     free: Mapping[str, float] = field(default_factory=dict)
     """The resources that no other run holds, by Ray's names; a kind that is missing is free."""
+    large_gpus: bool = False
+    """Whether there are GPUs, all of 80 GB and more."""
 
     @property
     def offers(self) -> dict[str, float]:
@@ -231,8 +233,9 @@ def _counts(
             yield {"learner.num_actors": _learners(config, number)}
         return
     rollout = config.rollout
-    size = 1 if TENSOR_PARALLEL in free else rollout.tensor_parallel_size
-    bare = {key: None for key in NUM_GPUS if key in free} | {TENSOR_PARALLEL: size}
+    tensor = 1 if TENSOR_PARALLEL in free else rollout.tensor_parallel_size
+    size = tensor * rollout.data_parallel_size
+    bare = {key: None for key in NUM_GPUS if key in free} | {TENSOR_PARALLEL: tensor}
     gpus = machine.gpus_of(rollout.resources, rollout.labels)
     if not gpus:
         engines = max(1, min(MOST_ENGINES_ON_CPU, _cores(machine) // CORES_PER_ENGINE))

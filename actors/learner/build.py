@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from actors.learner.deepspeed_schema import check_deepspeed
 from grpo_ray.algorithm.objectives import GrpoObjective, Objective, SftObjective
 from grpo_ray.algorithm.objectives_pairs import DpoObjective, RewardModelObjective
 from grpo_ray.batch.sequence import SequenceRanks
@@ -20,6 +21,7 @@ from grpo_ray.config.model import ModelConfig
 from grpo_ray.config.supervised import DpoOptions, RewardModelOptions
 from grpo_ray.errors import ConfigError, NonFiniteError
 from grpo_ray.models.attention import PACKED, check_packable, choose_attention
+from grpo_ray.models.compiled import compile_layers
 from grpo_ray.models.dropout import without_dropout
 from grpo_ray.models.linear import use_faster_products
 from grpo_ray.models.lora import inject
@@ -92,7 +94,12 @@ def build_objective(spec: LearnerSpec) -> Objective:
 
 
 def deepspeed_config(model: ModelConfig, learner: LearnerConfig) -> dict[str, Any]:
-    """The settings of DeepSpeed. Losses are already normalised, and one `step()` follows any number of `backward()`."""
+    """The settings of DeepSpeed. Losses are already normalised, and one `step()` follows any number of `backward()`.
+
+    Raises:
+        ConfigError: DeepSpeed has no option of `learner.deepspeed`.
+    """
+    check_deepspeed(learner)
     zero: dict[str, Any] = {"stage": learner.zero_stage, "overlap_comm": False}
     if learner.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
@@ -112,7 +119,9 @@ def deepspeed_config(model: ModelConfig, learner: LearnerConfig) -> dict[str, An
     if model.dtype == "bfloat16":
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return config
+    passed = dict(learner.deepspeed)
+    zero |= passed.pop("zero_optimization", {})
+    return config | passed
 
 
 def build_engine(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks) -> Any:
@@ -276,6 +285,8 @@ def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
         hf.gradient_checkpointing_enable({"use_reentrant": spec.learner.zero_stage == 3})
         hf.enable_input_require_grads()
     use_faster_products(hf)
+    if spec.model.compile:
+        compile_layers(hf)
     return hf
 
 

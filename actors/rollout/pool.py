@@ -38,7 +38,7 @@ class RolloutPool:
         self, config: RunConfig, model: str, run_dir: str, *, has_gpus: bool, actors: Actors, placement: Any = None
     ) -> None:
         self._deadlines = config.deadlines
-        self._world_size = config.rollout.tensor_parallel_size
+        self._world_size = config.rollout.engine_size
         kind = RolloutEngineKind(config, model, run_dir, has_gpus=has_gpus, source=actors, placement=placement)
         self._group = RolloutEngines(
             config, kind, actors, on_trouble=lambda text: self.on_trouble(text), on_stale=self._ask_for_sync

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from actors.rollout.adapters import AdapterOptions, lora_args
-from grpo_ray.config.schema import RolloutConfig
+from actors.rollout.vllm_schema import check_engine
+from grpo_ray.config.rollout import RolloutConfig, check_without_gpus
+from grpo_ray.errors import ConfigError
 from grpo_ray.loop.stops import Stops
 from grpo_ray.machine import total_memory
 from grpo_ray.models.kv_cache import DEFAULT_GB, check_kv_cache
@@ -16,6 +18,12 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams as VllmSamplingParams
 
 CPU_BATCHED_TOKENS = 2048
+GPU_BATCHED_TOKENS = 8192
+LARGE_GPU_BATCHED_TOKENS = 16384
+NGRAM = 3
+"""The tokens of a text that has to be repeated, for its continuation to be proposed."""
+LARGE_GPU_BYTES = 70 << 30
+"""What an 80 GB GPU has at least."""
 
 
 def rollout_env(config: RolloutConfig, *, on_gpu: bool, backend: str) -> dict[str, str]:
@@ -52,27 +60,40 @@ def engine_args(
     adapters: AdapterOptions | None = None,
     colocated: bool = False,
 ) -> AsyncEngineArgs:
-    """The engine's options, for the device that vLLM finds."""
+    """The engine's options, for the device that vLLM finds.
+
+    Raises:
+        ConfigError: vLLM has no option of `rollout.engine`, or a step of max_num_batched_tokens is too small here.
+    """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
+    check_engine(config)
     on_cpu = current_platform.is_cpu()
     kv_cache_gb = config.kv_cache_gb or (DEFAULT_GB if on_cpu else None)
     device: dict[str, Any] = {}
     if on_cpu:
+        check_without_gpus(config)
         check_kv_cache(config, total_memory(), 1)
         # vLLM's CPU sampler crashes on a seeded request whose prompt is prefilled in pieces, so prompts are prefilled whole. The
         # default block of 128 tokens would keep shorter prompts out of the prefix cache.
         device = {
             "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_model_len, config.max_num_seqs),
+            "max_num_batched_tokens": _tokens_at_once_on_cpu(config, max_model_len),
             "block_size": 32,
         }
     else:
-        device = {"enable_sleep_mode": colocated}
-        if config.tensor_parallel_size > 1:
+        memory = current_platform.get_device_total_memory()
+        device = {"enable_sleep_mode": colocated, "max_num_batched_tokens": tokens_at_once_on_gpu(config, memory)}
+        if config.engine_size > 1:
             # Inside a Ray actor vLLM would otherwise request GPUs of its own from Ray.
-            device["distributed_executor_backend"] = "mp"
+            device |= {"distributed_executor_backend": "mp", "data_parallel_backend": "mp"}
+    defaults: dict[str, Any] = {
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        **device,
+        **config.engine,
+    }
     return AsyncEngineArgs(
         model=model,
         dtype=dtype,
@@ -80,24 +101,58 @@ def engine_args(
         seed=seed,
         trust_remote_code=trust_remote_code,
         tensor_parallel_size=config.tensor_parallel_size,
+        data_parallel_size=config.data_parallel_size,
         max_num_seqs=config.max_num_seqs,
         kv_cache_memory_bytes=None if kv_cache_gb is None else int(kv_cache_gb * 2**30),
+        kv_cache_dtype=config.kv_cache_dtype,
+        quantization=config.quantization,
+        speculative_config=_speculative(config),
         gpu_memory_utilization=config.gpu_memory_utilization,
         enforce_eager=on_cpu if config.enforce_eager is None else config.enforce_eager,
-        enable_prefix_caching=True,
         logprobs_mode="processed_logprobs",
-        disable_log_stats=True,
         scheduler_cls="actors.rollout.scheduler.bundling_scheduler",
-        **device,
+        **defaults,
         **(_transfer_args(backend) if adapters is None else lora_args(adapters)),
     )
+
+
+def tokens_at_once_on_gpu(config: RolloutConfig, memory: int) -> int:
+    """The tokens of one step of an engine, as vLLM's own defaults are for its offline engine: its asynchronous one, in a process
+    that is no server, would take 2,048.
+
+    Args:
+        memory: the bytes of the GPU.
+    """
+    usual = LARGE_GPU_BATCHED_TOKENS if memory >= LARGE_GPU_BYTES else GPU_BATCHED_TOKENS
+    return config.max_num_batched_tokens or max(usual, config.max_num_seqs)
+
+
+def _tokens_at_once_on_cpu(config: RolloutConfig, max_model_len: int) -> int:
+    least = max(max_model_len, config.max_num_seqs)
+    asked = config.max_num_batched_tokens or max(CPU_BATCHED_TOKENS, least)
+    if asked < least:
+        raise ConfigError(
+            f"rollout.max_num_batched_tokens is {asked}, and on CPUs a step holds whole prompts: the longest sample has "
+            f"{max_model_len} tokens, and rollout.max_num_seqs is {config.max_num_seqs}; raise it to {least} at least"
+        )
+    return asked
+
+
+def _speculative(config: RolloutConfig) -> dict[str, Any] | None:
+    """vLLM's `speculative_config`. Its weight transfers reach the model alone, never the draft."""
+    asked = config.speculative
+    if asked is None:
+        return None
+    method = asked.method or ("ngram" if asked.model is None else "draft_model")
+    options: dict[str, Any] = {"method": method, "num_speculative_tokens": asked.num_tokens}
+    return options | ({"prompt_lookup_max": NGRAM} if asked.model is None else {"model": asked.model})
 
 
 def can_fork(args: AsyncEngineArgs) -> bool:
     """Whether the core of this engine may be a fork: not where it computes on GPUs, or starts workers of its own."""
     from vllm.platforms import current_platform
 
-    return bool(current_platform.is_cpu()) and args.tensor_parallel_size == 1
+    return bool(current_platform.is_cpu()) and args.tensor_parallel_size * args.data_parallel_size == 1
 
 
 def _transfer_args(backend: str) -> dict[str, Any]:

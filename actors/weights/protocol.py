@@ -22,7 +22,7 @@ class EngineTarget:
     handle: Any
     """The Ray handle of its RolloutActor."""
     world_size: int
-    """The vLLM workers behind it (tensor parallelism): its ranks in the transfer group."""
+    """The vLLM workers behind it (tensor and data parallelism): its ranks in the transfer group."""
 
 
 class SendReport(TypedDict):

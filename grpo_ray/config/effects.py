@@ -18,7 +18,7 @@ from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.config.base import is_users
 from grpo_ray.config.common import keys_in_order
 from grpo_ray.config.reward import SHARED_POOL
-from grpo_ray.config.rollout import RolloutConfig
+from grpo_ray.config.rollout import ENGINE_ON_GPUS, RolloutConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError
@@ -39,7 +39,7 @@ WHERE: dict[str, dict[str, str]] = {
     },
     "model": {
         "path tiny dtype trust_remote_code": ALL,
-        "attention gradient_checkpointing": LEARNING,
+        "attention gradient_checkpointing compile": LEARNING,
         "lora": "train sft dpo",
     },
     "model.tiny": {
@@ -55,11 +55,13 @@ WHERE: dict[str, dict[str, str]] = {
     "data.train": {"path package name split args columns limit": ALL},
     "data.eval": {"path package name split args columns limit": ALL},
     "rollout": {
-        "num_actors num_cpus num_gpus resources labels tensor_parallel_size max_completion_length stop stop_token_ids "
-        "max_num_seqs kv_cache_gb gpu_memory_utilization enforce_eager num_threads env": SAMPLING,
+        "num_actors num_cpus num_gpus resources labels tensor_parallel_size data_parallel_size max_completion_length stop "
+        "stop_token_ids max_num_seqs max_num_batched_tokens kv_cache_gb kv_cache_dtype quantization speculative "
+        "gpu_memory_utilization enforce_eager num_threads env engine": SAMPLING,
         "min_actors max_actors num_generations temperature top_p": "train",
         "top_k min_p": "train sample",
     },
+    "rollout.speculative": {"model method num_tokens": SAMPLING},
     "reward": {
         "functions num_actors num_cpus resources labels timeout_s num_gpus unit memory_gb env": SAMPLING,
         "min_actors max_actors": "train",
@@ -77,7 +79,7 @@ WHERE: dict[str, dict[str, str]] = {
     "learner": {
         "num_actors num_cpus num_gpus resources labels sequence_parallel_size zero_stage offload_optimizer offload_params "
         "learning_rate lr_scheduler_type min_lr_ratio warmup_steps weight_decay adam_betas adam_eps max_grad_norm "
-        "micro_batch_tokens packing logprob_chunk_tokens max_restarts num_threads env": LEARNING,
+        "micro_batch_tokens packing logprob_chunk_tokens max_restarts num_threads env deepspeed": LEARNING,
         "share_prompts skip_no_signal overlap": "train",
     },
     "critic": {"learning_rate warmup_steps value_clip_range": "train"},
@@ -125,7 +127,11 @@ def without_gpu(config: RunConfig | SftConfig) -> dict[str, str]:
         "learner.offload_optimizer": "there is no GPU whose memory it would spare",
         "learner.offload_params": "there is no GPU whose memory it would spare",
     }
-    return {key: of_gpus[key] for key, _ in _given(config) if key in of_gpus}
+    found = {key: of_gpus[key] for key, _ in _given(config) if key in of_gpus}
+    engine = config.rollout.engine if isinstance(config, RunConfig) else {}
+    if idle := sorted(engine.keys() & ENGINE_ON_GPUS):
+        found["rollout.engine"] = f"on CPUs vLLM goes without {', '.join(idle)}"
+    return found
 
 
 def _instead(key: str, command: str) -> str:

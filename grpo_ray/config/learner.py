@@ -2,12 +2,101 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from grpo_ray.config.base import Env, Labels, NonNegFloat, NonNegInt, PositiveFloat, PositiveInt, Resources, Strict
 from grpo_ray.config.model import ModelConfig
+from grpo_ray.suggest import did_you_mean
+
+DEEPSPEED_OPTIONS = {
+    "train_batch_size": "prompts_per_step",
+    "train_micro_batch_size_per_gpu": "learner.micro_batch_tokens",
+    "gradient_accumulation_steps": "learner.micro_batch_tokens",
+    "gradient_clipping": "learner.max_grad_norm",
+    "optimizer": "learner.learning_rate, adam_betas, adam_eps and weight_decay",
+    "scheduler": "learner.lr_scheduler_type, warmup_steps and min_lr_ratio",
+    **dict.fromkeys(("bf16", "bfloat16", "fp16", "torch_autocast", "data_types", "amp"), "model.dtype"),
+    "activation_checkpointing": "model.gradient_checkpointing",
+    "compile": "model.compile",
+    "checkpoint": "checkpoint",
+    **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet"), "tracking"),
+    "sequence_parallel_size": "learner.sequence_parallel_size",
+    "zero_optimization.stage": "learner.zero_stage",
+    **dict.fromkeys(
+        ("zero_optimization.offload_optimizer", "zero_optimization.cpu_offload"), "learner.offload_optimizer"
+    ),
+    **dict.fromkeys(
+        ("zero_optimization.offload_param", "zero_optimization.cpu_offload_param"), "learner.offload_params"
+    ),
+}
+"""An option of DeepSpeed -> the options here that it follows."""
+
+DEEPSPEED_PASSED = (
+    "zero_optimization",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "comms_logger",
+    "dump_state",
+    "steps_per_print",
+)
+"""The options of DeepSpeed that are passed on; of the others it silently ignores some, and some would change the loss."""
+
+ZERO_UNUSED = frozenset(
+    f"{prefix}{name}"
+    for prefix in ("", "stage3_")
+    for name in (
+        *("gather_16bit_weights_on_model_save", "gather_fp16_weights_on_model_save", "elastic_checkpoint"),
+        *("pipeline_loading_checkpoint", "load_from_fp32_weights", "legacy_stage1", "compute_grad_norm", "zenflow"),
+        *("save_muon_momentum_buffer_in_memory", "cpu_offload_use_pin_memory"),
+    )
+)
+"""Options of ZeRO for what is done here without DeepSpeed: checkpoints, masters and gradient norms."""
+ZERO_3 = frozenset(
+    (
+        *("prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold", "max_live_parameters"),
+        *(
+            "max_reuse_distance",
+            "module_granularity_threshold",
+            "use_all_reduce_for_fetch_params",
+            "allgather_sequential",
+        ),
+        *("sub_group_size", "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights"),
+        *("memory_efficient_linear", "override_module_apply", "log_trace_cache_warnings", "leaf_module"),
+    )
+)
+"""Options of ZeRO that stage 3 reads, some of them also under a name that begins with `stage3_`."""
+ZERO_1_2 = frozenset(
+    (
+        *("allgather_bucket_size", "allgather_partitions", "use_multi_rank_bucket_allreduce", "round_robin_gradients"),
+        *("parameter_alignment", "ignore_unused_parameters"),
+    )
+)
+"""Options of ZeRO that stages 1 and 2 read."""
+
+
+def check_deepspeed_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError for options of DeepSpeed that follow from others here, or do nothing here. Whether DeepSpeed has the
+    rest: `learner.deepspeed_schema`."""
+    zero = options.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ValueError("learner.deepspeed.zero_optimization is a mapping, {reduce_bucket_size: ..}")
+    for name in (*options, *(f"zero_optimization.{name}" for name in zero)):
+        if (ours := DEEPSPEED_OPTIONS.get(name)) is not None:
+            raise ValueError(f"learner.deepspeed.{name} follows {ours} here; set that")
+    for name in options.keys() - set(DEEPSPEED_PASSED):
+        hint = did_you_mean(name, DEEPSPEED_PASSED, then=f"passed on are {', '.join(DEEPSPEED_PASSED)}")
+        raise ValueError(f"learner.deepspeed.{name} would do nothing here; {hint}")
+    for name in zero.keys() & ZERO_UNUSED:
+        raise ValueError(f"learner.deepspeed.zero_optimization.{name} would do nothing here; leave it out")
+    return options
+
+
+DeepspeedOptions = Annotated[dict[str, Any], AfterValidator(check_deepspeed_options)]
 
 
 class LearnerConfig(Strict):
@@ -54,11 +143,24 @@ class LearnerConfig(Strict):
     num_threads: PositiveInt | None = None
     """The number of CPU threads per learner rank. None: 1 on CPU if there are several ranks, else the machine's cores."""
     env: Env = {}
+    deepspeed: DeepspeedOptions = {}
+    """Other options of DeepSpeed, as its configuration names them: `{zero_optimization: {reduce_bucket_size: 50000000}}`."""
 
     @property
     def data_parallel_size(self) -> int:
         """The number of micro-batches that are computed at once."""
         return self.num_actors // self.sequence_parallel_size
+
+    @model_validator(mode="after")
+    def _zero(self) -> Self:
+        for name in self.deepspeed.get("zero_optimization", {}):
+            of_3, stage = name.removeprefix("stage3_") in ZERO_3, self.zero_stage
+            if stage == 0 or (of_3 and stage < 3) or (name in ZERO_1_2 and stage == 3):
+                needed = "3" if of_3 else "1 or 2" if name in ZERO_1_2 else "1 or more"
+                raise ValueError(
+                    f"learner.deepspeed.zero_optimization.{name} does nothing with learner.zero_stage {stage}; it needs {needed}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _slices(self) -> Self:
@@ -88,6 +190,10 @@ class WeightsConfig(Strict):
 
 
 def check_precision(model: ModelConfig, learner: LearnerConfig) -> None:
+    if model.compile and learner.zero_stage == 3:
+        raise ValueError(
+            "model.compile needs learner.zero_stage 2 or less: stage 3 gathers weights in the middle of what would be compiled"
+        )
     if model.dtype == "bfloat16" and learner.zero_stage == 0:
         raise ValueError(
             "model.dtype bfloat16 with learner.zero_stage 0 has no fp32 master weights in DeepSpeed and drifts; "

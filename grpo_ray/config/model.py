@@ -76,6 +76,9 @@ class ModelConfig(Strict):
     """`auto`: flash-attention 2 if there are a GPU and the package, and `dtype` is bfloat16; else `sdpa`: torch's own kernels, on GPUs
     and in bfloat16 one call for all sequences of a micro-batch."""
     gradient_checkpointing: bool = False
+    compile: bool = False
+    """Whether the learner compiles the decoder's layers (torch.compile): fewer and larger operations on a GPU, after about a minute
+    of compilation in the first step. Attention is left as it is."""
     lora: LoraConfig | None = None
     """Adapters to train on the frozen model. The reference model then costs no memory."""
     trust_remote_code: bool = False

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from grpo_ray.config.base import (
     Env,
+    HomePath,
     Labels,
     NonNegFloat,
     NonNegInt,
@@ -17,7 +18,95 @@ from grpo_ray.config.base import (
     Strict,
     check_bounds,
 )
+from grpo_ray.errors import ConfigError
 from grpo_ray.types import SamplingParams
+
+ENGINE_OPTIONS = {
+    "model": "model.path",
+    "model_weights": "model.path",
+    "tokenizer": "model.path",
+    "dtype": "model.dtype",
+    "trust_remote_code": "model.trust_remote_code",
+    "seed": "seed",
+    "max_model_len": "data.max_prompt_length and rollout.max_completion_length",
+    "tensor_parallel_size": "rollout.tensor_parallel_size",
+    "data_parallel_size": "rollout.data_parallel_size",
+    "pipeline_parallel_size": "rollout.tensor_parallel_size",
+    "max_num_seqs": "rollout.max_num_seqs",
+    "max_num_batched_tokens": "rollout.max_num_batched_tokens",
+    "kv_cache_dtype": "rollout.kv_cache_dtype",
+    "kv_cache_memory_bytes": "rollout.kv_cache_gb",
+    "gpu_memory_utilization": "rollout.gpu_memory_utilization",
+    "quantization": "rollout.quantization",
+    "quantization_config": "rollout.quantization",
+    "speculative_config": "rollout.speculative",
+    "spec_method": "rollout.speculative.method",
+    "spec_model": "rollout.speculative.model",
+    "spec_tokens": "rollout.speculative.num_tokens",
+    "enforce_eager": "rollout.enforce_eager",
+    "enable_sleep_mode": "cluster.placement",
+    "weight_transfer_config": "weights.backend",
+    "enable_lora": "model.lora",
+    "max_loras": "algorithm.max_staleness",
+    "max_lora_rank": "model.lora.r",
+    "generation_config": "rollout.temperature, top_p, top_k, min_p and stop_token_ids",
+    "override_generation_config": "rollout.temperature, top_p, top_k, min_p and stop_token_ids",
+}
+"""An option of vLLM's engine -> the options here that it follows."""
+
+_SAME_MODEL = "the learner would train another model than the one that samples"
+_OWN = "samples and weights travel by it"
+ENGINE_FIXED = {
+    **dict.fromkeys(("hf_overrides", "hf_config_path", "model_class_overrides"), _SAME_MODEL),
+    **dict.fromkeys(("revision", "code_revision", "tokenizer_revision"), _SAME_MODEL),
+    "logits_processors": "the learner could not recompute the probabilities that it changes",
+    **dict.fromkeys(("scheduler_cls", "worker_cls", "worker_extension_cls", "distributed_executor_backend"), _OWN),
+    **dict.fromkeys(("logprobs_mode", "skip_tokenizer_init", "runner", "convert", "tokens_only"), _OWN),
+    **dict.fromkeys(("nnodes", "node_rank", "master_addr", "master_port"), "an engine is one actor, on one node"),
+}
+"""An option of vLLM's engine that can't be set -> why."""
+
+ENGINE_ON_GPUS = frozenset(
+    ("async_scheduling", "attention_backend", "compilation_config", "disable_custom_all_reduce", "enable_dbo")
+)
+"""Options of vLLM's engine that its CPU platform sets or ignores."""
+
+
+def check_engine_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError for options of vLLM that follow from others here. Whether vLLM has the rest: `rollout.vllm_schema`."""
+    for name in options:
+        if (ours := ENGINE_OPTIONS.get(name)) is not None:
+            raise ValueError(f"rollout.engine.{name} follows {ours} here; set that")
+        if (why := ENGINE_FIXED.get(name)) is not None or name.startswith("data_parallel_"):
+            raise ValueError(f"rollout.engine.{name} can't be changed: {why or 'an engine is one actor, on one node'}")
+    return options
+
+
+EngineOptions = Annotated[dict[str, Any], AfterValidator(check_engine_options)]
+
+DEFAULT_SEQS = 256
+"""The sequences that an engine samples at once, except on large GPUs (`actors.placement_defaults`)."""
+
+
+class SpeculativeConfig(Strict):
+    """Speculative decoding: a draft proposes tokens, and the model keeps those that it would have sampled too, so samples are
+    distributed as without it. The draft is never trained: as the model moves away from it, fewer tokens are kept."""
+
+    model: HomePath | None = None
+    """A smaller model with the same tokens, or an EAGLE head. None: n-grams of the prompt and the sample so far."""
+    method: Literal["draft_model", "ngram", "eagle", "eagle3"] | None = None
+    """None: draft_model with a model, else ngram."""
+    num_tokens: PositiveInt = 3
+    """The number of tokens that are proposed at once."""
+
+    @model_validator(mode="after")
+    def _draft(self) -> Self:
+        if self.method is not None and (self.method == "ngram") != (self.model is None):
+            raise ValueError(
+                f"rollout.speculative.method {self.method} "
+                + ("takes no model: leave it out" if self.model else "needs rollout.speculative.model, its draft")
+            )
+        return self
 
 
 class RolloutConfig(Strict):
@@ -31,11 +120,16 @@ class RolloutConfig(Strict):
     `grpo_ray.config.scaling.decide`."""
     num_cpus: NonNegFloat = 1
     num_gpus: NonNegFloat | None = None
-    """The number of GPUs per engine. None: tensor_parallel_size on a cluster with GPUs (0.5 when colocated), 0 elsewhere."""
+    """The number of GPUs per engine. None: tensor_parallel_size x data_parallel_size on a cluster with GPUs (0.5 when colocated), 0
+    elsewhere."""
     resources: Resources = {}
     labels: Labels = {}
     """The labels of the nodes on which they may be placed; the same for the other roles."""
     tensor_parallel_size: PositiveInt = 1
+    """The number of GPUs over which an engine spreads each layer. Experts too, with `engine: {enable_expert_parallel: true}`."""
+    data_parallel_size: PositiveInt = 1
+    """The number of copies of the attention layers in an engine; its experts are spread over all of its GPUs, this times
+    tensor_parallel_size of them. For mixtures of experts: of other models more engines (num_actors) do the same."""
     num_generations: int = 8
     """G, the number of samples per prompt."""
     max_completion_length: PositiveInt = 512
@@ -52,10 +146,21 @@ class RolloutConfig(Strict):
     special token that ends a turn (`<|im_end|>`, not `</answer>`) does not."""
     stop_token_ids: tuple[NonNegInt, ...] = ()
     """Token ids that end a sample, besides the model's end-of-sequence tokens and the one that ends the chat template's turns."""
-    max_num_seqs: PositiveInt = 256
-    """The number of sequences that one rollout engine samples at once."""
+    max_num_seqs: PositiveInt = DEFAULT_SEQS
+    """The number of sequences that one rollout engine samples at once. A run that leaves it open takes 1,024 on GPUs of 80 GB and
+    more."""
+    max_num_batched_tokens: PositiveInt | None = None
+    """The number of tokens of one step of an engine, prompts included. None: 16,384 on GPUs of 80 GB and more, 8,192 on others; on
+    CPUs 2,048, or the longest sample."""
     kv_cache_gb: PositiveFloat | None = None
     """The size of the KV cache. None: 0.25 on CPU; on GPU what gpu_memory_utilization leaves."""
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
+    """The precision of the KV cache. auto: the model's. fp8 holds twice as many tokens, and moves the policy that samples away from
+    the one that is trained: see `quantization`."""
+    quantization: Literal["fp8", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel", "mxfp8"] | None = None
+    """The precision of an engine's products, whose weights it rounds anew after each weight sync; the learner keeps model.dtype.
+    Such samples are another policy's, so training needs a correction: algorithm.importance_sampling, or old_logprobs rollout."""
+    speculative: SpeculativeConfig | None = None
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.85
     enforce_eager: bool | None = None
     """Whether vLLM skips compilation. None: True on CPU (compiling gains nothing there), False on GPU."""
@@ -63,6 +168,19 @@ class RolloutConfig(Strict):
     """The number of CPU threads per rollout engine. None: 1, because threads that share a core spin against each other; when
     colocated, the machine's cores divided among the engines."""
     env: Env = {}
+    engine: EngineOptions = {}
+    """Other options of vLLM's engine, as its AsyncEngineArgs names them: `{enable_prefix_caching: false}`."""
+
+    @property
+    def engine_size(self) -> int:
+        """The number of workers, and of GPUs, of an engine."""
+        return self.tensor_parallel_size * self.data_parallel_size
+
+    @property
+    def reduced_precision(self) -> str:
+        """The options by which engines compute more coarsely than the learner, in words."""
+        rounds = {"quantization": self.quantization, "kv_cache_dtype": self.kv_cache_dtype}
+        return ", ".join(f"rollout.{name} {value}" for name, value in rounds.items() if value not in (None, "auto"))
 
     @property
     def truncation(self) -> str:
@@ -91,6 +209,12 @@ class RolloutConfig(Strict):
             )
         check_bounds("rollout", self.num_actors, self.min_actors, self.max_actors)
         return self
+
+
+def check_without_gpus(rollout: RolloutConfig) -> None:
+    """Raises ConfigError for options that engines on CPUs can't follow."""
+    if rollout.reduced_precision:
+        raise ConfigError(f"{rollout.reduced_precision} needs a GPU, and there is none; leave it out")
 
 
 class EvalConfig(Strict):

@@ -21,6 +21,7 @@ from grpo_ray.config.common import CommonConfig
 from grpo_ray.config.learner import CriticConfig, WeightsConfig, check_precision
 from grpo_ray.config.reward import RewardConfig
 from grpo_ray.config.rollout import EvalConfig, RolloutConfig, SampleConfig
+from grpo_ray.errors import ConfigError
 
 
 class RunConfig(CommonConfig):
@@ -119,6 +120,16 @@ def _check_sampling(config: RunConfig) -> None:
             f"rollout.{config.rollout.truncation} leaves out tokens by the policy that samples, and with algorithm.max_staleness "
             f"{config.algorithm.max_staleness} the learner no longer has that one: it could not renormalise over what is left. "
             "Use max_staleness 0, or top_p 1, top_k 0 and min_p 0"
+        )
+
+
+def check_correction(config: RunConfig) -> None:
+    """Raises ConfigError for training on samples of a rounded policy without a correction for it."""
+    a, rounds = config.algorithm, config.rollout.reduced_precision
+    if rounds and a.importance_sampling is None and a.old_logprobs == "recompute":
+        raise ConfigError(
+            f"{rounds}: what is sampled is not quite the policy that is trained, and nothing corrects for it; set "
+            "algorithm.importance_sampling, e.g. token_truncate (TIS), or algorithm.old_logprobs rollout"
         )
 
 

@@ -18,6 +18,7 @@ smaller parts are less efficient. So a factor assumes even work: `at most` where
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -200,6 +201,7 @@ def mean_step(lines: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> 
     def busy(role: str) -> float:
         return sum(float(line.get(f"busy/{role}") or 0.0) * float(line["time/step"]) for line in steady) / len(steady)
 
+    rollout = config.get("rollout") or {}
     last = steady[-1]
     return StepTimes(
         step_s=mean("time/step"),
@@ -216,7 +218,7 @@ def mean_step(lines: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> 
         num_scorers=int(last.get("workers/reward") or 1),
         max_staleness=int((config.get("algorithm") or {}).get("max_staleness") or 0),
         shared_devices=bool(last.get("workers/shared")),
-        devices_per_sampler=int((config.get("rollout") or {}).get("tensor_parallel_size") or 1),
+        devices_per_sampler=math.prod(int(rollout.get(f"{kind}_parallel_size") or 1) for kind in ("tensor", "data")),
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from actors.cluster import joins
 from grpo_ray.config.reward import KEY_VARIABLE
+from grpo_ray.config.rollout import check_without_gpus
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError, ResourceError, first_line
@@ -39,6 +40,7 @@ def check_machine(config: RunConfig | SftConfig) -> None:
     if isinstance(config, RunConfig):
         check_gpu_shares(config)
         if not _asks_for_gpus(config):
+            check_without_gpus(config.rollout)
             check_kv_cache(config.rollout, total_memory(), config.rollout.num_actors, weights_on_disk(config))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from actors.cluster import connect, joins
-from actors.placement_defaults import Machine, Node, fit_to, open_options, told, too_small, would_fit
+from actors.placement_defaults import Machine, Node, fit_to, open_options, told, too_small, with_options, would_fit
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.config.yaml import dump_yaml
@@ -21,6 +21,14 @@ from launch.console import plain_console
 Config = TypeVar("Config", bound=RunConfig | SftConfig)
 console = plain_console(soft_wrap=True)
 ENGINES = "rollout.num_actors"
+SEQS = "rollout.max_num_seqs"
+SEQS_ON_LARGE_GPUS = 1024
+"""What vLLM's own server takes there. With 256, models of up to 3B parameters leave half of such a GPU idle."""
+LARGE_GPU_BYTES = 70 << 30
+"""What a GPU of 80 GB has at least."""
+LARGE_GPUS = frozenset(("A100-80G", "H100", "H200", "H20", "GH200", "B200", "B300", "GB200", "GB300", "RTX-PRO-6000"))
+"""GPUs of 80 GB and more, by the label that Ray gives their nodes, `ray.io/accelerator-type`."""
+ACCELERATOR = "ray.io/accelerator-type"
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """The device files, one of which exists where there may be a GPU."""
 
@@ -55,7 +63,15 @@ def fitted(
     found, chosen = fit_to(machine, config, kind)
     if (lacking := too_small(machine, config, kind, found)) is not None and not may_grow:
         raise ResourceError(f"{place} is too small: {lacking}")
-    return fit_to_memory(machine, found, chosen, kind)
+    return fit_to_memory(machine, *fit_to_large_gpus(machine, found, chosen), kind)
+
+
+def fit_to_large_gpus(machine: Machine, config: Config, chosen: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+    """The config with the sequences that an engine samples at once for large GPUs, where it leaves them open."""
+    if not machine.large_gpus or not isinstance(config, RunConfig) or "max_num_seqs" in config.rollout.model_fields_set:
+        return config, chosen
+    more = {SEQS: SEQS_ON_LARGE_GPUS}
+    return with_options(config, more), chosen | more
 
 
 def fit_to_memory(machine: Machine, config: Config, chosen: dict[str, Any], kind: str) -> tuple[Config, dict[str, Any]]:
@@ -85,7 +101,8 @@ def machine_of(config: RunConfig | SftConfig) -> Machine:
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         cores = usable_cpus()
-        return Machine((Node(config.cluster.num_cpus or cores, num_gpus()),), cores=cores)
+        node = Node(config.cluster.num_cpus or cores, num_gpus())
+        return Machine((node,), cores=cores, large_gpus=node.gpus > 0 and smallest_gpu() >= LARGE_GPU_BYTES)
     nodes = tuple(
         Node(offers.pop("CPU", 0.0), offers.pop("GPU", 0.0), offers, node["Labels"])
         for node in ray.nodes()
@@ -93,7 +110,12 @@ def machine_of(config: RunConfig | SftConfig) -> Machine:
         for offers in [dict(node["Resources"])]
     )
     free = ray.available_resources()
-    return Machine(nodes, free={name: free.get(name, 0.0) for name in ("CPU", "GPU")})
+    kinds = {node.labels.get(ACCELERATOR) for node in nodes if node.gpus}
+    return Machine(
+        nodes,
+        free={name: free.get(name, 0.0) for name in ("CPU", "GPU")},
+        large_gpus=bool(kinds) and kinds <= LARGE_GPUS,
+    )
 
 
 def num_gpus() -> int:
@@ -103,6 +125,13 @@ def num_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def smallest_gpu() -> int:
+    """The bytes of this machine's smallest GPU."""
+    import torch
+
+    return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
 
 
 def where(config: RunConfig | SftConfig) -> str:
@@ -135,11 +164,13 @@ def with_mend(error: ResourceError, config: RunConfig | SftConfig, kind: str, ru
 def open_yaml(config: RunConfig | SftConfig) -> str:
     """The config without what it leaves open: for another machine, which chooses."""
     data: dict[str, Any] = config.model_dump(mode="json")
-    tokens = "micro_batch_tokens"
-    for key in (
-        *open_options(config),
-        *([f"learner.{tokens}"] if tokens not in config.learner.model_fields_set else []),
-    ):
+    fitted_too = {"learner": "micro_batch_tokens", "rollout": "max_num_seqs"}
+    left_open = [
+        f"{section}.{name}"
+        for section, name in fitted_too.items()
+        if section in data and name not in getattr(config, section).model_fields_set
+    ]
+    for key in (*open_options(config), *left_open):
         section, _, name = key.partition(".")
         data[section] = {k: v for k, v in data[section].items() if k != name}
     return dump_yaml(data)

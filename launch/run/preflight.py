@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from actors.learner.deepspeed_schema import check_deepspeed
+from actors.rollout.vllm_schema import check_engine
 from grpo_ray.algorithm.users import check_users
-from grpo_ray.config.schema import RunConfig
+from grpo_ray.config.schema import RunConfig, check_correction
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.models.loading import check_model_path
 from grpo_ray.rewards.table import resolve
@@ -21,8 +25,13 @@ def preflight(config: RunConfig | SftConfig, *, imports: bool = True, trains: bo
         trains: False: the loss and the advantage are not used, and neither imported nor looked for.
     """
     use_code_of(config)
-    if config.model.path is not None:
-        check_model_path(config.model.path)
+    check_deepspeed(config.learner)
+    if isinstance(config, RunConfig):
+        check_engine(config.rollout)
+        if trains:
+            check_correction(config)
+    for path in _models(config):
+        check_model_path(path)
     check_machine(config)
     tell_of_hub(config)
     if isinstance(config, RunConfig):
@@ -31,3 +40,9 @@ def preflight(config: RunConfig | SftConfig, *, imports: bool = True, trains: bo
     check_code(config, trains=trains)
     if isinstance(config, RunConfig) and trains and imports:
         check_users(config.algorithm, imports=True)
+
+
+def _models(config: RunConfig | SftConfig) -> Iterator[str]:
+    """The paths of the models that the run loads."""
+    draft = config.rollout.speculative.model if isinstance(config, RunConfig) and config.rollout.speculative else None
+    yield from (path for path in (config.model.path, draft) if path is not None)

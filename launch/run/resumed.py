@@ -32,7 +32,11 @@ MAY_CHANGE = frozenset(
         *(f"checkpoint.{name}" for name in ("every_steps", "every_minutes", "keep", "export")),
         *(f"eval.{name}" for name in ("every_steps", "num_samples", "temperature", "top_p", "accuracy", "threshold")),
         *(f"rollout.{name}" for name in (*_PLACES, *_SCALE, "tensor_parallel_size", "max_num_seqs", "kv_cache_gb")),
-        *(f"rollout.{name}" for name in ("gpu_memory_utilization", "enforce_eager")),
+        *(
+            f"rollout.{name}"
+            for name in ("gpu_memory_utilization", "enforce_eager", "max_num_batched_tokens", "engine")
+        ),
+        *("rollout.data_parallel_size", "rollout.speculative", "learner.deepspeed", "model.compile"),
         *(f"reward.{name}" for name in (*_PLACES[:-1], *_SCALE, "timeout_s", "memory_gb", "on_failure")),
         *(
             f"learner.{name}"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import yaml
 
 from actors.placement_defaults import CHOSEN, Machine, Node, fit_to, open_options, too_small, used, would_fit
+from actors.rollout.vllm_options import tokens_at_once_on_gpu
 from grpo_ray.config.loading import build, load_yaml, to_yaml
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
-from launch.run.placement import open_yaml
+from launch.run.placement import LARGE_GPUS, SEQS, fit_to_large_gpus, open_yaml
 from tests.recipes import run_config
 
+BATCHED = "rollout.max_num_batched_tokens=4096"
 ONE_CORE = Machine((Node(1),))
 TWO_CORES = Machine((Node(2),))
 LAPTOP = Machine((Node(8),))
@@ -237,8 +241,6 @@ def test_workers_that_are_not_started_take_nothing() -> None:
 
 def test_a_recipe_for_another_machine_leaves_open_what_it_left_open() -> None:
     config = run_config("rollout.num_actors=2", "learner.num_cpus=1")
-    import yaml
-
     data = yaml.safe_load(open_yaml(config))
     assert data["rollout"]["num_actors"] == 2
     assert "num_cpus" not in data["rollout"]
@@ -252,3 +254,32 @@ def test_a_saved_run_is_not_chosen_for_again(tmp_path: Any) -> None:
     path.write_text(to_yaml(found))
     saved = build(RunConfig, load_yaml(path), "test")
     assert fit_to(TWO_CORES, saved, "grpo") == (saved, {})
+
+
+def test_engines_of_large_gpus_sample_more_at_once_where_the_recipe_leaves_it_open() -> None:
+    large = replace(EIGHT_GPUS, large_gpus=True)
+    found, chosen = fit_to_large_gpus(large, run_config(), {})
+    assert found.rollout.max_num_seqs == 1024
+    assert chosen == {SEQS: 1024}
+    for machine, config in ((EIGHT_GPUS, run_config()), (large, run_config("rollout.max_num_seqs=256"))):
+        found, chosen = fit_to_large_gpus(machine, config, {})
+        assert found.rollout.max_num_seqs == 256
+        assert chosen == {}
+    assert "max_num_seqs" not in yaml.safe_load(open_yaml(run_config()))["rollout"]
+    assert yaml.safe_load(open_yaml(run_config("rollout.max_num_seqs=99")))["rollout"]["max_num_seqs"] == 99
+
+
+def test_the_names_of_large_gpus_are_rays() -> None:
+    from ray.util.accelerators import accelerators
+
+    assert {value for name, value in vars(accelerators).items() if name.startswith("NVIDIA_")} | {"GH200"} >= LARGE_GPUS
+
+
+@pytest.mark.parametrize(
+    ("gpu_gb", "overrides", "expected"),
+    [(141, (), 16384), (24, (), 8192), (24, ("rollout.max_num_seqs=9000",), 9000), (141, (BATCHED,), 4096)],
+)
+def test_a_step_of_an_engine_is_as_large_as_its_gpu_allows(
+    gpu_gb: int, overrides: tuple[str, ...], expected: int
+) -> None:
+    assert tokens_at_once_on_gpu(run_config(*overrides).rollout, gpu_gb << 30) == expected

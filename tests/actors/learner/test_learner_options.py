@@ -214,15 +214,30 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], start: dict[st
         assert (got[name] - value).norm() < 1e-4 * moved + 1e-7, (what, name)
 
 
+PASSED: dict[str, Any] = {
+    "communication_data_type": "fp32",
+    "zero_optimization": {"reduce_bucket_size": 3e4, "overlap_comm": False},
+}
+"""Options of DeepSpeed that change how it computes an update, and not the update."""
+
+
+def passed_on(actor: Any) -> list[tuple[Any, ...]]:
+    """The settings of PASSED as the engines of policy and critic have them."""
+    engines = (actor._engine, actor._critic.engine)
+    return [(e.optimizer.reduce_bucket_size, e.communication_data_type) for e in engines]
+
+
 @pytest.mark.parametrize(
     ("stage", "schedule"), [(0, "constant"), (1, "linear"), (2, "cosine"), (3, "cosine_with_min_lr")]
 )
 def test_the_updates_are_those_of_a_plain_loop_with_every_option_off_its_default(
     stage: int, schedule: str, ranks: LearnerGroup, checkpoint: Path, tmp_path: Path
 ) -> None:
-    learner = OPTIONS | {"lr_scheduler_type": schedule}
+    learner = OPTIONS | {"lr_scheduler_type": schedule, "deepspeed": PASSED if stage else {}}
     config = make_config(checkpoint, ranks=2, stage=stage, learner=learner, algorithm=ALGORITHM, critic=CRITIC)
     give_engines(ranks, _spec(config, str(checkpoint), str(tmp_path), has_gpus=False, num_steps=NUM_STEPS))
+    if stage:
+        assert on_all(ranks, passed_on) == [[(30_000, torch.float32)] * 2] * 2
     policy, critic = plain_model(checkpoint), PlainCritic(checkpoint)
     starts = [{n: p.detach().clone() for n, p in m.named_parameters()} for m in (policy, critic)]
     optimizers = (

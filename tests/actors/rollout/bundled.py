@@ -1,6 +1,6 @@
 """Run by test_engine_scheduler in a process of its own: what a real engine draws, by vLLM's scheduler or by ours, as JSON.
 
-python -m tests.actors.rollout.bundled MODEL MAX_TOKENS [BUNDLE]
+python -m tests.actors.rollout.bundled MODEL MAX_TOKENS [BUNDLE [OPTIONS]]     OPTIONS: of rollout, as JSON
 """
 
 from __future__ import annotations
@@ -21,8 +21,22 @@ ABORTED, ABORT_AT = "3", 5
 """One of those that the engine starts with, before it can be finished."""
 
 
-def main(model: str, max_tokens: str, bundle: str = "") -> None:
-    config = RolloutConfig(max_completion_length=64, max_num_seqs=8, kv_cache_gb=0.05)
+REPEATED = [10 + k % 80 for k in range(40)]
+"""A prompt longer than a block of the cache."""
+
+
+def cached(engine: LLMEngine) -> int:
+    """The tokens of a prompt that the cache has when it comes for the second time."""
+    found = 0
+    for number in ("first", "second"):
+        engine.add_request(number, {"prompt_token_ids": REPEATED}, SamplingParams(max_tokens=1, detokenize=False))
+        while engine.has_unfinished_requests():
+            found = next((output.num_cached_tokens or 0 for output in engine.step()), found)
+    return found
+
+
+def main(model: str, max_tokens: str, bundle: str = "", options: str = "{}") -> None:
+    config = RolloutConfig(max_completion_length=64, max_num_seqs=8, kv_cache_gb=0.05, **json.loads(options))
     args = engine_args(config, model, "float32", 128, 1, "gloo", trust_remote_code=False)
     if bundle:
         actors.rollout.scheduler.BUNDLE = int(bundle)
@@ -69,7 +83,7 @@ def main(model: str, max_tokens: str, bundle: str = "") -> None:
             }
     messages = {number: sent.count(number) for number in samples}
     waiting = len(scheduler._bundles) if bundle else 0
-    print(json.dumps({"samples": samples, "messages": messages, "waiting": waiting}))
+    print(json.dumps({"samples": samples, "messages": messages, "waiting": waiting, "cached": cached(engine)}))
 
 
 if __name__ == "__main__":

@@ -16,13 +16,14 @@ from grpo_ray.config.rollout import RolloutConfig
 
 pytestmark = pytest.mark.timeout(300)
 MAX_TOKENS = 60
-BUNDLES = (256, 7)
+BUNDLES: tuple[tuple[int, dict[str, Any]], ...] = ((256, {}), (7, {"engine": {"enable_prefix_caching": False}}))
+"""The most tokens that wait, and options of rollout: one of them for vLLM itself."""
 
 
-def drawn(model: Path, bundle: int | None) -> dict[str, Any]:
+def drawn(model: Path, bundle: int | None, options: dict[str, Any] | None = None) -> dict[str, Any]:
     """By vLLM's own scheduler, or by ours with so many tokens at most that wait."""
     command = [sys.executable, "-m", "tests.actors.rollout.bundled", str(model), str(MAX_TOKENS)]
-    command += [] if bundle is None else [str(bundle)]
+    command += [] if bundle is None else [str(bundle), json.dumps(options)]
     env = dict(os.environ) | rollout_env(RolloutConfig(), on_gpu=False, backend="gloo") | {"TORCH_COMPILE_DISABLE": "1"}
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -35,11 +36,13 @@ def own(tiny_model: Path) -> dict[str, Any]:
     return drawn(tiny_model, None)
 
 
-@pytest.mark.parametrize("bundle", BUNDLES)
+@pytest.mark.parametrize(("bundle", "options"), BUNDLES, ids=str)
 def test_bundled_samples_are_those_of_vllms_scheduler_in_fewer_messages(
-    own: dict[str, Any], tiny_model: Path, bundle: int
+    own: dict[str, Any], tiny_model: Path, bundle: int, options: dict[str, Any]
 ) -> None:
-    ours = drawn(tiny_model, bundle)
+    ours = drawn(tiny_model, bundle, options)
+    assert own["cached"] == 32, "a block"
+    assert ours["cached"] == (0 if options else 32), "the option of the engine is at work"
     assert ours["samples"] == own["samples"]
     lengths = {number: len(sample["tokens"]) for number, sample in own["samples"].items()}
     assert len(lengths) == 11, "one was aborted"
