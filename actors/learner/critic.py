@@ -51,7 +51,7 @@ class Critic:
             data.values_C, data.returns_C, data.advantages_C = values_C, returns_C, advantages_C
             if self._counts and not data.packed.is_dummy:
                 x = advantages_C.double()
-                moments += torch.stack([x.new_tensor(len(x)), x.sum(), x.square().sum()])
+                moments += torch.stack([x.new_full((), len(x)), x.sum(), x.square().sum()])
         dist.all_reduce(moments)
         num, total, squares = moments.tolist()
         mean = total / max(num, 1.0)
@@ -86,7 +86,14 @@ class Critic:
 
     def _count(self, values_C: Tensor, returns_C: Tensor, loss: Tensor) -> None:
         error = (values_C - returns_C).square().sum()
-        parts = (loss.new_tensor(len(values_C)), loss, error, values_C.sum(), returns_C.sum(), returns_C.square().sum())
+        parts = (
+            loss.new_full((), len(values_C)),
+            loss,
+            error,
+            values_C.sum(),
+            returns_C.sum(),
+            returns_C.square().sum(),
+        )
         self._sums += torch.stack(parts).double()
 
     def take_metrics(self) -> dict[str, float]:

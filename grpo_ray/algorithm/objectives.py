@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from grpo_ray.algorithm.losses.kl import kl_loss
 from grpo_ray.algorithm.losses.policy import LossOptions, PolicyInputs, TokenLosses
 from grpo_ray.algorithm.losses.sft import sft_loss
 from grpo_ray.algorithm.users_called import loss_of
+from grpo_ray.batch.device import on_device
 from grpo_ray.batch.pack import PackedBatch
 from grpo_ray.batch.segments import Segments
 from grpo_ray.batch.truncation import TokenSets
@@ -64,17 +66,20 @@ class MicroBatchData:
     def of(cls, packed: PackedBatch, device: torch.device, samples: Sequence[TrainSample] = ()) -> MicroBatchData:
         """Move a micro-batch to its device; `samples` are those of its sequences, in order."""
         rollout, advantages, weights, index = (
-            torch.from_numpy(x).to(device)
-            for x in (packed.rollout_logprobs, packed.advantages, packed.weights, packed.segments)
+            on_device(x, device) for x in (packed.rollout_logprobs, packed.advantages, packed.weights, packed.segments)
         )
-        current = torch.from_numpy(packed.current).to(device)
+        current = on_device(packed.current, device)
         data = cls(packed, rollout, advantages, weights, Segments.of(index), current_C=current)
         num = len(data.segments.lengths_S)
+
+        def floats(values: list[float]) -> Tensor:
+            return on_device(np.array(values, np.float32), device)
+
         # A dummy has a sequence and no sample.
-        data.rewards_S = rollout.new_tensor([s.reward for s in samples] or [0.0] * num)
-        data.targets_S = rollout.new_tensor([s.target for s in samples] or [0.0] * num)
+        data.rewards_S = floats([s.reward for s in samples] or [0.0] * num)
+        data.targets_S = floats([s.target for s in samples] or [0.0] * num)
         ref_logps = [s.ref_logps for s in samples if s.ref_logps is not None]
-        data.ref_logps_S = rollout.new_tensor(ref_logps) if ref_logps else None
+        data.ref_logps_S = floats(ref_logps) if ref_logps else None
         return data
 
 
@@ -259,8 +264,8 @@ class GrpoObjective:
 def _token_sums(log_ratio_C: Tensor, policy: TokenLosses, segments: Segments) -> dict[str, Tensor]:
     dtype = log_ratio_C.dtype
     return {
-        "tokens": log_ratio_C.new_tensor(len(log_ratio_C)),
-        "sequences": log_ratio_C.new_tensor(len(segments.lengths_S)),
+        "tokens": log_ratio_C.new_full((), len(log_ratio_C)),
+        "sequences": log_ratio_C.new_full((), len(segments.lengths_S)),
         "ratio": policy.ratio_N.sum(),
         "clip_low": policy.clip_low_N.sum().to(dtype),
         "clip_high": policy.clip_high_N.sum().to(dtype),
@@ -302,7 +307,7 @@ class SftObjective:
 
     def loss(self, data: MicroBatchData, logps_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         loss = sft_loss(logps_C, data.weights_C)
-        sums = torch.stack([loss.new_tensor(len(logps_C)), entropy_C.detach().sum(), loss.detach()])
+        sums = torch.stack([loss.new_full((), len(logps_C)), entropy_C.detach().sum(), loss.detach()])
         return loss, sums, loss.new_zeros(())
 
     def metrics(self, sums: dict[str, float], _largest_mismatch: float, num_steps: int) -> dict[str, float]:

@@ -59,14 +59,14 @@ class DpoObjective:
             loss = dpo_loss(ratio_S[::2], ratio_S[1::2], weights_P, beta=beta)
         chosen_P, rejected_P = (beta * ratio_S.detach()).view(-1, 2).unbind(1)
         sums = [
-            loss.new_tensor(len(chosen_P)),
+            loss.new_full((), len(chosen_P)),
             loss.detach(),
             (chosen_P > rejected_P).to(loss.dtype).sum(),
             chosen_P.sum(),
             rejected_P.sum(),
             logps_S[::2].detach().sum(),
             logps_S[1::2].detach().sum(),
-            loss.new_tensor(len(logps_C)),
+            loss.new_full((), len(logps_C)),
             entropy_C.detach().sum(),
         ]
         return loss, torch.stack(sums), loss.new_zeros(())
@@ -112,7 +112,7 @@ class RewardModelObjective:
         if self.pairs:
             loss = bradley_terry_loss(scores_S[::2], scores_S[1::2], targets_S[::2], weights_S[::2])
             sums = [
-                loss.new_tensor(len(told) // 2),
+                loss.new_full((), len(told) // 2),
                 loss.detach(),
                 (told[::2] > told[1::2]).to(loss.dtype).sum(),
                 told[::2].sum(),
@@ -122,7 +122,7 @@ class RewardModelObjective:
             loss = point_loss(scores_S, targets_S, weights_S, kind=self.options.loss)
             right_S = (told > 0) == (targets_S > 0.5)
             sums = [zero, loss.detach(), right_S.to(loss.dtype).sum(), zero, zero]
-        sums += [loss.new_tensor(len(told)), told.sum(), (told - targets_S).abs().sum()]
+        sums += [loss.new_full((), len(told)), told.sum(), (told - targets_S).abs().sum()]
         return loss, torch.stack(sums), zero
 
     def metrics(self, sums: dict[str, float], _largest_mismatch: float, num_steps: int) -> dict[str, float]:

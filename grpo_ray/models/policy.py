@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grpo_ray.batch.device import on_device
 from grpo_ray.batch.pack import PackedBatch
 from grpo_ray.batch.sequence import Alone, SequenceRanks, Slice, slice_of
 from grpo_ray.batch.truncation import TokenSets
@@ -40,7 +41,7 @@ class PolicyModel(nn.Module):
         device = hf.get_output_embeddings().weight.device
         own = own_slice(batch, self.ranks, device)
         hidden_cH = target_states(hf.base_model, own, hf.config._attn_implementation, device)
-        targets = torch.from_numpy(own.targets).to(device)
+        targets = on_device(own.targets, device)
         logp_c, entropy_c = hf.get_output_embeddings()(hidden_cH, targets, temperature, self.chunk, sets)
         logp_C, entropy_C = self.ranks.gather(own.counts, logp_c, entropy_c)
         return logp_C, entropy_C
@@ -64,9 +65,9 @@ def own_slice(batch: PackedBatch, ranks: SequenceRanks, device: torch.device) ->
 def target_states(body: Any, own: Slice, attention: str, device: torch.device) -> Tensor:
     """The hidden states [c, H] of a Transformers model without its head, at the tokens that predict a completion token."""
     hidden_nH: Tensor = body(
-        input_ids=torch.from_numpy(own.input_ids).to(device)[None],
-        position_ids=torch.from_numpy(own.position_ids).to(device)[None],
+        input_ids=on_device(own.input_ids, device)[None],
+        position_ids=on_device(own.position_ids, device)[None],
         use_cache=False,
         **attention_kwargs(own.lengths, own.sequences, attention, device),
     ).last_hidden_state[0]
-    return hidden_nH[torch.from_numpy(own.target_rows).to(device)]
+    return hidden_nH[on_device(own.target_rows, device)]

@@ -16,7 +16,7 @@ from grpo_ray.algorithm.losses.policy import LossOptions, PolicyInputs, PolicyLo
 def token_loss(x: PolicyInputs, o: LossOptions) -> TokenLosses:
     ratio_N = bounded_exp(x.logps_N - x.old_logps_N)
     positive_N = x.advantages_N > 0
-    pos, neg = ratio_N.new_tensor([o.sapo_temperature_pos, o.sapo_temperature_neg])
+    pos, neg = (ratio_N.new_full((), tau) for tau in (o.sapo_temperature_pos, o.sapo_temperature_neg))
     tau_N = torch.where(positive_N, pos, neg)
     loss_N = -4 / tau_N * torch.sigmoid(tau_N * (ratio_N - 1)) * x.advantages_N
     never_N = torch.zeros_like(positive_N)
