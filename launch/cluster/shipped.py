@@ -8,6 +8,7 @@ import fnmatch
 import os
 import re
 import subprocess
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,6 +84,8 @@ SECRET_FILES = (
         "passwords.*",
     ),
     *("*[-_]key.txt", "*[-_]key.json", "*[-_]keys.csv", "api[-_]key*", "rootkey*", "*accesskey*", "*access[-_]key*"),
+    *("apikey*", "accesstoken*", "*.pem.*", "*.pkcs8", "*.der", "*.keytab", "env.prod*", "env.dev*", "env.stag*"),
+    *("kube[-_.]config*", "kaggle.json", "rclone.conf", "wg[0-9]*.conf", "cookies", "cookies.*"),
 )
 """The names of files that hold keys, in any case; code (`token.py`) is exempt."""
 SECRET_FOLDERS = (
@@ -109,7 +112,13 @@ GIT_S = 60.0
 CHUNK_BYTES = 1 << 20
 LONGEST_KEY = 16 << 10
 """The most that is scanned of one private key; this much of a chunk is scanned again with the next."""
-_MARKS = (b"PRIVATE KEY", b"Private-Lines: ", b"AGE-SECRET-KEY-1", b"LS0tLS1CRUdJTi")
+_MARKS = (b"PRIVATE KEY", b"Private-Lines: ", b"AGE-SECRET-KEY-1", b"PrivateKey")
+_ENCODED_MARKS = {
+    b"UFJJVkFURSBLRV": b"-----BEGIN ",
+    b"SVZBVEUgS0VZ": b"-----BEGIN PR",
+    b"UklWQVRFIEtFW": b"-----BEGIN P",
+}
+"""`PRIVATE KEY` in base64, from where a group of three bytes begins -> the text before it."""
 _BETWEEN = rb"(?:\s|\\+[nrtu]|\\|000[adAD]|%0[adAD]|&\#x?(?:10|13|[adAD]);|<br ?/?>|[\"'`+,;|>\#*])"
 _PRIVATE_KEY = re.compile(
     rb"(?:-{4,5} ?BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)? ?-{4,5}|Private-Lines: [0-9]{1,4})"
@@ -119,7 +128,10 @@ _PRIVATE_KEY = re.compile(
     + rb"{1,64}){0,8}(?P<body>[A-Za-z0-9+/]{40,}={0,2})"
 )
 _AGE_KEY = re.compile(rb"AGE-SECRET-KEY-1[A-Z0-9]{40,}")
-_ENCODED = re.compile(rb"LS0tLS1CRUdJTi[A-Za-z0-9+/\s]{60,12000}")
+_WIREGUARD_KEY = re.compile(rb"(?m)^[ \t]*PrivateKey[ \t]*=[ \t]*[A-Za-z0-9+/]{43}=")
+_NO_BREAKS = bytes.maketrans(b"-_", b"+/"), b" \t\r\n"
+"""Base64 for URLs as base64, without line breaks."""
+_ENCODED = re.compile(rb"[A-Za-z0-9+/]{60,12000}")
 _LEAST_SIGNS = 12
 """The least number of different characters in the body of a key; a placeholder has fewer."""
 
@@ -251,7 +263,8 @@ def _texts(node: Any) -> Iterator[str]:
 
 def is_secret(name: str) -> bool:
     """Whether a file of this name usually holds keys."""
-    plain = _COPY.sub("", name.lower())
+    shown = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf").strip("#")
+    plain = _COPY.sub("", shown.lower())
     return not plain.endswith((".py", ".pyi")) and any(fnmatch.fnmatchcase(plain, p) for p in SECRET_FILES)
 
 
@@ -260,8 +273,8 @@ def _matches_any(name: str, patterns: Sequence[str]) -> bool:
 
 
 def holds_private_key(file: Path) -> bool:
-    """Whether the file holds a private key anywhere: a header with a body, in any encoding of Unicode, with any line breaks, or in
-    base64."""
+    """Whether the file holds a private key anywhere: a header with a body, in any encoding of Unicode, with any line breaks, or
+    anywhere in base64; or one of WireGuard's or age's."""
     before = b""
     with file.open("rb") as opened:
         while chunk := opened.read(CHUNK_BYTES):
@@ -274,15 +287,30 @@ def holds_private_key(file: Path) -> bool:
 
 
 def _is_key_in(text: bytes) -> bool:
-    if not any(mark in text for mark in _MARKS):
-        return False
-    found = (*_PRIVATE_KEY.finditer(text), *(m for code in _ENCODED.finditer(text) for m in _encoded_keys(code[0])))
-    return any(len(set(key["body"])) >= _LEAST_SIGNS for key in found) or _AGE_KEY.search(text) is not None
+    if any(map(_holds_body, _PRIVATE_KEY.finditer(text) if _MARKS[0] in text or _MARKS[1] in text else ())):
+        return True
+    if any(
+        pattern.search(text)
+        for mark, pattern in zip(_MARKS[2:], (_AGE_KEY, _WIREGUARD_KEY), strict=True)
+        if mark in text
+    ):
+        return True
+    return any(map(_holds_body, _encoded_keys(text.translate(*_NO_BREAKS))))
 
 
-def _encoded_keys(code: bytes) -> Iterator[re.Match[bytes]]:
-    whole = re.sub(rb"\s", b"", code)
-    return _PRIVATE_KEY.finditer(base64.b64decode(whole[: len(whole) // 4 * 4]))
+def _holds_body(key: re.Match[bytes]) -> bool:
+    return len(set(key["body"])) >= _LEAST_SIGNS
+
+
+def _encoded_keys(text: bytes) -> Iterator[re.Match[bytes]]:
+    """The keys in base64, wherever in a longer encoded text they begin."""
+    for mark, head in _ENCODED_MARKS.items():
+        at = text.find(mark)
+        while at >= 0:
+            code = found[0] if (found := _ENCODED.match(text, at)) else b""
+            yield from _PRIVATE_KEY.finditer(head + base64.b64decode(code[: len(code) // 4 * 4]))
+            # What begins in the first half has been seen with enough of its body.
+            at = text.find(mark, at + max(len(code) // 2, 1))
 
 
 def matches(path: Path, patterns: Sequence[str]) -> bool:

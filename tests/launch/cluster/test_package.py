@@ -178,6 +178,8 @@ KEYS = [
         "credentials/x.json",
     ),
     *("token.jsonl.bak", "x-firebase-adminsdk-1.json"),
+    *("krb5.keytab", "x.pkcs8", "x.der", "apikey", "env.prod", "kube.config", "kaggle.json", "rclone.conf", "wg0.conf"),
+    *("key.pem.txt", "#id_rsa#", "accessTokens.json", "cookies.txt", "key.\uff50em", "key.pem\u200b"),
 ]
 PRIVATE = "-----BEGIN {}PRIVATE KEY-----{}MIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSjAgEAAoIBAQC7"
 
@@ -209,7 +211,7 @@ def test_files_that_are_called_as_keys_are_never_shipped_and_told(
     }
     hidden = {name for name in KEYS if any(part.startswith(".") for part in Path(name).parts)}
     assert {str(path) for path in found.left_out} == set(KEYS) - hidden
-    assert "prod.env: its name is that of a key" in "\n".join(told(found))
+    assert "credentials.json: its name is that of a key" in "\n".join(told(found))
 
 
 def test_a_link_to_what_is_never_shipped_is_left_out(user: Path, tmp_path: Path) -> None:
@@ -295,6 +297,10 @@ def test_a_link_inside_to_a_key_is_not_shipped(user: Path, tmp_path: Path) -> No
         ("\u00e4" * 600_000 + PRIVATE.format("", "\n")).encode("utf-16-le"),
         PRIVATE.format("", "\n").encode("utf-32"),
         b"client-key-data: " + base64.b64encode(PRIVATE.format("RSA ", "\n").encode()),
+        *(base64.b64encode(b"{" * n + PRIVATE.format("", "\\n").encode()) for n in range(3)),
+        *(base64.urlsafe_b64encode(b"?>" * 9 + b"{" * n + PRIVATE.format("", "\n").encode()) for n in range(3)),
+        *(base64.encodebytes(b"{" * n + PRIVATE.format("", "\n").encode()) for n in (34, 44, 54)),
+        "[Interface]\nPrivateKey = yAnz5TF+lXXJte14tji3zlMNq+hd2rYUIgJBgB3fBmk=\n",
         b"PuTTY-User-Key-File-3: ssh-ed25519\nPrivate-Lines: 1\nAAAAIGQHzXv5kq2yH7bQ3mWn8sT1rP4cL6dF9gJ0aE2uVxKo",
         b"AGE-SECRET-KEY-1QQPZRY9X8GF2TVDW0S3JN54KHCE6MUA7LQQPZRY9X8GF2TVDW0S3JN",
     ],
