@@ -81,6 +81,11 @@ _ASSIGNED = re.compile(
     r"(?<![\w.-])(?P<name>[A-Za-z][\w.-]{1,100}+)(?P<by>[\"']?\s{0,3}[=:]\s{0,3}[\"']?)(?P<value>[^\s,;(){}\[\]\"'&]{4,}|\$\{\w+\})"
 )
 
+_CONNECTION = re.compile(
+    r"(?:[;\s]*+[A-Za-z][\w.-]{0,60}+(?: [A-Za-z][\w.-]{0,60}+)*+ ?= ?(?:\{[^}]*+\}|\"[^\"]*+\"|'[^']*+'|[^;\s]*+))++[;\s]*+"
+)
+"""A connection string of a database: nothing but `name=value`, between semicolons or spaces."""
+
 
 def is_secret_name(variable: str) -> bool:
     """Whether this environment variable holds a secret, judged by its name."""
@@ -151,7 +156,7 @@ def _name_beside(pair: dict[Any, Any], name: str) -> str:
 def _telling(name: str, beside: str, above: str) -> str:
     """The name that reveals a value as a secret: its own, that of its pair, or the one above."""
     for said in (name, beside):
-        if _is_named(said, SECRET_NAME):
+        if _is_named(said, SECRET_NAME) or _upper(said) == "PWD":
             return said
     upper = _upper(name)
     return "" if _BESIDE.search(upper) or (upper != "KEY" and _NO_SECRETS.search(upper)) else above
@@ -163,6 +168,8 @@ def _names_secret(name: str, value: Any) -> bool:
     given = _SCHEME.sub("", given)
     if len(given) < 4 or REFERENCE.fullmatch(given) or any(c.isspace() or c in "<>|" for c in given) or given in _WORDS:
         return False
+    if _upper(name) == "PWD":
+        return not given.startswith(("/", "~", "."))
     if _is_named(name, _SECRET_OPTION):
         alone = _SUFFIX.sub("", _upper(name))
         return not _ANY_TOKEN.search(alone) or _SURE_TOKEN.search(alone) is not None or _is_random(given, 8)
@@ -176,8 +183,9 @@ def _is_random(text: str, least: int) -> bool:
 
 
 def holds_secret(text: str) -> bool:
-    """Whether the text contains a key of a known form, a URL with a password, or one with a token among its parameters."""
-    return hide_forms(text) != text
+    """Whether the text contains a key of a known form, a URL with a password, or one with a token among its parameters, or is a
+    connection string with a password."""
+    return hide_forms(text) != text or (_CONNECTION.fullmatch(text) is not None and _assigned(text) != text)
 
 
 def hide_forms(text: str) -> str:

@@ -143,6 +143,9 @@ HELD: list[tuple[str, dict[str, Any]]] = [
     ("command.0", {"command": [f"--api-key={RANDOM}"]}),
     ("token", {"token": "abcd1234efgh"}),
     ("access_token", {"access_token": "hunter"}),
+    ("database", {"database": f"host=db port=5432 user=me password={RANDOM}"}),
+    ("database", {"database": f"Driver={{SQL Server}}; Server=db,1433;UID=me;PWD={RANDOM}"}),
+    ("pwd", {"pwd": "hunter2zz"}),
 ]
 """Options that hold a secret below a telling name, and where."""
 MORE_HARMLESS: list[dict[str, Any]] = [
@@ -155,6 +158,10 @@ MORE_HARMLESS: list[dict[str, Any]] = [
     {"credentials": {"path": "/run/secrets/gcp.json", "env": "GOOGLE_APPLICATION_CREDENTIALS"}},
     {"columns": {"api_keys": "what_it_is_called", "tokens": "tokens_of_it"}, "secret_words": ["banana42", "cherry43"]},
     {"headers": [{"name": "Content-Type", "value": "application/json"}], "command": ["--max-tokens", "4096"]},
+    {
+        "settings": "port=5432 mode=fast;max_tokens=4096",
+        "note": "Say password=hunter22 and nothing else, as the story does.",
+    },
     {"rubric": "Score 1 where the password: hunter2 and the api_key = abc12345 of the story are named."},
 ]
 
@@ -198,6 +205,11 @@ def test_no_option_of_a_secrets_name_holds_a_value(name: str) -> None:
     ) or name.lower() in told(recipe(args={"client": {name.lower(): RANDOM}}))
     assert f"env.{name} looks like a secret" in told(deep_merge(RL, {"reward": {"env": {name: RANDOM}}}))
     assert RANDOM not in hide_secrets(f"called with {name}={RANDOM} and {{'{name}': '{RANDOM}'}}", {})
+
+
+def test_no_env_holds_a_connection_string_with_a_password() -> None:
+    for text in (f"host=db user=me password={RANDOM}", f"Server=db;UID=me;PWD={RANDOM};"):
+        assert "env.DATABASE looks like a secret" in told(deep_merge(RL, {"reward": {"env": {"DATABASE": text}}}))
 
 
 @pytest.mark.parametrize("name", HARMLESS_NAMES)
