@@ -136,7 +136,18 @@ def _why_writable(path: str, status: os.stat_result) -> str | None:
         return f"every user can write to {path}"
     if status.st_mode & stat.S_IWGRP and status.st_gid not in _own_groups():
         return f"the group {status.st_gid} can write to {path}"
+    if status.st_mode & stat.S_IWGRP and _has_access_list(path):
+        return f"users of an access list (getfacl) can write to {path}"
     return None
+
+
+def _has_access_list(path: str) -> bool:
+    """Whether the mode's bits of the group are the most that users of a list may do, and not what the group may."""
+    try:
+        os.getxattr(path, "system.posix_acl_access")
+    except OSError:
+        return False
+    return True
 
 
 def _why_replaceable(path: str, status: os.stat_result, entry: os.stat_result) -> str | None:

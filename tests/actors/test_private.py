@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from actors.caches import CACHES, own_cache, use_private_caches
 from actors.cluster import open_folder
 from actors.private import is_closed, make_private, private_folder, use_private_temporary_files, why_open
 from grpo_ray.secrets import make_token, token_path
-from tests.strangers import IS_ROOT, as_nobody, shared_folder
+from tests.strangers import IS_ROOT, NOBODY, as_nobody, shared_folder
 
 needs_root = pytest.mark.skipif(not IS_ROOT, reason="needs root, for a second user")
 OURS = f"grpo-ray-{os.getuid()}"
@@ -148,6 +149,22 @@ def test_a_sticky_folder_protects_what_is_ones_own_and_not_a_name_that_is_free()
         assert why_open(shared / "later") == f"every user can write to {shared}"
         shared.chmod(0o777)
         assert why_open(shared / "mine") == f"every user can write to {shared}"
+
+
+def test_a_list_of_users_who_may_write_is_not_taken_for_the_own_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The owner, the user nobody, the group, the mask and all others, as `setfacl -m u:nobody:rwx` writes them.
+    entries = [(1, 7, 2**32 - 1), (2, 7, NOBODY), (4, 5, 2**32 - 1), (16, 7, 2**32 - 1), (32, 5, 2**32 - 1)]
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    with tempfile.TemporaryDirectory(dir="/tmp") as top:
+        os.chmod(top, 0o775)
+        monkeypatch.setattr(actors.private, "_own_groups", lambda: frozenset({os.stat(top).st_gid}))
+        assert why_open(top) is None
+        try:
+            os.setxattr(top, "system.posix_acl_access", acl)
+        except OSError:
+            pytest.skip("no access lists in this file system")
+        assert mode(Path(top)) == 0o775
+        assert why_open(top) == f"users of an access list (getfacl) can write to {top}"
 
 
 def test_a_group_that_may_write_is_others(monkeypatch: pytest.MonkeyPatch) -> None:
