@@ -19,6 +19,7 @@ from plotly.offline import get_plotlyjs
 from grpo_ray.config.yaml import dump_yaml, load_yaml
 from grpo_ray.errors import DataError, GrpoRayError
 from grpo_ray.files import write_whole
+from grpo_ray.plain_terminal import clean
 from grpo_ray.report.charts import inert_json, metric_charts, time_charts, time_shares
 from grpo_ray.report.timeline import busy_table, timeline_chart
 from grpo_ray.run.rollout_log import read_rollouts, rollout_steps
@@ -91,7 +92,9 @@ def _page(run_dir: Path, ledger: Mapping[str, Any]) -> str:
     # Advice on speed does not help a run that does not learn.
     learns = not (lines and lines[-1].get("steps/without_signal"))
     advice = advise(times) if times and learns else None
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_without_controls
+    )
     return environment.from_string((files("grpo_ray") / "report" / "template.html").read_text()).render(
         title=config.get("name") or run_dir.resolve().name,
         subtitle=_subtitle(config),
@@ -111,6 +114,11 @@ def _page(run_dir: Path, ledger: Mapping[str, Any]) -> str:
         config=dump_yaml(config) if config else "",
         failures=_failures(lines),
     )
+
+
+def _without_controls(value: Any) -> Any:
+    """What the page shows of a value; `Markup` is our own."""
+    return clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def first_middle_last(steps: Sequence[int]) -> list[int]:

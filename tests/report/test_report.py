@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from plotly.offline import get_plotlyjs
 
 from grpo_ray.report.charts import POINTS_SHOWN, metric_charts, time_charts, time_shares
 from grpo_ray.report.page import first_middle_last, write_report
@@ -194,6 +195,15 @@ def test_headline_figures_are_those_of_the_run(tmp_path: Path) -> None:
     ):
         assert expected in shown, shown
     assert "num_steps: 8" in page.pres[-1]
+
+
+def test_a_report_that_is_shown_on_a_terminal_moves_no_cursor_and_sets_no_clipboard(tmp_path: Path) -> None:
+    text = "\x1b]52;c;aGk=\x07\x9b2J\u202ekept"
+    log_steps(tmp_path, 1, {f"reward/{text}/mean": 0.5})
+    write_step(tmp_path, 1, [[1.0, 0.0]], text=text)
+    page = write_report(tmp_path, {text: text}).read_text()
+    assert "kept 0.0" in page
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(page.replace(get_plotlyjs(), ""))
 
 
 def test_curves_hold_the_numbers_of_metrics_jsonl(tmp_path: Path) -> None:
