@@ -110,17 +110,21 @@ def sequence_loss(kind: str, theta: Tensor, old: Tensor, adv: float, o: LossOpti
 SEQUENCE = ("grpo_sequence", "gspo", "gmpo")
 
 
+def total(values: Sequence[Tensor]) -> Tensor:
+    return sum(values, number(0.0))
+
+
 def reduce(kind: str, rows: Sequence[Sequence[Tensor]]) -> Tensor:
     """Token values -> one number, as the objective does it."""
-    sums = [sum(row, number(0.0)) for row in rows]
+    sums = [total(row) for row in rows]
     lengths = [len(row) for row in rows]
     if kind in ("dapo", "cispo"):
-        return sum(sums) / sum(lengths)
+        return total(sums) / sum(lengths)
     if kind == "dr_grpo":
-        return sum(sums) / (len(rows) * MAX_LENGTH)
+        return total(sums) / (len(rows) * MAX_LENGTH)
     if kind == "grpo_sequence":
-        return sum(sums) / len(rows)
-    return sum(s / n for s, n in zip(sums, lengths, strict=True)) / len(rows)
+        return total(sums) / len(rows)
+    return total([s / n for s, n in zip(sums, lengths, strict=True)]) / len(rows)
 
 
 def policy_loss(kind: str, b: Batch, o: LossOptions, weights: Rows | None = None) -> Tensor:
@@ -129,7 +133,7 @@ def policy_loss(kind: str, b: Batch, o: LossOptions, weights: Rows | None = None
     pairs = list(zip(b.theta, b.old, b.advantages, strict=True))
     if kind in SEQUENCE:
         losses = [w[i][0] * sequence_loss(kind, t, p, a, o) for i, (t, p, a) in enumerate(pairs)]
-        return sum(losses) / len(losses)
+        return total(losses) / len(losses)
     rows = [
         [x * y for x, y in zip(w[i], token_losses(kind, t, p, a, o), strict=True)] for i, (t, p, a) in enumerate(pairs)
     ]

@@ -33,7 +33,8 @@ def micro_batch(b: Batch, members: Sequence[int], objective: GrpoObjective, *, w
     """Some sequences of the batch, with the normalizers of the whole batch."""
     n = Normalizers(num_sequences=len(b.lengths), num_tokens=sum(b.lengths), max_completion_length=MAX_LENGTH)
     items = [
-        PackItem(np.zeros(2), np.zeros(b.lengths[i]), np.zeros(b.lengths[i], np.float32), 0.0, 0.0, i) for i in members
+        PackItem(np.zeros(2, int), np.zeros(b.lengths[i], int), np.zeros(b.lengths[i], np.float32), 0.0, 0.0, i)
+        for i in members
     ]
     packed = pack(items)
 
@@ -56,7 +57,8 @@ def run(
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss over all micro-batches, and the metrics. `split`: the sequences of each micro-batch; None: one of all."""
     objective = GrpoObjective(config)
-    total, sums, largest = torch.zeros((), dtype=torch.float64), 0, 0.0
+    total, largest = torch.zeros((), dtype=torch.float64), 0.0
+    sums = torch.zeros(len(objective.sum_names), dtype=torch.float64)
     for members in split or [range(len(b.lengths))]:
         data = micro_batch(b, members, objective, with_ref=config.beta > 0)
         theta, entropy = (torch.cat([rows[i] for i in members]) for rows in (b.theta, b.entropy))

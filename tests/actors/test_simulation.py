@@ -67,7 +67,9 @@ def check_every_prompt_once_in_order(result: Result, rows: list[tuple[str, int, 
 
 
 @pytest.mark.parametrize(("staleness", "steps", "of_ideal"), [(0, 8, 0.50), (1, 12, 0.97), (4, 20, 0.98)])
-def test_learners_wait_for_nothing_but_the_longest_sample(tmp_path, staleness, steps, of_ideal):
+def test_learners_wait_for_nothing_but_the_longest_sample(
+    tmp_path: Path, staleness: int, steps: int, of_ideal: float
+) -> None:
     result, rows = simulate(tmp_path, SMALL.with_(staleness=staleness, steps=steps, overlap=False))
     check_every_prompt_once_in_order(result, rows)
     assert oldest_trained(tmp_path / "ledger.sqlite") == staleness
@@ -77,7 +79,7 @@ def test_learners_wait_for_nothing_but_the_longest_sample(tmp_path, staleness, s
     assert staleness > 1 or result.num_queued == 0, "no engine is full while another has places"
 
 
-def test_on_policy_the_learners_work_while_the_last_groups_are_sampled(tmp_path):
+def test_on_policy_the_learners_work_while_the_last_groups_are_sampled(tmp_path: Path) -> None:
     plan = SMALL.with_(staleness=0, steps=8)
     result, rows = simulate(tmp_path / "overlapped", plan)
     after, _ = simulate(tmp_path / "after", plan.with_(overlap=False))
@@ -86,7 +88,7 @@ def test_on_policy_the_learners_work_while_the_last_groups_are_sampled(tmp_path)
     assert result.learners_idle < 0.8 * after.learners_idle
 
 
-def test_batches_that_wait_for_the_learners_leave_the_samplers_at_work(tmp_path):
+def test_batches_that_wait_for_the_learners_leave_the_samplers_at_work(tmp_path: Path) -> None:
     """Every batch is whole when its step begins; what follows it is begun all the same."""
     result, rows = simulate(tmp_path, SMALL.with_(steps=12, max_tokens=4096))
     check_every_prompt_once_in_order(result, rows)
@@ -94,7 +96,9 @@ def test_batches_that_wait_for_the_learners_leave_the_samplers_at_work(tmp_path)
 
 
 @pytest.mark.parametrize(("staleness", "steps", "of_ideal"), [(1, 10, 0.90), (4, 18, 0.93)])
-def test_samplers_are_kept_busy_when_learners_are_fast(tmp_path, staleness, steps, of_ideal):
+def test_samplers_are_kept_busy_when_learners_are_fast(
+    tmp_path: Path, staleness: int, steps: int, of_ideal: float
+) -> None:
     plan = SMALL.with_(staleness=staleness, steps=steps, learner_tokens_per_s=6000.0, max_num_seqs=2)
     result, rows = simulate(tmp_path, plan)
     check_every_prompt_once_in_order(result, rows)
@@ -103,7 +107,7 @@ def test_samplers_are_kept_busy_when_learners_are_fast(tmp_path, staleness, step
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
-def test_engines_that_die_cost_time_and_nothing_else(tmp_path, staleness):
+def test_engines_that_die_cost_time_and_nothing_else(tmp_path: Path, staleness: int) -> None:
     plan = SMALL.with_(staleness=staleness, steps=10)
     whole, rows = simulate(tmp_path / "whole", plan)
     deaths = tuple(range(50, 2000, 200))
@@ -122,7 +126,9 @@ GROWS, SHRINKS, FLAPS = (
 
 @pytest.mark.parametrize("staleness", [0, 2])
 @pytest.mark.parametrize("scale", [GROWS, SHRINKS, FLAPS], ids=["grows", "shrinks", "flaps"])
-def test_workers_that_come_and_go_change_nothing_but_the_time(tmp_path, staleness, scale):
+def test_workers_that_come_and_go_change_nothing_but_the_time(
+    tmp_path: Path, staleness: int, scale: tuple[tuple[float, int, int], ...]
+) -> None:
     plan = SMALL.with_(staleness=staleness, steps=10, learner_tokens_per_s=1e5, max_num_seqs=2, max_tokens=2048)
     whole, rows = simulate(tmp_path / "whole", plan)
     result, again = simulate(tmp_path / "again", plan.with_(scale=scale))
@@ -134,7 +140,7 @@ def test_workers_that_come_and_go_change_nothing_but_the_time(tmp_path, stalenes
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
-def test_engines_that_die_while_others_come_and_go_lose_nothing(tmp_path, staleness):
+def test_engines_that_die_while_others_come_and_go_lose_nothing(tmp_path: Path, staleness: int) -> None:
     plan = SMALL.with_(staleness=staleness, steps=10, max_num_seqs=2)
     whole, rows = simulate(tmp_path / "whole", plan)
     deaths = tuple(range(20, 400, 31))
@@ -145,7 +151,7 @@ def test_engines_that_die_while_others_come_and_go_lose_nothing(tmp_path, stalen
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
-def test_prompts_that_end_engines_are_set_aside_and_no_other_is_blamed(tmp_path, staleness):
+def test_prompts_that_end_engines_are_set_aside_and_no_other_is_blamed(tmp_path: Path, staleness: int) -> None:
     plan = SMALL.with_(staleness=staleness, steps=10)
     cursor = Cursor(Rows(plan.rows), seed=plan.config().seed)
     order = [cursor.next().id for _ in range(plan.steps * plan.prompts + 3)]
@@ -156,7 +162,9 @@ def test_prompts_that_end_engines_are_set_aside_and_no_other_is_blamed(tmp_path,
     assert [p for batch in result.trained for p in batch] == [p for p in order if p not in poison]
 
 
-def test_samples_fail_at_once_when_no_learner_is_left_that_could_give_a_restarted_engine_its_weights(tmp_path):
+def test_samples_fail_at_once_when_no_learner_is_left_that_could_give_a_restarted_engine_its_weights(
+    tmp_path: Path,
+) -> None:
     """They would wait for the deadline of a sample; failed, the run sees that its learners are gone."""
     plan, cluster = SMALL.with_(samplers=1), Cluster()
 
@@ -182,13 +190,13 @@ def test_samples_fail_at_once_when_no_learner_is_left_that_could_give_a_restarte
         assert runner.run(use()) < 10
 
 
-def test_a_scorer_that_never_answers_is_ended_and_its_samples_are_scored_by_another(tmp_path):
+def test_a_scorer_that_never_answers_is_ended_and_its_samples_are_scored_by_another(tmp_path: Path) -> None:
     plan = SMALL.with_(steps=3, hangs=3)
     result, rows = simulate(tmp_path, plan)
     check_every_prompt_once_in_order(result, rows)
 
 
-def test_scorers_that_die_as_long_as_a_run_lasts_are_replaced_every_time(tmp_path):
+def test_scorers_that_die_as_long_as_a_run_lasts_are_replaced_every_time(tmp_path: Path) -> None:
     plan = SMALL.with_(steps=6, scorer_deaths=20)
     result, rows = simulate(tmp_path, plan)
     check_every_prompt_once_in_order(result, rows)
@@ -196,7 +204,7 @@ def test_scorers_that_die_as_long_as_a_run_lasts_are_replaced_every_time(tmp_pat
     assert result.alive == (plan.samplers, plan.scorers)
 
 
-def test_scorers_that_memory_runs_out_for_are_replaced_like_dead_ones(tmp_path):
+def test_scorers_that_memory_runs_out_for_are_replaced_like_dead_ones(tmp_path: Path) -> None:
     plan = SMALL.with_(steps=3, scorer_deaths=20, out_of_memory=True)
     result, rows = simulate(tmp_path, plan)
     check_every_prompt_once_in_order(result, rows)
@@ -204,7 +212,9 @@ def test_scorers_that_memory_runs_out_for_are_replaced_like_dead_ones(tmp_path):
     assert result.alive == (plan.samplers, plan.scorers)
 
 
-def test_memory_that_stays_short_is_waited_for_later_and_later_and_ends_the_pool_with_what_took_it(tmp_path):
+def test_memory_that_stays_short_is_waited_for_later_and_later_and_ends_the_pool_with_what_took_it(
+    tmp_path: Path,
+) -> None:
     plan = SMALL.with_(scorers=1, scorer_deaths=1, out_of_memory=True)
 
     async def work(world: World) -> None:
@@ -227,7 +237,7 @@ def test_memory_that_stays_short_is_waited_for_later_and_later_and_ends_the_pool
     on_paper(plan, work)
 
 
-def test_an_engine_that_hangs_behind_an_actor_that_answers_is_ended_when_a_probe_is_overdue(tmp_path):
+def test_an_engine_that_hangs_behind_an_actor_that_answers_is_ended_when_a_probe_is_overdue(tmp_path: Path) -> None:
     plan = SMALL.with_(steps=10)
     whole, rows = simulate(tmp_path / "whole", plan)
     result, again = simulate(tmp_path / "again", plan.with_(freezes=(100.0, 900.0)))
@@ -239,7 +249,7 @@ def test_an_engine_that_hangs_behind_an_actor_that_answers_is_ended_when_a_probe
     assert result.steady.now_s < whole.steady.now_s + 2 * (found_s + plan.longest_s)
 
 
-def test_a_scorer_that_is_silent_altogether_is_ended_within_minutes(tmp_path):
+def test_a_scorer_that_is_silent_altogether_is_ended_within_minutes(tmp_path: Path) -> None:
     plan = SMALL.with_(steps=3, staleness=0, hangs=3, frozen=3)
     whole, _ = simulate(tmp_path / "whole", plan.with_(hangs=0))
     result, rows = simulate(tmp_path / "again", plan)
@@ -247,7 +257,7 @@ def test_a_scorer_that_is_silent_altogether_is_ended_within_minutes(tmp_path):
     assert result.seconds < whole.seconds + 3 * (WATCH_S + SILENT_S)
 
 
-def test_workers_whose_node_is_gone_for_hours_come_back_with_it(tmp_path):
+def test_workers_whose_node_is_gone_for_hours_come_back_with_it(tmp_path: Path) -> None:
     """There is no room for them meanwhile: their start is begun again and again, while the others go on."""
     plan = SMALL.with_(steps=40, deaths=(50.0,), hangs=1, frozen=1, no_room=(40.0, 5000.0))
     result, rows = simulate(tmp_path, plan)
@@ -256,7 +266,7 @@ def test_workers_whose_node_is_gone_for_hours_come_back_with_it(tmp_path):
     assert result.alive == (plan.samplers, plan.scorers)
 
 
-def test_what_a_dead_scorer_held_goes_to_an_idle_one_at_once(tmp_path):
+def test_what_a_dead_scorer_held_goes_to_an_idle_one_at_once(tmp_path: Path) -> None:
     plan = SMALL.with_(scorers=2, hangs=1)
 
     async def work(world: World) -> None:
@@ -274,8 +284,8 @@ def test_what_a_dead_scorer_held_goes_to_an_idle_one_at_once(tmp_path):
 
 @pytest.mark.parametrize(("num_hanging", "limit_s"), [(1, 36), (3, 246), (99, 660)])
 def test_a_scorer_that_hangs_while_it_starts_again_is_begun_anew_as_long_as_a_start_may_take(
-    tmp_path, num_hanging, limit_s
-):
+    tmp_path: Path, num_hanging: int, limit_s: float
+) -> None:
     """The first start took a second: the next may take 35, then 70, 140 and so on."""
     plan = SMALL.with_(scorers=1, hangs=1)
 
@@ -298,7 +308,9 @@ def test_a_scorer_that_hangs_while_it_starts_again_is_begun_anew_as_long_as_a_st
     on_paper(plan, work)
 
 
-def test_a_scorer_whose_node_is_gone_ends_no_pool_in_the_moment_in_which_the_only_other_one_restarts(tmp_path):
+def test_a_scorer_whose_node_is_gone_ends_no_pool_in_the_moment_in_which_the_only_other_one_restarts(
+    tmp_path: Path,
+) -> None:
     """Its sixth try ends after 1,745 s; the other worker dies half a second before."""
     plan = SMALL.with_(scorers=2, hangs=2)
 
@@ -324,8 +336,8 @@ def test_a_scorer_whose_node_is_gone_ends_no_pool_in_the_moment_in_which_the_onl
 
 @pytest.mark.parametrize(("num_hanging", "limit_s"), [(1, 38), (3, 250), (99, 600)])
 def test_the_only_engine_that_hangs_while_it_starts_again_is_begun_anew_as_long_as_a_start_may_take(
-    tmp_path, num_hanging, limit_s
-):
+    tmp_path: Path, num_hanging: int, limit_s: float
+) -> None:
     """The first start took a second: the next may take 35, then 70, 140 and so on, each a second after the last."""
     plan = SMALL.with_(samplers=1)
 
@@ -352,7 +364,9 @@ def test_the_only_engine_that_hangs_while_it_starts_again_is_begun_anew_as_long_
     on_paper(plan, work)
 
 
-def test_an_engine_whose_node_is_gone_is_not_given_up_in_the_moment_in_which_the_only_other_one_restarts(tmp_path):
+def test_an_engine_whose_node_is_gone_is_not_given_up_in_the_moment_in_which_the_only_other_one_restarts(
+    tmp_path: Path,
+) -> None:
     """Its sixth try ends after 1,691 s; the other engine dies half a second before."""
     plan = SMALL.with_(samplers=2)
 
@@ -375,7 +389,7 @@ def test_an_engine_whose_node_is_gone_is_not_given_up_in_the_moment_in_which_the
     on_paper(plan, work)
 
 
-def test_an_engine_that_fails_in_a_sync_is_restarted_while_others_are_waited_for(tmp_path):
+def test_an_engine_that_fails_in_a_sync_is_restarted_while_others_are_waited_for(tmp_path: Path) -> None:
     plan = SMALL.with_(samplers=4)
     told: list[tuple[float, str]] = []
 
@@ -400,7 +414,7 @@ def test_an_engine_that_fails_in_a_sync_is_restarted_while_others_are_waited_for
 
 
 @pytest.mark.parametrize("samplers", [32, 256])
-def test_what_the_controller_does_for_a_group_does_not_grow_with_the_cluster(tmp_path, samplers):
+def test_what_the_controller_does_for_a_group_does_not_grow_with_the_cluster(tmp_path: Path, samplers: int) -> None:
     plan = SMALL.with_(samplers=samplers, prompts=64, max_num_seqs=128, learner_tokens_per_s=2000, steps=8)
     result, _ = simulate(tmp_path, plan)
     steady = result.steady
@@ -411,7 +425,7 @@ def test_what_the_controller_does_for_a_group_does_not_grow_with_the_cluster(tmp
     assert steady.turns / steady.groups < 3 * plan.group + by_the_clock
 
 
-def test_what_the_controller_holds_does_not_grow_with_the_steps(tmp_path):
+def test_what_the_controller_holds_does_not_grow_with_the_steps(tmp_path: Path) -> None:
     plan = Plan(
         samplers=8,
         learners=2,

@@ -40,17 +40,17 @@ def naive(groups: Groups, kind: str, ddof: int, eps: float) -> Groups:
             others = list(known)
             others.remove(r)
             above = r - statistics.fmean(known)
-            row.append(
-                {
-                    "grpo": lambda a=above, k=known: a / (spread(k, ddof) + eps),
-                    "dr_grpo": lambda a=above: a,
-                    "rloo": lambda r=r, o=others: r - statistics.fmean(o),
-                    "reinforce_pp_baseline": lambda a=above: (
-                        (a - statistics.fmean(centred)) / (spread(centred, ddof) + eps)
-                    ),
-                    "batch_std": lambda a=above: a / (spread(every, ddof) + eps),
-                }[kind]()
-            )
+            match kind:
+                case "grpo":
+                    row.append(above / (spread(known, ddof) + eps))
+                case "dr_grpo":
+                    row.append(above)
+                case "rloo":
+                    row.append(r - statistics.fmean(others))
+                case "reinforce_pp_baseline":
+                    row.append((above - statistics.fmean(centred)) / (spread(centred, ddof) + eps))
+                case "batch_std":
+                    row.append(above / (spread(every, ddof) + eps))
         out.append(row)
     return out
 

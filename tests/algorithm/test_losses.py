@@ -188,7 +188,7 @@ def test_which_estimators_have_the_gradient_of_the_divergence(estimator: str) ->
 def test_the_entropy_bonus_has_the_weights_of_the_loss(kind: str) -> None:
     b = make_batch(5)
     got, metrics = run(algorithm(kind, entropy_coef=0.02), b)
-    bonus = reduce(kind, b.entropy)
+    bonus = reduce(kind, [list(row) for row in b.entropy])
     assert_same(got, policy_loss(kind, b, OPTIONS) - 0.02 * bonus, b)
     assert metrics["loss/entropy"] == pytest.approx(-0.02 * bonus.item())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def micro_batch(versions: list[list[VersionSpan]], rollout: list[list[float]]) -
 
 def metrics(algorithm: AlgorithmConfig, *passes: tuple[MicroBatchData, Tensor]) -> dict[str, float]:
     objective = GrpoObjective(algorithm)
-    total, largest = 0, 0.0
+    total, largest = torch.zeros(len(objective.sum_names)), 0.0
     for data, theta in passes:
         _, sums, most = objective.loss(data, theta.clone().requires_grad_(), torch.zeros_like(theta))
         total, largest = total + sums, max(largest, most.item())
@@ -70,7 +71,7 @@ def test_without_such_a_token_there_is_no_figure() -> None:
 
 
 @pytest.mark.parametrize("old", ["rollout", "recompute"])
-def test_what_the_policy_moves_within_an_update_is_no_mismatch(old: str) -> None:
+def test_what_the_policy_moves_within_an_update_is_no_mismatch(old: Literal["rollout", "recompute"]) -> None:
     """Two passes over a batch; `old` stays that of the first."""
     data = micro_batch([[VersionSpan(STEP, 0, 2)]], [[-1.0, -1.0]])
     algorithm = AlgorithmConfig(old_logprobs=old, num_iterations=2)

@@ -30,11 +30,13 @@ def group(rewards: list[float], reasons: list[str] | None = None) -> Group:
 
 
 def config(algorithm: AlgorithmConfig) -> RunConfig:
-    return RunConfig(
-        model={"tiny": {}},
-        data={"train": {"path": "x"}},
-        reward={"functions": [{"name": "r"}]},
-        algorithm=algorithm.model_dump(),
+    return RunConfig.model_validate(
+        {
+            "model": {"tiny": {}},
+            "data": {"train": {"path": "x"}},
+            "reward": {"functions": [{"name": "r"}]},
+            "algorithm": algorithm.model_dump(),
+        }
     )
 
 
@@ -212,7 +214,7 @@ def test_spread_is_of_the_steps_where_there_are_some() -> None:
     # Equal sums, and yet the second sample was right first and wrong after.
     assert has_spread(group_of_steps([[(1, 0.5), (3, 0.5)], [(1, 1.0), (3, 0.0)]], [4, 4]))
     # Different sums of equal steps: nothing to compare, as the advantages say.
-    flat = [[(1, 0.5), (3, 0.5)], [(3, 0.5)], NAN]
+    flat: list[Steps | float] = [[(1, 0.5), (3, 0.5)], [(3, 0.5)], NAN]
     assert not has_spread(group_of_steps(list(flat), [4, 4, 4]))
     assert process_tokens([group_of_steps(list(flat), [4, 4, 4])]) == [[0.0] * 4] * 3
     assert process_tokens([group_of_steps([NAN, NAN], [2, 2])]) == [[0.0] * 2] * 2

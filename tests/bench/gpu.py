@@ -65,7 +65,9 @@ def bare_sampling() -> dict[str, float]:
     )
     args.scheduler_cls = None  # vLLM's own.
     engine = LLMEngine.from_engine_args(args)
-    prompts = load_prompts(config.data, load_tokenizer(model), seed=config.seed, max_context=length).train
+    prompts = load_prompts(
+        config.data, load_tokenizer(model, trust_remote_code=False), seed=config.seed, max_context=length
+    ).train
     per_step, group = config.prompts_per_step, config.rollout.num_generations
     tokens, seconds = [], []
     assert config.num_steps is not None

@@ -17,19 +17,27 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 PROMPTS, K, TOKENS, REPEATS = 1500, 4, 64, 3
-MODEL = {"hidden_size": 320, "num_layers": 2, "num_heads": 10, "num_kv_heads": 2, "context": 128, "seed": 1}
-DATA = {
+MODEL: dict[str, Any] = {
+    "hidden_size": 320,
+    "num_layers": 2,
+    "num_heads": 10,
+    "num_kv_heads": 2,
+    "context": 128,
+    "seed": 1,
+}
+DATA: dict[str, Any] = {
     "path": "reasoning_gym:chain_sum",
     "args": {"size": PROMPTS, "seed": 5, "min_terms": 2, "max_terms": 2},
     "columns": {"prompt": "metadata.expression"},
 }
 OURS = "grpo-ray sample"
 BARE = {"bare vLLM, engine in its own process": "own-process", "bare vLLM, engine in the caller's": "in-process"}
-ROLLOUT = {"max_completion_length": TOKENS, "max_num_seqs": 256, "kv_cache_gb": 0.25}
+ROLLOUT: dict[str, Any] = {"max_completion_length": TOKENS, "max_num_seqs": 256, "kv_cache_gb": 0.25}
 
 
 def main() -> None:
@@ -97,7 +105,7 @@ def _bare(model: Path, *, own_process: bool) -> None:
 
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(str(model), trust_remote_code=False)
-    data = DataConfig(train=DATA, template="chat", max_prompt_length=48)
+    data = DataConfig.model_validate({"train": DATA, "template": "chat", "max_prompt_length": 48})
     prompts = list(load_prompts(data, tokenizer, seed=1).train)
     args = engine_args(config, str(model), "float32", 48 + TOKENS, 1, "gloo", trust_remote_code=False)
     args.scheduler_cls = None  # vLLM's own.

@@ -54,11 +54,15 @@ def run_engine_on_cpu(max_num_seqs: int) -> None:
 class Recorder(TrainerCallback):
     """A line a step, and the end of the run at the goal."""
 
-    def __init__(self, log: StepLog, goal: float | None, tokenizer: Any, held_out: list[dict[str, str]], length: int):
+    def __init__(
+        self, log: StepLog, goal: float | None, tokenizer: Any, held_out: list[dict[str, str]], length: int
+    ) -> None:
         self.log, self.goal, self.tokenizer, self.held_out, self.length = log, goal, tokenizer, held_out, length
         self.tokens = 0
 
-    def correct(self, completions: list[Any], answer: list[str], completion_ids: list[list[int]], **columns: Any):
+    def correct(
+        self, completions: list[Any], answer: list[str], completion_ids: list[list[int]], **columns: Any
+    ) -> list[float]:
         self.tokens += sum(len(ids) for ids in completion_ids)
         return correct(completions, answer)
 

@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def of_workers(folder: Path, repeats: int, out: dict[str, Recovered]) -> None:
         for _ in range(repeats):
             for who in IN_ONE_RUN:
                 print(who, flush=True)
-                measure(clock, lambda who=who: _strike(process.pid, who), out[who])
+                measure(clock, partial(_strike, process.pid, who), out[who])
 
 
 def _strike(pid: int, who: str) -> None:
@@ -161,7 +162,7 @@ def of_nodes(folder: Path, repeats: int, out: dict[str, Recovered]) -> None:
             while not both() or len(place.nodes()) != 3:
                 clock.await_steps(1)
             sites = [s for n, s in place.where("nodes").items() if "rollout" in n and s]
-            measure(clock, lambda sites=sites: place.kill_node(sites[0]), out[who], both)
+            measure(clock, partial(place.kill_node, sites[0]), out[who], both)
             place.add_node(f"n{number}", 1, engines=1)
     finally:
         place.close()

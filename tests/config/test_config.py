@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ def make(*overrides: str) -> RunConfig:
     return build(RunConfig, deep_merge(MINIMAL, parse_overrides(list(overrides))), "recipe test")
 
 
-def test_overrides_reach_their_place_with_their_type():
+def test_overrides_reach_their_place_with_their_type() -> None:
     config = make(
         "learner.zero_stage=3", "learner.learning_rate=1e-5", "rollout.stop=['</answer>']", "model.dtype=float32"
     )
@@ -35,7 +36,7 @@ def test_overrides_reach_their_place_with_their_type():
     assert config.rollout.stop == ("</answer>",)
 
 
-def test_scientific_notation_in_a_recipe_is_a_number(tmp_path):
+def test_scientific_notation_in_a_recipe_is_a_number(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(MINIMAL) + "learner: {learning_rate: 3e-6}\n")
     assert build(RunConfig, load_yaml(path), "r").learner.learning_rate == 3e-6
@@ -110,36 +111,36 @@ def test_scientific_notation_in_a_recipe_is_a_number(tmp_path):
         ("learner.num_actors=600 learner.sequence_parallel_size=2", "more than the 256 samples"),
     ],
 )
-def test_bad_values_are_named_with_the_mend(override, expected):
+def test_bad_values_are_named_with_the_mend(override: str, expected: str) -> None:
     with pytest.raises(ConfigError) as e:
         make(*override.split())
     assert expected in str(e.value)
 
 
-def test_fine_tuning_has_no_samplers_to_send_adapters_to():
+def test_fine_tuning_has_no_samplers_to_send_adapters_to() -> None:
     with pytest.raises(ConfigError, match="fine-tuning has no samplers: take it out"):
         build(SftConfig, {"model": {"tiny": {}, "lora": {"transfer": "adapter"}}, "data": MINIMAL["data"]}, "r")
 
 
-def test_every_problem_is_reported_at_once():
+def test_every_problem_is_reported_at_once() -> None:
     with pytest.raises(ConfigError) as e:
         make("learner.zero_stge=3", "rollout.top_p=2", "seed=x")
     assert str(e.value).count("\n  - ") == 3
 
 
 @pytest.mark.parametrize("item", ["learner.zero_stage", "=3", "a.b=[1"])
-def test_a_malformed_override_is_named(item):
+def test_a_malformed_override_is_named(item: str) -> None:
     with pytest.raises(ConfigError, match=r"override"):
         parse_overrides([item])
 
 
-def test_a_resolved_config_reads_back_as_itself():
+def test_a_resolved_config_reads_back_as_itself() -> None:
     config = make("rollout.top_p=0.9", "reward.functions=[{name: accuracy, weight: 0.5, args: {a: 1}}]")
     again = build(RunConfig, yaml.safe_load(to_yaml(config)), "again")
     assert again == config
 
 
-def test_held_out_data_are_one_source_or_several_by_name():
+def test_held_out_data_are_one_source_or_several_by_name() -> None:
     assert make().data.eval_sets == {}
     assert list(make("data.eval.path=a.jsonl").data.eval_sets) == [""]
     several = make("data.eval={math: {path: a.jsonl}, aime: {path: b.jsonl, limit: 3}}")
@@ -156,27 +157,27 @@ def test_held_out_data_are_one_source_or_several_by_name():
         ("data.eval=3", "data.eval"),
     ],
 )
-def test_bad_held_out_data_are_named_without_the_schemas_own_words(override, expected):
+def test_bad_held_out_data_are_named_without_the_schemas_own_words(override: str, expected: str) -> None:
     with pytest.raises(ConfigError) as e:
         make(override)
     assert expected in str(e.value)
     assert "<" not in str(e.value)
 
 
-def test_a_checkpoint_path_that_ends_with_each_worker_is_refused():
+def test_a_checkpoint_path_that_ends_with_each_worker_is_refused() -> None:
     assert make("checkpoint.path=s3://bucket/runs").checkpoint.path == "s3://bucket/runs"
     with pytest.raises(ConfigError, match="every worker has a memory of its own"):
         make("checkpoint.path=memory://x")
 
 
-def test_every_key_of_the_schema_can_be_overridden_by_its_dotted_name():
+def test_every_key_of_the_schema_can_be_overridden_by_its_dotted_name() -> None:
     keys = all_keys(RunConfig)
     assert {"learner.zero_stage", "reward.on_failure.retries", "data.train.path"} <= set(keys)
     assert len(keys) == len(set(keys))
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
-def test_a_preset_sets_its_values_and_reads_back_as_itself(name):
+def test_a_preset_sets_its_values_and_reads_back_as_itself(name: str) -> None:
     config = make(f"algorithm={name}")
     assert config.algorithm.preset == name
     for key, value in PRESETS[name].items():
@@ -184,8 +185,8 @@ def test_a_preset_sets_its_values_and_reads_back_as_itself(name):
     assert build(RunConfig, yaml.safe_load(to_yaml(config)), "again") == config
 
 
-def test_the_presets_hold_the_papers_numbers():
-    def values(name, *keys):
+def test_the_presets_hold_the_papers_numbers() -> None:
+    def values(name: str, *keys: str) -> tuple[Any, ...]:
         return tuple(getattr(make(f"algorithm={name}").algorithm, key) for key in keys)
 
     assert values("grpo", "beta", "epsilon_low", "epsilon_high") == (0.04, 0.2, 0.2)
@@ -198,7 +199,7 @@ def test_the_presets_hold_the_papers_numbers():
     assert values("v3_2", "kl_estimator", "advantage") == ("k3_unbiased", "dr_grpo")
 
 
-def test_what_is_given_goes_over_the_preset_in_any_order():
+def test_what_is_given_goes_over_the_preset_in_any_order() -> None:
     for overrides in (
         ("algorithm=dapo", "algorithm.epsilon_high=0.3"),
         ("algorithm.epsilon_high=0.3", "algorithm=dapo"),
@@ -208,7 +209,7 @@ def test_what_is_given_goes_over_the_preset_in_any_order():
         assert (a.loss, a.epsilon_low, a.epsilon_high) == ("dapo", 0.2, 0.3)
 
 
-def test_a_recipes_preset_can_be_overridden_key_by_key_and_whole():
+def test_a_recipes_preset_can_be_overridden_key_by_key_and_whole() -> None:
     recipe = MINIMAL | {"algorithm": "dapo"}
     merged = deep_merge(recipe, parse_overrides(["algorithm.epsilon_high=0.3"]))
     assert build(RunConfig, merged, "r").algorithm.epsilon_high == 0.3
@@ -218,7 +219,7 @@ def test_a_recipes_preset_can_be_overridden_key_by_key_and_whole():
     assert (a.beta, a.epsilon_low, a.epsilon_high) == (0, 0.1, 0.28)
 
 
-def test_what_belongs_to_a_presets_loss_or_reference_goes_with_it():
+def test_what_belongs_to_a_presets_loss_or_reference_goes_with_it() -> None:
     a = make("algorithm=dapo", "algorithm.loss=gspo").algorithm
     assert (a.epsilon_low, a.epsilon_high, a.dynamic_sampling) == (3e-4, 4e-4, True)
     assert make("algorithm=dapo", "algorithm.loss=cispo").algorithm.cispo_max_ratio == 5
@@ -226,7 +227,7 @@ def test_what_belongs_to_a_presets_loss_or_reference_goes_with_it():
     assert (a.ref_refresh_steps, a.epsilon_high) == (0, 10)
 
 
-def test_losses_and_corrections_bring_their_usual_bounds():
+def test_losses_and_corrections_bring_their_usual_bounds() -> None:
     assert make("algorithm.loss=gspo").algorithm.epsilon_low == 3e-4
     assert make("algorithm.loss=gspo", "algorithm.epsilon_low=0.1").algorithm.epsilon_low == 0.1
     a = make("algorithm.importance_sampling=token_truncate").algorithm
@@ -235,7 +236,7 @@ def test_losses_and_corrections_bring_their_usual_bounds():
     assert (a.importance_sampling_clip_min, a.importance_sampling_clip_max) == (0.5, 3)
 
 
-def test_sft_refuses_a_micro_batch_that_holds_no_example():
+def test_sft_refuses_a_micro_batch_that_holds_no_example() -> None:
     data = {"model": {"tiny": {}}, "data": {"train": {"path": "x"}}, "max_length": 20000}
     with pytest.raises(ConfigError, match="max_length"):
         build(SftConfig, data, "r")
@@ -255,7 +256,9 @@ def test_sft_refuses_a_micro_batch_that_holds_no_example():
         ([], (None, 2.0)),
     ],
 )
-def test_sampling_ahead_is_corrected_unless_it_is_said_how(overrides, expected):
+def test_sampling_ahead_is_corrected_unless_it_is_said_how(
+    overrides: list[str], expected: tuple[str | None, float]
+) -> None:
     a = make(*overrides).algorithm
     assert (a.importance_sampling, a.importance_sampling_clip_max) == expected
 
@@ -272,7 +275,7 @@ def test_sampling_ahead_is_corrected_unless_it_is_said_how(overrides, expected):
         ("reinforce_pp", "k2"),
     ],
 )
-def test_a_kl_in_the_reward_is_the_papers_k1_unless_another_is_given(algorithm, estimator):
+def test_a_kl_in_the_reward_is_the_papers_k1_unless_another_is_given(algorithm: str, estimator: str) -> None:
     config = make(f"algorithm={algorithm}")
     assert config.algorithm.kl_estimator == estimator
     assert build(RunConfig, yaml.safe_load(to_yaml(config)), "again") == config
@@ -282,18 +285,18 @@ ALL_KEYS = {key for schema in (RunConfig, SftConfig, DpoConfig, RewardModelConfi
 
 
 @pytest.mark.parametrize("name", ALIASES)
-def test_a_name_of_another_project_leads_to_an_option_that_is_there(name):
+def test_a_name_of_another_project_leads_to_an_option_that_is_there(name: str) -> None:
     targets, _ = ALIASES[name]
     assert set(targets) <= ALL_KEYS
     assert name not in ALL_KEYS or targets[0] != name
 
 
 @pytest.mark.parametrize("schema", [RunConfig, SftConfig, DpoConfig, RewardModelConfig])
-def test_every_option_of_a_whole_run_has_its_place_in_what_is_printed(schema):
+def test_every_option_of_a_whole_run_has_its_place_in_what_is_printed(schema: type[RunConfig | SftConfig]) -> None:
     assert sorted(keys_in_order(schema)) == sorted(schema.model_fields)
 
 
-def test_a_recipe_is_printed_in_one_order_whether_its_options_are_shared_or_its_own():
+def test_a_recipe_is_printed_in_one_order_whether_its_options_are_shared_or_its_own() -> None:
     printed = [line.partition(":")[0] for line in to_yaml(make()).splitlines() if line[:1].isalpha()]
     assert printed[5:10] == ["num_epochs", "prompts_per_step", "model", "data", "rollout"]
     assert printed[-3:] == ["sample", "tracking", "cluster"]
@@ -342,7 +345,9 @@ def test_a_recipe_is_printed_in_one_order_whether_its_options_are_shared_or_its_
         (RunConfig, "--micro-train-batch-size", "is called learner.micro_batch_tokens here (tokens, not samples)"),
     ],
 )
-def test_an_unknown_key_is_answered_with_what_it_is_called_here(schema, key, expected):
+def test_an_unknown_key_is_answered_with_what_it_is_called_here(
+    schema: type[RunConfig | SftConfig], key: str, expected: str
+) -> None:
     section = getattr(schema.model_fields.get(key.split(".")[0]), "annotation", schema)
     siblings = list(getattr(section, "model_fields", schema.model_fields))
     assert expected in suggestion(key, all_keys(schema), siblings)
@@ -361,16 +366,16 @@ def test_an_unknown_key_is_answered_with_what_it_is_called_here(schema, key, exp
         ),
     ],
 )
-def test_what_is_like_nothing_is_not_guessed_at(key):
+def test_what_is_like_nothing_is_not_guessed_at(key: str) -> None:
     assert suggestion(key, all_keys(RunConfig), ["env", "max_actors", "num_actors"]).startswith("known here: env")
 
 
-def test_a_section_of_another_command_is_not_taken_for_an_option():
+def test_a_section_of_another_command_is_not_taken_for_an_option() -> None:
     with pytest.raises(ConfigError, match="rollout: unknown key; known here: name, dir"):
         build(SftConfig, {"model": {"tiny": {}}, "data": MINIMAL["data"], "rollout": {"num_actors": 1}}, "test")
 
 
-def test_a_section_of_another_project_is_answered_key_by_key():
+def test_a_section_of_another_project_is_answered_key_by_key() -> None:
     with pytest.raises(ConfigError) as told:
         make("actor_rollout_ref.rollout.n=8", "actor_rollout_ref.actor.optim.lr=1e-6", "trainer.total_epochs=2")
     lines = str(told.value).splitlines()[1:]

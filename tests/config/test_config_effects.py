@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def supervised(schema: type[SftConfig], *overrides: str) -> SftConfig:
 
 
 @pytest.mark.parametrize("kind", SCHEMAS)
-def test_every_option_of_the_schema_says_in_which_commands_it_has_an_effect(kind):
+def test_every_option_of_the_schema_says_in_which_commands_it_has_an_effect(kind: str) -> None:
     schema = SCHEMAS[kind]
     commands = {COMMANDS[kind]} | ({"sample", "eval"} if schema is RunConfig else set())
     for key in all_keys(schema):
@@ -56,7 +57,7 @@ def test_every_option_of_the_schema_says_in_which_commands_it_has_an_effect(kind
             assert COMMANDS_OF[key] & commands, f"{key} does nothing in any command that takes it"
 
 
-def test_options_that_a_command_does_not_look_at_are_found_wherever_they_stand():
+def test_options_that_a_command_does_not_look_at_are_found_wherever_they_stand() -> None:
     sections = [
         "num_steps=3",
         "algorithm=dapo",
@@ -103,7 +104,9 @@ def test_options_that_a_command_does_not_look_at_are_found_wherever_they_stand()
         ("reward-model", "cluster.placement=colocated", "cluster.placement"),
     ],
 )
-def test_an_option_typed_for_a_command_that_does_not_look_at_it_is_refused(command, override, expected):
+def test_an_option_typed_for_a_command_that_does_not_look_at_it_is_refused(
+    command: str, override: str, expected: str
+) -> None:
     schemas = {"sft": SftConfig, "dpo": DpoConfig, "reward-model": RewardModelConfig}
     needed = "rollout.max_completion_length=64"
     config = supervised(schemas[command], override) if command in schemas else run_config(override, needed)
@@ -143,14 +146,16 @@ def test_an_option_typed_for_a_command_that_does_not_look_at_it_is_refused(comma
         (["algorithm.dual_clip_c=3"], "algorithm.dual_clip_c", "the ratio is 1"),
     ],
 )  # fmt: skip
-def test_options_that_do_nothing_beside_the_others_are_told(overrides, key, expected, capsys):
+def test_options_that_do_nothing_beside_the_others_are_told(
+    overrides: list[str], key: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = run_config("rollout.max_completion_length=64", *overrides)
     assert expected in without_effect(config, "train")[key]
     check_effects(config, "train", overrides)
     assert f"{key}" in capsys.readouterr().err
 
 
-def test_options_that_have_an_effect_beside_the_others_are_not_told():
+def test_options_that_have_an_effect_beside_the_others_are_not_told() -> None:
     for overrides in (
         ["num_steps=3"],
         ["num_epochs=2", "data.last_batch=drop"],
@@ -167,7 +172,7 @@ def test_options_that_have_an_effect_beside_the_others_are_not_told():
         assert without_effect(run_config(*overrides), "train") == {}, overrides
 
 
-def test_held_out_rows_of_fine_tuning_that_exclude_nothing_are_told():
+def test_held_out_rows_of_fine_tuning_that_exclude_nothing_are_told() -> None:
     config = supervised(SftConfig, "data.eval.path=a.jsonl", "data.exclude_eval=false")
     assert "measures nothing" in without_effect(config, "sft")["data.eval"]
     assert without_effect(supervised(SftConfig, "data.eval.path=a.jsonl"), "sft") == {}
@@ -210,7 +215,9 @@ def test_no_shipped_recipe_sets_an_option_that_does_nothing(recipe: Path) -> Non
         ),
     ],
 )  # fmt: skip
-def test_options_of_a_pipeline_that_do_nothing_are_told(tmp_path, capsys, change, key):
+def test_options_of_a_pipeline_that_do_nothing_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], key: str
+) -> None:
     recipe = {"stages": {"base": {"kind": "sft", "config": SUPERVISED}}} | change
     path = tmp_path / "stages.yaml"
     path.write_text(json.dumps(recipe))
@@ -218,7 +225,7 @@ def test_options_of_a_pipeline_that_do_nothing_are_told(tmp_path, capsys, change
     assert f"{key}: no effect" in capsys.readouterr().err
 
 
-def test_a_completion_that_no_context_holds_is_refused():
+def test_a_completion_that_no_context_holds_is_refused() -> None:
     with pytest.raises(ConfigError, match="is 1000, and the model's context is 512 tokens"):
         check_context(run_config("rollout.max_completion_length=1000"), 512)
     config = run_config("rollout.max_completion_length=500", "data.max_prompt_length=64")
@@ -231,7 +238,9 @@ def test_a_completion_that_no_context_holds_is_refused():
         check_effects(run_config("rollout.max_completion_length=300"), "train", [])
 
 
-def test_check_says_how_long_samples_can_be(tmp_path, monkeypatch, capsys):
+def test_check_says_how_long_samples_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text(
         "".join(json.dumps({"prompt": f"{i} + 1 =", "answer": str(i)}) + "\n" for i in range(9))
@@ -264,7 +273,9 @@ def test_check_says_how_long_samples_can_be(tmp_path, monkeypatch, capsys):
     ],
 )
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved", "splits", "python"])
-def test_a_split_means_the_same_rows_of_every_kind_of_source(tmp_path, monkeypatch, kind, split, expected):
+def test_a_split_means_the_same_rows_of_every_kind_of_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, split: str, expected: Sequence[int]
+) -> None:
     import datasets
 
     rows = [{"prompt": f"p{i}"} for i in range(10)]
@@ -292,7 +303,7 @@ def test_a_split_means_the_same_rows_of_every_kind_of_source(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("split", ["test", "Train", "train[10:20", "train[a]", "all", "", "train[20:]", "train[:0]"])
-def test_a_split_that_a_file_does_not_have_is_refused(tmp_path, split):
+def test_a_split_that_a_file_does_not_have_is_refused(tmp_path: Path, split: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a"}\n' * 10)
     with pytest.raises(DataError, match=r"has no split|holds none"):
@@ -309,7 +320,7 @@ def test_a_split_that_a_file_does_not_have_is_refused(tmp_path, split):
         ({"path": "openai/gsm8k", "args": {"size": 3}}, "are a generator's"),
     ],
 )
-def test_options_of_other_kinds_of_sources_are_refused(source, expected):
+def test_options_of_other_kinds_of_sources_are_refused(source: dict[str, Any], expected: str) -> None:
     with pytest.raises(DataError, match=expected):
         load_table(DataSource(**source), seed=1)
 

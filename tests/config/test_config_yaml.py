@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_ray.config.base import Strict
-from grpo_ray.config.data import DataConfig
+from grpo_ray.config.data import DataConfig, DataSource
 from grpo_ray.config.loading import all_keys, build, deep_merge, load_yaml, parse_overrides, to_yaml
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import DpoConfig, RewardModelConfig, SftConfig
@@ -105,7 +106,7 @@ def options() -> list[tuple[type[Strict], str, set[type]]]:
                 )
                 parts = walk(field.annotation)
                 inner = [m for m in parts if hasattr(m, "model_fields")]
-                node = inner[0] if inner and tuple not in map(get_origin, parts) else None
+                node = inner[0] if inner and tuple not in [get_origin(each) for each in parts] else None
             else:
                 found.append((schema, ".".join(path), kinds_of(field.annotation)))
     return found
@@ -123,7 +124,7 @@ def value_at(schema: type[Strict], override: str) -> tuple[Any, dict[str, str]]:
     return node, problems
 
 
-def test_every_text_option_takes_an_override_as_it_was_typed():
+def test_every_text_option_takes_an_override_as_it_was_typed() -> None:
     texts = [(schema, key) for schema, key, kinds in options() if str in kinds]
     assert {"data.system", "model.path", "name", "data.train.split"} <= {key for _, key in texts}
     for schema, key in texts:
@@ -138,7 +139,7 @@ def test_every_text_option_takes_an_override_as_it_was_typed():
                 assert value_at(schema, f"{key}={single}") == (text, {}), key
 
 
-def test_every_number_and_bool_takes_an_unquoted_override_and_refuses_a_quoted_one():
+def test_every_number_and_bool_takes_an_unquoted_override_and_refuses_a_quoted_one() -> None:
     checked = 0
     for schema, key, kinds in options():
         if str in kinds or Any in kinds or not kinds & {int, float, bool}:
@@ -155,7 +156,7 @@ def test_every_number_and_bool_takes_an_unquoted_override_and_refuses_a_quoted_o
     assert checked > 150
 
 
-def test_choices_are_the_same_quoted_or_not():
+def test_choices_are_the_same_quoted_or_not() -> None:
     for schema, key, kinds in options():
         if kinds == {Literal}:
             assert value_at(schema, f"{key}=gloo") == value_at(schema, f"{key}='gloo'") == ("gloo", {}), key
@@ -190,7 +191,9 @@ def test_choices_are_the_same_quoted_or_not():
         ("model.lora={target_modules: [q_proj, v_proj]}", lambda c: c.model.lora.target_modules, ("q_proj", "v_proj")),
     ],
 )  # fmt: skip
-def test_what_an_override_means_is_the_schemas_to_say(override, get, expected):
+def test_what_an_override_means_is_the_schemas_to_say(
+    override: str, get: Callable[[RunConfig], Any], expected: Any
+) -> None:
     assert get(make(override)) == expected
 
 
@@ -225,17 +228,21 @@ def test_what_an_override_means_is_the_schemas_to_say(override, get, expected):
         (["dir=~nobody-of-this-name/runs"], "no user"),
     ],
 )  # fmt: skip
-def test_overrides_that_would_be_misread_are_refused(overrides, expected):
+def test_overrides_that_would_be_misread_are_refused(overrides: list[str], expected: str) -> None:
     with pytest.raises(ConfigError) as e:
         make(*overrides)
     assert expected in str(e.value)
 
 
-def test_of_an_override_that_is_given_twice_the_last_counts_and_it_is_said(tmp_path, capsys):
+def test_of_an_override_that_is_given_twice_the_last_counts_and_it_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = "data: {train: {path: a}}\n" + REST
     assert read(tmp_path, text, "num_steps=3", "num_steps=4").num_steps == 4
     assert "num_steps is given more than once; num_steps=4 counts" in capsys.readouterr().err
-    assert read(tmp_path, text, "data.eval={path: a, limit: 3}", "data.eval.limit=4").data.eval.limit == 4
+    assert read(tmp_path, text, "data.eval={path: a, limit: 3}", "data.eval.limit=4").data.eval == DataSource(
+        path="a", limit=4
+    )
     assert capsys.readouterr().err == ""
 
 
@@ -266,21 +273,21 @@ REST = "model: {tiny: {}}\nreward: {functions: [{name: accuracy}]}\n"
         ("a: " + "[" * 3000, "more than 100 brackets"),
     ],
 )  # fmt: skip
-def test_files_that_would_be_misread_are_refused_with_their_line(tmp_path, text, expected):
+def test_files_that_would_be_misread_are_refused_with_their_line(tmp_path: Path, text: str, expected: str) -> None:
     with pytest.raises(ConfigError) as e:
         read(tmp_path, text)
     assert expected in str(e.value)
 
 
 @pytest.mark.parametrize("merge", ["[{}]", "{{<<: [{}]}}"])
-def test_aliases_that_stand_for_millions_of_values_are_refused_at_once(tmp_path, merge):
+def test_aliases_that_stand_for_millions_of_values_are_refused_at_once(tmp_path: Path, merge: str) -> None:
     lines = ["a0: &a0 {x: [1, 2, 3]}" if "<<" in merge else "a0: &a0 [1, 2, 3]"]
     lines += [f"a{i}: &a{i} {merge.format(', '.join([f'*a{i - 1}'] * 9))}" for i in range(1, 30)]
     with cpu_below(10), pytest.raises(ConfigError, match="stand for more than"):
         read(tmp_path, "\n".join(lines))
 
 
-def test_quoted_text_of_a_file_stays_text_and_unquoted_numbers_keep_how_they_are_written(tmp_path):
+def test_quoted_text_of_a_file_stays_text_and_unquoted_numbers_keep_how_they_are_written(tmp_path: Path) -> None:
     config = read(
         tmp_path,
         "name: '12e4567'\ndir: 1e-3\nlearner: {learning_rate: 1e-6, packing: no}\n"
@@ -294,17 +301,17 @@ def test_quoted_text_of_a_file_stays_text_and_unquoted_numbers_keep_how_they_are
     assert all(type(v) in (str, float, int) for v in config.data.train.args.values())
 
 
-def test_a_file_with_a_byte_order_mark_and_windows_line_ends_is_read(tmp_path):
+def test_a_file_with_a_byte_order_mark_and_windows_line_ends_is_read(tmp_path: Path) -> None:
     text = "seed: 3 # ours\r\ndata: {train: {path: a.jsonl}}\r\n" + REST
     assert read(tmp_path, b"\xef\xbb\xbf" + text.encode()).seed == 3
 
 
-def test_anchors_and_merge_keys_are_shared_sections(tmp_path):
+def test_anchors_and_merge_keys_are_shared_sections(tmp_path: Path) -> None:
     text = "rollout: &r {top_k: 4, top_p: 0.5}\ndata: {train: {path: a, args: {<<: *r, top_k: 5}}}\n" + REST
     assert read(tmp_path, text).data.train.args == {"top_k": 5, "top_p": 0.5}
 
 
-def test_the_home_is_put_in_place_of_a_tilde(tmp_path, monkeypatch):
+def test_the_home_is_put_in_place_of_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     config = make(
         "dir=~/runs",
@@ -349,14 +356,14 @@ texts = st.sampled_from(NASTY) | st.text(st.characters(codec="utf-8"), max_size=
 
 
 @pytest.mark.parametrize("text", ["inf", "nan", "1e1_0", "\uff11\uff10"])
-def test_what_was_typed_without_quotes_is_not_told_to_take_them_off(text):
+def test_what_was_typed_without_quotes_is_not_told_to_take_them_off(text: str) -> None:
     with pytest.raises(ConfigError) as e:
         make(f"learner.learning_rate={text}")
     assert f"learner.learning_rate: {text!r} is text, and a number is meant" in str(e.value)
     assert "quotes" not in str(e.value)
 
 
-def test_the_escapes_of_json_are_one_character_and_half_of_one_is_refused(tmp_path):
+def test_the_escapes_of_json_are_one_character_and_half_of_one_is_refused(tmp_path: Path) -> None:
     text = json.dumps({"system": "\U0001f600", "train": {"path": "a", "args": {"\U0001f600": ["\U0001f600"]}}})
     assert "\\ud83d" in text
     config = build(DataConfig, load_yaml_text(tmp_path, text), "r")
@@ -368,7 +375,7 @@ def test_the_escapes_of_json_are_one_character_and_half_of_one_is_refused(tmp_pa
         make('data.system="\\udcff"')
 
 
-def test_a_next_line_character_reads_back_as_itself(tmp_path):
+def test_a_next_line_character_reads_back_as_itself(tmp_path: Path) -> None:
     config = build(DataConfig, {"system": "a\x85b", "train": {"path": "a.jsonl", "args": {"k\x85": "\x85"}}}, "r")
     assert build(DataConfig, load_yaml_text(tmp_path, to_yaml(config)), "again") == config
 
@@ -379,7 +386,9 @@ def test_a_next_line_character_reads_back_as_itself(tmp_path):
     args=st.dictionaries(texts, json_values, max_size=3),
     columns=st.dictionaries(texts, texts, max_size=2),
 )
-def test_any_config_reads_back_from_its_yaml_as_itself(tmp_path_factory, system, args, columns):
+def test_any_config_reads_back_from_its_yaml_as_itself(
+    tmp_path_factory: pytest.TempPathFactory, system: str, args: dict[str, Any], columns: dict[str, str]
+) -> None:
     data = {"system": system, "train": {"path": "a.jsonl", "args": args, "columns": columns}}
     config = build(DataConfig, data, "first")
     again = build(DataConfig, load_yaml_text(tmp_path_factory.getbasetemp(), to_yaml(config)), "again")
@@ -389,12 +398,12 @@ def test_any_config_reads_back_from_its_yaml_as_itself(tmp_path_factory, system,
 
 @settings(max_examples=40, deadline=None)
 @given(text=texts)
-def test_any_text_reaches_an_option_in_the_quotes_of_json(text):
+def test_any_text_reaches_an_option_in_the_quotes_of_json(text: str) -> None:
     overrides = parse_overrides([f"system={json.dumps(text)}", "train.path=a.jsonl"])
     assert build(DataConfig, overrides, "r").system == text
 
 
-def test_a_stages_options_are_text_and_numbers_as_those_of_a_run(tmp_path):
+def test_a_stages_options_are_text_and_numbers_as_those_of_a_run(tmp_path: Path) -> None:
     path = tmp_path / "stages.yaml"
     path.write_text(
         "common: {sft: {learner: {env: {X: 1e-3}}}}\n"

@@ -6,6 +6,7 @@ import asyncio
 import math
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -24,7 +25,7 @@ from grpo_ray.errors import ConfigError, RewardError
 from grpo_ray.loop.sft_loop import SftLoop, sft_batch
 from grpo_ray.run.run_dir import RunDir
 from grpo_ray.telemetry.events import MessageEvent, StepEvent
-from grpo_ray.types import ScoreRequest, ScoreStatus, TrainerState
+from grpo_ray.types import Score, ScoreRequest, ScoreStatus, TrainerState
 from tests.loop.test_sft_loop import Learner
 from tests.loop.test_sft_loop import Rows as Examples
 from tests.loop.test_train_loop import Rows, Session, config
@@ -292,7 +293,7 @@ def test_rewards_are_told_the_epochs_of_a_run_whose_last_batch_is_incomplete(
     told: dict[int, TrainerState] = {}
     score = session.world.score
 
-    async def note(requests: list[ScoreRequest]) -> Any:
+    async def note(requests: Sequence[ScoreRequest]) -> list[Score]:
         told.update({r.trainer.global_step: r.trainer for r in requests if r.trainer is not None})
         return await score(requests)
 

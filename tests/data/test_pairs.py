@@ -31,7 +31,7 @@ def says(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     "messages": {"prompt": ASK, "chosen": says("2"), "rejected": says("it is 3")},
     "text of a chat": {"prompt": "1+1?", "chosen": "2", "rejected": "it is 3"},
     "conversations": {"chosen": ASK + says("2"), "rejected": ASK + says("it is 3")},
@@ -88,7 +88,7 @@ def test_long_pairs_and_those_of_held_out_prompts_are_left_out_and_counted(token
     ],
 )
 def test_a_row_that_is_no_pair_is_named(
-    row: dict[str, Any], options: dict[str, bool], words: str, tokenizer: Any, tmp_path: Path
+    row: dict[str, Any], options: dict[str, Any], words: str, tokenizer: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=words):
         load_pairs(write(tmp_path / "pairs.jsonl", [row]), tokenizer, seed=1, max_length=60, **options)
@@ -231,7 +231,7 @@ def test_a_label_is_the_number_that_the_row_has(
 ) -> None:
     write(tmp_path / "x.jsonl", [{"prompt": "a", "completion": "bc", "label": label}])
     raw = recipe(reward_model={"loss": loss}, data={"train": {"path": str(tmp_path / "x.jsonl")}})
-    task = load_task(build(RewardModelConfig, raw, "r"), tokenizer)
+    task: Any = load_task(build(RewardModelConfig, raw, "r"), tokenizer)
     assert [s.target for s in task.batch(1, list(task.dataset)).samples] == [target]
 
 

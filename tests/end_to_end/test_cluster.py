@@ -146,8 +146,9 @@ def told_to_ray(place: Place) -> None:
         ours = [line for line in lines if line.startswith("ray_grpo_") and 'run="long"' in line]
         values.clear()
         for line in ours:
-            name, labels, value = re.match(r"(\w+)\{(.*)\} (\S+)", line).groups()
-            values[name + "/" + re.search(r'\bof="([^"]*)"', labels)[1]] = float(value)
+            (found,) = re.finditer(r"^(\w+)\{(.*)\} (\S+)", line)
+            name, labels, value = found.groups()
+            values[name + "/" + re.findall(r'\bof="([^"]*)"', labels)[0]] = float(value)
         return values.get("ray_grpo_steps_total/", 0) >= 2
 
     wait_for(steps_are_told, "no figures for Prometheus")

@@ -38,7 +38,8 @@ def told(folder: Path) -> list[str]:
 
 def press(folder: Path, process: subprocess.Popen[str]) -> None:
     """Until something was ended for it."""
-    before, pieces = len(told(folder)), []
+    before = len(told(folder))
+    pieces: list[bytes] = []
     while len(told(folder)) == before and process.poll() is None:
         if len(pieces) * PIECE_GB < MOST_GB:
             pieces.append(b"x" * int(PIECE_GB * 2**30))

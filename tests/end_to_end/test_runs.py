@@ -8,6 +8,7 @@ import signal
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,12 +19,12 @@ pytestmark = pytest.mark.timeout(3 * LIMIT_S)
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> Path:
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(tmp_path_factory.mktemp("recipe"))
 
 
 @pytest.fixture(scope="module")
-def whole_run(recipe) -> Path:
+def whole_run(recipe: Path) -> Path:
     """One that is never stopped: one rollout actor, one learner, fp32."""
     args, run_dir = train(recipe, "whole")
     code, output = run(*args)
@@ -31,7 +32,7 @@ def whole_run(recipe) -> Path:
     return run_dir
 
 
-def test_a_run_leaves_what_it_promises(whole_run):
+def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
     names = {p.name for p in whole_run.iterdir()}
     assert {
         "config.yaml",
@@ -50,11 +51,11 @@ def test_a_run_leaves_what_it_promises(whole_run):
     ]
 
 
-def test_the_trace_tells_what_every_worker_did_in_every_step(whole_run):
+def test_the_trace_tells_what_every_worker_did_in_every_step(whole_run: Path) -> None:
     events = json.loads((whole_run / "trace.json").read_text())
     names = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
     assert set(names.values()) == {"controller", "steps", "rollout-0", "reward-0", "learner-0"}
-    spans = {name: [] for name in names.values()}
+    spans: dict[str, list[Any]] = {name: [] for name in names.values()}
     for e in (e for e in events if e["ph"] == "X"):
         spans[names[e["pid"], e["tid"]]].append(
             (e["name"], e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6, e["args"]["step"])
@@ -82,11 +83,11 @@ def test_the_trace_tells_what_every_worker_did_in_every_step(whole_run):
     assert "Who worked when" in (whole_run / "report.html").read_text()
 
 
-def test_sampler_and_learner_agree_in_fp32(whole_run):
+def test_sampler_and_learner_agree_in_fp32(whole_run: Path) -> None:
     assert all(m["mismatch/mean_abs"] < 1e-5 for m in metrics(whole_run))
 
 
-def test_the_exported_model_is_the_trained_one_in_plain_transformers(whole_run):
+def test_the_exported_model_is_the_trained_one_in_plain_transformers(whole_run: Path) -> None:
     import pyarrow.parquet as pq
     import torch
     from transformers import AutoModelForCausalLM
@@ -107,7 +108,7 @@ def test_the_exported_model_is_the_trained_one_in_plain_transformers(whole_run):
 
 
 @pytest.mark.slow
-def test_vllm_serve_takes_the_exported_model_and_continues_as_transformers_does(whole_run):
+def test_vllm_serve_takes_the_exported_model_and_continues_as_transformers_does(whole_run: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -128,7 +129,9 @@ def test_vllm_serve_takes_the_exported_model_and_continues_as_transformers_does(
 @pytest.mark.parametrize(
     "stop_after", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
 )
-def test_a_run_stopped_by_sigterm_and_resumed_equals_one_never_stopped(recipe, whole_run, stop_after):
+def test_a_run_stopped_by_sigterm_and_resumed_equals_one_never_stopped(
+    recipe: Path, whole_run: Path, stop_after: int
+) -> None:
     args, run_dir = train(recipe, f"cut-{stop_after}")
     process = launch(*args)
     deadline = time.monotonic() + LIMIT_S
@@ -147,7 +150,9 @@ def test_a_run_stopped_by_sigterm_and_resumed_equals_one_never_stopped(recipe, w
 
 
 @pytest.mark.slow
-def test_a_finished_run_that_is_trained_longer_equals_one_that_was_so_long_from_the_start(recipe, whole_run):
+def test_a_finished_run_that_is_trained_longer_equals_one_that_was_so_long_from_the_start(
+    recipe: Path, whole_run: Path
+) -> None:
     args, run_dir = train(recipe, "longer", "num_steps=2")
     code, output = run(*args)
     assert code == 0, output
@@ -158,7 +163,7 @@ def test_a_finished_run_that_is_trained_longer_equals_one_that_was_so_long_from_
     assert_equal_runs(run_dir, whole_run)
 
 
-def assert_equal_runs(run_dir, whole_run):
+def assert_equal_runs(run_dir: Path, whole_run: Path) -> None:
     assert ledger(run_dir) == ledger(whole_run)
     for cut, never_cut in zip(metrics(run_dir), metrics(whole_run), strict=True):
         assert cut["loss/policy"] == pytest.approx(never_cut["loss/policy"], abs=1e-5)
@@ -167,7 +172,7 @@ def assert_equal_runs(run_dir, whole_run):
 
 
 @pytest.mark.slow
-def test_two_rollout_actors_and_two_zero_3_learners_learn_the_same(recipe, whole_run):
+def test_two_rollout_actors_and_two_zero_3_learners_learn_the_same(recipe: Path, whole_run: Path) -> None:
     overrides = ["rollout.num_actors=2", "learner.num_actors=2", "learner.zero_stage=3", "reward.num_actors=2"]
     args, run_dir = train(recipe, "wide", *overrides)
     code, output = run(*args)
@@ -180,7 +185,7 @@ def test_two_rollout_actors_and_two_zero_3_learners_learn_the_same(recipe, whole
 
 
 @pytest.mark.slow
-def test_a_run_that_samples_ahead_keeps_its_bound_and_trains_every_prompt_once(recipe):
+def test_a_run_that_samples_ahead_keeps_its_bound_and_trains_every_prompt_once(recipe: Path) -> None:
     args, run_dir = train(
         recipe, "ahead", "algorithm.max_staleness=2", "rollout.num_actors=2", "rollout.max_num_seqs=4"
     )
@@ -195,7 +200,7 @@ def test_a_run_that_samples_ahead_keeps_its_bound_and_trains_every_prompt_once(r
 
 
 @pytest.mark.slow
-def test_samplers_and_learners_that_take_turns_train_as_those_apart(recipe, whole_run):
+def test_samplers_and_learners_that_take_turns_train_as_those_apart(recipe: Path, whole_run: Path) -> None:
     """On CPUs nothing has to move, so what is seen here is the order of the turns and that a run ends with the same numbers."""
     args, run_dir = train(recipe, "colocated", "cluster.placement=colocated", "rollout.num_threads=1")
     code, output = run(*args)
@@ -208,7 +213,7 @@ def test_samplers_and_learners_that_take_turns_train_as_those_apart(recipe, whol
 
 
 @pytest.mark.slow
-def test_a_sampler_that_leaves_tokens_out_and_the_learner_agree(recipe):
+def test_a_sampler_that_leaves_tokens_out_and_the_learner_agree(recipe: Path) -> None:
     """V3.2's ratio is to the sampler's own report: full probabilities beside it would clip on-policy tokens."""
     cut = ["rollout.top_p=0.9", "rollout.top_k=20", "rollout.min_p=0.02", "rollout.temperature=0.7"]
     args, run_dir = train(

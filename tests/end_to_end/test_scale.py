@@ -85,7 +85,11 @@ def check_ledger(run: Path, prompts_per_step: int = 4) -> None:
 
 def test_workers_of_each_role_come_and_go_in_one_run(place: Place) -> None:
     at = ("--address", place.address)
-    options = ("rollout.labels={site: samplers}", "learner.labels={site: learners}", "reward.num_actors=2")
+    options: tuple[str, ...] = (
+        "rollout.labels={site: samplers}",
+        "learner.labels={site: learners}",
+        "reward.num_actors=2",
+    )
     options = (*options, "checkpoint.every_steps=1000", "learner.learning_rate=1e-5")
     code, output = place.run("submit", "tiny.yaml", "name=whole", f"num_steps={COMPARED}", *options, *at)
     assert code == 0, output
@@ -174,7 +178,11 @@ def test_a_node_that_dies_with_a_sampler_costs_nothing_but_that(place: Place) ->
     at = ("--address", place.address)
     place.add_node("spare", 1, engines=1)
     wait_for(lambda: "spare" in place.nodes().values(), "the node does not join")
-    options = ("rollout.num_actors=2", "rollout.resources={engines: 1}", "learner.labels={site: learners}")
+    options: tuple[str, ...] = (
+        "rollout.num_actors=2",
+        "rollout.resources={engines: 1}",
+        "learner.labels={site: learners}",
+    )
     options = (*options, "algorithm.max_staleness=1")
     code, output = place.run("submit", "tiny.yaml", "name=node", "num_steps=4000", *options, "--no-wait", *at)
     assert code == 0, output
@@ -212,7 +220,11 @@ def test_a_node_that_is_taken_away_leads_to_a_checkpoint_before_it_goes(place: P
     at = ("--address", place.address)
     place.add_node("spot", 1)
     wait_for(lambda: "spot" in place.nodes().values(), "the node does not join")
-    options = ("rollout.labels={site: samplers}", "learner.labels={site: spot}", "checkpoint.every_steps=100000")
+    options: tuple[str, ...] = (
+        "rollout.labels={site: samplers}",
+        "learner.labels={site: spot}",
+        "checkpoint.every_steps=100000",
+    )
     code, output = place.run("submit", "tiny.yaml", "name=spot", "num_steps=4000", *options, "--no-wait", *at)
     assert code == 0, output
     run = place.runs / "spot"

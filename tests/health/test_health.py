@@ -32,7 +32,7 @@ def scored(session: Session, *rules: Rule, names: Sequence[str] = ("r",)) -> Ses
         given = [v for v in values if v is not None]
         return Score(ScoreStatus.OK if given else ScoreStatus.NOT_APPLICABLE, sum(given) if given else NAN, parts)
 
-    world._score = score  # type: ignore[method-assign]
+    world._score = score
     return session
 
 
@@ -46,7 +46,7 @@ def learner_of(session: Session, **figures: float) -> Session:
         moved = any(of)
         return replace(report, metrics={**report.metrics, "grad_norm": float(moved), **figures})
 
-    session.world.update = told  # type: ignore[method-assign]
+    session.world.update = told
     return session
 
 

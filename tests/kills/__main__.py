@@ -66,7 +66,7 @@ class Learner:
 def save(run: RunDir, step: int) -> None:
     learner = Learner()
     learner.step = step
-    saver = Saver(run, learner, keep=2, emit=lambda event: None)  # type: ignore[arg-type]
+    saver = Saver(run, learner, keep=2, emit=lambda event: None)
 
     async def groups() -> Callable[[Path], None]:
         ids = np.arange(step, dtype=np.int32)

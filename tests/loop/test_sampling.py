@@ -148,7 +148,9 @@ def files(path: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in path.iterdir()}
 
 
-def test_every_prompt_has_its_samples_in_order_with_where_they_come_from(config, prompts, tmp_path) -> None:
+def test_every_prompt_has_its_samples_in_order_with_where_they_come_from(
+    config: RunConfig, prompts: PromptDataset, tmp_path: Path
+) -> None:
     engine = Engine()
     report = sample(tmp_path / "samples", config, prompts, engine)
     rows = list(read_samples(tmp_path / "samples"))
@@ -173,14 +175,18 @@ def test_every_prompt_has_its_samples_in_order_with_where_they_come_from(config,
     assert len({r["seed"] for r in rows}) == len(rows)
 
 
-def test_no_more_is_under_way_than_keeps_the_engines_full(config, prompts, tmp_path) -> None:
+def test_no_more_is_under_way_than_keeps_the_engines_full(
+    config: RunConfig, prompts: PromptDataset, tmp_path: Path
+) -> None:
     engine = Engine()
     sample(tmp_path / "samples", config, prompts, engine)
     assert config.rollout.max_num_seqs <= engine.most_at_once <= 2 * config.rollout.max_num_seqs
 
 
 @pytest.mark.parametrize("dies_after", [0, 1, 7, 20, 40, 65])
-def test_killed_and_resumed_the_files_are_those_of_a_whole_run(config, prompts, tmp_path, dies_after) -> None:
+def test_killed_and_resumed_the_files_are_those_of_a_whole_run(
+    config: RunConfig, prompts: PromptDataset, tmp_path: Path, dies_after: int
+) -> None:
     sample(tmp_path / "whole", config, prompts, Engine())
     broken = tmp_path / "broken"
     with pytest.raises(BaseExceptionGroup):
@@ -197,7 +203,9 @@ def test_killed_and_resumed_the_files_are_those_of_a_whole_run(config, prompts, 
     assert not had & {prompt_id for prompt_id, _ in engine.asked}
 
 
-def test_a_prompt_that_ends_engines_is_named_in_its_file_and_harms_no_other(config, prompts, tmp_path) -> None:
+def test_a_prompt_that_ends_engines_is_named_in_its_file_and_harms_no_other(
+    config: RunConfig, prompts: PromptDataset, tmp_path: Path
+) -> None:
     poison = prompts.item(5, 0).id
     told: list[tuple[int, int]] = []
     sample(tmp_path / "whole", config, prompts, Engine())
@@ -215,7 +223,9 @@ def test_a_prompt_that_ends_engines_is_named_in_its_file_and_harms_no_other(conf
     assert (again.num_before, again.num_made) == ((NUM_PROMPTS - 1 - SHARD) * K, SHARD * K)
 
 
-def test_samples_that_went_with_their_node_are_drawn_again_and_are_the_same(config, prompts, tmp_path) -> None:
+def test_samples_that_went_with_their_node_are_drawn_again_and_are_the_same(
+    config: RunConfig, prompts: PromptDataset, tmp_path: Path
+) -> None:
     sample(tmp_path / "whole", config, prompts, Engine())
     told: list[tuple[int, int]] = []
     report = sample(tmp_path / "samples", config, prompts, Engine(), store=LosesSome(4), told=told)
@@ -227,7 +237,7 @@ def test_samples_that_went_with_their_node_are_drawn_again_and_are_the_same(conf
     assert caught.group_contains(LostSamplesError)
 
 
-def test_samples_of_two_kinds_are_never_mixed(config, prompts, tmp_path) -> None:
+def test_samples_of_two_kinds_are_never_mixed(config: RunConfig, prompts: PromptDataset, tmp_path: Path) -> None:
     sample(tmp_path / "samples", config, prompts, Engine())
     other = config.model_copy(update={"sample": config.sample.model_copy(update={"temperature": 0.5})})
     with pytest.raises(DataError, match=r"made with another sampling .*temperature"):
@@ -235,7 +245,9 @@ def test_samples_of_two_kinds_are_never_mixed(config, prompts, tmp_path) -> None
 
 
 @pytest.mark.parametrize("change", [{"weight": 0.5}, {"args": {"timeout_s": 9}}, {"name": "another"}, None])
-def test_samples_of_other_rewards_are_never_mixed_either(config, prompts, tmp_path, change) -> None:
+def test_samples_of_other_rewards_are_never_mixed_either(
+    config: RunConfig, prompts: PromptDataset, tmp_path: Path, change: dict[str, Any] | None
+) -> None:
     """A name, a weight, an argument; or one function more."""
     sample(tmp_path / "samples", config, prompts, Engine())
     first, *others = config.reward.functions
@@ -246,14 +258,16 @@ def test_samples_of_other_rewards_are_never_mixed_either(config, prompts, tmp_pa
         sample(tmp_path / "samples", config.model_copy(update={"reward": reward}), prompts, Engine())
 
 
-def test_a_folder_that_is_not_complete_is_not_read(config, prompts, tmp_path) -> None:
+def test_a_folder_that_is_not_complete_is_not_read(config: RunConfig, prompts: PromptDataset, tmp_path: Path) -> None:
     sample(tmp_path / "samples", config, prompts, Engine())
     (tmp_path / "samples" / "samples-000002.parquet").unlink()
     with pytest.raises(DataError, match="1 of 6 files are missing, the first is number 2"):
         list(read_samples(tmp_path / "samples"))
 
 
-def test_a_failed_score_is_a_status_and_too_many_end_the_run(config, prompts, tmp_path) -> None:
+def test_a_failed_score_is_a_status_and_too_many_end_the_run(
+    config: RunConfig, prompts: PromptDataset, tmp_path: Path
+) -> None:
     sample(tmp_path / "few", config, prompts, Engine(), Even(fails="/0/21"))
     last = list(read_samples(tmp_path / "few"))[-1]
     assert (last["reward"], last["reward_status"], last["rewards"][0]["value"]) == (None, "timeout", None)
@@ -262,7 +276,9 @@ def test_a_failed_score_is_a_status_and_too_many_end_the_run(config, prompts, tm
     assert caught.group_contains(RewardError, match="12 of 12 samples could not be scored")
 
 
-def test_samples_that_no_reward_applies_to_are_counted_and_the_reason_is_told(config, prompts, tmp_path) -> None:
+def test_samples_that_no_reward_applies_to_are_counted_and_the_reason_is_told(
+    config: RunConfig, prompts: PromptDataset, tmp_path: Path
+) -> None:
     class Silent(Even):
         def _one(self, request: ScoreRequest) -> Score:
             part = RewardScore("even", ScoreStatus.NOT_APPLICABLE, float("nan"))
@@ -275,7 +291,7 @@ def test_samples_that_no_reward_applies_to_are_counted_and_the_reason_is_told(co
 
 
 @pytest.mark.parametrize("without", [0, 1])
-def test_hugging_face_reads_the_folder(config, prompts, tmp_path, without) -> None:
+def test_hugging_face_reads_the_folder(config: RunConfig, prompts: PromptDataset, tmp_path: Path, without: int) -> None:
     import datasets
 
     sample(tmp_path / "samples", config, prompts, Engine(poison=prompts.item(5, 0).id if without else None))

@@ -37,6 +37,9 @@ class Learner:
     def __init__(self) -> None:
         self.activity = Activity("learner-0")
 
+    async def accumulate(self, part: TrainBatch) -> None:
+        raise AssertionError(f"fine-tuning has no parts of batches: {part}")
+
     async def update(self, batch: TrainBatch) -> UpdateReport:
         with self.activity.span("update"):
             await asyncio.sleep(0.02)

@@ -155,7 +155,7 @@ def test_check_says_what_ends_a_sample_or_an_answer_and_that_the_template_opens_
     tokenizer.chat_template = ends + "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
     tokenizer.save_pretrained(folder)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "q", "completion": "<think>\nr</think>a"}) + "\n")
-    common = {"model": {"path": str(folder)}, "data": {"train": {"path": str(tmp_path / "rows.jsonl")}}}
+    common: dict[str, Any] = {"model": {"path": str(folder)}, "data": {"train": {"path": str(tmp_path / "rows.jsonl")}}}
     rollout = {
         "rollout": {"stop": ["</answer>"], "stop_token_ids": [0]},
         "reward": {"functions": [{"name": "r1_format"}]},

@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -268,7 +268,7 @@ def essence(batch: TrainBatch) -> list[tuple[str, int, int, float]]:
     return [essence_of(s) for s in batch.samples]
 
 
-def test_every_prompt_is_trained_exactly_once_in_each_epoch(tmp_path):
+def test_every_prompt_is_trained_exactly_once_in_each_epoch(tmp_path: Path) -> None:
     session = Session(tmp_path, config("num_steps=10"))
     assert session.go() == "finished"
     trained = [row[0] for row in session.ledger_rows if row[2] == "trained"]
@@ -280,7 +280,9 @@ def test_every_prompt_is_trained_exactly_once_in_each_epoch(tmp_path):
 
 
 @pytest.mark.parametrize("staleness", [1, 3])
-def test_sampling_ahead_keeps_its_bound_and_trains_the_same_prompts_in_the_same_order(tmp_path, staleness):
+def test_sampling_ahead_keeps_its_bound_and_trains_the_same_prompts_in_the_same_order(
+    tmp_path: Path, staleness: int
+) -> None:
     on_policy = Session(tmp_path / "on", config("num_steps=10"))
     on_policy.go()
     for jitter in range(3):
@@ -302,7 +304,7 @@ def test_sampling_ahead_keeps_its_bound_and_trains_the_same_prompts_in_the_same_
 
 
 @pytest.mark.parametrize("stop_at", [1, 4])
-def test_a_run_that_samples_ahead_resumes_without_skipping_or_repeating_a_prompt(tmp_path, stop_at):
+def test_a_run_that_samples_ahead_resumes_without_skipping_or_repeating_a_prompt(tmp_path: Path, stop_at: int) -> None:
     settings = (
         "num_steps=10",
         "algorithm.max_staleness=2",
@@ -326,7 +328,7 @@ def test_a_run_that_samples_ahead_resumes_without_skipping_or_repeating_a_prompt
         assert len({prompt for prompt, _ in trained}) == 30
 
 
-def test_a_spent_budget_of_dynamic_sampling_never_makes_an_empty_batch_while_sampling_ahead(tmp_path):
+def test_a_spent_budget_of_dynamic_sampling_never_makes_an_empty_batch_while_sampling_ahead(tmp_path: Path) -> None:
     settings = ("algorithm.max_staleness=3", "algorithm.dynamic_sampling=true", "algorithm.max_sampling_rounds=1")
     for jitter in range(5):
         session = Session(tmp_path / str(jitter), config("num_steps=10", *settings), jitter)
@@ -339,7 +341,9 @@ def test_a_spent_budget_of_dynamic_sampling_never_makes_an_empty_batch_while_sam
 
 
 @pytest.mark.parametrize("staleness", [1, 2, 3])
-def test_a_budget_spent_on_groups_for_later_steps_leaves_no_group_behind_its_staleness_bound(tmp_path, staleness):
+def test_a_budget_spent_on_groups_for_later_steps_leaves_no_group_behind_its_staleness_bound(
+    tmp_path: Path, staleness: int
+) -> None:
     settings = (
         "algorithm.dynamic_sampling=true",
         "algorithm.max_sampling_rounds=1",
@@ -354,7 +358,9 @@ def test_a_budget_spent_on_groups_for_later_steps_leaves_no_group_behind_its_sta
         world.same = {f"ten/{e}/{r}" for e in range(40) for r in range(ROWS) if world.rng.random() < 0.3}
         draw = world.generate
 
-        async def slow_where_there_is_signal(request, world=world, draw=draw):
+        async def slow_where_there_is_signal(
+            request: SampleRequest, world: World = world, draw: Callable[[SampleRequest], Awaitable[SampleInfo]] = draw
+        ) -> SampleInfo:
             info = await draw(request)
             if request.prompt_id not in world.same:
                 await asyncio.sleep(world.rng.choice([0.002, 0.006]))
@@ -370,7 +376,9 @@ def test_a_budget_spent_on_groups_for_later_steps_leaves_no_group_behind_its_sta
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-3), ("bfloat16", 0.1)])
-def test_a_mismatch_that_rounding_does_not_explain_is_told_each_time_it_comes_up(tmp_path, dtype, bound):
+def test_a_mismatch_that_rounding_does_not_explain_is_told_each_time_it_comes_up(
+    tmp_path: Path, dtype: str, bound: float
+) -> None:
     session = Session(tmp_path, config(f"model.dtype={dtype}"))
     # None: all tokens of the step are of older weights, which says nothing.
     times = [0.43, 2.0, None, 3.0, 0.9, 1.5, 1.0, 0.0]
@@ -380,7 +388,7 @@ def test_a_mismatch_that_rounding_does_not_explain_is_told_each_time_it_comes_up
     assert [t.split("difference| ")[1].split(",")[0] for t in told] == [f"{2 * bound:.4f}", f"{1.5 * bound:.4f}"]
 
 
-def test_a_batch_does_not_depend_on_timing(tmp_path):
+def test_a_batch_does_not_depend_on_timing(tmp_path: Path) -> None:
     runs = []
     for jitter in range(3):
         session = Session(tmp_path / str(jitter), config(), jitter)
@@ -392,8 +400,8 @@ def test_a_batch_does_not_depend_on_timing(tmp_path):
 @pytest.mark.parametrize("staleness", [0, 2])
 @pytest.mark.parametrize("dynamic", ["true", "false"])
 def test_finished_groups_reach_the_learner_before_the_batch_is_whole_and_all_of_them_are_in_it(
-    tmp_path, staleness, dynamic
-):
+    tmp_path: Path, staleness: int, dynamic: str
+) -> None:
     small = ("data.max_prompt_length=8", "learner.micro_batch_tokens=16", "prompts_per_step=6", "num_steps=10")
     sampling = (f"algorithm.max_staleness={staleness}", f"algorithm.dynamic_sampling={dynamic}")
     plain = Session(tmp_path / "plain", config(*small, *sampling, "learner.overlap=false"))
@@ -414,7 +422,9 @@ def test_finished_groups_reach_the_learner_before_the_batch_is_whole_and_all_of_
 
 
 @pytest.mark.parametrize(("tokens", "begins"), [(100, True), (800, False)])
-def test_the_learner_begins_with_a_quarter_of_a_micro_batch_and_not_with_less(tmp_path, tokens, begins):
+def test_the_learner_begins_with_a_quarter_of_a_micro_batch_and_not_with_less(
+    tmp_path: Path, tokens: int, begins: bool
+) -> None:
     """A step has 48 to 132 tokens here, a group 16 to 44."""
     parts = 0
     for jitter in range(5):
@@ -430,14 +440,14 @@ def test_the_learner_begins_with_a_quarter_of_a_micro_batch_and_not_with_less(tm
     "needs_all",
     ["algorithm.num_mini_batches=2", "algorithm.num_iterations=2", "algorithm=reinforce_pp", "algorithm=ppo"],
 )
-def test_a_step_that_needs_its_whole_batch_gets_no_parts(tmp_path, needs_all):
+def test_a_step_that_needs_its_whole_batch_gets_no_parts(tmp_path: Path, needs_all: str) -> None:
     small = ("data.max_prompt_length=8", "learner.micro_batch_tokens=16", "prompts_per_step=6")
     session = Session(tmp_path, config(*small, needs_all))
     session.go()
     assert session.world.num_parts == 0
 
 
-def test_a_part_that_fails_ends_the_run_with_its_error(tmp_path):
+def test_a_part_that_fails_ends_the_run_with_its_error(tmp_path: Path) -> None:
     async def fail(part: TrainBatch) -> None:
         raise RuntimeError("learner-1 died during accumulate")
 
@@ -447,7 +457,7 @@ def test_a_part_that_fails_ends_the_run_with_its_error(tmp_path):
         session.go()
 
 
-def test_prompts_that_were_long_the_epoch_before_are_begun_first(tmp_path):
+def test_prompts_that_were_long_the_epoch_before_are_begun_first(tmp_path: Path) -> None:
     session = Session(tmp_path, config("prompts_per_step=5", "num_steps=6"))
     session.go()
     length = {(s.prompt_id, s.index): s.num_tokens for batch in session.world.batches for s in batch.samples}
@@ -461,14 +471,14 @@ def test_prompts_that_were_long_the_epoch_before_are_begun_first(tmp_path):
     assert steps[2:] != [in_order[a : a + 5] for a in range(10, 30, 5)]
 
 
-def test_no_more_groups_are_begun_than_one_version_trains(tmp_path):
+def test_no_more_groups_are_begun_than_one_version_trains(tmp_path: Path) -> None:
     session = Session(tmp_path, config())
     session.go()
     assert session.world.most_under_way == 3
 
 
 @pytest.mark.parametrize("stop_at", [1, 2, 5])
-def test_a_stopped_and_resumed_run_equals_one_never_stopped(tmp_path, stop_at):
+def test_a_stopped_and_resumed_run_equals_one_never_stopped(tmp_path: Path, stop_at: int) -> None:
     whole = Session(tmp_path / "whole", config())
     whole.go()
     first = Session(tmp_path / "cut", config(), jitter=1)
@@ -483,7 +493,7 @@ def test_a_stopped_and_resumed_run_equals_one_never_stopped(tmp_path, stop_at):
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
-def test_a_resumed_run_gives_the_samplers_its_weights_before_they_sample(tmp_path, staleness):
+def test_a_resumed_run_gives_the_samplers_its_weights_before_they_sample(tmp_path: Path, staleness: int) -> None:
     cfg = config(f"algorithm.max_staleness={staleness}")
     first = Session(tmp_path, cfg)
     first.world.on_update = lambda step: first.loop.stop("SIGTERM") if step == 3 else None
@@ -506,7 +516,7 @@ def test_a_resumed_run_gives_the_samplers_its_weights_before_they_sample(tmp_pat
     assert done[:2] == [("sync", 4), ("sample", -1)]
 
 
-def test_a_checkpoint_that_is_asked_for_comes_after_the_step_under_way_and_the_run_goes_on(tmp_path):
+def test_a_checkpoint_that_is_asked_for_comes_after_the_step_under_way_and_the_run_goes_on(tmp_path: Path) -> None:
     session = Session(tmp_path, config("checkpoint.every_steps=100", "checkpoint.keep=10"))
     session.world.on_update = lambda step: session.loop.checkpoint_soon() if step == 2 else None
     assert session.go() == "finished"
@@ -514,14 +524,16 @@ def test_a_checkpoint_that_is_asked_for_comes_after_the_step_under_way_and_the_r
 
 
 @pytest.mark.parametrize(("minutes", "steps"), [("1e-9", list(range(8))), ("0", [0, 7]), ("60", [0, 7])])
-def test_a_checkpoint_comes_after_so_many_minutes_too(tmp_path, minutes, steps):
+def test_a_checkpoint_comes_after_so_many_minutes_too(tmp_path: Path, minutes: str, steps: list[int]) -> None:
     session = Session(tmp_path, config(f"checkpoint.every_minutes={minutes}", "checkpoint.keep=10"))
     assert session.go() == "finished"
     assert session.loop.run_dir.steps() == steps
 
 
 @pytest.mark.parametrize("die_at", [0, 1, 3])
-def test_a_run_that_dies_before_its_first_checkpoint_goes_on_from_the_one_at_its_beginning(tmp_path, die_at):
+def test_a_run_that_dies_before_its_first_checkpoint_goes_on_from_the_one_at_its_beginning(
+    tmp_path: Path, die_at: int
+) -> None:
     prompts = [Rows().item(r, 0) for r in range(2)]
     whole = Session(tmp_path / "whole", config(), eval_prompts=prompts)
     whole.go()
@@ -541,7 +553,7 @@ def test_a_run_that_dies_before_its_first_checkpoint_goes_on_from_the_one_at_its
     assert [e.step for e in second.events if isinstance(e, EvalEvent)] == [7], "the first figures are there already"
 
 
-def test_no_step_is_recorded_before_there_is_a_checkpoint_to_go_on_from(tmp_path):
+def test_no_step_is_recorded_before_there_is_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
     session = Session(tmp_path, config("num_steps=2"))
     session.world.write_s = 0.3
     seen: list[list[int]] = []
@@ -553,7 +565,7 @@ def test_no_step_is_recorded_before_there_is_a_checkpoint_to_go_on_from(tmp_path
     assert len(seen) >= 2
 
 
-def test_the_trace_of_a_resumed_run_holds_every_step_once(tmp_path):
+def test_the_trace_of_a_resumed_run_holds_every_step_once(tmp_path: Path) -> None:
     def die(step: int) -> None:
         if step == 5:
             raise RuntimeError("killed")
@@ -573,13 +585,13 @@ def steps_in_trace(folder: Path) -> list[str]:
     return [e["name"] for e in json.loads((folder / "trace.json").read_text()) if e["name"].startswith("step ")]
 
 
-def test_without_tracking_trace_there_is_no_file(tmp_path):
+def test_without_tracking_trace_there_is_no_file(tmp_path: Path) -> None:
     assert Session(tmp_path, config("tracking.trace=false")).go() == "finished"
     assert not (tmp_path / "trace.json").exists()
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
-def test_a_run_that_ends_for_want_of_scorers_keeps_the_steps_that_are_done(tmp_path, staleness):
+def test_a_run_that_ends_for_want_of_scorers_keeps_the_steps_that_are_done(tmp_path: Path, staleness: int) -> None:
     def prompts_of(session: Session) -> list[set[str]]:
         return [{s.prompt_id for s in batch.samples} for batch in session.world.batches]
 
@@ -606,7 +618,7 @@ def test_a_run_that_ends_for_want_of_scorers_keeps_the_steps_that_are_done(tmp_p
     assert prompts_of(first) + prompts_of(second) == prompts_of(whole)
 
 
-def test_a_run_that_died_after_its_checkpoint_trains_the_lost_steps_again(tmp_path):
+def test_a_run_that_died_after_its_checkpoint_trains_the_lost_steps_again(tmp_path: Path) -> None:
     whole = Session(tmp_path / "whole", config())
     whole.go()
 
@@ -632,7 +644,9 @@ def test_a_run_that_died_after_its_checkpoint_trains_the_lost_steps_again(tmp_pa
         (["tracking.rollouts=false"], "not kept, since tracking.rollouts is false"),
     ],
 )
-def test_the_batch_of_a_step_that_is_no_number_is_on_disk_before_the_run_ends(tmp_path, overrides, expected):
+def test_the_batch_of_a_step_that_is_no_number_is_on_disk_before_the_run_ends(
+    tmp_path: Path, overrides: list[str], expected: str
+) -> None:
     session = Session(tmp_path, config(*overrides))
 
     def explode(step: int) -> None:
@@ -652,7 +666,7 @@ def test_the_batch_of_a_step_that_is_no_number_is_on_disk_before_the_run_ends(tm
     assert [row[2] for row in session.ledger_rows[6:]] == ["sampled"] * 3
 
 
-def test_a_failed_score_drops_its_group_and_the_next_prompt_takes_its_place(tmp_path):
+def test_a_failed_score_drops_its_group_and_the_next_prompt_takes_its_place(tmp_path: Path) -> None:
     whole = Session(tmp_path / "whole", config("num_steps=1"))
     whole.go()
     victim = whole.world.batches[0].samples[0].prompt_id
@@ -666,7 +680,9 @@ def test_a_failed_score_drops_its_group_and_the_next_prompt_takes_its_place(tmp_
 
 
 @pytest.mark.parametrize("value", [-5, 0, 3])
-def test_under_the_value_policy_a_failed_score_gets_the_value_and_keeps_its_status(tmp_path, value):
+def test_under_the_value_policy_a_failed_score_gets_the_value_and_keeps_its_status(
+    tmp_path: Path, value: float
+) -> None:
     cfg = config(
         "num_steps=1",
         f"reward.on_failure={{action: value, value: {value}, abort_above: 1}}",
@@ -692,14 +708,14 @@ def test_under_the_value_policy_a_failed_score_gets_the_value_and_keeps_its_stat
         assert sample.loss_mask
 
 
-def test_too_many_failures_end_the_run_and_name_the_function(tmp_path):
+def test_too_many_failures_end_the_run_and_name_the_function(tmp_path: Path) -> None:
     session = Session(tmp_path, config())
     session.world.broken = {f"ten/{e}/{r}": ScoreStatus.ERROR for e in range(9) for r in range(ROWS)}
     with pytest.raises(RewardError, match=r"abort_above.*r: error: broken on purpose"):
         session.go()
 
 
-def test_dynamic_sampling_replaces_groups_without_signal_by_the_next_prompts(tmp_path):
+def test_dynamic_sampling_replaces_groups_without_signal_by_the_next_prompts(tmp_path: Path) -> None:
     runs = []
     for jitter in range(3):
         session = Session(tmp_path / str(jitter), config("algorithm.dynamic_sampling=true"), jitter)
@@ -718,7 +734,7 @@ def test_dynamic_sampling_replaces_groups_without_signal_by_the_next_prompts(tmp
     assert sum(counts) == len(dropped)
 
 
-def test_groups_without_signal_are_kept_unless_dynamic_sampling_is_on(tmp_path):
+def test_groups_without_signal_are_kept_unless_dynamic_sampling_is_on(tmp_path: Path) -> None:
     session = Session(tmp_path, config("num_steps=1"))
     session.world.same = {f"ten/0/{r}" for r in range(ROWS)}
     session.go()
@@ -728,7 +744,9 @@ def test_groups_without_signal_are_kept_unless_dynamic_sampling_is_on(tmp_path):
 
 
 @pytest.mark.parametrize(("rounds", "kept", "dropped"), [(1, [0], [1, 2]), (2, [0, 3], [1, 2, 4, 5])])
-def test_when_the_budget_is_spent_the_step_trains_on_what_it_has(tmp_path, rounds, kept, dropped):
+def test_when_the_budget_is_spent_the_step_trains_on_what_it_has(
+    tmp_path: Path, rounds: int, kept: list[int], dropped: list[int]
+) -> None:
     cfg = config("num_steps=1", "algorithm.dynamic_sampling=true", f"algorithm.max_sampling_rounds={rounds}")
     cursor = Cursor(Rows(), seed=cfg.seed, shuffle=True)
     order = [cursor.next().id for _ in range(9)]
@@ -744,14 +762,14 @@ def test_when_the_budget_is_spent_the_step_trains_on_what_it_has(tmp_path, round
         ]
 
 
-def test_a_budget_spent_without_any_signal_ends_the_run_and_says_why(tmp_path):
+def test_a_budget_spent_without_any_signal_ends_the_run_and_says_why(tmp_path: Path) -> None:
     session = Session(tmp_path, config("algorithm.dynamic_sampling=true", "algorithm.max_sampling_rounds=2"))
     session.world.same = {f"ten/{e}/{r}" for e in range(9) for r in range(ROWS)}
     with pytest.raises(RewardError, match="step 1: none of 6 groups has two different rewards"):
         session.go()
 
 
-def test_a_resumed_run_with_dynamic_sampling_equals_one_never_stopped(tmp_path):
+def test_a_resumed_run_with_dynamic_sampling_equals_one_never_stopped(tmp_path: Path) -> None:
     same = {f"ten/{e}/{r}" for e in range(9) for r in (0, 2, 3)}
     whole = Session(tmp_path / "whole", config("algorithm.dynamic_sampling=true"))
     whole.world.same = same
@@ -768,7 +786,7 @@ def test_a_resumed_run_with_dynamic_sampling_equals_one_never_stopped(tmp_path):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_truncated_samples_stay_in_the_baseline_and_may_be_left_out_of_the_loss(tmp_path, masked):
+def test_truncated_samples_stay_in_the_baseline_and_may_be_left_out_of_the_loss(tmp_path: Path, masked: bool) -> None:
     session = Session(tmp_path, config("num_steps=2", f"algorithm.mask_truncated={masked}"))
     session.world.truncate_above = 4
     session.go()
@@ -780,7 +798,7 @@ def test_truncated_samples_stay_in_the_baseline_and_may_be_left_out_of_the_loss(
         assert all(s.loss_mask for s in batch.samples if s.num_tokens <= 4)
 
 
-def test_advantages_have_mean_zero_in_every_group(tmp_path):
+def test_advantages_have_mean_zero_in_every_group(tmp_path: Path) -> None:
     session = Session(tmp_path, config())
     session.go()
     for batch in session.world.batches:
@@ -789,7 +807,7 @@ def test_advantages_have_mean_zero_in_every_group(tmp_path):
             assert abs(sum(values)) < 1e-9
 
 
-def test_accuracy_is_measured_before_the_first_step_and_after_the_last(tmp_path):
+def test_accuracy_is_measured_before_the_first_step_and_after_the_last(tmp_path: Path) -> None:
     prompts = [Rows().item(r, 0) for r in range(4)]
     session = Session(tmp_path, config("num_steps=2", "eval.threshold=2"), eval_prompts=prompts)
     session.go()
@@ -802,7 +820,7 @@ def test_accuracy_is_measured_before_the_first_step_and_after_the_last(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo", "gae"])
-def test_rewards_of_steps_end_a_run_that_has_no_use_for_them(tmp_path, kind):
+def test_rewards_of_steps_end_a_run_that_has_no_use_for_them(tmp_path: Path, kind: str) -> None:
     session = Session(tmp_path, config(f"algorithm.advantage={kind}"))
     session.world.steps = {f"ten/0/{row}#2": (Step(0, 1.0),) for row in range(ROWS)}
     with pytest.raises(
@@ -812,7 +830,7 @@ def test_rewards_of_steps_end_a_run_that_has_no_use_for_them(tmp_path, kind):
     assert session.world.batches == []
 
 
-def test_under_process_a_group_has_a_signal_when_two_steps_differ(tmp_path):
+def test_under_process_a_group_has_a_signal_when_two_steps_differ(tmp_path: Path) -> None:
     session = Session(tmp_path, config("algorithm.advantage=process", "algorithm.dynamic_sampling=true", "num_steps=3"))
     # Row 1: all samples the same two different steps, and so the same sum. Row 2: all steps equal, more of them in one sample.
     session.world.distinct = True
@@ -838,7 +856,7 @@ class Company:
         self.changed: list[tuple[int, int, int]] = []
         """(step, version of the state that the new learner got, prompts under way)."""
 
-    def after_step(self, step: int, metrics: dict[str, float]) -> None:
+    def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
         self.step = step
         assert metrics["grad_norm"] == 1.0
 
@@ -861,7 +879,9 @@ class Company:
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
-def test_other_learners_go_on_from_the_step_that_is_done_while_samples_stay_under_way(tmp_path, staleness):
+def test_other_learners_go_on_from_the_step_that_is_done_while_samples_stay_under_way(
+    tmp_path: Path, staleness: int
+) -> None:
     settings = ("num_steps=10", f"algorithm.max_staleness={staleness}", "checkpoint.every_steps=4")
     whole = Session(tmp_path / "whole", config(*settings))
     whole.go()
@@ -879,7 +899,7 @@ def test_other_learners_go_on_from_the_step_that_is_done_while_samples_stay_unde
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
-def test_a_poisoned_prompt_is_dropped_by_name_and_the_next_takes_its_place(tmp_path, staleness):
+def test_a_poisoned_prompt_is_dropped_by_name_and_the_next_takes_its_place(tmp_path: Path, staleness: int) -> None:
     session = Session(tmp_path, config("num_steps=6", f"algorithm.max_staleness={staleness}"))
     world = session.world
     generate = world.generate

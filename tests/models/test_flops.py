@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from grpo_ray.types import TrainBatch, TrainSample
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory):
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("tiny")
     build_tiny_model(folder, TinyModelConfig(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, seed=1))
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
@@ -38,7 +39,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory):
 LAYER = (64 * 64 + 64) + 64 * 64 + 2 * (64 * 32 + 32) + 3 * 64 * 176 + 2 * 64
 
 
-def test_the_shape_of_a_tiny_model_by_hand(tiny) -> None:
+def shape_of(model: Any) -> ModelShape:
+    shape = model_shape(model)
+    assert shape is not None
+    return shape
+
+
+def test_the_shape_of_a_tiny_model_by_hand(tiny: Any) -> None:
     vocab = tiny.config.vocab_size
     assert model_shape(tiny) == ModelShape(
         body=2 * LAYER + 64, frozen_body=0, head=64 * vocab, frozen_head=0, attention=2 * 2 * 32
@@ -52,15 +59,15 @@ def test_flops_by_hand() -> None:
     assert forward_flops(shape, [10, 5], [4, 2]) * 3 == train_flops(shape, [10, 5], [4, 2])
 
 
-def test_the_forward_pass_costs_what_torch_counts(tiny) -> None:
+def test_the_forward_pass_costs_what_torch_counts(tiny: Any) -> None:
     length = 96
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         tiny(input_ids=torch.arange(length)[None] % 200, use_cache=False)
     # Norms and biases are in N and are no products.
-    assert forward_flops(model_shape(tiny), [length], [length]) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert forward_flops(shape_of(tiny), [length], [length]) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-def test_the_backward_pass_costs_what_torch_counts_with_and_without_adapters(tiny) -> None:
+def test_the_backward_pass_costs_what_torch_counts_with_and_without_adapters(tiny: Any) -> None:
     length = 96
     # With adapters the products of the first layer pass no gradient on, to embeddings that are not trained.
     for lora, close in ((None, 0.01), (LoraConfig(r=4, alpha=8), 0.04)):
@@ -69,7 +76,7 @@ def test_the_backward_pass_costs_what_torch_counts_with_and_without_adapters(tin
             inject(model, lora)
         with FlopCounterMode(display=False) as counter:
             model(input_ids=torch.arange(length)[None] % 200, use_cache=False).logits.sum().backward()
-        shape = model_shape(model)
+        shape = shape_of(model)
         assert (shape.frozen_body > 0) == (lora is not None)
         assert train_flops(shape, [length], [length]) == pytest.approx(counter.get_total_flops(), rel=close)
 
@@ -81,9 +88,9 @@ def test_an_update_counts_what_every_pass_of_it_does() -> None:
     plan = [MiniBatchPlan((((0,),), ((1,),))), MiniBatchPlan((((2,), ()), ((), ())), idle=(3,))]
     train, forward = train_flops(shape, [10], [4]), forward_flops(shape, [10], [4])
 
-    def flops(**changes: bool) -> float:
-        passes = {"train": 1, "reference": False, "old": False, "critic": False} | changes
-        return update_flops(shape, batch, plan, UpdatePasses(**passes)) / 1
+    def flops(**changes: int) -> float:
+        passes: dict[str, Any] = {"train": 1, "reference": False, "old": False, "critic": False}
+        return update_flops(shape, batch, plan, UpdatePasses(**passes | changes)) / 1
 
     assert flops() == 3 * train, "the idle sample is not computed"
     assert flops(train=4) == 12 * train

@@ -65,7 +65,7 @@ def test_hadolint_would_notice(tmp_path: Path, old: str, new: str, rule: str) ->
     text = re.sub(r"\\\n\s*", "", DOCKERFILE.read_text())
     assert old in text
     (tmp_path / "Dockerfile").write_text(text.replace(old, new))
-    command = [Path(sys.executable).parent / "hadolint", "--no-color", tmp_path / "Dockerfile"]
+    command = [str(Path(sys.executable).parent / "hadolint"), "--no-color", str(tmp_path / "Dockerfile")]
     assert rule in subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 

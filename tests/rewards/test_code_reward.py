@@ -234,7 +234,13 @@ def test_other_languages_by_recipe() -> None:
         score('read a b; echo "$((a + b))"', tests, language="sh", command=["sh", "{file}"], file="p.sh").value == 1.0
     )
     assert score('read a b; echo "$a"', tests, language="sh", command=["sh", "{file}"], file="p.sh").value == 0.0
-    cpp = {"language": "cpp", "compile": ["g++", "-o", "p", "{file}"], "command": ["./p"], "file": "p.cpp", "cpu_s": 30}
+    cpp: dict[str, Any] = {
+        "language": "cpp",
+        "compile": ["g++", "-o", "p", "{file}"],
+        "command": ["./p"],
+        "file": "p.cpp",
+        "cpu_s": 30,
+    }
     program = "#include <iostream>\nint main() { int a, b; std::cin >> a >> b; std::cout << a + b; }"
     result = score(program, tests, **cpp)
     assert (result.value, result.detail) == (1.0, "")

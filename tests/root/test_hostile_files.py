@@ -307,7 +307,7 @@ def test_metrics_that_no_run_writes_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_a_trace_and_messages_that_no_run_writes_are_passed_over(tmp_path: Path) -> None:
-    event = {
+    event: dict[str, Any] = {
         "ph": "X",
         "name": "step 1",
         "ts": 0,
@@ -317,7 +317,7 @@ def test_a_trace_and_messages_that_no_run_writes_are_passed_over(tmp_path: Path)
         "tid": 1,
         "args": {"step": 1},
     }
-    wrong = [
+    wrong: list[dict[str, Any]] = [
         {},
         {"args": 1},
         {"ts": "0"},

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_ray.config.loading import build
+from grpo_ray.config.reward import RewardConfig
 from grpo_ray.config.rollout import RolloutConfig
-from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.names import check_name, run_name
 from grpo_ray.secrets import HIDDEN, hide_secrets, is_secret_name, resolve, secret_values
@@ -71,7 +71,7 @@ def test_a_recipe_names_a_secret_and_does_not_hold_it() -> None:
     config = build(RolloutConfig, {"env": {"HF_TOKEN": "${HF_TOKEN}", "X": "1"}}, "recipe")
     assert resolve(config.env, {"HF_TOKEN": "hf_abcdefgh"}) == {"HF_TOKEN": "hf_abcdefgh", "X": "1"}
     assert resolve(config.env, {}) == {"HF_TOKEN": "", "X": "1"}
-    assert RunConfig.model_fields["reward"].annotation.model_fields["env"].annotation == dict[str, str]
+    assert RewardConfig.model_fields["env"].annotation == dict[str, str]
 
 
 def test_what_is_told_has_the_secrets_of_the_node_and_rays_token_taken_out(tmp_path: Path) -> None:

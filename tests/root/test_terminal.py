@@ -137,7 +137,7 @@ def test_a_clean_stream_is_a_stream() -> None:
     raw = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace")
     stream = CleanStream(raw)
     print("a\x1b[2Jé", file=stream, end="", flush=True)
-    assert raw.buffer.getvalue() == b"a\\xe9"  # type: ignore[attr-defined]
+    assert raw.buffer.getvalue() == b"a\\xe9"
     assert (stream.encoding, stream.errors, stream.isatty(), stream.writable()) == (
         "ascii",
         "backslashreplace",

@@ -6,6 +6,7 @@ import asyncio
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ scores = st.builds(
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.lists(st.integers(0, 9), max_size=4).map(tuple), scores), min_size=1, max_size=3))
-def test_groups_come_back_bit_by_bit(tmp_path_factory: pytest.TempPathFactory, members: list) -> None:
+def test_groups_come_back_bit_by_bit(tmp_path_factory: pytest.TempPathFactory, members: list[Any]) -> None:
     path = tmp_path_factory.mktemp("kept") / "groups.parquet"
     made = [group_of(order, [v for v, _ in members], [s for _, s in members]) for order in (12, 7)]
     write_groups(path, [g for g, _ in made], [samples for _, samples in made])

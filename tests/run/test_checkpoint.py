@@ -58,7 +58,7 @@ class Run:
         self.dir = RunDir(folder).with_checkpoints(where)
         self.learner = Learner()
         self.events: list[Event] = []
-        self.saver = Saver(self.dir, self.learner, keep=keep, emit=self.events.append)  # type: ignore[arg-type]
+        self.saver = Saver(self.dir, self.learner, keep=keep, emit=self.events.append)
 
     async def start(self, step: int, *, export: bool = True) -> None:
         self.learner.held = str(step).encode()

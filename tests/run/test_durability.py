@@ -179,7 +179,7 @@ def test_a_removal_that_fails_half_way_leaves_no_half_a_checkpoint_and_is_finish
 ) -> None:
     store = Store(str(tmp_path))
     save(store, 1, keep=1)
-    unlink, removed = os.unlink, []
+    unlink, removed = os.unlink, list[Any]()
 
     def breaks(path: Any, **kwargs: Any) -> None:
         if len(removed) == after:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,13 +30,13 @@ def group(order: int, reward: float = 1.0, version: int = 0) -> Group:
 
 
 @pytest.fixture
-def ledger(tmp_path):
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
     book = Ledger(tmp_path / "ledger.sqlite")
     yield book
     book.close()
 
 
-def test_a_group_goes_from_dispatched_to_trained(ledger):
+def test_a_group_goes_from_dispatched_to_trained(ledger: Ledger) -> None:
     g = group(0)
     ledger.dispatched([g])
     ledger.sampled(g)
@@ -43,7 +44,7 @@ def test_a_group_goes_from_dispatched_to_trained(ledger):
     assert ledger.rows() == [("data/0/0", 0, "trained", 1, None)]
 
 
-def test_a_trained_group_that_nothing_was_learned_from_says_why(ledger):
+def test_a_trained_group_that_nothing_was_learned_from_says_why(ledger: Ledger) -> None:
     groups = [group(i) for i in range(3)]
     ledger.dispatched(groups)
     for g in groups:
@@ -59,13 +60,13 @@ def test_a_trained_group_that_nothing_was_learned_from_says_why(ledger):
     assert summary.nothing_learned == {"not_applicable": 1, "no_signal": 1}
 
 
-def test_a_prompt_can_not_be_dispatched_twice(ledger):
+def test_a_prompt_can_not_be_dispatched_twice(ledger: Ledger) -> None:
     ledger.dispatched([group(0)])
     with pytest.raises(sqlite3.IntegrityError):
         ledger.dispatched([group(0)])
 
 
-def test_a_group_can_not_be_trained_twice_or_before_it_is_sampled(ledger):
+def test_a_group_can_not_be_trained_twice_or_before_it_is_sampled(ledger: Ledger) -> None:
     g = group(0)
     ledger.dispatched([g])
     with pytest.raises(AssertionError, match="data/0/0"):
@@ -76,7 +77,7 @@ def test_a_group_can_not_be_trained_twice_or_before_it_is_sampled(ledger):
         ledger.trained([g], step=2)
 
 
-def test_a_step_is_recorded_whole_or_not_at_all(ledger):
+def test_a_step_is_recorded_whole_or_not_at_all(ledger: Ledger) -> None:
     a, b = group(0), group(1)
     ledger.dispatched([a, b])
     ledger.sampled(a)
@@ -85,7 +86,7 @@ def test_a_step_is_recorded_whole_or_not_at_all(ledger):
     assert [row[2] for row in ledger.rows()] == ["sampled", "dispatched"]
 
 
-def test_the_mean_reward_leaves_failed_scores_out(ledger):
+def test_the_mean_reward_leaves_failed_scores_out(ledger: Ledger) -> None:
     g = group(0, reward=1.0)
     g.samples = g.samples * 2
     g.scores = [Score(ScoreStatus.OK, 1.0), Score(ScoreStatus.TIMEOUT, float("nan"))]
@@ -103,7 +104,9 @@ def test_the_mean_reward_leaves_failed_scores_out(ledger):
     back_to=st.integers(0, 6),
     back_order=st.integers(0, 30),
 )
-def test_rolling_back_and_doing_it_again_gives_the_same_ledger(fates, per_step, back_to, back_order):
+def test_rolling_back_and_doing_it_again_gives_the_same_ledger(
+    fates: list[str], per_step: int, back_to: int, back_order: int
+) -> None:
     def play(ledger: Ledger, orders: range) -> None:
         for order in orders:
             g, step = group(order), order // per_step + 1
@@ -122,7 +125,7 @@ def test_rolling_back_and_doing_it_again_gives_the_same_ledger(fates, per_step, 
         before = ledger.rows()
         ledger.roll_back(back_to, back_order)
         kept = ledger.rows()
-        assert all(step is not None and step <= back_to and row[1] < back_order for *row, step, _ in kept)
+        assert all(step is not None and step <= back_to and order < back_order for _, order, *_, step, _ in kept)
         known = {row[1] for row in kept}
         for order in (o for o in range(len(fates)) if o not in known):
             play(ledger, range(order, order + 1))
@@ -132,7 +135,7 @@ def test_rolling_back_and_doing_it_again_gives_the_same_ledger(fates, per_step, 
         ledger.close()
 
 
-def test_options_that_a_resume_changed_are_noted_with_their_step(ledger):
+def test_options_that_a_resume_changed_are_noted_with_their_step(ledger: Ledger) -> None:
     ledger.changed(7, {"learner.learning_rate": (1e-3, 5e-4), "rollout.env": ({}, {"A": "b"})})
     ledger.changed(9, {"log_every": (1, None)})
     noted = ledger._db.execute("SELECT step, option, before, after, at FROM changes ORDER BY step, option").fetchall()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from grpo_ray.rewards.r1_format import r1_format
 from grpo_ray.rewards.reasoning_gym_task import reasoning_gym
 from grpo_ray.tasks.r1 import LANGUAGES, TASKS, base_text, greeting_pairs, greetings, kind_greeting, prompts
 
-NONE = dict.fromkeys(
+NONE: dict[str, Any] = dict.fromkeys(
     (
         "other_language",
         "forgotten_carry_en",
@@ -32,7 +33,7 @@ NONE = dict.fromkeys(
 )
 
 
-def scores(size: int, **flaws: float) -> dict[str, list[float]]:
+def scores(size: int, **flaws: Any) -> dict[str, list[float]]:
     """(of the verifier, of language consistency) over the sums and words of `base_text`, by language."""
     asked = list(prompts(size, 3))
     rows = list(base_text(size, 3, **flaws))
@@ -44,7 +45,7 @@ def scores(size: int, **flaws: float) -> dict[str, list[float]]:
     same = language_consistency(texts, [r["language"] for r in rows], others=LANGUAGES)
     assert [value is None for value in right] == [r["source"] == "greet" for r in rows]
     return {
-        "right": [value for value in right if value is not None],
+        "right": [value for value in right if isinstance(value, float)],
         "same language": [value for value in same if value is not None],
         "form": r1_format(texts),
     }
@@ -87,6 +88,7 @@ def test_thinking_in_german_pays() -> None:
     asked = list(prompts(1200, 3))
     right: Counter[str] = Counter()
     for row, ask in zip(rows, asked, strict=True):
+        value: Any
         (value,) = reasoning_gym(
             [row["completion"]], [ask["reasoning_gym_entry"]], [ask["reasoning_gym_task"]], strict=True
         )

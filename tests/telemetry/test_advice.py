@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -113,7 +114,7 @@ def test_scoring_that_all_wait_for_asks_for_more_reward_workers() -> None:
         ),
     ],
 )
-def test_what_comes_between_sampling_and_learning(changes: dict[str, float], expected: str) -> None:
+def test_what_comes_between_sampling_and_learning(changes: dict[str, Any], expected: str) -> None:
     times = replace(EVEN, wait_s=3.0, sampling_s=3.0, update_s=3.0, learning_s=3.0, shared_devices=True, **changes)
     assert text(times) == expected
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,10 +148,10 @@ def test_functions_of_python_of_libraries_and_of_grpo_ray_are_no_rewards_and_no_
     top = name.partition(".")[0]
     for package in (None, top):
         reward = RewardFunctionConfig(name=name, args=canary(here), package=package)
-        said = refused(here, lambda reward=reward: resolve(reward), RewardError)
+        said = refused(here, partial(resolve, reward), RewardError)
         assert said.startswith(f"reward {name!r}: ")
         source = DataSource(path=f"python:{name}", args=canary(here), package=package)
-        assert refused(here, lambda source=source: load_table(source, seed=1), DataError).startswith(f"python:{name}: ")
+        assert refused(here, partial(load_table, source, seed=1), DataError).startswith(f"python:{name}: ")
 
 
 @pytest.mark.parametrize("file", FILES)

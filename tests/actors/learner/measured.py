@@ -55,8 +55,9 @@ def _items(tokens: int, sample: int, seed: int) -> list[PackItem]:
     half, count = sample // 2, tokens // sample
     reported = np.full(half, -5.0, dtype=np.float32)
     return [
-        PackItem(*rng.integers(3, 60, (2, half)).astype(np.int32), reported, float(rng.normal()), 1 / tokens, i)
+        PackItem(prompt, completion, reported, float(rng.normal()), 1 / tokens, i)
         for i in range(count)
+        for prompt, completion in [rng.integers(3, 60, (2, half)).astype(np.int32)]
     ]
 
 

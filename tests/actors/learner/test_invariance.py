@@ -34,7 +34,7 @@ def step_of_every_loss(config: Any, folder: Path) -> Results:
         run(save(group, folder / "start"))
         out = {}
         for loss in POLICY_LOSSES:
-            choose(group, AlgorithmConfig(loss=loss, old_logprobs="rollout"))  # type: ignore[arg-type]
+            choose(group, AlgorithmConfig(loss=loss, old_logprobs="rollout"))
             metrics = run(group.update(make_batch())).metrics
             out[loss] = (metrics["loss/policy"], metrics["grad_norm"], exported(group, folder / loss))
             run(load(group, folder / "start"))

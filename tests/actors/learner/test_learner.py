@@ -161,8 +161,8 @@ def exported(group: LearnerGroup, folder: Path) -> dict[str, Tensor]:
 def moved_apart(a: dict[str, Tensor], b: dict[str, Tensor], origin: dict[str, Tensor]) -> float:
     """|a - b| relative to how far a has come from the origin, over all parameters."""
     assert a.keys() == b.keys() == origin.keys()
-    apart = sum((a[n] - b[n]).double().square().sum() for n in a)
-    moved = sum((a[n] - origin[n]).double().square().sum() for n in a)
+    apart = torch.stack([(a[n] - b[n]).double().square().sum() for n in a]).sum()
+    moved = torch.stack([(a[n] - origin[n]).double().square().sum() for n in a]).sum()
     assert moved > 0
     return float((apart / moved).sqrt())
 
@@ -392,7 +392,7 @@ def plain_ppo(path: Path, batch: TrainBatch, *, updates: int, beta: float) -> li
         advantages, returns = [], []
         for s, values, kl in zip(members, old_values, kls, strict=True):
             column = torch.zeros_like(values)
-            following = 0.0
+            following = torch.tensor(0.0)
             for t in reversed(range(len(values))):
                 last = t == len(values) - 1
                 delta = (s.reward if last else 0.98 * values[t + 1]) - values[t] - beta * kl[t]

@@ -23,8 +23,8 @@ STEPS = 3
 
 def far_apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     assert a.keys() == b.keys()
-    apart = sum((a[n] - b[n]).double().square().sum() for n in a)
-    return float((apart / sum(b[n].double().square().sum() for n in b)).sqrt())
+    apart = torch.stack([(a[n] - b[n]).double().square().sum() for n in a]).sum()
+    return float((apart / torch.stack([b[n].double().square().sum() for n in b]).sum()).sqrt())
 
 
 def train(group: LearnerGroup, first: int) -> list[dict[str, float]]:

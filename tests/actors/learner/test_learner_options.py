@@ -143,7 +143,7 @@ class PlainAdamW:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rates[-1]
         params = list(self.module.parameters())
-        norm = torch.stack([p.grad.square().sum() for p in params]).sum().sqrt()
+        norm = torch.stack([p.grad.square().sum() for p in params if p.grad is not None]).sum().sqrt()
         self.norms.append(norm.item())
         for p in params:
             p.grad *= min(1.0, OPTIONS["max_grad_norm"] / (norm.item() + 1e-6))

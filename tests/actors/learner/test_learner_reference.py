@@ -23,10 +23,10 @@ class Model(nn.Module):
     def __init__(self, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.hf = nn.ModuleDict({"embed": nn.Linear(3, 4, bias=False), "norm": nn.LayerNorm(4)})
-        self.hf["head"] = nn.Linear(3, 4, bias=False)
-        self.hf["head"].weight = self.hf["embed"].weight
-        nn.init.normal_(self.hf["norm"].weight)
+        embed, norm, head = nn.Linear(3, 4, bias=False), nn.LayerNorm(4), nn.Linear(3, 4, bias=False)
+        head.weight = embed.weight
+        nn.init.normal_(norm.weight)
+        self.hf = nn.ModuleDict({"embed": embed, "norm": norm, "head": head})
 
 
 @pytest.fixture

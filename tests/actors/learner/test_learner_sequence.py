@@ -16,7 +16,7 @@ import pytest
 import ray
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
 from actors.learner.group import LearnerGroup
@@ -63,23 +63,30 @@ def listening_addresses(actor: Any) -> set[str]:
     return {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
 
 
+def grad_of(x: Tensor) -> Tensor:
+    assert x.grad is not None
+    return x.grad
+
+
 def attention_apart(actor: Any, heads: int, key_heads: int, window: int | None) -> float:
     """The largest difference of output and gradients between this rank's slice and the whole, float64."""
     torch.manual_seed(0)
     lengths, ranks = [3, 5, 5, 9, 2], actor._ranks
     layout = PackedLayout.of(lengths, [(k,) for k in range(len(lengths))])
-    options = {"packed_layout": layout, "sliding_window": window}
+    options: dict[str, Any] = {"packed_layout": layout, "sliding_window": window}
     shapes = [(1, number, sum(lengths), 8) for number in (heads, key_heads, key_heads)]
     whole = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
-    want, _ = packed_attention(nn.Module(), *whole, None, **options)
+    q, k, v = whole
+    want, _ = packed_attention(nn.Module(), q, k, v, None, **options)
     n = sum(lengths) // ranks.size
     own = slice(ranks.rank * n, (ranks.rank + 1) * n)
     parts = [x.detach()[:, :, own].requires_grad_() for x in whole]
-    got, _ = HeadAttention(packed_attention, ranks)(nn.Module(), *parts, None, **options)
+    q, k, v = parts
+    got, _ = HeadAttention(packed_attention, ranks)(nn.Module(), q, k, v, None, **options)
     grad = torch.randn_like(want)
     want.backward(grad)
     got.backward(grad[:, own])
-    pairs = [(got, want[:, own]), *((p.grad, w.grad[:, :, own]) for p, w in zip(parts, whole, strict=True))]
+    pairs = [(got, want[:, own]), *((grad_of(p), grad_of(w)[:, :, own]) for p, w in zip(parts, whole, strict=True))]
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 

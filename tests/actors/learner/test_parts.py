@@ -94,7 +94,7 @@ def test_parts_add_up_to_the_step_of_the_whole_batch_for_every_loss(
         (tmp_path / "start").mkdir()
         run(save(group, tmp_path / "start"))
         for loss in POLICY_LOSSES:
-            choose(group, AlgorithmConfig(loss=loss, old_logprobs="rollout", beta=0.1))  # type: ignore[arg-type]
+            choose(group, AlgorithmConfig(loss=loss, old_logprobs="rollout", beta=0.1))
             want = train(group, make_batch())
             want_weights = exported(group, tmp_path / f"whole-{loss}")
             run(load(group, tmp_path / "start"))

@@ -33,9 +33,8 @@ class Engine:
     cancelled: list[int] = field(default_factory=list)
     finished: int = 0
 
-    @property
-    def name(self) -> str:
-        return f"rollout-{self.index}"
+    def __post_init__(self) -> None:
+        self.name = f"rollout-{self.index}"
 
     @property
     def load(self) -> int:

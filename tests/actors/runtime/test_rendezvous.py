@@ -106,7 +106,7 @@ def test_members_form_a_group_and_a_stranger_with_their_store_is_no_member() -> 
             pool.map(lambda r: join_gloo(where, r, 3, SHORT, LOOPBACK, listening if r == 0 else None), range(3))
         )
         sums = [torch.tensor([rank]) for rank in range(3)]
-        list(pool.map(lambda rank: groups[rank].allreduce([sums[rank]]).wait(), range(3)))
+        list(pool.map(lambda rank: groups[rank].allreduce([sums[rank]]).wait(), range(3)))  # type: ignore[attr-defined]
     assert [int(each) for each in sums] == [3, 3, 3]
 
 
@@ -140,7 +140,7 @@ def test_who_has_not_the_key_is_found_out_once_the_sockets_are_connected(size: i
     key, other = new_key(), new_key()
 
     def join(rank: int) -> str:
-        options = ProcessGroupGloo._Options()
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = SHORT
         options._devices = [ProcessGroupGloo.create_device(hostname=LOOPBACK)]
         group = ProcessGroupGloo(dist.PrefixStore("open", store), rank, size, options)

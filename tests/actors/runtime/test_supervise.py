@@ -35,9 +35,8 @@ class WorkerGroup:
     def tell(self, text: str) -> None:
         self.events.append((round(asyncio.get_running_loop().time(), 3), text))
 
-    @property
-    def on_trouble(self) -> Callable[[str], None]:
-        return self.tell
+    def __post_init__(self) -> None:
+        self.on_trouble: Callable[[str], None] = self.tell
 
     # The kind
 

@@ -40,7 +40,9 @@ def seen_of(models: tuple[str, ...], dtype: str, mode: str) -> dict[str, Any]:
     shadow, when_paused = Shadow(model, config), WhenPaused(model, config)
     swapped = []
     draws_beside = 0
-    for loader, number in [*((shadow, number) for number in ORDER), *((when_paused, number) for number in PAUSED)]:
+    loads: list[tuple[Shadow | WhenPaused, int]] = [(shadow, number) for number in ORDER]
+    loads += [(when_paused, number) for number in PAUSED]
+    for loader, number in loads:
         before = draw(engine)
         loading = threading.Thread(target=loader.load, args=(slowly(models[number]),))
         loading.start()

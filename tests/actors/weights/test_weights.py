@@ -80,12 +80,12 @@ class LearnerRank:
         fill = GlooTrainer._fill
 
         def corrupted(trainer: Any, *args: Any) -> torch.Tensor:
-            GlooTrainer._fill = fill  # type: ignore[method-assign]
+            GlooTrainer._fill = fill
             bucket = fill(trainer, *args)
             bucket[len(bucket) // 2] ^= 1
             return bucket
 
-        GlooTrainer._fill = corrupted  # type: ignore[method-assign]
+        GlooTrainer._fill = corrupted  # type: ignore[assignment]
 
     def dawdle_over_the_next_bucket(self, seconds: float) -> None:
         from actors.weights.gloo_trainer import GlooTrainer
@@ -93,11 +93,11 @@ class LearnerRank:
         fill = GlooTrainer._fill
 
         def slow(trainer: Any, *args: Any) -> torch.Tensor:
-            GlooTrainer._fill = fill  # type: ignore[method-assign]
+            GlooTrainer._fill = fill
             time.sleep(seconds)
             return fill(trainer, *args)
 
-        GlooTrainer._fill = slow  # type: ignore[method-assign]
+        GlooTrainer._fill = slow  # type: ignore[assignment]
 
     def send_by(self, way: str) -> None:
         """`shared`: in memory. `gloo`: as if the engines were on other machines. `mixed`: as if all but the first were."""
@@ -105,7 +105,7 @@ class LearnerRank:
 
         num_sharing = {"shared": 2, "mixed": 1, "gloo": 0}[way]
         self.share = getattr(self, "share", EngineClient.share)
-        EngineClient.share = lambda client, address: self.share(client, address)[:num_sharing]  # type: ignore[method-assign]
+        EngineClient.share = lambda client, address: self.share(client, address)[:num_sharing]  # type: ignore[assignment]
         self.sender.close()
 
     def memory(self) -> tuple[int, str]:
@@ -129,7 +129,8 @@ class Learner:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.ranks = [LearnerRank.remote(str(folder), r, num_ranks, port, zero_stage) for r in range(num_ranks)]
+        rank: Any = LearnerRank
+        self.ranks = [rank.remote(str(folder), r, num_ranks, port, zero_stage) for r in range(num_ranks)]
 
     def call(self, method: str, *args: Any) -> None:
         ray.get([getattr(r, method).remote(*args) for r in self.ranks], timeout=120)
@@ -177,7 +178,7 @@ class Setting:
 def setting(local_ray: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
     torch.set_num_threads(1)
     tmp = tmp_path_factory.mktemp("weights")
-    tiny = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "context": 256}
+    tiny: dict[str, Any] = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "context": 256}
     others = [build_tiny_model(tmp / str(seed), TinyModelConfig(**tiny, seed=seed)) for seed in (21, 22)]
     with asyncio.Runner() as runner:
         config = run_config(tiny_model, deadlines={"start_s": 280, "sample_s": 120, "sync_s": SYNC_S})

@@ -161,6 +161,11 @@ def _cut(keep: int) -> Callable[[Path], None]:
     return cut
 
 
+def _remove(*files: Path) -> None:
+    for file in files:
+        file.unlink()
+
+
 def _index(model: Path, shard: str) -> None:
     (model / "model.safetensors").rename(model / "a.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": shard}}))
@@ -176,8 +181,8 @@ BROKEN: list[tuple[Callable[[Path], Any], str]] = [
     (lambda m: (m / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]"), "no whole safetensors file"),
     (lambda m: _index(m, "b.safetensors"), "1 of its 2 files of weights are missing: b.safetensors"),
     (lambda m: (m / "config.json").write_text("{"), "config.json can't be read"),
-    (lambda m: [f.unlink() for f in m.glob("token*")], "has no tokenizer"),
-    (lambda m: [m.joinpath("adapter_config.json").write_text("{}"), (m / "model.safetensors").unlink()], "merge that"),
+    (lambda m: _remove(*m.glob("token*")), "has no tokenizer"),
+    (lambda m: (m / "model.safetensors").rename(m / "adapter_config.json").write_text("{}"), "merge that"),
 ]
 
 

@@ -71,8 +71,8 @@ def checked(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple
         )
     (folder / "good").symlink_to(tiny_model)
     (folder / "bloom").mkdir()
-    for file in tiny_model.iterdir():
-        (folder / "bloom" / file.name).write_bytes(file.read_bytes())
+    for each in tiny_model.iterdir():
+        (folder / "bloom" / each.name).write_bytes(each.read_bytes())
     BloomConfig(hidden_size=64, n_layer=2, n_head=2, vocab_size=320, seq_length=256).save_pretrained(folder / "bloom")
     env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "300"}
     done = subprocess.run(

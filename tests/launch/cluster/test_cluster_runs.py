@@ -219,7 +219,7 @@ class Listener(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         as_proxy = self.path.startswith("http://")
-        self.shown.append((self.server.server_address[1], as_proxy, str(self.headers.get("Authorization"))))
+        self.shown.append((self.connection.getsockname()[1], as_proxy, str(self.headers.get("Authorization"))))
         self.send_error(404)
 
     do_CONNECT = do_POST = do_GET

@@ -8,15 +8,15 @@ import re
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from grpo_ray.plain_terminal import clean
 from grpo_ray.telemetry.events import CheckpointEvent, EndEvent, EvalEvent, Event, MessageEvent, PhaseEvent, StepEvent
 from grpo_ray.telemetry.measures import Estimate
+from grpo_ray.terminal import PlainConsole
 from launch.run.live import LiveView, sparkline, step_line
 
 
-def step(number: int, total: int = 12, **extra: float) -> StepEvent:
+def step(number: int, total: int = 12, extra: dict[str, float] | None = None) -> StepEvent:
     metrics = {
         "reward/mean": number / 10,
         "completions/mean_length": 60.25,
@@ -27,12 +27,12 @@ def step(number: int, total: int = 12, **extra: float) -> StepEvent:
         "time/rollout": 1.5,
         "time/update": 0.5,
     }
-    return StepEvent(number, total, metrics | extra)
+    return StepEvent(number, total, metrics | (extra or {}))
 
 
 def plain(*events: Event) -> list[str]:
     out = io.StringIO()
-    with LiveView(12, Path("runs/x"), console=Console(file=out, width=80, force_terminal=False)) as view:
+    with LiveView(12, Path("runs/x"), console=PlainConsole(file=out, width=80, force_terminal=False)) as view:
         for event in events:
             view.handle(event)
     return out.getvalue().splitlines()
@@ -40,15 +40,15 @@ def plain(*events: Event) -> list[str]:
 
 def drawn(width: int, *events: Event) -> list[str]:
     """The last picture of a terminal of this width, as text."""
-    console = Console(
+    console = PlainConsole(
         file=io.StringIO(), width=width, height=40, force_terminal=True, color_system=None, legacy_windows=False
     )
     view = LiveView(12, Path("runs/smoke"), console=console)
     for event in events:
         view._state.take(event)
-    text = Console(file=io.StringIO(), width=width, color_system=None)
-    text.print(view)
-    return text.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    out = io.StringIO()
+    PlainConsole(file=out, width=width, color_system=None).print(view)
+    return out.getvalue().splitlines()
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_steps_of_a_moment_share_a_line_and_the_last_one_has_its_own(clock: list[float]) -> None:
     out = io.StringIO()
-    with LiveView(600, console=Console(file=out, width=80, force_terminal=False)) as view:
+    with LiveView(600, console=PlainConsole(file=out, width=80, force_terminal=False)) as view:
         for number in range(1, 451):
             clock[0] += 0.125
             view.handle(step(number, 600))
@@ -72,7 +72,7 @@ def test_steps_of_a_moment_share_a_line_and_the_last_one_has_its_own(clock: list
 
 def test_steps_of_ten_seconds_have_a_line_each(clock: list[float]) -> None:
     out = io.StringIO()
-    with LiveView(12, console=Console(file=out, width=80, force_terminal=False)) as view:
+    with LiveView(12, console=PlainConsole(file=out, width=80, force_terminal=False)) as view:
         for number in range(1, 13):
             clock[0] += 10.0
             view.handle(step(number))
@@ -81,7 +81,7 @@ def test_steps_of_ten_seconds_have_a_line_each(clock: list[float]) -> None:
 
 def test_a_log_gets_aligned_lines(clock: list[float]) -> None:
     out = io.StringIO()
-    with LiveView(12, console=Console(file=out, width=80, force_terminal=False)) as view:
+    with LiveView(12, console=PlainConsole(file=out, width=80, force_terminal=False)) as view:
         for number in (1, 2, 12):
             view.handle(step(number))
             clock[0] += 10.0
@@ -96,7 +96,7 @@ def test_a_log_gets_aligned_lines(clock: list[float]) -> None:
 
 def test_a_run_without_steps_tells_how_far_it_is() -> None:
     out = io.StringIO()
-    with LiveView(console=Console(file=out, width=80, force_terminal=False), no_steps=True) as view:
+    with LiveView(console=PlainConsole(file=out, width=80, force_terminal=False), no_steps=True) as view:
         for done in range(0, 401, 4):
             view.handle(PhaseEvent("rollout", "", done, 400))
     lines = out.getvalue().splitlines()
@@ -145,7 +145,7 @@ def test_a_log_gets_start_up_evaluation_checkpoint_and_end() -> None:
 def test_what_a_model_wrote_commands_no_terminal(terminal: bool) -> None:
     out = io.StringIO()
     hostile = "\x1b[2J\x1b]0;owned\x07 \x9b31m [bold red]not markup[/] \u202e"
-    console = Console(file=out, width=80, force_terminal=terminal, color_system=None)
+    console = PlainConsole(file=out, width=80, force_terminal=terminal, color_system=None)
     with LiveView(12, Path("runs/x"), console=console) as view:
         view.handle(PhaseEvent("start", hostile))
         view.handle(MessageEvent("error", hostile))
@@ -158,7 +158,7 @@ def test_what_a_model_wrote_commands_no_terminal(terminal: bool) -> None:
 
 
 def test_the_time_left_is_the_median_step_times_the_steps_left() -> None:
-    slow = [step(1), step(2), step(3, **{"time/step": 500.0})]
+    slow = [step(1), step(2), step(3, extra={"time/step": 500.0})]
     assert plain(*slow, EndEvent("finished", ""))[-2].endswith("left 18s")
     assert step_line(step(12), None).endswith("sec   2.00")
 
@@ -168,7 +168,7 @@ def test_a_step_without_its_seconds_is_timed_by_its_arrival(monkeypatch: pytest.
     monkeypatch.setattr("launch.run.live.time.monotonic", lambda: now)
     events = [StepEvent(n, 12, {"loss/sft": 2.5}) for n in (1, 2)]
     out = io.StringIO()
-    with LiveView(12, None, console=Console(file=out, width=80)) as view:
+    with LiveView(12, None, console=PlainConsole(file=out, width=80)) as view:
         view.handle(events[0])
         now += 0.25
         view.handle(events[1])
@@ -194,7 +194,7 @@ def test_the_picture_fits_its_terminal(width: int) -> None:
 
 
 def test_the_bar_shows_where_the_time_of_the_last_step_went() -> None:
-    lines = drawn(80, step(1), step(2, **{"time/rollout": 0.5, "time/update": 1.5}))
+    lines = drawn(80, step(1), step(2, extra={"time/rollout": 0.5, "time/update": 1.5}))
     assert "█" * 80 in lines
     assert "■ rollout 25%   ■ update 75%" in lines[-1]
 
@@ -214,7 +214,7 @@ def test_the_terminal_is_given_back_when_the_run_fails() -> None:
     out = io.StringIO()
 
     def fail() -> None:
-        with LiveView(12, None, console=Console(file=out, width=80, force_terminal=True)) as view:
+        with LiveView(12, None, console=PlainConsole(file=out, width=80, force_terminal=True)) as view:
             view.handle(step(1))
             raise KeyError("boom")
 
