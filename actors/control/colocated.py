@@ -184,6 +184,12 @@ def check_colocated(config: RunConfig, *, has_gpus: bool) -> None:
                 rollout.tensor_parallel_size > 1,
             ),
             (
+                "rollout.data_parallel_size",
+                rollout.data_parallel_size,
+                "an engine shares one GPU with one learner: use 1",
+                rollout.data_parallel_size > 1,
+            ),
+            (
                 "rollout.num_actors",
                 rollout.num_actors,
                 f"each GPU holds an engine and a learner: use learner.num_actors, {learner.num_actors}",

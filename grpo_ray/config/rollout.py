@@ -215,6 +215,17 @@ def check_without_gpus(rollout: RolloutConfig) -> None:
     """Raises ConfigError for options that engines on CPUs can't follow."""
     if rollout.reduced_precision:
         raise ConfigError(f"{rollout.reduced_precision} needs a GPU, and there is none; leave it out")
+    if rollout.data_parallel_size > 1:
+        raise ConfigError(
+            f"rollout.data_parallel_size is {rollout.data_parallel_size}, and there is no GPU to spread experts over; use more "
+            "engines, rollout.num_actors"
+        )
+    if rollout.speculative is not None:
+        # Tried with vLLM 0.32: their log-probabilities are NaN, and the samples are not the model's.
+        raise ConfigError(
+            "rollout.speculative needs a GPU, and there is none: on CPUs vLLM computes wrong probabilities for tokens that a draft "
+            "proposes; leave it out"
+        )
 
 
 class EvalConfig(Strict):

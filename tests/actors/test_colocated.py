@@ -150,6 +150,7 @@ def config(**parts: dict[str, Any]) -> RunConfig:
     ("parts", "culprit"),
     [
         ({"rollout": {"tensor_parallel_size": 2}}, "rollout.tensor_parallel_size is 2"),
+        ({"rollout": {"data_parallel_size": 2}}, "rollout.data_parallel_size is 2"),
         ({"rollout": {"num_actors": 2}}, "rollout.num_actors is 2; .* learner.num_actors, 1"),
     ],
 )

@@ -141,10 +141,13 @@ def test_training_on_samples_of_a_rounded_policy_needs_a_correction(option: str)
 def test_what_only_gpus_can_do_is_told_or_refused_where_there_is_none() -> None:
     config = run_config("rollout.engine={async_scheduling: false, block_size: 64}")
     assert without_gpu(config) == {"rollout.engine": "on CPUs vLLM goes without async_scheduling"}
-    for option in ("quantization=fp8", "kv_cache_dtype=fp8"):
-        with pytest.raises(ConfigError, match=rf"rollout\.{option.replace('=', ' ')} needs a GPU"):
+    for option in ("quantization=fp8", "kv_cache_dtype=fp8", "speculative={num_tokens: 3}"):
+        with pytest.raises(ConfigError, match=rf"rollout\.{option.partition('=')[0]}.* needs a GPU"):
             check_machine(run_config(f"rollout.{option}", "rollout.num_gpus=0"))
-    check_machine(run_config("rollout.quantization=fp8", "rollout.num_gpus=1"))
+    with pytest.raises(ConfigError, match=r"no GPU to spread experts over; use more engines"):
+        check_machine(run_config("rollout.data_parallel_size=2", "rollout.num_gpus=0"))
+    for option in ("quantization=fp8", "data_parallel_size=2"):
+        check_machine(run_config(f"rollout.{option}", "rollout.num_gpus=1"))
 
 
 def test_a_draft_is_a_model_or_n_grams() -> None:
