@@ -1,7 +1,7 @@
 # make smoke   sets everything up and trains a tiny model for real, on any machine
 # make test    sets everything up and runs the tests
 # make bench   the tables of the README
-.PHONY: smoke r1 test test-all test-cluster chaos soak recovery mutants lint bench bench-versus bench-to-accuracy bench-learning bench-side-by-side bench-simulate bench-sync bench-growth bench-sample bench-gpu gpu-installs bench-sandbox bench-verifiers lock help
+.PHONY: smoke r1 test test-all test-cluster chaos soak recovery mutants lint bench bench-versus bench-to-accuracy bench-learning bench-side-by-side bench-simulate bench-sync bench-growth bench-sample bench-gpu gpu-installs gpu-kit bench-sandbox bench-verifiers lock help
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 # Set in many images; without bytecode every worker process compiles its packages again.
@@ -67,6 +67,9 @@ bench-gpu: .venv/.ready  ## Qwen2.5-1.5B's shape on one GPU, sampler and learner
 
 gpu-installs: .venv/.ready  ## ten fresh installs of lock-gpu.txt, and imported in each what engines import on GPUs (no GPU; 20 GB, half an hour)
 	@$(BIN)/python -m tests.gpu.installs
+
+gpu-kit: .venv/.ready  ## pack the checks for a bare machine with a GPU into .kit/ (downloads 500 MB, ten minutes; tests/gpu/kit)
+	@$(BIN)/python -m tests.gpu.kit.pack
 
 bench-learning: .venv/.ready  ## the smoke task by seven algorithms, three seeds each (two hours on two cores)
 	@$(BIN)/python -m tests.bench.learning
