@@ -25,13 +25,13 @@ import torch
 import torch.distributed as dist
 
 from actors.learner import kl, reference, sequence
-from actors.learner import offload as learner_offload
 from actors.learner import state as learner_state
 from actors.learner.accumulation import Accumulation
 from actors.learner.build import LearnerSpec, build_engine, build_objective, build_reference, can_share_prompts
 from actors.learner.critic import Critic
 from actors.learner.logprobs import LogprobPasses, kl_only_passes, update_passes
 from actors.learner.micro_batches import MicroBatchLoader, is_trained
+from actors.learner.offload import HostMemory, offload, weights
 from actors.learner.process_group import join_process_group
 from actors.learner.timer import UpdateTimer, traced
 from actors.rendezvous import Meeting, SealedStore, listen_at, new_key, open_store
@@ -80,6 +80,7 @@ class LearnerActor:
         self._reference: Any = None
         self._critic: Critic | None = None
         self._sender: WeightSender | None = None
+        self._host_memory = HostMemory(self.device)
         self._held: learner_state.LearnerSnapshot | None = None
         """The snapshot of the checkpoint that is about to be written."""
 
@@ -308,20 +309,14 @@ class LearnerActor:
     @traced("offload")
     def offload(self, keep_weights: bool) -> None:
         """Free the device's memory, except for the weights if they are to be sent."""
-        learner_offload.offload(self._engine, self.device, keep_weights=keep_weights)
-        if self._critic is not None:
-            learner_offload.offload(self._critic.engine, self.device, keep_weights=False)
-        if self._reference is not None:
-            learner_offload.move_model(self._reference_model, torch.device("cpu"))
+        engines = [self._engine] if self._critic is None else [self._engine, self._critic.engine]
+        models = [] if self._reference is None else [self._reference_model]
+        offload(self._host_memory, engines, models, weights(self._engine.module) if keep_weights else ())
 
     @traced("reload")
     def reload(self) -> None:
         """Take the device's memory back."""
-        learner_offload.reload(self._engine, self.device)
-        if self._critic is not None:
-            learner_offload.reload(self._critic.engine, self.device)
-        if self._reference is not None:
-            learner_offload.move_model(self._reference_model, self.device)
+        self._host_memory.give_back()
 
     # Weights.
 

@@ -176,10 +176,11 @@ class LearnerGroup:
 
     async def offload(self, *, keep_weights: bool) -> None:
         """See `actors.control.colocated.OffloadingLearner`."""
-        await self._call("offload", keep_weights, deadline="sync_s")
+        # The first time it pins memory, a second for every few gigabytes.
+        await self._call("offload", keep_weights, deadline="update_s")
 
     async def reload(self) -> None:
-        await self._call("reload", deadline="sync_s")
+        await self._call("reload", deadline="update_s")
 
     def prepare_weights(self) -> None:
         """Let the ranks prepare to send weights while the engines sample for the first time. Nobody waits for it: errors show when

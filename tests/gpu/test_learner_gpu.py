@@ -62,6 +62,35 @@ def test_one_step_on_a_gpu_equals_plain_pytorch(stage: int, tiny_model: Path, tm
 
 
 @pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(("dtype", "stage"), [("float32", 0), ("bfloat16", 1), ("bfloat16", 2), ("bfloat16", 3)])
+def test_a_learner_frees_the_gpu_and_takes_it_back_without_a_bit_changed(
+    dtype: str, stage: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    import ray
+
+    from actors.learner.group import LearnerGroup
+
+    config, results = make_config(tiny_model, ranks=1, stage=stage, model={"dtype": dtype}), []
+    for turns in (0, 2):
+        group = run(LearnerGroup.create(config, str(tiny_model), str(tmp_path), has_gpus=True))
+        try:
+            run(group.update(make_batch(seed=0)))
+            held = ray.get(group._actors[0].__ray_call__.remote(lambda _: torch.cuda.memory_allocated()))
+            for _ in range(turns):
+                run(group.offload(keep_weights=True))
+                run(group.offload(keep_weights=False))
+                left = ray.get(group._actors[0].__ray_call__.remote(lambda _: torch.cuda.memory_allocated()))
+                assert left < 0.05 * held
+                run(group.reload())
+            run(group.update(make_batch(seed=1, step=1)))
+            results.append(exported(group, tmp_path / f"hf-{turns}"))
+        finally:
+            run(group.close())
+    want, got = results
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.usefixtures("local_ray")
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize(("attention", "dtype", "rel"), [("sdpa", "float32", 1e-3), (FLASH, "bfloat16", 3e-2)])
 @pytest.mark.parametrize("stage", [1, 3])
