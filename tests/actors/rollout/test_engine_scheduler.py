@@ -50,3 +50,30 @@ def test_bundled_samples_are_those_of_vllms_scheduler_in_fewer_messages(
     assert max(lengths.values()) == MAX_TOKENS
     assert own["messages"] == lengths
     assert ours["messages"] == {number: -(-length // bundle) for number, length in lengths.items()}
+
+
+def drawn_ahead(model: Path, bundle: int | None) -> dict[str, Any]:
+    """By the core that schedules the next step before this one is over, as on GPUs."""
+    command = [sys.executable, "-m", "tests.actors.rollout.ahead", str(model), str(MAX_TOKENS)]
+    command += [] if bundle is None else [str(bundle)]
+    env = dict(os.environ) | rollout_env(RolloutConfig(), on_gpu=False, backend="gloo") | {"TORCH_COMPILE_DISABLE": "1"}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    told: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return told
+
+
+def test_samples_are_bundled_where_steps_are_scheduled_ahead_and_a_pause_sends_what_waits(tiny_model: Path) -> None:
+    own, ours = (drawn_ahead(tiny_model, bundle) for bundle in (None, 7))
+    assert (own["scheduler"], ours["scheduler"]) == ("AsyncScheduler", "BundlingAsyncScheduler")
+    assert own["ahead"] == ours["ahead"] == 2
+    assert ours["samples"] == own["samples"]
+    assert {number: len(s["tokens"]) for number, s in ours["samples"].items()} == {
+        str(number): MAX_TOKENS - 3 * number for number in range(12) if number != 3
+    }
+    assert ours["waiting"] == 0
+    assert len(ours["at_pauses"]) == 2
+    for at_pause in ours["at_pauses"]:
+        assert len(at_pause) > 4
+        assert all(sampled == sent > 0 for sampled, sent in at_pause)
+    assert ours["messages"] < own["messages"] / 4
