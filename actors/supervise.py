@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -156,6 +157,8 @@ class Supervisor(Generic[W]):
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: set[asyncio.Task[None]] = set()
         self.num_restarts = 0
+        self.turn: Callable[[], AbstractAsyncContextManager[bool | None]] = nullcontext
+        """The turn in which a worker restarts, where others have its device meanwhile; True inside: it had to wait."""
 
     @property
     def limit_s(self) -> float:
@@ -204,9 +207,12 @@ class Supervisor(Generic[W]):
             self._pool.worker_restarts(worker, cause)
             await asyncio.sleep(self._kind.backoff_s(worker, cause))
             try:
-                await self._start_with_warning(
-                    worker, limit_s if self.num_alive else min(limit_s, self._start_timeout.left_s)
-                )
+                async with self.turn() as waited:
+                    if waited:
+                        self._start_timeout.died()
+                    await self._start_with_warning(
+                        worker, limit_s if self.num_alive else min(limit_s, self._start_timeout.left_s)
+                    )
                 return True
             except WorkerError as e:
                 cause = e

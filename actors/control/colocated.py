@@ -4,16 +4,19 @@
     learning   engines asleep, their weights in the host's memory and without a KV cache; the learner's states on the device
     the sync   the learner's weights and the engines' on the device, nothing else
 
+An engine that dies restarts in the engines' turn alone, for it takes what is free of its GPU; learners wait for its start.
+
 On CPUs nothing moves: each kind has all cores while the other waits.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Literal, Protocol
 
+from actors.weights.protocol import AsleepError
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.loop.roles import Learner, Sampler, WeightSync
@@ -31,6 +34,14 @@ class SleepingSampler(Sampler, Protocol):
 
     async def wake(self, part: Literal["weights", "kv_cache"] | None = None) -> None:
         """Take the device back, whole or in part."""
+        ...
+
+    def engines(self) -> Sequence[object]:
+        """The live engines."""
+        ...
+
+    async def wait_for_engines(self) -> Sequence[object]:
+        """The live engines, at least one."""
         ...
 
 
@@ -56,13 +67,10 @@ class Turns:
         self._learning = True
 
     async def sampling(self) -> None:
-        """Begin the engines' turn, which lasts until another turn begins."""
+        """Begin the engines' turn, which lasts until another turn begins. Engines that died meanwhile restart in it."""
         if self._learning:
             async with self._lock:
-                if self._learning:
-                    await self._offload(keep_weights=False)
-                    await self._sampler.wake()
-                    self._learning = False
+                await self._begin_sampling()
 
     @asynccontextmanager
     async def learning(self) -> AsyncIterator[None]:
@@ -73,14 +81,24 @@ class Turns:
 
     @asynccontextmanager
     async def sending(self) -> AsyncIterator[None]:
-        """A weight sync's turn: the learner's weights and the engines' are on the device; the engines' turn follows."""
+        """A weight sync's turn: the learner's weights and the engines' are on the device; the engines' turn follows. Where no
+        engine is left, one restarts first, in a turn of its own."""
         async with self._lock:
+            if not self._sampler.engines():
+                await self._begin_sampling()
+                await self._sampler.wait_for_engines()
             await self._begin_learning()
             await self._offload(keep_weights=True)
             await self._sampler.wake("weights")
             yield
             await self._offload(keep_weights=False)
             await self._sampler.wake("kv_cache")
+            self._learning = False
+
+    async def _begin_sampling(self) -> None:
+        if self._learning:
+            await self._offload(keep_weights=False)
+            await self._sampler.wake()
             self._learning = False
 
     async def _begin_learning(self) -> None:
@@ -156,9 +174,18 @@ class ColocatedWeights:
         self._turns = turns
         sampler.on_stale = self._sync_stale
 
+    TRIES = 3
+
     async def sync(self, version: int) -> SyncReport:
-        async with self._turns.sending():
-            return await self._weights.sync(version)
+        """As of the weight sync inside; where no engine is left to send to, it begins again with one that has restarted."""
+        for left in reversed(range(self.TRIES)):
+            async with self._turns.sending():
+                try:
+                    return await self._weights.sync(version)
+                except AsleepError:
+                    if not left:
+                        raise
+        raise AssertionError
 
     async def _sync_stale(self) -> None:
         async with self._turns.sending():

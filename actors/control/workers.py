@@ -177,11 +177,12 @@ class Workers:
         return sampler, await self.start_learner(await num_steps, placement)
 
     def _weight_sync(self, sampler: RolloutPool, learner: LearnerGroup) -> RayWeightSync | RayAdapterSync:
-        timeout_s = self._config.deadlines.sync_s
+        timeout_s = self._config.deadlines.of_sync(has_gpus=self._gpus)
         if self._config.model.sends_adapters:
             return RayAdapterSync(sampler, learner, timeout_s)
         learner.prepare_weights()
-        return RayWeightSync(sampler, learner, timeout_s)
+        keep = isinstance(self._config, RunConfig) and self._config.weights.keep_kv_cache
+        return RayWeightSync(sampler, learner, timeout_s, keep_kv_cache=keep)
 
     async def start_scorer(self) -> RewardPool | RewardPools:
         assert isinstance(self._config, RunConfig)

@@ -352,6 +352,6 @@ class LearnerActor:
         from actors.weights.sender import WeightSender, ZeroWeightSource
 
         assert self.spec.weights is not None
-        bucket_bytes = self.spec.weights.bucket_mb << 20
+        bucket_bytes = self.spec.weights.bucket_bytes(self.spec.weights_backend)
         source = ZeroWeightSource(self._engine.module.hf, bucket_bytes, self.spec.dtype)
         return WeightSender(source, self.rank, self.spec.weights_backend, bucket_bytes, self.spec.sync_timeout_s)

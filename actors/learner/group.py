@@ -99,7 +99,7 @@ class LearnerGroup:
             )
             for rank in range(learner.num_actors)
         ]
-        group = cls(actors, spec, config.deadlines)
+        group = cls(actors, spec, config.deadlines.model_copy(update={"sync_s": spec.sync_timeout_s}))
         limit_s = config.deadlines.start_s if limit_s is None else limit_s
         give_up = time.monotonic() + limit_s
         try:
@@ -302,7 +302,7 @@ def _spec(
         max_completion_length=grpo.rollout.max_completion_length if grpo else 0,
         num_optimizer_steps=None if num_steps is None else num_steps * per_step,
         collective_timeout_s=max(config.deadlines.update_s, config.deadlines.save_s),
-        sync_timeout_s=config.deadlines.sync_s,
+        sync_timeout_s=config.deadlines.of_sync(has_gpus=has_gpus),
     )
 
 

@@ -122,8 +122,7 @@ class RolloutActor:
         self._outcomes: list[Outcome] = []
         self._samples: list[Sample] = []
         self._arrived = asyncio.Event()
-        self._num_tokens = 0
-        self._num_samples = 0
+        self._version = self._num_tokens = self._num_samples = 0
         self._busy_s = 0.0
         self._busy_since = 0.0
 
@@ -181,7 +180,8 @@ class RolloutActor:
 
         final: RequestOutput | None = None
         try:
-            prompt = {"prompt_token_ids": request.prompt_token_ids}
+            # What other weights have computed of the same prompt is not for this sample, wherever it is kept.
+            prompt = {"prompt_token_ids": request.prompt_token_ids, "cache_salt": str(self._version)}
             stops = self._stops_of(request.params)
             with self._adapters.use() as adapter:
                 lora = adapter.request if adapter is not None else None
@@ -297,7 +297,7 @@ class RolloutActor:
         """
         await self.start_weight_update()
         await self.update_weights({"checksum": checksum})
-        await self.engine.finish_weight_update(str(version))
+        await self._use(version)
 
     async def start_weight_update(self) -> None:
         await self.engine.start_weight_update()
@@ -306,6 +306,14 @@ class RolloutActor:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         await self.engine.update_weights(WeightTransferUpdateRequest(update_info))
+
+    async def leave_transfer(self) -> None:
+        """Leave a transfer that broke, and what this engine waits for in it; until the next its weights are of two versions."""
+        from actors.weights.leaving import told_to_leave
+
+        self._check_alive()
+        with told_to_leave():
+            await self.engine.collective_rpc("weight_transfer_leave")
 
     async def finish_weight_update(self, version: int, checksum: str) -> None:
         """Take the new weights into use as `version`.
@@ -316,6 +324,10 @@ class RolloutActor:
         received = await self.engine.collective_rpc("weight_transfer_digest")
         if set(received) != {checksum}:
             raise WorkerError(f"{self.name} received weights with checksum {received}, the learner sent {checksum}")
+        await self._use(version)
+
+    async def _use(self, version: int) -> None:
+        self._version = version
         await self.engine.finish_weight_update(str(version))
 
     async def load_adapter(self, version: int, checksum: str, data: Sequence[Any]) -> float:

@@ -119,7 +119,7 @@ class RolloutEngineKind:
         self._placement = placement
         self._kernel = KernelKills()
         self.backend = resolve_backend(config, has_gpus=has_gpus)
-        self.probe_s = config.deadlines.sync_s
+        self.probe_s = config.deadlines.of_sync(has_gpus=has_gpus)
 
     def make(self, index: int) -> RolloutEngine:
         return RolloutEngine(index, f"rollout-{index}")

@@ -7,7 +7,8 @@ The policy is that of `supervise`. Beyond it, the work of a dead engine moves to
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 
 from ray.exceptions import RayError
 
@@ -27,6 +28,45 @@ POLL_SLACK_S = 60.0
 """An actor whose poll is this many seconds late is considered dead."""
 
 
+class Starts:
+    """The restarts of engines. There are none while learners have the devices: an engine measures and takes what is free of a GPU,
+    and whoever comes back to it meanwhile finds too little."""
+
+    def __init__(self) -> None:
+        self._allowed = asyncio.Event()
+        self._allowed.set()
+        self._none = asyncio.Event()
+        self._none.set()
+        self._running = 0
+
+    @property
+    def are_allowed(self) -> bool:
+        return self._allowed.is_set()
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[bool]:
+        """Wait until starts are allowed; inside is one. True: it had to wait."""
+        waited = not self._allowed.is_set()
+        while not self._allowed.is_set():
+            await self._allowed.wait()
+        self._running += 1
+        self._none.clear()
+        try:
+            yield waited
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._none.set()
+
+    def allow(self) -> None:
+        self._allowed.set()
+
+    async def forbid(self) -> None:
+        """Forbid further ones, and wait for those under way."""
+        self._allowed.clear()
+        await self._none.wait()
+
+
 class RolloutEngines:
     """Keeps the engines of a pool running; implements `supervise.Pool`. All methods belong to one event loop."""
 
@@ -44,6 +84,8 @@ class RolloutEngines:
         self._kind = kind
         self.on_trouble = on_trouble
         self.supervisor = Supervisor(kind, self, source, config.rollout.num_actors, config.deadlines.start_s)
+        self.starts = Starts()
+        self.supervisor.turn = self.starts.turn
         self.engines = self.supervisor.workers
         """The engines by index."""
         self.requests = RequestQueue(

@@ -25,7 +25,7 @@ from actors.deaths import fate
 from actors.rollout.engine import BACKOFF_S, RolloutEngine, RolloutEngineKind
 from actors.rollout.engines import RolloutEngines
 from actors.runtime import Actors, RayActors, within
-from actors.weights.protocol import EngineTarget
+from actors.weights.protocol import AsleepError, EngineTarget
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import GrpoRayError, WorkerError
 from grpo_ray.types import SampleInfo, SampleRequest, Track
@@ -37,7 +37,8 @@ class RolloutPool:
     def __init__(
         self, config: RunConfig, model: str, run_dir: str, *, has_gpus: bool, actors: Actors, placement: Any = None
     ) -> None:
-        self._deadlines = config.deadlines
+        sync_s = config.deadlines.of_sync(has_gpus=has_gpus)
+        self._deadlines = config.deadlines.model_copy(update={"sync_s": sync_s})
         self._world_size = config.rollout.engine_size
         kind = RolloutEngineKind(config, model, run_dir, has_gpus=has_gpus, source=actors, placement=placement)
         self._group = RolloutEngines(
@@ -137,6 +138,7 @@ class RolloutPool:
         """The live engines; waits for a restart in progress while there is none.
 
         Raises:
+            AsleepError: none is alive, and none can start before the engines are woken.
             WorkerError: none is alive, and none will be.
             DeadlineError: none within deadlines.start_s.
         """
@@ -144,6 +146,8 @@ class RolloutPool:
         while not (targets := self.engines()):
             if self._group.all_gone:
                 raise WorkerError(self._group.why_all_gone())
+            if self.asleep:
+                raise AsleepError("no rollout engine is alive, and none can start while learners have the devices")
             self._group.changed.clear()
             left = max(deadline - time.monotonic(), 0.0)
             await within(self._group.changed.wait(), left, "the restart of any rollout engine", "deadlines.start_s")
@@ -154,6 +158,12 @@ class RolloutPool:
         for engine in self._living(targets):
             engine.paused = paused
             engine.show()
+
+    def mark_unsynced(self, targets: Sequence[EngineTarget]) -> None:
+        """Record that a transfer broke in the middle: these engines hold parts of two versions, and get no work."""
+        for engine in self._living(targets):
+            engine.version = None
+            self._requests.engine_changed(engine)
 
     def mark_synced(self, targets: Sequence[EngineTarget], version: int) -> None:
         """Record that these engines hold `version`, which becomes the current one."""
@@ -192,8 +202,14 @@ class RolloutPool:
 
     # Turns, where rollout engines and learner ranks share their devices
 
+    @property
+    def asleep(self) -> bool:
+        """Whether the engines have given their devices to the learners; then none restarts."""
+        return not self._group.starts.are_allowed
+
     async def sleep(self) -> None:
-        """Make every engine free its GPU, when its samples in progress have ended."""
+        """Make every engine free its GPU, when its samples in progress have ended, and one that restarts has started."""
+        await self._group.starts.forbid()
         await self._of_all("sleep", lambda handle: handle.sleep.remote(), limit="sample_s")
         self.mark_paused(self.engines(), paused=True)
 
@@ -201,6 +217,7 @@ class RolloutPool:
         """Make every engine take its GPU back, or that part of it."""
         await self._of_all("wake", lambda handle: handle.wake.remote(part), limit="sync_s")
         if part != "weights":
+            self._group.starts.allow()
             self.mark_paused(self.engines(), paused=False)
 
     async def _of_all(

@@ -15,11 +15,16 @@ from torch import Tensor
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine, IPCWeightTransferUpdateInfo
-from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.nccl_engine import (
+    NCCLWeightTransferEngine,
+    NCCLWeightTransferInitInfo,
+    NCCLWeightTransferUpdateInfo,
+)
 
 from actors.weights.buckets import Digest
 from actors.weights.gloo_engine import GlooEngine
 from actors.weights.gloo_trainer import GlooTrainer
+from actors.weights.leaving import Group, LeftError, forget_half_loaded, until_left
 from actors.weights.memory import Address
 
 WORKER_BACKENDS = {"gloo": "gloo", "nccl": "nccl_checked", "ipc": "ipc_checked"}
@@ -44,18 +49,35 @@ def _digested(model: torch.nn.Module, digest: Digest) -> Iterator[None]:
 
 
 class CheckedNcclEngine(NCCLWeightTransferEngine):
+    model_update_group: Any
+
+    def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
+        """Join the transfer group, and leave an older one, which would keep its memory on the GPU."""
+        self.shutdown()
+        super().init_transfer_engine(init_info)
+        self.model_update_group = Group(self.model_update_group)
+
     def start_weight_update(self) -> None:
         self.digest = Digest()
+        forget_half_loaded(self.model)
         super().start_weight_update()
 
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
-        with _digested(self.model, self.digest):
+        """Receive all weights.
+
+        Raises:
+            LeftError: the transfer broke somewhere else, and the actor said so; see `leaving`.
+        """
+        with _digested(self.model, self.digest), until_left(self.shutdown):
             super().receive_weights(update_info)
+        if self.model_update_group is None:
+            raise LeftError("the weight transfer was left before its end")
 
 
 class CheckedIpcEngine(IPCWeightTransferEngine):
     def start_weight_update(self) -> None:
         self.digest = Digest()
+        forget_half_loaded(self.model)
         super().start_weight_update()
 
     def receive_weights(self, update_info: IPCWeightTransferUpdateInfo) -> None:
@@ -67,6 +89,14 @@ class TransferExtension:
     """The methods mixed into vLLM's worker (`worker_extension_cls`)."""
 
     weight_transfer_engine: Any
+    _weight_update_active: bool
+    """vLLM's own: between the start of an update and its end."""
+
+    def weight_transfer_leave(self) -> None:
+        """Leave a transfer that broke; see `leaving`."""
+        self._weight_update_active = False
+        self.weight_transfer_engine.reset_weight_update_target()
+        self.weight_transfer_engine.shutdown()
 
     def weight_transfer_digest(self) -> str:
         """The digest of what this worker received for the update in progress (nccl, ipc)."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import base64
 import json
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -25,6 +27,7 @@ from vllm.distributed.weight_transfer.nccl_common import (
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
 
 from actors.rendezvous import gather_texts
+from actors.weights.leaving import Group
 
 
 @dataclass
@@ -37,6 +40,8 @@ class NcclTrainerInitInfo(TrainerInitInfo):
 
 class NcclTrainer(NCCLTrainerWeightTransferEngine):
     init_info_cls = NcclTrainerInitInfo
+    client: Any
+    model_update_group: Any
 
     @classmethod
     def trainer_init(
@@ -62,11 +67,65 @@ class NcclTrainer(NCCLTrainerWeightTransferEngine):
             packed=True,
             packed_buffer_size_bytes=init_info.bucket_bytes,
         )
-        with ThreadPoolExecutor(max_workers=1) as calls:
-            joined = calls.submit(self.client.init_weight_transfer_engine, worker_init_payload(told))
-            device = torch.accelerator.current_device_index()
-            self.model_update_group = uid_init_process_group(unique_id, 0, init_info.world_size, device)
-            joined.result()
+        device = torch.accelerator.current_device_index()
+        joined = _beside(lambda: self.client.init_weight_transfer_engine(worker_init_payload(told)))
+        formed = _beside(lambda: uid_init_process_group(unique_id, 0, init_info.world_size, device))
+        # NCCL waits without end for an engine that never comes; the calls fail.
+        wait([joined, formed], return_when=FIRST_COMPLETED)
+        joined.result()
+        self.model_update_group = Group(formed.result())
+
+    def send_weights(self) -> None:
+        """As vLLM's own, but an engine that fails or hangs in mid-broadcast ends it: otherwise NCCL waits for that engine without
+        end, and this process in NCCL.
+
+        Raises:
+            WorkerError, DeadlineError: an engine failed; the message names it.
+        """
+        group, client = self.model_update_group, self.client
+        watched = _WatchedClient(client, None if group is None else group.destroy)
+        self.client = watched
+        try:
+            super().send_weights()
+        except RuntimeError as e:
+            raise watched.failure or e from None
+        finally:
+            self.client = client
+
+
+class _WatchedClient:
+    """A client that ends the broadcast when the engines' part of it fails."""
+
+    def __init__(self, client: VLLMWeightSyncClient, end: Callable[[], None] | None) -> None:
+        self._client = client
+        self._end = end
+        self.failure: Exception | None = None
+
+    def __getattr__(self, method: str) -> Any:
+        return getattr(self._client, method)
+
+    def update_weights(self, update_info: Any) -> None:
+        try:
+            self._client.update_weights(update_info)
+        except Exception as e:
+            self.failure = e
+            if self._end is not None:
+                self._end()
+            raise
+
+
+def _beside(work: Callable[[], Any]) -> Future[Any]:
+    """The result of `work` in a thread that this process does not wait for when it ends."""
+    result: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as e:
+            result.set_exception(e)
+
+    threading.Thread(target=run, name="weights", daemon=True).start()
+    return result
 
 
 @dataclass
@@ -75,7 +134,35 @@ class IpcTrainerInitInfo(IPCTrainerInitInfo):
 
 
 class IpcTrainer(IPCTrainerWeightTransferEngine):
+    """As vLLM's own, but all ranks go on to the end when an engine fails: they gather the handles of each bucket together, and
+    would wait for a sender that stopped."""
+
     init_info_cls = IpcTrainerInitInfo
+    _failure: Exception | None = None
+
+    def send_weights(self) -> None:
+        """Send the weights to the engines on the ranks' GPUs.
+
+        Raises:
+            WorkerError, DeadlineError: an engine failed; the message names it.
+        """
+        self._failure = None
+        self._unless_failed(self.client.start_weight_update)
+        self._send(self.source)
+        self._unless_failed(self.client.finish_weight_update)
+        self._post_send_sync()
+        if self._failure is not None:
+            raise self._failure
+
+    def _do_send(self, *args: Any, **kwargs: Any) -> None:
+        self._unless_failed(lambda: super(IpcTrainer, self)._do_send(*args, **kwargs))
+
+    def _unless_failed(self, call: Callable[[], Any]) -> None:
+        if self.is_sender and self._failure is None:
+            try:
+                call()
+            except Exception as e:
+                self._failure = e
 
     def _all_gather_and_merge_handles(self, handles: list[dict[str, tuple[Any, ...]]]) -> list[dict[str, Any]]:
         if not dist.is_initialized() or dist.get_world_size() == 1:

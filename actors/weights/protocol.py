@@ -10,6 +10,12 @@ from typing import Any, NotRequired, Protocol, TypedDict
 from grpo_ray.errors import WorkerError
 from grpo_ray.types import Track
 
+SENDERS_PART = 0.75
+"""The fraction of the deadline of a sync after which the sender gives up by itself: it knows which engine is late, its callers
+don't."""
+LEAVE_PART = 0.2
+"""The fraction in which the engines then have to leave the transfer."""
+
 
 @dataclass(frozen=True)
 class EngineTarget:
@@ -55,6 +61,11 @@ class EnginePool(Protocol):
         ...
 
     @property
+    def asleep(self) -> bool:
+        """Whether the engines sleep: the learners have the devices, and no engine samples before it is woken."""
+        ...
+
+    @property
     def num_unfinished(self) -> int:
         """The number of requested samples that are unfinished."""
         ...
@@ -70,6 +81,10 @@ class EnginePool(Protocol):
     def mark_paused(self, targets: Sequence[EngineTarget], *, paused: bool) -> None: ...
 
     def mark_synced(self, targets: Sequence[EngineTarget], version: int) -> None: ...
+
+    def mark_unsynced(self, targets: Sequence[EngineTarget]) -> None:
+        """Record that a transfer to these engines broke in the middle."""
+        ...
 
     def engine_failed(self, target: EngineTarget, reason: str, *, blame_work: bool) -> None:
         """End and restart the engine. `blame_work`: what it worked on may be the cause."""
@@ -93,6 +108,10 @@ class LearnerWeights(Protocol):
         label `version` true.
         """
         ...
+
+
+class AsleepError(WorkerError):
+    """There is no engine to send to, and none can start before the engines have the devices."""
 
 
 class EngineSyncError(WorkerError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -24,13 +25,10 @@ from actors.weights import backend as weight_backend
 from actors.weights.buckets import DigestSource
 from actors.weights.gloo_trainer import GlooTrainerInitInfo
 from actors.weights.memory import Address
-from actors.weights.protocol import EngineSyncError, EngineTarget, SendReport
+from actors.weights.protocol import SENDERS_PART, EngineSyncError, EngineTarget, SendReport
 from actors.zero import gathered
 from grpo_ray.errors import DeadlineError, GrpoRayError, WorkerError
 from grpo_ray.models.named_weights import buckets, named_weights
-
-_OWN_PART = 0.9
-"""The fraction of the deadline after which the sender gives up by itself: it knows which engine is late, its callers don't."""
 
 
 class ZeroWeightSource(WeightSource):
@@ -155,8 +153,8 @@ class EngineClient:
 class WeightSender:
     """The sender of weights in every learner rank. Rank 0 sends; the others take part in gathering.
 
-    Under nccl the sender waits in the driver when an engine dies in mid-transfer, and under ipc the other ranks wait in a barrier:
-    there the caller enforces the deadline, and ends the learner. gloo fails by itself within `timeout_s`.
+    A transfer fails on rank 0 when an engine dies, or at three quarters of `timeout_s` when one hangs. The ranks stay in step then,
+    and another transfer may follow.
     """
 
     def __init__(self, source: ZeroWeightSource, rank: int, backend: str, bucket_bytes: int, timeout_s: float) -> None:
@@ -165,8 +163,10 @@ class WeightSender:
         weight_backend.register()
         self.rank = rank
         self.backend = backend
-        self._bucket_bytes = bucket_bytes
-        self._timeout_s = timeout_s * _OWN_PART
+        # No tensor is divided, and the buffer of ipc takes none that is larger.
+        largest = max(math.prod(m.shape) * m.dtype.itemsize for m in source.metadata())
+        self._bucket_bytes = bucket_bytes if backend == "gloo" else max(bucket_bytes, largest)
+        self._timeout_s = timeout_s * SENDERS_PART
         self._zero_source = source
         self._source = DigestSource(source)
         self._client: EngineClient | None = None

@@ -33,7 +33,14 @@ from ray.exceptions import RayError
 
 from actors.deaths import fate
 from actors.runtime import late, within
-from actors.weights.protocol import EnginePool, EngineSyncError, EngineTarget, LearnerWeights, SendReport
+from actors.weights.protocol import (
+    LEAVE_PART,
+    EnginePool,
+    EngineSyncError,
+    EngineTarget,
+    LearnerWeights,
+    SendReport,
+)
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError, DeadlineError, GrpoRayError, WorkerError
 from grpo_ray.types import SyncReport, Track
@@ -51,15 +58,47 @@ def resolve_backend(config: RunConfig, *, has_gpus: bool) -> Literal["gloo", "nc
         ConfigError: the backend needs GPUs, and the cluster has none.
     """
     backend = config.weights.backend
-    if backend == "auto":
-        if not has_gpus:
-            return "gloo"
-        parts = (config.rollout.num_gpus, config.learner.num_gpus)
-        shared = config.colocated or any(p is not None and 0 < p < 1 for p in parts)
-        return "ipc" if shared else "nccl"
+    if backend != "auto":
+        _check_backend(config, backend, has_gpus)
+        return backend
+    if not has_gpus:
+        return "gloo"
+    shared = _gpus_are_shared(config)
+    if shared is None:
+        raise ConfigError(
+            f"rollout.num_gpus is {config.rollout.num_gpus} and learner.num_gpus {config.learner.num_gpus}: with "
+            f"{config.rollout.num_actors} engines and {config.learner.num_actors} learners it is not certain which of them share a "
+            "GPU, and weights go another way between those that do. Use cluster.placement=colocated, or whole GPUs"
+        )
+    return "ipc" if shared else "nccl"
+
+
+def _check_backend(config: RunConfig, backend: str, has_gpus: bool) -> None:
     if backend != "gloo" and not has_gpus:
         raise ConfigError(f"weights.backend is {backend}, which needs GPUs, and the cluster has none; use auto or gloo")
-    return backend
+    shared = _gpus_are_shared(config)
+    if backend == "ipc" and shared is False:
+        raise ConfigError(
+            "weights.backend is ipc, which only reaches an engine on the GPU of a learner, and here they have GPUs of their own; "
+            "use auto or nccl, or cluster.placement=colocated"
+        )
+    if backend == "nccl" and shared:
+        raise ConfigError(
+            "weights.backend is nccl, which takes no two processes on one GPU, and here an engine and a learner share each; use "
+            "auto or ipc"
+        )
+
+
+def _gpus_are_shared(config: RunConfig) -> bool | None:
+    """Whether every engine is on the GPU of a learner (True), or none is (False). None: it is not certain."""
+    parts = [kind.num_gpus for kind in (config.rollout, config.learner) if kind.num_gpus is not None]
+    if config.colocated:
+        return True
+    if all(part >= 1 for part in parts):
+        return False
+    # Ray packs parts of GPUs: two that fit on one are on one.
+    alone = config.rollout.num_actors == config.learner.num_actors == 1
+    return True if alone and len(parts) == 2 and sum(parts) <= 1 else None
 
 
 class RayWeightSync:
@@ -68,10 +107,14 @@ class RayWeightSync:
 
     TRIES = 3
 
-    def __init__(self, pool: EnginePool, learner: LearnerWeights, timeout_s: float) -> None:
+    def __init__(
+        self, pool: EnginePool, learner: LearnerWeights, timeout_s: float, *, keep_kv_cache: bool = False
+    ) -> None:
+        """`keep_kv_cache`: see `WeightsConfig`."""
         self._pool = pool
         self._learner = learner
         self._timeout_s = timeout_s
+        self._clear_cache = not keep_kv_cache
         self._connected: list[tuple[str, int]] = []
         self._tracks: list[Track] = []
         """The tracks of syncs for restarted engines, until the next report."""
@@ -156,7 +199,7 @@ class RayWeightSync:
             return None
         pause_started = time.monotonic()
         self._pool.mark_paused(targets, paused=True)
-        targets = await self._each(targets, "pause", "keep", True)
+        targets = await self._each(targets, "pause", "keep", self._clear_cache)
         targets = await self._each(targets, "load_staged", version, report["checksum"])
         targets = await self._each(targets, "resume")
         self._pool.mark_paused(targets, paused=False)
@@ -165,25 +208,35 @@ class RayWeightSync:
     async def _send_paused(
         self, targets: Sequence[EngineTarget], version: int, wanted: Callable[[], bool]
     ) -> _Taken | None:
-        """Send into the weights that are sampled with: engines that a broken transfer reached are ended, and restarted by the
-        pool."""
+        """Send into the weights that are sampled with. Engines that sleep are paused already, and have no KV cache to sample with
+        before they are woken."""
+        pauses = not self._pool.asleep
         pause_started = time.monotonic()
-        self._pool.mark_paused(targets, paused=True)
-        targets = await self._each(targets, "pause", "keep", True)
+        if pauses:
+            self._pool.mark_paused(targets, paused=True)
+            targets = await self._each(targets, "pause", "keep", self._clear_cache)
         if not targets:
             return None
         try:
             report = await self._send(targets, version, wanted)
         except BaseException as e:
             self._connected = []
-            for target in targets:
-                self._pool.engine_failed(
-                    target, f"its weight sync to version {version} failed: {fate(e, target.name)}", blame_work=False
-                )
+            await self._leave(targets, version, e)
             raise
-        targets = await self._each(targets, "resume")
-        self._pool.mark_paused(targets, paused=False)
+        if pauses:
+            targets = await self._each(targets, "resume")
+            self._pool.mark_paused(targets, paused=False)
         return None if report is None else (report, targets, time.monotonic() - pause_started)
+
+    async def _leave(self, targets: Sequence[EngineTarget], version: int, error: BaseException) -> None:
+        """Let the engines leave a transfer that broke. They stay paused, and the next transfer replaces what they have of this one;
+        one that can't leave is ended."""
+        if isinstance(error, asyncio.CancelledError):
+            for target in targets:
+                self._pool.engine_failed(target, f"its weight sync to version {version} was given up", blame_work=False)
+            return
+        self._pool.mark_unsynced(targets)
+        await ask_each(self._pool, targets, LEAVE_PART * self._timeout_s, "leave_transfer")
 
     async def _send(
         self, targets: Sequence[EngineTarget], version: int, wanted: Callable[[], bool]

@@ -83,7 +83,7 @@ WHERE: dict[str, dict[str, str]] = {
         "share_prompts skip_no_signal overlap": "train",
     },
     "critic": {"learning_rate warmup_steps value_clip_range": "train"},
-    "weights": {"backend bucket_mb": "train"},
+    "weights": {"backend bucket_mb keep_kv_cache": "train"},
     "deadlines": {"resources_s start_s sync_s": ALL, "sample_s": SAMPLING, "update_s save_s store_s": LEARNING},
     "checkpoint": {"path every_steps every_minutes keep export": LEARNING},
     # Pipelines use the last two to measure the output of a stage `sample`.
@@ -256,6 +256,8 @@ def _of_workers(config: RunConfig | SftConfig, command: str) -> Found:
         return
     if config.rollout.kv_cache_gb is not None:
         yield "rollout.gpu_memory_utilization", "rollout.kv_cache_gb says how large the cache is"
+    if not config.algorithm.max_staleness:
+        yield "weights.keep_kv_cache", "algorithm.max_staleness is 0: no sample is in progress when weights arrive"
     reward = config.reward
     if command == "train" and config.num_steps is not None:
         late = ", ".join(f.title for f in reward.functions if f.from_step >= config.num_steps)

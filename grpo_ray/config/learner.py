@@ -184,9 +184,20 @@ class CriticConfig(Strict):
 
 class WeightsConfig(Strict):
     backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
-    """auto: nccl with GPUs of their own, ipc if rollout engine and learner share one, gloo on CPU."""
-    bucket_mb: PositiveInt = 64
-    """The size of the pieces in which weights are gathered and sent, and so the memory that a weight sync takes."""
+    """auto: nccl with GPUs of their own, ipc if each engine shares one with a learner, gloo on CPU."""
+    bucket_mb: PositiveInt | None = None
+    """The size of the pieces in which weights are gathered and sent, and so the memory that a weight sync takes; a tensor that is
+    larger is a piece of its own. None: 1024 between GPUs, 64 on CPU."""
+    keep_kv_cache: bool = False
+    """Whether samples in progress keep their KV cache when new weights arrive (PipelineRL, 2509.19128), instead of computing what
+    they have written anew. The tokens that follow are sampled from keys and values of older weights, so the learner cannot
+    recompute their log-probabilities exactly: mismatch/mean_abs grows with the learning rate and with the number of updates that
+    a sample lives through, and algorithm.importance_sampling has more to correct. Versions are still those of the weights that each
+    token was sampled with. No sample that is requested after an update begins from what older weights computed of its prompt."""
+
+    def bucket_bytes(self, backend: str) -> int:
+        """The size of a piece for this backend (`gloo`, `nccl` or `ipc`)."""
+        return (self.bucket_mb or (64 if backend == "gloo" else 1024)) << 20
 
 
 def check_precision(model: ModelConfig, learner: LearnerConfig) -> None:

@@ -21,14 +21,18 @@ class DeadlineConfig(Strict):
     """The deadline for one sample."""
     update_s: PositiveFloat = 3600.0
     """The deadline for one learner step."""
-    sync_s: PositiveFloat = 300.0
-    """The deadline for one weight sync."""
+    sync_s: PositiveFloat | None = None
+    """The deadline for one weight sync. None: 60 on a cluster with GPUs, 300 elsewhere."""
     save_s: PositiveFloat = 1800.0
     """The deadline for one checkpoint."""
     store_s: PositiveFloat = 1800.0
     """How long the object store of checkpoint.path may fail to respond. Training continues meanwhile, and each checkpoint stays in
     the run's folder until it is uploaded; then the run ends, with the newest checkpoint to resume from. What can't continue without
     the store, a start or a `resume`, waits for a minute at most."""
+
+    def of_sync(self, *, has_gpus: bool) -> float:
+        """The deadline for one weight sync on a cluster with GPUs, or without."""
+        return self.sync_s or (60.0 if has_gpus else 300.0)
 
 
 class CheckpointConfig(Strict):

@@ -27,6 +27,9 @@ class Told:
 
         return call
 
+    def engines(self) -> list[str]:
+        return ["rollout-0"]
+
 
 class Setting:
     def __init__(self, *, moves: bool = True) -> None:

@@ -17,11 +17,11 @@ from actors.reward.pool import WATCH_S, RewardPool
 from actors.reward.worker import SILENT_S
 from actors.rollout.engines import POLL_S, POLLS_PER_S
 from actors.rollout.pool import RolloutPool
-from actors.weights.sync import ask_each
+from actors.weights.sync import RayWeightSync, ask_each
 from grpo_ray.data.cursor import Cursor
 from grpo_ray.errors import DeadlineError, WorkerError
 from grpo_ray.types import SampleInfo, SampleRequest, SamplingParams, ScoreRequest
-from tests.bench.simulated import Cluster, Plan, Result, Rows, Simulation, VirtualLoop, World, oldest_trained
+from tests.bench.simulated import Cluster, Learners, Plan, Result, Rows, Simulation, VirtualLoop, World, oldest_trained
 
 SMALL = Plan(
     samplers=32,
@@ -243,9 +243,9 @@ def test_an_engine_that_hangs_behind_an_actor_that_answers_is_ended_when_a_probe
     result, again = simulate(tmp_path / "again", plan.with_(freezes=(100.0, 900.0)))
     assert (again, result.trained) == (rows, whole.trained)
     assert [line.partition(" died and is restarted: ")[2] for line in result.troubles] == [
-        "it hangs: no answer for 300 s (deadlines.sync_s)"
+        "it hangs: no answer for 60 s (deadlines.sync_s)"
     ] * 2
-    found_s = POLL_S + plan.config().deadlines.sync_s
+    found_s = POLL_S + plan.config().deadlines.of_sync(has_gpus=True)
     assert result.steady.now_s < whole.steady.now_s + 2 * (found_s + plan.longest_s)
 
 
@@ -411,6 +411,50 @@ def test_an_engine_that_fails_in_a_sync_is_restarted_while_others_are_waited_for
     assert "rollout-1 died and is restarted" in dead
     assert "probe of rollout-2 for a weight sync did not finish within 30 s" in silent
     assert "deadlines.sync_s" in silent
+
+
+@pytest.mark.parametrize("end", ["die", "freeze"])
+def test_an_engine_that_is_lost_in_mid_broadcast_costs_that_engine_and_nothing_else_within_a_minute(tmp_path, end):
+    plan = SMALL.with_(samplers=4)
+
+    async def work(world: World) -> None:
+        pool = await RolloutPool.create(plan.config(), "none", str(tmp_path), has_gpus=True, actors=world)
+        lost: list[tuple[float, str]] = []
+        pool.on_trouble = lambda text: lost.append((world.cluster.now - began, text))
+        params = SamplingParams(1.0, 1.0, -1, 0.0, 64, ())
+        samples = [pool.generate(SampleRequest(f"rows/0/{i}", 0, [1], i, params)) for i in range(32)]
+        await asyncio.sleep(0.1)
+        lives = {t.name: t.incarnation for t in pool.engines()}
+        weights = RayWeightSync(pool, Learners(world), plan.config().deadlines.of_sync(has_gpus=True))
+        began = world.cluster.now
+        world.cluster.at(began + plan.sync_s / 2, getattr(world.engines[1], end))
+        report = await weights.sync(1)
+        assert report.num_engines == 3
+        assert {t.name: t.incarnation for t in pool.engines() if t.name != "rollout-1"} == {
+            name: life for name, life in lives.items() if name != "rollout-1"
+        }
+        (found_s,) = [when for when, text in lost if "rollout-1 died and is restarted" in text]
+        assert found_s < (plan.sync_s if end == "die" else 60)
+        assert all("rollout-1" in text or "1 more" in text or "2 more" in text for _, text in lost)
+        infos = await asyncio.gather(*samples)
+        assert {i.prompt_id for i in infos} == {f"rows/0/{i}" for i in range(32)}
+        while len(pool.engines()) < 4:
+            await asyncio.sleep(1.0)
+        await weights.sync(2)
+        assert pool.engines(stale_only=True) == []
+        await pool.close()
+
+    on_paper(plan, work)
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_engines_that_die_in_their_syncs_cost_time_and_nothing_else(tmp_path, staleness):
+    plan = SMALL.with_(staleness=staleness, steps=10, sync_s=30.0)
+    whole, rows = simulate(tmp_path / "whole", plan)
+    deaths = tuple(range(50, 4000, 25))
+    result, again = simulate(tmp_path / "again", plan.with_(deaths=deaths))
+    assert any("more tries" in text for text in result.troubles), "some died in mid-transfer"
+    assert (again, result.trained) == (rows, whole.trained)
 
 
 @pytest.mark.parametrize("samplers", [32, 256])

@@ -33,13 +33,13 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError
 from actors.reward.pool import RewardPool
 from actors.rollout.actor import POLL_LINGER_S, Outcome, RolloutActor
 from actors.rollout.pool import RolloutPool
-from actors.weights.protocol import EngineTarget, SendReport
+from actors.weights.protocol import SENDERS_PART, EngineSyncError, EngineTarget, SendReport
 from actors.weights.sync import RayWeightSync
 from grpo_ray.batch.plan import plan_batch
 from grpo_ray.config.loading import build
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.data.cursor import Cursor
-from grpo_ray.errors import WorkerError
+from grpo_ray.errors import DeadlineError, WorkerError
 from grpo_ray.loop.roles import Roles
 from grpo_ray.loop.train_loop import TrainLoop
 from grpo_ray.run.checkpoint_store import CheckpointLocation
@@ -432,6 +432,7 @@ class Engine:
         self.probe = _Method(lambda: self._reply(world.plan.call_s))
         self.pause = _Method(self._pause)
         self.resume = _Method(self._resume)
+        self.leave_transfer = _Method(lambda: self._reply(world.plan.pause_s))
 
     @property
     def load(self) -> int:
@@ -672,12 +673,23 @@ class Learners:
 
     async def send_weights(self, version: int) -> SendReport:
         self.unsent = False
-        await self.world.answer(None, self.world.plan.sync_s)
+        began = self.world.cluster.now
+        while self.world.cluster.now < began + self.world.plan.sync_s or any(t.handle.frozen for t in self.targets):
+            await self.world.answer(None, self.world.plan.sync_s / 8)
+            self._look_after(self.world.cluster.now - began)
         with self.world.cluster.aside():
             for target in self.targets:
                 target.handle.version = version
         self.world.sums.transfer_s += self.world.plan.sync_s
         return {"seconds": self.world.plan.sync_s, "bytes": 0, "checksum": ""}
+
+    def _look_after(self, seconds: float) -> None:
+        """As the sender does: a call of a dead engine fails at once, and one of an engine that hangs is waited for."""
+        for target in self.targets:
+            if target.handle.dead:
+                raise EngineSyncError(f"weight sync: {target.name} failed in update_weights: the engine core died")
+        if seconds > SENDERS_PART * self.world.plan.config().deadlines.of_sync(has_gpus=True):
+            raise DeadlineError("weight sync: an engine did not answer update_weights in time")
 
     async def hold(self, place: CheckpointLocation, *, export: bool) -> None:
         await self.world.answer(None, 1.0)
@@ -826,7 +838,7 @@ class Simulation:
         troubles: list[str] = []
         sampler.on_trouble = troubles.append
         scorer = await RewardPool.create(config.reward, run_dir, actors=world)
-        weights = RayWeightSync(sampler, learners, config.deadlines.sync_s)
+        weights = RayWeightSync(sampler, learners, config.deadlines.of_sync(has_gpus=True))
 
         def emit(event: Event) -> None:
             if isinstance(event, StepEvent):

@@ -80,7 +80,7 @@ async def _syncs(
     sampling throughout."""
     pool = await RolloutPool.create(config, model, run_dir, has_gpus=False)
     learner = await LearnerGroup.create(config, model, run_dir, num_steps=10)
-    sync = RayWeightSync(pool, learner, config.deadlines.sync_s)
+    sync = RayWeightSync(pool, learner, config.deadlines.of_sync(has_gpus=False))
     sampling = asyncio.create_task(_keep_sampling(pool, 2 * engines))
     try:
         reports = [await sync.sync(1)]

@@ -325,6 +325,12 @@ def test_options_of_other_kinds_of_sources_are_refused(source: dict[str, Any], e
         load_table(DataSource(**source), seed=1)
 
 
+def test_a_kv_cache_is_kept_for_samples_in_progress_of_which_there_are_none_on_policy() -> None:
+    assert "weights.keep_kv_cache" in without_effect(run_config("weights.keep_kv_cache=true"), "train")
+    ahead = run_config("weights.keep_kv_cache=true", "algorithm.max_staleness=1")
+    assert "weights.keep_kv_cache" not in without_effect(ahead, "train")
+
+
 def test_options_of_gpus_are_told_where_there_is_none() -> None:
     config = run_config("rollout.gpu_memory_utilization=0.5", "learner.offload_optimizer=true", "learner.zero_stage=1")
     assert set(without_gpu(config)) == {"rollout.gpu_memory_utilization", "learner.offload_optimizer"}

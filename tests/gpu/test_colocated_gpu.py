@@ -16,6 +16,21 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_run_in_bf16_on_one_shared_gpu_ends_at_every_stage(stage: int, tmp_path: Path) -> None:
+    args, run_dir = train(
+        write_recipe(tmp_path),
+        "colocated",
+        "cluster.placement=colocated",
+        "rollout.gpu_memory_utilization=0.5",
+        "model.dtype=bfloat16",
+        f"learner.zero_stage={stage}",
+    )
+    code, output = run(*args)
+    assert code == 0, output
+    assert max(m["mismatch/mean_abs"] for m in metrics(run_dir)) < 0.05
+
+
 def test_a_run_on_one_shared_gpu_ends_and_samples_agree_with_the_learner(tmp_path: Path) -> None:
     args, run_dir = train(
         write_recipe(tmp_path), "colocated", "cluster.placement=colocated", "rollout.gpu_memory_utilization=0.5"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,9 @@ from grpo_ray.types import Sample
 from tests.actors.rollout.test_rollout import SAMPLING, reference_logprobs, requests, run_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+BUCKET_BYTES = 8 << 10
+"""Smaller than the largest weight."""
+SYNC_S = 60.0
 
 
 @ray.remote(num_cpus=1, num_gpus=0.3)
@@ -31,7 +37,19 @@ class GpuLearner:
         from actors.weights.sender import WeightSender, ZeroWeightSource
 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda()
-        self.sender = WeightSender(ZeroWeightSource(model, 1 << 20, torch.float32), 0, backend, 1 << 20, 120.0)
+        self.source: Any = ZeroWeightSource(model, BUCKET_BYTES, torch.float32)
+        self.sender = WeightSender(self.source, 0, backend, BUCKET_BYTES, SYNC_S)
+
+    def dawdle_after_the_first_weight(self, seconds: float) -> None:
+        walk = self.source._walk
+
+        def slowly() -> Iterator[tuple[str, torch.Tensor]]:
+            self.source._walk = walk
+            for number, weight in enumerate(walk()):
+                time.sleep(seconds if number == 1 else 0.0)
+                yield weight
+
+        self.source._walk = slowly
 
     def weights_connect(self, targets: list[EngineTarget], generation: int) -> None:
         self.sender.connect(targets, generation)
@@ -70,7 +88,7 @@ def test_an_engine_samples_with_the_weights_it_was_sent(
         try:
             actor: Any = GpuLearner
             learner = actor.options(num_gpus=1 if backend == "nccl" else 0.3).remote(str(new), backend)
-            report = await RayWeightSync(pool, OneRank(learner), timeout_s=120).sync(5)
+            report = await RayWeightSync(pool, OneRank(learner), timeout_s=SYNC_S).sync(5)
             infos = await asyncio.gather(*(pool.generate(r) for r in requests(8, SAMPLING)))
             return report.num_bytes, [(await i.ref)[i.row] for i in infos]
         finally:
@@ -84,3 +102,37 @@ def test_an_engine_samples_with_the_weights_it_was_sent(
     for sample in samples:
         assert {v.version for v in sample.versions} == {5}
         np.testing.assert_allclose(sample.logprobs, reference_logprobs(model, sample, SAMPLING.temperature), atol=5e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs three CUDA devices")
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_engine_lost_in_mid_broadcast_costs_that_engine_and_nothing_else_within_a_minute(
+    local_ray: None, tiny_model: Path, tmp_path: Path, end: signal.Signals
+) -> None:
+    rollout = {"num_actors": 2, "num_gpus": 1, "max_completion_length": 64, "gpu_memory_utilization": 0.3}
+    config = run_config(tiny_model, rollout=rollout | {"enforce_eager": True}, weights={"backend": "nccl"})
+
+    async def lose_one() -> None:
+        pool = await RolloutPool.create(config, str(tiny_model), str(tmp_path), has_gpus=True)
+        lost: list[tuple[float, str]] = []
+        pool.on_trouble = lambda text: lost.append((time.monotonic(), text))
+        try:
+            learner = GpuLearner.options(num_gpus=1).remote(str(tiny_model), "nccl")
+            sync = RayWeightSync(pool, OneRank(learner), timeout_s=SYNC_S)
+            await sync.sync(1)
+            lives = {t.name: t.incarnation for t in pool.engines()}
+            await learner.dawdle_after_the_first_weight.remote(3.0)
+            sending = asyncio.create_task(sync.sync(2))
+            await asyncio.sleep(1.5)
+            ended = time.monotonic()
+            os.kill(pool.pids()["rollout-1"]["core_pid"], end)
+            report = await sending
+            assert report.num_engines == 1
+            assert {t.name: t.incarnation for t in pool.engines()}["rollout-0"] == lives["rollout-0"]
+            assert min(when for when, text in lost if "rollout-1 died" in text) - ended < SYNC_S
+            infos = await asyncio.gather(*(pool.generate(r) for r in requests(8, SAMPLING)))
+            assert {i.min_version for i in infos} == {2}
+        finally:
+            await pool.close()
+
+    asyncio.run(lose_one())

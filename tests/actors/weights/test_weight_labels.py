@@ -45,6 +45,7 @@ class Pool:
 
     def __init__(self, calls: list[str], stages_weights: bool) -> None:
         self.stages_weights = stages_weights
+        self.asleep = False
         self.target = EngineTarget("rollout-1", 2, Handle(calls), 1)
         self.synced: list[int] = []
         self.membership = asyncio.Lock()
@@ -92,3 +93,24 @@ def test_an_updated_learner_sends_nothing_under_the_old_version(
     asyncio.run(asyncio.wait_for(pool.on_stale(), 10))
     assert seen == calls
     assert pool.synced == synced
+
+
+def test_engines_that_sleep_are_neither_paused_nor_resumed() -> None:
+    """They are paused, and a resumed one would sample without a KV cache."""
+    seen: list[str] = []
+    pool: Any = Pool(seen, stages_weights=False)
+    pool.asleep = True
+    RayWeightSync(pool, Learner(seen, unsent=False, updated_while_connecting=False), timeout_s=5)
+    asyncio.run(asyncio.wait_for(pool.on_stale(), 10))
+    assert (seen, pool.synced) == (["probe", "send 3"], [3])
+
+
+@pytest.mark.parametrize(("staged", "keep"), [(True, True), (False, True), (True, False), (False, False)])
+def test_a_kv_cache_is_kept_over_an_update_where_that_is_asked_for(staged: bool, keep: bool) -> None:
+    seen: list[str] = []
+    pool: Any = Pool(seen, staged)
+    asked: list[tuple[Any, ...]] = []
+    pool.target.handle.pause = type("Pause", (), {"remote": staticmethod(lambda *args: asked.append(args) or Done())})
+    RayWeightSync(pool, Learner(seen, unsent=False, updated_while_connecting=False), 5, keep_kv_cache=keep)
+    asyncio.run(asyncio.wait_for(pool.on_stale(), 10))
+    assert asked == [("keep", not keep)]

@@ -346,6 +346,35 @@ def test_a_corrupted_bucket_is_refused_at_no_cost_to_the_engines_and_the_sync_go
     setting.assert_sampled_by(2, samples)
 
 
+def test_an_engine_core_that_is_killed_in_mid_transfer_costs_that_engine_and_nothing_else_within_a_minute(
+    setting: Setting,
+) -> None:
+    pool = setting.bench.pool
+    setting.bench.run(setting.both_engines(), timeout_s=280)
+    setting.bench.run(setting.sync.sync(setting.next_version(1)))
+    version = setting.next_version(2)
+    setting.learner.call("dawdle_over_the_next_bucket", 3.0)
+    lives = {t.name: t.incarnation for t in pool.engines()}
+    learner = ray.get(setting.learner.ranks[0].memory.remote(), timeout=30)[0]
+
+    async def kill_in_mid_transfer() -> tuple[SyncReport, float]:
+        sync = asyncio.create_task(setting.sync.sync(version))
+        await asyncio.sleep(1.0)
+        assert not sync.done()
+        os.kill(pool.pids()["rollout-1"]["core_pid"], signal.SIGKILL)
+        killed = time.monotonic()
+        return await sync, time.monotonic() - killed
+
+    report, seconds = setting.bench.run(kill_in_mid_transfer(), timeout_s=120)
+    assert (report.version, report.num_engines) == (version, 1)
+    assert seconds < 60
+    assert {t.incarnation for t in pool.engines() if t.name == "rollout-0"} == {lives["rollout-0"]}
+    assert ray.get(setting.learner.ranks[0].memory.remote(), timeout=30)[0] == learner
+    infos, samples = setting.bench.draw(requests(8, SAMPLING))
+    assert {i.min_version for i in infos} == {version}
+    setting.assert_sampled_by(2, samples)
+
+
 def test_engines_sample_while_weights_arrive(setting: Setting) -> None:
     """The learner takes its time over the first bucket; meanwhile samples are finished with the old weights."""
     setting.bench.run(setting.both_engines(), timeout_s=280)
