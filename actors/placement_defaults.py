@@ -74,8 +74,8 @@ class Machine:
     """The cores of this machine, where Ray counts more CPUs (cluster.num_cpus). None: as many as CPUs."""
     free: Mapping[str, float] = field(default_factory=dict)
     """The resources that no other run holds, by Ray's names; a kind that is missing is free."""
-    large_gpus: bool = False
-    """Whether there are GPUs, all of 80 GB and more."""
+    gpu_memory: int | None = None
+    """The bytes of a GPU, of the smallest where they differ; None: not known."""
 
     @property
     def offers(self) -> dict[str, float]:
@@ -382,6 +382,8 @@ def _section(key: str) -> str:
 
 
 def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -142,6 +142,10 @@ def check(
     kind: Annotated[
         str | None, typer.Option(metavar="KIND", help="train, sft, dpo or reward-model; else the recipe tells")
     ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="GPU", help="Plan for these GPUs instead of what is here: h100, 8xh100, l4, 80GB, .."),
+    ] = None,
     run_code: Annotated[
         bool,
         typer.Option("--run-code", help="Also run what the recipe brings: its rewards, data functions, model code"),
@@ -156,7 +160,7 @@ def check(
     elif recipe is None:
         raise ConfigError("name a recipe to check, or ask for --list")
     else:
-        check_recipe(recipe, overrides or [], kind, run_code=run_code, makes_models=False)
+        check_recipe(recipe, overrides or [], kind, gpu=gpu, run_code=run_code, makes_models=False)
 
 
 @app.command()

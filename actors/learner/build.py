@@ -93,14 +93,17 @@ def build_objective(spec: LearnerSpec) -> Objective:
     return SftObjective() if spec.algorithm is None else GrpoObjective(spec.algorithm)
 
 
-def deepspeed_config(model: ModelConfig, learner: LearnerConfig) -> dict[str, Any]:
+def deepspeed_config(model: ModelConfig, learner: LearnerConfig, device: torch.device) -> dict[str, Any]:
     """The settings of DeepSpeed. Losses are already normalised, and one `step()` follows any number of `backward()`.
 
     Raises:
         ConfigError: DeepSpeed has no option of `learner.deepspeed`.
     """
     check_deepspeed(learner)
-    zero: dict[str, Any] = {"stage": learner.zero_stage, "overlap_comm": False}
+    # Beside computation only from stage 2 on: DeepSpeed refuses it at stage 1 for passes whose number it does not know. On CPUs
+    # there is nothing to overlap with.
+    overlap = device.type == "cuda" and learner.zero_stage >= 2
+    zero: dict[str, Any] = {"stage": learner.zero_stage, "overlap_comm": overlap}
     if learner.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if learner.offload_params:
@@ -165,7 +168,7 @@ def _initialize(
         model=model,
         optimizer=optimizer,
         lr_scheduler=schedule,
-        config=deepspeed_config(spec.model, spec.learner),
+        config=deepspeed_config(spec.model, spec.learner, device),
         dist_init_required=False,
     )
     # DeepSpeed makes the masters from the weights that it has just rounded to bf16.
@@ -230,7 +233,7 @@ def build_reference(spec: LearnerSpec, device: torch.device, ranks: SequenceRank
     policy.requires_grad_(False)
     if spec.learner.zero_stage < 3:
         return policy.to(device)
-    config = deepspeed_config(spec.model, spec.learner)
+    config = deepspeed_config(spec.model, spec.learner, device)
     config["zero_optimization"].pop("offload_optimizer", None)
     engine: nn.Module = deepspeed.initialize(model=policy, config=config, dist_init_required=False)[0]
     return engine
@@ -238,7 +241,9 @@ def build_reference(spec: LearnerSpec, device: torch.device, ranks: SequenceRank
 
 def _policy(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, trained: bool) -> PolicyModel:
     hf = load_hf(spec, device, ranks, trained=trained)
-    rows = chunk_rows(hf.config.get_text_config().vocab_size, on_gpu=device.type == "cuda")
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else None
+    rows = chunk_rows(hf.config.get_text_config().vocab_size, on_gpu=on_gpu, memory=memory)
     return PolicyModel(hf, chunk=spec.learner.logprob_chunk_tokens or rows, ranks=ranks)
 
 
@@ -280,7 +285,7 @@ def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
     ranks.split_heads(hf)
     if trained and spec.model.lora is not None:
         inject(hf, spec.model.lora)
-    if trained and spec.model.gradient_checkpointing:
+    if trained and spec.model.checkpoints(on_gpu=device.type == "cuda"):
         # ZeRO-3 releases weights between the passes, which non-reentrant checkpointing takes for changed tensors.
         hf.gradient_checkpointing_enable({"use_reentrant": spec.learner.zero_stage == 3})
         hf.enable_input_require_grads()

@@ -122,7 +122,9 @@ class LearnerConfig(Strict):
     adam_eps: PositiveFloat = 1e-8
     max_grad_norm: PositiveFloat = 1.0
     micro_batch_tokens: PositiveInt = 8192
-    """The number of tokens (prompt and completion) of one forward and backward pass, over all learner ranks that share it."""
+    """The number of tokens (prompt and completion) of one forward and backward pass, over all learner ranks that share it. `auto`,
+    or not given: as many as fit the memory of the GPU or the machine, where it and the model are known; elsewhere 8,192, or one
+    sample of full length. A run's config.yaml says how many."""
     packing: bool = True
     """Whether sequences are packed end to end. False: padded to the longest of a micro-batch (same gradient, more work)."""
     share_prompts: bool = True
@@ -137,7 +139,8 @@ class LearnerConfig(Strict):
     the same but for the order of its sums, which depends on timing: switch it off to repeat a run bit for bit. Without effect if a
     step needs its whole batch first (several mini-batches or iterations, a critic, a standard deviation of the batch)."""
     logprob_chunk_tokens: PositiveInt | None = None
-    """The number of rows of logits that exist at once. None: as many as fit 64 MiB in fp32, on a GPU 256 MiB."""
+    """The number of rows of logits that exist at once. None: as many as fit 64 MiB in fp32, on a GPU a sixteenth of its memory:
+    see `grpo_ray.models.memory.chunk_rows`."""
     max_restarts: NonNegInt = 3
     """How often learner ranks that died or hung are restarted from the newest checkpoint without a further step in between."""
     num_threads: PositiveInt | None = None
@@ -150,6 +153,18 @@ class LearnerConfig(Strict):
     def data_parallel_size(self) -> int:
         """The number of micro-batches that are computed at once."""
         return self.num_actors // self.sequence_parallel_size
+
+    @model_validator(mode="before")
+    @classmethod
+    def _open(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("micro_batch_tokens") == "auto":
+            return {key: value for key, value in data.items() if key != "micro_batch_tokens"}
+        return data
+
+    @property
+    def micro_batch_is_open(self) -> bool:
+        """Whether `micro_batch_tokens` is chosen for what there is."""
+        return "micro_batch_tokens" not in self.model_fields_set
 
     @model_validator(mode="after")
     def _zero(self) -> Self:

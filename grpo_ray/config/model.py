@@ -73,9 +73,11 @@ class ModelConfig(Strict):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """The precision of rollout engine and learner. The learner keeps fp32 master weights in either case."""
     attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
-    """`auto`: flash-attention 2 if there are a GPU and the package, and `dtype` is bfloat16; else `sdpa`: torch's own kernels, on GPUs
-    and in bfloat16 one call for all sequences of a micro-batch."""
-    gradient_checkpointing: bool = False
+    """`auto`: flash-attention 2 if there are a GPU and the package, and `dtype` is bfloat16; else `sdpa`: torch's own kernels, on
+    GPUs and in bfloat16 one call for all sequences of a micro-batch."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Whether activations within a layer are computed again for the backward pass instead of kept. auto: on GPUs, where they would
+    be most of the memory, and not on CPUs; a run's config.yaml says which."""
     compile: bool = False
     """Whether the learner compiles the decoder's layers (torch.compile): fewer and larger operations on a GPU, after about a minute
     of compilation in the first step. Attention is left as it is."""
@@ -88,6 +90,10 @@ class ModelConfig(Strict):
         if (self.path is None) == (self.tiny is None):
             raise ValueError("give exactly one of model.path and model.tiny")
         return self
+
+    def checkpoints(self, *, on_gpu: bool) -> bool:
+        """The value of `gradient_checkpointing` for learners on GPUs, or on CPUs."""
+        return on_gpu if self.gradient_checkpointing == "auto" else self.gradient_checkpointing
 
     @property
     def sends_adapters(self) -> bool:

@@ -91,7 +91,7 @@ def _check_batch(config: RunConfig) -> None:
             "lower it, or raise prompts_per_step or learner.sequence_parallel_size"
         )
     longest = config.data.max_prompt_length + config.rollout.max_completion_length
-    if config.learner.micro_batch_tokens < longest:
+    if config.learner.micro_batch_tokens < longest and not config.learner.micro_batch_is_open:
         raise ValueError(
             f"learner.micro_batch_tokens ({config.learner.micro_batch_tokens}) can't hold one sample of up to {longest} tokens "
             "(data.max_prompt_length + rollout.max_completion_length); raise it"

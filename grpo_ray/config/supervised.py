@@ -20,7 +20,7 @@ class SftConfig(CommonConfig):
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Self:
-        if self.learner.micro_batch_tokens < self.max_length:
+        if self.learner.micro_batch_tokens < self.max_length and not self.learner.micro_batch_is_open:
             raise ValueError(
                 f"learner.micro_batch_tokens ({self.learner.micro_batch_tokens}) can't hold one example of max_length "
                 f"({self.max_length}) tokens; raise it"
@@ -100,7 +100,7 @@ def preferences(config: CommonConfig) -> DpoOptions | RewardModelOptions | None:
 
 
 def _check_room_for_pairs(config: SftConfig) -> None:
-    if config.learner.micro_batch_tokens < 2 * config.max_length:
+    if config.learner.micro_batch_tokens < 2 * config.max_length and not config.learner.micro_batch_is_open:
         raise ValueError(
             f"learner.micro_batch_tokens ({config.learner.micro_batch_tokens}) can't hold the two answers of a pair of max_length "
             f"({config.max_length}) tokens each; raise it to {2 * config.max_length}"

@@ -10,7 +10,7 @@ the processes of a run of that model: pages that they share, 0.17 GiB of each, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,30 @@ LARGEST_BUCKET = 500_000_000
 """The number of elements that DeepSpeed reduces at once: its `reduce_bucket_size`."""
 CHUNKS = 4
 """The number of fp32 buffers of a chunk of logits that exist at once: two in the forward pass, two more in the backward pass."""
+CHUNKS_ON_GPU = 3
+"""The same on a GPU, which gives those of the forward pass back."""
 
 
-def chunk_rows(vocab_size: int, *, on_gpu: bool) -> int:
-    """The number of rows of logits in a chunk: as fit 64 MiB in fp32, or 256 on a GPU, whose products need to be large."""
-    return max(1, (256 if on_gpu else 64) * 2**20 // (4 * vocab_size))
+CHUNKS_SHARE = 16
+"""The part of a GPU's memory for all buffers of a chunk: one in so many."""
+ROWS_OF_GPUS = (256, 8192)
+"""The fewest and the most rows of a chunk on a GPU."""
+LEAST_GPU = 80 * GIB
+"""The memory of a GPU whose memory is not known."""
+
+
+def chunk_rows(vocab_size: int, *, on_gpu: bool, memory: int | None = None) -> int:
+    """The number of rows of logits in a chunk. On CPUs as fit 64 MiB in fp32. On a GPU as many as fit a sixteenth of its memory,
+    2,048 of a vocabulary of 152,000 on 80 GB: each chunk adds a product as large as the output layer to an fp32 sum.
+
+    Args:
+        memory: the bytes of the GPU; the same at each start, whatever is free, so that a run can be repeated.
+    """
+    if not on_gpu:
+        return max(1, 64 * 2**20 // (FP32 * vocab_size))
+    least, most = ROWS_OF_GPUS
+    rows = (memory or LEAST_GPU) // CHUNKS_SHARE // (CHUNKS * FP32 * vocab_size)
+    return max(least, min(most, rows // least * least))
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,23 @@ class ModelFacts:
     intermediate: int
     """The width of the MLP, summed over all experts that a token uses."""
     vocab: int
+    kv: int = 0
+    """The number of key heads times the size of one; 0: as many as heads."""
+
+    @property
+    def keys(self) -> int:
+        return self.kv or self.attention
+
+    @property
+    def per_layer_on_gpu(self) -> int:
+        """The number of elements of the compute dtype per token that one layer keeps on a GPU: each norm its input in fp32 and two
+        outputs, attention its queries and its output twice, with keys and values, the gated MLP four times its width."""
+        return 8 * self.hidden + 3 * self.attention + 4 * self.keys + 4 * self.intermediate
+
+    @property
+    def kv_per_token(self) -> int:
+        """The number of elements of a token in an engine's KV cache."""
+        return 2 * self.num_layers * self.keys
 
     @property
     def per_layer(self) -> int:
@@ -109,8 +145,14 @@ class LearnerMemory:
         }
 
 
-def learner_memory(facts: ModelFacts, config: RunConfig | SftConfig, *, on_gpu: bool) -> LearnerMemory:
-    """The memory of one rank in its largest step."""
+def learner_memory(
+    facts: ModelFacts, config: RunConfig | SftConfig, *, on_gpu: bool, gpu_memory: int | None = None
+) -> LearnerMemory:
+    """The memory of one rank in its largest step.
+
+    Args:
+        gpu_memory: the bytes of its GPU, by which the chunks of logits go.
+    """
     model, learner = config.model, config.learner
     ranks, stage = learner.num_actors, learner.zero_stage
     width = BF16 if model.dtype == "bfloat16" else FP32
@@ -118,29 +160,49 @@ def learner_memory(facts: ModelFacts, config: RunConfig | SftConfig, *, on_gpu: 
     n = facts.num_params
     of_weights, of_gradients, of_optimizer = (ranks if stage >= s else 1 for s in (3, 2, 1))
     bucket = min(trained, LARGEST_BUCKET)
+    at_step = 0
     if stage == 0:
         gradients, states = FP32 * trained, 2 * FP32 * trained
     else:
         copies = 2 if _several(config) else 1
         gradients = width * bucket + FP32 * trained * copies // of_gradients + FP32 * trained // of_optimizer
+        if on_gpu:
+            gradients, at_step = _gradients_on_gpu(trained, config, width, copies)
         states = 3 * FP32 * trained // of_optimizer
     weights = width * n // of_weights
     if stage == 3:
         weights += width * min(n, 2 * LARGEST_BUCKET)
     more = _second_models(config)
-    rows = learner.logprob_chunk_tokens or chunk_rows(facts.vocab, on_gpu=on_gpu)
+    rows = learner.logprob_chunk_tokens or chunk_rows(facts.vocab, on_gpu=on_gpu, memory=gpu_memory)
     head = 0 if model.lora else 2 * FP32 * facts.vocab * facts.hidden
     if not on_gpu:
         head += _head_copy(facts, model)
-    return LearnerMemory(
+    elif not model.lora:
+        # The sum in fp32, and the gradient in the model's dtype that is made of it.
+        head = (FP32 + width) * facts.vocab * facts.hidden
+    found = LearnerMemory(
         base=0 if on_gpu else LEARNER_BASE,
         weights=0 if learner.offload_params and on_gpu else weights,
         gradients=gradients,
         optimizer=0 if learner.offload_optimizer and on_gpu else states,
         reference=more.frozen * width * n // of_weights + more.trained * (width * n + states + gradients),
-        activations=activations(facts, config, width),
-        logits=CHUNKS * FP32 * min(rows, tokens_at_once(config)) * facts.vocab + head,
+        activations=activations(facts, config, width, on_gpu=on_gpu),
+        logits=(CHUNKS_ON_GPU if on_gpu else CHUNKS) * FP32 * min(rows, tokens_at_once(config)) * facts.vocab + head,
     )
+    if found.gradients + found.activations + found.logits >= at_step:
+        return found
+    return replace(found, gradients=at_step, activations=0, logits=0)
+
+
+def _gradients_on_gpu(trained: int, config: RunConfig | SftConfig, width: int, copies: int) -> tuple[int, int]:
+    """The bytes of gradients in the backward pass, and in the step, when activations and logits are gone: DeepSpeed then lays the
+    gradient out flat once more."""
+    ranks, stage = config.learner.num_actors, config.learner.zero_stage
+    share = FP32 * trained // (ranks if stage >= 2 else 1)
+    # Stage 2 fills one bucket while the other is reduced. In bf16 stage 1 adds to the one fp32 gradient as it goes.
+    buckets = width * min(trained, LARGEST_BUCKET) * (2 if stage == 2 else 1)
+    copies = 1 if stage == 1 and width == BF16 else copies
+    return buckets + share * copies, buckets + share + FP32 * trained // ranks
 
 
 def _head_copy(facts: ModelFacts, model: ModelConfig) -> int:
@@ -148,11 +210,12 @@ def _head_copy(facts: ModelFacts, model: ModelConfig) -> int:
     return FP32 * facts.vocab * facts.hidden if model.dtype == "bfloat16" else 0
 
 
-def activations(facts: ModelFacts, config: RunConfig | SftConfig, width: int) -> int:
+def activations(facts: ModelFacts, config: RunConfig | SftConfig, width: int, *, on_gpu: bool) -> int:
     """The bytes of activations of one micro-batch on one rank."""
-    kept = facts.num_layers * facts.per_layer
-    if config.model.gradient_checkpointing:
-        kept = facts.num_layers * facts.hidden + facts.per_layer
+    per_layer = facts.per_layer_on_gpu if on_gpu else facts.per_layer
+    kept = facts.num_layers * per_layer
+    if config.model.checkpoints(on_gpu=on_gpu):
+        kept = facts.num_layers * facts.hidden + per_layer
     return tokens_at_once(config) * (kept + facts.beside_layers) * width // config.learner.sequence_parallel_size
 
 
@@ -222,6 +285,7 @@ def facts_of(config: Any, num_params: int) -> ModelFacts:
     hidden = int(text.hidden_size)
     heads = int(getattr(text, "num_attention_heads", 1) or 1)
     size = int(getattr(text, "head_dim", None) or hidden // heads)
+    keys = int(getattr(text, "num_key_value_heads", None) or heads)
     inner = getattr(text, "moe_intermediate_size", None)
     experts = int(getattr(text, "num_experts_per_tok", None) or 1)
     wide = inner if inner and experts > 1 else getattr(text, "intermediate_size", None)
@@ -232,6 +296,7 @@ def facts_of(config: Any, num_params: int) -> ModelFacts:
         attention=heads * size,
         intermediate=int(wide or 4 * hidden) * experts,
         vocab=int(text.vocab_size),
+        kv=0 if keys == heads else keys * size,
     )
 
 
@@ -279,7 +344,7 @@ def _tiny_facts(tiny: TinyModelConfig) -> ModelFacts:
     kv = hidden // tiny.num_heads * tiny.num_kv_heads
     matrices, biases, norms = 2 * hidden * (hidden + kv) + 3 * hidden * wide, hidden + 2 * kv, 2 * hidden
     num_params = (vocab + 1) * hidden + tiny.num_layers * (matrices + biases + norms)
-    return ModelFacts(num_params, tiny.num_layers, hidden, hidden, wide, vocab)
+    return ModelFacts(num_params, tiny.num_layers, hidden, hidden, wide, vocab, 0 if kv == hidden else kv)
 
 
 def gib(num_bytes: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -72,7 +73,7 @@ def _learner_mend(config: RunConfig | SftConfig) -> str:
     more = [
         name
         for name, used in (
-            ("model.gradient_checkpointing=true", config.model.gradient_checkpointing),
+            ("model.gradient_checkpointing=true", config.model.checkpoints(on_gpu=False)),
             ("model.lora", config.model.lora is not None or isinstance(config, RewardModelConfig)),
         )
         if not used
@@ -94,26 +95,40 @@ def fit_memory(facts: ModelFacts, config: Config, kind: str, free: int, *, engin
 
 
 def _fit_micro_batch(facts: ModelFacts, config: Config, kind: str, free: int) -> Config:
-    if kind in ("eval", "sample") or "micro_batch_tokens" in config.learner.model_fields_set:
+    if kind in ("eval", "sample") or not config.learner.micro_batch_is_open:
         return config
-    tokens = LearnerConfig.model_fields["micro_batch_tokens"].default
     found = config
-    while tokens >= _shortest(config):
-        found = _with_tokens(config, tokens)
+    for tokens in micro_batches(shortest(config)):
+        found = with_tokens(config, tokens)
         if fits(facts, found, kind, free):
             return found
-        tokens //= 2
     return found
 
 
-def _shortest(config: RunConfig | SftConfig) -> int:
+def micro_batches(least: int, most: int = LearnerConfig.model_fields["micro_batch_tokens"].default) -> Iterator[int]:
+    """most, half of it, .. tokens, as long as they hold more than `least`; at the end `least` itself."""
+    while most > least:
+        yield most
+        most //= 2
+    yield least
+
+
+def unfitted_micro_batch(config: Config) -> Config:
+    """The config with the default micro-batch, or one sample of full length, where it leaves it open."""
+    if not config.learner.micro_batch_is_open:
+        return config
+    return with_tokens(config, next(micro_batches(shortest(config))))
+
+
+def shortest(config: RunConfig | SftConfig) -> int:
+    """The fewest tokens of a micro-batch: one sample of full length, or a pair."""
     if isinstance(config, RunConfig):
         return config.data.max_prompt_length + config.rollout.max_completion_length
     pairs = isinstance(config, DpoConfig) or (isinstance(config, RewardModelConfig) and config.reward_model.pairwise)
     return config.max_length * (2 if pairs else 1)
 
 
-def _with_tokens(config: Config, tokens: int) -> Config:
+def with_tokens(config: Config, tokens: int) -> Config:
     learner = config.learner.model_copy(update={"micro_batch_tokens": tokens})
     return cast(Config, config.model_copy(update={"learner": learner}))
 

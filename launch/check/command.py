@@ -31,6 +31,7 @@ from grpo_ray.rewards.table import BUILTINS, described
 from grpo_ray.run.checkpoint_store import Store, is_url
 from grpo_ray.run.run_dir import RunDir
 from launch.check.golds import gold_rows
+from launch.check.gpu import Gpus, check_gpus, gpu_rows, named_gpus, stage_rows
 from launch.check.model import ModelFiles, keep_torch_out, num_params_of
 from launch.console import headed, plain_console
 from launch.named_clusters import check_cluster
@@ -58,12 +59,19 @@ STORE_S = 5.0
 
 
 def check_recipe(
-    recipe: str, overrides: list[str], as_kind: str | None = None, *, run_code: bool = False, makes_models: bool = True
+    recipe: str,
+    overrides: list[str],
+    as_kind: str | None = None,
+    *,
+    gpu: str | None = None,
+    run_code: bool = False,
+    makes_models: bool = True,
 ) -> None:
     """Validate a recipe and print the plan of its run.
 
     Args:
         as_kind: a name of `check_kind`; None: the recipe's own.
+        gpu: the GPUs to plan for, e.g. `8xh100`; None: what there is.
         run_code: import and call the recipe's own code, too.
         makes_models: whether this process may create models later; otherwise it does not import torch.
 
@@ -74,6 +82,8 @@ def check_recipe(
         from launch.pipeline.stages import run_pipeline
 
         run_pipeline(recipe, overrides, None, None, dry_run=True, run_code=run_code)
+        for stage, line in stage_rows(recipe, overrides, gpu) if gpu else ():
+            console.print(f"gpu      stage {stage}: {line}", soft_wrap=True)
         _print_ok("pipeline", recipe, overrides)
         return
     kind = kind_of(find_recipe(recipe), overrides) if as_kind is None else check_kind(as_kind)
@@ -89,17 +99,17 @@ def check_recipe(
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     with console.status("reading model config and data ..."):
-        unnamed = _unnamed(config)
-        machine, place = (machine_of(config), "this machine") if unnamed else _offered(config)
+        unnamed = [] if gpu else _unnamed(config)
+        gpus = named_gpus(gpu, config) if gpu else None
+        machine, place = _place(config, gpus, known=not unnamed)
         offered = machine.offers
-        found, chosen = fitted(config, machine, place, kind, may_grow=bool(unnamed))
+        found, chosen = fitted(config, machine, place, kind, may_grow=bool(unnamed or gpus), strict=gpus is None)
         idle = told(without_gpu(config)) if not offered.get("GPU") else []
-        on_gpu = offered.get("GPU", 0) > 0
         if not makes_models and not config.model.trust_remote_code and config.model.tiny is None:
             keep_torch_out()
         for name, text in [
             *code.rows(),
-            *([] if code.of_model else _rows_of_model(config, found, kind, on_gpu, code)),
+            *([] if code.of_model else _rows_of_model(config, found, kind, machine, place, code)),
             *_cluster_rows(found, machine, place, kind, chosen),
             *(("warning", line) for line in [*unnamed, *idle, *unset_variables(config), *_taken(folder)]),
         ]:
@@ -133,14 +143,19 @@ def _rows_of_model(
     config: RunConfig | SftConfig,
     found: RunConfig | SftConfig,
     kind: str,
-    on_gpu: bool,
+    machine: Machine,
+    place: str,
     code: _Foreign,
 ) -> list[tuple[str, str]]:
     """The plan's lines on the model.
 
     Args:
         found: the config with the options chosen for this machine.
+
+    Raises:
+        ResourceError: it does not fit the machine's GPUs.
     """
+    on_gpu = machine.offers.get("GPU", 0) > 0
     files = ModelFiles(config.model)
     with num_params_of(config, on_gpu=on_gpu) as num_params:
         try:
@@ -150,7 +165,7 @@ def _rows_of_model(
             # A model that can't be trained may be why.
             num_params()
             raise
-        of_model = _model_rows(found, files.config, num_params(), kind, on_gpu=on_gpu)
+        of_model = _model_rows(found, files.config, num_params(), kind, machine, place)
     return [*of_model, *of_data, *_step_rows(config, context, imports=code.run)]
 
 
@@ -177,10 +192,10 @@ def _context(config: RunConfig | SftConfig, model_config: Any, *, on_gpu: bool) 
 
 
 def _model_rows(
-    config: RunConfig | SftConfig, model_config: Any, params: int, kind: str, *, on_gpu: bool
+    config: RunConfig | SftConfig, model_config: Any, params: int, kind: str, machine: Machine, place: str
 ) -> list[tuple[str, str]]:
-    facts = facts_of(model_config, params)
-    memory = learner_memory(facts, config, on_gpu=on_gpu)
+    facts, on_gpu = facts_of(model_config, params), machine.offers.get("GPU", 0) > 0
+    memory = learner_memory(facts, config, on_gpu=on_gpu, gpu_memory=machine.gpu_memory)
     parts = ", ".join(f"{what} {gib(n)}" for what, n in memory.parts.items() if n)
     source = config.model.path or "tiny, made on the spot"
     rows = [
@@ -193,6 +208,9 @@ def _model_rows(
     if not on_gpu:
         every = parts_of(facts, config, kind)
         rows.append(("", f"in all {gib(sum(part.total for part in every))}: {', '.join(map(str, every))}"))
+    elif machine.gpu_memory is not None:
+        check_gpus(facts, config, kind, machine.gpu_memory, place)
+        rows.extend(gpu_rows(facts, config, kind, machine.gpu_memory))
     return rows
 
 
@@ -348,6 +366,13 @@ def _unnamed(config: RunConfig | SftConfig) -> list[str]:
         f"{address} is named by the recipe, not by you, so it was not joined (that gives it Ray's token) and it is not known what "
         f"it offers; give {OPTION}={address.where} on the command line if it is yours"
     ]
+
+
+def _place(config: RunConfig | SftConfig, gpus: Gpus | None, *, known: bool) -> tuple[Machine, str]:
+    """The machine to plan for, and how it is called."""
+    if gpus is not None:
+        return gpus.machine, gpus.told
+    return _offered(config) if known else (machine_of(config), "this machine")
 
 
 def _offered(config: RunConfig | SftConfig) -> tuple[Machine, str]:

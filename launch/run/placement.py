@@ -14,9 +14,11 @@ from grpo_ray.config.supervised import SftConfig
 from grpo_ray.config.yaml import dump_yaml
 from grpo_ray.errors import ResourceError
 from grpo_ray.machine import free_memory, usable_cpus
-from grpo_ray.models.memory import known_facts
-from grpo_ray.models.memory_fit import fit_memory, too_large
+from grpo_ray.models.gpu_fit import fit_micro_batch, needs, proposal
+from grpo_ray.models.memory import ModelFacts, known_facts
+from grpo_ray.models.memory_fit import MARGIN, fit_memory, too_large, unfitted_micro_batch
 from launch.console import plain_console
+from launch.run.gpus import smallest
 
 Config = TypeVar("Config", bound=RunConfig | SftConfig)
 console = plain_console(soft_wrap=True)
@@ -26,9 +28,9 @@ SEQS_ON_LARGE_GPUS = 1024
 """What vLLM's own server takes there. With 256, models of up to 3B parameters leave half of such a GPU idle."""
 LARGE_GPU_BYTES = 70 << 30
 """What a GPU of 80 GB has at least."""
-LARGE_GPUS = frozenset(("A100-80G", "H100", "H200", "H20", "GH200", "B200", "B300", "GB200", "GB300", "RTX-PRO-6000"))
-"""GPUs of 80 GB and more, by the label that Ray gives their nodes, `ray.io/accelerator-type`."""
-ACCELERATOR = "ray.io/accelerator-type"
+CHECKPOINTING, MICRO_BATCH = "model.gradient_checkpointing", "learner.micro_batch_tokens"
+OF_KIND = "accelerator_type:"
+"""Ray's resource of a node with GPUs, before their name."""
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """The device files, one of which exists where there may be a GPU."""
 
@@ -50,12 +52,13 @@ def settled(config: Config, kind: str) -> Config:
 
 
 def fitted(
-    config: Config, machine: Machine, place: str, kind: str, *, may_grow: bool = False
+    config: Config, machine: Machine, place: str, kind: str, *, may_grow: bool = False, strict: bool = True
 ) -> tuple[Config, dict[str, Any]]:
     """The config with what it leaves open fitted, and what was chosen.
 
     Args:
         may_grow: nodes may still be joining, or an autoscaler adds them: see `await_resources`, which waits.
+        strict: refuse what GPUs have too little memory for.
 
     Raises:
         ResourceError: what the recipe asks for can't fit; with what would.
@@ -63,37 +66,76 @@ def fitted(
     found, chosen = fit_to(machine, config, kind)
     if (lacking := too_small(machine, config, kind, found)) is not None and not may_grow:
         raise ResourceError(f"{place} is too small: {lacking}")
-    return fit_to_memory(machine, *fit_to_large_gpus(machine, found, chosen), kind)
+    found, chosen = fit_to_large_gpus(machine, found, chosen)
+    return fit_to_memory(machine, found, chosen, kind, strict=strict)
 
 
 def fit_to_large_gpus(machine: Machine, config: Config, chosen: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
     """The config with the sequences that an engine samples at once for large GPUs, where it leaves them open."""
-    if not machine.large_gpus or not isinstance(config, RunConfig) or "max_num_seqs" in config.rollout.model_fields_set:
+    large = (machine.gpu_memory or 0) >= LARGE_GPU_BYTES
+    if not large or not isinstance(config, RunConfig) or "max_num_seqs" in config.rollout.model_fields_set:
         return config, chosen
     more = {SEQS: SEQS_ON_LARGE_GPUS}
     return with_options(config, more), chosen | more
 
 
-def fit_to_memory(machine: Machine, config: Config, chosen: dict[str, Any], kind: str) -> tuple[Config, dict[str, Any]]:
-    """The config with what it leaves open fitted to this machine's memory, and all that was chosen. Clusters,
-    GPUs and models that are not in a folder here are left unchanged: their memory is unknown.
+def fit_to_memory(
+    machine: Machine, config: Config, chosen: dict[str, Any], kind: str, *, strict: bool = True
+) -> tuple[Config, dict[str, Any]]:
+    """The config with what it leaves open fitted to the memory of this machine or of its GPUs, and all that was chosen. Where the
+    memory or the model is not known it gets the defaults.
 
     Raises:
         ResourceError: nothing fits; with how much each takes.
     """
+    if kind in ("eval", "sample"):
+        return _fit_to_host(machine, config, chosen, kind)
+    on_gpu = bool(machine.offers.get("GPU")) and config.learner.num_gpus != 0
+    more: dict[str, Any] = {}
+    found = config
+    if config.model.gradient_checkpointing == "auto":
+        found = with_options(found, {CHECKPOINTING: on_gpu})
+        more = {CHECKPOINTING: True} if on_gpu else {}
+    if on_gpu:
+        found = _fit_to_gpu(machine, found, kind, strict=strict)
+    else:
+        found, chosen = _fit_to_host(machine, found, chosen, kind)
+    if found.learner.micro_batch_tokens != config.learner.micro_batch_tokens:
+        more[MICRO_BATCH] = found.learner.micro_batch_tokens
+    return found, chosen | more
+
+
+def _fit_to_gpu(machine: Machine, config: Config, kind: str, *, strict: bool) -> Config:
+    facts, memory = known_facts(config.model), machine.gpu_memory
+    if facts is None or memory is None:
+        return unfitted_micro_batch(config)
+    found = fit_micro_batch(facts, config, memory) if config.learner.micro_batch_is_open else config
+    # An estimate may be wrong by so much.
+    beyond = [need for need in needs(facts, found, kind, int((1 + MARGIN) * memory)) if not need.fits]
+    if strict and beyond:
+        raise ResourceError(
+            f"the GPUs are too small: {'; '.join(map(str, beyond))}. {would_fit_gpus(facts, found, kind, memory)}"
+        )
+    return found
+
+
+def would_fit_gpus(facts: ModelFacts, config: RunConfig | SftConfig, kind: str, memory: int) -> str:
+    """A sentence with the overrides with which a run would fit GPUs of so much memory."""
+    mend = proposal(facts, config, kind, memory)
+    return f"This would fit: {told(mend)}" if mend else "No override is known with which it would; take a smaller model"
+
+
+def _fit_to_host(machine: Machine, config: Config, chosen: dict[str, Any], kind: str) -> tuple[Config, dict[str, Any]]:
     facts = known_facts(config.model)
     if facts is None or joins(config) or machine.offers.get("GPU"):
-        return config, chosen
+        return unfitted_micro_batch(config), chosen
     free = free_memory()
     found = fit_memory(facts, config, kind, free, engines_are_open=ENGINES in chosen)
     if (lacking := too_large(facts, found, kind, free)) is not None:
         raise ResourceError(f"this machine is too small: {lacking}")
-    more: dict[str, Any] = {}
-    if found.learner.micro_batch_tokens != config.learner.micro_batch_tokens:
-        more["learner.micro_batch_tokens"] = found.learner.micro_batch_tokens
     if isinstance(found, RunConfig) and ENGINES in chosen:
-        more[ENGINES] = found.rollout.num_actors
-    return found, chosen | more
+        chosen = chosen | {ENGINES: found.rollout.num_actors}
+    return found, chosen
 
 
 def machine_of(config: RunConfig | SftConfig) -> Machine:
@@ -101,8 +143,7 @@ def machine_of(config: RunConfig | SftConfig) -> Machine:
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         cores = usable_cpus()
-        node = Node(config.cluster.num_cpus or cores, num_gpus())
-        return Machine((node,), cores=cores, large_gpus=node.gpus > 0 and smallest_gpu() >= LARGE_GPU_BYTES)
+        return Machine((Node(config.cluster.num_cpus or cores, num_gpus()),), cores=cores, gpu_memory=gpu_memory())
     nodes = tuple(
         Node(offers.pop("CPU", 0.0), offers.pop("GPU", 0.0), offers, node["Labels"])
         for node in ray.nodes()
@@ -110,12 +151,24 @@ def machine_of(config: RunConfig | SftConfig) -> Machine:
         for offers in [dict(node["Resources"])]
     )
     free = ray.available_resources()
-    kinds = {node.labels.get(ACCELERATOR) for node in nodes if node.gpus}
+    kinds = {
+        name.removeprefix(OF_KIND) for node in nodes if node.gpus for name in node.resources if name.startswith(OF_KIND)
+    }
+    gpu = smallest(kinds)
     return Machine(
         nodes,
         free={name: free.get(name, 0.0) for name in ("CPU", "GPU")},
-        large_gpus=bool(kinds) and kinds <= LARGE_GPUS,
+        gpu_memory=None if gpu is None else gpu.memory,
     )
+
+
+def gpu_memory() -> int | None:
+    """The bytes of the smallest GPU of this machine; None where there is none."""
+    if not num_gpus():
+        return None
+    import torch
+
+    return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
 
 
 def num_gpus() -> int:
@@ -125,13 +178,6 @@ def num_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def smallest_gpu() -> int:
-    """The bytes of this machine's smallest GPU."""
-    import torch
-
-    return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
 
 
 def where(config: RunConfig | SftConfig) -> str:

@@ -15,6 +15,8 @@ from grpo_ray.config.presets import PRESETS
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import DpoConfig, RewardModelConfig, SftConfig
 from grpo_ray.errors import ConfigError
+from grpo_ray.models.memory_fit import unfitted_micro_batch
+from tests.recipes import RL
 
 MINIMAL: dict[str, Any] = {
     "model": {"tiny": {}},
@@ -237,7 +239,8 @@ def test_losses_and_corrections_bring_their_usual_bounds() -> None:
 
 
 def test_sft_refuses_a_micro_batch_that_holds_no_example() -> None:
-    data = {"model": {"tiny": {}}, "data": {"train": {"path": "x"}}, "max_length": 20000}
+    learner = {"micro_batch_tokens": 8192}
+    data = {"model": {"tiny": {}}, "data": {"train": {"path": "x"}}, "max_length": 20000, "learner": learner}
     with pytest.raises(ConfigError, match="max_length"):
         build(SftConfig, data, "r")
 
@@ -385,3 +388,15 @@ def test_a_section_of_another_project_is_answered_key_by_key() -> None:
         "trainer.total_epochs",
     ]
     assert all(" is called " in line for line in lines)
+
+
+@pytest.mark.parametrize("schema", [RunConfig, SftConfig])
+def test_a_micro_batch_that_is_left_open_may_hold_less_than_a_sample_until_it_is_chosen(schema: type) -> None:
+    long = {"rollout": {"max_completion_length": 20_000}} if schema is RunConfig else {"max_length": 20_000}
+    base = {**RL, **long} if schema is RunConfig else {"model": {"tiny": {}}, "data": {"train": {"path": "x"}}, **long}
+    for learner in ({}, {"micro_batch_tokens": "auto"}):
+        config = build(schema, {**base, "learner": learner}, "r")
+        assert config.learner.micro_batch_is_open
+        assert unfitted_micro_batch(config).learner.micro_batch_tokens >= 20_000
+    with pytest.raises(ConfigError, match="micro_batch_tokens"):
+        build(schema, {**base, "learner": {"micro_batch_tokens": "most"}}, "r")

@@ -83,8 +83,9 @@ def test_states_are_those_of_the_paper() -> None:
     assert (none.weights, none.gradients, none.optimizer) == (4 * n, 4 * n, 8 * n)
 
 
-@pytest.mark.parametrize(("stage", "optimizer", "gradients"), [(1, 3, 1 + 2 + 0.25), (2, 3, 1 + 0.5 + 0.25)])
+@pytest.mark.parametrize(("stage", "optimizer", "gradients"), [(1, 3, 1 + 2), (2, 3, 2 + 0.5)])
 def test_stages_split_over_the_learners(stage: int, optimizer: float, gradients: float) -> None:
+    """Buckets of the whole gradient, two of them at stage 2; the accumulated gradient, and the one that is added to it."""
     four = config("learner.num_actors=4", f"learner.zero_stage={stage}", micro_batches=16)
     memory = learner_memory(SMOLLM2, four, on_gpu=True)
     n = SMOLLM2.num_params
@@ -159,7 +160,8 @@ def test_logits_in_fp32_take_a_copy_of_a_bf16_head_on_cpus() -> None:
     chunks = [learner_memory(SMOLLM2, config("model.lora={}"), on_gpu=g).logits for g in (True, False)]
     head = 4 * SMOLLM2.vocab * SMOLLM2.hidden
     assert of["float32"] == [chunks[0] + 2 * head, chunks[1] + 2 * head]
-    assert of["bfloat16"] == [chunks[0] + 2 * head, chunks[1] + 3 * head]
+    # A GPU multiplies in bf16 and needs the gradient in it beside its sum in fp32; a CPU makes a copy of the head.
+    assert of["bfloat16"] == [chunks[0] + head + head // 2, chunks[1] + 3 * head]
 
 
 def test_facts_come_from_files_as_from_transformers(tiny_model: Path) -> None:

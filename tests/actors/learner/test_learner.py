@@ -699,14 +699,23 @@ def test_a_rank_that_hangs_is_named_at_the_deadline(
 
 def test_settings_of_deepspeed_follow_the_config() -> None:
     bf16, fp32 = ModelConfig(path="x"), ModelConfig(path="x", dtype="float32")
-    config = deepspeed_config(bf16, LearnerConfig(zero_stage=3, offload_optimizer=True, max_grad_norm=0.5))
+    cpu = torch.device("cpu")
+    config = deepspeed_config(bf16, LearnerConfig(zero_stage=3, offload_optimizer=True, max_grad_norm=0.5), cpu)
     assert config["zero_optimization"]["stage"] == 3
     assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     assert config["bf16"] == {"enabled": True}
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
     assert config["gradient_clipping"] == 0.5
     assert config["managed_gradient_accumulation"] is False
-    assert "bf16" not in deepspeed_config(fp32, LearnerConfig(zero_stage=0))
+    assert "bf16" not in deepspeed_config(fp32, LearnerConfig(zero_stage=0), cpu)
+
+
+@pytest.mark.parametrize(("stage", "expected"), [(0, False), (1, False), (2, True), (3, True)])
+def test_gradients_are_reduced_beside_computation_on_gpus_where_deepspeed_allows_it(stage: int, expected: bool) -> None:
+    fp32, learner = ModelConfig(path="x", dtype="float32"), LearnerConfig(zero_stage=stage)
+    of = {d: deepspeed_config(fp32, learner, torch.device(d)) for d in ("cuda", "cpu")}
+    assert of["cuda"]["zero_optimization"]["overlap_comm"] is expected
+    assert of["cpu"]["zero_optimization"]["overlap_comm"] is False
 
 
 @pytest.mark.slow
