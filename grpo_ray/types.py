@@ -11,8 +11,9 @@ Suffixes of array names, one letter a dimension (`logits_CV` is [C, V]); lower c
 Steps have numbers from 1: step n turns policy version n - 1 into version n, and its batch, metrics, files and the checkpoint after
 it have the number n. The last step done is also the number of steps done and the present policy version; 0: none.
 
-The losses see completion tokens alone and call them N; in this file N is prompt tokens. Arrays are numpy, which travel through
-Ray's object store without a copy; the learner makes tensors of them.
+The losses see completion tokens alone and call them N; in this file N is prompt tokens. Shapes in annotations have these letters,
+`Float[Tensor, "C V"]` (jaxtyping), and the tests check them. Arrays are numpy, which travel through Ray's object store without a
+copy; the learner makes tensors of them.
 """
 
 from __future__ import annotations

@@ -17,6 +17,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if find_spec("torch") is None:
     pytest_plugins = ["tests.without_torch"]
+else:
+    from tests.shapes import check_shapes
+
+    check_shapes()
 
 STATUS = pytest.StashKey[int]()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,44 +16,48 @@ from torch import Tensor
 from grpo_ray.batch.segments import Segments
 from grpo_ray.spread import ABSOLUTE, RELATIVE, differ
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
 
 @dataclass(frozen=True)
 class Rewards:
     """The rewards that every kind of advantage is computed from. Where the mask is False, `raw` and `centred` are 0."""
 
-    raw_PG: Tensor
-    centred_PG: Tensor
+    raw_PG: Float[Tensor, "P G"]
+    centred_PG: Float[Tensor, "P G"]
     """The rewards minus the mean of their group."""
-    mask_PG: Tensor
-    num_P1: Tensor
+    mask_PG: Bool[Tensor, "P G"]
+    num_P1: Int[Tensor, "P 1"]
     """The number of the group's samples with a score."""
     ddof: int
     eps: float
 
 
-def _grpo(r: Rewards) -> Tensor:
+def _grpo(r: Rewards) -> Float[Tensor, "P G"]:
     variance_P1 = r.centred_PG.square().sum(dim=1, keepdim=True) / (r.num_P1 - r.ddof).clamp(min=1)
     return r.centred_PG / (variance_P1.sqrt() + r.eps)
 
 
-def _dr_grpo(r: Rewards) -> Tensor:
+def _dr_grpo(r: Rewards) -> Float[Tensor, "P G"]:
     return r.centred_PG
 
 
-def _rloo(r: Rewards) -> Tensor:
+def _rloo(r: Rewards) -> Float[Tensor, "P G"]:
     return r.centred_PG * r.num_P1 / (r.num_P1 - 1).clamp(min=1)
 
 
-def _reinforce_pp_baseline(r: Rewards) -> Tensor:
+def _reinforce_pp_baseline(r: Rewards) -> Float[Tensor, "P G"]:
     # Every group is centred already: the batch mean that whitening subtracts is 0.
     return r.centred_PG / (_std(r.centred_PG, r.mask_PG, r.ddof) + r.eps)
 
 
-def _batch_std(r: Rewards) -> Tensor:
+def _batch_std(r: Rewards) -> Float[Tensor, "P G"]:
     return r.centred_PG / (_std(r.raw_PG, r.mask_PG, r.ddof) + r.eps)
 
 
 Advantage = Callable[[Rewards], Tensor]
+"""Rewards -> [P, G] advantages."""
 
 ADVANTAGES: dict[str, Advantage] = {
     "grpo": _grpo,
@@ -65,8 +70,13 @@ ADVANTAGES: dict[str, Advantage] = {
 
 
 def group_advantages(
-    rewards_PG: Tensor, *, kind: str | Advantage, ddof: int, eps: float, mask_PG: Tensor | None = None
-) -> Tensor:
+    rewards_PG: Float[Tensor, "P G"],
+    *,
+    kind: str | Advantage,
+    ddof: int,
+    eps: float,
+    mask_PG: Bool[Tensor, "P G"] | None = None,
+) -> Float[Tensor, "P G"]:
     """Compute how much better each sample is than its group.
 
     grpo: (R - mean) / (std + eps), DeepSeekMath 2402.03300 section 4.1.2 (ddof and eps are not stated there).
@@ -101,7 +111,7 @@ def group_advantages(
     return compare(Rewards(raw, centred, mask, num_P1, ddof, eps)).masked_fill(flat, 0.0)
 
 
-def _std(values: Tensor, mask: Tensor, ddof: int) -> Tensor:
+def _std(values: Float[Tensor, "*D"], mask: Bool[Tensor, "*D"], ddof: int) -> Float[Tensor, ""]:
     """The standard deviation of the unmasked values, 0-dim."""
     num = mask.sum()
     off = (values - values.sum() / num.clamp(min=1)).masked_fill(~mask, 0.0)
@@ -109,8 +119,13 @@ def _std(values: Tensor, mask: Tensor, ddof: int) -> Tensor:
 
 
 def process_advantages(
-    step_rewards: Sequence[Tensor], step_ends: Sequence[Tensor], lengths: Sequence[int], *, ddof: int, eps: float
-) -> list[Tensor]:
+    step_rewards: Sequence[Float[Tensor, "_"]],
+    step_ends: Sequence[Int[Tensor, "_"]],
+    lengths: Sequence[int],
+    *,
+    ddof: int,
+    eps: float,
+) -> list[Float[Tensor, "_"]]:
     """Process supervision, DeepSeekMath 2402.03300 section 4.1.3: the rewards of all steps of a group's outputs are
     normalised together; a token's advantage is the sum over the steps that end at it or after it.
 
@@ -134,7 +149,14 @@ def process_advantages(
     return out
 
 
-def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards_BT: Float[Tensor, "B T"],
+    values_BT: Float[Tensor, "B T"],
+    mask_BT: Bool[Tensor, "B T"],
+    *,
+    gamma: float,
+    lam: float,
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """Generalized advantage estimation, 1506.02438 eq. 16, in verl's masked form.
 
         delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}
@@ -165,7 +187,9 @@ def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float,
     return advantages_BT.masked_fill(~mask_BT, 0.0), (advantages_BT + values_BT).masked_fill(~mask_BT, 0.0)
 
 
-def kl_in_reward(scores_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, *, beta: float) -> Tensor:
+def kl_in_reward(
+    scores_B: Float[Tensor, "B"], kl_BT: Float[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"], *, beta: float
+) -> Float[Tensor, "B T"]:
     """Compute token rewards with the KL, as PPO and RLOO have it: -beta KL_t at every token, plus the score at the last.
     1909.08593 eq. 2; summed over tokens it is the reward of the whole completion.
 
@@ -185,15 +209,15 @@ def kl_in_reward(scores_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, *, beta: floa
 
 
 def gae_of_segments(
-    scores_S: Tensor,
-    kl_C: Tensor | None,
-    values_C: Tensor,
+    scores_S: Float[Tensor, "S"],
+    kl_C: Float[Tensor, "C"] | None,
+    values_C: Float[Tensor, "C"],
     segments: Segments,
     *,
     beta: float,
     gamma: float,
     lam: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Float[Tensor, "C"], Float[Tensor, "C"]]:
     """Compute `gae` over packed sequences, each with its score at its last token, minus the KL of every token.
 
     Args:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -27,34 +27,37 @@ from grpo_ray.batch.truncation import TokenSets
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.types import TrainSample
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
 
 @dataclass
 class MicroBatchData:
     """One micro-batch on its device; optional fields are filled in step by step."""
 
     packed: PackedBatch
-    rollout_logps_C: Tensor
-    advantages_C: Tensor
+    rollout_logps_C: Float[Tensor, "C"]
+    advantages_C: Float[Tensor, "C"]
     """The advantages; NaN until they are computed, where the learner does it."""
-    weights_C: Tensor
+    weights_C: Float[Tensor, "C"]
     segments: Segments
-    old_logps_C: Tensor | None = None
+    old_logps_C: Float[Tensor, "C"] | None = None
     """old_logps: the learner's log-probabilities under the version that sampled. None: the current pass is by that version."""
-    ref_logps_C: Tensor | None = None
+    ref_logps_C: Float[Tensor, "C"] | None = None
     """ref_logps: log-probabilities under the reference model."""
-    rewards_S: Tensor | None = None
+    rewards_S: Float[Tensor, "S"] | None = None
     """The reward of each sequence, from which a critic's advantages are computed."""
-    targets_S: Tensor | None = None
+    targets_S: Float[Tensor, "S"] | None = None
     """What a reward model learns of each sequence: the margin of its pair, or its label."""
-    ref_logps_S: Tensor | None = None
+    ref_logps_S: Float[Tensor, "S"] | None = None
     """ref_logps summed over each completion, which DPO gets with its samples."""
-    kl_C: Tensor | None = None
+    kl_C: Float[Tensor, "C"] | None = None
     """KL to the reference of a policy that is not being trained right now; None: it is not subtracted from the reward."""
-    values_C: Tensor | None = None
+    values_C: Float[Tensor, "C"] | None = None
     """The critic's values when the advantages were computed."""
-    returns_C: Tensor | None = None
+    returns_C: Float[Tensor, "C"] | None = None
     """The critic's targets."""
-    current_C: Tensor | None = None
+    current_C: Bool[Tensor, "C"] | None = None
     """Whether the token was sampled by the version that the update starts with; None: all were. Only these tokens show a
     mismatch."""
     sets: TokenSets | None = None
@@ -104,7 +107,7 @@ class Objective(Protocol):
         """Whether samples 2k and 2k + 1 of a batch are a pair that one micro-batch has to hold."""
         ...
 
-    def value(self, logps_C: Tensor, segments: Segments) -> Tensor:
+    def value(self, logps_C: Float[Tensor, "C"], segments: Segments) -> Float[Tensor, "S"]:
         """[S] the model's value of each sequence: its log-probability, or a score."""
         ...
 
@@ -112,7 +115,9 @@ class Objective(Protocol):
         """Whether a sample with this advantage (None: not computed yet) can contribute to the gradient."""
         ...
 
-    def loss(self, data: MicroBatchData, logps_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(
+        self, data: MicroBatchData, logps_C: Float[Tensor, "C"], entropy_C: Float[Tensor, "C"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "num_sums"], Float[Tensor, ""]]:
         """The micro-batch's part of the loss (0-dim), its sums [len(sum_names)], and its largest mismatch (0-dim)."""
         ...
 
@@ -174,14 +179,16 @@ class GrpoObjective:
             off_policy_mask_threshold=a.off_policy_mask_threshold,
         )
 
-    def value(self, logps_C: Tensor, segments: Segments) -> Tensor:
+    def value(self, logps_C: Float[Tensor, "C"], segments: Segments) -> Float[Tensor, "S"]:
         return segments.sum(logps_C)
 
     def has_gradient(self, advantage: float | None) -> bool:
         a = self.algorithm
         return advantage != 0 or a.beta > 0 or a.entropy_coef > 0 or a.advantages_on_learner
 
-    def loss(self, data: MicroBatchData, logps_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(
+        self, data: MicroBatchData, logps_C: Float[Tensor, "C"], entropy_C: Float[Tensor, "C"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "num_sums"], Float[Tensor, ""]]:
         a, weights_C = self.algorithm, data.weights_C
         if data.old_logps_C is None:
             data.old_logps_C = data.rollout_logps_C if a.old_logprobs == "rollout" else logps_C.detach()
@@ -261,7 +268,9 @@ class GrpoObjective:
 
 
 @torch.no_grad()
-def _token_sums(log_ratio_C: Tensor, policy: TokenLosses, segments: Segments) -> dict[str, Tensor]:
+def _token_sums(
+    log_ratio_C: Float[Tensor, "C"], policy: TokenLosses, segments: Segments
+) -> dict[str, Float[Tensor, ""]]:
     dtype = log_ratio_C.dtype
     return {
         "tokens": log_ratio_C.new_full((), len(log_ratio_C)),
@@ -274,7 +283,9 @@ def _token_sums(log_ratio_C: Tensor, policy: TokenLosses, segments: Segments) ->
 
 
 @torch.no_grad()
-def _mismatch_sums(log_w_C: Tensor, current_C: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+def _mismatch_sums(
+    log_w_C: Float[Tensor, "C"], current_C: Bool[Tensor, "C"] | None
+) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, ""]]:
     """Mismatch sums of tokens of the same weights and, apart, of older ones; and the largest mismatch of the same weights."""
     current_C = torch.ones_like(log_w_C, dtype=torch.bool) if current_C is None else current_C
     gap_C = log_w_C.abs()
@@ -299,13 +310,15 @@ class SftObjective:
     def __init__(self) -> None:
         self.weight = token_mean
 
-    def value(self, logps_C: Tensor, segments: Segments) -> Tensor:
+    def value(self, logps_C: Float[Tensor, "C"], segments: Segments) -> Float[Tensor, "S"]:
         return segments.sum(logps_C)
 
     def has_gradient(self, _advantage: float | None) -> bool:
         return True
 
-    def loss(self, data: MicroBatchData, logps_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(
+        self, data: MicroBatchData, logps_C: Float[Tensor, "C"], entropy_C: Float[Tensor, "C"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "num_sums"], Float[Tensor, ""]]:
         loss = sft_loss(logps_C, data.weights_C)
         sums = torch.stack([loss.new_full((), len(logps_C)), entropy_C.detach().sum(), loss.detach()])
         return loss, sums, loss.new_zeros(())

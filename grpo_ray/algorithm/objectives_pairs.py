@@ -5,6 +5,8 @@ C completion tokens of one micro-batch, S its sequences, P its pairs (S = 2 P).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,9 @@ from grpo_ray.algorithm.losses.reward_model import bradley_terry_loss, point_los
 from grpo_ray.algorithm.objectives import MicroBatchData
 from grpo_ray.batch.segments import Segments
 from grpo_ray.config.supervised import DpoOptions, RewardModelOptions
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 def pair_mean(_length: int, n: Normalizers) -> float:
@@ -40,11 +45,13 @@ class DpoObjective:
     def has_gradient(self, _advantage: float | None) -> bool:
         return True
 
-    def value(self, logps_C: Tensor, segments: Segments) -> Tensor:
+    def value(self, logps_C: Float[Tensor, "C"], segments: Segments) -> Float[Tensor, "S"]:
         """[S] the log-probability of each completion."""
         return segments.sum(logps_C)
 
-    def loss(self, data: MicroBatchData, logps_C: Tensor, entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(
+        self, data: MicroBatchData, logps_C: Float[Tensor, "C"], entropy_C: Float[Tensor, "C"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "num_sums"], Float[Tensor, ""]]:
         if data.packed.is_dummy:
             return _nothing(logps_C, len(self.sum_names))
         beta, segments = self.options.beta, data.segments
@@ -96,11 +103,13 @@ class RewardModelObjective:
     def has_gradient(self, _advantage: float | None) -> bool:
         return True
 
-    def value(self, logps_C: Tensor, segments: Segments) -> Tensor:
+    def value(self, logps_C: Float[Tensor, "C"], segments: Segments) -> Float[Tensor, "S"]:
         """[S] the scores."""
         return logps_C[segments.lengths_S.cumsum(0) - 1]
 
-    def loss(self, data: MicroBatchData, logps_C: Tensor, _entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(
+        self, data: MicroBatchData, logps_C: Float[Tensor, "C"], _entropy_C: Float[Tensor, "C"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "num_sums"], Float[Tensor, ""]]:
         if data.packed.is_dummy:
             return _nothing(logps_C, len(self.sum_names))
         scores_S = self.value(logps_C, data.segments)
@@ -135,7 +144,9 @@ class RewardModelObjective:
         return out | {"score/error": sums["error"] / sequences}
 
 
-def _nothing(logps_C: Tensor, num_sums: int) -> tuple[Tensor, Tensor, Tensor]:
+def _nothing(
+    logps_C: Float[Tensor, "C"], num_sums: int
+) -> tuple[Float[Tensor, ""], Float[Tensor, "num_sums"], Float[Tensor, ""]]:
     """Zero loss and sums of a dummy micro-batch, which takes part in the passes of all ranks and adds nothing."""
     zero = logps_C.new_zeros(())
     return (logps_C * 0).sum(), logps_C.new_zeros(num_sums), zero

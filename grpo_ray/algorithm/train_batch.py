@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from grpo_ray.algorithm.users_called import advantage_of
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.types import Group, Step, TrainBatch, TrainSample, Truncation
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 
 def set_advantages(groups: Sequence[Group], algorithm: AlgorithmConfig) -> None:
@@ -54,7 +58,9 @@ def _set_process_advantages(group: Group, algorithm: AlgorithmConfig) -> None:
         group.advantages[i] = float(advantages_T.mean())
 
 
-def penalised_advantages(samples: Sequence[TrainSample], penalties_S: Tensor, algorithm: AlgorithmConfig) -> Tensor:
+def penalised_advantages(
+    samples: Sequence[TrainSample], penalties_S: Float[Tensor, "S"], algorithm: AlgorithmConfig
+) -> Float[Tensor, "S"]:
     """The group advantages of penalised rewards, RLOO 2402.14740.
 
     Args:
@@ -79,7 +85,9 @@ def penalised_advantages(samples: Sequence[TrainSample], penalties_S: Tensor, al
     return out_S
 
 
-def _compare(rewards_PG: Tensor, mask_PG: Tensor, algorithm: AlgorithmConfig) -> Tensor:
+def _compare(
+    rewards_PG: Float[Tensor, "P G"], mask_PG: Bool[Tensor, "P G"], algorithm: AlgorithmConfig
+) -> Float[Tensor, "P G"]:
     return group_advantages(
         rewards_PG, mask_PG=mask_PG, kind=advantage_of(algorithm), ddof=algorithm.std_ddof, eps=algorithm.std_eps
     )

@@ -7,34 +7,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from grpo_ray.types import Step, VersionSpan
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
 
 @dataclass(frozen=True)
 class PackItem:
     """One sequence to be packed into a micro-batch."""
 
-    prompt_ids: NDArray[np.integer]
+    prompt_ids: Int[NDArray[np.integer], "N"]
     """The token ids of the prompt, at least one."""
-    completion_ids: NDArray[np.integer]
+    completion_ids: Int[NDArray[np.integer], "T"]
     """[T] token ids, at least one."""
-    rollout_logprobs: NDArray[np.float32]
+    rollout_logprobs: Float[NDArray[np.float32], "T"]
     """[T] rollout_logps."""
-    advantage: float | NDArray[np.floating]
+    advantage: float | Float[NDArray[np.floating], "T"]
     """The advantage of all its tokens, or [T]."""
     weight: float
     """The weight of each of its tokens in the loss, including the global normalizer."""
     sample: int
     """The index of the sample in the batch."""
-    current: NDArray[np.bool_] | None = None
+    current: Bool[NDArray[np.bool_], "T"] | None = None
     """[T], as in `PackedBatch`; None: all True."""
 
 
-def tokens_of_version(versions: Sequence[VersionSpan], version: int, num_tokens: int) -> NDArray[np.bool_]:
+def tokens_of_version(versions: Sequence[VersionSpan], version: int, num_tokens: int) -> Bool[NDArray[np.bool_], "T"]:
     """[T] whether each token was sampled by this version of the policy."""
     out = np.zeros(num_tokens, dtype=np.bool_)
     for span in versions:
@@ -42,7 +46,7 @@ def tokens_of_version(versions: Sequence[VersionSpan], version: int, num_tokens:
     return out
 
 
-def token_values(steps: Sequence[Step], num_tokens: int) -> NDArray[np.float64]:
+def token_values(steps: Sequence[Step], num_tokens: int) -> Float[NDArray[np.float64], "T"]:
     """[T] each step's value at each of its tokens, 0 after the last step."""
     out = np.zeros(num_tokens)
     start = 0
@@ -60,29 +64,29 @@ class PackedBatch:
     after a sequence's own tokens, which are causal and never attend to it.
     """
 
-    input_ids: NDArray[np.int64]
+    input_ids: Int[NDArray[np.int64], "N"]
     """[N] token ids."""
-    position_ids: NDArray[np.int64]
+    position_ids: Int[NDArray[np.int64], "N"]
     """[N] positions, from 0 in each sequence."""
     lengths: list[int]
     """The length of each part of `input_ids`: a sequence with its padding, a shared prompt, or the rest of a sequence after one."""
     sequences: list[tuple[int, ...]]
     """The parts of each sequence."""
-    target_rows: NDArray[np.int64]
+    target_rows: Int[NDArray[np.int64], "C"]
     """[C] the positions that predict a completion token."""
-    targets: NDArray[np.int64]
+    targets: Int[NDArray[np.int64], "C"]
     """[C] the completion tokens."""
-    rollout_logprobs: NDArray[np.float32]
+    rollout_logprobs: Float[NDArray[np.float32], "C"]
     """[C] rollout_logps."""
-    advantages: NDArray[np.float32]
+    advantages: Float[NDArray[np.float32], "C"]
     """[C] advantages."""
-    weights: NDArray[np.float32]
+    weights: Float[NDArray[np.float32], "C"]
     """[C] loss weights, 0 in a dummy."""
-    samples: NDArray[np.int64]
+    samples: Int[NDArray[np.int64], "C"]
     """[C] the index of the token's sample in the batch; -1 in a dummy."""
-    segments: NDArray[np.int64]
+    segments: Int[NDArray[np.int64], "C"]
     """[C] the index of the token's sequence in the micro-batch, 0, 1, .. in order."""
-    current: NDArray[np.bool_]
+    current: Bool[NDArray[np.bool_], "C"]
     """[C] whether the token was sampled by the version that the update starts with."""
 
     @property

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 from grpo_ray.batch.pack import PackedBatch
 from grpo_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 _ROPES_BY_LENGTH = {"dynamic", "longrope"}
 
@@ -38,7 +41,7 @@ class SequenceRanks(Protocol):
         """Make the attention of a Transformers model span all slices. Raises ConfigError when it cannot."""
         ...
 
-    def gather(self, counts: Sequence[int], *values_c: Tensor) -> tuple[Tensor, ...]:
+    def gather(self, counts: Sequence[int], *values_c: Float[Tensor, "c"]) -> tuple[Float[Tensor, "C"], ...]:
         """Concatenate the [c] of all slices to [C]. The gradient that comes back is that of the own slice."""
         ...
 
@@ -51,7 +54,7 @@ class Alone:
 
     def split_heads(self, hf: nn.Module) -> None: ...
 
-    def gather(self, _counts: Sequence[int], *values_c: Tensor) -> tuple[Tensor, ...]:
+    def gather(self, _counts: Sequence[int], *values_c: Float[Tensor, "c"]) -> tuple[Float[Tensor, "C"], ...]:
         return values_c
 
 
@@ -59,17 +62,17 @@ class Alone:
 class Slice:
     """The part of a micro-batch that one rank computes."""
 
-    input_ids: NDArray[np.int64]
+    input_ids: Int[NDArray[np.int64], "n"]
     """[n] token ids, n > 0 and the same on every rank."""
-    position_ids: NDArray[np.int64]
+    position_ids: Int[NDArray[np.int64], "n"]
     """[n] positions, from 0 in each sequence, which may have begun in an earlier slice."""
     lengths: list[int]
     """The length of every part of the micro-batch, and of the padding of the last slice."""
     sequences: list[tuple[int, ...]]
     """The parts of each sequence."""
-    target_rows: NDArray[np.int64]
+    target_rows: Int[NDArray[np.int64], "c"]
     """[c] the positions of the slice that predict a completion token."""
-    targets: NDArray[np.int64]
+    targets: Int[NDArray[np.int64], "c"]
     """[c] the completion tokens, possibly none."""
     counts: tuple[int, ...]
     """The c of each rank."""

@@ -16,11 +16,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from grpo_ray.types import Truncation
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 DROPPED = -1e30
 """The logit of a token outside the set: its probability is 0, and 0 times its logarithm is 0 too."""
@@ -30,7 +34,9 @@ _PIECES = 8
 """The number of pieces in which a chunk is processed, since sorting takes several times the memory of its input."""
 
 
-def keep_mask(logits_CV: Tensor, targets_C: Tensor, truncation: Truncation) -> Tensor:
+def keep_mask(
+    logits_CV: Float[Tensor, "C V"], targets_C: Int[Tensor, "C"], truncation: Truncation
+) -> Bool[Tensor, "C V"]:
     """Compute the set of each row as vLLM does: min_p first, then top_k of what is left, then top_p of that, renormalised.
 
     Of tokens tied with the last of the top_k all are kept on CPUs, and as many as make k on GPUs. The sampled token is always in
@@ -54,7 +60,7 @@ def keep_mask(logits_CV: Tensor, targets_C: Tensor, truncation: Truncation) -> T
 # Comparisons are negated where a NaN has to stay in the set: then the loss is NaN too, and the error names it.
 
 
-def _keep(logits: Tensor, truncation: Truncation, exact_k: bool) -> Tensor:
+def _keep(logits: Float[Tensor, "C V"], truncation: Truncation, exact_k: bool) -> Bool[Tensor, "C V"]:
     least = logits.amin(dim=1, keepdim=True)
     if truncation.min_p > 0:
         least = torch.maximum(least, logits.amax(dim=1, keepdim=True) + math.log(truncation.min_p))
@@ -71,7 +77,7 @@ def _keep(logits: Tensor, truncation: Truncation, exact_k: bool) -> Tensor:
     return _nucleus(logits.masked_fill(~mask, DROPPED), truncation.top_p, candidates)
 
 
-def _nucleus(logits: Tensor, top_p: float, candidates: int) -> Tensor:
+def _nucleus(logits: Float[Tensor, "C V"], top_p: float, candidates: int) -> Bool[Tensor, "C V"]:
     """The smallest set of the likeliest tokens that together have at least `top_p`: those preceded by less than that."""
     mask = torch.zeros_like(logits, dtype=torch.bool)
     total = logits.logsumexp(dim=1, keepdim=True)
@@ -86,12 +92,14 @@ def _nucleus(logits: Tensor, top_p: float, candidates: int) -> Tensor:
     return mask
 
 
-def _first(values: Tensor, total: Tensor, top_p: float) -> Tensor:
+def _first(values: Float[Tensor, "C K"], total: Float[Tensor, "C 1"], top_p: float) -> Bool[Tensor, "C K"]:
     probs = (values - total).exp_()
     return ~(probs.cumsum(dim=1) - probs >= top_p) & ~(values <= DROPPED)
 
 
-def _with_target(mask: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+def _with_target(
+    mask: Bool[Tensor, "C V"], logits: Float[Tensor, "C V"], targets: Int[Tensor, "C"]
+) -> Bool[Tensor, "C V"]:
     """Add the sampled token, which was kept; among tokens tied with the last that is kept it replaces another."""
     missing = (~mask.gather(1, targets[:, None])[:, 0]).nonzero()[:, 0]
     own = targets[missing]
@@ -105,13 +113,13 @@ def _with_target(mask: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
 class _Chunk:
     """A compact mask: the columns of the kept tokens, or where that is larger, one bit for each token."""
 
-    counts_C: Tensor | None
+    counts_C: Int[Tensor, "C"] | None
     columns: Tensor
     """The columns as int32; without counts, bits as uint8 [C, V / 8]."""
     vocab_size: int
 
     @classmethod
-    def of(cls, mask_CV: Tensor) -> _Chunk:
+    def of(cls, mask_CV: Bool[Tensor, "C V"]) -> _Chunk:
         num_rows, vocab_size = mask_CV.shape
         counts_C = mask_CV.sum(dim=1)
         if int(counts_C.sum()) * 32 <= num_rows * vocab_size:
@@ -119,7 +127,7 @@ class _Chunk:
         padded = torch.nn.functional.pad(mask_CV, (0, -vocab_size % 8)).view(num_rows, -1, 8)
         return cls(None, (padded * _bits(mask_CV)).sum(dim=2, dtype=torch.uint8), vocab_size)
 
-    def mask(self) -> Tensor:
+    def mask(self) -> Bool[Tensor, "C V"]:
         """[C, V] the mask as bool."""
         if self.counts_C is None:
             bits = (self.columns[:, :, None] & _bits(self.columns)) != 0
@@ -148,7 +156,9 @@ class TokenSets:
         self.made = False
         """Whether there was a pass over these tokens; a rank's slice may hold no token that is predicted."""
 
-    def drop(self, logits_CV: Tensor, targets_C: Tensor, first_row: int) -> Tensor:
+    def drop(
+        self, logits_CV: Float[Tensor, "C V"], targets_C: Int[Tensor, "C"], first_row: int
+    ) -> Float[Tensor, "C V"]:
         """The logits of the chunk that begins with this row, DROPPED outside its sets; the input is overwritten."""
         if first_row not in self._chunks:
             self._chunks[first_row] = _Chunk.of(keep_mask(logits_CV, targets_C, self.truncation))

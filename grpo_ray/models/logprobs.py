@@ -6,12 +6,15 @@ of the weight; the naive way holds several [N, V] (at V = 152k and N = 4,096: 7 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from grpo_ray.batch.truncation import TokenSets
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -24,14 +27,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden_NH: Tensor,
-        weight_VH: Tensor,
-        bias_V: Tensor | None,
-        targets_N: Tensor,
+        hidden_NH: Float[Tensor, "N H"],
+        weight_VH: Float[Tensor, "V H"],
+        bias_V: Float[Tensor, "V"] | None,
+        targets_N: Int[Tensor, "N"],
         temperature: float,
         chunk: int,
         sets: TokenSets | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
         num = hidden_NH.shape[0]
         logp_N = torch.empty(num, dtype=_precision(hidden_NH), device=hidden_NH.device)
         lse_N, entropy_N = torch.empty_like(logp_N), torch.empty_like(logp_N)
@@ -102,12 +105,17 @@ def _precision(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _factor(weight_VH: Tensor) -> Tensor:
+def _factor(weight_VH: Float[Tensor, "V H"]) -> Float[Tensor, "V H"]:
     """The factor of hidden states: on a GPU the weight, since products of bf16 come out in fp32 there; elsewhere a copy in fp32."""
     return weight_VH if weight_VH.is_cuda else weight_VH.to(_precision(weight_VH))
 
 
-def _logits(hidden_CH: Tensor, factor_VH: Tensor, bias_V: Tensor | None, temperature: float) -> Tensor:
+def _logits(
+    hidden_CH: Float[Tensor, "C H"],
+    factor_VH: Float[Tensor, "V H"],
+    bias_V: Float[Tensor, "V"] | None,
+    temperature: float,
+) -> Float[Tensor, "C V"]:
     precision = _precision(hidden_CH)
     if factor_VH.dtype == precision:
         bias = None if bias_V is None else bias_V.to(precision)
@@ -120,13 +128,13 @@ def _logits(hidden_CH: Tensor, factor_VH: Tensor, bias_V: Tensor | None, tempera
 
 
 def _grad_logits(
-    logits_CV: Tensor,
-    targets_C: Tensor,
-    lse_C: Tensor,
-    entropy_C: Tensor,
-    grad_logp_C: Tensor | None,
-    grad_entropy_C: Tensor | None,
-) -> Tensor:
+    logits_CV: Float[Tensor, "C V"],
+    targets_C: Int[Tensor, "C"],
+    lse_C: Float[Tensor, "C"],
+    entropy_C: Float[Tensor, "C"],
+    grad_logp_C: Float[Tensor, "C"] | None,
+    grad_entropy_C: Float[Tensor, "C"] | None,
+) -> Float[Tensor, "C V"]:
     """The gradient d logp / d l_j = [j = target] - p_j and d H / d l_j = -p_j (log p_j + H). Overwrites `logits_CV`."""
     logp_CV = logits_CV.sub_(lse_C[:, None])
     if grad_entropy_C is None:
@@ -143,15 +151,15 @@ def _grad_logits(
 
 
 def chunked_logprobs(
-    hidden_NH: Tensor,
-    weight_VH: Tensor,
-    bias_V: Tensor | None,
-    targets_N: Tensor,
+    hidden_NH: Float[Tensor, "N H"],
+    weight_VH: Float[Tensor, "V H"],
+    bias_V: Float[Tensor, "V"] | None,
+    targets_N: Int[Tensor, "N"],
     *,
     temperature: float,
     chunk: int,
     sets: TokenSets | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
     """The log-probability of each target, and the entropy of each distribution.
 
     Logits are fp32 from the products on, and so is all that follows (float64 for a model in float64). In bf16 a logit of 16 to 32
@@ -191,7 +199,7 @@ class LogprobHead(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        targets_N: Tensor | None = None,
+        targets_N: Int[Tensor, "N"] | None = None,
         temperature: float = 1.0,
         chunk: int = 1024,
         sets: TokenSets | None = None,

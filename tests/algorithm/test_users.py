@@ -27,6 +27,7 @@ from tests.algorithm.test_train_batch import group
 from tests.naive_losses import make_batch
 from tests.packed import gradient, run
 from tests.recipes import RL, run_config
+from tests.shapes import unchecked
 
 MINE = """
 import torch
@@ -182,7 +183,7 @@ def test_a_parameter_with_a_default_may_stand_behind_the_contracts(imports: bool
     ],
 )
 def test_what_a_loss_gives_is_looked_at(name: str, expected: str, here: Path) -> None:
-    with pytest.raises(ConfigError, match=expected):
+    with unchecked(), pytest.raises(ConfigError, match=expected):
         run(of(here, loss=name), make_batch(0))
 
 

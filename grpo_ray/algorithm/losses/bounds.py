@@ -9,18 +9,23 @@ off (A < 0, and the policy likes the token e^20 times as much as before), the lo
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 LOG_RATIO_BOUND = 20.0
 """The bound of a log-ratio in nats: ratios lie in [2.1e-9, 4.9e8]."""
 
 
-def bounded_exp(log_ratio: Tensor) -> Tensor:
+def bounded_exp(log_ratio: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """exp(log_ratio), with the logarithm bounded by +-LOG_RATIO_BOUND; a NaN stays one."""
     return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
 
 
-def bounded_k3(d: Tensor) -> Tensor:
+def bounded_k3(d: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """exp(-d) + d - 1, with d at least -LOG_RATIO_BOUND. It grows like d on the other side, which overflows nothing."""
     above = d.clamp(min=-LOG_RATIO_BOUND)
     return (-above).exp() + above - 1

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,13 +30,16 @@ from torch import Tensor
 from grpo_ray.algorithm.losses.bounds import bounded_exp
 from grpo_ray.batch.segments import Segments
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
-def truncate(w: Tensor, clip_min: float, clip_max: float) -> Tensor:
-    return w.clamp(clip_min, clip_max)
+
+def truncate(w_N: Float[Tensor, "N"], clip_min: float, clip_max: float) -> Float[Tensor, "N"]:
+    return w_N.clamp(clip_min, clip_max)
 
 
-def mask(w: Tensor, clip_min: float, clip_max: float) -> Tensor:
-    return w.masked_fill((w < clip_min) | (w > clip_max), 0.0)
+def mask(w_N: Float[Tensor, "N"], clip_min: float, clip_max: float) -> Float[Tensor, "N"]:
+    return w_N.masked_fill((w_N < clip_min) | (w_N > clip_max), 0.0)
 
 
 IMPORTANCE_SAMPLING: dict[str, tuple[bool, Callable[[Tensor, float, float], Tensor]]] = {
@@ -64,13 +68,13 @@ class CorrectionOptions:
 
 @torch.no_grad()
 def correction_weights(
-    logps_N: Tensor,
-    old_logps_N: Tensor,
-    rollout_logps_N: Tensor,
-    advantages_N: Tensor,
+    logps_N: Float[Tensor, "N"],
+    old_logps_N: Float[Tensor, "N"],
+    rollout_logps_N: Float[Tensor, "N"],
+    advantages_N: Float[Tensor, "N"],
     segments: Segments,
     o: CorrectionOptions,
-) -> Tensor:
+) -> Float[Tensor, "N"]:
     """[N] the factor of each token's policy loss; 0 where it is masked. Arguments [N]."""
     log_w_N = old_logps_N - rollout_logps_N
     weights_N = torch.ones_like(log_w_N)
@@ -89,7 +93,7 @@ def correction_weights(
 
 
 @torch.no_grad()
-def correction_sums(weights_N: Tensor, segments: Segments) -> dict[str, Tensor]:
+def correction_sums(weights_N: Float[Tensor, "N"], segments: Segments) -> dict[str, Float[Tensor, ""]]:
     """Metric sums over one micro-batch, 0-dim; a masked sequence is one without a token left."""
     return {
         "weight": weights_N.sum(),

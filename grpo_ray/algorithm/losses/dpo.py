@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
-def dpo_loss(chosen_P: Tensor, rejected_P: Tensor, weights_P: Tensor, *, beta: float) -> Tensor:
+
+def dpo_loss(
+    chosen_P: Float[Tensor, "P"], rejected_P: Float[Tensor, "P"], weights_P: Float[Tensor, "P"], *, beta: float
+) -> Float[Tensor, ""]:
     """sum_p w_p * -log sigmoid(beta (d_w - d_l)), d = logp - ref. DPO 2305.18290, eq. 7; TRL's `sigmoid`.
 
     Args:
@@ -18,7 +25,9 @@ def dpo_loss(chosen_P: Tensor, rejected_P: Tensor, weights_P: Tensor, *, beta: f
     return -(weights_P * logsigmoid(beta * (chosen_P - rejected_P))).sum()
 
 
-def ipo_loss(chosen_P: Tensor, rejected_P: Tensor, weights_P: Tensor, *, beta: float) -> Tensor:
+def ipo_loss(
+    chosen_P: Float[Tensor, "P"], rejected_P: Float[Tensor, "P"], weights_P: Float[Tensor, "P"], *, beta: float
+) -> Float[Tensor, ""]:
     """sum_p w_p (d_w - d_l - 1 / (2 beta))^2: the margin is a target, not a lower bound. IPO 2310.12036, eq. 17; TRL's `ipo`.
 
     Args:

@@ -10,36 +10,40 @@ divergence. k2 has the right one on-policy (2506.09477), `k3+` shows the value o
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from grpo_ray.algorithm.losses.bounds import bounded_exp, bounded_k3
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
-def k1(d_N: Tensor, _log_ratio_N: Tensor) -> Tensor:
+
+def k1(d_N: Float[Tensor, "N"], _log_ratio_N: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
     return d_N
 
 
-def k2(d_N: Tensor, _log_ratio_N: Tensor) -> Tensor:
+def k2(d_N: Float[Tensor, "N"], _log_ratio_N: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
     return 0.5 * d_N.square()
 
 
-def k3(d_N: Tensor, _log_ratio_N: Tensor) -> Tensor:
+def k3(d_N: Float[Tensor, "N"], _log_ratio_N: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
     """DeepSeekMath 2402.03300, eq. 4; bounded where a token is e^20 times as likely under the reference as under the policy."""
     return bounded_k3(d_N)
 
 
-def k3_plus(d_N: Tensor, log_ratio_N: Tensor) -> Tensor:
+def k3_plus(d_N: Float[Tensor, "N"], log_ratio_N: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
     slope_N = k2(d_N, log_ratio_N)
     return slope_N - slope_N.detach() + k3(d_N, log_ratio_N).detach()
 
 
-def k3_unbiased(d_N: Tensor, log_ratio_N: Tensor) -> Tensor:
+def k3_unbiased(d_N: Float[Tensor, "N"], log_ratio_N: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
     return bounded_exp(log_ratio_N) * k3(d_N, log_ratio_N)
 
 
-KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+KL_ESTIMATORS: dict[str, Callable[[Float[Tensor, "N"], Float[Tensor, "N"]], Float[Tensor, "N"]]] = {
     "k1": k1,
     "k2": k2,
     "k3": k3,
@@ -49,15 +53,22 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """The estimators that `algorithm.kl_estimator` names: (d [N], log r [N]) -> [N]."""
 
 
-def kl_of_tokens(old_logps_N: Tensor, ref_logps_N: Tensor, *, estimator: str) -> Tensor:
+def kl_of_tokens(
+    old_logps_N: Float[Tensor, "N"], ref_logps_N: Float[Tensor, "N"], *, estimator: str
+) -> Float[Tensor, "N"]:
     """[N] KL(old || reference), to be subtracted from rewards. Arguments [N]; the estimator is k1, k2 or k3."""
     d_N = old_logps_N - ref_logps_N
     return KL_ESTIMATORS[estimator](d_N, torch.zeros_like(d_N)).detach()
 
 
 def kl_loss(
-    logps_N: Tensor, ref_logps_N: Tensor, old_logps_N: Tensor, weights_N: Tensor, *, estimator: str
-) -> tuple[Tensor, Tensor]:
+    logps_N: Float[Tensor, "N"],
+    ref_logps_N: Float[Tensor, "N"],
+    old_logps_N: Float[Tensor, "N"],
+    weights_N: Float[Tensor, "N"],
+    *,
+    estimator: str,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Return sum_t w_t KL_t, before beta; and the plain sum of KL_t over the tokens, detached, for the metrics.
 
     Args:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from grpo_ray.algorithm.losses.aggregation import Normalizers
 from grpo_ray.batch.segments import Segments
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
 
 @dataclass(frozen=True)
 class PolicyInputs:
     """The completion tokens of one micro-batch."""
 
-    logps_N: Tensor
+    logps_N: Float[Tensor, "N"]
     """[N] log-probabilities under the weights being trained; the only one with a gradient."""
-    old_logps_N: Tensor
+    old_logps_N: Float[Tensor, "N"]
     """[N] log-probabilities in the denominator of the ratio."""
-    advantages_N: Tensor
+    advantages_N: Float[Tensor, "N"]
     """[N] advantages, the same at every token of a sequence."""
     segments: Segments
 
@@ -40,13 +44,13 @@ class LossOptions:
 class TokenLosses:
     """The result of a policy loss, [N] each."""
 
-    loss_N: Tensor
+    loss_N: Float[Tensor, "N"]
     """The loss of each token, before its weight."""
-    ratio_N: Tensor
+    ratio_N: Float[Tensor, "N"]
     """The probability ratio that the objective uses, detached."""
-    clip_low_N: Tensor
+    clip_low_N: Bool[Tensor, "N"]
     """Whether the token is clipped at the lower bound (a negative advantage, and already less likely)."""
-    clip_high_N: Tensor
+    clip_high_N: Bool[Tensor, "N"]
     """Whether the token is clipped at the upper bound (a positive advantage, and already more likely)."""
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from grpo_ray.algorithm.losses.bounds import bounded_exp
 from grpo_ray.algorithm.losses.policy import LossOptions, PolicyInputs, TokenLosses
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
-def clipped(ratio_N: Tensor, advantages_N: Tensor, o: LossOptions) -> TokenLosses:
+
+def clipped(ratio_N: Float[Tensor, "N"], advantages_N: Float[Tensor, "N"], o: LossOptions) -> TokenLosses:
     """-min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A).
 
     With `dual_clip_c`, where A < 0 the loss is at most -c A (dual-clip PPO, 1912.09729, eq. 5): the loss of a bad sample that has

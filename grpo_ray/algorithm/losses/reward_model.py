@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
-def bradley_terry_loss(chosen_P: Tensor, rejected_P: Tensor, margins_P: Tensor, weights_P: Tensor) -> Tensor:
+
+def bradley_terry_loss(
+    chosen_P: Float[Tensor, "P"],
+    rejected_P: Float[Tensor, "P"],
+    margins_P: Float[Tensor, "P"],
+    weights_P: Float[Tensor, "P"],
+) -> Float[Tensor, ""]:
     """sum_p w_p * -log sigmoid(s_w - s_l - m). InstructGPT 2203.02155, eq. 1; the margin is Llama 2's (2307.09288, eq. 2).
 
     Args:
@@ -18,7 +28,9 @@ def bradley_terry_loss(chosen_P: Tensor, rejected_P: Tensor, margins_P: Tensor, 
     return -(weights_P * logsigmoid(chosen_P - rejected_P - margins_P)).sum()
 
 
-def point_loss(scores_S: Tensor, labels_S: Tensor, weights_S: Tensor, *, kind: str) -> Tensor:
+def point_loss(
+    scores_S: Float[Tensor, "S"], labels_S: Float[Tensor, "S"], weights_S: Float[Tensor, "S"], *, kind: str
+) -> Float[Tensor, ""]:
     """The loss of single answers. `bce`: the score is the logit of a label in [0, 1] (safe or not, DeepSeek-R1's safety model).
     `mse`: the score is the label.
     """

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
-def sft_loss(logps_N: Tensor, weights_N: Tensor) -> Tensor:
+
+def sft_loss(logps_N: Float[Tensor, "N"], weights_N: Float[Tensor, "N"]) -> Float[Tensor, ""]:
     """sum_t w_t * -log p_t, w_t = 1 / completion tokens of the whole step, as in `losses/dapo.py`.
 
     Args:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 
 def value_loss(
-    values_N: Tensor, old_values_N: Tensor, returns_N: Tensor, weights_N: Tensor, *, clip_range: float
-) -> Tensor:
+    values_N: Float[Tensor, "N"],
+    old_values_N: Float[Tensor, "N"],
+    returns_N: Float[Tensor, "N"],
+    weights_N: Float[Tensor, "N"],
+    *,
+    clip_range: float,
+) -> Float[Tensor, ""]:
     """sum_t w_t 0.5 max((V - ret)^2, (clip(V, V_old - clip_range, V_old + clip_range) - ret)^2).
 
     As in OpenAI's baselines and in verl; the paper of PPO (1707.06347) does not clip values.
