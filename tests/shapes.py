@@ -33,7 +33,7 @@ def unchecked() -> Iterator[None]:
 
 def check_shapes() -> None:
     """Check these modules when they are imported from here on; what they import for a static type checker alone, they have."""
-    hook: Any = jaxtyping.install_import_hook(CHECKED, "tests.shapes.check").hook  # type: ignore[attr-defined]
+    hook: Any = jaxtyping.install_import_hook(CHECKED, "tests.shapes.check").hook
     find = hook.find_spec
 
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:

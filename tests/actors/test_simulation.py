@@ -414,7 +414,9 @@ def test_an_engine_that_fails_in_a_sync_is_restarted_while_others_are_waited_for
 
 
 @pytest.mark.parametrize("end", ["die", "freeze"])
-def test_an_engine_that_is_lost_in_mid_broadcast_costs_that_engine_and_nothing_else_within_a_minute(tmp_path, end):
+def test_an_engine_that_is_lost_in_mid_broadcast_costs_that_engine_and_nothing_else_within_a_minute(
+    tmp_path: Path, end: str
+) -> None:
     plan = SMALL.with_(samplers=4)
 
     async def work(world: World) -> None:
@@ -448,7 +450,7 @@ def test_an_engine_that_is_lost_in_mid_broadcast_costs_that_engine_and_nothing_e
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
-def test_engines_that_die_in_their_syncs_cost_time_and_nothing_else(tmp_path, staleness):
+def test_engines_that_die_in_their_syncs_cost_time_and_nothing_else(tmp_path: Path, staleness: int) -> None:
     plan = SMALL.with_(staleness=staleness, steps=10, sync_s=30.0)
     whole, rows = simulate(tmp_path / "whole", plan)
     deaths = tuple(range(50, 4000, 25))

@@ -62,8 +62,10 @@ def test_a_loss_of_another_shape_than_stated_is_refused() -> None:
         whole = x.logps_N.sum()
         return TokenLosses(whole, whole, whole, whole)
 
+    logps_N, old_logps_N, advantages_N = torch.zeros(3, 4)
+    segments = Segments.of(torch.zeros(4, dtype=torch.int64))
     with pytest.raises(TypeCheckError, match="loss_N"):
-        wrong(PolicyInputs(*torch.zeros(3, 4), Segments.of(torch.zeros(4, dtype=torch.int64))), LossOptions(*[0.2] * 6))
+        wrong(PolicyInputs(logps_N, old_logps_N, advantages_N, segments), LossOptions(*[0.2] * 6))
 
 
 def functions_of(module: ModuleType) -> Iterator[FunctionType]:

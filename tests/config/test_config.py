@@ -395,7 +395,7 @@ def test_a_micro_batch_that_is_left_open_may_hold_less_than_a_sample_until_it_is
     long = {"rollout": {"max_completion_length": 20_000}} if schema is RunConfig else {"max_length": 20_000}
     base = {**RL, **long} if schema is RunConfig else {"model": {"tiny": {}}, "data": {"train": {"path": "x"}}, **long}
     for learner in ({}, {"micro_batch_tokens": "auto"}):
-        config = build(schema, {**base, "learner": learner}, "r")
+        config: Any = build(schema, {**base, "learner": learner}, "r")
         assert config.learner.micro_batch_is_open
         assert unfitted_micro_batch(config).learner.micro_batch_tokens >= 20_000
     with pytest.raises(ConfigError, match="micro_batch_tokens"):

@@ -42,7 +42,7 @@ def put_driver(folder: Path) -> Path:
     folder.mkdir()
     source = folder / "empty.c"
     source.write_text("int cuInit(unsigned int flags) { (void)flags; return 100; }\n")
-    command = ["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", folder / "libcuda.so.1", source]
+    command = ["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(folder / "libcuda.so.1"), str(source)]
     subprocess.run(command, check=True, timeout=60)
     return folder
 
@@ -55,8 +55,8 @@ def install(folder: Path, lock: Path, cache: Path | None) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     python = folder / "bin" / "python"
     for command in (
-        [uv, "venv", "-q", "--python", sys.executable, folder],
-        [uv, "pip", "install", "-q", "--python", python, "--no-deps", "--link-mode", "hardlink", "-r", lock],
+        [uv, "venv", "-q", "--python", sys.executable, str(folder)],
+        [uv, "pip", "install", "-q", "--python", str(python), "--no-deps", "--link-mode", "hardlink", "-r", str(lock)],
     ):
         subprocess.run(command, env=env, check=True, timeout=INSTALL_S)
     return python
@@ -70,7 +70,7 @@ def import_error(python: Path, modules: tuple[str, ...], driver: Path, bytecode:
         "PYTHONPYCACHEPREFIX": str(bytecode),
     }
     env = {k: v for k, v in env.items() if k != "PYTHONPATH"}
-    command = [python, "-W", "ignore", "-c", "".join(f"import {m}\n" for m in modules)]
+    command = [str(python), "-W", "ignore", "-c", "".join(f"import {m}\n" for m in modules)]
     done = subprocess.run(
         command, env=env, capture_output=True, text=True, timeout=IMPORT_S, check=False, cwd=driver.parent
     )

@@ -117,7 +117,8 @@ def test_an_engine_lost_in_mid_broadcast_costs_that_engine_and_nothing_else_with
         lost: list[tuple[float, str]] = []
         pool.on_trouble = lambda text: lost.append((time.monotonic(), text))
         try:
-            learner = GpuLearner.options(num_gpus=1).remote(str(tiny_model), "nccl")
+            actor: Any = GpuLearner
+            learner = actor.options(num_gpus=1).remote(str(tiny_model), "nccl")
             sync = RayWeightSync(pool, OneRank(learner), timeout_s=SYNC_S)
             await sync.sync(1)
             lives = {t.name: t.incarnation for t in pool.engines()}

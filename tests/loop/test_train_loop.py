@@ -260,11 +260,11 @@ class Session:
             self.ledger.close()
 
 
-def essence_of(s: TrainSample) -> tuple[str, int, int, float]:
+def essence_of(s: TrainSample) -> tuple[str, int, int, float | None]:
     return s.prompt_id, s.index, s.num_tokens, s.advantage
 
 
-def essence(batch: TrainBatch) -> list[tuple[str, int, int, float]]:
+def essence(batch: TrainBatch) -> list[tuple[str, int, int, float | None]]:
     return [essence_of(s) for s in batch.samples]
 
 
@@ -803,7 +803,7 @@ def test_advantages_have_mean_zero_in_every_group(tmp_path: Path) -> None:
     session.go()
     for batch in session.world.batches:
         for number in range(3):
-            values = [s.advantage for s in batch.samples if s.group == number]
+            values = [s.advantage or 0.0 for s in batch.samples if s.group == number]
             assert abs(sum(values)) < 1e-9
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ def varlen_on_cpu(
 
 
 @pytest.fixture
-def kernel_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def kernel_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of queries of each call."""
     calls: list[int] = []
 
@@ -99,14 +98,14 @@ def test_output_and_gradients_are_those_of_one_attention_per_length(
     window: int | None, sequences: list[tuple[int, ...]]
 ) -> None:
     torch.manual_seed(0)
-    inputs = [torch.randn(1, heads, sum(LENGTHS), 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    q, k, v = (torch.randn(1, heads, sum(LENGTHS), 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
     upstream = torch.randn(1, sum(LENGTHS), 4, 8, dtype=torch.float64)
     layout = PackedLayout.of(LENGTHS, sequences)
-    options = {"scaling": 0.3, "sliding_window": window}
+    options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window}
     results = []
     for one in (layout, replace(layout, varlen=VarlenLayout.of(LENGTHS, sequences, CPU))):
-        out, _ = packed_attention(nn.Module(), *inputs, None, packed_layout=one, **options)
-        results.append([out, *torch.autograd.grad(out, inputs, upstream)])
+        out, _ = packed_attention(nn.Module(), q, k, v, None, packed_layout=one, **options)
+        results.append([out, *torch.autograd.grad(out, [q, k, v], upstream)])
     for want, got in zip(*results, strict=True):
         torch.testing.assert_close(got, want)
 
@@ -202,7 +201,8 @@ def test_torchs_own_function_takes_what_it_is_given(monkeypatch: pytest.MonkeyPa
 
     def to_meta(*args: Any, **kwargs: Any) -> Any:
         given.update(kwargs)
-        return real(*(x.to("meta") if isinstance(x, Tensor) else x for x in args), **kwargs)
+        on_meta: list[Any] = [x.to("meta") if isinstance(x, Tensor) else x for x in args]
+        return real(*on_meta, **kwargs)
 
     monkeypatch.setattr(varlen, "varlen_attn", to_meta)
     assert varlen_attention(q, k, v, layout, None, 4).shape == q.shape

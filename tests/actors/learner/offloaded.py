@@ -85,6 +85,7 @@ class Learner:
                 if not tensor.untyped_storage().resizable():
                     # It lies in a file that is mapped to memory, as nothing does on a GPU.
                     tensor.data = tensor.data.clone()
+        assert spec.algorithm is not None
         self.objective = GrpoObjective(spec.algorithm)
         self.host = HostMemory(CPU)
 

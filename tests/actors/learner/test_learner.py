@@ -14,7 +14,7 @@ import signal
 from collections.abc import Awaitable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pytest
@@ -146,7 +146,7 @@ def plain_step(path: Path, batch: TrainBatch) -> tuple[dict[str, Tensor], float,
         logp = plain_logprobs(model, s.ref[s.row])
         gaps.append((logp.detach() - torch.from_numpy(s.ref[s.row].logprobs)).abs())
         ratio = (logp - logp.detach()).exp()
-        (-(ratio * s.advantage).mean() / len(members)).backward()
+        (-(ratio * (s.advantage or 0.0)).mean() / len(members)).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e6)
     optimizer.step()
     return {n: p.detach() for n, p in model.named_parameters()}, norm.item(), torch.cat(gaps).mean().item()
@@ -326,7 +326,7 @@ def test_adapters_step_like_plain_peft_with_the_bare_model_as_reference(
             d = logp - d
             kl = (-d).exp() + d - 1
             tokens.append(kl.detach())
-            (((-(logp - logp.detach()).exp() * s.advantage) + 0.04 * kl).mean() / len(members)).backward()
+            (((-(logp - logp.detach()).exp() * (s.advantage or 0.0)) + 0.04 * kl).mean() / len(members)).backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1e6).item())
         kls.append(torch.cat(tokens).mean().item())
         optimizer.step()
@@ -442,7 +442,10 @@ def plain_updates(path: Path, batch: TrainBatch, *, lr: float, beta: float) -> d
                 s = members[k]
                 theta = plain_logprobs(model, s.ref[s.row], mask=masks[k])
                 ratio = (theta - old[k]).exp()
-                policy = -torch.min(ratio * s.advantage, ratio.clamp(0.8, 1.2) * s.advantage).sum() / tokens
+                policy = (
+                    -torch.min(ratio * (s.advantage or 0.0), ratio.clamp(0.8, 1.2) * (s.advantage or 0.0)).sum()
+                    / tokens
+                )
                 kl = (ref[k] - theta).exp() - (ref[k] - theta) - 1
                 (policy + beta * kl.sum() / tokens).backward()
                 ratios.append(ratio.detach())
@@ -711,7 +714,9 @@ def test_settings_of_deepspeed_follow_the_config() -> None:
 
 
 @pytest.mark.parametrize(("stage", "expected"), [(0, False), (1, False), (2, True), (3, True)])
-def test_gradients_are_reduced_beside_computation_on_gpus_where_deepspeed_allows_it(stage: int, expected: bool) -> None:
+def test_gradients_are_reduced_beside_computation_on_gpus_where_deepspeed_allows_it(
+    stage: Literal[0, 1, 2, 3], expected: bool
+) -> None:
     fp32, learner = ModelConfig(path="x", dtype="float32"), LearnerConfig(zero_stage=stage)
     of = {d: deepspeed_config(fp32, learner, torch.device(d)) for d in ("cuda", "cpu")}
     assert of["cuda"]["zero_optimization"]["overlap_comm"] is expected

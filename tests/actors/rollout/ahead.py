@@ -37,13 +37,13 @@ class Arithmetic(Executor):
         self._scheduled: Any = None
 
     @property
-    def supported_tasks(self) -> tuple[str, ...]:  # type: ignore[override]
+    def supported_tasks(self) -> tuple[str, ...]:
         return ("generate",)
 
     def check_health(self) -> None:
         pass
 
-    def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> Any:
         answers: dict[str, Any] = {
             "get_kv_cache_spec": {
                 "layer": FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=64, dtype=torch.float32)

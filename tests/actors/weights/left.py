@@ -57,8 +57,10 @@ class Sender:
 
 def main(model: str, other: str, stop: str) -> None:
     stream = SimpleNamespace(synchronize=lambda: None)
-    packed_tensor._get_streams = lambda _, number: (stream,) * number
-    torch.cuda.stream = lambda _: nullcontext()
+    transfer: Any = packed_tensor
+    transfer._get_streams = lambda _, number: (stream,) * number
+    cuda: Any = torch.cuda
+    cuda.stream = lambda _: nullcontext()
     torch.accelerator.current_device_index = lambda: 0
     config = RolloutConfig(max_completion_length=32, max_num_seqs=8, kv_cache_gb=0.05)
     engine = LLMEngine.from_engine_args(engine_args(config, model, "float32", 128, 1, "nccl", trust_remote_code=False))

@@ -110,7 +110,12 @@ def test_a_kv_cache_is_kept_over_an_update_where_that_is_asked_for(staged: bool,
     seen: list[str] = []
     pool: Any = Pool(seen, staged)
     asked: list[tuple[Any, ...]] = []
-    pool.target.handle.pause = type("Pause", (), {"remote": staticmethod(lambda *args: asked.append(args) or Done())})
+
+    def pause(*args: Any) -> Any:
+        asked.append(args)
+        return Done()
+
+    pool.target.handle.pause = type("Pause", (), {"remote": staticmethod(pause)})
     RayWeightSync(pool, Learner(seen, unsent=False, updated_while_connecting=False), 5, keep_kv_cache=keep)
     asyncio.run(asyncio.wait_for(pool.on_stale(), 10))
     assert asked == [("keep", not keep)]

@@ -231,7 +231,12 @@ def test_ranks_of_a_shared_gpu_gather_to_the_end_when_an_engine_fails(monkeypatc
     trainer = IpcTrainer(client=Fails(), source=DigestSource(Source()), packed=True, packed_buffer_size_bytes=BUFFER)
     gathered: list[int] = []
     gather = trainer._all_gather_and_merge_handles
-    monkeypatch.setattr(trainer, "_all_gather_and_merge_handles", lambda h: gathered.append(1) or gather(h))
+
+    def counted(handles: Any) -> Any:
+        gathered.append(1)
+        return gather(handles)
+
+    monkeypatch.setattr(trainer, "_all_gather_and_merge_handles", counted)
     with pytest.raises(EngineSyncError, match="rollout-1"):
         trainer.send_weights()
     assert told == ["update"] * 2

@@ -6,13 +6,14 @@ import gc
 import os
 import time
 from datetime import timedelta
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-from actors.learner import offload
 from actors.learner.build import LearnerSpec, build_engine, step
+from actors.learner.offload import HostMemory, offload
 from grpo_ray.batch.sequence import Alone
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.config.learner import CriticConfig, LearnerConfig
@@ -21,7 +22,7 @@ from tests.gpu.kit.figures import DEVICE, ON_GPU, gpu_gib, model_folder, noting
 from tests.gpu.kit.learner import micro_batch
 
 
-def spec_of(stage: int) -> LearnerSpec:
+def spec_of(stage: Literal[0, 1, 2, 3]) -> LearnerSpec:
     folder = str(model_folder())
     return LearnerSpec(
         model_path=folder,
@@ -68,15 +69,17 @@ def timed(work: Any) -> float:
 
 def main() -> None:
     join_alone()
-    for stage in (1, 2, 3):
+    stages: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
+    for stage in stages:
         with noting("zero", stage=stage) as found:
             engine = build_engine(spec_of(stage), DEVICE, Alone())
             one_step(engine)
-            found["step_s"] = timed(lambda engine=engine: one_step(engine))
+            found["step_s"] = timed(partial(one_step, engine))
             found["awake_gib"] = gpu_gib()
-            found["offload_s"] = timed(lambda engine=engine: offload.offload(engine, DEVICE, keep_weights=False))
+            memory = HostMemory(DEVICE)
+            found["offload_s"] = timed(partial(offload, memory, [engine], [], ()))
             found["asleep_gib"] = gpu_gib()
-            found["reload_s"] = timed(lambda engine=engine: offload.reload(engine, DEVICE))
+            found["reload_s"] = timed(memory.give_back)
             one_step(engine)
         del engine
         gc.unfreeze()
