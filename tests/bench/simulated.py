@@ -37,6 +37,7 @@ from actors.weights.protocol import SENDERS_PART, EngineSyncError, EngineTarget,
 from actors.weights.sync import RayWeightSync
 from grpo_ray.batch.plan import plan_batch
 from grpo_ray.config.loading import build
+from grpo_ray.config.runtime import DeadlineConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.data.cursor import Cursor
 from grpo_ray.errors import DeadlineError, WorkerError
@@ -627,6 +628,8 @@ class Learners:
     targets: Sequence[EngineTarget] = ()
     free_since: float = 0.0
     on_update: Callable[[TrainBatch], None] | None = None
+    give_up_s: float = SENDERS_PART * DeadlineConfig().of_sync(has_gpus=True)
+    """When a transfer to an engine that hangs is given up."""
 
     async def accumulate(self, part: TrainBatch) -> None:
         with self.world.cluster.aside():
@@ -688,7 +691,7 @@ class Learners:
         for target in self.targets:
             if target.handle.dead:
                 raise EngineSyncError(f"weight sync: {target.name} failed in update_weights: the engine core died")
-        if seconds > SENDERS_PART * self.world.plan.config().deadlines.of_sync(has_gpus=True):
+        if seconds > self.give_up_s:
             raise DeadlineError("weight sync: an engine did not answer update_weights in time")
 
     async def hold(self, place: CheckpointLocation, *, export: bool) -> None:

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from actors.learner.offload import PIECE_BYTES, HostMemory
+from actors.learner import offload
+from actors.learner.offload import HostMemory
 from grpo_ray.config.model import TinyModelConfig
 from grpo_ray.models.tiny import build_tiny_model
 from tests.actors.learner.test_learner import make_config
 
 pytestmark = pytest.mark.timeout(300)
+PIECE_BYTES = 1 << 12
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "fp32-0": ("float32", 0, {}),
     "fp32-1": ("float32", 1, {}),
@@ -99,7 +101,10 @@ def test_stage_1_in_bf16_is_the_optimizer_that_deepspeed_itself_does_not_move(
     assert observed("bf16-1")["optimizer"] == "BF16_Optimizer"
 
 
-def test_views_of_a_storage_are_right_again_and_zeros_and_large_tensors_come_back() -> None:
+def test_views_of_a_storage_are_right_again_and_zeros_and_large_tensors_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(offload, "PIECE_BYTES", PIECE_BYTES)
     memory = HostMemory(torch.device("cpu"))
     flat, zeros = torch.arange(100.0), torch.zeros(1000)
     large = torch.arange(PIECE_BYTES // 8 + 3)
@@ -118,7 +123,10 @@ def test_views_of_a_storage_are_right_again_and_zeros_and_large_tensors_come_bac
     assert odd.tolist() == [1] * 13
 
 
-def test_pinned_memory_is_kept_for_the_next_turn_and_no_piece_is_much_larger_than_what_it_holds() -> None:
+def test_pinned_memory_is_kept_for_the_next_turn_and_no_piece_is_much_larger_than_what_it_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(offload, "PIECE_BYTES", PIECE_BYTES)
     memory = HostMemory(torch.device("cpu"))
     tensor = torch.arange(PIECE_BYTES // 8 + 5)
     memory.take([tensor])
