@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 from actors.learner.deepspeed_schema import check_deepspeed
+from actors.learner.shards import Skeleton, exact_buffers, exact_pieces, stored_dtype
+from actors.learner.zero_state import set_masters
 from grpo_ray.algorithm.objectives import GrpoObjective, Objective, SftObjective
 from grpo_ray.algorithm.objectives_pairs import DpoObjective, RewardModelObjective
 from grpo_ray.batch.sequence import SequenceRanks
@@ -163,7 +166,8 @@ def _initialize(
 ) -> Any:
     import deepspeed
 
-    exact = {} if spec.dtype == torch.float32 else {p: p.data for p in model.parameters() if p.requires_grad}
+    exact = {} if spec.dtype == torch.float32 else _unrounded(model, spec.dtype)
+    pieces = exact_pieces(model)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -174,9 +178,21 @@ def _initialize(
     # DeepSpeed makes the masters from the weights that it has just rounded to bf16.
     for param, value in exact.items():
         deepspeed.utils.safe_set_full_fp32_param(param, value.to(device))
+    set_masters(engine, pieces)
     if spec.learner.zero_stage == 0:
         engine.clip_fp32_gradients = partial(_clip_at_stage_0, engine, spec.learner.max_grad_norm)
     return engine
+
+
+def _unrounded(model: nn.Module, dtype: torch.dtype) -> dict[nn.Parameter, torch.Tensor]:
+    """The values, where the compute dtype rounds them, of what is trained and not sharded yet. It is cast here where the rest is
+    sharded, since DeepSpeed then takes all of it to be of that dtype."""
+    sharded = any(hasattr(p, "ds_id") for p in model.parameters())
+    whole = {p: p.data for p in model.parameters() if not hasattr(p, "ds_id")}
+    if sharded:
+        for param, value in whole.items():
+            param.data = value.to(dtype)
+    return {param: value for param, value in whole.items() if param.requires_grad and value.dtype != dtype}
 
 
 def _clip_at_stage_0(engine: Any, max_norm: float) -> None:
@@ -259,27 +275,25 @@ def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
     Raises:
         ConfigError: it can't be loaded, its attention or head can't be packed, or its sequences can't be split over ranks.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
-    auto = AutoModelForSequenceClassification if spec.is_reward_model else AutoModelForCausalLM
     path, code = spec.model_path, spec.model.trust_remote_code
     config: Any = None
+    skeleton: Skeleton | None = None
     try:
         config = without_dropout(AutoConfig.from_pretrained(path, trust_remote_code=code))
         if spec.is_reward_model:
             config.num_labels = 1
-        hf, loading = auto.from_pretrained(
-            path,
-            config=config,
-            dtype=torch.float32 if trained else spec.dtype,
-            attn_implementation=choose_attention(spec.model.attention, device, spec.dtype),
-            trust_remote_code=code,
-            output_loading_info=True,
-        )
+        attention = choose_attention(spec.model.attention, device, spec.dtype)
+        read = partial(_read, spec, config, attention)
+        if can_shard(spec):
+            make = partial(_make, spec, config, attention)
+            skeleton = Skeleton(make, read, stored_dtype(path))
+        if skeleton is None or not skeleton.fits:
+            skeleton, hf = None, _read_whole(spec, read, trained=trained)
+        else:
+            hf = skeleton.hf
         check_packable(hf)
-        if spec.is_reward_model and "score.weight" in loading["missing_keys"]:
-            # Its initial values would be random, and different on every rank.
-            torch.nn.init.zeros_(hf.score.weight)
     except MAKING as e:
         raise ConfigError(f"the learner can't load model {path}: {why_not(e, config)}") from None
     ranks.split_heads(hf)
@@ -290,9 +304,60 @@ def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
         hf.gradient_checkpointing_enable({"use_reentrant": spec.learner.zero_stage == 3})
         hf.enable_input_require_grads()
     use_faster_products(hf)
+    if skeleton is not None:
+        skeleton.fill(deepspeed_config(spec.model, spec.learner, device), spec.dtype, device)
     if spec.model.compile:
         compile_layers(hf)
     return hf
+
+
+def can_shard(spec: LearnerSpec) -> bool:
+    """Whether each rank holds a part of every weight, and loads no more of it."""
+    return spec.learner.zero_stage == 3
+
+
+def _read_whole(spec: LearnerSpec, read: Callable[[torch.dtype], Any], *, trained: bool) -> Any:
+    """The whole model in this rank's memory: in fp32 if it is to be trained and its files are not all in the compute dtype, to
+    which it is only rounded once its masters are made. Adapters are made in the dtype of what they are beside, which is fp32."""
+    dtype = spec.dtype
+    if not trained:
+        return read(dtype)
+    if dtype == torch.float32 or spec.model.lora is not None or stored_dtype(spec.model_path) != dtype:
+        return read(torch.float32)
+    hf = read(dtype)
+    return hf if exact_buffers(hf) else read(torch.float32)
+
+
+def _auto(spec: LearnerSpec) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification if spec.is_reward_model else AutoModelForCausalLM
+
+
+def _read(spec: LearnerSpec, config: Any, attention: str, dtype: torch.dtype) -> Any:
+    """The whole model, as its files have it."""
+    hf, loading = _auto(spec).from_pretrained(
+        spec.model_path,
+        config=deepcopy(config),
+        dtype=dtype,
+        attn_implementation=attention,
+        trust_remote_code=spec.model.trust_remote_code,
+        output_loading_info=True,
+    )
+    if spec.is_reward_model and "score.weight" in loading["missing_keys"]:
+        # Its initial values would be random, and different on every rank.
+        torch.nn.init.zeros_(hf.score.weight)
+    return hf
+
+
+def _make(spec: LearnerSpec, config: Any, attention: str) -> Any:
+    """The model by its config alone, in fp32."""
+    return _auto(spec).from_config(
+        deepcopy(config),
+        dtype=torch.float32,
+        attn_implementation=attention,
+        trust_remote_code=spec.model.trust_remote_code,
+    )
 
 
 def can_share_prompts(spec: LearnerSpec, hf: Any) -> bool:
@@ -305,10 +370,11 @@ def can_share_prompts(spec: LearnerSpec, hf: Any) -> bool:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The parameter groups: matrices with weight decay; norms and biases without."""
-    params = [p for p in model.parameters() if p.requires_grad]
+    params: list[Any] = [p for p in model.parameters() if p.requires_grad]
     if weight_decay == 0:
         return [{"params": params, "weight_decay": 0.0}]
-    groups = [([p for p in params if p.ndim >= 2], weight_decay), ([p for p in params if p.ndim < 2], 0.0)]
+    matrices = {p: len(getattr(p, "ds_shape", p.shape)) >= 2 for p in params}
+    groups = [([p for p in params if matrices[p] is kind], d) for kind, d in ((True, weight_decay), (False, 0.0))]
     return [{"params": members, "weight_decay": decay} for members, decay in groups if members]
 
 

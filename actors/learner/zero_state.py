@@ -85,6 +85,19 @@ def restore(engine: Any, saved: FragmentReader, num_steps: int) -> None:
     _spread_masters(engine)
 
 
+@torch.no_grad()
+def set_masters(engine: Any, values: dict[str, Tensor]) -> None:
+    """Set the fp32 masters of this rank's pieces at ZeRO-3. What the model computes with stays as it is.
+
+    Args:
+        values: name -> all values of the rank's piece of it.
+    """
+    if values:
+        for piece in _pieces(engine, share=False):
+            if piece.name in values:
+                piece.of(piece.flat).copy_(values[piece.name])
+
+
 def _prepare(state: dict[str, Any], flat: Any, num_steps: int) -> None:
     for kind in MOMENTS:
         if kind not in state:
