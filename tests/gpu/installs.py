@@ -31,9 +31,10 @@ def shared_files(site: Path) -> dict[str, list[str]]:
     """File -> the packages that own it with different contents, in this folder of packages."""
     owners: defaultdict[str, dict[str, str]] = defaultdict(dict)
     for package in metadata.distributions(path=[str(site)]):
+        name = package.metadata["Name"]
         for file in package.files or ():
             if file.hash is not None and str(file) not in STRAY:
-                owners[str(file)][package.metadata["Name"]] = file.hash.value
+                owners[str(file)][name] = file.hash.value
     return {file: sorted(whose) for file, whose in owners.items() if len(set(whose.values())) > 1}
 
 

@@ -14,7 +14,7 @@ PAGES = [
     ".github/CONTRIBUTING.md",
     "README.md",
     "launch/README.md",
-    *(f"launch/guide/{p}.md" for p in ("extend", "changelog", "security")),
+    *(f"launch/guide/{p}.md" for p in ("extend", "changelog", "gpus", "security")),
 ]
 
 

@@ -87,6 +87,12 @@ def test_the_image_is_made_from_one_by_its_digest_and_rays_sessions_are_its_user
     assert not too_long(env["TMPDIR"])
 
 
+def test_nccl_finds_the_libraries_that_it_loads_for_rdma() -> None:
+    """It loads them by name, and goes over TCP without a word where they are missing."""
+    installed = {word.partition("=")[0] for text in all_of("RUN") if "apt-get install" in text for word in text.split()}
+    assert {"libibverbs1", "ibverbs-providers", "librdmacm1"} <= installed
+
+
 def test_the_packages_are_a_layer_before_the_code() -> None:
     order = [f"{i.name} {i.text}" for i in instructions()]
     packages = next(n for n, text in enumerate(order) if text.endswith("install.sh packages"))

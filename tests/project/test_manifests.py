@@ -177,9 +177,19 @@ def test_rays_own_autoscaler_reads_from_the_cluster_what_it_may_bring() -> None:
     groups = config["available_node_types"]
     head, gpu, cpu = groups["headgroup"], groups["gpu"], groups["cpu"]
     assert head["resources"]["CPU"] == 0
-    assert (gpu["min_workers"], gpu["max_workers"], gpu["resources"]["GPU"], gpu["resources"]["CPU"]) == (1, 8, 1, 16)
+    assert (gpu["min_workers"], gpu["max_workers"], gpu["resources"]["GPU"], gpu["resources"]["CPU"]) == (1, 8, 8, 128)
     assert (cpu["min_workers"], cpu["max_workers"], cpu["resources"]["CPU"]) == (0, 8, 8)
     assert config["idle_timeout_minutes"] == 5
+
+
+@pytest.mark.parametrize("spec", clusters())
+def test_a_pod_with_gpus_has_those_of_a_whole_node(spec: dict[str, Any]) -> None:
+    """NCCL takes pods for nodes: with one GPU a pod nothing goes over NVLink."""
+    for group in spec.get("workerGroupSpecs", []):
+        (container,) = group["template"]["spec"]["containers"]
+        asked, most = (container["resources"][kind].get("nvidia.com/gpu") for kind in ("requests", "limits"))
+        assert asked == most
+        assert asked in (None, "8")
 
 
 def test_the_job_runs_a_command_that_exists() -> None:
