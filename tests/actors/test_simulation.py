@@ -451,9 +451,9 @@ def test_an_engine_that_is_lost_in_mid_broadcast_costs_that_engine_and_nothing_e
 
 @pytest.mark.parametrize("staleness", [0, 2])
 def test_engines_that_die_in_their_syncs_cost_time_and_nothing_else(tmp_path: Path, staleness: int) -> None:
-    plan = SMALL.with_(staleness=staleness, steps=10, sync_s=30.0)
+    plan = SMALL.with_(staleness=staleness, steps=10, sync_s=45.0)
     whole, rows = simulate(tmp_path / "whole", plan)
-    deaths = tuple(range(50, 4000, 25))
+    deaths = tuple(range(50, 4000, 200))
     result, again = simulate(tmp_path / "again", plan.with_(deaths=deaths))
     assert any("more tries" in text for text in result.troubles), "some died in mid-transfer"
     assert (again, result.trained) == (rows, whole.trained)
