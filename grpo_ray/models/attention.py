@@ -53,7 +53,7 @@ def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype = tor
 
 
 def use_attention_without_plans() -> None:
-    """Let torch take its flash kernels instead of cuDNN's, in this process: cuDNN makes an execution plan for each new shape, which
+    """Let torch take its flash kernels instead of cuDNN's in this process: cuDNN makes an execution plan for each new shape, which
     takes 25 ms and more of the host, and keeps them all. No two micro-batches have the same lengths."""
     torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -82,6 +82,7 @@ def check_packable(hf: nn.Module) -> None:
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    use_attention_without_plans()
     AttentionInterface.register(PACKED, packed_attention)
     AttentionMaskInterface.register(PACKED, lambda *_, **__: None)
 

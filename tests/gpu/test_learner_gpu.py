@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from transformers.utils import is_flash_attn_2_available
 
 from grpo_ray.batch.pack import pack
-from grpo_ray.models.attention import FLASH, choose_attention
+from grpo_ray.models.attention import FLASH, PACKED, attention_kwargs, choose_attention, packed_attention
 from grpo_ray.models.policy import PolicyModel
+from grpo_ray.models.varlen import has_kernel
 from tests.actors.learner.test_learner import exported, make_batch, make_config, moved_apart, plain_step, run
 from tests.batch.test_batching import random_items
 
@@ -37,11 +41,51 @@ def test_packed_attention_on_the_gpu_equals_the_cpu(tiny_model: Path) -> None:
 
 @torch.no_grad()
 def test_flash_attention_equals_packed_attention(tiny_model: Path) -> None:
-    pytest.importorskip("flash_attn")
+    if not is_flash_attn_2_available():
+        pytest.skip("needs flash-attn 2")
     batch = pack(random_items())
     flash, _ = policy_with(tiny_model, FLASH, torch.bfloat16)(batch, 1.0)
     packed, _ = policy_with(tiny_model, choose_attention("sdpa", torch.device("cuda")), torch.bfloat16)(batch, 1.0)
     assert (flash - packed).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("window", [None, 1, 100])
+@pytest.mark.parametrize("shared", [False, True])
+def test_one_kernel_for_all_sequences_equals_one_attention_per_length(window: int | None, shared: bool) -> None:
+    """Output and gradients, against the same in fp32, for which there is one attention per length."""
+    torch.manual_seed(0)
+    lengths = [300, 77, 513, 40, 2]
+    sequences = [(0, 1), (0, 2), (3,), (0,), (0, 4)] if shared else [(k,) for k in range(5)]
+    layout = attention_kwargs(lengths, sequences, PACKED, torch.device("cuda"))["packed_layout"]
+    halves = [torch.randn(1, heads, sum(lengths), 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2)]
+    upstream = torch.randn(1, sum(lengths), 8, 64, device="cuda")
+    assert has_kernel(halves[0], 0.0)
+    results = []
+    for inputs in (halves, [x.float() for x in halves]):
+        inputs = [x.requires_grad_() for x in inputs]
+        out, _ = packed_attention(nn.Module(), *inputs, None, packed_layout=layout, sliding_window=window)
+        results.append([out, *torch.autograd.grad(out, inputs, upstream.to(out.dtype))])
+    for got, want in zip(*results, strict=True):
+        assert (got.float() - want).norm() < 0.01 * want.norm()
+
+
+def test_new_lengths_cost_no_plan() -> None:
+    """cuDNN's attention plans each shape anew, 25 ms and more of the host; flash attention takes any."""
+    choose_attention("sdpa", torch.device("cuda"))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+    def seconds(lengths: list[int]) -> float:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for length in lengths:
+            kwargs = attention_kwargs([length, length + 1], [(0,), (1,)], PACKED, torch.device("cuda"))
+            q = torch.randn(1, 8, 2 * length + 1, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            packed_attention(nn.Module(), q, q, q, None, **kwargs)[0].sum().backward()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - started) / len(lengths)
+
+    seconds([50, 51])
+    assert seconds(list(range(100, 164))) < 0.01
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -99,8 +143,8 @@ def test_two_gpus_share_a_micro_batch_and_step_as_one_does(
 ) -> None:
     from actors.learner.group import LearnerGroup
 
-    if attention == FLASH:
-        pytest.importorskip("flash_attn")
+    if attention == FLASH and not is_flash_attn_2_available():
+        pytest.skip("needs flash-attn 2")
     model, batch, results = {"attention": attention, "dtype": dtype}, make_batch(), []
     for size in (1, 2):
         learner = {"sequence_parallel_size": size}
