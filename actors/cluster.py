@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from actors.addresses import VARIABLE, Address, bypass_proxies, check_answers, read_address
+from actors.devices import gpus_of_new_node
 from actors.named_clusters import check_named
 from actors.private import is_closed, use_private_temporary_files, why_open
 from actors.search_path import worker_env
@@ -149,7 +150,12 @@ def _start_local(num_cpus: int, common: dict[str, Any]) -> None:
         try:
             with bare_node():
                 ray.init(
-                    address="local", num_cpus=num_cpus, include_dashboard=False, _temp_dir=f"{place}/{RAYS}", **common
+                    address="local",
+                    num_cpus=num_cpus,
+                    num_gpus=gpus_of_new_node(),
+                    include_dashboard=False,
+                    _temp_dir=f"{place}/{RAYS}",
+                    **common,
                 )
             return
         except Exception as e:
@@ -234,30 +240,6 @@ def gpus_per_learner(config: RunConfig | SftConfig, gpus: bool) -> float:
     if config.learner.num_gpus is not None or not gpus:
         return config.learner.num_gpus or 0.0
     return SHARED_GPU if isinstance(config, RunConfig) and config.colocated else 1.0
-
-
-def reserve_pairs(config: RunConfig) -> Any:
-    """A placement group with a bundle per GPU for its engine and its learner rank, which meet there by their index."""
-    import ray
-
-    rollout, learner, count = config.rollout, config.learner, config.rollout.num_actors
-    parts = ({"GPU": 1.0}, *({"CPU": kind.num_cpus, **kind.resources} for kind in (rollout, learner)))
-    bundle: dict[str, float] = {}
-    for name, amount in (entry for part in parts for entry in part.items() if entry[1]):
-        bundle[name] = bundle.get(name, 0) + amount
-    return ray.util.placement_group([bundle] * count, bundle_label_selector=[rollout.labels] * count)
-
-
-def placed(kind: RolloutConfig | RewardConfig | LearnerConfig, group: Any = None, index: int = 0) -> dict[str, Any]:
-    """The placement options of an actor of this kind: the bundle of this index; without a group, any node that has what it asks
-    for."""
-    resources = {"resources": dict(kind.resources)} if kind.resources else {}
-    if group is None:
-        return resources | ({"label_selector": dict(kind.labels)} if kind.labels else {})
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-    return {**resources, "scheduling_strategy": where}
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from actors.caches import own_cache, use_private_caches
+from actors.devices import hide_other_gpus
 from actors.private import use_private_temporary_files
 from grpo_ray.errors import DeadlineError
 from grpo_ray.names import run_name
@@ -116,8 +117,10 @@ def own_log(run_dir: str, name: str) -> Path:
 
 
 def own_process(run_dir: str, name: str) -> Path:
-    """Begin the process of an actor: its log, see `own_log`, and folders that other users of the machine cannot enter."""
+    """Begin the process of an actor: its log, see `own_log`, the GPUs that it may see, and folders that other users of the machine
+    cannot enter."""
     path = own_log(run_dir, name)
+    hide_other_gpus()
     use_private_temporary_files()
     for note in use_private_caches():
         say(f"note: {note}", error=True)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from ray.util import remove_placement_group
-
-from actors.cluster import has_gpus, reserve_pairs
+from actors.cluster import has_gpus
 from actors.control.colocated import ColocatedLearner, ColocatedSampler, ColocatedWeights, Turns
 from actors.control.learning import import_learning
+from actors.places import Places, reserve_pairs
 from actors.reward.by_function import RewardPools
 from actors.reward.pool import RewardPool
 from actors.rollout.pool import RolloutPool
@@ -60,7 +59,7 @@ class Workers:
         self._phase = phase
         self._warn = warn
         self._gpus = has_gpus()
-        self._placement: Any = None
+        self._placement: Places | None = None
         self._pools: list[RolloutPool | RewardPool | LearnerGroup] = []
         self._sampler: RolloutPool | None = None
         self._scorer: RewardPool | RewardPools | None = None
@@ -74,7 +73,7 @@ class Workers:
     async def __aexit__(self, *_: object) -> None:
         await asyncio.gather(*(p.close() for p in self._pools), return_exceptions=True)
         if self._placement is not None:
-            remove_placement_group(self._placement)
+            self._placement.remove()
 
     def live(self) -> dict[str, float]:
         """The pools' figures of this moment."""
@@ -171,7 +170,7 @@ class Workers:
             sampler, learner = await self._start_together(num_steps)
             await sampler.sleep()
             return sampler, learner
-        self._placement = placement = reserve_pairs(self._config)
+        self._placement = placement = await reserve_pairs(self._config)
         sampler = await self.start_sampler(placement)
         await sampler.sleep()
         return sampler, await self.start_learner(await num_steps, placement)
@@ -209,7 +208,7 @@ class Workers:
         )
         return self._opened(pool, "votes")
 
-    async def start_sampler(self, placement: Any = None) -> RolloutPool:
+    async def start_sampler(self, placement: Places | None = None) -> RolloutPool:
         assert isinstance(self._config, RunConfig)
         self._phase("starting", "rollout: vLLM")
         pool = await RolloutPool.create(
@@ -220,7 +219,9 @@ class Workers:
         self._sampler = self._opened(pool, "rollout")
         return pool
 
-    async def start_learner(self, num_steps: int, placement: Any = None, limit_s: float | None = None) -> LearnerGroup:
+    async def start_learner(
+        self, num_steps: int, placement: Places | None = None, limit_s: float | None = None
+    ) -> LearnerGroup:
         self._phase("starting", "learner: DeepSpeed")
         with self._learner_timeout.measured():
             await import_learning(self._config.deadlines.start_s)

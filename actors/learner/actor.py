@@ -24,6 +24,7 @@ import ray
 import torch
 import torch.distributed as dist
 
+from actors.devices import given_gpus
 from actors.learner import kl, reference, sequence
 from actors.learner import state as learner_state
 from actors.learner.accumulation import Accumulation
@@ -68,7 +69,7 @@ class LearnerActor:
         self.spec = spec
         self.rank = rank
         self.num_ranks = num_ranks
-        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = torch.device("cuda", 0) if given_gpus() else torch.device("cpu")
         self.activity = Activity(f"learner-{rank}")
         self._timer = UpdateTimer(self.activity)
         self._early: Accumulation | None = None
@@ -99,7 +100,7 @@ class LearnerActor:
         return meeting
 
     def start(self, meeting: Meeting) -> None:
-        """Meet the other ranks, load the model, build the engine."""
+        """Meet the other ranks, load the model, build the engine. Raises ResourceError, see `join_process_group`."""
         spec, on_cpu = self.spec, self.device.type == "cpu"
         torch.set_num_threads(spec.learner.num_threads or (1 if on_cpu and self.num_ranks > 1 else usable_cpus()))
         torch.manual_seed(spec.seed + self.rank)

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayTaskError
 
-from actors.cluster import gpus_per_learner, placed
+from actors.cluster import gpus_per_learner
 from actors.deaths import KernelKills, fate, killed_by_kernel, kind_of
 from actors.learner.actor import DISK, LearnerActor
 from actors.learner.build import LearnerSpec
+from actors.places import Places, placed, reserve_ranks
 from actors.runtime import ALLOCATOR_ENV, RayActors, log_tail, start_named
 from actors.weights.sync import resolve_backend
 from grpo_ray.config.learner import CriticConfig
@@ -43,8 +44,12 @@ GRACE_S = 5.0
 class LearnerGroup:
     """All learner ranks; made by `create`."""
 
-    def __init__(self, actors: list[Any], spec: LearnerSpec, deadlines: DeadlineConfig) -> None:
+    def __init__(
+        self, actors: list[Any], spec: LearnerSpec, deadlines: DeadlineConfig, places: Places | None = None
+    ) -> None:
+        """`places` are the ranks' own, and end with them."""
         self._actors = actors
+        self._places = places
         self._spec = spec
         self._deadlines = deadlines
         self._broken: str | None = None
@@ -61,7 +66,7 @@ class LearnerGroup:
         *,
         has_gpus: bool = False,
         num_steps: int | None = None,
-        placement: Any = None,
+        placement: Places | None = None,
         limit_s: float | None = None,
     ) -> LearnerGroup:
         """Start the ranks side by side, `learner-0` and so on, with the model loaded.
@@ -70,7 +75,7 @@ class LearnerGroup:
             model_path: a folder or a name on the hub; `model.tiny` already exists.
             has_gpus: the cluster has GPUs, so each rank gets one unless `learner.num_gpus` says otherwise.
             num_steps: steps of the whole run, for a schedule that needs an end. None: `config.num_steps`.
-            placement: a placement group with a bundle for each rank, where it shares a GPU.
+            placement: a place for each rank, where it shares a GPU. None: they get places of their own.
             limit_s: the longest start, in seconds. None: `deadlines.start_s`.
 
         Raises:
@@ -81,29 +86,31 @@ class LearnerGroup:
         spec = _spec(config, model_path, run_dir, has_gpus, config.num_steps if num_steps is None else num_steps)
         learner = config.learner
         num_gpus = gpus_per_learner(config, has_gpus)
-        actors = [
-            start_named(
-                RayActors(),
-                LearnerActor,
-                spec,
-                rank,
-                learner.num_actors,
-                run_dir=run_dir,
-                name=f"learner-{rank}",
-                num_cpus=learner.num_cpus,
-                num_gpus=num_gpus,
-                max_restarts=0,
-                concurrency_groups={DISK: 1},
-                runtime_env={"env_vars": _env(config, on_gpu=num_gpus > 0)},
-                **placed(learner, placement, rank),
-            )
-            for rank in range(learner.num_actors)
-        ]
-        group = cls(actors, spec, config.deadlines.model_copy(update={"sync_s": spec.sync_timeout_s}))
         limit_s = config.deadlines.start_s if limit_s is None else limit_s
         give_up = time.monotonic() + limit_s
+        own = None if placement else await reserve_ranks(learner, num_gpus, limit_s)
+        group = cls([], spec, config.deadlines.model_copy(update={"sync_s": spec.sync_timeout_s}), own)
         try:
-            nodes = await group._call("node", deadline="start_s", seconds=limit_s)
+            group._actors = [
+                start_named(
+                    RayActors(),
+                    LearnerActor,
+                    spec,
+                    rank,
+                    learner.num_actors,
+                    run_dir=run_dir,
+                    name=f"learner-{rank}",
+                    num_cpus=learner.num_cpus,
+                    num_gpus=num_gpus,
+                    max_restarts=0,
+                    concurrency_groups={DISK: 1},
+                    runtime_env={"env_vars": _env(config, on_gpu=num_gpus > 0)},
+                    **placed(learner, placement or own, rank),
+                )
+                for rank in range(learner.num_actors)
+            ]
+            left = max(give_up - time.monotonic(), 0.1)
+            nodes = await group._call("node", deadline="start_s", seconds=left)
             left = max(give_up - time.monotonic(), 0.1)
             (meeting,) = await group._call(
                 "rendezvous", len(set(nodes)) == 1, deadline="start_s", seconds=left, only_first=True
@@ -208,6 +215,8 @@ class LearnerGroup:
     async def close(self) -> None:
         """End every rank at once."""
         self._end("it is closed")
+        if self._places is not None:
+            self._places.remove()
 
     async def _call(
         self,

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from actors.devices import check_cuda
 from actors.rendezvous import Meeting, SealedStore, open_store, prove_membership, refuse_objects
 from actors.runtime import LOOPBACK, use_nodes_interface
 
@@ -22,7 +23,11 @@ def join_process_group(
 
     Returns:
         The store, which the caller has to keep: torch keeps only its C++ part alive.
+
+    Raises:
+        ResourceError: torch can't use the GPU that Ray gave this rank.
     """
+    check_cuda(f"learner-{rank}")
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(num_ranks),

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import grpo_ray
 from actors.caches import use_private_caches
+from actors.devices import VISIBLE
 from actors.reward.answers import decode
 from actors.reward.child import Call, Setup
 from actors.reward.family import TAG, end_family
@@ -31,8 +32,8 @@ from grpo_ray.secrets import is_secret_name, resolve
 from grpo_ray.types import RewardScore, ScoreStatus
 
 # What a scoring process inherits; tokens and passwords of the environment stay here. The rest comes from `reward.env`.
-KEPT_ENV = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR", "TZ")
-KEPT_FOR_HOST = ("HOME", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE")
+KEPT_ENV = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR", "TZ", VISIBLE)
+KEPT_FOR_HOST = ("HOME", "HF_HOME", "HF_HUB_OFFLINE")
 """The variables that built-in rewards do not get where they need nothing of the host (`RewardFunctionConfig.needs_host`)."""
 START_TRIES = 3
 

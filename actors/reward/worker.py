@@ -10,8 +10,8 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from actors.cluster import placed
 from actors.deaths import KernelKills, fate, is_lost, kind_of, memory_wait_s
+from actors.places import placed
 from actors.reward.actor import RewardActor
 from actors.reward.requests import PendingScores
 from actors.runtime import Actors, start_named, within

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import ray
 
 from actors.deaths import CORE_DIED
+from actors.devices import check_cuda, check_engine_has_gpu
 from actors.rollout.adapters import Adapter, AdapterOptions, EngineAdapters
 from actors.rollout.forked_core import forked_core
 from actors.rollout.sample import info_of, sample_of
@@ -88,6 +89,8 @@ class RolloutActor:
         import torch._dynamo
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        check_cuda(self.name)
+        check_engine_has_gpu(self.name)
         # `max_length` is that of the longest sample, prompt and completion; the model may have been made for less.
         model_config = load_config(model, trust_remote_code=trust_remote_code)
         max_model_len = min(max_length, context_length(model_config))

@@ -9,8 +9,9 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from actors.cluster import demands, gpus_per_engine, placed
+from actors.cluster import demands, gpus_per_engine
 from actors.deaths import KernelKills, fate, kind_of
+from actors.places import Places, placed
 from actors.rollout.actor import RolloutActor
 from actors.rollout.adapters import AdapterOptions
 from actors.rollout.poison import is_suspect
@@ -108,9 +109,16 @@ class RolloutEngineKind:
     stop_s = STOP_S
 
     def __init__(
-        self, config: RunConfig, model: str, run_dir: str, *, has_gpus: bool, source: Actors, placement: Any = None
+        self,
+        config: RunConfig,
+        model: str,
+        run_dir: str,
+        *,
+        has_gpus: bool,
+        source: Actors,
+        placement: Places | None = None,
     ) -> None:
-        """`placement` is a placement group with a bundle for each engine, where it shares a GPU."""
+        """`placement` has a place for each engine, where it shares a GPU."""
         self._config = config
         self._model = model
         self._run_dir = run_dir

@@ -22,6 +22,7 @@ from typing import Any, Literal, Self
 from ray.exceptions import RayError
 
 from actors.deaths import fate
+from actors.places import Places
 from actors.rollout.engine import BACKOFF_S, RolloutEngine, RolloutEngineKind
 from actors.rollout.engines import RolloutEngines
 from actors.runtime import Actors, RayActors, within
@@ -35,7 +36,14 @@ class RolloutPool:
     """Samples with a pool of engines; made by `RolloutPool.create`. All methods belong to the event loop that made it."""
 
     def __init__(
-        self, config: RunConfig, model: str, run_dir: str, *, has_gpus: bool, actors: Actors, placement: Any = None
+        self,
+        config: RunConfig,
+        model: str,
+        run_dir: str,
+        *,
+        has_gpus: bool,
+        actors: Actors,
+        placement: Places | None = None,
     ) -> None:
         sync_s = config.deadlines.of_sync(has_gpus=has_gpus)
         self._deadlines = config.deadlines.model_copy(update={"sync_s": sync_s})
@@ -70,12 +78,12 @@ class RolloutPool:
         *,
         has_gpus: bool,
         actors: Actors | None = None,
-        placement: Any = None,
+        placement: Places | None = None,
     ) -> Self:
         """Start all engines side by side.
 
         Args:
-            placement: a placement group with a bundle for each engine, where it shares a GPU.
+            placement: a place for each engine, where it shares a GPU.
 
         Raises:
             WorkerError: an engine does not start; the message shows the end of its log.

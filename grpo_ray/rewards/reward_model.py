@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -35,8 +36,9 @@ def reward_model(
     """The score of prompt and completion by a sequence classifier with one label, `grpo-ray reward-model`'s or another.
 
     A conversation gets the chat template of the model's own tokenizer, as in its training; a text is taken as it is. The model is
-    loaded once in each scoring process, on its GPU if it has one: use `workers` of its own, which call it with many samples
-    at once. `batch_tokens` are those of one forward pass, padding included; `num_threads` is for CPUs.
+    loaded once in each scoring process, on its GPU if Ray gave it one (`workers.num_gpus`), else on CPUs: use `workers` of its own,
+    which call it with many samples at once. `batch_tokens` are those of one forward pass, padding included; `num_threads` is for
+    CPUs.
 
     With `url` vLLM computes it: `vllm serve PATH --runner pooling` on any machine; only its tokenizer is read here.
 
@@ -121,8 +123,18 @@ class _Here:
         import torch
         from transformers import AutoModelForSequenceClassification
 
+        from grpo_ray.models.attention import use_attention_without_plans
+        from grpo_ray.models.cuda import driver_version, why_no_cuda
+
         torch.set_num_threads(num_threads)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        reason = why_no_cuda()
+        # A variable may be left over where there is no driver.
+        if reason is not None and os.environ.get("CUDA_VISIBLE_DEVICES") and driver_version() is not None:
+            raise RewardError(
+                f"reward 'reward_model': its process was given a GPU, and {reason}; or set workers.num_gpus to 0"
+            )
+        self._device = torch.device("cpu" if reason is not None else "cuda")
+        use_attention_without_plans()
         with _told(path):
             self._model: Any = AutoModelForSequenceClassification.from_pretrained(
                 path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
