@@ -293,11 +293,7 @@ class RolloutActor:
         await self.engine.is_paused()
 
     async def load_staged(self, version: int, checksum: str) -> None:
-        """Take the staged weights into use as `version`; the engine is paused.
-
-        Raises:
-            Exception: the checksum of what is staged is not the sender's.
-        """
+        """Take the staged weights into use as `version`; the engine is paused. An exception: their checksum is not the sender's."""
         await self.start_weight_update()
         await self.update_weights({"checksum": checksum})
         await self._use(version)

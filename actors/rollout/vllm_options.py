@@ -79,7 +79,7 @@ def engine_args(
         # default block of 128 tokens would keep shorter prompts out of the prefix cache.
         device = {
             "enable_chunked_prefill": False,
-            "max_num_batched_tokens": _tokens_at_once_on_cpu(config, max_model_len),
+            "max_num_batched_tokens": tokens_at_once_on_cpu(config, max_model_len),
             "block_size": 32,
         }
     else:
@@ -106,7 +106,7 @@ def engine_args(
         kv_cache_memory_bytes=None if kv_cache_gb is None else int(kv_cache_gb * 2**30),
         kv_cache_dtype=config.kv_cache_dtype,
         quantization=config.quantization,
-        speculative_config=_speculative(config),
+        speculative_config=speculative_config(config),
         gpu_memory_utilization=config.gpu_memory_utilization,
         enforce_eager=on_cpu if config.enforce_eager is None else config.enforce_eager,
         logprobs_mode="processed_logprobs",
@@ -127,7 +127,8 @@ def tokens_at_once_on_gpu(config: RolloutConfig, memory: int) -> int:
     return config.max_num_batched_tokens or max(usual, config.max_num_seqs)
 
 
-def _tokens_at_once_on_cpu(config: RolloutConfig, max_model_len: int) -> int:
+def tokens_at_once_on_cpu(config: RolloutConfig, max_model_len: int) -> int:
+    """The tokens of one step of an engine on CPUs. Raises ConfigError if as many as are asked for hold no whole sample."""
     least = max(max_model_len, config.max_num_seqs)
     asked = config.max_num_batched_tokens or max(CPU_BATCHED_TOKENS, least)
     if asked < least:
@@ -138,7 +139,7 @@ def _tokens_at_once_on_cpu(config: RolloutConfig, max_model_len: int) -> int:
     return asked
 
 
-def _speculative(config: RolloutConfig) -> dict[str, Any] | None:
+def speculative_config(config: RolloutConfig) -> dict[str, Any] | None:
     """vLLM's `speculative_config`. Its weight transfers reach the model alone, never the draft."""
     asked = config.speculative
     if asked is None:

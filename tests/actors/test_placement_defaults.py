@@ -9,14 +9,12 @@ import pytest
 import yaml
 
 from actors.placement_defaults import CHOSEN, Machine, Node, fit_to, open_options, too_small, used, would_fit
-from actors.rollout.vllm_options import tokens_at_once_on_gpu
 from grpo_ray.config.loading import build, load_yaml, to_yaml
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from launch.run.placement import SEQS, fit_to_large_gpus, open_yaml
 from tests.recipes import run_config
 
-BATCHED = "rollout.max_num_batched_tokens=4096"
 ONE_CORE = Machine((Node(1),))
 TWO_CORES = Machine((Node(2),))
 LAPTOP = Machine((Node(8),))
@@ -272,13 +270,3 @@ def test_engines_of_large_gpus_sample_more_at_once_where_the_recipe_leaves_it_op
         assert chosen == {}
     assert "max_num_seqs" not in yaml.safe_load(open_yaml(run_config()))["rollout"]
     assert yaml.safe_load(open_yaml(run_config("rollout.max_num_seqs=99")))["rollout"]["max_num_seqs"] == 99
-
-
-@pytest.mark.parametrize(
-    ("gpu_gb", "overrides", "expected"),
-    [(141, (), 16384), (24, (), 8192), (24, ("rollout.max_num_seqs=9000",), 9000), (141, (BATCHED,), 4096)],
-)
-def test_a_step_of_an_engine_is_as_large_as_its_gpu_allows(
-    gpu_gb: int, overrides: tuple[str, ...], expected: int
-) -> None:
-    assert tokens_at_once_on_gpu(run_config(*overrides).rollout, gpu_gb << 30) == expected
