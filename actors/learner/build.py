@@ -28,7 +28,7 @@ from grpo_ray.models.compiled import compile_layers
 from grpo_ray.models.dropout import without_dropout
 from grpo_ray.models.linear import use_faster_products
 from grpo_ray.models.lora import inject
-from grpo_ray.models.memory import chunk_rows
+from grpo_ray.models.memory.estimate import chunk_rows
 from grpo_ray.models.policy import PolicyModel
 from grpo_ray.models.reward import RewardModel
 from grpo_ray.models.trainable import MAKING, why_not

@@ -10,7 +10,7 @@ from grpo_ray.config.rollout import RolloutConfig, check_without_gpus
 from grpo_ray.errors import ConfigError
 from grpo_ray.loop.stops import Stops
 from grpo_ray.machine import total_memory
-from grpo_ray.models.kv_cache import DEFAULT_GB, check_kv_cache
+from grpo_ray.models.memory.kv_cache import DEFAULT_GB, check_kv_cache
 from grpo_ray.types import SampleRequest
 
 if TYPE_CHECKING:

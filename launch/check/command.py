@@ -23,10 +23,10 @@ from grpo_ray.data.epochs import describe
 from grpo_ray.data.thinking import opens_thinking
 from grpo_ray.errors import GrpoRayError
 from grpo_ray.loop.stops import describe_end, find_stops, template_end
-from grpo_ray.models.kv_cache import check_one_sample
 from grpo_ray.models.loading import check_ids, context_length, vocab_size
-from grpo_ray.models.memory import BF16, FP32, facts_of, gib, learner_memory
-from grpo_ray.models.memory_fit import parts_of
+from grpo_ray.models.memory.estimate import BF16, FP32, facts_of, gib, learner_memory
+from grpo_ray.models.memory.fit import parts_of
+from grpo_ray.models.memory.kv_cache import check_one_sample
 from grpo_ray.rewards.table import BUILTINS, described
 from grpo_ray.run.checkpoint_store import Store, is_url
 from grpo_ray.run.run_dir import RunDir

@@ -11,8 +11,8 @@ from actors.placement_defaults import Machine, Node
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError, ResourceError
-from grpo_ray.models.gpu_fit import GPUS_OF_NODE, cache_of, host_memory, needs
-from grpo_ray.models.memory import ModelFacts, facts_of, gib, known_facts
+from grpo_ray.models.memory.estimate import ModelFacts, facts_of, gib, known_facts
+from grpo_ray.models.memory.gpu_fit import GPUS_OF_NODE, cache_of, host_memory, needs
 from grpo_ray.pipeline.plan import Plan, Stage
 from launch.check.model import ModelFiles, num_params_of
 from launch.pipeline.stages import load_plan

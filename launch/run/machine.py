@@ -14,7 +14,7 @@ from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError, ResourceError, first_line
 from grpo_ray.machine import total_memory
-from grpo_ray.models.kv_cache import check_gpu_shares, check_kv_cache
+from grpo_ray.models.memory.kv_cache import check_gpu_shares, check_kv_cache
 from grpo_ray.run.checkpoint_store import is_url
 from grpo_ray.secrets import REFERENCE
 from grpo_ray.telemetry.tracking import check_packages

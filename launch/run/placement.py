@@ -14,9 +14,9 @@ from grpo_ray.config.supervised import SftConfig
 from grpo_ray.config.yaml import dump_yaml
 from grpo_ray.errors import ResourceError
 from grpo_ray.machine import free_memory, usable_cpus
-from grpo_ray.models.gpu_fit import fit_micro_batch, needs, proposal
-from grpo_ray.models.memory import ModelFacts, known_facts
-from grpo_ray.models.memory_fit import MARGIN, fit_memory, too_large, unfitted_micro_batch
+from grpo_ray.models.memory.estimate import ModelFacts, known_facts
+from grpo_ray.models.memory.fit import MARGIN, fit_memory, too_large, unfitted_micro_batch
+from grpo_ray.models.memory.gpu_fit import fit_micro_batch, needs, proposal
 from launch.console import plain_console
 from launch.run.gpus import smallest
 

@@ -57,7 +57,7 @@ def _long_prompts(group_size: int) -> dict[str, float]:
 
 def chunked_logprobs() -> dict[str, float]:
     """Log-probabilities and their gradient, 4,096 tokens, vocabulary 151,936, hidden 896, as the learner does it."""
-    from grpo_ray.models.memory import chunk_rows
+    from grpo_ray.models.memory.estimate import chunk_rows
 
     return _logprob_memory(chunk_rows(VOCAB, on_gpu=False))
 

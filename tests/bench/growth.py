@@ -55,7 +55,7 @@ def measure(row: Row) -> dict[str, float]:
 
     from grpo_ray.config.model import TinyModelConfig
     from grpo_ray.models.flops import forward_flops, model_shape
-    from grpo_ray.models.memory import chunk_rows
+    from grpo_ray.models.memory.estimate import chunk_rows
     from grpo_ray.models.tiny import build_tiny_model
     from tests.bench.passes import packed_pass, policy
 

@@ -88,7 +88,7 @@ def _engine_step(task: str, model: str, *, alike: bool) -> Callable[[slice], int
 
 
 def _packed(task: str, model: str) -> Callable[[slice], int]:
-    from grpo_ray.models.memory import chunk_rows
+    from grpo_ray.models.memory.estimate import chunk_rows
     from tests.bench.passes import packed_pass, policy
 
     ours = policy(model, chunk=1)

@@ -15,7 +15,7 @@ from grpo_ray.config.presets import PRESETS
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import DpoConfig, RewardModelConfig, SftConfig
 from grpo_ray.errors import ConfigError
-from grpo_ray.models.memory_fit import unfitted_micro_batch
+from grpo_ray.models.memory.fit import unfitted_micro_batch
 from tests.recipes import RL
 
 MINIMAL: dict[str, Any] = {

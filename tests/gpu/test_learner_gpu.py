@@ -55,16 +55,16 @@ def test_one_kernel_for_all_sequences_equals_one_attention_per_length(window: in
     """Output and gradients, against the same in fp32, for which there is one attention per length."""
     torch.manual_seed(0)
     lengths = [300, 77, 513, 40, 2]
-    sequences = [(0, 1), (0, 2), (3,), (0,), (0, 4)] if shared else [(k,) for k in range(5)]
+    sequences: list[tuple[int, ...]] = [(0, 1), (0, 2), (3,), (0,), (0, 4)] if shared else [(k,) for k in range(5)]
     layout = attention_kwargs(lengths, sequences, PACKED, torch.device("cuda"))["packed_layout"]
     halves = [torch.randn(1, heads, sum(lengths), 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2)]
     upstream = torch.randn(1, sum(lengths), 8, 64, device="cuda")
     assert has_kernel(halves[0], 0.0)
     results = []
     for inputs in (halves, [x.float() for x in halves]):
-        inputs = [x.requires_grad_() for x in inputs]
-        out, _ = packed_attention(nn.Module(), *inputs, None, packed_layout=layout, sliding_window=window)
-        results.append([out, *torch.autograd.grad(out, inputs, upstream.to(out.dtype))])
+        q, k, v = (x.requires_grad_() for x in inputs)
+        out, _ = packed_attention(nn.Module(), q, k, v, None, packed_layout=layout, sliding_window=window)
+        results.append([out, *torch.autograd.grad(out, [q, k, v], upstream.to(out.dtype))])
     for got, want in zip(*results, strict=True):
         assert (got.float() - want).norm() < 0.01 * want.norm()
 

@@ -10,7 +10,8 @@ from actors.placement_defaults import Machine, Node
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError
-from grpo_ray.models.gpu_fit import (
+from grpo_ray.models.memory.estimate import GIB, ModelFacts, chunk_rows, learner_memory
+from grpo_ray.models.memory.gpu_fit import (
     ASLEEP,
     CONTEXT,
     cache_of,
@@ -21,7 +22,6 @@ from grpo_ray.models.gpu_fit import (
     needs,
     proposal,
 )
-from grpo_ray.models.memory import GIB, ModelFacts, chunk_rows, learner_memory
 from launch.check.gpu import named_gpus
 from launch.pipeline.stages import load_plan
 from launch.run.gpus import named_gpu, parse_gpus, smallest

@@ -15,7 +15,7 @@ from grpo_ray.config.model import ModelConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.models.loading import load_config
-from grpo_ray.models.memory import (
+from grpo_ray.models.memory.estimate import (
     GIB,
     LEARNER_BASE,
     ModelFacts,
@@ -25,7 +25,7 @@ from grpo_ray.models.memory import (
     known_facts,
     learner_memory,
 )
-from grpo_ray.models.memory_fit import fit_memory, fits, parts_of, too_large
+from grpo_ray.models.memory.fit import fit_memory, fits, parts_of, too_large
 from grpo_ray.models.tiny import tiny_config
 from grpo_ray.models.trainable import skeleton
 from tests.recipes import run_config

@@ -55,9 +55,7 @@ class Worker:
 
 @pytest.mark.parametrize(("num_gpus", "count"), [(0, 0), (0.5, 1), (1, 1), (2, 2)])
 @pytest.mark.usefixtures("ray_with_gpus")
-def test_an_actor_sees_the_gpus_that_ray_gave_it_and_no_others(
-    tmp_path: Path, num_gpus: float, count: int
-) -> None:
+def test_an_actor_sees_the_gpus_that_ray_gave_it_and_no_others(tmp_path: Path, num_gpus: float, count: int) -> None:
     worker = RayActors().start(Worker, str(tmp_path), num_cpus=0, num_gpus=num_gpus)
     own, child = ray.get(worker.sees.remote(), timeout=120)
     assert own == child
@@ -73,9 +71,7 @@ class RewardSpy(RewardActor):
 @pytest.mark.parametrize("name", ["exact_match", "reward_model"])
 @pytest.mark.parametrize("num_gpus", [0, 1])
 @pytest.mark.usefixtures("ray_with_gpus")
-def test_a_scoring_process_sees_no_gpu_that_its_worker_was_not_given(
-    tmp_path: Path, name: str, num_gpus: int
-) -> None:
+def test_a_scoring_process_sees_no_gpu_that_its_worker_was_not_given(tmp_path: Path, name: str, num_gpus: int) -> None:
     """A reward that needs nothing of the host has an environment of its own, in which all would be visible."""
     function = {"name": name, "args": {"path": "a/b"}} if name == "reward_model" else {"name": name}
     config = RewardConfig.model_validate({"functions": [function], "num_gpus": num_gpus})
@@ -87,9 +83,7 @@ def test_a_scoring_process_sees_no_gpu_that_its_worker_was_not_given(
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="a torch built for CUDA")
 @pytest.mark.usefixtures("ray_with_gpus")
-def test_learners_on_gpus_refuse_a_torch_without_cuda_by_name(
-    tiny_model: Path, tmp_path: Path
-) -> None:
+def test_learners_on_gpus_refuse_a_torch_without_cuda_by_name(tiny_model: Path, tmp_path: Path) -> None:
     from actors.learner.group import LearnerGroup
 
     config = make_config(tiny_model, ranks=1, stage=2)
@@ -99,9 +93,7 @@ def test_learners_on_gpus_refuse_a_torch_without_cuda_by_name(
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="a torch built for CUDA")
 @pytest.mark.usefixtures("ray_with_gpus")
-def test_an_engine_on_a_gpu_refuses_a_torch_without_cuda_by_name(
-    tiny_model: Path, tmp_path: Path
-) -> None:
+def test_an_engine_on_a_gpu_refuses_a_torch_without_cuda_by_name(tiny_model: Path, tmp_path: Path) -> None:
     from actors.rollout.actor import RolloutActor
     from grpo_ray.config.rollout import RolloutConfig
 

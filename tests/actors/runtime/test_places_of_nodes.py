@@ -71,4 +71,6 @@ def test_places_are_on_nodes_with_the_labels_or_are_told_to_be_missing() -> None
     with pytest.raises(DeadlineError, match=r"no room for the learners within 0\.5 s, 2 x .*'slot': 1.*'number': '2'"):
         asyncio.run(reserve_ranks(learner, 0, 0.5))
     places.remove()
-    asyncio.run(reserve_ranks(learner, 0, LIMIT_S)).remove()
+    again = asyncio.run(reserve_ranks(learner, 0, LIMIT_S))
+    assert again is not None
+    again.remove()

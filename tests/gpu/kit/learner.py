@@ -13,7 +13,7 @@ from grpo_ray.config.model import ModelConfig
 from grpo_ray.models.attention import choose_attention
 from grpo_ray.models.compiled import compile_layers
 from grpo_ray.models.flops import model_shape, peak_flops, train_flops
-from grpo_ray.models.memory import chunk_rows
+from grpo_ray.models.memory.estimate import chunk_rows
 from grpo_ray.models.policy import PolicyModel
 from tests.gpu.kit.figures import DEVICE, ON_GPU, model_folder, note, noting, seconds_of
 

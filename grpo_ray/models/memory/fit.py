@@ -9,8 +9,7 @@ from typing import TypeVar, cast
 from grpo_ray.config.learner import LearnerConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import DpoConfig, RewardModelConfig, SftConfig
-from grpo_ray.models.kv_cache import DEFAULT_GB
-from grpo_ray.models.memory import (
+from grpo_ray.models.memory.estimate import (
     CONTROLLER_BASE,
     RAY_BASE,
     REWARD_BASE,
@@ -20,6 +19,7 @@ from grpo_ray.models.memory import (
     learner_memory,
     weight_bytes,
 )
+from grpo_ray.models.memory.kv_cache import DEFAULT_GB
 
 Config = TypeVar("Config", bound=RunConfig | SftConfig)
 MARGIN = 0.1

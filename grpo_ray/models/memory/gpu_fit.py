@@ -8,8 +8,8 @@ from typing import Any, TypeVar, cast
 
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
-from grpo_ray.models.memory import BF16, FP32, GIB, ModelFacts, gib, learner_memory, weight_bytes
-from grpo_ray.models.memory_fit import MARGIN, micro_batches, shortest, with_tokens
+from grpo_ray.models.memory.estimate import BF16, FP32, GIB, ModelFacts, gib, learner_memory, weight_bytes
+from grpo_ray.models.memory.fit import MARGIN, micro_batches, shortest, with_tokens
 
 Config = TypeVar("Config", bound=RunConfig | SftConfig)
 CONTEXT = int(1.0 * GIB)
