@@ -115,12 +115,13 @@ def _watch(children: list[subprocess.Popen[str]], model: int) -> Measured:
     thread.start()
     try:
         started = time.monotonic()
-        for child in children:
-            assert child.stdin is not None
-            child.stdin.write("go\n")
-            child.stdin.flush()
+        _go_on(children)
         _all_say(children, "loaded")
-        seconds, number = time.monotonic() - started, len(samples)
+        seconds = time.monotonic() - started
+        # They wait, so that this is seen however busy the machine is.
+        samples.append(_memory(pids))
+        number = len(samples)
+        _go_on(children)
         digests = _all_say(children, "built")
     finally:
         done.set()
@@ -131,6 +132,13 @@ def _watch(children: list[subprocess.Popen[str]], model: int) -> Measured:
         return Memory(largest.own - base.own, max(m.files for m in found) - base.files)
 
     return Measured(model, peak(samples[:number]), peak(samples), seconds, "-".join(digests))
+
+
+def _go_on(children: list[subprocess.Popen[str]]) -> None:
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("go\n")
+        child.stdin.flush()
 
 
 def _all_say(children: list[subprocess.Popen[str]], word: str) -> list[str]:
@@ -187,6 +195,7 @@ def be_rank(folder: str, way: str, dtype: str, stage: int, meeting: str) -> None
         hf = load(*args, **kwargs)
         dist.barrier()
         print("loaded", flush=True)
+        sys.stdin.readline()
         return hf
 
     build.load_hf = told
