@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
-def on_device(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
     """The array as a tensor there. A GPU copies it from pinned memory, while the host goes on; a CPU shares its memory."""
     tensor = torch.from_numpy(array)
     if device.type != "cuda":
