@@ -35,9 +35,13 @@ def named_gpus(text: str, config: RunConfig | SftConfig) -> Gpus:
     """The GPUs that a user names, by default as many as the config asks for, on nodes of up to eight.
 
     Raises:
-        ConfigError: no GPU has that name.
+        ConfigError: no GPU has that name, or it can't compute in the model's dtype.
     """
     number, gpu = parse_gpus(text)
+    if config.model.dtype == "bfloat16" and not gpu.has_bf16:
+        raise ConfigError(
+            f"a {gpu.name} has no bfloat16, which model.dtype is; set model.dtype=float32, or take another GPU"
+        )
     if number is None:
         number = max(1, ceil(sum(d.num_actors * d.each.get("GPU", 0.0) for d in demands(config, gpus=True))))
     sizes = [min(GPUS_OF_NODE, number - start) for start in range(0, number, GPUS_OF_NODE)]

@@ -49,6 +49,8 @@ _ALIASES = {
     "h100-80gb": "h100",
     "v100-16gb": "v100",
 }
+_WITHOUT_BF16 = {"t4", "v100", "v100-32gb"}
+"""GPUs before Ampere."""
 _SOLD = 0.99
 """The part of the memory by which a GPU is sold that programs can have."""
 _NUMBER = re.compile(r"(\d+)\s*x\s*(.+)", re.IGNORECASE)
@@ -60,6 +62,10 @@ class Gpu:
     name: str
     memory: int
     """Bytes."""
+
+    @property
+    def has_bf16(self) -> bool:
+        return self.name not in _WITHOUT_BF16
 
 
 def parse_gpus(text: str) -> tuple[int | None, Gpu]:

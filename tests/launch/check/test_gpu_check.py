@@ -108,3 +108,9 @@ def test_a_pipeline_whose_models_are_not_here_says_so() -> None:
 def test_unknown_gpus_are_refused(recipe: str) -> None:
     with pytest.raises(ConfigError, match="did you mean h100"):
         check_recipe(recipe, [], gpu="h1000")
+
+
+@pytest.mark.parametrize("gpu", ["t4", "8xv100", "V100-32GB"])
+def test_a_gpu_without_bfloat16_is_refused_for_a_model_in_it(recipe: str, gpu: str) -> None:
+    with pytest.raises(ConfigError, match=r"has no bfloat16.*model\.dtype=float32"):
+        check_recipe(recipe, [], gpu=gpu)
