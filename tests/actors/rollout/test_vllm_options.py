@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 
-from actors.rollout.vllm_options import speculative_config, tokens_at_once_on_cpu, tokens_at_once_on_gpu
+from actors.rollout.vllm_options import (
+    rollout_env,
+    speculative_config,
+    tokens_at_once_on_cpu,
+    tokens_at_once_on_gpu,
+)
 from grpo_ray.config.rollout import RolloutConfig
 from grpo_ray.errors import ConfigError
 
@@ -44,3 +49,10 @@ def test_a_step_on_a_cpu_holds_the_longest_sample() -> None:
 )
 def test_a_draft_is_told_in_vllms_words(asked: dict[str, Any] | None, expected: dict[str, Any] | None) -> None:
     assert speculative_config(RolloutConfig.model_validate({"speculative": asked})) == expected
+
+
+def test_an_engine_on_a_gpu_imports_no_flashinfer_unless_its_recipe_says_so() -> None:
+    name = "VLLM_USE_FLASHINFER_SAMPLER"
+    assert rollout_env(RolloutConfig(), on_gpu=True, backend="nccl")[name] == "0"
+    assert name not in rollout_env(RolloutConfig(), on_gpu=False, backend="gloo")
+    assert rollout_env(RolloutConfig(env={name: "1"}), on_gpu=True, backend="nccl")[name] == "1"
