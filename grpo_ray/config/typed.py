@@ -137,9 +137,11 @@ def _list(members: list[Any], value: Any, problems: Problems, key: str) -> list[
 
 def _scalar(members: list[Any], value: Any, problems: Problems, key: str) -> Any:
     kinds = {m for m in members if isinstance(m, type)}
-    for member in members:
-        if get_origin(member) is Literal:
-            kinds |= {type(choice) for choice in get_args(member)}
+    choices = {choice for member in members if get_origin(member) is Literal for choice in get_args(member)}
+    if isinstance(value, str) and value in choices:
+        return str(value)
+    # Beside true and false, or numbers, a word that may be chosen makes no text of other values.
+    kinds = kinds if kinds & {int, float, bool} else kinds | {type(choice) for choice in choices}
     number = bool(kinds & {int, float})
     if isinstance(value, IntText | FloatText):
         if str in kinds and not number:

@@ -15,7 +15,6 @@ from grpo_ray.models.memory.estimate import ModelFacts, facts_of, gib, known_fac
 from grpo_ray.models.memory.gpu_fit import GPUS_OF_NODE, cache_of, host_memory, needs
 from grpo_ray.pipeline.plan import Plan, Stage
 from launch.check.model import ModelFiles, num_params_of
-from launch.pipeline.stages import load_plan
 from launch.run.gpus import parse_gpus
 from launch.run.placement import fitted, would_fit_gpus
 
@@ -87,6 +86,8 @@ def stage_rows(recipe: str, overrides: list[str], gpu: str) -> Iterator[tuple[st
         ConfigError: no GPU has that name.
         ResourceError: a stage does not fit; with overrides of its config with which it would.
     """
+    from launch.pipeline.stages import load_plan
+
     plan = load_plan(recipe, overrides, imports=False)
     made: dict[str, ModelFacts | None] = {}
     for stage in plan.stages:

@@ -55,7 +55,7 @@ def test_the_plan_is_for_the_gpus_that_are_named(recipe: str, capsys: pytest.Cap
     assert "8 x h100 (128 CPUs, 8 GPUs): 8 rollout x (1 CPU, 0.5 GPU)" in out
     assert "of 79.65 GiB" in out
     assert "104.7 samples of full length (9,216 tokens of 57,344 bytes)" in out
-    assert "rollout.max_num_seqs is 256, and the cache holds 105 samples" in out
+    assert "rollout.max_num_seqs is 1024, and the cache holds 105 samples" in out
     assert "on a node of 8 GPUs" in out
     assert "model.gradient_checkpointing=true" in out
 
