@@ -1,4 +1,4 @@
-"""Config -> DeepSpeed engine: its settings, the model, the optimizer and the schedule. No update happens here."""
+"""Config -> DeepSpeed engine: its settings and the model. No update happens here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from actors.learner.deepspeed_schema import check_deepspeed
-from actors.learner.shards import Skeleton, exact_buffers, exact_pieces, stored_dtype
+from actors.learner.optimizer import adamw, make_schedule
+from actors.learner.shards import Skeleton, exact_buffers, exact_pieces, own_piece, stored_dtype
 from actors.learner.zero_state import set_masters
 from grpo_ray.algorithm.objectives import GrpoObjective, Objective, SftObjective
 from grpo_ray.algorithm.objectives_pairs import DpoObjective, RewardModelObjective
@@ -103,10 +104,9 @@ def deepspeed_config(model: ModelConfig, learner: LearnerConfig, device: torch.d
         ConfigError: DeepSpeed has no option of `learner.deepspeed`.
     """
     check_deepspeed(learner)
-    # Beside computation only from stage 2 on: DeepSpeed refuses it at stage 1 for passes whose number it does not know. On CPUs
-    # there is nothing to overlap with.
-    overlap = device.type == "cuda" and learner.zero_stage >= 2
-    zero: dict[str, Any] = {"stage": learner.zero_stage, "overlap_comm": overlap}
+    # At stage 1 DeepSpeed refuses it for passes whose number it does not know; on CPUs there is nothing to overlap with.
+    zero: dict[str, Any] = {"stage": learner.zero_stage}
+    zero["overlap_comm"] = device.type == "cuda" and learner.zero_stage >= 2
     if learner.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if learner.offload_params:
@@ -125,16 +125,15 @@ def deepspeed_config(model: ModelConfig, learner: LearnerConfig, device: torch.d
     if model.dtype == "bfloat16":
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    passed = dict(learner.deepspeed)
-    zero |= passed.pop("zero_optimization", {})
-    return config | passed
+    zero |= learner.deepspeed.get("zero_optimization", {})
+    return config | learner.deepspeed | {"zero_optimization": zero}
 
 
 def build_engine(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks) -> Any:
     """The policy in a DeepSpeed engine, with fp32 master weights that hold the checkpoint exactly."""
     make = _reward_model if spec.is_reward_model else partial(_policy, trained=True)
     policy = make(spec, device, ranks).train()
-    optimizer = _adamw(policy, spec.learner, spec.learner.learning_rate)
+    optimizer = adamw(policy, spec.learner, spec.learner.learning_rate)
     return _initialize(
         spec, device, policy, optimizer, make_schedule(optimizer, spec.learner, spec.num_optimizer_steps)
     )
@@ -146,19 +145,9 @@ def build_critic(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks) 
 
     whole = replace(spec, model=spec.model.model_copy(update={"lora": None}))
     critic = ValueModel(load_hf(whole, device, ranks, trained=True), ranks).train()
-    optimizer = _adamw(critic, spec.learner, spec.critic.learning_rate)
+    optimizer = adamw(critic, spec.learner, spec.critic.learning_rate)
     schedule = get_constant_schedule_with_warmup(optimizer, spec.critic.warmup_steps)
     return _initialize(spec, device, critic, optimizer, schedule)
-
-
-def _adamw(model: nn.Module, learner: LearnerConfig, learning_rate: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        parameter_groups(model, learner.weight_decay),
-        lr=learning_rate,
-        betas=learner.adam_betas,
-        eps=learner.adam_eps,
-        fused=True,
-    )
 
 
 def _initialize(
@@ -176,8 +165,11 @@ def _initialize(
         dist_init_required=False,
     )
     # DeepSpeed makes the masters from the weights that it has just rounded to bf16.
-    for param, value in exact.items():
-        deepspeed.utils.safe_set_full_fp32_param(param, value.to(device))
+    for name, param in engine.module.named_parameters():
+        if param in exact and hasattr(param, "ds_id"):
+            pieces[name] = own_piece(param, exact[param])
+        elif param in exact:
+            deepspeed.utils.safe_set_full_fp32_param(param, exact[param].to(device))
     set_masters(engine, pieces)
     if spec.learner.zero_stage == 0:
         engine.clip_fp32_gradients = partial(_clip_at_stage_0, engine, spec.learner.max_grad_norm)
@@ -366,35 +358,3 @@ def can_share_prompts(spec: LearnerSpec, hf: Any) -> bool:
     learner = spec.learner
     packed = learner.packing and hf.config._attn_implementation == PACKED
     return learner.share_prompts and packed and learner.sequence_parallel_size == 1
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameter groups: matrices with weight decay; norms and biases without."""
-    params: list[Any] = [p for p in model.parameters() if p.requires_grad]
-    if weight_decay == 0:
-        return [{"params": params, "weight_decay": 0.0}]
-    matrices = {p: len(getattr(p, "ds_shape", p.shape)) >= 2 for p in params}
-    groups = [([p for p in params if matrices[p] is kind], d) for kind, d in ((True, weight_decay), (False, 0.0))]
-    return [{"params": members, "weight_decay": decay} for members, decay in groups if members]
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, learner: LearnerConfig, num_steps: int | None) -> Any:
-    """The learning-rate schedule over optimizer steps.
-
-    Raises:
-        ConfigError: the schedule has an end, and the number of steps is unknown.
-    """
-    from transformers import get_scheduler
-
-    kind = learner.lr_scheduler_type
-    if kind != "constant" and num_steps is None:
-        raise ConfigError(f"learner.lr_scheduler_type {kind} needs to know its end: give num_steps")
-    if kind == "constant" and learner.warmup_steps:
-        return get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=learner.warmup_steps)
-    return get_scheduler(
-        kind,
-        optimizer,
-        num_warmup_steps=learner.warmup_steps,
-        num_training_steps=num_steps,
-        scheduler_specific_kwargs={"min_lr_rate": learner.min_lr_ratio} if kind == "cosine_with_min_lr" else None,
-    )

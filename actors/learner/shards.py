@@ -109,6 +109,13 @@ def exact_pieces(model: nn.Module) -> dict[str, Tensor]:
     return {name: param.__dict__.pop(_EXACT) for name, param in model.named_parameters() if _EXACT in param.__dict__}
 
 
+def own_piece(param: Any, whole: Tensor) -> Tensor:
+    """Of all values of a parameter, those of this rank's partition. DeepSpeed's own way to set a master at ZeRO-3 takes only
+    parameters that the ranks divide evenly."""
+    start = dist.get_rank() * int(param.ds_tensor.ds_numel)
+    return whole.reshape(-1)[start : start + _own(param)]
+
+
 def stored_dtype(path: str) -> torch.dtype:
     """The dtype of all tensors of a checkpoint, to read it in without rounding; fp32 where they differ or are not known."""
     files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else _cached(path)
