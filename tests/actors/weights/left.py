@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from vllm import _custom_ops
 from vllm.distributed.weight_transfer import packed_tensor
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -62,6 +63,9 @@ def main(model: str, other: str, stop: str) -> None:
     cuda: Any = torch.cuda
     cuda.stream = lambda _: nullcontext()
     torch.accelerator.current_device_index = lambda: 0
+    # On CPUs vLLM computes with a copy of the weights that its layerwise reload never makes again; on GPUs there is none.
+    kernels: Any = _custom_ops
+    kernels._supports_onednn = False
     config = RolloutConfig(max_completion_length=32, max_num_seqs=8, kv_cache_gb=0.05)
     engine = LLMEngine.from_engine_args(engine_args(config, model, "float32", 128, 1, "nccl", trust_remote_code=False))
     weights = load_file(Path(other) / "model.safetensors")
