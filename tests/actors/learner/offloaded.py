@@ -112,7 +112,8 @@ class Learner:
         params, digest = list(self.engine.module.parameters()), hashlib.sha256()
         with deepspeed.zero.GatheredParameters(params, enabled=hasattr(params[0], "ds_id")):
             for param in params:
-                digest.update(param.detach().float().numpy().tobytes())
+                # A copy: a storage that numpy has seen can't shrink any more.
+                digest.update(param.detach().float().clone().numpy().tobytes())
         return digest.hexdigest()
 
 
