@@ -4,8 +4,8 @@
     rank 0       reads the files, in the dtype that they are in
     fill         parameter by parameter: DeepSpeed's partition of it is allocated, rank 0 scatters its values
 
-So a node's host memory is that of the model once, in rank 0's process, however many ranks it has; each parameter is released there
-once it is scattered. Values that the compute dtype rounds are kept by each rank for its own partition, for the fp32 masters.
+So a node's host memory is that of the model once and its largest weight, however many ranks it has; each parameter is released
+there once it is scattered. Values that the compute dtype rounds are kept by each rank for its own partition, for the fp32 masters.
 """
 
 from __future__ import annotations

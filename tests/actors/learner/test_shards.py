@@ -71,12 +71,13 @@ def test_steps_of_a_model_loaded_shard_by_shard_are_those_of_one_loaded_whole(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_ranks_take_a_fifth_more_than_the_model_while_they_load_it(tmp_path: Path) -> None:
+def test_ranks_take_the_model_and_its_largest_weight_while_they_load_it(tmp_path: Path) -> None:
     shape = {"hidden_size": 512, "num_layers": 16, "num_heads": 8, "num_kv_heads": 8, "vocab_size": 65_536}
     folder = make_model(tmp_path / "model", "bfloat16", **shape)
+    largest = 65_536 * 512 * 2
     found = {ranks: measure(folder, "shards", ranks=ranks, dtype="bfloat16") for ranks in (2, 4)}
     for ranks, m in found.items():
-        assert m.loading.own <= 1.2 * m.model, (ranks, m)
+        assert m.loading.own <= 1.2 * m.model + largest, (ranks, m)
 
 
 def test_a_checkpoint_is_read_in_its_own_dtype_if_it_has_one(tmp_path: Path) -> None:
