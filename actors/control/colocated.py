@@ -169,12 +169,12 @@ class ColocatedWeights:
     """A `roles.WeightSync` between a learner's turn and an engines' turn. A restarted engine gets its weights in a turn of its
     own, when the others have finished what they sample."""
 
+    TRIES = 3
+
     def __init__(self, weights: StaleSync, sampler: SleepingSampler, turns: Turns) -> None:
         self._weights = weights
         self._turns = turns
         sampler.on_stale = self._sync_stale
-
-    TRIES = 3
 
     async def sync(self, version: int) -> SyncReport:
         """As of the weight sync inside; where no engine is left to send to, it begins again with one that has restarted."""

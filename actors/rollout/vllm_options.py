@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from actors.rollout.adapters import AdapterOptions, lora_args
 from actors.rollout.vllm_schema import check_engine
-from grpo_ray.config.rollout import RolloutConfig, check_without_gpus
+from grpo_ray.config.rollout import LARGE_GPU_BYTES, RolloutConfig, check_without_gpus
 from grpo_ray.errors import ConfigError
 from grpo_ray.loop.stops import Stops
 from grpo_ray.machine import total_memory
@@ -22,8 +22,6 @@ GPU_BATCHED_TOKENS = 8192
 LARGE_GPU_BATCHED_TOKENS = 16384
 NGRAM = 3
 """The tokens of a text that has to be repeated, for its continuation to be proposed."""
-LARGE_GPU_BYTES = 70 << 30
-"""What an 80 GB GPU has at least."""
 
 
 def rollout_env(config: RolloutConfig, *, on_gpu: bool, backend: str) -> dict[str, str]:

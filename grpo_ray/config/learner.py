@@ -140,7 +140,7 @@ class LearnerConfig(Strict):
     step needs its whole batch first (several mini-batches or iterations, a critic, a standard deviation of the batch)."""
     logprob_chunk_tokens: PositiveInt | None = None
     """The number of rows of logits that exist at once. None: as many as fit 64 MiB in fp32, on a GPU a sixteenth of its memory:
-    see `grpo_ray.models.memory.chunk_rows`."""
+    see `grpo_ray.models.memory.estimate.chunk_rows`."""
     max_restarts: NonNegInt = 3
     """How often learner ranks that died or hung are restarted from the newest checkpoint without a further step in between."""
     num_threads: PositiveInt | None = None

@@ -84,8 +84,8 @@ def check_engine_options(options: dict[str, Any]) -> dict[str, Any]:
 
 EngineOptions = Annotated[dict[str, Any], AfterValidator(check_engine_options)]
 
-DEFAULT_SEQS = 256
-"""The sequences that an engine samples at once, except on large GPUs (`actors.placement_defaults`)."""
+LARGE_GPU_BYTES = 70 << 30
+"""What a GPU of 80 GB has at least; engines on such ones take more at once."""
 
 
 class SpeculativeConfig(Strict):
@@ -146,7 +146,7 @@ class RolloutConfig(Strict):
     special token that ends a turn (`<|im_end|>`, not `</answer>`) does not."""
     stop_token_ids: tuple[NonNegInt, ...] = ()
     """Token ids that end a sample, besides the model's end-of-sequence tokens and the one that ends the chat template's turns."""
-    max_num_seqs: PositiveInt = DEFAULT_SEQS
+    max_num_seqs: PositiveInt = 256
     """The number of sequences that one rollout engine samples at once. A run that leaves it open takes 1,024 on GPUs of 80 GB and
     more."""
     max_num_batched_tokens: PositiveInt | None = None

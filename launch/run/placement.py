@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from actors.cluster import connect, joins
 from actors.placement_defaults import Machine, Node, fit_to, open_options, told, too_small, with_options, would_fit
+from grpo_ray.config.rollout import LARGE_GPU_BYTES
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.config.yaml import dump_yaml
@@ -26,8 +27,6 @@ ENGINES = "rollout.num_actors"
 SEQS = "rollout.max_num_seqs"
 SEQS_ON_LARGE_GPUS = 1024
 """What vLLM's own server takes there. With 256, models of up to 3B parameters leave half of such a GPU idle."""
-LARGE_GPU_BYTES = 70 << 30
-"""What a GPU of 80 GB has at least."""
 CHECKPOINTING, MICRO_BATCH = "model.gradient_checkpointing", "learner.micro_batch_tokens"
 OF_KIND = "accelerator_type:"
 """Ray's resource of a node with GPUs, before their name."""

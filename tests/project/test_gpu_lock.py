@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from tests.gpu.installs import import_error, install, put_driver, shared_files
-from tests.project.test_install import ROOT
+from tests.project.test_install import ROOT, install_from
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
@@ -53,13 +53,7 @@ def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (wheels := tmp_path / "wheels").mkdir()
     put_package(wheels, "one", "x = 1\n")
     put_package(wheels, "two", "raise AttributeError('no attribute cudaLibrary_t')\n")
-    for name, value in {
-        "UV_NO_INDEX": "1",
-        "UV_OFFLINE": "1",
-        "UV_NO_CONFIG": "1",
-        "UV_FIND_LINKS": str(wheels),
-    }.items():
-        monkeypatch.setenv(name, value)
+    install_from(wheels, monkeypatch)
     (lock := tmp_path / "lock.txt").write_text("one==1\ntwo==1\n")
     return lock
 

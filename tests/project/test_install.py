@@ -229,6 +229,17 @@ def test_a_lock_has_a_marker_where_pythons_differ_and_both_files_give_each_packa
             assert {"torch", "ray", "deepspeed", "transformers", "numpy"} <= set(names)
 
 
+def install_from(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let uv find packages in this folder alone."""
+    for name, value in {
+        "UV_NO_INDEX": "1",
+        "UV_OFFLINE": "1",
+        "UV_NO_CONFIG": "1",
+        "UV_FIND_LINKS": str(wheels),
+    }.items():
+        monkeypatch.setenv(name, value)
+
+
 def put_wheel(folder: Path, name: str, version: str, tag: str, requires: str = "") -> None:
     known = f"{name}-{version}.dist-info"
     of = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n" + (
@@ -258,13 +269,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "[project]\nname = 'p'\nversion = '1'\nrequires-python = '>=3.11'\ndependencies = ['tensors==2']\n"
         "[project.optional-dependencies]\ncpu = []\ndev = ['pure']\n"
     )
-    for name, value in {
-        "UV_NO_INDEX": "1",
-        "UV_OFFLINE": "1",
-        "UV_NO_CONFIG": "1",
-        "UV_FIND_LINKS": str(wheels),
-    }.items():
-        monkeypatch.setenv(name, value)
+    install_from(wheels, monkeypatch)
     lock = tmp_path / "lock-cpu.txt"
     lock.write_text("pure==2\ntensors==1\n")
     return lock

@@ -24,6 +24,8 @@ HOST_BASE = 3 * GIB
 LOADED = 1.2
 """The host memory in which a node loads a model shard by shard, in models."""
 MOST_RANKS = 64
+MOST_TOKENS = 32_768
+"""The largest micro-batch that is chosen for a GPU: larger ones are no faster."""
 EVAL_ALONE = ("eval", "sample")
 
 
@@ -157,10 +159,6 @@ def fit_micro_batch(facts: ModelFacts, config: Config, memory: int) -> Config:
         if learner_need(facts, found, int((1 - MARGIN) * memory)).fits:
             break
     return found
-
-
-MOST_TOKENS = 32_768
-"""The largest micro-batch that is chosen for a GPU: larger ones are no faster."""
 
 
 def proposal(facts: ModelFacts, config: RunConfig | SftConfig, kind: str, memory: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 import actors.rollout.scheduler
 from actors.rollout.vllm_options import engine_args
 from grpo_ray.config.rollout import RolloutConfig
+from tests.actors.rollout.bundled import told
 
 ABORTED, ABORT_AT = "3", 5
 PAUSED_AT = (9, 23)
@@ -121,12 +122,7 @@ def main(model: str, max_tokens: str, bundle: str = "") -> None:
     def step() -> None:
         for output in engine.step():
             (completion,) = output.outputs
-            samples[output.request_id] = {
-                "tokens": list(completion.token_ids),
-                "logprobs": list(completion.logprobs.logprobs),
-                "ranks": list(completion.logprobs.ranks),
-                "reason": completion.finish_reason,
-            }
+            samples[output.request_id] = told(completion)
 
     number = 0
     while engine.has_unfinished_requests():

@@ -35,6 +35,16 @@ def cached(engine: LLMEngine) -> int:
     return found
 
 
+def told(completion: Any) -> dict[str, Any]:
+    """What vLLM has sampled, as JSON."""
+    return {
+        "tokens": list(completion.token_ids),
+        "logprobs": list(completion.logprobs.logprobs),
+        "ranks": list(completion.logprobs.ranks),
+        "reason": completion.finish_reason,
+    }
+
+
 def main(model: str, max_tokens: str, bundle: str = "", options: str = "{}") -> None:
     config = RolloutConfig(max_completion_length=64, max_num_seqs=8, kv_cache_gb=0.05, **json.loads(options))
     args = engine_args(config, model, "float32", 128, 1, "gloo", trust_remote_code=False)
@@ -73,11 +83,7 @@ def main(model: str, max_tokens: str, bundle: str = "", options: str = "{}") -> 
             break
         for output in engine.step():
             (completion,) = output.outputs
-            samples[output.request_id] = {
-                "tokens": list(completion.token_ids),
-                "logprobs": list(completion.logprobs.logprobs),
-                "ranks": list(completion.logprobs.ranks),
-                "reason": completion.finish_reason,
+            samples[output.request_id] = told(completion) | {
                 "cumulative": completion.cumulative_logprob,
                 "cached": output.num_cached_tokens,
             }
