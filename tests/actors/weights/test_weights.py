@@ -175,7 +175,7 @@ class Setting:
 
 
 @pytest.fixture(scope="module")
-def setting(local_ray: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
+def shared_setting(local_ray: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
     torch.set_num_threads(1)
     tmp = tmp_path_factory.mktemp("weights")
     tiny: dict[str, Any] = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "context": 256}
@@ -186,6 +186,13 @@ def setting(local_ray: None, tiny_model: Path, tmp_path_factory: pytest.TempPath
         pool = runner.run(RolloutPool.create(config, str(tiny_model), str(tmp), has_gpus=False))
         yield Setting(Bench(runner, pool), learner, [tiny_model, *others])
         runner.run(pool.close())
+
+
+@pytest.fixture
+def setting(shared_setting: Setting) -> Setting:
+    """With both engines alive, whatever the test before did to them."""
+    shared_setting.bench.run(shared_setting.both_engines(), timeout_s=280)
+    return shared_setting
 
 
 def test_bucket_plans_hold_every_parameter_once_within_the_limit() -> None:
@@ -331,7 +338,6 @@ def test_an_engine_that_dies_before_a_sync_is_left_out_then_brought_up_to_date(s
 
 
 def test_a_corrupted_bucket_is_refused_at_no_cost_to_the_engines_and_the_sync_goes_again(setting: Setting) -> None:
-    setting.bench.run(setting.both_engines(), timeout_s=280)
     version = setting.next_version(2)
     setting.learner.call("flip_a_bit_in_the_next_bucket")
     lives = {t.name: t.incarnation for t in setting.bench.pool.engines()}
@@ -350,7 +356,6 @@ def test_an_engine_core_that_is_killed_in_mid_transfer_costs_that_engine_and_not
     setting: Setting,
 ) -> None:
     pool = setting.bench.pool
-    setting.bench.run(setting.both_engines(), timeout_s=280)
     setting.bench.run(setting.sync.sync(setting.next_version(1)))
     version = setting.next_version(2)
     setting.learner.call("dawdle_over_the_next_bucket", 3.0)
@@ -377,7 +382,6 @@ def test_an_engine_core_that_is_killed_in_mid_transfer_costs_that_engine_and_not
 
 def test_engines_sample_while_weights_arrive(setting: Setting) -> None:
     """The learner takes its time over the first bucket; meanwhile samples are finished with the old weights."""
-    setting.bench.run(setting.both_engines(), timeout_s=280)
     old = setting.next_version(1)
     setting.bench.run(setting.sync.sync(old))
     new = setting.next_version(2)
@@ -398,7 +402,6 @@ def test_engines_sample_while_weights_arrive(setting: Setting) -> None:
 
 
 def test_a_sender_that_is_killed_in_mid_transfer_costs_no_engine_and_leaves_no_memory(setting: Setting) -> None:
-    setting.bench.run(setting.both_engines(), timeout_s=280)
     current = setting.next_version(1)
     setting.bench.run(setting.sync.sync(current))
     lives = {t.name: t.incarnation for t in setting.bench.pool.engines()}
@@ -436,7 +439,6 @@ def test_an_engine_leaves_when_its_samples_are_done_and_one_that_joins_samples_w
     setting: Setting,
 ) -> None:
     pool = setting.bench.pool
-    setting.bench.run(setting.both_engines(), timeout_s=280)
     version = setting.next_version(1)
     setting.bench.run(setting.sync.sync(version))
     lives = {t.name: t.incarnation for t in pool.engines()}
