@@ -24,7 +24,7 @@ from mutmut.utils.file_utils import copy_src_dir
 from rich.console import Console
 from rich.table import Table
 
-from tests.mutants.survivors import Equivalents, Mutant, forget_unnoticed, read_mutants
+from tests.mutants.survivors import Equivalents, Mutant, forget_gone, forget_unnoticed, read_mutants
 
 GOAL = 0.95
 PARTS = {
@@ -71,6 +71,7 @@ def generate() -> None:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         copy_src_dir()
         create_mutants(os.cpu_count() or 1)
+    forget_gone()
 
 
 def sample_size(word: str) -> int | None:

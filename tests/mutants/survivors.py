@@ -106,6 +106,15 @@ def read_mutants(patterns: Sequence[str] = ()) -> Iterator[Mutant]:
                 yield Mutant(name, path, VERDICTS.get(status_by_exit_code[code], "not checked"))
 
 
+def forget_gone() -> None:
+    """mutmut keeps what it found in modules that have been renamed since, and no test knows them."""
+    for meta in Path("mutants").rglob("*.py.meta"):
+        copy = meta.with_suffix("")
+        if not copy.relative_to("mutants").exists():
+            meta.unlink()
+            copy.unlink(missing_ok=True)
+
+
 def forget_unnoticed() -> None:
     """mutmut tries again what nobody noticed: tests may be there now that it does not know."""
     for meta in Path("mutants").rglob("*.py.meta"):
