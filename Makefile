@@ -1,7 +1,7 @@
 # make smoke   sets everything up and trains a tiny model for real, on any machine
 # make test    sets everything up and runs the tests
 # make bench   the tables of the README
-.PHONY: smoke r1 test test-all test-cluster chaos soak recovery mutants lint bench bench-versus bench-to-accuracy bench-learning bench-side-by-side bench-simulate bench-sync bench-loading bench-growth bench-sample bench-gpu gpu-installs gpu-kit bench-sandbox bench-verifiers lock help
+.PHONY: smoke r1 test test-long test-all test-cluster chaos soak recovery mutants lint bench bench-versus bench-to-accuracy bench-learning bench-side-by-side bench-simulate bench-sync bench-loading bench-growth bench-sample bench-gpu gpu-installs gpu-kit bench-sandbox bench-verifiers lock help
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 # Set in many images; without bytecode every worker process compiles its packages again.
@@ -16,10 +16,13 @@ smoke: .venv/.ready  ## train a tiny model from a cold start to 90% of its task 
 r1: .venv/.ready  ## DeepSeek-R1's recipe from a random model to its last stage, on two cores (SEEDS="1 2 3": three times)
 	@for seed in $(or $(SEEDS),1); do $(BIN)/grpo-ray pipeline r1_tiny seed=$$seed name=r1-tiny-$$seed || exit 1; done
 
-test: .venv/.ready  ## the tests (half an hour on two cores)
-	@$(BIN)/pytest -m "not slow and not gpu"
+test: .venv/.ready  ## the tests (a quarter of an hour on two cores)
+	@$(BIN)/pytest -m "not long and not slow and not gpu"
 
-test-all: .venv/.ready  ## the slow tests too, and those for GPUs where there is one
+test-long: .venv/.ready  ## more of them, with real learners, engines and runs (20 minutes)
+	@$(BIN)/pytest -m "long and not slow and not gpu"
+
+test-all: .venv/.ready  ## all of them: the slow ones too, and those for GPUs where there is one
 	@$(BIN)/pytest
 
 chaos: .venv/.ready  ## runs in which processes are killed and stopped, a node cut off (an hour; CHAOS_SEEDS=n random schedules, 10)

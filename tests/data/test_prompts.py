@@ -597,6 +597,7 @@ def test_demonstrations_without_completion_or_too_long_are_named(tokenizer: Any,
         load_demonstrations(config(jsonl(sums(1))), tokenizer, seed=1, max_length=10)
 
 
+@pytest.mark.long
 def test_a_hundred_thousand_rows_load_in_seconds(tokenizer: Any, jsonl: Callable[..., str]) -> None:
     path = jsonl([{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(100_000)])
     with cpu_below(60):

@@ -129,6 +129,7 @@ def test_vllm_serve_takes_the_exported_model_and_continues_as_transformers_does(
 @pytest.mark.parametrize(
     "stop_after", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
 )
+@pytest.mark.long
 def test_a_run_stopped_by_sigterm_and_resumed_equals_one_never_stopped(
     recipe: Path, whole_run: Path, stop_after: int
 ) -> None:

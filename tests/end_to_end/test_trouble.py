@@ -18,7 +18,7 @@ from tests.end_to_end.runs import LIMIT_S, NUM_STEPS, finish, launch, ledger, me
 
 REWARDS = "tests.end_to_end.rewards."
 SLOW = pytest.mark.slow
-pytestmark = pytest.mark.timeout(2 * LIMIT_S)
+pytestmark = [pytest.mark.timeout(2 * LIMIT_S), pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

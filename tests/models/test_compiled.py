@@ -17,6 +17,8 @@ from grpo_ray.models.attention import choose_attention
 from grpo_ray.models.compiled import compile_layers
 from grpo_ray.models.policy import PolicyModel
 
+pytestmark = pytest.mark.long
+
 CPU = torch.device("cpu")
 
 

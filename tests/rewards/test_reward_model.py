@@ -169,6 +169,7 @@ async def score_all(whole: RewardConfig, folder: Path) -> tuple[list[list[Score]
 
 
 @pytest.mark.usefixtures("local_ray")
+@pytest.mark.long
 def test_the_parts_of_several_pools_are_one_score_in_the_recipes_order(scorer: Path, tmp_path: Path) -> None:
     (chat, math), workers = asyncio.run(score_all(config(scorer), tmp_path))
     summaries = [t.rpartition("</think>")[2] for t in TEXTS]

@@ -485,6 +485,7 @@ def test_reasoning_gym_uses_the_tasks_own_verifier() -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.long
 def test_reasoning_gym_names_an_unknown_task() -> None:
     columns: dict[str, Any] = {"reasoning_gym_entry": [{}], "reasoning_gym_task": ["no_such_task"]}
     (part,) = call_reward(resolve(RewardFunctionConfig(name="reasoning_gym")), inputs_of(["x"], **columns))

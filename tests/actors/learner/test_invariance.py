@@ -18,7 +18,7 @@ from grpo_ray.config.algorithm import AlgorithmConfig
 from tests.actors.learner.saved import load, save
 from tests.actors.learner.test_learner import exported, make_batch, make_config, moved_apart, run, start
 
-pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(300), pytest.mark.long]
 Results = dict[str, tuple[float, float, dict[str, Tensor]]]
 SMALL = 50
 """Tokens: one sequence or so in a micro-batch."""

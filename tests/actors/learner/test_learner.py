@@ -273,6 +273,7 @@ def test_one_rank_under_zero_0_steps_like_plain_pytorch_and_exports_what_it_comp
 @pytest.mark.parametrize(
     "truncation", [pytest.param(Truncation(), marks=pytest.mark.slow), Truncation(0.9, 30, 0.01)], ids=["all", "cut"]
 )
+@pytest.mark.long
 def test_several_updates_per_batch_keep_the_old_log_probabilities_and_sets_of_tokens(
     tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup], truncation: Truncation
 ) -> None:
@@ -339,6 +340,7 @@ def test_adapters_step_like_plain_peft_with_the_bare_model_as_reference(
 
 
 @pytest.mark.parametrize("beta", [0.0, pytest.param(2.0, marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_ppo_trains_policy_and_critic_like_plain_pytorch_and_resumes(
     beta: float, tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup]
 ) -> None:
@@ -462,6 +464,7 @@ def plain_updates(path: Path, batch: TrainBatch, *, lr: float, beta: float) -> d
     }
 
 
+@pytest.mark.long
 def test_sft_in_bf16_descends_from_the_plain_cross_entropy_and_a_full_disk_is_told(
     tiny_model: Path, tmp_path: Path, groups: list[LearnerGroup]
 ) -> None:
@@ -731,6 +734,7 @@ def test_a_model_that_is_not_there_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [pytest.param(s, marks=() if s == 1 else pytest.mark.slow) for s in (0, 1, 2, 3)])
+@pytest.mark.long
 def test_states_that_went_to_the_host_and_back_change_no_bit_of_the_next_steps(
     stage: int, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -28,7 +28,7 @@ from tests.actors.learner.test_learner import (
     start,
 )
 
-pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(300), pytest.mark.long]
 BETA = 3.0
 LR = 0.3
 

@@ -14,7 +14,7 @@ from actors.learner.group import LearnerGroup
 from tests.actors.learner.saved import load, save
 from tests.actors.learner.test_learner import exported, fp32_masters, make_batch, make_config, run, start
 
-pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(1200), pytest.mark.long]
 
 LAYOUTS = [(2, 3), (1, 0), (3, 2), (2, 1), (1, 3), (2, 0)]
 """(ranks, ZeRO stage): from 3 to 0 to 2 to 1 to 3 to 0, and over 1, 2 and 3 ranks."""

@@ -29,7 +29,7 @@ from grpo_ray.errors import WorkerError
 from grpo_ray.types import TrainBatch, TrainSample
 from tests.actors.learner.test_learner import make_batch, make_config, plain_logprobs, plain_model, run
 
-pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(400), pytest.mark.long]
 
 NUM_STEPS = 2
 OPTIMIZER_STEPS = NUM_STEPS * 2 * 2

@@ -43,7 +43,7 @@ from tests.actors.learner.test_learner import (
     watch,
 )
 
-pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(300), pytest.mark.long]
 BUDGET = 150
 
 

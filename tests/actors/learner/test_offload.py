@@ -20,7 +20,7 @@ from grpo_ray.config.model import TinyModelConfig
 from grpo_ray.models.tiny import build_tiny_model
 from tests.actors.learner.test_learner import make_config
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.long]
 PIECE_BYTES = 1 << 12
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "fp32-0": ("float32", 0, {}),

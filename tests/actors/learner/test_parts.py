@@ -19,7 +19,7 @@ from tests.actors.learner.saved import load, save
 from tests.actors.learner.test_invariance import choose
 from tests.actors.learner.test_learner import exported, make_batch, make_config, moved_apart, plain_step, run, start
 
-pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(300), pytest.mark.long]
 PART_OF_GROUP = {1: 0, 0: 1}
 """The second group is finished first, then the first; the others come with the batch."""
 COMPARED = (

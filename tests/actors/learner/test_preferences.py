@@ -25,7 +25,7 @@ from grpo_ray.data.preferences import Pair, pair_batch
 from grpo_ray.loop.supervised import load_task
 from tests.actors.learner.saved import export, load, save
 
-pytestmark = pytest.mark.usefixtures("local_ray")
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.long]
 
 T = TypeVar("T")
 LR, BETA = 0.5, 0.3

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from actors.learner.shards import stored_dtype
 from tests.bench.loading import make_model, measure
 
+pytestmark = pytest.mark.long
+
 SMALL = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
 
 

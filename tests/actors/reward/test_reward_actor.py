@@ -418,6 +418,7 @@ def test_a_process_that_is_killed_while_it_imports_is_started_again_a_few_times(
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.long
 def test_a_process_that_hangs_while_it_imports_again_is_not_waited_for_as_long_as_the_first(
     functions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -631,6 +632,7 @@ def test_a_worker_killed_while_scoring_loses_nothing(functions: str, tmp_path: P
 
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("local_ray")
+@pytest.mark.long
 def test_workers_that_join_and_leave_under_way_lose_nothing(functions: str, tmp_path: Path) -> None:
     config = config_of(functions, "asynchronous", "process_id", num_actors=2, num_cpus=0.5, timeout_s=20)
 

@@ -14,7 +14,7 @@ import pytest
 from actors.rollout.vllm_options import rollout_env
 from grpo_ray.config.rollout import RolloutConfig
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.long]
 MAX_TOKENS = 60
 BUNDLES: tuple[tuple[int, dict[str, Any]], ...] = ((256, {}), (7, {"engine": {"enable_prefix_caching": False}}))
 """The most tokens that wait, and options of rollout: one of them for vLLM itself."""

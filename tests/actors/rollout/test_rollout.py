@@ -289,6 +289,7 @@ def test_a_cancelled_sample_leaves_the_engine(bench: Bench) -> None:
     assert bench.pool.num_unfinished == 0
 
 
+@pytest.mark.long
 def test_a_hung_engine_ends_in_a_deadline_that_names_it(bench: Bench) -> None:
     cores = [pids["core_pid"] for pids in bench.pool.pids().values()]
     for pid in cores:
@@ -347,6 +348,7 @@ def test_samples_outlive_the_actor_that_drew_them(bench: Bench) -> None:
 
 
 @pytest.mark.usefixtures("local_ray")
+@pytest.mark.long
 def test_a_model_without_weights_says_so_with_the_log(tiny_model: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     config = run_config(tmp_path / "model", rollout={"num_actors": 1})

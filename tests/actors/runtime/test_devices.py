@@ -26,7 +26,7 @@ from grpo_ray.models.attention import choose_attention
 from grpo_ray.models.cuda import driver_version, why_no_cuda
 from tests.actors.learner.test_learner import make_config
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.long]
 NVRM = "NVRM version: NVIDIA UNIX {}  {}  Release Build  (dvs-builder@U22)\nGCC version:  gcc version 12.3.0 (Ubuntu)\n"
 
 

@@ -15,7 +15,7 @@ from grpo_ray.config.learner import LearnerConfig
 from grpo_ray.errors import DeadlineError
 from tests.actors.learner.test_learner import make_config
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.long]
 LIMIT_S = 120.0
 
 

@@ -17,6 +17,8 @@ from actors.rollout.vllm_options import rollout_env
 from grpo_ray.config.rollout import RolloutConfig
 from tests.actors.weights.shadowed import ORDER, PAUSED
 
+pytestmark = pytest.mark.long
+
 LIMIT_S = 600
 
 

@@ -319,6 +319,7 @@ def test_zero3_ranks_gather_and_send_what_they_hold(setting: Setting) -> None:
     assert report.checksum == setting.bench.run(setting.sync.sync(setting.next_version(2))).checksum
 
 
+@pytest.mark.long
 def test_an_engine_that_dies_before_a_sync_is_left_out_then_brought_up_to_date(setting: Setting) -> None:
     version = setting.next_version(1)
 
@@ -352,6 +353,7 @@ def test_a_corrupted_bucket_is_refused_at_no_cost_to_the_engines_and_the_sync_go
     setting.assert_sampled_by(2, samples)
 
 
+@pytest.mark.long
 def test_an_engine_core_that_is_killed_in_mid_transfer_costs_that_engine_and_nothing_else_within_a_minute(
     setting: Setting,
 ) -> None:
@@ -401,6 +403,7 @@ def test_engines_sample_while_weights_arrive(setting: Setting) -> None:
     setting.assert_sampled_by(2, setting.bench.draw(requests(8, SAMPLING))[1])
 
 
+@pytest.mark.long
 def test_a_sender_that_is_killed_in_mid_transfer_costs_no_engine_and_leaves_no_memory(setting: Setting) -> None:
     current = setting.next_version(1)
     setting.bench.run(setting.sync.sync(current))
@@ -435,6 +438,7 @@ def test_a_sender_that_is_killed_in_mid_transfer_costs_no_engine_and_leaves_no_m
     assert {f for f in set(os.listdir("/dev/shm")) - files if "grpo" in f} == set()
 
 
+@pytest.mark.long
 def test_an_engine_leaves_when_its_samples_are_done_and_one_that_joins_samples_with_the_current_weights(
     setting: Setting,
 ) -> None:

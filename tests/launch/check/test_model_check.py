@@ -83,6 +83,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple
     return said, done.stdout
 
 
+@pytest.mark.long
 def test_a_check_of_many_rows_imports_nothing_large_and_needs_little_memory(
     checked: tuple[list[dict[str, Any]], str],
 ) -> None:
@@ -94,6 +95,7 @@ def test_a_check_of_many_rows_imports_nothing_large_and_needs_little_memory(
         assert of_one["peak_mb"] < MAX_MB
 
 
+@pytest.mark.long
 def test_another_process_tells_whether_a_model_can_be_trained(checked: tuple[list[dict[str, Any]], str]) -> None:
     said, output = checked
     assert said[2]["refused"] is None
