@@ -13,6 +13,7 @@ from actors.addresses import OPTION, read_address
 from actors.cluster import connect, joins
 from actors.named_clusters import is_named
 from actors.placement_defaults import Machine, used
+from actors.rollout.cpu_limits import check_cpu_limits
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.config.data import DataSource
 from grpo_ray.config.effects import about_context, check_context, without_gpu
@@ -181,13 +182,19 @@ def _print_ok(command: str, recipe: str, overrides: list[str]) -> None:
 
 
 def _context(config: RunConfig | SftConfig, model_config: Any, *, on_gpu: bool) -> int:
-    """The model's context length. Raises ConfigError or ResourceError: the longest sample does not fit it, or the cache."""
+    """The model's context length.
+
+    Raises:
+        ConfigError: the longest sample does not fit it, or engines on CPUs can't sample the model.
+        ResourceError: the longest sample does not fit the cache.
+    """
     context = context_length(model_config)
     check_context(config, context)
     if isinstance(config, RunConfig) and not on_gpu:
         longest = config.data.max_prompt_length + config.rollout.max_completion_length
         width = BF16 if config.model.dtype == "bfloat16" else FP32
         check_one_sample(config.rollout, model_config, min(longest, context), width)
+        check_cpu_limits(model_config, config.model)
     return context
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from actors.cluster import has_gpus
 from actors.control.context import RunContext
 from actors.control.learning import import_learning
+from actors.rollout.cpu_limits import check_cpu_limits
 from grpo_ray.config.effects import about_context, check_context
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
@@ -110,7 +111,10 @@ async def _load_tokenizer(context: RunContext, config: RunConfig, model: str) ->
     await begin_learning(context, config)
     context.phase("data")
     code = config.model.trust_remote_code
-    max_context = context_length(await asyncio.to_thread(load_config, model, trust_remote_code=code))
+    model_config = await asyncio.to_thread(load_config, model, trust_remote_code=code)
+    if not has_gpus():
+        check_cpu_limits(model_config, config.model)
+    max_context = context_length(model_config)
     tokenizer = await asyncio.to_thread(load_tokenizer, model, trust_remote_code=code)
     stops_of_run(config, tokenizer, model)
     check_context(config, max_context)

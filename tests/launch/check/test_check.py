@@ -367,6 +367,10 @@ CAUSES: list[tuple[list[str], str]] = [
     (["model={path: falcon, tiny: null}"], "falcon has attention of its own"),
     (["model={path: gemma3, tiny: null}"], "more than a language model"),
     (["model={path: cut, tiny: null}"], "no whole safetensors file"),
+    (
+        ["model={path: heads, tiny: null}"],
+        "vLLM can't sample this qwen2 on CPUs: its attention heads have 16 dimensions",
+    ),
 ]
 
 
@@ -395,12 +399,14 @@ def recipe(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "user_rewards.py").write_text(
         "class NoCall: pass\n\ndef of_level(completions, level, **columns):\n    return [0.0] * len(completions)\n"
     )
-    for kind in ("small", "loops"):
+    for kind in ("small", "loops", "heads"):
         (folder / kind).mkdir()
         for file in tiny.iterdir():
             (folder / kind / file.name).write_bytes(file.read_bytes())
     small = json.loads((tiny / "config.json").read_text()) | {"vocab_size": 20}
     (folder / "small" / "config.json").write_text(json.dumps(small))
+    heads = json.loads((tiny / "config.json").read_text()) | {"num_attention_heads": 4}
+    (folder / "heads" / "config.json").write_text(json.dumps(heads))
     (folder / "loops" / "chat_template.jinja").write_text("{% for i in range(99999999) %}{% endfor %}")
     for kind in ("falcon", "gemma3", "cut"):
         (folder / kind).mkdir()
