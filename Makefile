@@ -1,7 +1,7 @@
 # make smoke   sets everything up and trains a tiny model for real, on any machine
 # make test    sets everything up and runs the tests
 # make bench   the tables of the README
-.PHONY: smoke r1 test test-long test-all test-cluster chaos soak recovery mutants lint bench bench-versus bench-to-accuracy bench-learning bench-side-by-side bench-simulate bench-sync bench-loading bench-growth bench-sample bench-gpu gpu-installs gpu-kit bench-sandbox bench-verifiers lock help
+.PHONY: smoke pretrained r1 test test-long test-all test-cluster chaos soak recovery mutants lint bench bench-versus bench-to-accuracy bench-learning bench-side-by-side bench-simulate bench-sync bench-loading bench-growth bench-sample bench-gpu gpu-installs gpu-kit bench-sandbox bench-verifiers lock help
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 # Set in many images; without bytecode every worker process compiles its packages again.
@@ -12,6 +12,9 @@ unexport PYTHONDONTWRITEBYTECODE
 
 smoke: .venv/.ready  ## train a tiny model from a cold start to 90% of its task (a few minutes on two cores)
 	@$(BIN)/grpo-ray smoke
+
+pretrained: .venv/.ready  ## train a real model, SmolLM2-135M-Instruct, on word problems (20 minutes on two cores, 12 GB of memory)
+	@$(BIN)/grpo-ray pretrained
 
 r1: .venv/.ready  ## DeepSeek-R1's recipe from a random model to its last stage, on two cores (SEEDS="1 2 3": three times)
 	@for seed in $(or $(SEEDS),1); do $(BIN)/grpo-ray pipeline r1_tiny seed=$$seed name=r1-tiny-$$seed || exit 1; done

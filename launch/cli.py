@@ -271,6 +271,14 @@ def smoke(overrides: Overrides = None) -> None:
     run_smoke(overrides or [])
 
 
+@app.command()
+def pretrained(overrides: Overrides = None) -> None:
+    """A real model, SmolLM2-135M-Instruct of the hub or the package index, on word problems that it half knows, on this machine."""
+    from launch.run.pretrained import run_pretrained
+
+    run_pretrained(overrides or [])
+
+
 for command in (submit, status, logs, stop, scale):
     app.command()(command)
 app.add_typer(job, name="job")

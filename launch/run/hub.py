@@ -38,12 +38,12 @@ def check_hub(config: RunConfig | SftConfig) -> str | None:
     named = [*on_hub, *(source.path for source in _sources(config) if _is_data_set(source))]
     if not named:
         return None
-    asked = os.environ.get(OFFLINE, "").lower() in ("1", "true", "yes", "on")
-    why = f"{OFFLINE} is set" if asked else unreachable(os.environ.get("HF_ENDPOINT") or ENDPOINT)
+    why = why_away()
     if why is None:
         return None
+    asked = _is_offline()
     _go_offline()
-    if on_hub and not _is_cached(on_hub[0]):
+    if on_hub and not is_cached(on_hub[0]):
         raise ConfigError(
             f"model.path {on_hub[0]} is no folder here, it was not downloaded before, and the hub can't be asked: {why}. Give a "
             f"local folder, or download it where there is a network, bring ~/.cache/huggingface here and set {OFFLINE}=1"
@@ -53,6 +53,15 @@ def check_hub(config: RunConfig | SftConfig) -> str | None:
         if asked
         else f"{why}: {OFFLINE}=1 from here on, so what was downloaded before is used for {', '.join(named)}"
     )
+
+
+def why_away() -> str | None:
+    """Why the hub is not asked here: it does not answer, or `HF_HUB_OFFLINE` is set; None: it answers."""
+    return f"{OFFLINE} is set" if _is_offline() else unreachable(os.environ.get("HF_ENDPOINT") or ENDPOINT)
+
+
+def _is_offline() -> bool:
+    return os.environ.get(OFFLINE, "").lower() in ("1", "true", "yes", "on")
 
 
 def unreachable(endpoint: str) -> str | None:
@@ -81,10 +90,11 @@ def _is_name(path: str) -> bool:
     return not Path(path).exists() and not path.startswith((".", "/", "~"))
 
 
-def _is_cached(model: str) -> bool:
+def is_cached(model: str, file: str = "config.json") -> bool:
+    """Whether a file of a model of the hub was downloaded before."""
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(model, "config.json"), str)
+    return isinstance(try_to_load_from_cache(model, file), str)
 
 
 def _go_offline() -> None:

@@ -41,7 +41,7 @@ def test_a_model_that_was_never_downloaded_is_refused_in_one_line_with_both_ways
 def test_a_model_that_was_downloaded_is_used_without_asking_again(monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
-    monkeypatch.setattr(hub, "_is_cached", lambda model: model == "Some/Model")
+    monkeypatch.setattr(hub, "is_cached", lambda model: model == "Some/Model")
     told = hub.check_hub(config("Some/Model"))
     assert told is not None
     assert "HF_HUB_OFFLINE=1 from here on" in told
