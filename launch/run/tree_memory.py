@@ -33,11 +33,16 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        root = psutil.Process()
         while True:
-            self.peak = max(self.peak, sum(map(_held, [root, *root.children(recursive=True)])))
+            self.peak = max(self.peak, tree_bytes())
             if self._left.wait(self._every_s):
                 return
+
+
+def tree_bytes() -> int:
+    """The bytes that this process and its descendants hold now."""
+    root = psutil.Process()
+    return sum(map(_held, [root, *root.children(recursive=True)]))
 
 
 def _held(process: psutil.Process) -> int:
