@@ -57,10 +57,10 @@ def use_faster_products(model: nn.Module) -> None:
     if onednn_is_faster():
         for module in model.modules():
             if type(module) is nn.Linear:
-                module.__class__ = _FasterLinear
+                module.__class__ = FasterLinear
 
 
-class _FasterLinear(nn.Linear):
+class FasterLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         num_tokens = x.numel() // self.in_features
         regular = num_tokens >= _FEWEST and num_tokens % _step(num_tokens) == 0

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_ray.batch.truncation import TokenSets
+from grpo_ray.models.logits import PLAIN, LogitMap
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -34,14 +35,15 @@ class _ChunkedLogprobs(torch.autograd.Function):
         temperature: float,
         chunk: int,
         sets: TokenSets | None,
+        logit_map: LogitMap,
     ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
         num = hidden_NH.shape[0]
         logp_N = torch.empty(num, dtype=_precision(hidden_NH), device=hidden_NH.device)
         lse_N, entropy_N = torch.empty_like(logp_N), torch.empty_like(logp_N)
-        factor_VH = _factor(weight_VH)
+        factor_VH, addend_V = _used(weight_VH, bias_V, logit_map)
         for a in range(0, num, chunk):
             rows = slice(a, min(a + chunk, num))
-            logits_CV = _logits(hidden_NH[rows], factor_VH, bias_V, temperature)
+            logits_CV = _over(logit_map.apply_(_product(hidden_NH[rows], factor_VH, addend_V)), temperature)
             if sets is not None:
                 sets.drop(logits_CV, targets_N[rows], a)
             lse_C = logits_CV.logsumexp(-1)
@@ -53,6 +55,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             sets.made = True
         ctx.save_for_backward(hidden_NH, targets_N, lse_N, entropy_N)
         ctx.weight, ctx.bias, ctx.temperature, ctx.chunk, ctx.sets = weight_VH, bias_V, temperature, chunk, sets
+        ctx.logit_map = logit_map
         ctx.set_materialize_grads(False)
         return logp_N, entropy_N
 
@@ -60,8 +63,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_logp_N, grad_entropy_N = grads
         hidden_NH, targets_N, lse_N, entropy_N = ctx.saved_tensors
-        weight, bias = ctx.weight, ctx.bias
-        factor_VH = _factor(weight)
+        weight, bias, logit_map = ctx.weight, ctx.bias, ctx.logit_map
+        factor_VH, addend_V = _used(weight, bias, logit_map)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden_NH) if need_hidden else None
         # The sum over chunks is in fp32: bf16 would lose the small addends.
@@ -69,7 +72,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
         grad_bias = torch.zeros(bias.shape, dtype=_precision(bias), device=bias.device) if need_bias else None
         for a in range(0, hidden_NH.shape[0], ctx.chunk):
             rows = slice(a, min(a + ctx.chunk, hidden_NH.shape[0]))
-            logits_CV = _logits(hidden_NH[rows], factor_VH, bias, ctx.temperature)
+            mapped_CV = logit_map.apply_(_product(hidden_NH[rows], factor_VH, addend_V))
+            slope_CV = logit_map.slope(mapped_CV)
+            logits_CV = _over(mapped_CV, ctx.temperature)
             if ctx.sets is not None:
                 ctx.sets.drop(logits_CV, targets_N[rows], a)
             grad_CV = _grad_logits(
@@ -80,19 +85,22 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 None if grad_logp_N is None else grad_logp_N[rows],
                 None if grad_entropy_N is None else grad_entropy_N[rows],
             )
-            if ctx.temperature != 1.0:
-                grad_CV.div_(ctx.temperature)
+            if slope_CV is not None:
+                grad_CV.mul_(slope_CV)
+            if ctx.temperature != logit_map.scale:
+                grad_CV.mul_(logit_map.scale / ctx.temperature)
             if grad_bias is not None:
-                grad_bias += grad_CV.sum(0)
+                grad_bias[: logit_map.size] += grad_CV.sum(0)
             grad_CV = grad_CV.to(factor_VH.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_CV @ factor_VH
             if grad_weight is not None:
-                grad_weight += grad_CV.t() @ hidden_NH[rows].to(factor_VH.dtype)
+                grad_weight[: logit_map.size] += grad_CV.t() @ hidden_NH[rows].to(factor_VH.dtype)
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
             None,
             None,
             None,
@@ -110,11 +118,20 @@ def _factor(weight_VH: Float[Tensor, "V H"]) -> Float[Tensor, "V H"]:
     return weight_VH if weight_VH.is_cuda else weight_VH.to(_precision(weight_VH))
 
 
-def _logits(
-    hidden_CH: Float[Tensor, "C H"],
-    factor_VH: Float[Tensor, "V H"],
-    bias_V: Float[Tensor, "V"] | None,
-    temperature: float,
+def _used(
+    weight_VH: Float[Tensor, "V H"], bias_V: Float[Tensor, "V"] | None, logit_map: LogitMap
+) -> tuple[Tensor, Tensor | None]:
+    """The factor of hidden states and the addend, without the rows that make no logit."""
+    size = logit_map.size
+    return _factor(weight_VH[:size]), None if bias_V is None else bias_V[:size]
+
+
+def _over(logits_CV: Float[Tensor, "C V"], temperature: float) -> Float[Tensor, "C V"]:
+    return logits_CV if temperature == 1.0 else logits_CV / temperature
+
+
+def _product(
+    hidden_CH: Float[Tensor, "C H"], factor_VH: Float[Tensor, "V H"], bias_V: Float[Tensor, "V"] | None
 ) -> Float[Tensor, "C V"]:
     precision = _precision(hidden_CH)
     if factor_VH.dtype == precision:
@@ -124,7 +141,7 @@ def _logits(
         logits_CV = torch.mm(hidden_CH, factor_VH.t(), out_dtype=precision)
         if bias_V is not None:
             logits_CV += bias_V
-    return logits_CV if temperature == 1.0 else logits_CV / temperature
+    return logits_CV
 
 
 def _grad_logits(
@@ -159,6 +176,7 @@ def chunked_logprobs(
     temperature: float,
     chunk: int,
     sets: TokenSets | None = None,
+    logit_map: LogitMap = PLAIN,
 ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
     """The log-probability of each target, and the entropy of each distribution.
 
@@ -174,12 +192,13 @@ def chunked_logprobs(
         chunk: the number of rows of logits that exist at once.
         sets: the tokens that each distribution is renormalised over; computed here unless an earlier pass, with chunks of the same
             size, has computed them. None: all.
+        logit_map: what the model does to the product, before the temperature.
 
     Returns:
         log-probabilities [N] and entropies [N] in nats, both differentiable.
     """
     found: tuple[Tensor, Tensor] = _ChunkedLogprobs.apply(
-        hidden_NH, weight_VH, bias_V, targets_N, temperature, chunk, sets
+        hidden_NH, weight_VH, bias_V, targets_N, temperature, chunk, sets, logit_map
     )
     return found
 
@@ -187,14 +206,15 @@ def chunked_logprobs(
 class LogprobHead(nn.Module):
     """The replacement of a model's `lm_head`, over the same Parameter (tied to the embedding or not).
 
-    Called with targets it returns log-probabilities; without, logits as before. It is a module, so that ZeRO-3's hooks
-    gather its weight for the forward and again for the backward pass.
+    Called with targets it returns log-probabilities; without, the product as before, which the model's own forward goes on with.
+    It is a module, so that ZeRO-3's hooks gather its weight for the forward and again for the backward pass.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, logit_map: LogitMap = PLAIN) -> None:
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
+        self.logit_map = logit_map
 
     def forward(
         self,
@@ -207,5 +227,12 @@ class LogprobHead(nn.Module):
         if targets_N is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
         return chunked_logprobs(
-            hidden, self.weight, self.bias, targets_N, temperature=temperature, chunk=chunk, sets=sets
+            hidden,
+            self.weight,
+            self.bias,
+            targets_N,
+            temperature=temperature,
+            chunk=chunk,
+            sets=sets,
+            logit_map=self.logit_map,
         )

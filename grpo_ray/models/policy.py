@@ -13,9 +13,8 @@ from grpo_ray.batch.sequence import Alone, SequenceRanks, Slice, slice_of
 from grpo_ray.batch.truncation import TokenSets
 from grpo_ray.models.attention import attention_kwargs
 from grpo_ray.models.linear import multiple_of_tokens
+from grpo_ray.models.logits import logit_map
 from grpo_ray.models.logprobs import LogprobHead
-
-_HEAD_FEATURES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 class PolicyModel(nn.Module):
@@ -28,8 +27,8 @@ class PolicyModel(nn.Module):
 
     def __init__(self, hf: nn.Module, *, chunk: int, ranks: SequenceRanks | None = None) -> None:
         super().__init__()
-        check_head(hf)
-        hf.set_output_embeddings(LogprobHead(hf.get_output_embeddings()))  # type: ignore[operator]
+        self.logit_map = logit_map(hf)
+        hf.set_output_embeddings(LogprobHead(hf.get_output_embeddings(), self.logit_map))  # type: ignore[operator]
         self.hf = hf
         self.chunk = chunk
         self.ranks = ranks or Alone()
@@ -41,6 +40,7 @@ class PolicyModel(nn.Module):
         device = hf.get_output_embeddings().weight.device
         own = own_slice(batch, self.ranks, device)
         hidden_cH = target_states(hf.base_model, own, hf.config._attn_implementation, device)
+        hidden_cH = self.logit_map.before(hf, hidden_cH)
         targets = on_device(own.targets, device)
         logp_c, entropy_c = hf.get_output_embeddings()(hidden_cH, targets, temperature, self.chunk, sets)
         logp_C, entropy_C = self.ranks.gather(own.counts, logp_c, entropy_c)
@@ -49,11 +49,7 @@ class PolicyModel(nn.Module):
 
 def check_head(hf: nn.Module) -> None:
     """Raises ValueError for a Transformers model that changes its logits in a way that `LogprobHead` would omit."""
-    config: Any = hf.config
-    text = config.get_text_config()
-    odd = [n for n in _HEAD_FEATURES if any(getattr(c, n, None) not in (None, 1.0) for c in (config, text))]
-    if odd:
-        raise ValueError(f"{type(hf).__name__} changes its logits ({', '.join(odd)} in its config): not supported")
+    logit_map(hf)
 
 
 def own_slice(batch: PackedBatch, ranks: SequenceRanks, device: torch.device) -> Slice:

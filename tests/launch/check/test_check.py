@@ -82,7 +82,6 @@ def small_config(kind: str) -> Any:
         ("gpt_neo", "gpt_neo has attention of its own"),
         ("bloom", "do not use Transformers' attention interface"),
         ("mamba", "over which packed sequences would see each other"),
-        ("gemma2", "changes its logits"),
         ("gemma3", "more than a language model .*text_config, vision_config.*'gemma3_text'"),
         ("hunyuan_v1_dense", "Transformers makes no hunyuan_v1_dense of its config.json"),
         ("bert", "BertLMHeadModel attends to what comes after a token, too"),
