@@ -25,6 +25,7 @@ from grpo_ray.config.model import ModelConfig
 from grpo_ray.config.supervised import DpoOptions, RewardModelOptions
 from grpo_ray.errors import ConfigError, NonFiniteError
 from grpo_ray.models.attention import PACKED, check_packable, choose_attention
+from grpo_ray.models.checkpoint_tensors import check_trainable, read_model
 from grpo_ray.models.compiled import compile_layers
 from grpo_ray.models.dropout import without_dropout
 from grpo_ray.models.linear import use_faster_products
@@ -265,7 +266,8 @@ def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
     """The checkpoint's model, in fp32 when it is to be trained, without dropout; as a reward model where one is trained.
 
     Raises:
-        ConfigError: it can't be loaded, its attention or head can't be packed, or its sequences can't be split over ranks.
+        ConfigError: it can't be loaded or is not whole, its attention or head can't be packed, or its sequences can't be split over
+            ranks.
     """
     from transformers import AutoConfig
 
@@ -274,6 +276,7 @@ def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
     skeleton: Skeleton | None = None
     try:
         config = without_dropout(AutoConfig.from_pretrained(path, trust_remote_code=code))
+        check_trainable(config, path, reward_model=spec.is_reward_model)
         if spec.is_reward_model:
             config.num_labels = 1
         attention = choose_attention(spec.model.attention, device, spec.dtype)
@@ -328,15 +331,16 @@ def _auto(spec: LearnerSpec) -> Any:
 
 def _read(spec: LearnerSpec, config: Any, attention: str, dtype: torch.dtype) -> Any:
     """The whole model, as its files have it."""
-    hf, loading = _auto(spec).from_pretrained(
+    hf, missing = read_model(
+        _auto(spec),
         spec.model_path,
+        reward_model=spec.is_reward_model,
         config=deepcopy(config),
         dtype=dtype,
         attn_implementation=attention,
         trust_remote_code=spec.model.trust_remote_code,
-        output_loading_info=True,
     )
-    if spec.is_reward_model and "score.weight" in loading["missing_keys"]:
+    if "score.weight" in missing:
         # Its initial values would be random, and different on every rank.
         torch.nn.init.zeros_(hf.score.weight)
     return hf

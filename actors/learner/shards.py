@@ -11,13 +11,15 @@ there once it is scattered. Values that the compute dtype rounds are kept by eac
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
+
+from grpo_ray.errors import ConfigError
+from grpo_ray.models.checkpoint_tensors import headers, weight_files
 
 CHUNK = 4 << 20
 """The number of elements of each rank's partition that are scattered at once."""
@@ -42,17 +44,29 @@ class Skeleton:
         self._params = dict(self.hf.named_parameters())
         self._whole: Any = None
         fits = not _has_plain_tensors(self.hf)
+        error: Exception | None = None
         if dist.get_rank() == 0:
-            self._whole = read(stored)
-            if not exact_buffers(self._whole):
-                stored, self._whole = torch.float32, read(torch.float32)
-            fits = fits and _shapes(self._whole) == _shapes(self.hf)
-            self.hf.generation_config = getattr(self._whole, "generation_config", None)
-        told = torch.tensor([fits, _STORED.index(stored)])
+            try:
+                stored = self._read(read, stored)
+                fits = fits and _shapes(self._whole) == _shapes(self.hf)
+            # The other ranks wait for its answer.
+            except Exception as e:
+                error = e
+        told = torch.tensor([fits, _STORED.index(stored), error is not None])
         dist.broadcast(told, 0)
+        if told[2]:
+            raise error or ConfigError("the learner's first rank can't load the model: see its error")
         self.fits = bool(told[0])
         """Whether the model read is made of the parameters and buffers of the skeleton; on all ranks alike."""
         self._stored = _STORED[int(told[1])]
+
+    def _read(self, read: Callable[[torch.dtype], Any], stored: torch.dtype) -> torch.dtype:
+        """Read the whole model, in this dtype or in the one that is returned, where its buffers would be rounded."""
+        self._whole = read(stored)
+        if not exact_buffers(self._whole):
+            stored, self._whole = torch.float32, read(torch.float32)
+        self.hf.generation_config = getattr(self._whole, "generation_config", None)
+        return stored
 
     @torch.no_grad()
     def fill(self, config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
@@ -118,25 +132,11 @@ def own_piece(param: Any, whole: Tensor) -> Tensor:
 
 def stored_dtype(path: str) -> torch.dtype:
     """The dtype of all tensors of a checkpoint, to read it in without rounding; fp32 where they differ or are not known."""
-    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else _cached(path)
     try:
-        kinds = {kind for file in files for kind in _kinds(file)}
+        kinds = {kind for file in weight_files(path) for _, _, kind in headers(file)}
     except (OSError, SafetensorError):
         return torch.float32
     return _NAMES.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
-
-
-def _cached(name: str) -> list[Path]:
-    """The safetensors files of a model of the hub, as far as they have been downloaded."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(name, "config.json")
-    return sorted(Path(found).parent.glob("*.safetensors")) if isinstance(found, str) else []
-
-
-def _kinds(file: Path) -> set[str]:
-    with safe_open(file, framework="pt") as tensors:
-        return {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
 
 
 def _hollow(model: nn.Module) -> None:

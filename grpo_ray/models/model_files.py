@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from grpo_ray.errors import ConfigError, first_line
 from grpo_ray.files import check_inside, open_regular, read_json
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+WEIGHTS = "model.safetensors"
+PICKLE = "pytorch_model.bin"
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _LFS = b"version https://git-lfs"
 
@@ -33,35 +34,48 @@ def check_model_files(folder: Path) -> None:
 
 
 def _weights(folder: Path) -> list[Path]:
-    for name in WEIGHTS:
-        if (folder / name).is_file():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            named = _json(index).get("weight_map")
-            if not isinstance(named, dict) or not all(isinstance(shard, str) for shard in named.values()):
-                raise ConfigError(f"{index} has no weight_map from tensors to files; download the model again")
-            shards = sorted(set(named.values()))
-            try:
-                for shard in shards:
-                    check_inside(shard)
-            except ValueError as e:
-                raise ConfigError(f"{index} {e}; download the model again") from None
-            lost = [shard for shard in shards if not (folder / shard).is_file()]
-            if lost:
-                raise ConfigError(
-                    f"model.path {folder}: {len(lost)} of its {len(shards)} files of weights are missing: {', '.join(lost[:3])}"
-                    f"{', ..' * (len(lost) > 3)}; download the model again"
-                )
-            return [folder / shard for shard in shards]
-    hint = (
-        "; it holds a LoRA adapter: merge that into its base model first (peft's merge_and_unload)"
-        if (folder / "adapter_config.json").is_file()
-        else ""
-    )
-    raise ConfigError(
-        f"model.path {folder} has no weights: neither {' nor '.join(WEIGHTS)}, whole or in parts, is there{hint}"
-    )
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = folder / f"{WEIGHTS}.index.json"
+    if not index.is_file():
+        raise ConfigError(
+            f"model.path {folder} has no weights: {WEIGHTS}, whole or in parts, is not there{_instead(folder)}"
+        )
+    named = _json(index).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(shard, str) for shard in named.values()):
+        raise ConfigError(f"{index} has no weight_map from tensors to files; download the model again")
+    shards = sorted(set(named.values()))
+    try:
+        for shard in shards:
+            check_inside(shard)
+    except ValueError as e:
+        raise ConfigError(f"{index} {e}; download the model again") from None
+    lost = [shard for shard in shards if not (folder / shard).is_file()]
+    if lost:
+        raise ConfigError(
+            f"model.path {folder}: {len(lost)} of its {len(shards)} files of weights are missing: {', '.join(lost[:3])}"
+            f"{', ..' * (len(lost) > 3)}; download the model again"
+        )
+    return [folder / shard for shard in shards]
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without safetensors files has in their place, and what to do, in words."""
+    if (folder / "adapter_config.json").is_file():
+        return "; it holds a LoRA adapter: merge that into its base model first (peft's merge_and_unload)"
+    gguf = next(iter(sorted(folder.glob("*.gguf"))), None)
+    if gguf is not None:
+        return (
+            f"; it holds {gguf.name}, which is quantised: take the model that it was made from, or read it with Transformers' "
+            f'from_pretrained("{folder}", gguf_file="{gguf.name}"), and save_pretrained'
+        )
+    if (folder / PICKLE).is_file() or (folder / f"{PICKLE}.index.json").is_file():
+        return (
+            f"; it holds {PICKLE}, a pickle, which may run any code when it is read. If you trust it, write it as safetensors: "
+            f'python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}')\""
+        )
+    return ""
 
 
 def _json(file: Path) -> dict[str, Any]:

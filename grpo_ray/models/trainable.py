@@ -11,6 +11,7 @@ from grpo_ray.batch.sequence import check_model
 from grpo_ray.config.model import ModelConfig
 from grpo_ray.errors import ConfigError, told
 from grpo_ray.models.attention import FLASH, PACKED, check_packable, choose_attention
+from grpo_ray.models.checkpoint_tensors import check_headers, check_trainable
 from grpo_ray.models.lora import inject
 from grpo_ray.models.policy import check_head
 
@@ -21,7 +22,7 @@ MAKING = (OSError, ValueError, KeyError, AttributeError, TypeError, AssertionErr
 def skeleton(
     model_config: Any, model: ModelConfig, *, reward_model: bool = False, slices: int = 1, on_gpu: bool = False
 ) -> nn.Module:
-    """The model that the learner would hold, without memory and without adapters.
+    """The model that the learner would hold, without memory and without adapters, after a look at its files if they are here.
 
     Args:
         model_config: the config as Transformers reads it.
@@ -35,6 +36,7 @@ def skeleton(
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     check_text_alone(model_config, model.path or "")
+    check_trainable(model_config, model.path or "", reward_model=reward_model)
     if model.attention == FLASH and not on_gpu:
         raise ConfigError(f"model.attention is {FLASH}, which needs GPUs, and there are none; use auto")
     if model.attention == FLASH and model.dtype == "float32":
@@ -54,6 +56,8 @@ def skeleton(
         raise ConfigError(f"the learner can't train model {model.path}: {why_not(e, model_config)}") from None
     if slices > 1:
         check_model(hf, slices)
+    if model.path is not None:
+        check_headers(hf, model_config, model.path, reward_model=reward_model)
     return hf
 
 

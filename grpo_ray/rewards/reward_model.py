@@ -124,6 +124,7 @@ class _Here:
         from transformers import AutoModelForSequenceClassification
 
         from grpo_ray.models.attention import use_attention_without_plans
+        from grpo_ray.models.checkpoint_tensors import read_model
         from grpo_ray.models.cuda import driver_version, why_no_cuda
 
         torch.set_num_threads(num_threads)
@@ -136,8 +137,12 @@ class _Here:
         self._device = torch.device("cpu" if reason is not None else "cuda")
         use_attention_without_plans()
         with _told(path):
-            self._model: Any = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+            self._model, _ = read_model(
+                AutoModelForSequenceClassification,
+                path,
+                reward_model=False,
+                dtype=getattr(torch, dtype),
+                trust_remote_code=trust_remote_code,
             )
         self._model.to(self._device).eval()
         self._pad: int | None = self._model.config.get_text_config().pad_token_id

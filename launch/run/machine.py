@@ -19,7 +19,6 @@ from grpo_ray.run.checkpoint_store import is_url
 from grpo_ray.secrets import REFERENCE
 from grpo_ray.telemetry.tracking import check_packages
 
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _GIB = 1 << 30
 
 
@@ -138,4 +137,4 @@ def weights_on_disk(config: RunConfig) -> int:
     folder = Path(config.model.path or "")
     if config.model.path is None or not folder.is_dir():
         return 0
-    return sum(file.stat().st_size for pattern in WEIGHTS for file in folder.glob(pattern))
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

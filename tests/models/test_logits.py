@@ -122,7 +122,7 @@ def test_the_head_computes_what_the_models_own_forward_does(
     torch.testing.assert_close(gradients(policy, got), gradients(alone, want), atol=1e-5, rtol=1e-5)
 
 
-class _Scaled(LlamaForCausalLM):  # type: ignore[misc]
+class _Scaled(LlamaForCausalLM):
     """Its config names nothing of what it does."""
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> CausalLMOutputWithPast:

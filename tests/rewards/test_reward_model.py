@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,22 @@ def test_a_model_that_is_not_there_is_told_before_the_run_and_one_that_scores_no
         resolve(RewardFunctionConfig(name="reward_model", args={"path": str(tmp_path)}))
     with pytest.raises(RewardError, match=r"needs args: \{path: FOLDER\}"):
         resolve(RewardFunctionConfig(name="reward_model"))
-    function = RewardFunctionConfig(name="reward_model", args={"path": str(tiny_model)})
+    AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    function = RewardFunctionConfig(name="reward_model", args={"path": str(tmp_path)})
     with pytest.raises(RewardError, match="has 2 labels, expected 1"):
+        resolve(function, load=True)
+
+
+def test_a_language_model_with_one_label_is_no_reward_model(tiny_model: Path, tmp_path: Path) -> None:
+    """Its output layer would be random."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"id2label": {"0": "score"}, "label2id": {"score": 0}})
+    )
+    function = RewardFunctionConfig(name="reward_model", args={"path": str(tmp_path / "model")})
+    with pytest.raises(RewardError, match=r"lacks 1 of the tensors of its model, which would be random: score\.weight"):
         resolve(function, load=True)
 
 

@@ -171,7 +171,10 @@ def _index(model: Path, shard: str) -> None:
 
 
 BROKEN: list[tuple[Callable[[Path], Any], str]] = [
-    (lambda m: (m / "model.safetensors").unlink(), "has no weights: neither model.safetensors nor pytorch_model.bin"),
+    (
+        lambda m: (m / "model.safetensors").unlink(),
+        "has no weights: model.safetensors, whole or in parts, is not there",
+    ),
     (_cut(0), "no whole safetensors file"),
     (_cut(5), "no whole safetensors file"),
     (_cut(40), "no whole safetensors file"),
