@@ -62,10 +62,11 @@ class Skeleton:
 
     def _read(self, read: Callable[[torch.dtype], Any], stored: torch.dtype) -> torch.dtype:
         """Read the whole model, in this dtype or in the one that is returned, where its buffers would be rounded."""
-        self._whole = read(stored)
-        if not exact_buffers(self._whole):
-            stored, self._whole = torch.float32, read(torch.float32)
-        self.hf.generation_config = getattr(self._whole, "generation_config", None)
+        whole = read(stored)
+        if not exact_buffers(whole):
+            stored, whole = torch.float32, read(torch.float32)
+        self._whole = whole
+        self.hf.generation_config = getattr(whole, "generation_config", None)
         return stored
 
     @torch.no_grad()

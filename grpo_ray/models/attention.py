@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grpo_ray.models.attention_scores import attend
 from grpo_ray.models.varlen import VarlenLayout, has_kernel, varlen_attention
 
 PACKED = "grpo_ray_packed"
 """The name of the exact per-segment attention in Transformers' registry."""
 FLASH = "flash_attention_2"
 _LAYERS = {"full_attention", "sliding_attention"}
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+_UNSUPPORTED = ("position_bias", "indices", "block_indices")
 
 
 def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
@@ -166,6 +167,8 @@ def packed_attention(
     dropout: float = 0.0,
     packed_layout: PackedLayout | None = None,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence; the signature is that of Transformers' attention functions.
@@ -175,6 +178,8 @@ def packed_attention(
         key: [1, key heads, N, D].
         value: [1, key heads, N, D].
         packed_layout: the layout of sequences in the N tokens.
+        s_aux: [heads], the sinks.
+        softcap: the cap of the scores.
 
     Returns:
         [1, N, heads, D], and no weights.
@@ -188,7 +193,8 @@ def packed_attention(
         raise ValueError(
             f"{type(module).__name__} {what}: not supported with model.attention sdpa; use flash_attention_2 on a GPU"
         )
-    if packed_layout.varlen is not None and has_kernel(query, dropout):
+    plain = s_aux is None and softcap is None
+    if packed_layout.varlen is not None and plain and has_kernel(query, dropout):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return varlen_attention(q, k, v, packed_layout.varlen, scaling, sliding_window).unsqueeze(0), None
     dtype = query.dtype
@@ -204,17 +210,7 @@ def packed_attention(
             _joined([x[part] for part in run.parts]).unflatten(0, (run.number, run.length)).transpose(1, 2)
             for x in parts
         )
-        windowed = sliding_window is not None and run.length > sliding_window
-        attended = nn.functional.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=_window_mask(run.length, sliding_window, q.device) if windowed and sliding_window else None,
-            dropout_p=dropout,
-            is_causal=not windowed,
-            scale=scaling,
-            enable_gqa=heads != k.shape[1],
-        )
+        attended = attend(q, k, v, window=sliding_window, scale=scaling, dropout=dropout, sinks_H=s_aux, cap=softcap)
         rows = attended.transpose(1, 2).reshape(run.number * run.length, heads, -1)
         for part, of_part in zip(run.parts, rows.split([sizes[part] for part in run.parts]), strict=True):
             # A shared prompt's output is the same from every sequence that has it.
@@ -224,11 +220,6 @@ def packed_attention(
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """The mask [length, length], True where a query may look: at itself and the window - 1 tokens before it."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
 def _upcast(query: Tensor) -> bool:

@@ -189,9 +189,9 @@ def _gaps(names: Iterable[str]) -> list[str]:
     """The tensors of experts that are missing: each expert of a layer has the same."""
     found: dict[tuple[str, ...], set[tuple[str, ...]]] = defaultdict(set)
     for name in names:
-        texts = re.split(r"(?<=\.)\d+(?=\.)", name)
-        if len(texts) > 1 and "expert" in texts[-2]:
-            found[tuple(texts)].add(tuple(re.findall(r"(?<=\.)\d+(?=\.)", name)))
+        pieces = re.split(r"(?<=\.)\d+(?=\.)", name)
+        if len(pieces) > 1 and "expert" in pieces[-2]:
+            found[tuple(pieces)].add(tuple(re.findall(r"(?<=\.)\d+(?=\.)", name)))
     lost = []
     for texts, numbers in found.items():
         everyone = {n for other, ns in found.items() if other[:-1] == texts[:-1] for n in ns}
