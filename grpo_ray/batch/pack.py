@@ -103,6 +103,12 @@ class PackedBatch:
         """The number of tokens if each sequence were computed by itself."""
         return 0 if self.is_dummy else sum(self.lengths[part] for parts in self.sequences for part in parts)
 
+    @property
+    def tokens_of_sequences(self) -> list[Int[NDArray[np.int64], "T"]]:
+        """The positions in `input_ids` of the tokens of each sequence."""
+        parts = np.split(np.arange(len(self.input_ids)), np.cumsum(self.lengths)[:-1])
+        return [np.concatenate([parts[part] for part in sequence]) for sequence in self.sequences]
+
 
 def pack(items: Sequence[PackItem], *, padded: bool = False, share_prompts: bool = False) -> PackedBatch:
     """Pack sequences end to end.

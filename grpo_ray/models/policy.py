@@ -15,6 +15,7 @@ from grpo_ray.models.attention import attention_kwargs
 from grpo_ray.models.linear import multiple_of_tokens
 from grpo_ray.models.logits import logit_map
 from grpo_ray.models.logprobs import LogprobHead
+from grpo_ray.models.plain import head_inputs
 
 
 class PolicyModel(nn.Module):
@@ -25,19 +26,25 @@ class PolicyModel(nn.Module):
         ValueError: the model changes its logits in a way that the head would omit.
     """
 
-    def __init__(self, hf: nn.Module, *, chunk: int, ranks: SequenceRanks | None = None) -> None:
+    def __init__(self, hf: nn.Module, *, chunk: int, ranks: SequenceRanks | None = None, plain: bool = False) -> None:
         super().__init__()
         self.logit_map = logit_map(hf)
         hf.set_output_embeddings(LogprobHead(hf.get_output_embeddings(), self.logit_map))  # type: ignore[operator]
         self.hf = hf
         self.chunk = chunk
         self.ranks = ranks or Alone()
+        self.plain = plain
+        """Whether it goes by `grpo_ray.models.plain`, without slices."""
 
     def forward(self, batch: PackedBatch, temperature: float, sets: TokenSets | None = None) -> tuple[Tensor, Tensor]:
         """The log-probabilities [C] of the batch's targets and the entropies [C], fp32; with sets, of the distributions over these.
         Each rank that shares a micro-batch has the sets of its own slice."""
         hf: Any = self.hf
         device = hf.get_output_embeddings().weight.device
+        if self.plain:
+            hidden_CH, targets = head_inputs(hf, batch, device), on_device(batch.targets, device)
+            found: tuple[Tensor, Tensor] = hf.get_output_embeddings()(hidden_CH, targets, temperature, self.chunk, sets)
+            return found
         own = own_slice(batch, self.ranks, device)
         hidden_cH = target_states(hf.base_model, own, hf.config._attn_implementation, device)
         hidden_cH = self.logit_map.before(hf, hidden_cH)
