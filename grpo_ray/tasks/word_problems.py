@@ -1,9 +1,10 @@
 """Two-digit sums and differences in words, half known to a small pretrained model; the answer has a line of its own.
 
     Prompt      Mia has 47 shells and finds 25 more. How many shells does Mia have now?
-    Completion  Mia has 47 + 25 = 72 shells.
+    Completion  47 + 25 = 72
                 Answer: 72
 
+Two turns before the question show the form: without them a model of this size writes what it likes, and has nothing to learn from.
 Held out are sums and not only texts: no training prompt asks for the result of a held-out one, in whatever words.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import random
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from grpo_ray.errors import DataError
@@ -37,28 +38,38 @@ ASKED = {
         "{name} needs {a} {things} and has {b} {things}. How many more {things} does {name} need?",
     ),
 }
+EXAMPLES = (
+    ("Sam has 31 plums and finds 12 more. How many plums does Sam have now?", "31 + 12 = 43\nAnswer: 43"),
+    ("What is 46 plus 38?", "46 + 38 = 84\nAnswer: 84"),
+)
+"""The turns before each question."""
 NAMES = ("Mia", "Tom", "Ana", "Ben", "Eva", "Leo", "Zoe", "Max")
 THINGS = ("shells", "coins", "books", "apples", "cards", "stamps", "pens", "eggs")
 _LINE = re.compile(r"Answer: (0|-?[1-9][0-9]*)")
 
 
-def prompts(size: int, seed: int, held_out: bool = False) -> Iterator[Row]:
-    """Make `size` rows {prompt, answer, subject}, `subject` being the sum as `47 + 25`. None repeats a subject.
+def prompts(size: int, seed: int, held_out: bool = False, signs: Sequence[str] = tuple(ASKED)) -> Iterator[Row]:
+    """Make `size` rows {prompt, question, answer, subject}: `prompt` a conversation that ends with the question, `subject` the sum
+    as `47 + 25`. None repeats a subject.
 
     Args:
         held_out: make rows of the held-out sums instead of the others.
+        signs: `+` and `-`, or one of them.
 
     Raises:
-        DataError: there are not as many sums.
+        DataError: there are not as many sums, or a sign is none.
     """
-    subjects = [subject for subject in _subjects() if _is_held_out(*subject) == held_out]
+    if not signs or not set(signs) <= set(ASKED):
+        raise DataError(f"word_problems has the signs {' and '.join(ASKED)}, and signs is {list(signs)}")
+    subjects = [subject for subject in _subjects() if subject[1] in signs and _is_held_out(*subject) == held_out]
     if size > len(subjects):
         raise DataError(f"word_problems has {len(subjects)} {'held-out ' * held_out}sums, and {size} are asked for")
     rng = random.Random(f"word_problems/{seed}")
     for a, sign, b in rng.sample(subjects, size):
-        asked = rng.choice(ASKED[sign])
+        question = rng.choice(ASKED[sign]).format(a=a, b=b, name=rng.choice(NAMES), things=rng.choice(THINGS))
         yield {
-            "prompt": asked.format(a=a, b=b, name=rng.choice(NAMES), things=rng.choice(THINGS)),
+            "prompt": _conversation(question),
+            "question": question,
             "answer": a + b if sign == "+" else a - b,
             "subject": f"{a} {sign} {b}",
         }
@@ -81,6 +92,11 @@ def answer_form(completions: Completions) -> list[float]:
     Range {0, 1}.
     """
     return [float(_number(text_of(completion)) is not None) for completion in completions]
+
+
+def _conversation(question: str) -> list[dict[str, str]]:
+    turns = [turn for example in EXAMPLES for turn in zip(("user", "assistant"), example, strict=True)]
+    return [{"role": role, "content": text} for role, text in (*turns, ("user", question))]
 
 
 def _number(completion: str) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from grpo_ray.errors import DataError
-from grpo_ray.tasks.word_problems import ASKED, answer_form, answer_line, prompts
+from grpo_ray.tasks.word_problems import ASKED, EXAMPLES, answer_form, answer_line, prompts
 
 
 def numbers(text: str) -> list[int]:
@@ -30,11 +30,11 @@ def test_the_answer_is_the_sum_or_difference_of_the_two_numbers_in_the_prompt(ro
         [re.sub(r"\{\w+\}", ".+", re.escape(t).replace(r"\{", "{").replace(r"\}", "}")) for t in ASKED[s]] for s in "+-"
     )
     for row in rows:
-        a, b = numbers(row["prompt"])
+        a, b = numbers(row["question"])
         assert 10 <= a < 100
         assert 10 <= b < 100
-        added = any(re.fullmatch(text, row["prompt"]) for text in plus)
-        taken = any(re.fullmatch(text, row["prompt"]) for text in minus)
+        added = any(re.fullmatch(text, row["question"]) for text in plus)
+        taken = any(re.fullmatch(text, row["question"]) for text in minus)
         assert added is not taken
         assert row["answer"] == (a + b if added else a - b)
         assert row["subject"] == f"{a} {'+' if added else '-'} {b}"
@@ -43,7 +43,7 @@ def test_the_answer_is_the_sum_or_difference_of_the_two_numbers_in_the_prompt(ro
 
 def test_every_wording_is_asked_and_no_sum_twice(rows: list[dict[str, Any]]) -> None:
     shapes = {
-        re.sub(r"\d+|[A-Z][a-z]{2}\b|\b(shells|coins|books|apples|cards|stamps|pens|eggs)\b", "_", r["prompt"])
+        re.sub(r"\d+|[A-Z][a-z]{2}\b|\b(shells|coins|books|apples|cards|stamps|pens|eggs)\b", "_", r["question"])
         for r in rows
     }
     assert len(shapes) == sum(map(len, ASKED.values()))
@@ -58,7 +58,27 @@ def test_no_training_prompt_asks_for_a_held_out_sum_in_either_order(
         return (sign, *sorted((a, b)))
 
     assert {asked(row) for row in rows}.isdisjoint({asked(row) for row in held_out})
-    assert len({row["prompt"] for row in held_out}) == len(held_out)
+    assert len({row["question"] for row in held_out}) == len(held_out)
+
+
+def test_each_prompt_shows_the_form_by_right_examples_of_sums_that_are_not_held_out(
+    held_out: list[dict[str, Any]],
+) -> None:
+    conversation = held_out[0]["prompt"]
+    assert [turn["role"] for turn in conversation] == ["user", "assistant"] * len(EXAMPLES) + ["user"]
+    assert conversation[-1]["content"] == held_out[0]["question"]
+    for question, completion in EXAMPLES:
+        a, b = numbers(question)
+        assert answer_line([completion], [a + b]) == [1.0]
+        assert f"{a} + {b}" not in {row["subject"] for row in held_out}
+
+
+def test_a_recipe_may_ask_for_sums_or_differences_alone() -> None:
+    for sign in "+-":
+        assert {row["subject"].split()[1] for row in prompts(100, 1, signs=[sign])} == {sign}
+    for signs in ([], ["*"], ["+", "x"]):
+        with pytest.raises(DataError, match=r"word_problems has the signs \+ and -, and signs is "):
+            list(prompts(1, 1, signs=signs))
 
 
 def test_the_same_seed_makes_the_same_rows_and_another_one_others() -> None:
