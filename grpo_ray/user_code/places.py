@@ -21,7 +21,8 @@ from pathlib import Path
 
 from grpo_ray.user_code.modules import OURS, name_taken
 
-OFFERED = ("grpo_ray.tasks.arithmetic", "grpo_ray.tasks.r1", "grpo_ray.rewards.votes")
+TASKS = ("grpo_ray.tasks.arithmetic", "grpo_ray.tasks.r1", "grpo_ray.tasks.word_problems")
+OFFERED = (*TASKS, "grpo_ray.rewards.votes")
 """Our own modules whose functions recipes and evaluations may name."""
 FORMER = {"grpo_ray.tiny_arithmetic": OFFERED[0], "grpo_ray.tiny_r1": OFFERED[1]}
 """Former names in recipes and run folders -> the modules."""
@@ -77,7 +78,7 @@ def locate(module: str, package: str | None) -> Path:
     if top in OURS:
         theirs = any((Path.cwd() / name).exists() for name in (top, f"{top}.py")) and Path.cwd() != ROOT
         raise (_taken(top) if theirs else None) or ForeignCodeError(
-            f"{module} is grpo-ray's own; of its modules recipes name functions of {OFFERED[0]} and {OFFERED[1]} alone"
+            f"{module} is grpo-ray's own; of its modules recipes name functions of {', '.join(TASKS)} alone"
         )
     if top in sys.stdlib_module_names or top in ("__main__", "builtins"):
         raise _taken(top) or ForeignCodeError(_never(module, "Python's own"))
@@ -103,7 +104,7 @@ def check_file(file: Path) -> None:
         inside = ".".join(real.relative_to(ROOT.resolve()).with_suffix("").parts)
         if inside.partition(".")[0] in OURS and FORMER.get(inside, inside) not in OFFERED:
             raise ForeignCodeError(
-                f"{real} is grpo-ray's own; of its modules recipes name functions of {OFFERED[0]} and {OFFERED[1]} alone"
+                f"{real} is grpo-ray's own; of its modules recipes name functions of {', '.join(TASKS)} alone"
             )
 
 

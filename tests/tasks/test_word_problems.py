@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 
+from grpo_ray.config.schema import RunConfig
+from grpo_ray.data.sources import load_table
 from grpo_ray.errors import DataError
+from grpo_ray.rewards.table import resolve
 from grpo_ray.tasks.word_problems import ASKED, EXAMPLES, answer_form, answer_line, prompts
+from launch.run.recipe import load_recipe
 
 
 def numbers(text: str) -> list[int]:
@@ -71,6 +75,17 @@ def test_each_prompt_shows_the_form_by_right_examples_of_sums_that_are_not_held_
         a, b = numbers(question)
         assert answer_line([completion], [a + b]) == [1.0]
         assert f"{a} + {b}" not in {row["subject"] for row in held_out}
+
+
+def test_the_recipe_trains_and_measures_on_sums_that_it_keeps_apart_by_rewards_that_it_may_name() -> None:
+    config = load_recipe(RunConfig, "arithmetic_smollm2", [])
+    assert [resolve(function).name for function in config.reward.functions] == ["answer", "form"]
+    train, (held_out,) = config.data.train, config.data.eval_sets.values()
+    sums = [{row["subject"] for row in load_table(source, seed=1).rows} for source in (train, held_out)]
+    assert sums[0].isdisjoint(sums[1])
+    assert len(sums[0]) >= config.prompts_per_step * (config.num_steps or 0)
+    assert len(sums[1]) >= 128
+    assert config.eval.accuracy == "answer"
 
 
 def test_a_recipe_may_ask_for_sums_or_differences_alone() -> None:
