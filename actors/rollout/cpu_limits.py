@@ -25,8 +25,34 @@ LATENT_TYPES = (
 """The model types whose latent attention vLLM computes in its latent space, of those with a `kv_lora_rank`."""
 EXPERT_WIDTH = 32
 """What the sizes of a layer of experts have to be divided by."""
-WITH_TORCHVISION = ("Qwen3_5",)
-"""The beginnings of the names of classes of language models whose import in vLLM imports torchvision."""
+WITH_TORCHVISION = (
+    *(
+        "Qwen3_5",
+        "Qwen2VL",
+        "Qwen2_5",
+        "Qwen3VL",
+        "Qwen3Omni",
+        "Qwen3ASR",
+        "QianfanOCR",
+        "Gemma3ForCond",
+        "Mistral3ForCond",
+        "Llama4ForCond",
+    ),
+    *(
+        "Llava",
+        "Glm4v",
+        "GlmOcr",
+        "Granite4Vision",
+        "InternVL",
+        "Lfm2Vl",
+        "MiniCPMV4",
+        "MuseGlimmer",
+        "NemotronH_Omni",
+        "Step3p7",
+    ),
+    *("Cohere2Vision", "CohereCompass", "Cosmos3Edge", "Exaone4_5"),
+)
+"""The beginnings of the names of the classes whose modules in vLLM import torchvision."""
 
 
 def check_cpu_limits(model_config: Any, model: ModelConfig) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import (
     DeepseekV3Config,
     Gemma3TextConfig,
@@ -20,9 +21,10 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from actors.rollout.cpu_limits import DELTA_HEADS, HEADS, check_cpu_limits
+from actors.rollout.cpu_limits import DELTA_HEADS, HEADS, WITH_TORCHVISION, check_cpu_limits
 from grpo_ray.config.model import LoraConfig, ModelConfig
 from grpo_ray.errors import ConfigError
+from tests.actors.rollout.vllm_imports import classes, imports_torchvision
 
 FP32, BF16 = (ModelConfig(path="model", dtype=dtype) for dtype in ("float32", "bfloat16"))
 SMALL = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
@@ -111,6 +113,13 @@ def test_classes_that_import_torchvision_are_refused_where_it_is_not_installed(
         return
     with pytest.raises(ConfigError, match=r"its class Qwen3_5ForCausalLM imports torchvision, which is not installed"):
         check_cpu_limits(config, BF16)
+
+
+def test_the_classes_are_those_that_import_torchvision_of_all_that_transformers_has_too() -> None:
+    pytest.importorskip("vllm")
+    of_vllm = {name: imports_torchvision(module) for name, module in classes().items() if hasattr(transformers, name)}
+    assert len(of_vllm) > 100
+    assert {n for n, needed in of_vllm.items() if needed} == {n for n in of_vllm if n.startswith(WITH_TORCHVISION)}
 
 
 def test_the_sizes_are_those_that_the_kernels_take() -> None:
