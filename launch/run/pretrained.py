@@ -14,7 +14,7 @@ from launch.run.tree_memory import PeakMemory
 
 RECIPE = "arithmetic_smollm2"
 GAIN = 0.10
-"""The least gain in held-out accuracy that counts as learning: several times its standard error."""
+"""The least gain in held-out accuracy that counts as learning: more than twice its standard error over 192 prompts."""
 
 
 def run_pretrained(overrides: list[str]) -> None:
