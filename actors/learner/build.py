@@ -27,7 +27,7 @@ from grpo_ray.errors import ConfigError, NonFiniteError
 from grpo_ray.models.attention import PACKED, check_packable, choose_attention
 from grpo_ray.models.checkpoint_tensors import check_trainable, read_model
 from grpo_ray.models.compiled import compile_layers
-from grpo_ray.models.dropout import without_dropout
+from grpo_ray.models.dropout import without_dropout, without_noise
 from grpo_ray.models.linear import use_faster_products
 from grpo_ray.models.lora import inject
 from grpo_ray.models.memory.estimate import chunk_rows
@@ -263,7 +263,8 @@ def _reward_model(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks)
 
 
 def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, trained: bool) -> Any:
-    """The checkpoint's model, in fp32 when it is to be trained, without dropout; as a reward model where one is trained.
+    """The checkpoint's model, in fp32 when it is to be trained; without dropout, unless it is asked for; as a reward model where
+    one is trained.
 
     Raises:
         ConfigError: it can't be loaded or is not whole, its attention or head can't be packed, or its sequences can't be split over
@@ -275,7 +276,9 @@ def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
     config: Any = None
     skeleton: Skeleton | None = None
     try:
-        config = without_dropout(AutoConfig.from_pretrained(path, trust_remote_code=code))
+        config = AutoConfig.from_pretrained(path, trust_remote_code=code)
+        if not spec.learner.dropout:
+            without_dropout(config)
         check_trainable(config, path, reward_model=spec.is_reward_model)
         if spec.is_reward_model:
             config.num_labels = 1
@@ -298,6 +301,8 @@ def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
         # ZeRO-3 releases weights between the passes, which non-reentrant checkpointing takes for changed tensors.
         hf.gradient_checkpointing_enable({"use_reentrant": spec.learner.zero_stage == 3})
         hf.enable_input_require_grads()
+    if not spec.learner.dropout:
+        without_noise(hf)
     use_faster_products(hf)
     if skeleton is not None:
         skeleton.fill(deepspeed_config(spec.model, spec.learner, device), spec.dtype, device)

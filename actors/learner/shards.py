@@ -47,8 +47,9 @@ class Skeleton:
         error: Exception | None = None
         if dist.get_rank() == 0:
             try:
-                stored = self._read(read, stored)
-                fits = fits and _shapes(self._whole) == _shapes(self.hf)
+                whole, stored = _read(read, stored)
+                fits = fits and _shapes(whole) == _shapes(self.hf)
+                self._whole, self.hf.generation_config = whole, getattr(whole, "generation_config", None)
             # The other ranks wait for its answer.
             except Exception as e:
                 error = e
@@ -59,15 +60,6 @@ class Skeleton:
         self.fits = bool(told[0])
         """Whether the model read is made of the parameters and buffers of the skeleton; on all ranks alike."""
         self._stored = _STORED[int(told[1])]
-
-    def _read(self, read: Callable[[torch.dtype], Any], stored: torch.dtype) -> torch.dtype:
-        """Read the whole model, in this dtype or in the one that is returned, where its buffers would be rounded."""
-        whole = read(stored)
-        if not exact_buffers(whole):
-            stored, whole = torch.float32, read(torch.float32)
-        self._whole = whole
-        self.hf.generation_config = getattr(whole, "generation_config", None)
-        return stored
 
     @torch.no_grad()
     def fill(self, config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
@@ -117,6 +109,12 @@ class Skeleton:
                 exact[start:end].copy_(part[: exact.numel() - start])
         if exact is not None:
             setattr(param, _EXACT, exact)
+
+
+def _read(read: Callable[[torch.dtype], Any], stored: torch.dtype) -> tuple[Any, torch.dtype]:
+    """The whole model in this dtype, or in the one that is returned, where its buffers would be rounded."""
+    whole = read(stored)
+    return (whole, stored) if exact_buffers(whole) else (read(torch.float32), torch.float32)
 
 
 def exact_pieces(model: nn.Module) -> dict[str, Tensor]:

@@ -295,7 +295,7 @@ ABSENT: dict[str, str] = {
     "generation_kwargs": _POLICY,
     "repetition_penalty": _POLICY,
     "calculate_log_probs": f"{_OF_ITSELF}: every sample comes with its log-probabilities",
-    "disable_dropout": f"{_OF_ITSELF}: rates in a model's config.json are set to 0",
+    "disable_dropout": f"{_OF_ITSELF}, unless learner.dropout is true",
     "logging_steps": f"{_OF_ITSELF}: every step is a line of metrics.jsonl",
     "val_before_train": f"{_OF_ITSELF}, where there is data.eval",
     "eval_on_start": f"{_OF_ITSELF}, where there is data.eval",

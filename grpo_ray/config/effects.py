@@ -79,7 +79,7 @@ WHERE: dict[str, dict[str, str]] = {
     "learner": {
         "num_actors num_cpus num_gpus resources labels sequence_parallel_size zero_stage offload_optimizer offload_params "
         "learning_rate lr_scheduler_type min_lr_ratio warmup_steps weight_decay adam_betas adam_eps max_grad_norm "
-        "micro_batch_tokens packing logprob_chunk_tokens max_restarts num_threads env deepspeed": LEARNING,
+        "micro_batch_tokens packing dropout logprob_chunk_tokens max_restarts num_threads env deepspeed": LEARNING,
         "share_prompts skip_no_signal overlap": "train",
     },
     "critic": {"learning_rate warmup_steps value_clip_range": "train"},

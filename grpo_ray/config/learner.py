@@ -130,6 +130,9 @@ class LearnerConfig(Strict):
     share_prompts: bool = True
     """Whether the prompt of a group is computed once for all its sequences in a micro-batch (same gradient, less work). Without
     effect if sequences are padded or shared by several learner ranks, and with flash_attention_2."""
+    dropout: bool = False
+    """Whether the model is trained with the dropout rates of its config.json and the noise of its routers. Old and current
+    log-probabilities of the same weights differ then, and no run can be repeated bit for bit. False: all of it is off."""
     skip_no_signal: bool = True
     """Whether to skip the passes of samples whose advantage is exactly 0, if neither KL nor entropy moves them, and if advantages
     are known before the passes (not with gae or kl_in reward). The gradient is the same; the token metrics are those of the other

@@ -49,7 +49,9 @@ def test_output_and_gradients_are_those_of_each_sequence_alone(
     given = [x for x in (q, k, v, s) if x is not None]
     got, _ = packed_attention(
         nn.Module(),
-        *(x[None] for x in (q, k, v)),
+        q[None],
+        k[None],
+        v[None],
         None,
         scaling=0.4,
         packed_layout=PackedLayout.of(LENGTHS, SEQUENCES),
@@ -95,7 +97,12 @@ def test_a_packed_model_computes_what_its_own_eager_attention_does(kind: str, op
 def test_the_gpus_kernel_is_not_given_what_it_lacks(option: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "has_kernel", lambda query, dropout: True)
     called: list[int] = []
-    monkeypatch.setattr(attention, "varlen_attention", lambda q, k, v, *_: called.append(1) or q)
+
+    def kernel(query: Tensor, *_: Any) -> Tensor:
+        called.append(1)
+        return query
+
+    monkeypatch.setattr(attention, "varlen_attention", kernel)
     q, k, v = (torch.randn(1, heads, 8, 8) for heads in (4, 2, 2))
     layout = replace(
         PackedLayout.of([3, 5], [(0,), (1,)]), varlen=VarlenLayout.of([3, 5], [(0,), (1,)], torch.device("cpu"))
@@ -109,5 +116,6 @@ def test_the_gpus_kernel_is_not_given_what_it_lacks(option: dict[str, Any], monk
 @pytest.mark.parametrize("option", ["position_bias", "indices", "block_indices"])
 def test_attention_with_more_than_scores_is_refused(option: str) -> None:
     q, k, v = (torch.randn(1, 2, 4, 8) for _ in range(3))
+    odd: dict[str, Any] = {option: q}
     with pytest.raises(ValueError, match=f"uses {option}: not supported"):
-        packed_attention(nn.Module(), q, k, v, None, packed_layout=PackedLayout.of([4], [(0,)]), **{option: q})
+        packed_attention(nn.Module(), q, k, v, None, packed_layout=PackedLayout.of([4], [(0,)]), **odd)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from actors.learner.build import LearnerSpec, load_hf
 from actors.learner.group import _spec
 from grpo_ray.batch.sequence import Alone
 from tests.actors.learner.test_learner import make_config
+from tests.models.random_models import random_config
 
-WITH_DROPOUT: list[tuple[str, dict[str, Any]]] = [
-    ("qwen2", {"attention_dropout": 0.5, "num_key_value_heads": 2}),
-    ("gpt2", {"attn_pdrop": 0.5, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
-    ("gpt2", {"attn_pdrop": 0.0, "resid_pdrop": 0.5, "embd_pdrop": 0.0}),
-    ("gpt2", {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.5}),
-    ("opt", {"dropout": 0.5, "layerdrop": 0.0, "ffn_dim": 32, "word_embed_proj_dim": 16}),
-    ("opt", {"dropout": 0.0, "layerdrop": 0.5, "ffn_dim": 32, "word_embed_proj_dim": 16}),
-    ("phi", {"attention_dropout": 0.0, "resid_pdrop": 0.5, "embd_pdrop": 0.5}),
-]
+NOISY = ("qwen2", "gpt2", "opt", "phi", "gpt_neox", "starcoder2", "mixtral", "phimoe")
+"""Families whose modules drop values, layers or add jitter: by modules, by functions, by the rates of attributes and of configs."""
 
 
 def spec_of(path: Path, **overrides: Any) -> LearnerSpec:
@@ -29,17 +25,45 @@ def spec_of(path: Path, **overrides: Any) -> LearnerSpec:
     return _spec(config, str(path), str(path), False, 10)
 
 
-@pytest.mark.parametrize(("kind", "options"), WITH_DROPOUT, ids=lambda x: x if isinstance(x, str) else next(iter(x)))
-def test_no_dropout_of_a_checkpoint_is_left_in_training(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+def noisy_checkpoint(kind: str, folder: Path) -> Path:
+    """A random model whose config.json asks for as much noise as it can."""
+    config = random_config(kind)
+    rates = [n for n, v in vars(config).items() if re.search("drop|jitter|noise", n) and isinstance(v, int | float)]
+    assert rates
+    for name in rates:
+        setattr(config, name, 0.5)
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        kind, vocab_size=32, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, **options
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    loaded = load_hf(spec_of(tmp_path), torch.device("cpu"), Alone(), trained=True).train()
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def logits_in_training(folder: Path, **overrides: Any) -> list[torch.Tensor]:
+    loaded = load_hf(spec_of(folder, **overrides), torch.device("cpu"), Alone(), trained=True).eval().train()
     loaded.config._attn_implementation = "eager"
-    ids = torch.arange(12)[None]
-    first, *others = (loaded(input_ids=ids, use_cache=False).logits for _ in range(5))
-    assert all(torch.equal(first, other) for other in others)
+    return [loaded(input_ids=torch.arange(3, 15)[None], use_cache=False).logits for _ in range(2)]
+
+
+@pytest.mark.parametrize("kind", NOISY)
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_a_model_in_training_computes_bit_for_bit_what_its_checkpoint_does_in_evaluation(
+    kind: str, recomputes: bool, tmp_path: Path
+) -> None:
+    noisy_checkpoint(kind, tmp_path)
+    alone: Any = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32).eval()
+    want = alone(input_ids=torch.arange(3, 15)[None], use_cache=False).logits
+    for got in logits_in_training(tmp_path, model={"gradient_checkpointing": recomputes}):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "phimoe"])
+def test_noise_is_kept_for_those_who_want_it(kind: str, tmp_path: Path) -> None:
+    first, second = logits_in_training(noisy_checkpoint(kind, tmp_path), learner={"dropout": True})
+    assert float((first - second).abs().max()) > 1e-3
+
+
+def test_layers_recompute_their_activations_without_noise_as_with_it(tmp_path: Path) -> None:
+    spec = spec_of(noisy_checkpoint("qwen2", tmp_path), model={"gradient_checkpointing": True})
+    loaded = load_hf(spec, torch.device("cpu"), Alone(), trained=True).train()
+    assert [layer.training for layer in loaded.model.layers] == [True, True]
+    assert not loaded.model.layers[0].self_attn.training
+    assert not loaded.base_model.train().norm.training
