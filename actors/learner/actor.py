@@ -30,6 +30,7 @@ from actors.learner import state as learner_state
 from actors.learner.accumulation import Accumulation
 from actors.learner.build import LearnerSpec, build_engine, build_objective, build_reference, can_share_prompts
 from actors.learner.critic import Critic
+from actors.learner.forward import choose_forward, settle_forward
 from actors.learner.logprobs import LogprobPasses, kl_only_passes, update_passes
 from actors.learner.micro_batches import MicroBatchLoader, is_trained
 from actors.learner.offload import HostMemory, offload, weights
@@ -100,13 +101,16 @@ class LearnerActor:
         return meeting
 
     def start(self, meeting: Meeting) -> None:
-        """Meet the other ranks, load the model, build the engine. Raises ResourceError, see `join_process_group`."""
+        """Meet the other ranks, load the model, build the engine. Raises ConfigError, see `settle_forward`, and ResourceError, see
+        `join_process_group`."""
         spec, on_cpu = self.spec, self.device.type == "cpu"
         torch.set_num_threads(spec.learner.num_threads or (1 if on_cpu and self.num_ranks > 1 else usable_cpus()))
         torch.manual_seed(spec.seed + self.rank)
         self._store = join_process_group(meeting, self._store, self.rank, self.num_ranks, self._timeout, on_cpu=on_cpu)
         self._ranks = sequence.join(spec.learner.sequence_parallel_size, self._timeout)
+        spec = choose_forward(spec)
         self._engine = build_engine(spec, self.device, self._ranks)
+        spec = settle_forward(spec, self._engine.module, self._ranks)
         if spec.needs_reference_model:
             self._reference = build_reference(spec, self.device, self._ranks)
         if spec.needs_critic:

@@ -24,7 +24,7 @@ from grpo_ray.config.learner import CriticConfig, LearnerConfig, WeightsConfig
 from grpo_ray.config.model import ModelConfig
 from grpo_ray.config.supervised import DpoOptions, RewardModelOptions
 from grpo_ray.errors import ConfigError, NonFiniteError
-from grpo_ray.models.attention import PACKED, check_packable, choose_attention
+from grpo_ray.models.attention import FLASH, PACKED, choose_attention
 from grpo_ray.models.checkpoint_tensors import check_trainable, read_model
 from grpo_ray.models.compiled import compile_layers
 from grpo_ray.models.dropout import without_dropout, without_noise
@@ -64,6 +64,11 @@ class LearnerSpec:
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.model.dtype == "bfloat16" else torch.float32
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the model goes the plain way; see actors/learner/forward.py."""
+        return self.learner.forward == "plain"
 
     @property
     def is_reward_model(self) -> bool:
@@ -145,7 +150,8 @@ def build_critic(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks) 
     from transformers import get_constant_schedule_with_warmup
 
     whole = replace(spec, model=spec.model.model_copy(update={"lora": None}))
-    critic = ValueModel(load_hf(whole, device, ranks, trained=True), ranks).train()
+    hf = load_hf(whole, device, ranks, trained=True)
+    critic = ValueModel(hf, ranks, plain=spec.is_plain).train()
     optimizer = adamw(critic, spec.learner, spec.critic.learning_rate)
     schedule = get_constant_schedule_with_warmup(optimizer, spec.critic.warmup_steps)
     return _initialize(spec, device, critic, optimizer, schedule)
@@ -253,13 +259,13 @@ def _policy(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
     on_gpu = device.type == "cuda"
     memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else None
     rows = chunk_rows(hf.config.get_text_config().vocab_size, on_gpu=on_gpu, memory=memory)
-    return PolicyModel(hf, chunk=spec.learner.logprob_chunk_tokens or rows, ranks=ranks)
+    return PolicyModel(hf, chunk=spec.learner.logprob_chunk_tokens or rows, ranks=ranks, plain=spec.is_plain)
 
 
 def _reward_model(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks) -> RewardModel:
     """The reward model, with an output layer of zeros unless the checkpoint is a reward model already."""
     hf = load_hf(spec, device, ranks, trained=True)
-    return RewardModel(hf, ranks)
+    return RewardModel(hf, ranks, plain=spec.is_plain)
 
 
 def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, trained: bool) -> Any:
@@ -267,8 +273,7 @@ def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
     one is trained.
 
     Raises:
-        ConfigError: it can't be loaded or is not whole, its attention or head can't be packed, or its sequences can't be split over
-            ranks.
+        ConfigError: it can't be loaded or is not whole, or its sequences can't be split over ranks.
     """
     from transformers import AutoConfig
 
@@ -282,7 +287,7 @@ def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
         check_trainable(config, path, reward_model=spec.is_reward_model)
         if spec.is_reward_model:
             config.num_labels = 1
-        attention = choose_attention(spec.model.attention, device, spec.dtype)
+        attention = _attention(spec, device)
         read = partial(_read, spec, config, attention)
         if can_shard(spec):
             make = partial(_make, spec, config, attention)
@@ -291,7 +296,6 @@ def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
             skeleton, hf = None, _read_whole(spec, read, trained=trained)
         else:
             hf = skeleton.hf
-        check_packable(hf)
     except MAKING as e:
         raise ConfigError(f"the learner can't load model {path}: {why_not(e, config)}") from None
     ranks.split_heads(hf)
@@ -309,6 +313,13 @@ def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
     if spec.model.compile:
         compile_layers(hf)
     return hf
+
+
+def _attention(spec: LearnerSpec, device: torch.device) -> str | None:
+    """The `attn_implementation` of Transformers; None, its own choice, on the plain path unless flash-attention is asked for."""
+    if spec.is_plain and spec.model.attention != FLASH:
+        return None
+    return choose_attention(spec.model.attention, device, spec.dtype)
 
 
 def can_shard(spec: LearnerSpec) -> bool:
@@ -334,7 +345,7 @@ def _auto(spec: LearnerSpec) -> Any:
     return AutoModelForSequenceClassification if spec.is_reward_model else AutoModelForCausalLM
 
 
-def _read(spec: LearnerSpec, config: Any, attention: str, dtype: torch.dtype) -> Any:
+def _read(spec: LearnerSpec, config: Any, attention: str | None, dtype: torch.dtype) -> Any:
     """The whole model, as its files have it."""
     hf, missing = read_model(
         _auto(spec),
@@ -351,7 +362,7 @@ def _read(spec: LearnerSpec, config: Any, attention: str, dtype: torch.dtype) ->
     return hf
 
 
-def _make(spec: LearnerSpec, config: Any, attention: str) -> Any:
+def _make(spec: LearnerSpec, config: Any, attention: str | None) -> Any:
     """The model by its config alone, in fp32."""
     return _auto(spec).from_config(
         deepcopy(config),

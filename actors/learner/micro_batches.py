@@ -51,6 +51,7 @@ class MicroBatchLoader:
         self._rank = rank
         self._ranks = ranks
         self._device = device
+        self._padded = spec.is_plain or not spec.learner.packing
         self.share_prompts = share_prompts
         self.unit = Normalizers.unit(spec.max_completion_length)
         """The normalizers for a part of a batch, while those of the whole are unknown."""
@@ -89,7 +90,7 @@ class MicroBatchLoader:
             num_ranks=self._spec.learner.data_parallel_size,
             num_mini_batches=num_mini_batches,
             micro_batch_tokens=self._spec.learner.micro_batch_tokens,
-            padded=not self._spec.learner.packing,
+            padded=self._padded,
             prompts_S=[s.num_prompt_tokens for s in samples] if self.share_prompts else None,
             idle=idle,
         )
@@ -99,18 +100,17 @@ class MicroBatchLoader:
         """Plan one mini-batch of samples that come in pairs; both of a pair are in one micro-batch, side by side."""
         lengths = [s.num_prompt_tokens + s.num_tokens for s in batch.samples]
         both = list(zip(lengths[::2], lengths[1::2], strict=True))
-        padded = not self._spec.learner.packing
         prompts = [s.num_prompt_tokens if self.share_prompts else 0 for s in batch.samples[::2]]
         (plan,) = plan_batch(
             [
-                2 * max(pair) if padded else shared_cost(pair, prompt)
+                2 * max(pair) if self._padded else shared_cost(pair, prompt)
                 for pair, prompt in zip(both, prompts, strict=True)
             ],
             range(len(both)),
             num_ranks=self._spec.learner.data_parallel_size,
             num_mini_batches=1,
             micro_batch_tokens=self._spec.learner.micro_batch_tokens,
-            padded=padded,
+            padded=self._padded,
         )
         return plan.of_pairs()
 
@@ -135,7 +135,7 @@ class MicroBatchLoader:
         for micro in micros:
             packed = pack(
                 [self._item(batch, i, rows, normalizers) for i in micro],
-                padded=not self._spec.learner.packing,
+                padded=self._padded,
                 share_prompts=self.share_prompts,
             )
             data = MicroBatchData.of(packed, self._device, [batch.samples[i] for i in micro])

@@ -79,7 +79,7 @@ WHERE: dict[str, dict[str, str]] = {
     "learner": {
         "num_actors num_cpus num_gpus resources labels sequence_parallel_size zero_stage offload_optimizer offload_params "
         "learning_rate lr_scheduler_type min_lr_ratio warmup_steps weight_decay adam_betas adam_eps max_grad_norm "
-        "micro_batch_tokens packing dropout logprob_chunk_tokens max_restarts num_threads env deepspeed": LEARNING,
+        "micro_batch_tokens forward packing dropout logprob_chunk_tokens max_restarts num_threads env deepspeed": LEARNING,
         "share_prompts skip_no_signal overlap": "train",
     },
     "critic": {"learning_rate warmup_steps value_clip_range": "train"},
@@ -210,7 +210,10 @@ def _of_steps(config: RunConfig | SftConfig, _command: str) -> Found:
             "learner.min_lr_ratio",
             f"it is of cosine_with_min_lr, and lr_scheduler_type is {learner.lr_scheduler_type}",
         )
-    if not learner.packing:
+    if learner.forward == "plain":
+        yield "learner.packing", "on the plain path (learner.forward) every sequence is padded"
+        yield "learner.share_prompts", "on the plain path (learner.forward) sequences share no prompt"
+    elif not learner.packing:
         yield "learner.share_prompts", "sequences that are padded (packing false) share no prompt"
     elif learner.sequence_parallel_size > 1:
         yield "learner.share_prompts", "sequences that several learners share (sequence_parallel_size) share no prompt"

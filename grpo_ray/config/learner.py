@@ -99,6 +99,9 @@ def check_deepspeed_options(options: dict[str, Any]) -> dict[str, Any]:
 DeepspeedOptions = Annotated[dict[str, Any], AfterValidator(check_deepspeed_options)]
 
 
+Forward = Literal["auto", "packed", "plain"]
+
+
 class LearnerConfig(Strict):
     num_actors: PositiveInt = 1
     num_cpus: NonNegFloat = 1
@@ -125,11 +128,17 @@ class LearnerConfig(Strict):
     """The number of tokens (prompt and completion) of one forward and backward pass, over all learner ranks that share it. `auto`,
     or not given: as many as fit the memory of the GPU or the machine, where it and the model are known; elsewhere 8,192, or one
     sample of full length. A run's config.yaml says how many."""
+    forward: Forward = "auto"
+    """How the model computes a micro-batch. `packed`: sequences end to end in one row, by attention that keeps them apart. `plain`:
+    the model's own forward, one sequence a row, padded to the longest, with its own attention and masks: for models with recurrent
+    or convolutional layers, or with chunked or sparse attention. `auto`: packed where that is right, else plain. In any case a
+    learner that has loaded its model compares this with the model's own forward, and refuses one of which it computes something
+    else."""
     packing: bool = True
     """Whether sequences are packed end to end. False: padded to the longest of a micro-batch (same gradient, more work)."""
     share_prompts: bool = True
     """Whether the prompt of a group is computed once for all its sequences in a micro-batch (same gradient, less work). Without
-    effect if sequences are padded or shared by several learner ranks, and with flash_attention_2."""
+    effect if sequences are padded or shared by several learner ranks, with flash_attention_2, and on the plain path."""
     dropout: bool = False
     """Whether the model is trained with the dropout rates of its config.json and the noise of its routers. Old and current
     log-probabilities of the same weights differ then, and no run can be repeated bit for bit. False: all of it is off."""
@@ -183,6 +192,11 @@ class LearnerConfig(Strict):
     @model_validator(mode="after")
     def _slices(self) -> Self:
         size = self.sequence_parallel_size
+        if size > 1 and self.forward == "plain":
+            raise ValueError(
+                f"learner.forward plain computes whole sequences, and learner.sequence_parallel_size {size} cuts them into slices; "
+                "use sequence_parallel_size 1, or forward packed"
+            )
         if self.num_actors % size:
             raise ValueError(
                 f"learner.num_actors ({self.num_actors}) is not a multiple of learner.sequence_parallel_size ({size}), the "

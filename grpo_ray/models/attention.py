@@ -59,21 +59,21 @@ def use_attention_without_plans() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def check_packable(hf: nn.Module) -> None:
-    """Check that nothing but attention moves information between the tokens of a Transformers model.
-
-    Raises:
-        ValueError: something does. Packed sequences, or slices of one, would silently be computed wrongly.
-    """
+def why_unpackable(hf: nn.Module) -> str | None:
+    """Why packed sequences, or slices of one, would silently see each other in a Transformers model: more than attention moves
+    information between its tokens. None: nothing is known to."""
     model: Any = hf
-    config = model.config.get_text_config()
-    odd = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYERS)
-    if odd or model._is_stateful or not model._supports_attention_backend:
-        what = f"layers of {', '.join(odd)}" if odd else "layers that do not use Transformers' attention interface"
-        raise ValueError(
-            f"{type(hf).__name__} has {what}, over which packed sequences would see each other: not supported"
-        )
-    if any(getattr(layer, "is_causal", None) is False for layer in hf.modules()):
+    odd = sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _LAYERS)
+    if not odd and not model._is_stateful and model._supports_attention_backend:
+        return None
+    what = f"layers of {', '.join(odd)}" if odd else "layers that do not use Transformers' attention interface"
+    return f"{type(hf).__name__} has {what}, over which packed sequences would see each other"
+
+
+def check_causal(hf: nn.Module) -> None:
+    """Raises ValueError for a model that is known to attend to what comes after a token."""
+    causal = [layer.is_causal for layer in hf.modules() if isinstance(getattr(layer, "is_causal", None), bool)]
+    if causal and not any(causal):
         raise ValueError(
             f"{type(hf).__name__} attends to what comes after a token, too: only causal models are trained"
         )

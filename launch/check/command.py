@@ -33,7 +33,7 @@ from grpo_ray.run.checkpoint_store import Store, is_url
 from grpo_ray.run.run_dir import RunDir
 from launch.check.golds import gold_rows
 from launch.check.gpu import Gpus, check_gpus, gpu_rows, named_gpus, stage_rows
-from launch.check.model import ModelFiles, keep_torch_out, num_params_of
+from launch.check.model import LearnersModel, ModelFiles, keep_torch_out, learners_model
 from launch.console import headed, plain_console
 from launch.named_clusters import check_cluster
 from launch.program import runnable
@@ -158,15 +158,15 @@ def _rows_of_model(
     """
     on_gpu = machine.offers.get("GPU", 0) > 0
     files = ModelFiles(config.model)
-    with num_params_of(config, on_gpu=on_gpu) as num_params:
+    with learners_model(config, on_gpu=on_gpu) as learners:
         try:
             context = _context(config, files.config, on_gpu=on_gpu)
             of_data = [] if code.of_data else _data_rows(config, files, imports=code.run)
         except GrpoRayError:
             # A model that can't be trained may be why.
-            num_params()
+            learners()
             raise
-        of_model = _model_rows(found, files.config, num_params(), kind, machine, place)
+        of_model = _model_rows(found, files.config, learners(), kind, machine, place)
     return [*of_model, *of_data, *_step_rows(config, context, imports=code.run)]
 
 
@@ -199,8 +199,9 @@ def _context(config: RunConfig | SftConfig, model_config: Any, *, on_gpu: bool) 
 
 
 def _model_rows(
-    config: RunConfig | SftConfig, model_config: Any, params: int, kind: str, machine: Machine, place: str
+    config: RunConfig | SftConfig, model_config: Any, learners: LearnersModel, kind: str, machine: Machine, place: str
 ) -> list[tuple[str, str]]:
+    params = learners.num_params
     facts, on_gpu = facts_of(model_config, params), machine.offers.get("GPU", 0) > 0
     memory = learner_memory(facts, config, on_gpu=on_gpu, gpu_memory=machine.gpu_memory)
     parts = ", ".join(f"{what} {gib(n)}" for what, n in memory.parts.items() if n)
@@ -210,6 +211,7 @@ def _model_rows(
             "model",
             f"{source}: {params / 1e6:,.1f} M parameters, {config.model.dtype}, context {context_length(model_config)}",
         ),
+        *([("", f"the plain way, a sequence a row: {learners.plain}")] if learners.plain else []),
         ("memory", f"each learner {gib(memory.total)} in its largest step ({parts})"),
     ]
     if not on_gpu:

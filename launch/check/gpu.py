@@ -14,7 +14,7 @@ from grpo_ray.errors import ConfigError, ResourceError
 from grpo_ray.models.memory.estimate import ModelFacts, facts_of, gib, known_facts
 from grpo_ray.models.memory.gpu_fit import GPUS_OF_NODE, cache_of, host_memory, needs
 from grpo_ray.pipeline.plan import Plan, Stage
-from launch.check.model import ModelFiles, num_params_of
+from launch.check.model import ModelFiles, learners_model
 from launch.run.gpus import parse_gpus
 from launch.run.placement import fitted, would_fit_gpus
 
@@ -121,7 +121,7 @@ def _facts(config: RunConfig | SftConfig) -> ModelFacts | None:
     if known is not None:
         return known
     try:
-        with num_params_of(config, on_gpu=True) as num_params:
-            return facts_of(ModelFiles(config.model).config, num_params())
+        with learners_model(config, on_gpu=True) as model:
+            return facts_of(ModelFiles(config.model).config, model().num_params)
     except ConfigError:
         return None

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from grpo_ray.config.model import ModelConfig
 from grpo_ray.config.schema import RunConfig
@@ -84,25 +84,34 @@ def keep_torch_out() -> None:
         os.environ |= {} if quiet is None else {_QUIET: quiet}
 
 
+class LearnersModel(NamedTuple):
+    """What the learner would hold."""
+
+    num_params: int
+    plain: str
+    """Why it goes the plain way; "" where it packs."""
+
+
 @contextmanager
-def num_params_of(config: RunConfig | SftConfig, *, on_gpu: bool) -> Iterator[Callable[[], int]]:
-    """Inspect the model in the background. The yielded function waits for the result and returns the number of its parameters.
+def learners_model(config: RunConfig | SftConfig, *, on_gpu: bool) -> Iterator[Callable[[], LearnersModel]]:
+    """Inspect the model in the background. The yielded function waits for the result.
 
     Raises:
         ConfigError: the learner would refuse the model.
     """
     known = known_facts(config.model)
     if known is not None and _is_ours(config):
-        yield lambda: known.num_params
+        yield lambda: LearnersModel(known.num_params, "")
         return
     question = {
         "model": config.model.model_dump(mode="json"),
         "reward_model": isinstance(config, RewardModelConfig),
         "slices": config.learner.sequence_parallel_size,
         "on_gpu": on_gpu,
+        "forward": config.learner.forward,
     }
     if "torch" in sys.modules:
-        yield lambda: _count(question)
+        yield lambda: _looked_at(question)
         return
     with subprocess.Popen(
         [sys.executable, "-P", "-c", _CHILD.format(path=sys.path)],
@@ -123,10 +132,11 @@ def num_params_of(config: RunConfig | SftConfig, *, on_gpu: bool) -> Iterator[Ca
 def _is_ours(config: RunConfig | SftConfig) -> bool:
     """Whether the model is a usual tiny model, which tests show to be trainable."""
     plain = config.model.tiny is not None and config.model.lora is None and config.model.attention == "auto"
-    return plain and config.learner.sequence_parallel_size == 1 and not isinstance(config, RewardModelConfig)
+    usual = config.learner.sequence_parallel_size == 1 and config.learner.forward != "plain"
+    return plain and usual and not isinstance(config, RewardModelConfig)
 
 
-def _told(child: subprocess.Popen[str]) -> int:
+def _told(child: subprocess.Popen[str]) -> LearnersModel:
     try:
         out, _ = child.communicate(timeout=QUESTION_S)
     except subprocess.TimeoutExpired:
@@ -142,31 +152,32 @@ def _told(child: subprocess.Popen[str]) -> int:
     said = json.loads(lines[-1])
     if "refused" in said:
         raise ConfigError(said["refused"])
-    return int(said["num_params"])
+    return LearnersModel(**said)
 
 
 def answer() -> None:
     """Run the child: a question on stdin, the answer in the last line of stdout."""
     question = json.loads(sys.stdin.read())
     try:
-        said: dict[str, Any] = {"num_params": _count(question)}
+        said: dict[str, Any] = _looked_at(question)._asdict()
     except ConfigError as e:
         said = {"refused": str(e)}
     say(f"\n{json.dumps(said)}")
 
 
-def _count(question: dict[str, Any]) -> int:
-    """The number of parameters of the model. Raises ConfigError: the learner would refuse it."""
+def _looked_at(question: dict[str, Any]) -> LearnersModel:
+    """Raises ConfigError: the learner would refuse the model."""
     from grpo_ray.models.trainable import check_adapters, skeleton
 
     config = ModelConfig.model_validate(question["model"])
-    hf = skeleton(
+    hf, plain = skeleton(
         ModelFiles(config).config if config.tiny is None else tiny_config(config.tiny),
         config,
         reward_model=question["reward_model"],
         slices=question["slices"],
         on_gpu=question["on_gpu"],
+        forward=question["forward"],
     )
     size = sum(p.numel() for p in hf.parameters())
     check_adapters(hf, config)
-    return size
+    return LearnersModel(size, plain)

@@ -44,7 +44,7 @@ MAY_CHANGE = frozenset(
         ),
         *(
             f"learner.{name}"
-            for name in ("micro_batch_tokens", "packing", "share_prompts", "skip_no_signal", "overlap")
+            for name in ("micro_batch_tokens", "forward", "packing", "share_prompts", "skip_no_signal", "overlap")
         ),
         *("learner.sequence_parallel_size", "learner.logprob_chunk_tokens", "model.gradient_checkpointing"),
     ]

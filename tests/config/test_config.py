@@ -110,6 +110,10 @@ def test_scientific_notation_in_a_recipe_is_a_number(tmp_path: Path) -> None:
             "learner.num_actors=3 learner.sequence_parallel_size=2",
             "learner.num_actors (3) is not a multiple of learner.sequence_parallel_size (2)",
         ),
+        (
+            "learner.num_actors=2 learner.sequence_parallel_size=2 learner.forward=plain",
+            "sequence_parallel_size 2 cuts them into slices; use sequence_parallel_size 1, or forward packed",
+        ),
         ("learner.num_actors=600 learner.sequence_parallel_size=2", "more than the 256 samples"),
     ],
 )

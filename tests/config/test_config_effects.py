@@ -123,6 +123,8 @@ def test_an_option_typed_for_a_command_that_does_not_look_at_it_is_refused(
         (["num_steps=3", "reward.functions=[{name: accuracy, from_step: 3}]"], "reward.functions", "num_steps is 3"),
         (["learner.min_lr_ratio=0.2"], "learner.min_lr_ratio", "cosine_with_min_lr"),
         (["learner.packing=false", "learner.share_prompts=false"], "learner.share_prompts", "packing"),
+        (["learner.forward=plain", "learner.share_prompts=false"], "learner.share_prompts", "on the plain path"),
+        (["learner.forward=plain", "learner.packing=false"], "learner.packing", "every sequence is padded"),
         (["tracking.project=x"], "tracking.project", "both are off"),
         (["cluster.address=auto", "cluster.num_cpus=2"], "cluster.num_cpus", "cluster.address"),
         (["model.trust_remote_code=true"], "model.trust_remote_code", "tiny"),

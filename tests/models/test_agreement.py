@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
-from grpo_ray.models.agreement import Gap, gap_of
 from grpo_ray.models.attention import PACKED, choose_attention
+from grpo_ray.models.checks.agreement import Gap, gap_of
 from grpo_ray.models.plain import use_own_attention
 from grpo_ray.models.policy import PolicyModel
 from grpo_ray.models.reward import RewardModel

@@ -167,7 +167,7 @@ def test_logits_in_fp32_take_a_copy_of_a_bf16_head_on_cpus() -> None:
 def test_facts_come_from_files_as_from_transformers(tiny_model: Path) -> None:
     known = known_facts(run_config(f"model={{path: {tiny_model}, tiny: null}}").model)
     read = load_config(str(tiny_model), trust_remote_code=False)
-    held = skeleton(read, ModelConfig(path=str(tiny_model)))
+    held, _ = skeleton(read, ModelConfig(path=str(tiny_model)))
     assert known == facts_of(read, sum(p.numel() for p in held.parameters()))
 
 
@@ -188,7 +188,7 @@ def test_tiny_models_are_counted_without_being_made(tmp_path: Path, options: str
     config = run_config(f"model.tiny={options}").model
     assert config.tiny is not None
     read = tiny_config(config.tiny)
-    held = skeleton(read, ModelConfig(path=str(tmp_path)))
+    held, _ = skeleton(read, ModelConfig(path=str(tmp_path)))
     assert known_facts(config) == facts_of(read, sum(p.numel() for p in held.parameters()))
 
 

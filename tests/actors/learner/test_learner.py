@@ -729,7 +729,7 @@ def test_gradients_are_reduced_beside_computation_on_gpus_where_deepspeed_allows
 @pytest.mark.slow
 def test_a_model_that_is_not_there_is_told(tmp_path: Path) -> None:
     config = make_config(tmp_path / "nothing", ranks=1, stage=2)
-    with pytest.raises(ConfigError, match=r"the learner can't load model .*nothing"):
+    with pytest.raises(ConfigError, match=r"model.path .*nothing can't be loaded"):
         start(config, tmp_path)
 
 

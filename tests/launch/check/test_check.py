@@ -19,6 +19,7 @@ from rich.table import Table
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from grpo_ray.config.learner import Forward
 from grpo_ray.config.model import LoraConfig, ModelConfig, TinyModelConfig
 from grpo_ray.config.rollout import RolloutConfig
 from grpo_ray.config.supervised import SftConfig
@@ -26,10 +27,11 @@ from grpo_ray.data.prompts import load_demonstrations, load_prompts
 from grpo_ray.data.templates import make_template
 from grpo_ray.errors import ConfigError, DataError, GrpoRayError, ResourceError
 from grpo_ray.loop.stops import template_end
+from grpo_ray.models.attention import PACKED
 from grpo_ray.models.loading import check_model_path, context_length, load_config, load_tokenizer, vocab_size
 from grpo_ray.models.memory.kv_cache import check_gpu_shares, check_kv_cache
 from grpo_ray.models.tiny import build_tiny_model
-from grpo_ray.models.trainable import check_adapters, skeleton
+from grpo_ray.models.trainable import check_adapters, skeleton, with_forward
 from launch.check.command import check_recipe
 from launch.console import headed, plain_console
 from launch.pipeline.stages import load_plan
@@ -61,6 +63,9 @@ def model(tiny: Path, tmp_path: Path) -> Path:
     return folder
 
 
+FORWARDS: tuple[Forward, ...] = ("auto", "packed", "plain")
+
+
 def small_config(kind: str) -> Any:
     """Transformers' default config of this kind, with two layers."""
     config = CONFIG_MAPPING[kind]()
@@ -77,11 +82,6 @@ def small_config(kind: str) -> Any:
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("falcon", "falcon has attention of its own"),
-        ("gptj", "gptj has attention of its own"),
-        ("gpt_neo", "gpt_neo has attention of its own"),
-        ("bloom", "do not use Transformers' attention interface"),
-        ("mamba", "over which packed sequences would see each other"),
         ("gemma3", "more than a language model .*text_config, vision_config.*'gemma3_text'"),
         ("hunyuan_v1_dense", "Transformers makes no hunyuan_v1_dense of its config.json"),
         ("bert", "BertLMHeadModel attends to what comes after a token, too"),
@@ -90,6 +90,35 @@ def small_config(kind: str) -> Any:
 def test_a_model_that_the_learner_would_refuse_is_told_by_its_config(kind: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         skeleton(small_config(kind), ModelConfig(path="m"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("falcon", "attention of its own, beside Transformers' interface"),
+        ("gptj", "attention of its own, beside Transformers' interface"),
+        ("bloom", "do not use Transformers' attention interface"),
+        ("mamba", "over which packed sequences would see each other"),
+        ("llama4_text", "layers of chunked_attention"),
+    ],
+)
+def test_a_model_that_does_not_pack_goes_the_plain_way_unless_that_is_ruled_out(kind: str, expected: str) -> None:
+    config, model = small_config(kind), ModelConfig(path="m")
+    hf, reason = with_forward(config, model, "auto")
+    assert expected in reason
+    assert all(p.device.type == "meta" for p in hf.parameters())
+    with pytest.raises(ConfigError, match=f"{expected}.*not supported with learner.forward packed; use auto"):
+        skeleton(config, model, forward="packed")
+    with pytest.raises(ConfigError, match=f"{expected}.*; use learner.sequence_parallel_size 1"):
+        skeleton(config, model, slices=2)
+
+
+def test_a_model_that_packs_goes_the_plain_way_if_it_is_told_to(tiny: Path) -> None:
+    config, model = load_config(str(tiny), trust_remote_code=False), ModelConfig(path=str(tiny))
+    auto, packed, plain = (with_forward(config, model, forward) for forward in FORWARDS)
+    assert [auto[1], packed[1], plain[1]] == ["", "", "learner.forward is plain"]
+    models: list[Any] = [auto[0], packed[0], plain[0]]
+    assert [hf.config._attn_implementation for hf in models] == [PACKED, PACKED, "sdpa"]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +141,7 @@ def test_a_config_that_no_model_can_be_made_of_is_refused_with_the_cause(
 
 
 def test_a_skeleton_has_the_size_of_the_model_and_no_memory(tiny: Path) -> None:
-    hf = skeleton(load_config(str(tiny), trust_remote_code=False), ModelConfig(path=str(tiny)))
+    hf, _ = skeleton(load_config(str(tiny), trust_remote_code=False), ModelConfig(path=str(tiny)))
     tensors = json.loads((tiny / "model.safetensors").read_bytes()[8:].split(b"}}")[0] + b"}}")
     held = sum(
         (t["data_offsets"][1] - t["data_offsets"][0]) // 4 for name, t in tensors.items() if name != "__metadata__"
@@ -125,7 +154,7 @@ def test_adapters_and_slices_are_tried_on_the_skeleton(tiny: Path) -> None:
     config = load_config(str(tiny), trust_remote_code=False)
     model = ModelConfig(path=str(tiny), lora=LoraConfig(r=4, target_modules=("nope",)))
     with pytest.raises(ConfigError, match="fits no layer"):
-        check_adapters(skeleton(config, model), model)
+        check_adapters(skeleton(config, model)[0], model)
     with pytest.raises(ConfigError, match="use one of 1, 2"):
         skeleton(config, ModelConfig(path=str(tiny)), slices=3)
 
@@ -366,7 +395,7 @@ CAUSES: list[tuple[list[str], str]] = [
     (["data.eval.path=nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (["data.template=folder.jsonl"], "is a folder; name the Jinja file"),
     (["data.template=chat:rag"], "one chat template, without a name"),
-    (["model={path: falcon, tiny: null}"], "falcon has attention of its own"),
+    (["model={path: falcon, tiny: null}", "learner.forward=packed"], "attention of its own, beside"),
     (["model={path: gemma3, tiny: null}"], "more than a language model"),
     (["model={path: cut, tiny: null}"], "no whole safetensors file"),
     (
@@ -428,6 +457,16 @@ def test_check_finds_each_cause_in_seconds(
         check_recipe("recipe.yaml", overrides)
     assert expected in str(told.value)
     assert "\n" not in str(told.value)
+
+
+def test_check_tells_why_a_model_goes_the_plain_way(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(recipe)
+    check_recipe("recipe.yaml", ["model={path: falcon, tiny: null}"])
+    assert "the plain way, a sequence a row: it has attention of its own" in " ".join(capsys.readouterr().out.split())
+    check_recipe("recipe.yaml", [])
+    assert "plain way" not in capsys.readouterr().out
 
 
 def test_a_recipe_for_another_command_is_told_as_one(recipe: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BloomConfig
+from transformers import BertConfig
 
 from grpo_ray.errors import ConfigError
 from launch.check import model
@@ -37,7 +37,7 @@ def check(recipe, *overrides):
 
 check("grpo.yaml")
 check("sft.yaml")
-for path in ("good", "bloom"):
+for path in ("good", "bert"):
     check("grpo.yaml", "model.tiny=null", "data.train.limit=100", f"model.path={path}")
 """
 SHARED = """
@@ -70,10 +70,12 @@ def checked(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple
             for i in range(NUM_ROWS)
         )
     (folder / "good").symlink_to(tiny_model)
-    (folder / "bloom").mkdir()
+    (folder / "bert").mkdir()
     for each in tiny_model.iterdir():
-        (folder / "bloom" / each.name).write_bytes(each.read_bytes())
-    BloomConfig(hidden_size=64, n_layer=2, n_head=2, vocab_size=320, seq_length=256).save_pretrained(folder / "bloom")
+        (folder / "bert" / each.name).write_bytes(each.read_bytes())
+    BertConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=320, max_position_embeddings=256
+    ).save_pretrained(folder / "bert")
     env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "300"}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], cwd=folder, env=env, capture_output=True, text=True, timeout=300
@@ -100,7 +102,7 @@ def test_another_process_tells_whether_a_model_can_be_trained(checked: tuple[lis
     said, output = checked
     assert said[2]["refused"] is None
     assert "0.1 M parameters" in output
-    assert "do not use Transformers' attention interface" in said[3]["refused"]
+    assert "attends to what comes after a token, too" in said[3]["refused"]
     assert said[3]["imported"] == ["transformers"]
 
 

@@ -1,0 +1,86 @@
+"""Which way a learner's model goes, packed or plain: chosen by its class before it is loaded, and compared with the model's own
+forward once it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from actors.learner.build import LearnerSpec, can_share_prompts
+from grpo_ray.batch.sequence import SequenceRanks
+from grpo_ray.config.learner import Forward
+from grpo_ray.errors import ConfigError
+from grpo_ray.models.checks.agreement import Gap, gap_of
+from grpo_ray.models.dropout import without_dropout
+from grpo_ray.models.loading import load_config
+from grpo_ray.models.plain import use_own_attention
+from grpo_ray.models.trainable import with_forward
+from grpo_ray.plain_terminal import say
+
+
+def choose_forward(spec: LearnerSpec) -> LearnerSpec:
+    """The spec with `learner.forward` plain where the model's class is known to pack wrongly.
+
+    Raises:
+        ConfigError: Transformers can't make the model, or it can't go the way that is asked for.
+    """
+    config = without_dropout(load_config(spec.model_path, trust_remote_code=spec.model.trust_remote_code))
+    model = spec.model.model_copy(update={"path": spec.model_path})
+    _, reason = with_forward(
+        config,
+        model,
+        spec.learner.forward,
+        reward_model=spec.is_reward_model,
+        slices=spec.learner.sequence_parallel_size,
+    )
+    return _going(spec, "plain", reason) if reason else spec
+
+
+def settle_forward(spec: LearnerSpec, model: Any, ranks: SequenceRanks) -> LearnerSpec:
+    """The spec with the `learner.forward` by which the model of an engine computes what its own forward does; all ranks together.
+
+    Raises:
+        ConfigError: it does so by none that may be used.
+    """
+    gap = _compared(spec, model)
+    if gap.closes(spec.dtype):
+        return _going(spec, "plain" if model.plain else "packed")
+    name, way = type(model.hf).__name__, "plain" if model.plain else "packed"
+    if spec.learner.forward != "auto":
+        raise ConfigError(
+            f"{name} by the {way} path is not what its own forward computes ({gap}): it can't be trained{_else(way)}"
+        )
+    if ranks.size > 1:
+        raise ConfigError(
+            f"{name} in slices is not what its own forward computes ({gap}); use learner.sequence_parallel_size 1"
+        )
+    use_own_attention(model.hf)
+    model.plain = True
+    own_gap = _compared(spec, model)
+    if not own_gap.closes(spec.dtype):
+        raise ConfigError(
+            f"{name} can't be trained: the learner does not compute what its own forward does, packed ({gap}) or plain ({own_gap})"
+        )
+    return _going(spec, "plain", f"packed, {gap}")
+
+
+def _else(way: str) -> str:
+    return " so; use learner.forward auto" if way == "packed" else ""
+
+
+def _going(spec: LearnerSpec, forward: Forward, reason: str = "") -> LearnerSpec:
+    if reason and spec.learner.forward == "auto":
+        say(f"note: the model goes the plain way, a sequence a row: {reason}", error=True)
+    return replace(spec, learner=spec.learner.model_copy(update={"forward": forward}))
+
+
+def _compared(spec: LearnerSpec, model: Any) -> Gap:
+    """The largest gap of any rank."""
+    gap = gap_of(model, share_prompts=can_share_prompts(spec, model.hf))
+    found = torch.tensor([gap.values, gap.gradient, *gap.rounding], device=next(model.parameters()).device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    values, gradient, *rounding = found.tolist()
+    return Gap(values, gradient, (rounding[0], rounding[1]), gap.error)
