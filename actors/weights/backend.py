@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.distributed.weight_transfer import nccl_engine
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine, IPCWeightTransferUpdateInfo
@@ -24,7 +25,7 @@ from vllm.distributed.weight_transfer.nccl_engine import (
 from actors.weights.buckets import Digest
 from actors.weights.gloo_engine import GlooEngine
 from actors.weights.gloo_trainer import GlooTrainer
-from actors.weights.leaving import Group, LeftError, forget_half_loaded, until_left
+from actors.weights.leaving import Group, LeftError, forget_half_loaded, formed, until_left
 from actors.weights.memory import Address
 
 WORKER_BACKENDS = {"gloo": "gloo", "nccl": "nccl_checked", "ipc": "ipc_checked"}
@@ -52,10 +53,23 @@ class CheckedNcclEngine(NCCLWeightTransferEngine):
     model_update_group: Any
 
     def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
-        """Join the transfer group, and leave an older one, which would keep its memory on the GPU."""
+        """Join the transfer group, and leave an older one, which would keep its memory on the GPU.
+
+        Raises:
+            LeftError: another member of the group is gone, and the actor said so; see `leaving`.
+        """
         self.shutdown()
-        super().init_transfer_engine(init_info)
-        self.model_update_group = Group(self.model_update_group)
+        self.packed = init_info.packed
+        self.packed_buffer_size_bytes = init_info.packed_buffer_size_bytes
+        self.packed_num_buffers = init_info.packed_num_buffers
+
+        def join() -> Any:
+            if self.device.index is not None:
+                # Each thread begins with the first GPU of its process.
+                torch.accelerator.set_device_index(self.device.index)
+            return nccl_engine.worker_init_process_group(init_info, self.parallel_config)
+
+        self.model_update_group = Group(formed(join))
 
     def start_weight_update(self) -> None:
         self.digest = Digest()

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -27,7 +26,7 @@ from vllm.distributed.weight_transfer.nccl_common import (
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
 
 from actors.rendezvous import gather_texts
-from actors.weights.leaving import Group
+from actors.weights.leaving import Group, beside
 
 
 @dataclass
@@ -68,8 +67,8 @@ class NcclTrainer(NCCLTrainerWeightTransferEngine):
             packed_buffer_size_bytes=init_info.bucket_bytes,
         )
         device = torch.accelerator.current_device_index()
-        joined = _beside(lambda: self.client.init_weight_transfer_engine(worker_init_payload(told)))
-        formed = _beside(lambda: uid_init_process_group(unique_id, 0, init_info.world_size, device))
+        joined = beside(lambda: self.client.init_weight_transfer_engine(worker_init_payload(told)))
+        formed = beside(lambda: uid_init_process_group(unique_id, 0, init_info.world_size, device))
         # NCCL waits without end for an engine that never comes; the calls fail.
         wait([joined, formed], return_when=FIRST_COMPLETED)
         joined.result()
@@ -112,20 +111,6 @@ class _WatchedClient:
             if self._end is not None:
                 self._end()
             raise
-
-
-def _beside(work: Callable[[], Any]) -> Future[Any]:
-    """The result of `work` in a thread that this process does not wait for when it ends."""
-    result: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            result.set_result(work())
-        except BaseException as e:
-            result.set_exception(e)
-
-    threading.Thread(target=run, name="weights", daemon=True).start()
-    return result
 
 
 @dataclass

@@ -1,8 +1,9 @@
 """How a rollout engine leaves a transfer that broke in the middle: whoever waits inside NCCL for a process that is gone waits for
 ever, and hears nothing that is said to it.
 
-So the actor says it by a file in its own folder, which each of its vLLM workers has a thread to look for while it receives; the
-thread ends the communicator, and with it the waiting.
+So the actor says it by a file in its own folder. Each of its vLLM workers has a thread to look for it while it receives, which ends
+the communicator, and with it the waiting. While the group is being formed there is no communicator to end: there the worker looks,
+and another thread waits in NCCL.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 LOOK_S = 0.1
+T = TypeVar("T")
 
 
 class LeftError(RuntimeError):
@@ -48,6 +51,20 @@ class Group:
             self._communicator.destroy()
 
 
+def beside(work: Callable[[], T]) -> Future[T]:
+    """The result of `work` in a thread that this process does not wait for when it ends."""
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as e:
+            result.set_exception(e)
+
+    threading.Thread(target=run, name="weights", daemon=True).start()
+    return result
+
+
 def leave_file() -> Path:
     """The file by which the actor of this process, or of the one that started it, says that a transfer is over. The folder is the
     actor's own; see `runtime.own_scratch`."""
@@ -62,6 +79,20 @@ def told_to_leave() -> Iterator[None]:
         yield
     finally:
         leave_file().unlink(missing_ok=True)
+
+
+def formed(form: Callable[[], T]) -> T:
+    """What `form` returns, unless the actor says that this transfer is to be left: NCCL waits without end for a process that died
+    before it joined, and has no communicator yet that could be ended. The thread that waits in it is left behind.
+
+    Raises:
+        LeftError: it was left.
+    """
+    forming = beside(form)
+    while not wait([forming], LOOK_S).done:
+        if leave_file().exists():
+            raise LeftError("the weight transfer was left while its group was being formed")
+    return forming.result()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import asyncio
 import gc
 import sqlite3
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from actors.reward.pool import WATCH_S, RewardPool
 from actors.reward.worker import SILENT_S
 from actors.rollout.engines import POLL_S, POLLS_PER_S
 from actors.rollout.pool import RolloutPool
+from actors.weights.protocol import EngineTarget
 from actors.weights.sync import RayWeightSync, ask_each
 from grpo_ray.data.cursor import Cursor
 from grpo_ray.errors import DeadlineError, WorkerError
@@ -413,10 +414,28 @@ def test_an_engine_that_fails_in_a_sync_is_restarted_while_others_are_waited_for
     assert "deadlines.sync_s" in silent
 
 
+class FormingLearners(Learners):
+    """Learners whose group of a transfer takes as long to form as a transfer, and is complete when every engine has joined."""
+
+    async def connect_weights(self, targets: Sequence[EngineTarget], generation: int) -> None:
+        self.targets = targets
+        began, plan = self.world.cluster.now, self.world.plan
+        assert not any(target.handle.joining for target in targets), "an engine joins while it waits in an older group"
+        for target in targets:
+            target.handle.joining = True
+        while self.world.cluster.now < began + plan.sync_s or any(t.handle.frozen for t in targets):
+            await self.world.answer(None, plan.sync_s / 8)
+            self._look_after(self.world.cluster.now - began)
+        for target in targets:
+            target.handle.joining = False
+
+
+@pytest.mark.parametrize("learners", [Learners, FormingLearners])
 @pytest.mark.parametrize("end", ["die", "freeze"])
 def test_an_engine_that_is_lost_in_mid_broadcast_costs_that_engine_and_nothing_else_within_a_minute(
-    tmp_path: Path, end: str
+    tmp_path: Path, end: str, learners: type[Learners]
 ) -> None:
+    """And so does one that is lost while the group of the transfer is formed."""
     plan = SMALL.with_(samplers=4)
 
     async def work(world: World) -> None:
@@ -427,7 +446,7 @@ def test_an_engine_that_is_lost_in_mid_broadcast_costs_that_engine_and_nothing_e
         samples = [pool.generate(SampleRequest(f"rows/0/{i}", 0, [1], i, params)) for i in range(32)]
         await asyncio.sleep(0.1)
         lives = {t.name: t.incarnation for t in pool.engines()}
-        weights = RayWeightSync(pool, Learners(world), plan.config().deadlines.of_sync(has_gpus=True))
+        weights = RayWeightSync(pool, learners(world), plan.config().deadlines.of_sync(has_gpus=True))
         began = world.cluster.now
         world.cluster.at(began + plan.sync_s / 2, getattr(world.engines[1], end))
         report = await weights.sync(1)

@@ -411,6 +411,8 @@ class Engine:
         self.version = 0
         self.dead = False
         self.frozen = False
+        self.joining = False
+        """It waits for the others of a transfer group that is being formed."""
         self._paused = False
         self._plan = world.plan
         self._at = world.cluster.now
@@ -433,7 +435,7 @@ class Engine:
         self.probe = _Method(lambda: self._reply(world.plan.call_s))
         self.pause = _Method(self._pause)
         self.resume = _Method(self._resume)
-        self.leave_transfer = _Method(lambda: self._reply(world.plan.pause_s))
+        self.leave_transfer = _Method(self._leave_transfer)
 
     @property
     def load(self) -> int:
@@ -561,6 +563,10 @@ class Engine:
         self._at = self.world.cluster.now + written / self._plan.prefill_tokens_per_s
         self._fill()
         return self._reply(self._plan.call_s)
+
+    def _leave_transfer(self) -> _Answer:
+        self.joining = self.joining and self.frozen
+        return self._reply(self._plan.pause_s)
 
     def _reply(self, seconds: float) -> _Answer:
         if not self.dead and not self.frozen:

@@ -39,6 +39,7 @@ class GpuLearner:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda()
         self.source: Any = ZeroWeightSource(model, BUCKET_BYTES, torch.float32)
         self.sender = WeightSender(self.source, 0, backend, BUCKET_BYTES, SYNC_S)
+        self.kills = 0
 
     def dawdle_after_the_first_weight(self, seconds: float) -> None:
         walk = self.source._walk
@@ -51,7 +52,13 @@ class GpuLearner:
 
         self.source._walk = slowly
 
+    def kill_before_the_next_group(self, pid: int) -> None:
+        self.kills = pid
+
     def weights_connect(self, targets: list[EngineTarget], generation: int) -> None:
+        if self.kills:
+            os.kill(self.kills, signal.SIGKILL)
+            self.kills = 0
         self.sender.connect(targets, generation)
 
     def weights_send(self, version: int) -> SendReport:
@@ -133,6 +140,33 @@ def test_an_engine_lost_in_mid_broadcast_costs_that_engine_and_nothing_else_with
             assert min(when for when, text in lost if "rollout-1 died" in text) - ended < SYNC_S
             infos = await asyncio.gather(*(pool.generate(r) for r in requests(8, SAMPLING)))
             assert {i.min_version for i in infos} == {2}
+        finally:
+            await pool.close()
+
+    asyncio.run(lose_one())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs three CUDA devices")
+def test_an_engine_lost_while_the_group_is_formed_costs_that_engine_and_nothing_else(
+    local_ray: None, tiny_model: Path, tmp_path: Path
+) -> None:
+    rollout = {"num_actors": 2, "num_gpus": 1, "max_completion_length": 64, "gpu_memory_utilization": 0.3}
+    config = run_config(tiny_model, rollout=rollout | {"enforce_eager": True}, weights={"backend": "nccl"})
+
+    async def lose_one() -> None:
+        pool = await RolloutPool.create(config, str(tiny_model), str(tmp_path), has_gpus=True)
+        try:
+            actor: Any = GpuLearner
+            learner = actor.options(num_gpus=1).remote(str(tiny_model), "nccl")
+            sync = RayWeightSync(pool, OneRank(learner), timeout_s=SYNC_S)
+            lives = {t.name: t.incarnation for t in pool.engines()}
+            await learner.kill_before_the_next_group.remote(pool.pids()["rollout-1"]["core_pid"])
+            began = time.monotonic()
+            assert (await sync.sync(1)).num_engines == 1
+            assert time.monotonic() - began < SYNC_S
+            assert {t.name: t.incarnation for t in pool.engines()}["rollout-0"] == lives["rollout-0"]
+            infos = await asyncio.gather(*(pool.generate(r) for r in requests(8, SAMPLING)))
+            assert {i.min_version for i in infos} == {1}
         finally:
             await pool.close()
 

@@ -38,6 +38,7 @@ from grpo_ray.models.tiny import build_tiny_model
 from tests.actors.weights.test_weight_gloo import Source
 from tests.actors.weights.test_weight_gpu import Calls
 
+LIMIT_S = 120.0
 BUFFER = 6400
 """The bytes of the largest weight of `Source`: two buckets of NCCL's, three of IPC's."""
 
@@ -97,7 +98,7 @@ class Waits:
         self.sent += 1
         if self.sent > self.before:
             self.waiting.set()
-            assert self.ended.wait(30.0), "nobody has ended the broadcast"
+            assert self.ended.wait(LIMIT_S), "nobody has ended the broadcast"
 
     def destroy(self) -> None:
         self.ended.set()
@@ -111,7 +112,7 @@ class DyingEngines(Calls):
         self.group = group
 
     def update_weights(self, update_info: Any) -> None:
-        assert self.group.waiting.wait(30.0)
+        assert self.group.waiting.wait(LIMIT_S)
         raise EngineSyncError("weight sync: rollout-1 failed in update_weights: its engine core died")
 
 
@@ -186,7 +187,7 @@ def test_an_engine_that_waits_for_a_sender_that_stopped_leaves_when_its_actor_sa
     engine.init_transfer_engine(INIT)
 
     def say() -> None:
-        assert group.waiting.wait(30.0)
+        assert group.waiting.wait(LIMIT_S)
         leave_file().touch()
 
     threading.Thread(target=say, daemon=True).start()
@@ -195,6 +196,60 @@ def test_an_engine_that_waits_for_a_sender_that_stopped_leaves_when_its_actor_sa
     assert group.ended.is_set()
     assert group.sent == before + 1
     assert leave_file().parent == tmp_path
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_engine_leaves_a_group_that_is_never_complete_and_joins_the_next(
+    late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`late`: the wait for the first group ends after all, when nobody wants it any more."""
+    second = Waits(99)
+    engine = receiver(tmp_path, monkeypatch, [])
+    joining, complete, over = threading.Event(), threading.Event(), threading.Event()
+
+    def never_complete(*_: Any) -> Waits:
+        joining.set()
+        complete.wait(2 * LIMIT_S)
+        over.set()
+        return Waits(0)
+
+    def say() -> None:
+        assert joining.wait(LIMIT_S)
+        leave_file().touch()
+
+    monkeypatch.setattr(nccl_engine, "worker_init_process_group", never_complete)
+    threading.Thread(target=say, daemon=True).start()
+    try:
+        with pytest.raises(LeftError, match="while its group was being formed"):
+            engine.init_transfer_engine(INIT)
+        leave_file().unlink()
+        monkeypatch.setattr(nccl_engine, "worker_init_process_group", lambda *_: second)
+        engine.init_transfer_engine(INIT)
+        if late:
+            complete.set()
+            assert over.wait(LIMIT_S)
+        engine.receive_weights(UPDATE)
+        assert second.sent == 3
+    finally:
+        complete.set()
+
+
+def test_an_engine_joins_a_group_on_the_gpu_of_its_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread of its own begins with the first GPU, which is another worker's."""
+    engine = receiver(tmp_path, monkeypatch, [])
+    engine.device = torch.device("cuda", 3)
+    of_thread, joined = threading.local(), []
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: setattr(of_thread, "index", index))
+
+    def join(*_: Any) -> Waits:
+        joined.append(of_thread.index)
+        return Waits()
+
+    monkeypatch.setattr(nccl_engine, "worker_init_process_group", join)
+    engine.init_transfer_engine(INIT)
+    assert joined == [3]
+    assert (engine.packed, engine.packed_buffer_size_bytes) == (INIT.packed, INIT.packed_buffer_size_bytes)
+    assert engine.packed_num_buffers == INIT.packed_num_buffers
 
 
 def test_an_engine_leaves_its_old_group_before_it_joins_another(
