@@ -233,7 +233,7 @@ def gpus_per_engine(config: RunConfig, gpus: bool) -> float:
     rollout = config.rollout
     if rollout.num_gpus is not None or not gpus:
         return rollout.num_gpus or 0.0
-    return SHARED_GPU if config.colocated else float(rollout.engine_size)
+    return rollout.engine_size * (SHARED_GPU if config.colocated else 1.0)
 
 
 def gpus_per_learner(config: RunConfig | SftConfig, gpus: bool) -> float:

@@ -1,20 +1,50 @@
-"""The GPUs of an actor: those that Ray gave it, and no others."""
+"""The GPUs of an actor: those that Ray gave it, and no others.
+
+Ray gives an actor a part of one GPU, or whole ones. An engine that takes turns with learner ranks on several GPUs has a part of
+each: Ray counts none for it, and it takes the GPUs of its places, which Ray keeps for the run.
+"""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from importlib import metadata
 
+from actors.places import Place
 from grpo_ray.errors import ResourceError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+_of_places: list[str] = []
+"""The ids of the GPUs that this process took as `SharedGpus`."""
 
 
 def given_gpus() -> int:
-    """The number of GPUs that Ray gave this actor, in whole or in part; 0 in other processes."""
+    """The number of GPUs that this actor has, in whole or in part; 0 in other processes."""
+    return len(_of_places) or len(_given_ids())
+
+
+def _given_ids() -> list[str]:
     import ray
 
-    return len(ray.get_runtime_context().get_accelerator_ids()["GPU"]) if ray.is_initialized() else 0
+    return ray.get_runtime_context().get_accelerator_ids()["GPU"] if ray.is_initialized() else []
+
+
+@dataclass(frozen=True)
+class SharedGpus:
+    """The GPUs of an engine whose places it shares with learner ranks."""
+
+    places: tuple[Place, ...]
+    part: float
+    """The part of each GPU that the learner ranks leave: Ray tells the id of a GPU only to what gets a part of it."""
+
+    def take(self) -> None:
+        """Let this process, and those that it starts, see these GPUs. It has to come before the first use of CUDA."""
+        import ray
+
+        ask, part = ray.remote(_given_ids), {"num_cpus": 0, "num_gpus": self.part}
+        told = ray.get([ask.options(**part, **place.options()).remote() for place in self.places])
+        _of_places[:] = [gpu for ids in told for gpu in ids]
+        os.environ[VISIBLE] = ",".join(_of_places)
 
 
 def hide_other_gpus() -> None:

@@ -177,11 +177,19 @@ def used(config: RunConfig | SftConfig, kind: str, *, gpus: bool) -> list[Demand
 
 
 def _fitted(machine: Machine, config: Config, kind: str, free: Collection[str]) -> tuple[Config, dict[str, Any]]:
+    alone = alone_options(config, kind, gpus=machine.offers.get("GPU", 0) > 0)
+    config = with_options(config, alone)
     for options in _candidates(machine, config, kind, free):
         found = with_options(config, options)
         if _is_placed(machine, found, kind):
-            return found, options
-    return config, {}
+            return found, alone | options
+    return config, alone
+
+
+def alone_options(config: RunConfig | SftConfig, kind: str, *, gpus: bool) -> dict[str, Any]:
+    """The options by which engines, or learners, that share GPUs with nobody in this kind of run get whole ones."""
+    shares = gpus and isinstance(config, RunConfig) and config.colocated
+    return {PLACEMENT: "disaggregated"} if shares and kind in UNUSED else {}
 
 
 def _candidates(
@@ -232,6 +240,10 @@ def _counts(
         for number in _fewer(gpus):
             yield {"learner.num_actors": _learners(config, number)}
         return
+    if "rollout" in UNUSED.get(kind, ()):
+        for number in _fewer(machine.gpus_of(learner.resources, learner.labels)):
+            yield {"learner.num_actors": _learners(config, number), PLACEMENT: "disaggregated"}
+        return
     rollout = config.rollout
     tensor = 1 if TENSOR_PARALLEL in free else rollout.tensor_parallel_size
     size = tensor * rollout.data_parallel_size
@@ -258,18 +270,19 @@ def _on_gpus(
     learners = None if "learner.num_actors" in free else learner.num_actors
     own_gpus = all(key in free or _get(config, key) is None for key in NUM_GPUS)
     may_take_turns = (
-        size == 1
+        (size == 1 or (PLACEMENT not in free and rollout.data_parallel_size == 1))
         and own_gpus
         and config.algorithm.max_staleness == 0
         and rollout.max_actors is None
         and rollout.labels == learner.labels
-        and (engines is None or learners is None or engines == learners)
+        and (engines is None or learners is None or engines * size == learners)
         and (PLACEMENT in free or config.colocated)
     )
     in_turns = {}
     if may_take_turns:
-        number = engines or learners or _learners(config, min(gpus, config.prompts_per_step))
-        in_turns = {**bare, "rollout.num_actors": number, "learner.num_actors": number, PLACEMENT: "colocated"}
+        most = min(gpus // size, config.prompts_per_step)
+        number = engines or (learners or _learners(config, most * size)) // size
+        in_turns = {**bare, "rollout.num_actors": number, "learner.num_actors": number * size, PLACEMENT: "colocated"}
         if PLACEMENT not in free or (engines is None and learners is None):
             yield in_turns
     if PLACEMENT in free or not config.colocated:
@@ -324,14 +337,15 @@ def _is_placed(machine: Machine, config: RunConfig | SftConfig, kind: str) -> bo
     if missing(wanted, machine.offers) is not None:
         return False
     if isinstance(config, RunConfig) and config.colocated and has_gpus and "learner" not in UNUSED.get(kind, ()):
-        pair = [d for d in wanted if d.option in ("rollout", "learner")]
-        rest = [d for d in wanted if d not in pair]
-        if len(pair) != 2 or pair[0].num_actors != pair[1].num_actors:
+        if not config.engines_match_learners:
             return False
-        each: dict[str, float] = {}
-        for name, amount in (entry for d in pair for entry in d.each.items()):
-            each[name] = each.get(name, 0) + amount
-        items = [(pair[0].labels, each | {"GPU": 1.0})] * pair[0].num_actors
+        size = config.rollout.engine_size
+        engine, learner = (next(d for d in wanted if d.option == option) for option in ("rollout", "learner"))
+        rest = [d for d in wanted if d not in (engine, learner)]
+        each = dict(engine.each)
+        for name, amount in learner.each.items():
+            each[name] = each.get(name, 0) + size * amount
+        items = [(engine.labels, each | {"GPU": float(size)})] * engine.num_actors
         items += [(d.labels, d.each) for d in rest for _ in range(d.num_actors)]
     else:
         items = [(d.labels, d.each) for d in wanted for _ in range(d.num_actors)]

@@ -1,14 +1,15 @@
 """Places for workers of a kind, reserved together: packed onto as few nodes as hold them, neighbours side by side.
 
 Learner ranks next to each other share sequences and rings of gradients, which ought to stay within a node: there is NVLink
-between its GPUs. An engine and a learner rank that share a GPU meet in one place by their index.
+between its GPUs. Where engines and learner ranks take turns, a place is a GPU: rank r is in place r, and an engine of k GPUs has k
+places after each other, all on one node.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,68 +24,113 @@ WorkerConfig = RolloutConfig | RewardConfig | LearnerConfig
 
 
 @dataclass(frozen=True)
-class Places:
+class Place:
     group: Any
     """Ray's placement group."""
-    order: tuple[int, ...]
-    """The index of the bundle of each place; those of a node are side by side."""
+    bundle: int
+    """The index in the group."""
+
+    def options(self) -> dict[str, Any]:
+        """The options, in Ray's words, of what runs in this place."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as Strategy
+
+        return {"scheduling_strategy": Strategy(self.group, placement_group_bundle_index=self.bundle)}
+
+
+@dataclass(frozen=True)
+class Places:
+    places: tuple[Place, ...]
+    """All of them; those of a node are side by side."""
 
     @classmethod
     async def reserve(
-        cls, bundle: Mapping[str, float], count: int, labels: Mapping[str, str], limit_s: float, whose: str
+        cls,
+        bundles: Sequence[Mapping[str, float]],
+        count: int,
+        labels: Mapping[str, str],
+        limit_s: float,
+        whose: str,
     ) -> Places:
-        """Reserve places of this size, each on a node with these labels.
+        """Reserve places on nodes with these labels.
 
         Args:
+            bundles: what each place of a set takes; a set is on one node.
+            count: the number of sets.
             whose: e.g. `learners`.
 
         Raises:
             DeadlineError: the cluster has no room for them within `limit_s`.
         """
-        import ray
-
-        group = ray.util.placement_group([dict(bundle)] * count, "PACK", bundle_label_selector=[dict(labels)] * count)
+        groups = _ask_for(bundles, count, labels)
+        give_up = time.monotonic() + limit_s
         try:
-            nodes = await _nodes(group, limit_s)
-            if nodes is None:
-                where = f" on nodes with the labels {dict(labels)}" if labels else ""
+            nodes = [await _nodes(group, give_up) for group in groups]
+            if None in nodes:
                 raise DeadlineError(
-                    f"the cluster had no room for the {whose} within {limit_s:g} s, {count} x {dict(bundle)}{where}; see what "
+                    f"the cluster had no room for the {whose} within {limit_s:g} s, {_told(bundles, count, labels)}; see what "
                     "holds it (ray status), or raise deadlines.start_s"
                 )
         except BaseException:
-            ray.util.remove_placement_group(group)
+            _remove(groups)
             raise
-        return cls(group, side_by_side(nodes))
+        found = {
+            Place(group, bundle): node
+            for group, of_group in zip(groups, nodes, strict=True)
+            for bundle, node in (of_group or {}).items()
+        }
+        places = tuple(found)
+        return cls(tuple(places[index] for index in side_by_side(dict(enumerate(found.values())))))
 
-    def options(self, index: int) -> dict[str, Any]:
-        """The options, in Ray's words, of the actor in this place."""
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as Strategy
-
-        return {"scheduling_strategy": Strategy(self.group, placement_group_bundle_index=self.order[index])}
+    def of(self, index: int, size: int = 1) -> tuple[Place, ...]:
+        """The places of a set of so many."""
+        return self.places[index * size : (index + 1) * size]
 
     def remove(self) -> None:
         """Give the places back; what runs there is ended."""
-        import ray
-
-        ray.util.remove_placement_group(self.group)
+        _remove(list(dict.fromkeys(place.group for place in self.places)))
 
 
-async def _nodes(group: Any, limit_s: float) -> dict[int, str] | None:
-    """The node of each bundle of a group, once all have one; None: not within `limit_s`."""
+def _ask_for(bundles: Sequence[Mapping[str, float]], count: int, labels: Mapping[str, str]) -> list[Any]:
+    """Ray's placement groups: one, or one for each set of several places."""
+    from ray.util import placement_group
+
+    each = [dict(bundle) for bundle in bundles]
+    if len(each) == 1:
+        return [placement_group(each * count, "PACK", bundle_label_selector=[dict(labels)] * count)]
+    selector = [dict(labels)] * len(each)
+    return [placement_group(each, "STRICT_PACK", bundle_label_selector=selector) for _ in range(count)]
+
+
+def _told(bundles: Sequence[Mapping[str, float]], count: int, labels: Mapping[str, str]) -> str:
+    total: dict[str, float] = {}
+    for name, amount in (entry for bundle in bundles for entry in bundle.items()):
+        total[name] = total.get(name, 0) + amount
+    together = ", each on one node" if len(bundles) > 1 else ""
+    where = f" on nodes with the labels {dict(labels)}" if labels else ""
+    return f"{count} x {total}{together}{where}"
+
+
+def _remove(groups: Sequence[Any]) -> None:
     import ray
 
-    give_up = time.monotonic() + limit_s
+    for group in groups:
+        ray.util.remove_placement_group(group)
+
+
+async def _nodes(group: Any, give_up: float) -> dict[int, str] | None:
+    """The node of each bundle of a group, by its index, once all have one; None: not before `give_up`."""
+    import ray
+
     while (table := ray.util.placement_group_table(group))["state"] != "CREATED":
         if time.monotonic() >= give_up:
             return None
         await asyncio.sleep(POLL_S)
     nodes: dict[int, str] = table["bundles_to_node_id"]
-    return nodes
+    return dict(sorted(nodes.items()))
 
 
 def side_by_side(nodes: Mapping[int, str]) -> tuple[int, ...]:
-    """The bundles in such an order that those of a node follow each other; the nodes in the order of their first bundles."""
+    """The places in such an order that those of a node follow each other; the nodes in the order of their first places."""
     first: dict[str, int] = {}
     for index in sorted(nodes):
         first.setdefault(nodes[index], index)
@@ -92,14 +138,15 @@ def side_by_side(nodes: Mapping[int, str]) -> tuple[int, ...]:
 
 
 async def reserve_pairs(config: RunConfig) -> Places:
-    """A GPU for each engine and its learner rank. Raises DeadlineError."""
+    """A GPU for each learner rank, which it shares with an engine; those of an engine are on one node. Raises DeadlineError."""
     rollout, learner = config.rollout, config.learner
-    bundle: dict[str, float] = {"GPU": 1.0}
-    for kind in (rollout, learner):
-        for name, amount in _asked(kind, 0).items():
-            bundle[name] = bundle.get(name, 0) + amount
+    of_rank = {"GPU": 1.0, **_asked(learner, 0)}
+    of_both = dict(of_rank)
+    for name, amount in _asked(rollout, 0).items():
+        of_both[name] = of_both.get(name, 0) + amount
+    bundles = [of_both, *[of_rank] * (rollout.engine_size - 1)]
     return await Places.reserve(
-        bundle, rollout.num_actors, rollout.labels, config.deadlines.start_s, "engines and learners"
+        bundles, rollout.num_actors, rollout.labels, config.deadlines.start_s, "engines and learners"
     )
 
 
@@ -108,7 +155,7 @@ async def reserve_ranks(learner: LearnerConfig, num_gpus: float, limit_s: float)
     bundle = _asked(learner, num_gpus)
     if learner.num_actors == 1 or not bundle:
         return None
-    return await Places.reserve(bundle, learner.num_actors, learner.labels, limit_s, "learners")
+    return await Places.reserve([bundle], learner.num_actors, learner.labels, limit_s, "learners")
 
 
 def _asked(kind: RolloutConfig | LearnerConfig, num_gpus: float) -> dict[str, float]:
@@ -120,5 +167,5 @@ def placed(kind: WorkerConfig, places: Places | None = None, index: int = 0) -> 
     for."""
     resources = {"resources": dict(kind.resources)} if kind.resources else {}
     if places is not None:
-        return resources | places.options(index)
+        return resources | places.places[index].options()
     return resources | ({"label_selector": dict(kind.labels)} if kind.labels else {})

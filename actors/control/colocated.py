@@ -6,6 +6,8 @@
 
 An engine that dies restarts in the engines' turn alone, for it takes what is free of its GPU; learners wait for its start.
 
+An engine of several GPUs shares them with as many learner ranks, one on each.
+
 On CPUs nothing moves: each kind has all cores while the other waits.
 """
 
@@ -16,6 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from typing import Literal, Protocol
 
+from actors.cluster import gpus_per_engine, gpus_per_learner
 from actors.weights.protocol import AsleepError
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError
@@ -201,26 +204,31 @@ def check_colocated(config: RunConfig, *, has_gpus: bool) -> None:
     if not config.colocated or not has_gpus:
         return
     rollout, learner = config.rollout, config.learner
+    size = rollout.engine_size
+    of_gpu = [gpus_per_engine(config, has_gpus) / size, gpus_per_learner(config, has_gpus)]
     wrong = [
-        f"{name} is {value}; {mend}"
-        for name, value, mend, bad in (
+        f"{what}; {mend}"
+        for what, mend, bad in (
             (
-                "rollout.tensor_parallel_size",
-                rollout.tensor_parallel_size,
-                "an engine shares one GPU with one learner: use 1",
-                rollout.tensor_parallel_size > 1,
-            ),
-            (
-                "rollout.data_parallel_size",
-                rollout.data_parallel_size,
-                "an engine shares one GPU with one learner: use 1",
+                f"rollout.data_parallel_size is {rollout.data_parallel_size}",
+                "an engine that shares its GPUs with learners is spread over them by rollout.tensor_parallel_size: use 1",
                 rollout.data_parallel_size > 1,
             ),
             (
-                "rollout.num_actors",
-                rollout.num_actors,
+                f"rollout.num_actors is {rollout.num_actors}",
                 f"each GPU holds an engine and a learner: use learner.num_actors, {learner.num_actors}",
-                rollout.num_actors != learner.num_actors,
+                size == 1 and not config.engines_match_learners,
+            ),
+            (
+                f"rollout.tensor_parallel_size is {rollout.tensor_parallel_size} and rollout.num_actors {rollout.num_actors}",
+                f"an engine shares its GPUs with as many learners: use learner.num_actors {rollout.num_actors * size}",
+                size > 1 and not config.engines_match_learners,
+            ),
+            (
+                f"rollout.num_gpus is {rollout.num_gpus} and learner.num_gpus {learner.num_gpus}",
+                "each GPU holds a part of an engine and a learner: leave both out, or let the parts of a GPU be above 0 and add up "
+                "to 1 at most",
+                min(of_gpu) <= 0 or sum(of_gpu) > 1 + 1e-9,
             ),
         )
         if bad

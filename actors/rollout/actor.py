@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import ray
 
 from actors.deaths import CORE_DIED
-from actors.devices import check_cuda, check_engine_has_gpu
+from actors.devices import SharedGpus, check_cuda, check_engine_has_gpu
 from actors.rollout.adapters import Adapter, AdapterOptions, EngineAdapters
 from actors.rollout.forked_core import forked_core
 from actors.rollout.sample import info_of, sample_of
@@ -79,9 +79,12 @@ class RolloutActor:
         adapters: AdapterOptions | None = None,
         colocated: bool = False,
         template: str = "raw",
+        shared: SharedGpus | None = None,
     ) -> None:
         self.name = f"rollout-{index}"
         own_process(run_dir, self.name)
+        if shared is not None:
+            shared.take()
         self._scratch = own_scratch(run_dir, self.name)
         # vLLM's own processes talk to each other on this node alone; `weights.gloo_engine` has an address for others.
         use_nodes_interface(on_one_node=True)

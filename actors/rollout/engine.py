@@ -11,6 +11,7 @@ from ray.exceptions import RayError
 
 from actors.cluster import demands, gpus_per_engine
 from actors.deaths import KernelKills, fate, kind_of
+from actors.devices import SharedGpus
 from actors.places import Places, placed
 from actors.rollout.actor import RolloutActor
 from actors.rollout.adapters import AdapterOptions
@@ -118,7 +119,7 @@ class RolloutEngineKind:
         source: Actors,
         placement: Places | None = None,
     ) -> None:
-        """`placement` has a place for each engine, where it shares a GPU."""
+        """`placement` has a place for each GPU that engines share."""
         self._config = config
         self._model = model
         self._run_dir = run_dir
@@ -133,7 +134,7 @@ class RolloutEngineKind:
         return RolloutEngine(index, f"rollout-{index}")
 
     def launch(self, engine: RolloutEngine) -> Any:
-        c, rollout = self._config, self._rollout()
+        c, rollout, shared = self._config, self._rollout(), self._shared(engine.index)
         return start_named(
             self._source,
             RolloutActor,
@@ -149,14 +150,22 @@ class RolloutEngineKind:
             AdapterOptions.of(c),
             c.colocated,
             c.data.template,
+            shared,
             run_dir=self._run_dir,
             name=engine.name,
             num_cpus=rollout.num_cpus,
-            num_gpus=gpus_per_engine(c, self._on_gpu),
+            num_gpus=0.0 if shared else gpus_per_engine(c, self._on_gpu),
             max_restarts=0,
-            **placed(rollout, self._placement, engine.index),
+            **placed(rollout, self._placement, engine.index * rollout.engine_size),
             runtime_env={"env_vars": rollout_env(rollout, on_gpu=self._on_gpu, backend=self.backend)},
         )
+
+    def _shared(self, index: int) -> SharedGpus | None:
+        """The GPUs of an engine that shares several; None: Ray gives it all that it has."""
+        size = self._config.rollout.engine_size
+        if self._placement is None or size == 1:
+            return None
+        return SharedGpus(self._placement.of(index, size), gpus_per_engine(self._config, self._on_gpu) / size)
 
     def _rollout(self) -> RolloutConfig:
         rollout = self._config.rollout

@@ -83,7 +83,7 @@ class RolloutPool:
         """Start all engines side by side.
 
         Args:
-            placement: a place for each engine, where it shares a GPU.
+            placement: a place for each GPU that engines share.
 
         Raises:
             WorkerError: an engine does not start; the message shows the end of its log.

@@ -120,13 +120,14 @@ class RolloutConfig(Strict):
     `grpo_ray.config.scaling.decide`."""
     num_cpus: NonNegFloat = 1
     num_gpus: NonNegFloat | None = None
-    """The number of GPUs per engine. None: tensor_parallel_size x data_parallel_size on a cluster with GPUs (0.5 when colocated), 0
-    elsewhere."""
+    """The number of GPUs per engine. None: tensor_parallel_size x data_parallel_size on a cluster with GPUs (half of that when
+    colocated), 0 elsewhere."""
     resources: Resources = {}
     labels: Labels = {}
     """The labels of the nodes on which they may be placed; the same for the other roles."""
     tensor_parallel_size: PositiveInt = 1
-    """The number of GPUs over which an engine spreads each layer. Experts too, with `engine: {enable_expert_parallel: true}`."""
+    """The number of GPUs over which an engine spreads each layer. Experts too, with `engine: {enable_expert_parallel: true}`. When
+    colocated, it shares them with as many learner ranks: learner.num_actors is num_actors times this."""
     data_parallel_size: PositiveInt = 1
     """The number of copies of the attention layers in an engine; its experts are spread over all of its GPUs, this times
     tensor_parallel_size of them. For mixtures of experts: of other models more engines (num_actors) do the same."""

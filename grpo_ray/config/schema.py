@@ -43,6 +43,11 @@ class RunConfig(CommonConfig):
         return self.cluster.placement == "colocated"
 
     @property
+    def engines_match_learners(self) -> bool:
+        """Whether engines have as many GPUs as there are learner ranks, so that both can share all of them."""
+        return self.rollout.num_actors * self.rollout.engine_size == self.learner.num_actors
+
+    @property
     def samples_under_way(self) -> int:
         """The largest number of samples in progress at once."""
         return (self.algorithm.max_staleness + 1) * self.prompts_per_step * self.rollout.num_generations

@@ -14,7 +14,7 @@ from actors.addresses import read_address
 from actors.cluster import OnCluster, await_free, await_resources, connect, has_gpus, joins
 from actors.control.colocated import check_colocated
 from actors.deaths import KernelKills, fate, is_lost, killed_by_kernel, kind_of
-from actors.placement_defaults import used
+from actors.placement_defaults import alone_options, used, with_options
 from actors.runtime import log_tail
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
@@ -86,6 +86,7 @@ def run_here(
         with LiveView(run_dir=run_dir, no_steps=kind in WITHOUT_STEPS) as own:
             return run_here(kind, config, run_dir, resume_step, own)
     gpus = has_gpus()
+    config = with_options(config, alone_options(config, kind, gpus=gpus))
     if isinstance(config, RunConfig):
         check_colocated(config, has_gpus=gpus)
     wanted = used(config, kind, gpus=gpus)

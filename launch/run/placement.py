@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from actors.cluster import connect, joins
+from actors.control.colocated import check_colocated
 from actors.placement_defaults import Machine, Node, fit_to, open_options, told, too_small, with_options, would_fit
 from grpo_ray.config.rollout import LARGE_GPU_BYTES
 from grpo_ray.config.schema import RunConfig
@@ -60,11 +61,14 @@ def fitted(
         strict: refuse what GPUs have too little memory for.
 
     Raises:
+        ConfigError: engines and learners can't share GPUs as the recipe asks.
         ResourceError: what the recipe asks for can't fit; with what would.
     """
     found, chosen = fit_to(machine, config, kind)
     if (lacking := too_small(machine, config, kind, found)) is not None and not may_grow:
         raise ResourceError(f"{place} is too small: {lacking}")
+    if isinstance(found, RunConfig):
+        check_colocated(found, has_gpus=machine.offers.get("GPU", 0) > 0)
     found, chosen = fit_to_large_gpus(machine, found, chosen)
     return fit_to_memory(machine, found, chosen, kind, strict=strict)
 

@@ -155,12 +155,35 @@ def config(**parts: dict[str, Any]) -> RunConfig:
         ({"rollout": {"tensor_parallel_size": 2}}, "rollout.tensor_parallel_size is 2"),
         ({"rollout": {"data_parallel_size": 2}}, "rollout.data_parallel_size is 2"),
         ({"rollout": {"num_actors": 2}}, "rollout.num_actors is 2; .* learner.num_actors, 1"),
+        (
+            {"rollout": {"tensor_parallel_size": 4, "num_actors": 2}, "learner": {"num_actors": 2}},
+            "rollout.tensor_parallel_size is 4 and rollout.num_actors 2; .* use learner.num_actors 8",
+        ),
+        ({"rollout": {"num_gpus": 1}}, "rollout.num_gpus is 1.0 and learner.num_gpus None; .* leave both out"),
+        ({"rollout": {"num_gpus": 0.6}, "learner": {"num_gpus": 0.6}}, "add up to 1 at most"),
+        ({"learner": {"num_gpus": 0}}, "be above 0"),
+        (
+            {"rollout": {"tensor_parallel_size": 2, "num_gpus": 2}, "learner": {"num_actors": 2}},
+            "rollout.num_gpus is 2.0 and learner.num_gpus None; .* leave both out",
+        ),
     ],
 )
 def test_gpus_that_cannot_be_shared_are_refused(parts: dict[str, Any], culprit: str) -> None:
     with pytest.raises(ConfigError, match=culprit):
         check_colocated(config(**parts), has_gpus=True)
     check_colocated(config(**parts), has_gpus=False)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"rollout": {"tensor_parallel_size": 2}, "learner": {"num_actors": 2}},
+        {"rollout": {"tensor_parallel_size": 4, "num_actors": 2}, "learner": {"num_actors": 8}},
+        {"rollout": {"tensor_parallel_size": 2, "num_gpus": 0.6}, "learner": {"num_actors": 2, "num_gpus": 0.7}},
+    ],
+)
+def test_an_engine_of_several_gpus_shares_them_with_as_many_learners(parts: dict[str, Any]) -> None:
+    check_colocated(config(**parts), has_gpus=True)
 
 
 def test_sampling_ahead_is_refused_where_they_take_turns() -> None:

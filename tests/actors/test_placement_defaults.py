@@ -140,6 +140,55 @@ def test_options_that_are_named_shape_the_others() -> None:
     assert chosen(EIGHT_GPUS, "rollout.tensor_parallel_size=2", kind="sample")[0] == 4
 
 
+@pytest.mark.parametrize(
+    ("overrides", "engines", "learners"),
+    [
+        ((), 4, 8),
+        (("rollout.num_actors=2",), 2, 4),
+        (("learner.num_actors=6",), 3, 6),
+        (("rollout.num_actors=1", "learner.num_actors=2"), 1, 2),
+        (("prompts_per_step=3",), 3, 6),
+    ],
+)
+def test_engines_of_two_gpus_in_turns_are_half_as_many_as_learners(
+    overrides: tuple[str, ...], engines: int, learners: int
+) -> None:
+    turns = ("rollout.tensor_parallel_size=2", "cluster.placement=colocated")
+    assert chosen(EIGHT_GPUS, *turns, *overrides)[:2] == (engines, learners)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("kind", ["eval", "sample", "replay"])
+def test_a_run_of_one_role_has_whole_gpus_whatever_its_recipe_shares(kind: str, size: int) -> None:
+    """Ray puts two halves on one GPU: two engines find no memory there, and NCCL takes no two ranks."""
+    shared = run_config(
+        f"rollout={{tensor_parallel_size: {size}, num_actors: {4 // size}}}",
+        "learner.num_actors=4",
+        "cluster.placement=colocated",
+    )
+    found, options = fit_to(EIGHT_GPUS, shared, kind)
+    assert options["cluster.placement"] == "disaggregated"
+    (wanted,) = (d for d in used(found, kind, gpus=True) if d.option != "reward")
+    assert wanted.num_actors * wanted.num_gpus == 4
+    assert fit_to(LAPTOP, shared, kind)[0].colocated
+
+
+def test_a_replay_that_leaves_its_learners_open_gives_each_a_whole_gpu() -> None:
+    found, _ = fit_to(EIGHT_GPUS, run_config(), "replay")
+    (wanted,) = used(found, "replay", gpus=True)
+    assert (wanted.num_actors, wanted.num_gpus) == (8, 1.0)
+
+
+@pytest.mark.parametrize(("nodes", "fits"), [((4, 4), True), ((3, 3, 3), False), ((2, 2, 2, 2), False)])
+def test_an_engine_in_turns_is_placed_where_one_node_has_all_its_gpus(nodes: tuple[int, ...], fits: bool) -> None:
+    config = run_config(
+        "rollout={tensor_parallel_size: 4, num_actors: 2}", "learner={num_actors: 8}", "cluster.placement=colocated"
+    )
+    machine = Machine(tuple(Node(64, gpus) for gpus in nodes))
+    found, _ = fit_to(machine, config, "grpo")
+    assert (too_small(machine, config, "grpo", found) is None) is fits
+
+
 def test_one_gpu_is_shared_where_sampling_runs_ahead() -> None:
     found, _ = fit_to(ONE_GPU, run_config("algorithm.max_staleness=1"), "grpo")
     assert (found.rollout.num_gpus, found.learner.num_gpus, found.cluster.placement) == (0.5, 0.5, "disaggregated")

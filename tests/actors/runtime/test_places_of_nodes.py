@@ -10,10 +10,12 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from actors.places import Places, placed, reserve_ranks
+from actors.places import Places, placed, reserve_pairs, reserve_ranks
 from actors.runtime import RayActors
 from grpo_ray.config.learner import LearnerConfig
+from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import DeadlineError
+from tests.recipes import run_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("three_nodes")]
 LIMIT_S = 120.0
@@ -26,10 +28,10 @@ class Rank:
 
 @pytest.fixture(scope="module")
 def three_nodes() -> Iterator[None]:
-    """A head without room, and three nodes with room for two ranks each."""
+    """A head without room, and three nodes with room for two ranks, or with three GPUs, each."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for number in range(3):
-        cluster.add_node(num_cpus=1, resources={"slot": 2}, labels={"number": str(number)})
+        cluster.add_node(num_cpus=1, num_gpus=3, resources={"slot": 2}, labels={"number": str(number)})
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
@@ -74,3 +76,23 @@ def test_places_are_on_nodes_with_the_labels_or_are_told_to_be_missing() -> None
     again = asyncio.run(reserve_ranks(learner, 0, LIMIT_S))
     assert again is not None
     again.remove()
+
+
+def test_the_gpus_of_an_engine_are_on_one_node_however_many_are_free_on_others() -> None:
+    def config(engines: int, start_s: float) -> RunConfig:
+        return run_config(
+            f"rollout={{num_actors: {engines}, tensor_parallel_size: 2, num_cpus: 0}}",
+            f"learner={{num_actors: {2 * engines}, num_cpus: 0}}",
+            f"deadlines.start_s={start_s}",
+            "cluster.placement=colocated",
+        )
+
+    asked = config(3, LIMIT_S)
+    places = asyncio.run(reserve_pairs(asked))
+    nodes = nodes_of(asked.learner, places)
+    assert nodes[::2] == nodes[1::2]
+    assert len(set(nodes)) == 3
+    places.remove()
+    # Three GPUs are left over, each on another node.
+    with pytest.raises(DeadlineError, match=r"4 x {'GPU': 2\.0}, each on one node"):
+        asyncio.run(reserve_pairs(config(4, 1.0)))
