@@ -82,7 +82,7 @@ def check_recipe(
     if is_pipeline(find_recipe(recipe)):
         from launch.pipeline.stages import run_pipeline
 
-        run_pipeline(recipe, overrides, None, None, dry_run=True, run_code=run_code)
+        run_pipeline(recipe, overrides, None, None, dry_run=True, run_code=run_code, on_other_gpus=gpu is not None)
         for stage, line in stage_rows(recipe, overrides, gpu) if gpu else ():
             console.print(f"gpu      stage {stage}: {line}", soft_wrap=True)
         _print_ok("pipeline", recipe, overrides)
@@ -91,7 +91,7 @@ def check_recipe(
     config = load_recipe(SCHEMAS[kind], recipe, overrides)
     folder = run_folder(config, recipe)
     check_cluster(config.cluster.address, overrides)
-    preflight(config, imports=run_code)
+    preflight(config, imports=run_code, on_other_gpus=gpu is not None)
     check_effects(config, COMMANDS[kind], [])
     code = _Foreign(config, run=run_code)
     if (place := config.checkpoint.path) is not None and is_url(place):

@@ -54,10 +54,11 @@ def gpu_rows(facts: ModelFacts, config: RunConfig | SftConfig, kind: str, memory
         yield ("" if number else "gpu", str(need))
     if isinstance(config, RunConfig) and kind != "replay":
         cache = cache_of(facts, config, memory)
+        of_copies = f" in {cache.copies} copies of {gib(max(0, cache.room))}" if cache.copies > 1 else ""
         yield (
             "cache",
-            f"each engine {gib(max(0, cache.room))}, {cache.samples:,.1f} samples of full length ({cache.sample:,} tokens of "
-            f"{cache.per_token:,} bytes)",
+            f"each engine {gib(cache.copies * max(0, cache.room))}{of_copies}, {cache.samples:,.1f} samples of full length "
+            f"({cache.sample:,} tokens of {cache.per_token:,} bytes)",
         )
         if 1 <= cache.samples < config.rollout.max_num_seqs:
             yield (
@@ -88,7 +89,7 @@ def stage_rows(recipe: str, overrides: list[str], gpu: str) -> Iterator[tuple[st
     """
     from launch.pipeline.stages import load_plan
 
-    plan = load_plan(recipe, overrides, imports=False)
+    plan = load_plan(recipe, overrides, imports=False, on_other_gpus=True)
     made: dict[str, ModelFacts | None] = {}
     for stage in plan.stages:
         config = plan.config_of(stage)

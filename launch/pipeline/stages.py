@@ -57,10 +57,15 @@ TRAINING = ("loss", "reward/mean", "completions/mean_length", "pairs/", "score/"
 """The metrics of a training stage, by their prefixes, that its gates can use."""
 
 
-def load_plan(recipe: str, overrides: list[str], *, imports: bool = True) -> Plan:
-    """The plan of a recipe. `imports`: False: the recipe's own code is not run.
+def load_plan(recipe: str, overrides: list[str], *, imports: bool = True, on_other_gpus: bool = False) -> Plan:
+    """The plan of a recipe.
 
-    Raises ConfigError with every problem of the recipe, and of each stage's config.
+    Args:
+        imports: False: the recipe's own code is not run.
+        on_other_gpus: see `check_machine`.
+
+    Raises:
+        ConfigError: every problem of the recipe, and of each stage's config.
     """
     path = find_recipe(recipe)
     if not is_pipeline(path):
@@ -72,7 +77,7 @@ def load_plan(recipe: str, overrides: list[str], *, imports: bool = True) -> Pla
     for stage in plan.stages:
         stage_config = plan.config_of(stage)
         if isinstance(stage_config, RunConfig | SftConfig):
-            check_machine(stage_config)
+            check_machine(stage_config, on_other_gpus=on_other_gpus)
         if isinstance(stage_config, RunConfig):
             placed = with_absolute_files(stage_config, path.parent)
             check_users(placed.algorithm, imports=imports)
@@ -84,7 +89,14 @@ def load_plan(recipe: str, overrides: list[str], *, imports: bool = True) -> Pla
 
 
 def run_pipeline(
-    recipe: str, overrides: list[str], first: str | None, last: str | None, *, dry_run: bool, run_code: bool = False
+    recipe: str,
+    overrides: list[str],
+    first: str | None,
+    last: str | None,
+    *,
+    dry_run: bool,
+    run_code: bool = False,
+    on_other_gpus: bool = False,
 ) -> None:
     """Run the stages of a recipe, or plan them in a dry run.
 
@@ -92,11 +104,12 @@ def run_pipeline(
         run_code: in a dry run, import the recipe's own code, too.
         first: run this stage and what builds on it again.
         last: the last stage to run.
+        on_other_gpus: see `check_machine`.
 
     Raises:
         GrpoRayError: a stage failed, it failed its gate, or one of its inputs has changed.
     """
-    plan = load_plan(recipe, overrides, imports=run_code or not dry_run)
+    plan = load_plan(recipe, overrides, imports=run_code or not dry_run, on_other_gpus=on_other_gpus)
     if dry_run and not run_code:
         _tell_foreign(plan)
     tell_idle_of_pipeline(plan)

@@ -22,8 +22,11 @@ from grpo_ray.telemetry.tracking import check_packages
 _GIB = 1 << 30
 
 
-def check_machine(config: RunConfig | SftConfig) -> None:
+def check_machine(config: RunConfig | SftConfig, *, on_other_gpus: bool = False) -> None:
     """Check that this machine has what the run needs.
+
+    Args:
+        on_other_gpus: it is planned for GPUs that this machine need not have.
 
     Raises:
         ConfigError: a package is not installed, or a folder can't be written to.
@@ -38,7 +41,7 @@ def check_machine(config: RunConfig | SftConfig) -> None:
     check_packages(config.tracking)
     if isinstance(config, RunConfig):
         check_gpu_shares(config)
-        if not _asks_for_gpus(config):
+        if not on_other_gpus and not _asks_for_gpus(config):
             check_without_gpus(config.rollout)
             check_kv_cache(config.rollout, total_memory(), config.rollout.num_actors, weights_on_disk(config))
 

@@ -17,12 +17,15 @@ from launch.run.foreign_code import check_code
 from launch.run.machine import check_machine
 
 
-def preflight(config: RunConfig | SftConfig, *, imports: bool = True, trains: bool = True) -> None:
+def preflight(
+    config: RunConfig | SftConfig, *, imports: bool = True, trains: bool = True, on_other_gpus: bool = False
+) -> None:
     """Check the model's folder, what is needed of this machine, and the recipe's functions.
 
     Args:
         imports: False: the recipe's own code is not run.
         trains: False: the loss and the advantage are not used, and neither imported nor looked for.
+        on_other_gpus: see `check_machine`.
     """
     use_code_of(config)
     check_deepspeed(config.learner)
@@ -32,7 +35,7 @@ def preflight(config: RunConfig | SftConfig, *, imports: bool = True, trains: bo
             check_correction(config)
     for path in _models(config):
         check_model_path(path)
-    check_machine(config)
+    check_machine(config, on_other_gpus=on_other_gpus)
     tell_of_hub(config)
     if isinstance(config, RunConfig):
         for function in config.reward.functions:

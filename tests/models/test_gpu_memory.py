@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +12,11 @@ from actors.placement_defaults import Machine, Node
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError
-from grpo_ray.models.memory.estimate import GIB, ModelFacts, chunk_rows, learner_memory
+from grpo_ray.models.memory.estimate import GIB, ModelFacts, chunk_rows, facts_of, learner_memory
 from grpo_ray.models.memory.gpu_fit import (
     ASLEEP,
     CONTEXT,
+    Cache,
     cache_of,
     fit_micro_batch,
     fits_gpus,
@@ -121,6 +124,59 @@ def test_tensor_parallel_engines_split_weights_and_keys() -> None:
     assert two.room - alone.room == QWEN_32B.num_params
 
 
+@pytest.mark.parametrize(("heads", "gpus", "part"), [(4, 2, 2), (4, 4, 4), (4, 8, 4), (1, 8, 1), (8, 8, 8)])
+def test_gpus_beyond_the_key_heads_of_a_model_keep_copies_of_them(heads: int, gpus: int, part: int) -> None:
+    facts = replace(QWEN_7B, key_heads=heads)
+    of_gpu = cache_of(facts, run_config(f"rollout.tensor_parallel_size={gpus}"), H100).per_token
+    assert of_gpu == cache_of(QWEN_7B, run_config(), H100).per_token // part
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_e4m3", "fp8_e5m2"])
+def test_a_cache_in_fp8_holds_one_byte_an_element_whatever_the_model_computes_in(dtype: str) -> None:
+    corrected = "algorithm.importance_sampling=token_truncate"
+    for model in ("bfloat16", "float32"):
+        cache = cache_of(QWEN_7B, typical(f"rollout.kv_cache_dtype={dtype}", corrected, f"model.dtype={model}"), H100)
+        assert cache.per_token == QWEN_7B.kv_per_token
+    halved = cache_of(QWEN_7B, typical(f"rollout.kv_cache_dtype={dtype}", corrected), H100)
+    assert halved.samples == pytest.approx(2 * cache_of(QWEN_7B, typical(), H100).samples, rel=1e-6)
+
+
+QWEN3_30B_A3B = ModelFacts(30_532_122_624, 48, 2048, 4096, 768 * 8, 151_936, 512, 4, 128 * 3 * 2048 * 768 * 48)
+
+
+def test_copies_of_the_attention_layers_have_a_cache_each_and_share_the_experts() -> None:
+    def cache(facts: ModelFacts, tensor: int, data: int) -> Cache:
+        sizes = f"tensor_parallel_size: {tensor}, data_parallel_size: {data}"
+        return cache_of(facts, run_config(f"rollout={{{sizes}}}"), H100)
+
+    alone, two = cache(QWEN_7B, 1, 1), cache(QWEN_7B, 1, 2)
+    assert (two.room, two.per_token) == (alone.room, alone.per_token)
+    assert two.samples == 2 * alone.samples
+    facts, whole = QWEN3_30B_A3B, cache(QWEN3_30B_A3B, 1, 1)
+    copies, spread = cache(facts, 2, 4), cache(facts, 8, 1)
+    rest = 2 * (facts.num_params - facts.experts)
+    assert copies.room - whole.room == pytest.approx(2 * facts.experts * 7 / 8 + rest / 2, rel=1e-6)
+    assert spread.room - copies.room == pytest.approx(rest / 2 - rest / 8, rel=1e-6)
+    assert copies.samples > 4 * whole.samples
+
+
+@pytest.mark.parametrize(
+    ("config", "experts"),
+    [
+        ({"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}, 128 * 768),
+        ({"n_routed_experts": 64, "num_experts_per_tok": 6, "moe_intermediate_size": 1408}, 64 * 1408),
+        ({"num_local_experts": 8, "num_experts_per_tok": 2}, 8 * 6144),
+        ({"num_experts": None}, 0),
+        ({}, 0),
+    ],
+)
+def test_the_weights_of_experts_are_counted_from_a_config(config: dict[str, Any], experts: int) -> None:
+    shape = {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4}
+    found = facts_of(SimpleNamespace(**shape, head_dim=128, intermediate_size=6144, vocab_size=9, **config), 1 << 40)
+    assert found.experts == 3 * 2048 * 48 * experts
+    assert (found.kv, found.key_heads) == (512, 4)
+
+
 def test_host_memory_of_a_node_is_what_the_review_says_and_does_not_grow_with_ranks_at_stage_3() -> None:
     assert 0.4e12 <= sum(host_memory(QWEN_7B, typical("algorithm.beta=0.001"), "grpo").values()) <= 0.55e12
     loading = [
@@ -164,6 +220,13 @@ def test_what_is_proposed_is_valid_fits_and_is_needed(facts: ModelFacts, config:
     assert would_fit(found)
     for key in found:
         assert not would_fit({k: v for k, v in found.items() if k != key}), key
+
+
+def test_engines_over_several_gpus_are_proposed_with_as_many_as_share_the_learners_gpus() -> None:
+    config = typical("rollout.num_actors=16", learner="num_actors: 16, zero_stage: 3, micro_batch_tokens: 9216")
+    found = proposal(QWEN_32B, config, "grpo", H100)
+    assert found["rollout.num_actors"] * found["rollout.tensor_parallel_size"] == 16
+    assert "cluster.placement" not in found
 
 
 def test_nothing_is_proposed_where_nothing_helps() -> None:

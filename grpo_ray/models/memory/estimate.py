@@ -83,6 +83,10 @@ class ModelFacts:
     vocab: int
     kv: int = 0
     """The number of key heads times the size of one; 0: as many as heads."""
+    key_heads: int = 0
+    """The number of key heads where they are fewer than heads; 0: as many, or not known."""
+    experts: int = 0
+    """The number of weights that belong to experts."""
 
     @property
     def keys(self) -> int:
@@ -98,6 +102,12 @@ class ModelFacts:
     def kv_per_token(self) -> int:
         """The number of elements of a token in an engine's KV cache."""
         return 2 * self.num_layers * self.keys
+
+    def kv_per_token_of(self, num_gpus: int) -> int:
+        """The same on each of the GPUs over which heads are spread; where key heads are fewer, several GPUs keep the same one."""
+        if not self.key_heads:
+            return max(1, self.kv_per_token // num_gpus)
+        return self.kv_per_token // self.key_heads * max(1, self.key_heads // num_gpus)
 
     @property
     def per_layer(self) -> int:
@@ -287,17 +297,25 @@ def facts_of(config: Any, num_params: int) -> ModelFacts:
     size = int(getattr(text, "head_dim", None) or hidden // heads)
     keys = int(getattr(text, "num_key_value_heads", None) or heads)
     inner = getattr(text, "moe_intermediate_size", None)
-    experts = int(getattr(text, "num_experts_per_tok", None) or 1)
-    wide = inner if inner and experts > 1 else getattr(text, "intermediate_size", None)
+    used = int(getattr(text, "num_experts_per_tok", None) or 1)
+    wide = inner if inner and used > 1 else getattr(text, "intermediate_size", None)
+    layers = int(text.num_hidden_layers)
+    experts = next((n for name in _EXPERTS if (n := getattr(text, name, None))), 0) if used > 1 else 0
     return ModelFacts(
         num_params=num_params,
-        num_layers=int(text.num_hidden_layers),
+        num_layers=layers,
         hidden=hidden,
         attention=heads * size,
-        intermediate=int(wide or 4 * hidden) * experts,
+        intermediate=int(wide or 4 * hidden) * used,
         vocab=int(text.vocab_size),
         kv=0 if keys == heads else keys * size,
+        key_heads=0 if keys == heads else keys,
+        experts=min(num_params, 3 * int(experts) * hidden * int(wide or 4 * hidden) * layers),
     )
+
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""What configs call the number of experts of a layer."""
 
 
 _OTHER_NAMES = {
@@ -344,7 +362,8 @@ def _tiny_facts(tiny: TinyModelConfig) -> ModelFacts:
     kv = hidden // tiny.num_heads * tiny.num_kv_heads
     matrices, biases, norms = 2 * hidden * (hidden + kv) + 3 * hidden * wide, hidden + 2 * kv, 2 * hidden
     num_params = (vocab + 1) * hidden + tiny.num_layers * (matrices + biases + norms)
-    return ModelFacts(num_params, tiny.num_layers, hidden, hidden, wide, vocab, 0 if kv == hidden else kv)
+    keys = (0, 0) if kv == hidden else (kv, tiny.num_kv_heads)
+    return ModelFacts(num_params, tiny.num_layers, hidden, hidden, wide, vocab, *keys)
 
 
 def gib(num_bytes: float) -> str:

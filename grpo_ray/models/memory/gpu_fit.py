@@ -12,6 +12,7 @@ from grpo_ray.models.memory.estimate import BF16, FP32, GIB, ModelFacts, gib, le
 from grpo_ray.models.memory.fit import MARGIN, micro_batches, shortest, with_tokens
 
 Config = TypeVar("Config", bound=RunConfig | SftConfig)
+FP8 = 1
 CONTEXT = int(1.0 * GIB)
 """The memory of a process on a GPU before it holds anything: CUDA's context, its libraries, NCCL's buffers."""
 ENGINE_WORK = 3 * GIB
@@ -27,6 +28,8 @@ MOST_RANKS = 64
 MOST_TOKENS = 32_768
 """The largest micro-batch that is chosen for a GPU: larger ones are no faster."""
 EVAL_ALONE = ("eval", "sample")
+ONE_ROLE = (*EVAL_ALONE, "replay")
+"""The kinds of run that have no engines, or no learners."""
 
 
 @dataclass(frozen=True)
@@ -71,37 +74,50 @@ def _shares_a_gpu(config: RunConfig) -> bool:
 
 @dataclass(frozen=True)
 class Cache:
-    """An engine's KV cache."""
+    """The KV cache of each GPU of an engine."""
 
     room: int
     """Its bytes; below 0 if not even the weights fit."""
     per_token: int
-    """The bytes of a token, on each GPU of the engine."""
+    """The bytes of a token, on each GPU that has a part of it."""
     sample: int
     """The tokens of a sample of full length, with its prompt."""
+    copies: int = 1
+    """The number of such caches in an engine: one for each copy of the attention layers."""
 
     @property
     def samples(self) -> float:
-        """The number of samples of full length that it holds."""
-        return max(0, self.room) / (self.per_token * self.sample)
+        """The number of samples of full length that the engine holds."""
+        return self.copies * max(0, self.room) / (self.per_token * self.sample)
 
 
 def cache_of(facts: ModelFacts, config: RunConfig, memory: int) -> Cache:
-    rollout, width = config.rollout, width_of(config)
-    size = rollout.tensor_parallel_size
-    weights = weight_bytes(facts, config.model) // size
+    rollout = config.rollout
+    weights = _engine_weights(facts, config)
     room = int(rollout.gpu_memory_utilization * memory) - weights - ENGINE_WORK
     if rollout.kv_cache_gb is not None:
         room = min(int(rollout.kv_cache_gb * GIB), memory - weights - ENGINE_WORK)
-    keys = max(1, facts.kv_per_token // size)
-    return Cache(room, keys * width, config.data.max_prompt_length + rollout.max_completion_length)
+    width = FP8 if rollout.kv_cache_dtype.startswith("fp8") else width_of(config)
+    return Cache(
+        room,
+        facts.kv_per_token_of(rollout.tensor_parallel_size) * width,
+        config.data.max_prompt_length + rollout.max_completion_length,
+        rollout.data_parallel_size,
+    )
+
+
+def _engine_weights(facts: ModelFacts, config: RunConfig) -> int:
+    """The bytes of weights on each GPU of an engine: experts are spread over all of them, the rest over those of a copy."""
+    rollout, whole = config.rollout, weight_bytes(facts, config.model)
+    experts = whole * facts.experts // facts.num_params
+    return (whole - experts) // rollout.tensor_parallel_size + experts // rollout.engine_size
 
 
 def engine_need(facts: ModelFacts, config: RunConfig, memory: int) -> Need:
     """The GPU of an engine, with the cache of one sample of full length."""
     cache = cache_of(facts, config, memory)
     one = cache.per_token * cache.sample
-    weights = weight_bytes(facts, config.model) // config.rollout.tensor_parallel_size
+    weights = _engine_weights(facts, config)
     room = cache.room + weights + ENGINE_WORK
     parts = {"weights": weights, "one sample of full length": one, "work": ENGINE_WORK}
     return Need("each engine", sum(parts.values()), room, parts)
@@ -116,6 +132,8 @@ def needs(facts: ModelFacts, config: RunConfig | SftConfig, kind: str, memory: i
 
 
 def fits_gpus(facts: ModelFacts, config: RunConfig | SftConfig, kind: str, memory: int) -> bool:
+    if isinstance(config, RunConfig) and _takes_turns(config, kind) and not config.engines_match_learners:
+        return False
     return all(need.fits for need in needs(facts, config, kind, memory))
 
 
@@ -131,11 +149,10 @@ def host_memory(facts: ModelFacts, config: RunConfig | SftConfig, kind: str) -> 
         # The files are read before anything is moved here.
         parts[min("loading", "states", key=lambda name: parts[name])] = 0
     if isinstance(config, RunConfig):
-        size = config.rollout.tensor_parallel_size
-        engines = min(config.rollout.num_actors * size, GPUS_OF_NODE)
-        parts["libraries"] += engines * HOST_BASE
+        gpus = min(config.rollout.num_actors * config.rollout.engine_size, GPUS_OF_NODE)
+        parts["libraries"] += gpus * HOST_BASE
         if config.colocated:
-            parts["weights of engines asleep"] = engines * whole // size
+            parts["weights of engines asleep"] = gpus * _engine_weights(facts, config)
     return parts
 
 
@@ -167,8 +184,20 @@ def proposal(facts: ModelFacts, config: RunConfig | SftConfig, kind: str, memory
     for options in _steps(config, kind):
         found |= options
         if _would_fit(facts, config, kind, memory, found):
-            return _fewest(facts, config, kind, memory, found)
+            return _matched(config, kind, _fewest(facts, config, kind, memory, found))
     return {}
+
+
+def _matched(config: RunConfig | SftConfig, kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """These overrides, and as many engines as share the GPUs of all learner ranks, where they take turns."""
+    changed = _with(config, options)
+    if not _takes_turns(config, kind) or not isinstance(changed, RunConfig) or changed.engines_match_learners:
+        return dict(options)
+    return {**options, "rollout.num_actors": changed.learner.num_actors // changed.rollout.engine_size}
+
+
+def _takes_turns(config: RunConfig | SftConfig, kind: str) -> bool:
+    return isinstance(config, RunConfig) and config.colocated and kind not in ONE_ROLE
 
 
 def _fewest(
@@ -185,7 +214,7 @@ def _fewest(
 def _would_fit(
     facts: ModelFacts, config: RunConfig | SftConfig, kind: str, memory: int, options: Mapping[str, Any]
 ) -> bool:
-    changed = _with(config, options)
+    changed = _with(config, _matched(config, kind, options))
     return changed is not None and fits_gpus(facts, changed, kind, int((1 - MARGIN) * memory))
 
 
@@ -223,10 +252,9 @@ def _steps(config: RunConfig | SftConfig, kind: str) -> Iterator[dict[str, Any]]
 def _steps_of_engines(config: RunConfig) -> Iterator[dict[str, Any]]:
     if config.rollout.kv_cache_gb is None and config.rollout.gpu_memory_utilization < 0.9:
         yield {"rollout.gpu_memory_utilization": 0.9}
-    apart = {"cluster.placement": "disaggregated"} if config.colocated else {}
     for size in (2, 4, 8):
         if size > config.rollout.tensor_parallel_size:
-            yield {"rollout.tensor_parallel_size": size, **apart}
+            yield {"rollout.tensor_parallel_size": size}
 
 
 def _steps_of_ranks(config: RunConfig | SftConfig) -> Iterator[dict[str, Any]]:
@@ -234,8 +262,7 @@ def _steps_of_ranks(config: RunConfig | SftConfig) -> Iterator[dict[str, Any]]:
     together = isinstance(config, RunConfig) and config.colocated
     ranks = learner.num_actors * 2
     while ranks <= MOST_RANKS:
-        more = {"learner.num_actors": ranks, "learner.zero_stage": 3}
-        yield more | ({"rollout.num_actors": ranks} if together else {})
+        yield {"learner.num_actors": ranks, "learner.zero_stage": 3}
         ranks *= 2
     if not learner.offload_optimizer and not together:
         yield {"learner.offload_optimizer": True}

@@ -68,6 +68,34 @@ def test_without_a_number_there_are_as_many_gpus_as_the_recipe_asks_for(
     assert "24 x h200" in told(recipe, *apart, gpu="h200", capsys=capsys)
 
 
+def test_a_cache_in_fp8_and_copies_of_it_hold_more_samples(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    fp8 = ("rollout.kv_cache_dtype=fp8", "algorithm.importance_sampling=token_truncate")
+    out = told(recipe, *fp8, gpu="8xh100", capsys=capsys)
+    assert "209.4 samples of full length (9,216 tokens of 28,672 bytes)" in out
+    apart = ("cluster.placement=disaggregated", "rollout.num_actors=4", "rollout.data_parallel_size=2")
+    out = told(recipe, *apart, gpu="16xh100", capsys=capsys)
+    assert "in 2 copies of 51.5" in out
+    assert "209.4 samples of full length (9,216 tokens of 57,344 bytes)" in out
+
+
+def test_what_this_machine_lacks_is_no_matter_where_other_gpus_are_named(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option, error in (("rollout.kv_cache_gb=40", ResourceError), ("rollout.speculative={}", ConfigError)):
+        assert "ok" in told(recipe, option, gpu="8xh100", capsys=capsys)
+        with pytest.raises(error, match=r"rollout\.(kv_cache_gb|speculative)"):
+            check_recipe(recipe, [option])
+
+
+def test_engines_over_two_gpus_share_those_of_all_learners(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    two = ("rollout.tensor_parallel_size=2", "rollout.num_actors=4")
+    out = told(recipe, *two, gpu="8xh100", capsys=capsys)
+    assert "8 x h100 (128 CPUs, 8 GPUs): 4 rollout x (1 CPU, 1 GPU)" in out
+    assert "tokens of 28,672 bytes)" in out
+    with pytest.raises(ConfigError, match=r"rollout\.num_actors 8; .* use learner\.num_actors 16"):
+        check_recipe(recipe, [two[0]], gpu="8xh100")
+
+
 def test_micro_batches_are_chosen_for_the_gpus(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = told(recipe, "learner.micro_batch_tokens=auto", gpu="h200", capsys=capsys)
     assert "learner.micro_batch_tokens=32768" in out
