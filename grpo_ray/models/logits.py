@@ -57,19 +57,22 @@ class LogitMap:
 PLAIN = LogitMap()
 
 
-def logit_map(hf: nn.Module) -> LogitMap:
+def logit_map(hf: nn.Module, *, whole: bool = False) -> LogitMap:
     """Measure what a Transformers model does to its hidden states and logits.
+
+    Args:
+        whole: whether its own forward is called up to the output layer, so that it needs no body that can be called alone.
 
     Raises:
         ValueError: it is more than a `LogitMap` says, or the output layer is no plain linear layer.
     """
     model: Any = hf
     head, name = model.get_output_embeddings(), type(hf).__name__
-    if model.base_model is hf:
+    if model.base_model is hf and not whole:
         raise ValueError(f"{name} has no body that can be called without its output layer: not supported")
     if type(head) not in (nn.Linear, FasterLinear):
         raise ValueError(f"{name} has no linear output layer (but {type(head).__name__}): not supported")
-    probe = _Probe(hf, head.out_features)
+    probe = _Probe(hf, head.out_features, whole=whole)
     try:
         logits = probe.logits()
     # A stranger's forward may fail in any way on a body that is not one.
@@ -94,8 +97,10 @@ class _Output(BaseModelOutputWithPast):
 class _Probe:
     """One call of a model's forward, with known hidden states and products."""
 
-    def __init__(self, hf: Any, num_products: int) -> None:
+    def __init__(self, hf: Any, num_products: int, *, whole: bool) -> None:
         self.hf = hf
+        self.whole = whole
+        """Whether a child that gets token ids is a body, too."""
         self.hidden = torch.tensor([1.0, 4.0, 2.0], dtype=torch.float64)[None, :, None].expand(1, _NUM_TOKENS, 4)
         spread = torch.linspace(-64, 64, num_products, dtype=torch.float64)
         self.products = torch.stack([torch.full_like(spread, _SMALL), torch.full_like(spread, _LARGE), spread])[None]
@@ -124,7 +129,9 @@ class _Probe:
         return self.products
 
     def _layer(self, name: str) -> Callable[..., Any]:
-        def forward(hidden: Any, *_: Any, **__: Any) -> Any:
+        def forward(hidden: Any = None, *_: Any, **given: Any) -> Any:
+            if hidden is None and self.whole and given.get("input_ids") is not None:
+                return _Output(last_hidden_state=self.hidden)
             (self.late if self.inputs else self.layers).append(name)
             return hidden
 

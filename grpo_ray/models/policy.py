@@ -28,7 +28,7 @@ class PolicyModel(nn.Module):
 
     def __init__(self, hf: nn.Module, *, chunk: int, ranks: SequenceRanks | None = None, plain: bool = False) -> None:
         super().__init__()
-        self.logit_map = logit_map(hf)
+        self.logit_map = logit_map(hf, whole=plain)
         hf.set_output_embeddings(LogprobHead(hf.get_output_embeddings(), self.logit_map))  # type: ignore[operator]
         self.hf = hf
         self.chunk = chunk
@@ -54,9 +54,9 @@ class PolicyModel(nn.Module):
         return logp_C, entropy_C
 
 
-def check_head(hf: nn.Module) -> None:
+def check_head(hf: nn.Module, *, plain: bool = False) -> None:
     """Raises ValueError for a Transformers model that changes its logits in a way that `LogprobHead` would omit."""
-    logit_map(hf)
+    logit_map(hf, whole=plain)
 
 
 def own_slice(batch: PackedBatch, ranks: SequenceRanks, device: torch.device) -> Slice:

@@ -58,7 +58,7 @@ def skeleton(
     hf, reason = with_forward(model_config, model, forward, reward_model=reward_model, slices=slices)
     if not reward_model:
         try:
-            check_head(hf)
+            check_head(hf, plain=bool(reason))
         except ValueError as e:
             raise ConfigError(f"the learner can't train model {model.path}: {told(e)}") from None
     if slices > 1:

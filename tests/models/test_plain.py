@@ -147,7 +147,7 @@ def test_activations_computed_again_give_the_same_gradient(reentrant: bool) -> N
 
 def test_a_head_that_is_called_twice_is_refused() -> None:
     hf: Any = small_model(small_config("qwen2"))
-    once = hf.forward
+    policy, once = PolicyModel(hf, chunk=8, plain=True), hf.forward
     hf.forward = lambda **kwargs: (once(**kwargs), once(**kwargs))[0]
     with pytest.raises(ValueError, match="Qwen2ForCausalLM calls its output layer 2 times in a forward pass, not once"):
-        PolicyModel(hf, chunk=8, plain=True)(pack(make_items()), 1.0)
+        policy(pack(make_items()), 1.0)

@@ -14,8 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -405,6 +407,20 @@ CAUSES: list[tuple[list[str], str]] = [
 ]
 
 
+def write_weights(folder: Path) -> None:
+    """A file with all tensors of the model of the folder's config, with holes in place of its values."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    header, end = {}, 0
+    for name, tensor in model.state_dict().items():
+        start, end = end, end + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
 @pytest.fixture(scope="module")
 def recipe(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
@@ -444,7 +460,11 @@ def recipe(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for file in tiny.iterdir():
             (folder / kind / file.name).write_bytes(file.read_bytes()[: 50_000 if kind == "cut" else None])
         if kind != "cut":
-            small_config(kind).save_pretrained(folder / kind)
+            config = small_config(kind)
+            config.update({"hidden_size": 128, "num_attention_heads": 4, "vocab_size": 320} if kind == "falcon" else {})
+            config.save_pretrained(folder / kind)
+    for kind in ("small", "heads", "falcon"):
+        write_weights(folder / kind)
     return folder
 
 
