@@ -33,6 +33,7 @@ from grpo_ray.models.lora import inject
 from grpo_ray.models.memory.estimate import chunk_rows
 from grpo_ray.models.policy import PolicyModel
 from grpo_ray.models.reward import RewardModel
+from grpo_ray.models.rope import has_ropes_by_length, use_ropes_of_each_sequence
 from grpo_ray.models.trainable import MAKING, why_not
 from grpo_ray.models.value import ValueModel
 
@@ -298,6 +299,7 @@ def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
             hf = skeleton.hf
     except MAKING as e:
         raise ConfigError(f"the learner can't load model {path}: {why_not(e, config)}") from None
+    use_ropes_of_each_sequence(hf)
     ranks.split_heads(hf)
     if trained and spec.model.lora is not None:
         inject(hf, spec.model.lora)
@@ -377,4 +379,5 @@ def can_share_prompts(spec: LearnerSpec, hf: Any) -> bool:
     model."""
     learner = spec.learner
     packed = learner.packing and hf.config._attn_implementation == PACKED
-    return learner.share_prompts and packed and learner.sequence_parallel_size == 1
+    # The positions of a prompt may depend on how long the sequence becomes.
+    return learner.share_prompts and packed and learner.sequence_parallel_size == 1 and not has_ropes_by_length(hf)

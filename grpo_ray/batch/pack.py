@@ -124,27 +124,28 @@ def pack(items: Sequence[PackItem], *, padded: bool = False, share_prompts: bool
         items = [PackItem(np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.float32), 0.0, 0.0, -1)]
     longest = max(len(i.prompt_ids) + len(i.completion_ids) - 1 for i in items) if padded else 0
     parts: list[NDArray[np.integer]] = []
-    first_positions: list[int] = []
+    positions: list[NDArray[np.integer]] = []
     sequences: list[tuple[int, ...]] = []
     for neighbours in _with_one_prompt(items) if share_prompts else [[i] for i in items]:
         shared = len(neighbours[0].prompt_ids) if len(neighbours) > 1 else 0
         common = (len(parts),) if shared else ()
         if shared:
             parts.append(neighbours[0].prompt_ids)
-            first_positions.append(0)
+            positions.append(np.arange(shared))
         for i in neighbours:
             own = np.concatenate([i.prompt_ids[shared:], i.completion_ids[:-1]])
-            own = np.concatenate([own, np.zeros(max(longest - len(own), 0), np.int64)])
+            padding = np.zeros(max(longest - len(own), 0), np.int64)
             sequences.append((*common, len(parts)) if len(own) else common)
             if len(own):
-                parts.append(own)
-                first_positions.append(shared)
+                parts.append(np.concatenate([own, padding]))
+                # Padding begins anew, so that no position is beyond the sequence.
+                positions.append(np.concatenate([np.arange(shared, shared + len(own)), np.arange(len(padding))]))
     lengths = [len(part) for part in parts]
     rows_of_parts = np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1])
     num_targets = [len(i.completion_ids) for i in items]
     return PackedBatch(
         input_ids=np.concatenate(parts).astype(np.int64),
-        position_ids=np.concatenate([np.arange(a, a + n) for a, n in zip(first_positions, lengths, strict=True)]),
+        position_ids=np.concatenate(positions),
         lengths=lengths,
         sequences=sequences,
         target_rows=np.concatenate(

@@ -126,6 +126,7 @@ class _Here:
         from grpo_ray.models.attention import use_attention_without_plans
         from grpo_ray.models.checkpoint_tensors import read_model
         from grpo_ray.models.cuda import driver_version, why_no_cuda
+        from grpo_ray.models.rope import has_ropes_by_length
 
         torch.set_num_threads(num_threads)
         reason = why_no_cuda()
@@ -146,9 +147,11 @@ class _Here:
             )
         self._model.to(self._device).eval()
         self._pad: int | None = self._model.config.get_text_config().pad_token_id
+        self._alone = self._pad is None or has_ropes_by_length(self._model)
+        """Whether each text is a batch of its own: it can't be padded, or its positions would be those of the longest."""
 
     def __call__(self, texts: list[NDArray[np.int32]]) -> list[float]:
-        if self._pad is None and len(texts) > 1:
+        if self._alone and len(texts) > 1:
             return [score for text in texts for score in self([text])]
         import torch
 

@@ -10,11 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.learner.build import LearnerSpec, load_hf
+from actors.learner.build import LearnerSpec, can_share_prompts, load_hf
 from actors.learner.group import _spec
+from grpo_ray.batch.pack import pack
 from grpo_ray.batch.sequence import Alone
+from grpo_ray.models.policy import PolicyModel
 from tests.actors.learner.test_learner import make_config
-from tests.models.random_models import random_config
+from tests.models.random_models import ragged, random_config, random_model
+from tests.models.test_rope import MODELS
 
 NOISY = ("qwen2", "gpt2", "opt", "phi", "gpt_neox", "starcoder2", "mixtral", "phimoe")
 """Families whose modules drop values, layers or add jitter: by modules, by functions, by the rates of attributes and of configs."""
@@ -67,3 +70,18 @@ def test_layers_recompute_their_activations_without_noise_as_with_it(tmp_path: P
     assert [layer.training for layer in loaded.model.layers] == [True, True]
     assert not loaded.model.layers[0].self_attn.training
     assert not loaded.base_model.train().norm.training
+
+
+@pytest.mark.parametrize(("kind", "options"), [*MODELS, ("llama", {})], ids=["longrope", "dynamic", "usual"])
+@torch.no_grad()
+def test_a_sample_is_computed_as_if_alone_where_positions_depend_on_lengths(
+    kind: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model: Any = random_model(kind, dtype=torch.float32, attention="eager", **options)
+    model.save_pretrained(tmp_path)
+    spec = spec_of(tmp_path)
+    loaded = load_hf(spec, torch.device("cpu"), Alone(), trained=True)
+    assert can_share_prompts(spec, loaded) is (options == {})
+    policy, (short, long) = PolicyModel(loaded, chunk=16), ragged([(3, 5), (4, 20)])
+    together, _ = policy(pack([short, long]), 1.0)
+    torch.testing.assert_close(policy(pack([short]), 1.0)[0], together[:5], atol=1e-5, rtol=1e-5)
