@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
+import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.gpu.kit import contents
+from tests.gpu.kit.bare import canonical, packages
 from tests.gpu.kit.fatprune import MAGIC, PTX, entries, prune
 from tests.gpu.kit.pack import check_size, compress, copy_package, is_of_engine, lock_pins, repository_bytes
 
 ROOT = Path(__file__).parents[2]
+KIT = {**os.environ, "PYTHONPATH": str(ROOT), "KIT_MODELS": "unused", "OUT": "unused"}
 CUBIN = 2
 
 
@@ -68,6 +74,65 @@ def test_a_call_that_is_too_large_is_refused_and_the_repository_counts() -> None
     check_size("call-1", contents.CALL_BYTES - repository, repository)
     with pytest.raises(SystemExit, match="too large"):
         check_size("call-1", contents.CALL_BYTES - repository + 1, repository)
+
+
+@pytest.mark.parametrize(("call", "names"), [(1, (*contents.ENGINE, *contents.COPIED)), (2, ("ray", *contents.RUNS))])
+def test_whatever_a_carried_package_needs_is_there_or_carried(call: int, names: tuple[str, ...]) -> None:
+    there = {"extra": "", "python_version": contents.PYTHON}
+    needed = {
+        (name, canonical(needs.name))
+        for name in names
+        for needs in map(Requirement, requires(name) or ())
+        if needs.marker is None or needs.marker.evaluate(there)
+    }
+    assert {pair for pair in needed if pair[1] not in packages(call)} == set()
+
+
+IMPORTS = {
+    1: ["tests.gpu.kit.learner", "tests.gpu.kit.zero", "tests.gpu.kit.engine", "tests.gpu.kit.sampling"],
+    2: [
+        *("tests.bench.gpu", "tests.end_to_end.rewards", "launch.cli", "launch.run.jobs", "actors.control.controller"),
+        *("actors.learner.group", "actors.reward.actor", "actors.rollout.actor", "actors.weights.sender"),
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", [1, 2])
+def test_whatever_a_call_imports_is_there_or_carried(call: int) -> None:
+    modules = [*IMPORTS[call], "actors.rollout.vllm_options", "vllm.v1.engine.async_llm", "deepspeed"]
+    imports = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
+    command = f"from tests.gpu.kit.bare import hide; hide({call}); {imports}"
+    done = subprocess.run(
+        [sys.executable, "-c", command, *modules], cwd=ROOT, env=KIT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_the_gpu_tests_are_collected_with_what_is_there_or_carried() -> None:
+    arguments = [
+        "tests.gpu.kit.bare",
+        "2",
+        "pytest",
+        "tests/gpu",
+        "-m",
+        "gpu",
+        "--collect-only",
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, env=KIT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+    assert "test_colocated_gpu.py" in done.stdout
+
+
+def test_a_package_that_is_neither_there_nor_carried_is_not_found() -> None:
+    command = [sys.executable, "-m", "tests.gpu.kit.bare", "1", "plotly"]
+    done = subprocess.run(command, cwd=ROOT, env=KIT, capture_output=True, text=True, timeout=120)
+    assert "No module named plotly" in done.stderr
 
 
 def test_a_folder_is_packed_the_same_each_time_without_bytecode(tmp_path: Path) -> None:
