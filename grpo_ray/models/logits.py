@@ -71,7 +71,8 @@ def logit_map(hf: nn.Module, *, whole: bool = False) -> LogitMap:
     if model.base_model is hf and not whole:
         raise ValueError(f"{name} has no body that can be called without its output layer: not supported")
     if type(head) not in (nn.Linear, FasterLinear):
-        raise ValueError(f"{name} has no linear output layer (but {type(head).__name__}): not supported")
+        kind = f"{type(head).__module__}.{type(head).__name__}"
+        raise ValueError(f"{name} has no plain linear output layer (but {kind}): not supported")
     probe = _Probe(hf, head.out_features, whole=whole)
     try:
         logits = probe.logits()

@@ -15,8 +15,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from grpo_ray.batch.pack import pack
 from grpo_ray.batch.truncation import TokenSets, keep_mask
+from grpo_ray.config.model import LoraConfig
 from grpo_ray.models.logits import LogitMap, logit_map
 from grpo_ray.models.logprobs import chunked_logprobs
+from grpo_ray.models.lora import inject
 from grpo_ray.models.policy import PolicyModel, check_head
 from grpo_ray.types import Truncation
 from tests.models.random_models import gradients, own_logps, ragged, random_config, random_model
@@ -167,6 +169,13 @@ def test_a_change_that_the_head_lacks_is_refused(odd: type[nn.Module]) -> None:
         model = odd(random_config("llama", odd_logit_scale=0.3))
     with pytest.raises(ValueError, match=rf"{odd.__name__} (changes its logits.*odd_logit_scale|does more than call)"):
         check_head(model)
+
+
+def test_adapters_on_the_output_layer_are_refused_rather_than_left_out() -> None:
+    model = random_model("llama")
+    inject(model, LoraConfig(r=2, target_modules=("lm_head",)))
+    with pytest.raises(ValueError, match=r"no plain linear output layer \(but peft"):
+        PolicyModel(model, chunk=8)
 
 
 def test_the_measurement_leaves_the_model_as_it_was() -> None:
