@@ -147,7 +147,7 @@ def _balance_shared(
         Samples of each unit, its cost in tokens, and the units of each rank.
     """
     best: tuple[int, tuple[list[list[int]], list[int], list[list[int]]]] | None = None
-    cuts, finest = 1, max(map(len, groups), default=0)
+    cuts, finest = 1, max(map(len, groups))
     while True:
         units = [unit for group in groups if group for unit in _cut(group, lengths_S, prompts_S, cuts, budget)]
         costs = [shared_cost([lengths_S[i] for i in unit], prompts_S[unit[0]]) for unit in units]

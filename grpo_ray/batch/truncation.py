@@ -54,7 +54,7 @@ def keep_mask(
     pieces = zip(logits_CV.split(rows), targets_C.split(rows), strict=True)
     exact_k = logits_CV.is_cuda
     masks = [_with_target(_keep(logits, truncation, exact_k), logits, targets) for logits, targets in pieces]
-    return torch.cat(masks) if masks else torch.ones_like(logits_CV, dtype=torch.bool)
+    return torch.cat(masks)
 
 
 # Comparisons are negated where a NaN has to stay in the set: then the loss is NaN too, and the error names it.

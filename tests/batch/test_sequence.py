@@ -76,7 +76,7 @@ def test_heads_that_the_ranks_share_evenly_are_enough_whatever_the_key_heads(siz
             "llama",
             {**HEADS, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             2,
-            "dynamic positions, .*_size 1",
+            "dynamic positions, .*; use learner.sequence_parallel_size 1$",
         ),
     ],
 )
@@ -85,3 +85,15 @@ def test_a_model_that_slices_would_change_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=expected):
         check_model(model(kind, **values), size)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_of_one_kind_of_layer_that_depend_on_a_length_are_refused_by_name(kind: str) -> None:
+    hf = model("llama", **HEADS)
+    hf.config.rope_parameters = {"full_attention": {"rope_type": kind}, "sliding_attention": {"rope_type": "default"}}
+    with pytest.raises(ConfigError, match=f"LlamaForCausalLM has {kind} positions"):
+        check_model(hf, 2)
+
+
+def test_a_model_without_rotary_positions_can_be_sliced() -> None:
+    check_model(model("gpt2", n_embd=56, n_head=14, n_layer=2), 7)

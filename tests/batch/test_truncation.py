@@ -126,6 +126,16 @@ def test_equally_likely_tokens_are_all_of_the_top_k_on_cpus_and_k_on_gpus() -> N
         assert mask[:, target].all()
 
 
+def test_a_sampled_token_replaces_another_in_rows_alone_where_they_are_tied() -> None:
+    tied, apart = [0.4, 0.3, 0.3, 0.0], [0.7, 0.2, 0.1, 0.0]
+    # 16 rows are processed two at a time.
+    logits = torch.tensor([tied, apart] * 8).log()
+    mask = keep_mask(logits, torch.tensor([2, 2] * 8), Truncation(top_p=0.6))
+    assert mask.tolist() == [[True, False, True, False], [True, False, True, False]] * 8
+    alone = keep_mask(logits, torch.tensor([0, 1] * 8), Truncation(top_p=0.6))
+    assert alone.tolist() == [[True, True, False, False], [True, True, False, False]] * 8
+
+
 def test_a_token_that_rounding_put_outside_is_in_the_set() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
     assert keep_mask(logits, torch.tensor([2]), Truncation(top_k=2)).tolist() == [[True, True, True, False]]
