@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from grpo_ray.config.data import DataConfig, DataSource
 from grpo_ray.data.cursor import Cursor
-from grpo_ray.data.prompts import EVAL_SEED_OFFSET, load_demonstrations, load_prompts
+from grpo_ray.data.prompts import EVAL_SEED_OFFSET, load_demonstrations, load_prompts, trained_on
 from grpo_ray.data.sources import load_table, progress
 from grpo_ray.data.templates import R1_SYSTEM
 from grpo_ray.data.tokenized import TokenLists
@@ -664,3 +664,119 @@ def test_prompts_of_the_evaluation_set_are_kept_out_of_demonstrations(
 
     load_demonstrations(data, tokenizer, seed=5, max_length=64, read=read)
     assert seeds == [("eval.jsonl", 5 + EVAL_SEED_OFFSET), ("train.jsonl", 5)]
+
+
+def test_a_prompt_knows_what_was_asked_and_its_conversation(tokenizer: Any, jsonl: Callable[..., str]) -> None:
+    turns = [
+        {"role": "user", "content": "2+2"},
+        {"role": "assistant", "content": "4"},
+        {"role": "user", "content": "So?"},
+    ]
+    (text,) = load_prompts(config(jsonl(sums(1)), system="Be short.", template="chat"), tokenizer, seed=1).train
+    chat = load_prompts(config(jsonl([{"prompt": turns}]), template="chat"), tokenizer, seed=1).train
+    assert text.asked == "0+0"
+    assert chat.item(0, 0).asked == turns
+    assert chat.conversation(0) == turns
+    train = load_prompts(config(jsonl(sums(2)), system="Be short.", template="chat"), tokenizer, seed=1).train
+    assert train.conversation(1) == [{"role": "user", "content": "1+1"}]
+
+
+def test_demonstrations_have_another_fingerprint_where_anything_differs(
+    tokenizer: Any, jsonl: Callable[..., str]
+) -> None:
+    def of(row: dict[str, str], name: str = "a.jsonl") -> str:
+        path = jsonl([{"prompt": "1", "completion": "2"}, row], name)
+        return load_demonstrations(config(path), tokenizer, seed=1, max_length=10).fingerprint
+
+    first = of({"prompt": "1+1", "completion": "2"})
+    assert first == of({"prompt": "1+1", "completion": "2"})
+    others = [
+        of({"prompt": "1+1", "completion": "3"}),
+        of({"prompt": "1+2", "completion": "2"}),
+        of({"prompt": "1+1", "completion": "2"}, "b.jsonl"),
+        of({"prompt": "1+12", "completion": "2"}),
+    ]
+    assert len({first, *others}) == 5
+
+
+def test_a_system_message_is_in_demonstrations_and_in_what_was_trained_on(
+    tokenizer: Any, jsonl: Callable[..., str]
+) -> None:
+    train = jsonl([row | {"completion": row["answer"]} for row in sums(4)], "train.jsonl")
+    data = config(train, template="chat", system="Be short.").model_copy(
+        update={"eval": DataSource(path=jsonl(sums(6)[2:], "eval.jsonl")), "exclude_eval": False}
+    )
+    (first, *_) = load_demonstrations(data, tokenizer, seed=1, max_length=100)
+    assert "Be short." in tokenizer.decode(first.prompt_ids)
+    evaluation = load_prompts(data, tokenizer, seed=1).eval
+    assert trained_on(data, tokenizer, evaluation, seed=1) == 2
+    other = data.model_copy(update={"system": "Be long."})
+    assert trained_on(other, tokenizer, evaluation, seed=1) == 0
+
+
+def test_a_demonstration_may_be_as_long_as_the_limit(tokenizer: Any, jsonl: Callable[..., str]) -> None:
+    path = jsonl([{"prompt": "1+1", "completion": "x" * 6}])
+    assert len(load_demonstrations(config(path), tokenizer, seed=1, max_length=10)) == 1
+    with pytest.raises(
+        DataError, match=r"none of its 1 rows is left: 1 are longer than max_length \(9 tokens\), 0 are"
+    ):
+        load_demonstrations(config(path), tokenizer, seed=1, max_length=9)
+
+
+def test_a_prompt_may_be_as_long_as_the_limit_or_as_the_context_leaves(
+    tokenizer: Any, jsonl: Callable[..., str]
+) -> None:
+    data = config(jsonl([{"prompt": "12345"}]), max_prompt_length=5)
+    assert len(load_prompts(data, tokenizer, seed=1, max_context=6).train) == 1
+    with pytest.raises(DataError, match=r"longer than what the model's context leaves \(4 tokens\)"):
+        load_prompts(data, tokenizer, seed=1, max_context=5)
+    shorter = data.model_copy(update={"max_prompt_length": 4})
+    with pytest.raises(DataError, match=r"1 are longer than data\.max_prompt_length \(4 tokens\)"):
+        load_prompts(shorter, tokenizer, seed=1, max_context=6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_a_row_of_parquet_that_python_cannot_hold_is_named_by_its_number(tmp_path: Path, size: int) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "times.parquet"
+    for broken in range(size):
+        times = pa.array([2**60 if i == broken else i for i in range(size)], pa.timestamp("us"))
+        pq.write_table(pa.table({"at": times}), path)
+        with pytest.raises(DataError, match=rf"^{re.escape(str(path))}, row {broken}: \w+Error: \w"):
+            load_table(DataSource(path=str(path)), seed=1)
+
+
+def test_a_subset_of_a_folder_is_loaded_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    subsets = [{"config_name": name, "data_files": f"{name}.jsonl"} for name in ("easy", "hard")]
+    for name in ("easy", "hard"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"{name} {i}"}) + "\n" for i in range(3)))
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(subsets)}\n---\n")
+    table = load_table(DataSource(path=str(folder), name="hard", limit=2), seed=1)
+    assert (table.name, table.label) == ("folder-hard-train", str(folder))
+    assert list(table.rows) == [{"prompt": "hard 0"}, {"prompt": "hard 1"}]
+
+
+def test_a_saved_data_set_has_parts_and_a_part_without_rows_is_refused_with_what_there_is(tmp_path: Path) -> None:
+    import datasets
+
+    data = datasets.Dataset.from_list([{"prompt": f"p{i}"} for i in range(5)])
+    data.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"train": data, "test": data.select([4])}).save_to_disk(str(tmp_path / "splits"))
+
+    def prompts(path: str, split: str) -> list[str]:
+        return [row["prompt"] for row in load_table(DataSource(path=str(tmp_path / path), split=split), seed=1).rows]
+
+    assert prompts("saved", "train") == ["p0", "p1", "p2", "p3", "p4"]
+    assert prompts("saved", "train[3:]") == ["p3", "p4"]
+    assert prompts("splits", "test+train[:2]") == ["p4", "p0", "p1"]
+    with pytest.raises(DataError, match=r"holds none of its rows; it has: train with 5, test with 1$"):
+        prompts("splits", "train[5:]")
+    with pytest.raises(DataError, match=r"has no split 'test'; it has: train, and a part"):
+        prompts("saved", "test")

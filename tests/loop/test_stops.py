@@ -14,6 +14,7 @@ from grpo_ray.config.loading import build
 from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
+from grpo_ray.data.turns import end_of_turn
 from grpo_ray.errors import ConfigError
 from grpo_ray.loop.stops import Stops, find_stops, name_turn_end, stops_of_run, template_end
 from grpo_ray.models.loading import eos_ids, load_tokenizer
@@ -201,3 +202,10 @@ def test_only_the_last_token_is_left_out_and_only_if_it_ends_the_turn() -> None:
     for text in ("<|im_start|>user\nhello , world .", "ends <|im_start|>", "", " spaced  out "):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert stops.read(tokenizer, ids) == stops.read(tokenizer, [*ids, tokenizer.eos_token_id]) == text
+
+
+def test_of_two_tokens_that_begin_alike_the_longer_ends_a_turn(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_model), trust_remote_code=False)
+    tokenizer.add_tokens(["<end", "<end>"])
+    end = end_of_turn(tokenizer, lambda messages: f"? {messages[-1]['content']}<end>\n")
+    assert (end.token, end.id) == ("<end>", tokenizer.convert_tokens_to_ids("<end>"))
