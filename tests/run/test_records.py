@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 
 from grpo_ray.config.loading import to_yaml
-from grpo_ray.errors import CheckpointError, DataError
+from grpo_ray.errors import CheckpointError, ConfigError, DataError
 from grpo_ray.run import records
-from grpo_ray.run.ledger import Ledger
+from grpo_ray.run.ended import read_ended, write_ended
+from grpo_ray.run.ledger import Ledger, last_trained
 from grpo_ray.run.records import last_step, set_aside, step_to_resume
 from grpo_ray.run.rollout_log import remove_after, rollout_path, rollout_steps
 from grpo_ray.run.run_dir import RunDir
 from grpo_ray.run.sample_files import About, SampleFolder
 from grpo_ray.telemetry.timeline import Timeline
+from grpo_ray.telemetry.trace_file import read_trace, step_of
 from grpo_ray.telemetry.tracking import JsonlTracker, read_metrics
 from grpo_ray.types import Group, Prompt, SampleInfo, Score, ScoreStatus, TimeSpan, Track
 from tests.loop.test_train_loop import config
@@ -246,3 +248,67 @@ def test_samples_whose_description_is_gone_are_not_mixed_with_others(tmp_path: P
     (tmp_path / "samples.json").unlink()
     with pytest.raises(DataError, match=r"samples\.json, which says how they were made, is gone"):
         SampleFolder.open(tmp_path / "samples", about)
+
+
+def test_rollouts_alone_are_kept_too_and_so_are_the_names_of_the_workers(tmp_path: Path) -> None:
+    run = recorded(tmp_path / "run")
+    named = [event for event in read_trace(run.trace) if event["ph"] == "M"]
+    saved(run, STEPS - 1)
+    kept = set_aside(run, STEPS - 1)
+    assert kept is not None
+    events = list(read_trace(kept / "trace.json"))
+    assert named
+    assert [event for event in events if event["ph"] == "M"] == named
+    assert {step_of(event) for event in events if event["ph"] != "M"} == {STEPS}
+    for file in (run.metrics, run.ledger):
+        file.unlink()
+    shutil.rmtree(run.superseded)
+    kept = set_aside(run, None)
+    assert kept is not None
+    assert sorted(p.name for p in (kept / "rollouts").iterdir()) == [
+        rollout_path(run.rollouts, step).name for step in range(1, STEPS + 1)
+    ]
+
+
+def test_a_restart_from_a_step_without_checkpoint_tells_that_and_leaves_nothing(tmp_path: Path) -> None:
+    run = recorded(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"step-000002/loop/loop\.json can't be read"):
+        set_aside(run, 2)
+    assert not run.superseded.exists() or list(run.superseded.iterdir()) == []
+
+
+def test_what_is_wrong_with_a_newer_checkpoint_is_told_when_a_run_goes_on(tmp_path: Path) -> None:
+    run = recorded(tmp_path / "run")
+    saved(run, 1, 2)
+    (broken,) = [p for p in run.path.rglob("loop.json") if "2" in p.parent.parent.name]
+    broken.write_text("{}")
+    told: list[str] = []
+    assert step_to_resume(run, told.append) == 1
+    assert len(told) == 1
+
+
+def test_a_ledger_that_is_none_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    path.write_bytes(b"no database, but long enough to be taken for one" * 100)
+    with pytest.raises(CheckpointError, match=r"ledger\.sqlite is no ledger \(file is not a database\); put it back"):
+        last_trained(path)
+
+
+def test_a_run_is_made_with_the_folders_above_it(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "runs" / "of" / "mine")
+    assert run.path.is_dir()
+    with pytest.raises(ConfigError, match=r"run .*mine exists already; continue it"):
+        RunDir.create(recorded(run.path).path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": "3"}, {"total_steps": "9"}, {"step": True}, {"length": [1]}, {"length": "abc"}, {"more": 1}]
+)
+def test_an_end_that_cannot_be_read_is_none(tmp_path: Path, change: dict[str, Any]) -> None:
+    write_ended(tmp_path, config(), "finished", "done", 3, 9)
+    ended = read_ended(tmp_path)
+    assert ended is not None
+    assert (ended.status, ended.text, ended.step, ended.total_steps) == ("finished", "done", 3, 9)
+    file = tmp_path / "ended.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert read_ended(tmp_path) is None

@@ -100,6 +100,13 @@ def test_rewards_from_which_the_learner_computed_advantages_come_back_as_rewards
     assert [row["advantage"] for row in read_rollouts(path)] == [1.0, 1.0, None, 1.0, 1.0, 1.0], "what it was given"
 
 
+def test_the_folders_of_a_file_are_made_with_it(tmp_path: Path) -> None:
+    groups = odd_groups()
+    path = write_rollouts(tmp_path / "run" / "rollouts", 7, groups, batch_of(groups, step=7), distinct_refs(groups), 1)
+    assert path == tmp_path / "run" / "rollouts" / "step-000007.parquet"
+    assert len(read_rollouts(path)) == 6
+
+
 def test_a_file_of_an_earlier_version_is_refused_by_name(tmp_path: Path) -> None:
     groups = odd_groups()
     path = write_rollouts(tmp_path, 8, groups, batch_of(groups, 7), distinct_refs(groups), run_seed=1)

@@ -10,13 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from grpo_ray.errors import DataError
 from grpo_ray.run import kept_groups, rollout_log, sample_files
 from grpo_ray.run.kept_groups import read_groups
 from grpo_ray.run.replay import read_batch
 from grpo_ray.run.rollout_log import read_rollouts
-from grpo_ray.run.sample_columns import COLUMNS, table_of
+from grpo_ray.run.sample_columns import ARRAYS, COLUMNS, sample_cells, schema, score_cells, table_of
 from grpo_ray.run.sample_files import read_samples
-from grpo_ray.types import LoggedMetric, ScoreStatus, Step, Truncation, VersionSpan
+from grpo_ray.types import LoggedMetric, RewardScore, Sample, Score, ScoreStatus, Step, Truncation, VersionSpan
 
 WRITTEN = Path(__file__).parent / "written_by_0_1_0"
 """A step's rollouts, the groups of a checkpoint and a folder of samples, written before their columns had one definition: two
@@ -34,11 +35,11 @@ def test_the_layout_on_disk_is_that_of_earlier_versions(file: str) -> None:
 
 
 def test_a_column_has_one_type_in_all_files() -> None:
-    names = [name for schema in FILES.values() for name in schema.names]
+    names = [name for layout in FILES.values() for name in layout.names]
     assert set(names) == set(COLUMNS)
-    for schema in FILES.values():
-        for field in schema:
-            if field.name != "rewards" or schema is rollout_log.SCHEMA:
+    for layout in FILES.values():
+        for field in layout:
+            if field.name != "rewards" or layout is rollout_log.SCHEMA:
                 assert field.type == COLUMNS[field.name], field.name
     fewer = {
         field.name: field.type for field in FILES["samples/samples-000000.parquet"].field("rewards").type.value_type
@@ -118,3 +119,31 @@ def test_samples_of_an_earlier_version_are_read() -> None:
 def test_a_cell_that_a_file_has_no_column_for_is_left_out() -> None:
     fewer = pa.schema([("index", COLUMNS["index"])])
     assert table_of([{"index": 3, "prompt": "?"}], fewer).to_pylist() == [{"index": 3}]
+
+
+def test_a_file_may_have_fewer_fields_of_its_rewards() -> None:
+    few = schema(("step", "rewards"), ("name", "value"))
+    want = pa.list_(pa.struct([("name", pa.string()), ("value", pa.float64())]))
+    assert few.equals(pa.schema([("step", pa.int64()), ("rewards", want)]))
+    assert schema(("rewards",)).field("rewards").type == COLUMNS["rewards"]
+
+
+def test_cells_are_as_wide_as_their_columns_and_what_is_logged_is_text_as_it_was() -> None:
+    sample = Sample("p", 0, [1, 2], [3], [-0.5], (VersionSpan(1, 0, 1),), "stop", "x")  # type: ignore[arg-type]
+    cells = sample_cells(sample)
+    assert [cells[name].dtype for name in ARRAYS] == [np.int32, np.int32, np.float32]
+    part = RewardScore("f", ScoreStatus.OK, 1.0, extra={"why": "\u00e9"})
+    assert score_cells(Score(ScoreStatus.OK, 1.0, (part,)))["rewards"][0]["extra"] == '{"why": "\u00e9"}'
+
+
+def test_rollouts_are_read_by_columns_and_what_holds_none_is_named(tmp_path: Path) -> None:
+    path = WRITTEN / "step-000005.parquet"
+    rows = read_rollouts(path, ("step", "index"))
+    assert rows == [{"step": 5, "index": row["index"]} for row in read_rollouts(path)]
+    with pytest.raises(DataError, match=r"step-000005\.parquet holds no rollouts: it has no column 'colour'$"):
+        read_rollouts(path, ("step", "colour"))
+    (tmp_path / "x.parquet").write_bytes(b"no parquet")
+    with pytest.raises(DataError, match=r"x\.parquet can't be read: \w"):
+        read_rollouts(tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"gone\.parquet can't be read: .*gone\.parquet"):
+        read_rollouts(tmp_path / "gone.parquet")
