@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import sympy
 
 from grpo_ray.config.data import DataSource
 from grpo_ray.config.reward import RewardFunctionConfig
@@ -26,7 +27,8 @@ from grpo_ray.rewards.accuracy import accuracy
 from grpo_ray.rewards.answers import readings
 from grpo_ray.rewards.answers.answer_text import ends_in_a_cut_box
 from grpo_ray.rewards.answers.cpu_clock import OutOfTimeError, within_cpu_s
-from grpo_ray.rewards.answers.golds import read_gold
+from grpo_ray.rewards.answers.golds import _numbers, leading_choice, read_gold, said_words
+from grpo_ray.rewards.answers.plain_numbers import _symbol
 from grpo_ray.rewards.functions.function import ScoreInputs
 from grpo_ray.rewards.functions.scoring import call_reward
 from grpo_ray.rewards.table import resolve
@@ -750,3 +752,68 @@ def test_a_gold_of_any_type_of_json_is_read_right_or_not_at_all(
 def test_a_box_is_cut_where_nothing_closes_the_last_one() -> None:
     texts = {r"\boxed{1} and \boxed{2": True, r"\boxed{1 and \boxed{2}": False, "2": False, r"so \boxed{": True}
     assert {text: ends_in_a_cut_box(text) for text in texts} == texts
+
+
+def test_a_number_may_be_rounded_where_it_was_written_with_a_point_and_a_float_is_read_as_parquet_widened_it() -> None:
+    assert [(r.number, r.has_point) for r in _numbers(5)] == [(5, False)]
+    assert [(r.number, r.has_point) for r in _numbers(Fraction(1, 3))] == [(Fraction(1, 3), False)]
+    assert [(r.number, r.has_point) for r in _numbers(Decimal("0.5"))] == [(Fraction(1, 2), True)]
+    assert [(r.number, r.has_point) for r in _numbers(16777217.0)] == [(16777217, False)]
+    assert [r.text for r in _numbers(0.123456789012)] == [_numbers(Decimal("0.123456789012"))[0].text]
+    widened = float(np.float32(0.1))
+    assert [r.number for r in _numbers(widened)] == [Fraction(repr(widened)), Fraction(1, 10)]
+    assert [_numbers(x) for x in (math.nan, math.inf, Decimal("NaN"))] == [[], [], []]
+
+
+def test_a_formula_that_a_solution_calls_its_answer_is_the_gold() -> None:
+    solution = "We add both. The answer is $\\sqrt{2}$."
+    assert accuracy([r"\boxed{\sqrt{2}}", r"\boxed{\sqrt{3}}"], solution=[solution] * 2) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("said", ["[C] carbon", "(C) carbon", "C) carbon", "C: carbon", "C because", "C"])
+def test_a_letter_that_is_set_off_is_a_choice(said: str) -> None:
+    assert leading_choice(said) == {"C"}
+
+
+def test_a_letter_of_a_sentence_is_no_choice() -> None:
+    assert leading_choice("C carbon") is None
+
+
+def test_an_answer_of_a_mark_alone_has_no_words() -> None:
+    assert said_words("The answer is .") == ["", ""]
+
+
+def test_a_percentage_is_a_hundredth_for_math_verify() -> None:
+    assert float(_symbol(Fraction(50), False, True).doit()) == 0.5
+    assert float(_symbol(Fraction(25, 2), True, True).doit()) == 0.125
+    assert float(_symbol(Fraction(25, 2), True, False)) == 12.5
+
+
+def test_the_size_of_a_formula_is_never_estimated_below_its_value() -> None:
+    nine, x = sympy.Integer(9), sympy.Symbol("x")
+    for formula, value in (
+        (sympy.Add(nine, nine, evaluate=False), 18),
+        (sympy.Mul(nine, nine, nine, evaluate=False), 729),
+        (sympy.Pow(nine, 3, evaluate=False), 729),
+        (sympy.Float(2.5), 2.5),
+        (sympy.Rational(7, 2), 3.5),
+        (x, 10),
+    ):
+        assert 10 ** readings._log10(formula) >= value
+    assert readings._log10(sympy.Pow(2, sympy.Integer(10) ** 8, evaluate=False)) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "apart"),
+    [
+        (1e-8, 2e-8, True),
+        (0, 1e-8, True),
+        (0, 1e-10, False),
+        (1e-8, 1.0005e-8, False),
+        (1, 1.000001, False),
+        (1, 2, False),
+    ],
+)
+def test_tiny_numbers_are_equal_in_three_significant_digits(gold: float, answer: float, apart: bool) -> None:
+    assert readings._far_apart(sympy.Float(gold) if gold else sympy.Integer(0), sympy.Float(answer)) is apart
+    assert readings._far_apart(sympy.Symbol("x"), sympy.Float(answer)) is False

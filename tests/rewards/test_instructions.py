@@ -8,7 +8,7 @@ import pytest
 
 from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.rewards.functions.function import ScoreInputs
-from grpo_ray.rewards.instruction_checks import CHECKS, _languages, _punkt
+from grpo_ray.rewards.instruction_checks import CHECKS, _count_bullets, _languages, _punkt
 from grpo_ray.rewards.table import resolve
 from grpo_ray.types import Score, ScoreStatus
 from tests.scoring import score_samples
@@ -402,3 +402,19 @@ def test_libraries_are_read_at_the_start_and_not_on_the_first_samples_time() -> 
     _punkt.cache_clear()
     resolve(RewardFunctionConfig(name="instructions"), load=True)
     assert (_languages.cache_info().currsize, _punkt.cache_info().currsize) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "sign", "count"),
+    [
+        ("-\n- a", "-", 2),
+        ("- a\n- b\n\n  - c\nd - e", "-", 3),
+        ("*x\n* b", "*", 2),
+        ("*\n* b", "*", 1),
+        ("**bold**\n* b", "*", 1),
+        ("* a\n*", "*", 1),
+        ("", "-", 0),
+    ],
+)
+def test_bullets_are_counted_line_by_line(text: str, sign: str, count: int) -> None:
+    assert _count_bullets(text, sign) == count

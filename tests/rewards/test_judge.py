@@ -35,6 +35,7 @@ from grpo_ray.errors import ConfigError, DataError, JudgeError
 from grpo_ray.rewards.endpoints.judge_client import Judge, JudgeOptions
 from grpo_ray.rewards.endpoints.judge_form import read_ratings
 from grpo_ray.rewards.functions.function import ScoreInputs
+from grpo_ray.rewards.judge import RUBRIC
 from grpo_ray.rewards.table import resolve
 from grpo_ray.types import Score, ScoreStatus
 from launch.pipeline.judge_pairs import make_pairs
@@ -571,3 +572,26 @@ def test_the_command_keeps_what_both_orders_say_and_goes_on_from_its_cache(
     assert "failed   1; the last: the judge gave no two ratings" in told
     with pytest.raises(ConfigError, match="is the file to read"):
         make_pairs(str(answers), answers, options)
+
+
+def test_a_judge_gets_the_rubric_and_the_answer_only_where_it_is_to_use_it() -> None:
+    def rate_again(request: dict[str, Any], n: int) -> ImmediateFuture:
+        return rated(request, 4) if len(request["messages"]) > 2 else "Fine."
+
+    with endpoint(rate_again) as there:
+        rate(there.url, ["x"], args={"rubric": "Be strict."}, answer=["42"])
+        first, second = there.requests
+    system, asked, said, again = second["messages"]
+    assert first["messages"] == [system, asked]
+    assert system["role"] == "system"
+    assert system["content"].startswith("Be strict. Rate the response from 1 to 10.")
+    assert asked["role"] == "user"
+    assert said == {"role": "assistant", "content": "Fine."}
+    assert again["role"] == "user"
+    assert f"<score-{mark_of(first)}>" in again["content"]
+    assert (shown_of(first, "reference"), shown_of(first, "response")) == ([], ["x"])
+    with endpoint(lambda request, n: rated(request, 4)) as there:
+        rate(there.url, ["x"], args={"use_answer": True}, answer=["42"])
+        (request,) = there.requests
+    assert shown_of(request, "reference") == ["42"]
+    assert request["messages"][0]["content"].startswith(RUBRIC)

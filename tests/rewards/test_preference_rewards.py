@@ -12,7 +12,7 @@ from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError, RewardError
 from grpo_ray.rewards.answers.parts import part_of
 from grpo_ray.rewards.functions.function import ScoreInputs
-from grpo_ray.rewards.language_consistency import _knows, language_consistency, words_of
+from grpo_ray.rewards.language_consistency import _knows, _settle, language_consistency, words_of
 from grpo_ray.rewards.table import resolve
 from grpo_ray.types import ScoreStatus
 from tests.scoring import score_samples
@@ -183,3 +183,14 @@ def test_dictionaries_are_read_at_the_start_and_not_on_the_first_samples_time() 
     for name in ("de", "en"):
         _knows("a", name)
     assert _knows.cache_info().hits == 2
+
+
+def test_words_of_two_languages_go_with_the_nearest_decided_one() -> None:
+    assert _settle([None, None]) == [True, True]
+    assert _settle([]) == []
+    assert _settle([None, True, None, None, False, None]) == [True, True, True, False, False, False]
+    assert _settle([True, None, False]) == [True, True, False]
+
+
+def test_the_target_is_no_rival_of_its_own_and_neither_is_a_language_of_another_script() -> None:
+    assert consistency("add \u9996", "en", "en", "zh", "ru") == 0.5

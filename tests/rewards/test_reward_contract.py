@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,10 +21,18 @@ from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.data.prompts import PromptSets
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.columns import check_columns, column_needs
-from grpo_ray.rewards.functions.function import RESERVED, Explained, RewardFunction, ScoreInputs, inspect_function
+from grpo_ray.rewards.countdown import check_row
+from grpo_ray.rewards.functions.function import (
+    RESERVED,
+    Explained,
+    RewardFunction,
+    ScoreInputs,
+    inspect_function,
+    value_of,
+)
 from grpo_ray.rewards.functions.logs import MAX_COLUMNS, MAX_METRICS, MAX_VALUE_CHARS, CallLog, checked_name, plain
 from grpo_ray.rewards.functions.scoring import MAX_DETAIL_CHARS, call_reward, check_values, explain, weighted_sum
-from grpo_ray.rewards.functions.verl import verl_function
+from grpo_ray.rewards.functions.verl import is_verl, verl_function
 from grpo_ray.rewards.table import BUILTINS, columns_of, described, resolve
 from grpo_ray.telemetry.metrics import logged_metrics
 from grpo_ray.types import LoggedMetric, RewardScore, SampleInfo, Score, ScoreRequest, ScoreStatus, Step, TrainerState
@@ -761,3 +770,65 @@ def test_scores_keep_what_was_logged_in_a_checkpoint() -> None:
     old = {"name": "f", "status": "ok", "value": 1.0, "detail": "", "seconds": 0.0, "steps": []}
     saved = {"status": "ok", "value": 1.0, "parts": [old], "detail": "", "steps": []}
     assert _score(saved).parts == (RewardScore("f", ScoreStatus.OK, 1.0),)
+
+
+# ---- what is said and named
+
+
+def test_sets_that_are_not_used_are_not_checked_and_a_single_one_is_named_by_its_option() -> None:
+    needs = column_needs(RewardConfig.model_validate({"functions": [{"name": "accuracy"}]}))
+    wrong, right = Rows({"answers": 1}), Rows({"answer": 1})
+    sets = PromptSets(wrong, {"": right})  # type: ignore[arg-type, dict-item]
+    assert check_columns(needs, sets, train=False, evaluation=True) == []
+    assert check_columns(needs, PromptSets(right, {"": wrong}), train=True, evaluation=False) == []  # type: ignore[arg-type, dict-item]
+    with pytest.raises(RewardError, match=r"data\.train has answers;"):
+        check_columns(needs, sets, train=True, evaluation=False)
+    with pytest.raises(RewardError, match=r"data\.eval has answers; .* data\.eval\.columns: \{answer: answers\}"):
+        check_columns(needs, PromptSets(right, {"": wrong}), train=True, evaluation=True)  # type: ignore[arg-type, dict-item]
+
+
+@pytest.mark.parametrize(
+    "row", [{"target": "x", "nums": [1]}, {"target": 3, "nums": [1, "x"]}, {"target": 3, "nums": math.inf}]
+)
+def test_a_row_of_countdown_without_numbers_is_named_before_the_run(row: dict[str, Any]) -> None:
+    with pytest.raises(RewardError, match="in column target or nums is no number"):
+        check_row(row)
+
+
+@pytest.mark.parametrize(
+    "row", [{"target": 3, "nums": [1, "2"]}, {"target": 3, "nums": 3}, {"target": "x"}, {"nums": ["x"]}]
+)
+def test_a_row_of_countdown_that_can_be_scored_or_does_not_apply_is_none_at_fault(row: dict[str, Any]) -> None:
+    check_row(row)
+
+
+def test_an_entry_of_a_column_is_named_behind_the_first_point() -> None:
+    row = {"a": {"b.c": 1, "b": 2}, "d.e": 3, "f": 4}
+    assert [value_of(row, name) for name in ("a.b.c", "a.b", "d.e", "f", "f.g", "h.i")] == [1, 2, 3, 4, None, None]
+
+
+def test_a_function_that_runs_out_of_memory_is_told_how_much_it_may_take() -> None:
+    def greedy(completions: list[str]) -> list[float]:
+        raise MemoryError("no more")
+
+    (part,) = call_reward(inspect_function("greedy", greedy, 1.0, {}), told(["x"]))
+    assert part.detail.endswith(
+        "; a scoring process may take reward.memory_gb: raise that, or let the function take less"
+    )
+
+
+def test_verls_functions_are_known_by_their_signature_and_keep_the_recipes_name() -> None:
+    assert is_verl(example("compute_score").call) is False
+    assert is_verl(min) is False
+    assert is_verl(lambda solution_str, completions: 0.0) is False
+    assert is_verl(lambda solution_strs: 0.0) is True
+    named = verl_function("mine", lambda solution_str: 1.0, 0.5, {})
+    assert (named.name, named.weight, named.required, named.per_sample) == ("mine", 0.5, (), True)
+    assert said(named, told(["a", "b"])) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("returned", "has"), [({}, "nothing"), ({"acc": 1, 2: 3}, "acc, 2")])
+def test_verls_dict_without_a_score_is_told_with_what_it_has(returned: dict[Any, Any], has: str) -> None:
+    (part,) = call_reward(verl_function("mine", lambda solution_str: returned, 1.0, {}), told(["a"]))
+    assert part.status is ScoreStatus.ERROR
+    assert f"it returned a dict without 'score'; it has {has}" in part.detail

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.functions.function import ScoreInputs
 from grpo_ray.rewards.functions.scoring import call_reward
-from grpo_ray.rewards.reward_model import _load
+from grpo_ray.rewards.reward_model import _load, _Scorer
 from grpo_ray.rewards.table import resolve
 from grpo_ray.types import Sample, SampleInfo, Score, ScoreRequest, ScoreStatus, VersionSpan
 from tests.endpoints import endpoint, vllm_server
@@ -236,3 +237,33 @@ def test_an_answer_without_scores_is_no_score(scorer: Path, body: str, what: str
         (score,) = call_reward(function, ScoreInputs(["a"], ["b"], [[1]]))
     assert score.status is ScoreStatus.ERROR
     assert f"reward 'reward_model': {server.url}/classify does not score ({what}" in score.detail
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 20, 40, 100, 8192])
+def test_batches_keep_their_tokens_with_the_padding_and_the_longest_come_first(scorer: Path, batch_tokens: int) -> None:
+    batches: list[list[int]] = []
+
+    def forward(texts: list[Any]) -> list[float]:
+        batches.append([len(text) for text in texts])
+        return [float(len(text)) for text in texts]
+
+    completions: list[Any] = ["x" * n for n in (9, 3, 30, 3, 17, 300, 1, 30, 12)]
+    scores = _Scorer(str(scorer), forward, False).scores(["a"] * 9, completions, batch_tokens)
+    # A token for each letter, one for the prompt, one for the end.
+    assert [s for s in scores if not isinstance(s, RewardError)] == [n + 2 for n in (9, 3, 30, 3, 17, 1, 30, 12)]
+    assert isinstance(scores[5], RewardError)
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(batch) <= batch_tokens
+    longest = [max(batch) for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+    least = {1: 8, 20: 6, 40: 5, 100: 2, 8192: 1}
+    assert len(batches) == least[batch_tokens]
+
+
+def test_a_model_without_weights_is_told_by_its_folder(scorer: Path, tmp_path: Path) -> None:
+    for file in scorer.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    function = RewardFunctionConfig(name="reward_model", args={"path": str(tmp_path)})
+    with pytest.raises(RewardError, match=rf"'reward_model': {re.escape(str(tmp_path))} can't be loaded: "):
+        resolve(function, load=True)

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
+from grpo_ray.rewards import votes
 from grpo_ray.rewards.countdown import evaluate
 from grpo_ray.rewards.functions.function import RewardFunction, ScoreInputs, inspect_function
 from grpo_ray.rewards.functions.scoring import call_reward
-from grpo_ray.rewards.r1_format import r1_format
+from grpo_ray.rewards.r1_format import match_r1, r1_format
 from grpo_ray.rewards.repetition_penalty import repetition_penalty
 from grpo_ray.rewards.soft_overlong import soft_overlong
 from grpo_ray.rewards.table import BUILTINS, resolve
@@ -548,3 +549,22 @@ def test_steps_that_are_none_are_an_error_that_says_why(returned: Any, words: st
     assert score.status is ScoreStatus.ERROR
     assert words in score.detail
     assert (score.steps, score.parts[0].steps) == ((), ())
+
+
+def test_the_parts_of_r1s_format_are_told_apart() -> None:
+    assert match_r1("<think>a\n</think> <answer> b</answer>") == {"think": "a\n", "answer": " b"}
+    assert match_r1("<think></think><answer></answer>") == {"think": "", "answer": ""}
+
+
+@pytest.mark.parametrize("text", ["a", "2 ** 3", "7 // 2", "True", "1.5", "f(1)", "not 1"])
+def test_what_is_not_arithmetic_is_named_by_its_kind(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^\w+ is not arithmetic$"):
+        evaluate(text)
+
+
+def test_votes_need_no_gold_answer_that_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(*_: object) -> NoReturn:
+        raise RewardError("no answer")
+
+    monkeypatch.setattr(votes, "read_gold", unreadable)
+    assert math_votes(["5", "6", "so 5"], answer=["?"] * 3) == [0.0, 1.0, 0.0]
