@@ -155,4 +155,4 @@ class Equivalents:
 
 def _without(kind: str, line: str) -> str:
     """A line without what a kind is about; an argument that is removed leaves the comma before it."""
-    return re.sub(kind, "", line).rstrip(" ,)")
+    return re.sub(r",\s*(?=\))", "", re.sub(kind, "", line)).rstrip(" ,)")
