@@ -47,6 +47,12 @@ class SharedGpus:
         os.environ[VISIBLE] = ",".join(_of_places)
 
 
+def take_gpus(shared: SharedGpus | None) -> None:
+    """Take the GPUs of an engine that shares them; None: Ray has given this actor its own."""
+    if shared is not None:
+        shared.take()
+
+
 def hide_other_gpus() -> None:
     """Hide every GPU from an actor that Ray gave none, and from the processes that it starts: by itself Ray leaves all of them
     visible there. It has to come before the first use of CUDA."""

@@ -40,7 +40,7 @@ def same_environment() -> Iterator[None]:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen2 of 0.3 M parameters (fp32, tied embeddings, context 256) with a character tokenizer."""
     from grpo_ray.config.model import TinyModelConfig
-    from grpo_ray.models.tiny import build_tiny_model
+    from grpo_ray.models.files.tiny import build_tiny_model
 
     config = TinyModelConfig(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, context=256, seed=7)
     return build_tiny_model(tmp_path_factory.mktemp("tiny") / "model", config)

@@ -25,9 +25,9 @@ from grpo_ray.config.model import ModelConfig
 from grpo_ray.config.supervised import DpoOptions, RewardModelOptions
 from grpo_ray.errors import ConfigError, NonFiniteError
 from grpo_ray.models.attention import FLASH, PACKED, choose_attention
-from grpo_ray.models.checkpoint_tensors import check_trainable, read_model
 from grpo_ray.models.compiled import compile_layers
 from grpo_ray.models.dropout import without_dropout, without_noise
+from grpo_ray.models.files.checkpoint_tensors import check_trainable, read_model
 from grpo_ray.models.linear import use_faster_products
 from grpo_ray.models.lora import inject
 from grpo_ray.models.memory.estimate import chunk_rows

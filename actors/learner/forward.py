@@ -15,7 +15,7 @@ from grpo_ray.config.learner import Forward
 from grpo_ray.errors import ConfigError
 from grpo_ray.models.checks.agreement import Gap, gap_of
 from grpo_ray.models.dropout import without_dropout
-from grpo_ray.models.loading import load_config
+from grpo_ray.models.files.loading import load_config
 from grpo_ray.models.plain import use_own_attention
 from grpo_ray.models.trainable import with_forward
 from grpo_ray.plain_terminal import say

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from grpo_ray.errors import ConfigError
-from grpo_ray.models.checkpoint_tensors import headers, weight_files
+from grpo_ray.models.files.checkpoint_tensors import headers, weight_files
 
 CHUNK = 4 << 20
 """The number of elements of each rank's partition that are scattered at once."""

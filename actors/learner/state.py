@@ -98,7 +98,7 @@ def _write_export(export: Export, spec: LearnerSpec, folder: Path) -> None:
     """Write a Hugging Face model in the model's dtype, with tokenizer. Adapters are merged in, and also written by themselves
     (`lora/`)."""
     from grpo_ray.loop.stops import name_turn_end
-    from grpo_ray.models.loading import load_tokenizer
+    from grpo_ray.models.files.loading import load_tokenizer
 
     tokenizer = load_tokenizer(spec.model_path, trust_remote_code=spec.model.trust_remote_code)
     name_turn_end(export.hf, tokenizer)

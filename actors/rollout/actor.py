@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import ray
 
 from actors.deaths import CORE_DIED
-from actors.devices import SharedGpus, check_cuda, check_engine_has_gpu
+from actors.devices import SharedGpus, check_cuda, check_engine_has_gpu, take_gpus
 from actors.rollout.adapters import Adapter, AdapterOptions, EngineAdapters
 from actors.rollout.forked_core import forked_core
 from actors.rollout.sample import info_of, sample_of
@@ -29,7 +29,7 @@ from actors.runtime import end_of_imports, own_process, own_scratch, use_batch_s
 from grpo_ray.config.rollout import RolloutConfig
 from grpo_ray.errors import WorkerError
 from grpo_ray.loop.stops import Stops, find_stops, template_end
-from grpo_ray.models.loading import context_length, eos_ids, load_config, vocab_size
+from grpo_ray.models.files.loading import context_length, eos_ids, load_config, vocab_size
 from grpo_ray.types import Sample, SampleInfo, SampleRequest, SamplingParams
 
 if TYPE_CHECKING:
@@ -83,8 +83,7 @@ class RolloutActor:
     ) -> None:
         self.name = f"rollout-{index}"
         own_process(run_dir, self.name)
-        if shared is not None:
-            shared.take()
+        take_gpus(shared)
         self._scratch = own_scratch(run_dir, self.name)
         # vLLM's own processes talk to each other on this node alone; `weights.gloo_engine` has an address for others.
         use_nodes_interface(on_one_node=True)

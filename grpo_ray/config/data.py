@@ -35,6 +35,11 @@ class DataSource(Strict):
     def is_file(self) -> bool:
         return not self.is_generator and self.path.endswith((".jsonl", ".ndjson", ".parquet"))
 
+    @property
+    def told(self) -> str:
+        """The source with its split, where that is not the usual one."""
+        return self.path + (f" {self.split}" if self.split != "train" else "")
+
 
 def _one_or_named(value: Any) -> str:
     """The form that `data.eval` has. The tags are in angle brackets: `_explain` leaves them out of what a user reads."""

@@ -17,7 +17,7 @@ from grpo_ray.config.schema import RunConfig
 from grpo_ray.data.templates import is_chat, make_template
 from grpo_ray.data.turns import TurnEnd
 from grpo_ray.errors import ConfigError, DataError
-from grpo_ray.models.loading import eos_ids, load_config, vocab_size
+from grpo_ray.models.files.loading import eos_ids, load_config, vocab_size
 
 _TAG = re.compile(r"</\w+>")
 """The pattern of a closing tag, which belongs to the answer even where it is a special token that ends the completion."""
@@ -98,7 +98,7 @@ def find_stops(
     """Collect all stop conditions.
 
     Args:
-        eos_ids: the end-of-sequence tokens of the model, see `grpo_ray.models.loading.eos_ids`.
+        eos_ids: the end-of-sequence tokens of the model, see `grpo_ray.models.files.loading.eos_ids`.
         end: how the template ends a turn.
         num_tokens: the number of tokens that the model can sample.
         strings: `rollout.stop`.

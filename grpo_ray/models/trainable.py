@@ -16,7 +16,7 @@ from grpo_ray.config.learner import Forward
 from grpo_ray.config.model import ModelConfig
 from grpo_ray.errors import ConfigError, told
 from grpo_ray.models.attention import FLASH, PACKED, check_causal, choose_attention, why_unpackable
-from grpo_ray.models.checkpoint_tensors import check_headers, check_trainable
+from grpo_ray.models.files.checkpoint_tensors import check_headers, check_trainable
 from grpo_ray.models.lora import inject
 from grpo_ray.models.policy import check_head, target_states
 

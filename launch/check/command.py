@@ -11,11 +11,11 @@ from rich.table import Table
 
 from actors.addresses import OPTION, read_address
 from actors.cluster import connect, joins
+from actors.machines import Machine
 from actors.named_clusters import is_named
-from actors.placement_defaults import Machine, used
+from actors.placement_defaults import used
 from actors.rollout.cpu_limits import check_cpu_limits
 from grpo_ray.config.algorithm import AlgorithmConfig
-from grpo_ray.config.data import DataSource
 from grpo_ray.config.effects import about_context, check_context, without_gpu
 from grpo_ray.config.reward import RewardConfig
 from grpo_ray.config.schema import RunConfig
@@ -24,7 +24,7 @@ from grpo_ray.data.epochs import describe
 from grpo_ray.data.thinking import opens_thinking
 from grpo_ray.errors import GrpoRayError
 from grpo_ray.loop.stops import describe_end, find_stops, template_end
-from grpo_ray.models.loading import check_ids, context_length, vocab_size
+from grpo_ray.models.files.loading import check_ids, context_length, vocab_size
 from grpo_ray.models.memory.estimate import BF16, FP32, facts_of, gib, learner_memory
 from grpo_ray.models.memory.fit import parts_of
 from grpo_ray.models.memory.kv_cache import check_one_sample
@@ -240,7 +240,7 @@ def _data_rows(config: RunConfig | SftConfig, files: ModelFiles, *, imports: boo
         looked_at = (examples if isinstance(examples, SftDataset) else examples.train).report
         report = of_all_rows(looked_at, sampler.overviews.get(overview_key))
         return [
-            ("data", f"{source_told(config.data.train)}: {report.num_kept} of {report.num_rows} examples"),
+            ("data", f"{config.data.train.told}: {report.num_kept} of {report.num_rows} examples"),
             *overview_rows(config, sampler),
             ("length", describe(config, report.num_kept)),
             ("ends", describe_end(tokenizer, config.data.template)),
@@ -258,12 +258,12 @@ def _data_rows(config: RunConfig | SftConfig, files: ModelFiles, *, imports: boo
         else ""
     )
     rows = [
-        ("data", f"{source_told(config.data.train)}: {report.num_kept} of {report.num_rows} prompts{left_out}"),
+        ("data", f"{config.data.train.told}: {report.num_kept} of {report.num_rows} prompts{left_out}"),
         *overview_rows(config, sampler),
         ("length", describe(config, report.num_kept)),
     ]
     for name, source in config.data.eval_sets.items():
-        what = f"{name}, {source_told(source)}" if name else source_told(source)
+        what = f"{name}, {source.told}" if name else source.told
         held_out = of_all_rows(prompts.eval[name].report, sampler.overviews.get(key_of(source)))
         rows.append(("held out", f"{what}: {held_out.num_kept} prompts x {config.eval.num_samples}"))
     check_ids((p.token_ids for p in prompts.train), files.name, num_tokens)
@@ -285,11 +285,6 @@ def _data_rows(config: RunConfig | SftConfig, files: ModelFiles, *, imports: boo
         )
     rows.append(("ends", f"a sample ends at {stops.describe(tokenizer)}"))
     return rows
-
-
-def source_told(source: DataSource) -> str:
-    """The source with its split, where that is not the usual one."""
-    return source.path + (f" {source.split}" if source.split != "train" else "")
 
 
 def _step_rows(config: RunConfig | SftConfig, context: int, *, imports: bool) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from actors.cluster import demands
-from actors.placement_defaults import Machine, Node
+from actors.machines import Machine, Node
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError, ResourceError

@@ -22,10 +22,10 @@ from grpo_ray.config.model import ModelConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import RewardModelConfig, SftConfig
 from grpo_ray.errors import ConfigError
-from grpo_ray.models.loading import eos_ids, load_config, load_tokenizer, model_name
+from grpo_ray.models.files.loading import eos_ids, load_config, load_tokenizer, model_name
+from grpo_ray.models.files.tiny import tiny_config, tiny_shape
+from grpo_ray.models.files.tiny_tokenizer import TinyTokenizer
 from grpo_ray.models.memory.estimate import known_facts
-from grpo_ray.models.tiny import tiny_config, tiny_shape
-from grpo_ray.models.tiny_tokenizer import TinyTokenizer
 from grpo_ray.plain_terminal import say
 
 

@@ -9,7 +9,7 @@ from grpo_ray.config.effects import check_context, not_looked_at, without_effect
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError
-from grpo_ray.models.loading import known_context
+from grpo_ray.models.files.loading import known_context
 from grpo_ray.pipeline.effects import pipeline_without_effect, stage_without_effect
 from grpo_ray.pipeline.plan import Plan
 from launch.console import plain_console

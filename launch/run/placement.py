@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from actors.cluster import connect, joins
 from actors.control.colocated import check_colocated
-from actors.placement_defaults import Machine, Node, fit_to, open_options, told, too_small, with_options, would_fit
+from actors.machines import Machine, Node
+from actors.placement_defaults import fit_to, open_options, told, too_small, with_options, would_fit
 from grpo_ray.config.rollout import LARGE_GPU_BYTES
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig

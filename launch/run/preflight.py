@@ -9,7 +9,7 @@ from actors.rollout.vllm_schema import check_engine
 from grpo_ray.algorithm.users import check_users
 from grpo_ray.config.schema import RunConfig, check_correction
 from grpo_ray.config.supervised import SftConfig
-from grpo_ray.models.loading import check_model_path
+from grpo_ray.models.files.loading import check_model_path
 from grpo_ray.rewards.table import resolve
 from launch.run.code_folder import use_code_of
 from launch.run.effects import tell_of_hub

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from actors.caches import own_cache
 from grpo_ray.errors import ConfigError, told
 from grpo_ray.files import aside_of, sync_folder
-from grpo_ray.models.model_files import check_model_files
+from grpo_ray.models.files.model_files import check_model_files
 from launch.run.gguf import CONVERSION_S, convert
 from launch.run.hub import is_cached, why_away
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from actors.placement_defaults import CHOSEN, Machine, Node, fit_to, open_options, too_small, used, would_fit
+from actors.machines import Machine, Node
+from actors.placement_defaults import CHOSEN, fit_to, open_options, too_small, used, would_fit
 from grpo_ray.config.loading import build, load_yaml, to_yaml
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig

@@ -94,7 +94,7 @@ def _policy() -> Any:
 def _tiny() -> Iterator[str]:
     """The folder of a model of 2.3 M parameters."""
     from grpo_ray.config.model import TinyModelConfig
-    from grpo_ray.models.tiny import build_tiny_model
+    from grpo_ray.models.files.tiny import build_tiny_model
 
     with tempfile.TemporaryDirectory() as folder:
         yield str(build_tiny_model(Path(folder), TinyModelConfig(num_layers=3, context=300)))

@@ -56,7 +56,7 @@ def bare_sampling() -> dict[str, float]:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from grpo_ray.data.prompts import load_prompts
-    from grpo_ray.models.loading import load_tokenizer
+    from grpo_ray.models.files.loading import load_tokenizer
 
     model = str(FOLDER / "model")
     length = config.data.max_prompt_length + config.rollout.max_completion_length

@@ -54,9 +54,9 @@ def measure(row: Row) -> dict[str, float]:
     import torch
 
     from grpo_ray.config.model import TinyModelConfig
+    from grpo_ray.models.files.tiny import build_tiny_model
     from grpo_ray.models.flops import forward_flops, model_shape
     from grpo_ray.models.memory.estimate import chunk_rows
-    from grpo_ray.models.tiny import build_tiny_model
     from tests.bench.passes import packed_pass, policy
 
     torch.set_num_threads(1)

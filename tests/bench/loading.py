@@ -65,7 +65,7 @@ def make_model(folder: Path, stored: str, **shape: Any) -> Path:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from grpo_ray.config.model import TinyModelConfig
-    from grpo_ray.models.tiny import make_tokenizer, tiny_shape
+    from grpo_ray.models.files.tiny import make_tokenizer, tiny_shape
 
     tiny = TinyModelConfig(**shape)
     torch.manual_seed(1)

@@ -45,7 +45,7 @@ def main() -> None:
         _bare(Path(sys.argv[2]), own_process=sys.argv[3] == "own-process")
         return
     from grpo_ray.config.model import TinyModelConfig
-    from grpo_ray.models.tiny import build_tiny_model
+    from grpo_ray.models.files.tiny import build_tiny_model
 
     speeds: dict[str, list[float]] = {name: [] for name in (*BARE, OURS)}
     with tempfile.TemporaryDirectory() as scratch:
@@ -100,7 +100,7 @@ def _bare(model: Path, *, own_process: bool) -> None:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from grpo_ray.data.prompts import load_prompts
-    from grpo_ray.models.loading import load_tokenizer
+    from grpo_ray.models.files.loading import load_tokenizer
     from grpo_ray.seeds import sample_seed
 
     torch.set_num_threads(1)

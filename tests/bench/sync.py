@@ -24,7 +24,7 @@ from actors.rollout.pool import RolloutPool
 from actors.weights.sync import RayWeightSync
 from grpo_ray.config.model import TinyModelConfig
 from grpo_ray.config.schema import RunConfig
-from grpo_ray.models.tiny import build_tiny_model
+from grpo_ray.models.files.tiny import build_tiny_model
 from grpo_ray.types import SampleRequest, SamplingParams, SyncReport
 from tests.bench.versus import OUR_ENV
 

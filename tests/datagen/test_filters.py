@@ -191,7 +191,7 @@ def test_hugging_face_and_our_own_loader_read_the_mix(mix: MixConfig, tmp_path: 
 
     from grpo_ray.config.data import DataConfig
     from grpo_ray.data.prompts import load_demonstrations
-    from grpo_ray.models.loading import load_tokenizer
+    from grpo_ray.models.files.loading import load_tokenizer
 
     make_mix(mix, tmp_path / "mix.jsonl")
     loaded = datasets.load_dataset(

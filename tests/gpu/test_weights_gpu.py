@@ -19,7 +19,7 @@ from actors.rollout.pool import RolloutPool
 from actors.weights.protocol import EngineTarget, SendReport
 from actors.weights.sync import RayWeightSync
 from grpo_ray.config.model import TinyModelConfig
-from grpo_ray.models.tiny import build_tiny_model
+from grpo_ray.models.files.tiny import build_tiny_model
 from grpo_ray.types import Sample
 from tests.actors.rollout.test_rollout import SAMPLING, reference_logprobs, requests, run_config
 

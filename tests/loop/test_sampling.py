@@ -20,7 +20,7 @@ from grpo_ray.data.prompts import PromptDataset, load_prompts
 from grpo_ray.errors import DataError, LostSamplesError, PoisonedError, RewardError
 from grpo_ray.loop.roles import InMemory
 from grpo_ray.loop.sampling import SamplingReport, about_samples, sample_all
-from grpo_ray.models.loading import load_tokenizer
+from grpo_ray.models.files.loading import load_tokenizer
 from grpo_ray.run.sample_files import SampleFolder, read_samples
 from grpo_ray.types import RewardScore, Sample, SampleInfo, SampleRequest, Score, ScoreRequest, ScoreStatus, VersionSpan
 

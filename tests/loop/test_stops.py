@@ -17,7 +17,7 @@ from grpo_ray.config.supervised import SftConfig
 from grpo_ray.data.turns import end_of_turn
 from grpo_ray.errors import ConfigError
 from grpo_ray.loop.stops import Stops, find_stops, name_turn_end, stops_of_run, template_end
-from grpo_ray.models.loading import eos_ids, load_tokenizer
+from grpo_ray.models.files.loading import eos_ids, load_tokenizer
 from grpo_ray.rewards.functions.function import ScoreInputs
 from grpo_ray.rewards.functions.scoring import call_reward
 from grpo_ray.rewards.table import resolve

@@ -21,8 +21,8 @@ from actors.learner.group import _spec
 from grpo_ray.batch.sequence import Alone
 from grpo_ray.config.model import ModelConfig
 from grpo_ray.errors import ConfigError
-from grpo_ray.models.checkpoint_tensors import read_model
-from grpo_ray.models.model_files import check_model_files
+from grpo_ray.models.files.checkpoint_tensors import read_model
+from grpo_ray.models.files.model_files import check_model_files
 from grpo_ray.models.trainable import skeleton
 from tests.actors.learner.test_learner import make_config
 from tests.models.random_models import VOCAB, random_config, random_model

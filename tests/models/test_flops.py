@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo_ray.batch.plan import MiniBatchPlan
 from grpo_ray.config.model import LoraConfig, TinyModelConfig
+from grpo_ray.models.files.tiny import build_tiny_model
 from grpo_ray.models.flops import (
     FlopCounter,
     ModelShape,
@@ -24,7 +25,6 @@ from grpo_ray.models.flops import (
     update_flops,
 )
 from grpo_ray.models.lora import inject
-from grpo_ray.models.tiny import build_tiny_model
 from grpo_ray.types import TrainBatch, TrainSample
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from actors.placement_defaults import Machine, Node
+from actors.machines import Machine, Node
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ConfigError

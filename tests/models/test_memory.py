@@ -14,7 +14,8 @@ from grpo_ray.config.loading import build
 from grpo_ray.config.model import ModelConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
-from grpo_ray.models.loading import load_config
+from grpo_ray.models.files.loading import load_config
+from grpo_ray.models.files.tiny import tiny_config
 from grpo_ray.models.memory.estimate import (
     GIB,
     LEARNER_BASE,
@@ -26,7 +27,6 @@ from grpo_ray.models.memory.estimate import (
     learner_memory,
 )
 from grpo_ray.models.memory.fit import fit_memory, fits, parts_of, too_large
-from grpo_ray.models.tiny import tiny_config
 from grpo_ray.models.trainable import skeleton
 from tests.recipes import run_config
 

@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from grpo_ray.config.model import TinyModelConfig
-from grpo_ray.models.tiny import build_tiny_model, tiny_shape
-from grpo_ray.models.tiny_tokenizer import TinyTokenizer
+from grpo_ray.models.files.tiny import build_tiny_model, tiny_shape
+from grpo_ray.models.files.tiny_tokenizer import TinyTokenizer
 
 OPTIONS: list[dict[str, Any]] = [{}, {"words": ("one", "two", "<think>", "a b"), "vocab_size": 512, "num_layers": 1}]
 TEXTS = [

@@ -12,7 +12,7 @@ from statistics import mean, median, stdev
 import pytest
 
 from grpo_ray.config.model import TinyModelConfig
-from grpo_ray.models.tiny import build_tiny_model
+from grpo_ray.models.files.tiny import build_tiny_model
 from tests.bench.addition import TASKS, Flaws, correct, demonstrations, right_completions, rows, well_formed
 from tests.bench.versus_steps import StepLog, read_steps, step_seconds
 

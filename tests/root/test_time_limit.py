@@ -15,7 +15,7 @@ import pytest
 from grpo_ray.data import templates
 from grpo_ray.data.templates import make_template
 from grpo_ray.errors import DataError
-from grpo_ray.models.loading import load_tokenizer
+from grpo_ray.models.files.loading import load_tokenizer
 from grpo_ray.time_limit import WATCH, TooLongError, within_thread_s
 
 LOOPS = [

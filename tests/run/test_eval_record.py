@@ -18,7 +18,7 @@ from grpo_ray.errors import ConfigError, DataError
 from grpo_ray.loop.evaluate import evaluate
 from grpo_ray.loop.roles import InMemory
 from grpo_ray.loop.sampling import about_answers, write_answers
-from grpo_ray.models.loading import load_tokenizer
+from grpo_ray.models.files.loading import load_tokenizer
 from grpo_ray.run.eval_record import answers_folder, new_record, set_figures, step_of, write_figures
 from grpo_ray.run.sample_files import read_samples
 from grpo_ray.telemetry.sample_figures import figures_in, figures_of

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from grpo_ray.config.model import TinyModelConfig
-from grpo_ray.models.tiny import build_tiny_model
+from grpo_ray.models.files.tiny import build_tiny_model
 from grpo_ray.run.checkpoint_store import Store
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from grpo_ray.errors import CheckpointError, ConfigError
-from grpo_ray.models.loading import check_model_path, known_context
+from grpo_ray.models.files.loading import check_model_path, known_context
 from grpo_ray.pipeline.record import Record
 from grpo_ray.run import manifest
 from grpo_ray.run.checkpoint_store import Store, step_of_name

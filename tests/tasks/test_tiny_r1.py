@@ -12,7 +12,7 @@ from grpo_ray.config.model import TinyModelConfig
 from grpo_ray.datagen.filters.config import MixConfig
 from grpo_ray.datagen.filters.select import written
 from grpo_ray.errors import DataError
-from grpo_ray.models.tiny import build_tiny_model
+from grpo_ray.models.files.tiny import build_tiny_model
 from grpo_ray.rewards.language_consistency import language_consistency
 from grpo_ray.rewards.r1_format import r1_format
 from grpo_ray.rewards.reasoning_gym_task import reasoning_gym
@@ -136,7 +136,7 @@ def test_a_wrong_task_or_flaw_is_named() -> None:
 
 
 def test_words_of_a_tiny_model_are_tokens_of_their_own(tmp_path: Path) -> None:
-    from grpo_ray.models.loading import load_tokenizer
+    from grpo_ray.models.files.loading import load_tokenizer
 
     config = TinyModelConfig(
         hidden_size=64, num_layers=1, num_heads=2, num_kv_heads=1, words=("ones", "the visitor waits")

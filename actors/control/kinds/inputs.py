@@ -18,7 +18,7 @@ from grpo_ray.data.prompts import PromptDataset, PromptSets, load_eval_prompts, 
 from grpo_ray.data.tokenized import LoadReport
 from grpo_ray.errors import DataError
 from grpo_ray.loop.stops import stops_of_run
-from grpo_ray.models.loading import context_length, load_config, load_tokenizer, prepare_model
+from grpo_ray.models.files.loading import context_length, load_config, load_tokenizer, prepare_model
 from grpo_ray.rewards.columns import check_columns, check_sets, eval_sets_told
 from grpo_ray.run.manifest import digest_of
 

@@ -15,7 +15,7 @@ from grpo_ray.config.supervised import DpoConfig, SftConfig
 from grpo_ray.data.cursor import Cursor
 from grpo_ray.data.epochs import run_length
 from grpo_ray.loop.sft_loop import SftLoop
-from grpo_ray.models.loading import load_tokenizer
+from grpo_ray.models.files.loading import load_tokenizer
 
 if TYPE_CHECKING:
     from actors.learner.group import LearnerGroup

@@ -20,8 +20,8 @@ from grpo_ray.config.model import LoraConfig, ModelConfig, TinyModelConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import DpoConfig, SftConfig
 from grpo_ray.files import read_json
-from grpo_ray.models.model_files import num_elements
-from grpo_ray.models.tiny import num_tiny_tokens
+from grpo_ray.models.files.model_files import num_elements
+from grpo_ray.models.files.tiny import num_tiny_tokens
 
 GIB = 1 << 30
 FP32, BF16 = 4, 2

@@ -25,7 +25,7 @@ from grpo_ray.batch.plan import plan_batch
 from grpo_ray.config.model import TinyModelConfig
 from grpo_ray.errors import ConfigError, NonFiniteError
 from grpo_ray.models.attention import PackedLayout, packed_attention
-from grpo_ray.models.tiny import build_tiny_model
+from grpo_ray.models.files.tiny import build_tiny_model
 from grpo_ray.types import TrainBatch
 from tests.actors.learner.saved import load, save
 from tests.actors.learner.test_learner import (

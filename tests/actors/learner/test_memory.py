@@ -13,8 +13,8 @@ import pytest
 from actors.learner.group import ONEDNN_ENV
 from actors.runtime import ALLOCATOR_ENV
 from grpo_ray.config.model import TinyModelConfig
+from grpo_ray.models.files.tiny import build_tiny_model
 from grpo_ray.models.memory.estimate import GIB, known_facts, learner_memory
-from grpo_ray.models.tiny import build_tiny_model
 from tests.recipes import run_config
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]

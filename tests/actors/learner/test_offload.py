@@ -17,7 +17,7 @@ import torch
 from actors.learner import offload
 from actors.learner.offload import HostMemory
 from grpo_ray.config.model import TinyModelConfig
-from grpo_ray.models.tiny import build_tiny_model
+from grpo_ray.models.files.tiny import build_tiny_model
 from tests.actors.learner.test_learner import make_config
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.long]

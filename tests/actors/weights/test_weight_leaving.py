@@ -34,7 +34,7 @@ from actors.weights.sender import WeightSender, ZeroWeightSource
 from grpo_ray.config.learner import WeightsConfig
 from grpo_ray.config.model import TinyModelConfig
 from grpo_ray.config.rollout import RolloutConfig
-from grpo_ray.models.tiny import build_tiny_model
+from grpo_ray.models.files.tiny import build_tiny_model
 from tests.actors.weights.test_weight_gloo import Source
 from tests.actors.weights.test_weight_gpu import Calls
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from grpo_ray.config.model import TinyModelConfig
-from grpo_ray.models.tiny import build_tiny_model
+from grpo_ray.models.files.tiny import build_tiny_model
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")

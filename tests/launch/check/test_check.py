@@ -30,9 +30,9 @@ from grpo_ray.data.templates import make_template
 from grpo_ray.errors import ConfigError, DataError, GrpoRayError, ResourceError
 from grpo_ray.loop.stops import template_end
 from grpo_ray.models.attention import PACKED
-from grpo_ray.models.loading import check_model_path, context_length, load_config, load_tokenizer, vocab_size
+from grpo_ray.models.files.loading import check_model_path, context_length, load_config, load_tokenizer, vocab_size
+from grpo_ray.models.files.tiny import build_tiny_model
 from grpo_ray.models.memory.kv_cache import check_gpu_shares, check_kv_cache
-from grpo_ray.models.tiny import build_tiny_model
 from grpo_ray.models.trainable import check_adapters, skeleton, with_forward
 from launch.check.command import check_recipe
 from launch.console import headed, plain_console

@@ -16,8 +16,8 @@ from grpo_ray.config.model import TinyModelConfig
 from grpo_ray.data.prompts import load_prompts
 from grpo_ray.data.sources import load_table, map_columns
 from grpo_ray.errors import DataError
-from grpo_ray.models.loading import load_tokenizer
-from grpo_ray.models.tiny import build_tiny_model
+from grpo_ray.models.files.loading import load_tokenizer
+from grpo_ray.models.files.tiny import build_tiny_model
 from grpo_ray.rewards.columns import RowFacts
 from launch.check.overview import ArrowFacts, Sampler, key_of
 from tests.cpu_time import cpu_below

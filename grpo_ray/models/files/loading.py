@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from grpo_ray.config.model import ModelConfig
 from grpo_ray.errors import ConfigError, kind_and_line, told
 from grpo_ray.files import read_json
-from grpo_ray.models.model_files import check_model_files
-from grpo_ray.models.tiny import build_tiny_model
+from grpo_ray.models.files.model_files import check_model_files
+from grpo_ray.models.files.tiny import build_tiny_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

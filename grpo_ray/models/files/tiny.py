@@ -67,7 +67,7 @@ def added_words(config: TinyModelConfig) -> list[Any]:
 
 
 def make_tokenizer(config: TinyModelConfig) -> Any:
-    """The tokenizer as Transformers reads it from the folder of a tiny model; see also `grpo_ray.models.tiny_tokenizer`."""
+    """The tokenizer as Transformers reads it from the folder of a tiny model; see also `grpo_ray.models.files.tiny_tokenizer`."""
     from transformers import Qwen2Tokenizer
 
     # Byte-level BPE without a single merge: Transformers rebuilds the tokenizer of a qwen2 folder as Qwen2's own

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from grpo_ray.config.model import TinyModelConfig
-from grpo_ray.models.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, added_words, make_tokenizer, tiny_vocab
+from grpo_ray.models.files.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, added_words, make_tokenizer, tiny_vocab
 
 _PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
