@@ -132,7 +132,7 @@ def test_cells_are_as_wide_as_their_columns_and_what_is_logged_is_text_as_it_was
     sample = Sample("p", 0, [1, 2], [3], [-0.5], (VersionSpan(1, 0, 1),), "stop", "x")  # type: ignore[arg-type]
     cells = sample_cells(sample)
     assert [cells[name].dtype for name in ARRAYS] == [np.int32, np.int32, np.float32]
-    part = RewardScore("f", ScoreStatus.OK, 1.0, extra={"why": "\u00e9"})
+    part = RewardScore("f", ScoreStatus.OK, 1.0, extra=(("why", "\u00e9"),))
     assert score_cells(Score(ScoreStatus.OK, 1.0, (part,)))["rewards"][0]["extra"] == '{"why": "\u00e9"}'
 
 
