@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from actors.learner.build import LearnerSpec, can_share_prompts
-from grpo_ray.batch.sequence import SequenceRanks
+from grpo_ray.batch.sequence import SequenceRanks, positions_by_length
 from grpo_ray.config.learner import Forward
 from grpo_ray.errors import ConfigError
 from grpo_ray.models.checks.agreement import Gap, gap_of
@@ -56,6 +56,10 @@ def settle_forward(spec: LearnerSpec, model: Any, ranks: SequenceRanks) -> Learn
     if ranks.size > 1:
         raise ConfigError(
             f"{name} in slices is not what its own forward computes ({gap}); use learner.sequence_parallel_size 1"
+        )
+    if kind := positions_by_length(model.hf.config.get_text_config()):
+        raise ConfigError(
+            f"{name} packed is not what its own forward computes ({gap}), and padded its {kind} positions would not be"
         )
     use_own_attention(model.hf)
     model.plain = True

@@ -103,6 +103,13 @@ def slice_of(batch: PackedBatch, rank: int, size: int, multiple: int = 1) -> Sli
     )
 
 
+def positions_by_length(config: Any) -> str | None:
+    """The kind of a Transformers config's positions, if they depend on the length of what is computed together; else None."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    kinds = {r.get("rope_type") for r in (ropes, *ropes.values()) if isinstance(r, dict)}
+    return next((kind for kind in sorted(_ROPES_BY_LENGTH) if kind in kinds), None)
+
+
 def check_model(hf: nn.Module, size: int) -> None:
     """Check that the attention of a model can span all slices: positions do not depend on a length, and its heads can be split.
 
@@ -112,10 +119,7 @@ def check_model(hf: nn.Module, size: int) -> None:
     model: Any = hf
     config = model.config.get_text_config()
     name, mend = type(hf).__name__, "use learner.sequence_parallel_size 1"
-    ropes = getattr(config, "rope_parameters", None) or {}
-    kinds = {r.get("rope_type") for r in (ropes, *ropes.values()) if isinstance(r, dict)}
-    if kinds & _ROPES_BY_LENGTH:
-        kind = (kinds & _ROPES_BY_LENGTH).pop()
+    if kind := positions_by_length(config):
         raise ConfigError(f"{name} has {kind} positions, which depend on a length that a slice does not know; {mend}")
     heads = config.num_attention_heads
     if heads % size:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from grpo_ray.batch.pack import PackItem, pack
-from grpo_ray.batch.sequence import check_model, slice_of
+from grpo_ray.batch.sequence import check_model, positions_by_length, slice_of
 from grpo_ray.config.learner import Forward
 from grpo_ray.config.model import ModelConfig
 from grpo_ray.errors import ConfigError, told
@@ -90,6 +90,11 @@ def with_forward(
     try:
         hf, reason = _on_either_path(make, forward)
         check_causal(hf)
+        kind = positions_by_length(model_config.get_text_config())
+        if kind and reason:
+            raise ValueError(
+                f"{reason}; and padded to the longest it would have the {kind} positions of that in every sequence: not supported"
+            )
         if slices > 1 and reason:
             raise ValueError(f"{reason}; use learner.sequence_parallel_size 1")
     # A config may be a stranger's file: sizes that are 0 or below raise arithmetic errors and errors of torch.

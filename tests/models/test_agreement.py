@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
+from grpo_ray.batch.sequence import Alone
 from grpo_ray.models.attention import PACKED, choose_attention
-from grpo_ray.models.checks.agreement import Gap, gap_of
+from grpo_ray.models.checks.agreement import Gap, _rows_of, gap_of
 from grpo_ray.models.plain import use_own_attention
 from grpo_ray.models.policy import PolicyModel
 from grpo_ray.models.reward import RewardModel
@@ -147,6 +148,18 @@ def test_a_comparison_leaves_no_trace() -> None:
     assert all(layer.gradient_checkpointing for layer in model.hf.model.layers)
     assert model.hf.config._attn_implementation == PACKED
     assert len(model.hf.get_input_embeddings()._forward_hooks) == hooks
+
+
+def test_each_rank_is_compared_in_its_own_slice() -> None:
+    own_NH = torch.arange(1.0, 6.0)[:, None]
+    first, second, alone = Alone(), Alone(), Alone()
+    first.size = second.size = 2
+    second.rank = 1
+    assert _rows_of(own_NH, 3, first)[:, 0].tolist() == [1, 2, 3]
+    assert _rows_of(own_NH, 3, second)[:, 0].tolist() == [4, 5, 0]
+    assert _rows_of(own_NH, 8, alone)[:, 0].tolist() == [1, 2, 3, 4, 5, 0, 0, 0]
+    # What one rank computes of the whole, as for rounding.
+    assert _rows_of(own_NH, 5, second) is own_NH
 
 
 def test_rounding_is_measured_in_the_dtype_of_the_model() -> None:

@@ -25,8 +25,10 @@ FAMILIES = {
     "falcon_h1": "plain",
     "qwen3_5_text": "plain",
     "bert": "refused",
+    "xlm": "refused",
 }
-"""model_type -> its way. Llama 4 has chunked attention, Doge a mask of its own, the next are recurrent or convolutional."""
+"""model_type -> its way. Llama 4 has chunked attention, Doge a mask of its own, others are recurrent or convolutional; XLM sees
+what comes after a token, and knows padding by its id."""
 
 
 @pytest.mark.parametrize(("kind", "way"), FAMILIES.items())

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_ray.batch.pack import PackedBatch, PackItem, pack
+from grpo_ray.batch.sequence import SequenceRanks
 from grpo_ray.errors import kind_and_line
 from grpo_ray.models.plain import own_attention
 from grpo_ray.models.policy import PolicyModel
@@ -147,13 +148,14 @@ def _own(
     model.eval()
     with own_attention(hf), torch.compiler.set_stance("force_eager"):
         for number, tokens in enumerate(batch.tokens_of_sequences):
-            mine_C = question.of_sequence(number)
+            mine_C, ids = question.of_sequence(number), batch.input_ids[tokens]
+            if not isinstance(model, RewardModel):
+                # It changes nothing unless the model sees what comes after a token.
+                ids = np.append(ids, batch.targets[batch.segments == number][-1])
             with _embedded(hf, change) as seen:
-                logits = hf(
-                    input_ids=torch.from_numpy(batch.input_ids[tokens])[None].to(device), use_cache=False
-                ).logits
+                logits = hf(input_ids=torch.from_numpy(ids)[None].to(device), use_cache=False).logits
             values.append(_values(model, logits[0], batch, number))
-            gradient_TH = _gradient(values[-1], question.weights_C[mine_C], seen)[0]
+            gradient_TH = _gradient(values[-1], question.weights_C[mine_C], seen)[0, : len(tokens)]
             if total_NH is None:
                 total_NH = gradient_TH.new_zeros(len(batch.input_ids), gradient_TH.shape[-1])
             total_NH[torch.from_numpy(tokens)] += gradient_TH
@@ -221,10 +223,16 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 def _distance(got: _Computed, own: _Computed, model: PolicyModel | RewardModel) -> tuple[float, float]:
     """The difference of the values, and of the gradients at a token over the mean token's length, of nearly all tokens."""
-    n, rank = len(got.gradient), model.ranks.rank
-    filled_NH = nn.functional.pad(own.gradient, (0, 0, 0, max(0, n * model.ranks.size - len(own.gradient))))
-    apart_n = (got.gradient - filled_NH[rank * n : (rank + 1) * n]).norm(dim=-1)
+    apart_n = (got.gradient - _rows_of(own.gradient, len(got.gradient), model.ranks)).norm(dim=-1)
     usual = own.gradient.norm(dim=-1).mean().clamp_min(1e-30)
     apart_K = (got.values_K - own.values_K).abs()
     quantile = _STRICT[next(model.parameters()).dtype][0]
     return float(apart_K.quantile(quantile)), float(apart_n.quantile(quantile) / usual)
+
+
+def _rows_of(gradient_NH: Tensor, num: int, ranks: SequenceRanks) -> Tensor:
+    """All rows, if there are so many; else those of this rank's slice, with zeros for its padding."""
+    if num == len(gradient_NH):
+        return gradient_NH
+    filled = nn.functional.pad(gradient_NH, (0, 0, 0, max(0, num * ranks.size - len(gradient_NH))))
+    return filled[ranks.rank * num : (ranks.rank + 1) * num]

@@ -115,6 +115,14 @@ def test_a_model_that_does_not_pack_goes_the_plain_way_unless_that_is_ruled_out(
         skeleton(config, model, slices=2)
 
 
+def test_positions_that_depend_on_the_longest_sequence_are_refused_on_the_plain_path(tiny: Path) -> None:
+    config, model = load_config(str(tiny), trust_remote_code=False), ModelConfig(path=str(tiny))
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    assert with_forward(config, model, "packed")[1] == ""
+    with pytest.raises(ConfigError, match="padded to the longest it would have the dynamic positions"):
+        with_forward(config, model, "plain")
+
+
 def test_a_model_that_packs_goes_the_plain_way_if_it_is_told_to(tiny: Path) -> None:
     config, model = load_config(str(tiny), trust_remote_code=False), ModelConfig(path=str(tiny))
     auto, packed, plain = (with_forward(config, model, forward) for forward in FORWARDS)
