@@ -53,7 +53,8 @@ _BY_LAYER = {
 }
 OF_KIND: dict[str, dict[str, Any]] = {
     **{kind: {"layer_types": _HALF} for kind in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")},
-    **{kind: {"head_dim": 8} for kind in ("axk2", "deepseek_v32", "glm_moe_dsa", "longcat_flash")},
+    **{kind: {"num_key_value_heads": 4} for kind in ("axk2", "deepseek_v32", "glm_moe_dsa")},
+    "longcat_flash": {"head_dim": 8},
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": {**_BY_LAYER, "laurel_rank": 16, "activation_sparsity_pattern": [0.0, 0.0]},
     "gemma4_text": {**_BY_LAYER, "global_head_dim": 16},
