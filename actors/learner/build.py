@@ -26,14 +26,14 @@ from grpo_ray.config.supervised import DpoOptions, RewardModelOptions
 from grpo_ray.errors import ConfigError, NonFiniteError
 from grpo_ray.models.attention import FLASH, PACKED, choose_attention
 from grpo_ray.models.compiled import compile_layers
-from grpo_ray.models.dropout import without_dropout, without_noise
+from grpo_ray.models.features.dropout import without_dropout, without_noise
+from grpo_ray.models.features.rope import has_ropes_by_length, use_ropes_of_each_sequence
 from grpo_ray.models.files.checkpoint_tensors import check_trainable, read_model
 from grpo_ray.models.linear import use_faster_products
 from grpo_ray.models.lora import inject
 from grpo_ray.models.memory.estimate import chunk_rows
 from grpo_ray.models.policy import PolicyModel
 from grpo_ray.models.reward import RewardModel
-from grpo_ray.models.rope import has_ropes_by_length, use_ropes_of_each_sequence
 from grpo_ray.models.trainable import MAKING, why_not
 from grpo_ray.models.value import ValueModel
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_ray.models.attention_scores import attend
+from grpo_ray.models.features.attention_scores import attend
 from grpo_ray.models.varlen import VarlenLayout, has_kernel, varlen_attention
 
 PACKED = "grpo_ray_packed"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_ray.batch.truncation import TokenSets
-from grpo_ray.models.logits import PLAIN, LogitMap
+from grpo_ray.models.features.logits import PLAIN, LogitMap
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

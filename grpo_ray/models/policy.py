@@ -12,8 +12,8 @@ from grpo_ray.batch.pack import PackedBatch
 from grpo_ray.batch.sequence import Alone, SequenceRanks, Slice, slice_of
 from grpo_ray.batch.truncation import TokenSets
 from grpo_ray.models.attention import attention_kwargs
+from grpo_ray.models.features.logits import logit_map
 from grpo_ray.models.linear import multiple_of_tokens
-from grpo_ray.models.logits import logit_map
 from grpo_ray.models.logprobs import LogprobHead
 from grpo_ray.models.plain import head_inputs
 

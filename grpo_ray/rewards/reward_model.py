@@ -125,8 +125,8 @@ class _Here:
 
         from grpo_ray.models.attention import use_attention_without_plans
         from grpo_ray.models.cuda import driver_version, why_no_cuda
+        from grpo_ray.models.features.rope import has_ropes_by_length
         from grpo_ray.models.files.checkpoint_tensors import read_model
-        from grpo_ray.models.rope import has_ropes_by_length
 
         torch.set_num_threads(num_threads)
         reason = why_no_cuda()

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from grpo_ray.batch.pack import pack
-from grpo_ray.models import attention, attention_scores
+from grpo_ray.models import attention
 from grpo_ray.models.attention import PackedLayout, packed_attention
+from grpo_ray.models.features import attention_scores
 from grpo_ray.models.policy import PolicyModel
 from grpo_ray.models.varlen import VarlenLayout
 from tests.models.random_models import gradients, own_logps, ragged, random_model

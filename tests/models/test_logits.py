@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from grpo_ray.batch.pack import pack
 from grpo_ray.batch.truncation import TokenSets, keep_mask
 from grpo_ray.config.model import LoraConfig
-from grpo_ray.models.logits import LogitMap, logit_map
+from grpo_ray.models.features.logits import LogitMap, logit_map
 from grpo_ray.models.logprobs import chunked_logprobs
 from grpo_ray.models.lora import inject
 from grpo_ray.models.policy import PolicyModel, check_head

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from grpo_ray.batch.pack import PackItem, pack
+from grpo_ray.models.features.rope import has_ropes_by_length, use_ropes_of_each_sequence
 from grpo_ray.models.policy import PolicyModel
-from grpo_ray.models.rope import has_ropes_by_length, use_ropes_of_each_sequence
 from tests.models.random_models import gradients, own_logps, ragged, random_model
 
 ORIGINAL = 12
