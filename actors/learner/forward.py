@@ -14,7 +14,7 @@ from grpo_ray.batch.sequence import SequenceRanks, positions_by_length
 from grpo_ray.config.learner import Forward
 from grpo_ray.errors import ConfigError
 from grpo_ray.models.checks.agreement import Gap, gap_of
-from grpo_ray.models.dropout import without_dropout
+from grpo_ray.models.features.dropout import without_dropout
 from grpo_ray.models.files.loading import load_config
 from grpo_ray.models.plain import use_own_attention
 from grpo_ray.models.trainable import with_forward

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from grpo_ray.models.dropout import without_dropout
+from grpo_ray.models.features.dropout import without_dropout
 
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "d_model", "n_embd", "n_inner", "d_inner", "embed_dim"), 64),

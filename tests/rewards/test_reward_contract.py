@@ -821,7 +821,7 @@ def test_verls_functions_are_known_by_their_signature_and_keep_the_recipes_name(
     assert is_verl(example("compute_score").call) is False
     assert is_verl(min) is False
     assert is_verl(lambda solution_str, completions: 0.0) is False
-    assert is_verl(lambda solution_strs: 0.0) is True
+    assert is_verl(lambda solution_strs: [0.0] * len(solution_strs)) is True
     named = verl_function("mine", lambda solution_str: 1.0, 0.5, {})
     assert (named.name, named.weight, named.required, named.per_sample) == ("mine", 0.5, (), True)
     assert said(named, told(["a", "b"])) == [1.0, 1.0]
