@@ -26,6 +26,8 @@ from grpo_ray.config.model import ModelConfig
 from grpo_ray.errors import ConfigError, kind_and_line
 from grpo_ray.models.attention import PACKED
 from grpo_ray.models.checks.agreement import gap_of
+from grpo_ray.models.features.dropout import without_noise
+from grpo_ray.models.features.rope import has_ropes_by_length, use_ropes_of_each_sequence
 from grpo_ray.models.plain import use_own_attention
 from grpo_ray.models.policy import PolicyModel
 from grpo_ray.models.trainable import skeleton
@@ -59,10 +61,10 @@ def compared(kind: str) -> Row:
         return Row("not made", kind_and_line(e))
     try:
         _, reason = skeleton(config, ModelConfig(path=kind))
-        model = PolicyModel(small_model(config, None if reason else PACKED), chunk=16, plain=bool(reason)).train()
+        model = as_a_learner_has_it(small_model(config, None if reason else PACKED), plain=bool(reason))
     except (ConfigError, ValueError) as e:
         return Row("refused", str(e))
-    gap = gap_of(model, share_prompts=not model.plain)
+    gap = gap_of(model, share_prompts=shares_prompts(model))
     if not gap.closes(torch.float32) and not reason:
         reason = f"packed, {gap}"
         use_own_attention(model.hf)
@@ -73,11 +75,22 @@ def compared(kind: str) -> Row:
     return _against_a_loop(model, small_model(config), reason)
 
 
+def as_a_learner_has_it(hf: nn.Module, *, plain: bool) -> PolicyModel:
+    """As `actors.learner.build.load_hf` makes it, without loading."""
+    use_ropes_of_each_sequence(hf)
+    without_noise(hf)
+    return PolicyModel(hf, chunk=16, plain=plain).train()
+
+
+def shares_prompts(model: PolicyModel) -> bool:
+    return not model.plain and not has_ropes_by_length(model)
+
+
 def _against_a_loop(model: PolicyModel, own: nn.Module, reason: str) -> Row:
     items = make_items()
     weights_C = torch.from_numpy(np.concatenate([i.rollout_logprobs for i in items]))
     want_C = loop_logprobs(own.eval(), items)
-    got_C, _ = model(pack(items, share_prompts=not model.plain, padded=model.plain), 1.0)
+    got_C, _ = model(pack(items, share_prompts=shares_prompts(model), padded=model.plain), 1.0)
     for logps_C in (want_C, got_C):
         (logps_C * weights_C).sum().backward()
     nats = float((got_C - want_C).detach().abs().max())
