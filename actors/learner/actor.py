@@ -110,7 +110,7 @@ class LearnerActor:
         self._ranks = sequence.join(spec.learner.sequence_parallel_size, self._timeout)
         spec = choose_forward(spec)
         self._engine = build_engine(spec, self.device, self._ranks)
-        spec = settle_forward(spec, self._engine.module, self._ranks)
+        spec = settle_forward(spec, self._engine, self._ranks)
         if spec.needs_reference_model:
             self._reference = build_reference(spec, self.device, self._ranks)
         if spec.needs_critic:

@@ -39,13 +39,15 @@ def choose_forward(spec: LearnerSpec) -> LearnerSpec:
     return _going(spec, "plain", reason) if reason else spec
 
 
-def settle_forward(spec: LearnerSpec, model: Any, ranks: SequenceRanks) -> LearnerSpec:
-    """The spec with the `learner.forward` by which the model of an engine computes what its own forward does; all ranks together.
+def settle_forward(spec: LearnerSpec, engine: Any, ranks: SequenceRanks) -> LearnerSpec:
+    """The spec with the `learner.forward` by which the model of DeepSpeed's engine computes what its own forward does; all ranks
+    together.
 
     Raises:
         ConfigError: it does so by none that may be used.
     """
-    gap = _compared(spec, model)
+    model = engine.module
+    gap = _compared(spec, engine)
     if gap.closes(spec.dtype):
         return _going(spec, "plain" if model.plain else "packed")
     name, way = type(model.hf).__name__, "plain" if model.plain else "packed"
@@ -63,7 +65,7 @@ def settle_forward(spec: LearnerSpec, model: Any, ranks: SequenceRanks) -> Learn
         )
     use_own_attention(model.hf)
     model.plain = True
-    own_gap = _compared(spec, model)
+    own_gap = _compared(spec, engine)
     if not own_gap.closes(spec.dtype):
         raise ConfigError(
             f"{name} can't be trained: the learner does not compute what its own forward does, packed ({gap}) or plain ({own_gap})"
@@ -81,9 +83,13 @@ def _going(spec: LearnerSpec, forward: Forward, reason: str = "") -> LearnerSpec
     return replace(spec, learner=spec.learner.model_copy(update={"forward": forward}))
 
 
-def _compared(spec: LearnerSpec, model: Any) -> Gap:
+def _compared(spec: LearnerSpec, engine: Any) -> Gap:
     """The largest gap of any rank."""
+    model = engine.module
     gap = gap_of(model, share_prompts=can_share_prompts(spec, model.hf))
+    if spec.learner.zero_stage == 3:
+        # The gradient ends at the embedded tokens: what lies before them waits for its own, gathered.
+        engine.optimizer.parameter_offload.release_backward_leftovers()
     found = torch.tensor([gap.values, gap.gradient, *gap.rounding], device=next(model.parameters()).device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     values, gradient, *rounding = found.tolist()

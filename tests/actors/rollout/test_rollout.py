@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -81,11 +82,11 @@ class Bench:
 @pytest.fixture(scope="module")
 def shared(local_ray: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     run_dir = str(tmp_path_factory.mktemp("run"))
-    temporary = tmp_path_factory.mktemp("tmp")
-    config = run_config(tiny_model, rollout=ROLLOUT | {"env": {"TMPDIR": str(temporary)}})
-    with asyncio.Runner() as runner:
+    # Short enough for sockets, which pytest's own folders are not after a thousand runs on a machine.
+    with asyncio.Runner() as runner, tempfile.TemporaryDirectory() as temporary:
+        config = run_config(tiny_model, rollout=ROLLOUT | {"env": {"TMPDIR": temporary}})
         pool = runner.run(RolloutPool.create(config, str(tiny_model), run_dir, has_gpus=False))
-        assert [len(list(folder.glob("*-*-*-*-*"))) for folder in temporary.glob("grpo-ray-*")] == [3, 3], (
+        assert [len(list(folder.glob("*-*-*-*-*"))) for folder in Path(temporary).glob("grpo-ray-*")] == [3, 3], (
             "vLLM's sockets"
         )
         yield Bench(runner, pool)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import dataclass, field
 
 import psutil
@@ -12,6 +13,10 @@ import ray
 
 from actors.cluster import connect, open_session
 from grpo_ray.config.runtime import ClusterConfig
+
+AGENTS = ("DashboardA", "RuntimeEnv")
+"""Parts of the names of the processes that listen last: a node takes work before."""
+AGENTS_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,20 @@ def ports() -> list[tuple[str, str, int]]:
     ]
 
 
+def wait_for_agents() -> None:
+    """Wait until each agent listens on the node's own address, the last port that it opens."""
+    give_up = time.monotonic() + AGENTS_S
+    while time.monotonic() < give_up:
+        own = [name for name, address, _ in ports() if address not in ("::", "0.0.0.0")]
+        if all(any(agent in name for name in own) for agent in AGENTS):
+            return
+        time.sleep(0.2)
+
+
 if __name__ == "__main__":
     connect(Alone())
     ray.get(work.remote())
+    wait_for_agents()
     folder = ray.get_runtime_context().get_temp_dir()
     told = {"folder": folder, "open": open_session(), "ports": ports(), "commands": commands()}
     print(json.dumps(told), flush=True)

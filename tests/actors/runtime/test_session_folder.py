@@ -126,7 +126,8 @@ def test_without_the_token_rays_ports_tell_of_health_and_metrics_and_do_nothing(
         for _, address, port in alone.ports
     ]
     assert {each for _, each in found} == {grpc, asks, metrics}
-    assert sum(each == asks for _, each in found) >= 2
     assert {address for address, each in found if each == metrics} == {"0.0.0.0"}
+    # Of several clusters on a machine one has this port, and the agents of the others do without.
     agents = [(host, port) for name, host, port in alone.ports if "DashboardA" in name and port == 52365]
+    assert sum(each == asks for _, each in found) >= 1 + len(agents)
     assert {ask(host, port, HEALTH) for host, port in agents} <= {200}
