@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -121,7 +121,7 @@ def make_items() -> list[PackItem]:
     ]
 
 
-def loop_logprobs(hf: Any, items: list[PackItem]) -> Tensor:
+def loop_logprobs(hf: Any, items: Sequence[PackItem]) -> Tensor:
     """[C] sequence by sequence, as anybody would write it."""
     found = []
     for i in items:

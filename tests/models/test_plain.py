@@ -17,6 +17,7 @@ from grpo_ray.models.policy import PolicyModel
 from grpo_ray.models.reward import RewardModel
 from grpo_ray.models.value import ValueModel
 from tests.models.small import small_config, small_model
+from tests.models.table import loop_logprobs
 
 CPU = torch.device("cpu")
 SHARED = {"share_prompts": True}
@@ -32,16 +33,6 @@ def make_items() -> list[PackItem]:
         for prompt, lengths in prompts
         for t in lengths
     ]
-
-
-def plain_logprobs(hf: Any, items: Sequence[PackItem]) -> Tensor:
-    """[C] sequence by sequence, as anybody would write it."""
-    found = []
-    for i in items:
-        ids = torch.from_numpy(np.concatenate([i.prompt_ids, i.completion_ids]))
-        logits = hf(input_ids=ids[None], use_cache=False).logits[0, len(i.prompt_ids) - 1 : -1]
-        found.append(logits.log_softmax(-1).gather(-1, torch.from_numpy(i.completion_ids)[:, None])[:, 0])
-    return torch.cat(found)
 
 
 def gradients(model: nn.Module, values_C: Tensor, items: Sequence[PackItem]) -> dict[str, Tensor]:
@@ -77,7 +68,7 @@ def test_log_probabilities_and_gradients_are_those_of_a_plain_loop(kind: str, op
     items, config = make_items(), small_config(kind)
     model = PolicyModel(small_model(config), chunk=4, plain=True).train()
     own = small_model(config).eval()
-    want_C = plain_logprobs(own, items)
+    want_C = loop_logprobs(own, items)
     got_C, entropy_C = model(pack(items, **options), 1.0)
     torch.testing.assert_close(got_C, want_C, atol=1e-5, rtol=0)
     assert (entropy_C > 0).all()
