@@ -22,7 +22,7 @@ r1: .venv/.ready  ## DeepSeek-R1's recipe from a random model to its last stage,
 test: .venv/.ready  ## the tests (a quarter of an hour on two cores)
 	@$(BIN)/pytest -m "not long and not slow and not gpu"
 
-test-long: .venv/.ready  ## more of them, with real learners, engines and runs (20 minutes)
+test-long: .venv/.ready  ## more of them, with real learners, engines and runs (25 minutes)
 	@$(BIN)/pytest -m "long and not slow and not gpu"
 
 test-all: .venv/.ready  ## all of them: the slow ones too, and those for GPUs where there is one
