@@ -14,6 +14,8 @@ from actors.places import Place
 from grpo_ray.errors import ResourceError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+PLACES_S = 120.0
+"""The deadline for the places of an engine to tell their GPUs: each starts a worker of Ray's."""
 _of_places: list[str] = []
 """The ids of the GPUs that this process took as `SharedGpus`."""
 
@@ -42,7 +44,7 @@ class SharedGpus:
         import ray
 
         ask, part = ray.remote(_given_ids), {"num_cpus": 0, "num_gpus": self.part}
-        told = ray.get([ask.options(**part, **place.options()).remote() for place in self.places])
+        told = ray.get([ask.options(**part, **place.options()).remote() for place in self.places], timeout=PLACES_S)
         _of_places[:] = [gpu for ids in told for gpu in ids]
         os.environ[VISIBLE] = ",".join(_of_places)
 

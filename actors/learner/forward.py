@@ -86,7 +86,8 @@ def _going(spec: LearnerSpec, forward: Forward, reason: str = "") -> LearnerSpec
 def _compared(spec: LearnerSpec, engine: Any) -> Gap:
     """The largest gap of any rank."""
     model = engine.module
-    gap = gap_of(model, share_prompts=can_share_prompts(spec, model.hf))
+    shares = can_share_prompts(spec, model.hf)
+    gap = gap_of(model, share_prompts=shares, training=not spec.learner.dropout)
     if spec.learner.zero_stage == 3:
         # The gradient ends at the embedded tokens: what lies before them waits for its own, gathered.
         engine.optimizer.parameter_offload.release_backward_leftovers()

@@ -82,6 +82,9 @@ def test_a_model_that_is_another_in_training_is_caught(plain: bool, dtype: torch
         lambda module, _args, out: nn.functional.dropout(out, 0.2, module.training)
     )
     assert not gap(model).closes(dtype)
+    # Where dropout is wanted (learner.dropout) the rest is compared.
+    assert gap_of(model, share_prompts=not plain, training=False).closes(dtype)
+    assert model.training
 
 
 def test_a_model_that_sees_what_comes_after_a_token_is_caught_on_the_plain_path() -> None:

@@ -95,13 +95,17 @@ class _Question:
         return (segments == number) & self.compared_C
 
 
-def gap_of(model: PolicyModel | RewardModel, *, share_prompts: bool) -> Gap:
-    """Compare the path of a model that is being trained with its own forward, on a few short sequences; all ranks together."""
+def gap_of(model: PolicyModel | RewardModel, *, share_prompts: bool, training: bool = True) -> Gap:
+    """Compare the path of a model that is being trained with its own forward, on a few short sequences; all ranks together.
+
+    Args:
+        training: whether the path is in training mode; not where dropout is wanted, which nothing agrees with.
+    """
     device = next(model.parameters()).device
     question = _Question.to(model, device, share_prompts=share_prompts)
     with _undisturbed(model):
         try:
-            found = [_by_path(model, question) for _ in range(2)]
+            found = [_by_path(model, question, training=training) for _ in range(2)]
             own, rounded = _own(model, question), _own(model, question, _off_by_a_bit)
         except _WRONG as e:
             return Gap(torch.inf, torch.inf, error=kind_and_line(e))
@@ -123,9 +127,9 @@ def _items(config: Any) -> list[PackItem]:
     ]
 
 
-def _by_path(model: PolicyModel | RewardModel, question: _Question) -> _Computed:
+def _by_path(model: PolicyModel | RewardModel, question: _Question, *, training: bool) -> _Computed:
     batch = question.batch
-    model.train()
+    model.train(training)
     with _embedded(model.hf) as seen:
         values_C, _ = model(batch, 1.0)
     values_K = values_C[question.compared_C]
