@@ -34,8 +34,9 @@ class Source(WeightSource):
         self.seed = 0
 
     def weights(self) -> dict[str, Tensor]:
-        torch.manual_seed(self.seed)
-        return {name: torch.randn(shape) for name, shape in SHAPES.items()}
+        # Ranks read their weights side by side in threads, which share torch's own generator.
+        generator = torch.Generator().manual_seed(self.seed)
+        return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
     def metadata(self) -> list[ParamMeta]:
         return [ParamMeta(name, torch.float32, shape) for name, shape in SHAPES.items()]
