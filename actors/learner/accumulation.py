@@ -63,7 +63,7 @@ class Accumulation:
 
     def forward_backward(self, mini_batch: Sequence[MicroBatchData], batch: TrainBatch) -> None:
         for data in mini_batch:
-            logps_C, entropy_C = self._engine(*model_inputs(data, batch.temperature))
+            logps_C, entropy_C = self._engine(*model_inputs(data, batch.temperature, self._objective.slopes(data)))
             loss, sums, largest_mismatch = self._objective.loss(data, logps_C, entropy_C)
             # DeepSpeed averages gradients over all ranks; the weights in the loss already hold the global normalizer, and a
             # rank's gradient is that of its own slice.

@@ -21,6 +21,7 @@ from grpo_ray.algorithm.objectives import MicroBatchData, Objective
 from grpo_ray.batch.pack import PackItem, pack, token_values, tokens_of_version
 from grpo_ray.batch.plan import MiniBatchPlan, plan_batch, shared_cost
 from grpo_ray.batch.sequence import SequenceRanks
+from grpo_ray.batch.slopes import Slopes
 from grpo_ray.batch.truncation import TokenSets
 from grpo_ray.errors import LostSamplesError, WorkerError
 from grpo_ray.types import Sample, TrainBatch, TrainSample
@@ -184,6 +185,8 @@ def _advantages(sample: TrainSample) -> float | NDArray[np.float64]:
     return math.nan if sample.advantage is None else sample.advantage
 
 
-def model_inputs(data: MicroBatchData, temperature: float) -> tuple[Any, ...]:
+def model_inputs(data: MicroBatchData, temperature: float, slopes: Slopes | None = None) -> tuple[Any, ...]:
     """The arguments of a model's forward."""
+    if slopes is not None:
+        return data.packed, temperature, data.sets, slopes
     return (data.packed, temperature) if data.sets is None else (data.packed, temperature, data.sets)

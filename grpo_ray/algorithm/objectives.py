@@ -6,7 +6,7 @@ C: completion tokens of one micro-batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -23,6 +23,7 @@ from grpo_ray.algorithm.users_called import loss_of
 from grpo_ray.batch.device import on_device
 from grpo_ray.batch.pack import PackedBatch
 from grpo_ray.batch.segments import Segments
+from grpo_ray.batch.slopes import Slopes
 from grpo_ray.batch.truncation import TokenSets
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.types import TrainSample
@@ -85,6 +86,14 @@ class MicroBatchData:
         data.ref_logps_S = floats(ref_logps) if ref_logps else None
         return data
 
+    def tokens(self, rows: slice) -> MicroBatchData:
+        """Some of the tokens with what each has of its own, as if they were one sequence."""
+        own = {name: value[rows] for name in _OF_TOKENS if (value := getattr(self, name)) is not None}
+        return replace(self, **own, segments=Segments.of(torch.zeros_like(self.segments.index_N[rows])))
+
+
+_OF_TOKENS = [each.name for each in fields(MicroBatchData) if each.name.endswith("_C")]
+
 
 class Objective(Protocol):
     @property
@@ -119,6 +128,10 @@ class Objective(Protocol):
         self, data: MicroBatchData, logps_C: Float[Tensor, "C"], entropy_C: Float[Tensor, "C"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "num_sums"], Float[Tensor, ""]]:
         """The micro-batch's part of the loss (0-dim), its sums [len(sum_names)], and its largest mismatch (0-dim)."""
+        ...
+
+    def slopes(self, data: MicroBatchData) -> Slopes | None:
+        """The derivatives of `loss`, of some tokens at a time; None: they are not known before all log-probabilities are."""
         ...
 
     def metrics(self, sums: dict[str, float], largest_mismatch: float, num_steps: int) -> dict[str, float]:
@@ -163,6 +176,7 @@ class GrpoObjective:
         policy = loss_of(a)
         self.token_loss = policy.token_loss
         self.weight = policy.weight
+        self._policy_by_token = policy.by_token
         self.options = LossOptions(
             epsilon_low=a.epsilon_low,
             epsilon_high=a.epsilon_high,
@@ -229,6 +243,19 @@ class GrpoObjective:
             sums["bonus"] = bonus.detach()
         zero = loss.new_zeros(())
         return loss, torch.stack([sums.get(name, zero) for name in self.sum_names]), largest
+
+    def slopes(self, data: MicroBatchData) -> Slopes | None:
+        if not self._policy_by_token or not self.correction.by_token or self.algorithm.entropy_coef > 0:
+            return None
+
+        def of(rows: slice, logps_C: Tensor) -> Tensor:
+            part, leaf_C = data.tokens(rows), logps_C.detach().requires_grad_()
+            with torch.enable_grad():
+                loss = self.loss(part, leaf_C, torch.zeros_like(leaf_C))[0]
+            (slope_C,) = torch.autograd.grad(loss, leaf_C)
+            return slope_C
+
+        return of
 
     def metrics(self, sums: dict[str, float], largest_mismatch: float, num_steps: int) -> dict[str, float]:
         a = self.algorithm
@@ -322,6 +349,9 @@ class SftObjective:
         loss = sft_loss(logps_C, data.weights_C)
         sums = torch.stack([loss.new_full((), len(logps_C)), entropy_C.detach().sum(), loss.detach()])
         return loss, sums, loss.new_zeros(())
+
+    def slopes(self, data: MicroBatchData) -> Slopes | None:
+        return lambda rows, _logps_C: -data.weights_C[rows]
 
     def metrics(self, sums: dict[str, float], _largest_mismatch: float, num_steps: int) -> dict[str, float]:
         if not sums["tokens"]:

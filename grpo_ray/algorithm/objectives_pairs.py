@@ -45,6 +45,9 @@ class DpoObjective:
     def has_gradient(self, _advantage: float | None) -> bool:
         return True
 
+    def slopes(self, _data: MicroBatchData) -> None:
+        return None
+
     def value(self, logps_C: Float[Tensor, "C"], segments: Segments) -> Float[Tensor, "S"]:
         """[S] the log-probability of each completion."""
         return segments.sum(logps_C)
@@ -102,6 +105,9 @@ class RewardModelObjective:
 
     def has_gradient(self, _advantage: float | None) -> bool:
         return True
+
+    def slopes(self, _data: MicroBatchData) -> None:
+        return None
 
     def value(self, logps_C: Float[Tensor, "C"], segments: Segments) -> Float[Tensor, "S"]:
         """[S] the scores."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from grpo_ray.batch.device import on_device
 from grpo_ray.batch.pack import PackedBatch
 from grpo_ray.batch.sequence import Alone, SequenceRanks, Slice, slice_of
+from grpo_ray.batch.slopes import Slopes
 from grpo_ray.batch.truncation import TokenSets
 from grpo_ray.models.attention import attention_kwargs
 from grpo_ray.models.features.logits import logit_map
@@ -36,20 +37,26 @@ class PolicyModel(nn.Module):
         self.plain = plain
         """Whether it goes by `grpo_ray.models.plain`, without slices."""
 
-    def forward(self, batch: PackedBatch, temperature: float, sets: TokenSets | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, batch: PackedBatch, temperature: float, sets: TokenSets | None = None, slopes: Slopes | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The log-probabilities [C] of the batch's targets and the entropies [C], fp32; with sets, of the distributions over these.
-        Each rank that shares a micro-batch has the sets of its own slice."""
+        Each rank that shares a micro-batch has the sets of its own slice, and no use for slopes, which are of all rows."""
         hf: Any = self.hf
         device = hf.get_output_embeddings().weight.device
         if self.plain:
             hidden_CH, targets = head_inputs(hf, batch, device), on_device(batch.targets, device)
-            found: tuple[Tensor, Tensor] = hf.get_output_embeddings()(hidden_CH, targets, temperature, self.chunk, sets)
+            found: tuple[Tensor, Tensor] = hf.get_output_embeddings()(
+                hidden_CH, targets, temperature, self.chunk, sets, slopes
+            )
             return found
         own = own_slice(batch, self.ranks, device)
         hidden_cH = target_states(hf.base_model, own, hf.config._attn_implementation, device)
         hidden_cH = self.logit_map.before(hf, hidden_cH)
         targets = on_device(own.targets, device)
-        logp_c, entropy_c = hf.get_output_embeddings()(hidden_cH, targets, temperature, self.chunk, sets)
+        if self.ranks.size > 1:
+            slopes = None
+        logp_c, entropy_c = hf.get_output_embeddings()(hidden_cH, targets, temperature, self.chunk, sets, slopes)
         logp_C, entropy_C = self.ranks.gather(own.counts, logp_c, entropy_c)
         return logp_C, entropy_C
 

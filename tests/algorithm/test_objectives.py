@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from grpo_ray.algorithm.losses.aggregation import Normalizers
-from grpo_ray.algorithm.objectives import GrpoObjective, MicroBatchData
+from grpo_ray.algorithm.losses.table import POLICY_LOSSES
+from grpo_ray.algorithm.objectives import GrpoObjective, MicroBatchData, SftObjective
 from grpo_ray.batch.pack import PackItem, pack
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.config.presets import PRESETS
@@ -31,7 +32,7 @@ def policy(tiny_model: Path) -> PolicyModel:
     return PolicyModel(hf, chunk=16)
 
 
-def items(objective: GrpoObjective) -> list[PackItem]:
+def items(objective: GrpoObjective | SftObjective) -> list[PackItem]:
     rng = np.random.default_rng(0)
     n = Normalizers(num_sequences=len(LENGTHS), num_tokens=sum(LENGTHS), max_completion_length=30)
     return [
@@ -75,6 +76,53 @@ def test_every_presets_gradient_is_the_same_for_any_packing(preset: str, policy:
         parts, again = weights_gradient(policy, config, split)
         assert again == pytest.approx(loss, rel=1e-4, abs=1e-6)
         assert (parts - whole).norm() < 1e-4 * whole.norm()
+
+
+BY_TOKEN = {"grpo", "dr_grpo", "dapo", "cispo", "sapo"}
+CORRECTIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "token_truncate": {"importance_sampling": "token_truncate"},
+    "token_mask": {"importance_sampling": "token_mask"},
+    "sequence_truncate": {"importance_sampling": "sequence_truncate"},
+    "geometric_mask": {"geometric_mask": (0.9, 1.1)},
+    "off_policy_mask": {"off_policy_mask_threshold": 0.1},
+    "entropy": {"entropy_coef": 0.01},
+}
+OF_TOKENS = {"none", "token_truncate", "token_mask"}
+CASES = [(each, c) for each in POLICY_LOSSES for c in CORRECTIONS if each in BY_TOKEN or not c.startswith("token")]
+
+
+@pytest.mark.parametrize("kl", ["no KL", "KL"])
+@pytest.mark.parametrize("old", ["of this pass", "other"])
+@pytest.mark.parametrize(("loss", "correction"), CASES)
+def test_the_slopes_of_some_tokens_are_the_derivatives_of_the_whole_loss(
+    loss: str, correction: str, old: str, kl: str
+) -> None:
+    config = AlgorithmConfig(loss=loss, beta=0.05 if kl == "KL" else 0.0, **CORRECTIONS[correction])
+    objective = GrpoObjective(config)
+    data = MicroBatchData.of(pack(items(objective)), torch.device("cpu"))
+    g = torch.Generator().manual_seed(7)
+    logps = (data.rollout_logps_C + 0.4 * torch.randn(sum(LENGTHS), generator=g)).requires_grad_()
+    data.ref_logps_C = logps.detach() + 0.3 * torch.randn(sum(LENGTHS), generator=g)
+    if old == "other":
+        data.old_logps_C = logps.detach() + 0.3 * torch.randn(sum(LENGTHS), generator=g)
+    slopes = objective.slopes(data)
+    if loss not in BY_TOKEN or correction not in OF_TOKENS:
+        assert slopes is None
+        return
+    assert slopes is not None
+    got = torch.cat([slopes(rows, logps.detach()[rows]) for rows in (slice(0, 13), slice(13, 48), slice(48, 60))])
+    (want,) = torch.autograd.grad(objective.loss(data, logps, torch.zeros_like(logps))[0], logps)
+    assert want.norm() > 0
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+
+
+def test_the_slopes_of_supervised_training_are_the_derivatives_of_its_loss() -> None:
+    objective = SftObjective()
+    data = MicroBatchData.of(pack(items(objective)), torch.device("cpu"))
+    logps = torch.randn(sum(LENGTHS), generator=torch.Generator().manual_seed(7)).requires_grad_()
+    (want,) = torch.autograd.grad(objective.loss(data, logps, torch.zeros_like(logps))[0], logps)
+    assert torch.equal(objective.slopes(data)(slice(5, 20), logps.detach()[5:20]), want[5:20])
 
 
 def test_means_over_no_tokens_are_left_out_instead_of_zero() -> None:

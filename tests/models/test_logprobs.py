@@ -1,12 +1,18 @@
-"""The chunked head against log_softmax."""
+"""The chunked head against log_softmax; and its gradients with what the loss tells it beforehand, against those without."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from grpo_ray.batch.slopes import Slopes
+from grpo_ray.batch.truncation import TokenSets
+from grpo_ray.models import logprobs
 from grpo_ray.models.logprobs import LogprobHead, chunked_logprobs
+from grpo_ray.types import Truncation
 
 N, H, V = 37, 16, 53
 
@@ -97,3 +103,100 @@ def test_gradients_of_both_terms_are_those_of_finite_differences(temperature: fl
         return chunked_logprobs(hidden, weight, bias, targets[:6] % 6, temperature=temperature, chunk=4)
 
     assert torch.autograd.gradcheck(both, small)
+
+
+class Products:
+    """The number of times that logits are computed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.number = 0
+        product = logprobs._product
+
+        def counted(*args: Tensor | None) -> Tensor:
+            self.number += 1
+            return product(*args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(logprobs, "_product", counted)
+
+
+def squared_loss(logp: Tensor, wanted: Tensor) -> Tensor:
+    return ((logp - wanted) ** 2).sum()
+
+
+def slopes_of_squared_loss(wanted: Tensor) -> Slopes:
+    return lambda rows, logp: 2 * (logp - wanted[rows])
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_gradients_taken_with_the_logits_are_the_same_and_spare_them_the_second_time(
+    cut: bool, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, bias, targets = inputs(torch.float64)
+    wanted = torch.randn(N, generator=torch.Generator().manual_seed(2))
+    grads = []
+    for slopes in (None, slopes_of_squared_loss(wanted)):
+        products = Products(monkeypatch)
+        logp, _ = chunked_logprobs(
+            hidden,
+            weight,
+            bias,
+            targets,
+            temperature=0.7,
+            chunk=8,
+            sets=TokenSets(Truncation(top_k=5)) if cut else None,
+            slopes=slopes,
+        )
+        grads.append(torch.autograd.grad(factor * squared_loss(logp, wanted), (hidden, weight, bias)))
+        assert products.number == (10 if slopes is None else 5)
+    for without, told in zip(*grads, strict=True):
+        torch.testing.assert_close(told, without, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("wrong", ["one derivative", "sign of one", "one that is 0", "all zero", "nan", "entropy too"])
+def test_what_was_told_wrongly_of_a_loss_does_not_count(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, bias, targets = inputs()
+    right = slopes_of_squared_loss(torch.zeros(N))
+
+    def told(rows: slice, logp: Tensor) -> Tensor:
+        slope = right(rows, logp)
+        if wrong == "all zero":
+            slope.zero_()
+        elif wrong != "entropy too" and rows.start == 0:
+            slope[3] *= {"one derivative": 1.001, "sign of one": -1.0, "one that is 0": 0.0, "nan": math.nan}[wrong]
+        return slope
+
+    def gradients(slopes: Slopes | None) -> tuple[Tensor, ...]:
+        logp, entropy = chunked_logprobs(hidden, weight, bias, targets, temperature=1.0, chunk=8, slopes=slopes)
+        if wrong == "one that is 0":
+            logp = torch.cat([logp[:7].detach(), logp[7:]])
+        loss = squared_loss(logp, torch.zeros(N)) + (0.1 * entropy.sum() if wrong == "entropy too" else 0.0)
+        return torch.autograd.grad(loss, (hidden, weight, bias))
+
+    products = Products(monkeypatch)
+    got = gradients(told)
+    assert products.number == 10
+    for mine, want in zip(got, gradients(None), strict=True):
+        torch.testing.assert_close(mine, want, rtol=0, atol=0)
+
+
+def test_a_loss_without_a_derivative_gives_no_gradient() -> None:
+    hidden, weight, _, targets = inputs()
+    logp, _ = chunked_logprobs(
+        hidden, weight, None, targets, temperature=1.0, chunk=8, slopes=lambda _, logp: torch.zeros_like(logp)
+    )
+    for gradient in torch.autograd.grad((0 * logp).sum(), (hidden, weight)):
+        assert float(gradient.abs().max()) == 0.0
+
+
+def test_gradients_taken_with_the_logits_of_a_bf16_model_have_its_dtype() -> None:
+    hidden, weight, _, targets = (
+        x.detach().bfloat16().requires_grad_() if x.is_floating_point() else x for x in inputs()
+    )
+    grads = []
+    for slopes in (None, lambda rows, logp: torch.ones_like(logp)):
+        logp, _ = chunked_logprobs(hidden, weight, None, targets, temperature=1.0, chunk=8, slopes=slopes)
+        grads.append(torch.autograd.grad(logp.sum(), (hidden, weight)))
+    assert {g.dtype for g in grads[1]} == {torch.bfloat16}
+    for without, told in zip(*grads, strict=True):
+        torch.testing.assert_close(told, without, rtol=0, atol=0)

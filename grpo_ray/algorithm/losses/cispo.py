@@ -20,4 +20,4 @@ def token_loss(x: PolicyInputs, o: LossOptions) -> TokenLosses:
     return TokenLosses(loss_N, ratio_N, clip_low_N=torch.zeros_like(capped_N), clip_high_N=capped_N)
 
 
-LOSS = PolicyLoss(token_loss, token_mean)
+LOSS = PolicyLoss(token_loss, token_mean, by_token=True)

@@ -65,6 +65,12 @@ class CorrectionOptions:
             x is not None for x in (self.importance_sampling, self.geometric_mask, self.off_policy_mask_threshold)
         )
 
+    @property
+    def by_token(self) -> bool:
+        """Whether a token's weight depends on no other token."""
+        of_sequence = self.importance_sampling is not None and IMPORTANCE_SAMPLING[self.importance_sampling][0]
+        return not of_sequence and self.geometric_mask is None and self.off_policy_mask_threshold is None
+
 
 @torch.no_grad()
 def correction_weights(

@@ -8,4 +8,4 @@ from grpo_ray.algorithm.losses.aggregation import token_mean
 from grpo_ray.algorithm.losses.policy import PolicyLoss
 from grpo_ray.algorithm.losses.ppo_clip import clipped_token_ratio
 
-LOSS = PolicyLoss(clipped_token_ratio, token_mean)
+LOSS = PolicyLoss(clipped_token_ratio, token_mean, by_token=True)

@@ -6,4 +6,4 @@ from grpo_ray.algorithm.losses.aggregation import fixed_length
 from grpo_ray.algorithm.losses.policy import PolicyLoss
 from grpo_ray.algorithm.losses.ppo_clip import clipped_token_ratio
 
-LOSS = PolicyLoss(clipped_token_ratio, fixed_length)
+LOSS = PolicyLoss(clipped_token_ratio, fixed_length, by_token=True)

@@ -6,4 +6,4 @@ from grpo_ray.algorithm.losses.aggregation import sequence_mean
 from grpo_ray.algorithm.losses.policy import PolicyLoss
 from grpo_ray.algorithm.losses.ppo_clip import clipped_token_ratio
 
-LOSS = PolicyLoss(clipped_token_ratio, sequence_mean)
+LOSS = PolicyLoss(clipped_token_ratio, sequence_mean, by_token=True)

@@ -59,3 +59,5 @@ class PolicyLoss:
     token_loss: Callable[[PolicyInputs, LossOptions], TokenLosses]
     weight: Callable[[int, Normalizers], float]
     """The weight of each token of a sequence of so many completion tokens."""
+    by_token: bool = False
+    """Whether the loss of a token depends on no other token's log-probability."""

@@ -23,4 +23,4 @@ def token_loss(x: PolicyInputs, o: LossOptions) -> TokenLosses:
     return TokenLosses(loss_N, ratio_N.detach(), clip_low_N=never_N, clip_high_N=never_N)
 
 
-LOSS = PolicyLoss(token_loss, sequence_mean)
+LOSS = PolicyLoss(token_loss, sequence_mean, by_token=True)
