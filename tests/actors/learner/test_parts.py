@@ -107,9 +107,9 @@ def test_parts_add_up_to_the_step_of_the_whole_batch_for_every_loss(
                 assert got[name] == pytest.approx(want[name], rel=10 * tolerance, abs=tolerance), (loss, name)
             assert moved_apart(weights, want_weights, origin) < tolerance, loss
             again = want["tokens/shared"] - got["tokens/shared"]
-            assert again != 0, "a group has its prompt on both ranks in the one plan and not in the other"
-            more = flops(got, ranks) - flops(want, ranks)
-            assert more == pytest.approx(8 * body * again, rel=1e-3), (
+            assert again != 0 or ranks == 1, "a group has its prompt on both ranks in the one plan and not in the other"
+            done = flops(want, ranks)
+            assert flops(got, ranks) - done == pytest.approx(8 * body * again, rel=1e-3, abs=1e-6 * done), (
                 "three passes' worth of training, one of the reference"
             )
     finally:
