@@ -128,6 +128,9 @@ class Sample:
     """The reason why sampling ended, `stop` or `length`."""
     text: str
     """The completion, decoded once without the token that ended the turn, for rewards and people; it is never tokenized again."""
+    routes: NDArray[np.integer] | None = None
+    """[N + T - 1, L, k] the experts that each token took in each layer, the last one apart, which was never an input; 0 in layers
+    without experts. None unless `rollout.keep_routing`."""
 
 
 @_record

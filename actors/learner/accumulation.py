@@ -16,6 +16,7 @@ from actors.rendezvous import gather_texts
 from grpo_ray.algorithm.objectives import MicroBatchData, Objective
 from grpo_ray.batch.sequence import SequenceRanks
 from grpo_ray.errors import NonFiniteError, WorkerError
+from grpo_ray.models.features.routing import RoutingSums
 from grpo_ray.types import TrainBatch, TrainSample
 
 
@@ -38,6 +39,7 @@ class Accumulation:
         """The micro-batches since the last optimizer step."""
         self._micro_batches: dict[int, MicroBatchData] = {}
         """Identity -> micro-batch: each counts once, however often it is trained on. Dummies are included."""
+        self._routing = RoutingSums(engine.module.routing, device)
         self._grad_norms: list[float] = []
         self._learning_rates: list[float] = []
         self._parts: set[tuple[str, int]] = set()
@@ -68,6 +70,7 @@ class Accumulation:
             # DeepSpeed averages gradients over all ranks; the weights in the loss already hold the global normalizer, and a
             # rank's gradient is that of its own slice.
             self._engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+            self._routing.add()
             if not self._keeps_sets:
                 data.sets = None
             self._micro_batches[id(data)] = data
@@ -113,6 +116,7 @@ class Accumulation:
                 f"step {batch.step}: {e}, though every loss is finite. Lower learner.learning_rate"
             ) from None
         self._learning_rates.append(learning_rate)
+        self._routing.scale(factor)
         if factor != 1.0:
             weighted = self._objective.weighted_sums
             self._sums *= torch.tensor(
@@ -138,12 +142,15 @@ class Accumulation:
         )
         dist.all_reduce(totals)
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        routed = self._routing.totals
+        dist.all_reduce(routed)
         *reduced, trained, processed, all_inputs, dummies = totals.tolist()
         largest_mismatch, most_inputs = highest.tolist()
         num_steps = max(len(self._grad_norms), 1)
         named = dict(zip(self._objective.sum_names, reduced, strict=True))
         return {
             **self._objective.metrics(named, largest_mismatch, num_steps),
+            **self._routing.metrics(routed, num_steps),
             "grad_norm": sum(self._grad_norms) / num_steps,
             "lr": self._learning_rates[-1] if self._learning_rates else float(self._engine.get_lr()[0]),
             "update/num_steps": float(len(self._grad_norms)),

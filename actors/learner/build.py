@@ -28,6 +28,7 @@ from grpo_ray.models.attention import FLASH, PACKED, choose_attention
 from grpo_ray.models.compiled import compile_layers
 from grpo_ray.models.features.dropout import without_dropout, without_noise
 from grpo_ray.models.features.rope import has_ropes_by_length, use_ropes_of_each_sequence
+from grpo_ray.models.features.routing import Routing, find_routers
 from grpo_ray.models.files.checkpoint_tensors import check_trainable, read_model
 from grpo_ray.models.linear import use_faster_products
 from grpo_ray.models.lora import inject
@@ -61,6 +62,8 @@ class LearnerSpec:
     """The optimizer steps of the whole run, for schedules that need an end."""
     collective_timeout_s: float
     sync_timeout_s: float
+    keep_routing: bool = False
+    """Whether samples come with the experts that their tokens took, for the policy to take them too."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -260,13 +263,22 @@ def _policy(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
     on_gpu = device.type == "cuda"
     memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else None
     rows = chunk_rows(hf.config.get_text_config().vocab_size, on_gpu=on_gpu, memory=memory)
-    return PolicyModel(hf, chunk=spec.learner.logprob_chunk_tokens or rows, ranks=ranks, plain=spec.is_plain)
+    routing = _routing(spec, hf, ranks) if trained else None
+    return PolicyModel(
+        hf, chunk=spec.learner.logprob_chunk_tokens or rows, ranks=ranks, plain=spec.is_plain, routing=routing
+    )
 
 
 def _reward_model(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks) -> RewardModel:
     """The reward model, with an output layer of zeros unless the checkpoint is a reward model already."""
     hf = load_hf(spec, device, ranks, trained=True)
-    return RewardModel(hf, ranks, plain=spec.is_plain)
+    return RewardModel(hf, ranks, plain=spec.is_plain, routing=_routing(spec, hf, ranks))
+
+
+def _routing(spec: LearnerSpec, hf: Any, ranks: SequenceRanks) -> Routing | None:
+    """The model's routers; None where nobody can look at them: there are none, they are compiled, or see slices."""
+    routers = find_routers(hf)
+    return Routing(routers) if routers and ranks.size == 1 and not spec.model.compile else None
 
 
 def load_hf(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, trained: bool) -> Any:

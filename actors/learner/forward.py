@@ -14,6 +14,7 @@ from grpo_ray.batch.sequence import SequenceRanks, positions_by_length
 from grpo_ray.config.learner import Forward
 from grpo_ray.errors import ConfigError
 from grpo_ray.models.checks.agreement import Gap, gap_of
+from grpo_ray.models.checks.routers import check_routers
 from grpo_ray.models.features.dropout import without_dropout
 from grpo_ray.models.files.loading import load_config
 from grpo_ray.models.plain import use_own_attention
@@ -25,17 +26,18 @@ def choose_forward(spec: LearnerSpec) -> LearnerSpec:
     """The spec with `learner.forward` plain where the model's class is known to pack wrongly.
 
     Raises:
-        ConfigError: Transformers can't make the model, or it can't go the way that is asked for.
+        ConfigError: Transformers can't make the model, it can't go the way that is asked for, or its routers can't.
     """
     config = without_dropout(load_config(spec.model_path, trust_remote_code=spec.model.trust_remote_code))
     model = spec.model.model_copy(update={"path": spec.model_path})
-    _, reason = with_forward(
+    hf, reason = with_forward(
         config,
         model,
         spec.learner.forward,
         reward_model=spec.is_reward_model,
         slices=spec.learner.sequence_parallel_size,
     )
+    check_routers(hf, loss=spec.learner.router_aux_loss_coef > 0, keeps=spec.keep_routing)
     return _going(spec, "plain", reason) if reason else spec
 
 

@@ -312,6 +312,7 @@ def _spec(
         num_optimizer_steps=None if num_steps is None else num_steps * per_step,
         collective_timeout_s=max(config.deadlines.update_s, config.deadlines.save_s),
         sync_timeout_s=config.deadlines.of_sync(has_gpus=has_gpus),
+        keep_routing=grpo is not None and grpo.rollout.keep_routing,
     )
 
 

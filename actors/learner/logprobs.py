@@ -55,7 +55,9 @@ class LogprobPasses:
                     self.policy_logprobs(data, batch.temperature)
         with self._timer.phase("reference"), self._reference_policy() as reference:
             for data in chain.from_iterable(mini_batches):
-                data.ref_logps_C = _logprobs(reference, data, batch.temperature)
+                # The reference is the model that it was: it routes by itself.
+                by_itself = replace(data, packed=replace(data.packed, routes=None))
+                data.ref_logps_C = _logprobs(reference, by_itself, batch.temperature)
 
     def policy_logprobs(self, data: MicroBatchData, temperature: float) -> torch.Tensor:
         """[C] log-probabilities of the current policy; scores, if it is a reward model."""

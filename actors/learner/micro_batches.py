@@ -7,7 +7,7 @@ fetch   this rank's samples of one mini-batch, as packed micro-batches on its de
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from actors.learner.build import LearnerSpec
-from grpo_ray.algorithm.losses.aggregation import Normalizers
+from grpo_ray.algorithm.losses.aggregation import Normalizers, weights_of_sequences
 from grpo_ray.algorithm.objectives import MicroBatchData, Objective
-from grpo_ray.batch.pack import PackItem, pack, token_values, tokens_of_version
+from grpo_ray.batch.pack import PackedBatch, PackItem, pack, token_values, tokens_of_version
 from grpo_ray.batch.plan import MiniBatchPlan, plan_batch, shared_cost
 from grpo_ray.batch.sequence import SequenceRanks
 from grpo_ray.batch.slopes import Slopes
@@ -78,7 +78,9 @@ class MicroBatchLoader:
         return self._plan_of(members, batch, num_mini_batches=1)
 
     def _is_idle(self, sample: TrainSample) -> bool:
-        return self._spec.learner.skip_no_signal and not any(map(self._objective.has_gradient, sample.advantages))
+        learner = self._spec.learner
+        skips = learner.skip_no_signal and not learner.router_aux_loss_coef
+        return skips and not any(map(self._objective.has_gradient, sample.advantages))
 
     def _plan_of(
         self, members: list[int], batch: TrainBatch, num_mini_batches: int, idle: Set[int] = frozenset()
@@ -167,6 +169,11 @@ class MicroBatchLoader:
                 f"sample {info.prompt_id}[{info.index}] of step {batch.step} is not what its reference holds: "
                 f"{sample.prompt_id}[{sample.index}] with {len(sample.token_ids)} tokens instead of {info.num_tokens}"
             )
+        if self._spec.keep_routing and sample.routes is None:
+            raise WorkerError(
+                f"sample {info.prompt_id}[{info.index}] of step {batch.step} came without the experts that its tokens took "
+                "(rollout.keep_routing): was it sampled before that was set?"
+            )
         return PackItem(
             prompt_ids=sample.prompt_token_ids,
             completion_ids=sample.token_ids,
@@ -175,7 +182,16 @@ class MicroBatchLoader:
             weight=self._objective.weight(info.num_tokens, normalizers),
             sample=index,
             current=tokens_of_version(sample.versions, batch.version, info.num_tokens),
+            routes=sample.routes if self._spec.keep_routing else None,
         )
+
+
+def sequence_weights(
+    weight: Callable[[int, Normalizers], float], unit: Normalizers, packed: PackedBatch
+) -> NDArray[np.float32]:
+    """[S] see `weights_of_sequences`."""
+    lengths_S = np.bincount(packed.segments)
+    return weights_of_sequences(weight, packed.weights[lengths_S.cumsum() - 1], lengths_S, unit)
 
 
 def _advantages(sample: TrainSample) -> float | NDArray[np.float64]:

@@ -36,6 +36,8 @@ class PackItem:
     """The index of the sample in the batch."""
     current: Bool[NDArray[np.bool_], "T"] | None = None
     """[T], as in `PackedBatch`; None: all True."""
+    routes: NDArray[np.integer] | None = None
+    """[N + T - 1, L, k] the experts to take, as in `Sample`; None: those that the model chooses."""
 
 
 def tokens_of_version(versions: Sequence[VersionSpan], version: int, num_tokens: int) -> Bool[NDArray[np.bool_], "T"]:
@@ -88,6 +90,8 @@ class PackedBatch:
     """[C] the index of the token's sequence in the micro-batch, 0, 1, .. in order."""
     current: Bool[NDArray[np.bool_], "C"]
     """[C] whether the token was sampled by the version that the update starts with."""
+    routes: NDArray[np.integer] | None = None
+    """[N, L, k] the experts that each token takes, by layer, 0 in padding; None: those that the model chooses."""
 
     @property
     def is_dummy(self) -> bool:
@@ -165,7 +169,22 @@ def pack(items: Sequence[PackItem], *, padded: bool = False, share_prompts: bool
         current=np.concatenate(
             [np.ones(n, np.bool_) if i.current is None else i.current for i, n in zip(items, num_targets, strict=True)]
         ),
+        routes=_routes(items, [np.concatenate([rows_of_parts[part] for part in s]) for s in sequences], sum(lengths)),
     )
+
+
+def _routes(
+    items: Sequence[PackItem], rows_of_sequences: list[NDArray[np.int64]], num_rows: int
+) -> NDArray[np.integer] | None:
+    """The routes of all rows. Those of a shared prompt are those of its first sequence."""
+    first = items[0].routes
+    if first is None:
+        return None
+    out = np.zeros((num_rows, *first.shape[1:]), first.dtype)
+    for item, rows in reversed(list(zip(items, rows_of_sequences, strict=True))):
+        if item.routes is not None:
+            out[rows[: len(item.routes)]] = item.routes
+    return out
 
 
 def _with_one_prompt(items: Sequence[PackItem]) -> list[list[PackItem]]:

@@ -58,7 +58,7 @@ WHERE: dict[str, dict[str, str]] = {
         "num_actors num_cpus num_gpus resources labels tensor_parallel_size data_parallel_size max_completion_length stop "
         "stop_token_ids max_num_seqs max_num_batched_tokens kv_cache_gb kv_cache_dtype quantization speculative "
         "gpu_memory_utilization enforce_eager num_threads env engine": SAMPLING,
-        "min_actors max_actors num_generations temperature top_p": "train",
+        "min_actors max_actors num_generations temperature top_p keep_routing": "train",
         "top_k min_p": "train sample",
     },
     "rollout.speculative": {"model method num_tokens": SAMPLING},
@@ -79,7 +79,8 @@ WHERE: dict[str, dict[str, str]] = {
     "learner": {
         "num_actors num_cpus num_gpus resources labels sequence_parallel_size zero_stage offload_optimizer offload_params "
         "learning_rate lr_scheduler_type min_lr_ratio warmup_steps weight_decay adam_betas adam_eps max_grad_norm "
-        "micro_batch_tokens forward packing dropout logprob_chunk_tokens max_restarts num_threads env deepspeed": LEARNING,
+        "micro_batch_tokens forward packing dropout router_aux_loss_coef logprob_chunk_tokens max_restarts num_threads "
+        "env deepspeed": LEARNING,
         "share_prompts skip_no_signal overlap": "train",
     },
     "critic": {"learning_rate warmup_steps value_clip_range": "train"},

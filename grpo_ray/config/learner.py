@@ -142,10 +142,15 @@ class LearnerConfig(Strict):
     dropout: bool = False
     """Whether the model is trained with the dropout rates of its config.json and the noise of its routers. Old and current
     log-probabilities of the same weights differ then, and no run can be repeated bit for bit. False: all of it is off."""
+    router_aux_loss_coef: NonNegFloat = 0.0
+    """The weight of the load-balancing loss of a mixture of experts (Switch Transformer, 2101.03961); the value in the model's
+    config.json is not read. It is Transformers' `load_balancing_loss_func` of each sequence, prompt included, by the experts that
+    its tokens took; a mean over sequences, or over their tokens where the loss is one. Micro-batches and learners, however many
+    there are, do not change it."""
     skip_no_signal: bool = True
-    """Whether to skip the passes of samples whose advantage is exactly 0, if neither KL nor entropy moves them, and if advantages
-    are known before the passes (not with gae or kl_in reward). The gradient is the same; the token metrics are those of the other
-    samples."""
+    """Whether to skip the passes of samples whose advantage is exactly 0, if neither KL, entropy nor the routers' loss moves them,
+    and if advantages are known before the passes (not with gae or kl_in reward). The gradient is the same; the token metrics are
+    those of the other samples."""
     overlap: bool = True
     """Whether groups go through forward and backward as they finish, while the last ones are still being sampled. The gradient is
     the same but for the order of its sums, which depends on timing: switch it off to repeat a run bit for bit. Without effect if a
@@ -197,6 +202,11 @@ class LearnerConfig(Strict):
                 f"learner.forward plain computes whole sequences, and learner.sequence_parallel_size {size} cuts them into slices; "
                 "use sequence_parallel_size 1, or forward packed"
             )
+        if size > 1 and self.router_aux_loss_coef:
+            raise ValueError(
+                f"learner.router_aux_loss_coef counts the experts of whole sequences, and learner.sequence_parallel_size {size} "
+                "cuts them into slices; use sequence_parallel_size 1, or router_aux_loss_coef 0"
+            )
         if self.num_actors % size:
             raise ValueError(
                 f"learner.num_actors ({self.num_actors}) is not a multiple of learner.sequence_parallel_size ({size}), the "
@@ -236,6 +246,11 @@ def check_precision(model: ModelConfig, learner: LearnerConfig) -> None:
     if model.compile and learner.zero_stage == 3:
         raise ValueError(
             "model.compile needs learner.zero_stage 2 or less: stage 3 gathers weights in the middle of what would be compiled"
+        )
+    if model.compile and learner.router_aux_loss_coef:
+        raise ValueError(
+            "learner.router_aux_loss_coef looks at routers while they compute, and model.compile makes one program of a layer; use "
+            "one of them"
         )
     if model.dtype == "bfloat16" and learner.zero_stage == 0:
         raise ValueError(

@@ -45,6 +45,8 @@ ENGINE_OPTIONS = {
     "spec_tokens": "rollout.speculative.num_tokens",
     "enforce_eager": "rollout.enforce_eager",
     "enable_sleep_mode": "cluster.placement",
+    "enable_return_routed_experts": "rollout.keep_routing",
+    "aux_output_config": "rollout.keep_routing",
     "weight_transfer_config": "weights.backend",
     "enable_lora": "model.lora",
     "max_loras": "algorithm.max_staleness",
@@ -162,6 +164,12 @@ class RolloutConfig(Strict):
     """The precision of an engine's products, whose weights it rounds anew after each weight sync; the learner keeps model.dtype.
     Such samples are another policy's, so training needs a correction: algorithm.importance_sampling, or old_logprobs rollout."""
     speculative: SpeculativeConfig | None = None
+    keep_routing: bool = False
+    """Whether the learner takes, for each token in each layer of a mixture of experts, the experts that the engine took
+    (DeepSeek-V3.2's keep routing, 2512.02556; rollout routing replay, R3, 2510.11370), with the weights that its own router gives
+    them: engine and learner round differently, and where two experts are nearly equal they would take different ones. The reference
+    routes by itself. A sample grows by a byte for each token, layer and expert (two with more than 256 experts). On CPUs engines
+    cache no prompts then."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.85
     enforce_eager: bool | None = None
     """Whether vLLM skips compilation. None: True on CPU (compiling gains nothing there), False on GPU."""
@@ -227,6 +235,23 @@ def check_without_gpus(rollout: RolloutConfig) -> None:
             "rollout.speculative needs a GPU, and there is none: on CPUs vLLM computes wrong probabilities for tokens that a draft "
             "proposes; leave it out"
         )
+    if rollout.keep_routing:
+        _check_routes_on_cpus(rollout)
+
+
+def _check_routes_on_cpus(rollout: RolloutConfig) -> None:
+    """Raises ConfigError where the experts that tokens take on CPUs can't be told."""
+    wrong = {
+        "rollout.engine.enable_prefix_caching true: of a prompt that is cached no experts are known": rollout.engine.get(
+            "enable_prefix_caching"
+        ),
+        "rollout.enforce_eager false: a compiled layer tells nothing": rollout.enforce_eager is False,
+        f"rollout.tensor_parallel_size {rollout.tensor_parallel_size}: the experts are told within one process": (
+            rollout.tensor_parallel_size > 1
+        ),
+    }
+    if (why := next((text for text, is_so in wrong.items() if is_so), None)) is not None:
+        raise ConfigError(f"rollout.keep_routing on CPUs does not go with {why}; leave one of them out")
 
 
 class EvalConfig(Strict):

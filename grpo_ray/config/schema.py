@@ -58,6 +58,7 @@ class RunConfig(CommonConfig):
         _check_batch(self)
         _check_reference(self)
         _check_sampling(self)
+        _check_routing(self)
         _check_colocated(self)
         if self.model.sends_adapters and self.weights != WeightsConfig():
             raise ValueError(
@@ -126,6 +127,19 @@ def _check_sampling(config: RunConfig) -> None:
             f"{config.algorithm.max_staleness} the learner no longer has that one: it could not renormalise over what is left. "
             "Use max_staleness 0, or top_p 1, top_k 0 and min_p 0"
         )
+
+
+def _check_routing(config: RunConfig) -> None:
+    if not config.rollout.keep_routing:
+        return
+    slices = config.learner.sequence_parallel_size
+    wrong = {
+        "rollout.speculative: a draft's tokens are routed before it is known which are kept": config.rollout.speculative,
+        "model.compile: it makes one program of a layer, with the router's own choice": config.model.compile,
+        f"learner.sequence_parallel_size {slices}: a learner has a slice of the tokens": slices > 1,
+    }
+    if (why := next((text for text, is_so in wrong.items() if is_so), None)) is not None:
+        raise ValueError(f"rollout.keep_routing does not go with {why}; leave one of them out")
 
 
 def check_correction(config: RunConfig) -> None:

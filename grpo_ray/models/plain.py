@@ -26,14 +26,18 @@ from grpo_ray.models.linear import multiple_of_tokens
 def rows_of(batch: PackedBatch, device: torch.device) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The token ids [S, L] of the sequences of a micro-batch, however it is packed, and the places [C] in S * L of the tokens that
     predict a completion token."""
-    sequences = batch.tokens_of_sequences
-    longest = max(map(len, sequences))
-    multiple = multiple_of_tokens(len(sequences) * longest, device)
-    longest += -longest % (multiple // math.gcd(multiple, len(sequences)))
+    sequences, longest = batch.tokens_of_sequences, row_length(batch, device)
     ids_SL = np.zeros((len(sequences), longest), np.int64)
     for row, tokens in zip(ids_SL, sequences, strict=True):
         row[: len(tokens)] = batch.input_ids[tokens]
     return ids_SL, batch.segments * longest + batch.position_ids[batch.target_rows]
+
+
+def row_length(batch: PackedBatch, device: torch.device) -> int:
+    """L, the length of the rows of a micro-batch."""
+    longest, num = max(map(len, batch.tokens_of_sequences)), len(batch.sequences)
+    multiple = multiple_of_tokens(num * longest, device)
+    return longest + -longest % (multiple // math.gcd(multiple, num))
 
 
 def plain_states(body: Any, batch: PackedBatch, device: torch.device) -> Tensor:

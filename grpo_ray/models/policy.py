@@ -14,6 +14,7 @@ from grpo_ray.batch.slopes import Slopes
 from grpo_ray.batch.truncation import TokenSets
 from grpo_ray.models.attention import attention_kwargs
 from grpo_ray.models.features.logits import logit_map
+from grpo_ray.models.features.routing import Routing, passing
 from grpo_ray.models.linear import multiple_of_tokens
 from grpo_ray.models.logprobs import LogprobHead
 from grpo_ray.models.plain import head_inputs
@@ -27,7 +28,15 @@ class PolicyModel(nn.Module):
         ValueError: the model changes its logits in a way that the head would omit.
     """
 
-    def __init__(self, hf: nn.Module, *, chunk: int, ranks: SequenceRanks | None = None, plain: bool = False) -> None:
+    def __init__(
+        self,
+        hf: nn.Module,
+        *,
+        chunk: int,
+        ranks: SequenceRanks | None = None,
+        plain: bool = False,
+        routing: Routing | None = None,
+    ) -> None:
         super().__init__()
         self.logit_map = logit_map(hf, whole=plain)
         hf.set_output_embeddings(LogprobHead(hf.get_output_embeddings(), self.logit_map))  # type: ignore[operator]
@@ -36,6 +45,8 @@ class PolicyModel(nn.Module):
         self.ranks = ranks or Alone()
         self.plain = plain
         """Whether it goes by `grpo_ray.models.plain`, without slices."""
+        self.routing = routing
+        """Its routers; None: it has none, or nobody looks at them."""
 
     def forward(
         self, batch: PackedBatch, temperature: float, sets: TokenSets | None = None, slopes: Slopes | None = None
@@ -45,13 +56,16 @@ class PolicyModel(nn.Module):
         hf: Any = self.hf
         device = hf.get_output_embeddings().weight.device
         if self.plain:
-            hidden_CH, targets = head_inputs(hf, batch, device), on_device(batch.targets, device)
+            with passing(self.routing, batch, device):
+                hidden_CH = head_inputs(hf, batch, device)
+            targets = on_device(batch.targets, device)
             found: tuple[Tensor, Tensor] = hf.get_output_embeddings()(
                 hidden_CH, targets, temperature, self.chunk, sets, slopes
             )
             return found
         own = own_slice(batch, self.ranks, device)
-        hidden_cH = target_states(hf.base_model, own, hf.config._attn_implementation, device)
+        with passing(self.routing, batch, device, own):
+            hidden_cH = target_states(hf.base_model, own, hf.config._attn_implementation, device)
         hidden_cH = self.logit_map.before(hf, hidden_cH)
         targets = on_device(own.targets, device)
         if self.ranks.size > 1:

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from grpo_ray.types import RewardScore, Sample, Score, Step, VersionSpan
 
+ROUTES = pa.struct([("experts", pa.binary()), ("layers", pa.int32()), ("top_k", pa.int32())])
+"""`Sample.routes`, its bytes in order: a column `routes` that only files of samples with routes have."""
 STEPS = pa.list_(pa.struct([("end", pa.int32()), ("value", pa.float64())]))
 """Process supervision: the index of each step's last token, and its value."""
 
@@ -80,7 +82,9 @@ def schema(names: Sequence[str], reward_fields: Sequence[str] = tuple(REWARD)) -
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], columns: pa.Schema) -> pa.Table:
-    """The table of these rows; what a row has beside the columns is left out."""
+    """The table of these rows; what a row has beside the columns is left out, but for routes."""
+    if any(row.get("routes") is not None for row in rows):
+        columns = columns.append(pa.field("routes", ROUTES))
     return pa.Table.from_pylist(list(rows), schema=columns)
 
 
@@ -93,9 +97,22 @@ def sample_cells(sample: Sample) -> dict[str, Any]:
         "prompt_ids": np.asarray(sample.prompt_token_ids, dtype=np.int32),
         "completion_ids": np.asarray(sample.token_ids, dtype=np.int32),
         "rollout_logprobs": np.asarray(sample.logprobs, dtype=np.float32),
+        "routes": None if sample.routes is None else _route_cells(sample.routes),
         "versions": [{"version": v.version, "start": v.start, "end": v.end} for v in sample.versions],
         "finish_reason": sample.finish_reason,
     }
+
+
+def _route_cells(routes: NDArray[np.integer]) -> dict[str, Any]:
+    _, layers, top_k = routes.shape
+    return {"experts": routes.tobytes(), "layers": layers, "top_k": top_k}
+
+
+def _routes(cells: Mapping[str, Any] | None, num_tokens: int) -> NDArray[np.integer] | None:
+    if cells is None:
+        return None
+    shape = (num_tokens, cells["layers"], cells["top_k"])
+    return np.frombuffer(cells["experts"], f"u{len(cells['experts']) // math.prod(shape)}").reshape(shape)
 
 
 def score_cells(score: Score) -> dict[str, Any]:
@@ -144,6 +161,7 @@ def _sample(
         versions=tuple(VersionSpan(**span) for span in row["versions"]),
         finish_reason=row["finish_reason"],
         text=row["completion"],
+        routes=_routes(row.get("routes"), len(prompt_ids) + len(completion_ids) - 1),
     )
 
 

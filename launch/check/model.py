@@ -109,6 +109,7 @@ def learners_model(config: RunConfig | SftConfig, *, on_gpu: bool) -> Iterator[C
         "slices": config.learner.sequence_parallel_size,
         "on_gpu": on_gpu,
         "forward": config.learner.forward,
+        "routers": _of_routers(config),
     }
     if "torch" in sys.modules:
         yield lambda: _looked_at(question)
@@ -133,7 +134,13 @@ def _is_ours(config: RunConfig | SftConfig) -> bool:
     """Whether the model is a usual tiny model, which tests show to be trainable."""
     plain = config.model.tiny is not None and config.model.lora is None and config.model.attention == "auto"
     usual = config.learner.sequence_parallel_size == 1 and config.learner.forward != "plain"
-    return plain and usual and not isinstance(config, RewardModelConfig)
+    return plain and usual and not any(_of_routers(config).values()) and not isinstance(config, RewardModelConfig)
+
+
+def _of_routers(config: RunConfig | SftConfig) -> dict[str, bool]:
+    """What is asked of the model's routers, if it has any."""
+    keeps = isinstance(config, RunConfig) and config.rollout.keep_routing
+    return {"loss": config.learner.router_aux_loss_coef > 0, "keeps": keeps}
 
 
 def _told(child: subprocess.Popen[str]) -> LearnersModel:
@@ -167,6 +174,7 @@ def answer() -> None:
 
 def _looked_at(question: dict[str, Any]) -> LearnersModel:
     """Raises ConfigError: the learner would refuse the model."""
+    from grpo_ray.models.checks.routers import check_routers
     from grpo_ray.models.trainable import check_adapters, skeleton
 
     config = ModelConfig.model_validate(question["model"])
@@ -178,6 +186,7 @@ def _looked_at(question: dict[str, Any]) -> LearnersModel:
         on_gpu=question["on_gpu"],
         forward=question["forward"],
     )
+    check_routers(hf, **question["routers"])
     size = sum(p.numel() for p in hf.parameters())
     check_adapters(hf, config)
     return LearnersModel(size, plain)

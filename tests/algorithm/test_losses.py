@@ -7,12 +7,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from grpo_ray.algorithm.advantages import ADVANTAGES, group_advantages
-from grpo_ray.algorithm.losses.aggregation import Normalizers, token_mean
+from grpo_ray.algorithm.losses.aggregation import (
+    Normalizers,
+    fixed_length,
+    sequence_mean,
+    sequence_sum,
+    token_mean,
+    weights_of_sequences,
+)
 from grpo_ray.algorithm.losses.correction import IMPORTANCE_SAMPLING
 from grpo_ray.algorithm.losses.kl import KL_ESTIMATORS, kl_of_tokens
 from grpo_ray.algorithm.losses.policy import PolicyInputs
@@ -338,3 +346,15 @@ def test_a_kl_in_the_reward_is_no_part_of_the_loss(estimator: str) -> None:
     want = kl_tokens(estimator, b)
     assert not got.requires_grad
     assert got.tolist() == pytest.approx([x.item() for row in want for x in row], rel=1e-9)
+
+
+@pytest.mark.parametrize("weight", [sequence_mean, sequence_sum, fixed_length, token_mean])
+def test_the_weights_of_whole_sequences_are_a_mean_over_all_that_the_loss_averages(weight: Any) -> None:
+    lengths = np.array([3, 5, 2, 10])
+    whole, unit = Normalizers(4, 20, 16), Normalizers.unit(16)
+    tokens = np.array([weight(int(length), whole) for length in lengths], np.float32)
+    want = lengths / 20 if weight is token_mean else np.full(4, 0.25)
+    assert weights_of_sequences(weight, tokens, lengths, unit) == pytest.approx(want)
+    in_part = np.array([weight(int(length), unit) for length in lengths], np.float32)
+    factor = weight(1, whole) / weight(1, unit)
+    assert factor * weights_of_sequences(weight, in_part, lengths, unit) == pytest.approx(want)

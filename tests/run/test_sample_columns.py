@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +17,15 @@ from grpo_ray.run import kept_groups, rollout_log, sample_files
 from grpo_ray.run.kept_groups import read_groups
 from grpo_ray.run.replay import read_batch
 from grpo_ray.run.rollout_log import read_rollouts
-from grpo_ray.run.sample_columns import ARRAYS, COLUMNS, sample_cells, schema, score_cells, table_of
+from grpo_ray.run.sample_columns import (
+    ARRAYS,
+    COLUMNS,
+    rows_and_samples,
+    sample_cells,
+    schema,
+    score_cells,
+    table_of,
+)
 from grpo_ray.run.sample_files import read_samples
 from grpo_ray.types import LoggedMetric, RewardScore, Sample, Score, ScoreStatus, Step, Truncation, VersionSpan
 
@@ -147,3 +157,34 @@ def test_rollouts_are_read_by_columns_and_what_holds_none_is_named(tmp_path: Pat
         read_rollouts(tmp_path / "x.parquet")
     with pytest.raises(DataError, match=r"gone\.parquet can't be read: .*gone\.parquet"):
         read_rollouts(tmp_path / "gone.parquet")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_the_experts_of_a_sample_are_read_as_they_were_written(tmp_path: Path, dtype: type[np.integer]) -> None:
+    routes = np.arange(3 * 2 * 2, dtype=dtype).reshape(3, 2, 2) * 20
+    made = Sample("p", 0, *_arrays([1, 2], [3, 4]), (VersionSpan(1, 0, 2),), "stop", "x", routes)
+    pq.write_table(
+        table_of([sample_cells(s) for s in (made, replace(made, routes=None))], CELLS), tmp_path / "x.parquet"
+    )
+    (_, read), (_, without) = rows_and_samples(pq.read_table(tmp_path / "x.parquet"))
+    assert read.routes is not None
+    assert (read.routes.dtype, read.routes.tolist()) == (np.dtype(dtype), routes.tolist())
+    assert without.routes is None
+
+
+CELLS = schema(
+    (
+        "prompt_id",
+        "index",
+        "prompt_ids",
+        "completion_ids",
+        "rollout_logprobs",
+        "versions",
+        "finish_reason",
+        "completion",
+    )
+)
+
+
+def _arrays(prompt: list[int], completion: list[int]) -> tuple[Any, Any, Any]:
+    return np.array(prompt, np.int32), np.array(completion, np.int32), np.zeros(len(completion), np.float32)

@@ -5,7 +5,11 @@ The words in brackets are verl's `loss_agg_mode`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,23 @@ class Normalizers:
     def unit(cls, max_completion_length: int) -> Normalizers:
         """Normalizers of a partial batch: its weights are those of the whole batch times a factor common to all tokens."""
         return cls(1, 1, max_completion_length)
+
+
+def weights_of_sequences(
+    weight: Callable[[int, Normalizers], float],
+    token_weights_S: NDArray[np.float32],
+    lengths_S: NDArray[np.int64],
+    unit: Normalizers,
+) -> NDArray[np.float32]:
+    """[S] the weight of each whole sequence in a mean over all sequences of the optimizer step, or over all their tokens if that is
+    what `weight` does.
+
+    Args:
+        token_weights_S: [S] the weight of one of its tokens, as `weight` gave it.
+        unit: see `Normalizers.unit`.
+    """
+    factors_S = token_weights_S / np.array([weight(int(length), unit) for length in lengths_S])
+    return np.asarray(factors_S * lengths_S if weight is token_mean else factors_S, np.float32)
 
 
 def sequence_mean(length: int, n: Normalizers) -> float:
