@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,6 +42,18 @@ def sample_of(
         finish_reason=completion.finish_reason,
         text=text,
     )
+
+
+def with_routes(sample: Sample, completion: CompletionOutput, worker: str) -> Sample:
+    """The sample with the experts that its tokens took. Raises WorkerError: vLLM did not tell those of every token."""
+    needed = len(sample.prompt_token_ids) + len(sample.token_ids) - 1
+    routes = completion.routed_experts
+    if routes is None or len(routes) < needed:
+        raise WorkerError(
+            f"{worker}: vLLM told the experts of {0 if routes is None else len(routes)} tokens of {needed}; leave out "
+            "rollout.keep_routing"
+        )
+    return replace(sample, routes=np.ascontiguousarray(routes[:needed]))
 
 
 def info_of(sample: Sample, worker: str, row: int) -> SampleInfo:

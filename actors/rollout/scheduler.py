@@ -18,6 +18,8 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import LogprobsLists
 from vllm.v1.request import Request
 
+from actors.rollout import routes
+
 BUNDLE = 1024
 """The most outputs of one sample that wait, which bounds their memory in the engine."""
 
@@ -39,6 +41,7 @@ class _Bundle:
         self.size = 0
         self._last: EngineCoreOutput | None = None
         self._prefill_stats: Any = None
+        self._routes: list[np.ndarray[Any, Any]] = []
         self._tokens: list[int] = []
         # What `LogprobsLists` holds per token: ids and log-probabilities, the sampled one first, and its rank.
         self._columns: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
@@ -47,6 +50,8 @@ class _Bundle:
         self._last = output
         self._prefill_stats = self._prefill_stats or output.prefill_stats
         self.size += 1
+        if output.routed_experts is not None:
+            self._routes.append(output.routed_experts)
         self._tokens += output.new_token_ids
         if output.new_logprobs is not None:
             ids, logprobs, ranks = self._columns
@@ -60,6 +65,7 @@ class _Bundle:
         assert whole is not None
         whole.prefill_stats = self._prefill_stats
         whole.new_token_ids = self._tokens
+        whole.routed_experts = np.concatenate(self._routes) if self._routes else None
         ids, logprobs, ranks = self._columns
         if ids:
             whole.new_logprobs = LogprobsLists(
@@ -74,6 +80,7 @@ class _Bundling(Scheduler):
         super().__init__(*args, **options)
         self._bundles: dict[str, _Bundle] = {}
         """The bundle of each request in progress whose outputs may wait."""
+        self._routes = routes.Routes()
 
     def add_request(self, request: Request) -> None:
         if _may_wait(request):
@@ -81,6 +88,9 @@ class _Bundling(Scheduler):
         super().add_request(request)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> dict[int, EngineCoreOutputs]:
+        told = routes.recorder is not None and scheduler_output.total_num_scheduled_tokens > 0
+        if told:
+            self._routes.add(routes.recorder.take(), model_runner_output.req_ids, scheduler_output)
         messages: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
         for client_index, message in list(messages.items()):
             message.outputs = [sent for output in message.outputs if (sent := self._sent(output)) is not None]
@@ -101,10 +111,15 @@ class _Bundling(Scheduler):
         ended: list[Request] = super().finish_requests(request_ids, finished_status)
         for request in ended:
             self._bundles.pop(request.request_id, None)
+            self._routes.forget(request.request_id)
         return ended
 
     def _sent(self, output: EngineCoreOutput) -> EngineCoreOutput | None:
         """The output to send now, if any."""
+        if routes.recorder is not None:
+            output.routed_experts = self._routes.take(output.request_id)
+            if output.finished:
+                self._routes.forget(output.request_id)
         bundle = self._bundles.get(output.request_id)
         if bundle is None:
             return output

@@ -67,6 +67,7 @@ def engine_args(
     from vllm.platforms import current_platform
 
     check_engine(config)
+    routes: dict[str, Any] = {}
     on_cpu = current_platform.is_cpu()
     kv_cache_gb = config.kv_cache_gb or (DEFAULT_GB if on_cpu else None)
     device: dict[str, Any] = {}
@@ -80,12 +81,23 @@ def engine_args(
             "max_num_batched_tokens": tokens_at_once_on_cpu(config, max_model_len),
             "block_size": 32,
         }
+        if config.keep_routing:
+            # vLLM's own option needs its second model runner, whose kernels are Triton's; of cached prompts no experts are known.
+            device["enable_prefix_caching"] = False
+            routes["worker_extension_cls"] = f"actors.rollout.routes.{'Routed' if adapters else 'RoutedTransfers'}"
     else:
         memory = current_platform.get_device_total_memory()
         device = {"enable_sleep_mode": colocated, "max_num_batched_tokens": tokens_at_once_on_gpu(config, memory)}
         if config.engine_size > 1:
             # Inside a Ray actor vLLM would otherwise request GPUs of its own from Ray.
             device |= {"distributed_executor_backend": "mp", "data_parallel_backend": "mp"}
+        if config.keep_routing:
+            if config.engine.get("enable_prefix_caching") is False:
+                raise ConfigError(
+                    "rollout.keep_routing: on GPUs vLLM keeps the experts of tokens beside its cache of prompts, which "
+                    "rollout.engine.enable_prefix_caching false switches off; leave one of them out"
+                )
+            routes["enable_return_routed_experts"] = True
     defaults: dict[str, Any] = {
         "enable_prefix_caching": True,
         "disable_log_stats": True,
@@ -110,7 +122,7 @@ def engine_args(
         logprobs_mode="processed_logprobs",
         scheduler_cls="actors.rollout.scheduler.bundling_scheduler",
         **defaults,
-        **(_transfer_args(backend) if adapters is None else lora_args(adapters)),
+        **(_transfer_args(backend) if adapters is None else lora_args(adapters)) | routes,
     )
 
 

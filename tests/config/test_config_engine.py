@@ -20,11 +20,12 @@ from grpo_ray.config.learner import (
     ZERO_UNUSED,
 )
 from grpo_ray.config.loading import to_yaml
-from grpo_ray.config.rollout import ENGINE_FIXED, ENGINE_ON_GPUS, ENGINE_OPTIONS
+from grpo_ray.config.rollout import ENGINE_FIXED, ENGINE_ON_GPUS, ENGINE_OPTIONS, check_without_gpus
 from grpo_ray.config.schema import RunConfig, check_correction
 from grpo_ray.errors import ConfigError
 from grpo_ray.run.run_dir import RunDir
 from launch.check.command import check_recipe
+from launch.check.model import learners_model
 from launch.run.machine import check_machine
 from launch.run.resumed import changed_config
 from tests.recipes import run_config
@@ -175,3 +176,57 @@ def test_a_resumed_run_may_take_other_options_of_the_engines(tmp_path: Path) -> 
     assert list(changes) == ["rollout.engine"]
     with pytest.raises(ConfigError, match=r"rollout\.kv_cache_dtype"):
         changed_config(RunConfig, run, ["rollout.kv_cache_dtype=fp8"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["rollout.speculative={}"], r"does not go with rollout\.speculative: a draft's tokens"),
+        (["model.compile=true"], r"does not go with model\.compile: it makes one program"),
+        (
+            ["learner.num_actors=2", "learner.sequence_parallel_size=2"],
+            r"sequence_parallel_size 2: a learner has a slice",
+        ),
+        (["rollout.engine.enable_return_routed_experts=true"], r"follows rollout\.keep_routing here"),
+    ],
+)
+def test_what_does_not_go_with_kept_routes_is_refused_with_the_reason(overrides: list[str], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        run_config("rollout.keep_routing=true", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [
+        ("rollout.engine.enable_prefix_caching=true", "of a prompt that is cached no experts are known"),
+        ("rollout.enforce_eager=false", "a compiled layer tells nothing"),
+        ("rollout.tensor_parallel_size=2", "the experts are told within one process"),
+    ],
+)
+def test_what_does_not_go_with_kept_routes_on_cpus_is_refused_there(override: str, why: str) -> None:
+    check_without_gpus(run_config("rollout.keep_routing=true").rollout)
+    check_without_gpus(run_config("rollout.keep_routing=true", "rollout.engine.enable_prefix_caching=false").rollout)
+    with pytest.raises(ConfigError, match=why):
+        check_without_gpus(run_config("rollout.keep_routing=true", override).rollout)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["learner.num_actors=2", "learner.sequence_parallel_size=2"], "counts the experts of whole sequences"),
+        (["model.compile=true"], "looks at routers while they compute"),
+    ],
+)
+def test_what_does_not_go_with_the_loss_of_routers_is_refused_with_the_reason(overrides: list[str], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        run_config("learner.router_aux_loss_coef=0.01", *overrides)
+
+
+@pytest.mark.parametrize("override", ["learner.router_aux_loss_coef=0.01", "rollout.keep_routing=true"])
+def test_the_check_refuses_routers_that_a_model_does_not_have(override: str) -> None:
+    config = run_config("model={tiny: {}}", override)
+    with (
+        learners_model(config, on_gpu=False) as model,
+        pytest.raises(ConfigError, match=override.split("=")[0] + r": \w+ForCausalLM is no mixture of experts"),
+    ):
+        model()

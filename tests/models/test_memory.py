@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from grpo_ray.models.memory.estimate import (
     facts_of,
     known_facts,
     learner_memory,
+    route_memory,
 )
 from grpo_ray.models.memory.fit import fit_memory, fits, parts_of, too_large
 from grpo_ray.models.trainable import skeleton
@@ -235,3 +238,20 @@ def test_a_supervised_run_is_a_learner_and_what_drives_it() -> None:
     parts = {part.what: part for part in parts_of(SMOLLM2, sft, "sft")}
     assert set(parts) == {"learner", "the controller", "Ray"}
     assert parts["learner"].each == learner_memory(SMOLLM2, sft, on_gpu=False).total > LEARNER_BASE
+
+
+def test_the_experts_of_samples_under_way_are_counted_where_they_are_kept() -> None:
+    facts = replace(FOUR_LAYERS, route_bytes=4 * 8)
+    asked = config("rollout.keep_routing=true", "prompts_per_step=1000")
+    without, kept = (next(p for p in parts_of(facts, c, "train") if p.what == "Ray").each for c in (config(), asked))
+    assert kept - without == 1000 * 2 * 128 * 4 * 8
+    assert route_memory(facts, config()) == 0
+
+
+@pytest.mark.parametrize(("experts", "each"), [(16, 1), (257, 2)])
+def test_a_token_takes_a_byte_for_each_layer_and_expert_or_two_where_a_byte_does_not_do(
+    experts: int, each: int
+) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_experts_per_tok": 4, "vocab_size": 9}
+    assert facts_of(SimpleNamespace(**sizes, num_experts=experts), 1000).route_bytes == 3 * 4 * each
+    assert facts_of(SimpleNamespace(**sizes), 1000).route_bytes == 0

@@ -7,7 +7,7 @@ import time
 from functools import partial
 
 from actors.control.context import RunContext
-from actors.control.kinds.inputs import digest_model, load_held_out_prompts, resolve_model, without_adapters
+from actors.control.kinds.inputs import digest_model, load_held_out_prompts, resolve_model, without_training
 from actors.control.ray_samples import RaySamples
 from actors.control.workers import Workers
 from grpo_ray.config.schema import RunConfig
@@ -18,7 +18,7 @@ from grpo_ray.run.eval_record import answers_folder, set_figures, write_figures
 
 async def run_evaluate(context: RunContext, config: RunConfig) -> str:
     """Measure every evaluation set, and write completions and accuracies into the run's folder."""
-    config = without_adapters(config)
+    config = without_training(config)
     model = await resolve_model(context, config)
     async with Workers(config, context.run, model, context.phase, context.warn) as workers:
         async with asyncio.TaskGroup() as tasks:

@@ -46,9 +46,12 @@ def digest_model(model: str) -> str:
     return digest_of(Path(model)) if Path(model).is_dir() else ""
 
 
-def without_adapters(config: RunConfig) -> RunConfig:
-    """The config where nothing is trained: an exported model has its adapters merged in, and engines need no room for any."""
-    return config.model_copy(update={"model": config.model.model_copy(update={"lora": None})})
+def without_training(config: RunConfig) -> RunConfig:
+    """The config where nothing is trained: an exported model has its adapters merged in, and engines need no room for any; nobody
+    takes the experts that its tokens took."""
+    model = config.model.model_copy(update={"lora": None})
+    rollout = config.rollout.model_copy(update={"keep_routing": False})
+    return config.model_copy(update={"model": model, "rollout": rollout})
 
 
 async def load_run_prompts(context: RunContext, config: RunConfig, model: str) -> PromptSets:

@@ -6,7 +6,7 @@ import asyncio
 from functools import partial
 
 from actors.control.context import RunContext
-from actors.control.kinds.inputs import digest_model, load_run_prompts, resolve_model, without_adapters
+from actors.control.kinds.inputs import digest_model, load_run_prompts, resolve_model, without_training
 from actors.control.ray_samples import RaySamples
 from actors.control.workers import Workers
 from grpo_ray.config.schema import RunConfig
@@ -17,7 +17,7 @@ from grpo_ray.telemetry.sample_figures import figures_in
 
 async def run_sample(context: RunContext, config: RunConfig) -> str:
     """Sample and score what is missing in the folder of samples."""
-    config = without_adapters(config)
+    config = without_training(config)
     model = await resolve_model(context, config)
     async with asyncio.TaskGroup() as tasks:
         loading = tasks.create_task(load_run_prompts(context, config, model))

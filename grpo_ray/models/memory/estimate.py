@@ -87,6 +87,8 @@ class ModelFacts:
     """The number of key heads where they are fewer than heads; 0: as many, or not known."""
     experts: int = 0
     """The number of weights that belong to experts."""
+    route_bytes: int = 0
+    """The bytes of the experts that a token takes, in all layers."""
 
     @property
     def keys(self) -> int:
@@ -289,6 +291,14 @@ def weight_bytes(facts: ModelFacts, model: ModelConfig) -> int:
     return (BF16 if model.dtype == "bfloat16" else FP32) * facts.num_params
 
 
+def route_memory(facts: ModelFacts, config: RunConfig) -> int:
+    """The bytes of the experts of all samples under way, at their full length, in Ray's object store."""
+    if not config.rollout.keep_routing:
+        return 0
+    longest = config.data.max_prompt_length + config.rollout.max_completion_length
+    return config.samples_under_way * longest * facts.route_bytes
+
+
 def facts_of(config: Any, num_params: int) -> ModelFacts:
     """The facts from a config as Transformers reads it (or from a mapping of config.json's, by `_Words`)."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -311,6 +321,7 @@ def facts_of(config: Any, num_params: int) -> ModelFacts:
         kv=0 if keys == heads else keys * size,
         key_heads=0 if keys == heads else keys,
         experts=min(num_params, 3 * int(experts) * hidden * int(wide or 4 * hidden) * layers),
+        route_bytes=layers * used * (1 if experts <= 256 else 2) if experts else 0,
     )
 
 

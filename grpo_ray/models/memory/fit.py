@@ -17,6 +17,7 @@ from grpo_ray.models.memory.estimate import (
     engine_memory,
     gib,
     learner_memory,
+    route_memory,
     weight_bytes,
 )
 from grpo_ray.models.memory.kv_cache import DEFAULT_GB
@@ -52,7 +53,9 @@ def parts_of(facts: ModelFacts, config: RunConfig | SftConfig, kind: str) -> lis
     Args:
         kind: the kind of run: `eval` and `sample` start no learners.
     """
-    parts = [Part("the controller", 1, CONTROLLER_BASE, ""), Part("Ray", 1, RAY_BASE, "")]
+    routes = route_memory(facts, config) if isinstance(config, RunConfig) and kind == "train" else 0
+    ray_mend = "rollout.keep_routing=false" if routes else ""
+    parts = [Part("the controller", 1, CONTROLLER_BASE, ""), Part("Ray", 1, RAY_BASE + routes, ray_mend)]
     if kind not in ("eval", "sample"):
         memory = learner_memory(facts, config, on_gpu=False)
         parts.append(Part("learner", config.learner.num_actors, memory.total, _learner_mend(config)))

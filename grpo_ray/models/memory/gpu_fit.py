@@ -8,7 +8,16 @@ from typing import Any, TypeVar, cast
 
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
-from grpo_ray.models.memory.estimate import BF16, FP32, GIB, ModelFacts, gib, learner_memory, weight_bytes
+from grpo_ray.models.memory.estimate import (
+    BF16,
+    FP32,
+    GIB,
+    ModelFacts,
+    gib,
+    learner_memory,
+    route_memory,
+    weight_bytes,
+)
 from grpo_ray.models.memory.fit import MARGIN, micro_batches, shortest, with_tokens
 
 Config = TypeVar("Config", bound=RunConfig | SftConfig)
@@ -151,6 +160,8 @@ def host_memory(facts: ModelFacts, config: RunConfig | SftConfig, kind: str) -> 
     if isinstance(config, RunConfig):
         gpus = min(config.rollout.num_actors * config.rollout.engine_size, GPUS_OF_NODE)
         parts["libraries"] += gpus * HOST_BASE
+        if kind not in EVAL_ALONE and config.rollout.keep_routing:
+            parts["experts of samples"] = route_memory(facts, config)
         if config.colocated:
             parts["weights of engines asleep"] = gpus * _engine_weights(facts, config)
     return parts
