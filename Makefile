@@ -1,7 +1,7 @@
 # make smoke   sets everything up and trains a tiny model for real, on any machine
 # make test    sets everything up and runs the tests
 # make bench   the tables of the README
-.PHONY: smoke pretrained models r1 test test-long test-all test-cluster chaos soak recovery mutants lint bench bench-versus bench-to-accuracy bench-learning bench-side-by-side bench-simulate bench-sync bench-loading bench-learner bench-growth bench-sample bench-gpu gpu-installs gpu-kit bench-sandbox bench-verifiers lock help
+.PHONY: smoke pretrained models r1 test test-long test-all test-cluster chaos soak recovery mutants lint bench bench-versus bench-to-accuracy bench-learning bench-side-by-side bench-simulate bench-sync bench-loading bench-learner bench-growth bench-sample bench-gpu gpu-installs gpu-kit bench-sandbox bench-verifiers lock bench-routing help
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 # Set in many images; without bytecode every worker process compiles its packages again.
@@ -70,6 +70,9 @@ bench-loading: .venv/.ready  ## host memory of four learners that load 1 GB unde
 
 bench-learner: .venv/.ready  ## the learner's update beside its bare passes, page faults and cores used (MODEL=folder; without it a small random model, five minutes)
 	@$(BIN)/python -m tests.bench.learner $(MODEL)
+
+bench-routing: .venv/.ready  ## the mismatch of tiny mixtures of experts with kept routes and without (ten minutes)
+	@$(BIN)/python -m tests.bench.routing
 
 bench-growth: .venv/.ready  ## seconds and memory over sequence length, model size and group size (five minutes)
 	@$(BIN)/python -m tests.bench.growth

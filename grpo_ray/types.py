@@ -12,8 +12,7 @@ Steps have numbers from 1: step n turns policy version n - 1 into version n, and
 it have the number n. The last step done is also the number of steps done and the present policy version; 0: none.
 
 The losses see completion tokens alone and call them N; in this file N is prompt tokens. Shapes in annotations have these letters,
-`Float[Tensor, "C V"]` (jaxtyping), and the tests check them. Arrays are numpy, which travel through Ray's object store without a
-copy; the learner makes tensors of them.
+`Float[Tensor, "C V"]` (jaxtyping), and the tests check them. Arrays are numpy, which Ray's object store shares without a copy.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ T = TypeVar("T")
 
 @dataclass_transform(frozen_default=True)
 def _record(cls: type[T]) -> type[T]:
-    """Dataclass made several times a sample: frozen to the type checker alone, since run-time freezing makes it four times as
-    slow."""
+    """Dataclass made several times a sample, frozen to the type checker alone: run-time freezing makes it four times as slow."""
     return dataclass(unsafe_hash=True, slots=True)(cls)
 
 
@@ -129,8 +127,7 @@ class Sample:
     text: str
     """The completion, decoded once without the token that ended the turn, for rewards and people; it is never tokenized again."""
     routes: NDArray[np.integer] | None = None
-    """[N + T - 1, L, k] the experts that each token took in each layer, the last one apart, which was never an input; 0 in layers
-    without experts. None unless `rollout.keep_routing`."""
+    """[N + T - 1, L, k] the experts that each token but the last took in each layer; None unless `rollout.keep_routing`."""
 
 
 @_record

@@ -17,7 +17,6 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,7 @@ from actors.learner.build import LearnerSpec, build_engine, build_objective, bui
 from actors.learner.critic import Critic
 from actors.learner.forward import choose_forward, settle_forward
 from actors.learner.logprobs import LogprobPasses, kl_only_passes, update_passes
-from actors.learner.micro_batches import MicroBatchLoader, is_trained, sequence_weights
+from actors.learner.micro_batches import MicroBatchLoader, balance, is_trained
 from actors.learner.offload import HostMemory, offload, weights
 from actors.learner.process_group import join_process_group
 from actors.learner.timer import UpdateTimer, traced
@@ -45,7 +44,6 @@ from grpo_ray.batch.sequence import Alone, SequenceRanks
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.errors import WorkerError
 from grpo_ray.machine import usable_cpus
-from grpo_ray.models.features.routing import Routing
 from grpo_ray.models.flops import FlopCounter, model_shape, throughput_metrics
 from grpo_ray.models.lora import adapter_bytes, adapter_checksum
 from grpo_ray.models.policy import PolicyModel
@@ -129,15 +127,9 @@ class LearnerActor:
         self._loader = MicroBatchLoader(
             spec, self._objective, self.rank, self._ranks, self.device, share_prompts=can_share_prompts(spec, hf)
         )
-        self._balance(self._engine.module.routing)
+        balance(self._engine.module.routing, spec, self._objective, self._loader.unit, self.num_ranks)
         self._flops = FlopCounter(model_shape(hf), shared_prompts=self._loader.share_prompts)
         self._passes = LogprobPasses(spec, self._engine, self._reference, self._timer)
-
-    def _balance(self, routing: Routing | None) -> None:
-        if routing is not None:
-            # The learner averages gradients over ranks, and this one enters after the loss was multiplied by their number.
-            routing.coef, routing.scale = self.spec.learner.router_aux_loss_coef, float(self.num_ranks)
-            routing.weigh = partial(sequence_weights, self._objective.weight, self._loader.unit)
 
     @property
     def _timeout(self) -> timedelta:

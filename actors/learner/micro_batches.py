@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence, Set
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from grpo_ray.batch.sequence import SequenceRanks
 from grpo_ray.batch.slopes import Slopes
 from grpo_ray.batch.truncation import TokenSets
 from grpo_ray.errors import LostSamplesError, WorkerError
+from grpo_ray.models.features.routing import Routing
 from grpo_ray.types import Sample, TrainBatch, TrainSample
 
 FETCH_TIMEOUT_S = 120.0
@@ -186,7 +188,17 @@ class MicroBatchLoader:
         )
 
 
-def sequence_weights(
+def balance(
+    routing: Routing | None, spec: LearnerSpec, objective: Objective, unit: Normalizers, num_ranks: int
+) -> None:
+    """Set the load-balancing loss of a model's routers, if it has any."""
+    if routing is not None:
+        # The learner averages gradients over ranks, and this one enters after the loss was multiplied by their number.
+        routing.coef, routing.scale = spec.learner.router_aux_loss_coef, float(num_ranks)
+        routing.weigh = partial(_sequence_weights, objective.weight, unit)
+
+
+def _sequence_weights(
     weight: Callable[[int, Normalizers], float], unit: Normalizers, packed: PackedBatch
 ) -> NDArray[np.float32]:
     """[S] see `weights_of_sequences`."""

@@ -23,8 +23,8 @@ from actors.deaths import CORE_DIED
 from actors.devices import SharedGpus, check_cuda, check_engine_has_gpu, take_gpus
 from actors.rollout.adapters import Adapter, AdapterOptions, EngineAdapters
 from actors.rollout.forked_core import forked_core
-from actors.rollout.sample import info_of, sample_of, with_routes
-from actors.rollout.vllm_options import can_fork, engine_args, sampling_params
+from actors.rollout.sample import info_of, sample_of
+from actors.rollout.vllm_options import answers, can_fork, engine_args, sampling_params
 from actors.runtime import end_of_imports, own_process, own_scratch, use_batch_scheduling, use_nodes_interface
 from grpo_ray.config.rollout import RolloutConfig
 from grpo_ray.errors import WorkerError
@@ -112,8 +112,6 @@ class RolloutActor:
             # One setting is for this process and its forks, which have imported torch, the other for the rest.
             torch._dynamo.config.disable = os.environ.setdefault("TORCH_COMPILE_DISABLE", "1") == "1"
         self._can_sleep = bool(args.enable_sleep_mode)
-        self._routed_on_cpu = config.keep_routing and not args.enable_return_routed_experts
-        self._keeps_routing = config.keep_routing
         with forked_core() if can_fork(args) else nullcontext():
             self.engine: Any = AsyncLLM.from_engine_args(args)
         end_of_imports()
@@ -139,9 +137,7 @@ class RolloutActor:
         Returns:
             The `pid` of this process, and that of the engine's core (`core_pid`).
         """
-        await self.engine.check_health()
-        if self._routed_on_cpu:
-            await self.engine.collective_rpc("keep_routes")
+        await answers(self.engine)
         await self.engine.update_weight_version("0")
         return {"pid": os.getpid(), "core_pid": self._core_pid()}
 
@@ -234,8 +230,6 @@ class RolloutActor:
         token_ids = list(completion.token_ids)
         version = None if adapter is None else adapter.version
         sample = sample_of(request, completion, version, stops.read(self.tokenizer, token_ids), self.name)
-        if self._keeps_routing:
-            sample = with_routes(sample, completion, self.name)
         self._num_tokens += len(token_ids)
         self._num_samples += 1
         self._add(Outcome(ticket, info_of(sample, self.name, len(self._samples))))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from grpo_ray.errors import WorkerError
 from grpo_ray.types import Sample, SampleInfo, SampleRequest, VersionSpan
@@ -25,7 +25,7 @@ def sample_of(
         worker: the engine's name, for errors.
 
     Raises:
-        WorkerError: a log-probability is missing or not finite.
+        WorkerError: a log-probability is missing or not finite, or the experts of tokens are not known.
     """
     num_tokens = len(completion.token_ids)
     if adapter_version is not None:
@@ -41,19 +41,8 @@ def sample_of(
         versions=versions,
         finish_reason=completion.finish_reason,
         text=text,
+        routes=_routes(completion.routed_experts, len(request.prompt_token_ids) + num_tokens - 1, worker),
     )
-
-
-def with_routes(sample: Sample, completion: CompletionOutput, worker: str) -> Sample:
-    """The sample with the experts that its tokens took. Raises WorkerError: vLLM did not tell those of every token."""
-    needed = len(sample.prompt_token_ids) + len(sample.token_ids) - 1
-    routes = completion.routed_experts
-    if routes is None or len(routes) < needed:
-        raise WorkerError(
-            f"{worker}: vLLM told the experts of {0 if routes is None else len(routes)} tokens of {needed}; leave out "
-            "rollout.keep_routing"
-        )
-    return replace(sample, routes=np.ascontiguousarray(routes[:needed]))
 
 
 def info_of(sample: Sample, worker: str, row: int) -> SampleInfo:
@@ -69,6 +58,17 @@ def info_of(sample: Sample, worker: str, row: int) -> SampleInfo:
         ref=None,
         row=row,
     )
+
+
+def _routes(routes: NDArray[np.integer] | None, needed: int, name: str) -> NDArray[np.integer] | None:
+    """The experts of the tokens that were inputs; a sample that ends at a text may have been sampled further."""
+    if routes is None:
+        return None
+    if len(routes) < needed:
+        raise WorkerError(
+            f"{name}: vLLM told the experts of {len(routes)} tokens of {needed}; leave out rollout.keep_routing"
+        )
+    return np.ascontiguousarray(routes[:needed])
 
 
 def _sampled_logprobs(logprobs: Any, num_tokens: int, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 CPU_BATCHED_TOKENS = 2048
 GPU_BATCHED_TOKENS = 8192
 LARGE_GPU_BATCHED_TOKENS = 16384
+ROUTES = "actors.rollout.routes"
 NGRAM = 3
 """The tokens of a text that has to be repeated, for its continuation to be proposed."""
 
@@ -84,7 +85,7 @@ def engine_args(
         if config.keep_routing:
             # vLLM's own option needs its second model runner, whose kernels are Triton's; of cached prompts no experts are known.
             device["enable_prefix_caching"] = False
-            routes["worker_extension_cls"] = f"actors.rollout.routes.{'Routed' if adapters else 'RoutedTransfers'}"
+            routes["worker_extension_cls"] = f"{ROUTES}.{'Routed' if adapters else 'RoutedTransfers'}"
     else:
         memory = current_platform.get_device_total_memory()
         device = {"enable_sleep_mode": colocated, "max_num_batched_tokens": tokens_at_once_on_gpu(config, memory)}
@@ -164,6 +165,13 @@ def can_fork(args: AsyncEngineArgs) -> bool:
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu()) and args.tensor_parallel_size * args.data_parallel_size == 1
+
+
+async def answers(engine: Any) -> None:
+    """Wait until an AsyncLLM answers, whose routers then tell what they choose if they are to, on CPUs."""
+    await engine.check_health()
+    if str(engine.vllm_config.parallel_config.worker_extension_cls).startswith(ROUTES):
+        await engine.collective_rpc("keep_routes")
 
 
 def _transfer_args(backend: str) -> dict[str, Any]:

@@ -95,6 +95,7 @@ ALIASES: dict[str, tuple[tuple[str, ...], str]] = {
     "warmup_style": (("learner.lr_scheduler_type",), ""),
     "grad_clip": (("learner.max_grad_norm",), ""),
     "ulysses_sequence_parallel_size": (("learner.sequence_parallel_size",), ""),
+    "enable_rollout_routing_replay": (("rollout.keep_routing",), ""),
     "param_offload": (("learner.offload_params",), ""),
     "optimizer_offload": (("learner.offload_optimizer",), ""),
     "enable_gradient_checkpointing": (("model.gradient_checkpointing",), ""),

@@ -69,7 +69,7 @@ def sampled(folder: str, dtype: str, **options: Any) -> list[Any]:
     from vllm.sampling_params import RequestOutputKind, SamplingParams
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from actors.rollout.sample import sample_of, with_routes
+    from actors.rollout.sample import sample_of
     from actors.rollout.vllm_options import engine_args
     from grpo_ray.types import SampleRequest
 
@@ -96,8 +96,7 @@ def sampled(folder: str, dtype: str, **options: Any) -> list[Any]:
         for output in engine.step():
             prompt, index = output.request_id.split("-")[0].split("/")
             request = SampleRequest(prompt, int(index), prompts[prompt], 0, config.sampling_params)
-            sample = sample_of(request, output.outputs[0], 0, "", "engine")
-            samples.append(with_routes(sample, output.outputs[0], "engine"))
+            samples.append(sample_of(request, output.outputs[0], 0, "", "engine"))
     return sorted(samples, key=lambda s: (s.prompt_id, s.index))
 
 

@@ -282,6 +282,18 @@ def test_a_router_that_chooses_otherwise_may_have_the_loss_and_nothing_is_asked_
     check_routers(skeleton_of("qwen3"), loss=False, keeps=False)
 
 
+@pytest.mark.parametrize("kind", ["llama4_text", "jetmoe", "longcat_flash"])
+def test_routers_of_no_known_kind_change_nothing_where_nothing_is_asked_of_them(kind: str) -> None:
+    hf = small_model(small_config(kind))
+    (item,) = ragged([(5, 9)])
+    want = PolicyModel(copy.deepcopy(hf), chunk=16, plain=True)(pack([item]), 1.0)[0]
+    policy = PolicyModel(hf, chunk=16, plain=True, routing=Routing(find_routers(hf)))
+    assert torch.equal(policy(pack([item]), 1.0)[0], want)
+    sums = RoutingSums(policy.routing, torch.device("cpu"))
+    sums.add()
+    assert sums.metrics(sums.totals, 1) == {}
+
+
 def test_the_sums_of_an_update_are_those_of_its_micro_batches() -> None:
     policy = policy_of(model_of("qwen3_moe"), coef=COEF)
     sums, loads, loss = RoutingSums(policy.routing, torch.device("cpu")), np.zeros((2, 4)), 0.0

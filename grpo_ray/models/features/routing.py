@@ -46,18 +46,23 @@ class Router:
     """The place of its logits in what it returns."""
     num_experts: int
 
+    def is_known(self, out: Any) -> bool:
+        """Whether it returned logits, scores and experts."""
+        if not isinstance(out, tuple) or len(out) != 3 or not all(isinstance(x, Tensor) and x.dim() == 2 for x in out):
+            return False
+        floats = [x.is_floating_point() for x in out]
+        return sum(floats) == 2 and floats[self.logits] and out[self.logits].shape[-1] == self.num_experts
+
     def roles(self, out: Any) -> tuple[int, int]:
         """The places of scores and experts in what it returned.
 
         Raises:
             ValueError: it returned something else.
         """
-        others = [i for i in range(3) if i != self.logits]
-        if isinstance(out, tuple) and len(out) == 3 and all(isinstance(x, Tensor) and x.dim() == 2 for x in out):
-            experts = [i for i in others if not out[i].is_floating_point()]
-            if len(experts) == 1 and out[self.logits].shape[-1] == self.num_experts:
-                return next(i for i in others if i != experts[0]), experts[0]
-        raise ValueError(f"{type(self.module).__name__} does not return logits, scores and experts")
+        if not self.is_known(out):
+            raise ValueError(f"{type(self.module).__name__} does not return logits, scores and experts")
+        experts = next(i for i in range(3) if not out[i].is_floating_point())
+        return 3 - experts - self.logits, experts
 
 
 def find_routers(hf: nn.Module) -> list[Router]:
@@ -262,6 +267,8 @@ class Routing:
             out = forward(*args, **kwargs)
         if kept is not None and kept.num_choices != 1:
             raise ValueError(f"{type(router.module).__name__} does not choose its experts as a top-k of all of them")
+        if kept is None and now.weights_S is None and not router.is_known(out):
+            return out
         scores, experts = router.roles(out)
         logits_nE = out[router.logits]
         if now.recording:
@@ -288,7 +295,7 @@ class RoutingSums:
         if found is None:
             return
         for load_E, layer in zip(self._load_LE, self._layers, strict=True):
-            load_E += found.load[layer]
+            load_E += found.load.get(layer, 0)
         if found.loss is not None:
             self._loss += found.loss
 
@@ -304,7 +311,8 @@ class RoutingSums:
     def metrics(self, totals: Tensor, num_steps: int) -> dict[str, float]:
         """Metrics from the totals over all ranks and the `num_steps` optimizer steps."""
         loss, load_LE = float(totals[0]), totals[1:].view_as(self._load_LE)
-        if not load_LE.any():
+        load_LE = load_LE[load_LE.any(-1)]
+        if not len(load_LE):
             return {}
         parts_LE = load_LE / load_LE.sum(-1, keepdim=True)
         entropy_L = torch.special.entr(parts_LE).sum(-1) / math.log(max(self._num_experts, 2))

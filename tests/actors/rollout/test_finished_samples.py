@@ -34,7 +34,7 @@ def test_a_sample_is_as_old_as_its_oldest_token(spans: tuple[tuple[int, int, int
     actor._samples, actor._num_tokens, actor._num_samples = [], 0, 0
     versions = [SimpleNamespace(version=str(v), start=a, end=b) for v, a, b in spans]
     completion = SimpleNamespace(
-        finish_reason="stop", token_ids=[5, 6, 7, 8], weight_versions=versions, logprobs=Logprobs()
+        routed_experts=None, finish_reason="stop", token_ids=[5, 6, 7, 8], weight_versions=versions, logprobs=Logprobs()
     )
     stops = SimpleNamespace(read=lambda tokenizer, ids: "text")
     request = SampleRequest("p", 0, [1, 2], 9, PARAMS)

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput
 from vllm.v1.engine import EngineCoreOutput
 
 from actors.rollout.routes import Recorder, Routes
-from actors.rollout.sample import with_routes
+from actors.rollout.sample import sample_of
 from actors.rollout.scheduler import _Bundle
 from grpo_ray.errors import WorkerError
-from grpo_ray.types import Sample, VersionSpan
+from grpo_ray.types import Sample, SampleRequest, SamplingParams
 from tests.bench.routing import ENV
 
 
@@ -81,19 +82,21 @@ def test_outputs_that_wait_are_sent_with_the_experts_of_all_of_them() -> None:
     assert bundle.take().routed_experts is None
 
 
-def completion(routes: Any) -> CompletionOutput:
-    return CompletionOutput(0, "", [7, 8], None, None, routed_experts=routes)
+def sampled(routes: Any) -> Sample:
+    """A sample of three and two tokens, with the experts that vLLM told."""
+    params = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, max_tokens=2)
+    logprobs = FlatLogprobs([0, 1], [1, 2], [7, 8], [-0.5, -0.5], [1, 1], [None, None])
+    completion = CompletionOutput(0, "", [7, 8], None, logprobs, routed_experts=routes, finish_reason="stop")
+    return sample_of(SampleRequest("p", 0, [1, 2, 3], 0, params), completion, 0, "", "rollout-0")
 
 
 def test_a_sample_has_the_experts_of_every_token_but_the_last() -> None:
-    ids, logprobs = np.array([1, 2, 3], np.int32), np.zeros(2, np.float32)
-    sample = Sample("p", 0, ids, np.array([7, 8], np.int32), logprobs, (VersionSpan(0, 0, 2),), "stop", "")
-    found = with_routes(sample, completion(rows(1, 2, 3, 4, 5)), "rollout-0").routes
+    found = sampled(rows(1, 2, 3, 4, 5)).routes
     assert found is not None
     assert found.flatten().tolist() == [1, 2, 3, 4]
-    for too_few, num in ((None, 0), (rows(1, 2, 3), 3)):
-        with pytest.raises(WorkerError, match=f"rollout-0: vLLM told the experts of {num} tokens of 4"):
-            with_routes(sample, completion(too_few), "rollout-0")
+    assert sampled(None).routes is None
+    with pytest.raises(WorkerError, match="rollout-0: vLLM told the experts of 3 tokens of 4"):
+        sampled(rows(1, 2, 3))
 
 
 @pytest.mark.long
