@@ -82,7 +82,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
         grad_logp_N, grad_entropy_N = grads
         hidden_NH, targets_N, lse_N, entropy_N = ctx.saved_tensors
         weight, bias, logit_map = ctx.weight, ctx.bias, ctx.logit_map
-        early, ctx.early = ctx.early, None
+        early: _Gradients | None = ctx.early
+        ctx.early = None
         if early is not None and grad_entropy_N is None and grad_logp_N is not None:
             factor = _common_factor(grad_logp_N, ctx.slope_N)
             if factor is not None:

@@ -122,7 +122,9 @@ def test_the_slopes_of_supervised_training_are_the_derivatives_of_its_loss() -> 
     data = MicroBatchData.of(pack(items(objective)), torch.device("cpu"))
     logps = torch.randn(sum(LENGTHS), generator=torch.Generator().manual_seed(7)).requires_grad_()
     (want,) = torch.autograd.grad(objective.loss(data, logps, torch.zeros_like(logps))[0], logps)
-    assert torch.equal(objective.slopes(data)(slice(5, 20), logps.detach()[5:20]), want[5:20])
+    slopes = objective.slopes(data)
+    assert slopes is not None
+    assert torch.equal(slopes(slice(5, 20), logps.detach()[5:20]), want[5:20])
 
 
 def test_means_over_no_tokens_are_left_out_instead_of_zero() -> None:
