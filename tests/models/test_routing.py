@@ -67,9 +67,7 @@ def injected(policy: PolicyModel, batches: list[list[PackItem]], **packing: Any)
 
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
     for name, grad in want.items():
-        torch.testing.assert_close(
-            got[name], COEF * grad, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        torch.testing.assert_close(got[name], COEF * grad, rtol=1e-4, atol=1e-6, msg=name)
     routers = [name for name, grad in want.items() if ("gate." in name or "router." in name) and grad.abs().sum() > 0]
     assert routers
 
@@ -144,10 +142,11 @@ def routed_items() -> list[PackItem]:
 
 def by_the_book(hf: Any, item: PackItem) -> Tensor:
     """[T] the log-probabilities of a sample with the experts of its routes, by the model's own forward."""
-    model = copy.deepcopy(hf)
+    model, routes = copy.deepcopy(hf), item.routes
+    assert routes is not None
     model.set_attn_implementation("eager")
     for layer, block in enumerate(model.model.layers):
-        block.mlp.gate = Choosing(block.mlp.gate, torch.from_numpy(item.routes[:, layer].astype(np.int64)))
+        block.mlp.gate = Choosing(block.mlp.gate, torch.from_numpy(routes[:, layer].astype(np.int64)))
     ids = torch.from_numpy(np.concatenate([item.prompt_ids, item.completion_ids]))
     logps = model(input_ids=ids[None, :-1], use_cache=False).logits[0].log_softmax(-1)
     return logps[len(item.prompt_ids) - 1 :].gather(-1, torch.from_numpy(item.completion_ids)[:, None])[:, 0]

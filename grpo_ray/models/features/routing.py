@@ -51,7 +51,7 @@ class Router:
         if not isinstance(out, tuple) or len(out) != 3 or not all(isinstance(x, Tensor) and x.dim() == 2 for x in out):
             return False
         floats = [x.is_floating_point() for x in out]
-        return sum(floats) == 2 and floats[self.logits] and out[self.logits].shape[-1] == self.num_experts
+        return bool(sum(floats) == 2 and floats[self.logits] and out[self.logits].shape[-1] == self.num_experts)
 
     def roles(self, out: Any) -> tuple[int, int]:
         """The places of scores and experts in what it returned.
@@ -119,7 +119,7 @@ class Kept(TorchFunctionMode):
         if func not in (torch.topk, Tensor.topk) or not self._is_choice(*args, **kwargs):
             return func(*args, **kwargs)
         self.num_choices += 1
-        values = kwargs.get("input", args[0] if args else None)
+        values: Tensor = args[0] if args else kwargs["input"]
         return torch.return_types.topk((values.gather(-1, self.experts_nk), self.experts_nk))
 
     def _is_choice(self, input: Tensor, k: int, *_args: Any, **_kwargs: Any) -> bool:  # noqa: A002 - torch's name

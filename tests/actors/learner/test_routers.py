@@ -92,7 +92,7 @@ def test_the_loss_of_a_step_is_the_mean_of_transformers_and_reaches_samples_with
     "options",
     [
         pytest.param(
-            {"ranks": 2, "stage": 3, "micro_batch_tokens": 100, "checkpointing": True}, id="zero-3-checkpointing"
+            {"ranks": 2, "stage": 2, "micro_batch_tokens": 100, "checkpointing": True}, id="two-ranks-checkpointing"
         ),
         pytest.param({"ranks": 1, "stage": 2, "micro_batch_tokens": 50, "parts": True}, id="parts"),
         pytest.param(
