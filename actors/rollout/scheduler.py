@@ -88,8 +88,7 @@ class _Bundling(Scheduler):
         super().add_request(request)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> dict[int, EngineCoreOutputs]:
-        told = routes.recorder is not None and scheduler_output.total_num_scheduled_tokens > 0
-        if told:
+        if routes.recorder is not None and scheduler_output.total_num_scheduled_tokens > 0:
             self._routes.add(routes.recorder.take(), model_runner_output.req_ids, scheduler_output)
         messages: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
         for client_index, message in list(messages.items()):

@@ -114,7 +114,8 @@ def learned(folder: str, dtype: str, samples: Sequence[Any], *, keeps: bool, sha
     attention = choose_attention("auto", torch.device("cpu"))
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation=attention)
     policy = PolicyModel(hf, chunk=512, routing=Routing(find_routers(hf))).eval()
-    routers, taken = find_routers(hf), {}
+    routers = find_routers(hf)
+    taken: dict[int, torch.Tensor] = {}
     for router in routers:
         router.module.register_forward_hook(
             lambda _m, _a, out, router=router: taken.__setitem__(router.layer, out[router.roles(out)[1]])

@@ -73,7 +73,7 @@ def step(
 
 @pytest.fixture(scope="module")
 def plain(local_ray: None, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    options = {"micro_batch_tokens": ALL, "share_prompts": False}
+    options: dict[str, Any] = {"micro_batch_tokens": ALL, "share_prompts": False}
     return step(checkpoint, tmp_path_factory.mktemp("plain"), ranks=1, stage=0, **options)
 
 
