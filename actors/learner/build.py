@@ -33,6 +33,7 @@ from grpo_ray.models.files.checkpoint_tensors import check_trainable, read_model
 from grpo_ray.models.linear import use_faster_products
 from grpo_ray.models.lora import inject
 from grpo_ray.models.memory.estimate import chunk_rows
+from grpo_ray.models.multimodal import empty_whole, text_part, whole_class
 from grpo_ray.models.policy import PolicyModel
 from grpo_ray.models.reward import RewardModel
 from grpo_ray.models.trainable import MAKING, why_not
@@ -360,16 +361,19 @@ def _auto(spec: LearnerSpec) -> Any:
 
 
 def _read(spec: LearnerSpec, config: Any, attention: str | None, dtype: torch.dtype) -> Any:
-    """The whole model, as its files have it."""
+    """The whole model, as its files have it; of a multimodal one the text model."""
+    whole = whole_class(config, spec.model_path, reward_model=spec.is_reward_model)
     hf, missing = read_model(
-        _auto(spec),
+        whole or _auto(spec),
         spec.model_path,
         reward_model=spec.is_reward_model,
         config=deepcopy(config),
         dtype=dtype,
-        attn_implementation=attention,
+        attn_implementation=None if whole else attention,
         trust_remote_code=spec.model.trust_remote_code,
     )
+    if whole:
+        return text_part(hf, spec.model_path, attention)
     if "score.weight" in missing:
         # Its initial values would be random, and different on every rank.
         torch.nn.init.zeros_(hf.score.weight)
@@ -378,6 +382,8 @@ def _read(spec: LearnerSpec, config: Any, attention: str | None, dtype: torch.dt
 
 def _make(spec: LearnerSpec, config: Any, attention: str | None) -> Any:
     """The model by its config alone, in fp32."""
+    if whole := whole_class(config, spec.model_path, reward_model=spec.is_reward_model):
+        return text_part(empty_whole(whole, config), spec.model_path, attention)
     return _auto(spec).from_config(
         deepcopy(config),
         dtype=torch.float32,

@@ -25,6 +25,8 @@ from actors.learner.build import LearnerSpec
 from actors.zero import gathered
 from grpo_ray.errors import CheckpointError
 from grpo_ray.models.lora import adapter_tensors, write_adapter
+from grpo_ray.models.multimodal import name_in_whole, whole_of
+from grpo_ray.models.multimodal_export import write_whole
 from grpo_ray.models.named_weights import buckets, named_weights
 from grpo_ray.run.checkpoint_store import CheckpointLocation
 from grpo_ray.run.learner_files import HeldModel, SavedLearner, write_rank
@@ -95,14 +97,19 @@ def write(
 
 
 def _write_export(export: Export, spec: LearnerSpec, folder: Path) -> None:
-    """Write a Hugging Face model in the model's dtype, with tokenizer. Adapters are merged in, and also written by themselves
-    (`lora/`)."""
+    """Write a Hugging Face model in the model's dtype, with tokenizer; a text model as the multimodal checkpoint that it was taken
+    from. Adapters are merged in, and also written by themselves (`lora/`)."""
     from grpo_ray.loop.stops import name_turn_end
     from grpo_ray.models.files.loading import load_tokenizer
 
     tokenizer = load_tokenizer(spec.model_path, trust_remote_code=spec.model.trust_remote_code)
     name_turn_end(export.hf, tokenizer)
-    export.hf.save_pretrained(folder, state_dict=export.weights)
+    whole = whole_of(export.hf)
+    if whole is None:
+        export.hf.save_pretrained(folder, state_dict=export.weights)
+    else:
+        write_whole(whole, export.weights, spec.model_path, folder, spec.dtype)
+        export.hf.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if spec.model.lora:
         write_adapter(export.adapter, spec.model.lora, spec.model_path, folder / "lora")
@@ -157,7 +164,7 @@ def _set_schedule(engine: Any, num_steps: int) -> None:
 def gather(hf: nn.Module) -> dict[str, Tensor]:
     """All weights in CPU memory of rank 0, adapters merged in, under Hugging Face names; empty on the other ranks."""
     params = {id(p) for p in hf.parameters()}
-    buffers = {n: t for n, t in hf.state_dict(keep_vars=True).items() if id(t) not in params}
+    buffers = {name_in_whole(hf, n): t for n, t in hf.state_dict(keep_vars=True).items() if id(t) not in params}
     out = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in buffers.items() if dist.get_rank() == 0}
     for bucket in buckets(named_weights(hf), BUCKET_BYTES):
         with gathered([p for w in bucket for p in w.parts]):

@@ -30,6 +30,7 @@ from grpo_ray.config.rollout import RolloutConfig
 from grpo_ray.errors import WorkerError
 from grpo_ray.loop.stops import Stops, find_stops, template_end
 from grpo_ray.models.files.loading import context_length, eos_ids, load_config, vocab_size
+from grpo_ray.models.multimodal import is_multimodal
 from grpo_ray.types import Sample, SampleInfo, SampleRequest, SamplingParams
 
 if TYPE_CHECKING:
@@ -95,17 +96,17 @@ class RolloutActor:
         check_engine_has_gpu(self.name)
         # `max_length` is that of the longest sample, prompt and completion; the model may have been made for less.
         model_config = load_config(model, trust_remote_code=trust_remote_code)
-        max_model_len = min(max_length, context_length(model_config))
         args = engine_args(
             config,
             model,
             dtype,
-            max_model_len,
+            min(max_length, context_length(model_config)),
             seed,
             backend,
             trust_remote_code=trust_remote_code,
             adapters=adapters,
             colocated=colocated,
+            multimodal=is_multimodal(model_config),
         )
         if args.enforce_eager and vocab_size(model_config) <= SMALL_VOCABULARY:
             # Even then vLLM compiles a function of its sampler, for seconds in the first step, which such short rows do not need.

@@ -34,6 +34,7 @@ WITH_TORCHVISION = (
     "Qwen3ASR",
     "QianfanOCR",
     "Gemma3ForCond",
+    "Gemma4ForCond",
     "Mistral3ForCond",
     "Llama4ForCond",
     "Llava",

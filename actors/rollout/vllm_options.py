@@ -58,8 +58,12 @@ def engine_args(
     trust_remote_code: bool,
     adapters: AdapterOptions | None = None,
     colocated: bool = False,
+    multimodal: bool = False,
 ) -> AsyncEngineArgs:
     """The engine's options, for the device that vLLM finds.
+
+    Args:
+        multimodal: whether the model is more than a language model; the rest of it is not loaded.
 
     Raises:
         ConfigError: vLLM has no option of `rollout.engine`, or a step of max_num_batched_tokens is too small here.
@@ -102,6 +106,7 @@ def engine_args(
     defaults: dict[str, Any] = {
         "enable_prefix_caching": True,
         "disable_log_stats": True,
+        **({"language_model_only": True} if multimodal else {}),
         **device,
         **config.engine,
     }

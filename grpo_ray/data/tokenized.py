@@ -223,9 +223,19 @@ def completion_text(value: Any, where: str, name: str) -> str:
     return text
 
 
+def _not_text(content: Any) -> list[str]:
+    """The types of a message's parts other than text: images, videos, audio."""
+    parts = content if isinstance(content, list) else []
+    return sorted(
+        {str(part["type"]) for part in parts if isinstance(part, dict) and part.get("type", "text") != "text"}
+    )
+
+
 def _check_messages(messages: Any, where: str) -> None:
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: expected text or a list of messages, got {type(messages).__name__} {messages!r:.60}")
     for i, m in enumerate(messages):
+        if isinstance(m, dict) and (kinds := _not_text(m.get("content"))):
+            raise DataError(f"{where}, message {i}: it has a part of type {', '.join(kinds)}, and only text is trained")
         if not (isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)):
             raise DataError(f"{where}, message {i}: expected {{role: ..., content: text}}, got {m!r:.80}")

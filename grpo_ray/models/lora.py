@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from grpo_ray.config.model import LoraConfig
 from grpo_ray.errors import ConfigError, first_line
+from grpo_ray.models.multimodal import name_in_whole
 
 ADAPTER = "default"
 
@@ -55,9 +56,9 @@ def adapters_off(hf: nn.Module) -> Iterator[None]:
 
 
 def adapter_tensors(hf: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' parameters under the names of peft's adapter_model.safetensors."""
+    """The adapters' parameters under the names of peft's adapter_model.safetensors, for the whole of a multimodal checkpoint."""
     return {
-        f"base_model.model.{name.replace(f'.{ADAPTER}.weight', '.weight')}": p
+        f"base_model.model.{name_in_whole(hf, name.replace(f'.{ADAPTER}.weight', '.weight'))}": p
         for name, p in hf.named_parameters()
         if ".lora_A." in name or ".lora_B." in name
     }

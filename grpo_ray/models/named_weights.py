@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_ray.models.lora import ADAPTER
+from grpo_ray.models.multimodal import name_in_whole
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,20 @@ class NamedWeight:
 
 
 def named_weights(hf: nn.Module) -> list[NamedWeight]:
-    """Every weight that a plain Transformers model of this architecture has (a tied one once), in the module's order."""
+    """Every weight that a plain Transformers model of this architecture has (a tied one once), in the module's order; those of a
+    text model under their names in the multimodal checkpoint."""
     params = dict(hf.named_parameters())
     out = []
     for name, param in params.items():
         if ".lora_A." in name or ".lora_B." in name:
             continue
         if not name.endswith(".base_layer.weight"):
-            out.append(NamedWeight(name.replace(".base_layer.", "."), param))
+            out.append(NamedWeight(name_in_whole(hf, name.replace(".base_layer.", ".")), param))
             continue
         layer = name.removesuffix(".base_layer.weight")
         scaling = hf.get_submodule(layer).scaling[ADAPTER]  # type: ignore[index]
         a, b = (params[f"{layer}.{part}.{ADAPTER}.weight"] for part in ("lora_A", "lora_B"))
-        out.append(NamedWeight(f"{layer}.weight", param, (a, b, float(scaling))))
+        out.append(NamedWeight(name_in_whole(hf, f"{layer}.weight"), param, (a, b, float(scaling))))
     return out
 
 

@@ -18,6 +18,7 @@ from grpo_ray.errors import ConfigError, told
 from grpo_ray.models.attention import FLASH, PACKED, check_causal, choose_attention, why_unpackable
 from grpo_ray.models.files.checkpoint_tensors import check_headers, check_trainable
 from grpo_ray.models.lora import inject
+from grpo_ray.models.multimodal import empty_whole, text_part, whole_class, whole_of
 from grpo_ray.models.policy import check_head, target_states
 
 _OWN_ATTENTION = (
@@ -49,7 +50,6 @@ def skeleton(
     Raises:
         ConfigError: the learner would refuse it; says why.
     """
-    check_text_alone(model_config, model.path or "")
     check_trainable(model_config, model.path or "", reward_model=reward_model)
     if model.attention == FLASH and not on_gpu:
         raise ConfigError(f"model.attention is {FLASH}, which needs GPUs, and there are none; use auto")
@@ -64,7 +64,8 @@ def skeleton(
     if slices > 1:
         check_model(hf, slices)
     if model.path is not None:
-        check_headers(hf, model_config, model.path, reward_model=reward_model)
+        whole = whole_of(hf)
+        check_headers(whole.cls if whole else type(hf), model_config, model.path, reward_model=reward_model)
     return hf, reason
 
 
@@ -79,8 +80,12 @@ def with_forward(
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     auto = AutoModelForSequenceClassification if reward_model else AutoModelForCausalLM
+    whole = whole_class(model_config, model.path or "", reward_model=reward_model)
 
     def make(attention: str | None) -> nn.Module:
+        if whole is not None:
+            part: nn.Module = text_part(empty_whole(whole, model_config), model.path or "", attention)
+            return part
         with torch.device("meta"):
             made: nn.Module = auto.from_config(
                 deepcopy(model_config), attn_implementation=attention, trust_remote_code=model.trust_remote_code
@@ -97,6 +102,8 @@ def with_forward(
             )
         if slices > 1 and reason:
             raise ValueError(f"{reason}; use learner.sequence_parallel_size 1")
+    except ConfigError:
+        raise
     # A config may be a stranger's file: sizes that are 0 or below raise arithmetic errors and errors of torch.
     except Exception as e:
         raise ConfigError(f"the learner can't train model {model.path}: {why_not(e, model_config)}") from None
@@ -141,18 +148,6 @@ def check_adapters(hf: nn.Module, model: ModelConfig) -> None:
     """Put adapters on the skeleton. Raises ConfigError if `model.lora.target_modules` matches no layer."""
     if model.lora is not None:
         inject(hf, model.lora)
-
-
-def check_text_alone(model_config: Any, path: str) -> None:
-    """Raises ConfigError for a model of more than text: rollout engines and learners would hold different models."""
-    text = model_config.get_text_config()
-    if text is not model_config:
-        parts = ", ".join(sorted(name for name in model_config.sub_configs if getattr(model_config, name, None)))
-        raise ConfigError(
-            f"model.path {path}: {model_config.model_type} is more than a language model (its config has "
-            f"{parts or text.model_type}); only language models are trained: take a checkpoint of the text model alone "
-            f"(model_type {text.model_type!r})"
-        )
 
 
 def why_not(error: BaseException, model_config: Any) -> str:

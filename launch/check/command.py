@@ -55,6 +55,7 @@ from launch.run.recipe import (
 )
 
 console = plain_console()
+_REST = "its other parts are neither trained nor sampled with, and exported as they are"
 STORE_S = 5.0
 """The seconds that the check waits for an object store."""
 
@@ -211,6 +212,7 @@ def _model_rows(
             "model",
             f"{source}: {params / 1e6:,.1f} M parameters, {config.model.dtype}, context {context_length(model_config)}",
         ),
+        *([("", f"the text model of {learners.whole}: {_REST}")] if learners.whole else []),
         *([("", f"the plain way, a sequence a row: {learners.plain}")] if learners.plain else []),
         ("memory", f"each learner {gib(memory.total)} in its largest step ({parts})"),
     ]

@@ -90,6 +90,8 @@ class LearnersModel(NamedTuple):
     num_params: int
     plain: str
     """Why it goes the plain way; "" where it packs."""
+    whole: str = ""
+    """The class of the multimodal model whose text model it is; "" where it is a language model."""
 
 
 @contextmanager
@@ -175,6 +177,7 @@ def answer() -> None:
 def _looked_at(question: dict[str, Any]) -> LearnersModel:
     """Raises ConfigError: the learner would refuse the model."""
     from grpo_ray.models.checks.routers import check_routers
+    from grpo_ray.models.multimodal import whole_of
     from grpo_ray.models.trainable import check_adapters, skeleton
 
     config = ModelConfig.model_validate(question["model"])
@@ -189,4 +192,5 @@ def _looked_at(question: dict[str, Any]) -> LearnersModel:
     check_routers(hf, **question["routers"])
     size = sum(p.numel() for p in hf.parameters())
     check_adapters(hf, config)
-    return LearnersModel(size, plain)
+    whole = whole_of(hf)
+    return LearnersModel(size, plain, whole.cls.__name__ if whole else "")

@@ -160,6 +160,18 @@ def test_an_unusable_file_says_where(tmp_path: Path, content: bytes, message: st
         load_table(DataSource(path=str(path)), seed=1)
 
 
+@pytest.mark.parametrize("kind", ["image", "image_url", "video", "audio"])
+def test_a_prompt_with_more_than_text_is_refused_by_what_it_has(
+    kind: str, jsonl: Callable[..., str], tokenizer: Any
+) -> None:
+    parts = [{"type": "text", "text": "What is this?"}, {"type": kind}]
+    path = jsonl([{"prompt": "1+1"}, {"prompt": [{"role": "user", "content": parts}]}])
+    with pytest.raises(
+        DataError, match=rf"sums\.jsonl, line 2, .*message 0: it has a part of type {kind}, and only text"
+    ):
+        load_prompts(config(path), tokenizer, seed=1)
+
+
 def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("{}")
     with pytest.raises(DataError, match=r"trian\.jsonl: no such file; did you mean .*train\.jsonl"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -74,11 +75,16 @@ OF_KIND: dict[str, dict[str, Any]] = {
 """What a kind needs beside or in place of these."""
 
 
-def small_config(kind: str, **options: Any) -> Any:
-    """The config of a small model of this kind, without dropout."""
+def small_config(kind: str, larger: Mapping[str, Any] | None = None, **options: Any) -> Any:
+    """The config of a small model of this kind, without dropout.
+
+    Args:
+        larger: sizes in place of the usual ones, where the kind has them.
+        options: those that it has to have.
+    """
     make = CONFIG_MAPPING[kind]
     known = {*vars(make()), *make.attribute_map, *inspect.signature(make.__init__).parameters}
-    sizes = {name: size for name, size in SIZES.items() if name in known}
+    sizes = {name: size for name, size in (SIZES | dict(larger or {})).items() if name in known}
     if "qk_rope_head_dim" in known:
         # It follows from the parts of a head.
         sizes.pop("head_dim", None)

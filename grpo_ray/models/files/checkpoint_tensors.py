@@ -104,11 +104,11 @@ def read_model(cls: Any, path: str, *, reward_model: bool, **options: Any) -> An
     return hf, info["missing_keys"]
 
 
-def check_headers(hf: Any, config: Any, path: str, *, reward_model: bool) -> None:
+def check_headers(cls: Any, config: Any, path: str, *, reward_model: bool) -> None:
     """Check a checkpoint's tensors by the headers of its files, if they are on this machine: no weight is read.
 
     Args:
-        hf: a model of the config, without memory.
+        cls: Transformers' class of the checkpoint.
 
     Raises:
         ConfigError: see `check_loaded`.
@@ -124,7 +124,7 @@ def check_headers(hf: Any, config: Any, path: str, *, reward_model: bool) -> Non
         for name, shape, _ in headers(file)
     }
     with _converted(path), _quiet():
-        _, info = type(hf).from_pretrained(
+        _, info = cls.from_pretrained(
             None,
             config=config,
             state_dict=tensors,

@@ -43,8 +43,8 @@ def _file(module: str) -> Path:
 
 
 def _imported(path: Path, module: str) -> Iterator[str]:
-    """Absolute names, without what is imported in functions or under conditions."""
-    for node in ast.parse(path.read_text()).body:
+    """Absolute names, without what is imported in functions or under conditions, of which pillow's presence is none."""
+    for node in _statements(ast.parse(path.read_text()).body):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -52,3 +52,20 @@ def _imported(path: Path, module: str) -> Iterator[str]:
             base = ".".join([*parents, *([node.module] if node.module else [])])
             yield base
             yield from (f"{base}.{alias.name}" for alias in node.names)
+            yield from _defining(base, {alias.name for alias in node.names})
+
+
+def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    for node in body:
+        yield node
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "is_vision_available()":
+            yield from _statements(node.body)
+
+
+def _defining(base: str, names: set[str]) -> Iterator[str]:
+    """The modules of these classes in a package of Transformers, which imports them when they are asked for."""
+    if not base.startswith(FOLLOWED[2]):
+        return
+    for file in _file(base).with_suffix("").glob("*.py"):
+        if any(isinstance(node, ast.ClassDef) and node.name in names for node in ast.parse(file.read_text()).body):
+            yield f"{base}.{file.stem}"

@@ -84,7 +84,7 @@ def small_config(kind: str) -> Any:
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("gemma3", "more than a language model .*text_config, vision_config.*'gemma3_text'"),
+        ("mllama", "more than a language model .*text_config, vision_config.*no language model.*'mllama_text_model'"),
         ("hunyuan_v1_dense", "Transformers makes no hunyuan_v1_dense of its config.json"),
         ("bert", "BertLMHeadModel attends to what comes after a token, too"),
     ],
@@ -406,7 +406,7 @@ CAUSES: list[tuple[list[str], str]] = [
     (["data.template=folder.jsonl"], "is a folder; name the Jinja file"),
     (["data.template=chat:rag"], "one chat template, without a name"),
     (["model={path: falcon, tiny: null}", "learner.forward=packed"], "attention of its own, beside"),
-    (["model={path: gemma3, tiny: null}"], "more than a language model"),
+    (["model={path: mllama, tiny: null}"], "more than a language model"),
     (["model={path: cut, tiny: null}"], "no whole safetensors file"),
     (
         ["model={path: heads, tiny: null}"],
@@ -463,7 +463,7 @@ def recipe(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     heads = json.loads((tiny / "config.json").read_text()) | {"num_attention_heads": 4}
     (folder / "heads" / "config.json").write_text(json.dumps(heads))
     (folder / "loops" / "chat_template.jinja").write_text("{% for i in range(99999999) %}{% endfor %}")
-    for kind in ("falcon", "gemma3", "cut"):
+    for kind in ("falcon", "mllama", "cut"):
         (folder / kind).mkdir()
         for file in tiny.iterdir():
             (folder / kind / file.name).write_bytes(file.read_bytes()[: 50_000 if kind == "cut" else None])
