@@ -24,14 +24,22 @@ def write_whole(whole: Whole, weights: dict[str, Tensor], source: str, folder: P
         weights: those of the text model, under the names that Transformers' class of the whole has.
         source: the folder or hub name of the checkpoint.
         dtype: that of the weights.
+
+    Raises:
+        FileNotFoundError: the files of the source are not here.
     """
     from huggingface_hub import save_torch_state_dict
 
+    files = weight_files(source)
+    if not files:
+        raise FileNotFoundError(
+            f"{source}, whose other tensors belong to the export, has no safetensors files here any more"
+        )
     config = deepcopy(whole.config)
     config.architectures, config.dtype = [whole.cls.__name__], dtype
     config.get_text_config().dtype = dtype
     config.save_pretrained(folder)
-    files, empty = weight_files(source), whole.empty()
+    empty = whole.empty()
     tensors = _carried(files, empty, whole) | _named_as_in(files, empty, weights)
     save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
     for file in {found for weights_file in files for found in weights_file.parent.glob(_PROCESSORS)}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -45,7 +46,7 @@ def multimodal_config(kind: str, larger: Mapping[str, Any] | None = None, **text
         options = {n: size for n, size in (SIZES | dict(larger or {}) if is_text else _TOWER).items() if n in known}
         if is_text:
             options |= OF_KIND.get(part.model_type, {}) | text
-        if is_text and "vl" in part.model_type:
+        if is_text and re.search("vl|glm", part.model_type):
             options["rope_parameters"] = _ROPE_IN_SECTIONS
         parts[name] = options | {"model_type": part.model_type}
     # Ids beside those of the texts that are compared.

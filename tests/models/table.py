@@ -18,7 +18,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils import logging
 
 from grpo_ray.batch.pack import PackItem, pack
@@ -28,9 +32,11 @@ from grpo_ray.models.attention import PACKED
 from grpo_ray.models.checks.agreement import gap_of
 from grpo_ray.models.features.dropout import without_noise
 from grpo_ray.models.features.rope import has_ropes_by_length, use_ropes_of_each_sequence
+from grpo_ray.models.multimodal import is_multimodal, name_in_whole, text_part
 from grpo_ray.models.plain import use_own_attention
 from grpo_ray.models.policy import PolicyModel
 from grpo_ray.models.trainable import skeleton
+from tests.models.multimodal import multimodal_config, multimodal_model
 from tests.models.small import small_config, small_model
 
 MAX_NATS = 1e-5
@@ -56,12 +62,12 @@ class Row:
 def compared(kind: str) -> Row:
     """The learner's choice for a small model of this kind, held against a plain loop over its own forward."""
     try:
-        config = small_config(kind)
+        config = multimodal_config(kind) if is_multimodal(CONFIG_MAPPING[kind]()) else small_config(kind)
     except Exception as e:
         return Row("not made", kind_and_line(e))
     try:
         _, reason = skeleton(config, ModelConfig(path=kind))
-        model = as_a_learner_has_it(small_model(config, None if reason else PACKED), plain=bool(reason))
+        model = as_a_learner_has_it(_text_model(config, None if reason else PACKED), plain=bool(reason))
     except (ConfigError, ValueError) as e:
         return Row("refused", str(e))
     gap = gap_of(model, share_prompts=shares_prompts(model))
@@ -72,7 +78,14 @@ def compared(kind: str) -> Row:
         gap = gap_of(model, share_prompts=False)
     if not gap.closes(torch.float32):
         return Row("refused", f"the plain way {gap}; {reason}")
-    return _against_a_loop(model, small_model(config), reason)
+    return _against_a_loop(model, multimodal_model(config) if is_multimodal(config) else small_model(config), reason)
+
+
+def _text_model(config: Any, attention: str | None) -> nn.Module:
+    if not is_multimodal(config):
+        return small_model(config, attention)
+    part: nn.Module = text_part(multimodal_model(config), "it", attention)
+    return part
 
 
 def as_a_learner_has_it(hf: nn.Module, *, plain: bool) -> PolicyModel:
@@ -94,7 +107,8 @@ def _against_a_loop(model: PolicyModel, own: nn.Module, reason: str) -> Row:
     for logps_C in (want_C, got_C):
         (logps_C * weights_C).sum().backward()
     nats = float((got_C - want_C).detach().abs().max())
-    gradient = _apart(dict(model.hf.named_parameters()), dict(own.named_parameters()))
+    trained = {name_in_whole(model.hf, name): param for name, param in model.hf.named_parameters()}
+    gradient = _apart(trained, {name: param for name, param in own.named_parameters() if name in trained})
     # A rank with less to compute than others gets this.
     finite = bool(model(pack([]), 1.0)[0].isfinite().all())
     right = nats <= MAX_NATS and gradient <= MAX_GRADIENT and finite
@@ -152,7 +166,9 @@ def main(kinds: list[str]) -> int:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     ways: Counter[str] = Counter()
     print(f"{'model_type':24} {'way':8} {'nats':>8} {'gradient':>8} {'s':>5}  why")
-    for kind in kinds or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    for kind in kinds or dict.fromkeys(
+        [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES]
+    ):
         started = time.monotonic()
         try:
             with within(LIMIT_S):

@@ -6,11 +6,13 @@ import json
 import re
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -20,7 +22,8 @@ from transformers import (
     AutoModelForImageTextToText,
 )
 
-from actors.learner.build import load_hf
+from actors.learner.build import _make, _read, load_hf
+from actors.learner.shards import Skeleton
 from actors.learner.state import gather
 from grpo_ray.batch.pack import pack
 from grpo_ray.batch.sequence import Alone
@@ -143,6 +146,42 @@ def test_a_trained_export_is_loaded_whole(kind: str, tmp_path: Path, monkeypatch
         text, items = AutoModelForCausalLM.from_pretrained(folder), make_items()
         with torch.no_grad():
             assert torch.equal(loop_logprobs(text.eval(), items), loop_logprobs(loaded.eval(), items))
+
+
+def test_files_that_are_not_in_the_index_are_no_part_of_an_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mistral's checkpoints have all weights a second time, in the layout of its own programs."""
+    source = tmp_path / "source"
+    whole = write_multimodal(source, "mistral3")
+    want = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    whole.save_pretrained(source, max_shard_size="300KB")
+    assert len(list(source.glob("model-*.safetensors"))) > 1
+    save_file({"layers.0.attention.wq.weight": torch.ones(2, 2)}, source / "consolidated.safetensors")
+    assert export(of_folder(source), source, tmp_path / "export", monkeypatch).keys() == want.keys()
+
+
+def test_an_export_without_the_files_of_its_source_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    write_multimodal(source, "gemma3")
+    hf = of_folder(source)
+    (source / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="source, whose other tensors belong to the export"):
+        export(hf, source, tmp_path / "export", monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "llama4"])
+def test_a_text_model_is_sharded_as_others_are(kind: str, tmp_path: Path) -> None:
+    write_multimodal(tmp_path, kind)
+    spec, config = spec_of(tmp_path, 3), AutoConfig.from_pretrained(tmp_path)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        made = Skeleton(partial(_make, spec, config, None), partial(_read, spec, config, None), torch.float32)
+    finally:
+        dist.destroy_process_group()
+    assert made.fits
+    assert {w.name for w in named_weights(made.hf)} == {w.name for w in named_weights(of_folder(tmp_path))}
 
 
 def test_adapters_are_named_as_in_the_whole(tmp_path: Path) -> None:

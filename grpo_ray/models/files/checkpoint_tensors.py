@@ -14,6 +14,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from grpo_ray.errors import ConfigError, first_line
+from grpo_ray.files import read_json
+from grpo_ray.models.files.model_files import WEIGHTS
 
 log = logging.getLogger(__name__)
 
@@ -138,15 +140,26 @@ def check_headers(cls: Any, config: Any, path: str, *, reward_model: bool) -> No
 def weight_files(path: str) -> list[Path]:
     """The safetensors files of a folder, or those of a model of the hub that have been downloaded."""
     if Path(path).is_dir():
-        whole = Path(path) / "model.safetensors"
-        return [whole] if whole.is_file() else sorted(Path(path).glob("*.safetensors"))
+        return _files_in(Path(path))
     from huggingface_hub import try_to_load_from_cache
 
     try:
         found = try_to_load_from_cache(path, "config.json")
     except ValueError:  # no name of the hub
         return []
-    return sorted(Path(found).parent.glob("*.safetensors")) if isinstance(found, str) else []
+    return _files_in(Path(found).parent) if isinstance(found, str) else []
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """The files that Transformers reads: others may hold the same weights under names of their own."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    try:
+        named = set(read_json(folder / f"{WEIGHTS}.index.json")["weight_map"].values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        named = set()
+    files = sorted(folder.glob("*.safetensors"))
+    return [file for file in files if file.name in named] or files
 
 
 def headers(file: Path) -> Iterator[tuple[str, list[int], str]]:
