@@ -1,7 +1,7 @@
 # make smoke   sets everything up and trains a tiny model for real, on any machine
 # make test    sets everything up and runs the tests
 # make bench   the tables of the README
-.PHONY: smoke pretrained models r1 test test-long test-all test-cluster chaos soak recovery mutants lint bench bench-versus bench-to-accuracy bench-learning bench-side-by-side bench-simulate bench-sync bench-loading bench-learner bench-growth bench-sample bench-gpu gpu-installs gpu-kit bench-sandbox bench-verifiers lock bench-routing help
+.PHONY: smoke pretrained models r1 test test-long test-all test-cluster chaos soak recovery mutants lint bench bench-versus bench-to-accuracy bench-learning bench-side-by-side bench-simulate bench-sync bench-loading bench-learner bench-growth bench-sample bench-gpu gpu-installs gpu-kit bench-sandbox bench-verifiers lock bench-routing models-train help
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 # Set in many images; without bytecode every worker process compiles its packages again.
@@ -45,6 +45,9 @@ mutants: .venv/.ready  ## small mistakes put into the code, and whether a fast t
 
 models: .venv/.ready  ## every causal model class of Transformers, small: the learner's path against the class's own forward (ten minutes; KINDS="qwen3 mamba2": these)
 	@$(BIN)/python -m tests.models.table $(KINDS)
+
+models-train: .venv/.ready  ## families that vLLM samples on CPUs: two steps of each, small, in both precisions, and its export loaded (an hour; KINDS="gemma2 smolvlm": these)
+	@$(BIN)/python -m tests.models.train_table $(KINDS)
 
 lint: .venv/.ready  ## ruff, mypy, import layers, dead code
 	@$(BIN)/ruff check .
