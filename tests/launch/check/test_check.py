@@ -6,6 +6,7 @@ import ast
 import contextlib
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from grpo_ray.errors import ConfigError, DataError, GrpoRayError, ResourceError
 from grpo_ray.loop.stops import template_end
 from grpo_ray.models.attention import PACKED
 from grpo_ray.models.files.loading import check_model_path, context_length, load_config, load_tokenizer, vocab_size
+from grpo_ray.models.files.model_files import num_elements
 from grpo_ray.models.files.tiny import build_tiny_model
 from grpo_ray.models.memory.kv_cache import check_gpu_shares, check_kv_cache
 from grpo_ray.models.trainable import check_adapters, skeleton, with_forward
@@ -41,6 +43,7 @@ from launch.run.live import LiveView
 from launch.run.machine import check_checkpoint_path, check_folder, check_machine, unset_variables
 from launch.run.recipe import check_kind, kind_of, load_recipe
 from tests.cpu_time import cpu_below
+from tests.models.train_table import write_model
 from tests.recipes import run_config
 
 ROOT = Path(__file__).parents[3]
@@ -495,6 +498,22 @@ def test_check_tells_why_a_model_goes_the_plain_way(
     assert "the plain way, a sequence a row: it has attention of its own" in " ".join(capsys.readouterr().out.split())
     check_recipe("recipe.yaml", [])
     assert "plain way" not in capsys.readouterr().out
+
+
+def test_check_tells_that_the_text_model_of_a_multimodal_one_is_trained(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(recipe)
+    model = write_model("smolvlm", tmp_path / "model")
+    check_recipe("recipe.yaml", [f"model={{path: {model}, tiny: null}}"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert (
+        "the text model of SmolVLMForConditionalGeneration: its other parts are neither trained nor sampled with" in out
+    )
+    whole = sum(map(num_elements, model.glob("*.safetensors")))
+    told = re.search(r"model: ([\d.]+) M parameters", out)
+    assert told is not None
+    assert 0 < float(told[1]) < whole / 1e6
 
 
 def test_a_recipe_for_another_command_is_told_as_one(recipe: Path) -> None:
