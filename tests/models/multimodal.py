@@ -25,6 +25,7 @@ _TOWER: dict[str, Any] = {
     "fullatt_block_indexes": [1],
     "deepstack_visual_indexes": [0],
 }
+_IDS = 16
 _ROPE_IN_SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 
 
@@ -46,12 +47,19 @@ def multimodal_config(kind: str, larger: Mapping[str, Any] | None = None, **text
         options = {n: size for n, size in (SIZES | dict(larger or {}) if is_text else _TOWER).items() if n in known}
         if is_text:
             options |= OF_KIND.get(part.model_type, {}) | text
+        if "qk_rope_head_dim" in known:
+            # It follows from the parts of a head.
+            options.pop("head_dim", None)
         if is_text and re.search("vl|glm", part.model_type):
             options["rope_parameters"] = _ROPE_IN_SECTIONS
+        # The last ones are those of images and the like, which the texts that are compared lack.
+        options |= {
+            n: options[n] + _IDS for n in ("vocab_size", "vocab_size_per_layer_input") if is_text and n in options
+        }
         parts[name] = options | {"model_type": part.model_type}
-    # Ids beside those of the texts that are compared.
+    first = (SIZES | dict(larger or {}))["vocab_size"]
     ids = [name for name, value in vars(usual).items() if "token" in name and isinstance(value, int)]
-    return CONFIG_MAPPING[kind](**parts, **{name: 90 + number % 6 for number, name in enumerate(ids)})
+    return CONFIG_MAPPING[kind](**parts, **{name: first + number % _IDS for number, name in enumerate(ids)})
 
 
 def multimodal_model(config: Any, seed: int = 0) -> Any:
