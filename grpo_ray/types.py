@@ -107,9 +107,14 @@ class VersionSpan:
     end: int
 
 
+TRUNCATED = frozenset({"length", "context_overflow"})
+"""The finish reasons of a completion that had no room for more tokens."""
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One whole completion. Made by a rollout engine; travels by reference to reward workers and learner ranks.
+    """One whole completion: a single answer, or an episode of several turns with the environment's texts between them. Made by a
+    rollout engine; travels by reference to reward workers and learner ranks.
 
     Example: Sample("train/0/17", 2, array([51, 7]), array([9, 2]), array([-0.1, -0.3]), (VersionSpan(4, 0, 2),), "stop", "7")
     """
@@ -121,13 +126,26 @@ class Sample:
     token_ids: NDArray[np.int32]
     """[T] token ids, the end-of-sequence token included when the model wrote it."""
     logprobs: NDArray[np.float32]
-    """[T] rollout_logps, of the sampling policy after temperature, over the tokens that top_p, top_k and min_p left."""
+    """[T] rollout_logps, of the sampling policy after temperature, over the tokens that top_p, top_k and min_p left; 0 at the
+    environment's tokens, and unused there."""
     versions: tuple[VersionSpan, ...]
-    """Spans that cover [0, T)."""
+    """Spans in order, without overlaps, of the tokens that a policy sampled. The rest of [0, T) is the environment's: inputs, never
+    targets."""
     finish_reason: str
-    """The reason why sampling ended, `stop` or `length`."""
+    """The reason why sampling ended: `stop` or `length`; of an episode also `max_turns`, `max_tool_calls`, `environment_done`,
+    `parse_error` or `context_overflow`."""
     text: str
     """The completion, decoded once without the token that ended the turn, for rewards and people; it is never tokenized again."""
+
+    @property
+    def num_sampled(self) -> int:
+        """The number of completion tokens that a policy sampled."""
+        return sum([span.end - span.start for span in self.versions])
+
+    @property
+    def min_version(self) -> int | None:
+        """The oldest policy version that sampled one of its tokens; None: none was sampled."""
+        return min([span.version for span in self.versions], default=None)
 
 
 @_record
@@ -138,9 +156,9 @@ class SampleInfo:
     index: int
     num_prompt_tokens: int
     num_tokens: int
-    """The number of completion tokens, T."""
-    min_version: int
-    """The oldest policy version that sampled one of its tokens."""
+    """The number of completion tokens, T: what memory is planned by."""
+    min_version: int | None
+    """The oldest policy version that sampled one of its tokens; None: none was sampled."""
     finish_reason: str
     worker: str
     """The rollout engine that sampled it, e.g. `rollout-0`."""
@@ -148,6 +166,13 @@ class SampleInfo:
     """A handle on a list[Sample] (a Ray ObjectRef in a run; the list itself in a test)."""
     row: int
     """The sample's index in that list."""
+    num_environment_tokens: int = 0
+    """The number of completion tokens that are the environment's."""
+
+    @property
+    def num_sampled(self) -> int:
+        """The number of completion tokens that a policy sampled: what means are taken over."""
+        return self.num_tokens - self.num_environment_tokens
 
 
 class ScoreStatus(StrEnum):
@@ -291,7 +316,8 @@ class Group:
 
     @property
     def min_version(self) -> int:
-        return min([s.min_version for s in self.samples])
+        """The oldest policy version that sampled one of its tokens; the one that it was dispatched under if none was sampled."""
+        return min([s.min_version for s in self.samples if s.min_version is not None], default=self.dispatched_version)
 
 
 @_record
@@ -324,6 +350,13 @@ class TrainSample:
     """For a reward model: the margin by which the chosen answer of the pair should be better, or the label."""
     ref_logps: float | None = None
     """For DPO: ref_logps summed over the completion."""
+    num_environment_tokens: int = 0
+    """The number of completion tokens that are the environment's, as in `SampleInfo`."""
+
+    @property
+    def num_sampled(self) -> int:
+        """The number of completion tokens that a policy sampled: what the loss is a mean over."""
+        return self.num_tokens - self.num_environment_tokens
 
     @property
     def advantages(self) -> tuple[float | None, ...]:

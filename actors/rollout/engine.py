@@ -69,7 +69,7 @@ class RolloutEngine(Worker):
 
     def has_finished(self, info: SampleInfo) -> None:
         self.samples += 1
-        self.tokens += info.num_tokens
+        self.tokens += info.num_sampled
         self.restarts = 0
 
     def show(self) -> None:

@@ -50,11 +50,12 @@ def info_of(sample: Sample, worker: str, row: int) -> SampleInfo:
         index=sample.index,
         num_prompt_tokens=len(sample.prompt_token_ids),
         num_tokens=len(sample.token_ids),
-        min_version=min(v.version for v in sample.versions),
+        min_version=sample.min_version,
         finish_reason=sample.finish_reason,
         worker=worker,
         ref=None,
         row=row,
+        num_environment_tokens=len(sample.token_ids) - sample.num_sampled,
     )
 
 

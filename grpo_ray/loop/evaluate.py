@@ -126,7 +126,7 @@ async def evaluate(
         num_prompts=len(prompts),
         num_samples=config.eval.num_samples,
         mean_reward=fsum(rewards) / len(rewards) if rewards else None,
-        mean_length=sum(i.num_tokens for a in answered for i in a.infos) / total,
+        mean_length=sum(i.num_sampled for a in answered for i in a.infos) / total,
         num_not_applicable=sum(a.right.count(None) for a in answered),
         why_not=why_not_applicable(function, silent.columns, None) if silent is not None else "",
         scores=tuple(s for a in answered for s in a.scores),

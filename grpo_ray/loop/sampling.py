@@ -194,7 +194,7 @@ async def sample_all(
         ]
         await asyncio.to_thread(folder.write, number, parts, without)
         made += k * len(drawn)
-        tokens += sum(info.num_tokens for group in drawn for info in group.samples)
+        tokens += sum(info.num_sampled for group in drawn for info in group.samples)
         left_out.extend(without)
         for group in drawn:
             silent = sum(score.status is ScoreStatus.NOT_APPLICABLE for score in group.scores)

@@ -37,6 +37,7 @@ SCHEMA = schema(
         "reward_status",
         "rewards",
         "versions",
+        "num_sampled",
         "finish_reason",
         "worker",
         "seed",

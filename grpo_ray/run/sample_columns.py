@@ -41,6 +41,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "completion_ids": pa.list_(pa.int32()),
     "rollout_logprobs": pa.list_(pa.float32()),
     "versions": pa.list_(pa.struct([("version", pa.int64()), ("start", pa.int64()), ("end", pa.int64())])),
+    "num_sampled": pa.int32(),
     "min_version": pa.int64(),
     "finish_reason": pa.string(),
     "worker": pa.string(),
@@ -63,9 +64,12 @@ COLUMNS: dict[str, pa.DataType] = {
     "top_k": pa.int64(),
     "min_p": pa.float64(),
 }
-"""`prompt_ids` [N], `completion_ids` and `rollout_logprobs` [T]. `messages` (the prompt as a conversation, without anything that
-the template adds) and `columns` (the other columns of the prompt's row) are JSON, and so is `score`, a whole `types.Score` in which
-a reward that is no number is NaN; in `reward`, `rewards` and `advantage` it is null.
+"""`prompt_ids` [N], `completion_ids` and `rollout_logprobs` [T]. `versions` are the spans [start, end) of the completion that a
+policy sampled, `num_sampled` tokens together; the others are the environment's, and their `rollout_logprobs` 0.
+
+`messages` (the prompt as a conversation, without anything that the template adds) and `columns` (the other columns of the prompt's
+row) are JSON, and so is `score`, a whole `types.Score` in which a reward that is no number is NaN; in `reward`, `rewards` and
+`advantage` it is null.
 
 `reward` and `rewards` are the scores, before a KL is taken off. `group`, `loss_mask` and `part` as in `types.TrainSample`; `order`
 and `dispatched_version` as in `types.Group`; `temperature`, `top_p`, `top_k` and `min_p` are those of the whole batch."""
@@ -94,6 +98,7 @@ def sample_cells(sample: Sample) -> dict[str, Any]:
         "completion_ids": np.asarray(sample.token_ids, dtype=np.int32),
         "rollout_logprobs": np.asarray(sample.logprobs, dtype=np.float32),
         "versions": [{"version": v.version, "start": v.start, "end": v.end} for v in sample.versions],
+        "num_sampled": sample.num_sampled,
         "finish_reason": sample.finish_reason,
     }
 

@@ -35,6 +35,8 @@ SCHEMA = schema(
         "completion",
         "prompt_ids",
         "completion_ids",
+        "versions",
+        "num_sampled",
         "finish_reason",
         "reward",
         "reward_status",
