@@ -66,6 +66,12 @@ WHERE: dict[str, dict[str, str]] = {
         "functions num_actors num_cpus resources labels timeout_s num_gpus unit memory_gb env": SAMPLING,
         "min_actors max_actors": "train",
     },
+    "environment": {
+        "name package args interface classes tools tool_parser max_turns max_tool_calls max_turn_tokens max_result_chars "
+        "reset_timeout_s step_timeout_s episode_timeout_s num_actors num_cpus resources labels num_envs envs_per_process "
+        "memory_gb env": SAMPLING
+    },
+    "environment.classes": {"name package args interface": SAMPLING},
     "reward.on_failure": {"retries": SAMPLING, "action value": "train", "abort_above": "train sample"},
     "reward.functions": {"name package label weight args sources from_step part": SAMPLING},
     "reward.functions.workers": {"num_actors num_cpus num_gpus timeout_s": SAMPLING},
