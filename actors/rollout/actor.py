@@ -128,7 +128,9 @@ class RolloutActor:
         self._turn_end = template_end(self.tokenizer, template)
         self._vocab_size = vocab_size(model_config)
         ends = frozenset([*self._eos_ids, *([self._turn_end.id] if self._turn_end is not None else [])])
-        self._episodes = episodes and Episodes(episodes, self.tokenizer, self.name, max_model_len, ends)
+        self._episodes: Episodes | None = None
+        if episodes is not None:
+            self._episodes = Episodes(episodes, self.tokenizer, self.name, max_model_len, ends)
         self._stops: dict[SamplingParams, Stops] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._outcomes: list[Outcome] = []

@@ -13,7 +13,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from os.path import commonprefix
 from typing import Any
 
 from grpo_ray.data.templates import TOOLS, apply_chat_template
@@ -138,10 +137,10 @@ class TurnSuffixes:
         """Where the end-of-turn token of the made-up answer, the last thing in `before`, stands in `after`."""
         marker = calls[-1] if calls else PROBE
         said = before.rfind(marker) + len(marker)
-        common = commonprefix([before, after])
-        if said < len(marker) or len(common) < said:
+        shared = _num_shared(before, after)
+        if said < len(marker) or shared < said:
             return None
-        found = [m for m in self._end.finditer(before, said) if m.end() <= len(common)]
+        found = [m for m in self._end.finditer(before, said) if m.end() <= shared]
         if found:
             return found[-1].span() if not self._end.sub("", before[found[-1].end() :]).strip() else None
         # The token that ends the turn is the first of the message that follows (GLM).
@@ -208,8 +207,17 @@ def _answered(messages: Sequence[Mapping[str, Any]], calls: Sequence[str]) -> li
     return [{**m, "tool_call_id": _call_id(next(results, 0))} if m["role"] == "tool" else dict(m) for m in messages]
 
 
+def _num_shared(one: str, other: str) -> int:
+    """The number of characters that both begin with."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
+
+
 def _changed(before: str, after: str, what: str) -> str:
-    at = len(commonprefix([before, after]))
+    at = _num_shared(before, after)
     one, other = (text[max(0, at - _SHOWN) : at + _SHOWN] for text in (before, after))
     return (
         f"the chat template does not keep the text of earlier turns: {what}: first {one!r}, then {other!r}. Tokens that were "

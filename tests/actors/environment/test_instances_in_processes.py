@@ -8,6 +8,7 @@ import pickle
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def test_games_of_three_shapes_are_played_by_their_own_methods() -> None:
             ticket, first = await begun(hosts, environment=name, prompt="hello", answer="no way")
             steps = []
             for action in ["no way"] if name == "skyrl" else ["a", "b"]:
-                answer = await hosts.use(ticket, lambda place, action=action: Step(place, action))
+                answer = await hosts.use(ticket, partial(Step, action=action))
                 steps.append((answer["messages"], answer["reward"], answer["done"]))
             out[name] = (first, steps, (await ended(hosts, ticket))["reward"])
             await hosts.release(ticket)
