@@ -35,7 +35,8 @@ from grpo_ray.episodes.episode import (
     Rules,
     play,
 )
-from grpo_ray.episodes.suffix import TurnSuffixes
+from grpo_ray.episodes.suffix import TEMPLATE, TurnSuffixes
+from grpo_ray.episodes.templates import episode_template, with_template
 from grpo_ray.errors import DataError
 from grpo_ray.rewards.functions.function import ScoreInputs
 from grpo_ray.types import (
@@ -64,6 +65,12 @@ class EpisodeOptions:
     max_prompt_length: int
     rewards_steps: bool
     """Whether each step of a text game is rewarded by itself (`algorithm.advantage: process`)."""
+
+    @property
+    def chat_template_kwargs(self) -> dict[str, Any]:
+        """The arguments of the chat template, with the name of the one of several that is used."""
+        name = self.template.partition(":")[2]
+        return {**self.template_kwargs, **({TEMPLATE: name} if name else {})}
 
     @classmethod
     def of(cls, config: RunConfig) -> EpisodeOptions | None:
@@ -105,9 +112,9 @@ class Episodes:
         self._ends = ends
         self._options = options
         self._config = options.environment
-        self._tokenizer = tokenizer
+        self._tokenizer = with_template(tokenizer, options.environment.template)
         self._max_length = max_length
-        self._template = make_template(options.template, tokenizer, options.system, options.template_kwargs)
+        self._template = make_template(options.template, self._tokenizer, options.system, options.template_kwargs)
         self._rules: dict[tuple[str, int], Rules] = {}
         self.client = EnvironmentClient(name)
 
@@ -213,7 +220,7 @@ class Episodes:
     def _prompt_ids(
         self, request: SampleRequest, start: EpisodeStart, observation: Any, described: Described
     ) -> list[int]:
-        if observation is None and not described.schemas:
+        if observation in (None, "") and not described.schemas and self._config.template is None:
             return list(request.prompt_token_ids)
         messages = begun(start.prompt.messages or [], observation, self._config.max_result_chars)
         tools = {TOOLS: list(described.schemas)} if described.schemas else {}
@@ -238,9 +245,11 @@ class Episodes:
         return self._rules[key]
 
     def _new_rules(self, described: Described, max_tokens: int) -> Rules:
-        c, options = self._config, self._options
-        chosen = options.template.partition(":")[2] or None
-        suffixes = TurnSuffixes(self._tokenizer, chosen, list(described.schemas), options.template_kwargs)
+        c, schemas = self._config, list(described.schemas) or None
+        role = "user" if described.is_game else "tool"
+        kwargs = self._options.chat_template_kwargs
+        found = episode_template(self._tokenizer, c.template, schemas, kwargs, roles=(role,))
+        suffixes = TurnSuffixes(self._tokenizer, found.text, schemas, kwargs)
 
         def suffix(messages: list[Message], calls: tuple[ToolCall, ...], last: int) -> list[int]:
             ids = suffixes.after(messages, calls=[call.name for call in calls])
@@ -260,7 +269,7 @@ class Episodes:
 def begun(messages: list[Message], observation: Any, max_chars: int | None) -> list[Message]:
     """The conversation with what `reset` gave: text and content blocks are appended to the last message, messages take its
     place."""
-    if observation is None:
+    if observation is None or not messages:
         return messages
     if isinstance(observation, list) and observation and all(isinstance(m, dict) and "role" in m for m in observation):
         system = [m for m in messages[:1] if m["role"] == "system" and observation[0]["role"] != "system"]

@@ -67,7 +67,7 @@ WHERE: dict[str, dict[str, str]] = {
         "min_actors max_actors": "train",
     },
     "environment": {
-        "name package args interface classes tools tool_parser max_turns max_tool_calls max_turn_tokens max_result_chars "
+        "name package args interface classes tools tool_parser template max_turns max_tool_calls max_turn_tokens max_result_chars "
         "reset_timeout_s step_timeout_s episode_timeout_s num_actors num_cpus resources labels num_envs envs_per_process "
         "memory_gb env": SAMPLING
     },
@@ -275,7 +275,7 @@ def _of_workers(config: RunConfig | SftConfig, command: str) -> Found:
                 "reward.functions",
                 f"{late} would begin after the last step (from_step), for num_steps is {config.num_steps}",
             )
-    if SHARED_POOL not in reward.pools:
+    if SHARED_POOL not in config.reward_pools:
         for name in ("num_actors", "min_actors", "max_actors", "num_cpus", "num_gpus", "unit"):
             yield f"reward.{name}", "every reward function has workers of its own"
     if reward.on_failure.action != "value":

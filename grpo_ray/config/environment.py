@@ -10,6 +10,7 @@ from pydantic import AfterValidator, model_validator
 
 from grpo_ray.config.base import (
     Env,
+    HomePath,
     Labels,
     NonNegFloat,
     NonNegInt,
@@ -72,6 +73,9 @@ class EnvironmentConfig(Strict):
     `file.py:function`."""
     tool_parser: str | None = None
     """How calls are read in what the model writes: `hermes`, or the name of another of vLLM's tool parsers. None: hermes."""
+    template: HomePath | None = None
+    """A file with the chat template of episodes, one that writes every turn as it was. None: the model's own, with the known small
+    change where it takes reasoning out of earlier turns."""
 
     max_turns: PositiveInt | None = None
     """The number of the model's turns after which an episode ends. None: as many as rollout.max_completion_length holds."""

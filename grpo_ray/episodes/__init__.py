@@ -1,4 +1,4 @@
-"""Episodes: conversations of several turns, token by token. Ids go in and ids come out; what a model wrote is never tokenized again.
+"""Episodes: conversations of several turns, token by token. Ids go in and come out; what a model wrote is never tokenized again.
 
 Read contract.py (what users write), instances.py (one environment, as an episode sees it), described.py (which there are), calls.py
 (tool calls in what a model writes), suffix.py (the ids of what an environment says between two turns) with templates.py (chat
