@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
@@ -105,6 +106,12 @@ class EnvironmentConfig(Strict):
     memory_gb: PositiveFloat = 4.0
     """The memory limit of a process, which gets a MemoryError beyond it."""
     env: Env = {}
+
+    def with_names(self, placed: Callable[[str], str]) -> Self:
+        """The section with the name of every class and tool replaced by what `placed` gives for it."""
+        classes = {k: c.model_copy(update={"name": placed(c.name)}) for k, c in self.classes.items()}
+        name = None if self.name is None else placed(self.name)
+        return self.model_copy(update={"name": name, "classes": classes, "tools": tuple(map(placed, self.tools))})
 
     @property
     def by_name(self) -> dict[str, EnvironmentClassConfig]:
