@@ -23,6 +23,7 @@ from grpo_ray.user_code.modules import OURS, name_taken
 
 TASKS = (
     "grpo_ray.tasks.arithmetic",
+    "grpo_ray.tasks.calculator",
     "grpo_ray.tasks.guess_number",
     "grpo_ray.tasks.r1",
     "grpo_ray.tasks.word_problems",

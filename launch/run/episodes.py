@@ -11,7 +11,7 @@ from launch.run.recipe import with_own
 from launch.run.smoke import held_out_accuracy, link_cold_start
 
 GOAL = 0.80
-TASKS = ("guess_number",)
+TASKS = ("guess_number", "calculator_tiny")
 """The recipes; the cold start of each has its name and `_sft`."""
 
 
