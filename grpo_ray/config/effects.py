@@ -279,7 +279,10 @@ def _of_workers(config: RunConfig | SftConfig, command: str) -> Found:
         for name in ("num_actors", "min_actors", "max_actors", "num_cpus", "num_gpus", "unit"):
             yield f"reward.{name}", "every reward function has workers of its own"
     if reward.on_failure.action != "value":
-        yield "reward.on_failure.value", "it is of action value, and reward.on_failure.action is drop_group"
+        yield (
+            "reward.on_failure.value",
+            "it is of action value, and reward.on_failure.action is " + reward.on_failure.action,
+        )
 
 
 def _of_the_loss(config: RunConfig | SftConfig, _command: str) -> Found:

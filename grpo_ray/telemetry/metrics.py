@@ -138,6 +138,8 @@ def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
     unscored = sum(s.status is ScoreStatus.NOT_APPLICABLE for g in groups for s in g.scores)
     out = _mean_and_std("reward", rewards) | {"reward/not_applicable": float(unscored)}
     out |= {f"reward/{name}/not_applicable": float(n) for name, n in silent.items() if n}
+    if left_out := sum(s.status.failed and s.value != s.value for g in groups for s in g.scores):
+        out["reward/dropped_samples"] = float(left_out)
     if spreads:
         out["reward/group_std"] = _mean(spreads)
     if no_signal:
