@@ -15,11 +15,11 @@ from actors.devices import gpus_of_new_node
 from actors.named_clusters import check_named
 from actors.private import is_closed, use_private_temporary_files, why_open
 from actors.search_path import worker_env
+from grpo_ray.config.common import ClusterConfig
 from grpo_ray.config.environment import ENVIRONMENT_POOL, EnvironmentConfig
 from grpo_ray.config.learner import LearnerConfig
 from grpo_ray.config.reward import RewardConfig
 from grpo_ray.config.rollout import RolloutConfig
-from grpo_ray.config.runtime import ClusterConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ResourceError

@@ -274,7 +274,7 @@ def smoke(overrides: Overrides = None) -> None:
 @app.command()
 def episodes(overrides: Overrides = None) -> None:
     """Tiny models from a cold start to 80% of tasks of several turns, with the real engines, on this machine."""
-    from launch.run.episodes import run_episodes
+    from launch.run.smoke import run_episodes
 
     run_episodes(overrides or [])
 

@@ -9,35 +9,32 @@ The caller owns the object of the samples that a poll returns, so they outlive t
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import shutil
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 
 from actors.deaths import CORE_DIED
 from actors.devices import SharedGpus, check_cuda, check_engine_has_gpu, take_gpus
-from actors.rollout.adapters import Adapter, AdapterOptions, EngineAdapters
+from actors.rollout.adapters import AdapterOptions, EngineAdapters
+from actors.rollout.completions import Completions
 from actors.rollout.episode import EpisodeOptions, Episodes
 from actors.rollout.forked_core import forked_core
-from actors.rollout.sample import info_of, sample_of
-from actors.rollout.vllm_options import can_fork, engine_args, sampling_params
+from actors.rollout.sample import info_of
+from actors.rollout.vllm_options import can_fork, engine_args
 from actors.runtime import end_of_imports, own_process, own_scratch, use_batch_scheduling, use_nodes_interface
 from grpo_ray.config.rollout import RolloutConfig
-from grpo_ray.episodes.episode import Generated
 from grpo_ray.errors import WorkerError
-from grpo_ray.loop.stops import Stops, find_stops, template_end
+from grpo_ray.loop.stops import template_end
 from grpo_ray.models.files.loading import context_length, eos_ids, load_config, vocab_size
-from grpo_ray.types import EpisodeFigures, Sample, SampleInfo, SampleRequest, SamplingParams
+from grpo_ray.types import EpisodeFigures, Sample, SampleInfo, SampleRequest
 
 if TYPE_CHECKING:
-    from vllm.outputs import RequestOutput
-
     from actors.environment.pool import Members
     from actors.weights.memory import Address
 
@@ -124,21 +121,22 @@ class RolloutActor:
         use_batch_scheduling()
         self._adapters = EngineAdapters(self.engine, adapters, model, self.name)
         self.tokenizer: Any = self.engine.get_tokenizer()
-        self._eos_ids = eos_ids(model, self.tokenizer, trust_remote_code=trust_remote_code)
-        self._turn_end = template_end(self.tokenizer, template)
-        self._vocab_size = vocab_size(model_config)
-        ends = frozenset([*self._eos_ids, *([self._turn_end.id] if self._turn_end is not None else [])])
+        self._completions = Completions(
+            self.engine,
+            self.tokenizer,
+            self.name,
+            eos_ids(model, self.tokenizer, trust_remote_code=trust_remote_code),
+            template_end(self.tokenizer, template),
+            vocab_size(model_config),
+        )
         self._episodes: Episodes | None = None
         if episodes is not None:
-            self._episodes = Episodes(episodes, self.tokenizer, self.name, max_model_len, ends)
-        self._stops: dict[SamplingParams, Stops] = {}
+            self._episodes = Episodes(episodes, self._completions, max_model_len)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._outcomes: list[Outcome] = []
         self._samples: list[Sample] = []
         self._arrived = asyncio.Event()
-        self._turns = itertools.count()
-        """Numbers in the names of an episode's requests, so that none is used twice."""
-        self._version = self._num_tokens = self._num_samples = 0
+        self._num_tokens = self._num_samples = 0
         self._busy_s = 0.0
         self._busy_since = 0.0
 
@@ -197,9 +195,12 @@ class RolloutActor:
         try:
             with self._adapters.use() as adapter:
                 if request.episode is None:
-                    self._finish(ticket, await self._complete(str(ticket), request, adapter))
+                    self._finish(ticket, await self._completions.complete(str(ticket), request, adapter))
                 else:
-                    self._finish(ticket, *await self._play(ticket, request, adapter))
+                    assert self._episodes is not None
+                    self._finish(
+                        ticket, *await self._episodes.draw(request, self._completions.turns(ticket, request, adapter))
+                    )
         except EngineDeadError:
             self._arrived.set()
         except VLLMClientError as e:
@@ -212,53 +213,10 @@ class RolloutActor:
             if not self._tasks:
                 self._busy_s += time.monotonic() - self._busy_since
 
-    async def _complete(self, name: str, request: SampleRequest, adapter: Adapter | None) -> Sample:
-        """Sample one completion; `name` is the request's in the engine."""
-        # What other weights have computed of the same prompt is not for this sample, wherever it is kept.
-        prompt = {"prompt_token_ids": request.prompt_token_ids, "cache_salt": str(self._version)}
-        stops = self._stops_of(request.params)
-        lora = adapter.request if adapter is not None else None
-        final: RequestOutput | None = None
-        async for output in self.engine.generate(prompt, sampling_params(request, stops), name, lora_request=lora):
-            final = output
-        assert final is not None
-        completion = final.outputs[0]
-        if completion.finish_reason not in ("stop", "length"):
-            raise WorkerError(f"finish_reason {completion.finish_reason}")
-        version = None if adapter is None else adapter.version
-        text = stops.read(self.tokenizer, list(completion.token_ids))
-        return sample_of(request, completion, version, text, self.name)
-
-    async def _play(
-        self, ticket: int, request: SampleRequest, adapter: Adapter | None
-    ) -> tuple[Sample, EpisodeFigures]:
-        """Play an episode, under one adapter from its first turn to its last."""
-        assert self._episodes is not None
-
-        async def generate(token_ids: Sequence[int], max_tokens: int, seed: int, turn: int) -> Generated:
-            params = replace(request.params, max_tokens=max_tokens)
-            asked = SampleRequest(request.prompt_id, request.index, list(token_ids), seed, params)
-            return Generated.of(await self._complete(f"{ticket}.{turn}.{next(self._turns)}", asked, adapter))
-
-        stops = self._stops_of(request.params)
-        return await self._episodes.draw(request, generate, lambda ids: stops.read(self.tokenizer, ids))
-
     async def use_environments(self, members: Members) -> None:
         """Play episodes at these workers from now on."""
         assert self._episodes is not None
         self._episodes.client.use(members)
-
-    def _stops_of(self, params: SamplingParams) -> Stops:
-        if params not in self._stops:
-            self._stops[params] = find_stops(
-                self.tokenizer,
-                self._eos_ids,
-                self._turn_end,
-                self._vocab_size,
-                params.stop,
-                params.stop_token_ids,
-            )
-        return self._stops[params]
 
     def _finish(self, ticket: int, sample: Sample, episode: EpisodeFigures | None = None) -> None:
         self._num_tokens += len(sample.token_ids)
@@ -359,7 +317,7 @@ class RolloutActor:
         await self._use(version)
 
     async def _use(self, version: int) -> None:
-        self._version = version
+        self._completions.version = version
         await self.engine.finish_weight_update(str(version))
 
     async def load_adapter(self, version: int, checksum: str, data: Sequence[Any]) -> float:

@@ -12,13 +12,13 @@ from __future__ import annotations
 import asyncio
 import math
 import pickle
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from actors.environment.client import EnvironmentClient, EnvironmentSession
+from actors.rollout.completions import Completions
 from actors.rollout.tool_parser import reader
 from grpo_ray.config.environment import COLUMN, EnvironmentConfig
 from grpo_ray.config.schema import RunConfig
@@ -101,32 +101,20 @@ class _Attempt:
 class Episodes:
     """Plays the episodes of an engine. All methods belong to one event loop."""
 
-    def __init__(
-        self, options: EpisodeOptions, tokenizer: Any, name: str, max_length: int, ends: frozenset[int]
-    ) -> None:
-        """
-        Args:
-            max_length: the tokens that the engine holds of one sample, prompt included.
-            ends: the tokens that end a turn.
-        """
-        self._ends = ends
+    def __init__(self, options: EpisodeOptions, completions: Completions, max_length: int) -> None:
+        """`max_length`: the tokens that the engine holds of one sample, prompt included."""
+        self._completions = completions
+        self._ends = completions.ends
         self._options = options
         self._config = options.environment
-        self._tokenizer = with_template(tokenizer, options.environment.template)
+        self._tokenizer = with_template(completions.tokenizer, options.environment.template)
         self._max_length = max_length
         self._template = make_template(options.template, self._tokenizer, options.system, options.template_kwargs)
         self._rules: dict[tuple[str, int], Rules] = {}
-        self.client = EnvironmentClient(name)
+        self.client = EnvironmentClient(completions.name)
 
-    async def draw(
-        self, request: SampleRequest, generate: Generate, read: Callable[[list[int]], str]
-    ) -> tuple[Sample, EpisodeFigures]:
-        """The sample of one episode, with its rewards, or why there are none.
-
-        Args:
-            generate: samples one turn.
-            read: the text of completion tokens.
-        """
+    async def draw(self, request: SampleRequest, generate: Generate) -> tuple[Sample, EpisodeFigures]:
+        """The sample of one episode, with its rewards, or why there are none; `generate` samples one turn."""
         assert request.episode is not None
         failures: list[str] = []
         for _ in range(DRAWS):
@@ -143,7 +131,7 @@ class Episodes:
             logprobs=np.asarray(played.logprobs, dtype=np.float32),
             versions=tuple(played.versions),
             finish_reason=played.finish_reason,
-            text=read(played.token_ids),
+            text=self._completions.read(played.token_ids, request.params),
             episode=Episode(tuple(played.messages), tuple(attempt.scores), attempt.failure),
         )
         return sample, played.figures(failures)

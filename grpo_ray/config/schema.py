@@ -1,7 +1,7 @@
 """The schema of a GRPO run. Every default exists here and in the file of its section, once; `grpo-ray check` prints the
 resolved whole.
 
-    model  data  rollout  reward  algorithm  learner  runtime     sections
+    model  data  rollout  environment  reward  algorithm  learner     sections
     common                                                        the sections that every training run has
     schema (`grpo-ray train`)   supervised (`sft`, `dpo`, `reward-model`)     whole runs
     loading                                                       from YAML and `key=value` to one of these, and back

@@ -17,7 +17,6 @@ from actors.placement_defaults import used
 from actors.rollout.cpu_limits import check_cpu_limits
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.config.effects import about_context, check_context, without_gpu
-from grpo_ray.config.reward import RewardConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.data.epochs import describe
@@ -28,12 +27,13 @@ from grpo_ray.models.files.loading import check_ids, context_length, vocab_size
 from grpo_ray.models.memory.estimate import BF16, FP32, facts_of, gib, learner_memory
 from grpo_ray.models.memory.fit import parts_of
 from grpo_ray.models.memory.kv_cache import check_one_sample
-from grpo_ray.rewards.table import BUILTINS, described
+from grpo_ray.rewards.table import BUILTINS
 from grpo_ray.run.checkpoint_store import Store, is_url
 from grpo_ray.run.run_dir import RunDir
 from launch.check.golds import gold_rows
 from launch.check.gpu import Gpus, check_gpus, gpu_rows, named_gpus, stage_rows
 from launch.check.model import LearnersModel, ModelFiles, keep_torch_out, learners_model
+from launch.check.rewards import called
 from launch.console import headed, plain_console
 from launch.named_clusters import check_cluster
 from launch.program import runnable
@@ -323,7 +323,7 @@ def _step_rows(config: RunConfig | SftConfig, context: int, *, imports: bool) ->
             f"{updates} optimizer step{'s' * (updates > 1)}",
         ),
         ("reward", rewards),
-        *([("called", _called(config.reward, r.num_generations, imports=imports))] if config.reward.functions else []),
+        *([("called", called(config.reward, r.num_generations, imports=imports))] if config.reward.functions else []),
         (
             "loss",
             f"{a.loss}, advantage {a.advantage}, {_bounds(a)}, beta {a.beta:g}{' in the reward' * (a.kl_in == 'reward')}, "
@@ -332,24 +332,6 @@ def _step_rows(config: RunConfig | SftConfig, context: int, *, imports: bool) ->
         *([("correction", ", ".join(correction))] if correction else []),
         *([("sampling", f"{r.truncation}: the learner renormalises over the tokens left")] if r.truncation else []),
     ]
-
-
-def _called(reward: RewardConfig, num_generations: int, *, imports: bool) -> str:
-    """The arguments that the reward functions are called with."""
-    found = [described(f, imports=imports) for f in reward.functions]
-    whole = [f.name for f in found if not f.per_sample]
-    group, one = f"the {num_generations} samples of a group at once", "one sample, the moment it is drawn"
-    at_hand = "all samples that a worker has at hand"
-    own = [f.title for f in reward.functions if f.workers is not None]
-    rest = f"; {', '.join(own)} with {at_hand}, of workers of its own" if own else ""
-    match reward.unit:
-        case "auto" if whole and len(whole) < len(found):
-            text = f"with {group}: {', '.join(whole)}; the others sample by sample, when the group is complete"
-        case "auto":
-            text = f"with {group}" if whole else f"with {one}"
-        case unit:
-            text = f"with {({'sample': one, 'group': group, 'batch': at_hand})[unit]} (reward.unit {unit})"
-    return text + rest
 
 
 def _bounds(a: AlgorithmConfig) -> str:

@@ -13,6 +13,7 @@ import pytest
 from actors.environment.actor import EnvironmentActor
 from actors.environment.hosts import Hosts
 from actors.environment.pool import Members
+from actors.rollout.completions import Completions
 from actors.rollout.episode import EpisodeOptions, Episodes, begun
 from grpo_ray.config.environment import EnvironmentConfig
 from grpo_ray.config.model import TinyModelConfig
@@ -75,7 +76,7 @@ def drawn(
         worker = Here(config, rewards)
         described = {name: asdict(loaded.described()) for name, loaded in load_all(config).items()}
         options = EpisodeOptions(config, "chat", None, {}, 100, rewards_steps=False)
-        episodes = Episodes(options, tokenizer, "rollout-0", 300, frozenset({EOS}))
+        episodes = Episodes(options, Completions(None, tokenizer, "rollout-0", [EOS], None, 264), 300)
         episodes.client.use(Members((("environment-0/0", Handle(worker)),), described))
         messages = [{"role": "user", "content": "go"}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -83,7 +84,7 @@ def drawn(
         prompt = Prompt("rows/0/0", ids, text, messages, columns, "go")
         request = SampleRequest("rows/0/0", 2, ids, 7, PARAMS, EpisodeStart(prompt, 11))
         try:
-            sample, figures = await episodes.draw(request, generate, tokenizer.decode)
+            sample, figures = await episodes.draw(request, generate)
             await asyncio.sleep(0.1)
             return sample, figures, await worker.counts()
         finally:
