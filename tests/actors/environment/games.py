@@ -198,3 +198,18 @@ def double(number: int) -> int:
 def total_of(completions: list[Any], environments: list[Any], **kwargs: Any) -> list[float]:
     """A reward beside the environments."""
     return [float(e.total) / 10 for e in environments]
+
+
+class Rounds:
+    """A gym-like game that says how often it was answered, and ends after so many rounds."""
+
+    def __init__(self, rounds: int = 5) -> None:
+        self._rounds = rounds
+
+    def reset(self, *, seed: int | None = None) -> tuple[str, dict[str, Any]]:
+        self._played = 0
+        return "", {}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        self._played += 1
+        return f"{self._played} of {self._rounds}", 1.0, self._played >= self._rounds, False, {}
