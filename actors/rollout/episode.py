@@ -10,9 +10,11 @@ The environment stays alive until its rewards are computed, which is the last th
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import pickle
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -50,6 +52,8 @@ from grpo_ray.types import (
     Step,
 )
 
+SUFFIXES = 1024
+"""The suffixes that are kept: a text game says the same few things again and again, and a template takes a millisecond."""
 DRAWS = 2
 """An episode whose environment fails is drawn again once."""
 
@@ -239,8 +243,12 @@ class Episodes:
         found = episode_template(self._tokenizer, c.template, schemas, kwargs, roles=(role,))
         suffixes = TurnSuffixes(self._tokenizer, found.text, schemas, kwargs)
 
+        @lru_cache(maxsize=SUFFIXES)
+        def after(messages: str, calls: tuple[str, ...]) -> list[int]:
+            return suffixes.after(json.loads(messages), calls=calls)
+
         def suffix(messages: list[Message], calls: tuple[ToolCall, ...], last: int) -> list[int]:
-            ids = suffixes.after(messages, calls=[call.name for call in calls])
+            ids = after(json.dumps(messages), tuple(call.name for call in calls))
             # A turn that another stop ended lacks what the template ends one with.
             return ids if last in self._ends else [suffixes.end_id, *ids]
 
