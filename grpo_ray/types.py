@@ -83,6 +83,18 @@ class SamplingParams:
 
 
 @record
+class EpisodeStart:
+    """What an episode begins with, besides the tokens of its prompt."""
+
+    prompt: Prompt
+    seed: int
+    """The seed of the environment's reset, the same for all samples of a group."""
+    step: int | None = None
+    """The last step done when the prompt was dispatched; None in an evaluation."""
+    trainer: TrainerState | None = None
+
+
+@record
 class SampleRequest:
     """Request for one sample. Made by the loop, consumed by a rollout engine."""
 
@@ -94,6 +106,8 @@ class SampleRequest:
     seed: int
     """The seed of this one sample, derived from (run seed, prompt id, index): a rerun samples the same tokens."""
     params: SamplingParams
+    episode: EpisodeStart | None = None
+    """What an environment's episode begins with; None: one turn, without an environment."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +121,33 @@ class VersionSpan:
 
 TRUNCATED = frozenset({"length", "context_overflow"})
 """The finish reasons of a completion that had no room for more tokens."""
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What only a sample of several turns has."""
+
+    messages: tuple[dict[str, Any], ...]
+    """The conversation after the prompt: the model's turns, and what the environment answered."""
+    scores: tuple[RewardScore, ...]
+    """Rewards that were computed where the environment was alive: its own, and those of functions that name `environments`."""
+    failure: RewardScore | None = None
+    """Why there are no rewards: the environment died, hung, or could not begin."""
+
+
+@record
+class EpisodeFigures:
+    """Figures of one episode, for metrics."""
+
+    num_turns: int
+    calls: tuple[tuple[str, int], ...]
+    """(tool, number of calls) pairs."""
+    num_errors: int
+    """The number of calls that were answered with an error."""
+    seconds: float
+    """The time that the episode waited for its environment."""
+    failures: tuple[str, ...]
+    """The `ScoreStatus` of each attempt whose environment failed; the last attempt may have succeeded."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +172,11 @@ class Sample:
     targets."""
     finish_reason: str
     """The reason why sampling ended: `stop` or `length`; of an episode also `max_turns`, `max_tool_calls`, `environment_done`,
-    `parse_error` or `context_overflow`."""
+    `parse_error`, `context_overflow` or `environment_failed`."""
     text: str
     """The completion, decoded once without the token that ended the turn, for rewards and people; it is never tokenized again."""
+    episode: Episode | None = None
+    """What an environment's episode adds; None: one turn."""
 
     @property
     def num_sampled(self) -> int:
@@ -166,6 +209,8 @@ class SampleInfo:
     """The sample's index in that list."""
     num_environment_tokens: int = 0
     """The number of completion tokens that are the environment's."""
+    episode: EpisodeFigures | None = None
+    """Figures of an environment's episode; None: one turn."""
 
     @property
     def num_sampled(self) -> int:

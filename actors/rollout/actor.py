@@ -9,12 +9,13 @@ The caller owns the object of the samples that a poll returns, so they outlive t
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import shutil
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
@@ -22,19 +23,22 @@ import ray
 from actors.deaths import CORE_DIED
 from actors.devices import SharedGpus, check_cuda, check_engine_has_gpu, take_gpus
 from actors.rollout.adapters import Adapter, AdapterOptions, EngineAdapters
+from actors.rollout.episode import EpisodeOptions, Episodes
 from actors.rollout.forked_core import forked_core
 from actors.rollout.sample import info_of, sample_of
 from actors.rollout.vllm_options import can_fork, engine_args, sampling_params
 from actors.runtime import end_of_imports, own_process, own_scratch, use_batch_scheduling, use_nodes_interface
 from grpo_ray.config.rollout import RolloutConfig
+from grpo_ray.episodes.episode import Generated
 from grpo_ray.errors import WorkerError
 from grpo_ray.loop.stops import Stops, find_stops, template_end
 from grpo_ray.models.files.loading import context_length, eos_ids, load_config, vocab_size
-from grpo_ray.types import Sample, SampleInfo, SampleRequest, SamplingParams
+from grpo_ray.types import EpisodeFigures, Sample, SampleInfo, SampleRequest, SamplingParams
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
 
+    from actors.environment.pool import Members
     from actors.weights.memory import Address
 
 POLL_LINGER_S = 0.01
@@ -80,6 +84,7 @@ class RolloutActor:
         colocated: bool = False,
         template: str = "raw",
         shared: SharedGpus | None = None,
+        episodes: EpisodeOptions | None = None,
     ) -> None:
         self.name = f"rollout-{index}"
         own_process(run_dir, self.name)
@@ -122,11 +127,17 @@ class RolloutActor:
         self._eos_ids = eos_ids(model, self.tokenizer, trust_remote_code=trust_remote_code)
         self._turn_end = template_end(self.tokenizer, template)
         self._vocab_size = vocab_size(model_config)
+        ends = frozenset([*self._eos_ids, *([self._turn_end.id] if self._turn_end is not None else [])])
+        self._episodes: Episodes | None = None
+        if episodes is not None:
+            self._episodes = Episodes(episodes, self.tokenizer, self.name, max_model_len, ends)
         self._stops: dict[SamplingParams, Stops] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._outcomes: list[Outcome] = []
         self._samples: list[Sample] = []
         self._arrived = asyncio.Event()
+        self._turns = itertools.count()
+        """Numbers in the names of an episode's requests, so that none is used twice."""
         self._version = self._num_tokens = self._num_samples = 0
         self._busy_s = 0.0
         self._busy_since = 0.0
@@ -183,19 +194,12 @@ class RolloutActor:
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        final: RequestOutput | None = None
         try:
-            # What other weights have computed of the same prompt is not for this sample, wherever it is kept.
-            prompt = {"prompt_token_ids": request.prompt_token_ids, "cache_salt": str(self._version)}
-            stops = self._stops_of(request.params)
             with self._adapters.use() as adapter:
-                lora = adapter.request if adapter is not None else None
-                async for output in self.engine.generate(
-                    prompt, sampling_params(request, stops), str(ticket), lora_request=lora
-                ):
-                    final = output
-            assert final is not None
-            self._finish(ticket, request, final, adapter, stops)
+                if request.episode is None:
+                    self._finish(ticket, await self._complete(str(ticket), request, adapter))
+                else:
+                    self._finish(ticket, *await self._play(ticket, request, adapter))
         except EngineDeadError:
             self._arrived.set()
         except VLLMClientError as e:
@@ -207,6 +211,42 @@ class RolloutActor:
             del self._tasks[ticket]
             if not self._tasks:
                 self._busy_s += time.monotonic() - self._busy_since
+
+    async def _complete(self, name: str, request: SampleRequest, adapter: Adapter | None) -> Sample:
+        """Sample one completion; `name` is the request's in the engine."""
+        # What other weights have computed of the same prompt is not for this sample, wherever it is kept.
+        prompt = {"prompt_token_ids": request.prompt_token_ids, "cache_salt": str(self._version)}
+        stops = self._stops_of(request.params)
+        lora = adapter.request if adapter is not None else None
+        final: RequestOutput | None = None
+        async for output in self.engine.generate(prompt, sampling_params(request, stops), name, lora_request=lora):
+            final = output
+        assert final is not None
+        completion = final.outputs[0]
+        if completion.finish_reason not in ("stop", "length"):
+            raise WorkerError(f"finish_reason {completion.finish_reason}")
+        version = None if adapter is None else adapter.version
+        text = stops.read(self.tokenizer, list(completion.token_ids))
+        return sample_of(request, completion, version, text, self.name)
+
+    async def _play(
+        self, ticket: int, request: SampleRequest, adapter: Adapter | None
+    ) -> tuple[Sample, EpisodeFigures]:
+        """Play an episode, under one adapter from its first turn to its last."""
+        assert self._episodes is not None
+
+        async def generate(token_ids: Sequence[int], max_tokens: int, seed: int, turn: int) -> Generated:
+            params = replace(request.params, max_tokens=max_tokens)
+            asked = SampleRequest(request.prompt_id, request.index, list(token_ids), seed, params)
+            return Generated.of(await self._complete(f"{ticket}.{turn}.{next(self._turns)}", asked, adapter))
+
+        stops = self._stops_of(request.params)
+        return await self._episodes.draw(request, generate, lambda ids: stops.read(self.tokenizer, ids))
+
+    async def use_environments(self, members: Members) -> None:
+        """Play episodes at these workers from now on."""
+        assert self._episodes is not None
+        self._episodes.client.use(members)
 
     def _stops_of(self, params: SamplingParams) -> Stops:
         if params not in self._stops:
@@ -220,19 +260,10 @@ class RolloutActor:
             )
         return self._stops[params]
 
-    def _finish(
-        self, ticket: int, request: SampleRequest, final: RequestOutput, adapter: Adapter | None, stops: Stops
-    ) -> None:
-        completion = final.outputs[0]
-        if completion.finish_reason not in ("stop", "length"):
-            self._add(Outcome(ticket, None, "aborted", f"finish_reason {completion.finish_reason}"))
-            return
-        token_ids = list(completion.token_ids)
-        version = None if adapter is None else adapter.version
-        sample = sample_of(request, completion, version, stops.read(self.tokenizer, token_ids), self.name)
-        self._num_tokens += len(token_ids)
+    def _finish(self, ticket: int, sample: Sample, episode: EpisodeFigures | None = None) -> None:
+        self._num_tokens += len(sample.token_ids)
         self._num_samples += 1
-        self._add(Outcome(ticket, info_of(sample, self.name, len(self._samples))))
+        self._add(Outcome(ticket, info_of(sample, self.name, len(self._samples), episode)))
         self._samples.append(sample)
 
     def _add(self, outcome: Outcome) -> None:

@@ -337,4 +337,5 @@ def _behind(info: SampleInfo, ref: Any) -> SampleInfo:
         ref,
         info.row,
         info.num_environment_tokens,
+        info.episode,
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from grpo_ray.errors import WorkerError
-from grpo_ray.types import Sample, SampleInfo, SampleRequest, VersionSpan
+from grpo_ray.types import EpisodeFigures, Sample, SampleInfo, SampleRequest, VersionSpan
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
@@ -43,8 +43,13 @@ def sample_of(
     )
 
 
-def info_of(sample: Sample, worker: str, row: int) -> SampleInfo:
-    """What the controller learns of a sample; `row`: its index in the list that it travels in."""
+def info_of(sample: Sample, worker: str, row: int, episode: EpisodeFigures | None = None) -> SampleInfo:
+    """What the controller learns of a sample.
+
+    Args:
+        row: its index in the list that it travels in.
+        episode: figures of its episode.
+    """
     return SampleInfo(
         prompt_id=sample.prompt_id,
         index=sample.index,
@@ -56,6 +61,7 @@ def info_of(sample: Sample, worker: str, row: int) -> SampleInfo:
         ref=None,
         row=row,
         num_environment_tokens=len(sample.token_ids) - sample.num_sampled,
+        episode=episode,
     )
 
 

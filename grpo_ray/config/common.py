@@ -28,6 +28,7 @@ KEY_ORDER = (
     "model",
     "data",
     "rollout",
+    "environment",
     "reward",
     "algorithm",
     "learner",

@@ -18,8 +18,9 @@ from pydantic import model_validator
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.config.base import PositiveInt, check_temperature
 from grpo_ray.config.common import CommonConfig
+from grpo_ray.config.environment import EnvironmentConfig
 from grpo_ray.config.learner import CriticConfig, WeightsConfig, check_precision
-from grpo_ray.config.reward import RewardConfig
+from grpo_ray.config.reward import SHARED_POOL, RewardConfig
 from grpo_ray.config.rollout import EvalConfig, RolloutConfig, SampleConfig
 from grpo_ray.errors import ConfigError
 
@@ -31,7 +32,9 @@ class RunConfig(CommonConfig):
     """P, the number of prompts per step (verl's train_batch_size). A step trains on P x rollout.num_generations samples."""
 
     rollout: RolloutConfig = RolloutConfig()
-    reward: RewardConfig
+    reward: RewardConfig = RewardConfig()
+    environment: EnvironmentConfig | None = None
+    """Environments and tools of episodes over several turns. None: a prompt has one answer."""
     algorithm: AlgorithmConfig = AlgorithmConfig()
     critic: CriticConfig = CriticConfig()
     weights: WeightsConfig = WeightsConfig()
@@ -48,6 +51,16 @@ class RunConfig(CommonConfig):
         return self.rollout.num_actors * self.rollout.engine_size == self.learner.num_actors
 
     @property
+    def reward_titles(self) -> list[str]:
+        """The names of all rewards: those of functions, then those that environments give."""
+        return [*(f.title for f in self.reward.functions), *(self.environment.titles if self.environment else ())]
+
+    @property
+    def reward_pools(self) -> dict[str, RewardConfig]:
+        """The pools of reward workers by name; one without functions, where environments give all rewards, for it joins them."""
+        return self.reward.pools or {SHARED_POOL: self.reward}
+
+    @property
     def samples_under_way(self) -> int:
         """The largest number of samples in progress at once."""
         return (self.algorithm.max_staleness + 1) * self.prompts_per_step * self.rollout.num_generations
@@ -58,6 +71,7 @@ class RunConfig(CommonConfig):
         _check_batch(self)
         _check_reference(self)
         _check_sampling(self)
+        _check_environment(self)
         _check_colocated(self)
         if self.model.sends_adapters and self.weights != WeightsConfig():
             raise ValueError(
@@ -71,12 +85,14 @@ class RunConfig(CommonConfig):
 
 
 def _check_rewards(config: RunConfig) -> None:
-    if not config.reward.functions:
+    if not config.reward_titles:
         raise ValueError("reward.functions is empty: name at least one reward, e.g. [{name: accuracy}]")
-    names = [f.title for f in config.reward.functions]
+    names = config.reward_titles
     if (twice := next((n for n in names if names.count(n) > 1), None)) is not None:
         raise ValueError(
             f"reward.functions has {twice!r} more than once, and their metrics could not be told apart; give each a label"
+            if twice not in (config.environment.titles if config.environment else ())
+            else f"{twice!r} is a reward of reward.functions and of the environment; give the function a label"
         )
     if config.eval.accuracy is not None and config.eval.accuracy not in names:
         raise ValueError(f"eval.accuracy is {config.eval.accuracy!r}, which is none of reward.functions: {names}")
@@ -125,6 +141,22 @@ def _check_sampling(config: RunConfig) -> None:
             f"rollout.{config.rollout.truncation} leaves out tokens by the policy that samples, and with algorithm.max_staleness "
             f"{config.algorithm.max_staleness} the learner no longer has that one: it could not renormalise over what is left. "
             "Use max_staleness 0, or top_p 1, top_k 0 and min_p 0"
+        )
+
+
+def _check_environment(config: RunConfig) -> None:
+    environment = config.environment
+    if environment is None:
+        return
+    if config.data.template.partition(":")[0] not in ("chat", "r1"):
+        raise ValueError(
+            f"environment needs a chat template for its turns, and data.template is {config.data.template!r}; set it to chat"
+        )
+    # An episode whose environment fails is played twice.
+    if 2 * environment.episode_timeout_s > config.deadlines.sample_s:
+        raise ValueError(
+            f"environment.episode_timeout_s ({environment.episode_timeout_s:g}) is more than half of deadlines.sample_s "
+            f"({config.deadlines.sample_s:g}), which would end an episode that is drawn again; lower the first or raise the second"
         )
 
 

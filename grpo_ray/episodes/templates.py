@@ -6,6 +6,7 @@ change of the expression that does so, and all else stays the model's. A prompt 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,3 +151,12 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"environment.template {str(path)!r} can't be read: {told(e)}") from None
+
+
+def with_template(tokenizer: Any, chosen: str | None) -> Any:
+    """The tokenizer with the chat template that `environment.template` names; the same one without it."""
+    if chosen is None:
+        return tokenizer
+    changed = copy.copy(tokenizer)
+    changed.chat_template = _read(Path(chosen))
+    return changed

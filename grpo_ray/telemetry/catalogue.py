@@ -32,6 +32,18 @@ METRICS: dict[str, tuple[str, str]] = {
     "completions/max_length": ("Completion length, longest", "tokens"),
     "completions/mean_terminated_length": ("Completion length, mean of those that ended by themselves", "tokens"),
     "completions/clipped_ratio": ("Part of the completions that had no room for more tokens", ""),
+    "environment/turns": ("Turns of the model in an episode, mean", "turns"),
+    "environment/tool_calls": ("Tool calls in an episode, mean", "calls"),
+    "environment/tool_calls/*": ("Calls of the tool * in an episode, mean", "calls"),
+    "environment/errors": ("Tool calls that were answered with an error", "calls"),
+    "environment/seconds": ("Time that an episode waits for its environment, mean", "s"),
+    "environment/tokens": ("Tokens of an episode that are its environment's, mean", "tokens"),
+    "environment/failed": (
+        "Environments that failed (timeout, crash, error), those that were drawn again included",
+        "episodes",
+    ),
+    "environment/failed/*": ("Environments that failed with status *", "episodes"),
+    "environment/ended/*": ("Part of the episodes that ended by *", ""),
     "prompts/mean_length": ("Prompt length, mean", "tokens"),
     "groups/count": ("Groups in the batch", "groups"),
     "groups/no_signal_fraction": (

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from grpo_ray.spread import has_spread
 from grpo_ray.telemetry.activity import Activity
 from grpo_ray.telemetry.catalogue import MAX_LOGGED
+from grpo_ray.telemetry.episode_metrics import episode_metrics
 from grpo_ray.telemetry.measures import EvalResult
 from grpo_ray.types import TRUNCATED, Group, Score, ScoreStatus, SyncReport, TimeSpan, UpdateReport
 
@@ -62,6 +63,7 @@ def step_metrics(
     out = {
         **_reward_metrics(groups),
         **_completion_metrics(groups),
+        **episode_metrics(groups),
         "groups/count": float(len(groups)),
         "groups/dropped": float(sum(dropped.values())),
         **{f"groups/dropped/{reason}": float(n) for reason, n in dropped.items()},

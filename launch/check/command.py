@@ -38,7 +38,14 @@ from launch.console import headed, plain_console
 from launch.named_clusters import check_cluster
 from launch.program import runnable
 from launch.run.effects import check_effects, told
-from launch.run.foreign_code import RUN_CODE, foreign_algorithm, foreign_model, foreign_rewards, foreign_rows
+from launch.run.foreign_code import (
+    RUN_CODE,
+    foreign_algorithm,
+    foreign_environments,
+    foreign_model,
+    foreign_rewards,
+    foreign_rows,
+)
 from launch.run.machine import unset_variables
 from launch.run.placement import chosen_told, fitted, machine_of, offers_told, where
 from launch.run.preflight import preflight
@@ -125,7 +132,7 @@ class _Foreign:
     def __init__(self, config: RunConfig | SftConfig, *, run: bool) -> None:
         # Found also where it is run: what is not a recipe's to name is refused.
         found = (
-            [*foreign_algorithm(config), *foreign_rewards(config)],
+            [*foreign_algorithm(config), *foreign_rewards(config), *foreign_environments(config)],
             [*foreign_rows(config)],
             [*foreign_model(config)],
         )
@@ -227,6 +234,7 @@ def _data_rows(config: RunConfig | SftConfig, files: ModelFiles, *, imports: boo
     from grpo_ray.data.prompts import SftDataset, load_prompts
     from grpo_ray.data.templates import make_template
     from grpo_ray.rewards.columns import check_columns, column_needs
+    from launch.check.environment import environment_rows
     from launch.check.large import facts_of, longest_prompt, num_in_eval, of_all_rows, overview_rows
     from launch.check.overview import Sampler, key_of
 
@@ -274,7 +282,9 @@ def _data_rows(config: RunConfig | SftConfig, files: ModelFiles, *, imports: boo
         longest = longest_prompt(config, sampler, template, tokenizer, limit, longest)
     if (warning := about_context(config, context, longest)) is not None:
         rows.append(("warning", warning))
-    needs, facts = column_needs(config.reward, imports=imports), facts_of(config, sampler)
+    environment = config.environment is not None
+    needs, facts = column_needs(config.reward, imports=imports, environment=environment), facts_of(config, sampler)
+    rows += environment_rows(config, tokenizer, imports=imports)
     rows += [("columns", note) for note in check_columns(needs, prompts, train=True, evaluation=True, facts=facts)]
     first = prompts.train.item(0, 0)
     rows.extend(gold_rows(config, prompts, facts))
@@ -293,7 +303,8 @@ def _step_rows(config: RunConfig | SftConfig, context: int, *, imports: bool) ->
         return [("step", f"{config.examples_per_step} examples"), *([("warning", warning)] if warning else [])]
     a, r = config.algorithm, config.rollout
     updates = a.num_iterations * a.num_mini_batches
-    rewards = " + ".join(f"{f.weight:g} x {f.title}" for f in config.reward.functions)
+    own = config.environment.titles if config.environment is not None else []
+    rewards = " + ".join([*(f"{f.weight:g} x {f.title}" for f in config.reward.functions), *own])
     correction = [
         f"{name} {value}"
         for name, value in (
@@ -312,7 +323,7 @@ def _step_rows(config: RunConfig | SftConfig, context: int, *, imports: bool) ->
             f"{updates} optimizer step{'s' * (updates > 1)}",
         ),
         ("reward", rewards),
-        ("called", _called(config.reward, r.num_generations, imports=imports)),
+        *([("called", _called(config.reward, r.num_generations, imports=imports))] if config.reward.functions else []),
         (
             "loss",
             f"{a.loss}, advantage {a.advantage}, {_bounds(a)}, beta {a.beta:g}{' in the reward' * (a.kl_in == 'reward')}, "

@@ -33,7 +33,7 @@ def run_smoke(overrides: list[str]) -> None:
     cold = start_sft("smoke_sft", [f"name=smoke-{stamp}-sft"])
     console.print(headed("2/2 GRPO", "bold", ": it learns from its own samples and a verifier (grpo-ray train smoke)"))
     run = start_grpo("smoke", with_own([f"name=smoke-{stamp}", f"model.path={cold / 'hf'}"], overrides))
-    _link_cold_start(cold)
+    link_cold_start(cold, COLD_START)
     before, after = held_out_accuracy(run)
     minutes = (time.monotonic() - began) / 60
     console.print(headed(f"\nheld-out accuracy {before:.1%} -> {after:.1%}", "bold", f" in {minutes:.1f} minutes"))
@@ -50,10 +50,9 @@ def _on_path() -> str:
     return "" if called == "grpo-ray" else f"; for `grpo-ray` by itself: source {Path(called).parent}/activate"
 
 
-def _link_cold_start(cold: Path) -> None:
-    """Link the cold start under the name that the recipe `smoke` starts from, unless `grpo-ray sft smoke_sft` has created that
-    run."""
-    link = cold.parent / COLD_START
+def link_cold_start(cold: Path, name: str) -> None:
+    """Link a cold start under the name that a recipe starts from, unless its own command has created that run."""
+    link = cold.parent / name
     if link.is_symlink() or not link.exists():
         link_whole(link, cold.name)
 
