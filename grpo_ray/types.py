@@ -19,18 +19,19 @@ copy; the learner makes tensors of them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from grpo_ray.score_types import LoggedMetric as LoggedMetric
-from grpo_ray.score_types import RewardScore as RewardScore
-from grpo_ray.score_types import Score as Score
-from grpo_ray.score_types import ScoreStatus as ScoreStatus
-from grpo_ray.score_types import Step as Step
-from grpo_ray.score_types import record
+from grpo_ray.scores import LoggedMetric as LoggedMetric
+from grpo_ray.scores import RewardScore as RewardScore
+from grpo_ray.scores import Score as Score
+from grpo_ray.scores import ScoreStatus as ScoreStatus
+from grpo_ray.scores import Step as Step
+from grpo_ray.scores import TrainerState as TrainerState
+from grpo_ray.scores import record
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,33 +215,6 @@ class SampleInfo:
     def num_sampled(self) -> int:
         """The number of completion tokens that a policy sampled: what means are taken over."""
         return self.num_tokens - self.num_environment_tokens
-
-
-@dataclass(frozen=True)
-class TrainerState:
-    """Progress of training, for reward functions: what exists here of TRL's `trainer_state` (transformers' TrainerState)."""
-
-    global_step: int
-    """The last step done when the prompt was dispatched; in an evaluation, the last step done."""
-    max_steps: int
-    """The number of steps of the whole run."""
-    epoch: float
-    """The number of passes through the data set at that step, as a fraction."""
-    num_train_epochs: int
-    """The number of passes that the run begins."""
-
-    @classmethod
-    def at(
-        cls, step: int, max_steps: int, *, prompts_per_step: int, num_prompts: int, num_trained: int | None = None
-    ) -> TrainerState:
-        """Compute the state. `num_trained`: prompts of the run, where its last step may have fewer; None: all have as many."""
-        whole = max_steps * prompts_per_step if num_trained is None else num_trained
-        return cls(step, max_steps, min(step * prompts_per_step, whole) / num_prompts, math.ceil(whole / num_prompts))
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"trainer_state has no {name!r} here; it has {', '.join(f.name for f in fields(TrainerState))}"
-        )
 
 
 @record

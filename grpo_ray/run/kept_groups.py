@@ -35,6 +35,7 @@ _SCHEMA = schema(
         "min_version",
         "finish_reason",
         "completion",
+        "turns",
         "worker",
         "score",
     )

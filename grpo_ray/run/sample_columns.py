@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from grpo_ray.types import RewardScore, Sample, Score, Step, VersionSpan
+from grpo_ray import json_text
+from grpo_ray.types import Episode, RewardScore, Sample, Score, Step, VersionSpan
 
 STEPS = pa.list_(pa.struct([("end", pa.int32()), ("value", pa.float64())]))
 """Process supervision: the index of each step's last token, and its value."""
@@ -37,6 +38,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "messages": pa.string(),
     "columns": pa.string(),
     "completion": pa.string(),
+    "turns": pa.string(),
     "prompt_ids": pa.list_(pa.int32()),
     "completion_ids": pa.list_(pa.int32()),
     "rollout_logprobs": pa.list_(pa.float32()),
@@ -65,7 +67,8 @@ COLUMNS: dict[str, pa.DataType] = {
     "min_p": pa.float64(),
 }
 """`prompt_ids` [N], `completion_ids` and `rollout_logprobs` [T]. `versions` are the spans [start, end) of the completion that a
-policy sampled, `num_sampled` tokens together; the others are the environment's, and their `rollout_logprobs` 0.
+policy sampled, `num_sampled` tokens together; the others are the environment's, and their `rollout_logprobs` 0. `turns` is JSON:
+the messages of an episode after the prompt; null for a single answer.
 
 `messages` (the prompt as a conversation, without anything that the template adds) and `columns` (the other columns of the prompt's
 row) are JSON, and so is `score`, a whole `types.Score` in which a reward that is no number is NaN; in `reward`, `rewards` and
@@ -94,6 +97,7 @@ def sample_cells(sample: Sample) -> dict[str, Any]:
         "prompt_id": sample.prompt_id,
         "index": sample.index,
         "completion": utf8(sample.text),
+        "turns": _turns(sample.episode),
         "prompt_ids": np.asarray(sample.prompt_token_ids, dtype=np.int32),
         "completion_ids": np.asarray(sample.token_ids, dtype=np.int32),
         "rollout_logprobs": np.asarray(sample.logprobs, dtype=np.float32),
@@ -149,7 +153,17 @@ def _sample(
         versions=tuple(VersionSpan(**span) for span in row["versions"]),
         finish_reason=row["finish_reason"],
         text=row["completion"],
+        episode=_episode(row.get("turns")),
     )
+
+
+def _turns(episode: Episode | None) -> str | None:
+    return utf8(json.dumps(episode.messages, ensure_ascii=False, default=str)) if episode is not None else None
+
+
+def _episode(turns: str | None) -> Episode | None:
+    """The conversation; its rewards are in the sample's score."""
+    return Episode(tuple(json_text.read(turns)), ()) if turns is not None else None
 
 
 def _extra(part: RewardScore) -> str | None:

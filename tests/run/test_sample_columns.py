@@ -30,9 +30,9 @@ FILES = {
 
 
 ADDED = {
-    "step-000005.parquet": ("num_sampled",),
-    "groups.parquet": (),
-    "samples/samples-000000.parquet": ("versions", "num_sampled"),
+    "step-000005.parquet": ("num_sampled", "turns"),
+    "groups.parquet": ("turns",),
+    "samples/samples-000000.parquet": ("versions", "num_sampled", "turns"),
 }
 """Columns that files of that version do not have."""
 

@@ -52,7 +52,8 @@ def trace_of(row: dict[str, Any]) -> Trace:
 
 def num_sampled_of(row: dict[str, Any]) -> int:
     """The number of tokens that the model wrote; files of earlier versions have no column for it, and nothing else in an answer."""
-    return int(row.get("num_sampled") or len(row["completion_ids"]))
+    known = row.get("num_sampled")
+    return len(row["completion_ids"]) if known is None else int(known)
 
 
 def completion_of(row: dict[str, Any]) -> str:

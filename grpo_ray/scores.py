@@ -1,10 +1,11 @@
-"""Records of what a sample is worth, by one reward function and in all; the part of `types` that scoring alone needs."""
+"""Scores of samples, and what reward functions are told of the training; all other code imports them from `types.py`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import NamedTuple, TypeVar, dataclass_transform
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 T = TypeVar("T")
 
@@ -88,3 +89,30 @@ class Score:
     def rewards(self) -> tuple[float, ...]:
         """The rewards of its steps, or the one of the whole completion."""
         return tuple(step.value for step in self.steps) if self.steps else (self.value,)
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Progress of training, for reward functions: what exists here of TRL's `trainer_state` (transformers' TrainerState)."""
+
+    global_step: int
+    """The last step done when the prompt was dispatched; in an evaluation, the last step done."""
+    max_steps: int
+    """The number of steps of the whole run."""
+    epoch: float
+    """The number of passes through the data set at that step, as a fraction."""
+    num_train_epochs: int
+    """The number of passes that the run begins."""
+
+    @classmethod
+    def at(
+        cls, step: int, max_steps: int, *, prompts_per_step: int, num_prompts: int, num_trained: int | None = None
+    ) -> TrainerState:
+        """Compute the state. `num_trained`: prompts of the run, where its last step may have fewer; None: all have as many."""
+        whole = max_steps * prompts_per_step if num_trained is None else num_trained
+        return cls(step, max_steps, min(step * prompts_per_step, whole) / num_prompts, math.ceil(whole / num_prompts))
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"trainer_state has no {name!r} here; it has {', '.join(f.name for f in fields(TrainerState))}"
+        )
