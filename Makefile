@@ -1,7 +1,7 @@
 # make smoke   sets everything up and trains a tiny model for real, on any machine
 # make test    sets everything up and runs the tests
 # make bench   the tables of the README
-.PHONY: smoke pretrained models r1 test test-long test-all test-cluster chaos soak recovery mutants lint bench bench-versus bench-to-accuracy bench-learning bench-side-by-side bench-simulate bench-sync bench-loading bench-learner bench-growth bench-sample bench-gpu gpu-installs gpu-kit bench-sandbox bench-verifiers lock bench-routing models-train help
+.PHONY: smoke pretrained models r1 test test-long test-all test-cluster chaos soak recovery mutants lint bench bench-versus bench-to-accuracy bench-learning bench-side-by-side bench-simulate bench-sync bench-loading bench-learner bench-growth bench-sample bench-gpu gpu-installs gpu-kit bench-sandbox bench-verifiers lock bench-routing models-train episodes help
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 # Set in many images; without bytecode every worker process compiles its packages again.
@@ -12,6 +12,9 @@ unexport PYTHONDONTWRITEBYTECODE
 
 smoke: .venv/.ready  ## train a tiny model from a cold start to 90% of its task (a few minutes on two cores)
 	@$(BIN)/grpo-ray smoke
+
+episodes: .venv/.ready  ## tiny models learn in environments over several turns, from a cold start (ten minutes on two cores)
+	@$(BIN)/grpo-ray episodes
 
 pretrained: .venv/.ready  ## train a real model, SmolLM2-135M-Instruct, on word problems (20 minutes on two cores, 12 GB of memory)
 	@$(BIN)/grpo-ray pretrained

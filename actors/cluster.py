@@ -15,10 +15,11 @@ from actors.devices import gpus_of_new_node
 from actors.named_clusters import check_named
 from actors.private import is_closed, use_private_temporary_files, why_open
 from actors.search_path import worker_env
+from grpo_ray.config.common import ClusterConfig
+from grpo_ray.config.environment import ENVIRONMENT_POOL, EnvironmentConfig
 from grpo_ray.config.learner import LearnerConfig
 from grpo_ray.config.reward import RewardConfig
 from grpo_ray.config.rollout import RolloutConfig
-from grpo_ray.config.runtime import ClusterConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ResourceError
@@ -265,13 +266,15 @@ class Demand:
 
 
 def demands(config: RunConfig | SftConfig, gpus: bool) -> list[Demand]:
-    kinds: list[tuple[str, RolloutConfig | RewardConfig | LearnerConfig, float]] = [
+    kinds: list[tuple[str, RolloutConfig | RewardConfig | EnvironmentConfig | LearnerConfig, float]] = [
         ("learner", config.learner, gpus_per_learner(config, gpus))
     ]
     if isinstance(config, RunConfig):
         rollout = config.rollout
         engines = ("rollout", rollout, gpus_per_engine(config, gpus))
-        kinds = [engines, *((name, r, r.num_gpus) for name, r in config.reward.pools.items()), *kinds]
+        rewards = [(name, r, r.num_gpus) for name, r in config.reward_pools.items()]
+        environments = [(ENVIRONMENT_POOL, config.environment, 0.0)] if config.environment is not None else []
+        kinds = [engines, *rewards, *environments, *kinds]
     return [Demand(name, k.num_actors, k.num_cpus, n, k.resources, k.labels) for name, k, n in kinds]
 
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar, cast
 
 from actors.cluster import Demand, beyond, demands, missing
 from actors.machines import Machine
+from grpo_ray.config.environment import ENVIRONMENT_POOL
 from grpo_ray.config.reward import SHARED_POOL
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
@@ -36,7 +37,7 @@ SHARED_MEMORY_UTILIZATION = 0.4
 """The memory utilization of an engine whose GPU holds a learner rank all the time."""
 
 UNUSED = {
-    "replay": ("rollout", "reward"),
+    "replay": ("rollout", "reward", ENVIRONMENT_POOL),
     "eval": ("learner",),
     "sample": ("learner",),
 }
@@ -156,7 +157,7 @@ def _candidates(
     machine: Machine, config: RunConfig | SftConfig, kind: str, free: Collection[str]
 ) -> Iterator[dict[str, Any]]:
     """The choices for what is left open, the best first."""
-    reward = isinstance(config, RunConfig) and SHARED_POOL in config.reward.pools
+    reward = isinstance(config, RunConfig) and SHARED_POOL in config.reward_pools
     shares = CPU_SHARES if _may_share(machine, config, free) else CPU_SHARES[:1]
     for counts in _counts(machine, config, kind, free):
         for share, of_rewards in product(shares, (1.0, 0.0) if reward else (None,)):
@@ -334,7 +335,7 @@ def with_options(config: Config, options: Mapping[str, Any]) -> Config:
 def _has(config: RunConfig | SftConfig, key: str) -> bool:
     """Whether this kind of config has the option and a run of it uses it."""
     section, _, name = key.partition(".")
-    if section == "reward" and isinstance(config, RunConfig) and SHARED_POOL not in config.reward.pools:
+    if section == "reward" and isinstance(config, RunConfig) and SHARED_POOL not in config.reward_pools:
         return False
     if key == PLACEMENT and not isinstance(config, RunConfig):
         return False

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from grpo_ray.config.environment import EnvironmentConfig
 from grpo_ray.config.learner import LearnerConfig
 from grpo_ray.config.reward import RewardConfig
 from grpo_ray.config.rollout import RolloutConfig
@@ -20,7 +21,7 @@ from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import DeadlineError
 
 POLL_S = 0.05
-WorkerConfig = RolloutConfig | RewardConfig | LearnerConfig
+WorkerConfig = RolloutConfig | RewardConfig | EnvironmentConfig | LearnerConfig
 
 
 @dataclass(frozen=True)

@@ -18,20 +18,19 @@ The losses see completion tokens alone and call them N; in this file N is prompt
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
-from enum import StrEnum
-from typing import Any, NamedTuple, TypeVar, dataclass_transform
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-T = TypeVar("T")
-
-
-@dataclass_transform(frozen_default=True)
-def _record(cls: type[T]) -> type[T]:
-    """Dataclass made several times a sample, frozen to the type checker alone: run-time freezing makes it four times as slow."""
-    return dataclass(unsafe_hash=True, slots=True)(cls)
+from grpo_ray.scores import LoggedMetric as LoggedMetric
+from grpo_ray.scores import RewardScore as RewardScore
+from grpo_ray.scores import Score as Score
+from grpo_ray.scores import ScoreStatus as ScoreStatus
+from grpo_ray.scores import Step as Step
+from grpo_ray.scores import TrainerState as TrainerState
+from grpo_ray.scores import record
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,19 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
 
 
-@_record
+@record
+class EpisodeStart:
+    """What an episode begins with, besides the tokens of its prompt."""
+
+    prompt: Prompt
+    seed: int
+    """The seed of the environment's reset, the same for all samples of a group."""
+    step: int | None = None
+    """The last step done when the prompt was dispatched; None in an evaluation."""
+    trainer: TrainerState | None = None
+
+
+@record
 class SampleRequest:
     """Request for one sample. Made by the loop, consumed by a rollout engine."""
 
@@ -94,6 +105,8 @@ class SampleRequest:
     seed: int
     """The seed of this one sample, derived from (run seed, prompt id, index): a rerun samples the same tokens."""
     params: SamplingParams
+    episode: EpisodeStart | None = None
+    """What an environment's episode begins with; None: one turn, without an environment."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +118,40 @@ class VersionSpan:
     end: int
 
 
+TRUNCATED = frozenset({"length", "context_overflow"})
+"""The finish reasons of a completion that had no room for more tokens."""
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What only a sample of several turns has."""
+
+    messages: tuple[dict[str, Any], ...]
+    """The conversation after the prompt: the model's turns, and what the environment answered."""
+    scores: tuple[RewardScore, ...]
+    """Rewards that were computed beside the environment: its own, and those of functions that name `environments`."""
+    failure: RewardScore | None = None
+    """Why there are none."""
+
+
+@record
+class EpisodeFigures:
+    """Figures of one episode, for metrics."""
+
+    num_turns: int
+    calls: tuple[tuple[str, int], ...]
+    """(tool, number of calls) pairs."""
+    num_errors: int
+    seconds: float
+    """The time that the episode waited for its environment."""
+    failures: tuple[str, ...]
+    """The `ScoreStatus` of each attempt whose environment failed; the last attempt may have succeeded."""
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One whole completion. Made by a rollout engine; travels by reference to reward workers and learner ranks.
+    """One whole completion: a single answer, or an episode of several turns with the environment's texts between them. Made by a
+    rollout engine; travels by reference to reward workers and learner ranks.
 
     Example: Sample("train/0/17", 2, array([51, 7]), array([9, 2]), array([-0.1, -0.3]), (VersionSpan(4, 0, 2),), "stop", "7")
     """
@@ -119,18 +163,33 @@ class Sample:
     token_ids: NDArray[np.int32]
     """[T] token ids, the end-of-sequence token included when the model wrote it."""
     logprobs: NDArray[np.float32]
-    """[T] rollout_logps, of the sampling policy after temperature, over the tokens that top_p, top_k and min_p left."""
+    """[T] rollout_logps, of the sampling policy after temperature, over the tokens that top_p, top_k and min_p left; 0 at the
+    environment's tokens, and unused there."""
     versions: tuple[VersionSpan, ...]
-    """Spans that cover [0, T)."""
+    """Spans in order, without overlaps, of the tokens that a policy sampled. The rest of [0, T) is the environment's: inputs, never
+    targets."""
     finish_reason: str
-    """The reason why sampling ended, `stop` or `length`."""
+    """The reason why sampling ended: `stop` or `length`; of an episode also `max_turns`, `max_tool_calls`, `environment_done`,
+    `parse_error`, `context_overflow` or `environment_failed`."""
     text: str
     """The completion, decoded once without the token that ended the turn, for rewards and people; it is never tokenized again."""
     routes: NDArray[np.integer] | None = None
     """[N + T - 1, L, k] the experts that each token but the last took in each layer; None unless `rollout.keep_routing`."""
+    episode: Episode | None = None
+    """What an environment's episode adds; None: one turn."""
+
+    @property
+    def num_sampled(self) -> int:
+        """The number of completion tokens that a policy sampled."""
+        return sum([span.end - span.start for span in self.versions])
+
+    @property
+    def min_version(self) -> int | None:
+        """The oldest policy version that sampled one of its tokens; None: none was sampled."""
+        return min([span.version for span in self.versions], default=None)
 
 
-@_record
+@record
 class SampleInfo:
     """What the loop needs to know of a sample; the tokens stay behind `ref`."""
 
@@ -138,9 +197,9 @@ class SampleInfo:
     index: int
     num_prompt_tokens: int
     num_tokens: int
-    """The number of completion tokens, T."""
-    min_version: int
-    """The oldest policy version that sampled one of its tokens."""
+    """The number of completion tokens, T: what memory is planned by."""
+    min_version: int | None
+    """The oldest policy version that sampled one of its tokens; None: none was sampled."""
     finish_reason: str
     worker: str
     """The rollout engine that sampled it, e.g. `rollout-0`."""
@@ -148,110 +207,18 @@ class SampleInfo:
     """A handle on a list[Sample] (a Ray ObjectRef in a run; the list itself in a test)."""
     row: int
     """The sample's index in that list."""
-
-
-class ScoreStatus(StrEnum):
-    OK = "ok"
-    NOT_APPLICABLE = "not_applicable"
-    TIMEOUT = "timeout"
-    CRASHED = "crashed"
-    ERROR = "error"
-
-    def __init__(self, value: str) -> None:
-        self.failed = value not in ("ok", "not_applicable")
-        """Whether the machinery failed, not the model. An attribute, not a property: it is read several times for every score."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """Process supervision: one number for a part of a completion, which starts at the end of the step before it."""
-
-    end: int
-    """The index of its last token, 0 .. T-1."""
-    value: float
-    """The reward of the step; in a trained sample the advantage of its tokens."""
-
-
-class LoggedMetric(NamedTuple):
-    """A figure that a reward function logs beside its rewards (TRL's `log_metric`, numbers of verl's dict), over one call."""
-
-    name: str
-    total: float
-    """The sum of the finite values."""
-    num_finite: int
-    num_not_finite: int
-
-
-@_record
-class RewardScore:
-    """The result of one reward function for one sample."""
-
-    name: str
-    status: ScoreStatus
-    value: float
-    """The reward before its weight; the sum over its steps. NaN unless status is `ok`."""
-    detail: str = ""
-    """What happened, in one line, when the function failed."""
-    seconds: float = 0.0
-    steps: tuple[Step, ...] = ()
-    """Step rewards before their weight, sorted by their ends. Empty: one number for the whole completion."""
-    extra: tuple[tuple[str, str | float | bool | None], ...] = ()
-    """(column, value) pairs that the function logs for this sample: TRL's `log_extra`, the entries of verl's dict."""
-    logged: tuple[LoggedMetric, ...] = ()
-    """Figures of the call that scored the sample, at the call's first sample alone."""
-
-
-@_record
-class Score:
-    """The weighted sum of a sample's rewards. A failure is a status, never a zero.
-
-    Example: Score(ScoreStatus.OK, 1.2, (RewardScore("accuracy", ScoreStatus.OK, 1.0), RewardScore("format", ScoreStatus.OK, 0.2)))
-    """
-
-    status: ScoreStatus
-    """`ok`; `not_applicable` if no reward applied; otherwise the first failure among the parts."""
-    value: float
-    """sum_k weight_k * value_k over the parts that apply. NaN unless status is `ok`."""
-    parts: tuple[RewardScore, ...] = ()
-    detail: str = ""
-    steps: tuple[Step, ...] = ()
-    """Weighted step rewards of all parts, by their ends; a part without steps is one step to the last token. Empty if none has
-    any."""
+    num_environment_tokens: int = 0
+    """The number of completion tokens that are the environment's."""
+    episode: EpisodeFigures | None = None
+    """Figures of an environment's episode; None: one turn."""
 
     @property
-    def rewards(self) -> tuple[float, ...]:
-        """The rewards of its steps, or the one of the whole completion."""
-        return tuple(step.value for step in self.steps) if self.steps else (self.value,)
+    def num_sampled(self) -> int:
+        """The number of completion tokens that a policy sampled: what means are taken over."""
+        return self.num_tokens - self.num_environment_tokens
 
 
-@dataclass(frozen=True)
-class TrainerState:
-    """Progress of training, for reward functions: what exists here of TRL's `trainer_state` (transformers' TrainerState)."""
-
-    global_step: int
-    """The last step done when the prompt was dispatched; in an evaluation, the last step done."""
-    max_steps: int
-    """The number of steps of the whole run."""
-    epoch: float
-    """The number of passes through the data set at that step, as a fraction."""
-    num_train_epochs: int
-    """The number of passes that the run begins."""
-
-    @classmethod
-    def at(
-        cls, step: int, max_steps: int, *, prompts_per_step: int, num_prompts: int, num_trained: int | None = None
-    ) -> TrainerState:
-        """Compute the state. `num_trained`: prompts of the run, where its last step may have fewer; None: all have as many."""
-        whole = max_steps * prompts_per_step if num_trained is None else num_trained
-        return cls(step, max_steps, min(step * prompts_per_step, whole) / num_prompts, math.ceil(whole / num_prompts))
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"trainer_state has no {name!r} here; it has {', '.join(f.name for f in fields(TrainerState))}"
-        )
-
-
-@_record
+@record
 class ScoreRequest:
     """Request to score one sample. The reward worker fetches the text behind `sample.ref` itself."""
 
@@ -291,10 +258,11 @@ class Group:
 
     @property
     def min_version(self) -> int:
-        return min([s.min_version for s in self.samples])
+        """The oldest policy version that sampled one of its tokens; the one that it was dispatched under if none was sampled."""
+        return min([s.min_version for s in self.samples if s.min_version is not None], default=self.dispatched_version)
 
 
-@_record
+@record
 class TrainSample:
     """One sequence of a batch: where its tokens are, and what else the loss needs.
 
@@ -324,6 +292,13 @@ class TrainSample:
     """For a reward model: the margin by which the chosen answer of the pair should be better, or the label."""
     ref_logps: float | None = None
     """For DPO: ref_logps summed over the completion."""
+    num_environment_tokens: int = 0
+    """The number of completion tokens that are the environment's, as in `SampleInfo`."""
+
+    @property
+    def num_sampled(self) -> int:
+        """The number of completion tokens that a policy sampled: what the loss is a mean over."""
+        return self.num_tokens - self.num_environment_tokens
 
     @property
     def advantages(self) -> tuple[float | None, ...]:
@@ -350,7 +325,7 @@ class TrainBatch:
         return self.step - 1
 
 
-@_record
+@record
 class TimeSpan:
     """What a worker did from `start` to `end`, on the clock of its host (seconds since 1970)."""
 
@@ -363,7 +338,7 @@ class TimeSpan:
         return self.end - self.start
 
 
-@_record
+@record
 class Track:
     """What one worker did since its last report; see `grpo_ray.telemetry.activity`. Without spans it was idle all along."""
 

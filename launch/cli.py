@@ -272,6 +272,14 @@ def smoke(overrides: Overrides = None) -> None:
 
 
 @app.command()
+def episodes(overrides: Overrides = None) -> None:
+    """Tiny models from a cold start to 80% of tasks of several turns, with the real engines, on this machine."""
+    from launch.run.smoke import run_episodes
+
+    run_episodes(overrides or [])
+
+
+@app.command()
 def pretrained(overrides: Overrides = None) -> None:
     """A real model, SmolLM2-135M-Instruct of the hub or the package index, on word problems that it half knows, on this machine."""
     from launch.run.pretrained import run_pretrained

@@ -69,7 +69,10 @@ def stop(
 def scale(
     run: ClusterRun,
     workers: Annotated[
-        list[str], typer.Argument(metavar="ROLE=NUMBER...", help="rollout=N, reward=N, learner=N, or several of them")
+        list[str],
+        typer.Argument(
+            metavar="ROLE=NUMBER...", help="rollout=N, reward=N, environment=N, learner=N, or several of them"
+        ),
     ],
     address: Address = None,
 ) -> None:

@@ -9,8 +9,8 @@ import typer
 
 from actors.addresses import OPTION, check_answers, read_address
 from actors.named_clusters import check_named, is_named, note
+from grpo_ray.config.common import ClusterConfig
 from grpo_ray.config.loading import parse_overrides
-from grpo_ray.config.runtime import ClusterConfig
 from grpo_ray.config.typed import with_types
 
 

@@ -23,7 +23,7 @@ COMMANDS = (
         "replay",
         "decontaminate",
     ),
-    *("judge-pairs", "smoke", "pretrained", "submit", "status", "logs", "stop", "scale"),
+    *("judge-pairs", "smoke", "episodes", "pretrained", "submit", "status", "logs", "stop", "scale"),
 )
 _CALL = re.compile(rf"\bgrpo-ray (?=(?:{'|'.join(COMMANDS)}|--)\b)")
 

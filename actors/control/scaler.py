@@ -99,7 +99,8 @@ class RunScaler:
             self._no_room.clear()
         told = change(before, asked)
         self._tell("info", f"scaled: {told}")
-        return told + "".join(f"; {_WHEN[role]}" for role in SCALED if asked.get(role, before[role]) != before[role])
+        changed = [role for role in SCALED if role in asked and asked[role] != before[role]]
+        return told + "".join(f"; {_WHEN[role]}" for role in changed)
 
     async def _change(self, asked: Mapping[str, int]) -> None:
         config = rescaled(self._config, asked)
@@ -175,5 +176,6 @@ class RunScaler:
 _WHEN = {
     "rollout": "samplers join with the next weights and leave when they have finished what they sample",
     "reward": "reward workers join and leave at once",
+    "environment": "environment workers join and leave at once; episodes of those that leave are drawn again",
     "learner": "learners change after the step under way",
 }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from actors.cluster import has_gpus
 from actors.control.colocated import ColocatedLearner, ColocatedSampler, ColocatedWeights, Turns
 from actors.control.learning import import_learning
+from actors.environment.pool import EnvironmentPool
 from actors.places import Places, reserve_pairs
 from actors.reward.by_function import RewardPools
 from actors.reward.pool import RewardPool
@@ -30,7 +31,7 @@ from grpo_ray.run.run_dir import RunDir
 if TYPE_CHECKING:
     from actors.learner.group import LearnerGroup
 
-P = TypeVar("P", RolloutPool, RewardPool, "LearnerGroup")
+P = TypeVar("P", RolloutPool, RewardPool, EnvironmentPool, "LearnerGroup")
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,10 @@ class Workers:
         self._warn = warn
         self._gpus = has_gpus()
         self._placement: Places | None = None
-        self._pools: list[RolloutPool | RewardPool | LearnerGroup] = []
+        self._pools: list[RolloutPool | RewardPool | EnvironmentPool | LearnerGroup] = []
         self._sampler: RolloutPool | None = None
         self._scorer: RewardPool | RewardPools | None = None
+        self._environments: EnvironmentPool | None = None
         self._learner: LearnerGroup | None = None
         self._num_steps = 0
         self._learner_timeout = StartTimeout(config.deadlines.start_s)
@@ -77,7 +79,8 @@ class Workers:
 
     def live(self) -> dict[str, float]:
         """The pools' figures of this moment."""
-        return {k: v for p in self._pools if isinstance(p, RolloutPool | RewardPool) for k, v in p.live().items()}
+        kinds = RolloutPool | RewardPool | EnvironmentPool
+        return {k: v for p in self._pools if isinstance(p, kinds) for k, v in p.live().items()}
 
     @property
     def lost_learner(self) -> str | None:
@@ -120,6 +123,8 @@ class Workers:
         self._config = config
         self._sampler.scale(config.rollout.num_actors)
         self._scorer.scale(config.reward.num_actors)
+        if self._environments is not None and config.environment is not None:
+            self._environments.scale(config.environment.num_actors)
 
     async def change_learner(self, place: CheckpointLocation | None) -> tuple[Learner, WeightSync]:
         """See `roles.Scaler.change_learners`. Engines that are stale meanwhile wait: until the new ranks have loaded what they are
@@ -186,14 +191,17 @@ class Workers:
     async def start_scorer(self) -> RewardPool | RewardPools:
         assert isinstance(self._config, RunConfig)
         start_s = self._config.deadlines.start_s
+        with_environments = self._config.environment is not None
 
         async def start(name: str, config: RewardConfig) -> RewardPool:
-            pool = await RewardPool.create(config, self._run_dir, name=name, start_timeout_s=start_s)
+            pool = await RewardPool.create(
+                config, self._run_dir, name=name, start_timeout_s=start_s, with_environments=with_environments
+            )
             pool.on_trouble = self._warn
             return self._opened(pool, "rewards" if name == SHARED_POOL else name)
 
         async with asyncio.TaskGroup() as tasks:
-            started = [tasks.create_task(start(*one)) for one in self._config.reward.pools.items()]
+            started = [tasks.create_task(start(*one)) for one in self._config.reward_pools.items()]
         pools = [task.result() for task in started]
         self._scorer = pools[0] if len(pools) == 1 else RewardPools(self._config.reward, pools)
         return self._scorer
@@ -209,6 +217,31 @@ class Workers:
         return self._opened(pool, "votes")
 
     async def start_sampler(self, placement: Places | None = None) -> RolloutPool:
+        """Start the rollout engines, and the environments that their episodes are played in."""
+        async with asyncio.TaskGroup() as tasks:
+            sampling = tasks.create_task(self._start_engines(placement))
+            environments = tasks.create_task(self._start_environments())
+        sampler = sampling.result()
+        if (pool := environments.result()) is not None:
+            sampler.use_environments(pool.members)
+            pool.on_change = sampler.use_environments
+        return sampler
+
+    async def _start_environments(self) -> EnvironmentPool | None:
+        assert isinstance(self._config, RunConfig)
+        if self._config.environment is None:
+            return None
+        pool = await EnvironmentPool.create(
+            self._config.environment,
+            tuple(f for f in self._config.reward.functions if not f.built_in),
+            self._run_dir,
+            start_timeout_s=self._config.deadlines.start_s,
+        )
+        pool.on_trouble = self._warn
+        self._environments = self._opened(pool, "environments")
+        return pool
+
+    async def _start_engines(self, placement: Places | None) -> RolloutPool:
         assert isinstance(self._config, RunConfig)
         self._phase("starting", "rollout: vLLM")
         pool = await RolloutPool.create(

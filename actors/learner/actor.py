@@ -172,7 +172,7 @@ class LearnerActor:
                     data.moved = True
                 if self._critic is not None:
                     with self._timer.phase("critic"):
-                        num_tokens = sum(batch.samples[i].num_tokens for i in planned.samples)
+                        num_tokens = sum(batch.samples[i].num_sampled for i in planned.samples)
                         self._critic.update(mini_batch, num_tokens, self.num_ranks)
         metrics = accumulation.metrics() | kl_metrics
         return metrics if self._critic is None else metrics | self._critic.take_metrics()
@@ -196,7 +196,7 @@ class LearnerActor:
         self._passes.set_reference(fetched, batch)
         kl_metrics: dict[str, float] = {}
         if kl_in_reward:
-            num_tokens = [batch.samples[i].num_tokens for planned in plan + kl_only for i in planned.samples]
+            num_tokens = [batch.samples[i].num_sampled for planned in plan + kl_only for i in planned.samples]
             kl_metrics = kl.penalise(fetched, num_tokens, batch, self._algorithm, self._ranks, self.device)
         if self._critic is not None:
             with self._timer.phase("critic"):

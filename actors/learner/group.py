@@ -23,8 +23,8 @@ from actors.learner.build import LearnerSpec
 from actors.places import Places, placed, reserve_ranks
 from actors.runtime import ALLOCATOR_ENV, RayActors, log_tail, start_named
 from actors.weights.sync import resolve_backend
+from grpo_ray.config.common import DeadlineConfig
 from grpo_ray.config.learner import CriticConfig
-from grpo_ray.config.runtime import DeadlineConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig, preferences
 from grpo_ray.errors import DeadlineError, GrpoRayError, NoMemoryError, WorkerError

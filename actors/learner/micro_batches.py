@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from actors.learner.build import LearnerSpec
 from grpo_ray.algorithm.losses.aggregation import Normalizers, weights_of_sequences
 from grpo_ray.algorithm.objectives import MicroBatchData, Objective
-from grpo_ray.batch.pack import PackedBatch, PackItem, pack, token_values, tokens_of_version
+from grpo_ray.batch.pack import PackedBatch, PackItem, pack, sampled_tokens, token_values, tokens_of_version
 from grpo_ray.batch.plan import MiniBatchPlan, plan_batch, shared_cost
 from grpo_ray.batch.sequence import SequenceRanks
 from grpo_ray.batch.slopes import Slopes
@@ -33,7 +33,7 @@ FETCH_TIMEOUT_S = 120.0
 
 def is_trained(sample: TrainSample) -> bool:
     """Whether the sample is in the loss."""
-    return sample.loss_mask and sample.num_tokens > 0
+    return sample.loss_mask and sample.num_sampled > 0
 
 
 class MicroBatchLoader:
@@ -76,7 +76,7 @@ class MicroBatchLoader:
         """Plan the samples that count in their group's baseline alone, where the KL in the reward includes theirs."""
         if self._spec.needs_critic:
             return []
-        members = [i for i, s in enumerate(batch.samples) if not s.loss_mask and s.reward == s.reward and s.num_tokens]
+        members = [i for i, s in enumerate(batch.samples) if not s.loss_mask and s.reward == s.reward and s.num_sampled]
         return self._plan_of(members, batch, num_mini_batches=1)
 
     def _is_idle(self, sample: TrainSample) -> bool:
@@ -123,7 +123,7 @@ class MicroBatchLoader:
         """Normalizers of an optimizer step over these samples."""
         return Normalizers(
             num_sequences=len(members),
-            num_tokens=sum(s.num_tokens for s in members),
+            num_tokens=sum(s.num_sampled for s in members),
             max_completion_length=self._spec.max_completion_length,
         )
 
@@ -166,10 +166,12 @@ class MicroBatchLoader:
     def _item(self, batch: TrainBatch, index: int, rows: dict[Any, list[Sample]], normalizers: Normalizers) -> PackItem:
         info = batch.samples[index]
         sample = rows[info.ref][info.row]
-        if (sample.prompt_id, sample.index, len(sample.token_ids)) != (info.prompt_id, info.index, info.num_tokens):
+        held = (sample.prompt_id, sample.index, len(sample.token_ids), sample.num_sampled)
+        if held != (info.prompt_id, info.index, info.num_tokens, info.num_sampled):
             raise WorkerError(
                 f"sample {info.prompt_id}[{info.index}] of step {batch.step} is not what its reference holds: "
-                f"{sample.prompt_id}[{sample.index}] with {len(sample.token_ids)} tokens instead of {info.num_tokens}"
+                f"{sample.prompt_id}[{sample.index}] with {held[2]} tokens, {held[3]} of them sampled, instead of "
+                f"{info.num_tokens} and {info.num_sampled}"
             )
         if self._spec.keep_routing and sample.routes is None:
             raise WorkerError(
@@ -181,10 +183,11 @@ class MicroBatchLoader:
             completion_ids=sample.token_ids,
             rollout_logprobs=sample.logprobs,
             advantage=_advantages(info),
-            weight=self._objective.weight(info.num_tokens, normalizers),
+            weight=self._objective.weight(info.num_sampled, normalizers),
             sample=index,
             current=tokens_of_version(sample.versions, batch.version, info.num_tokens),
             routes=sample.routes if self._spec.keep_routing else None,
+            sampled=sampled_tokens(sample.versions, info.num_tokens) if info.num_environment_tokens else None,
         )
 
 

@@ -8,20 +8,20 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
 
+from actors.reward.episodes import brought, completion_of, episode_of, failed_score, with_brought
 from actors.reward.processes import ScoringProcesses
 from actors.runtime import own_process, use_batch_scheduling
 from grpo_ray.config.reward import RewardConfig
 from grpo_ray.data.thinking import opens_thinking
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.functions.function import NOT_COLUMNS, Conversation, ScoreInputs
-from grpo_ray.rewards.functions.scoring import weighted_sum
-from grpo_ray.types import Sample, Score, ScoreRequest, ScoreStatus
+from grpo_ray.types import RewardScore, Sample, Score, ScoreRequest, ScoreStatus
 
 FETCH_TIMEOUT_S = 60.0
 
@@ -29,12 +29,15 @@ FETCH_TIMEOUT_S = 60.0
 class RewardActor:
     """A reward worker, made into a Ray actor by `RewardPool`. `start` has to be called first."""
 
-    def __init__(self, config: RewardConfig, run_dir: str, name: str, start_timeout_s: float) -> None:
+    def __init__(
+        self, config: RewardConfig, run_dir: str, name: str, start_timeout_s: float, with_environments: bool = False
+    ) -> None:
         self._config = config
+        self._names = [f.title for f in config.functions]
         self._weights = [f.weight for f in config.functions]
         self._log = own_process(run_dir, name)
         use_batch_scheduling()
-        self._process = ScoringProcesses(config, start_timeout_s)
+        self._process = ScoringProcesses(config, start_timeout_s, with_environments=with_environments)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring")
         self._turn = asyncio.Lock()
 
@@ -86,12 +89,13 @@ class RewardActor:
         whole = [self._process.takes_whole(f) for f in range(len(self._weights))]
         units = _units(groups, self._config.unit if any(whole) else "sample")
         lost = [_first_loss(unit, texts) for unit in units]
+        live = [[] if loss else self._live(unit, texts) for unit, loss in zip(units, lost, strict=True)]
+        called = [self._called(requests, texts) for requests in live]
         calls = [
-            (f, build_inputs(part, texts, templated=function.built_in))
-            for u, unit in enumerate(units)
-            if not lost[u]
-            for f, function in enumerate(self._config.functions)
-            for part in ([unit] if whole[f] else [[request] for request in unit])
+            (f, build_inputs(part, texts, templated=self._config.functions[f].built_in))
+            for functions, requests in zip(called, live, strict=True)
+            for f in functions
+            for part in ([requests] if whole[f] else [[request] for request in requests])
         ]
         results = (result for call in self._process.run(calls) for result in call)
         scores: list[Score] = []
@@ -99,13 +103,30 @@ class RewardActor:
             if lost[u]:
                 scores += [Score(ScoreStatus.CRASHED, math.nan, (), lost[u]) for _ in unit]
                 continue
-            parts = [[next(results) for _ in unit] for _ in self._weights]
-            scores += [
-                weighted_sum([p[s] for p in parts], self._weights, request.sample.num_tokens)
-                for s, request in enumerate(unit)
-            ]
+            parts = {self._names[f]: iter([next(results) for _ in live[u]]) for f in called[u]}
+            scores += [self._summed(request, texts, parts) for request in unit]
         rest = iter(scores)
         return [[next(rest) for _ in group] for group in groups]
+
+    def _live(self, unit: list[ScoreRequest], texts: dict[int, list[Sample] | str]) -> list[ScoreRequest]:
+        """The samples that functions are called with: not those whose environment failed."""
+        return [request for request in unit if failed_score(_sample(request, texts)) is None]
+
+    def _called(self, requests: list[ScoreRequest], texts: dict[int, list[Sample] | str]) -> list[int]:
+        """The functions that these samples do not bring the results of."""
+        if not requests:
+            return []
+        there = brought(_sample(requests[0], texts))
+        return [f for f, name in enumerate(self._names) if name not in there]
+
+    def _summed(
+        self, request: ScoreRequest, texts: dict[int, list[Sample] | str], parts: dict[str, Iterator[RewardScore]]
+    ) -> Score:
+        sample = _sample(request, texts)
+        if (failed := failed_score(sample)) is not None:
+            return failed
+        computed = {name: next(results) for name, results in parts.items()}
+        return with_brought(self._names, self._weights, computed, sample, request.sample.num_tokens)
 
 
 def _units(groups: list[list[ScoreRequest]], unit: str) -> list[list[ScoreRequest]]:
@@ -122,6 +143,10 @@ async def _get(ref: Any) -> list[Sample] | str:
         return samples
     except (ray.exceptions.RayError, TimeoutError) as e:
         return f"the sample's object could not be fetched ({type(e).__name__}): its rollout actor may have died"
+
+
+def _sample(request: ScoreRequest, texts: dict[int, list[Sample] | str]) -> Sample | str:
+    return texts[id(request.sample.ref)][request.sample.row]
 
 
 def _first_loss(unit: list[ScoreRequest], texts: dict[int, list[Sample] | str]) -> str:
@@ -149,6 +174,9 @@ def build_inputs(
     trainer = max((r.trainer for r in unit if r.trainer is not None), key=lambda t: t.global_step, default=None)
     turns = [_turns(_prompt(r, templated), text) for r, text in zip(unit, texts_of_samples, strict=True)]
     prompts, completions = [prompt for prompt, _ in turns], [completion for _, completion in turns]
+    for i, sample in enumerate(samples):
+        if (episode := episode_of(sample)) is not None:
+            completions[i] = completion_of(episode, last_answer=templated)
     opened = [opens_thinking(r.prompt_text) for r in unit]
     return ScoreInputs(prompts, completions, ids, columns, steps, opened, trainer)
 

@@ -12,6 +12,19 @@ from grpo_ray.rewards.functions.logs import MAX_COLUMNS, MAX_METRICS, checked_na
 from grpo_ray.types import LoggedMetric, RewardScore, ScoreStatus, Step
 
 
+def encode(result: RewardScore) -> list[Any]:
+    """The result as [status, value, detail, seconds, [[end, value], ..]], then extras and metrics where it logs some; NaN has no
+    JSON."""
+    said: list[Any] = [
+        result.status.value,
+        result.value if result.status is ScoreStatus.OK else None,
+        result.detail,
+        result.seconds,
+        [[step.end, step.value] for step in result.steps],
+    ]
+    return [*said, result.extra, result.logged] if result.extra or result.logged else said
+
+
 def decode(name: str, lengths: Sequence[int], message: dict[str, Any]) -> list[RewardScore]:
     """The scores of the function `name` for samples of these lengths.
 

@@ -48,7 +48,12 @@ class RewardPools:
         if lost is not None:
             return lost
         by_title = {part.name: part for score in scores for part in score.parts}
-        return weighted_sum([by_title[title] for title in self._titles], self._weights, num_tokens)
+        if any(title not in by_title for title in self._titles):
+            # The environment of the sample's episode failed, and no function was called.
+            return scores[0]
+        own = [part for title, part in by_title.items() if title not in self._titles]
+        parts = [*(by_title[title] for title in self._titles), *own]
+        return weighted_sum(parts, [*self._weights, *(1.0 for _ in own)], num_tokens)
 
     def take_tracks(self) -> list[Track]:
         return [track for pool in self._pools for track in pool.take_tracks()]

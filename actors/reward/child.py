@@ -7,30 +7,24 @@ was near untrusted code and text. Functions run in the main thread: math-verify'
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
 import pickle
-import resource
-import signal
-import struct
 import sys
 from dataclasses import dataclass
-from typing import Any, BinaryIO
 
 import psutil
 
+from actors.reward.answers import encode
 from actors.reward.apart import leave_network
+from actors.reward.inside import extend_search_path, limit_memory, open_pipes, read_message, reply
 from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.plain_terminal import clean_streams
-from grpo_ray.rewards.functions.function import RewardFunction, ScoreInputs
+from grpo_ray.rewards.functions.function import RewardFunction, ScoreInputs, check_environments
 from grpo_ray.rewards.functions.scoring import call_reward, failures
 from grpo_ray.rewards.table import resolve
 from grpo_ray.types import RewardScore, ScoreStatus
 
-HEADER = struct.Struct("<Q")
-PR_SET_PDEATHSIG = 1
 MAX_CHILDREN = 32
 CALLS_BETWEEN_COUNTS = 16
 
@@ -46,6 +40,8 @@ class Setup:
     """`sys.path` of the parent, so that a function is found where the driver would find it."""
     apart: bool
     """Whether the process is cut off from the network."""
+    with_environments: bool = False
+    """Whether the run has environments, where functions that name them are called."""
 
 
 @dataclass(frozen=True)
@@ -65,19 +61,10 @@ class Call:
 
 def main() -> None:
     clean_streams()
-    requests = os.fdopen(int(sys.argv[1]), "rb")
-    responses = int(sys.argv[2])
-    die_with_parent()
+    requests, responses = open_pipes()
     me = os.getpid()
-
-    def leave_the_pipes() -> None:
-        # A child that a function forked must neither hold the pipes open nor answer in our name.
-        os.close(requests.fileno())
-        os.close(responses)
-
-    os.register_at_fork(after_in_child=leave_the_pipes)
     setup: Setup = pickle.loads(read_message(requests))
-    sys.path.extend(p for p in setup.search_path if p not in sys.path)
+    extend_search_path(setup.search_path)
     if setup.apart:
         leave_or_refuse(responses)
     functions = import_functions(setup, responses)
@@ -114,6 +101,8 @@ def import_functions(setup: Setup, responses: int) -> list[RewardFunction]:
         reply(responses, {"importing": config.name})
         try:
             functions.append(resolve(config, load=True))
+            if not setup.with_environments:
+                check_environments(functions[-1])
         except RewardError as e:
             reply(responses, {"refused": str(e)})
             sys.exit(1)
@@ -142,53 +131,6 @@ def too_many_children(calls_done: int) -> bool:
         return False
     # Counting reads all of /proc, so not after every call.
     return calls_done % CALLS_BETWEEN_COUNTS == 0 and len(psutil.Process().children()) > MAX_CHILDREN
-
-
-def encode(result: RewardScore) -> list[Any]:
-    """The result as [status, value, detail, seconds, [[end, value], ..]], then extras and metrics where it logs some; NaN has no
-    JSON."""
-    said: list[Any] = [
-        result.status.value,
-        result.value if result.status is ScoreStatus.OK else None,
-        result.detail,
-        result.seconds,
-        [[step.end, step.value] for step in result.steps],
-    ]
-    return [*said, result.extra, result.logged] if result.extra or result.logged else said
-
-
-def reply(fd: int, message: dict[str, Any]) -> None:
-    data = memoryview(json.dumps(message).encode() + b"\n")
-    while data:
-        data = data[os.write(fd, data) :]
-
-
-def read_message(requests: BinaryIO) -> bytes:
-    """The next length-prefixed message. The end of the pipe is the end of the parent, and so of this process."""
-    header = requests.read(HEADER.size)
-    if len(header) < HEADER.size:
-        os._exit(0)
-    (size,) = HEADER.unpack(header)
-    body = requests.read(size)
-    if len(body) < size:
-        os._exit(0)
-    return body
-
-
-def limit_memory(extra_bytes: int) -> None:
-    """Cap the address space: an allocation beyond it is a MemoryError here instead of a killed neighbour."""
-    if sys.platform != "linux":
-        return
-    with open("/proc/self/statm") as f:
-        now = int(f.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + extra_bytes, now + extra_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def die_with_parent() -> None:
-    """Ask Linux for a SIGKILL when the parent dies: a function stuck in C would never notice."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import select
 import time
 from typing import Any
 
-from actors.reward.child import HEADER
+from actors.reward.inside import HEADER
 
 MAX_LINE_BYTES = 64 << 20
 """The longest line: a whole group with a step at every token is about ten MiB."""

@@ -44,6 +44,7 @@ class RewardPool:
         start_timeout_s: float,
         max_restarts: int,
         actors: Actors,
+        with_environments: bool = False,
     ) -> None:
         self.name = name
         self._run_dir = run_dir
@@ -51,7 +52,13 @@ class RewardPool:
         self._longest_s = tries * (config.timeout_s + START_TRIES * start_timeout_s)
         """The longest that a sample may take: every function to its deadline, with every retry and restart."""
         self._kind = RewardWorkerKind(
-            config, run_dir, name, start_timeout_s=start_timeout_s, max_restarts=max_restarts, source=actors
+            config,
+            run_dir,
+            name,
+            start_timeout_s=start_timeout_s,
+            max_restarts=max_restarts,
+            source=actors,
+            with_environments=with_environments,
         )
         # An actor starts, and then its process, which is allowed `start_timeout_s`.
         self._supervisor = Supervisor(self._kind, self, actors, config.num_actors, start_timeout_s + 60)
@@ -73,10 +80,13 @@ class RewardPool:
         start_timeout_s: float = 600.0,
         max_restarts: int = 8,
         actors: Actors | None = None,
+        with_environments: bool = False,
     ) -> RewardPool:
         """Start `config.num_actors` workers, named `{name}-0` and so on, and import every reward function in each.
 
-        `max_restarts`: how many workers that died over the same samples, or while starting at one index, are replaced.
+        Args:
+            max_restarts: how many workers that died over the same samples, or while starting at one index, are replaced.
+            with_environments: whether the run has environments, beside which functions that name them are called.
 
         Raises:
             RewardError: naming the function that can't be imported.
@@ -90,6 +100,7 @@ class RewardPool:
             start_timeout_s=start_timeout_s,
             max_restarts=max_restarts,
             actors=actors or RayActors(),
+            with_environments=with_environments,
         )
         try:
             await pool._supervisor.start_all()

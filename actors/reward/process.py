@@ -8,33 +8,21 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
-import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Sequence
-from pathlib import Path
 
-import grpo_ray
-from actors.caches import use_private_caches
-from actors.devices import VISIBLE
 from actors.reward.answers import decode
 from actors.reward.child import Call, Setup
-from actors.reward.family import TAG, end_family
-from actors.reward.pipe import ChildPipe, EndedError, LateError
+from actors.reward.pipe import EndedError, LateError
+from actors.reward.users_process import UsersProcess
 from actors.start_timeout import StartTimeout
 from grpo_ray.config.reward import RewardConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.functions.function import ScoreInputs
 from grpo_ray.rewards.functions.scoring import failures
-from grpo_ray.secrets import is_secret_name, resolve
 from grpo_ray.types import RewardScore, ScoreStatus
 
-# What a scoring process inherits; tokens and passwords of the environment stay here. The rest comes from `reward.env`.
-KEPT_ENV = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR", "TZ", VISIBLE)
-KEPT_FOR_HOST = ("HOME", "HF_HOME", "HF_HUB_OFFLINE")
-"""The variables that built-in rewards do not get where they need nothing of the host (`RewardFunctionConfig.needs_host`)."""
 START_TRIES = 3
 
 
@@ -53,13 +41,16 @@ class ScoringProcess:
         RewardError: from `start`, and from `run` when a restart fails: a function can't be imported.
     """
 
-    def __init__(self, config: RewardConfig, start_timeout_s: float = 120.0) -> None:
+    def __init__(
+        self, config: RewardConfig, start_timeout_s: float = 120.0, *, with_environments: bool = False
+    ) -> None:
         self._config = config
+        self._with_environments = with_environments
         self._apart = not any(f.needs_host for f in config.functions)
         self._names = [f.title for f in config.functions]
-        self._tag = uuid.uuid4().hex
-        self._process: subprocess.Popen[bytes] | None = None
-        self._pipe = ChildPipe()
+        self._child = UsersProcess("actors.reward.child", config.env, apart=self._apart)
+        self._pipe = self._child.pipe
+        self._tag = self._child.tag
         self._stopped = False
         self._per_sample = [False] * len(config.functions)
         self._start_timeout = StartTimeout(start_timeout_s)
@@ -67,7 +58,7 @@ class ScoringProcess:
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process is not None else None
+        return self._child.pid
 
     def start(self) -> None:
         """Start the child and wait until it has imported every function. A child killed by a signal meanwhile proves nothing about
@@ -91,28 +82,12 @@ class ScoringProcess:
     def _start_once(self, limit_s: float) -> None:
         if self._stopped:
             raise RewardError("the scoring process was stopped; nothing more is scored")
-        self._launch()
+        self._child.launch()
         try:
             self._await_imports(limit_s)
         except BaseException:
             self.kill()
             raise
-
-    def _launch(self) -> None:
-        reads, writes = ends = self._pipe.open()
-        self._process = subprocess.Popen(
-            # -P: the working folder is the user's, and comes last, see `search_path`.
-            [
-                *(sys.executable, "-P", "-X", "faulthandler"),
-                *("-m", "actors.reward.child", str(reads), str(writes)),
-            ],
-            stdin=subprocess.DEVNULL,
-            pass_fds=ends,
-            start_new_session=True,
-            env=self._environment(),
-        )
-        for end in ends:
-            os.close(end)
 
     def _await_imports(self, limit_s: float) -> None:
         importing = "(nothing yet)"
@@ -133,16 +108,16 @@ class ScoringProcess:
                 "module does on import, or raise deadlines.start_s"
             ) from None
         except EndedError:
-            how = self._how_it_ended()
-            killed = self._process is not None and (self._process.returncode or 0) < 0
-            raise (_KilledAtStart if killed else RewardError)(
+            how = self._child.how_it_ended()
+            raise (_KilledAtStart if self._child.was_killed else RewardError)(
                 f"the scoring process {how} while importing reward {importing!r}; see its log in the run's logs folder"
                 f"{_hint(how)}"
             ) from None
 
     def _setup(self) -> Setup:
         memory_bytes = int(self._config.memory_gb * 2**30)
-        return Setup(self._config.functions, memory_bytes, tuple(p or os.getcwd() for p in sys.path), self._apart)
+        search_path = tuple(p or os.getcwd() for p in sys.path)
+        return Setup(self._config.functions, memory_bytes, search_path, self._apart, self._with_environments)
 
     def takes_whole(self, function: int) -> bool:
         """Whether the function is called with all samples of a unit at once (`reward.unit`)."""
@@ -170,23 +145,18 @@ class ScoringProcess:
         return results
 
     def kill(self) -> None:
-        """End the child, its process group, and every descendant, also those in sessions of their own."""
-        process, self._process = self._process, None
-        self._pipe.close()
-        if process is not None:
-            end_family(process, self._tag)
+        """See `UsersProcess`."""
+        self._child.kill()
 
     def stop(self) -> None:
         """End whatever runs, for good, from any thread. A `run` in progress raises RewardError."""
         self._stopped = True
-        process = self._process
-        if process is not None:
-            end_family(process, self._tag)
+        self._child.stop()
 
     def _run_once(self, calls: list[Call]) -> list[list[RewardScore]]:
         results: list[list[RewardScore]] = []
         while len(results) < len(calls):
-            if self._process is None:
+            if self._child.pid is None:
                 self.restarts += 1
                 self.start()
             try:
@@ -215,31 +185,11 @@ class ScoringProcess:
                 f"reward {name!r} did not return within {self._limit_s(call):g} s and was killed; "
                 "mend it, or raise reward.timeout_s"
             )
-        how = self._how_it_ended()
+        how = self._child.how_it_ended()
         return ScoreStatus.CRASHED, f"the scoring process {how} during reward {name!r}{_hint(how)}"
-
-    def _how_it_ended(self) -> str:
-        if self._process is None:
-            return "is gone"
-        try:
-            code = self._process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            return "closed its pipe or wrote something that is no answer"
-        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
     def _pack(self, function: int, inputs: ScoreInputs) -> Call:
         return Call(function, pickle.dumps(inputs, protocol=pickle.HIGHEST_PROTOCOL), inputs.lengths)
-
-    def _environment(self) -> dict[str, str]:
-        kept = KEPT_ENV if self._apart else (*KEPT_ENV, *KEPT_FOR_HOST)
-        env = {k: os.environ[k] for k in kept if k in os.environ}
-        paths = (str(Path(grpo_ray.__file__).parents[1]), self._config.env.get("PYTHONPATH"), env.get("PYTHONPATH"))
-        # Reward workers share their cores with the other actors; a thread pool in each of them would compete for them.
-        env |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        use_private_caches(env)
-        ours = {"PYTHONPATH": os.pathsep.join(p for p in paths if p), TAG: self._tag}
-        given = {k: v for k, v in self._config.env.items() if not (self._apart and (k == "HOME" or is_secret_name(k)))}
-        return env | resolve(given, os.environ) | ours
 
 
 def _hint(how: str) -> str:

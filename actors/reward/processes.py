@@ -14,7 +14,9 @@ class ScoringProcesses:
     """One process for the built-in rewards that need nothing of the host, without network and HOME, and one for all other
     functions."""
 
-    def __init__(self, config: RewardConfig, start_timeout_s: float = 120.0) -> None:
+    def __init__(
+        self, config: RewardConfig, start_timeout_s: float = 120.0, *, with_environments: bool = False
+    ) -> None:
         self._at: dict[int, tuple[ScoringProcess, int]] = {}
         """Index of a function -> its process, and its index there."""
         self._processes: list[ScoringProcess] = []
@@ -22,7 +24,7 @@ class ScoringProcesses:
             indices = [i for i, function in enumerate(config.functions) if function.needs_host is needs_host]
             if indices:
                 part = config.model_copy(update={"functions": tuple(config.functions[i] for i in indices)})
-                process = ScoringProcess(part, start_timeout_s)
+                process = ScoringProcess(part, start_timeout_s, with_environments=with_environments)
                 self._processes.append(process)
                 self._at |= {index: (process, at) for at, index in enumerate(indices)}
 

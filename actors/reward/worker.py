@@ -53,6 +53,7 @@ class RewardWorkerKind:
         start_timeout_s: float,
         max_restarts: int,
         source: Actors,
+        with_environments: bool = False,
     ) -> None:
         """`start_timeout_s` is what the scoring process of a worker may take to start."""
         self.config = config
@@ -61,6 +62,7 @@ class RewardWorkerKind:
         self._pool = pool
         self._start_timeout_s = start_timeout_s
         self._source = source
+        self._with_environments = with_environments
         self._kernel = KernelKills()
 
     def make(self, index: int) -> RewardWorker:
@@ -74,6 +76,7 @@ class RewardWorkerKind:
             self._run_dir,
             worker.name,
             self._start_timeout_s,
+            self._with_environments,
             run_dir=self._run_dir,
             name=worker.name,
             num_cpus=self.config.num_cpus,

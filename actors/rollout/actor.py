@@ -21,21 +21,22 @@ import ray
 
 from actors.deaths import CORE_DIED
 from actors.devices import SharedGpus, check_cuda, check_engine_has_gpu, take_gpus
-from actors.rollout.adapters import Adapter, AdapterOptions, EngineAdapters
+from actors.rollout.adapters import AdapterOptions, EngineAdapters
+from actors.rollout.completions import Completions
+from actors.rollout.episode import EpisodeOptions, Episodes
 from actors.rollout.forked_core import forked_core
-from actors.rollout.sample import info_of, sample_of
-from actors.rollout.vllm_options import answers, can_fork, engine_args, sampling_params
+from actors.rollout.sample import info_of
+from actors.rollout.vllm_options import answers, can_fork, engine_args
 from actors.runtime import end_of_imports, own_process, own_scratch, use_batch_scheduling, use_nodes_interface
 from grpo_ray.config.rollout import RolloutConfig
 from grpo_ray.errors import WorkerError
-from grpo_ray.loop.stops import Stops, find_stops, template_end
+from grpo_ray.loop.stops import template_end
 from grpo_ray.models.files.loading import context_length, eos_ids, load_config, vocab_size
 from grpo_ray.models.multimodal import is_multimodal
-from grpo_ray.types import Sample, SampleInfo, SampleRequest, SamplingParams
+from grpo_ray.types import EpisodeFigures, Sample, SampleInfo, SampleRequest
 
 if TYPE_CHECKING:
-    from vllm.outputs import RequestOutput
-
+    from actors.environment.pool import Members
     from actors.weights.memory import Address
 
 POLL_LINGER_S = 0.01
@@ -81,6 +82,7 @@ class RolloutActor:
         colocated: bool = False,
         template: str = "raw",
         shared: SharedGpus | None = None,
+        episodes: EpisodeOptions | None = None,
     ) -> None:
         self.name = f"rollout-{index}"
         own_process(run_dir, self.name)
@@ -96,11 +98,12 @@ class RolloutActor:
         check_engine_has_gpu(self.name)
         # `max_length` is that of the longest sample, prompt and completion; the model may have been made for less.
         model_config = load_config(model, trust_remote_code=trust_remote_code)
+        max_model_len = min(max_length, context_length(model_config))
         args = engine_args(
             config,
             model,
             dtype,
-            min(max_length, context_length(model_config)),
+            max_model_len,
             seed,
             backend,
             trust_remote_code=trust_remote_code,
@@ -120,15 +123,22 @@ class RolloutActor:
         use_batch_scheduling()
         self._adapters = EngineAdapters(self.engine, adapters, model, self.name)
         self.tokenizer: Any = self.engine.get_tokenizer()
-        self._eos_ids = eos_ids(model, self.tokenizer, trust_remote_code=trust_remote_code)
-        self._turn_end = template_end(self.tokenizer, template)
-        self._vocab_size = vocab_size(model_config)
-        self._stops: dict[SamplingParams, Stops] = {}
+        self._completions = Completions(
+            self.engine,
+            self.tokenizer,
+            self.name,
+            eos_ids(model, self.tokenizer, trust_remote_code=trust_remote_code),
+            template_end(self.tokenizer, template),
+            vocab_size(model_config),
+        )
+        self._episodes: Episodes | None = None
+        if episodes is not None:
+            self._episodes = Episodes(episodes, self._completions, max_model_len)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._outcomes: list[Outcome] = []
         self._samples: list[Sample] = []
         self._arrived = asyncio.Event()
-        self._version = self._num_tokens = self._num_samples = 0
+        self._num_tokens = self._num_samples = 0
         self._busy_s = 0.0
         self._busy_since = 0.0
 
@@ -184,19 +194,15 @@ class RolloutActor:
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        final: RequestOutput | None = None
         try:
-            # What other weights have computed of the same prompt is not for this sample, wherever it is kept.
-            prompt = {"prompt_token_ids": request.prompt_token_ids, "cache_salt": str(self._version)}
-            stops = self._stops_of(request.params)
             with self._adapters.use() as adapter:
-                lora = adapter.request if adapter is not None else None
-                async for output in self.engine.generate(
-                    prompt, sampling_params(request, stops), str(ticket), lora_request=lora
-                ):
-                    final = output
-            assert final is not None
-            self._finish(ticket, request, final, adapter, stops)
+                if request.episode is None:
+                    self._finish(ticket, await self._completions.complete(str(ticket), request, adapter))
+                else:
+                    assert self._episodes is not None
+                    self._finish(
+                        ticket, *await self._episodes.draw(request, self._completions.turns(ticket, request, adapter))
+                    )
         except EngineDeadError:
             self._arrived.set()
         except VLLMClientError as e:
@@ -209,31 +215,15 @@ class RolloutActor:
             if not self._tasks:
                 self._busy_s += time.monotonic() - self._busy_since
 
-    def _stops_of(self, params: SamplingParams) -> Stops:
-        if params not in self._stops:
-            self._stops[params] = find_stops(
-                self.tokenizer,
-                self._eos_ids,
-                self._turn_end,
-                self._vocab_size,
-                params.stop,
-                params.stop_token_ids,
-            )
-        return self._stops[params]
+    async def use_environments(self, members: Members) -> None:
+        """Play episodes at these workers from now on."""
+        assert self._episodes is not None
+        self._episodes.client.use(members)
 
-    def _finish(
-        self, ticket: int, request: SampleRequest, final: RequestOutput, adapter: Adapter | None, stops: Stops
-    ) -> None:
-        completion = final.outputs[0]
-        if completion.finish_reason not in ("stop", "length"):
-            self._add(Outcome(ticket, None, "aborted", f"finish_reason {completion.finish_reason}"))
-            return
-        token_ids = list(completion.token_ids)
-        version = None if adapter is None else adapter.version
-        sample = sample_of(request, completion, version, stops.read(self.tokenizer, token_ids), self.name)
-        self._num_tokens += len(token_ids)
+    def _finish(self, ticket: int, sample: Sample, episode: EpisodeFigures | None = None) -> None:
+        self._num_tokens += len(sample.token_ids)
         self._num_samples += 1
-        self._add(Outcome(ticket, info_of(sample, self.name, len(self._samples))))
+        self._add(Outcome(ticket, info_of(sample, self.name, len(self._samples), episode)))
         self._samples.append(sample)
 
     def _add(self, outcome: Outcome) -> None:
@@ -329,7 +319,7 @@ class RolloutActor:
         await self._use(version)
 
     async def _use(self, version: int) -> None:
-        self._version = version
+        self._completions.version = version
         await self.engine.finish_weight_update(str(version))
 
     async def load_adapter(self, version: int, checksum: str, data: Sequence[Any]) -> float:

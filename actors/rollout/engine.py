@@ -15,6 +15,7 @@ from actors.devices import SharedGpus
 from actors.places import Places, placed
 from actors.rollout.actor import RolloutActor
 from actors.rollout.adapters import AdapterOptions
+from actors.rollout.episode import EpisodeOptions
 from actors.rollout.poison import is_suspect
 from actors.rollout.requests import PendingSample
 from actors.rollout.vllm_options import rollout_env
@@ -69,7 +70,7 @@ class RolloutEngine(Worker):
 
     def has_finished(self, info: SampleInfo) -> None:
         self.samples += 1
-        self.tokens += info.num_tokens
+        self.tokens += info.num_sampled
         self.restarts = 0
 
     def show(self) -> None:
@@ -151,6 +152,7 @@ class RolloutEngineKind:
             c.colocated,
             c.data.template,
             shared,
+            EpisodeOptions.of(c),
             run_dir=self._run_dir,
             name=engine.name,
             num_cpus=rollout.num_cpus,

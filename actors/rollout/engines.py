@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from ray.exceptions import RayError
 
 from actors.deaths import is_blameless
+from actors.environment.pool import Members
 from actors.rollout.engine import MAX_RESTARTS, RolloutEngine, RolloutEngineKind
 from actors.rollout.poison import blame, verdict
 from actors.rollout.requests import PendingSample, RequestQueue
@@ -91,6 +92,8 @@ class RolloutEngines:
         self.requests = RequestQueue(
             self.engines, config.rollout.max_num_seqs, on_leaving_idle=self._retire, on_stale=on_stale
         )
+        self.environments: Members | None = None
+        """The environment workers that engines use; None: a prompt has one answer."""
         self.changed = asyncio.Event()
         """An event, set when an engine is alive or given up, or when the number of engines is to change."""
         self.membership = asyncio.Lock()
@@ -154,6 +157,8 @@ class RolloutEngines:
     def worker_started(self, engine: RolloutEngine) -> None:
         engine.version = 0
         engine.paused = False
+        if self.environments is not None:
+            engine.handle.use_environments.remote(self.environments)
         engine.show()
         self.supervisor.keep(engine, self._poll(engine))
         self.changed.set()
@@ -211,6 +216,13 @@ class RolloutEngines:
 
     def why_all_gone(self) -> str:
         return "no rollout engine is left: " + "; ".join(e.gone for e in self.engines.values())
+
+    def use_environments(self, members: Members) -> None:
+        """Tell every engine, and those that start later, of the environment workers that serve now."""
+        self.environments = members
+        for engine in self.engines.values():
+            if engine.alive:
+                engine.handle.use_environments.remote(members)
 
     # Members
 

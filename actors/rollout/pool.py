@@ -22,6 +22,7 @@ from typing import Any, Literal, Self
 from ray.exceptions import RayError
 
 from actors.deaths import fate
+from actors.environment.pool import Members
 from actors.places import Places
 from actors.rollout.engine import BACKOFF_S, RolloutEngine, RolloutEngineKind
 from actors.rollout.engines import RolloutEngines
@@ -104,6 +105,10 @@ class RolloutPool:
     def scale(self, number: int) -> None:
         """Change the number of engines, to 1 or more: others join, or the least busy ones leave."""
         self._group.scale(number)
+
+    def use_environments(self, members: Members) -> None:
+        """Play episodes at these workers from now on."""
+        self._group.use_environments(members)
 
     # Sampling
 

@@ -336,4 +336,6 @@ def _behind(info: SampleInfo, ref: Any) -> SampleInfo:
         info.worker,
         ref,
         info.row,
+        info.num_environment_tokens,
+        info.episode,
     )

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grpo_ray.errors import WorkerError
-from grpo_ray.types import Sample, SampleInfo, SampleRequest, VersionSpan
+from grpo_ray.types import EpisodeFigures, Sample, SampleInfo, SampleRequest, VersionSpan
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
@@ -45,18 +45,25 @@ def sample_of(
     )
 
 
-def info_of(sample: Sample, worker: str, row: int) -> SampleInfo:
-    """What the controller learns of a sample; `row`: its index in the list that it travels in."""
+def info_of(sample: Sample, worker: str, row: int, episode: EpisodeFigures | None = None) -> SampleInfo:
+    """What the controller learns of a sample.
+
+    Args:
+        row: its index in the list that it travels in.
+        episode: figures of its episode.
+    """
     return SampleInfo(
         prompt_id=sample.prompt_id,
         index=sample.index,
         num_prompt_tokens=len(sample.prompt_token_ids),
         num_tokens=len(sample.token_ids),
-        min_version=min(v.version for v in sample.versions),
+        min_version=sample.min_version,
         finish_reason=sample.finish_reason,
         worker=worker,
         ref=None,
         row=row,
+        num_environment_tokens=len(sample.token_ids) - sample.num_sampled,
+        episode=episode,
     )
 
 

@@ -12,7 +12,7 @@ from grpo_ray.algorithm.advantages import group_advantages, process_advantages
 from grpo_ray.algorithm.users_called import advantage_of
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.config.schema import RunConfig
-from grpo_ray.types import Group, Step, TrainBatch, TrainSample, Truncation
+from grpo_ray.types import TRUNCATED, Group, Step, TrainBatch, TrainSample, Truncation
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -96,7 +96,7 @@ def _compare(
 def cut_batch(groups: Sequence[Group], step: int, config: RunConfig) -> TrainBatch:
     """Build the batch of the step with this number. Nothing older than `max_staleness` may be in it.
 
-    Samples without a score are masked from the loss; with `mask_truncated` also those truncated at max_completion_length (DAPO
+    Samples without a score are masked from the loss; with `mask_truncated` also those that had no room for more tokens (DAPO
     2503.14476, section 3.4). As there and in TRL, these keep their part in the baseline.
     """
     bound = step - 1 - config.algorithm.max_staleness
@@ -104,7 +104,7 @@ def cut_batch(groups: Sequence[Group], step: int, config: RunConfig) -> TrainBat
         assert g.min_version >= bound, (
             f"group {g.prompt.id} holds tokens of version {g.min_version}, the bound is {bound}"
         )
-    masked_reason = "length" if config.algorithm.mask_truncated else None
+    masked_reasons = TRUNCATED if config.algorithm.mask_truncated else frozenset()
     samples = [
         TrainSample(
             ref=info.ref,
@@ -113,8 +113,9 @@ def cut_batch(groups: Sequence[Group], step: int, config: RunConfig) -> TrainBat
             index=info.index,
             num_prompt_tokens=info.num_prompt_tokens,
             num_tokens=info.num_tokens,
+            num_environment_tokens=info.num_environment_tokens,
             group=number,
-            loss_mask=score.value == score.value and info.finish_reason != masked_reason,
+            loss_mask=score.value == score.value and info.finish_reason not in masked_reasons,
             reward=score.value,
             advantage=advantage,
             part=g.part,

@@ -1,13 +1,13 @@
 """Packing: the sequences of a micro-batch, end to end, as the tensors of one forward pass.
 
-N tokens of one micro-batch, C completion tokens of one micro-batch, T of one sequence.
+N tokens of one micro-batch, C sampled completion tokens of one micro-batch, T completion tokens of one sequence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,13 +38,25 @@ class PackItem:
     """[T], as in `PackedBatch`; None: all True."""
     routes: NDArray[np.integer] | None = None
     """[N + T - 1, L, k] the experts to take, as in `Sample`; None: those that the model chooses."""
+    sampled: Bool[NDArray[np.bool_], "T"] | None = None
+    """[T] whether a policy sampled the token, at least one of them; the others are inputs and no targets. None: all True."""
+
+    @property
+    def target_places(self) -> Int[NDArray[np.int64], "_"]:
+        """The places of its targets, within 0 .. T-1."""
+        return np.arange(len(self.completion_ids)) if self.sampled is None else np.flatnonzero(self.sampled)
 
 
 def tokens_of_version(versions: Sequence[VersionSpan], version: int, num_tokens: int) -> Bool[NDArray[np.bool_], "T"]:
     """[T] whether each token was sampled by this version of the policy."""
+    return sampled_tokens([span for span in versions if span.version == version], num_tokens)
+
+
+def sampled_tokens(versions: Sequence[VersionSpan], num_tokens: int) -> Bool[NDArray[np.bool_], "T"]:
+    """[T] whether each token was sampled by any version of the policy."""
     out = np.zeros(num_tokens, dtype=np.bool_)
     for span in versions:
-        out[span.start : span.end] = span.version == version
+        out[span.start : span.end] = True
     return out
 
 
@@ -60,7 +72,7 @@ def token_values(steps: Sequence[Step], num_tokens: int) -> Float[NDArray[np.flo
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch: sequences end to end. The last token of each is only a target, never an input.
+    """One micro-batch: sequences end to end. The last target of each is never an input, and nothing after it is here.
 
     Neighbours with the same prompt may share it: then it is there once, before the rest of each of them. Optional padding comes
     after a sequence's own tokens, which are causal and never attend to it.
@@ -75,9 +87,9 @@ class PackedBatch:
     sequences: list[tuple[int, ...]]
     """The parts of each sequence."""
     target_rows: Int[NDArray[np.int64], "C"]
-    """[C] the positions that predict a completion token."""
+    """[C] the positions that predict a completion token that a policy sampled."""
     targets: Int[NDArray[np.int64], "C"]
-    """[C] the completion tokens."""
+    """[C] the completion tokens that a policy sampled."""
     rollout_logprobs: Float[NDArray[np.float32], "C"]
     """[C] rollout_logps."""
     advantages: Float[NDArray[np.float32], "C"]
@@ -126,18 +138,22 @@ def pack(items: Sequence[PackItem], *, padded: bool = False, share_prompts: bool
     """
     if not items:
         items = [PackItem(np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.float32), 0.0, 0.0, -1)]
-    longest = max(len(i.prompt_ids) + len(i.completion_ids) - 1 for i in items) if padded else 0
+    places = [i.target_places for i in items]
+    ends = [int(p[-1]) for p in places]
+    longest = max(len(i.prompt_ids) + end for i, end in zip(items, ends, strict=True)) if padded else 0
     parts: list[NDArray[np.integer]] = []
     positions: list[NDArray[np.integer]] = []
     sequences: list[tuple[int, ...]] = []
-    for neighbours in _with_one_prompt(items) if share_prompts else [[i] for i in items]:
-        shared = len(neighbours[0].prompt_ids) if len(neighbours) > 1 else 0
+    inputs = [(i, i.completion_ids[:end]) for i, end in zip(items, ends, strict=True)]
+    for neighbours in _with_one_prompt(inputs) if share_prompts else [[pair] for pair in inputs]:
+        prompt_ids = neighbours[0][0].prompt_ids
+        shared = len(prompt_ids) if len(neighbours) > 1 else 0
         common = (len(parts),) if shared else ()
         if shared:
-            parts.append(neighbours[0].prompt_ids)
+            parts.append(prompt_ids)
             positions.append(np.arange(shared))
-        for i in neighbours:
-            own = np.concatenate([i.prompt_ids[shared:], i.completion_ids[:-1]])
+        for i, completion_ids in neighbours:
+            own = np.concatenate([i.prompt_ids[shared:], completion_ids])
             padding = np.zeros(max(longest - len(own), 0), np.int64)
             sequences.append((*common, len(parts)) if len(own) else common)
             if len(own):
@@ -146,7 +162,7 @@ def pack(items: Sequence[PackItem], *, padded: bool = False, share_prompts: bool
                 positions.append(np.concatenate([np.arange(shared, shared + len(own)), np.arange(len(padding))]))
     lengths = [len(part) for part in parts]
     rows_of_parts = np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1])
-    num_targets = [len(i.completion_ids) for i in items]
+    num_targets = [len(p) for p in places]
     return PackedBatch(
         input_ids=np.concatenate(parts).astype(np.int64),
         position_ids=np.concatenate(positions),
@@ -154,20 +170,20 @@ def pack(items: Sequence[PackItem], *, padded: bool = False, share_prompts: bool
         sequences=sequences,
         target_rows=np.concatenate(
             [
-                np.concatenate([rows_of_parts[part] for part in sequence])[len(i.prompt_ids) - 1 :][:n]
-                for i, sequence, n in zip(items, sequences, num_targets, strict=True)
+                np.concatenate([rows_of_parts[part] for part in sequence])[len(i.prompt_ids) - 1 + own]
+                for i, sequence, own in zip(items, sequences, places, strict=True)
             ]
         ),
-        targets=np.concatenate([i.completion_ids for i in items]).astype(np.int64),
-        rollout_logprobs=np.concatenate([i.rollout_logprobs for i in items]).astype(np.float32),
-        advantages=np.concatenate(
-            [np.broadcast_to(np.float32(i.advantage), n) for i, n in zip(items, num_targets, strict=True)]
+        targets=_of_targets([i.completion_ids for i in items], places).astype(np.int64),
+        rollout_logprobs=_of_targets([i.rollout_logprobs for i in items], places).astype(np.float32),
+        advantages=_of_targets(
+            [np.broadcast_to(np.float32(i.advantage), len(i.completion_ids)) for i in items], places
         ),
         weights=np.repeat(np.array([i.weight for i in items], dtype=np.float32), num_targets),
         samples=np.repeat(np.array([i.sample for i in items], dtype=np.int64), num_targets),
         segments=np.repeat(np.arange(len(items), dtype=np.int64), num_targets),
-        current=np.concatenate(
-            [np.ones(n, np.bool_) if i.current is None else i.current for i, n in zip(items, num_targets, strict=True)]
+        current=_of_targets(
+            [np.ones(len(i.completion_ids), np.bool_) if i.current is None else i.current for i in items], places
         ),
         routes=_routes(items, [np.concatenate([rows_of_parts[part] for part in s]) for s in sequences], sum(lengths)),
     )
@@ -187,11 +203,20 @@ def _routes(
     return out
 
 
-def _with_one_prompt(items: Sequence[PackItem]) -> list[list[PackItem]]:
+def _of_targets(values: Sequence[NDArray[Any]], places: Sequence[NDArray[np.int64]]) -> NDArray[Any]:
+    """[C] of the values [T] of each sequence those of its targets."""
+    return np.concatenate([of_sequence[own] for of_sequence, own in zip(values, places, strict=True)])
+
+
+_Inputs = tuple[PackItem, NDArray[np.integer]]
+"""A sequence, and the completion tokens that are inputs."""
+
+
+def _with_one_prompt(items: Sequence[_Inputs]) -> list[list[_Inputs]]:
     """Runs of neighbours with the same prompt."""
-    runs: list[list[PackItem]] = []
+    runs: list[list[_Inputs]] = []
     for item in items:
-        if runs and np.array_equal(runs[-1][-1].prompt_ids, item.prompt_ids):
+        if runs and np.array_equal(runs[-1][-1][0].prompt_ids, item[0].prompt_ids):
             runs[-1].append(item)
         else:
             runs.append([item])

@@ -125,8 +125,8 @@ class AlgorithmConfig(Strict):
     samples of each prompt have the same one, or all that differ are out of the loss. A run of several steps, none of which had a
     signal, ends so too. 0: never."""
     mask_truncated: bool = False
-    """Whether samples truncated at rollout.max_completion_length count for the baseline, but not for the loss (DAPO's overlong
-    filtering; TRL's mask_truncated_completions)."""
+    """Whether samples truncated at rollout.max_completion_length, or at the end of the context, count for the baseline, but not for
+    the loss (DAPO's overlong filtering; TRL's mask_truncated_completions). An episode that ended at another limit counts."""
 
     num_iterations: PositiveInt = 1
     """The number of passes over each batch (the paper's mu)."""

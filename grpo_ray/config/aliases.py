@@ -147,6 +147,11 @@ ALIASES: dict[str, tuple[tuple[str, ...], str]] = {
     "dataset_train_split": (("data.train.split",), ""),
     "dataset_test_split": (("data.eval.split", "data.eval"), ""),
     "reward_funcs": (("reward.functions",), ": [{name: NAME}]"),
+    "environment_factory": (
+        ("environment.name",),
+        ": my_game.Game, or environment.classes by the column `environment`",
+    ),
+    "max_tool_calling_iterations": (("environment.max_turns",), ", which counts the last answer too: one more"),
     "reward_weights": (("reward.functions",), ": [{name: NAME, weight: 0.5}]"),
     "per_device_train_batch_size": (_BATCH, _SAMPLES),
     "generation_batch_size": (_BATCH, _SAMPLES),

@@ -66,6 +66,12 @@ WHERE: dict[str, dict[str, str]] = {
         "functions num_actors num_cpus resources labels timeout_s num_gpus unit memory_gb env": SAMPLING,
         "min_actors max_actors": "train",
     },
+    "environment": {
+        "name package args interface classes tools tool_parser template max_turns max_tool_calls max_turn_tokens max_result_chars "
+        "reset_timeout_s step_timeout_s episode_timeout_s num_actors num_cpus resources labels num_envs envs_per_process "
+        "memory_gb env": SAMPLING
+    },
+    "environment.classes": {"name package args interface": SAMPLING},
     "reward.on_failure": {"retries": SAMPLING, "action value": "train", "abort_above": "train sample"},
     "reward.functions": {"name package label weight args sources from_step part": SAMPLING},
     "reward.functions.workers": {"num_actors num_cpus num_gpus timeout_s": SAMPLING},
@@ -270,11 +276,14 @@ def _of_workers(config: RunConfig | SftConfig, command: str) -> Found:
                 "reward.functions",
                 f"{late} would begin after the last step (from_step), for num_steps is {config.num_steps}",
             )
-    if SHARED_POOL not in reward.pools:
+    if SHARED_POOL not in config.reward_pools:
         for name in ("num_actors", "min_actors", "max_actors", "num_cpus", "num_gpus", "unit"):
             yield f"reward.{name}", "every reward function has workers of its own"
     if reward.on_failure.action != "value":
-        yield "reward.on_failure.value", "it is of action value, and reward.on_failure.action is drop_group"
+        yield (
+            "reward.on_failure.value",
+            "it is of action value, and reward.on_failure.action is " + reward.on_failure.action,
+        )
 
 
 def _of_the_loss(config: RunConfig | SftConfig, _command: str) -> Found:

@@ -12,6 +12,7 @@ from pydantic import AfterValidator
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.config.base import Strict, expand_home, file_and_function, in_other_place, is_in_file
 from grpo_ray.config.data import DataSource
+from grpo_ray.config.environment import EnvironmentConfig
 from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
@@ -63,6 +64,9 @@ def _absolute(section: S, folder: Path) -> S:
         update["args"] = {k: _reward_place(k, v, folder) for k, v in section.args.items()}
     if isinstance(section, AlgorithmConfig):
         update["loss"], update["advantage"] = _code_file(section.loss, folder), _code_file(section.advantage, folder)
+    if isinstance(section, EnvironmentConfig):
+        users = section.with_names(lambda name: _code_file(name, folder))
+        update |= {"name": users.name, "classes": users.classes, "tools": users.tools}
     return section.model_copy(update=update)
 
 

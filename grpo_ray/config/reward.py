@@ -101,7 +101,9 @@ JUDGE_DEADLINE_S = 60.0
 class FailurePolicy(Strict):
     """The treatment of a sample whose reward function timed out, crashed or raised."""
 
-    action: Literal["drop_group", "value"] = "drop_group"
+    action: Literal["drop_group", "drop_sample", "value"] = "drop_group"
+    """`drop_group`: another prompt takes the place of its group. `drop_sample`: it has no part in mean, standard deviation
+    and loss of its group, and the others are trained; a group without any score is dropped. `value`: its reward is `value`."""
     value: float = 0.0
     """The reward of such a sample under `action: value`."""
     retries: NonNegInt = 1

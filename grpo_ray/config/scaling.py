@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from grpo_ray.config.environment import ENVIRONMENT_POOL
 from grpo_ray.config.loading import build, deep_merge, load_yaml
 from grpo_ray.config.reward import SHARED_POOL
 from grpo_ray.config.schema import RunConfig
@@ -19,7 +20,7 @@ from grpo_ray.config.yaml import dump_yaml
 from grpo_ray.errors import ConfigError
 from grpo_ray.files import write_whole
 
-SCALED = ("rollout", "reward", "learner")
+SCALED = ("rollout", "reward", "environment", "learner")
 """The roles that scale, by their sections of the config."""
 PAIRED = ("rollout", "learner")
 """The roles that share devices when they are colocated."""
@@ -41,9 +42,11 @@ undoes the other."""
 
 
 def counts(config: RunConfig) -> Counts:
+    environments = {} if config.environment is None else {ENVIRONMENT_POOL: config.environment.num_actors}
     return {
         "rollout": config.rollout.num_actors,
         "reward": config.reward.num_actors,
+        **environments,
         "learner": config.learner.num_actors,
     }
 
@@ -69,7 +72,7 @@ def parse_counts(words: Sequence[str]) -> Counts:
             raise ConfigError(f"{role} is given twice")
         out[role] = int(number)
     if not out:
-        raise ConfigError("scale what? Give one or more of rollout=N, reward=N, learner=N")
+        raise ConfigError("scale what? Give one or more of rollout=N, reward=N, environment=N, learner=N")
     return out
 
 
@@ -79,6 +82,8 @@ def rescaled(config: RunConfig, asked: Mapping[str, int]) -> RunConfig:
     Raises:
         ConfigError: numbers that this run can't have.
     """
+    if ENVIRONMENT_POOL in asked and config.environment is None:
+        raise ConfigError("this run has no environments to scale; it has no section `environment`")
     changed = {role: number for role, number in asked.items() if number != counts(config)[role]}
     if config.colocated and (paired := [role for role in PAIRED if role in changed]):
         raise ConfigError(

@@ -1,7 +1,7 @@
 """The schema of a GRPO run. Every default exists here and in the file of its section, once; `grpo-ray check` prints the
 resolved whole.
 
-    model  data  rollout  reward  algorithm  learner  runtime     sections
+    model  data  rollout  environment  reward  algorithm  learner     sections
     common                                                        the sections that every training run has
     schema (`grpo-ray train`)   supervised (`sft`, `dpo`, `reward-model`)     whole runs
     loading                                                       from YAML and `key=value` to one of these, and back
@@ -18,8 +18,9 @@ from pydantic import model_validator
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.config.base import PositiveInt, check_temperature
 from grpo_ray.config.common import CommonConfig
+from grpo_ray.config.environment import EnvironmentConfig
 from grpo_ray.config.learner import CriticConfig, WeightsConfig, check_precision
-from grpo_ray.config.reward import RewardConfig
+from grpo_ray.config.reward import SHARED_POOL, RewardConfig
 from grpo_ray.config.rollout import EvalConfig, RolloutConfig, SampleConfig
 from grpo_ray.errors import ConfigError
 
@@ -31,7 +32,9 @@ class RunConfig(CommonConfig):
     """P, the number of prompts per step (verl's train_batch_size). A step trains on P x rollout.num_generations samples."""
 
     rollout: RolloutConfig = RolloutConfig()
-    reward: RewardConfig
+    reward: RewardConfig = RewardConfig()
+    environment: EnvironmentConfig | None = None
+    """Environments and tools of episodes over several turns. None: a prompt has one answer."""
     algorithm: AlgorithmConfig = AlgorithmConfig()
     critic: CriticConfig = CriticConfig()
     weights: WeightsConfig = WeightsConfig()
@@ -48,6 +51,16 @@ class RunConfig(CommonConfig):
         return self.rollout.num_actors * self.rollout.engine_size == self.learner.num_actors
 
     @property
+    def reward_titles(self) -> list[str]:
+        """The names of all rewards: those of functions, then those that environments give."""
+        return [*(f.title for f in self.reward.functions), *(self.environment.titles if self.environment else ())]
+
+    @property
+    def reward_pools(self) -> dict[str, RewardConfig]:
+        """The pools of reward workers by name; one without functions, where environments give all rewards, for it joins them."""
+        return self.reward.pools or {SHARED_POOL: self.reward}
+
+    @property
     def samples_under_way(self) -> int:
         """The largest number of samples in progress at once."""
         return (self.algorithm.max_staleness + 1) * self.prompts_per_step * self.rollout.num_generations
@@ -59,6 +72,7 @@ class RunConfig(CommonConfig):
         _check_reference(self)
         _check_sampling(self)
         _check_routing(self)
+        _check_environment(self)
         _check_colocated(self)
         if self.model.sends_adapters and self.weights != WeightsConfig():
             raise ValueError(
@@ -72,12 +86,14 @@ class RunConfig(CommonConfig):
 
 
 def _check_rewards(config: RunConfig) -> None:
-    if not config.reward.functions:
+    if not config.reward_titles:
         raise ValueError("reward.functions is empty: name at least one reward, e.g. [{name: accuracy}]")
-    names = [f.title for f in config.reward.functions]
+    names = config.reward_titles
     if (twice := next((n for n in names if names.count(n) > 1), None)) is not None:
         raise ValueError(
             f"reward.functions has {twice!r} more than once, and their metrics could not be told apart; give each a label"
+            if twice not in (config.environment.titles if config.environment else ())
+            else f"{twice!r} is a reward of reward.functions and of the environment; give the function a label"
         )
     if config.eval.accuracy is not None and config.eval.accuracy not in names:
         raise ValueError(f"eval.accuracy is {config.eval.accuracy!r}, which is none of reward.functions: {names}")
@@ -137,9 +153,26 @@ def _check_routing(config: RunConfig) -> None:
         "rollout.speculative: a draft's tokens are routed before it is known which are kept": config.rollout.speculative,
         "model.compile: it makes one program of a layer, with the router's own choice": config.model.compile,
         f"learner.sequence_parallel_size {slices}: a learner has a slice of the tokens": slices > 1,
+        "environment: the turns of an episode are sampled apart, and their experts are not put together": config.environment,
     }
     if (why := next((text for text, is_so in wrong.items() if is_so), None)) is not None:
         raise ValueError(f"rollout.keep_routing does not go with {why}; leave one of them out")
+
+
+def _check_environment(config: RunConfig) -> None:
+    environment = config.environment
+    if environment is None:
+        return
+    if config.data.template.partition(":")[0] not in ("chat", "r1"):
+        raise ValueError(
+            f"environment needs a chat template for its turns, and data.template is {config.data.template!r}; set it to chat"
+        )
+    # An episode whose environment fails is played twice.
+    if 2 * environment.episode_timeout_s > config.deadlines.sample_s:
+        raise ValueError(
+            f"environment.episode_timeout_s ({environment.episode_timeout_s:g}) is more than half of deadlines.sample_s "
+            f"({config.deadlines.sample_s:g}), which would end an episode that is drawn again; lower the first or raise the second"
+        )
 
 
 def check_correction(config: RunConfig) -> None:

@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grpo_ray.data.plain_text import bound_marks
 from grpo_ray.data.sources import Row, Table, map_columns, progress
 from grpo_ray.errors import DataError
 from grpo_ray.files import written_aside
-from grpo_ray.plain_text import bound_marks
 
 SENTENCE_MARKS = ".,;:!?\"'`()[]{}\u3001\u3002\u300c\u300d\u300e\u300f\u300a\u300b\u3010\u3011"
 """The signs stripped from both ends of a word. Mathematical signs stay: without them `7 + 5` would be `7 - 5`."""

@@ -113,14 +113,16 @@ class ChatTemplate(Template):
 
     @cached_property
     def end(self) -> TurnEnd:
-        return end_of_turn(self._tokenizer, lambda messages: _apply(self._tokenizer, messages, False, self._chosen))
+        return end_of_turn(
+            self._tokenizer, lambda messages: apply_chat_template(self._tokenizer, messages, False, self._chosen)
+        )
 
     def answer(self, prompt: Rendered, text: str, *, sampled: bool = False) -> str:
         """The answer as the template writes the whole conversation. Some templates drop its reasoning: then the answer as it was
         demonstrated, because that is what is sampled."""
         end = self.end
         text = end.stripped(text)
-        whole = _apply(
+        whole = apply_chat_template(
             self._tokenizer, [*(prompt.messages or ()), {"role": "assistant", "content": text}], False, prompt.options
         )
         follows = whole.startswith(prompt.text) and whole.endswith(end.tail)
@@ -229,12 +231,16 @@ def _chat(tokenizer: Any, system: str | None, kwargs: Mapping[str, Any]) -> Rend
         if columns.get(KWARGS) is not None or columns.get(TOOLS) is not None:
             own = _checked_kwargs(columns.get(KWARGS), f"column {KWARGS!r}", tokenizer)
             options = {**kwargs, TOOLS: _tools(columns.get(TOOLS)), **own}
-        return Rendered(_apply(tokenizer, messages, True, options), messages, add_special_tokens=False, options=options)
+        return Rendered(
+            apply_chat_template(tokenizer, messages, True, options), messages, add_special_tokens=False, options=options
+        )
 
     return render
 
 
-def _apply(tokenizer: Any, messages: list[dict[str, Any]], ask: bool, options: Mapping[str, Any] | None) -> str:
+def apply_chat_template(
+    tokenizer: Any, messages: list[dict[str, Any]], ask: bool, options: Mapping[str, Any] | None
+) -> str:
     """The text of the conversation; with `ask` it includes the beginning of the assistant's turn."""
     try:
         text: str = within_thread_s(

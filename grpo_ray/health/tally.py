@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from grpo_ray.spread import has_spread
-from grpo_ray.types import Group, RewardScore, SampleInfo, ScoreStatus
+from grpo_ray.types import TRUNCATED, Group, RewardScore, SampleInfo, ScoreStatus
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Tally:
         self.with_spread += has_spread(group)
         self.samples += len(group.samples)
         self.failed += sum([score.status.failed for score in group.scores])
-        self.cut += sum([info.finish_reason == "length" for info in group.samples])
+        self.cut += sum([info.finish_reason in TRUNCATED for info in group.samples])
         self.empty += sum([is_empty(info) for info in group.samples])
         self.rewards.add([r for s in group.scores for r in s.rewards if r == r])
         values = [s.value for s in group.scores if s.value == s.value]
@@ -129,5 +129,5 @@ class Tally:
 
 
 def is_empty(info: SampleInfo) -> bool:
-    """Whether the completion ended at once: without a token, or with an end token alone."""
-    return info.num_tokens == 0 or (info.num_tokens == 1 and info.finish_reason != "length")
+    """Whether the completion ended at once: without a sampled token, or with an end token alone."""
+    return info.num_sampled == 0 or (info.num_sampled == 1 and info.finish_reason not in TRUNCATED)

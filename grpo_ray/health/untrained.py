@@ -50,6 +50,6 @@ def _why(group: Group, samples: Sequence[TrainSample], *, flat: bool, still: boo
         return NOT_APPLICABLE
     if flat:
         return NO_SIGNAL
-    if not any(s.loss_mask and s.num_tokens > 0 for s in samples):
+    if not any(s.loss_mask and s.num_sampled > 0 for s in samples):
         return EMPTY if any(s.loss_mask for s in samples) else TRUNCATED
     return NO_GRADIENT if still else None

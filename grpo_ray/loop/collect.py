@@ -25,6 +25,7 @@ from grpo_ray.health.watch import Health
 from grpo_ray.loop.failure_policy import StepCounts, apply_failure_policy, refuse_rewards_of_steps
 from grpo_ray.loop.group_rollout import GroupRollout
 from grpo_ray.loop.overlap import PartialBatches
+from grpo_ray.loop.requests import requests_of
 from grpo_ray.loop.roles import Learner, Roles
 from grpo_ray.run.checkpoint_store import CheckpointLocation
 from grpo_ray.run.kept_groups import KEPT_GROUPS, KeptGroup, read_groups, write_groups
@@ -32,10 +33,9 @@ from grpo_ray.run.ledger import Ledger, LedgerRow
 from grpo_ray.run.restored_groups import RestoredGroups, how_sampled
 from grpo_ray.run.rollout_log import distinct_refs
 from grpo_ray.run.saver import More
-from grpo_ray.seeds import sample_seed
 from grpo_ray.spread import has_spread
 from grpo_ray.telemetry.events import Event, MessageEvent, PhaseEvent
-from grpo_ray.types import Group, Prompt, SampleRequest, TrainerState
+from grpo_ray.types import Group, Prompt, TrainerState
 
 NO_SIGNAL = "no_signal"
 """The reason recorded for a group that dynamic sampling drops."""
@@ -202,18 +202,16 @@ class Collector:
             done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             done.set_result(None)
             return done
-        prompt, seed = group.prompt, self.config.seed
-        requests = [
-            SampleRequest(prompt.id, i, prompt.token_ids, sample_seed(seed, prompt.id, i), self._params)
-            for i in range(self.config.rollout.num_generations)
-        ]
+        trainer = self.trainer_state(group.dispatched_version, self._total_steps)
+        indices = range(self.config.rollout.num_generations)
+        requests = requests_of(group.prompt, indices, self.config, self._params, group.dispatched_version, trainer)
         return GroupRollout(
             group,
             requests,
             self._roles.sampler,
             self._roles.scorer,
             at_once=self.config.reward.whole_groups,
-            trainer=self.trainer_state(group.dispatched_version, self._total_steps),
+            trainer=trainer,
         )
 
     def trainer_state(self, step: int, total_steps: int) -> TrainerState:

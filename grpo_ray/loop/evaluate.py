@@ -18,14 +18,13 @@ from grpo_ray.config.reward import RewardConfig, RewardFunctionConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.health.applicable import why_not_applicable
+from grpo_ray.loop.requests import requests_of
 from grpo_ray.loop.roles import Sampler, Scorer
-from grpo_ray.seeds import sample_seed
 from grpo_ray.telemetry.events import EvalEvent
 from grpo_ray.telemetry.measures import Estimate, EvalResult, accuracy_name, consensus, estimate, pass_at, pass_ks
 from grpo_ray.types import (
     Prompt,
     SampleInfo,
-    SampleRequest,
     SamplingParams,
     Score,
     ScoreRequest,
@@ -94,10 +93,7 @@ async def evaluate(
 
     async def draw(prompt: Prompt, indices: Sequence[int]) -> list[tuple[SampleInfo, Score]]:
         nonlocal done
-        requests = [
-            SampleRequest(prompt.id, i, prompt.token_ids, sample_seed(config.seed, prompt.id, i), params)
-            for i in indices
-        ]
+        requests = requests_of(prompt, indices, config, params, None, trainer)
         infos = list(await asyncio.gather(*(sampler.generate(r) for r in requests)))
         scores = await _score(scorer, prompt, infos, trainer)
         done += len(infos)
@@ -120,18 +116,27 @@ async def evaluate(
     answered = [t.result() for t in per_prompt]
     rewards = [s.value for a in answered for s in a.scores if s.status is ScoreStatus.OK]
     silent = next((p for p, a in zip(prompts, answered, strict=True) if None in a.right), None)
-    function = next(f for f in config.reward.functions if f.title == name)
+    function = next((f for f in config.reward.functions if f.title == name), None)
     return EvalResult(
         measures=_measures(answered, config.eval.num_samples),
         num_prompts=len(prompts),
         num_samples=config.eval.num_samples,
         mean_reward=fsum(rewards) / len(rewards) if rewards else None,
-        mean_length=sum(i.num_tokens for a in answered for i in a.infos) / total,
+        mean_length=sum(i.num_sampled for a in answered for i in a.infos) / total,
         num_not_applicable=sum(a.right.count(None) for a in answered),
-        why_not=why_not_applicable(function, silent.columns, None) if silent is not None else "",
+        why_not=_why_not(function, name, silent),
         scores=tuple(s for a in answered for s in a.scores),
         infos=tuple(i for a in answered for i in a.infos),
     )
+
+
+def _why_not(function: RewardFunctionConfig | None, name: str, silent: Prompt | None) -> str:
+    """Why the accuracy does not apply to a prompt; empty where it applies to all."""
+    if silent is None:
+        return ""
+    if function is None:
+        return f"the environment {name!r} gave no reward"
+    return why_not_applicable(function, silent.columns, None)
 
 
 def eval_event(step: int, name: str, result: EvalResult) -> EvalEvent:

@@ -72,6 +72,9 @@ def apply_failure_policy(group: Group, counts: StepCounts, config: RunConfig, st
             for s in group.scores
         ]
         return None
+    # What failed has no number, and so no part in anything; there is nothing to set.
+    if policy.action == "drop_sample" and len(failed) < len(group.scores):
+        return None
     counts.drop(DROPPED)
     return f"reward_{failed[0].status}"
 

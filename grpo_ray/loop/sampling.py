@@ -19,13 +19,13 @@ from grpo_ray.errors import LostSamplesError, PoisonedError, RewardError
 from grpo_ray.health.applicable import why_not_applicable
 from grpo_ray.loop.evaluate import eval_sampling
 from grpo_ray.loop.group_rollout import GroupRollout
+from grpo_ray.loop.requests import requests_of
 from grpo_ray.loop.roles import Sampler, SampleStore, Scorer
 from grpo_ray.run.rollout_log import distinct_refs
 from grpo_ray.run.sample_files import About, LeftOut, SampledPrompt, SampleFolder
-from grpo_ray.seeds import sample_seed
 from grpo_ray.telemetry.measures import EvalResult
 from grpo_ray.telemetry.sample_figures import Figures, figures_in
-from grpo_ray.types import Group, SampleRequest, SamplingParams, ScoreStatus
+from grpo_ray.types import Group, SamplingParams, ScoreStatus
 
 WAVES = 2
 """The number of samples in flight, as a multiple of what the engines sample at once: they never wait for the next prompt."""
@@ -157,10 +157,7 @@ async def sample_all(
         try:
             prompt = prompts.item(index, 0)
             out = group = Group(prompt, index, 0)
-            requests = [
-                SampleRequest(prompt.id, i, prompt.token_ids, sample_seed(config.seed, prompt.id, i), params)
-                for i in range(k)
-            ]
+            requests = requests_of(prompt, range(k), config, params, group.dispatched_version)
             await GroupRollout(group, requests, sampler, scorer, at_once=config.reward.whole_groups)
         except PoisonedError as e:
             out = LeftOut(prompt.id, str(e))
@@ -194,7 +191,7 @@ async def sample_all(
         ]
         await asyncio.to_thread(folder.write, number, parts, without)
         made += k * len(drawn)
-        tokens += sum(info.num_tokens for group in drawn for info in group.samples)
+        tokens += sum(info.num_sampled for group in drawn for info in group.samples)
         left_out.extend(without)
         for group in drawn:
             silent = sum(score.status is ScoreStatus.NOT_APPLICABLE for score in group.scores)

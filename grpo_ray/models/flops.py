@@ -135,7 +135,7 @@ def update_flops(
         shared = sum(_shared(micro) for micro in micros) if shared_prompts else 0
         # The last token of a sequence is a target but no input.
         lengths_S = [s.num_prompt_tokens + s.num_tokens - 1 for s in samples]
-        targets_S = [s.num_tokens for s in samples]
+        targets_S = [s.num_sampled for s in samples]
         forwards = passes.reference + (passes.old and (number > 0 or passes.old_of_first))
         total += passes.train * train_flops(shape, lengths_S, targets_S, shared)
         total += forwards * forward_flops(shape, lengths_S, targets_S, shared)

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from grpo_ray.config.base import HomePath, PositiveFloat, PositiveInt, Strict
-from grpo_ray.config.runtime import ClusterConfig
+from grpo_ray.config.common import ClusterConfig
 
 StageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 

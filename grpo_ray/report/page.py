@@ -21,6 +21,7 @@ from grpo_ray.errors import DataError, GrpoRayError
 from grpo_ray.files import write_whole
 from grpo_ray.plain_terminal import clean
 from grpo_ray.report.charts import inert_json, metric_charts, time_charts, time_shares
+from grpo_ray.report.episodes import Turn, turns_of
 from grpo_ray.report.timeline import busy_table, timeline_chart
 from grpo_ray.run.rollout_log import read_rollouts, rollout_steps
 from grpo_ray.telemetry.advice import advise, mean_step
@@ -47,6 +48,7 @@ GROUPS_SHOWN = 2
 """The number of groups of each step shown: those with the widest spread of rewards, from which something was learned."""
 NOTHING = "n/a"
 MESSAGES_SHOWN = 100
+_ENDED = {"length": "cut at the limit", "stop": "ended by itself"}
 TEXT_LIMIT = 20_000
 """The most characters of one text in the report; the Parquet file has the whole."""
 
@@ -217,7 +219,7 @@ def _flat_ledger(ledger: Mapping[str, Any], prefix: str = "") -> list[tuple[str,
 
 
 def _step_samples(step: int, path: Path) -> dict[str, Any]:
-    rows = read_rollouts(path, SAMPLE_COLUMNS)
+    rows = read_rollouts(path, SAMPLE_COLUMNS, also=("turns",))
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["prompt_id"], []).append(row)
@@ -254,6 +256,7 @@ def _sample(label: str, row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "label": label,
         "completion": _shorten(row["completion"]),
+        "turns": [_turn(turn) for turn in turns_of(row)],
         "reward": _signed(row["reward"], sign=False) if row["reward"] is not None else row["reward_status"],
         "advantage": _signed(row["advantage"], sign=True),
         "scores": [
@@ -265,12 +268,23 @@ def _sample(label: str, row: Mapping[str, Any]) -> dict[str, Any]:
             for part in row["rewards"]
         ],
         "facts": [
-            f"{len(row['completion_ids'])} tokens",
-            "cut at the limit" if row["finish_reason"] == "length" else "ended by itself",
+            _length(row),
+            _ENDED.get(row["finish_reason"], row["finish_reason"].replace("_", " ")),
             f"policy {', '.join(map(str, versions))}",
             f"sample {row['index']} by {row['worker']}",
         ],
     }
+
+
+def _turn(turn: Turn) -> dict[str, Any]:
+    rewards = [(name, _signed(value, sign=False)) for name, value in turn.rewards]
+    return {"who": turn.who, "by_model": turn.by_model, "text": _shorten(turn.text), "rewards": rewards}
+
+
+def _length(row: Mapping[str, Any]) -> str:
+    total = len(row["completion_ids"])
+    sampled = sum(span["end"] - span["start"] for span in row["versions"])
+    return f"{total} tokens" if sampled == total else f"{total} tokens, {sampled} of them the model's"
 
 
 def _signed(value: float | None, *, sign: bool) -> str:

@@ -10,7 +10,7 @@ from grpo_ray.config.reward import RewardConfig
 from grpo_ray.data.prompts import PromptDataset, PromptSets
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards.countdown import check_row
-from grpo_ray.rewards.functions.function import SOURCE, has_value, missing_column, value_of
+from grpo_ray.rewards.functions.function import SOURCE, check_environments, has_value, missing_column, value_of
 from grpo_ray.rewards.table import described
 
 _ROW_CHECKS: dict[str, Callable[[Mapping[str, Any]], None]] = {"countdown": check_row}
@@ -60,9 +60,16 @@ class RowFacts:
         return len(rows), null, any(has_value(row, name) for row in rows for name in names)
 
 
-def column_needs(reward: RewardConfig, *, imports: bool = True) -> list[ColumnNeeds]:
-    """The needs of every function of a recipe. Raises RewardError if one of them can't be used. `imports`: as in `described`."""
+def column_needs(reward: RewardConfig, *, imports: bool = True, environment: bool = False) -> list[ColumnNeeds]:
+    """The needs of every function of a recipe. Raises RewardError if one of them can't be used.
+
+    Args:
+        imports: as in `described`.
+        environment: whether the run has environments, for functions that name them.
+    """
     found = [(config, described(config, imports=imports)) for config in reward.functions]
+    for _, function in found if not environment else ():
+        check_environments(function)
     return [ColumnNeeds(c.title, f.required, tuple(c.args), c.sources, c.built_in) for c, f in found]
 
 

@@ -24,8 +24,8 @@ from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
+from grpo_ray.data.plain_text import nfkc
 from grpo_ray.errors import RewardError
-from grpo_ray.plain_text import nfkc
 from grpo_ray.rewards.answers.parts import Part, part_of
 from grpo_ray.rewards.functions.function import Completions, text_of
 

@@ -35,6 +35,7 @@ _SCHEMA = schema(
         "min_version",
         "finish_reason",
         "completion",
+        "turns",
         "worker",
         "score",
     )
@@ -50,7 +51,8 @@ class KeptGroup:
     dispatched_version: int
     prompt_id: str
     samples: list[Sample]
-    min_versions: list[int]
+    min_versions: list[int | None]
+    """As in `SampleInfo`."""
     workers: list[str]
     scores: list[Score]
 
@@ -67,6 +69,7 @@ class KeptGroup:
                 worker=worker,
                 ref=ref,
                 row=row,
+                num_environment_tokens=len(s.token_ids) - s.num_sampled,
             )
             for row, (s, version, worker) in enumerate(zip(self.samples, self.min_versions, self.workers, strict=True))
         ]

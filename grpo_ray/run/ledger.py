@@ -39,7 +39,8 @@ CREATE TABLE IF NOT EXISTS groups (
     mean_reward        REAL,
     drop_reason        TEXT,
     dispatched_at      REAL NOT NULL,
-    finished_at        REAL
+    finished_at        REAL,
+    num_sampled        INTEGER
 );
 CREATE INDEX IF NOT EXISTS groups_by_step ON groups (step);
 CREATE TABLE IF NOT EXISTS changes (
@@ -85,6 +86,8 @@ class LedgerRow:
     drop_reason: str | None
     dispatched_at: float
     finished_at: float | None
+    num_sampled: int | None = None
+    """The number of tokens that a policy sampled; the others are the environment's. None in rows of earlier versions."""
 
 
 _COLUMNS = tuple(column.name for column in fields(LedgerRow))
@@ -100,6 +103,7 @@ class Ledger:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.executescript(_SCHEMA)
+            self._add_columns()
         except sqlite3.DatabaseError as e:
             self._db.close()
             if isinstance(e, sqlite3.OperationalError):
@@ -107,6 +111,13 @@ class Ledger:
             raise CheckpointError(f"{path} is no ledger ({e}); put it back from a copy, or take it away") from None
         self._sampled: list[tuple[object, ...]] = []
         """Rows of sampled groups that are not written yet."""
+
+    def _add_columns(self) -> None:
+        """Add what a ledger of an earlier version has no column for."""
+        there = {row[1] for row in self._db.execute("PRAGMA table_info(groups)")}
+        for column in ("num_sampled",):
+            if column not in there:
+                self._db.execute(f"ALTER TABLE groups ADD COLUMN {column} INTEGER")
 
     def changed(self, step: int, options: Mapping[str, tuple[object, object]]) -> None:
         """Record that `resume` continues after this step with other values of these options: dotted key -> (before, after)."""
@@ -136,6 +147,7 @@ class Ledger:
                 group.min_version,
                 len(group.samples),
                 sum([s.num_tokens for s in group.samples]),
+                sum([s.num_sampled for s in group.samples]),
                 _num_failed(group.scores),
                 sum(values) / len(values) if values else None,
                 time.time(),
@@ -150,8 +162,8 @@ class Ledger:
         if self._sampled:
             rows, self._sampled = self._sampled, []
             self._update(
-                "UPDATE groups SET state = 'sampled', min_version = ?, num_samples = ?, num_tokens = ?, num_failed_scores = ?, "
-                "mean_reward = ?, finished_at = ? WHERE prompt_id = ? AND state = 'dispatched'",
+                "UPDATE groups SET state = 'sampled', min_version = ?, num_samples = ?, num_tokens = ?, num_sampled = ?, "
+                "num_failed_scores = ?, mean_reward = ?, finished_at = ? WHERE prompt_id = ? AND state = 'dispatched'",
                 rows,
             )
 
@@ -205,13 +217,13 @@ class Ledger:
             )
 
     def last_lengths(self, groups: Iterable[Group]) -> dict[str, float]:
-        """The mean number of tokens of a sample of the same row in the epoch before, by prompt id; unknown rows are left out."""
+        """The mean number of sampled tokens of a sample of the same row in the epoch before, by prompt id, where it is known."""
         self.flush()
         out = {}
         for group in groups:
             data_set, epoch, row = group.prompt.id.rsplit("/", 2)
             found = self._db.execute(
-                "SELECT 1.0 * num_tokens / num_samples FROM groups WHERE prompt_id = ? AND num_samples > 0",
+                "SELECT 1.0 * COALESCE(num_sampled, num_tokens) / num_samples FROM groups WHERE prompt_id = ? AND num_samples > 0",
                 (f"{data_set}/{int(epoch) - 1}/{row}",),
             ).fetchone()
             if found is not None:

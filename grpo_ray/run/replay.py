@@ -119,6 +119,7 @@ def _train_sample(row: Mapping[str, Any], samples: list[Sample], place: int) -> 
         index=sample.index,
         num_prompt_tokens=len(sample.prompt_token_ids),
         num_tokens=len(sample.token_ids),
+        num_environment_tokens=len(sample.token_ids) - sample.num_sampled,
         group=row["group"],
         loss_mask=row["loss_mask"],
         reward=math.nan if row["reward"] is None else row["reward"],

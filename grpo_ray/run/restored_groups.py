@@ -47,7 +47,8 @@ class RestoredGroups:
         for group in kept:
             place = group.order - first - sum(first <= order < group.order for order in gone)
             trained_by = step + place // size
-            if min(group.min_versions) >= trained_by - bound:
+            oldest = min([v for v in group.min_versions if v is not None], default=group.dispatched_version)
+            if oldest >= trained_by - bound:
                 fitting[group.order] = group
         return cls(fitting, gone), len(kept) - len(fitting)
 

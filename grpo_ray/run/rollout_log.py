@@ -28,6 +28,7 @@ SCHEMA = schema(
         "index",
         "prompt",
         "completion",
+        "turns",
         "prompt_ids",
         "completion_ids",
         "rollout_logprobs",
@@ -37,6 +38,7 @@ SCHEMA = schema(
         "reward_status",
         "rewards",
         "versions",
+        "num_sampled",
         "finish_reason",
         "worker",
         "seed",
@@ -151,8 +153,11 @@ def rollout_steps(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
-def read_rollouts(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of one step as plain Python; only `columns` where given.
+def read_rollouts(
+    path: Path, columns: Sequence[str] | None = None, *, also: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """The rows of one step as plain Python; only `columns` where given, and those of `also` that the file has: earlier versions
+    wrote fewer.
 
     Raises:
         DataError: `write_rollouts` did not write the file.
@@ -161,7 +166,8 @@ def read_rollouts(path: Path, columns: Sequence[str] | None = None) -> list[dict
         with pq.ParquetFile(path) as file:
             if missing := [name for name in columns or () if name not in file.schema_arrow.names]:
                 raise DataError(f"{path} holds no rollouts: it has no column {missing[0]!r}")
-            rows: list[dict[str, Any]] = file.read(columns and list(columns)).to_pylist()
+            there = [name for name in also if name in file.schema_arrow.names]
+            rows: list[dict[str, Any]] = file.read(columns and [*columns, *there]).to_pylist()
             return rows
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
         raise DataError(f"{path} can't be read: {first_line(e)}") from None

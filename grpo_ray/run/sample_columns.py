@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from grpo_ray.types import RewardScore, Sample, Score, Step, VersionSpan
+from grpo_ray import json_text
+from grpo_ray.types import Episode, RewardScore, Sample, Score, Step, VersionSpan
 
 ROUTES = pa.struct([("experts", pa.binary()), ("layers", pa.int32()), ("top_k", pa.int32())])
 """`Sample.routes`, its bytes in order: a column `routes` that only files of samples with routes have."""
@@ -39,10 +40,12 @@ COLUMNS: dict[str, pa.DataType] = {
     "messages": pa.string(),
     "columns": pa.string(),
     "completion": pa.string(),
+    "turns": pa.string(),
     "prompt_ids": pa.list_(pa.int32()),
     "completion_ids": pa.list_(pa.int32()),
     "rollout_logprobs": pa.list_(pa.float32()),
     "versions": pa.list_(pa.struct([("version", pa.int64()), ("start", pa.int64()), ("end", pa.int64())])),
+    "num_sampled": pa.int32(),
     "min_version": pa.int64(),
     "finish_reason": pa.string(),
     "worker": pa.string(),
@@ -65,9 +68,13 @@ COLUMNS: dict[str, pa.DataType] = {
     "top_k": pa.int64(),
     "min_p": pa.float64(),
 }
-"""`prompt_ids` [N], `completion_ids` and `rollout_logprobs` [T]. `messages` (the prompt as a conversation, without anything that
-the template adds) and `columns` (the other columns of the prompt's row) are JSON, and so is `score`, a whole `types.Score` in which
-a reward that is no number is NaN; in `reward`, `rewards` and `advantage` it is null.
+"""`prompt_ids` [N], `completion_ids` and `rollout_logprobs` [T]. `versions` are the spans [start, end) of the completion that a
+policy sampled, `num_sampled` tokens together; the others are the environment's, and their `rollout_logprobs` 0. `turns` is JSON:
+the messages of an episode after the prompt; null for a single answer.
+
+`messages` (the prompt as a conversation, without anything that the template adds) and `columns` (the other columns of the prompt's
+row) are JSON, and so is `score`, a whole `types.Score` in which a reward that is no number is NaN; in `reward`, `rewards` and
+`advantage` it is null.
 
 `reward` and `rewards` are the scores, before a KL is taken off. `group`, `loss_mask` and `part` as in `types.TrainSample`; `order`
 and `dispatched_version` as in `types.Group`; `temperature`, `top_p`, `top_k` and `min_p` are those of the whole batch."""
@@ -94,11 +101,13 @@ def sample_cells(sample: Sample) -> dict[str, Any]:
         "prompt_id": sample.prompt_id,
         "index": sample.index,
         "completion": utf8(sample.text),
+        "turns": _turns(sample.episode),
         "prompt_ids": np.asarray(sample.prompt_token_ids, dtype=np.int32),
         "completion_ids": np.asarray(sample.token_ids, dtype=np.int32),
         "rollout_logprobs": np.asarray(sample.logprobs, dtype=np.float32),
         "routes": None if sample.routes is None else _route_cells(sample.routes),
         "versions": [{"version": v.version, "start": v.start, "end": v.end} for v in sample.versions],
+        "num_sampled": sample.num_sampled,
         "finish_reason": sample.finish_reason,
     }
 
@@ -162,7 +171,17 @@ def _sample(
         finish_reason=row["finish_reason"],
         text=row["completion"],
         routes=_routes(row.get("routes"), len(prompt_ids) + len(completion_ids) - 1),
+        episode=_episode(row.get("turns")),
     )
+
+
+def _turns(episode: Episode | None) -> str | None:
+    return utf8(json.dumps(episode.messages, ensure_ascii=False, default=str)) if episode is not None else None
+
+
+def _episode(turns: str | None) -> Episode | None:
+    """The conversation; its rewards are in the sample's score."""
+    return Episode(tuple(json_text.read(turns)), ()) if turns is not None else None
 
 
 def _extra(part: RewardScore) -> str | None:

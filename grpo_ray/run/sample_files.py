@@ -33,8 +33,11 @@ SCHEMA = schema(
         "prompt",
         "messages",
         "completion",
+        "turns",
         "prompt_ids",
         "completion_ids",
+        "versions",
+        "num_sampled",
         "finish_reason",
         "reward",
         "reward_status",
@@ -172,7 +175,7 @@ class SampleFolder:
 
 
 def read_samples(folder: Path) -> Iterator[dict[str, Any]]:
-    """Read the rows of a folder in order, with `messages` and `columns` decoded.
+    """Read the rows of a folder in order, with `messages`, `turns` and `columns` decoded.
 
     Raises:
         DataError: there are no files, or one is missing.
@@ -198,7 +201,8 @@ def _rows_of(file: Path) -> Iterator[dict[str, Any]]:
             for batch in parquet.iter_batches():
                 rows = batch.to_pylist()
                 for row in rows:
-                    row |= {name: json_text.read(row[name]) for name in ("messages", "columns")}
+                    named = ("messages", "columns", *(("turns",) if row.get("turns") is not None else ()))
+                    row |= {name: json_text.read(row[name]) for name in named}
                 yield from rows
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as e:
         raise DataError(f"{file} is not what `grpo-ray sample` writes ({type(e).__name__}: {e!s:.200})") from None

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from grpo_ray.config.runtime import DeadlineConfig
+from grpo_ray.config.common import DeadlineConfig
 from grpo_ray.errors import CheckpointError, GrpoRayError, StoreError
 from grpo_ray.run.checkpoint_store import CheckpointLocation
 from grpo_ray.run.delivery import Delivery

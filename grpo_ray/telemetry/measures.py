@@ -106,4 +106,4 @@ class EvalResult:
 
 def accuracy_name(config: RunConfig) -> str:
     """The name of the reward function that decides what is right."""
-    return config.eval.accuracy or config.reward.functions[0].title
+    return config.eval.accuracy or config.reward_titles[0]

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from grpo_ray.spread import has_spread
 from grpo_ray.telemetry.activity import Activity
 from grpo_ray.telemetry.catalogue import MAX_LOGGED
+from grpo_ray.telemetry.episode_metrics import episode_metrics
 from grpo_ray.telemetry.measures import EvalResult
-from grpo_ray.types import Group, Score, ScoreStatus, SyncReport, TimeSpan, UpdateReport
+from grpo_ray.types import TRUNCATED, Group, Score, ScoreStatus, SyncReport, TimeSpan, UpdateReport
 
 
 def duration(seconds: float) -> str:
@@ -62,6 +63,7 @@ def step_metrics(
     out = {
         **_reward_metrics(groups),
         **_completion_metrics(groups),
+        **episode_metrics(groups),
         "groups/count": float(len(groups)),
         "groups/dropped": float(sum(dropped.values())),
         **{f"groups/dropped/{reason}": float(n) for reason, n in dropped.items()},
@@ -72,7 +74,8 @@ def step_metrics(
         **update.metrics,
         **{f"time/{phase}": s for phase, s in seconds.items()},
     }
-    ages = [update.step - 1 - info.min_version for g in groups for info in g.samples]
+    oldest = [info.min_version for g in groups for info in g.samples if info.min_version is not None]
+    ages = [update.step - 1 - version for version in oldest]
     if ages:
         out |= {"staleness/mean": _mean(ages), "staleness/max": float(max(ages))}
     if sync is not None:
@@ -81,7 +84,7 @@ def step_metrics(
             "sync/bytes": float(sync.num_bytes),
             "sync/engines": float(sync.num_engines),
         }
-    num_tokens = sum(info.num_tokens for g in groups for info in g.samples)
+    num_tokens = sum(info.num_sampled for g in groups for info in g.samples)
     if seconds.get("step", 0) > 0:
         out["throughput/tokens_per_s"] = num_tokens / seconds["step"]
         out["throughput/samples_per_s"] = sum(len(g.samples) for g in groups) / seconds["step"]
@@ -135,6 +138,8 @@ def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
     unscored = sum(s.status is ScoreStatus.NOT_APPLICABLE for g in groups for s in g.scores)
     out = _mean_and_std("reward", rewards) | {"reward/not_applicable": float(unscored)}
     out |= {f"reward/{name}/not_applicable": float(n) for name, n in silent.items() if n}
+    if left_out := sum(s.status.failed and s.value != s.value for g in groups for s in g.scores):
+        out["reward/dropped_samples"] = float(left_out)
     if spreads:
         out["reward/group_std"] = _mean(spreads)
     if no_signal:
@@ -168,15 +173,15 @@ def _completion_metrics(groups: Sequence[Group]) -> dict[str, float]:
     infos = [info for g in groups for info in g.samples]
     if not infos:
         return {}
-    lengths = [info.num_tokens for info in infos]
+    lengths = [info.num_sampled for info in infos]
     out = {
         "completions/mean_length": _mean(lengths),
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": _mean([info.finish_reason == "length" for info in infos]),
+        "completions/clipped_ratio": _mean([info.finish_reason in TRUNCATED for info in infos]),
         "prompts/mean_length": _mean([info.num_prompt_tokens for info in infos]),
     }
-    ended = [info.num_tokens for info in infos if info.finish_reason != "length"]
+    ended = [info.num_sampled for info in infos if info.finish_reason not in TRUNCATED]
     if ended:
         out["completions/mean_terminated_length"] = _mean(ended)
     return out

@@ -41,7 +41,7 @@ class Figures:
     """The figures by function title, in the order of the recipe, without its weight."""
     num_samples: int
     mean_length: float | None
-    """The mean number of completion tokens."""
+    """The mean number of sampled tokens."""
 
     def __str__(self) -> str:
         parts = "; ".join(f"{name} {worth}" for name, worth in self.functions.items())
@@ -69,18 +69,18 @@ class _Sum:
 
 
 def figures_of(rows: Iterable[dict[str, Any]]) -> Figures:
-    """The figures of rows as `grpo-ray sample` writes them: `reward`, `reward_status`, `rewards` and `num_tokens`."""
-    total, by_name, num_tokens = _Sum(), dict[str, _Sum](), []
+    """The figures of rows as `grpo-ray sample` writes them: `reward`, `reward_status`, `rewards` and `num_sampled`."""
+    total, by_name, num_sampled = _Sum(), dict[str, _Sum](), []
     for row in rows:
         total.add(row["reward_status"], row["reward"])
-        num_tokens.append(row["num_tokens"])
+        num_sampled.append(row["num_sampled"])
         for part in row["rewards"]:
             by_name.setdefault(part["name"], _Sum()).add(part["status"], part["value"])
     return Figures(
         reward=total.worth,
         functions={name: found.worth for name, found in by_name.items()},
-        num_samples=len(num_tokens),
-        mean_length=sum(num_tokens) / len(num_tokens) if num_tokens else None,
+        num_samples=len(num_sampled),
+        mean_length=sum(num_sampled) / len(num_sampled) if num_sampled else None,
     )
 
 
@@ -91,7 +91,10 @@ def figures_in(folder: Path) -> Figures:
 
 def _rows(file: Path) -> Iterable[dict[str, Any]]:
     with pq.ParquetFile(file) as parquet:
-        for batch in parquet.iter_batches(columns=["reward", "reward_status", "rewards", "completion_ids"]):
-            lengths = batch.column("completion_ids").value_lengths().to_pylist()
-            rows = batch.drop_columns(["completion_ids"]).to_pylist()
-            yield from ({**row, "num_tokens": n} for row, n in zip(rows, lengths, strict=True))
+        # Files of earlier versions, whose samples had one turn, do not have the column `num_sampled`.
+        there = "num_sampled" if "num_sampled" in parquet.schema_arrow.names else "completion_ids"
+        for batch in parquet.iter_batches(columns=["reward", "reward_status", "rewards", there]):
+            column = batch.column(there)
+            lengths = (column if there == "num_sampled" else column.value_lengths()).to_pylist()
+            rows = batch.drop_columns([there]).to_pylist()
+            yield from ({**row, "num_sampled": n} for row, n in zip(rows, lengths, strict=True))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from grpo_ray import json_text
-from grpo_ray.config.runtime import TrackingConfig
+from grpo_ray.config.common import TrackingConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.files import write_whole
 

@@ -21,7 +21,13 @@ from pathlib import Path
 
 from grpo_ray.user_code.modules import OURS, name_taken
 
-TASKS = ("grpo_ray.tasks.arithmetic", "grpo_ray.tasks.r1", "grpo_ray.tasks.word_problems")
+TASKS = (
+    "grpo_ray.tasks.arithmetic",
+    "grpo_ray.tasks.calculator",
+    "grpo_ray.tasks.guess_number",
+    "grpo_ray.tasks.r1",
+    "grpo_ray.tasks.word_problems",
+)
 OFFERED = (*TASKS, "grpo_ray.rewards.votes")
 """Our own modules whose functions recipes and evaluations may name."""
 FORMER = {"grpo_ray.tiny_arithmetic": OFFERED[0], "grpo_ray.tiny_r1": OFFERED[1]}

@@ -17,7 +17,6 @@ from actors.placement_defaults import used
 from actors.rollout.cpu_limits import check_cpu_limits
 from grpo_ray.config.algorithm import AlgorithmConfig
 from grpo_ray.config.effects import about_context, check_context, without_gpu
-from grpo_ray.config.reward import RewardConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.data.epochs import describe
@@ -28,17 +27,25 @@ from grpo_ray.models.files.loading import check_ids, context_length, vocab_size
 from grpo_ray.models.memory.estimate import BF16, FP32, facts_of, gib, learner_memory
 from grpo_ray.models.memory.fit import parts_of
 from grpo_ray.models.memory.kv_cache import check_one_sample
-from grpo_ray.rewards.table import BUILTINS, described
+from grpo_ray.rewards.table import BUILTINS
 from grpo_ray.run.checkpoint_store import Store, is_url
 from grpo_ray.run.run_dir import RunDir
 from launch.check.golds import gold_rows
 from launch.check.gpu import Gpus, check_gpus, gpu_rows, named_gpus, stage_rows
 from launch.check.model import LearnersModel, ModelFiles, keep_torch_out, learners_model
+from launch.check.rewards import called
 from launch.console import headed, plain_console
 from launch.named_clusters import check_cluster
 from launch.program import runnable
 from launch.run.effects import check_effects, told
-from launch.run.foreign_code import RUN_CODE, foreign_algorithm, foreign_model, foreign_rewards, foreign_rows
+from launch.run.foreign_code import (
+    RUN_CODE,
+    foreign_algorithm,
+    foreign_environments,
+    foreign_model,
+    foreign_rewards,
+    foreign_rows,
+)
 from launch.run.machine import unset_variables
 from launch.run.placement import chosen_told, fitted, machine_of, offers_told, where
 from launch.run.preflight import preflight
@@ -126,7 +133,7 @@ class _Foreign:
     def __init__(self, config: RunConfig | SftConfig, *, run: bool) -> None:
         # Found also where it is run: what is not a recipe's to name is refused.
         found = (
-            [*foreign_algorithm(config), *foreign_rewards(config)],
+            [*foreign_algorithm(config), *foreign_rewards(config), *foreign_environments(config)],
             [*foreign_rows(config)],
             [*foreign_model(config)],
         )
@@ -229,6 +236,7 @@ def _data_rows(config: RunConfig | SftConfig, files: ModelFiles, *, imports: boo
     from grpo_ray.data.prompts import SftDataset, load_prompts
     from grpo_ray.data.templates import make_template
     from grpo_ray.rewards.columns import check_columns, column_needs
+    from launch.check.environment import environment_rows
     from launch.check.large import facts_of, longest_prompt, num_in_eval, of_all_rows, overview_rows
     from launch.check.overview import Sampler, key_of
 
@@ -276,7 +284,9 @@ def _data_rows(config: RunConfig | SftConfig, files: ModelFiles, *, imports: boo
         longest = longest_prompt(config, sampler, template, tokenizer, limit, longest)
     if (warning := about_context(config, context, longest)) is not None:
         rows.append(("warning", warning))
-    needs, facts = column_needs(config.reward, imports=imports), facts_of(config, sampler)
+    environment = config.environment is not None
+    needs, facts = column_needs(config.reward, imports=imports, environment=environment), facts_of(config, sampler)
+    rows += environment_rows(config, tokenizer, imports=imports)
     rows += [("columns", note) for note in check_columns(needs, prompts, train=True, evaluation=True, facts=facts)]
     first = prompts.train.item(0, 0)
     rows.extend(gold_rows(config, prompts, facts))
@@ -295,7 +305,8 @@ def _step_rows(config: RunConfig | SftConfig, context: int, *, imports: bool) ->
         return [("step", f"{config.examples_per_step} examples"), *([("warning", warning)] if warning else [])]
     a, r = config.algorithm, config.rollout
     updates = a.num_iterations * a.num_mini_batches
-    rewards = " + ".join(f"{f.weight:g} x {f.title}" for f in config.reward.functions)
+    own = config.environment.titles if config.environment is not None else []
+    rewards = " + ".join([*(f"{f.weight:g} x {f.title}" for f in config.reward.functions), *own])
     correction = [
         f"{name} {value}"
         for name, value in (
@@ -314,7 +325,7 @@ def _step_rows(config: RunConfig | SftConfig, context: int, *, imports: bool) ->
             f"{updates} optimizer step{'s' * (updates > 1)}",
         ),
         ("reward", rewards),
-        ("called", _called(config.reward, r.num_generations, imports=imports)),
+        *([("called", called(config.reward, r.num_generations, imports=imports))] if config.reward.functions else []),
         (
             "loss",
             f"{a.loss}, advantage {a.advantage}, {_bounds(a)}, beta {a.beta:g}{' in the reward' * (a.kl_in == 'reward')}, "
@@ -323,24 +334,6 @@ def _step_rows(config: RunConfig | SftConfig, context: int, *, imports: bool) ->
         *([("correction", ", ".join(correction))] if correction else []),
         *([("sampling", f"{r.truncation}: the learner renormalises over the tokens left")] if r.truncation else []),
     ]
-
-
-def _called(reward: RewardConfig, num_generations: int, *, imports: bool) -> str:
-    """The arguments that the reward functions are called with."""
-    found = [described(f, imports=imports) for f in reward.functions]
-    whole = [f.name for f in found if not f.per_sample]
-    group, one = f"the {num_generations} samples of a group at once", "one sample, the moment it is drawn"
-    at_hand = "all samples that a worker has at hand"
-    own = [f.title for f in reward.functions if f.workers is not None]
-    rest = f"; {', '.join(own)} with {at_hand}, of workers of its own" if own else ""
-    match reward.unit:
-        case "auto" if whole and len(whole) < len(found):
-            text = f"with {group}: {', '.join(whole)}; the others sample by sample, when the group is complete"
-        case "auto":
-            text = f"with {group}" if whole else f"with {one}"
-        case unit:
-            text = f"with {({'sample': one, 'group': group, 'batch': at_hand})[unit]} (reward.unit {unit})"
-    return text + rest
 
 
 def _bounds(a: AlgorithmConfig) -> str:

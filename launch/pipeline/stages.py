@@ -44,7 +44,13 @@ from launch.pipeline.stage_data import make_data
 from launch.pipeline.view import print_figures, print_plan
 from launch.program import runnable
 from launch.run.effects import tell_idle_of_pipeline
-from launch.run.foreign_code import foreign_algorithm, foreign_model, foreign_rewards, foreign_rows
+from launch.run.foreign_code import (
+    foreign_algorithm,
+    foreign_environments,
+    foreign_model,
+    foreign_rewards,
+    foreign_rows,
+)
 from launch.run.jobs import check_store_of, exit_unless_finished, make_report, write_config
 from launch.run.left import owned
 from launch.run.machine import check_machine
@@ -139,7 +145,7 @@ def _tell_foreign(plan: Plan) -> None:
     for stage in plan.stages:
         config = plan.config_of(stage)
         if isinstance(config, RunConfig | SftConfig):
-            code = (foreign_algorithm, foreign_rewards, foreign_rows, foreign_model)
+            code = (foreign_algorithm, foreign_rewards, foreign_environments, foreign_rows, foreign_model)
             for line in (line for lines in code for line in lines(config)):
                 console.print(f"code     stage {stage.name}: {line}: read, not run")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,7 +19,7 @@ from actors.runtime import log_tail
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.errors import ResourceError, WorkerError
-from grpo_ray.rewards.columns import column_needs
+from grpo_ray.rewards.columns import ColumnNeeds, column_needs
 from grpo_ray.telemetry.events import EndEvent, PhaseEvent
 from launch import interrupts
 from launch.run.live import LiveView
@@ -99,7 +99,9 @@ def run_here(
     from actors.control.controller_start import start_controller
 
     # Computed here, where the functions can be imported; the controller has the data.
-    needs = column_needs(config.reward) if isinstance(config, RunConfig) and kind != "replay" else ()
+    needs: Sequence[ColumnNeeds] = ()
+    if isinstance(config, RunConfig) and kind != "replay":
+        needs = column_needs(config.reward, environment=config.environment is not None)
     controller = start_controller(kind, config, run_dir, resume_step, needs=needs, detached=joins(config))
     try:
         with _signals_to(controller, view, joined=joins(config)):

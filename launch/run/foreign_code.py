@@ -9,6 +9,7 @@ from grpo_ray.config.data import DataSource
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.config.supervised import SftConfig
 from grpo_ray.data.sources import python_function
+from grpo_ray.episodes.described import users_code
 from grpo_ray.rewards.functions.by_path import users_function
 from grpo_ray.rewards.table import BUILTINS
 
@@ -24,7 +25,7 @@ def check_code(config: RunConfig | SftConfig, *, trains: bool = True) -> None:
     """
     if trains and isinstance(config, RunConfig):
         check_users(config.algorithm, imports=False)
-    for _ in (*foreign_rewards(config), *foreign_rows(config)):
+    for _ in (*foreign_rewards(config), *foreign_environments(config), *foreign_rows(config)):
         pass
 
 
@@ -42,6 +43,14 @@ def foreign_rewards(config: RunConfig | SftConfig) -> Iterator[str]:
         for reward in config.reward.functions:
             if reward.name not in BUILTINS and (function := users_function(reward)).foreign:
                 yield f"reward {reward.title}: {function}"
+
+
+def foreign_environments(config: RunConfig | SftConfig) -> Iterator[str]:
+    """A line for each environment class and tool of the recipe's own. Raises RewardError, likewise."""
+    if isinstance(config, RunConfig) and config.environment is not None:
+        for option, function in users_code(config.environment):
+            if function.foreign:
+                yield f"{option}: {function}"
 
 
 def foreign_rows(config: RunConfig | SftConfig) -> Iterator[str]:

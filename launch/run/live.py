@@ -48,6 +48,7 @@ ROWS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("pairs in order", ("pairs/accuracy",), ".1%"),
     ("loss", LOSSES, ".4f"),
     ("completion length", ("completions/mean_length",), ",.1f"),
+    ("turns", ("environment/turns",), ".1f"),
     ("tokens/s", ("throughput/tokens_per_s",), ",.0f"),
     ("gradient norm", ("grad_norm",), ".3g"),
     ("mismatch", ("mismatch/mean_abs",), ".1e"),

@@ -102,6 +102,7 @@ def unset_variables(config: RunConfig | SftConfig) -> Iterator[str]:
     envs = {"learner": config.learner.env}
     if isinstance(config, RunConfig):
         envs |= {"rollout": config.rollout.env, "reward": config.reward.env}
+        envs |= {"environment": config.environment.env} if config.environment is not None else {}
     for role, env in envs.items():
         for name, value in env.items():
             if REFERENCE.fullmatch(value) and value[2:-1] not in os.environ:

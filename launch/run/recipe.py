@@ -111,10 +111,10 @@ def is_pipeline(path: Path) -> bool:
 
 def kind_of(path: Path, overrides: Sequence[str] = ()) -> str:
     """The kind of a recipe or a config.yaml: by its section `dpo` or `reward_model`, also in an override; without these and
-    without rewards it trains on demonstrations, or by `dpo` where its data are pairs."""
+    without rewards or an environment it trains on demonstrations, or by `dpo` where its data are pairs."""
     sections = deep_merge(load_yaml(path), parse_overrides(list(overrides)))
     kinds = [kind for kind in ("dpo", "reward_model") if kind in sections]
-    if kinds or "reward" in sections:
+    if kinds or "reward" in sections or "environment" in sections:
         return kinds[0] if kinds else "grpo"
     return "dpo" if _has_pairs(sections.get("data")) else "sft"
 

@@ -36,8 +36,8 @@ from actors.rollout.pool import RolloutPool
 from actors.weights.protocol import SENDERS_PART, EngineSyncError, EngineTarget, SendReport
 from actors.weights.sync import RayWeightSync
 from grpo_ray.batch.plan import plan_batch
+from grpo_ray.config.common import DeadlineConfig
 from grpo_ray.config.loading import build
-from grpo_ray.config.runtime import DeadlineConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.data.cursor import Cursor
 from grpo_ray.errors import DeadlineError, WorkerError

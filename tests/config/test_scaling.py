@@ -36,6 +36,16 @@ def config(**sections: Any) -> RunConfig:
     return build(RunConfig, {**data, **sections}, "test")
 
 
+def test_environments_scale_where_there_are_any() -> None:
+    before = config(environment={"name": "my_game.Game", "num_actors": 2})
+    after = rescaled(before, parse_counts(["environment=5"]))
+    assert counts(before) == {"rollout": 1, "reward": 2, "environment": 2, "learner": 1}
+    assert counts(after)["environment"] == 5
+    assert "environment" not in counts(config())
+    with pytest.raises(ConfigError, match="no environments to scale"):
+        rescaled(config(), {"environment": 2})
+
+
 def test_words_become_numbers_of_workers() -> None:
     assert parse_counts(["rollout=4", "reward=16", "learner=2"]) == {"rollout": 4, "reward": 16, "learner": 2}
 
@@ -45,7 +55,7 @@ def test_words_become_numbers_of_workers() -> None:
     [
         ([], "scale what"),
         (["rollout"], "'rollout' is not ROLE=NUMBER"),
-        (["rollouts=2"], "a role of rollout, reward, learner"),
+        (["rollouts=2"], "a role of rollout, reward, environment, learner"),
         (["rollout=0"], "1 or more"),
         (["rollout=-1"], "1 or more"),
         (["rollout=1.5"], "1 or more"),

@@ -77,9 +77,9 @@ finally:
 def test_the_cold_start_of_a_smoke_run_is_where_the_recipe_looks_for_it(tmp_path: Path) -> None:
     for stamp in ("1", "2"):
         (tmp_path / f"smoke-{stamp}-sft" / "hf").mkdir(parents=True)
-        smoke._link_cold_start(tmp_path / f"smoke-{stamp}-sft")
+        smoke.link_cold_start(tmp_path / f"smoke-{stamp}-sft", smoke.COLD_START)
         assert (tmp_path / "smoke-sft" / "hf").resolve() == tmp_path / f"smoke-{stamp}-sft" / "hf"
     (tmp_path / "smoke-sft").unlink()
     (tmp_path / "smoke-sft").mkdir()
-    smoke._link_cold_start(tmp_path / "smoke-1-sft")
+    smoke.link_cold_start(tmp_path / "smoke-1-sft", smoke.COLD_START)
     assert not (tmp_path / "smoke-sft").is_symlink()

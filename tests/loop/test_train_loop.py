@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
+import sqlite3
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -676,6 +678,42 @@ def test_a_failed_score_drops_its_group_and_the_next_prompt_takes_its_place(tmp_
     (batch,) = session.world.batches
     assert len(batch.samples) == 12
     assert victim not in {s.prompt_id for s in batch.samples}
+    assert (victim, "dropped", "reward_timeout") in [(r[0], r[2], r[4]) for r in session.ledger_rows]
+
+
+def test_under_drop_sample_a_failed_score_leaves_its_sample_out_and_the_others_are_trained(tmp_path: Path) -> None:
+    settings = ("num_steps=1", "reward.on_failure={action: drop_sample, abort_above: 1}", "algorithm.advantage=dr_grpo")
+    session = Session(tmp_path, config(*settings))
+    session.world.distinct = True
+    session.world.broken = {f"ten/0/{r}#2": ScoreStatus.CRASHED for r in range(ROWS)}
+    tracked: dict[str, float] = {}
+    session.loop.trackers = [SimpleNamespace(log=lambda step, metrics: tracked.update(metrics), close=lambda: None)]
+    assert session.go() == "finished"
+    (batch,) = session.world.batches
+    assert len(batch.samples) == 12
+    # The samples' rewards are their indices, and index 2 is missing: the mean is 4 / 3.
+    for sample in batch.samples:
+        lost = sample.index == 2
+        assert sample.advantage == pytest.approx(0.0 if lost else sample.index - 4 / 3)
+        assert sample.loss_mask is not lost
+        assert math.isnan(sample.reward) is lost
+    assert [row[2:] for row in session.ledger_rows] == [("trained", 1, None)] * 3
+    assert (tracked["reward/dropped_samples"], tracked["reward/failed"], tracked["groups/dropped"]) == (3, 3, 0)
+    assert tracked["reward/mean"] == pytest.approx(4 / 3)
+    with closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as ledger:
+        rows = list(ledger.execute("SELECT num_failed_scores, mean_reward FROM groups"))
+    assert rows == [(1, pytest.approx(4 / 3))] * 3
+
+
+def test_under_drop_sample_a_group_without_any_score_is_dropped(tmp_path: Path) -> None:
+    whole = Session(tmp_path / "whole", config("num_steps=1"))
+    whole.go()
+    victim = whole.world.batches[0].samples[0].prompt_id
+    settings = ("num_steps=1", "reward.on_failure={action: drop_sample, abort_above: 1}")
+    session = Session(tmp_path / "cut", config(*settings))
+    session.world.broken[victim] = ScoreStatus.TIMEOUT
+    session.go()
+    assert victim not in {s.prompt_id for s in session.world.batches[0].samples}
     assert (victim, "dropped", "reward_timeout") in [(r[0], r[2], r[4]) for r in session.ledger_rows]
 
 

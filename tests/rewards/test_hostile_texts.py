@@ -11,10 +11,10 @@ import pytest
 
 from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.data.decontaminate import ngram_hashes
+from grpo_ray.data.plain_text import nfkc
 from grpo_ray.datagen.filters.config import FilterConfig
 from grpo_ray.datagen.filters.select import written
 from grpo_ray.datagen.filters.trace import Trace, first_fault, foreign, loops, repeated
-from grpo_ray.plain_text import nfkc
 from grpo_ray.rewards.answers import readings
 from grpo_ray.rewards.answers.cpu_clock import within_cpu_s
 from grpo_ray.rewards.answers.parts import part_of

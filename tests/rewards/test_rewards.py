@@ -16,7 +16,7 @@ from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.errors import RewardError
 from grpo_ray.rewards import votes
 from grpo_ray.rewards.countdown import evaluate
-from grpo_ray.rewards.functions.function import RewardFunction, ScoreInputs, inspect_function
+from grpo_ray.rewards.functions.function import RewardFunction, ScoreInputs, check_environments, inspect_function
 from grpo_ray.rewards.functions.scoring import call_reward
 from grpo_ray.rewards.r1_format import match_r1, r1_format
 from grpo_ray.rewards.repetition_penalty import repetition_penalty
@@ -202,8 +202,9 @@ def test_environments_are_refused_unless_they_have_a_default() -> None:
     def may_have(completions: list[Any], environments: Any = None, **kwargs: Any) -> list[float]:
         return [0.0]
 
-    with pytest.raises(RewardError, match="'environments', which TRL's trainer makes of its environment_factory"):
-        function_of(wants)
+    with pytest.raises(RewardError, match="requires 'environments', and this run has none"):
+        check_environments(function_of(wants))
+    check_environments(function_of(may_have))
     assert call_reward(function_of(may_have), inputs_of(["a"]))[0].value == 0.0
 
 

@@ -145,7 +145,7 @@ def test_an_evaluation_keeps_prompts_that_are_trained_on_and_training_does_not(
 def test_samples_without_a_reward_have_no_part_in_its_mean() -> None:
     def row(status: str, value: float | None, *parts: tuple[str, str, float | None]) -> dict[str, Any]:
         rewards = [{"name": n, "status": s, "value": v} for n, s, v in parts]
-        return {"reward": value, "reward_status": status, "rewards": rewards, "num_tokens": 4}
+        return {"reward": value, "reward_status": status, "rewards": rewards, "num_sampled": 4}
 
     figures = figures_of(
         [

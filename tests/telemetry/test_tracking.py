@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grpo_ray.config.runtime import TrackingConfig
+from grpo_ray.config.common import TrackingConfig
 from grpo_ray.errors import ConfigError
 from grpo_ray.run.rollout_log import (
     ParquetRolloutLog,

@@ -11,7 +11,7 @@ from typing import Any
 
 from grpo_ray.data.templates import KWARGS, TOOLS
 from grpo_ray.datagen.filters.config import SampledSource
-from grpo_ray.datagen.filters.trace import completion_of, first_fault, trace_of
+from grpo_ray.datagen.filters.trace import completion_of, first_fault, num_sampled_of, trace_of
 from grpo_ray.errors import DataError
 from grpo_ray.rewards.answers.answer_tag import answer_of
 from grpo_ray.rewards.answers.parts import part_of
@@ -73,7 +73,7 @@ def _without_duplicates(rows: list[Row]) -> list[Row]:
 def _keep(rows: list[Row], config: SampledSource, rng: random.Random) -> list[Row]:
     match config.prefer:
         case "shortest":
-            rows = sorted(rows, key=lambda row: len(row["completion_ids"]))
+            rows = sorted(rows, key=num_sampled_of)
         case "random":
             rows = rng.sample(rows, len(rows))
     return rows[: config.keep_per_prompt]

@@ -45,9 +45,15 @@ def trace_of(row: dict[str, Any]) -> Trace:
         prompt="\n".join(str(m["content"]) for m in row["messages"]),
         completion=completion_of(row),
         finish_reason=row["finish_reason"],
-        num_tokens=len(row["completion_ids"]),
+        num_tokens=num_sampled_of(row),
         scores={part["name"]: (part["status"], part["value"]) for part in row["rewards"]},
     )
+
+
+def num_sampled_of(row: dict[str, Any]) -> int:
+    """The number of tokens that the model wrote; files of earlier versions have no column for it, and nothing else in an answer."""
+    known = row.get("num_sampled")
+    return len(row["completion_ids"]) if known is None else int(known)
 
 
 def completion_of(row: dict[str, Any]) -> str:

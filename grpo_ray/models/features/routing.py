@@ -294,8 +294,8 @@ class RoutingSums:
         found = None if self._routing is None else self._routing.last
         if found is None:
             return
-        for load_E, layer in zip(self._load_LE, self._layers, strict=True):
-            load_E += found.load.get(layer, 0)
+        for place, layer in enumerate(self._layers):
+            self._load_LE[place] += found.load.get(layer, 0)
         if found.loss is not None:
             self._loss += found.loss
 

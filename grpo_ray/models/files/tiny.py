@@ -1,7 +1,7 @@
 """A complete small language model created on the spot: Qwen2's architecture, random weights, one token per character.
 
 Beyond ASCII it has one token per byte. The four tags of R1's format are one token each, as `<think>` is in DeepSeek-R1's
-and Qwen3's tokenizers: spelled out they would be half of a short answer.
+and Qwen3's tokenizers: spelled out they would be half of a short answer. Its chat template writes tool calls as Hermes and Qwen do.
 
 It lets the real engine, learner and loop run on a laptop and in tests with nothing downloaded.
 """
@@ -19,7 +19,10 @@ NUM_BYTES = 256
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 CHAT_TEMPLATE = (
     "<bos>{% for m in messages %}"
-    "{% if m['role'] == 'assistant' %}<|assistant|>{% generation %}{{ m['content'] }}<eos>{% endgeneration %}"
+    "{% if m['role'] == 'assistant' %}<|assistant|>{% generation %}{{ m['content'] }}"
+    "{% for c in m['tool_calls'] or [] %}<tool_call>"
+    "{{ {'name': c['function']['name'], 'arguments': c['function']['arguments']} | tojson }}"
+    "</tool_call>{% endfor %}<eos>{% endgeneration %}"
     "{% else %}<|{{ m['role'] }}|>{{ m['content'] }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )

@@ -66,7 +66,7 @@ class _Template:
     def __call__(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, tokenize: bool, **options: Any
     ) -> Any:
-        if options or tokenize:
+        if options or tokenize or any(m.get("tool_calls") for m in messages):
             return self._tokenizer.whole.apply_chat_template(
                 messages, add_generation_prompt=add_generation_prompt, tokenize=tokenize, **options
             )

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo_ray.config.reward import JUDGE_DEADLINE_S, KEY_VARIABLE
+from grpo_ray.data.plain_text import whole_characters
 from grpo_ray.errors import JudgeError
-from grpo_ray.plain_text import whole_characters
 from grpo_ray.secrets import hide_forms, hide_secrets
 
 Message = dict[str, str]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from grpo_ray.plain_text import whole_characters
+from grpo_ray.data.plain_text import whole_characters
 
 LOWEST, HIGHEST = 1.0, 10.0
 _TEMPLATE_TAG = re.compile(r"\[(?=[\s/|]{0,8}[A-Za-z_][\w -]{0,40}[\s/|]{0,8}\])")

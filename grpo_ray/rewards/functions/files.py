@@ -76,11 +76,13 @@ def _with_files(config: C, place: Callable[[str, str], str]) -> C:
         return in_other_place(name, place(f"{what} {name!r}", file_and_function(name)[0])) if is_in_file(name) else name
 
     functions = tuple(f.model_copy(update={"name": placed(f.name, "reward")}) for f in config.reward.functions)
+    environment = config.environment and config.environment.with_names(lambda name: placed(name, "environment"))
     a = config.algorithm
     users = {option: placed(getattr(a, option), f"algorithm.{option}") for option in ("loss", "advantage")}
     return config.model_copy(
         update={
             "reward": config.reward.model_copy(update={"functions": functions}),
+            "environment": environment,
             "algorithm": a.model_copy(update=users),
         }
     )

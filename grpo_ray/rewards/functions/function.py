@@ -12,7 +12,8 @@ a number fails only that sample. It may be `async def`, and an instance with `__
 reward from `args` alone (TRL's `get_soft_overlong_punishment`), is called with `args` once.
 
 `log_extra(column, values)`, `log_metric(name, value)` and `trainer_state` are TRL's, and passed to functions that name them or take
-`**kwargs`: see `logs` and `types.TrainerState`. TRL's `environments` are not supported. verl's `compute_score` is recognised by
+`**kwargs`: see `logs` and `types.TrainerState`. TRL's `environments` are passed to functions that name them, which
+run once an episode, where its environment lives. verl's `compute_score` is recognised by
 its parameter `solution_str`, see `verl`.
 
 A built-in reward gets options from `args` only: it sees the columns that it declares (`Columns`), whatever the names of the others,
@@ -42,7 +43,8 @@ Completions = Sequence[str | Conversation]
 Values = Sequence[float | Sequence[tuple[int, float]] | RewardError | None]
 RewardCallable = Callable[..., Values | Awaitable[Values]]
 
-RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+ENVIRONMENTS = "environments"
+RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", ENVIRONMENTS)
 # TRL leaves these out of the columns too; they would be the row's own, not the sample's.
 NOT_COLUMNS = frozenset({"prompt", "completion", *RESERVED})
 SOURCE = "source"
@@ -80,6 +82,8 @@ class ScoreInputs:
     """Whether the prompt's template already wrote `<think>`, [S]; None: for no sample."""
     trainer: TrainerState | None = None
     """The trainer state of the newest of the samples; None if nothing is trained."""
+    environments: list[Any] | None = None
+    """The environment of each sample, [S], where the function is called beside them."""
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -102,6 +106,7 @@ class ScoreInputs:
             [self.completion_ids[i] for i in rows],
             {name: [values[i] for i in rows] for name, values in self.columns.items()},
             trainer=self.trainer,
+            environments=None if self.environments is None else [self.environments[i] for i in rows],
         )
 
 
@@ -129,6 +134,10 @@ class RewardFunction:
     """The part of a completion that it sees."""
     built_in: bool = False
     """Whether it is built in, and sees a `<think>` of the prompt's template too; others see what was sampled, as in TRL."""
+    in_episodes: bool = False
+    """Whether it names `environments`, and so is called where they live."""
+    requires_environments: bool = False
+    """Whether it can't be called without them."""
 
     def applies_to(self, inputs: ScoreInputs) -> list[int]:
         """The indices of the samples to which it applies.
@@ -172,6 +181,8 @@ class RewardFunction:
             "log_extra": log.log_extra,
             "log_metric": log.log_metric,
         }
+        if inputs.environments is not None or self.in_episodes:
+            everything[ENVIRONMENTS] = inputs.environments
         if self.accepts is None:
             return everything
         return {k: v for k, v in everything.items() if k in self.accepts}
@@ -262,11 +273,6 @@ def inspect_function(
     if unknown:
         options = [n for n in names if n not in RESERVED]
         raise RewardError(f"reward {name!r} takes no argument {unknown[0]!r}; {_suggest(unknown[0], options)}")
-    if "environments" in needed:
-        raise RewardError(
-            f"reward {name!r} requires 'environments', which TRL's trainer makes of its environment_factory; there are none here: "
-            "give that parameter a default of None"
-        )
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
     if positional:
         raise RewardError(
@@ -275,7 +281,17 @@ def inspect_function(
         )
     accepts = None if open_ended else names
     if declared is None:
-        return RewardFunction(name, call, weight, dict(args), accepts, tuple((n,) for n in needed))
+        environments = next((p for p in by_keyword if p.name == ENVIRONMENTS), None)
+        return RewardFunction(
+            name,
+            call,
+            weight,
+            dict(args),
+            accepts,
+            tuple((n,) for n in needed),
+            in_episodes=environments is not None,
+            requires_environments=environments is not None and environments.default is environments.empty,
+        )
     options = [n for n in needed if n not in declared.names]
     if options:
         raise RewardError(
@@ -284,6 +300,15 @@ def inspect_function(
     return RewardFunction(
         name, call, weight, dict(args), accepts, declared.required, declared=declared, per_sample=True
     )
+
+
+def check_environments(function: RewardFunction) -> None:
+    """Raise RewardError for a function that needs environments, in a run that has none."""
+    if function.requires_environments:
+        raise RewardError(
+            f"reward {function.name!r} requires 'environments', and this run has none: add the section environment, or give that "
+            "parameter a default of None"
+        )
 
 
 def _suggest(word: str, known: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from actors.rollout.actor import RolloutActor
+from actors.rollout.sample import sample_of
 from grpo_ray.types import SampleInfo, SampleRequest, SamplingParams
 
 PARAMS = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, max_tokens=8, stop=(), stop_token_ids=())
@@ -36,9 +37,8 @@ def test_a_sample_is_as_old_as_its_oldest_token(spans: tuple[tuple[int, int, int
     completion = SimpleNamespace(
         routed_experts=None, finish_reason="stop", token_ids=[5, 6, 7, 8], weight_versions=versions, logprobs=Logprobs()
     )
-    stops = SimpleNamespace(read=lambda tokenizer, ids: "text")
     request = SampleRequest("p", 0, [1, 2], 9, PARAMS)
-    actor._finish(1, request, SimpleNamespace(outputs=[completion]), None, stops)
+    actor._finish(1, sample_of(request, completion, None, "text", actor.name))
     info: SampleInfo = outcomes[0].info
     assert info.min_version == oldest
     assert [(s.version, s.start, s.end) for s in actor._samples[0].versions] == list(spans)

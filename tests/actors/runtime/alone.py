@@ -12,7 +12,7 @@ import psutil
 import ray
 
 from actors.cluster import connect, open_session
-from grpo_ray.config.runtime import ClusterConfig
+from grpo_ray.config.common import ClusterConfig
 
 AGENTS = ("DashboardA", "RuntimeEnv")
 """Parts of the names of the processes that listen last: a node takes work before."""

@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError, Worke
 
 from actors.deaths import CORE_DIED, KernelKills, fate, is_lost, kind_of, memory_wait_s, users
 from actors.learner.group import LearnerGroup
-from grpo_ray.config.runtime import DeadlineConfig
+from grpo_ray.config.common import DeadlineConfig
 from grpo_ray.errors import NoMemoryError, RewardError, WorkerError
 from grpo_ray.rewards.functions.function import RewardFunction, ScoreInputs
 from grpo_ray.rewards.functions.scoring import call_reward

@@ -65,7 +65,7 @@ def test_an_actor_sees_the_gpus_that_ray_gave_it_and_no_others(tmp_path: Path, n
 
 class RewardSpy(RewardActor):
     def environment(self) -> dict[str, str]:
-        return ScoringProcess(self._config)._environment()
+        return ScoringProcess(self._config)._child.environment()
 
 
 @pytest.mark.parametrize("name", ["exact_match", "reward_model"])

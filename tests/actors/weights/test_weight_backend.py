@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from actors.weights.sync import resolve_backend
-from grpo_ray.config.runtime import DeadlineConfig
+from grpo_ray.config.common import DeadlineConfig
 from grpo_ray.config.schema import RunConfig
 from grpo_ray.errors import ConfigError
 from tests.recipes import run_config
