@@ -76,7 +76,7 @@ def play(local_ray: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFac
         pool = runner.run(RolloutPool.create(config, str(tiny_model), run_dir, has_gpus=False))
         pool.use_environments(environments.members)
         environments.on_change = pool.use_environments
-        yield Play(runner, config, pool, environments, load_tokenizer(str(tiny_model)))
+        yield Play(runner, config, pool, environments, load_tokenizer(str(tiny_model), trust_remote_code=False))
         runner.run(pool.close())
         runner.run(environments.close())
 
