@@ -264,10 +264,8 @@ def _policy(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks, *, tr
     on_gpu = device.type == "cuda"
     memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else None
     rows = chunk_rows(hf.config.get_text_config().vocab_size, on_gpu=on_gpu, memory=memory)
-    routing = _routing(spec, hf, ranks) if trained else None
-    return PolicyModel(
-        hf, chunk=spec.learner.logprob_chunk_tokens or rows, ranks=ranks, plain=spec.is_plain, routing=routing
-    )
+    chunk, routing = spec.learner.logprob_chunk_tokens or rows, _routing(spec, hf, ranks) if trained else None
+    return PolicyModel(hf, chunk=chunk, ranks=ranks, plain=spec.is_plain, routing=routing)
 
 
 def _reward_model(spec: LearnerSpec, device: torch.device, ranks: SequenceRanks) -> RewardModel:
