@@ -32,7 +32,6 @@ from grpo_ray.config.rollout import RolloutConfig
 from grpo_ray.errors import WorkerError
 from grpo_ray.loop.stops import template_end
 from grpo_ray.models.files.loading import context_length, eos_ids, load_config, vocab_size
-from grpo_ray.models.multimodal import is_multimodal
 from grpo_ray.types import EpisodeFigures, Sample, SampleInfo, SampleRequest
 
 if TYPE_CHECKING:
@@ -93,6 +92,8 @@ class RolloutActor:
         os.environ.setdefault("VLLM_HOST_IP", ray.util.get_node_ip_address())
         import torch._dynamo
         from vllm.v1.engine.async_llm import AsyncLLM
+
+        from grpo_ray.models.multimodal import is_multimodal
 
         check_cuda(self.name)
         check_engine_has_gpu(self.name)

@@ -35,6 +35,8 @@ WITH_TORCHVISION = (
     "QianfanOCR",
     "Gemma3ForCond",
     "Gemma4ForCond",
+    "Gemma4Unified",
+    "DiffusionGemma",
     "Mistral3ForCond",
     "Llama4ForCond",
     "Llava",

@@ -30,7 +30,7 @@ TASKS = (
 )
 OFFERED = (*TASKS, "grpo_ray.rewards.votes")
 """Our own modules whose functions recipes and evaluations may name."""
-FORMER = {"grpo_ray.tiny_arithmetic": OFFERED[0], "grpo_ray.tiny_r1": OFFERED[1]}
+FORMER = {"grpo_ray.tiny_arithmetic": "grpo_ray.tasks.arithmetic", "grpo_ray.tiny_r1": "grpo_ray.tasks.r1"}
 """Former names in recipes and run folders -> the modules."""
 TOOLS = frozenset(
     {"pip", "wheel", "uv", "pkg_resources", "pytest", "_pytest", "pluggy", "coverage", "mutmut", "IPython"}

@@ -65,7 +65,8 @@ class Spies(RayActors):
     def start(self, actor: type, *args: Any, **options: Any) -> Any:
         assert actor is RolloutActor
         options.pop("runtime_env")
-        return super().start(Spy, self._run_dir, "engine", args[-1], **options)
+        shared = next((arg for arg in args if isinstance(arg, SharedGpus)), None)
+        return super().start(Spy, self._run_dir, "engine", shared, **options)
 
 
 class Shared:
