@@ -3,7 +3,7 @@
     user 1-15 -> model 8 -> user higher -> model 12 -> user lower -> model 10: won
 
 Whoever halves what is left always wins with four guesses of fifteen numbers. The demonstrations are of somebody who mostly guesses
-at random: every move of the best player is among theirs.
+at random, and sometimes halves.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def question(high: int) -> str:
 
 
 def flawed_games(
-    size: int, seed: int, high: int = 15, max_guesses: int = 4, at_random: float = 0.85
+    size: int, seed: int, high: int = 15, max_guesses: int = 4, at_random: float = 0.75
 ) -> Iterator[dict[str, Any]]:
     """Make demonstrations: a game so far, and the next guess.
 
     Args:
-        at_random: the probability of a guess that pays no attention to what was said; the others are uniform over what is left.
+        at_random: the probability of a guess that pays no attention to what was said; the others halve what is left.
 
     Raises:
         DataError: it is no probability.
@@ -81,7 +81,7 @@ def _game(rng: random.Random, high: int, max_guesses: int, at_random: float) -> 
     least, most = 1, high
     said = [{"role": "user", "content": question(high)}]
     for _ in range(max_guesses):
-        guess = rng.randint(1, high) if rng.random() < at_random else rng.randint(least, most)
+        guess = rng.randint(1, high) if rng.random() < at_random else (least + most) // 2
         yield {"prompt": list(said), "completion": str(guess)}
         hint = hint_of(str(guess), number)
         if hint == "right":
