@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -202,10 +202,12 @@ def _peaks(pid: int, peak: dict[str, int]) -> Iterator[None]:
 def loaded(export: Path, source: Path, dtype: str) -> dict[str, str]:
     """Whether Transformers and vLLM load an export, which is no longer its source, and agree about it."""
     found = {}
+    whole = is_multimodal(AutoConfig.from_pretrained(export))
+    auto: Any = AutoModelForImageTextToText if whole else AutoModelForCausalLM
     try:
-        hf, info = AutoModelForCausalLM.from_pretrained(export, dtype=getattr(torch, dtype), output_loading_info=True)
+        hf, info = auto.from_pretrained(export, dtype=getattr(torch, dtype), output_loading_info=True)
         lost = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
-        own = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+        own = auto.from_pretrained(source, dtype=getattr(torch, dtype))
         same = all(torch.equal(a, b) for a, b in zip(hf.parameters(), own.parameters(), strict=True))
         found["Transformers"] = f"tensors {lost[:3]}" if lost else "it is untrained" if same else "yes"
     except Exception as e:

@@ -26,7 +26,7 @@ from grpo_ray.config.model import TinyModelConfig
 from grpo_ray.errors import ConfigError, NonFiniteError
 from grpo_ray.models.attention import PackedLayout, packed_attention
 from grpo_ray.models.files.tiny import build_tiny_model
-from grpo_ray.types import TrainBatch
+from grpo_ray.types import TrainBatch, VersionSpan
 from tests.actors.learner.saved import load, save
 from tests.actors.learner.test_learner import (
     TEMPERATURE,
@@ -125,9 +125,8 @@ def test_two_ranks_share_every_micro_batch_and_step_like_plain_pytorch(
 
     # A rank whose slice has no target takes part, and adds to the gradient what the other's targets ask of it.
     one = batch.samples[0]
-    rows = [
-        replace(one.ref[one.row], prompt_token_ids=np.arange(10, 17), token_ids=np.array([9]), logprobs=np.zeros(1))
-    ]
+    token: dict[str, Any] = {"token_ids": np.array([9]), "logprobs": np.zeros(1), "versions": (VersionSpan(2, 0, 1),)}
+    rows = [replace(one.ref[one.row], prompt_token_ids=np.arange(10, 17), **token)]
     single = TrainBatch(3, [replace(one, ref=rows, row=0, num_prompt_tokens=7, num_tokens=1)], TEMPERATURE)
     exported(group, tmp_path / "before")
     _, want_norm, _ = plain_step(tmp_path / "before", single)
