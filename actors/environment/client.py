@@ -20,7 +20,7 @@ from actors.environment.pool import Members
 from actors.reward.answers import decode
 from actors.reward.pipe import EndedError
 from grpo_ray.episodes.calls import ToolCall
-from grpo_ray.episodes.contract import Stepped
+from grpo_ray.episodes.contract import Stepped, readable
 from grpo_ray.episodes.described import Described
 from grpo_ray.episodes.episode import Content, EnvironmentFailedError
 from grpo_ray.types import RewardScore, ScoreStatus
@@ -86,7 +86,7 @@ class EnvironmentSession:
         if "failed" in told:
             status, detail = told["failed"]
             raise EnvironmentFailedError(ScoreStatus(status), str(detail))
-        return told
+        return {name: readable(value) for name, value in told.items()}
 
 
 class EnvironmentClient:

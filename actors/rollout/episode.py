@@ -39,7 +39,7 @@ from grpo_ray.episodes.episode import (
 )
 from grpo_ray.episodes.suffix import TEMPLATE, TurnSuffixes
 from grpo_ray.episodes.templates import episode_template, with_template
-from grpo_ray.errors import DataError
+from grpo_ray.errors import ConfigError, DataError
 from grpo_ray.rewards.functions.function import ScoreInputs
 from grpo_ray.types import (
     Episode,
@@ -248,7 +248,10 @@ class Episodes:
             return suffixes.after(json.loads(messages), calls=calls)
 
         def suffix(messages: list[Message], calls: tuple[ToolCall, ...], last: int) -> list[int]:
-            ids = after(json.dumps(messages), tuple(call.name for call in calls))
+            try:
+                ids = after(json.dumps(messages), tuple(call.name for call in calls))
+            except (ConfigError, DataError) as e:
+                raise EnvironmentFailedError(ScoreStatus.ERROR, f"what the environment said: {e}") from None
             # A turn that another stop ended lacks what the template ends one with.
             return ids if last in self._ends else [suffixes.end_id, *ids]
 

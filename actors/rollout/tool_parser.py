@@ -33,7 +33,11 @@ def reader(name: str | None, tokenizer: Any, schemas: Sequence[dict[str, Any]]) 
     mark = getattr(parser, "tool_call_start_token", None)
 
     def read(text: str) -> Turn:
-        found = parser.extract_tool_calls(text, asked)
+        try:
+            found = parser.extract_tool_calls(text, asked)
+        # Most catch what the model's text makes them raise; of the others it may be anything.
+        except Exception:
+            return Turn(text, broken=True)
         if not found.tools_called:
             return Turn(text, broken=isinstance(mark, str) and bool(mark) and mark in text)
         calls = tuple(call_of(call.function.name, call.function.arguments) for call in found.tool_calls)

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from grpo_ray.data.plain_text import whole_characters
 from grpo_ray.errors import RewardError
 
 Interface = Literal["tools", "gym", "skyrl", "textarena"]
@@ -118,3 +119,13 @@ def finite(value: Any, what: str) -> float | None:
 def content_of(result: Any) -> str | list[Any]:
     """What a tool returned, as the content of its message: a list passes as content blocks, all else as text."""
     return result if isinstance(result, list) else str(result)
+
+
+def readable(value: Any) -> Any:
+    """What an environment sent, with every text as a tokenizer takes it: lone surrogates, of which the model's own JSON may be the
+    source, become `\ufffd`."""
+    if isinstance(value, str):
+        return whole_characters(value)
+    if isinstance(value, list):
+        return [readable(item) for item in value]
+    return {name: readable(item) for name, item in value.items()} if isinstance(value, dict) else value

@@ -71,6 +71,24 @@ class Counter:
         return float(self.total)
 
 
+class Tells:
+    """A tool that says what its row holds."""
+
+    def reset(self, said: Any, **kwargs: Any) -> None:
+        self._said = said
+
+    def ask(self, question: str) -> Any:
+        """Ask.
+
+        Args:
+            question: anything.
+
+        Returns:
+            What the row holds.
+        """
+        return f"{self._said} to {question}" if isinstance(self._said, str) else self._said
+
+
 class Guess:
     """A gym-like game: guess a number from 0 to 9."""
 

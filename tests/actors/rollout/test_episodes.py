@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,16 @@ from grpo_ray.config.reward import RewardFunctionConfig
 from grpo_ray.episodes.described import load_all
 from grpo_ray.episodes.episode import Generated
 from grpo_ray.models.files.tiny import make_tokenizer
-from grpo_ray.types import EpisodeFigures, EpisodeStart, Prompt, Sample, SampleRequest, SamplingParams, VersionSpan
+from grpo_ray.types import (
+    EpisodeFigures,
+    EpisodeStart,
+    Prompt,
+    Sample,
+    SampleRequest,
+    SamplingParams,
+    ScoreStatus,
+    VersionSpan,
+)
 
 GAMES = Path(__file__).parents[1] / "environment" / "games.py"
 PARAMS = SamplingParams(1.0, 1.0, 0, 0.0, 200)
@@ -112,6 +122,45 @@ def test_rewards_beside_the_environment_travel_with_the_sample(tokenizer: Any) -
     sample, _, _ = drawn(tokenizer, game, [str(i) for i in range(10)])
     assert sample.episode is not None
     assert [(s.name, s.value) for s in sample.episode.scores] == [("Guess", 1.0)]
+
+
+def call(name: str, question: str) -> str:
+    return f'<tool_call>{{"name": {name}, "arguments": {{"question": {question}}}}}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "num_errors"),
+    [
+        (call('"ask"', '"\\ud800"'), "no \ufffd to \ufffd", 0),
+        (call('"\\udfff"', '"x"'), r"there is no tool '\udfff'; there are: ask", 1),
+    ],
+)
+def test_half_characters_of_a_tool_or_of_the_models_own_json_are_replaced_and_cost_nothing(
+    tokenizer: Any, text: str, answer: str, num_errors: int
+) -> None:
+    sample, figures, _ = drawn(tokenizer, {"name": f"{GAMES}:Tells"}, [text, "done"], said="no \udc00")
+    assert sample.episode is not None
+    assert sample.episode.failure is None
+    (heard,) = (m["content"] for m in sample.episode.messages if m["role"] == "tool")
+    assert heard in (answer, json.dumps({"error": answer}, ensure_ascii=False))
+    assert (sample.finish_reason, figures.num_errors) == ("stop", num_errors)
+
+
+def test_what_the_template_can_not_write_is_the_environments_failure_and_not_the_runs(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    guard = "{% for m in messages %}{% if m.content is not string %}{{ raise_exception('text alone') }}{% endif %}{% endfor %}"
+    template = tmp_path / "text_alone.jinja"
+    template.write_text(guard + tokenizer.chat_template)
+    environment = {"name": f"{GAMES}:Tells", "template": str(template)}
+    sample, figures, _ = drawn(
+        tokenizer, environment, [call('"ask"', '"x"'), "done"], said=[{"type": "text", "text": "y"}]
+    )
+    assert sample.episode is not None
+    assert sample.episode.failure is not None
+    assert sample.episode.failure.status is ScoreStatus.ERROR
+    assert "text alone" in sample.episode.failure.detail
+    assert figures.failures == ("error", "error")
 
 
 @pytest.mark.parametrize(
