@@ -36,13 +36,19 @@ def read_strictly(data: bytes) -> Any:
         ValueError: as `read`, and the cases listed at the top of this file.
     """
     value = _loaded(data, lambda data: _STRICT.decode(data.decode().removeprefix("\ufeff").rstrip()))
-    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
-        raise ValueError(
-            f"not usable JSON: it is nested too deeply, more than {MAX_DEPTH} lists and objects inside each other"
-        )
+    if data.count(b"[") + data.count(b"{") > MAX_DEPTH:
+        check_depth(value)
     if _MAY_BE_HALF.search(data):
         _refuse_halves(value)
     return value
+
+
+def check_depth(value: Any) -> None:
+    """Raises ValueError for data that are nested more deeply than MAX_DEPTH."""
+    if _depth(value) > MAX_DEPTH:
+        raise ValueError(
+            f"not usable JSON: it is nested too deeply, more than {MAX_DEPTH} lists and objects inside each other"
+        )
 
 
 def _loaded(data: str | bytes, load: Any) -> Any:

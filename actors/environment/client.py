@@ -86,7 +86,13 @@ class EnvironmentSession:
         if "failed" in told:
             status, detail = told["failed"]
             raise EnvironmentFailedError(ScoreStatus(status), str(detail))
-        return {name: readable(value) for name, value in told.items()}
+        try:
+            return {name: readable(value) for name, value in told.items()}
+        except RecursionError:
+            raise EnvironmentFailedError(
+                ScoreStatus.ERROR,
+                "what the environment said is lists and objects inside each other, too deep to be read",
+            ) from None
 
 
 class EnvironmentClient:

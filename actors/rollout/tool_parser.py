@@ -35,12 +35,12 @@ def reader(name: str | None, tokenizer: Any, schemas: Sequence[dict[str, Any]]) 
     def read(text: str) -> Turn:
         try:
             found = parser.extract_tool_calls(text, asked)
+            calls = tuple(call_of(call.function.name, call.function.arguments) for call in found.tool_calls)
         # Most catch what the model's text makes them raise; of the others it may be anything.
         except Exception:
             return Turn(text, broken=True)
         if not found.tools_called:
             return Turn(text, broken=isinstance(mark, str) and bool(mark) and mark in text)
-        calls = tuple(call_of(call.function.name, call.function.arguments) for call in found.tool_calls)
         return Turn(found.content or "", calls)
 
     return read

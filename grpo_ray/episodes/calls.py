@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo_ray import json_text
+from grpo_ray.episodes.contract import readable
 
 HERMES = "hermes"
 _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
@@ -73,21 +74,24 @@ def read_hermes(text: str) -> Turn:
     if not bodies:
         return Turn(text)
     content = text[: text.index("<tool_call>")].rstrip()
-    calls = []
-    for body in bodies:
-        try:
-            found = json_text.read(body)
-        except ValueError:
-            return Turn(text, broken=True)
-        if not isinstance(found, dict):
-            return Turn(text, broken=True)
-        calls.append(ToolCall(_name(found.get("name")), _unpacked(found.get("arguments", {}))))
-    return Turn(content, tuple(calls))
+    try:
+        found = [json_text.read(body) for body in bodies]
+        calls = tuple(call_of(one.get("name"), one.get("arguments", {})) for one in found)
+    # No JSON, or no object.
+    except (ValueError, AttributeError):
+        return Turn(text, broken=True)
+    return Turn(content, calls)
 
 
 def call_of(name: Any, arguments: Any) -> ToolCall:
-    """The call that a parser found; many give the arguments as JSON text."""
-    return ToolCall(_name(name), _unpacked(arguments))
+    """The call that a parser found; many give the arguments as JSON text.
+
+    Raises:
+        ValueError: the arguments are nested too deeply to be sent between processes.
+    """
+    unpacked = _unpacked(arguments)
+    json_text.check_depth(unpacked)
+    return ToolCall(_name(name), readable(unpacked))
 
 
 def error_text(problem: str) -> str:
@@ -103,7 +107,7 @@ def shortened(text: str, limit: int | None) -> str:
 
 
 def _name(name: Any) -> str:
-    return name if isinstance(name, str) else ""
+    return readable(name) if isinstance(name, str) else ""
 
 
 def _unpacked(arguments: Any) -> Any:

@@ -201,6 +201,14 @@ def test_hermes_calls_are_read_one_by_one(text: str, turn: Turn) -> None:
     assert read_hermes(text) == turn
 
 
+@pytest.mark.parametrize("depth", [1, 100, 101, 900, 100_000])
+def test_a_call_too_deep_to_be_sent_to_a_tool_is_none(depth: int) -> None:
+    nested = '{"a":' * depth + "1" + "}" * depth
+    turn = read_hermes(f'<tool_call>{{"name": "f", "arguments": {nested}}}</tool_call>')
+    assert turn.broken == (depth > 100)
+    assert len(turn.calls) == (depth <= 100)
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [(None, ""), ({}, ""), ([1], "a list"), ("x", "a text"), (3, "a number"), (True, "true or false")],

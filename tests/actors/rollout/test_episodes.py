@@ -132,7 +132,7 @@ def call(name: str, question: str) -> str:
     ("text", "answer", "num_errors"),
     [
         (call('"ask"', '"\\ud800"'), "no \ufffd to \ufffd", 0),
-        (call('"\\udfff"', '"x"'), r"there is no tool '\udfff'; there are: ask", 1),
+        (call('"\\udfff"', '"x"'), "there is no tool '\ufffd'; there are: ask", 1),
     ],
 )
 def test_half_characters_of_a_tool_or_of_the_models_own_json_are_replaced_and_cost_nothing(
@@ -143,6 +143,7 @@ def test_half_characters_of_a_tool_or_of_the_models_own_json_are_replaced_and_co
     assert sample.episode.failure is None
     (heard,) = (m["content"] for m in sample.episode.messages if m["role"] == "tool")
     assert heard in (answer, json.dumps({"error": answer}, ensure_ascii=False))
+    assert json.dumps(sample.episode.messages, ensure_ascii=False).encode("utf-8")
     assert (sample.finish_reason, figures.num_errors) == ("stop", num_errors)
 
 
