@@ -14,7 +14,8 @@ from typing import Any
 from ray.exceptions import RayError
 
 from actors.deaths import kind_of
-from actors.environment.worker import SILENT_S, EnvironmentWorker, EnvironmentWorkerKind
+from actors.environment.worker import EnvironmentWorker, EnvironmentWorkerKind
+from actors.reward.users_worker import SILENT_S
 from actors.runtime import Actors, RayActors, late
 from actors.supervise import GivenUpError, Supervisor
 from grpo_ray.config.environment import ENVIRONMENT_POOL, EnvironmentConfig

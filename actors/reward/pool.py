@@ -20,7 +20,8 @@ from actors.deaths import fate, is_lost, kind_of
 from actors.reward.actor import FETCH_TIMEOUT_S
 from actors.reward.process import START_TRIES
 from actors.reward.requests import PendingScores, ScoreDispatch
-from actors.reward.worker import SILENT_S, RewardWorker, RewardWorkerKind, error_of
+from actors.reward.users_worker import SILENT_S, error_of
+from actors.reward.worker import RewardWorker, RewardWorkerKind
 from actors.runtime import Actors, RayActors, late
 from actors.supervise import GivenUpError, Supervisor
 from grpo_ray.config.reward import SHARED_POOL, RewardConfig

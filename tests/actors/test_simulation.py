@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from actors.reward.pool import WATCH_S, RewardPool
-from actors.reward.worker import SILENT_S
+from actors.reward.users_worker import SILENT_S
 from actors.rollout.engines import POLL_S, POLLS_PER_S
 from actors.rollout.pool import RolloutPool
 from actors.weights.protocol import EngineTarget
