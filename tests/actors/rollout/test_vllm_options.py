@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from actors.rollout.vllm_options import (
+    engine_args,
     rollout_env,
     speculative_config,
     tokens_at_once_on_cpu,
@@ -56,3 +57,11 @@ def test_an_engine_on_a_gpu_imports_no_flashinfer_unless_its_recipe_says_so() ->
     assert rollout_env(RolloutConfig(), on_gpu=True, backend="nccl")[name] == "0"
     assert name not in rollout_env(RolloutConfig(), on_gpu=False, backend="gloo")
     assert rollout_env(RolloutConfig(env={name: "1"}), on_gpu=True, backend="nccl")[name] == "1"
+
+
+@pytest.mark.parametrize("multimodal", [False, True])
+def test_an_engine_of_more_than_a_language_model_loads_the_language_model_alone(multimodal: bool) -> None:
+    args = engine_args(
+        RolloutConfig(), "model", "float32", 128, 1, "gloo", trust_remote_code=False, multimodal=multimodal
+    )
+    assert args.language_model_only is multimodal
