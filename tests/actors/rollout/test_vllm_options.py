@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,8 +61,10 @@ def test_an_engine_on_a_gpu_imports_no_flashinfer_unless_its_recipe_says_so() ->
 
 
 @pytest.mark.parametrize("multimodal", [False, True])
-def test_an_engine_of_more_than_a_language_model_loads_the_language_model_alone(multimodal: bool) -> None:
+def test_an_engine_of_more_than_a_language_model_loads_the_language_model_alone(
+    tiny_model: Path, multimodal: bool
+) -> None:
     args = engine_args(
-        RolloutConfig(), "model", "float32", 128, 1, "gloo", trust_remote_code=False, multimodal=multimodal
+        RolloutConfig(), str(tiny_model), "float32", 128, 1, "gloo", trust_remote_code=False, multimodal=multimodal
     )
     assert args.language_model_only is multimodal
